@@ -1,0 +1,110 @@
+"""The shared front of all entry points: Hydra in, plain typed arguments onward.
+
+A command line is `python -m fedclaw.X [command] key=value ...`; the configuration is composed from conf/X.yaml and its
+groups, checked against a frozen settings class, and handed to a function. One clear line and an exit code is all
+that a user's mistake gets: 0 done, 1 failed, 2 wrong use.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from rich.console import Console
+from rich.logging import RichHandler
+
+from fedclaw.errors import FedClawError, UsageError
+from fedclaw.frozen import Frozen, explain
+
+S = TypeVar("S", bound=Frozen)
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """`words` are the bare arguments, `overrides` the key=value ones in Hydra's grammar."""
+
+    words: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+def config_directory() -> Path:
+    """Where the Hydra configuration is: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def split(arguments: Sequence[str]) -> CommandLine:
+    """Tell bare words from key=value overrides. Raises UsageError for an option nobody knows."""
+    words: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            raise UsageError(f"unknown option {argument}; arguments are written key=value, see --help")
+        (overrides if "=" in argument or argument.startswith("~") else words).append(argument)
+    return CommandLine(tuple(words), tuple(overrides))
+
+
+def compose_settings(config_name: str, overrides: Sequence[str], settings: type[S]) -> S:
+    """Compose conf/<config_name>.yaml with `overrides` and check it. Raises UsageError."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
+            composed = compose(config_name, overrides=list(overrides))
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(f"configuration: {_one_line(error)}") from error
+    return check_settings(plain, settings)
+
+
+def check_settings(plain: Any, settings: type[S]) -> S:
+    """A plain container as a settings object. Raises UsageError naming each wrong field."""
+    try:
+        return settings.model_validate(plain)
+    except ValidationError as error:
+        raise UsageError(f"configuration: {explain(error)}") from error
+
+
+def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run an entry point and exit: help for --help, one line on stderr for a FedClawError."""
+    arguments = sys.argv[1:]
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if any(argument in {"-h", "--help"} for argument in arguments):
+        print(usage.strip())
+        sys.exit(0)
+    _start_logging(console)
+    try:
+        body(arguments)
+    except FedClawError as error:
+        console.print(f"{module}: {error}", style="bold red", markup=False)
+        if isinstance(error, UsageError):
+            console.print(f"see python -m {module} --help", style="dim", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print(f"{module}: interrupted", style="bold red", markup=False)
+        sys.exit(INTERRUPTED)
+    sys.exit(0)
+
+
+def _start_logging(console: Console) -> None:
+    level = os.environ.get("FEDCLAW_LOG", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        level = "INFO"
+    handler = RichHandler(console=console, show_path=False, markup=False, rich_tracebacks=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    logging.getLogger("fedclaw").setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

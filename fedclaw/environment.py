@@ -1,0 +1,16 @@
+"""Process-wide switches that have to be set before the libraries that read them are imported."""
+
+import os
+
+# gRPC has no setting for the TLS version. A suite that ECDSA certificates cannot serve leaves a TLS 1.2 peer
+# without a shared cipher, while TLS 1.3 negotiates its own suites: so only TLS 1.3 is left.
+TLS13_ONLY_CIPHERS = "ECDHE-RSA-AES256-GCM-SHA384"
+
+os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS13_ONLY_CIPHERS
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "true"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# fork() in a process with gRPC threads is never done here; its handlers only print warnings.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,0 +1,84 @@
+"""Every error that FedClaw raises on purpose.
+
+    FedClawError                 exit code 1
+    ├── UsageError               exit code 2: wrong command line or configuration
+    ├── DataError                a data or schema file is not what it should be (file, row, column)
+    ├── ProvisionError           a key, certificate, descriptor or directory of a federation is missing or wrong
+    ├── SealError                a sealed update does not open: tampered, replayed or meant for another run
+    ├── TransportError           a peer broke the protocol, or cannot be reached
+    │   └── ConnectionRefused    the server will not have this site (revoked, wrong version); retrying is useless
+    ├── UpdateError              an update that arrived cannot be added (shapes, NaN, weight)
+    ├── CheckpointError          a checkpoint or run directory is missing or damaged
+    ├── LedgerError              the privacy ledger is damaged or cannot be written
+    │   └── BudgetExceeded       a training round would exceed the budget of the data set
+    ├── PluginError              a strategy, workload or schema is unknown or cannot be loaded
+    ├── RoundError               too few sites answered, too often: the run cannot go on
+    ├── CompressionError         a model cannot be pruned or distilled as asked
+    └── BundleError              a bundle is incomplete, tampered with, or signed by someone else
+
+A message says what was wrong, where, and what to do. It never contains a secret.
+"""
+
+
+class FedClawError(Exception):
+    """Base of all FedClaw errors; a user sees its text, never a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(FedClawError):
+    """Wrong command line or configuration."""
+
+    exit_code = 2
+
+
+class DataError(FedClawError):
+    """A data or schema file is not what it should be."""
+
+
+class ProvisionError(FedClawError):
+    """Something of a federation's keys, certificates or directories is missing or wrong."""
+
+
+class SealError(FedClawError):
+    """A sealed update does not open under the binding it should have."""
+
+
+class TransportError(FedClawError):
+    """A peer broke the protocol or cannot be reached."""
+
+
+class ConnectionRefused(TransportError):
+    """The server refused this site for good; reconnecting would not help."""
+
+
+class UpdateError(FedClawError):
+    """An update cannot be added to the round's sum."""
+
+
+class CheckpointError(FedClawError):
+    """A checkpoint or run directory is missing or damaged."""
+
+
+class LedgerError(FedClawError):
+    """The privacy ledger is damaged or cannot be written."""
+
+
+class BudgetExceeded(LedgerError):
+    """A training round would exceed the privacy budget of the data set."""
+
+
+class PluginError(FedClawError):
+    """A plug-in is unknown, not installed, or not of the promised type."""
+
+
+class RoundError(FedClawError):
+    """Too few sites answered, too often: the run cannot go on."""
+
+
+class CompressionError(FedClawError):
+    """A model cannot be pruned or distilled as asked."""
+
+
+class BundleError(FedClawError):
+    """A bundle is incomplete, tampered with, or not signed by the expected federation."""

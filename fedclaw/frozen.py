@@ -1,0 +1,20 @@
+"""The base of everything that is read from a file, a command line or the wire."""
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Frozen(BaseModel):
+    """An immutable, fully checked value: unknown fields and NaN are refused, nothing is guessed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def explain(error: ValidationError) -> str:
+    """One line a person can act on: each wrong field by its path, what it is and what it should be."""
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(step) for step in item["loc"]) or "(whole)"
+        message = item["msg"].removeprefix("Value error, ")
+        given = "" if item["type"] in {"missing", "value_error"} else f" (given: {item['input']!r:.80})"
+        parts.append(f"{where}: {message}{given}")
+    return "; ".join(parts)

@@ -1,0 +1,38 @@
+"""What FedClaw's runtimes promise beyond Flower's `Grid`, and what a site must offer them."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+
+class StreamingGrid(Grid):
+    """A Grid that hands out replies as they arrive instead of collecting them.
+
+    `send_and_receive` pushes its messages before it returns, then yields each reply once; it ends when all have
+    answered, when `timeout` seconds have passed, or when no site that still owes a reply can be reached.
+    """
+
+    @abstractmethod
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Push `messages`, then yield replies in order of arrival."""
+
+    @abstractmethod
+    def site_name(self, node_id: int) -> str:
+        """The site's name as its certificate (or the simulation) has it."""
+
+
+class SiteHandler(Protocol):
+    """A site, as a runtime sees it."""
+
+    def answer(self, message: Message) -> Message:
+        """Do what `message` asks and return the reply; never raises for a bad request."""
+
+    def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
+        """Called when the reply to `message` is durable at the site and before its first byte leaves.
+
+        `size` is in bytes and `digest` the SHA-256 (hexadecimal) of what leaves. Called again, with the same
+        arguments, when the same reply is sent again after a restart. If it raises, nothing is sent.
+        """

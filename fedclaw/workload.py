@@ -1,0 +1,107 @@
+"""The seam between the framework and a workload (tabular, vision, ...): two abstract classes.
+
+A `Schema` is read from a small file that the federation agrees on; it turns a site's raw files, or the rows that
+somebody wants predicted, into arrays. It needs numpy only, so that prediction runs without torch and does exactly
+what training did. A `Workload` adds the model, the loss and the metrics, as pure functions.
+
+Legend: N examples, C classes, D input shape without the batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.federation.plan import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Examples ready for a model: inputs (N, *D) float32 and class indices (N,) int64."""
+
+    inputs: Floats
+    targets: Labels
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Schema(ABC):
+    """What the federation agreed on: inputs, target, and how raw values become numbers. numpy only."""
+
+    name: ClassVar[str]
+    """The workload's name, the same as in the plan."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str, origin: str) -> Self:
+        """Read a schema (YAML, or the JSON of `to_json`). Raises DataError that names `origin` and the field."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """Canonical JSON: the same schema gives the same text. Goes into bundles; sites compare its SHA-256."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """D."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[str, ...]:
+        """Names of the C classes, in the order of the model's outputs."""
+
+    @abstractmethod
+    def read_examples(self, path: Path) -> Table:
+        """Read labelled data. Raises DataError naming file, row (1-based, header not counted) and column."""
+
+    @abstractmethod
+    def read_inputs(self, path: Path) -> Floats:
+        """Read unlabelled data, (N, *D); a target column, if there is one, is ignored. Raises DataError."""
+
+    @abstractmethod
+    def describe_inputs(self) -> Mapping[str, Any]:
+        """JSON-able description of the model's input tensor and of every preprocessing constant."""
+
+    @abstractmethod
+    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
+        """(count, *D) made from the schema alone (ranges, levels): never from a site's data."""
+
+
+class Workload(ABC):
+    """Model, loss and metrics for one schema: pure functions, no hidden state."""
+
+    name: ClassVar[str]
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+
+    @abstractmethod
+    def default_model(self) -> ModelSpec:
+        """The model used when the configuration names none."""
+
+    @abstractmethod
+    def build(self, spec: ModelSpec) -> "torch.nn.Module":
+        """A fresh model, (N, *D) -> logits (N, C), without batch statistics. Raises PluginError for a wrong spec."""
+
+    @abstractmethod
+    def spec_of(self, model: "torch.nn.Module") -> ModelSpec:
+        """The spec that builds a model of exactly this model's (possibly pruned) shapes: build(spec_of(m)) fits m."""
+
+    @abstractmethod
+    def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """Mean loss over the batch, a scalar; 0 with a zero gradient for an empty batch."""
+
+    @abstractmethod
+    def evaluate(self, logits: "torch.Tensor", targets: "torch.Tensor") -> dict[str, float]:
+        """Metrics of a test set by the names in `fedclaw.federation.plan.METRICS`; undefined ones are left out."""
