@@ -81,7 +81,7 @@ def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> 
     arguments = sys.argv[1:]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     if any(argument in {"-h", "--help"} for argument in arguments):
-        print(usage.strip())
+        sys.stdout.write(usage.strip() + "\n")
         sys.exit(0)
     _start_logging(console)
     try:

@@ -1,0 +1,54 @@
+"""Named float arrays on the wire and back, without a copy where none is needed.
+
+Flower's `Array` holds the bytes of a .npy file. Reading them through `np.load` copies; here they are viewed.
+"""
+
+import io
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from fedclaw.errors import UpdateError
+
+Arrays = dict[str, NDArray[np.float32]]
+"""Parameters, or anything of their shapes, by state-dict name; float32."""
+
+_STYPE = "numpy.ndarray"
+_LONGEST_HEADER = 4096
+
+
+def pack(arrays: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+    """`arrays` as a Flower record, one copy of each."""
+    packed = {}
+    for name, array in arrays.items():
+        contiguous = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
+        header = io.BytesIO()
+        npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(contiguous))
+        data = b"".join((header.getvalue(), memoryview(contiguous.reshape(-1).view(np.uint8))))
+        packed[name] = Array(dtype="float32", shape=tuple(contiguous.shape), stype=_STYPE, data=data)
+    return ArrayRecord(packed)
+
+
+def unpack(record: ArrayRecord) -> Arrays:
+    """Read-only views of a record's arrays. Raises UpdateError for anything but well-formed float32."""
+    return {name: _view(name, array) for name, array in record.items()}
+
+
+def _view(name: str, array: Array) -> NDArray[np.float32]:
+    if array.stype != _STYPE:
+        raise UpdateError(f"array {name!r} is serialised as {array.stype!r}, expected {_STYPE!r}")
+    head = io.BytesIO(array.data[:_LONGEST_HEADER])
+    try:
+        version = npy.read_magic(head)
+        if version != (1, 0):
+            raise ValueError(f"unsupported .npy version {version}")
+        shape, fortran, dtype = npy.read_array_header_1_0(head)
+        if dtype != np.float32 or fortran:
+            raise ValueError(f"expected C-ordered float32, got {dtype}")
+        values = np.frombuffer(array.data, dtype=np.float32, offset=head.tell())
+        return values.reshape(shape)
+    except ValueError as error:
+        raise UpdateError(f"array {name!r} cannot be read: {error}") from error

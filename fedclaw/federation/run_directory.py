@@ -1,0 +1,179 @@
+"""What a run leaves at the coordinator: its record, checkpoints, metrics, receipts and the final model."""
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, JsonValue, ValidationError
+
+from fedclaw.errors import CheckpointError, UsageError
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
+from fedclaw.files import write_atomic
+from fedclaw.frozen import Frozen, explain
+from fedclaw.workload import Schema, Workload
+
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+
+
+class StrategyRecord(Frozen):
+    """A strategy by name and the settings it ran with."""
+
+    name: str
+    settings: dict[str, JsonValue] = {}
+
+
+class RunRecord(Frozen):
+    """What was asked for, written once when the run begins. `schema_text` is the schema's canonical JSON."""
+
+    version: int = 1
+    run: str
+    federation: str
+    workload: str
+    schema_text: str
+    model: ModelSpec
+    strategy: StrategyRecord
+    rounds: int = Field(ge=1)
+    training: LocalTraining
+    privacy: PrivacyRequest | None
+    seed: int
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+
+class SiteReceipt(Frozen):
+    """The last receipt of a site, and how many training examples it trained on."""
+
+    examples: int = Field(ge=0)
+    receipt: Receipt
+
+
+class RunDirectory:
+    """runs/<run>/ with run.json, checkpoint-NNNN.npz, metrics.jsonl, receipts.json, model.npz, compressed/."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def create(cls, root: Path, record: RunRecord) -> "RunDirectory":
+        """Begin a run. Raises UsageError when the directory already holds one."""
+        directory = cls(root)
+        if directory._record_path.exists():
+            raise UsageError(f"{root} already holds a run; continue it with resume={root} or choose another run name")
+        write_atomic(directory._record_path, record.model_dump_json(indent=2).encode())
+        return directory
+
+    @classmethod
+    def open(cls, root: Path) -> "RunDirectory":
+        """A run that was begun. Raises UsageError when `root` is not one."""
+        directory = cls(root)
+        if not directory._record_path.is_file():
+            raise UsageError(f"{root} is not a run directory: it has no run.json (a run is a directory like runs/NAME)")
+        return directory
+
+    @property
+    def _record_path(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def model_path(self) -> Path:
+        """The final global parameters."""
+        return self.root / "model.npz"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON line a round."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def compressed(self) -> Path:
+        """What the compression stage left, if it ran."""
+        return self.root / "compressed"
+
+    def record(self) -> RunRecord:
+        """The run's record. Raises CheckpointError when it is damaged."""
+        return _read_model(self._record_path, RunRecord)
+
+    def workload(self) -> Workload:
+        """The run's workload, with its schema."""
+        from fedclaw.federation.registry import workload_class
+
+        return workload_class(self.record().workload)(self.schema())
+
+    def schema(self) -> Schema:
+        """The run's schema; needs no torch."""
+        from fedclaw.federation.registry import schema_class
+
+        record = self.record()
+        return schema_class(record.workload).parse(record.schema_text, str(self._record_path))
+
+    def write_model(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+        """Write the final global parameters."""
+        write_atomic(self.model_path, arrays_to_npz(parameters))
+
+    def read_model(self) -> Arrays:
+        """The final global parameters. Raises CheckpointError when the run has not finished or the file is damaged."""
+        if not self.model_path.is_file():
+            raise CheckpointError(
+                f"{self.root} has no model.npz: the run has not finished; continue it with resume={self.root}"
+            )
+        return npz_to_arrays(self.model_path.read_bytes(), self.model_path)
+
+    def append_metrics(self, round_number: int, values: Mapping[str, Any]) -> None:
+        """Add a line for `round_number`; a line of the same or a later round (before a resume) is replaced."""
+        kept = [line for line in self.read_metrics() if line["round"] < round_number]
+        lines = [*kept, {"round": round_number, **values}]
+        write_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rounds so far, in order."""
+        if not self.metrics_path.is_file():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+
+    def write_receipts(self, receipts: Mapping[str, SiteReceipt]) -> None:
+        """Replace the last receipt of every site, by site name."""
+        content = {name: receipt.model_dump(mode="json") for name, receipt in sorted(receipts.items())}
+        write_atomic(self.root / "receipts.json", json.dumps(content, indent=2).encode())
+
+    def read_receipts(self) -> dict[str, SiteReceipt]:
+        """The last receipt of every site that ever trained in this run, by site name."""
+        path = self.root / "receipts.json"
+        if not path.is_file():
+            return {}
+        try:
+            return {name: SiteReceipt.model_validate(item) for name, item in json.loads(path.read_text()).items()}
+        except (ValidationError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {_brief(error)}") from error
+
+
+def arrays_to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """`arrays` as the bytes of an uncompressed .npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def npz_to_arrays(content: bytes, origin: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file. Raises CheckpointError naming `origin` when it is not one."""
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise CheckpointError(f"{origin} is damaged: {_brief(error)}") from error
+
+
+def _read_model(path: Path, model: type[RunRecord]) -> RunRecord:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
+
+
+def _brief(error: BaseException) -> str:
+    return explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
