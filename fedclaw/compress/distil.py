@@ -1,0 +1,50 @@
+"""The knowledge distillation loss: one formula, for the coordinator's proxy recovery and for the sites' rounds.
+
+Legend: N examples, C classes.
+"""
+
+import torch
+from torch.nn import functional
+
+from fedclaw.errors import CompressionError
+
+
+def distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets_loss: torch.Tensor | None,
+    temperature: float,
+    weight: float,
+) -> torch.Tensor:
+    """weight * T^2 * KL(teacher_T || student_T) + (1 - weight) * targets_loss, a scalar.
+
+    Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2: both distributions
+    are softmax(logits / T), the divergence is the mean over the batch, and T^2 keeps the size of its gradient
+    comparable with that of the loss on targets when T changes.
+
+    Args:
+        student_logits: (N, C); gradients flow through these only.
+        teacher_logits: (N, C); a constant.
+        targets_loss: the workload's mean loss over the same batch, a scalar; None (no targets) needs weight 1.
+        temperature: T > 0.
+        weight: in [0, 1]; 1 learns from the teacher alone.
+
+    An empty batch gives 0 with a zero gradient, as the workload's own loss does: a Poisson sample may be empty.
+
+    Raises:
+        CompressionError: the shapes differ, or there is no targets_loss although weight < 1.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise CompressionError(
+            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
+            f"{tuple(teacher_logits.shape)}; both must score the same examples and classes"
+        )
+    student_log = functional.log_softmax(student_logits / temperature, dim=-1)
+    teacher_log = functional.log_softmax(teacher_logits.detach() / temperature, dim=-1)
+    divergence = functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
+    soft = divergence * (weight * temperature**2 / max(len(student_logits), 1))
+    if targets_loss is not None:
+        return soft + (1.0 - weight) * targets_loss
+    if weight < 1.0:
+        raise CompressionError(f"a distillation weight of {weight} needs the loss on targets, and there are none")
+    return soft
