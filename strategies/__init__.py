@@ -1,0 +1,1 @@
+"""Federated algorithms, one a file, each with its server half and its client half."""
