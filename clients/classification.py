@@ -1,0 +1,42 @@
+"""What all classifiers share, whatever their inputs: the loss, the metrics, and the checking of model arguments."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from torch.nn import functional
+
+from clients import metrics
+from fedclaw.errors import PluginError
+from fedclaw.federation.plan import ModelSpec
+from fedclaw.frozen import Frozen, explain
+from fedclaw.workload import Workload
+
+A = TypeVar("A", bound=Frozen)
+
+
+class Classification(Workload):
+    """A workload whose model gives logits (N, C) for the schema's C labels."""
+
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats over the batch, a scalar; 0 with a zero gradient for an empty batch."""
+        return functional.cross_entropy(logits, targets, reduction="sum") / max(targets.shape[0], 1)
+
+    def evaluate(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+        """Loss, accuracy, precision, recall, f1, auroc; which definitions and when left out: `clients.metrics`."""
+        return metrics.classification(
+            logits.detach().cpu().numpy().astype(np.float64),
+            targets.detach().cpu().numpy().astype(np.int64),
+        )
+
+
+def known(spec: ModelSpec, models: Mapping[str, type[A]]) -> A:
+    """The checked arguments of the model that `spec` names. Raises PluginError: a server may have sent it."""
+    if spec.name not in models:
+        raise PluginError(f"no model is called {spec.name!r} here; there are: {', '.join(sorted(models))}")
+    try:
+        return models[spec.name].model_validate(spec.args)
+    except ValidationError as error:
+        raise PluginError(f"model {spec.name!r}: {explain(error)}") from error

@@ -1,0 +1,273 @@
+"""Tables: CSV or Parquet files and the schema file that says what their columns mean.
+
+A schema file, which all sites of a federation share:
+
+    columns:
+      - {name: age, kind: numeric, center: 50, scale: 20, range: [0, 120]}
+      - {name: smoker, kind: boolean}
+      - {name: ward, kind: categorical, levels: [surgery, medicine]}
+    target: {name: outcome, labels: [benign, malignant]}     # or labels: {"0": benign, "1": malignant}
+    missing: ["", NA, "?"]                                   # cells that mean 'not known'
+    standardise: schema                                      # or site
+    extra: refuse                                            # or ignore: columns that the schema does not name
+    delimiter: ","
+
+How each kind of column becomes numbers, missing cells included, is in `clients.columns`. The target may not be missing.
+
+Standardisation. With `schema`, every numeric column's `center` and `scale` are constants in this file: public,
+equal at all sites and in the bundle, and independent of anybody's data. With `site`, they are the site's own
+training mean and deviation, which the site computes once, keeps in a file of its own and uses for training,
+testing and predicting:
+
+    fitted = schema.fit(train_csv)                # reads the training data; nothing leaves the site
+    write_atomic(file, fitted.constants.to_json().encode(), PRIVATE_MODE)
+    fitted = schema.with_constants(SiteConstants.parse(file.read_text(), str(file)))
+
+Only the fitted schema reads data then; `to_json`, and with it the digest that sites compare, stays the agreed one.
+Such constants depend on every training example, and no accountant counts them: with `site` the epsilon of a
+DP-SGD run does not cover the standardisation, and the constants must stay at the site. `data_dependent` says
+so, for whoever has to refuse it.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from clients.columns import AnyColumn, Column, Missing, Numeric, codes, describe, missing_cells
+from clients.definitions import Labels, Text, as_text, canonical_json, distinct, parse_definition, shown
+from clients.moments import Moments
+from clients.tables import Block, read_blocks
+from fedclaw.errors import DataError
+from fedclaw.frozen import Frozen
+from fedclaw.workload import Floats, Schema, Table
+
+MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
+MAX_FEATURES = 100_000
+
+
+class Target(Frozen):
+    """The column to predict: its labels, or a map from raw values to labels (several values may share one)."""
+
+    name: Text = Field(min_length=1)
+    labels: Labels | dict[str, Text]
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _text_keys(cls, value: Any) -> Any:
+        return {as_text(raw): label for raw, label in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _two_classes(self) -> Self:
+        if len(self.classes) < 2:
+            raise ValueError("labels must name at least two classes")
+        return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; for a map in the order in which they first appear."""
+        return tuple(dict.fromkeys(self.labels.values())) if isinstance(self.labels, dict) else self.labels
+
+    @property
+    def codes(self) -> dict[str, int]:
+        """Raw value to class index."""
+        index = {label: i for i, label in enumerate(self.classes)}
+        if isinstance(self.labels, dict):
+            return {raw: index[label] for raw, label in self.labels.items()}
+        return index
+
+
+class TableDefinition(Frozen):
+    """The content of a table's schema file."""
+
+    columns: tuple[AnyColumn, ...] = Field(min_length=1)
+    target: Target
+    missing: tuple[Text, ...] = MISSING
+    standardise: Literal["schema", "site"] = "schema"
+    extra: Literal["refuse", "ignore"] = "refuse"
+    delimiter: Literal[",", ";", "\t", "|"] = ","
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        distinct((*(column.name for column in self.columns), self.target.name))
+        if sum(len(column.features) for column in self.columns) > MAX_FEATURES:
+            raise ValueError(f"more than {MAX_FEATURES} features in all columns together")
+        if self.standardise == "site":
+            for column in self.columns:
+                if isinstance(column, Numeric) and (column.center is not None or column.scale is not None):
+                    raise ValueError(f"column {column.name!r} has a center or scale, and standardise: site has none")
+        return self
+
+
+class ColumnConstants(Frozen):
+    """Mean and deviation of a numeric column's known training values; 0 and 1 if there are none, 1 if all are equal."""
+
+    mean: float
+    deviation: float = Field(gt=0)
+
+
+class SiteConstants(Frozen):
+    """What a site with `standardise: site` keeps: made from its training data, never sent."""
+
+    schema_digest: str
+    columns: dict[str, ColumnConstants]
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Self:
+        """Read `to_json`'s text. Raises DataError that names `origin`."""
+        return parse_definition(text, origin, cls)
+
+    def to_json(self) -> str:
+        """The constants as JSON."""
+        return canonical_json(self)
+
+
+class TabularSchema(Schema):
+    """Columns to features: (N, D) with D the sum of the columns' features, in the order of the schema file."""
+
+    name: ClassVar[str] = "tabular"
+
+    def __init__(self, definition: TableDefinition, constants: SiteConstants | None = None) -> None:
+        self.definition = definition
+        self.constants = constants
+        self._columns: tuple[Column, ...] = definition.columns
+        self._missing: Missing = missing_cells(definition.missing)
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Self:
+        """Read a schema file. Raises DataError that names `origin` and the field."""
+        return cls(parse_definition(text, origin, TableDefinition))
+
+    def to_json(self) -> str:
+        """The agreed schema, without a site's constants."""
+        return canonical_json(self.definition)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(D,)."""
+        return (sum(len(column.features) for column in self._columns),)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.definition.target.classes
+
+    @property
+    def data_dependent(self) -> bool:
+        """True if the inputs depend on other examples than their own, which no privacy accountant covers."""
+        return self.definition.standardise == "site"
+
+    def read_examples(self, path: Path) -> Table:
+        """Read labelled rows. Raises DataError; a table without the target, or with a row without it, is one."""
+        self._require_constants(path)
+        target, known = self.definition.target.name, self.definition.target.codes
+        inputs, targets = [], []
+        for block in self._blocks(path, target_required=True):
+            inputs.append(self._encode(block))
+            targets.append(codes(block, target, known, missing=None))
+        return Table(np.concatenate(inputs), np.concatenate(targets))
+
+    def read_inputs(self, path: Path) -> Floats:
+        """Read rows to predict, (N, D); the target column may be there and is not looked at. Raises DataError."""
+        self._require_constants(path)
+        return np.concatenate([self._encode(block) for block in self._blocks(path, target_required=False)])
+
+    def fit(self, path: Path) -> Self:
+        """This schema with the constants of the training data in `path`; itself if it standardises by the schema.
+
+        One pass over the file in bounded memory. Raises DataError.
+        """
+        if not self.data_dependent:
+            return self
+        numeric = [column for column in self._columns if isinstance(column, Numeric)]
+        moments = {column.name: Moments() for column in numeric}
+        for block in self._blocks(path, target_required=False):
+            for column in numeric:
+                moments[column.name].add(column.read(block, self._missing))
+        constants = {name: ColumnConstants(mean=m.mean, deviation=m.deviation or 1.0) for name, m in moments.items()}
+        return self.with_constants(SiteConstants(schema_digest=self._digest(), columns=constants))
+
+    def with_constants(self, constants: SiteConstants) -> Self:
+        """This schema with a site's constants. Raises DataError if they belong to another schema."""
+        if constants.schema_digest != self._digest():
+            raise DataError("the site's standardisation constants belong to another schema; compute them anew")
+        fitted = copy.copy(self)
+        fitted.constants = constants
+        fitted._columns = tuple(_standardised(column, constants) for column in self.definition.columns)
+        return fitted
+
+    def describe_inputs(self) -> Mapping[str, Any]:
+        """The input tensor, each column's place in it, and the rules; never a site's constants."""
+        columns, first = [], 0
+        for column in self.definition.columns:
+            columns.append(describe(column, first))
+            first += len(column.features)
+        return {
+            "dtype": "float32",
+            "shape": ["batch", first],
+            "columns": columns,
+            "features": [feature for column in self.definition.columns for feature in column.features],
+            "standardise": self.definition.standardise,
+            "encoding": {
+                "numeric": "(value - center) / scale; missing: 0",
+                "boolean": "0 or 1; missing: 0.5",
+                "categorical": "one-hot over the levels; missing: all zeros",
+                "missing": list(self.definition.missing),
+            },
+        }
+
+    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
+        """Each column drawn by itself from what the schema says of it; with `standardise: site` numbers are N(0, 1)."""
+        parts = [
+            generator.normal(size=(count, 1))
+            if self.data_dependent and isinstance(column, Numeric)
+            else column.synthetic(count, generator)
+            for column in self.definition.columns
+        ]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _blocks(self, path: Path, *, target_required: bool) -> Iterator[Block]:
+        checked = False
+        for block in read_blocks(path, self.definition.delimiter):
+            if not checked:
+                self._check_names(path, tuple(block.columns), target_required=target_required)
+                checked = True
+            yield block
+
+    def _check_names(self, path: Path, names: Sequence[str], *, target_required: bool) -> None:
+        target = self.definition.target.name
+        wanted = [column.name for column in self.definition.columns] + ([target] if target_required else [])
+        absent = [name for name in wanted if name not in names]
+        if absent:
+            found = shown(", ".join(names))
+            raise DataError(f"{path}: the column {shown(absent[0])} is missing; the file has {found}")
+        extra = [name for name in names if name not in wanted and name != target]
+        if extra and self.definition.extra == "refuse":
+            raise DataError(f"{path}: the schema knows no column {shown(extra[0])}; remove it, or say extra: ignore")
+
+    def _encode(self, block: Block) -> Floats:
+        parts = [column.encode(block, self._missing) for column in self._columns]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _require_constants(self, path: Path) -> None:
+        if self.data_dependent and self.constants is None:
+            raise DataError(
+                f"{path}: the schema standardises by site, and this site's constants are not there yet; "
+                "compute them from the training data first (TabularSchema.fit)"
+            )
+
+    def _digest(self) -> str:
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def _standardised(column: Column, constants: SiteConstants) -> Column:
+    if not isinstance(column, Numeric):
+        return column
+    if column.name not in constants.columns:
+        raise DataError(f"the site's standardisation constants have no column {shown(column.name)}; compute them anew")
+    own = constants.columns[column.name]
+    return column.model_copy(update={"center": own.mean, "scale": own.deviation})
