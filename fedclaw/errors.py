@@ -9,6 +9,7 @@
     │   └── ConnectionRefused    the server will not have this site (revoked, wrong version); retrying is useless
     ├── UpdateError              an update that arrived cannot be added (shapes, NaN, weight)
     ├── CheckpointError          a checkpoint or run directory is missing or damaged
+    ├── PrivacyError             a mechanism, model or loss cannot give the privacy that is asked of it
     ├── LedgerError              the privacy ledger is damaged or cannot be written
     │   └── BudgetExceeded       a training round would exceed the budget of the data set
     ├── PluginError              a strategy, workload or schema is unknown or cannot be loaded
@@ -58,6 +59,10 @@ class UpdateError(FedClawError):
 
 class CheckpointError(FedClawError):
     """A checkpoint or run directory is missing or damaged."""
+
+
+class PrivacyError(FedClawError):
+    """A mechanism, model or loss cannot give the privacy that is asked of it."""
 
 
 class LedgerError(FedClawError):

@@ -1,0 +1,169 @@
+import math
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import PLDAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant, RDPAccountant
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fedclaw.errors import PrivacyError
+from fedclaw.privacy.accounting import (
+    LARGEST_NOISE,
+    SMALLEST_NOISE,
+    Mechanism,
+    calibrate,
+    epsilon_of,
+    event_from_json,
+    event_of,
+    event_to_json,
+)
+
+MECHANISMS = st.builds(
+    Mechanism,
+    sample_rate=st.sampled_from([0.003, 0.02, 0.1, 0.5, 1.0]),
+    noise_multiplier=st.floats(0.7, 6.0),
+    steps=st.integers(1, 2000),
+)
+
+
+def exact_gaussian(noise: float, delta: float) -> float:
+    """Balle and Wang 2018, theorem 8: the exact epsilon of one Gaussian mechanism of sensitivity 1."""
+
+    def excess(epsilon: float) -> float:
+        left = norm.cdf(0.5 / noise - epsilon * noise)
+        return left - math.exp(epsilon) * norm.cdf(-0.5 / noise - epsilon * noise) - delta
+
+    return brentq(excess, 0, 600)
+
+
+def reference(mechanisms: list[Mechanism], delta: float, interval: float = 1e-4) -> float:
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
+    for mechanism in mechanisms:
+        accountant.compose(event_of(mechanism))
+    return float(accountant.get_epsilon(delta))
+
+
+def test_published_figure() -> None:
+    assert epsilon_of([Mechanism(0.02, 1.1, 1500)], 1e-5) == pytest.approx(4.02, abs=0.005)
+
+
+@pytest.mark.parametrize("noise", [0.2, 1.0, 5.0])
+def test_one_gaussian_against_the_exact_formula(noise: float) -> None:
+    exact = exact_gaussian(noise, 1e-5)
+    assert exact * (1 - 1e-9) <= epsilon_of([Mechanism(1.0, noise, 1)], 1e-5) <= exact * 1.005
+
+
+def test_full_batches_compose_like_one_gaussian_with_less_noise() -> None:
+    assert epsilon_of([Mechanism(1.0, 10.0, 100)], 1e-6) == pytest.approx(exact_gaussian(1.0, 1e-6), rel=0.005)
+
+
+@settings(max_examples=10, deadline=None)
+@given(MECHANISMS)
+def test_between_the_fine_pld_and_renyi(mechanism: Mechanism) -> None:
+    epsilon = epsilon_of([mechanism], 1e-5)
+    renyi = RDPAccountant()
+    renyi.history = [(mechanism.noise_multiplier, mechanism.sample_rate, mechanism.steps)]
+    fine = reference([mechanism], 1e-5, min(1e-4, mechanism.sample_rate / mechanism.noise_multiplier / 50))
+    assert fine * (1 - 1e-4) <= epsilon <= fine * 1.01 + 1e-4
+    assert epsilon <= renyi.get_epsilon(delta=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps"), [(0.02, 1.1, 1500), (0.1, 2.0, 300), (0.25, 3.0, 40), (0.01, 0.8, 500)]
+)
+def test_agrees_with_prv(rate: float, noise: float, steps: int) -> None:
+    prv = PRVAccountant()
+    prv.history = [(noise, rate, steps)]
+    upper = prv.get_epsilon(delta=1e-5, eps_error=0.01)
+    # PRV returns an upper bound whose own error is at most eps_error.
+    assert upper - 0.025 <= epsilon_of([Mechanism(rate, noise, steps)], 1e-5) <= upper + 0.01
+
+
+def test_mixtures_compose_in_any_order_and_grouping() -> None:
+    parts = [Mechanism(0.1, 2.0, 50), Mechanism(0.02, 1.1, 500), Mechanism(1.0, 20.0, 10), Mechanism(0.1, 2.0, 50)]
+    whole = epsilon_of(parts, 1e-5)
+    assert whole == epsilon_of(reversed(parts), 1e-5)
+    assert whole == epsilon_of([Mechanism(0.1, 2.0, 100), *parts[1:3]], 1e-5)
+    assert (fine := reference(parts, 1e-5)) * (1 - 1e-3) <= whole <= fine * 1.01
+    assert whole > max(epsilon_of([part], 1e-5) for part in parts)
+
+
+def test_extremes() -> None:
+    assert epsilon_of([], 1e-5) == 0
+    assert epsilon_of([Mechanism(0.5, 1.0, 0)], 1e-5) == 0
+    assert epsilon_of([Mechanism(0.5, 0.0, 1)], 1e-5) == math.inf
+    assert epsilon_of([Mechanism(0.5, 0.0, 1), Mechanism(0.5, 9.0, 1)], 1e-5) == math.inf
+    assert epsilon_of([Mechanism(1e-7, 1e4, 1)], 1e-5) == pytest.approx(0, abs=1e-9)
+    assert 1e4 < epsilon_of([Mechanism(1.0, SMALLEST_NOISE, 100_000)], 1e-5) < math.inf
+    assert 1e4 < epsilon_of([Mechanism(0.9, SMALLEST_NOISE, 100_000)], 1e-5) < math.inf
+
+
+def test_a_delta_below_the_distributions_is_bounded_by_renyi() -> None:
+    tiny = epsilon_of([Mechanism(0.02, 1.1, 1500)], 1e-20)
+    assert epsilon_of([Mechanism(0.02, 1.1, 1500)], 1e-9) < tiny < math.inf
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_a_delta_outside_its_range_is_refused(delta: float) -> None:
+    with pytest.raises(PrivacyError, match="delta lies in"):
+        epsilon_of([Mechanism(0.5, 1.0, 1)], delta)
+
+
+@pytest.mark.parametrize(
+    "values", [(0.0, 1.0, 1), (1.01, 1.0, 1), (math.nan, 1.0, 1), (0.5, -1.0, 1), (0.5, math.nan, 1), (0.5, 1.0, -1)]
+)
+def test_impossible_mechanisms_are_refused(values: tuple[float, float, int]) -> None:
+    with pytest.raises(PrivacyError):
+        Mechanism(*values)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "rate", "steps"),
+    [
+        (8.0, 1e-5, 0.02, 1500),
+        (1.0, 1e-5, 0.1, 300),
+        (2.0, 1e-5, 0.25, 40),
+        (0.1, 1e-6, 0.01, 10_000),
+        (8.0, 1e-5, 1.0, 1),
+        (3.0, 1e-5, 1.0, 200),
+        (1.0, 1e-2, 0.5, 1),
+        (500.0, 1e-5, 0.5, 10),
+    ],
+)
+def test_calibration_is_enough_and_one_per_cent_less_is_not(
+    epsilon: float, delta: float, rate: float, steps: int
+) -> None:
+    noise = calibrate(epsilon, delta, rate, steps)
+    assert epsilon_of([Mechanism(rate, noise, steps)], delta) <= epsilon
+    assert epsilon_of([Mechanism(rate, noise / 1.01, steps)], delta) > epsilon
+
+
+def test_calibration_does_not_go_below_the_floor() -> None:
+    assert calibrate(1e9, 1e-5, 0.5, 1) == SMALLEST_NOISE
+
+
+def test_an_unreachable_epsilon_is_one_clear_error() -> None:
+    with pytest.raises(PrivacyError, match=f"no noise multiplier up to {LARGEST_NOISE:g} keeps 100000 steps"):
+        calibrate(1e-6, 1e-9, 1.0, 100_000)
+    with pytest.raises(PrivacyError, match="epsilon is a number above 0"):
+        calibrate(0.0, 1e-5, 0.5, 1)
+
+
+@given(MECHANISMS)
+def test_events_survive_json(mechanism: Mechanism) -> None:
+    assert event_from_json(event_to_json(mechanism)) == mechanism
+
+
+def test_training_without_privacy_is_an_event_too() -> None:
+    assert event_from_json(event_to_json(None)) is None
+
+
+@pytest.mark.parametrize(
+    "plain", [{}, {"event": "LaplaceDpEvent", "fields": {"noise_multiplier": 1.0}}, {"event": "__import__('os')"}]
+)
+def test_unknown_events_are_refused(plain: dict[str, object]) -> None:
+    with pytest.raises(PrivacyError, match="cannot account"):
+        event_from_json(plain)
