@@ -1,0 +1,63 @@
+"""What a federation, a site and an address may be called: names become file names, certificates and URIs."""
+
+import ipaddress
+import re
+
+NAME_PATTERN = r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$|^[a-z]$"
+NAME_RULE = (
+    "a name is 1 to 63 lower-case letters, digits and hyphens, starts with a letter and does not end in a hyphen"
+)
+
+_NAME = re.compile(NAME_PATTERN)
+_HOST = re.compile(r"^(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*$", re.I)
+_PORTS = range(1, 65536)
+
+
+def check_name(name: str) -> str:
+    """`name`, if it may be one. Raises ValueError."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r:.80} cannot be used; {NAME_RULE}")
+    return name
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host (without brackets) and port of "host:port" or "[IPv6]:port". Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) not in _PORTS:
+        raise ValueError(f"{address!r:.80} is not HOST:PORT with a port from 1 to 65535")
+    if host.startswith("[") and host.endswith("]"):
+        ip = _ip_address(host[1:-1])
+        if not isinstance(ip, ipaddress.IPv6Address):
+            raise ValueError(f"{address!r:.80} has no IPv6 address in its brackets")
+        host = host[1:-1]
+    elif not _HOST.match(host):
+        raise ValueError(f"{address!r:.80} has no host name or IP address before the port (IPv6 goes in brackets)")
+    if (ip := _ip_address(host)) is not None and ip.is_unspecified:
+        raise ValueError(
+            f"{address!r} is where to listen, not where sites connect to; give the server's name or address"
+        )
+    return host, int(port)
+
+
+def check_address(address: str) -> str:
+    """`address`, if a site can connect to it. Raises ValueError."""
+    split_address(address)
+    return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this very machine."""
+    ip = _ip_address(host)
+    return ip.is_loopback if ip is not None else host.lower() == "localhost"
+
+
+def site_uri(federation: str, site: str) -> str:
+    """The URI that a site's certificate is for."""
+    return f"fedclaw://{federation}/site/{site}"
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
