@@ -27,7 +27,7 @@ def pack(arrays: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
         contiguous = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
         header = io.BytesIO()
         npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(contiguous))
-        data = b"".join((header.getvalue(), memoryview(contiguous.reshape(-1).view(np.uint8))))
+        data = b"".join((header.getvalue(), contiguous.data))
         packed[name] = Array(dtype="float32", shape=tuple(contiguous.shape), stype=_STYPE, data=data)
     return ArrayRecord(packed)
 

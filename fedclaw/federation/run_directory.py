@@ -1,12 +1,13 @@
 """What a run leaves at the coordinator: its record, checkpoints, metrics, receipts and the final model."""
 
+import hashlib
 import io
 import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
+from fedclaw.federation.plan import METRICS, Distillation, LocalTraining, ModelSpec, PrivacyRequest, Receipt
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen, explain
 from fedclaw.workload import Schema, Workload
@@ -27,6 +28,19 @@ class StrategyRecord(Frozen):
 
     name: str
     settings: dict[str, JsonValue] = {}
+
+
+class RoundRules(Frozen):
+    """When a round counts. None of these touches what a site computes or pays."""
+
+    minimum: int = Field(default=2, ge=1)
+    """Sites that must have trained for a round to count."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the connected sites asked in a round, sampled anew each time."""
+    deadline: float = Field(default=600.0, gt=0)
+    """Seconds that a site has to answer."""
+    attempts: int = Field(default=3, ge=1)
+    """How often the same question is asked before the run stops; a site that has answered pays nothing again."""
 
 
 class RunRecord(Frozen):
@@ -42,8 +56,22 @@ class RunRecord(Frozen):
     rounds: int = Field(ge=1)
     training: LocalTraining
     privacy: PrivacyRequest | None
-    seed: int
+    distillation: Distillation | None = None
+    weighting: Literal["examples", "uniform"] = "examples"
+    metrics: tuple[str, ...] = METRICS
+    rules: RoundRules = RoundRules()
+    seed: int = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def schema_digest(self) -> str:
+        """SHA-256 of the schema: sites with another schema refuse."""
+        return schema_digest(self.schema_text)
+
+
+def schema_digest(schema_text: str) -> str:
+    """SHA-256 (hexadecimal) of a schema's canonical JSON."""
+    return hashlib.sha256(schema_text.encode()).hexdigest()
 
 
 class SiteReceipt(Frozen):
@@ -54,7 +82,7 @@ class SiteReceipt(Frozen):
 
 
 class RunDirectory:
-    """runs/<run>/ with run.json, checkpoint-NNNN.npz, metrics.jsonl, receipts.json, model.npz, compressed/."""
+    """runs/<run>/ with run.json, checkpoint-NNNN.ckpt, metrics.jsonl, receipts.json, model.npz, compressed/."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -1,0 +1,1 @@
+"""What people look at: progress and summaries in the terminal, and MLflow."""

@@ -1,0 +1,271 @@
+"""The loop: plan, exchange, step, evaluate, checkpoint; and the same loop again after a crash.
+
+Before a round's questions go out, who is asked is written down (round.json). A server that is killed in
+mid-round resumes with the same parameters, plan and cohort, so the questions are byte for byte the same, and a
+site that has answered already answers from its outbox at no further cost.
+"""
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedclaw.errors import CheckpointError, RoundError
+from fedclaw.federation import checkpoint, exchange
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.checkpoint import Checkpoint
+from fedclaw.federation.exchange import Declined, Evaluated, Trained
+from fedclaw.federation.global_model import GlobalModel
+from fedclaw.federation.plan import Plan
+from fedclaw.federation.registry import strategy_class
+from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
+from fedclaw.federation.strategy import Strategy
+from fedclaw.files import write_atomic
+from fedclaw.frozen import Frozen
+
+log = logging.getLogger(__name__)
+
+PENDING = "round.json"
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round did. Metrics are of the parameters after the round; seconds are wall-clock."""
+
+    round: int
+    rounds: int
+    answered: tuple[str, ...]
+    declined: tuple[Declined, ...]
+    silent: tuple[str, ...]
+    update_norm: float
+    train_seconds: float
+    evaluate_seconds: float
+    metrics: Mapping[str, float]
+    test_examples: int
+    receipts: Mapping[str, SiteReceipt]
+
+
+class Observer(Protocol):
+    """Someone who watches a run: the terminal, MLflow."""
+
+    def started(self, record: RunRecord, first_round: int) -> None:
+        """The run begins, or goes on, with `first_round`."""
+
+    def finished_round(self, report: RoundReport) -> None:
+        """A round counts: its checkpoint is on disk."""
+
+    def finished(self, outcome: "Outcome") -> None:
+        """The last round is done."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a run."""
+
+    directory: RunDirectory
+    parameters: Arrays
+    metrics: dict[str, float] = field(default_factory=dict)
+    receipts: dict[str, SiteReceipt] = field(default_factory=dict)
+
+
+class _Pending(Frozen):
+    """The round in flight: whom it asks. Written before the first question goes out."""
+
+    round: int
+    nodes: tuple[int, ...]
+
+
+def pending_cohort(directory: RunDirectory) -> tuple[int, ...]:
+    """Nodes of the round that was in flight when the run stopped; empty when there is none."""
+    pending = _read_pending(directory)
+    return pending.nodes if pending else ()
+
+
+def _read_pending(directory: RunDirectory) -> _Pending | None:
+    path = directory.root / PENDING
+    if not path.is_file():
+        return None
+    try:
+        return _Pending.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged; remove it to sample a new cohort for the round") from error
+
+
+def make_strategy(record: RunRecord) -> Strategy:
+    """The run's strategy with its settings. Raises PluginError, or UsageError for wrong settings."""
+    from fedclaw.cli import check_settings
+
+    return check_settings(record.strategy.settings, strategy_class(record.strategy.name))
+
+
+def run_rounds(
+    grid: Grid,
+    directory: RunDirectory,
+    initial: Mapping[str, NDArray[np.float32]],
+    *,
+    teacher: Mapping[str, NDArray[np.float32]] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Outcome:
+    """Run, or go on with, the run in `directory` until its last round; leaves model.npz there.
+
+    `initial` is used when there is no checkpoint yet; `teacher` when the record distils. Raises RoundError when
+    a round finds too few sites as often as the rules allow; the run can then be resumed.
+    """
+    return _Loop(grid, directory, initial, teacher, observers).run()
+
+
+class _Loop:
+    """State of one `run_rounds`."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        directory: RunDirectory,
+        initial: Mapping[str, NDArray[np.float32]],
+        teacher: Mapping[str, NDArray[np.float32]] | None,
+        observers: Sequence[Observer],
+    ) -> None:
+        self.grid = grid
+        self.directory = directory
+        self.record = directory.record()
+        self.strategy = make_strategy(self.record)
+        self.teacher = teacher
+        self.observers = observers
+        self.receipts = directory.read_receipts()
+        saved = checkpoint.newest(directory.root)
+        self.model = GlobalModel(saved.parameters if saved else initial, self.strategy)
+        if saved:
+            self.model.restore_optimizer(saved.optimizer)
+        self.completed = saved.round if saved else 0
+        if not saved:
+            self._checkpoint()
+
+    def run(self) -> Outcome:
+        for observer in self.observers:
+            observer.started(self.record, self.completed + 1)
+        while self.completed < self.record.rounds:
+            report = self._round(self.completed + 1)
+            for observer in self.observers:
+                observer.finished_round(report)
+        self.directory.write_model(self.model.parameters)
+        (self.directory.root / PENDING).unlink(missing_ok=True)
+        outcome = Outcome(self.directory, self.model.parameters, self._last_metrics(), self.receipts)
+        for observer in self.observers:
+            observer.finished(outcome)
+        return outcome
+
+    def _round(self, number: int) -> RoundReport:
+        cohort = self._cohort(number)
+        plan = self._plan(number, cohort)
+        trained = self._train(plan, cohort)
+        norm = self.model.step(trained.total.mean())
+        evaluated = exchange.evaluate(self.grid, cohort, plan, self.model.parameters, self.record.rules.deadline)
+        report = self._report(plan, trained, evaluated, norm)
+        self.receipts.update(trained.receipts)
+        self.directory.write_receipts(self.receipts)
+        self.directory.append_metrics(number, _metrics_line(report))
+        self.completed = number
+        self._checkpoint()
+        return report
+
+    def _train(self, plan: Plan, cohort: Sequence[int]) -> Trained:
+        """Ask until enough sites have answered; the same question each time, so nobody pays twice."""
+        rules = self.record.rules
+        for attempt in range(1, rules.attempts + 1):
+            trained = exchange.train(self.grid, cohort, plan, self.model.parameters, self.teacher, rules.deadline)
+            for declined in trained.declined:
+                log.warning("round %d: %s declined (%s): %s", plan.round, declined.site, declined.code, declined.reason)
+            if trained.silent:
+                log.warning("round %d: no answer from %s", plan.round, ", ".join(trained.silent))
+            if len(trained.answered) >= rules.minimum:
+                return trained
+            if not trained.silent:
+                break
+            log.warning(
+                "round %d: %d of %d sites trained and %d are needed (attempt %d of %d)",
+                *(plan.round, len(trained.answered), len(cohort), rules.minimum, attempt, rules.attempts),
+            )
+        reasons = "; ".join(f"{d.site}: {d.reason}" for d in trained.declined) or "the others did not answer in time"
+        raise RoundError(
+            f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, {rules.minimum} are needed "
+            f"({reasons}). Nothing is lost: continue with resume={self.directory.root}"
+        )
+
+    def _cohort(self, number: int) -> tuple[int, ...]:
+        pending = _read_pending(self.directory)
+        if pending and pending.round == number:
+            return pending.nodes
+        connected = sorted(self.grid.get_node_ids())
+        size = max(self.record.rules.minimum, round(self.record.rules.fraction * len(connected)))
+        if len(connected) < self.record.rules.minimum:
+            raise RoundError(
+                f"round {number}: {len(connected)} sites are connected and {self.record.rules.minimum} are needed; "
+                f"continue with resume={self.directory.root} when they are back"
+            )
+        chosen = random.Random(f"{self.record.seed}/{number}").sample(connected, min(size, len(connected)))  # noqa: S311
+        nodes = tuple(sorted(chosen))
+        write_atomic(self.directory.root / PENDING, _Pending(round=number, nodes=nodes).model_dump_json().encode())
+        return nodes
+
+    def _plan(self, number: int, cohort: Sequence[int]) -> Plan:
+        record = self.record
+        return Plan(
+            federation=record.federation,
+            run=record.run,
+            round=number,
+            rounds=record.rounds,
+            cohort=len(cohort),
+            workload=record.workload,
+            schema_digest=record.schema_digest,
+            model=record.model,
+            strategy=record.strategy.name,
+            strategy_fields=dict(self.strategy.client_fields()),
+            training=record.training,
+            privacy=record.privacy,
+            distillation=record.distillation,
+            weighting=record.weighting,
+            metrics=record.metrics,
+        )
+
+    def _checkpoint(self) -> None:
+        checkpoint.save(
+            self.directory.root, Checkpoint(self.completed, self.model.parameters, self.model.optimizer_state())
+        )
+
+    def _last_metrics(self) -> dict[str, float]:
+        lines = self.directory.read_metrics()
+        return dict(lines[-1]["metrics"]) if lines else {}
+
+    def _report(self, plan: Plan, trained: Trained, evaluated: Evaluated, norm: float) -> RoundReport:
+        return RoundReport(
+            round=plan.round,
+            rounds=plan.rounds,
+            answered=tuple(trained.answered),
+            declined=tuple(trained.declined),
+            silent=tuple(trained.silent),
+            update_norm=norm,
+            train_seconds=trained.seconds,
+            evaluate_seconds=evaluated.seconds,
+            metrics=evaluated.metrics,
+            test_examples=evaluated.examples,
+            receipts=trained.receipts,
+        )
+
+
+def _metrics_line(report: RoundReport) -> dict[str, Any]:
+    return {
+        "metrics": dict(report.metrics),
+        "test_examples": report.test_examples,
+        "answered": list(report.answered),
+        "declined": {declined.site: declined.code for declined in report.declined},
+        "silent": list(report.silent),
+        "update_norm": report.update_norm,
+        "train_seconds": round(report.train_seconds, 4),
+        "evaluate_seconds": round(report.evaluate_seconds, 4),
+        "epsilon": {site: item.receipt.epsilon_run for site, item in report.receipts.items()},
+    }

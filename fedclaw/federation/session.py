@@ -1,0 +1,117 @@
+"""From settings to a run directory: what the server, the experiments and the compression stage share."""
+
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, JsonValue, field_validator
+
+from fedclaw.errors import DataError, PluginError, UsageError
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.coordinator import make_strategy
+from fedclaw.federation.plan import METRICS, LocalTraining, ModelSpec, PrivacyRequest
+from fedclaw.federation.registry import schema_class, workload_class
+from fedclaw.federation.run_directory import RUN_NAME, RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.frozen import Frozen
+
+
+class ModelChoice(Frozen):
+    """conf/workload/*.yaml: model. A null name takes the workload's default model."""
+
+    name: str | None = None
+    args: dict[str, JsonValue] | None = None
+
+
+class WorkloadChoice(Frozen):
+    """conf/workload/*.yaml."""
+
+    name: str
+    schema_file: Path | None = None
+    model: ModelChoice = ModelChoice()
+
+
+class RunSettings(Frozen):
+    """What determines a run, whatever carries its messages."""
+
+    workload: WorkloadChoice
+    strategy: dict[str, JsonValue]
+    """The strategy's name, and its own settings beside it."""
+    training: LocalTraining
+    privacy: PrivacyRequest | None
+    rounds: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    weighting: Literal["examples", "uniform"] = "examples"
+    metrics: tuple[str, ...] = METRICS
+
+    @field_validator("privacy", mode="before")
+    @classmethod
+    def _privacy_none(cls, value: Any) -> Any:
+        """privacy=none is a group of nulls; everything else must be complete."""
+        return None if isinstance(value, Mapping) and all(item is None for item in value.values()) else value
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(value) - set(METRICS)):
+            raise ValueError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(METRICS)}")
+        return value
+
+
+def make_record(settings: RunSettings, federation: str, run: str | None, rules: RoundRules) -> RunRecord:
+    """The record of a new run, checked as far as can be without a site. Raises UsageError, DataError, PluginError."""
+    name = run or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if not RUN_NAME.match(name):
+        raise UsageError(f"the run name {name!r} is not usable: letters, digits, dot, dash and underscore only")
+    choice = settings.workload
+    if choice.schema_file is None:
+        raise UsageError("workload.schema_file is not set: give the schema file that the federation agreed on")
+    schema = schema_class(choice.name).parse(_read(choice.schema_file), str(choice.schema_file))
+    workload = workload_class(choice.name)(schema)
+    model = workload.default_model()
+    if choice.model.name is not None:
+        model = ModelSpec(name=choice.model.name, args=choice.model.args or {})
+    strategy = dict(settings.strategy)
+    strategy_name = strategy.pop("name", None)
+    if not isinstance(strategy_name, str):
+        raise UsageError("strategy.name is not set; see conf/strategy/")
+    record = RunRecord(
+        run=name,
+        federation=federation,
+        workload=choice.name,
+        schema_text=schema.to_json(),
+        model=model,
+        strategy=StrategyRecord(name=strategy_name, settings=strategy),
+        rounds=settings.rounds,
+        training=settings.training,
+        privacy=settings.privacy,
+        weighting=settings.weighting,
+        metrics=settings.metrics,
+        rules=rules,
+        seed=settings.seed,
+    )
+    make_strategy(record)
+    return record
+
+
+def initial_parameters(directory: RunDirectory) -> Arrays:
+    """The model that the run begins with: the same for the same record. Raises PluginError."""
+    record = directory.record()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(record.seed)
+        model = directory.workload().build(record.model)
+    if buffers := [name for name, _ in model.named_buffers()]:
+        raise PluginError(
+            f"model {record.model.name!r} has buffers ({', '.join(buffers)}); "
+            "a federated model holds no batch statistics, use a normalisation without them"
+        )
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the schema file {path} cannot be read: {error}") from error

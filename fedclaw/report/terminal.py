@@ -1,0 +1,95 @@
+"""A run, as a person at the terminal sees it."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedclaw.federation.coordinator import Outcome, RoundReport
+from fedclaw.federation.run_directory import RunRecord, SiteReceipt
+
+
+class TerminalProgress:
+    """Observer: a bar, a line a round, and a table at the end."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} rounds"),
+            TimeElapsedColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("training", total=1)
+
+    def started(self, record: RunRecord, first_round: int) -> None:
+        """Announce the run."""
+        privacy = "without differential privacy"
+        if record.privacy is not None:
+            privacy = f"epsilon {record.privacy.epsilon:g}, delta {record.privacy.delta:g} a site"
+        self.console.print(
+            f"run [bold]{record.run}[/]: {record.workload}, {record.strategy.name}, "
+            f"{record.rounds} rounds from {first_round}, {privacy}"
+        )
+        self._progress.update(self._task, total=record.rounds, completed=first_round - 1)
+        self._progress.start()
+
+    def finished_round(self, report: RoundReport) -> None:
+        """One line: who took part, what the model can do, what it cost."""
+        metrics = "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+        spent = [item.receipt.epsilon_run for item in report.receipts.values()]
+        known = [value for value in spent if value is not None]
+        cost = f"epsilon <= {max(known):.3f}" if len(known) == len(spent) and known else "epsilon unbounded"
+        missing = [f"{declined.site} {declined.code}" for declined in report.declined]
+        missing += [f"{site} silent" for site in report.silent]
+        note = f"  [yellow]without {', '.join(missing)}[/]" if missing else ""
+        self._progress.console.print(
+            f"round {report.round:>3}/{report.rounds}  {len(report.answered)} sites  {metrics}  {cost}  "
+            f"[dim]{report.train_seconds + report.evaluate_seconds:.1f} s[/]{note}"
+        )
+        self._progress.update(self._task, completed=report.round)
+
+    def finished(self, outcome: Outcome) -> None:
+        """The summary table."""
+        self._progress.stop()
+        self.console.print(receipt_table(outcome.receipts))
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()) or "none were permitted"
+        self.console.print(f"federated evaluation: {metrics}")
+        self.console.print(f"model: {outcome.directory.model_path}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was, also after an error."""
+        self._progress.stop()
+
+
+def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
+    """What the run cost each site."""
+    table = Table(title="Privacy spent, by site", title_justify="left")
+    for name, justify in (
+        ("site", "left"),
+        ("examples", "right"),
+        ("mechanism", "left"),
+        ("epsilon, this run", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("epsilon, lifetime", "epsilon left", "delta", "rounds"):
+        table.add_column(name, justify="right")
+    for site, item in sorted(receipts.items()):
+        receipt = item.receipt
+        table.add_row(
+            site,
+            str(item.examples),
+            receipt.mechanism,
+            _epsilon(receipt.epsilon_run),
+            _epsilon(receipt.epsilon_lifetime),
+            _epsilon(receipt.epsilon_left, absent="none set"),
+            f"{receipt.delta:g}",
+            str(receipt.rounds),
+        )
+    return table
+
+
+def _epsilon(value: float | None, absent: str = "unbounded") -> str:
+    return absent if value is None else f"{value:.3f}"

@@ -1,0 +1,124 @@
+"""The aggregation server: waits for its sites, runs rounds, leaves a model and what it cost.
+
+    python -m fedclaw.server federation=DIR workload.schema_file=schema.yaml rounds=10 privacy.epsilon=4
+    python -m fedclaw.server federation=DIR resume=runs/NAME              go on with a run that was interrupted
+    python -m fedclaw.server federation=DIR app=package.module:app        run a plain Flower ServerApp instead
+
+Groups: workload=tabular|vision  strategy=fedavg|fedavgm|fedprox|fedadagrad|fedadam|fedyogi  privacy=dp|none
+        tracking=sqlite|none     (conf/ holds every setting with its default and what it means)
+Examples:
+    python -m fedclaw.server federation=DIR workload=vision workload.schema_file=digits.yaml strategy=fedadam
+    python -m fedclaw.server federation=DIR workload.schema_file=schema.yaml sites.minimum=3 sites.deadline=120
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.errors import FedClawError, UsageError
+from fedclaw.federation.coordinator import Observer, Outcome, pending_cohort, run_rounds
+from fedclaw.federation.run_directory import RoundRules, RunDirectory
+from fedclaw.federation.session import RunSettings, initial_parameters, make_record
+from fedclaw.report.terminal import TerminalProgress
+from fedclaw.report.tracking import TrackingSettings, make_tracker
+from fedclaw.runtime.flower import assume_server_identity, number_of
+from fedclaw.runtime.grpc import GrpcGrid, Limits
+from fedclaw.security.federation_home import FederationHome
+
+log = logging.getLogger(__name__)
+
+WITH_RESUME = ("federation", "resume", "address", "runs", "tracking", "sites.wait")
+"""Settings that a resumed run may be given; everything else is what the run was begun with."""
+
+
+class SitesSettings(RoundRules):
+    """conf/server.yaml: sites."""
+
+    wait_for: int | None = Field(default=None, ge=1)
+    wait: float = Field(default=600, gt=0)
+
+
+class ServerSettings(RunSettings):
+    """conf/server.yaml, checked."""
+
+    federation: Path
+    address: str | None = Field(default=None, pattern=r"^.+:\d+$")
+    app: str | None = None
+    runs: Path = Path("runs")
+    run: str | None = None
+    resume: Path | None = None
+    sites: SitesSettings = SitesSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the server as the command line says."""
+    line = split(arguments)
+    if line.words:
+        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
+    settings = compose_settings("server", line.overrides, ServerSettings)
+    home = FederationHome.open(settings.federation)
+    if settings.app is not None:
+        serve_app(settings, home, settings.app)
+        return
+    if settings.resume is not None:
+        _only_resume_settings(line.overrides)
+        directory = RunDirectory.open(settings.resume)
+    else:
+        rules = RoundRules(**settings.sites.model_dump(include=set(RoundRules.model_fields)))
+        record = make_record(settings, home.name, settings.run, rules)
+        directory = RunDirectory.create(settings.runs / record.run, record)
+    coordinate(settings, home, directory)
+
+
+def coordinate(settings: ServerSettings, home: FederationHome, directory: RunDirectory) -> Outcome:
+    """Wait for the cohort and run the rounds that are left."""
+    record = directory.record()
+    if record.federation != home.name:
+        raise UsageError(f"{directory.root} is a run of federation {record.federation!r}, not of {home.name!r}")
+    progress = TerminalProgress()
+    tracker = make_tracker(settings.tracking, settings.runs, directory)
+    observers: list[Observer] = [progress, tracker] if tracker else [progress]
+    run_id = number_of(record.run)
+    assume_server_identity(run_id)
+    try:
+        with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
+            expected = max(settings.sites.wait_for or record.rules.minimum, len(pending_cohort(directory)))
+            log.info("waiting for %d sites on %s", expected, settings.address or home.descriptor.address)
+            names = grid.wait_for_sites(expected, settings.sites.wait)
+            log.info("connected: %s", ", ".join(names))
+            return run_rounds(grid, directory, initial_parameters(directory), observers=observers)
+    except BaseException as error:
+        if tracker:
+            tracker.failed()
+        if isinstance(error, KeyboardInterrupt):
+            raise FedClawError(f"stopped; continue with resume={directory.root}") from None
+        raise
+    finally:
+        progress.close()
+
+
+def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:
+    """Run a Flower ServerApp that knows nothing of FedClaw over FedClaw's wires."""
+    from fedclaw.runtime.grpc.apps import load_app, run_server_app
+
+    server_app = load_app(app)
+    run_id = number_of(f"{home.name}/{app}")
+    assume_server_identity(run_id)
+    with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
+        grid.wait_for_sites(settings.sites.wait_for or settings.sites.minimum, settings.sites.wait)
+        run_server_app(server_app, grid, {"num-server-rounds": settings.rounds})
+
+
+def _only_resume_settings(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in WITH_RESUME):
+            raise UsageError(f"{key} cannot be changed on resume: a run goes on with what it was begun with")
+
+
+if __name__ == "__main__":
+    run_main("fedclaw.server", __doc__ or "", main)

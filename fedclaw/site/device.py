@@ -1,0 +1,34 @@
+"""Where a site computes, and with what precision and how many threads."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from fedclaw.errors import UsageError
+
+SMALL_MODEL = 1_000_000
+"""Parameters under which one thread is faster than several, and 32 bits faster than mixed precision."""
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """CUDA where there is one, unless told otherwise. Raises UsageError when `cuda` is wanted and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda is asked for, but torch finds no CUDA device here; use device: auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def set_threads(parameters: int) -> None:
+    """One thread for a small model: more only wait for one another (17 times slower beside a busy process)."""
+    torch.set_num_threads(1 if parameters < SMALL_MODEL else max(1, len(os.sched_getaffinity(0))))
+
+
+def precision(device: torch.device, parameters: int, private: bool) -> AbstractContextManager[object]:
+    """bfloat16 where it pays: a large model on CUDA. Never under differential privacy.
+
+    Rounding a gradient after its norm was taken could lift it over the clipping bound, so a private step stays
+    in 32 bits.
+    """
+    pays = device.type == "cuda" and parameters >= SMALL_MODEL and not private and torch.cuda.is_bf16_supported()
+    return torch.autocast("cuda", dtype=torch.bfloat16) if pays else nullcontext()

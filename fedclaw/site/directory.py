@@ -1,0 +1,90 @@
+"""A site's directory, opened: settings, data, ledger and log as one service.
+
+site.yaml  schema file  data files  keys/  federation.json        what the operator put there
+state/ledger.sqlite  state/outbound.jsonl  state/outbox/          what the client keeps there
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedclaw.errors import DataError, UsageError
+from fedclaw.federation.registry import schema_class, workload_class
+from fedclaw.federation.run_directory import schema_digest
+from fedclaw.files import sha256_file
+from fedclaw.privacy.ledger import Ledger
+from fedclaw.site.device import choose_device
+from fedclaw.site.outbound import OutboundLog
+from fedclaw.site.service import SiteData, SiteService
+from fedclaw.site.settings import SiteSettings
+from fedclaw.workload import Schema
+
+
+def state_directory(root: Path) -> Path:
+    """Where the client keeps what must survive it."""
+    return root / "state"
+
+
+@contextmanager
+def only_client(root: Path) -> Iterator[None]:
+    """Hold the site's directory against a second client. Raises UsageError when one is running."""
+    state = state_directory(root)
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another client is already running on {root}; stop it first") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_service(root: Path, settings: SiteSettings, federation: str) -> SiteService:
+    """Load the site's data once and open its ledger and log. Raises DataError, LedgerError or UsageError."""
+    text = _read(settings.schema_file)
+    schema = schema_class(settings.workload).parse(text, str(settings.schema_file))
+    digest = schema_digest(schema.to_json())
+    data, schema = load_data(settings, schema)
+    state = state_directory(root)
+    return SiteService(
+        name=settings.name,
+        federation=federation,
+        workload=workload_class(settings.workload)(schema),
+        schema_digest=digest,
+        data=data,
+        policy=settings.policy,
+        ledger=Ledger.open(state / "ledger.sqlite", data.fingerprint),
+        outbound=OutboundLog(state / "outbound.jsonl"),
+        device=choose_device(settings.device),
+    )
+
+
+def load_data(settings: SiteSettings, schema: Schema) -> tuple[SiteData, Schema]:
+    """The site's tables, and the schema that read them. Raises DataError."""
+    train = schema.read_examples(settings.data.train)
+    if len(train) == 0:
+        raise DataError(f"{settings.data.train} holds no examples")
+    test = schema.read_examples(settings.data.test) if settings.data.test else None
+    return SiteData(train=train, test=test, fingerprint=fingerprint(settings.data.train)), schema
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a data file's bytes, or of the names and bytes of all files in a folder."""
+    if path.is_file():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the schema file {path} cannot be read: {error}") from error

@@ -1,0 +1,322 @@
+"""How a site answers: by its policy first, then by training or evaluating on its own data.
+
+The site decides (the policy bounds what leaves, whatever the server asks), pays before it trains (the ledger
+holds a reservation before the first gradient), and writes down what leaves (the outbound log).
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
+from pydantic import ValidationError
+
+from fedclaw.compress.distil import distillation_loss
+from fedclaw.errors import BudgetExceeded, FedClawError, LedgerError, PluginError
+from fedclaw.federation.arrays import Arrays, pack, unpack
+from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, PLAN, RECEIPT, SUM, TEACHER, WEIGHT
+from fedclaw.federation.plan import PLAN_VERSION, ModelSpec, Plan, Receipt, Refusal, RefusalCode
+from fedclaw.federation.registry import strategy_class
+from fedclaw.federation.strategy import Strategy
+from fedclaw.frozen import explain
+from fedclaw.privacy.accounting import Mechanism, calibrate
+from fedclaw.privacy.ledger import Budget, Ledger
+from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.policy import Policy, check_plan, permitted_metrics
+from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
+from fedclaw.site.device import precision, set_threads
+from fedclaw.site.outbound import OutboundLog
+from fedclaw.site.training import make_optimizer, train
+from fedclaw.workload import Table, Workload
+
+log = logging.getLogger(__name__)
+
+EVALUATION_BATCH = 4096
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(inputs, outputs, targets) -> mean loss."""
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """A site's tables and the fingerprint of the training data, which its privacy budget belongs to."""
+
+    train: Table
+    test: Table | None
+    fingerprint: str
+
+
+@dataclass
+class SiteService:
+    """One site, warm: data, models and calibrated noise stay in memory between messages.
+
+    Implements `fedclaw.runtime.base.SiteHandler`.
+    """
+
+    name: str
+    federation: str
+    workload: Workload
+    schema_digest: str
+    data: SiteData
+    policy: Policy
+    ledger: Ledger
+    outbound: OutboundLog | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    source: GaussianSource = field(default_factory=GaussianSource)
+    _models: dict[str, torch.nn.Module] = field(default_factory=dict, init=False, repr=False)
+    _tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def answer(self, message: Message) -> Message:
+        """Train or evaluate as asked, or refuse with a reason; never raises for a bad request."""
+        try:
+            return Message(self._answer(message), reply_to=message)
+        except Refusal as refusal:
+            log.warning("refused: %s", refusal.reason)
+            return _error(refusal, message)
+        except Exception:
+            log.exception("the task failed")
+            return _error(
+                Refusal(RefusalCode.FAILED, "the site failed at this task; its operator finds why in its log"), message
+            )
+
+    def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
+        """Settle what the reply cost, and log that it leaves."""
+        receipt = None
+        if reply.has_content() and RECEIPT in reply.content.config_records:
+            self.ledger.settle(message.metadata.message_id)
+            receipt = str(reply.content.config_records[RECEIPT][JSON])
+        if self.outbound is not None:
+            self.outbound.append(
+                federation=self.federation,
+                run=_run_name(message),
+                round=message.metadata.group_id,
+                kind=message.metadata.message_type,
+                message_id=message.metadata.message_id,
+                size=size,
+                digest=digest,
+                receipt=receipt,
+            )
+
+    def _answer(self, message: Message) -> RecordDict:
+        plan = _plan_of(message)
+        parameters = _arrays(message.content, ARRAYS)
+        self._check(plan)
+        if message.metadata.message_type == MessageType.TRAIN:
+            return self._train(plan, parameters, message)
+        if message.metadata.message_type == MessageType.EVALUATE:
+            return self._evaluate(plan, parameters)
+        raise Refusal(
+            RefusalCode.MALFORMED, f"messages of type {message.metadata.message_type!r} are not answered here"
+        )
+
+    def _check(self, plan: Plan) -> None:
+        if plan.version != PLAN_VERSION:
+            raise Refusal(
+                RefusalCode.MALFORMED, f"plan version {plan.version} is asked for; this site speaks {PLAN_VERSION}"
+            )
+        if plan.federation != self.federation:
+            raise Refusal(
+                RefusalCode.FEDERATION, f"this site is of federation {self.federation!r}, not {plan.federation!r}"
+            )
+        if plan.workload != self.workload.name:
+            raise Refusal(
+                RefusalCode.WORKLOAD,
+                f"workload {plan.workload!r} is asked for; this site holds {self.workload.name!r} data",
+            )
+        if plan.schema_digest != self.schema_digest:
+            raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
+
+    def _train(self, plan: Plan, parameters: Arrays, message: Message) -> RecordDict:
+        model = self._model(plan.model, parameters)
+        size = sum(array.size for array in parameters.values())
+        examples = len(self.data.train)
+        check_plan(self.policy, plan, examples=examples, parameters=size)
+        set_threads(size)
+        loss = self._loss(plan, message.content)
+        mechanism = self._mechanism(plan, examples)
+        self._reserve(plan, mechanism, message.metadata.message_id)
+        delta = self._run_steps(plan, mechanism, model, parameters, loss)
+        weight = float(examples) if plan.weighting == "examples" else 1.0
+        for array in delta.values():
+            np.multiply(array, np.float32(weight), out=array)
+        return RecordDict(
+            {
+                SUM: pack(delta),
+                METRICS: MetricRecord({WEIGHT: weight, EXAMPLES: examples}),
+                RECEIPT: ConfigRecord({JSON: self._receipt(plan, mechanism).model_dump_json()}),
+            }
+        )
+
+    def _run_steps(
+        self, plan: Plan, mechanism: Mechanism | None, model: torch.nn.Module, start: Arrays, loss: Loss
+    ) -> Arrays:
+        """Train `model` from `start` by `plan` and return the parameter delta, float32 by name."""
+        named = dict(model.named_parameters())
+        parameters = list(named.values())
+        anchor = [parameter.detach().clone() for parameter in parameters]
+        optimizer = make_optimizer(parameters, plan.training)
+        strategy = _strategy(plan)
+        examples = len(self.data.train)
+        count = plan.training.local_steps(examples)
+        inputs, targets = self._on_device("train", self.data.train)
+        steps: StepTaker
+        if mechanism is None:
+            steps = PlainGradients(model, loss)
+            batches = shuffled_batches(examples, plan.training.batch_size, count, self.source)
+        else:
+            assert plan.privacy is not None
+            steps = PrivateGradients(
+                model,
+                loss,
+                max_grad_norm=plan.privacy.max_grad_norm,
+                noise_multiplier=mechanism.noise_multiplier,
+                expected_batch_size=mechanism.sample_rate * examples,
+                source=self.source,
+            )
+            batches = poisson_batches(examples, mechanism.sample_rate, count, self.source)
+        model.train()
+        with steps:
+            train(
+                steps,
+                batches,
+                inputs,
+                targets,
+                optimizer,
+                parameters,
+                correction=lambda changed: strategy.correct(plan.strategy_fields, changed, anchor),
+                precision=precision(self.device, sum(p.numel() for p in parameters), mechanism is not None),
+            )
+        return {name: (p.detach().cpu().numpy() - start[name]).astype(np.float32) for name, p in named.items()}
+
+    def _evaluate(self, plan: Plan, parameters: Arrays) -> RecordDict:
+        if self.data.test is None:
+            raise Refusal(RefusalCode.METRICS, "this site holds no test data, so it does not evaluate")
+        wanted = permitted_metrics(self.policy, plan.metrics)
+        model = self._model(plan.model, parameters).eval()
+        inputs, targets = self._on_device("test", self.data.test)
+        with torch.no_grad():
+            logits = torch.cat([model(part) for part in inputs.split(EVALUATION_BATCH)])
+        values = self.workload.evaluate(logits, targets)
+        weight = float(len(self.data.test))
+        sums = {name: values[name] * weight for name in wanted if name in values}
+        return RecordDict({METRICS: MetricRecord({WEIGHT: weight, EXAMPLES: len(self.data.test), **sums})})
+
+    def _model(self, spec: ModelSpec, parameters: Arrays, role: str = "student") -> torch.nn.Module:
+        """A warm model of `spec` with these parameters in it."""
+        key = f"{role} {spec.model_dump_json()}"
+        try:
+            model = self._models.get(key)
+            if model is None:
+                model = self.workload.build(spec).to(self.device)
+        except PluginError as error:
+            raise Refusal(RefusalCode.MODEL, str(error)) from error
+        named = dict(model.named_parameters())
+        expected = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        given = {name: array.shape for name, array in parameters.items()}
+        if expected != given:
+            raise Refusal(RefusalCode.MODEL, f"the parameters sent are not those of model {spec.name!r}")
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(torch.from_numpy(np.array(parameters[name])))
+        self._models[key] = model
+        return model
+
+    def _loss(self, plan: Plan, content: RecordDict) -> Loss:
+        if plan.distillation is None:
+            return lambda _inputs, outputs, targets: self.workload.loss(outputs, targets)
+        wanted = plan.distillation
+        teacher = self._model(wanted.teacher, _arrays(content, TEACHER), role="teacher").eval().requires_grad_(False)
+
+        def loss(inputs: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                soft = teacher(inputs)
+            return distillation_loss(
+                outputs, soft, self.workload.loss(outputs, targets), wanted.temperature, wanted.weight
+            )
+
+        return loss
+
+    def _mechanism(self, plan: Plan, examples: int) -> Mechanism | None:
+        """One round's mechanism: noise calibrated so that all rounds of the run together spend the epsilon asked."""
+        if plan.privacy is None:
+            return None
+        rate = min(1.0, plan.training.batch_size / examples)
+        steps = plan.training.local_steps(examples)
+        noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
+        return Mechanism(sample_rate=rate, noise_multiplier=noise, steps=steps)
+
+    def _reserve(self, plan: Plan, mechanism: Mechanism | None, key: str) -> None:
+        budget = Budget(epsilon=self.policy.epsilon, delta=self.policy.delta)
+        try:
+            self.ledger.reserve(
+                key, federation=plan.federation, run=plan.run, round=plan.round, mechanism=mechanism, budget=budget
+            )
+        except BudgetExceeded as error:
+            raise Refusal(RefusalCode.BUDGET, str(error)) from error
+        except LedgerError as error:
+            log.error("%s", error)
+            raise Refusal(RefusalCode.FAILED, "the site's privacy ledger cannot be used; it does not train") from error
+
+    def _receipt(self, plan: Plan, mechanism: Mechanism | None) -> Receipt:
+        delta = plan.privacy.delta if plan.privacy else self.policy.delta
+        run, lifetime = self.ledger.spent(delta, run=plan.run), self.ledger.spent(self.policy.delta)
+        budget = self.policy.epsilon
+        bounded = budget is not None and np.isfinite(lifetime)
+        return Receipt(
+            mechanism="dp-sgd" if mechanism else "none",
+            sampler="poisson" if mechanism else "shuffle",
+            accountant="pld" if mechanism else "none",
+            sample_rate=mechanism.sample_rate
+            if mechanism
+            else min(1.0, plan.training.batch_size / len(self.data.train)),
+            steps=plan.training.local_steps(len(self.data.train)),
+            noise_multiplier=mechanism.noise_multiplier if mechanism else 0.0,
+            max_grad_norm=plan.privacy.max_grad_norm if plan.privacy else 0.0,
+            delta=delta,
+            rounds=self.ledger.rounds(plan.run),
+            epsilon_run=run if np.isfinite(run) else None,
+            epsilon_lifetime=lifetime if np.isfinite(lifetime) else None,
+            epsilon_left=max(0.0, budget - lifetime) if bounded and budget is not None else None,
+            ledger_head=self.ledger.head(),
+        )
+
+    def _on_device(self, split: str, table: Table) -> tuple[torch.Tensor, torch.Tensor]:
+        if split not in self._tensors:
+            inputs, targets = torch.from_numpy(table.inputs), torch.from_numpy(table.targets)
+            self._tensors[split] = inputs.to(self.device), targets.to(self.device)
+        return self._tensors[split]
+
+
+def _plan_of(message: Message) -> Plan:
+    try:
+        return Plan.model_validate_json(str(message.content.config_records[PLAN][JSON]))
+    except (KeyError, ValueError) as error:
+        reason = explain(error) if isinstance(error, ValidationError) else f"the message lacks {error}"
+        raise Refusal(RefusalCode.MALFORMED, f"the plan cannot be read: {reason}") from error
+
+
+def _run_name(message: Message) -> str:
+    try:
+        return _plan_of(message).run
+    except Refusal:
+        return "unknown"
+
+
+def _arrays(content: RecordDict, name: str) -> Arrays:
+    try:
+        return unpack(content.array_records[name])
+    except (KeyError, FedClawError) as error:
+        raise Refusal(RefusalCode.MALFORMED, f"the record {name!r} cannot be read: {error}") from error
+
+
+def _strategy(plan: Plan) -> type[Strategy]:
+    try:
+        return strategy_class(plan.strategy)
+    except PluginError as error:
+        raise Refusal(RefusalCode.STRATEGY, str(error)) from error
+
+
+def _error(refusal: Refusal, message: Message) -> Message:
+    return Message(Error(code=refusal.code, reason=refusal.reason), reply_to=message)

@@ -1,0 +1,49 @@
+"""site.yaml: what a site's operator writes."""
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from fedclaw.errors import UsageError
+from fedclaw.frozen import Frozen, explain
+from fedclaw.privacy.policy import Policy
+
+SITE_FILE = "site.yaml"
+
+
+class DataFiles(Frozen):
+    """Data files; a relative path starts at the site's directory."""
+
+    train: Path
+    test: Path | None = None
+    """Held-out examples for the federated evaluation; without it the site does not evaluate."""
+
+
+class SiteSettings(Frozen):
+    """site.yaml, checked."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    workload: str
+    schema_file: Path
+    """The schema that the federation agreed on; a relative path starts at the site's directory."""
+    data: DataFiles
+    policy: Policy
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def load_site_settings(root: Path) -> SiteSettings:
+    """Read `root`/site.yaml, paths resolved. Raises UsageError naming the file and each wrong field."""
+    path = root / SITE_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = SiteSettings.model_validate(content)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; a site directory holds {SITE_FILE}, see the README") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise UsageError(f"{path}: {explain(error)}") from error
+    data = DataFiles(train=root / settings.data.train, test=settings.data.test and root / settings.data.test)
+    return settings.model_copy(update={"schema_file": root / settings.schema_file, "data": data})
