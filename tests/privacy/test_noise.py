@@ -1,0 +1,141 @@
+import copy
+import multiprocessing
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2, kstest
+
+from fedclaw.errors import PrivacyError
+from fedclaw.privacy.noise import GaussianSource
+
+N = 200_000
+TINY = 1e-6
+"""Probability with which a right source fails one of these tests."""
+
+
+def scale_is_right(values: np.ndarray, std: float) -> bool:
+    """Two-sided chi-square test of the standard deviation of normal `values`."""
+    statistic = float(np.sum(np.square(values / std)))
+    return bool(chi2.ppf(TINY / 2, len(values)) < statistic < chi2.isf(TINY / 2, len(values)))
+
+
+def looks_independent(left: np.ndarray, right: np.ndarray) -> bool:
+    """Their correlation is within 5 standard errors of zero."""
+    return bool(abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(len(left)))
+
+
+def test_distribution_and_scale() -> None:
+    values = GaussianSource().normal((N,), 3.0).double().numpy()
+    assert kstest(values / 3.0, "norm").pvalue > TINY
+    assert scale_is_right(values, 3.0)
+    assert looks_independent(values[:-1], values[1:])
+    assert looks_independent(values[: N // 2], values[N // 2 :])
+    assert looks_independent(np.abs(values[: N // 2]), np.abs(values[N // 2 :]))
+
+
+@pytest.mark.parametrize("wrong", [0.9, 1.1])
+def test_the_scale_test_rejects_a_scale_that_is_a_tenth_off(wrong: float) -> None:
+    values = GaussianSource().normal((2000,), 3.0 * wrong).double().numpy()
+    assert not scale_is_right(values, 3.0)
+
+
+def test_two_sources_are_independent_and_the_test_sees_shared_ones() -> None:
+    first, second = (GaussianSource().standard(N).numpy() for _ in range(2))
+    assert looks_independent(first, second)
+    shared = [GaussianSource(insecure_fixed_key_for_tests=bytes(32)).standard(N).numpy() for _ in range(2)]
+    assert not looks_independent(*shared)
+    assert np.array_equal(*shared)
+
+
+def test_one_source_never_repeats() -> None:
+    source = GaussianSource()
+    values = torch.cat([source.standard(1001) for _ in range(100)]).numpy()
+    assert len(np.unique(values)) == len(values)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 32767, 32768, 32769, 65537])
+def test_any_count_is_filled_with_finite_numbers(count: int) -> None:
+    values = GaussianSource().standard(count)
+    assert values.shape == (count,)
+    assert values.dtype == torch.float64
+    assert bool(values.isfinite().all())
+    assert not bool((values == 0).any())
+
+
+def test_shape_type_and_device() -> None:
+    values = GaussianSource().normal((3, 4, 5), 2.0, device="cpu")
+    assert values.shape == (3, 4, 5)
+    assert values.dtype == torch.float32
+    assert GaussianSource().normal((), 1.0).shape == ()
+
+
+def test_add_keeps_values_and_scales_noise() -> None:
+    values = [torch.full((100, 50), 7.0), torch.zeros(0), torch.full((3000,), -2.0)]
+    noisy = GaussianSource().add_(values, 4.0, divisor=2.0)
+    assert [tensor.shape for tensor in noisy] == [tensor.shape for tensor in values]
+    rests = [(new.double() - old.double() / 2).flatten().numpy() for new, old in zip(noisy, values, strict=True)]
+    assert scale_is_right(np.concatenate(rests), 2.0)
+    assert looks_independent(rests[0][:3000], rests[2])
+    assert all(bool((tensor.unique() == tensor.unique()[0]).all()) for tensor in values if tensor.numel())
+
+
+def test_without_noise_values_are_exact() -> None:
+    values = [torch.randn(17), torch.randn(2, 3)]
+    for new, old in zip(GaussianSource().add_(values, 0.0), values, strict=True):
+        assert torch.equal(new, old)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.01, 0.5, 0.999, 1.0])
+def test_bernoulli_rate(q: float) -> None:
+    mask = GaussianSource().bernoulli(N, q)
+    assert mask.shape == (N,)
+    assert abs(float(mask.mean()) - q) <= 5 * np.sqrt(q * (1 - q) / N)
+
+
+def test_permutation_is_one_and_every_place_is_equally_likely() -> None:
+    source = GaussianSource()
+    assert sorted(source.permutation(40_000)) == list(range(40_000))
+    firsts = np.bincount([source.permutation(5)[0] for _ in range(5000)], minlength=5)
+    assert float(np.sum(np.square(firsts - 1000.0) / 1000.0)) < chi2.isf(TINY, 4)
+
+
+def test_a_source_cannot_be_copied_or_sent() -> None:
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="never copied"):
+            duplicate(GaussianSource())
+
+
+def _draw_after_fork(source: GaussianSource, answer: "multiprocessing.Queue[str]") -> None:
+    try:
+        source.standard(1)
+        answer.put("drew")
+    except PrivacyError as error:
+        answer.put(str(error))
+
+
+def test_a_source_does_not_work_after_a_fork() -> None:
+    context = multiprocessing.get_context("fork")
+    answer = context.Queue()
+    child = context.Process(target=_draw_after_fork, args=(GaussianSource(), answer))
+    child.start()
+    assert "came over a fork" in answer.get(timeout=30)
+    child.join()
+
+
+def test_wrong_arguments_are_refused() -> None:
+    source = GaussianSource()
+    for std in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(PrivacyError):
+            source.normal((1,), std)
+    for q in (-0.1, 1.1, float("nan")):
+        with pytest.raises(PrivacyError):
+            source.bernoulli(1, q)
+    with pytest.raises(PrivacyError, match="32 bytes"):
+        GaussianSource(insecure_fixed_key_for_tests=os.urandom(16))
+
+
+def test_the_key_is_not_shown() -> None:
+    assert repr(GaussianSource(insecure_fixed_key_for_tests=b"k" * 32)) == "GaussianSource()"
