@@ -68,14 +68,20 @@ def initialise(
     return FederationHome.open(root)
 
 
-def request_site(site_root: Path, descriptor_path: Path, name: str) -> Path:
+def request_site(site_root: Path, descriptor_path: Path, name: str, ca_fingerprint: str | None = None) -> Path:
     """Make the site's key and its request; returns the request file, which is what goes to the coordinator.
 
-    Run again, it keeps the key that is there. Raises UsageError for a wrong name, ProvisionError if the site has a
+    With `ca_fingerprint`, as the coordinator read it out, a descriptor of any other CA is refused. Run again, it
+    keeps the key that is there. Raises UsageError for a wrong name, ProvisionError if the site has a
     certificate already or belongs to another federation.
     """
     _checked(check_name, name)
     descriptor = load_descriptor(descriptor_path)
+    found = pki.fingerprint(pki.p384_key(descriptor.ca, str(descriptor_path)))
+    if ca_fingerprint is not None and _digits(ca_fingerprint) != _digits(found):
+        raise ProvisionError(
+            f"{descriptor_path} is signed by the CA {found}, not by the one whose fingerprint was given; do not use it"
+        )
     if (site_root / SITE_CERTIFICATE).exists():
         raise ProvisionError(
             f"{site_root} has a certificate already; to renew it {renew_advice(site_root)}. "

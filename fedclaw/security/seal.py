@@ -3,7 +3,7 @@
 TLS may end at a hospital's proxy; the seal ends in the aggregation process. A sealed message is
 
     header  = magic (4 bytes) || HPKE one-shot ciphertext of a random 32-byte content key, info = context
-    segment = AES-256-GCM(content key, nonce = zeros(7) || index (4) || last (1), aad = SHA-256(context)), tag at the end
+    segment = AES-256-GCM(content key, nonce = zeros(7) || index (4) || last (1), aad = SHA-256(context)), tag last
 
 with context = label || suite || binding. HPKE is RFC 9180 (base mode, HKDF-SHA256, AES-256-GCM); the KEM is X25519 or
 the hybrid ML-KEM-768 + X25519. The segments follow the STREAM construction (Hoang, Reyhanitabar, Rogaway, Vizar 2015,
