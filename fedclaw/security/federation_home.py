@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from cryptography import x509
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from fedclaw.errors import ProvisionError, SealError
 from fedclaw.files import PRIVATE_MODE, write_atomic
@@ -42,7 +42,7 @@ _NEEDED = (
 
 class _SealKeyFile(Frozen):
     suite: SealSuite
-    private_key: str
+    private_key: str = Field(repr=False)
 
 
 class Signer:

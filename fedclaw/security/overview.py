@@ -19,6 +19,7 @@ from fedclaw.security.site_home import SITE_CERTIFICATE, SITE_KEY, SITE_REQUEST,
 from fedclaw.security.site_records import load_records
 from fedclaw.security.site_request import read_request
 
+Role = Literal["CA", "server", "release", "site"]
 State = Literal["valid", "expires soon", "expired", "revoked", "waiting"]
 
 
@@ -26,7 +27,7 @@ State = Literal["valid", "expires soon", "expired", "revoked", "waiting"]
 class Entry:
     """One key with its certificate. `days` until it expires; None while a request waits for its certificate."""
 
-    role: Literal["CA", "server", "release", "site"]
+    role: Role
     name: str
     fingerprint: str
     days: float | None
@@ -50,10 +51,11 @@ def federation_overview(root: Path) -> Overview:
     home = FederationHome.open(root)
     renew = f"python -m fedclaw.provision renew federation={root}"
     entries = [_entry("CA", pki.ca_name(home.name), home.ca, False, "")]
-    for role, file, purpose in (
+    leaves: tuple[tuple[Role, str, pki.Purpose], ...] = (
         ("server", home_files.SERVER_CERTIFICATE, pki.Purpose.SERVER),
         ("release", home_files.RELEASE_CERTIFICATE, pki.Purpose.RELEASE),
-    ):
+    )
+    for role, file, purpose in leaves:
         certificate = load_certificate(root / file, f"the {role} certificate")
         pki.check_leaf(certificate, home.ca, purpose, str(root / file), renew, expired_ok=True)
         entries.append(_entry(role, pki.common_name(certificate), certificate, False, renew))
@@ -89,7 +91,7 @@ def _waiting(name: str, key: pki.PrivateKey, remedy: str) -> Entry:
 
 
 def _entry(
-    role: Literal["CA", "server", "release", "site"],
+    role: Role,
     name: str,
     certificate: x509.Certificate,
     revoked: bool,

@@ -54,17 +54,18 @@ def initialise(
     _checked(check_address, address)
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise ProvisionError(f"{root} exists already; a federation is never overwritten, choose another directory")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
     try:
-        _fill(draft, name, address, seal_suite, days)
-        draft.rename(root)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+        try:
+            _fill(draft, name, address, seal_suite, days)
+            draft.rename(root)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        sync_directory(root.parent)
     except OSError as error:
         raise ProvisionError(f"{root} cannot be made: {error.strerror}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    sync_directory(root.parent)
-    logger.info("made the federation %s in %s", name, root)
+    logger.debug("made the federation %s in %s", name, root)
     return FederationHome.open(root)
 
 
@@ -120,7 +121,7 @@ def approve(
         save_record(sites, _with_certificate(record, request, certificate))
         path = site_certificate_path(home.root, request.site)
         write_atomic(path, pki.pem_of(certificate))
-        logger.info("approved %s until %s", request.site, f"{certificate.not_valid_after_utc:%Y-%m-%d}")
+        logger.debug("approved %s until %s", request.site, f"{certificate.not_valid_after_utc:%Y-%m-%d}")
         return path
 
 
@@ -144,7 +145,7 @@ def accept(site_root: Path, approval: Path) -> Path:
         # Interrupted here, the certificate does not fit site.key: running install again completes it.
         next_key.replace(key_path)
         sync_directory(key_path.parent)
-    logger.info("installed the certificate of %s", name)
+    logger.debug("installed the certificate of %s", name)
     return site_root / SITE_CERTIFICATE
 
 
@@ -183,7 +184,7 @@ def renew_federation(root: Path, days: int = pki.LEAF_DAYS) -> FederationHome:
         release_certificate = pki.issue_release(home.ca, ca_key, release, home.name, days)
         write_atomic(root / home_files.SERVER_CERTIFICATE, pki.pem_of(server_certificate))
         write_atomic(root / home_files.RELEASE_CERTIFICATE, pki.pem_of(release_certificate))
-        logger.info("renewed the server's and the release certificate of %s", home.name)
+        logger.debug("renewed the server's and the release certificate of %s", home.name)
         return home
 
 
@@ -207,7 +208,7 @@ def revoke(federation_root: Path, name: str) -> int:
             entries = [*crl, *map(pki.revoked_entry, fresh)]
             write_atomic(path, pki.pem_of(pki.new_crl(home.ca, ca_key, entries, _crl_number(crl) + 1)))
         save_record(sites, record.model_copy(update={"revoked": True}))
-        logger.info("revoked %s: %d certificates", name, len(fresh))
+        logger.debug("revoked %s: %d certificates", name, len(fresh))
         return len(fresh)
 
 
