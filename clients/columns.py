@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
-from clients.definitions import Text, distinct
+from clients.definitions import Text, distinct, sized
 from clients.tables import Block, Cell, text_of
 from fedclaw.frozen import Frozen
 
@@ -164,7 +164,7 @@ class Categorical(Column):
     """One of a fixed list of levels."""
 
     kind: Literal["categorical"]
-    levels: Annotated[tuple[Text, ...], Field(min_length=1, max_length=10_000), AfterValidator(distinct)]
+    levels: Annotated[tuple[Text, ...], AfterValidator(sized(1, 10_000)), AfterValidator(distinct)]
 
     @property
     def features(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """What the schema files of all workloads share: strict reading, canonical text, names of classes."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ValidationError
 
 from fedclaw.errors import DataError
 from fedclaw.frozen import Frozen, explain
@@ -12,6 +13,7 @@ MAX_SCHEMA_BYTES = 4 * 2**20
 SHOWN = 40
 
 D = TypeVar("D", bound=Frozen)
+T = TypeVar("T")
 
 
 def as_text(value: Any) -> Any:
@@ -29,8 +31,19 @@ def distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def sized(least: int, most: int) -> Callable[[tuple[T, ...]], tuple[T, ...]]:
+    """A check of a tuple's length that, unlike pydantic's own, is silent when an item is wrong already."""
+
+    def check(values: tuple[T, ...]) -> tuple[T, ...]:
+        if not least <= len(values) <= most:
+            raise ValueError(f"expected {least} to {most} of them, got {len(values)}")
+        return values
+
+    return check
+
+
 Text = Annotated[str, BeforeValidator(as_text)]
-Labels = Annotated[tuple[Text, ...], Field(min_length=2, max_length=10_000), AfterValidator(distinct)]
+Labels = Annotated[tuple[Text, ...], AfterValidator(sized(2, 10_000)), AfterValidator(distinct)]
 """Names of the classes, in the order of the model's outputs."""
 
 

@@ -33,13 +33,13 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from clients.columns import AnyColumn, Column, Missing, Numeric, codes, describe, missing_cells
-from clients.definitions import Labels, Text, as_text, canonical_json, distinct, parse_definition, shown
+from clients.definitions import Labels, Text, as_text, canonical_json, distinct, parse_definition, shown, sized
 from clients.moments import Moments
 from clients.tables import Block, read_blocks
 from fedclaw.errors import DataError
@@ -54,7 +54,10 @@ class Target(Frozen):
     """The column to predict: its labels, or a map from raw values to labels (several values may share one)."""
 
     name: Text = Field(min_length=1)
-    labels: Labels | dict[str, Text]
+    labels: Annotated[
+        Annotated[Labels, Tag("list")] | Annotated[dict[str, Text], Tag("map")],
+        Discriminator(lambda value: "map" if isinstance(value, dict) else "list"),
+    ]
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -84,7 +87,7 @@ class Target(Frozen):
 class TableDefinition(Frozen):
     """The content of a table's schema file."""
 
-    columns: tuple[AnyColumn, ...] = Field(min_length=1)
+    columns: Annotated[tuple[AnyColumn, ...], AfterValidator(sized(1, MAX_FEATURES))]
     target: Target
     missing: tuple[Text, ...] = MISSING
     standardise: Literal["schema", "site"] = "schema"

@@ -1,0 +1,179 @@
+"""Images: .npz archives or folders of PNG/JPEG, and the schema file that says what they are.
+
+A schema file, which all sites of a federation share:
+
+    shape: [1, 28, 28]            # channels, height, width
+    labels: ["0", "1", "2"]       # names of the classes, in the order of the model's outputs
+    mean: [0.5]                   # per channel, of pixels in [0, 1]; public constants, 0 if not stated
+    std: [0.25]                   # per channel, 1 if not stated
+    resize: false                 # true: image files of another size are scaled, not refused
+
+Pixels are brought to [0, 1] (uint8 divided by 255, floating point must be in [0, 1] already), then become
+(pixel - mean) / std.
+
+Labelled data is an .npz archive with the arrays `images` (N, H, W), (N, K, H, W) or (N, H, W, K) and `labels` (class
+indices or label names), or a folder with a sub-directory of PNG/JPEG files for each label, read in the order
+of the labels and then of the file names. Data to predict is an archive, one image file, or a folder of image
+files (in the order of their names) or of such sub-directories. Rows in messages count images from 1.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from clients.definitions import Labels, canonical_json, parse_definition, shown
+from clients.images import Shape, image_files, pixels_of, read_archive, read_image, targets_of
+from fedclaw.errors import DataError
+from fedclaw.frozen import Frozen
+from fedclaw.workload import Floats, Schema, Table
+
+MAX_SIDE = 8192
+MAX_VALUES = 2**26
+"""Values in one image, at most: 256 MiB as float32."""
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+
+
+class ImageDefinition(Frozen):
+    """The content of an image schema file."""
+
+    shape: tuple[Side, Side, Side]
+    labels: Labels
+    mean: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    resize: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        channels, height, width = self.shape
+        if channels * height * width > MAX_VALUES:
+            raise ValueError(f"shape {list(self.shape)} is {channels * height * width} values; at most {MAX_VALUES}")
+        for field, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != channels:
+                raise ValueError(f"{field} has {len(values)} values; expected one for each of {channels} channels")
+        return self
+
+
+class VisionSchema(Schema):
+    """Images to (N, K, H, W) float32."""
+
+    name: ClassVar[str] = "vision"
+
+    def __init__(self, definition: ImageDefinition) -> None:
+        self.definition = definition
+        channels = definition.shape[0]
+        self._mean = np.array(definition.mean or (0.0,) * channels, np.float32)[:, None, None]
+        self._std = np.array(definition.std or (1.0,) * channels, np.float32)[:, None, None]
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Self:
+        """Read a schema file. Raises DataError that names `origin` and the field."""
+        return cls(parse_definition(text, origin, ImageDefinition))
+
+    def to_json(self) -> str:
+        """Canonical JSON of the schema."""
+        return canonical_json(self.definition)
+
+    @property
+    def input_shape(self) -> Shape:
+        """(K, H, W)."""
+        return self.definition.shape
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.definition.labels
+
+    def read_examples(self, path: Path) -> Table:
+        """Read an archive with labels, or a folder with a sub-directory for each label. Raises DataError."""
+        if path.is_dir():
+            files, targets = self._labelled_files(path)
+            return Table(self._read_files(path, files), np.array(targets, np.int64))
+        arrays = read_archive(path)
+        if "labels" not in arrays:
+            raise DataError(f"{path}: has no array 'labels'")
+        inputs = self._standardised_archive(path, arrays["images"])
+        return Table(inputs, targets_of(path, arrays["labels"], len(inputs), self.labels))
+
+    def read_inputs(self, path: Path) -> Floats:
+        """Read an archive, an image file or a folder; labels are not looked at. Raises DataError."""
+        if path.is_dir():
+            return self._read_files(path, list(_all_images(path)))
+        if path.suffix.lower() == ".npz":
+            return self._standardised_archive(path, read_archive(path)["images"])
+        return self._read_files(path, [path])
+
+    def describe_inputs(self) -> Mapping[str, Any]:
+        """The input tensor, its layout and the constants."""
+        return {
+            "dtype": "float32",
+            "shape": ["batch", *self.definition.shape],
+            "layout": "batch, channel, height, width",
+            "mean": self._mean.ravel().tolist(),
+            "std": self._std.ravel().tolist(),
+            "resize": self.definition.resize,
+            "encoding": "pixels in [0, 1] (uint8 divided by 255), then (pixel - mean) / std for each channel",
+        }
+
+    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
+        """Smooth random images: uniform noise on a coarse grid of 2 to 8 cells a side, drawn bilinearly to full size.
+
+        Each image is stretched to the whole range [0, 1], then standardised like any other.
+        """
+        channels, height, width = self.definition.shape
+        pixels = np.empty((count, channels, height, width), np.float32)
+        cells = generator.integers(2, 9, count)
+        for size in np.unique(cells):
+            chosen = np.flatnonzero(cells == size)
+            coarse = generator.random((len(chosen), channels, size, size))
+            pixels[chosen] = _bilinear(height, int(size)) @ coarse @ _bilinear(width, int(size)).T
+        low = pixels.min(axis=(1, 2, 3), keepdims=True, initial=1.0)
+        high = pixels.max(axis=(1, 2, 3), keepdims=True, initial=0.0)
+        return self._standardised((pixels - low) / np.maximum(high - low, np.float32(1e-6)))
+
+    def _standardised(self, pixels: Floats) -> Floats:
+        return (pixels - self._mean) / self._std
+
+    def _standardised_archive(self, path: Path, images: Any) -> Floats:
+        if not len(images.shape) or not images.shape[0]:
+            raise DataError(f"{path}: 'images' is empty")
+        return self._standardised(pixels_of(path, images, self.definition.shape))
+
+    def _read_files(self, path: Path, files: list[Path]) -> Floats:
+        if not files:
+            raise DataError(f"{path}: no .png, .jpg or .jpeg files")
+        pixels = np.empty((len(files), *self.definition.shape), np.float32)
+        for row, file in enumerate(files):
+            pixels[row] = read_image(file, self.definition.shape, resize=self.definition.resize)
+        return self._standardised(pixels)
+
+    def _labelled_files(self, path: Path) -> tuple[list[Path], list[int]]:
+        folders = {entry.name: entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
+        for name, entry in folders.items():
+            if not entry.is_dir() or name not in self.labels:
+                listed = ", ".join(map(repr, self.labels[:8]))
+                raise DataError(f"{path}: {shown(name)} is not a folder named after a label; the labels are {listed}")
+        files, targets = list[Path](), list[int]()
+        for index, label in enumerate(self.labels):
+            found = image_files(folders[label]) if label in folders else []
+            files += found
+            targets += [index] * len(found)
+        return files, targets
+
+
+def _all_images(folder: Path) -> Iterator[Path]:
+    """The images of `folder`, or of its sub-directories if it has some."""
+    folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    if not folders:
+        yield from image_files(folder)
+    for entry in folders:
+        yield from image_files(entry)
+
+
+def _bilinear(size: int, cells: int) -> Floats:
+    """(size, cells) weights that draw `cells` values out to `size` by linear interpolation, rows adding up to 1."""
+    place = np.linspace(0, cells - 1, size)
+    weights: Floats = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(cells))).astype(np.float32)
+    return weights
