@@ -1,0 +1,57 @@
+"""Prune a run's model to a fraction of its parameters and recover it by distillation from the run's own model.
+
+python -m fedclaw.compress run=runs/NAME [key=value ...]
+
+  run=DIR              the finished run; the result goes to DIR/compressed
+  fraction=0.3         largest share of the parameters that may be left
+  mode=proxy           recover at the coordinator on public or synthetic inputs: costs no privacy
+  mode=federated       recover at the sites, on their ledgers; needs federation=DIR
+  inputs=FILE          proxy: public unlabelled inputs; without it, synthetic ones are made from the schema
+  evaluation=FILE      labelled public data for the accuracies
+  controls=true        proxy: also train the same net from scratch, and without a teacher (labelled=FILE)
+
+Examples:
+  python -m fedclaw.compress run=runs/demo
+  python -m fedclaw.compress run=runs/demo fraction=0.1 inputs=public.csv evaluation=test.csv controls=true
+  python -m fedclaw.compress run=runs/demo mode=federated federation=DIR sites.rounds=5 sites.epsilon=1
+
+All settings are in conf/compress.yaml.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.errors import UsageError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compress and print the table. Raises FedClawError."""
+    line = split(arguments)
+    if line.words:
+        raise UsageError(f"unknown command {line.words[0]!r}; arguments are written key=value")
+    from fedclaw.compress.settings import CompressSettings
+
+    settings = compose_settings("compress", line.overrides, CompressSettings)
+    from fedclaw.compress.stage import compress
+    from fedclaw.compress.table import before_after, notes
+
+    if settings.mode == "federated":
+        from fedclaw.report.terminal import TerminalProgress
+
+        progress = TerminalProgress()
+        try:
+            record = compress(settings, [progress])
+        finally:
+            progress.close()
+    else:
+        record = compress(settings)
+    console = Console(highlight=False)
+    console.print(before_after(record))
+    for note in notes(record, settings.run / "compressed"):
+        console.print(note, markup=False)
+
+
+if __name__ == "__main__":
+    run_main("fedclaw.compress", __doc__ or "", main)

@@ -1,0 +1,166 @@
+"""Recovery at the sites: more rounds of training, under differential privacy and on the sites' own ledgers.
+
+It is a run of its own, with its own name, plan and checkpoints, in a directory inside the teacher's. The name is
+made from what is asked, so that the same compression begun again goes on where it stopped and no site pays
+twice, and a different one is a different run on the ledgers.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from fedclaw.compress.record import SitesReport
+from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.source import Teacher, arrays_of, load_arrays
+from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on
+from fedclaw.errors import CompressionError, RoundError, UsageError
+from fedclaw.federation import exchange
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.coordinator import Observer, pending_cohort, run_rounds
+from fedclaw.federation.plan import Distillation, ModelSpec, Plan
+from fedclaw.federation.run_directory import RunDirectory, RunRecord
+from fedclaw.runtime.flower import assume_server_identity, number_of
+from fedclaw.security.federation_home import FederationHome
+
+log = logging.getLogger(__name__)
+
+DIRECTORY = "distillation"
+
+
+def recover_at_sites(
+    settings: CompressSettings, teacher: Teacher, student: Student, observers: Sequence[Observer] = ()
+) -> Outcome:
+    """Listen as the federation's server, wait for the sites, and recover the student there.
+
+    Raises UsageError for a federation that is not the run's, TransportError when too few sites come.
+    """
+    from fedclaw.runtime.grpc import GrpcGrid, Limits
+
+    assert settings.federation is not None
+    home = FederationHome.open(settings.federation)
+    if home.name != teacher.record.federation:
+        raise UsageError(
+            f"{teacher.directory.root} is a run of federation {teacher.record.federation!r}, not of {home.name!r}"
+        )
+    record = distillation_record(settings, teacher, student)
+    root = _root(teacher, record)
+    expected = max(settings.sites.wait_for or record.rules.minimum, len(pending_cohort(RunDirectory(root))))
+    run_id = number_of(record.run)
+    assume_server_identity(run_id)
+    with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
+        log.info("waiting for %d sites on %s", expected, settings.address or home.descriptor.address)
+        log.info("connected: %s", ", ".join(grid.wait_for_sites(expected, settings.sites.wait)))
+        return recover_by_rounds(grid, settings, teacher, student, observers)
+
+
+def recover_by_rounds(
+    grid: Grid, settings: CompressSettings, teacher: Teacher, student: Student, observers: Sequence[Observer] = ()
+) -> Outcome:
+    """Train the student with the teacher beside it at the sites of `grid`; compare them there or on public data.
+
+    Raises RoundError when too few sites take part; begun again it goes on from its last checkpoint.
+    """
+    evaluation = settings.evaluation  # read before a site spends anything
+    table = teacher.workload.schema.read_examples(evaluation) if evaluation is not None else None
+    record = distillation_record(settings, teacher, student)
+    directory = _open(teacher, record)
+    start = arrays_of(student.model)
+    outcome = run_rounds(grid, directory, start, teacher=teacher.parameters, observers=observers)
+    model = teacher.workload.build(student.spec)
+    load_arrays(model, outcome.parameters)
+    if table is not None:
+        accuracies = compare_on(table, teacher, student, model)
+    else:
+        accuracies = _compare_at_sites(grid, record, teacher, start, outcome.parameters)
+    report = SitesReport(
+        run=record.run,
+        directory=str(directory.root.relative_to(teacher.directory.root)),
+        rounds=record.rounds,
+        epsilon={site: item.receipt.epsilon_run for site, item in sorted(outcome.receipts.items())},
+    )
+    return Outcome(model.eval(), accuracies, report)
+
+
+def distillation_record(settings: CompressSettings, teacher: Teacher, student: Student) -> RunRecord:
+    """The record of the recovery's own run: the teacher's, with another model, its own rounds and budget."""
+    asked, run = settings.sites, teacher.record
+    privacy = run.privacy
+    if privacy is not None and asked.epsilon is not None:
+        privacy = privacy.model_copy(update={"epsilon": asked.epsilon})
+    if privacy is None and asked.epsilon is not None:
+        raise CompressionError(
+            f"sites.epsilon={asked.epsilon:g}, but run {run.run} was trained without differential privacy and sets "
+            "neither delta nor a clipping bound; leave sites.epsilon out"
+        )
+    changes = {
+        "model": student.spec,
+        "rounds": asked.rounds,
+        "privacy": privacy,
+        "distillation": Distillation(teacher=run.model, temperature=asked.temperature, weight=asked.weight),
+        "seed": settings.seed,
+        "created": datetime.now(UTC),
+    }
+    record = run.model_copy(update=changes)
+    return record.model_copy(update={"run": f"{run.run[:80]}-distil-{_digest(record, teacher)}"})
+
+
+def _digest(record: RunRecord, teacher: Teacher) -> str:
+    """Eight digits of everything that makes this recovery another one."""
+    about = {"record": record.model_dump(mode="json", exclude={"created"}), "teacher": teacher.sha256}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _open(teacher: Teacher, record: RunRecord) -> RunDirectory:
+    """The recovery's directory, begun now or earlier."""
+    root = _root(teacher, record)
+    return RunDirectory.open(root) if (root / "run.json").exists() else RunDirectory.create(root, record)
+
+
+def _root(teacher: Teacher, record: RunRecord) -> Path:
+    return teacher.directory.root / DIRECTORY / record.run
+
+
+def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: Arrays, recovered: Arrays) -> Accuracies:
+    """All three models on the sites' own test data, asked of the same sites."""
+    nodes = sorted(grid.get_node_ids())
+    before = _ask(grid, nodes, record, teacher.record.model, teacher.parameters)
+    start = _ask(grid, nodes, record, record.model, pruned)
+    after = _ask(grid, nodes, record, record.model, recovered)
+    if not before.answered == start.answered == after.answered:
+        names = sorted({*before.answered, *start.answered, *after.answered})
+        raise RoundError(
+            f"not every site evaluated all three models (of {', '.join(names)}), so they cannot be compared; the "
+            "recovery is kept: run the same command again to evaluate it"
+        )
+    return Accuracies("federated evaluation", after.examples, before.metrics, start.metrics, after.metrics)
+
+
+def _ask(
+    grid: Grid, nodes: Sequence[int], record: RunRecord, model: ModelSpec, parameters: Arrays
+) -> exchange.Evaluated:
+    plan = Plan(
+        federation=record.federation,
+        run=record.run,
+        round=record.rounds,
+        rounds=record.rounds,
+        cohort=len(nodes),
+        workload=record.workload,
+        schema_digest=record.schema_digest,
+        model=model,
+        strategy=record.strategy.name,
+        training=record.training,
+        privacy=record.privacy,
+        weighting=record.weighting,
+        metrics=record.metrics,
+    )
+    evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline)
+    evaluated.answered.sort()
+    if "accuracy" not in evaluated.metrics:
+        refused = "; ".join(f"{item.site}: {item.reason}" for item in evaluated.declined) or "nobody answered"
+        raise RoundError(f"the sites sent no accuracy ({refused})")
+    return evaluated

@@ -1,0 +1,134 @@
+"""Recovery at the coordinator, with the controls that a claim about it needs.
+
+Legend: N examples, C classes, D input shape without the batch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedclaw.compress.record import Control, ProxyReport
+from fedclaw.compress.recover import Recovered, Split, agreement, distil, predict_logits, split_inputs, train
+from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.source import Teacher
+from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on, evaluate
+from fedclaw.errors import CompressionError, UsageError
+from fedclaw.workload import Table
+
+
+def recover_by_proxy(
+    settings: CompressSettings, teacher: Teacher, student: Student, inputs: torch.Tensor, origin: str
+) -> Outcome:
+    """Distil the teacher into the student on public or synthetic inputs (N, *D). Raises FedClawError.
+
+    Without an evaluation file the accuracies are agreements with the teacher; the teacher's own is then 1.
+    """
+    table = _read(teacher, settings.evaluation)
+    labelled = _read(teacher, settings.labelled)
+    device = choose_device(settings.device)
+    split = split_inputs(teacher.model.to(device), inputs.to(device), settings.recovery.held_out, settings.seed)
+    recovered = distil(student.model.to(device), split, settings.recovery, settings.seed)
+    controls = _controls(settings, teacher, student, split, table, labelled) if settings.controls else ()
+    for model in (teacher.model, student.model, recovered.model):
+        model.cpu()
+    report = ProxyReport(
+        inputs=origin,
+        epochs=recovered.epochs,
+        agreement_pruned=recovered.agreement_before,
+        agreement_after=recovered.agreement,
+        controls=controls,
+    )
+    if table is not None:
+        return Outcome(recovered.model, compare_on(table, teacher, student, recovered.model), report)
+    return Outcome(recovered.model, _agreements(split, recovered), report)
+
+
+def proxy_inputs(settings: CompressSettings, teacher: Teacher) -> tuple[torch.Tensor, str]:
+    """Inputs (N, *D) at the coordinator, and where they come from, in words. Raises DataError."""
+    schema = teacher.workload.schema
+    if settings.inputs is not None:
+        inputs = schema.read_inputs(settings.inputs)
+        origin = f"{len(inputs)} public inputs of {settings.inputs.name}"
+    else:
+        inputs = schema.synthetic_inputs(settings.synthetic, np.random.default_rng(settings.seed))
+        origin = f"{len(inputs)} synthetic inputs made from the schema"
+    return torch.from_numpy(np.array(inputs, dtype=np.float32)), origin
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu or cuda as a device. Raises UsageError when CUDA is asked for and not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _read(teacher: Teacher, path: Path | None) -> Table | None:
+    return teacher.workload.schema.read_examples(path) if path is not None else None
+
+
+def _agreements(split: Split, recovered: Recovered) -> Accuracies:
+    return Accuracies(
+        measure="agreement with the teacher",
+        examples=len(split.held),
+        before={"accuracy": 1.0},
+        pruned={"accuracy": recovered.agreement_before},
+        after={"accuracy": recovered.agreement},
+    )
+
+
+def _controls(
+    settings: CompressSettings,
+    teacher: Teacher,
+    student: Student,
+    split: Split,
+    table: Table | None,
+    labelled: Table | None,
+) -> tuple[Control, ...]:
+    """The two ways to the same shapes that a claim has to be compared with; the first needs labelled data."""
+    device = split.train.device
+
+    def control(name: str, model: nn.Module) -> Control:
+        accuracy = evaluate(teacher.workload, model, table)["accuracy"] if table is not None else None
+        agreed = agreement(predict_logits(model, split.held), split.held_logits)
+        return Control.model_validate({"name": name, "accuracy": accuracy, "agreement": agreed})
+
+    scratch = _fresh(teacher, student, settings.seed).to(device)
+    made = [control("distilled from scratch", distil(scratch, split, settings.recovery, settings.seed).model)]
+    if labelled is not None:
+        tuned = _fine_tune(settings, teacher, student, split, labelled)
+        made.insert(0, control("fine-tuned without teacher", tuned))
+    return tuple(made)
+
+
+def _fresh(teacher: Teacher, student: Student, seed: int) -> nn.Module:
+    """The student's shapes with random parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return teacher.workload.build(student.spec)
+
+
+def _fine_tune(
+    settings: CompressSettings, teacher: Teacher, student: Student, split: Split, labelled: Table
+) -> nn.Module:
+    """The pruned student trained on labelled public data; stops early on held-out labels."""
+    if len(labelled) < 2:
+        raise CompressionError(f"labelled={settings.labelled} holds {len(labelled)} examples; the control needs more")
+    device = split.train.device
+    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(settings.seed))
+    inputs = torch.from_numpy(np.array(labelled.inputs))[order].to(device)
+    targets = torch.from_numpy(np.array(labelled.targets))[order].to(device)
+    held = max(1, round(settings.recovery.held_out * len(labelled)))
+    classes = split.held_logits.shape[1]
+    # Logits whose most probable class is the label: agreement with them is accuracy.
+    held_logits = 10.0 * torch.nn.functional.one_hot(targets[:held], classes).float()
+    train_targets = targets[held:]
+
+    def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return teacher.workload.loss(logits, train_targets[rows])
+
+    tuned = train(student.model, inputs[held:], loss, (inputs[:held], held_logits), settings.recovery, settings.seed)
+    return tuned.model

@@ -1,0 +1,87 @@
+"""The compression stage: a finished run in, a pruned and recovered model with both models' figures out."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedclaw.compress.measure import compare_latency, multiply_adds
+from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
+from fedclaw.compress.prune import count_parameters
+from fedclaw.compress.record import Compression, Side, write_compressed
+from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.source import Teacher, arrays_of, load_teacher
+from fedclaw.compress.student import Outcome, Student, make_student
+from fedclaw.errors import UsageError
+from fedclaw.federation.coordinator import Observer
+from fedclaw.federation.run_directory import arrays_to_npz
+
+log = logging.getLogger(__name__)
+
+
+def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> Compression:
+    """Compress a run's model and write <run>/compressed; `observers` watch the rounds of federated mode.
+
+    Raises FedClawError; then <run>/compressed is as it was.
+    """
+    _check_paths(settings)
+    teacher = load_teacher(settings.run)
+    student = make_student(teacher, settings.fraction)
+    log.info("pruned: %d of %d parameters left", student.parameters_after, student.parameters_before)
+    inputs, origin = proxy_inputs(settings, teacher)
+    if settings.mode == "federated":
+        from fedclaw.compress.federated import recover_at_sites
+
+        outcome = recover_at_sites(settings, teacher, student, observers)
+    else:
+        outcome = recover_by_proxy(settings, teacher, student, inputs, origin)
+    record = _record(settings, teacher, student, outcome, inputs)
+    write_compressed(teacher.directory, record, arrays_of(outcome.model))
+    return record
+
+
+def _check_paths(settings: CompressSettings) -> None:
+    for name in ("inputs", "evaluation", "labelled"):
+        path: Path | None = getattr(settings, name)
+        if path is not None and not path.exists():
+            raise UsageError(f"{name}={path}: there is no such file")
+
+
+def _record(
+    settings: CompressSettings, teacher: Teacher, student: Student, outcome: Outcome, inputs: torch.Tensor
+) -> Compression:
+    accuracies = outcome.accuracies
+    latency = compare_latency(teacher.model, outcome.model, inputs, settings.latency_repeats)
+    old_size = teacher.directory.model_path.stat().st_size
+    new_size = len(arrays_to_npz(arrays_of(outcome.model)))
+    return Compression(
+        run=teacher.record.run,
+        model=student.spec,
+        teacher_sha256=teacher.sha256,
+        fraction=settings.fraction,
+        parameters_before=student.parameters_before,
+        parameters_after=student.parameters_after,
+        accuracy_measure=accuracies.measure,
+        accuracy_examples=accuracies.examples,
+        accuracy_before=accuracies.before["accuracy"],
+        accuracy_pruned=accuracies.pruned["accuracy"],
+        accuracy_after=accuracies.after["accuracy"],
+        before=_side(teacher, teacher.model, old_size, latency.before, accuracies.before),
+        after=_side(teacher, outcome.model, new_size, latency.after, accuracies.after),
+        recovery=outcome.report,
+        seed=settings.seed,
+    )
+
+
+def _side(
+    teacher: Teacher, model: nn.Module, file_bytes: int, latency: dict[int, float], metrics: dict[str, float]
+) -> Side:
+    return Side(
+        parameters=count_parameters(model),
+        multiply_adds=multiply_adds(model, teacher.input_shape),
+        file_bytes=file_bytes,
+        latency_ms={str(batch): round(milliseconds, 5) for batch, milliseconds in latency.items()},
+        metrics=metrics,
+    )

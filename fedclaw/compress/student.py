@@ -1,0 +1,68 @@
+"""The student before and after its recovery, and how the three models of a compression compare."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedclaw.compress.prune import prune_to_fraction
+from fedclaw.compress.record import Measure, ProxyReport, SitesReport
+from fedclaw.compress.recover import predict_logits
+from fedclaw.compress.source import Teacher, rebuild
+from fedclaw.errors import CompressionError
+from fedclaw.federation.plan import ModelSpec
+from fedclaw.workload import Table, Workload
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pruned teacher as the workload builds it, before recovery."""
+
+    spec: ModelSpec
+    model: nn.Module
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Metrics of teacher, student before recovery and student after it, on the same examples; each has accuracy."""
+
+    measure: Measure
+    examples: int
+    before: dict[str, float]
+    pruned: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What either way of recovery ends with; the model is on the CPU."""
+
+    model: nn.Module
+    accuracies: Accuracies
+    report: ProxyReport | SitesReport
+
+
+def make_student(teacher: Teacher, fraction: float) -> Student:
+    """The teacher pruned to `fraction`, built from its spec. Raises CompressionError."""
+    pruned = prune_to_fraction(teacher.model, teacher.input_shape, fraction)
+    spec, model = rebuild(teacher.workload, pruned.model)
+    return Student(spec, model, pruned.parameters_before, pruned.parameters_after)
+
+
+def compare_on(table: Table, teacher: Teacher, student: Student, recovered: nn.Module) -> Accuracies:
+    """Metrics of the three models on labelled public data.."""
+    models = (teacher.model, student.model, recovered)
+    before, pruned, after = (evaluate(teacher.workload, model, table) for model in models)
+    return Accuracies("evaluation file", len(table), before, pruned, after)
+
+
+def evaluate(workload: Workload, model: nn.Module, table: Table) -> dict[str, float]:
+    """Metrics of `model` on labelled public data. Raises CompressionError when the table is empty."""
+    if len(table) == 0:
+        raise CompressionError("the evaluation data holds no examples")
+    device = next(model.parameters()).device
+    logits = predict_logits(model, torch.from_numpy(np.array(table.inputs)).to(device)).cpu()
+    return workload.evaluate(logits, torch.from_numpy(np.array(table.targets)))

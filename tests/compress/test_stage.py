@@ -1,0 +1,173 @@
+"""The whole stage on a real run: what it writes, whether recovery recovers, and one clear line for a mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fedclaw.compress import proxy
+from fedclaw.compress.record import read_compressed
+from fedclaw.compress.recover import Recovery
+from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.source import load_arrays
+from fedclaw.compress.stage import compress
+from fedclaw.errors import CheckpointError, CompressionError, UsageError
+
+FRACTION = 0.25
+
+
+@pytest.fixture
+def run(make_run, trained):
+    return make_run(*trained)
+
+
+def settings_for(run, **changes):
+    return CompressSettings(**{"run": run.root, "fraction": FRACTION, "latency_repeats": 3, "device": "cpu"} | changes)
+
+
+def test_recovery_on_public_inputs(run, digits, trained):
+    record = compress(settings_for(run, inputs=digits.public, evaluation=digits.test))
+    assert record.accuracy_measure == "evaluation file"
+    assert record.accuracy_examples == 397
+    assert record.accuracy_before > 0.9
+    assert record.accuracy_pruned < record.accuracy_before - 0.15
+    assert record.accuracy_after >= record.accuracy_before - 0.03
+    assert record.parameters_after <= FRACTION * record.parameters_before
+    assert record.before.multiply_adds == 64 * 48 + 48 * 24 + 24 * 10
+    assert record.after.multiply_adds < 0.3 * record.before.multiply_adds
+    assert record.after.file_bytes == (run.compressed / "model.npz").stat().st_size
+    assert record.before.file_bytes == run.model_path.stat().st_size
+    # What is on disk is a model of the record's spec that scores what the record says.
+    workload, _ = trained
+    written, parameters = read_compressed(run)
+    assert written == record
+    model = workload.build(written.model)
+    load_arrays(model, parameters)
+    table = workload.schema.read_examples(digits.test)
+    with torch.no_grad():
+        metrics = workload.evaluate(model(torch.from_numpy(table.inputs)), torch.from_numpy(table.targets))
+    assert metrics["accuracy"] == record.accuracy_after
+    assert sorted(path.name for path in run.root.iterdir()) == ["compressed", "model.npz", "run.json"]
+
+
+def test_recovery_on_synthetic_inputs(run):
+    record = compress(settings_for(run, synthetic=800, recovery=Recovery(epochs=40)))
+    assert record.accuracy_measure == "agreement with the teacher"
+    assert record.accuracy_before == 1.0
+    assert record.accuracy_after == record.recovery.agreement_after
+    assert record.accuracy_after > record.accuracy_pruned
+    assert record.recovery.inputs == "800 synthetic inputs made from the schema"
+
+
+def test_recovery_fails_without_the_teachers_knowledge(run, digits, monkeypatch):
+    """The same recovery from a teacher whose answers were dealt out at random does not recover."""
+
+    def shuffled(*arguments):
+        split = original(*arguments)
+        order = torch.randperm(len(split.train_logits), generator=torch.Generator().manual_seed(0))
+        return replace(split, train_logits=split.train_logits[order])
+
+    original = proxy.split_inputs
+    monkeypatch.setattr(proxy, "split_inputs", shuffled)
+    record = compress(settings_for(run, inputs=digits.public, evaluation=digits.test))
+    assert record.accuracy_after < record.accuracy_before - 0.15
+
+
+def test_same_seed_same_model(run, digits):
+    first = compress(settings_for(run, inputs=digits.public, seed=3, recovery=Recovery(epochs=8)))
+    _, one = read_compressed(run)
+    again = compress(settings_for(run, inputs=digits.public, seed=3, recovery=Recovery(epochs=8)))
+    _, two = read_compressed(run)
+    compress(settings_for(run, inputs=digits.public, seed=4, recovery=Recovery(epochs=8)))
+    _, other = read_compressed(run)
+    assert first.recovery == again.recovery
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert any(not np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_a_smaller_model_replaces_a_larger_one(run, digits):
+    quick = {"inputs": digits.public, "recovery": Recovery(epochs=1)}
+    large = compress(settings_for(run, fraction=0.5, **quick))
+    (run.compressed / "stray").write_text("")
+    small = compress(settings_for(run, fraction=0.2, **quick))
+    assert small.parameters_after < large.parameters_after
+    assert sorted(path.name for path in run.compressed.iterdir()) == ["compression.json", "model.npz"]
+    assert read_compressed(run)[0] == small
+
+
+def test_a_failed_compression_leaves_the_old_result(run, digits):
+    kept = compress(settings_for(run, inputs=digits.public, recovery=Recovery(epochs=1)))
+    with pytest.raises(CompressionError, match="diverged"):
+        compress(settings_for(run, inputs=digits.public, recovery=Recovery(epochs=5, learning_rate=1e30)))
+    assert read_compressed(run)[0] == kept
+
+
+def test_controls(run, digits):
+    record = compress(
+        settings_for(run, inputs=digits.public, evaluation=digits.test, labelled=digits.train, controls=True)
+    )
+    tuned, scratch = record.recovery.controls
+    assert (tuned.name, scratch.name) == ("fine-tuned without teacher", "distilled from scratch")
+    assert tuned.accuracy > 0.9
+    assert scratch.accuracy > 0.9
+    assert 0 < scratch.agreement <= 1
+
+
+def test_too_small_a_fraction_names_the_smallest(run):
+    with pytest.raises(CompressionError, match=r"cannot be pruned to 0\.001") as caught:
+        compress(settings_for(run, fraction=0.001))
+    smallest = float(re.search(r"fraction=([0-9.]+)", str(caught.value))[1])
+    record = compress(settings_for(run, fraction=smallest, synthetic=20, recovery=Recovery(epochs=1)))
+    assert record.model.args["hidden"] == [1, 1]
+
+
+def test_a_model_that_does_not_fit_its_record(run):
+    damaged = run.read_model()
+    damaged["hidden.0.weight"] = damaged["hidden.0.weight"][:-1]
+    run.write_model(damaged)
+    with pytest.raises(CheckpointError, match=r"model\.npz does not fit"):
+        compress(settings_for(run))
+
+
+def test_a_teacher_of_nan_is_refused(run):
+    damaged = run.read_model()
+    damaged["head.weight"] = np.full_like(damaged["head.weight"], np.nan)
+    run.write_model(damaged)
+    with pytest.raises(CompressionError, match="not all finite"):
+        compress(settings_for(run))
+
+
+def test_reading_what_is_not_there(run):
+    with pytest.raises(UsageError, match="has no compressed model"):
+        read_compressed(run)
+
+
+def test_reading_what_is_damaged(run, digits):
+    compress(settings_for(run, inputs=digits.public, recovery=Recovery(epochs=1)))
+    (run.compressed / "compression.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"compression\.json is damaged"):
+        read_compressed(run)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "fedclaw.compress", *arguments], capture_output=True, text=True, timeout=100
+    )
+
+
+def test_command_line(run, digits):
+    done = command(
+        f"run={run.root}", "fraction=0.2", f"inputs={digits.public}", f"evaluation={digits.test}", "recovery.epochs=5"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "multiply-adds per example" in done.stdout
+    assert "accuracy (evaluation file)" in done.stdout
+    record = json.loads((run.compressed / "compression.json").read_text())
+    assert record["parameters_after"] <= 0.2 * record["parameters_before"]
+    assert f"{record['parameters_after']:,}" in done.stdout
+    assert record["model"]["name"] == "mlp"
