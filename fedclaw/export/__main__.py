@@ -1,0 +1,91 @@
+"""Export a run's model as a signed bundle that serves without torch.
+
+    python -m fedclaw.export run=runs/NAME federation=DIR [key=value ...]
+
+    run         run directory of a finished run
+    federation  the coordinator's federation directory; its release key signs
+    inputs      file with real inputs (the workload's format) for comparing the exported model with the torch model;
+                without it, inputs made from the schema
+    model       auto | final | compressed   (auto: the compressed one if there is one)
+    tolerance   largest difference allowed, 1e-4
+    output      where to, runs/NAME/bundle; overwrite=true replaces a bundle there
+    quantise    true adds an 8-bit ONNX model
+
+Examples:
+    python -m fedclaw.export run=runs/demo federation=demo/coordinator
+    python -m fedclaw.export run=runs/demo federation=demo/coordinator inputs=public.csv model=final output=bundles/a
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.errors import BundleError, DataError, UsageError
+from fedclaw.frozen import Frozen
+
+
+class Settings(Frozen):
+    """conf/export.yaml."""
+
+    run: Path
+    federation: Path
+    inputs: Path | None
+    model: Literal["auto", "final", "compressed"]
+    tolerance: float = Field(gt=0)
+    output: Path | None
+    quantise: bool
+    overwrite: bool
+    seed: int
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export by the command line."""
+    command = split(arguments)
+    if command.words:
+        raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
+    export(compose_settings("export", command.overrides, Settings), Console())
+
+
+def export(settings: Settings, console: Console) -> None:
+    """Export by checked settings; says what it does on `console`."""
+    from fedclaw.export.bundle import Request, export_bundle
+    from fedclaw.export.source import load_source
+    from fedclaw.federation.run_directory import RunDirectory
+    from fedclaw.security.federation_home import FederationHome
+
+    source = load_source(RunDirectory.open(settings.run), settings.model)
+    home = FederationHome.open(settings.federation)
+    if home.name != source.record.federation:
+        raise BundleError(
+            f"{settings.run} is a run of the federation {source.record.federation!r}, but {settings.federation} holds "
+            f"the keys of {home.name!r}"
+        )
+    inputs = None
+    if settings.inputs is not None:
+        if not settings.inputs.exists():
+            raise DataError(f"inputs={settings.inputs}: no such file")
+        inputs = source.schema.read_inputs(settings.inputs)
+    request = Request(settings.tolerance, inputs, settings.quantise, settings.overwrite, settings.seed)
+    target = settings.output or settings.run / "bundle"
+    with console.status("exporting") as status:
+        verified = export_bundle(
+            source, home.signer(), target, request, lambda step: status.update(f"exporting: {step}")
+        )
+    manifest = verified.manifest
+    console.print(f"bundle    {target} ({source.variant} model, {manifest.parameters:,} parameters)", highlight=False)
+    for name, figures in sorted(manifest.parity.files.items()):
+        console.print(
+            f"parity    {name} differs from torch by {figures.max_abs_diff:.2g} on {figures.examples} "
+            f"{manifest.parity.inputs} inputs (allowed {manifest.parity.tolerance:g})",
+            highlight=False,
+        )
+    console.print(f"signed    by {verified.signer.name}, CA SHA-256 {verified.signer.fingerprint}", highlight=False)
+    console.print(f"next      python -m fedclaw.verify {target}", highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    run_main("fedclaw.export", __doc__ or "", main)

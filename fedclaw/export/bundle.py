@@ -1,0 +1,212 @@
+"""Assembling and signing a bundle: written aside, checked like a stranger's, then renamed into place."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fedclaw.compress.record import SitesReport
+from fedclaw.errors import BundleError
+from fedclaw.export import graph, layout, parity, signature
+from fedclaw.export.card import how_to_verify, model_card
+from fedclaw.export.check import Trust, Verified, verify_bundle
+from fedclaw.export.quantise import quantise
+from fedclaw.export.runtime import open_session, run_session
+from fedclaw.export.source import Source
+from fedclaw.export.statement import PrivacyStatement, state
+from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
+from fedclaw.workload import Floats
+
+SYNTHETIC_EXAMPLES = 256
+VERSIONED = ("fedclaw", "torch", "onnx", "onnxscript", "onnxruntime", "opacus", "flwr", "numpy")
+DIRECTORY_MODE = 0o755
+
+
+class Signer(Protocol):
+    """The federation's release key, as `FederationHome.signer()` gives it."""
+
+    certificate_pem: bytes
+    ca_pem: bytes
+
+    def sign(self, content: bytes) -> bytes:
+        """ECDSA-SHA384 over `content`, DER."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a bundle is to be made. `inputs` are real ones (N, *D) for the parity check; None: synthetic ones."""
+
+    tolerance: float = 1e-4
+    inputs: Floats | None = None
+    quantised: bool = False
+    overwrite: bool = False
+    seed: int = 0
+
+
+def export_bundle(
+    source: Source, signer: Signer, target: Path, request: Request, progress: Callable[[str], None] = lambda _: None
+) -> Verified:
+    """Export `source`, compare, state, sign, and leave the bundle at `target`, verified against the signer's CA.
+
+    `progress` hears a few words before each step. Raises BundleError when an exported form is further from the torch
+    model than the tolerance, or `target` exists and may not be overwritten; then nothing is left behind.
+    """
+    _check_target(target, request.overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        staging.chmod(DIRECTORY_MODE)
+        _fill(staging, source, signer, request, progress)
+        progress("signing")
+        _sign(staging, signer)
+        verified = verify_bundle(staging, Trust(authority=signer.ca_pem))
+        _publish(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Verified(**{**vars(verified), "path": target})
+
+
+def _fill(staging: Path, source: Source, signer: Signer, request: Request, progress: Callable[[str], None]) -> None:
+    inputs, kind = _parity_inputs(source, request)
+    shape = source.schema.input_shape
+    progress("tracing the model")
+    program = graph.trace(source.model, shape)
+    graph.save_program(program, staging / layout.PROGRAM)
+    progress("writing ONNX")
+    graph.save_onnx(program, shape, staging / layout.ONNX)
+    progress(f"comparing with the torch model on {kind} inputs")
+    figures = _compare(staging, source, inputs, request.tolerance)
+    quantised = None
+    if request.quantised:
+        progress("quantising to 8 bits")
+        quantised = quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs)
+    classes = len(source.schema.labels)
+    manifest = layout.Manifest(
+        federation=source.record.federation,
+        run=source.record.run,
+        workload=source.record.workload,
+        variant=source.variant,
+        model=source.spec,
+        parameters=source.parameters,
+        created=datetime.now(UTC).replace(microsecond=0),
+        versions=_versions(),
+        inputs=(layout.TensorSpec(name=layout.INPUT, shape=(layout.BATCH, *shape)),),
+        outputs=tuple(
+            layout.TensorSpec(name=name, shape=(layout.BATCH, classes))
+            for name in (layout.LOGITS, layout.PROBABILITIES)
+        ),
+        labels=source.schema.labels,
+        preprocessing=dict(source.schema.describe_inputs()),
+        parity=layout.Parity(inputs=kind, tolerance=request.tolerance, files=figures),
+        quantised=quantised,
+    )
+    _write_texts(staging, source, manifest, signer)
+
+
+def _parity_inputs(source: Source, request: Request) -> tuple[Floats, layout.InputKind]:
+    if request.inputs is None:
+        generator = np.random.default_rng(request.seed)
+        return source.schema.synthetic_inputs(SYNTHETIC_EXAMPLES, generator), "synthetic"
+    if request.inputs.shape[1:] != source.schema.input_shape:
+        raise BundleError(
+            f"the inputs for the parity check have shape {request.inputs.shape}, "
+            f"the schema says (N, {', '.join(map(str, source.schema.input_shape))})"
+        )
+    return request.inputs, "real"
+
+
+def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) -> dict[str, layout.ParityFigures]:
+    """Both forms, loaded back from their files, against the torch model that they were made from."""
+    reference = graph.Classifier(source.model).eval()
+    program = graph.load_program(staging / layout.PROGRAM)
+    session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
+    forms: Mapping[str, parity.Forward] = {
+        layout.ONNX: lambda batch: run_session(session, batch),
+        layout.PROGRAM: lambda batch: graph.torch_outputs(program, batch),
+    }
+    figures = {}
+    for name, forward in forms.items():
+        figures[name] = parity.compare(lambda batch: graph.torch_outputs(reference, batch), forward, inputs)
+        parity.require(figures[name], tolerance, name)
+    return figures
+
+
+def _write_texts(staging: Path, source: Source, manifest: layout.Manifest, signer: Signer) -> None:
+    statement = state(source.receipts, source.record.privacy, _compression_cost(source), source.data_dependent)
+    authority = signature.parse_certificate(signer.ca_pem, "the federation's CA certificate")
+    texts = {
+        layout.MANIFEST: _pretty(manifest),
+        layout.SCHEMA: source.schema.to_json(),
+        layout.PRIVACY: _pretty(statement),
+        layout.CARD: model_card(source, manifest, statement),
+        layout.HOW_TO_VERIFY: how_to_verify(manifest.federation, signature.fingerprint(authority)),
+    }
+    for name, text in texts.items():
+        (staging / name).write_text(text, encoding="utf-8")
+    (staging / layout.RELEASE_CERTIFICATE).write_bytes(signer.certificate_pem)
+    (staging / layout.CA_CERTIFICATE).write_bytes(signer.ca_pem)
+
+
+def _compression_cost(source: Source) -> str:
+    if source.compression is None:
+        return "none was done."
+    recovery = source.compression.recovery
+    if isinstance(recovery, SitesReport):
+        return (
+            f"pruned at the coordinator, then trained for {recovery.rounds} more rounds at the sites, whose cost is "
+            "the run 'recovery after pruning' of each site, and part of its epsilon."
+        )
+    return (
+        f"pruned and recovered at the coordinator on inputs that it declares to be no site's training data "
+        f"({recovery.inputs}); under that condition it is post-processing and cost nothing."
+    )
+
+
+def _sign(staging: Path, signer: Signer) -> None:
+    names = sorted(path.name for path in staging.iterdir())
+    for name in names:
+        (staging / name).chmod(PUBLIC_MODE)
+    content = "".join(f"{sha256_file(staging / name)}  {name}\n" for name in names).encode("ascii")
+    write_atomic(staging / layout.DIGESTS, content)
+    write_atomic(staging / layout.SIGNATURE, signer.sign(content))
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise BundleError(f"{target} already exists; pass overwrite=true to replace it, or output=… for another place")
+    if target.is_symlink() or not (target / layout.DIGESTS).is_file():
+        raise BundleError(f"{target} is not a bundle and is left alone; pass output=… for another place")
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; an older bundle there goes only when the new one is whole."""
+    old = staging.with_name(staging.name + ".old")
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    sync_directory(target.parent)
+
+
+def _pretty(model: layout.Manifest | PrivacyStatement) -> str:
+    return json.dumps(model.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,213 @@
+"""MODEL_CARD.md and VERIFY.md: facts of the run in words, for people.
+
+The order follows Mitchell et al. (2019), "Model Cards for Model Reporting". What no run directory knows (who should
+use the model, and who must not) is said to be missing, never invented.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedclaw.export.layout import Manifest
+from fedclaw.export.source import Source
+from fedclaw.export.statement import PrivacyStatement
+
+TO_BE_FILLED_IN = (
+    "_To be filled in by the coordinator: what the model is for, for whom, and what it must not be used for. "
+    "Nothing in the run says so._"
+)
+
+
+def model_card(source: Source, manifest: Manifest, statement: PrivacyStatement) -> str:
+    """The model card, Markdown. Every figure comes from the run directory."""
+    sections = [
+        _head(source, manifest, statement),
+        ("Intended use", TO_BE_FILLED_IN),
+        ("Model", _model(source, manifest)),
+        ("Training", _training(source)),
+        ("Metrics", _metrics(source)),
+        ("Compression", _compression(source)),
+        ("Privacy", _privacy(statement)),
+        ("Limits", _limits(manifest, statement)),
+        ("Is this file genuine?", "See VERIFY.md. This card is covered by the signature of the bundle."),
+    ]
+    return "\n\n".join(part if isinstance(part, str) else f"## {part[0]}\n\n{part[1]}" for part in sections) + "\n"
+
+
+def how_to_verify(federation: str, fingerprint: str) -> str:
+    """VERIFY.md: the commands, for FedClaw and for public tools alone."""
+    return f"""# How to verify this bundle
+
+With FedClaw (it also refuses extra files, links and certificates of the wrong kind):
+
+    python -m fedclaw.verify . ca=/path/to/the/ca.crt/that/you/trust
+
+With OpenSSL and coreutils alone, in this directory (bash):
+
+```bash
+set -e
+openssl verify -no_check_time -CAfile ca.crt release.crt
+openssl dgst -sha384 -verify <(openssl x509 -in release.crt -pubkey -noout) -signature SHA256SUMS.sig SHA256SUMS
+sha256sum --strict --check SHA256SUMS
+openssl x509 -in ca.crt -noout -fingerprint -sha256
+```
+
+The last line prints the fingerprint of the CA. A bundle can only prove that it is whole; that it comes from the
+federation {federation!r} is proved by comparing this fingerprint with one that the coordinator told you in another
+way (by telephone, on paper), or by keeping your own copy of ca.crt. When this bundle was made it was
+
+    {fingerprint}
+
+A bundle stays valid after the release certificate has expired, if it was signed before: `created` in bundle.json
+says when, by the signer's own clock. `python -m fedclaw.verify . expired=refuse` asks for a certificate valid now.
+"""
+
+
+def _head(source: Source, manifest: Manifest, statement: PrivacyStatement) -> str:
+    warnings = "".join(f"\n\n> **{_cell(warning)}**" for warning in statement.warnings)
+    return (
+        f"# Model card: {_cell(source.record.run)}\n\n"
+        f"A {_cell(source.record.workload)} model trained by the federation {_cell(source.record.federation)}, "
+        f"exported {manifest.created:%Y-%m-%d %H:%M} UTC.\n\n"
+        f"{statement.summary}{warnings}"
+    )
+
+
+def _model(source: Source, manifest: Manifest) -> str:
+    rows = [
+        ("Architecture", f"`{source.spec.model_dump_json()}`"),
+        ("Parameters", f"{source.parameters:,}"),
+        ("Variant", "compressed after training" if source.compression else "as trained"),
+        ("Input", ", ".join(f"`{t.name}` {t.dtype} {_shape(t.shape)}" for t in manifest.inputs)),
+        ("Outputs", ", ".join(f"`{t.name}` {t.dtype} {_shape(t.shape)}" for t in manifest.outputs)),
+        ("Labels", ", ".join(manifest.labels)),
+        ("Preprocessing", "constants in bundle.json, rules in schema.json"),
+    ]
+    for name, figures in sorted(manifest.parity.files.items()):
+        rows.append(
+            (
+                f"{name} against torch",
+                f"differs by at most {figures.max_abs_diff:.2g} on {figures.examples} "
+                f"{manifest.parity.inputs} inputs (allowed: {manifest.parity.tolerance:g})",
+            )
+        )
+    if manifest.quantised is not None:
+        rows.append(
+            (
+                "8-bit model",
+                f"same label on {manifest.quantised.same_label:.1%} of {manifest.quantised.examples} inputs",
+            )
+        )
+    return _table(("", ""), rows)
+
+
+def _training(source: Source) -> str:
+    record = source.record
+    sites = source.receipts[0].by_site
+    settings = ", ".join(f"{key} = {value}" for key, value in sorted(record.strategy.settings.items()))
+    training = ", ".join(f"{key} = {value}" for key, value in record.training.model_dump(exclude_none=True).items())
+    rows = [
+        ("Strategy", record.strategy.name + (f" ({settings})" if settings else "")),
+        ("Rounds", f"{len(source.metrics)} of {record.rounds} on record"),
+        ("Sites", f"{len(sites)}, with {sum(item.examples for item in sites.values()):,} training examples"),
+        ("Local training", training),
+        ("Weighting of sites", record.weighting),
+        ("Started", f"{record.created:%Y-%m-%d %H:%M} UTC"),
+    ]
+    return _table(("", ""), rows)
+
+
+def _metrics(source: Source) -> str:
+    line = source.metrics[-1] if source.metrics else {}
+    values: Mapping[str, Any] = line.get("metrics") or {}
+    if not values:
+        return "No evaluation is on record for this run."
+    text = (
+        f"Of the model as trained, after round {line.get('round')}, on the sites' own test data "
+        f"({line.get('test_examples', '?')} examples, mean weighted by site):\n\n"
+    )
+    return text + _table(("Metric", "Value"), [(name, f"{value:.4f}") for name, value in sorted(values.items())])
+
+
+def _compression(source: Source) -> str:
+    record = source.compression
+    if record is None:
+        return "None: these are the parameters as trained."
+    rows = [
+        ("Parameters", f"{record.before.parameters:,}", f"{record.after.parameters:,}"),
+        ("Multiply-adds", f"{record.before.multiply_adds:,}", f"{record.after.multiply_adds:,}"),
+        (_cell(record.accuracy_measure), f"{record.accuracy_before:.4f}", f"{record.accuracy_after:.4f}"),
+    ]
+    return f"Pruned, then recovered by distillation ({record.recovery.mode}).\n\n" + _table(
+        ("", "before", "after"), rows
+    )
+
+
+def _privacy(statement: PrivacyStatement) -> str:
+    parts = [statement.summary]
+    parts += [f"**{_cell(warning)}**" for warning in statement.warnings]
+    rows = [
+        (
+            site.site,
+            cost.run,
+            f"{cost.examples:,}",
+            _number(cost.epsilon),
+            _number(cost.epsilon_lifetime),
+            f"{cost.delta:.3g}",
+            cost.mechanism,
+            cost.accountant,
+            f"{cost.noise_multiplier:.3g}",
+            str(cost.rounds),
+        )
+        for site in statement.sites
+        for cost in site.runs
+    ]
+    head = (
+        "Site",
+        "Run",
+        "Examples",
+        "Epsilon",
+        "Epsilon, all runs",
+        "Delta",
+        "Mechanism",
+        "Accountant",
+        "Noise",
+        "Rounds",
+    )
+    if rows:
+        parts.append(_table(head, rows))
+    parts += [f"Unit: {statement.unit}", statement.holds_against, f"Compression: {statement.compression}"]
+    parts += ["Not covered:\n\n" + "\n".join(f"- {item}" for item in statement.not_covered), statement.source]
+    return "\n\n".join(parts)
+
+
+def _limits(manifest: Manifest, statement: PrivacyStatement) -> str:
+    items = [
+        "Probabilities are the softmax of the model's outputs; they have not been calibrated.",
+        "The metrics are means over the sites' test data; a single site, or a group of people, can fare worse. "
+        "No figures by group are on record.",
+        "The model knows only the labels listed above and answers every input with one of them.",
+        "Inputs must be prepared exactly as schema.json says.",
+    ]
+    if manifest.parity.inputs == "synthetic":
+        items.append("The exported files were compared with the torch model on synthetic inputs only.")
+    if statement.guarantee != "every site":
+        items.append("No differential privacy for every site: treat the model file as sensitive as the data.")
+    return "\n".join(f"- {item}" for item in items)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def _cell(value: str) -> str:
+    """`value` on one line, unable to end a table cell or to begin markup of its own."""
+    return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _number(value: float | None) -> str:
+    return "unbounded" if value is None else f"{value:.4g}"
+
+
+def _shape(shape: Sequence[int | str]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"

@@ -1,0 +1,153 @@
+"""A torch model as a torch.export program and as an ONNX model, both with a dynamic batch and nothing of ours inside.
+
+Neither file carries the example it was traced with, source paths or stack traces of the machine that made it.
+"""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedclaw.errors import BundleError, UsageError
+from fedclaw.export.layout import BATCH, INPUT, LOGITS, PROBABILITIES
+
+TRACE_BATCH = 3
+"""Any size but 0 and 1, which torch.export would take for constants."""
+PROTOBUF_LIMIT = 2**31 - 1
+CHATTY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+
+
+class Classifier(nn.Module):
+    """`model` with both outputs that a bundle promises: logits (N, C) and probabilities (N, C)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (N, *D) to logits and their softmax."""
+        logits = self.model(inputs)
+        return logits, torch.softmax(logits, dim=1)
+
+
+def trace(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """The program of `Classifier(model)` in evaluation mode, for any batch size.
+
+    Traced with zeros: no example, real or synthetic, is left in it. Raises BundleError if the model cannot be traced
+    or only for one batch size.
+    """
+    classifier = Classifier(model).eval()
+    example = torch.zeros(TRACE_BATCH, *input_shape)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(
+                classifier, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}}, strict=False
+            )
+    except Exception as error:  # torch.export has no common base for what it raises
+        raise BundleError(f"the model cannot be exported: {_first_line(error)}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    program.example_inputs = None
+    return program
+
+
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write `program` as a .pt2 file."""
+    with quiet():
+        torch.export.save(program, path)
+
+
+def load_program(path: Path) -> nn.Module:
+    """The module of a .pt2 file written by this process. A bundle from elsewhere has to be verified first."""
+    with quiet():
+        return torch.export.load(path).module()
+
+
+def save_onnx(program: torch.export.ExportedProgram, input_shape: tuple[int, ...], path: Path) -> None:
+    """Write `program` as one ONNX file with its weights embedded.
+
+    Raises UsageError when the extra is not installed, BundleError when ONNX has no operator for the model or the
+    model is larger than an ONNX file can be (2 GiB).
+    """
+    onnx = _import_onnx()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    if weights > PROTOBUF_LIMIT:
+        raise BundleError(f"the model has {weights / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB")
+    try:
+        with quiet():
+            exported = torch.onnx.export(
+                program,
+                (torch.zeros(TRACE_BATCH, *input_shape),),
+                dynamo=True,
+                input_names=[INPUT],
+                output_names=[LOGITS, PROBABILITIES],
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's errors have no public common base
+        raise BundleError(f"the model cannot be written as ONNX: {_first_line(error)}") from error
+    assert exported is not None
+    model = exported.model_proto
+    _tidy(model)
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporters' progress, warnings and log lines from the user; errors still come as exceptions."""
+    levels = {name: logging.getLogger(name).level for name in CHATTY_LOGGERS}
+    sink = io.StringIO()
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def torch_outputs(module: nn.Module, inputs: "np.ndarray[Any, np.dtype[np.float32]]") -> list[Any]:
+    """`module`'s two outputs for a batch, as numpy arrays."""
+    with torch.no_grad():
+        return [output.numpy() for output in module(torch.from_numpy(inputs))]
+
+
+def _tidy(model: Any) -> None:
+    """Drop what the exporter noted about this machine, and give the batch dimension its name."""
+    graph = model.graph
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if symbol and symbol in dimension.dim_param:
+                dimension.dim_param = dimension.dim_param.replace(symbol, BATCH)
+    for owner in (model, graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer, *graph.node):
+        del owner.metadata_props[:]
+        owner.doc_string = ""
+    for function in model.functions:
+        for owner in (function, *function.node):
+            del owner.metadata_props[:]
+            owner.doc_string = ""
+
+
+def _import_onnx() -> Any:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch.onnx imports it later, with a longer message
+    except ImportError as error:
+        raise UsageError(f"export needs {error.name}; install it with: pip install 'fedclaw[export]'") from error
+    return onnx
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,103 @@
+"""What a bundle holds: the names of its files and the content of bundle.json.
+
+    model.onnx  model.pt2        the model, for ONNX Runtime and for torch.export
+    model-int8.onnx              the same with 8-bit weights and activations (only when asked for)
+    bundle.json                  where the model comes from, its tensors, labels, preprocessing, parity figures
+    schema.json                  the federation's schema, which turns raw rows into the model's input
+    privacy.json                 what training cost each site, and what that does and does not promise
+    MODEL_CARD.md  VERIFY.md     for people
+    release.crt  ca.crt          who signed
+    SHA256SUMS  SHA256SUMS.sig   digests of all the files above, and the signature over them
+
+The directory is flat: no folders, no links.
+"""
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field, JsonValue
+
+from fedclaw.federation.plan import ModelSpec
+from fedclaw.frozen import Frozen
+
+ONNX = "model.onnx"
+QUANTISED = "model-int8.onnx"
+PROGRAM = "model.pt2"
+MANIFEST = "bundle.json"
+SCHEMA = "schema.json"
+PRIVACY = "privacy.json"
+CARD = "MODEL_CARD.md"
+HOW_TO_VERIFY = "VERIFY.md"
+DIGESTS = "SHA256SUMS"
+SIGNATURE = "SHA256SUMS.sig"
+RELEASE_CERTIFICATE = "release.crt"
+CA_CERTIFICATE = "ca.crt"
+
+UNSIGNED = frozenset({DIGESTS, SIGNATURE})
+"""Not listed in SHA256SUMS: the list itself, and its signature."""
+REQUIRED = frozenset(
+    {ONNX, PROGRAM, MANIFEST, SCHEMA, PRIVACY, CARD, HOW_TO_VERIFY, RELEASE_CERTIFICATE, CA_CERTIFICATE}
+)
+"""A bundle without one of these is incomplete, however well it is signed."""
+
+INPUT = "inputs"
+LOGITS = "logits"
+PROBABILITIES = "probabilities"
+BATCH = "batch"
+
+
+class TensorSpec(Frozen):
+    """One tensor of the graph; `shape` names the dynamic dimension instead of giving its size."""
+
+    name: str
+    dtype: Literal["float32"] = "float32"
+    shape: tuple[int | str, ...]
+
+
+class ParityFigures(Frozen):
+    """How far one exported form was from the torch model: the largest absolute difference over all outputs."""
+
+    max_abs_diff: float = Field(ge=0)
+    examples: int = Field(ge=1)
+    batch_sizes: tuple[int, ...]
+
+
+InputKind = Literal["real", "synthetic"]
+
+
+class Parity(Frozen):
+    """What the comparison was made on, what was allowed, and what came out, by file name."""
+
+    inputs: InputKind
+    tolerance: float = Field(gt=0)
+    files: dict[str, ParityFigures]
+
+
+class QuantisedFigures(Frozen):
+    """How the 8-bit model differs from the exact one; it is not held to the parity tolerance."""
+
+    max_abs_diff_probability: float = Field(ge=0)
+    same_label: float = Field(ge=0, le=1)
+    """Share of the compared examples for which both name the same class."""
+    examples: int = Field(ge=1)
+
+
+class Manifest(Frozen):
+    """bundle.json."""
+
+    format_version: Literal[1] = 1
+    federation: str
+    run: str
+    workload: str
+    variant: Literal["final", "compressed"]
+    model: ModelSpec
+    parameters: int = Field(ge=1)
+    created: datetime
+    """When the bundle was signed, by the signer's own clock."""
+    versions: dict[str, str]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    preprocessing: dict[str, JsonValue]
+    parity: Parity
+    quantised: QuantisedFigures | None = None

@@ -1,0 +1,67 @@
+"""A verified bundle, ready to predict with ONNX Runtime alone.
+
+Legend: N examples, C classes, D input shape without the batch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedclaw.errors import BundleError, DataError
+from fedclaw.export.check import Trust, Verified, verify_bundle
+from fedclaw.export.layout import MANIFEST, ONNX, PROBABILITIES, SCHEMA
+from fedclaw.export.runtime import open_session, run_session
+from fedclaw.federation.registry import schema_class
+from fedclaw.workload import Floats, Schema
+
+BATCH = 256
+
+
+class Predictor:
+    """Reads raw inputs by the bundle's schema and names a class for each. Never imports torch."""
+
+    def __init__(self, verified: Verified, schema: Schema, session: Any) -> None:
+        self.verified = verified
+        self.schema = schema
+        self._session = session
+        names = [output.name for output in session.get_outputs()]
+        if PROBABILITIES not in names:
+            raise BundleError(f"{ONNX} has no output called {PROBABILITIES!r}")
+        self._output = names.index(PROBABILITIES)
+
+    @classmethod
+    def open(cls, bundle: Path, trust: Trust | None = None) -> "Predictor":
+        """Verify `bundle`, then load what was verified: the same bytes, read once.
+
+        Raises BundleError when it does not verify or its parts do not fit each other, PluginError when its workload
+        is not installed here, UsageError when ONNX Runtime is missing.
+        """
+        verified = verify_bundle(bundle, trust, keep=(ONNX, SCHEMA))
+        manifest = verified.manifest
+        schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), f"{bundle}/{SCHEMA}")
+        if schema.labels != manifest.labels or schema.input_shape != manifest.inputs[0].shape[1:]:
+            raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about labels or input shape")
+        return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the C classes, in the order of the probabilities."""
+        return self.schema.labels
+
+    def read(self, path: Path) -> Floats:
+        """Raw inputs from a file, as (N, *D). Raises DataError naming file, row and column."""
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+        inputs = self.schema.read_inputs(path)
+        if len(inputs) == 0:
+            raise DataError(f"{path} holds no rows to predict")
+        return inputs
+
+    def predict(self, inputs: Floats) -> Floats:
+        """Inputs (N, *D) to probabilities (N, C)."""
+        parts = [
+            run_session(self._session, inputs[start : start + BATCH])[self._output]
+            for start in range(0, len(inputs), BATCH)
+        ]
+        return np.concatenate(parts).astype(np.float32, copy=False)

@@ -1,0 +1,144 @@
+"""Who signed a bundle: the release certificate, the CA above it, and the signature over the digests.
+
+How expiry is treated: a model is used for longer than the 90 days that a release certificate lives, so a bundle
+stays valid after the certificate has run out, provided that it was signed while the certificate (and the CA) was
+valid. The time of signing is `created` in bundle.json: it is covered by the signature, but it is the signer's own
+word, not a trusted time stamp. Whoever steals an expired key can date a bundle back; a verifier for whom that
+matters asks for a certificate that is valid now (`expired=refuse`).
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedclaw.errors import BundleError
+from fedclaw.export.layout import CA_CERTIFICATE, DIGESTS, MANIFEST, RELEASE_CERTIFICATE, SIGNATURE
+
+CLOCK_SKEW = timedelta(minutes=5)
+UNUSABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""All that a damaged certificate makes cryptography raise."""
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Who signed, as the certificates have it. `fingerprint` is the CA's SHA-256, in hexadecimal."""
+
+    name: str
+    fingerprint: str
+    expires: datetime
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of the certificate's DER, as `openssl x509 -fingerprint -sha256` prints it."""
+    return certificate.fingerprint(hashes.SHA256()).hex(":").upper()
+
+
+def parse_certificate(pem: bytes, origin: str) -> x509.Certificate:
+    """The one certificate in `pem`. Raises BundleError naming `origin`."""
+    try:
+        certificates = x509.load_pem_x509_certificates(pem)
+    except ValueError as error:
+        raise BundleError(f"{origin} is not a PEM certificate") from error
+    if len(certificates) != 1:
+        raise BundleError(f"{origin} holds {len(certificates)} certificates, it should hold one")
+    return certificates[0]
+
+
+def check_chain(release: x509.Certificate, authority: x509.Certificate) -> Signer:
+    """Check that `release` is a code-signing certificate issued by `authority`. Raises BundleError."""
+    try:
+        authority.verify_directly_issued_by(authority)
+        is_ca = authority.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except UNUSABLE as error:
+        raise BundleError(f"{CA_CERTIFICATE} is not a self-signed CA certificate") from error
+    if not is_ca:
+        raise BundleError(f"{CA_CERTIFICATE} is not a CA certificate")
+    try:
+        release.verify_directly_issued_by(authority)
+    except UNUSABLE as error:
+        raise BundleError(f"{RELEASE_CERTIFICATE} was not issued by the expected CA ({_name(authority)})") from error
+    if not _may_sign_code(release):
+        raise BundleError(f"{RELEASE_CERTIFICATE} is not a code-signing certificate: it must not sign bundles")
+    return Signer(_name(release), fingerprint(authority), release.not_valid_after_utc)
+
+
+def check_federation(release: x509.Certificate, federation: str) -> None:
+    """Check that `release` is the release certificate of `federation`. Raises BundleError."""
+    found = {type(extension.value): extension.value for extension in release.extensions}
+    names = found.get(x509.SubjectAlternativeName)
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier) if names is not None else []
+    if f"fedclaw://{federation}/release" not in uris:
+        raise BundleError(f"{RELEASE_CERTIFICATE} is not the release certificate of the federation {federation!r}")
+
+
+def check_signature(release: x509.Certificate, signature: bytes, content: bytes) -> None:
+    """Check the ECDSA-SHA384 `signature` (DER) by `release` over `content`. Raises BundleError."""
+    key = release.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise BundleError(f"{RELEASE_CERTIFICATE} does not hold an ECDSA key")
+    try:
+        key.verify(signature, content, ec.ECDSA(hashes.SHA384()))
+    except InvalidSignature as error:
+        raise BundleError(f"{SIGNATURE} is not {RELEASE_CERTIFICATE}'s signature over this {DIGESTS}") from error
+
+
+def check_times(release: x509.Certificate, authority: x509.Certificate, signed: datetime, now: datetime) -> None:
+    """Check that the certificates were valid when the bundle says that it was signed. Raises BundleError."""
+    if signed.tzinfo is None:
+        raise BundleError(f"{MANIFEST}: `created` has no time zone")
+    if signed > now + CLOCK_SKEW:
+        raise BundleError(f"{MANIFEST} says that it was signed at {_stamp(signed)}, which is in the future")
+    for name, certificate in ((RELEASE_CERTIFICATE, release), (CA_CERTIFICATE, authority)):
+        start, end = certificate.not_valid_before_utc - CLOCK_SKEW, certificate.not_valid_after_utc
+        if not start <= signed <= end:
+            raise BundleError(
+                f"{name} was not valid when the bundle was signed ({_stamp(signed)}): "
+                f"it runs from {_stamp(certificate.not_valid_before_utc)} to {_stamp(end)}"
+            )
+
+
+def check_not_revoked(release: x509.Certificate, authority: x509.Certificate, crl_pem: bytes, origin: str) -> None:
+    """Check `release` against a revocation list of `authority`. Raises BundleError.
+
+    A revoked certificate is refused whatever the time of signing: once a key has leaked, its holder writes the date.
+    """
+    try:
+        revocations = x509.load_pem_x509_crl(crl_pem)
+    except ValueError as error:
+        raise BundleError(f"{origin} is not a PEM certificate revocation list") from error
+    key = authority.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not revocations.is_signature_valid(key):
+        raise BundleError(f"{origin} was not signed by the expected CA ({_name(authority)})")
+    entry = revocations.get_revoked_certificate_by_serial_number(release.serial_number)
+    if entry is not None:
+        raise BundleError(f"{RELEASE_CERTIFICATE} was revoked at {_stamp(entry.revocation_date_utc)}")
+
+
+def _may_sign_code(release: x509.Certificate) -> bool:
+    found = {type(extension.value): extension.value for extension in release.extensions}
+    usage = found.get(x509.ExtendedKeyUsage)
+    constraints = found.get(x509.BasicConstraints)
+    is_ca = isinstance(constraints, x509.BasicConstraints) and constraints.ca
+    return isinstance(usage, x509.ExtendedKeyUsage) and ExtendedKeyUsageOID.CODE_SIGNING in usage and not is_ca
+
+
+def _name(certificate: x509.Certificate) -> str:
+    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(common[0].value) if common else certificate.subject.rfc4514_string()
+
+
+def _stamp(moment: datetime) -> str:
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"

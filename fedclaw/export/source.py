@@ -1,0 +1,104 @@
+"""What is exported: a run's model, rebuilt, with the facts that a bundle states about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedclaw.compress.record import RECORD, Compression, SitesReport, read_compressed
+from fedclaw.errors import BundleError
+from fedclaw.export.statement import Receipts
+from fedclaw.federation.plan import ModelSpec
+from fedclaw.federation.run_directory import RunDirectory, RunRecord
+from fedclaw.files import sha256_file
+from fedclaw.workload import Schema
+
+
+@dataclass(frozen=True)
+class Source:
+    """One model of a run. `compression` is its compression.json, None for the model as it was trained."""
+
+    record: RunRecord
+    schema: Schema
+    spec: ModelSpec
+    model: nn.Module
+    receipts: tuple[Receipts, ...]
+    """Of the training run, and of the recovery at the sites if there was one."""
+    metrics: tuple[Mapping[str, Any], ...]
+    compression: Compression | None
+
+    @property
+    def variant(self) -> Literal["final", "compressed"]:
+        """Which of the run's models this is."""
+        return "final" if self.compression is None else "compressed"
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether sites prepare inputs with constants of their own data; a schema that does not say so does not."""
+        return bool(getattr(self.schema, "data_dependent", False))
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained values."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compressed"] = "auto") -> Source:
+    """The model that `wanted` names; `auto` takes the compressed one where there is one.
+
+    Raises UsageError when the compressed model is wanted and missing, BundleError when parameters do not fit their
+    spec or the compressed model was made from another one; CheckpointError when a file of the run is damaged or the
+    run has not finished.
+    """
+    record = directory.record()
+    arrays: Mapping[str, NDArray[Any]] = directory.read_model()
+    spec, compression = record.model, None
+    if wanted == "compressed" or (wanted == "auto" and (directory.compressed / RECORD).is_file()):
+        compression, arrays = read_compressed(directory)
+        spec = compression.model
+        if compression.teacher_sha256 != sha256_file(directory.model_path):
+            raise BundleError(
+                f"{directory.compressed} was not made from {directory.model_path}; compress the run again"
+            )
+    workload = directory.workload()
+    model = _fill(workload.build(spec), arrays, f"the model of {directory.root}")
+    receipts = [Receipts(record.run, "training", directory.read_receipts())]
+    if compression is not None and isinstance(compression.recovery, SitesReport):
+        receipts.append(_recovery_receipts(directory, compression.recovery))
+    return Source(
+        record=record,
+        schema=workload.schema,
+        spec=spec,
+        model=model,
+        receipts=tuple(receipts),
+        metrics=tuple(directory.read_metrics()),
+        compression=compression,
+    )
+
+
+def _recovery_receipts(directory: RunDirectory, report: SitesReport) -> Receipts:
+    """Receipts of the rounds at the sites that recovered a pruned model."""
+    recovery = RunDirectory.open(directory.root / report.directory)
+    return Receipts(report.run, "recovery after pruning", recovery.read_receipts())
+
+
+def _fill(model: nn.Module, arrays: Mapping[str, NDArray[Any]], what: str) -> nn.Module:
+    """`model` with `arrays` as its state, in evaluation mode on the CPU."""
+    state = model.state_dict()
+    if set(state) != set(arrays):
+        names = ", ".join(sorted(set(state) ^ set(arrays))[:3])
+        raise BundleError(f"{what} does not fit its spec: parameter names differ ({names}, …)")
+    for name, tensor in state.items():
+        array = arrays[name]
+        if tuple(tensor.shape) != array.shape:
+            raise BundleError(
+                f"{what} does not fit its spec: {name} is {array.shape}, the spec says {tuple(tensor.shape)}"
+            )
+        if not np.isfinite(array).all():
+            raise BundleError(f"{what} holds NaN or infinite values in {name}")
+    model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    return model.cpu().eval()

@@ -1,0 +1,224 @@
+"""privacy.json: what training cost each site, from the sites' own receipts, and what that does and does not promise.
+
+The wording follows Dwork and Roth (2014), "The Algorithmic Foundations of Differential Privacy", definitions 2.4
+and theorem 2.2 (groups), propositions 2.1 (post-processing), and McSherry (2009) for disjoint data sets.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from fedclaw.federation.plan import PrivacyRequest
+from fedclaw.federation.run_directory import SiteReceipt
+from fedclaw.frozen import Frozen
+
+UNIT = (
+    "One training example of one site (example-level, add-or-remove-one neighbours). For a site with differential "
+    "privacy and any two data sets of that site that differ in one example, the probability of any set of outcomes "
+    "differs by at most a factor exp(epsilon), plus delta."
+)
+AGAINST = (
+    "The noise is added at the site, in every local step, before an update leaves it. The bound therefore holds "
+    "against everybody who sees the site's model updates: the coordinator, the other sites, and whoever holds this "
+    "model or anything computed from it (post-processing)."
+)
+NOT_COVERED = (
+    "People with several examples: for k examples of one person epsilon grows to k times its value, and delta by "
+    "more than that.",
+    "People whose data are held by several sites: add the epsilons and deltas of those sites.",
+    "Facts about a population: what the model learns about a group, a member shares, whether or not they took part.",
+    "The number of training examples of each site, and the evaluation metrics on the sites' test data: both leave the "
+    "site as they are, without noise.",
+    "The schema and its preprocessing constants: if they were derived from the sites' data, that cost is not "
+    "counted here.",
+    "Other runs on the same data, and choices made by looking at their results (settings tried, the best of several "
+    "models): they are in epsilon_lifetime, but not in this model's epsilon.",
+    "Implementation: finite-precision noise, timing, and the security of the machines at the sites.",
+)
+SOURCE = (
+    "Figures are the sites' own, from the last receipt that each sent; the coordinator cannot check them, but each "
+    "names the head of the site's hash-chained ledger, against which the site can be audited."
+)
+
+
+Guarantee = Literal["every site", "some sites", "no site", "unknown"]
+
+
+class RunCost(Frozen):
+    """What one run cost a site, by the last receipt that the site sent in it."""
+
+    run: str
+    purpose: Literal["training", "recovery after pruning"]
+    examples: int
+    epsilon: float | None
+    """Of this run; None: unbounded, trained without differential privacy."""
+    epsilon_lifetime: float | None
+    """Spent on this site's data set by all runs up to and including this one; None: unbounded."""
+    delta: float
+    accountant: str
+    rounds: int
+    """Rounds of this run that the site's ledger holds, interrupted ones included."""
+    mechanism: str
+    """Of the last round, as all fields below it."""
+    sampler: str
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    max_grad_norm: float
+    ledger_head: str
+
+
+class SiteStatement(Frozen):
+    """One site: what this model cost it. Several runs add up by basic composition (Dwork and Roth, theorem 3.16)."""
+
+    site: str
+    differential_privacy: bool
+    epsilon: float | None
+    """None: unbounded, as one of the runs trained without differential privacy."""
+    delta: float
+    runs: tuple[RunCost, ...]
+
+
+class Bound(Frozen):
+    """(epsilon, delta)."""
+
+    epsilon: float
+    delta: float
+
+
+class PrivacyStatement(Frozen):
+    """privacy.json."""
+
+    format_version: Literal[1] = 1
+    guarantee: Guarantee
+    warnings: tuple[str, ...]
+    """To be read first; empty only if every site trained with differential privacy, preprocessing included."""
+    summary: str
+    overall: Bound | None
+    """Largest epsilon and delta of all sites, when every site has one: valid for a person's example that is held by one
+    site only."""
+    sites: tuple[SiteStatement, ...]
+    requested: PrivacyRequest | None
+    """What the coordinator asked for; what counts is what the sites report."""
+    compression: str
+    unit: str = UNIT
+    holds_against: str = AGAINST
+    not_covered: tuple[str, ...] = Field(default=NOT_COVERED)
+    source: str = SOURCE
+
+
+@dataclass(frozen=True)
+class Receipts:
+    """The last receipts of one run, by site name."""
+
+    run: str
+    purpose: Literal["training", "recovery after pruning"]
+    by_site: Mapping[str, SiteReceipt]
+
+
+def state(
+    runs: Sequence[Receipts],
+    requested: PrivacyRequest | None,
+    compression: str,
+    data_dependent: bool = False,
+) -> PrivacyStatement:
+    """The statement for a model that came out of `runs`.
+
+    `compression` is a sentence about what that cost; `data_dependent` says that sites prepared their inputs with
+    constants computed from their own training data.
+    """
+    names = sorted({name for run in runs for name in run.by_site})
+    sites = tuple(_site(name, runs) for name in names)
+    exposed = tuple(site.site for site in sites if not site.differential_privacy)
+    complete = all(run.by_site for run in runs) and bool(sites)
+    guarantee = _guarantee(len(sites), len(exposed), complete)
+    overall = None
+    if guarantee == "every site":
+        overall = Bound(epsilon=max(site.epsilon or 0.0 for site in sites), delta=max(site.delta for site in sites))
+    return PrivacyStatement(
+        guarantee=guarantee,
+        warnings=_warnings(exposed, complete, data_dependent),
+        summary=_summary(guarantee, overall, len(sites), len(exposed)),
+        overall=overall,
+        sites=sites,
+        requested=requested,
+        compression=compression,
+    )
+
+
+def _site(name: str, runs: Sequence[Receipts]) -> SiteStatement:
+    costs = tuple(_cost(run, run.by_site[name]) for run in runs if name in run.by_site)
+    bounded = [cost.epsilon for cost in costs if cost.epsilon is not None]
+    private = len(bounded) == len(costs)
+    return SiteStatement(
+        site=name,
+        differential_privacy=private,
+        epsilon=sum(bounded) if private else None,
+        delta=sum(cost.delta for cost in costs),
+        runs=costs,
+    )
+
+
+def _cost(run: Receipts, entry: SiteReceipt) -> RunCost:
+    receipt = entry.receipt
+    return RunCost(
+        run=run.run,
+        purpose=run.purpose,
+        examples=entry.examples,
+        epsilon=receipt.epsilon_run,
+        epsilon_lifetime=receipt.epsilon_lifetime,
+        delta=receipt.delta,
+        accountant=receipt.accountant,
+        rounds=receipt.rounds,
+        mechanism=receipt.mechanism,
+        sampler=receipt.sampler,
+        sample_rate=receipt.sample_rate,
+        steps=receipt.steps,
+        noise_multiplier=receipt.noise_multiplier,
+        max_grad_norm=receipt.max_grad_norm,
+        ledger_head=receipt.ledger_head,
+    )
+
+
+def _guarantee(sites: int, exposed: int, complete: bool) -> Guarantee:
+    if not complete:
+        return "unknown"
+    if not exposed:
+        return "every site"
+    return "no site" if exposed == sites else "some sites"
+
+
+def _warnings(exposed: tuple[str, ...], complete: bool, data_dependent: bool) -> tuple[str, ...]:
+    warnings = [
+        f"NO DIFFERENTIAL PRIVACY AT SITE {name}: it trained without noise. Nothing bounds what this model may reveal "
+        "about that site's training examples, up to reproducing them."
+        for name in exposed
+    ]
+    if not complete:
+        warnings.insert(
+            0, "NO RECEIPTS: a run that made this model holds no privacy receipts. Its privacy cost is unknown."
+        )
+    if data_dependent:
+        warnings.append(
+            "PREPROCESSING IS NOT COVERED: each site standardised its inputs with constants computed from its own "
+            "training data. No epsilon below counts what the updates reveal through these constants."
+        )
+    return tuple(warnings)
+
+
+def _summary(guarantee: str, overall: Bound | None, sites: int, exposed: int) -> str:
+    if overall is not None:
+        return (
+            f"All {sites} sites trained with example-level differential privacy; the largest cost of this model at a "
+            f"site is epsilon = {overall.epsilon:.3g} at delta = {overall.delta:.3g}."
+        )
+    if guarantee == "unknown":
+        return "The privacy cost of this model is unknown."
+    if guarantee == "no site":
+        return f"None of the {sites} sites trained with differential privacy: this model carries no privacy guarantee."
+    return (
+        f"{exposed} of {sites} sites trained without differential privacy. The model carries no guarantee for their "
+        "examples; the others' examples are protected as listed."
+    )

@@ -1,0 +1,75 @@
+"""Check that a bundle is whole and signed by a federation.
+
+    python -m fedclaw.verify BUNDLE [ca=ca.crt | federation=federation.json] [crl=revoked.crl] [expired=refuse]
+
+    ca          certificate of the CA that you trust, got in another way than the bundle
+    federation  the federation's descriptor, which holds that CA
+    crl         the CA's revocation list; a revoked release certificate is refused
+    expired     accept (default): a bundle signed while its certificate was valid stays valid
+                refuse: the certificate must be valid now
+
+Without ca= or federation= only wholeness is proved; compare the printed fingerprint with the coordinator.
+Exit code 0: verified. 1: not verified, one line says which file and why.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.errors import UsageError
+from fedclaw.export.check import Verified, verify_bundle
+from fedclaw.export.trust import load_trust
+from fedclaw.frozen import Frozen
+
+
+class Settings(Frozen):
+    """conf/verify.yaml."""
+
+    bundle: Path | None
+    ca: Path | None
+    federation: Path | None
+    crl: Path | None
+    expired: Literal["accept", "refuse"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Verify by the command line."""
+    command = split(arguments)
+    settings = compose_settings("verify", command.overrides, Settings)
+    named = [Path(word) for word in command.words] + ([settings.bundle] if settings.bundle else [])
+    if len(named) != 1:
+        raise UsageError("name one bundle: python -m fedclaw.verify BUNDLE")
+    trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
+    report(verify_bundle(named[0], trust), Console(highlight=False, soft_wrap=True))
+
+
+def report(verified: Verified, console: Console) -> None:
+    """Print what was proved, and what was not."""
+    manifest, signer = verified.manifest, verified.signer
+    console.print(f"verified  {verified.path}", style="bold green", markup=False)
+    console.print(f"files     {len(verified.files)}, none changed, missing or added", markup=False)
+    console.print(
+        f"model     {manifest.variant} {manifest.workload} model of run {manifest.run}, federation "
+        f"{manifest.federation}, {manifest.parameters:,} parameters",
+        markup=False,
+    )
+    console.print(f"signed    by {signer.name}, {manifest.created:%Y-%m-%d %H:%M} UTC by its own clock", markup=False)
+    console.print(f"CA        SHA-256 {signer.fingerprint}", markup=False)
+    if verified.expired:
+        console.print(f"note      the release certificate has expired since ({signer.expires:%Y-%m-%d})", markup=False)
+    if verified.pinned:
+        console.print("trust     this is the CA that you gave: the bundle comes from its federation", markup=False)
+    else:
+        console.print(
+            "trust     the CA came with the bundle, so this proves only that the bundle is whole. Anybody can make a "
+            "CA: compare the fingerprint above with the coordinator's, or pass ca=… or federation=…",
+            style="yellow",
+            markup=False,
+        )
+
+
+if __name__ == "__main__":
+    run_main("fedclaw.verify", __doc__ or "", main)

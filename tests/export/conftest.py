@@ -1,0 +1,166 @@
+"""A federation, finished runs of both workloads, and bundles exported from them; made once for all tests here."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedclaw.export.bundle import Request, export_bundle
+from fedclaw.export.source import Source, load_source
+from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
+from fedclaw.federation.registry import schema_class, workload_class
+from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt, StrategyRecord
+from fedclaw.security.federation_home import FederationHome
+from fedclaw.security.provisioning import initialise
+
+FEDERATION = "test-federation"
+
+TABLE = {
+    "columns": [
+        {"name": "age", "kind": "numeric", "center": 50, "scale": 20, "range": [0, 120]},
+        {"name": "smoker", "kind": "boolean"},
+        {"name": "ward", "kind": "categorical", "levels": ["surgery", "medicine"]},
+    ],
+    "target": {"name": "outcome", "labels": ["benign", "malignant"]},
+}
+IMAGES = {"shape": [1, 8, 8], "labels": ["zero", "one", "two"], "mean": [0.5], "std": [0.25]}
+
+RECEIPT = Receipt(
+    mechanism="dp-sgd",
+    sampler="poisson",
+    accountant="pld",
+    sample_rate=0.1,
+    steps=20,
+    noise_multiplier=1.2,
+    max_grad_norm=1.0,
+    delta=1e-5,
+    rounds=3,
+    epsilon_run=2.0,
+    epsilon_lifetime=3.5,
+    epsilon_left=4.5,
+    ledger_head="ab" * 32,
+)
+
+
+def receipt(**changes: object) -> Receipt:
+    """`RECEIPT` with `changes`."""
+    return Receipt.model_validate({**RECEIPT.model_dump(), **changes})
+
+
+PRIVATE = {
+    "north": SiteReceipt(examples=120, receipt=RECEIPT),
+    "south": SiteReceipt(examples=80, receipt=receipt(epsilon_run=1.5, delta=2e-5)),
+}
+
+
+def make_run(root: Path, workload: str, definition: dict[str, object], spec: ModelSpec) -> RunDirectory:
+    """A finished run with a model of random parameters."""
+    schema = schema_class(workload).parse(json.dumps(definition), "test schema")
+    record = RunRecord(
+        run=root.name,
+        federation=FEDERATION,
+        workload=workload,
+        schema_text=schema.to_json(),
+        model=spec,
+        strategy=StrategyRecord(name="fedavg"),
+        rounds=3,
+        training=LocalTraining(epochs=1, batch_size=16, learning_rate=0.1),
+        privacy=PrivacyRequest(epsilon=2.0, delta=1e-5, max_grad_norm=1.0),
+    )
+    directory = RunDirectory.create(root, record)
+    torch.manual_seed(0)
+    model = workload_class(workload)(schema).build(spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    directory.write_model({name: tensor.numpy() for name, tensor in model.state_dict().items()})
+    directory.append_metrics(3, {"metrics": {"accuracy": 0.875, "loss": 0.25}, "test_examples": 40})
+    directory.write_receipts(PRIVATE)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> FederationHome:
+    """The coordinator's federation directory."""
+    return initialise(tmp_path_factory.mktemp("federation") / "coordinator", FEDERATION, "127.0.0.1:9443")
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> FederationHome:
+    """Another federation, of the same name, with keys of its own."""
+    return initialise(tmp_path_factory.mktemp("stranger") / "coordinator", FEDERATION, "127.0.0.1:9443")
+
+
+@pytest.fixture(scope="session")
+def table_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run of the tabular workload with an MLP."""
+    spec = ModelSpec(name="mlp", args={"hidden": [8, 4]})
+    return make_run(tmp_path_factory.mktemp("runs") / "table", "tabular", TABLE, spec)
+
+
+@pytest.fixture(scope="session")
+def image_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run of the vision workload with a CNN."""
+    spec = ModelSpec(name="cnn", args={"channels": [4, 8]})
+    return make_run(tmp_path_factory.mktemp("runs") / "images", "vision", IMAGES, spec)
+
+
+@pytest.fixture(scope="session")
+def table_source(table_run: RunDirectory) -> Source:
+    """What the tabular run exports."""
+    return load_source(table_run)
+
+
+@pytest.fixture(scope="session")
+def table_bundle(table_source: Source, table_run: RunDirectory, home: FederationHome) -> Path:
+    """The tabular run's bundle; do not change it, take `bundle` instead."""
+    rows = table_source.schema.synthetic_inputs(70, np.random.default_rng(1))
+    target = table_run.root / "bundle"
+    export_bundle(table_source, home.signer(), target, Request(inputs=rows, quantised=True))
+    return target
+
+
+@pytest.fixture(scope="session")
+def image_bundle(image_run: RunDirectory, home: FederationHome) -> Path:
+    """The vision run's bundle."""
+    target = image_run.root / "bundle"
+    export_bundle(load_source(image_run), home.signer(), target, Request())
+    return target
+
+
+@pytest.fixture
+def bundle(table_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tabular bundle that a test may damage."""
+    return Path(shutil.copytree(table_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def with_receipts(table_source: Source) -> Callable[..., Source]:
+    """The tabular source as if its training run had left other receipts."""
+
+    def change(by_site: dict[str, SiteReceipt]) -> Source:
+        training = dataclasses.replace(table_source.receipts[0], by_site=by_site)
+        return dataclasses.replace(table_source, receipts=(training,))
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m module ...` as a user does."""
+
+    def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        line = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+    return run
