@@ -1,0 +1,243 @@
+"""A message's content as bytes and back: a small header, then the arrays' data as it is.
+
+Encoding makes no copy of an array: what comes out is a list of buffers. Decoding trusts nothing: every length,
+count, type and .npy header is checked before a record is made of it. Nothing here can run code: no pickle, and
+no dtype that holds objects.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Error, MetricRecord, RecordDict
+from google.protobuf.message import DecodeError
+from numpy.lib import format as npy
+
+from fedclaw.errors import TransportError
+from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+
+Content = RecordDict | Error
+
+MAGIC = b"FCM1"
+_PREFIX = len(MAGIC) + 4
+_MAX_HEADER = 16 << 20
+_MAX_DIMENSIONS = 32
+_NPY = "numpy.ndarray"
+_DTYPES = frozenset(
+    ["bool", "float16", "float32", "float64", "complex64", "complex128"]
+    + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+)
+_SINT64 = range(-(1 << 63), 1 << 63)
+_UINT64 = range(1 << 64)
+
+Plain = bool | int | float | str | bytes
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A content's bytes as the buffers they are made of; `size` is their sum."""
+
+    parts: tuple[bytes | memoryview, ...]
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes from `offset`, across buffers."""
+        found = []
+        for part in self.parts:
+            if length == 0:
+                break
+            if offset >= len(part):
+                offset -= len(part)
+                continue
+            piece = memoryview(part)[offset : offset + length]
+            found.append(piece)
+            length -= len(piece)
+            offset = 0
+        return b"".join(found)
+
+
+def encode(content: Content) -> Encoded:
+    """`content` as buffers. Raises TransportError for what cannot travel."""
+    header = pb.Content()
+    data: list[bytes | memoryview] = []
+    if isinstance(content, Error):
+        reason = content.reason
+        header.failure.CopyFrom(pb.Failure(code=content.code, has_reason=reason is not None, reason=reason or ""))
+    else:
+        header.records.SetInParent()
+        for name, record in content.items():
+            _encode_record(header.records.items.add(name=name), record, data)
+    raw = header.SerializeToString()
+    if len(raw) > _MAX_HEADER:
+        raise TransportError(f"the message's records other than arrays take {len(raw)} bytes, limit {_MAX_HEADER}")
+    parts = (MAGIC + len(raw).to_bytes(4, "big") + raw, *data)
+    return Encoded(parts, sum(map(len, parts)))
+
+
+def decode(buffer: bytes | bytearray | memoryview) -> Content:
+    """The content in `buffer`, copied out of it. Raises TransportError for anything not exactly well-formed."""
+    view = memoryview(buffer).cast("B")
+    if len(view) < _PREFIX or view[: len(MAGIC)] != MAGIC:
+        raise TransportError("the message is not a FedClaw message")
+    length = int.from_bytes(view[len(MAGIC) : _PREFIX], "big")
+    if length > min(_MAX_HEADER, len(view) - _PREFIX):
+        raise TransportError(f"the message's header claims {length} bytes of {len(view)}")
+    try:
+        header = pb.Content.FromString(bytes(view[_PREFIX : _PREFIX + length]))
+    except DecodeError as error:
+        raise TransportError("the message's header is malformed") from error
+    body = view[_PREFIX + length :]
+    kind = header.WhichOneof("body")
+    if kind == "failure":
+        _expect(len(body) == 0, "an error reply carries array data")
+        failure = header.failure
+        return Error(failure.code, failure.reason if failure.has_reason else None)
+    _expect(kind == "records", "the message has no content")
+    return _decode_records(header.records, body)
+
+
+def without_arrays(content: Content) -> Content:
+    """A shallow copy of `content` that lacks its array records."""
+    if isinstance(content, Error):
+        return content
+    return RecordDict({name: item for name, item in content.items() if not isinstance(item, ArrayRecord)})
+
+
+def _encode_record(
+    target: pb.Record, record: ArrayRecord | MetricRecord | ConfigRecord, data: list[bytes | memoryview]
+) -> None:
+    if isinstance(record, ArrayRecord):
+        target.arrays.SetInParent()
+        for name, array in record.items():
+            _check_array(name, array.dtype, tuple(array.shape), array.stype, memoryview(array.data))
+            target.arrays.items.add(
+                name=name, dtype=array.dtype, shape=array.shape, stype=array.stype, length=len(array.data)
+            )
+            data.append(array.data)
+        return
+    values = target.metrics if isinstance(record, MetricRecord) else target.configs
+    values.SetInParent()
+    items = cast(Mapping[str, Plain | list[Plain]], record)
+    for name, value in items.items():
+        item = values.items.add(name=name)
+        if isinstance(value, list):
+            item.list.SetInParent()
+            item.list.items.extend(_scalar(name, one) for one in value)
+        else:
+            item.scalar.CopyFrom(_scalar(name, value))
+
+
+def _scalar(name: str, value: Plain) -> pb.Scalar:
+    if isinstance(value, bool):
+        return pb.Scalar(flag=value)
+    if isinstance(value, int):
+        if value in _SINT64:
+            return pb.Scalar(integer=value)
+        if value in _UINT64:
+            return pb.Scalar(large=value)
+        raise TransportError(f"the integer under {name!r} does not fit 64 bits")
+    if isinstance(value, float):
+        return pb.Scalar(number=value)
+    if isinstance(value, str):
+        return pb.Scalar(text=value)
+    return pb.Scalar(data=value)
+
+
+def _decode_records(records: pb.Records, body: memoryview) -> RecordDict:
+    content = RecordDict()
+    for record in records.items:
+        _expect(record.name not in content, f"two records are called {record.name!r}")
+        kind = record.WhichOneof("kind")
+        if kind == "arrays":
+            content[record.name], body = _decode_arrays(record.arrays, body)
+        elif kind == "metrics":
+            content[record.name] = _decode_values(record.metrics, MetricRecord)
+        else:
+            _expect(kind == "configs", f"record {record.name!r} has no kind")
+            content[record.name] = _decode_values(record.configs, ConfigRecord)
+    _expect(len(body) == 0, f"{len(body)} bytes follow the last array")
+    return content
+
+
+def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord, memoryview]:
+    record = ArrayRecord()
+    for item in items.items:
+        _expect(item.name not in record, f"two arrays are called {item.name!r}")
+        _expect(item.length <= len(body), f"array {item.name!r} claims {item.length} bytes, {len(body)} are left")
+        _expect(len(item.shape) <= _MAX_DIMENSIONS, f"array {item.name!r} has {len(item.shape)} dimensions")
+        shape = tuple(item.shape)
+        data = body[: item.length]
+        _check_array(item.name, item.dtype, shape, item.stype, data)
+        record[item.name] = Array(dtype=item.dtype, shape=shape, stype=item.stype, data=bytes(data))
+        body = body[item.length :]
+    return record, body
+
+
+def _decode_values(items: pb.ValueItems, make: Callable[[Any], V]) -> V:
+    values: dict[str, ConfigRecordValues] = {}
+    for item in items.items:
+        _expect(item.name not in values, f"two values are called {item.name!r}")
+        kind = item.WhichOneof("value")
+        if kind == "list":
+            values[item.name] = cast(ConfigRecordValues, [_plain(item.name, one) for one in item.list.items])
+        else:
+            _expect(kind == "scalar", f"the value {item.name!r} is missing")
+            values[item.name] = _plain(item.name, item.scalar)
+    try:
+        return make(values)
+    except TypeError as error:
+        raise TransportError("a record holds a value of a type that it may not hold") from error
+
+
+def _plain(name: str, scalar: pb.Scalar) -> Plain:
+    kind = scalar.WhichOneof("value")
+    _expect(kind is not None, f"the value {name!r} is missing")
+    return cast(Plain, getattr(scalar, cast(str, kind)))
+
+
+def _check_array(name: str, dtype: str, shape: tuple[int, ...], stype: str, data: memoryview) -> None:
+    """Raise TransportError unless `data` is a .npy file of exactly this dtype and shape."""
+    _expect(stype == _NPY, f"array {name!r} is serialised as {stype!r}; only {_NPY!r} travels")
+    _expect(dtype in _DTYPES, f"array {name!r} has dtype {dtype!r}, which does not travel")
+    header, nbytes = _npy_header(dtype, shape)
+    if len(data) == len(header) + nbytes and data[: len(header)] == header:
+        return
+    _check_unusual_npy(name, dtype, shape, data)
+
+
+@lru_cache(maxsize=4096)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, int]:
+    """The .npy header that numpy writes for a C-ordered little-endian array, and the bytes of its elements."""
+    out = io.BytesIO()
+    descr = npy.dtype_to_descr(np.dtype(dtype))
+    npy.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": shape})
+    count = 1
+    for extent in shape:
+        count *= extent
+    return out.getvalue(), count * np.dtype(dtype).itemsize
+
+
+def _check_unusual_npy(name: str, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
+    """The same check for a header written another way (Fortran order, other padding)."""
+    head = io.BytesIO(data[:4096])
+    try:
+        version = npy.read_magic(head)
+        _expect(version == (1, 0), f"array {name!r} is a .npy file of version {version}")
+        found_shape, _, found_dtype = npy.read_array_header_1_0(head)
+    except ValueError as error:
+        raise TransportError(f"array {name!r} is not a .npy file") from error
+    _expect(
+        str(found_dtype.newbyteorder("=")) == dtype and found_shape == shape,
+        f"array {name!r} is declared {dtype}{list(shape)} and holds {found_dtype}{list(found_shape)}",
+    )
+    expected = head.tell() + _npy_header(dtype, shape)[1]
+    _expect(len(data) == expected, f"array {name!r} has {len(data)} bytes instead of {expected}")
+
+
+def _expect(condition: bool, problem: str) -> None:
+    if not condition:
+        raise TransportError(f"malformed message: {problem}")

@@ -1,0 +1,53 @@
+"""The numbers that bound what a peer can cost: bytes, seconds, counts."""
+
+from pydantic import Field
+
+from fedclaw.frozen import Frozen
+
+MIB = 1 << 20
+
+MAX_FRAME_BYTES = 2 * MIB
+"""Hard limit of gRPC on one frame; a frame above it never reaches this code."""
+
+MAX_METADATA_BYTES = 16 * 1024
+"""Hard limit on the HTTP/2 headers of a connection."""
+
+CHUNK_BYTES = MIB
+"""Bytes of a message that travel in one frame. A sealed chunk is one segment of the seal, slightly longer."""
+
+
+class Limits(Frozen):
+    """What a server or a site lets its peers cost it. Times in seconds, sizes in bytes."""
+
+    max_message_bytes: int = Field(default=1024 * MIB, gt=0)
+    """The largest content of one message, in either direction."""
+    inbound_bytes: int = Field(default=64 * MIB, gt=0)
+    """Replies that the server receives or holds unread at one time; one more waits with its Accept. A single reply
+    larger than this travels alone."""
+    max_sites: int = Field(default=256, gt=0)
+    """Connections that the server serves at one time."""
+    heartbeat: float = Field(default=10.0, gt=0)
+    """Time between two heartbeats, and between two checks of a connected site's certificate."""
+    missed_heartbeats: int = Field(default=3, ge=2)
+    """A peer that was silent for this many heartbeats is given up."""
+    handshake: float = Field(default=10.0, gt=0)
+    """Time for TLS, and again for the first frame."""
+    stall: float = Field(default=60.0, gt=0)
+    """A transfer that others wait for and that has not moved for so long loses its place."""
+    gone: float = Field(default=120.0, gt=0)
+    """Only without a timeout: a site away for so long is no longer waited for."""
+    backoff_first: float = Field(default=0.5, gt=0)
+    """Mean wait of a site before its first attempt to reconnect; doubles with each one that fails."""
+    backoff_longest: float = Field(default=60.0, gt=0)
+    queued_tasks: int = Field(default=8, gt=0)
+    """Tasks that a site lets wait behind the one it works on."""
+    outbox_replies: int = Field(default=4, gt=0)
+    """Replies of one run that a site's outbox keeps."""
+    outbox_bytes: int = Field(default=4096 * MIB, gt=0)
+    outbox_age: float = Field(default=7 * 24 * 3600.0, gt=0)
+    """Replies of other runs are kept for so long."""
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a frame after which a peer is given up."""
+        return self.heartbeat * self.missed_heartbeats

@@ -1,0 +1,261 @@
+"""The site's end: one stream to the server, opened by the site, kept up for ever."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fedclaw import __version__
+from fedclaw.errors import ConnectionRefused, TransportError
+from fedclaw.runtime.base import SiteHandler
+from fedclaw.runtime.flower import number_of
+from fedclaw.runtime.grpc import wire
+from fedclaw.runtime.grpc.intake import Intake
+from fedclaw.runtime.grpc.limits import Limits
+from fedclaw.runtime.grpc.outbox import Entry, Outbox
+from fedclaw.runtime.grpc.protocol import PROTOCOL_VERSION
+from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+from fedclaw.runtime.grpc.sender import Sender
+from fedclaw.runtime.grpc.worker import Worker
+from fedclaw.security.site_home import SiteKeys
+
+log = logging.getLogger(__name__)
+
+_GLANCE = 0.1
+_LONGEST_DOUBLING = 16
+
+
+class _Stream:
+    """One connection, from dialling to its end."""
+
+    def __init__(self, link: "SiteLink", channel: Any) -> None:
+        self.sender = Sender()
+        self.heard = time.monotonic()
+        self.welcomed = False
+        self.ended = threading.Event()
+        self.problem: TransportError | None = None
+        self._link = link
+        call = channel.stream_stream(
+            wire.PATH, request_serializer=pb.Frame.SerializeToString, response_deserializer=None
+        )
+        self.sender.post(wire.hello(PROTOCOL_VERSION, f"fedclaw {__version__}"))
+        self._responses = call(self.sender.frames())
+        threading.Thread(target=self._read, name="fedclaw-read", daemon=True).start()
+
+    def cancel(self) -> None:
+        """Hang up."""
+        self.sender.close()
+        self._responses.cancel()
+
+    def _read(self) -> None:
+        try:
+            self._read_all(self._responses)
+            self.problem = TransportError("the server ended the stream")
+        except TransportError as error:
+            self.problem = error
+        except DecodeError:
+            self.problem = TransportError("the server sent something that is not a frame of this protocol")
+        except grpc.RpcError as error:
+            self.problem = TransportError(_describe(error))
+        except Exception as error:
+            log.exception("the stream failed")
+            self.problem = TransportError(f"the stream failed: {type(error).__name__}")
+        finally:
+            self.sender.close()
+            self.ended.set()
+
+    def _read_all(self, responses: Iterable[bytes]) -> None:
+        for raw in responses:
+            self.heard = time.monotonic()
+            self._link.handle(self, pb.Frame.FromString(raw))
+
+
+class SiteLink:
+    """Connects a site's handler to its federation's server and keeps it connected."""
+
+    def __init__(
+        self,
+        keys: SiteKeys,
+        handler: SiteHandler,
+        state: Path,
+        limits: Limits | None = None,
+        address: str | None = None,
+    ) -> None:
+        """`state` is the site's state directory (the outbox lies in it); `address` overrides the descriptor's."""
+        self._keys = keys
+        self._limits = limits or Limits()
+        self._address = address or keys.descriptor.address
+        self._outbox = Outbox(state / "outbox", self._limits)
+        self._intake = Intake()
+        self._lock = threading.Lock()
+        self._stream: _Stream | None = None
+        self._sequence = 0
+        self._heartbeat = self._limits.heartbeat
+        self._worker = Worker(
+            handler, self._outbox, keys.sealer(), keys.descriptor.name, keys.site_name, self._limits, self._announce
+        )
+
+    @property
+    def node_id(self) -> int:
+        """The number under which Flower knows this site."""
+        return number_of(self._keys.site_name)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server has welcomed the present connection."""
+        stream = self._stream
+        return stream is not None and stream.welcomed and not stream.ended.is_set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Connect, serve and reconnect until `stop` is set.
+
+        Raises ConnectionRefused when the server will not have this site for good.
+        """
+        self._worker.start()
+        failures = 0
+        try:
+            while not stop.is_set():
+                welcomed, problem = self._connect_once(stop)
+                if isinstance(problem, ConnectionRefused):
+                    raise problem
+                if stop.is_set():
+                    return
+                failures = 0 if welcomed else min(failures + 1, _LONGEST_DOUBLING)
+                delay = self._delay(failures)
+                log.warning("%s: %s; next attempt in %.1f s", self._address, problem, delay)
+                stop.wait(delay)
+        finally:
+            self._worker.stop()
+
+    def _delay(self, failures: int) -> float:
+        """Exponential with jitter: sites that lost the same server do not come back in the same instant."""
+        mean = min(self._limits.backoff_longest, self._limits.backoff_first * float(2**failures))
+        return mean * random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, hides nothing
+
+    def _connect_once(self, stop: threading.Event) -> tuple[bool, TransportError]:
+        tls = self._keys.tls()
+        credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+        with grpc.secure_channel(self._address, credentials, wire.channel_options()) as channel:
+            stream = _Stream(self, channel)
+            with self._lock:
+                self._stream = stream
+            try:
+                problem = self._watch(stream, stop)
+            finally:
+                with self._lock:
+                    self._stream = None
+                stream.cancel()
+                stream.ended.wait(self._limits.handshake)
+        return stream.welcomed, stream.problem if isinstance(stream.problem, ConnectionRefused) else problem
+
+    def _watch(self, stream: _Stream, stop: threading.Event) -> TransportError:
+        """Heartbeats, until the stream or the site ends."""
+        opened = last = time.monotonic()
+        while not stream.ended.wait(min(_GLANCE, self._heartbeat)):
+            now = time.monotonic()
+            if stop.is_set():
+                return TransportError("the site is stopping")
+            if not stream.welcomed and now - opened > self._limits.handshake + self._limits.silence:
+                return TransportError("no server answered")
+            if stream.welcomed and now - stream.heard > self._heartbeat * self._limits.missed_heartbeats:
+                return TransportError("the server fell silent")
+            if stream.welcomed and now - last >= self._heartbeat:
+                last = now
+                self._sequence += 1
+                stream.sender.post(wire.heartbeat(self._sequence))
+        return stream.problem or TransportError("the stream ended")
+
+    def _announce(self, entry: Entry) -> None:
+        """Offer a stored reply now if there is a stream; else the server will ask again when there is."""
+        with self._lock:
+            stream = self._stream
+        if stream is not None and stream.welcomed:
+            stream.sender.offer(entry.outgoing())
+
+    def handle(self, stream: _Stream, frame: pb.Frame) -> None:
+        """One frame of the server. Raises TransportError if it breaks the protocol or refuses the site."""
+        kind = frame.WhichOneof("body")
+        if kind == "refuse" and not frame.refuse.transfer_id:
+            self._connection_refused(frame.refuse)
+        elif not stream.welcomed:
+            if kind != "welcome":
+                raise TransportError("the server's first frame is not a welcome")
+            self._welcome(stream, frame.welcome)
+        elif kind == "offer":
+            self._offered(stream, frame.offer)
+        elif kind == "chunk":
+            self._chunk(stream, frame.chunk)
+        elif kind == "accept":
+            stream.sender.start(frame.accept.transfer_id, frame.accept.offset)
+        elif kind == "done":
+            stream.sender.withdraw(frame.done.transfer_id)
+        elif kind == "refuse":
+            self._reply_refused(stream, frame.refuse)
+        elif kind != "heartbeat":
+            raise TransportError(f"unexpected frame: {kind}")
+
+    def _connection_refused(self, refusal: pb.Refuse) -> None:
+        text = f"the server refused this site ({wire.reason_name(refusal.reason)}): {wire.printable(refusal.text)}"
+        raise (ConnectionRefused if refusal.reason in wire.FOR_GOOD else TransportError)(text)
+
+    def _welcome(self, stream: _Stream, welcome: pb.Welcome) -> None:
+        mine = (self._keys.descriptor.name, self._keys.site_name)
+        if welcome.protocol != PROTOCOL_VERSION:
+            raise ConnectionRefused(f"the server speaks protocol {welcome.protocol}, this site {PROTOCOL_VERSION}")
+        if (welcome.federation, welcome.site) != mine:
+            raise ConnectionRefused(f"the server is of another federation: {wire.printable(welcome.federation)!r}")
+        if not 0 < welcome.heartbeat < float("inf"):
+            raise TransportError("the server's heartbeat is not a time")
+        self._heartbeat = min(self._limits.heartbeat, welcome.heartbeat)
+        self._worker.max_reply_bytes = min(self._limits.max_message_bytes, welcome.max_message_bytes)
+        stream.welcomed = True
+        log.info("connected to %s as %s", self._address, self._keys.site_name)
+
+    def _offered(self, stream: _Stream, offer: pb.Offer) -> None:
+        identity, limit = offer.transfer_id, self._limits.max_message_bytes
+        if offer.size > limit:
+            text = f"the task is oversized: {offer.size} bytes, limit {limit}"
+            self._say_no(stream, pb.REASON_OVERSIZED, text, identity)
+            return
+        try:
+            if self._worker.holds(wire.envelope_from_proto(offer.envelope)):
+                stream.sender.post(wire.done(identity))
+            elif not self._worker.has_room() or self._intake.pending() >= self._limits.queued_tasks:
+                self._say_no(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
+            else:
+                stream.sender.post(wire.accept(identity, self._intake.begin(offer)))
+        except TransportError as error:
+            self._say_no(stream, pb.REASON_MALFORMED, str(error), identity)
+
+    def _chunk(self, stream: _Stream, chunk: pb.Chunk) -> None:
+        try:
+            task = self._intake.add(chunk)
+        except TransportError as error:
+            self._say_no(stream, pb.REASON_MALFORMED, str(error), chunk.transfer_id)
+            return
+        if task is not None:
+            self._worker.submit(task)
+            stream.sender.post(wire.done(chunk.transfer_id))
+
+    def _reply_refused(self, stream: _Stream, refusal: pb.Refuse) -> None:
+        outgoing = stream.sender.withdraw(refusal.transfer_id)
+        text = wire.printable(refusal.text)
+        log.warning("the server refused a reply (%s): %s", wire.reason_name(refusal.reason), text)
+        if refusal.reason == pb.REASON_STALLED and outgoing is not None:
+            stream.sender.offer(outgoing)
+
+    def _say_no(self, stream: _Stream, reason: pb.Reason, text: str, identity: str) -> None:
+        log.warning("refused a task (%s): %s", wire.reason_name(reason), text)
+        stream.sender.post(wire.refuse(reason, text, identity))
+
+
+def _describe(error: grpc.RpcError) -> str:
+    code = error.code().name.lower().replace("_", " ") if hasattr(error, "code") else "error"
+    details = error.details() if hasattr(error, "details") else ""
+    return f"{code}: {wire.printable(details or 'the stream broke')}"

@@ -1,0 +1,246 @@
+"""A site's sealed replies on disk, from before their first byte leaves until newer tasks make them useless.
+
+A file is the sealed bytes followed by a trailer that says whose they are. It appears by rename, so it is whole or not
+there. What survives what: the process being killed at any moment, `kill -9` included, loses nothing that was
+stored, because what was written lives in the kernel. A machine that loses power may lose the newest replies, for
+files are not flushed to disk one by one; a file that was torn is recognised (its digest is checked before it
+is sent after a restart) and its task is then done anew.
+"""
+
+import hashlib
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from fedclaw.errors import TransportError
+from fedclaw.files import PRIVATE_MODE
+from fedclaw.runtime.flower import Envelope
+from fedclaw.runtime.grpc import wire
+from fedclaw.runtime.grpc.limits import Limits
+from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+from fedclaw.runtime.grpc.sender import Outgoing
+from fedclaw.security.seal import SEGMENT, TAG, Sealed
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".sealed"
+_MAGIC = b"FCO1"
+_TAIL = 4 + len(_MAGIC)
+_CHUNK = SEGMENT + TAG
+"""A chunk of a reply is one segment of its seal."""
+_HASH_AHEAD = 4
+_SMALL = 4 * _CHUNK
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored reply. `size` and `digest` are of what leaves: the seal's header and the sealed bytes."""
+
+    path: Path
+    task: Envelope
+    reply: Envelope
+    header: bytes
+    body_size: int
+    plain_size: int
+    digest: str
+    summary: bytes
+    stored: float
+
+    @property
+    def size(self) -> int:
+        """Bytes that leave the site."""
+        return len(self.header) + self.body_size
+
+    def read(self, offset: int) -> bytes:
+        """The chunk at `offset`. Raises OSError if the file is gone."""
+        with self.path.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), min(_CHUNK, self.body_size - offset), offset)
+
+    def outgoing(self) -> Outgoing:
+        """Ready to be offered to the server."""
+        offer = pb.Offer(
+            transfer_id=self.task.message_id,
+            envelope=wire.envelope_to_proto(self.reply),
+            size=self.body_size,
+            stamp=bytes.fromhex(self.digest),
+            seal_header=self.header,
+            plain_size=self.plain_size,
+        )
+        return Outgoing(offer, self.read)
+
+    def is_intact(self) -> bool:
+        """Whether the file still holds what was stored."""
+        digest = hashlib.sha256(self.header)
+        try:
+            for offset in range(0, self.body_size, _CHUNK):
+                digest.update(self.read(offset))
+        except OSError:
+            return False
+        return digest.hexdigest() == self.digest
+
+
+class Outbox:
+    """The stored replies of one site. Used by one thread at a time."""
+
+    def __init__(self, directory: Path, limits: Limits) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._directory = directory
+        self._limits = limits
+        for leftover in directory.glob(".*.part"):
+            leftover.unlink(missing_ok=True)
+        found = [entry for path in directory.glob(f"*{_SUFFIX}") if (entry := _load(path)) is not None]
+        self._entries = {entry.task.message_id: entry for entry in sorted(found, key=lambda entry: entry.stored)}
+        self._unchecked = set(self._entries)
+
+    def find(self, task: Envelope) -> Entry | None:
+        """The stored reply to that very task; one from before a restart is checked against its digest first."""
+        entry = self._entries.get(task.message_id)
+        if entry is None or (entry.task.run_id, entry.task.group_id) != (task.run_id, task.group_id):
+            return None
+        if task.message_id in self._unchecked:
+            if not entry.is_intact():
+                log.error("%s is damaged and dropped; its task will be done again", entry.path)
+                self._drop(entry)
+                return None
+            self._unchecked.discard(task.message_id)
+        return entry
+
+    def store(self, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
+        """Write a whole sealed reply, then give it its name. Raises TransportError if the disk will not have it."""
+        path = self._directory / (hashlib.sha256(task.message_id.encode()).hexdigest()[:40] + _SUFFIX)
+        try:
+            entry = self._write(path, task, reply, sealed, summary)
+        except OSError as error:
+            raise TransportError(f"cannot store a reply in {self._directory}: {error.strerror}") from error
+        self._entries.pop(task.message_id, None)
+        self._entries[task.message_id] = entry
+        self._unchecked.discard(task.message_id)
+        self._prune(entry)
+        return entry
+
+    def _write(self, path: Path, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
+        descriptor, temporary = tempfile.mkstemp(dir=self._directory, suffix=".part", prefix=".")
+        try:
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                os.fchmod(file.fileno(), PRIVATE_MODE)
+                body_size, digest = _copy(sealed, file.fileno())
+                trailer = pb.Spooled(
+                    task=wire.envelope_to_proto(task),
+                    reply=wire.envelope_to_proto(reply),
+                    seal_header=sealed.header,
+                    size=body_size,
+                    plain_size=sealed.plain_size,
+                    digest=digest,
+                    summary=summary,
+                ).SerializeToString()
+                _write_all(file.fileno(), trailer + len(trailer).to_bytes(4, "big") + _MAGIC)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return Entry(path, task, reply, sealed.header, body_size, sealed.plain_size, digest, summary, time.time())
+
+    def _prune(self, newest: Entry) -> None:
+        """Keep the newest few of this run, others by age, and all within the outbox's size; never drop `newest`."""
+        others = [entry for entry in self._entries.values() if entry is not newest]
+        same_run = [entry for entry in others if entry.task.run_id == newest.task.run_id]
+        oldest = time.time() - self._limits.outbox_age
+        doomed = same_run[: max(0, len(same_run) + 1 - self._limits.outbox_replies)]
+        doomed += [entry for entry in others if entry.task.run_id != newest.task.run_id and entry.stored < oldest]
+        for entry in doomed:
+            self._drop(entry)
+        total = sum(entry.size for entry in self._entries.values())
+        for entry in list(self._entries.values()):
+            if total <= self._limits.outbox_bytes or entry is newest:
+                break
+            total -= entry.size
+            self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        self._entries.pop(entry.task.message_id, None)
+        self._unchecked.discard(entry.task.message_id)
+        with suppress(OSError):
+            entry.path.unlink()
+
+
+def _load(path: Path) -> Entry | None:
+    """The entry in a file, its trailer checked; a file without one is removed."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            tail = os.pread(file.fileno(), _TAIL, max(0, length - _TAIL))
+            size = int.from_bytes(tail[:4], "big")
+            if tail[4:] != _MAGIC or size > length - _TAIL:
+                raise DecodeError("no trailer")
+            spooled = pb.Spooled.FromString(os.pread(file.fileno(), size, length - _TAIL - size))
+            if spooled.size != length - _TAIL - size:
+                raise DecodeError("cut off")
+            stored = os.fstat(file.fileno()).st_mtime
+        task, reply = wire.envelope_from_proto(spooled.task), wire.envelope_from_proto(spooled.reply)
+    except (OSError, DecodeError, TransportError):
+        log.error("%s is damaged and dropped; its task will be done again", path)
+        path.unlink(missing_ok=True)
+        return None
+    return Entry(
+        path,
+        task,
+        reply,
+        spooled.seal_header,
+        spooled.size,
+        spooled.plain_size,
+        spooled.digest,
+        spooled.summary,
+        stored,
+    )
+
+
+def _copy(sealed: Sealed, descriptor: int) -> tuple[int, str]:
+    """Write all segments; returns their size and the digest over header and segments."""
+    digest = hashlib.sha256(sealed.header)
+    written = 0
+    for segment in (
+        _hashed_beside(sealed.segments, digest) if sealed.size > _SMALL else _hashed(sealed.segments, digest)
+    ):
+        _write_all(descriptor, segment)
+        written += len(segment)
+    return written, digest.hexdigest()
+
+
+def _hashed(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    for segment in segments:
+        digest.update(segment)
+        yield segment
+
+
+def _hashed_beside(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    """The same with the hashing on a second core: it takes longer than sealing and writing together."""
+    todo: queue.Queue[bytes | None] = queue.Queue(_HASH_AHEAD)
+
+    def work() -> None:
+        while (segment := todo.get()) is not None:
+            digest.update(segment)
+
+    worker = threading.Thread(target=work, name="fedclaw-digest")
+    worker.start()
+    try:
+        for segment in segments:
+            todo.put(segment)
+            yield segment
+    finally:
+        todo.put(None)
+        worker.join()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

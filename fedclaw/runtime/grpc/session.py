@@ -1,0 +1,39 @@
+"""One site's stream, as the server holds it."""
+
+import threading
+import time
+from typing import Any
+
+from fedclaw.runtime.grpc.peer import Peer
+from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+from fedclaw.runtime.grpc.sender import Sender
+
+
+class Session:
+    """A connected site: who it is, what goes to it, when it was last heard."""
+
+    def __init__(self, peer: Peer, context: Any) -> None:
+        self.peer = peer
+        self.sender = Sender()
+        self.opened = self.heard = time.monotonic()
+        self.welcomed = False
+        self.closed_at: float | None = None
+        self._context = context
+        self._lock = threading.Lock()
+        context.add_callback(self.sender.close)
+
+    def touch(self) -> None:
+        """Something was heard from the site."""
+        self.heard = time.monotonic()
+
+    def close(self, last: pb.Frame | None = None) -> None:
+        """Say `last` and end the stream."""
+        with self._lock:
+            if self.closed_at is None:
+                self.closed_at = time.monotonic()
+        self.sender.close(last)
+
+    def abort(self) -> None:
+        """End the stream now, whatever the peer does not read."""
+        self.sender.close()
+        self._context.cancel()

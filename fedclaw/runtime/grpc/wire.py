@@ -1,0 +1,122 @@
+"""Frames: what the two ends of a stream say to each other, and gRPC's settings on both."""
+
+import math
+from typing import Any
+
+from fedclaw.errors import TransportError
+from fedclaw.runtime.flower import Envelope
+from fedclaw.runtime.grpc.limits import MAX_FRAME_BYTES, MAX_METADATA_BYTES, Limits
+from fedclaw.runtime.grpc.protocol import METHOD, SERVICE
+from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+
+PATH = f"/{SERVICE}/{METHOD}"
+
+FOR_GOOD = frozenset({pb.REASON_VERSION, pb.REASON_IDENTITY, pb.REASON_REVOKED, pb.REASON_EXPIRED, pb.REASON_REPLACED})
+"""Reasons after which a site must not reconnect."""
+
+_MAX_ID = 256
+_MAX_TEXT = 500
+
+
+def common_options() -> list[tuple[str, Any]]:
+    """gRPC channel arguments of both ends."""
+    return [
+        ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+        ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.enable_retries", 0),
+    ]
+
+
+def server_options(limits: Limits) -> list[tuple[str, Any]]:
+    """What one connection, authenticated or not, may cost the server."""
+    return [
+        *common_options(),
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", 2),
+        ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1000)),
+        # A connection of no use is closed: one that finished TLS and then opened no stream.
+        ("grpc.max_connection_idle_ms", int(limits.handshake * 1000)),
+        ("grpc.max_allowed_incoming_connections", 2 * limits.max_sites + 16),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+    ]
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    """A site makes a new channel for each attempt and keeps the time between them itself."""
+    return [*common_options(), ("grpc.use_local_subchannel_pool", 1)]
+
+
+def envelope_to_proto(envelope: Envelope) -> pb.Envelope:
+    """Ready to go into an Offer."""
+    return pb.Envelope(
+        run_id=envelope.run_id,
+        message_id=envelope.message_id,
+        reply_to_message_id=envelope.reply_to_message_id,
+        src_node_id=envelope.src_node_id,
+        dst_node_id=envelope.dst_node_id,
+        group_id=envelope.group_id,
+        message_type=envelope.message_type,
+        created_at=envelope.created_at,
+        ttl=envelope.ttl,
+    )
+
+
+def envelope_from_proto(wire: pb.Envelope) -> Envelope:
+    """Raises TransportError for an envelope whose fields are out of bounds."""
+    texts = (wire.message_id, wire.reply_to_message_id, wire.group_id, wire.message_type)
+    if any(len(text) > _MAX_ID for text in texts):
+        raise TransportError(f"an identifier of the message is longer than {_MAX_ID} characters")
+    if not (math.isfinite(wire.created_at) and math.isfinite(wire.ttl) and wire.ttl > 0):
+        raise TransportError("the message's times are not finite numbers")
+    return Envelope(
+        run_id=wire.run_id,
+        message_id=wire.message_id,
+        reply_to_message_id=wire.reply_to_message_id,
+        src_node_id=wire.src_node_id,
+        dst_node_id=wire.dst_node_id,
+        group_id=wire.group_id,
+        message_type=wire.message_type,
+        created_at=wire.created_at,
+        ttl=wire.ttl,
+    )
+
+
+def hello(version: int, software: str) -> pb.Frame:
+    """A site's first frame."""
+    return pb.Frame(hello=pb.Hello(protocol=version, software=software))
+
+
+def heartbeat(sequence: int) -> pb.Frame:
+    """A sign of life."""
+    return pb.Frame(heartbeat=pb.Heartbeat(sequence=sequence))
+
+
+def accept(transfer_id: str, offset: int) -> pb.Frame:
+    """Send that transfer, from `offset` on."""
+    return pb.Frame(accept=pb.Accept(transfer_id=transfer_id, offset=offset))
+
+
+def done(transfer_id: str) -> pb.Frame:
+    """That transfer has arrived whole."""
+    return pb.Frame(done=pb.Done(transfer_id=transfer_id))
+
+
+def refuse(reason: pb.Reason, text: str, transfer_id: str = "") -> pb.Frame:
+    """No, to a transfer or (without an id) to the connection."""
+    return pb.Frame(refuse=pb.Refuse(reason=reason, text=text[:_MAX_TEXT], transfer_id=transfer_id))
+
+
+def reason_name(reason: int) -> str:
+    """REASON_NOT_ASKED as `not asked`; a number nobody knows as itself."""
+    try:
+        return pb.Reason.Name(reason).removeprefix("REASON_").lower().replace("_", " ")
+    except ValueError:
+        return f"reason {reason}"
+
+
+def printable(text: str) -> str:
+    """A peer's words on one line, without control characters, cut to a sane length."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:_MAX_TEXT])
