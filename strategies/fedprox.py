@@ -4,6 +4,7 @@ Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith 2020, "Federated Optimization in Het
 (https://arxiv.org/abs/1812.06127).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -44,12 +45,12 @@ class FedProx(Strategy):
     ) -> None:
         """Add the proximal term's gradient, mu * (w - w0), to each `.grad`; frozen parameters are left alone.
 
-        Raises KeyError if `fields` has no `mu`, and ValueError if it has a negative one: a site is not pushed
-        away from the global model because a server says so.
+        Raises KeyError if `fields` has no `mu`, and ValueError if it is negative or not finite: a site is not
+        pushed away from the global model because a server says so.
         """
         mu = fields["mu"]
-        if not mu >= 0:
-            raise ValueError(f"fedprox: mu must not be negative, got {mu}")
+        if not 0 <= mu < math.inf:
+            raise ValueError(f"fedprox: mu must be a finite number of at least 0, got {mu}")
         with torch.no_grad():
             for parameter, origin in zip(parameters, start, strict=True):
                 if parameter.grad is not None:
