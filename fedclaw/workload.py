@@ -73,6 +73,19 @@ class Schema(ABC):
     def describe_inputs(self) -> Mapping[str, Any]:
         """JSON-able description of the model's input tensor and of every preprocessing constant."""
 
+    @property
+    def data_dependent(self) -> bool:
+        """True if an example's inputs depend on other examples: then epsilon does not cover the preprocessing."""
+        return False
+
+    def fit(self, path: Path) -> Self:
+        """This schema with the constants that it takes from a site's training data, if it takes any. Raises DataError."""
+        return self
+
+    def constants_json(self) -> str | None:
+        """The constants that `fit` found, which never leave the site; None for a schema that takes none."""
+        return None
+
     @abstractmethod
     def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
         """(count, *D) made from the schema alone (ranges, levels): never from a site's data."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedclaw.errors import DataError, UsageError
 from fedclaw.federation.registry import schema_class, workload_class
 from fedclaw.federation.run_directory import schema_digest
-from fedclaw.files import sha256_file
+from fedclaw.files import PRIVATE_MODE, sha256_file, write_atomic
 from fedclaw.privacy.ledger import Ledger
 from fedclaw.site.device import choose_device
 from fedclaw.site.outbound import OutboundLog
@@ -44,33 +44,48 @@ def only_client(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def open_service(root: Path, settings: SiteSettings, federation: str) -> SiteService:
-    """Load the site's data once and open its ledger and log. Raises DataError, LedgerError or UsageError."""
-    text = _read(settings.schema_file)
-    schema = schema_class(settings.workload).parse(text, str(settings.schema_file))
-    digest = schema_digest(schema.to_json())
-    data, schema = load_data(settings, schema)
+def open_service(root: Path, settings: SiteSettings, federation: str, *, durable: bool = True) -> SiteService:
+    """Load the site's data once and open its ledger and log. Raises DataError, LedgerError or UsageError.
+
+    With `durable` off (simulation) nothing is written: the ledger lives in memory and nothing is logged.
+    """
+    agreed = read_schema(settings)
+    schema = agreed.fit(settings.data.train)
+    data = load_data(settings, schema)
     state = state_directory(root)
+    if durable:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if constants := schema.constants_json():
+            write_atomic(state / "preprocessing.json", constants.encode(), PRIVATE_MODE)
     return SiteService(
         name=settings.name,
         federation=federation,
         workload=workload_class(settings.workload)(schema),
-        schema_digest=digest,
+        schema_digest=schema_digest(agreed.to_json()),
         data=data,
         policy=settings.policy,
-        ledger=Ledger.open(state / "ledger.sqlite", data.fingerprint),
-        outbound=OutboundLog(state / "outbound.jsonl"),
+        ledger=Ledger.open(state / "ledger.sqlite" if durable else ":memory:", data.fingerprint),
+        outbound=OutboundLog(state / "outbound.jsonl") if durable else None,
         device=choose_device(settings.device),
     )
 
 
-def load_data(settings: SiteSettings, schema: Schema) -> tuple[SiteData, Schema]:
-    """The site's tables, and the schema that read them. Raises DataError."""
+def read_schema(settings: SiteSettings) -> Schema:
+    """The schema that the federation agreed on. Raises DataError."""
+    try:
+        text = settings.schema_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the schema file {settings.schema_file} cannot be read: {error}") from error
+    return schema_class(settings.workload).parse(text, str(settings.schema_file))
+
+
+def load_data(settings: SiteSettings, schema: Schema) -> SiteData:
+    """The site's tables. Raises DataError."""
     train = schema.read_examples(settings.data.train)
     if len(train) == 0:
         raise DataError(f"{settings.data.train} holds no examples")
     test = schema.read_examples(settings.data.test) if settings.data.test else None
-    return SiteData(train=train, test=test, fingerprint=fingerprint(settings.data.train)), schema
+    return SiteData(train=train, test=test, fingerprint=fingerprint(settings.data.train))
 
 
 def fingerprint(path: Path) -> str:
@@ -82,9 +97,3 @@ def fingerprint(path: Path) -> str:
         digest.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
     return digest.hexdigest()
 
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the schema file {path} cannot be read: {error}") from error

@@ -1,0 +1,56 @@
+# The two commands of the README are `make demo` and `make test`; both install what they need into .venv, once.
+PYTHON ?= python3
+WORKLOAD ?= tabular
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_EXTRAS := compress,export,predict,data,experiments
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format protocol benchmarks clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(VENV)/.demo ## four organisations train, compress and export one model (WORKLOAD=tabular|vision)
+	$(BIN)/python -m experiments.demo scenario=$(WORKLOAD)
+
+test: $(VENV)/.dev ## ruff, mypy and the test suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev ## the tests that take long
+	$(BIN)/python -m pytest -m slow --timeout 900
+
+lint: $(VENV)/.dev ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## let ruff sort and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protocol: $(VENV)/.dev ## generate the gRPC code from the .proto files
+	$(BIN)/python -m fedclaw.runtime.grpc.protocol.generate
+
+benchmarks: $(VENV)/.dev ## one exchange, and the aggregation of large updates
+	$(BIN)/python -m experiments.benchmarks.exchange
+	$(BIN)/python -m experiments.benchmarks.aggregation
+
+clean: ## remove .venv, caches and the demo's output
+	rm -rf $(VENV) runs/demo .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "FedClaw needs Python 3.11 or newer; choose one with make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps hold pyproject.toml's and the constraints' time: a changed dependency is installed, nothing twice.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(DEMO_EXTRAS)]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

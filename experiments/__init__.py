@@ -1,0 +1,1 @@
+"""Sweeps, the demo and the benchmarks. Imports FedClaw; nothing imports it."""

@@ -1,0 +1,250 @@
+"""The main job from end to end with real processes on loopback: four organisations and a coordinator.
+
+    python -m experiments.demo                    the breast-cancer table (make demo)
+    python -m experiments.demo scenario=vision    handwritten digits (make demo WORKLOAD=vision)
+
+Each organisation has its own directory, keys, policy and privacy ledger, and its own process. What is left in
+`output`: federation/ (the coordinator's keys), sites/NAME/, runs/demo/ (the run, its compressed model and its signed
+bundle), logs/, and summary.json.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from experiments.processes import Processes, free_port
+from experiments.simulate import local_only, open_sites, pooled
+from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.errors import UsageError
+from fedclaw.federation.coordinator import Outcome
+from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.files import write_atomic
+from fedclaw.frozen import Frozen
+
+FEDERATION = "demo"
+MARKER = ".fedclaw-demo"
+
+
+class BudgetSettings(Frozen):
+    """What a site's policy allows on its data set, for ever."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class ScenarioSettings(Frozen):
+    """conf/scenario/*.yaml."""
+
+    dataset: DatasetSettings
+    policy: BudgetSettings
+    rounds: int = Field(ge=1)
+    server: tuple[str, ...]
+    compress: tuple[str, ...]
+
+
+class DemoSettings(Frozen):
+    """conf/demo.yaml, checked."""
+
+    scenario: ScenarioSettings
+    output: Path
+    seed: int = Field(ge=0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the demo as the command line says."""
+    line = split(arguments)
+    if line.words:
+        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
+    settings = compose_settings("demo", line.overrides, DemoSettings)
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.monotonic()
+    _clear(settings.output)
+    summary = _Demo(settings, console).run()
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    path = settings.output / "summary.json"
+    write_atomic(path, json.dumps(summary, indent=2).encode())
+    _show(console, summary, settings.output)
+
+
+class _Demo:
+    """The steps, in order; each is a command that a person could type."""
+
+    def __init__(self, settings: DemoSettings, console: Console) -> None:
+        self.settings = settings
+        self.scenario = settings.scenario
+        self.root = settings.output
+        self.console = console
+        self.federation = self.root / "federation"
+        self.run_root = self.root / "runs" / "demo"
+
+    def run(self) -> dict[str, Any]:
+        with Processes(self.root / "logs", self.console) as processes:
+            directories = self._deal_out()
+            self._provision(processes, directories)
+            self._train(processes, directories)
+            self._compress(processes)
+            bundle, verified = self._export(processes)
+        directory = RunDirectory.open(self.run_root)
+        local, everything = self._baselines(directory, directories)
+        return self._summary(directory, local, everything, bundle, verified)
+
+    def _deal_out(self) -> tuple[Path, ...]:
+        self.console.rule("1. Four organisations, each with its own data directory", align="left")
+        dataset = self.scenario.dataset.model_copy(update={"seed": self.settings.seed})
+        policy = SitePolicy(epsilon=self.scenario.policy.epsilon, delta=self.scenario.policy.delta)
+        directories = write_sites(self.root, dataset, policy)
+        for directory in directories:
+            self.console.print(f"{directory.name}: {directory}")
+        return directories
+
+    def _provision(self, processes: Processes, directories: Sequence[Path]) -> None:
+        self.console.rule("2. Keys that never travel", align="left")
+        address = f"127.0.0.1:{free_port()}"
+        processes.run("provision", "init", f"federation={self.federation}", f"name={FEDERATION}", f"address={address}")
+        descriptor = self.federation / "federation.json"
+        for directory in directories:
+            name = directory.name
+            processes.run("provision", "request", f"site={directory}", f"name={name}", f"descriptor={descriptor}")
+            request = directory / "keys" / "site.csr"
+            processes.run("provision", "approve", f"federation={self.federation}", f"request={request}")
+            certificate = self.federation / "sites" / f"{name}.crt"
+            processes.run("provision", "install", f"site={directory}", f"certificate={certificate}")
+
+    def _train(self, processes: Processes, directories: Sequence[Path]) -> None:
+        self.console.rule("3. Training under differential privacy, over mutually authenticated gRPC", align="left")
+        for directory in directories:
+            processes.start(f"client-{directory.name}", "client", f"site={directory}")
+        processes.run(
+            "server",
+            f"federation={self.federation}",
+            f"workload.schema_file={self.root / 'schema.yaml'}",
+            f"runs={self.root / 'runs'}",
+            "run=demo",
+            f"rounds={self.scenario.rounds}",
+            f"seed={self.settings.seed}",
+            f"sites.minimum={len(directories)}",
+            *self.scenario.server,
+            show=True,
+        )
+
+    def _compress(self, processes: Processes) -> None:
+        self.console.rule("4. Pruning and distillation on public inputs, free in privacy", align="left")
+        processes.run(
+            "compress",
+            f"run={self.run_root}",
+            "mode=proxy",
+            f"inputs={_only(self.root / 'public', 'inputs')}",
+            f"evaluation={_only(self.root / 'public', 'labelled')}",
+            *self.scenario.compress,
+            show=True,
+        )
+
+    def _export(self, processes: Processes) -> tuple[Path, bool]:
+        self.console.rule("5. A signed bundle, verified and used", align="left")
+        inputs = _only(self.root / "public", "inputs")
+        bundle = self.run_root / "bundle"
+        processes.run("export", f"run={self.run_root}", f"federation={self.federation}", f"inputs={inputs}", show=True)
+        authority = self.federation / "ca.crt"
+        verified = processes.run("verify", str(bundle), f"ca={authority}", show=True, check=False) == 0
+        predictions = self.root / "predictions.csv"
+        processes.run("predict", f"bundle={bundle}", f"input={inputs}", f"ca={authority}", f"output={predictions}")
+        self.console.print(f"predictions for {inputs}: {predictions}")
+        return bundle, verified
+
+    def _baselines(self, directory: RunDirectory, directories: Sequence[Path]) -> tuple[dict[str, Outcome], Outcome]:
+        self.console.rule("6. For comparison: every site alone, and everything pooled", align="left")
+        sites = open_sites(directories, FEDERATION)
+        root = self.root / "runs" / "baselines"
+        record = directory.record()
+        return local_only(record, sites, root), pooled(record, sites, root)
+
+    def _summary(
+        self, directory: RunDirectory, local: dict[str, Outcome], everything: Outcome, bundle: Path, verified: bool
+    ) -> dict[str, Any]:
+        receipts = directory.read_receipts()
+        tests = {name: outcome.directory.read_metrics()[-1]["test_examples"] for name, outcome in local.items()}
+        local_sum = sum(outcome.metrics["accuracy"] * tests[name] for name, outcome in local.items())
+        compression = json.loads((directory.compressed / "compression.json").read_text())
+        parity = json.loads((bundle / "bundle.json").read_text())["parity"]
+        metrics = directory.read_metrics()
+        return {
+            "sites": [
+                {
+                    "name": name,
+                    "examples": item.examples,
+                    "epsilon": item.receipt.epsilon_run,
+                    "delta": item.receipt.delta,
+                }
+                for name, item in sorted(receipts.items())
+            ],
+            "rounds": len(metrics),
+            "accuracy": {
+                "federated": metrics[-1]["metrics"]["accuracy"],
+                "pooled": everything.metrics["accuracy"],
+                "local_mean": local_sum / sum(tests.values()),
+            },
+            "compression": {
+                key: compression[key]
+                for key in ("parameters_before", "parameters_after", "accuracy_before", "accuracy_after")
+            },
+            "export": {"onnx_max_abs_diff": parity["onnx"], "bundle": str(bundle), "verified": verified},
+        }
+
+
+def _show(console: Console, summary: dict[str, Any], output: Path) -> None:
+    table = Table(title="What the federation did", title_justify="left", show_header=False)
+    for site in summary["sites"]:
+        table.add_row(
+            site["name"], f"{site['examples']} examples, epsilon {site['epsilon']:.3f} at delta {site['delta']:g}"
+        )
+    accuracy, compression, export = summary["accuracy"], summary["compression"], summary["export"]
+    table.add_section()
+    table.add_row("accuracy, federated", f"{accuracy['federated']:.3f} after {summary['rounds']} rounds")
+    table.add_row("accuracy, each site alone", f"{accuracy['local_mean']:.3f} (mean, same budget)")
+    distance = accuracy["pooled"] - accuracy["federated"]
+    table.add_row(
+        "accuracy, pooled", f"{accuracy['pooled']:.3f} (no privacy; {distance:+.3f} from the federated model)"
+    )
+    table.add_section()
+    table.add_row("parameters", f"{compression['parameters_before']} -> {compression['parameters_after']}")
+    table.add_row(
+        "accuracy, compressed",
+        f"{compression['accuracy_before']:.3f} -> {compression['accuracy_after']:.3f} (public reference set)",
+    )
+    table.add_row("bundle", f"{export['bundle']}, signature {'verified' if export['verified'] else 'NOT VERIFIED'}")
+    table.add_row("ONNX against torch", f"largest difference {export['onnx_max_abs_diff']:.1e}")
+    table.add_row("time", f"{summary['seconds']} s")
+    console.print(table)
+    console.print("What to try next:", style="bold")
+    console.print(f"  python -m fedclaw.verify {export['bundle']}")
+    console.print(f"  python -m fedclaw.provision show federation={output / 'federation'}")
+    console.print(f"  mlflow ui --backend-store-uri sqlite:///{output / 'runs' / 'mlflow.db'}")
+    console.print("  python -m experiments.run -m strategy=fedavg,fedadam privacy.epsilon=2,8")
+    console.print("  make demo WORKLOAD=vision")
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier demo left, and nothing else. Raises UsageError."""
+    if output.exists():
+        if not (output / MARKER).is_file():
+            raise UsageError(f"{output} exists and is not an earlier demo's; choose another output=")
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
+
+
+def _only(directory: Path, stem: str) -> Path:
+    """The one file of that stem."""
+    return next(directory.glob(f"{stem}.*"))
+
+
+if __name__ == "__main__":
+    run_main("experiments.demo", __doc__ or "", main)

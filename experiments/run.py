@@ -1,0 +1,91 @@
+"""One experiment, or a sweep, in process: the code of the server and of the sites, without the wires.
+
+    python -m experiments.run strategy=fedprox privacy.epsilon=4
+    python -m experiments.run -m strategy=fedavg,fedadam privacy.epsilon=2,8
+    python -m experiments.run +experiment=digits_dp rounds=40
+
+Every run leaves a directory under runs/ and an MLflow run (mlflow ui --backend-store-uri sqlite:///runs/mlflow.db).
+"""
+
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
+from rich.console import Console
+
+from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from experiments.simulate import open_sites, simulate
+from fedclaw.cli import check_settings, config_directory
+from fedclaw.errors import FedClawError
+from fedclaw.federation.coordinator import Observer, Outcome
+from fedclaw.federation.run_directory import RoundRules, RunDirectory
+from fedclaw.federation.session import RunSettings, make_record
+from fedclaw.report.terminal import TerminalProgress
+from fedclaw.report.tracking import TrackingSettings, make_tracker
+
+FEDERATION = "experiments"
+
+
+class ExperimentSettings(RunSettings):
+    """conf/run.yaml, checked."""
+
+    dataset: DatasetSettings
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    runs: Path = Path("runs")
+    run: str | None = None
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def run_experiment(settings: ExperimentSettings) -> Outcome:
+    """Deal the data out, train, track. Raises FedClawError."""
+    root = _data(settings)
+    choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
+    rules = RoundRules(minimum=1, fraction=settings.fraction)
+    record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
+    directory = RunDirectory.create(settings.runs / record.run, record)
+    progress = TerminalProgress()
+    tracker = make_tracker(settings.tracking, settings.runs, directory)
+    observers: list[Observer] = [progress, tracker] if tracker else [progress]
+    try:
+        return simulate(directory, open_sites(sorted((root / "sites").iterdir()), FEDERATION), observers)
+    except BaseException:
+        if tracker:
+            tracker.failed()
+        raise
+    finally:
+        progress.close()
+
+
+def _data(settings: ExperimentSettings) -> Path:
+    """The sites' directories for these settings, written once and found again by name."""
+    delta = settings.privacy.delta if settings.privacy else 1e-5
+    policy = SitePolicy(epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1)
+    identity = hashlib.sha256(f"{settings.dataset.model_dump_json()} {policy}".encode()).hexdigest()[:12]
+    root = settings.runs / "data" / f"{settings.dataset.name}-{identity}"
+    if not root.is_dir():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent) as draft:
+            write_sites(Path(draft) / "sites", settings.dataset, policy)
+            (Path(draft) / "sites").rename(root)
+    return root
+
+
+@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="run")
+def main(config: DictConfig) -> float:
+    """Hydra's entry: the last accuracy is the objective that a sweeper maximises."""
+    try:
+        settings = check_settings(OmegaConf.to_container(config, resolve=True), ExperimentSettings)
+        return run_experiment(settings).metrics.get("accuracy", 0.0)
+    except FedClawError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"experiments.run: {error}", style="bold red", markup=False
+        )
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The real server loop and the real site code in one process: sites as objects instead of processes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedclaw.federation.coordinator import Observer, Outcome, run_rounds
+from fedclaw.federation.plan import PrivacyRequest
+from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.federation.session import initial_parameters
+from fedclaw.privacy.ledger import Ledger
+from fedclaw.runtime.flower import assume_server_identity, number_of
+from fedclaw.runtime.local import LocalGrid
+from fedclaw.site.directory import open_service
+from fedclaw.site.service import SiteData, SiteService
+from fedclaw.site.settings import load_site_settings
+from fedclaw.workload import Table
+
+
+def open_sites(directories: Iterable[Path], federation: str) -> dict[str, SiteService]:
+    """The sites in `directories` by name, each with an empty ledger in memory."""
+    services = {}
+    for directory in directories:
+        settings = load_site_settings(directory)
+        services[settings.name] = open_service(directory, settings, federation, durable=False)
+    return services
+
+
+def simulate(directory: RunDirectory, sites: Mapping[str, SiteService], observers: Sequence[Observer] = ()) -> Outcome:
+    """Run the rounds of `directory` over `sites`."""
+    run_id = number_of(directory.record().run)
+    assume_server_identity(run_id)
+    return run_rounds(LocalGrid(sites, run_id), directory, initial_parameters(directory), observers=observers)
+
+
+def local_only(record: RunRecord, sites: Mapping[str, SiteService], root: Path) -> dict[str, Outcome]:
+    """Each site trains by itself, with the same model, steps and budget, and is tested on its own test set."""
+    outcomes = {}
+    for name, service in sites.items():
+        policy = service.policy.model_copy(update={"minimum_cohort": 1})
+        alone = _with_ledger(service, service.data, name)
+        alone.policy = policy
+        outcomes[name] = simulate(_begin(record, f"local-{name}", root, record.privacy), {name: alone})
+    return outcomes
+
+
+def pooled(record: RunRecord, sites: Mapping[str, SiteService], root: Path) -> Outcome:
+    """One model on everybody's data, without privacy: what pooling would give."""
+    services = list(sites.values())
+    train = _concatenated([service.data.train for service in services])
+    test = _concatenated([service.data.test for service in services if service.data.test is not None])
+    everyone = _with_ledger(services[0], SiteData(train, test, "pooled"), "pooled")
+    everyone.policy = everyone.policy.model_copy(update={"minimum_cohort": 1, "allow_training_without_privacy": True})
+    return simulate(_begin(record, "pooled", root, None), {"pooled": everyone})
+
+
+def _begin(record: RunRecord, run: str, root: Path, privacy: PrivacyRequest | None) -> RunDirectory:
+    changed = {"run": run, "privacy": privacy, "rules": RoundRules(minimum=1)}
+    return RunDirectory.create(root / run, record.model_copy(update=changed))
+
+
+def _with_ledger(service: SiteService, data: SiteData, name: str) -> SiteService:
+    return SiteService(
+        name=name,
+        federation=service.federation,
+        workload=service.workload,
+        schema_digest=service.schema_digest,
+        data=data,
+        policy=service.policy,
+        ledger=Ledger.open(":memory:", data.fingerprint),
+        outbound=None,
+        device=service.device,
+    )
+
+
+def _concatenated(tables: Sequence[Table]) -> Table:
+    return Table(
+        np.concatenate([table.inputs for table in tables]), np.concatenate([table.targets for table in tables])
+    )
