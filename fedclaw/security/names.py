@@ -3,20 +3,20 @@
 import ipaddress
 import re
 
-NAME_PATTERN = r"^[a-z][a-z0-9-]{0,61}[a-z0-9]$|^[a-z]$"
-NAME_RULE = (
+_NAME_RULE = (
     "a name is 1 to 63 lower-case letters, digits and hyphens, starts with a letter and does not end in a hyphen"
 )
 
-_NAME = re.compile(NAME_PATTERN)
-_HOST = re.compile(r"^(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*$", re.I)
+_NAME = re.compile("[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_LABEL = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*", re.IGNORECASE | re.ASCII)
 _PORTS = range(1, 65536)
 
 
 def check_name(name: str) -> str:
     """`name`, if it may be one. Raises ValueError."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name!r:.80} cannot be used; {NAME_RULE}")
+        raise ValueError(f"{name!r:.80} cannot be used; {_NAME_RULE}")
     return name
 
 
@@ -30,7 +30,7 @@ def split_address(address: str) -> tuple[str, int]:
         if not isinstance(ip, ipaddress.IPv6Address):
             raise ValueError(f"{address!r:.80} has no IPv6 address in its brackets")
         host = host[1:-1]
-    elif not _HOST.match(host):
+    elif not _HOST.fullmatch(host) or _looks_like_a_bad_ip(host):
         raise ValueError(f"{address!r:.80} has no host name or IP address before the port (IPv6 goes in brackets)")
     if (ip := _ip_address(host)) is not None and ip.is_unspecified:
         raise ValueError(
@@ -54,6 +54,10 @@ def is_loopback(host: str) -> bool:
 def site_uri(federation: str, site: str) -> str:
     """The URI that a site's certificate is for."""
     return f"fedclaw://{federation}/site/{site}"
+
+
+def _looks_like_a_bad_ip(host: str) -> bool:
+    return host.rpartition(".")[2].isdigit() and _ip_address(host) is None
 
 
 def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
