@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     console = Console(highlight=False)
     console.print(before_after(record))
     for note in notes(record, settings.run / "compressed"):
-        console.print(note, markup=False)
+        console.print(note, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ counted within one normalisation or convolution group where there are such (they
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +25,9 @@ PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 Widths = Mapping[str, int]
 """Channels left, by the name of the group's first layer."""
+
+Fits = Callable[[dict[str, int]], bool]
+"""Whether a model of these widths is small enough."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def prune_to_fraction(model: nn.Module, input_shape: tuple[int, ...], fraction: 
     """A copy of `model` (N, *D) -> (N, C) with at most `fraction` of its parameters, and as near as possible.
 
     Every group of layers loses the same share of its channels; the share is found by bisection over the
-    widths that exist, and what the rounding leaves over is given back a channel at a time, first to the groups
-    that were cut the most. The output layer keeps its outputs, and every layer at least one channel.
+    widths that exist, and what the rounding leaves over is given back a channel at a time, first where the largest
+    share was cut. The output layer keeps its outputs, and every layer at least one channel.
 
     Raises:
         UsageError: torch-pruning is not installed, or `fraction` is not between 0 and 1.
@@ -151,7 +154,7 @@ def _graph_of(pruning: ModuleType, model: nn.Module, example: torch.Tensor) -> t
     return copied, graph
 
 
-def _search(groups: Mapping[str, _Group], fits: Any) -> dict[str, int]:
+def _search(groups: Mapping[str, _Group], fits: Fits) -> dict[str, int]:
     """The largest widths that fit: bisection over the common share, then a channel more where there is room."""
     shares = sorted({Fraction(kept, group.width) for group in groups.values() for kept in range(1, group.width + 1)})
 
@@ -162,11 +165,19 @@ def _search(groups: Mapping[str, _Group], fits: Any) -> dict[str, int]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(at(shares[middle])) else (low, middle)
-    widths = at(shares[low])
-    for name in sorted(groups, key=lambda name: Fraction(widths[name], groups[name].width)):
+    return _fill(groups, at(shares[low]), fits)
+
+
+def _fill(groups: Mapping[str, _Group], widths: dict[str, int], fits: Fits) -> dict[str, int]:
+    """Give channels back one at a time, first where the largest share was cut, until no group can take one more."""
+    open_groups = [name for name in groups if widths[name] < groups[name].width]
+    while open_groups:
+        name = min(open_groups, key=lambda name: Fraction(widths[name], groups[name].width))
         wider = {**widths, name: widths[name] + 1}
-        if wider[name] <= groups[name].width and fits(wider):
+        if fits(wider):
             widths = wider
+        if widths is not wider or widths[name] == groups[name].width:
+            open_groups.remove(name)
     return widths
 
 

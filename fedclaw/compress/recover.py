@@ -72,7 +72,7 @@ def predict_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 def agreement(logits: torch.Tensor, others: torch.Tensor) -> float:
     """Share of the rows of two (N, C) logits with the same most probable class."""
-    return (logits.argmax(1) == others.argmax(1)).float().mean().item()
+    return (logits.argmax(1) == others.argmax(1)).double().mean().item()
 
 
 def split_inputs(teacher: nn.Module, inputs: torch.Tensor, held_out: float, seed: int) -> Split:

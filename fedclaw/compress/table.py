@@ -35,7 +35,7 @@ def before_after(record: Compression) -> Table:
 
 def notes(record: Compression, compressed: Path) -> list[str]:
     """What has to be said beside the table: what was measured on what, what it cost, where it is."""
-    return [_measure_note(record), _cost_note(record), f"written to {compressed}"]
+    return [_measure_note(record), _cost_note(record), f"Written to {compressed}."]
 
 
 def _measure_note(record: Compression) -> str:
@@ -44,7 +44,8 @@ def _measure_note(record: Compression) -> str:
             f"No labelled data was given: shown is how often the student says what the teacher says, on "
             f"{record.accuracy_examples} held-out inputs. It is not an accuracy; evaluation=FILE gives one."
         )
-    return f"Accuracy by {record.accuracy_measure}, {record.accuracy_examples} examples."
+    where = "on the evaluation file" if record.accuracy_measure == "evaluation file" else "at the sites, on their tests"
+    return f"Accuracy {where}: {record.accuracy_examples} examples."
 
 
 def _cost_note(record: Compression) -> str:
