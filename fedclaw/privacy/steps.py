@@ -13,6 +13,7 @@ Legend: B examples in a batch, D input shape, P trainable parameters.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol, Self
@@ -25,11 +26,15 @@ from opacus.validators import ModuleValidator
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.noise import GaussianSource
 
+# Opacus' hooks sit on the first layer too, whose inputs need no gradient; that is meant.
+warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
+
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs (B, *D), outputs (B, ...), targets (B, ...)) -> mean loss over the batch, a scalar."""
 
-_CHUNK_NUMBERS = 1 << 24
-# Per-example gradients held at a time (64 MiB of float32): larger batches are worked off in chunks.
+_CHUNK_NUMBERS = 1 << 21
+# Per-example gradients held at a time (8 MiB of float32): larger batches are worked off in chunks, which bounds memory
+# and is faster besides, as they stay in the cache.
 _NORM_MARGIN = 1 + 1e-6
 # Keeps the rounding of a float32 norm from lifting a clipped gradient over the bound.
 _PROBE = 4
@@ -107,7 +112,7 @@ class PrivateGradients:
         """Put Opacus' hooks on `model` (switched to training mode) until `close`.
 
         `expected_batch_size` is q times the number of examples. `chunk_size`, the number of examples whose gradients
-        are in memory together, affects speed only; by default 64 MiB are used.
+        are in memory together, affects speed only; by default 8 MiB of them (at least one example's).
         Raises PrivacyError for a model with layers that mix examples or keep statistics (batch normalisation) and
         for settings outside their range.
         """

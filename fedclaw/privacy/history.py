@@ -1,0 +1,139 @@
+"""What the entries of a ledger say when they are read in order: reservations, and what they cost together."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedclaw.chain import GENESIS, link
+from fedclaw.errors import LedgerError, PrivacyError
+from fedclaw.privacy.accounting import Mechanism, epsilon_of, event_from_json
+
+LEDGER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that may ever be spent on a data set, at `delta`; epsilon None: no limit."""
+
+    epsilon: float | None
+    delta: float
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """One charge. `attempt` counts the charges under one key, from 1; `mechanism` None: without privacy."""
+
+    sequence: int
+    data_set: str
+    key: str
+    attempt: int
+    federation: str
+    run: str
+    round: int
+    mechanism: Mechanism | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the ledger as it is stored; `body` has `kind` open, reserve or settle, and what belongs to it."""
+
+    sequence: int
+    body: Mapping[str, Any]
+    hash: str
+
+
+@dataclass
+class History:
+    """The composition of many charges: steps by (sample rate, noise multiplier), and whether one had no privacy."""
+
+    steps: Counter[tuple[float, float]] = field(default_factory=Counter)
+    charges: int = 0
+    unbounded: bool = False
+
+    def add(self, mechanism: Mechanism | None) -> None:
+        """Take up one more charge."""
+        self.charges += 1
+        if mechanism is None:
+            self.unbounded = True
+        else:
+            self.steps[mechanism.sample_rate, mechanism.noise_multiplier] += mechanism.steps
+
+    def include(self, other: "History") -> None:
+        """Take up all of another history's charges."""
+        self.steps.update(other.steps)
+        self.charges += other.charges
+        self.unbounded |= other.unbounded
+
+    def epsilon(self, delta: float, also: tuple[Mechanism | None, ...] = ()) -> float:
+        """Epsilon at `delta` of all charges, and of `also`; infinite if one of them had no privacy."""
+        further = [mechanism for mechanism in also if mechanism is not None]
+        if self.unbounded or len(further) < len(also):
+            return math.inf
+        return epsilon_of([*self._mechanisms(), *further], delta)
+
+    def _mechanisms(self) -> Iterator[Mechanism]:
+        return (Mechanism(rate, noise, steps) for (rate, noise), steps in self.steps.items())
+
+
+class Index:
+    """What the entries say, in memory: follows the chain entry by entry and refuses one that does not fit."""
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        self.head = GENESIS
+        self.heads: set[str] = set()
+        self.reservations: dict[int, Reservation] = {}
+        self.open: dict[tuple[str, str], list[int]] = {}
+        """Unsettled reservations by data set and key, oldest first; an empty list if all are settled."""
+        self.attempts: Counter[tuple[str, str]] = Counter()
+        self.lifetimes: dict[str, History] = {}
+        self.runs: dict[tuple[str, str, str], History] = {}
+        """By data set, federation and run."""
+        self._readers = {"open": self._open, "reserve": self._reserve, "settle": self._settle}
+
+    def follow(self, sequence: int, body: str, digest: str) -> Entry:
+        """Take up the next entry. Raises LedgerError naming it if it is not what the chain demands."""
+        if sequence != self.sequence + 1:
+            raise LedgerError(f"entry {self.sequence + 1} is missing: the next one has the number {sequence}")
+        try:
+            if link(self.head, body) != digest:
+                raise LedgerError(f"entry {sequence} has been changed: its hash does not match its content")
+            plain = json.loads(body)
+            if plain["sequence"] != sequence:
+                raise LedgerError(f"entry {sequence} says that it is entry {plain['sequence']}")
+            self._readers[plain["kind"]](plain)
+        except (ValueError, KeyError, TypeError, PrivacyError) as error:
+            raise LedgerError(f"entry {sequence} cannot be read: {error}") from error
+        self.sequence, self.head = sequence, digest
+        self.heads.add(digest)
+        return Entry(sequence, plain, digest)
+
+    def _open(self, plain: Mapping[str, Any]) -> None:
+        if plain["sequence"] != 1 or plain["version"] != LEDGER_VERSION:
+            raise ValueError(f"version {plain['version']} is not known here (this is {LEDGER_VERSION})")
+
+    def _reserve(self, plain: Mapping[str, Any]) -> None:
+        reservation = Reservation(
+            sequence=plain["sequence"],
+            data_set=plain["data_set"],
+            key=plain["key"],
+            attempt=plain["attempt"],
+            federation=plain["federation"],
+            run=plain["run"],
+            round=plain["round"],
+            mechanism=event_from_json(plain["mechanism"]),
+        )
+        name = (reservation.data_set, reservation.key)
+        self.reservations[reservation.sequence] = reservation
+        self.open.setdefault(name, []).append(reservation.sequence)
+        self.attempts[name] += 1
+        self.lifetimes.setdefault(reservation.data_set, History()).add(reservation.mechanism)
+        run = (reservation.data_set, reservation.federation, reservation.run)
+        self.runs.setdefault(run, History()).add(reservation.mechanism)
+
+    def _settle(self, plain: Mapping[str, Any]) -> None:
+        settled = self.reservations[plain["reserve"]]
+        self.open[settled.data_set, settled.key].remove(settled.sequence)

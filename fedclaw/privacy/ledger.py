@@ -1,0 +1,322 @@
+"""What has been spent on a site's data, over all runs and federations, for ever.
+
+An append-only list of entries in one SQLite file, hash-chained (`fedclaw.chain`). Before training, the round's
+mechanism is *reserved*; when its result leaves, the reservation is *settled*. Open reservations count as spent, so a
+crash between the two, at whatever instruction, can only over-count. A reservation that is still open when the same
+round is asked for again is taken up again, because nothing of it has left the site.
+
+Durability. A rollback journal with synchronous=EXTRA: when `reserve` returns, the entry survives a power cut. Not
+WAL: it would need shared memory (no network file systems) and leave part of the ledger in a second file that a backup
+forgets; a commit a round costs nothing. BEGIN IMMEDIATE serialises processes: the budget is checked under the
+same lock under which the entry is written.
+
+Tampering. Every entry that is read is checked against the chain; opening reads all of them (about 50000 a second).
+A changed, removed or inserted entry is named. Entries cut off the end, or an old copy put back, leave a valid chain:
+`contains` tells whether a head that was handed out earlier is still in it.
+
+Times are written for people; nothing depends on them.
+"""
+
+import logging
+import math
+import os
+import secrets
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import JsonValue
+
+from fedclaw.chain import GENESIS, canonical, link
+from fedclaw.errors import BudgetExceeded, LedgerError
+from fedclaw.files import PRIVATE_MODE
+from fedclaw.privacy.accounting import Mechanism, event_to_json
+from fedclaw.privacy.history import LEDGER_VERSION, Budget, Entry, History, Index, Reservation
+
+__all__ = ["Budget", "Entry", "Ledger", "Reservation"]
+
+log = logging.getLogger(__name__)
+
+_BUSY_SECONDS = 60.0
+_SCHEMA = (
+    # AUTOINCREMENT remembers the largest number ever given, which shows a careless cut at the end.
+    """CREATE TABLE IF NOT EXISTS entries (
+           sequence INTEGER PRIMARY KEY AUTOINCREMENT, body TEXT NOT NULL, hash TEXT NOT NULL) STRICT""",
+    """CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries
+           BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+    """CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries
+           BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+)
+
+
+class Ledger:
+    """The ledger file, seen from one data set. Safe for use by several threads and several processes at once."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path | str, data_set: str) -> None:
+        """Use `open`."""
+        self._connection = connection
+        self._path = path
+        self._data_set = data_set
+        self._lock = threading.RLock()
+        self._index = Index()
+        self._committed = GENESIS
+        self._ahead = False
+
+    @classmethod
+    def open(cls, path: Path | str, data_set: str) -> Self:
+        """Open or begin the ledger at `path` (":memory:" for a simulation) for the data set of that fingerprint.
+
+        The file gets mode 0600. Raises LedgerError if it is damaged, tampered with or cannot be written.
+        """
+        if str(path) != ":memory:":
+            _make_private(Path(path))
+        try:
+            connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise LedgerError(f"privacy ledger {path}: {error}") from error
+        ledger = cls(connection, path, data_set)
+        try:
+            ledger._begin_file()
+            ledger.verify()
+        except BaseException:
+            connection.close()
+            raise
+        return ledger
+
+    def reserve(
+        self, key: str, federation: str, run: str, round: int, mechanism: Mechanism | None, budget: Budget
+    ) -> Reservation:
+        """Charge `mechanism` (None: training without privacy) before any of it is done; durable on return.
+
+        An open reservation with the same key and mechanism is taken up again at no cost. A settled key, or another
+        mechanism under the same key, is charged anew. Raises BudgetExceeded, with the figures, if everything ever
+        charged to the data set and this would together exceed `budget`; LedgerError if the ledger is damaged.
+        """
+        with self._writing():
+            for sequence in self._index.open.get((self._data_set, key), []):
+                reservation = self._index.reservations[sequence]
+                if reservation.mechanism == mechanism and (reservation.federation, reservation.run) == (
+                    federation,
+                    run,
+                ):
+                    return reservation
+            self._check_budget(mechanism, budget)
+            entry = self._append(
+                kind="reserve",
+                data_set=self._data_set,
+                key=key,
+                attempt=self._index.attempts[self._data_set, key] + 1,
+                federation=federation,
+                run=run,
+                round=round,
+                mechanism=event_to_json(mechanism),
+            )
+            return self._index.reservations[entry.sequence]
+
+    def settle(self, key: str) -> None:
+        """Note, before its result leaves, that the newest open reservation of `key` has been used.
+
+        Does nothing if the key's reservations are all settled already (the same result is sent again). Raises
+        LedgerError if nothing was ever reserved under `key`.
+        """
+        with self._writing():
+            waiting = self._index.open.get((self._data_set, key))
+            if waiting:
+                self._append(kind="settle", reserve=waiting[-1])
+            elif waiting is None:
+                raise LedgerError(f"{self._where()}: nothing is reserved under {key!r}, so it cannot be settled")
+
+    def spent(self, delta: float, run: str | None = None, federation: str | None = None) -> float:
+        """Epsilon at `delta` of everything charged to this data set, open reservations included; maybe infinite.
+
+        `run` and `federation` narrow it to what they name.
+        """
+        with self._reading():
+            if run is None and federation is None:
+                return self._index.lifetimes.get(self._data_set, History()).epsilon(delta)
+            total = History()
+            for history in self._runs(run, federation):
+                total.include(history)
+            return total.epsilon(delta)
+
+    def rounds(self, run: str, federation: str | None = None) -> int:
+        """Charges to this data set by `run`: one a round, and one more for a round that was released twice."""
+        with self._reading():
+            return sum(history.charges for history in self._runs(run, federation))
+
+    def head(self) -> str:
+        """The hash of the newest entry, of whatever data set."""
+        with self._reading():
+            return self._index.head
+
+    def contains(self, head: str) -> bool:
+        """Whether `head` was this ledger's head once; if not, it was cut or replaced since `head` was handed out."""
+        with self._reading():
+            return head in self._index.heads
+
+    def entries(self) -> tuple[Entry, ...]:
+        """All entries, of all data sets, verified."""
+        with self._reading():
+            return self._verified()[0]
+
+    def verify(self) -> None:
+        """Read the whole file again and walk the chain. Raises LedgerError naming the first bad entry."""
+        with self._transaction("BEGIN"):
+            self._index = self._verified()[1]
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin_file(self) -> None:
+        with self._transaction("BEGIN IMMEDIATE", pragmas=True):
+            for statement in _SCHEMA:
+                self._connection.execute(statement)
+            if self._connection.execute("SELECT count(*) FROM entries").fetchone() == (0,):
+                self._append(kind="open", version=LEDGER_VERSION, ledger=secrets.token_hex(16))
+
+    def _check_budget(self, mechanism: Mechanism | None, budget: Budget) -> None:
+        if budget.epsilon is None:
+            return
+        history = self._index.lifetimes.get(self._data_set, History())
+        after = history.epsilon(budget.delta, also=(mechanism,))
+        if after > budget.epsilon:
+            before = history.epsilon(budget.delta)
+            raise BudgetExceeded(
+                f"privacy budget: {_figure(before)} of epsilon {budget.epsilon:g} (delta {budget.delta:g}) is spent on "
+                f"this data set; the round asked for {_describe(mechanism)}, which would make it {_figure(after)}"
+            )
+
+    def _runs(self, run: str | None, federation: str | None) -> list[History]:
+        return [
+            history
+            for (data_set, of_federation, of_run), history in self._index.runs.items()
+            if data_set == self._data_set and run in (None, of_run) and federation in (None, of_federation)
+        ]
+
+    def _append(self, **fields: JsonValue) -> Entry:
+        """Write the next entry; inside a transaction, with the index caught up."""
+        sequence = self._index.sequence + 1
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        body = canonical({**fields, "sequence": sequence, "time": now})
+        digest = link(self._index.head, body)
+        self._ahead = True
+        self._connection.execute("INSERT INTO entries VALUES (?, ?, ?)", (sequence, body, digest))
+        return self._index.follow(sequence, body, digest)
+
+    def _catch_up(self) -> None:
+        """Follow what other processes have written since; inside a transaction."""
+        rows = self._connection.execute(
+            "SELECT sequence, body, hash FROM entries WHERE sequence >= ? ORDER BY sequence",
+            (max(1, self._index.sequence),),
+        ).fetchall()
+        if self._index.sequence and (not rows or rows.pop(0)[2] != self._index.head):
+            raise LedgerError(f"entry {self._index.sequence}, which this process has seen, was changed or removed")
+        for row in rows:
+            self._index.follow(*row)
+        self._check_committed(self._index)
+
+    def _verified(self) -> tuple[tuple[Entry, ...], Index]:
+        index = Index()
+        rows = self._connection.execute("SELECT sequence, body, hash FROM entries ORDER BY sequence")
+        entries = tuple(index.follow(*row) for row in rows)
+        given = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
+        if given != (index.sequence,):
+            raise LedgerError(f"entries after {index.sequence} were removed from its end")
+        self._check_committed(index)
+        return entries, index
+
+    def _check_committed(self, index: Index) -> None:
+        if self._committed != GENESIS and self._committed not in index.heads:
+            raise LedgerError("entries that this process has written or seen are gone")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._transaction("BEGIN IMMEDIATE"):
+            self._catch_up()
+            yield
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with self._transaction("BEGIN"):
+            self._catch_up()
+            yield
+
+    @contextmanager
+    def _transaction(self, begin: str, pragmas: bool = False) -> Iterator[None]:
+        """All or nothing, on disk and in the index; every failure that is not a LedgerError becomes one."""
+        with self._lock:
+            try:
+                if pragmas:
+                    self._connection.execute("PRAGMA journal_mode = DELETE")
+                    self._connection.execute("PRAGMA synchronous = EXTRA")
+                self._connection.execute(begin)
+                try:
+                    yield
+                    self._connection.execute("COMMIT")
+                    self._committed, self._ahead = self._index.head, False
+                except BaseException:
+                    self._undo()
+                    raise
+            except BudgetExceeded:
+                raise
+            except LedgerError as error:
+                raise LedgerError(_prefixed(self._where(), error)) from error
+            except sqlite3.Error as error:
+                raise LedgerError(f"{self._where()}: {error}") from error
+
+    def _undo(self) -> None:
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
+        if self._ahead:
+            # The index holds an entry that the file does not: read it afresh at the next use.
+            self._index, self._ahead = Index(), False
+
+    def _where(self) -> str:
+        return f"privacy ledger {self._path}"
+
+
+def _prefixed(where: str, error: LedgerError) -> str:
+    text = str(error)
+    if text.startswith(where):
+        return text
+    return f"{where}: {text}; do not train on until it is explained or a backup is restored"
+
+
+def _make_private(path: Path) -> None:
+    """Create `path` with mode 0600, or take everybody else's rights away. SQLite's journal inherits the mode."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, PRIVATE_MODE))
+        if path.stat().st_mode & 0o077:
+            log.warning("privacy ledger %s was open to others; its mode is now 0600", path)
+            path.chmod(PRIVATE_MODE)
+    except OSError as error:
+        raise LedgerError(f"privacy ledger {path} cannot be written: {error.strerror}") from error
+
+
+def _describe(mechanism: Mechanism | None) -> str:
+    if mechanism is None:
+        return "training without privacy"
+    return (
+        f"{mechanism.steps} steps at sample rate {mechanism.sample_rate:.4g} with noise multiplier "
+        f"{mechanism.noise_multiplier:.4g}"
+    )
+
+
+def _figure(epsilon: float) -> str:
+    return "an unbounded amount" if math.isinf(epsilon) else f"{epsilon:.4g}"
