@@ -56,28 +56,32 @@ def main(arguments: Sequence[str]) -> None:
     trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
     predictor = Predictor.open(settings.bundle, trust)
     probabilities = predictor.predict(predictor.read(settings.input))
-    console = Console(highlight=False)
-    if settings.output is None:
-        console.print(as_table(predictor, probabilities))
+    console = Console(highlight=False, soft_wrap=True)
+    manifest = predictor.verified.manifest
+    console.print(
+        f"verified  {manifest.variant} model of run {manifest.run}, federation {manifest.federation}", markup=False
+    )
+    if not predictor.verified.pinned:
+        console.print("note      the CA came with the bundle; ca=… proves who signed it", style="yellow", markup=False)
+    if settings.output is not None:
+        write_atomic(settings.output, as_csv(predictor.labels, probabilities))
+        console.print(f"written   {settings.output}, predictions: {len(probabilities)}", markup=False)
         return
-    write_atomic(settings.output, as_csv(predictor.labels, probabilities))
-    console.print(f"{len(probabilities)} predictions in {settings.output}", markup=False)
+    console.print(as_table(predictor.labels, probabilities))
+    if len(probabilities) > SHOWN_ROWS:
+        hidden = len(probabilities) - SHOWN_ROWS
+        console.print(f"and {hidden} more rows; output=FILE.csv writes all of them", markup=False)
 
 
-def as_table(predictor: Predictor, probabilities: Floats) -> Table:
+def as_table(labels: Sequence[str], probabilities: Floats) -> Table:
     """Label and probability of each row, the first `SHOWN_ROWS` of them."""
-    manifest, total = predictor.verified.manifest, len(probabilities)
-    hidden = total - SHOWN_ROWS
-    caption = "CA pinned" if predictor.verified.pinned else "CA not pinned: pass ca=… to prove who signed"
-    if hidden > 0:
-        caption = f"{hidden} more rows; output=FILE.csv writes all of them\n{caption}"
-    table = Table(title=escape(f"{manifest.run} ({manifest.federation}), verified"), caption=caption)
+    table = Table()
     table.add_column("row", justify="right")
     table.add_column("label")
     table.add_column("probability", justify="right")
     for number, row in enumerate(probabilities[:SHOWN_ROWS], start=1):
         best = int(row.argmax())
-        table.add_row(str(number), escape(predictor.labels[best]), f"{row[best]:.4f}")
+        table.add_row(str(number), escape(labels[best]), f"{row[best]:.4f}")
     return table
 
 

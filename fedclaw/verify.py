@@ -8,7 +8,7 @@
     expired     accept (default): a bundle signed while its certificate was valid stays valid
                 refuse: the certificate must be valid now
 
-Without ca= or federation= only wholeness is proved; compare the printed fingerprint with the coordinator.
+Without ca= or federation= only wholeness is proved; compare a printed fingerprint with the coordinator.
 Exit code 0: verified. 1: not verified, one line says which file and why.
 """
 
@@ -57,7 +57,8 @@ def report(verified: Verified, console: Console) -> None:
         markup=False,
     )
     console.print(f"signed    by {signer.name}, {manifest.created:%Y-%m-%d %H:%M} UTC by its own clock", markup=False)
-    console.print(f"CA        SHA-256 {signer.fingerprint}", markup=False)
+    console.print(f"CA        certificate SHA-256 {signer.fingerprint}", markup=False)
+    console.print(f"          key SHA-256 {signer.key_fingerprint} (what provision show prints)", markup=False)
     if verified.expired:
         console.print(f"note      the release certificate has expired since ({signer.expires:%Y-%m-%d})", markup=False)
     if verified.pinned:
@@ -65,7 +66,7 @@ def report(verified: Verified, console: Console) -> None:
     else:
         console.print(
             "trust     the CA came with the bundle, so this proves only that the bundle is whole. Anybody can make a "
-            "CA: compare the fingerprint above with the coordinator's, or pass ca=… or federation=…",
+            "CA: compare a fingerprint above with the coordinator's, or pass ca=… or federation=…",
             style="yellow",
             markup=False,
         )

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     command = split(arguments)
     if command.words:
         raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
-    export(compose_settings("export", command.overrides, Settings), Console())
+    export(compose_settings("export", command.overrides, Settings), Console(highlight=False, soft_wrap=True))
 
 
 def export(settings: Settings, console: Console) -> None:
@@ -76,15 +76,15 @@ def export(settings: Settings, console: Console) -> None:
             source, home.signer(), target, request, lambda step: status.update(f"exporting: {step}")
         )
     manifest = verified.manifest
-    console.print(f"bundle    {target} ({source.variant} model, {manifest.parameters:,} parameters)", highlight=False)
+    console.print(f"bundle    {target} ({source.variant} model, {manifest.parameters:,} parameters)", markup=False)
     for name, figures in sorted(manifest.parity.files.items()):
         console.print(
             f"parity    {name} differs from torch by {figures.max_abs_diff:.2g} on {figures.examples} "
             f"{manifest.parity.inputs} inputs (allowed {manifest.parity.tolerance:g})",
-            highlight=False,
+            markup=False,
         )
-    console.print(f"signed    by {verified.signer.name}, CA SHA-256 {verified.signer.fingerprint}", highlight=False)
-    console.print(f"next      python -m fedclaw.verify {target}", highlight=False, markup=False)
+    console.print(f"signed    by {verified.signer.name}, CA SHA-256 {verified.signer.fingerprint}", markup=False)
+    console.print(f"next      python -m fedclaw.verify {target}", markup=False)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _training(source: Source) -> str:
     training = ", ".join(f"{key} = {value}" for key, value in record.training.model_dump(exclude_none=True).items())
     rows = [
         ("Strategy", record.strategy.name + (f" ({settings})" if settings else "")),
-        ("Rounds", f"{len(source.metrics)} of {record.rounds} on record"),
+        ("Rounds", str(record.rounds)),
         ("Sites", f"{len(sites)}, with {sum(item.examples for item in sites.values()):,} training examples"),
         ("Local training", training),
         ("Weighting of sites", record.weighting),
@@ -123,7 +123,7 @@ def _metrics(source: Source) -> str:
         return "No evaluation is on record for this run."
     text = (
         f"Of the model as trained, after round {line.get('round')}, on the sites' own test data "
-        f"({line.get('test_examples', '?')} examples, mean weighted by site):\n\n"
+        f"({line.get('test_examples', '?')} examples, weighted mean over the sites):\n\n"
     )
     return text + _table(("Metric", "Value"), [(name, f"{value:.4f}") for name, value in sorted(values.items())])
 

@@ -90,6 +90,8 @@ def verify_bundle(path: Path, trust: Trust | None = None, keep: Iterable[str] = 
 def _list(path: Path) -> frozenset[str]:
     if not path.is_dir():
         raise BundleError(f"{path} is not a bundle: there is no such directory")
+    if not os.path.lexists(path / DIGESTS):
+        raise BundleError(f"{path} is not a bundle: it has no {DIGESTS}")
     names = set()
     with os.scandir(path) as entries:
         for entry in entries:
@@ -98,8 +100,6 @@ def _list(path: Path) -> frozenset[str]:
             if not entry.is_file(follow_symlinks=False):
                 raise BundleError(f"{entry.name} is not a plain file; a bundle holds plain files only")
             names.add(entry.name)
-    if DIGESTS not in names:
-        raise BundleError(f"{path} is not a bundle: it has no {DIGESTS}")
     return frozenset(names)
 
 

@@ -18,6 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedclaw.errors import BundleError
 from fedclaw.export.layout import CA_CERTIFICATE, DIGESTS, MANIFEST, RELEASE_CERTIFICATE, SIGNATURE
+from fedclaw.security import pki
 
 CLOCK_SKEW = timedelta(minutes=5)
 UNUSABLE = (
@@ -34,10 +35,13 @@ UNUSABLE = (
 
 @dataclass(frozen=True)
 class Signer:
-    """Who signed, as the certificates have it. `fingerprint` is the CA's SHA-256, in hexadecimal."""
+    """Who signed, as the certificates have it."""
 
     name: str
     fingerprint: str
+    """SHA-256 of the CA's certificate, as OpenSSL prints it."""
+    key_fingerprint: str
+    """SHA-256 of the CA's public key, as `python -m fedclaw.provision show` prints it."""
     expires: datetime
 
 
@@ -72,7 +76,10 @@ def check_chain(release: x509.Certificate, authority: x509.Certificate) -> Signe
         raise BundleError(f"{RELEASE_CERTIFICATE} was not issued by the expected CA ({_name(authority)})") from error
     if not _may_sign_code(release):
         raise BundleError(f"{RELEASE_CERTIFICATE} is not a code-signing certificate: it must not sign bundles")
-    return Signer(_name(release), fingerprint(authority), release.not_valid_after_utc)
+    key = authority.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise BundleError(f"{CA_CERTIFICATE} does not hold an ECDSA key")
+    return Signer(_name(release), fingerprint(authority), pki.fingerprint(key), release.not_valid_after_utc)
 
 
 def check_federation(release: x509.Certificate, federation: str) -> None:

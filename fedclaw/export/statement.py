@@ -38,8 +38,9 @@ NOT_COVERED = (
     "Implementation: finite-precision noise, timing, and the security of the machines at the sites.",
 )
 SOURCE = (
-    "Figures are the sites' own, from the last receipt that each sent; the coordinator cannot check them, but each "
-    "names the head of the site's hash-chained ledger, against which the site can be audited."
+    "Figures are the sites' own, from the last receipt of each that arrived: what a site spent on a later round whose "
+    "answer never arrived is on its ledger, not here. The coordinator cannot check the figures, but each names the "
+    "head of the site's hash-chained ledger, against which the site can be audited."
 )
 
 
@@ -210,9 +211,10 @@ def _warnings(exposed: tuple[str, ...], complete: bool, data_dependent: bool) ->
 
 def _summary(guarantee: str, overall: Bound | None, sites: int, exposed: int) -> str:
     if overall is not None:
+        who = "The one site" if sites == 1 else f"All {sites} sites"
         return (
-            f"All {sites} sites trained with example-level differential privacy; the largest cost of this model at a "
-            f"site is epsilon = {overall.epsilon:.3g} at delta = {overall.delta:.3g}."
+            f"{who} trained with example-level differential privacy: this model cost no training example more than "
+            f"epsilon = {overall.epsilon:.4g} at delta = {overall.delta:.4g} (as long as one site alone holds it)."
         )
     if guarantee == "unknown":
         return "The privacy cost of this model is unknown."

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +87,37 @@ def make_run(root: Path, workload: str, definition: dict[str, object], spec: Mod
     directory.append_metrics(3, {"metrics": {"accuracy": 0.875, "loss": 0.25}, "test_examples": 40})
     directory.write_receipts(PRIVATE)
     return directory
+
+
+BARE = SiteReceipt(
+    examples=10,
+    receipt=receipt(
+        mechanism="none",
+        sampler="shuffle",
+        accountant="none",
+        noise_multiplier=0,
+        max_grad_norm=0,
+        delta=0,
+        epsilon_run=None,
+        epsilon_lifetime=None,
+        epsilon_left=None,
+    ),
+)
+"""Of a site that trained without privacy."""
+
+
+@pytest.fixture(scope="session")
+def samples() -> SimpleNamespace:
+    """What tests build on; pytest's importlib mode does not let them import it."""
+    return SimpleNamespace(
+        federation=FEDERATION,
+        table=TABLE,
+        private=PRIVATE,
+        bare=BARE,
+        raw_receipt=RECEIPT,
+        receipt=receipt,
+        make_run=make_run,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+
+from fedclaw.export.statement import Receipts, state
+from fedclaw.federation.run_directory import SiteReceipt
+
+
+def training(by_site):
+    return Receipts("demo", "training", by_site)
+
+
+def test_states_every_figure_of_every_receipt(samples):
+    statement = state([training(samples.private)], None, "none.")
+    north, south = statement.sites
+    cost = json.loads(north.runs[0].model_dump_json())
+    expected = samples.raw_receipt.model_dump()
+    assert cost.pop("epsilon") == expected.pop("epsilon_run")
+    expected.pop("epsilon_left")
+    assert {key: cost[key] for key in expected} == expected
+    assert (cost["examples"], cost["run"]) == (120, "demo")
+    assert (south.epsilon, south.delta) == (1.5, 2e-5)
+
+
+def test_all_private_gives_one_bound_and_no_warning(samples):
+    statement = state([training(samples.private)], None, "none.")
+    assert statement.guarantee == "every site"
+    assert statement.warnings == ()
+    assert (statement.overall.epsilon, statement.overall.delta) == (2.0, 2e-5)
+    assert "epsilon = 2 at delta = 2e-05" in statement.summary
+
+
+def test_a_site_without_privacy_is_named_loudly_and_there_is_no_bound(samples):
+    statement = state([training({**samples.private, "west": samples.bare})], None, "none.")
+    assert statement.guarantee == "some sites"
+    assert statement.overall is None
+    assert statement.warnings[0].startswith("NO DIFFERENTIAL PRIVACY AT SITE west")
+    assert "1 of 3 sites trained without differential privacy" in statement.summary
+    assert [site.differential_privacy for site in statement.sites] == [True, True, False]
+    assert statement.sites[2].epsilon is None
+
+
+def test_no_site_with_privacy(samples):
+    statement = state([training({"west": samples.bare})], None, "none.")
+    assert statement.guarantee == "no site"
+    assert "carries no privacy guarantee" in statement.summary
+
+
+def test_a_last_round_with_noise_does_not_hide_an_earlier_one_without(samples):
+    mixed = SiteReceipt(examples=10, receipt=samples.receipt(epsilon_run=None, epsilon_lifetime=None))
+    assert state([training({"west": mixed})], None, "none.").guarantee == "no site"
+
+
+@pytest.mark.parametrize("sites", [[], [()], [("north",), ()]])
+def test_missing_receipts_are_unknown_not_private(samples, sites):
+    runs = [training({name: samples.private[name] for name in names}) for names in sites]
+    statement = state(runs, None, "none.")
+    assert statement.guarantee == "unknown"
+    assert statement.overall is None
+    assert "NO RECEIPTS" in statement.warnings[0]
+
+
+def test_recovery_at_the_sites_adds_up(samples):
+    more = {"north": SiteReceipt(examples=120, receipt=samples.receipt(epsilon_run=0.5, delta=1e-6))}
+    statement = state(
+        [training(samples.private), Receipts("demo-recovery", "recovery after pruning", more)], None, "sites."
+    )
+    north, south = statement.sites
+    assert north.epsilon == 2.5
+    assert north.delta == pytest.approx(1.1e-5)
+    assert [cost.run for cost in north.runs] == ["demo", "demo-recovery"]
+    assert south.epsilon == 1.5
+    assert statement.overall.epsilon == 2.5
+
+
+def test_recovery_without_privacy_takes_the_guarantee_away(samples):
+    statement = state(
+        [training(samples.private), Receipts("r", "recovery after pruning", {"north": samples.bare})], None, "sites."
+    )
+    assert statement.guarantee == "some sites"
+    assert "AT SITE north" in statement.warnings[0]
+
+
+def test_preprocessing_from_the_sites_data_is_said(samples):
+    statement = state([training(samples.private)], None, "none.", data_dependent=True)
+    assert statement.warnings[0].startswith("PREPROCESSING IS NOT COVERED")
