@@ -104,7 +104,8 @@ def approve(
     """Issue the certificate that a request asks for; returns the file to hand back to the site.
 
     With `fingerprint`, as the site read it out, any other key is refused. Raises ProvisionError if the request is not
-    genuine or its name belongs to another key that did not consent.
+    genuine, or its name belongs to another key that did not consent or was revoked. A revoked site comes back with
+    a new key only, and only when its `fingerprint` is given.
     """
     with _coordinator(federation_root) as (home, ca_key):
         request = read_request(request_path, home.name)
@@ -115,7 +116,10 @@ def approve(
             )
         sites = home.root / home_files.SITES
         record = load_record(sites, request.site)
-        _check_name_is_free(home.root, record, request)
+        if record is not None and record.revoked:
+            _check_readmission(record, request, deliberate=fingerprint is not None)
+        elif record is not None:
+            _check_name_is_free(home.root, record, request)
         certificate = pki.issue_site(home.ca, ca_key, request.key, home.name, request.site, days)
         # The record first: a certificate that is not in it could not be revoked by name.
         save_record(sites, _with_certificate(record, request, certificate))
@@ -260,17 +264,21 @@ def _coordinator(root: Path) -> Iterator[tuple[FederationHome, pki.PrivateKey]]:
         yield home, ca_key
 
 
-def _check_name_is_free(root: Path, record: SiteRecord | None, request: SiteRequest) -> None:
-    if record is None:
-        return
+def _check_readmission(record: SiteRecord, request: SiteRequest, *, deliberate: bool) -> None:
     former = {item.key_fingerprint for item in record.certificates}
-    if record.revoked:
-        if request.fingerprint in former:
-            raise ProvisionError(
-                f"the site {record.name!r} was revoked; that key is not accepted again. To let it back in, "
-                "it makes a new key: it moves its keys directory away and runs request"
-            )
-        return
+    if request.fingerprint in former or request.consent is not None:
+        raise ProvisionError(
+            f"the site {record.name!r} was revoked; it cannot renew. To come back it needs a new key: "
+            "it moves its keys directory away and runs request"
+        )
+    if not deliberate:
+        raise ProvisionError(
+            f"the site {record.name!r} was revoked; to let it back in, have it read the fingerprint of its new key "
+            "to you and give it as fingerprint=..."
+        )
+
+
+def _check_name_is_free(root: Path, record: SiteRecord, request: SiteRequest) -> None:
     if request.fingerprint == record.current.key_fingerprint:
         return
     path = site_certificate_path(root, record.name)
@@ -280,7 +288,7 @@ def _check_name_is_free(root: Path, record: SiteRecord | None, request: SiteRequ
     if not (is_current and old_key is not None and request.has_consent_of(old_key)):
         raise ProvisionError(
             f"the name {record.name!r} belongs to another key ({record.current.key_fingerprint}), which did not agree "
-            "to this request. If that key is lost, revoke the site first and approve this request then"
+            "to this request. If that key is lost, revoke the site first and approve this request then, with its fingerprint"
         )
 
 

@@ -78,7 +78,7 @@ def test_good_addresses(address: str, parts: tuple[str, int]) -> None:
     ],
 )
 def test_bad_addresses(address: str) -> None:
-    with pytest.raises(ValueError, match="HOST:PORT|IPv6|listen"):
+    with pytest.raises(ValueError, match=r"HOST:PORT|IPv6|listen"):
         check_address(address)
 
 
