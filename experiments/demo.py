@@ -28,6 +28,7 @@ from fedclaw.federation.coordinator import Outcome
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen
+from fedclaw.report.terminal import make_console
 
 FEDERATION = "demo"
 MARKER = ".fedclaw-demo"
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     if line.words:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
     settings = compose_settings("demo", line.overrides, DemoSettings)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     began = time.monotonic()
     _clear(settings.output)
     summary = _Demo(settings, console).run()
@@ -195,7 +196,11 @@ class _Demo:
                 key: compression[key]
                 for key in ("parameters_before", "parameters_after", "accuracy_before", "accuracy_after")
             },
-            "export": {"onnx_max_abs_diff": parity["onnx"], "bundle": str(bundle), "verified": verified},
+            "export": {
+                "onnx_max_abs_diff": parity["files"]["model.onnx"]["max_abs_diff"],
+                "bundle": str(bundle),
+                "verified": verified,
+            },
         }
 
 

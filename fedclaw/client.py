@@ -21,6 +21,7 @@ from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.runtime.base import SiteHandler
+from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.site_home import SiteKeys
 from fedclaw.site.settings import SiteSettings, load_site_settings
 
@@ -33,6 +34,9 @@ class ClientSettings(Frozen):
     site: Path
     server: str | None = Field(default=None, pattern=r"^.+:\d+$")
     app: str | None = None
+    node_config: dict[str, str | int | float | bool] = {}
+    run_config: dict[str, str | int | float | bool] = {}
+    limits: Limits = Limits()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,7 +74,7 @@ def check(settings: ClientSettings) -> None:
 
 def serve(settings: ClientSettings) -> None:
     """Connect and answer until told to stop."""
-    from fedclaw.runtime.grpc import Limits, SiteLink
+    from fedclaw.runtime.grpc import SiteLink
     from fedclaw.site.directory import only_client, state_directory
 
     site = load_site_settings(settings.site) if settings.app is None else None
@@ -80,7 +84,7 @@ def serve(settings: ClientSettings) -> None:
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        link = SiteLink(keys, handler, state_directory(settings.site), Limits(), address=settings.server)
+        link = SiteLink(keys, handler, state_directory(settings.site), settings.limits, address=settings.server)
         log.info("site %s serves federation %s", keys.site_name, keys.descriptor.name)
         link.run(stop)
     log.info("site %s stopped", keys.site_name)
@@ -96,10 +100,14 @@ def _keys(settings: ClientSettings, site: SiteSettings | None) -> SiteKeys:
 
 
 def _handler(settings: ClientSettings, site: SiteSettings | None, keys: SiteKeys) -> SiteHandler:
-    if settings.app is not None or site is None:
+    if site is None:
+        from flwr.clientapp import ClientApp
+
+        from fedclaw.runtime.flower import number_of
         from fedclaw.runtime.grpc.apps import ClientAppHandler, load_app
 
-        return ClientAppHandler(load_app(settings.app or ""), keys.site_name)
+        app = load_app(settings.app or "", ClientApp)
+        return ClientAppHandler(app, number_of(keys.site_name), settings.node_config, settings.run_config)
     from fedclaw.site.directory import open_service
 
     service = open_service(settings.site, site, keys.descriptor.name)

@@ -30,7 +30,7 @@ from fedclaw.security.federation_home import FederationHome
 
 log = logging.getLogger(__name__)
 
-WITH_RESUME = ("federation", "resume", "address", "runs", "tracking", "sites.wait")
+WITH_RESUME = ("federation", "resume", "address", "runs", "tracking", "limits", "sites.wait")
 """Settings that a resumed run may be given; everything else is what the run was begun with."""
 
 
@@ -49,7 +49,9 @@ class ServerSettings(RunSettings):
     app: str | None = None
     runs: Path = Path("runs")
     run: str | None = None
+    run_config: dict[str, str | int | float | bool] = {}
     resume: Path | None = None
+    limits: Limits = Limits()
     sites: SitesSettings = SitesSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -85,7 +87,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, directory: RunDir
     run_id = number_of(record.run)
     assume_server_identity(run_id)
     try:
-        with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
+        with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
             expected = max(settings.sites.wait_for or record.rules.minimum, len(pending_cohort(directory)))
             log.info("waiting for %d sites on %s", expected, settings.address or home.descriptor.address)
             names = grid.wait_for_sites(expected, settings.sites.wait)
@@ -103,14 +105,16 @@ def coordinate(settings: ServerSettings, home: FederationHome, directory: RunDir
 
 def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:
     """Run a Flower ServerApp that knows nothing of FedClaw over FedClaw's wires."""
+    from flwr.serverapp import ServerApp
+
     from fedclaw.runtime.grpc.apps import load_app, run_server_app
 
-    server_app = load_app(app)
+    server_app = load_app(app, ServerApp)
     run_id = number_of(f"{home.name}/{app}")
     assume_server_identity(run_id)
-    with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
+    with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
         grid.wait_for_sites(settings.sites.wait_for or settings.sites.minimum, settings.sites.wait)
-        run_server_app(server_app, grid, {"num-server-rounds": settings.rounds})
+        run_server_app(server_app, grid, {"num-server-rounds": settings.rounds, **settings.run_config})
 
 
 def _only_resume_settings(overrides: Sequence[str]) -> None:

@@ -25,17 +25,23 @@ class WeightedSum:
         """Add one weighted update. Raises UpdateError for wrong names, shapes or weight, NaN or infinity."""
         self._check(arrays, weight)
         for name, total in self.arrays.items():
-            np.add(total, arrays[name], out=total)
+            with np.errstate(over="ignore"):
+                np.add(total, arrays[name], out=total)
         self.weight += weight
         self.count += 1
 
     def mean(self) -> Arrays:
-        """Sum divided by weight, in place: the sum is spent. Raises UpdateError when nothing was added."""
+        """Sum divided by weight, in place: the sum is spent.
+
+        Raises UpdateError when nothing was added, or when finite updates added up to an infinite sum.
+        """
         if self.weight <= 0:
             raise UpdateError("no update was added, so there is no mean")
         mean = self.arrays
-        for array in mean.values():
+        for name, array in mean.items():
             np.divide(array, np.float32(self.weight), out=array)
+            if not _finite(array):
+                raise UpdateError(f"the updates' sum overflowed in parameter {name!r}")
         self.arrays = {}
         return mean
 
@@ -49,8 +55,15 @@ class WeightedSum:
             array = arrays[name]
             if array.shape != total.shape:
                 raise UpdateError(f"parameter {name!r} has shape {array.shape}, expected {total.shape}")
-            # One pass without a temporary: a sum of squares is finite exactly if no element is NaN or infinite,
-            # or overflows, which no honest update does.
-            flat = array.reshape(-1)
-            if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
+            if not _finite(array):
                 raise UpdateError(f"parameter {name!r} holds NaN or infinite values")
+
+
+def _finite(array: NDArray[np.float32]) -> bool:
+    """Whether every element is finite; mostly one pass without a temporary.
+
+    A sum of squares is finite only if no element is NaN or infinite; if it is not, an honest overflow is told apart.
+    """
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all())

@@ -8,11 +8,21 @@ from fedclaw.federation.coordinator import Outcome, RoundReport
 from fedclaw.federation.run_directory import RunRecord, SiteReceipt
 
 
+PLAIN_WIDTH = 132
+"""Columns when the output is a file or a pipe."""
+
+
+def make_console() -> Console:
+    """The terminal, as wide as it is; a file or pipe, wide enough that tables are not cut."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
+
+
 class TerminalProgress:
     """Observer: a bar, a line a round, and a table at the end."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or make_console()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -71,10 +81,10 @@ def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
         ("site", "left"),
         ("examples", "right"),
         ("mechanism", "left"),
-        ("epsilon, this run", "right"),
+        ("epsilon: run", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("epsilon, lifetime", "epsilon left", "delta", "rounds"):
+    for name in ("lifetime", "left", "delta", "rounds"):
         table.add_column(name, justify="right")
     for site, item in sorted(receipts.items()):
         receipt = item.receipt
@@ -84,7 +94,7 @@ def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
             receipt.mechanism,
             _epsilon(receipt.epsilon_run),
             _epsilon(receipt.epsilon_lifetime),
-            _epsilon(receipt.epsilon_left, absent="none set"),
+            _epsilon(receipt.epsilon_left, absent="no limit"),
             f"{receipt.delta:g}",
             str(receipt.rounds),
         )

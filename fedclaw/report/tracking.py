@@ -32,12 +32,13 @@ class MlflowTracker:
     def __init__(
         self, settings: TrackingSettings, runs: Path, directory: RunDirectory, parent: str | None = None
     ) -> None:
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
+        from mlflow.store.db import utils  # noqa: F401  (sets its own log level when it is imported)
 
+        for name in ("mlflow", "mlflow.store.db.utils", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         uri = settings.uri or f"sqlite:///{(runs / 'mlflow.db').resolve()}"
         try:
             self._client = MlflowClient(tracking_uri=uri)

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, Re
 from pydantic import ValidationError
 
 from fedclaw.compress.distil import distillation_loss
-from fedclaw.errors import BudgetExceeded, FedClawError, LedgerError, PluginError
+from fedclaw.errors import BudgetExceeded, FedClawError, LedgerError, PluginError, PrivacyError
 from fedclaw.federation.arrays import Arrays, pack, unpack
 from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, PLAN, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.federation.plan import PLAN_VERSION, ModelSpec, Plan, Receipt, Refusal, RefusalCode
@@ -24,7 +24,7 @@ from fedclaw.frozen import explain
 from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Budget, Ledger
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.policy import Policy, check_plan, permitted_metrics
+from fedclaw.privacy.policy import Policy, check_names, check_plan, permitted_metrics
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.outbound import OutboundLog
@@ -101,12 +101,11 @@ class SiteService:
 
     def _answer(self, message: Message) -> RecordDict:
         plan = _plan_of(message)
-        parameters = _arrays(message.content, ARRAYS)
         self._check(plan)
         if message.metadata.message_type == MessageType.TRAIN:
-            return self._train(plan, parameters, message)
+            return self._train(plan, message.content, message.metadata.message_id)
         if message.metadata.message_type == MessageType.EVALUATE:
-            return self._evaluate(plan, parameters)
+            return self._evaluate(plan, message.content)
         raise Refusal(
             RefusalCode.MALFORMED, f"messages of type {message.metadata.message_type!r} are not answered here"
         )
@@ -127,77 +126,81 @@ class SiteService:
             )
         if plan.schema_digest != self.schema_digest:
             raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
+        check_names(self.policy, plan)
 
-    def _train(self, plan: Plan, parameters: Arrays, message: Message) -> RecordDict:
-        model = self._model(plan.model, parameters)
-        size = sum(array.size for array in parameters.values())
-        examples = len(self.data.train)
+    def _train(self, plan: Plan, content: RecordDict, key: str) -> RecordDict:
+        start = _arrays(content, ARRAYS)
+        size, examples = sum(array.size for array in start.values()), len(self.data.train)
         check_plan(self.policy, plan, examples=examples, parameters=size)
+        model = self._model(plan.model, start)
+        strategy = _strategy(plan)
         set_threads(size)
-        loss = self._loss(plan, message.content)
         mechanism = self._mechanism(plan, examples)
-        self._reserve(plan, mechanism, message.metadata.message_id)
-        delta = self._run_steps(plan, mechanism, model, parameters, loss)
+        with self._steps(plan, mechanism, model, self._loss(plan, content)) as steps:
+            self._reserve(plan, mechanism, key)
+            self._run_steps(plan, mechanism, steps, model, strategy)
         weight = float(examples) if plan.weighting == "examples" else 1.0
-        for array in delta.values():
-            np.multiply(array, np.float32(weight), out=array)
         return RecordDict(
             {
-                SUM: pack(delta),
+                SUM: pack(_weighted_delta(model, start, weight)),
                 METRICS: MetricRecord({WEIGHT: weight, EXAMPLES: examples}),
                 RECEIPT: ConfigRecord({JSON: self._receipt(plan, mechanism).model_dump_json()}),
             }
         )
 
-    def _run_steps(
-        self, plan: Plan, mechanism: Mechanism | None, model: torch.nn.Module, start: Arrays, loss: Loss
-    ) -> Arrays:
-        """Train `model` from `start` by `plan` and return the parameter delta, float32 by name."""
-        named = dict(model.named_parameters())
-        parameters = list(named.values())
-        anchor = [parameter.detach().clone() for parameter in parameters]
-        optimizer = make_optimizer(parameters, plan.training)
-        strategy = _strategy(plan)
-        examples = len(self.data.train)
-        count = plan.training.local_steps(examples)
-        inputs, targets = self._on_device("train", self.data.train)
-        steps: StepTaker
-        if mechanism is None:
-            steps = PlainGradients(model, loss)
-            batches = shuffled_batches(examples, plan.training.batch_size, count, self.source)
-        else:
-            assert plan.privacy is not None
-            steps = PrivateGradients(
+    def _steps(self, plan: Plan, mechanism: Mechanism | None, model: torch.nn.Module, loss: Loss) -> StepTaker:
+        """The way of taking a step that the plan asks for, before anything is paid for."""
+        if mechanism is None or plan.privacy is None:
+            return PlainGradients(model, loss)
+        try:
+            return PrivateGradients(
                 model,
                 loss,
                 max_grad_norm=plan.privacy.max_grad_norm,
                 noise_multiplier=mechanism.noise_multiplier,
-                expected_batch_size=mechanism.sample_rate * examples,
+                expected_batch_size=mechanism.sample_rate * len(self.data.train),
                 source=self.source,
             )
-            batches = poisson_batches(examples, mechanism.sample_rate, count, self.source)
-        model.train()
-        with steps:
-            train(
-                steps,
-                batches,
-                inputs,
-                targets,
-                optimizer,
-                parameters,
-                correction=lambda changed: strategy.correct(plan.strategy_fields, changed, anchor),
-                precision=precision(self.device, sum(p.numel() for p in parameters), mechanism is not None),
-            )
-        return {name: (p.detach().cpu().numpy() - start[name]).astype(np.float32) for name, p in named.items()}
+        except PrivacyError as error:
+            raise Refusal(RefusalCode.MODEL, str(error)) from error
 
-    def _evaluate(self, plan: Plan, parameters: Arrays) -> RecordDict:
+    def _run_steps(
+        self,
+        plan: Plan,
+        mechanism: Mechanism | None,
+        steps: StepTaker,
+        model: torch.nn.Module,
+        strategy: type[Strategy],
+    ) -> None:
+        """Train `model`, which holds the global parameters, for one round of `plan`."""
+        examples = len(self.data.train)
+        count = plan.training.local_steps(examples)
+        parameters = list(model.parameters())
+        start = [parameter.detach().clone() for parameter in parameters]
+        if mechanism is None:
+            batches = shuffled_batches(examples, plan.training.batch_size, count, self.source)
+        else:
+            batches = poisson_batches(examples, mechanism.sample_rate, count, self.source)
+        inputs, targets = self._on_device("train", self.data.train)
+        train(
+            steps,
+            batches,
+            inputs,
+            targets,
+            make_optimizer(parameters, plan.training),
+            parameters,
+            correction=lambda changed: strategy.correct(plan.strategy_fields, changed, start),
+            precision=precision(self.device, sum(p.numel() for p in parameters), mechanism is not None),
+        )
+
+    def _evaluate(self, plan: Plan, content: RecordDict) -> RecordDict:
         if self.data.test is None:
             raise Refusal(RefusalCode.METRICS, "this site holds no test data, so it does not evaluate")
-        wanted = permitted_metrics(self.policy, plan.metrics)
-        model = self._model(plan.model, parameters).eval()
+        wanted = permitted_metrics(self.policy, plan.metrics, len(self.data.test))
+        model = self._model(plan.model, _arrays(content, ARRAYS)).eval()
         inputs, targets = self._on_device("test", self.data.test)
         with torch.no_grad():
-            logits = torch.cat([model(part) for part in inputs.split(EVALUATION_BATCH)])
+            logits = torch.cat([model(part) for part in torch.split(inputs, EVALUATION_BATCH)])
         values = self.workload.evaluate(logits, targets)
         weight = float(len(self.data.test))
         sums = {name: values[name] * weight for name in wanted if name in values}
@@ -244,7 +247,10 @@ class SiteService:
             return None
         rate = min(1.0, plan.training.batch_size / examples)
         steps = plan.training.local_steps(examples)
-        noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
+        try:
+            noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
+        except PrivacyError as error:
+            raise Refusal(RefusalCode.EPSILON, str(error)) from error
         return Mechanism(sample_rate=rate, noise_multiplier=noise, steps=steps)
 
     def _reserve(self, plan: Plan, mechanism: Mechanism | None, key: str) -> None:
@@ -287,6 +293,15 @@ class SiteService:
             inputs, targets = torch.from_numpy(table.inputs), torch.from_numpy(table.targets)
             self._tensors[split] = inputs.to(self.device), targets.to(self.device)
         return self._tensors[split]
+
+
+def _weighted_delta(model: torch.nn.Module, start: Arrays, weight: float) -> Arrays:
+    """weight x (parameters - start), float32 by name."""
+    deltas: Arrays = {}
+    for name, parameter in model.named_parameters():
+        delta = parameter.detach().cpu().numpy() - start[name]
+        deltas[name] = np.multiply(delta, np.float32(weight), out=delta)
+    return deltas
 
 
 def _plan_of(message: Message) -> Plan:
