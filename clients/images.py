@@ -1,6 +1,7 @@
 """Pixels from .npz archives and image files. Pillow is needed for image files only."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ def read_archive(path: Path) -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             if "images" not in arrays.files:
                 raise DataError(f"{path}: has no array 'images'; it has {', '.join(arrays.files) or 'none'}")
-            return {name: arrays[name] for name in ("images", "labels") if name in arrays.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
+            found = {name: arrays[name] for name in ("images", "labels") if name in arrays.files}
+            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                raise ValueError("a member is not in numpy's format")
+            return found
+    except (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a readable .npz archive of plain arrays: {error}") from error
 
 
