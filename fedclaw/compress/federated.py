@@ -70,7 +70,13 @@ def recover_by_rounds(
     record = distillation_record(settings, teacher, student)
     directory = _open(teacher, record)
     start = arrays_of(student.model)
-    outcome = run_rounds(grid, directory, start, teacher=teacher.parameters, observers=observers)
+    try:
+        outcome = run_rounds(grid, directory, start, teacher=teacher.parameters, observers=observers)
+    except RoundError as error:
+        raise RoundError(
+            f"the recovery at the sites stopped: {error} (for a recovery, run the same python -m fedclaw.compress "
+            "command again: it goes on where it stopped)"
+        ) from error
     model = teacher.workload.build(student.spec)
     load_arrays(model, outcome.parameters)
     if table is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedclaw.compress.measure import compare_latency, multiply_adds
+from fedclaw.compress.measure import LATENCY_BATCHES, compare_latency, multiply_adds
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import Compression, Side, write_compressed
@@ -30,14 +30,13 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
     teacher = load_teacher(settings.run)
     student = make_student(teacher, settings.fraction)
     log.info("pruned: %d of %d parameters left", student.parameters_after, student.parameters_before)
-    inputs, origin = proxy_inputs(settings, teacher)
     if settings.mode == "federated":
         from fedclaw.compress.federated import recover_at_sites
 
         outcome = recover_at_sites(settings, teacher, student, observers)
     else:
-        outcome = recover_by_proxy(settings, teacher, student, inputs, origin)
-    record = _record(settings, teacher, student, outcome, inputs)
+        outcome = recover_by_proxy(settings, teacher, student, *proxy_inputs(settings, teacher))
+    record = _record(settings, teacher, student, outcome)
     write_compressed(teacher.directory, record, arrays_of(outcome.model))
     return record
 
@@ -49,10 +48,9 @@ def _check_paths(settings: CompressSettings) -> None:
             raise UsageError(f"{name}={path}: there is no such file")
 
 
-def _record(
-    settings: CompressSettings, teacher: Teacher, student: Student, outcome: Outcome, inputs: torch.Tensor
-) -> Compression:
+def _record(settings: CompressSettings, teacher: Teacher, student: Student, outcome: Outcome) -> Compression:
     accuracies = outcome.accuracies
+    inputs = torch.randn(max(LATENCY_BATCHES), *teacher.input_shape, generator=torch.Generator().manual_seed(0))
     latency = compare_latency(teacher.model, outcome.model, inputs, settings.latency_repeats)
     old_size = teacher.directory.model_path.stat().st_size
     new_size = len(arrays_to_npz(arrays_of(outcome.model)))

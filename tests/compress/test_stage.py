@@ -1,9 +1,6 @@
 """The whole stage on a real run: what it writes, whether recovery recovers, and one clear line for a mistake."""
 
-import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -152,22 +149,3 @@ def test_reading_what_is_damaged(run, digits):
     (run.compressed / "compression.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"compression\.json is damaged"):
         read_compressed(run)
-
-
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "fedclaw.compress", *arguments], capture_output=True, text=True, timeout=100
-    )
-
-
-def test_command_line(run, digits):
-    done = command(
-        f"run={run.root}", "fraction=0.2", f"inputs={digits.public}", f"evaluation={digits.test}", "recovery.epochs=5"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "multiply-adds per example" in done.stdout
-    assert "accuracy (evaluation file)" in done.stdout
-    record = json.loads((run.compressed / "compression.json").read_text())
-    assert record["parameters_after"] <= 0.2 * record["parameters_before"]
-    assert f"{record['parameters_after']:,}" in done.stdout
-    assert record["model"]["name"] == "mlp"

@@ -1,0 +1,191 @@
+"""Recovery at the sites: real sites with policies and ledgers, in this process."""
+
+import io
+import socket
+import threading
+
+import pytest
+import torch
+from rich.console import Console
+
+from fedclaw.compress.federated import DIRECTORY, distillation_record, recover_by_rounds
+from fedclaw.compress.record import read_compressed
+from fedclaw.compress.settings import CompressSettings, SiteRecovery
+from fedclaw.compress.source import load_teacher
+from fedclaw.compress.stage import compress
+from fedclaw.compress.student import make_student
+from fedclaw.compress.table import before_after, notes
+from fedclaw.errors import CompressionError, RoundError, UsageError
+from fedclaw.federation.run_directory import RunDirectory, schema_digest
+from fedclaw.privacy.ledger import Ledger
+from fedclaw.privacy.policy import Policy
+from fedclaw.runtime.flower import assume_server_identity
+from fedclaw.runtime.grpc import Limits, SiteLink
+from fedclaw.runtime.local import LocalGrid
+from fedclaw.security.provisioning import accept, approve, initialise, request_site
+from fedclaw.security.site_home import SiteKeys
+from fedclaw.site.service import SiteData, SiteService
+from fedclaw.workload import Table
+
+NAMES = ("north", "south", "west")
+EPSILON = 30.0
+
+
+def make_site(name, index, workload, table, budget):
+    rows = slice(200 * index, 200 * index + 160), slice(200 * index + 160, 200 * (index + 1))
+    train, test = (Table(table.inputs[part], table.targets[part]) for part in rows)
+    data = SiteData(train, test, f"data of {name}")
+    return SiteService(
+        name=name,
+        federation="test",
+        workload=workload,
+        schema_digest=schema_digest(workload.schema.to_json()),
+        data=data,
+        policy=Policy(workloads=("tabular",), strategies=("fedavg",), epsilon=budget, delta=1e-3),
+        ledger=Ledger.open(":memory:", data.fingerprint),
+        outbound=None,
+    )
+
+
+@pytest.fixture
+def sites(trained, digits):
+    workload, _ = trained
+    table = workload.schema.read_examples(digits.train)
+    return {name: make_site(name, index, workload, table, 100.0) for index, name in enumerate(NAMES)}
+
+
+@pytest.fixture
+def recover(make_run, trained):
+    """recover(sites, **settings) -> outcome, of one and the same teacher."""
+    run = make_run(*trained)
+
+    def go(sites, **changes):
+        asked = {"rounds": 3, "epsilon": EPSILON} | changes
+        settings = CompressSettings(
+            run=run.root, mode="federated", fraction=0.4, federation=run.root, sites=SiteRecovery(**asked)
+        )
+        teacher = load_teacher(run.root)
+        student = make_student(teacher, settings.fraction)
+        assume_server_identity(1)
+        return recover_by_rounds(LocalGrid(sites, 1), settings, teacher, student)
+
+    go.run = run
+    return go
+
+
+def test_sites_recover_the_student_on_their_ledgers(sites, recover, trained):
+    outcome = recover(sites)
+    accuracies = outcome.accuracies
+    assert accuracies.measure == "federated evaluation"
+    assert accuracies.examples == 120
+    assert accuracies.before["accuracy"] > 0.9
+    assert accuracies.after["accuracy"] > accuracies.pruned["accuracy"] + 0.1
+    report = outcome.report
+    assert report.rounds == 3
+    assert sorted(report.epsilon) == list(NAMES)
+    for name, site in sites.items():
+        assert 0 < report.epsilon[name] <= EPSILON
+        assert site.ledger.rounds(report.run) == 3
+        assert site.ledger.spent(1e-4, run=report.run) == pytest.approx(report.epsilon[name])
+    recovery = RunDirectory.open(recover.run.root / report.directory)
+    assert recovery.record().distillation.teacher == recover.run.record().model
+    assert recovery.read_receipts().keys() == set(NAMES)
+    parameters = recovery.read_model()
+    assert all(torch.equal(torch.from_numpy(parameters[k]), v) for k, v in outcome.model.state_dict().items())
+
+
+def test_begun_again_it_costs_nothing(sites, recover):
+    first = recover(sites)
+    spent = {name: site.ledger.spent(1e-4) for name, site in sites.items()}
+    again = recover(sites)
+    assert {name: site.ledger.spent(1e-4) for name, site in sites.items()} == spent
+    assert again.report == first.report
+    assert again.accuracies == first.accuracies
+
+
+def test_another_question_is_another_run(sites, recover):
+    first, second = recover(sites, rounds=1), recover(sites, rounds=1, temperature=5.0)
+    assert first.report.run != second.report.run
+    runs = {path.name for path in (recover.run.root / DIRECTORY).iterdir()}
+    assert runs == {first.report.run, second.report.run}
+    assert sites["north"].ledger.spent(1e-4) > sites["north"].ledger.spent(1e-4, run=first.report.run)
+
+
+def test_the_teacher_is_what_the_sites_learn_from(sites, recover):
+    """Without the loss on targets nothing but the teacher can have taught the student."""
+    learned = recover(sites, weight=1.0).accuracies
+    assert learned.after["accuracy"] > learned.pruned["accuracy"] + 0.1
+
+
+def test_a_site_without_budget_declines(trained, digits, recover):
+    workload, _ = trained
+    table = workload.schema.read_examples(digits.train)
+    poor = {name: make_site(name, index, workload, table, 0.5) for index, name in enumerate(NAMES)}
+    with pytest.raises(RoundError, match=r"epsilon 30 was asked for; .*same python -m fedclaw\.compress"):
+        recover(poor)
+    assert all(site.ledger.spent(1e-4) == 0 for site in poor.values())
+
+
+def test_the_budget_is_the_runs_unless_said_otherwise(recover, trained):
+    teacher = load_teacher(recover.run.root)
+    student = make_student(teacher, 0.4)
+
+    def record(**sites):
+        settings = CompressSettings(run=recover.run.root, mode="federated", federation="x", sites=SiteRecovery(**sites))
+        return distillation_record(settings, teacher, student)
+
+    assert record().privacy == teacher.record.privacy
+    assert record(epsilon=1.5).privacy == teacher.record.privacy.model_copy(update={"epsilon": 1.5})
+    assert record().run == record().run != record(epsilon=1.5).run
+    assert record().model == student.spec
+    object.__setattr__(teacher, "record", teacher.record.model_copy(update={"privacy": None}))
+    assert record().privacy is None
+    with pytest.raises(CompressionError, match="without differential privacy"):
+        record(epsilon=1.5)
+
+
+def test_the_federation_must_be_the_runs(recover, tmp_path):
+    home = initialise(tmp_path / "federation", "another", "127.0.0.1:1")
+    with pytest.raises(UsageError, match="a run of federation 'test', not of 'another'"):
+        compress(CompressSettings(run=recover.run.root, mode="federated", federation=home.root))
+
+
+@pytest.fixture
+def connected(sites, tmp_path):
+    """A federation directory, and the sites connected to its server's address over mutually authenticated gRPC."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    home = initialise(tmp_path / "federation", "test", address)
+    stop, threads = threading.Event(), []
+    for name, service in sites.items():
+        root = tmp_path / name
+        accept(root, approve(home.root, request_site(root, home.root / "federation.json", name)))
+        link = SiteLink(SiteKeys.open(root), service, root / "state", Limits())
+        threads.append(threading.Thread(target=link.run, args=(stop,)))
+        threads[-1].start()
+    yield home
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_the_whole_stage_over_grpc(connected, sites, recover):
+    asked = SiteRecovery(rounds=2, epsilon=EPSILON, wait_for=3, wait=30)
+    settings = CompressSettings(
+        run=recover.run.root, mode="federated", fraction=0.4, federation=connected.root, sites=asked, latency_repeats=2
+    )
+    record = compress(settings)
+    assert record.accuracy_measure == "federated evaluation"
+    assert record.accuracy_after > record.accuracy_pruned
+    assert record.parameters_after <= 0.4 * record.parameters_before
+    written, parameters = read_compressed(recover.run)
+    assert written == record
+    assert sum(array.size for array in parameters.values()) == record.parameters_after
+    assert all(0 < record.recovery.epsilon[name] <= EPSILON for name in NAMES)
+    assert all(site.ledger.rounds(record.recovery.run) == 2 for site in sites.values())
+    table = Console(width=120, file=io.StringIO())
+    table.print(before_after(record), *notes(record, recover.run.compressed))
+    assert "accuracy (federated evaluation)" in table.file.getvalue()
+    assert "north" in table.file.getvalue()
