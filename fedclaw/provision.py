@@ -1,21 +1,24 @@
 """Set up a federation: make it, let sites in, renew, revoke, look at it.
 
 The coordinator:
-  python -m fedclaw.provision init federation=heart name=heart address=fl.example.org:9443 [days=90]
-      [seal=mlkem768-x25519]
-  python -m fedclaw.provision approve federation=heart request=site.csr [fingerprint=...] [days=90]
+  python -m fedclaw.provision init federation=heart name=heart address=fl.example.org:9443
+  python -m fedclaw.provision approve federation=heart request=site.csr
   python -m fedclaw.provision revoke federation=heart site=hospital-a
-  python -m fedclaw.provision renew federation=heart [days=90]
+  python -m fedclaw.provision renew federation=heart
   python -m fedclaw.provision show federation=heart
 
 A site (its private key never leaves its own directory):
-  python -m fedclaw.provision request site=hospital-a name=hospital-a descriptor=federation.json [fingerprint=...]
+  python -m fedclaw.provision request site=hospital-a name=hospital-a descriptor=federation.json
   python -m fedclaw.provision install site=hospital-a certificate=hospital-a.crt
-  python -m fedclaw.provision renew site=hospital-a [rotate=true]
+  python -m fedclaw.provision renew site=hospital-a
   python -m fedclaw.provision show site=hospital-a
 
-fingerprint=... refuses any key but the one that the other side read out: of the site's key for approve, of the
-federation's CA for request. Exit codes: 0 done, 1 failed, 2 wrong use.
+More keys:
+  days=90               init, approve, renew federation: how long new certificates are good
+  seal=mlkem768-x25519  init: seal updates so that a future quantum computer cannot open them (default x25519)
+  fingerprint=...       approve, request: refuse any key but the one that the other side read out (the site's key for
+                        approve, the federation's CA for request)
+  rotate=true           renew site: make a new key as well
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +29,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.security import federation_home, pki, provisioning
@@ -81,7 +84,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     settings = compose_settings("provision", line.overrides, Settings)
     _check_keys(word, command, {override.lstrip("+").partition("=")[0] for override in line.overrides})
     try:
-        command.run(settings, console or Console(soft_wrap=True, highlight=False))
+        command.run(settings, console or make_console())
     except OSError as error:
         raise ProvisionError(f"{error.filename or word}: {error.strerror}") from error
 

@@ -288,7 +288,7 @@ def _check_name_is_free(root: Path, record: SiteRecord, request: SiteRequest) ->
     if not (is_current and old_key is not None and request.has_consent_of(old_key)):
         raise ProvisionError(
             f"the name {record.name!r} belongs to another key ({record.current.key_fingerprint}), which did not agree "
-            "to this request. If that key is lost, revoke the site first and approve this request then, with its fingerprint"
+            "to this request. If that key is lost, revoke the site, then approve this request with its fingerprint"
         )
 
 
