@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
     predictor = Predictor.open(settings.bundle, trust)
     probabilities = predictor.predict(predictor.read(settings.input))
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     manifest = predictor.verified.manifest
     console.print(
         f"verified  {manifest.variant} model of run {manifest.run}, federation {manifest.federation}", markup=False

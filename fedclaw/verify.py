@@ -18,7 +18,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.trust import load_trust
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(named) != 1:
         raise UsageError("name one bundle: python -m fedclaw.verify BUNDLE")
     trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
-    report(verify_bundle(named[0], trust), Console(highlight=False, soft_wrap=True))
+    report(verify_bundle(named[0], trust), make_console())
 
 
 def report(verified: Verified, console: Console) -> None:

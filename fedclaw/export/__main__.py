@@ -23,7 +23,7 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import BundleError, DataError, UsageError
 from fedclaw.frozen import Frozen
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     command = split(arguments)
     if command.words:
         raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
-    export(compose_settings("export", command.overrides, Settings), Console(highlight=False, soft_wrap=True))
+    export(compose_settings("export", command.overrides, Settings), make_console())
 
 
 def export(settings: Settings, console: Console) -> None:

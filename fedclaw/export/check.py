@@ -121,8 +121,10 @@ def _parse_digests(content: bytes) -> dict[str, str]:
 
 
 def _require_complete(names: frozenset[str], listed: Mapping[str, str]) -> None:
-    for name in sorted((REQUIRED | UNSIGNED | set(listed)) - names):
+    for name in sorted((REQUIRED | UNSIGNED) - names):
         raise BundleError(f"{name} is missing from the bundle")
+    for name in sorted(set(listed) - names):
+        raise BundleError(f"{name} is in {DIGESTS} and not in the bundle: it was removed, or {DIGESTS} was changed")
     for name in sorted(names - UNSIGNED - set(listed)):
         raise BundleError(f"{name} is not in {DIGESTS}: it was added after signing, or {DIGESTS} was changed")
 

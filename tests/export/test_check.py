@@ -1,0 +1,290 @@
+import hashlib
+import os
+import shutil
+import socket
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedclaw.errors import BundleError
+from fedclaw.export import layout
+from fedclaw.export.check import SMALL, Trust, verify_bundle
+from fedclaw.security import pki
+from fedclaw.security.federation_home import Signer
+
+EVERY_FILE = sorted(layout.REQUIRED | layout.UNSIGNED)
+
+
+def sign(bundle, signer, extra_lines=""):
+    """What the export does last: certificates, digests, signature."""
+    (bundle / layout.RELEASE_CERTIFICATE).write_bytes(signer.certificate_pem)
+    (bundle / layout.CA_CERTIFICATE).write_bytes(signer.ca_pem)
+    names = sorted(path.name for path in bundle.iterdir() if path.name not in layout.UNSIGNED)
+    lines = [f"{hashlib.sha256((bundle / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    content = ("".join(lines) + extra_lines).encode()
+    (bundle / layout.DIGESTS).write_bytes(content)
+    (bundle / layout.SIGNATURE).write_bytes(signer.sign(content))
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+NOW = datetime.now(UTC)
+DAY = timedelta(days=1)
+RELEASE_URI = "fedclaw://test-federation/release"
+
+
+def issue(subject, key, issuer, issuer_key, extensions, start=NOW - DAY, end=NOW + DAY):
+    """Any certificate, good or bad."""
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(end)
+    )
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return pki.pem_of(builder.sign(issuer_key, hashes.SHA384()))
+
+
+def make_signer(purpose=ExtendedKeyUsageOID.CODE_SIGNING, uri=RELEASE_URI, ca=True, leaf_ca=False, **dates):
+    """A signer under a CA of its own that is a thousand days old; by default a good one."""
+    ca_key, key = pki.new_key(), pki.new_key()
+    root = [x509.BasicConstraints(ca=ca, path_length=None)]
+    authority = issue("old CA", ca_key, "old CA", ca_key, root, NOW - 1000 * DAY, NOW + 1000 * DAY)
+    extensions = [x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])]
+    extensions += [x509.ExtendedKeyUsage([purpose])] if purpose else []
+    extensions += [x509.BasicConstraints(ca=leaf_ca, path_length=None)]
+    return Signer(key, issue("old release", key, "old CA", ca_key, extensions, **dates), authority)
+
+
+def date(bundle, moment):
+    """Let the bundle say that it was signed at `moment`."""
+    manifest = layout.Manifest.model_validate_json((bundle / layout.MANIFEST).read_bytes())
+    changed = manifest.model_copy(update={"created": moment})
+    (bundle / layout.MANIFEST).write_text(changed.model_dump_json())
+
+
+def test_a_genuine_bundle_passes_with_and_without_a_pinned_ca(bundle, home):
+    loose = verify_bundle(bundle)
+    assert (loose.pinned, loose.expired) == (False, False)
+    pinned = verify_bundle(bundle, Trust(authority=(home.root / "ca.crt").read_bytes()), keep=[layout.ONNX])
+    assert pinned.pinned
+    assert pinned.contents[layout.ONNX] == (bundle / layout.ONNX).read_bytes()
+    assert pinned.signer.name == "test-federation release"
+    assert pinned.signer.fingerprint.replace(":", "").lower() == home.ca.fingerprint(hashes.SHA256()).hex()
+    assert pinned.signer.key_fingerprint == pki.fingerprint(home.ca.public_key())
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_any_changed_byte_is_found_and_the_file_named(bundle, name):
+    path = bundle / name
+    original, size = path.read_bytes(), path.stat().st_size
+    for position in sorted({0, 1, size // 3, size // 2, size - 2, size - 1}):
+        flip(path, position)
+        with pytest.raises(BundleError) as caught:
+            verify_bundle(bundle)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(original)
+    verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", [layout.SIGNATURE, layout.DIGESTS])
+def test_every_single_byte_of_signature_and_digests_counts(bundle, name):
+    path = bundle / name
+    original = path.read_bytes()
+    for position in range(len(original)):
+        flip(path, position)
+        with pytest.raises(BundleError, match=name):
+            verify_bundle(bundle)
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+@pytest.mark.parametrize("change", [lambda b: b + b"\n", lambda b: b[:-1], lambda _: b""])
+def test_longer_shorter_and_empty_files_are_found(bundle, name, change):
+    path = bundle / name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(BundleError, match=name):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_a_removed_file_is_named(bundle, name):
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        verify_bundle(bundle)
+
+
+def test_an_added_file_is_named(bundle):
+    (bundle / "readme.txt").write_text("hello")
+    with pytest.raises(BundleError, match=r"readme\.txt is not in SHA256SUMS"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", EVERY_FILE)
+def test_a_link_is_refused_even_to_the_same_bytes(bundle, tmp_path, name):
+    shutil.move(bundle / name, tmp_path / "elsewhere")
+    (bundle / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=f"{name} is a symbolic link"):
+        verify_bundle(bundle)
+
+
+def test_directories_pipes_and_sockets_are_refused(bundle):
+    (bundle / "folder").mkdir()
+    with pytest.raises(BundleError, match="folder is not a plain file"):
+        verify_bundle(bundle)
+    (bundle / "folder").rmdir()
+    os.mkfifo(bundle / "pipe")
+    with pytest.raises(BundleError, match="pipe is not a plain file"):
+        verify_bundle(bundle)
+    (bundle / "pipe").unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(bundle / "s"))
+        with pytest.raises(BundleError, match="s is not a plain file"):
+            verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".hidden", "a/b", "model.onnx", layout.SIGNATURE])
+def test_a_signed_list_that_names_what_it_must_not_is_refused(bundle, home, name):
+    sign(bundle, home.signer(), extra_lines=f"{'0' * 64}  {name}\n")
+    with pytest.raises(BundleError, match="SHA256SUMS is damaged"):
+        verify_bundle(bundle)
+
+
+def test_a_signed_bundle_without_a_required_file_is_incomplete(bundle, home):
+    (bundle / layout.PRIVACY).unlink()
+    sign(bundle, home.signer())
+    with pytest.raises(BundleError, match=r"privacy\.json is missing"):
+        verify_bundle(bundle)
+
+
+def test_a_signed_manifest_of_another_version_is_not_guessed_at(bundle, home):
+    path = bundle / layout.MANIFEST
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    sign(bundle, home.signer())
+    with pytest.raises(BundleError, match="not understood by this version: format_version"):
+        verify_bundle(bundle)
+
+
+def test_a_huge_list_is_not_read(bundle):
+    with (bundle / layout.DIGESTS).open("ab") as file:
+        file.truncate(100 * SMALL)
+    with pytest.raises(BundleError, match="SHA256SUMS is damaged: larger"):
+        verify_bundle(bundle)
+
+
+def test_the_signature_of_another_bundle_does_not_fit(bundle, image_bundle):
+    shutil.copyfile(image_bundle / layout.SIGNATURE, bundle / layout.SIGNATURE)
+    with pytest.raises(BundleError, match=r"SHA256SUMS\.sig is not"):
+        verify_bundle(bundle)
+
+
+def test_a_stranger_who_signs_everything_anew_fails_against_a_pinned_ca_only(bundle, home, stranger):
+    sign(bundle, stranger.signer())
+    assert not verify_bundle(bundle).pinned
+    with pytest.raises(BundleError, match=r"ca\.crt is not the CA that you trust"):
+        verify_bundle(bundle, Trust(authority=(home.root / "ca.crt").read_bytes()))
+
+
+def test_a_strangers_certificate_under_the_genuine_ca_fails(bundle, home, stranger):
+    mixed = stranger.signer()
+    mixed.ca_pem = home.signer().ca_pem
+    sign(bundle, mixed)
+    with pytest.raises(BundleError, match=r"release\.crt was not issued by the expected CA"):
+        verify_bundle(bundle)
+
+
+def test_the_servers_key_must_not_sign_bundles(bundle, home):
+    key = load_pem_private_key((home.root / "server.key").read_bytes(), None)
+    certificate = (home.root / "server.crt").read_bytes()
+    sign(bundle, Signer(key, certificate, home.signer().ca_pem))
+    with pytest.raises(BundleError, match=r"release\.crt is not a code-signing certificate"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({}, None),
+        ({"purpose": None}, "not a code-signing certificate"),
+        ({"purpose": ExtendedKeyUsageOID.CLIENT_AUTH}, "not a code-signing certificate"),
+        ({"leaf_ca": True}, "not a code-signing certificate"),
+        ({"uri": "fedclaw://other/release"}, "not the release certificate of the federation 'test-federation'"),
+        ({"ca": False}, r"ca\.crt is not a CA certificate"),
+    ],
+)
+def test_a_certificate_of_the_wrong_kind_must_not_sign(bundle, fault, message):
+    sign(bundle, make_signer(**fault))
+    if message is None:
+        verify_bundle(bundle)
+        return
+    with pytest.raises(BundleError, match=message):
+        verify_bundle(bundle)
+
+
+def test_a_leaf_is_no_ca(bundle, home):
+    signer = home.signer()
+    signer.ca_pem = signer.certificate_pem
+    sign(bundle, signer)
+    with pytest.raises(BundleError, match=r"ca\.crt is not a self-signed CA"):
+        verify_bundle(bundle)
+
+
+class TestTimes:
+    EXPIRED = {"start": NOW - 10 * DAY, "end": NOW - 5 * DAY}
+
+    def test_expired_since_is_accepted_and_said(self, bundle):
+        date(bundle, NOW - 6 * DAY)
+        sign(bundle, make_signer(**self.EXPIRED))
+        assert verify_bundle(bundle).expired
+
+    def test_expired_since_is_refused_on_request(self, bundle):
+        date(bundle, NOW - 6 * DAY)
+        sign(bundle, make_signer(**self.EXPIRED))
+        with pytest.raises(BundleError, match=r"release\.crt has expired"):
+            verify_bundle(bundle, Trust(expired="refuse"))
+
+    @pytest.mark.parametrize("days_ago", [4, 11])
+    def test_signed_outside_the_certificates_life(self, bundle, days_ago):
+        date(bundle, NOW - days_ago * DAY)
+        sign(bundle, make_signer(**self.EXPIRED))
+        with pytest.raises(BundleError, match=r"release\.crt was not valid when the bundle was signed"):
+            verify_bundle(bundle)
+
+    def test_signed_in_the_future(self, bundle, home):
+        date(bundle, NOW + DAY)
+        sign(bundle, home.signer())
+        with pytest.raises(BundleError, match="in the future"):
+            verify_bundle(bundle)
+
+    def test_signed_at_no_known_time(self, bundle, home):
+        date(bundle, NOW.replace(tzinfo=None))
+        sign(bundle, home.signer())
+        with pytest.raises(BundleError, match="time zone"):
+            verify_bundle(bundle)
+
+
+def test_a_revoked_release_certificate_is_refused(bundle, home, stranger):
+    ca_key = load_pem_private_key((home.root / "ca.key").read_bytes(), None)
+    serial = x509.load_pem_x509_certificate(home.signer().certificate_pem).serial_number
+    empty = pki.new_crl(home.ca, ca_key, [], 1)
+    full = pki.new_crl(home.ca, ca_key, [pki.revoked_entry(serial)], 2)
+    verify_bundle(bundle, Trust(revocations=pki.pem_of(empty)))
+    with pytest.raises(BundleError, match=r"release\.crt was revoked"):
+        verify_bundle(bundle, Trust(revocations=pki.pem_of(full)))
+    with pytest.raises(BundleError, match="was not signed by the expected CA"):
+        verify_bundle(bundle, Trust(revocations=(stranger.root / "revoked.crl").read_bytes()))
+    with pytest.raises(BundleError, match="not a PEM certificate revocation list"):
+        verify_bundle(bundle, Trust(revocations=b"nothing"))

@@ -1,0 +1,61 @@
+import json
+import shutil
+
+import pytest
+
+from fedclaw.export import layout
+
+
+@pytest.fixture
+def run(table_run, tmp_path):
+    """A copy of the tabular run without its bundle."""
+    return shutil.copytree(table_run.root, tmp_path / "run", ignore=shutil.ignore_patterns("bundle"))
+
+
+def test_exports_with_real_inputs_and_says_so_quietly(command, run, home, tmp_path):
+    rows = tmp_path / "real.csv"
+    rows.write_text("age,smoker,ward\n61,yes,surgery\n20,no,medicine\n")
+    result = command("fedclaw.export", f"run={run}", f"federation={home.root}", f"inputs={rows}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["bundle", "parity", "parity", "signed", "next"]
+    manifest = json.loads((run / "bundle" / layout.MANIFEST).read_bytes())
+    assert manifest["parity"]["inputs"] == "real"
+    assert manifest["parity"]["files"][layout.ONNX]["examples"] == 2
+
+
+def test_mistakes_get_one_clear_line(command, run, home, tmp_path):
+    good = {"run": run, "federation": home.root}
+    mistakes = [
+        ({"run": tmp_path / "nowhere"}, 2, "is not a run directory"),
+        ({"federation": tmp_path / "nowhere"}, 1, "is not a federation directory"),
+        ({"inputs": tmp_path / "missing.csv"}, 1, "missing.csv: no such file"),
+        ({"tolerance": "-1"}, 2, "tolerance: Input should be greater than 0"),
+        ({"model": "best"}, 2, "model: Input should be 'auto', 'final' or 'compressed'"),
+        ({"model": "compressed"}, 2, "has no compressed model"),
+    ]
+    for change, code, message in mistakes:
+        result = command("fedclaw.export", *(f"{key}={value}" for key, value in {**good, **change}.items()))
+        assert (result.returncode, result.stdout) == (code, "")
+        assert message in result.stderr.splitlines()[0]
+        assert "Traceback" not in result.stderr
+    assert not (run / "bundle").exists()
+
+
+def test_another_federations_keys_do_not_sign(command, run, home):
+    record = json.loads((run / "run.json").read_bytes())
+    (run / "run.json").write_text(json.dumps({**record, "federation": "elsewhere"}))
+    result = command("fedclaw.export", f"run={run}", f"federation={home.root}")
+    assert result.returncode == 1
+    assert "is a run of the federation 'elsewhere'" in result.stderr
+
+
+def test_a_missing_exporter_names_the_extra(command, run, home, tmp_path, monkeypatch):
+    trap = tmp_path / "trap" / "onnxscript"
+    trap.mkdir(parents=True)
+    (trap / "__init__.py").write_text("raise ImportError('not installed here', name='onnxscript')")
+    monkeypatch.setenv("PYTHONPATH", str(trap.parent))
+    result = command("fedclaw.export", f"run={run}", f"federation={home.root}")
+    assert result.returncode == 2
+    assert "pip install 'fedclaw[export]'" in result.stderr
+    assert not (run / "bundle").exists()

@@ -1,0 +1,183 @@
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedclaw.errors import BundleError, DataError
+from fedclaw.export import layout
+from fedclaw.export.check import Trust
+from fedclaw.export.predictor import Predictor
+from fedclaw.export.source import load_source
+
+ROWS = "age,smoker,ward,outcome\n61,yes,surgery,benign\n,no,medicine,malignant\n20,,,benign\n"
+
+
+def softmax(source, inputs):
+    with torch.no_grad():
+        return torch.softmax(source.model(torch.from_numpy(inputs)), 1).numpy()
+
+
+def answers(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(ROWS)
+    return path
+
+
+def test_many_rows_are_what_torch_says(command, table_bundle, table_source, rows, tmp_path, home):
+    output = tmp_path / "out.csv"
+    result = command(
+        "fedclaw.predict", f"bundle={table_bundle}", f"input={rows}", f"output={output}", f"ca={home.root / 'ca.crt'}"
+    )
+    assert result.returncode == 0, result.stderr
+    expected = softmax(table_source, table_source.schema.read_inputs(rows))
+    for number, (answer, row) in enumerate(zip(answers(output), expected, strict=True), start=1):
+        assert answer["row"] == str(number)
+        assert answer["label"] == table_source.schema.labels[row.argmax()]
+        assert float(answer["p(benign)"]) == pytest.approx(row[0], abs=2e-6)
+        assert float(answer["probability"]) == pytest.approx(row.max(), abs=2e-6)
+
+
+def test_one_row_is_printed_as_a_table(command, table_bundle, table_source, tmp_path):
+    path = tmp_path / "patient.csv"
+    path.write_text("ward,age,smoker\nsurgery,61,yes\n")
+    result = command("fedclaw.predict", f"bundle={table_bundle}", f"input={path}")
+    assert result.returncode == 0, result.stderr
+    row = softmax(table_source, table_source.schema.read_inputs(path))[0]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("│"))
+    assert [cell.strip() for cell in line.strip("│").split("│")] == [
+        "1",
+        table_source.schema.labels[row.argmax()],
+        f"{row.max():.4f}",
+    ]
+    assert "ca=… proves who signed it" in result.stdout
+
+
+def test_an_image_and_an_archive(command, image_bundle, image_run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    Image.fromarray(pixels[0]).save(tmp_path / "one.png")
+    np.savez(tmp_path / "three.npz", images=pixels)
+    source = load_source(image_run)
+    expected = softmax(source, (pixels[:, None] / np.float32(255) - np.float32(0.5)) / np.float32(0.25))
+    for name, count in (("one.png", 1), ("three.npz", 3)):
+        output = tmp_path / f"{name}.csv"
+        result = command("fedclaw.predict", f"bundle={image_bundle}", f"input={tmp_path / name}", f"output={output}")
+        assert result.returncode == 0, result.stderr
+        given = [[float(a[f"p({label})"]) for label in source.schema.labels] for a in answers(output)]
+        np.testing.assert_allclose(given, expected[:count], atol=3e-6)
+
+
+def test_more_rows_than_a_batch_and_than_a_table(command, table_bundle, table_source, tmp_path):
+    path = tmp_path / "many.csv"
+    path.write_text("age,smoker,ward\n" + "".join(f"{age % 100},yes,surgery\n" for age in range(600)))
+    result = command("fedclaw.predict", f"bundle={table_bundle}", f"input={path}")
+    assert "and 550 more rows" in result.stdout
+    predictor = Predictor.open(table_bundle)
+    inputs = predictor.read(path)
+    np.testing.assert_allclose(predictor.predict(inputs), softmax(table_source, inputs), atol=2e-6)
+
+
+@pytest.mark.parametrize("module", ["fedclaw.predict", "fedclaw.verify"])
+def test_torch_is_never_imported(module, table_bundle, rows):
+    """A stand-in torch that fails on import shows that predicting works where torch is not installed."""
+    trap = rows.parent / "trap"
+    for name in ("torch", "onnx", "onnxscript", "opacus", "flwr", "mlflow"):
+        (trap / name).mkdir(parents=True)
+        (trap / name / "__init__.py").write_text("raise ImportError('not installed here')")
+    arguments = {
+        "fedclaw.predict": [f"bundle={table_bundle}", f"input={rows}"],
+        "fedclaw.verify": [str(table_bundle)],
+    }[module]
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(trap)},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-500:]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "fedclaw" in imported
+    assert not imported & {"torch", "onnx", "onnxscript", "opacus", "flwr", "mlflow"}
+
+
+def test_a_missing_runtime_names_the_extra(table_bundle, rows):
+    trap = rows.parent / "trap" / "onnxruntime"
+    trap.mkdir(parents=True)
+    (trap / "__init__.py").write_text("raise ImportError('not installed here')")
+    result = subprocess.run(
+        [sys.executable, "-m", "fedclaw.predict", f"bundle={table_bundle}", f"input={rows}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(trap.parent)},
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "pip install 'fedclaw[predict]'" in result.stderr
+
+
+@pytest.mark.parametrize("name", [layout.ONNX, layout.SCHEMA, layout.CARD])
+def test_a_tampered_bundle_is_not_run(command, bundle, rows, name):
+    with (bundle / name).open("ab") as file:
+        file.write(b"\n")
+    result = command("fedclaw.predict", f"bundle={bundle}", f"input={rows}")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert name in result.stderr
+
+
+def test_another_federations_ca_is_not_run(table_bundle, stranger):
+    with pytest.raises(BundleError, match="not the CA that you trust"):
+        Predictor.open(table_bundle, Trust(authority=(stranger.root / "ca.crt").read_bytes()))
+
+
+def test_what_was_verified_is_what_runs(bundle, table_source, rows):
+    """Files exchanged after the check change nothing: the predictor holds the verified bytes."""
+    predictor = Predictor.open(bundle)
+    (bundle / layout.ONNX).write_bytes(b"something else")
+    inputs = predictor.read(rows)
+    np.testing.assert_allclose(predictor.predict(inputs), softmax(table_source, inputs), atol=2e-6)
+
+
+def test_no_rows_is_an_error(table_bundle, tmp_path):
+    path = tmp_path / "empty.csv"
+    path.write_text("age,smoker,ward\n")
+    with pytest.raises(DataError, match=r"empty\.csv"):
+        Predictor.open(table_bundle).read(path)
+
+
+MISTAKES = [
+    (["bundle={b}"], 2, "Missing mandatory value: input"),
+    (["bundle=nowhere", "input={i}"], 1, "nowhere is not a bundle"),
+    (["bundle={b}", "input=missing.csv"], 1, "missing.csv: no such file"),
+    (["bundle={b}", "input={i}", "ca=missing.crt"], 2, "ca=missing.crt cannot be read"),
+    (["bundle={b}", "input={i}", "output=table.xlsx"], 2, "name a file that ends in .csv"),
+    (["bundle={b}", "input={i}", "colour=red"], 2, "colour"),
+    (["{b}"], 2, "everything is written key=value"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES)
+def test_mistakes_get_one_clear_line(command, table_bundle, rows, arguments, code, message):
+    result = command("fedclaw.predict", *(text.format(b=table_bundle, i=rows) for text in arguments))
+    assert (result.returncode, result.stdout) == (code, "")
+    assert message in result.stderr.splitlines()[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_bad_value_names_file_row_and_column(command, table_bundle, tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text("age,smoker,ward\n61,yes,surgery\nold,yes,surgery\n")
+    result = command("fedclaw.predict", f"bundle={table_bundle}", f"input={path}")
+    assert (result.returncode, result.stdout) == (1, "")
+    for part in ("bad.csv", "row 2", "age", "old"):
+        assert part in result.stderr.splitlines()[0]
