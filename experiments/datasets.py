@@ -1,7 +1,8 @@
 """Real data that ships with scikit-learn, dealt out to sites as files, each site's in its own directory.
 
     ROOT/schema.yaml            what the federation agreed on
-    ROOT/public/                a small public reference set of the coordinator: labelled file and inputs alone
+    ROOT/public/                a small public reference set of the coordinator: one half as inputs alone, the other
+                                half labelled
     ROOT/sites/NAME/            site.yaml  schema.yaml  data/train.*  data/test.*
 
 The sites differ as real ones do: by label (a Dirichlet draw over each label) and by size. The schema's constants
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.frozen import Frozen
+from fedclaw.privacy.policy import SAFE_METRICS
 from fedclaw.site.settings import SITE_FILE
 
 SITE_NAMES = ("hospital-north", "hospital-east", "hospital-south", "hospital-west")
@@ -48,7 +50,7 @@ class SitePolicy:
     allow_training_without_privacy: bool = False
     minimum_cohort: int = 2
     strategies: tuple[str, ...] = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi")
-    metrics: tuple[str, ...] = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
+    metrics: tuple[str, ...] = SAFE_METRICS
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def write_sites(root: Path, settings: DatasetSettings, policy: SitePolicy) -> tu
     schema = _schema(source, public)
     root.mkdir(parents=True, exist_ok=True)
     _write_yaml(root / "schema.yaml", schema)
-    _write_table(root / "public" / "labelled", source, public)
-    _write_table(root / "public" / "inputs", source, public, labelled=False)
+    _write_table(root / "public" / "inputs", source, public[: count // 2], labelled=False)
+    _write_table(root / "public" / "labelled", source, public[count // 2 :])
     shares = partition(source.targets[private], settings.sites, settings.alpha, generator)
     directories = []
     for name, share in zip(site_names(settings.sites), shares, strict=True):

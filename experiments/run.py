@@ -15,13 +15,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
-from rich.console import Console
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.simulate import open_sites, simulate
-from fedclaw.cli import check_settings, config_directory
+from fedclaw.cli import check_settings, config_directory, make_console
 from fedclaw.errors import FedClawError
 from fedclaw.federation.coordinator import Observer, Outcome
+from fedclaw.federation.plan import METRICS
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import RunSettings, make_record
 from fedclaw.report.terminal import TerminalProgress
@@ -63,7 +63,9 @@ def run_experiment(settings: ExperimentSettings) -> Outcome:
 def _data(settings: ExperimentSettings) -> Path:
     """The sites' directories for these settings, written once and found again by name."""
     delta = settings.privacy.delta if settings.privacy else 1e-5
-    policy = SitePolicy(epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1)
+    policy = SitePolicy(
+        epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1, metrics=METRICS
+    )
     identity = hashlib.sha256(f"{settings.dataset.model_dump_json()} {policy}".encode()).hexdigest()[:12]
     root = settings.runs / "data" / f"{settings.dataset.name}-{identity}"
     if not root.is_dir():
@@ -81,9 +83,7 @@ def main(config: DictConfig) -> float:
         settings = check_settings(OmegaConf.to_container(config, resolve=True), ExperimentSettings)
         return run_experiment(settings).metrics.get("accuracy", 0.0)
     except FedClawError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"experiments.run: {error}", style="bold red", markup=False
-        )
+        make_console(stderr=True).print(f"experiments.run: {error}", style="bold red", markup=False)
         sys.exit(error.exit_code)
 
 

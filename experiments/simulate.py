@@ -35,12 +35,12 @@ def simulate(directory: RunDirectory, sites: Mapping[str, SiteService], observer
 
 
 def local_only(record: RunRecord, sites: Mapping[str, SiteService], root: Path) -> dict[str, Outcome]:
-    """Each site trains by itself, with the same model, steps and budget, and is tested on its own test set."""
+    """Each site trains by itself, with the same model, steps and budget; all are tested on all sites' test data."""
     outcomes = {}
+    test = _all_tests(sites)
     for name, service in sites.items():
-        policy = service.policy.model_copy(update={"minimum_cohort": 1})
-        alone = _with_ledger(service, service.data, name)
-        alone.policy = policy
+        alone = _with_ledger(service, SiteData(service.data.train, test, service.data.fingerprint), name)
+        alone.policy = service.policy.model_copy(update={"minimum_cohort": 1})
         outcomes[name] = simulate(_begin(record, f"local-{name}", root, record.privacy), {name: alone})
     return outcomes
 
@@ -49,9 +49,9 @@ def pooled(record: RunRecord, sites: Mapping[str, SiteService], root: Path) -> O
     """One model on everybody's data, without privacy: what pooling would give."""
     services = list(sites.values())
     train = _concatenated([service.data.train for service in services])
-    test = _concatenated([service.data.test for service in services if service.data.test is not None])
-    everyone = _with_ledger(services[0], SiteData(train, test, "pooled"), "pooled")
-    everyone.policy = everyone.policy.model_copy(update={"minimum_cohort": 1, "allow_training_without_privacy": True})
+    everyone = _with_ledger(services[0], SiteData(train, _all_tests(sites), "pooled"), "pooled")
+    changed = {"minimum_cohort": 1, "allow_training_without_privacy": True, "epsilon": None}
+    everyone.policy = everyone.policy.model_copy(update=changed)
     return simulate(_begin(record, "pooled", root, None), {"pooled": everyone})
 
 
@@ -72,6 +72,10 @@ def _with_ledger(service: SiteService, data: SiteData, name: str) -> SiteService
         outbound=None,
         device=service.device,
     )
+
+
+def _all_tests(sites: Mapping[str, SiteService]) -> Table:
+    return _concatenated([service.data.test for service in sites.values() if service.data.test is not None])
 
 
 def _concatenated(tables: Sequence[Table]) -> Table:

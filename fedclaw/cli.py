@@ -28,6 +28,8 @@ from fedclaw.frozen import Frozen, explain
 S = TypeVar("S", bound=Frozen)
 
 INTERRUPTED = 130
+PLAIN_WIDTH = 132
+"""Columns when the output is a file or a pipe."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def check_settings(plain: Any, settings: type[S]) -> S:
 def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run an entry point and exit: help for --help, one line on stderr for a FedClawError."""
     arguments = sys.argv[1:]
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = make_console(stderr=True)
     if any(argument in {"-h", "--help"} for argument in arguments):
         sys.stdout.write(usage.strip() + "\n")
         sys.exit(0)
@@ -97,13 +99,31 @@ def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> 
     sys.exit(0)
 
 
+def make_console(*, stderr: bool = False) -> Console:
+    """The terminal, as wide as it is; a file or pipe, wide enough that no table is cut and no line broken."""
+    console = Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, width=PLAIN_WIDTH)
+
+
 def _start_logging(console: Console) -> None:
+    """FedClaw's own log on stderr: for a person at a terminal, with full times in a file or pipe.
+
+    The root logger is left alone: libraries underneath take it over when they are imported.
+    """
     level = os.environ.get("FEDCLAW_LOG", "INFO").upper()
-    if level not in logging.getLevelNamesMapping():
-        level = "INFO"
-    handler = RichHandler(console=console, show_path=False, markup=False, rich_tracebacks=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
-    logging.getLogger("fedclaw").setLevel(level)
+    handler: logging.Handler = RichHandler(console=console, show_path=False, markup=False, rich_tracebacks=False)
+    handler.setFormatter(logging.Formatter("%(message)s", datefmt="%H:%M:%S"))
+    if not console.is_terminal:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S%z")
+        )
+    logger = logging.getLogger("fedclaw")
+    logger.setLevel(level if level in logging.getLevelNamesMapping() else "INFO")
+    logger.handlers = [handler]
+    logger.propagate = False
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
-from rich.console import Console
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.runtime.base import SiteHandler
@@ -60,7 +59,7 @@ def check(settings: ClientSettings) -> None:
     site = load_site_settings(settings.site)
     keys = _keys(settings, site)
     service = open_service(settings.site, site, keys.descriptor.name)
-    console = Console(highlight=False)
+    console = make_console()
     train, test = service.data.train, service.data.test
     console.print(
         f"site {site.name} of federation {keys.descriptor.name}, server {keys.descriptor.address}", markup=False

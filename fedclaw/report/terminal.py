@@ -4,18 +4,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedclaw.cli import make_console
 from fedclaw.federation.coordinator import Outcome, RoundReport
 from fedclaw.federation.run_directory import RunRecord, SiteReceipt
-
-
-PLAIN_WIDTH = 132
-"""Columns when the output is a file or a pipe."""
-
-
-def make_console() -> Console:
-    """The terminal, as wide as it is; a file or pipe, wide enough that tables are not cut."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH)
 
 
 class TerminalProgress:
