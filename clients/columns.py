@@ -81,10 +81,9 @@ class Numeric(Column):
         """The raw numbers, (N,), NaN where missing. Raises DataError."""
         cells = block.columns[self.name]
         try:
-            values = np.array([math.nan if cell in missing else _number(cell) for cell in cells], np.float64)
+            values, absent = _numbers(cells, missing)
         except ValueError:
             raise self._first_error(block, missing) from None
-        absent = np.array([cell in missing for cell in cells], np.bool_)
         low, high = self.range or (-LARGEST, LARGEST)
         with np.errstate(invalid="ignore"):
             allowed = absent | ((values >= low) & (values <= high))
@@ -228,8 +227,22 @@ def missing_cells(markers: Sequence[str]) -> Missing:
     return frozenset(markers) | frozenset(number for number in numbers if math.isfinite(number)) | {None}
 
 
+def _numbers(cells: Sequence[Cell], missing: Missing) -> tuple[Doubles, NDArray[np.bool_]]:
+    """The cells as numbers, NaN where missing, and where that is. Raises ValueError."""
+    if missing.isdisjoint(cells) and not _underscored(cells):
+        values = np.array(list(map(float, cells)), np.float64)  # type: ignore[arg-type]
+        return values, np.zeros(len(cells), np.bool_)
+    values = np.array([math.nan if cell in missing else _number(cell) for cell in cells], np.float64)
+    return values, np.array([cell in missing for cell in cells], np.bool_)
+
+
+def _underscored(cells: Sequence[Cell]) -> bool:
+    """Whether some text has an underscore: float() would read Python's 1_000."""
+    return "_" in "".join(cell for cell in cells if isinstance(cell, str))
+
+
 def _number(cell: Cell) -> float:
-    if isinstance(cell, str) and "_" in cell:  # float() reads Python's 1_000
+    if _underscored((cell,)):
         raise ValueError
     return float(cell)  # type: ignore[arg-type]  # None is in every `Missing` and does not come here
 

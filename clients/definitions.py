@@ -1,6 +1,8 @@
 """What the schema files of all workloads share: strict reading, canonical text, names of classes."""
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 import yaml
@@ -52,7 +54,7 @@ def parse_definition(text: str, origin: str, definition: type[D]) -> D:
     if len(text) > MAX_SCHEMA_BYTES:
         raise DataError(f"{origin}: a schema of {len(text)} characters; at most {MAX_SCHEMA_BYTES} are read")
     try:
-        plain = yaml.safe_load(text)
+        plain = _plain(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{origin}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(plain, dict):
@@ -61,6 +63,17 @@ def parse_definition(text: str, origin: str, definition: type[D]) -> D:
         return definition.model_validate(plain)
     except ValidationError as error:
         raise DataError(f"{origin}: {explain(error)}") from error
+
+
+def _plain(text: str) -> Any:
+    """JSON fast, anything else as YAML without aliases: a few nested ones can stand for more than the memory holds."""
+    if text.startswith("{"):
+        with suppress(json.JSONDecodeError):
+            return json.loads(text)
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"aliases (*{event.anchor}) are not read; write it out")
+    return yaml.safe_load(text)
 
 
 def canonical_json(definition: Frozen) -> str:

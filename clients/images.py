@@ -110,10 +110,12 @@ def read_image(path: Path, shape: Shape, *, resize: bool) -> NDArray[np.float32]
                 raise DataError(
                     f"{path}: {image.width} x {image.height} pixels; expected {width} x {height} (or resize: true)"
                 )
-            if image.mode not in LOSSLESS[MODES[channels]] or "transparency" in image.info:
-                kind = f"{image.mode} with transparency" if "transparency" in image.info else image.mode
-                raise DataError(f"{path}: pixel mode {kind}; expected {MODES[channels]} ({channels} channels)")
-            converted = image.convert(MODES[channels])
+            wanted = MODES[channels]
+            transparent = "transparency" in image.info
+            if image.mode not in LOSSLESS[wanted] or (transparent and wanted != "RGBA"):
+                kind = f"{image.mode} with transparency" if transparent else image.mode
+                raise DataError(f"{path}: pixel mode {kind}; expected {wanted} ({channels} channels)")
+            converted = image.convert(wanted)
             if image.size != (width, height):
                 converted = converted.resize((width, height), image_module.Resampling.BILINEAR)
             pixels = np.asarray(converted, np.uint8).reshape(height, width, channels)

@@ -20,8 +20,8 @@ training mean and deviation, which the site computes once, keeps in a file of it
 testing and predicting:
 
     fitted = schema.fit(train_csv)                # reads the training data; nothing leaves the site
-    write_atomic(file, fitted.constants.to_json().encode(), PRIVATE_MODE)
-    fitted = schema.with_constants(SiteConstants.parse(file.read_text(), str(file)))
+    write_atomic(file, fitted.constants_json().encode(), PRIVATE_MODE)
+    fitted = schema.with_constants(file.read_text(), str(file))      # later, to test or to predict
 
 Only the fitted schema reads data then; `to_json`, and with it the digest that sites compare, stays the agreed one.
 Such constants depend on every training example, and no accountant counts them: with `site` the epsilon of a
@@ -48,6 +48,8 @@ from fedclaw.workload import Floats, Schema, Table
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
 MAX_FEATURES = 100_000
+ROUNDING = 1e-12
+"""Relative: far above that of a mean in double precision, far below that of any measurement."""
 
 
 class Target(Frozen):
@@ -62,7 +64,10 @@ class Target(Frozen):
     @field_validator("labels", mode="before")
     @classmethod
     def _text_keys(cls, value: Any) -> Any:
-        return {as_text(raw): label for raw, label in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        distinct(tuple(as_text(raw) for raw in value))
+        return {as_text(raw): label for raw, label in value.items()}
 
     @model_validator(mode="after")
     def _two_classes(self) -> Self:
@@ -119,24 +124,15 @@ class SiteConstants(Frozen):
     schema_digest: str
     columns: dict[str, ColumnConstants]
 
-    @classmethod
-    def parse(cls, text: str, origin: str) -> Self:
-        """Read `to_json`'s text. Raises DataError that names `origin`."""
-        return parse_definition(text, origin, cls)
-
-    def to_json(self) -> str:
-        """The constants as JSON."""
-        return canonical_json(self)
-
 
 class TabularSchema(Schema):
     """Columns to features: (N, D) with D the sum of the columns' features, in the order of the schema file."""
 
     name: ClassVar[str] = "tabular"
 
-    def __init__(self, definition: TableDefinition, constants: SiteConstants | None = None) -> None:
+    def __init__(self, definition: TableDefinition) -> None:
         self.definition = definition
-        self.constants = constants
+        self._constants: SiteConstants | None = None
         self._columns: tuple[Column, ...] = definition.columns
         self._missing: Missing = missing_cells(definition.missing)
 
@@ -191,17 +187,23 @@ class TabularSchema(Schema):
         for block in self._blocks(path, target_required=False):
             for column in numeric:
                 moments[column.name].add(column.read(block, self._missing))
-        constants = {name: ColumnConstants(mean=m.mean, deviation=m.deviation or 1.0) for name, m in moments.items()}
-        return self.with_constants(SiteConstants(schema_digest=self._digest(), columns=constants))
+        constants = {name: ColumnConstants(mean=m.mean, deviation=_divisor(m)) for name, m in moments.items()}
+        return self._fitted(SiteConstants(schema_digest=self._digest(), columns=constants))
 
-    def with_constants(self, constants: SiteConstants) -> Self:
-        """This schema with a site's constants. Raises DataError if they belong to another schema."""
-        if constants.schema_digest != self._digest():
-            raise DataError("the site's standardisation constants belong to another schema; compute them anew")
-        fitted = copy.copy(self)
-        fitted.constants = constants
-        fitted._columns = tuple(_standardised(column, constants) for column in self.definition.columns)
-        return fitted
+    def constants_json(self) -> str | None:
+        """The site's constants, which never leave it; None if the schema is not fitted or needs none."""
+        return canonical_json(self._constants) if self._constants else None
+
+    def with_constants(self, text: str, origin: str) -> Self:
+        """This schema with the constants of `constants_json`, read from `origin`.
+
+        Raises DataError if they are damaged or were made with another schema.
+        """
+        constants = parse_definition(text, origin, SiteConstants)
+        wanted = {column.name for column in self.definition.columns if isinstance(column, Numeric)}
+        if constants.schema_digest != self._digest() or set(constants.columns) != wanted:
+            raise DataError(f"{origin}: these standardisation constants belong to another schema; compute them anew")
+        return self._fitted(constants)
 
     def describe_inputs(self) -> Mapping[str, Any]:
         """The input tensor, each column's place in it, and the rules; never a site's constants."""
@@ -233,6 +235,12 @@ class TabularSchema(Schema):
         ]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
+    def _fitted(self, constants: SiteConstants) -> Self:
+        fitted = copy.copy(self)
+        fitted._constants = constants
+        fitted._columns = tuple(_standardised(column, constants.columns) for column in self.definition.columns)
+        return fitted
+
     def _blocks(self, path: Path, *, target_required: bool) -> Iterator[Block]:
         checked = False
         for block in read_blocks(path, self.definition.delimiter):
@@ -257,7 +265,7 @@ class TabularSchema(Schema):
         return np.concatenate(parts, axis=1).astype(np.float32)
 
     def _require_constants(self, path: Path) -> None:
-        if self.data_dependent and self.constants is None:
+        if self.data_dependent and self._constants is None:
             raise DataError(
                 f"{path}: the schema standardises by site, and this site's constants are not there yet; "
                 "compute them from the training data first (TabularSchema.fit)"
@@ -267,10 +275,13 @@ class TabularSchema(Schema):
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def _standardised(column: Column, constants: SiteConstants) -> Column:
+def _divisor(moments: Moments) -> float:
+    """The deviation, or 1 where it is 0 but for the rounding of the mean."""
+    return moments.deviation if moments.deviation > ROUNDING * abs(moments.mean) else 1.0
+
+
+def _standardised(column: Column, constants: Mapping[str, ColumnConstants]) -> Column:
     if not isinstance(column, Numeric):
         return column
-    if column.name not in constants.columns:
-        raise DataError(f"the site's standardisation constants have no column {shown(column.name)}; compute them anew")
-    own = constants.columns[column.name]
+    own = constants[column.name]
     return column.model_copy(update={"center": own.mean, "scale": own.deviation})

@@ -133,6 +133,8 @@ def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("[1, 2]", "a schema is a mapping of fields, this is list"),
         ("a: [", "not YAML"),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\n", "not YAML: aliases (*a) are not read; write it out"),
+        (SCHEMA.replace("[benign, malignant]", "{1: a, '1': b}"), "target.labels: more than once: '1'"),
         ("{columns: [], target: {name: t, labels: [x, y]}}", "columns: expected 1 to 100000 of them, got 0"),
         (SCHEMA.replace("kind: boolean", "kind: date"), "columns.2: Input tag 'date'"),
         (SCHEMA.replace("[0, 120]", "[120, 0]"), "columns.0.numeric: range must go from a smaller to a larger"),

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from clients import tables
 from clients.moments import Moments
-from clients.tabular_schema import SiteConstants, TabularSchema
+from clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 
 SCHEMA = """
@@ -153,10 +153,9 @@ def test_standardisation_by_site_uses_the_training_moments_everywhere(tmp_path: 
     fitted = schema.fit(train)  # known ages 30 and 50: mean 40, deviation 10
     assert fitted.read_examples(train).inputs[:, 0].tolist() == [-1, 0, 1]
     assert fitted.read_inputs(test)[:, 0].tolist() == [2, 0]
-    assert schema.constants is None
+    assert schema.constants_json() is None
 
-    stored = fitted.constants.to_json()
-    again = schema_of(text).with_constants(SiteConstants.parse(stored, "constants.json"))
+    again = schema_of(text).with_constants(fitted.constants_json(), "constants.json")
     assert again.read_inputs(test)[:, 0].tolist() == [2, 0]
     assert again.to_json() == schema.to_json()
     assert "40" not in json.dumps(fitted.describe_inputs())
@@ -167,10 +166,13 @@ def test_standardisation_by_site_uses_the_training_moments_everywhere(tmp_path: 
 def test_constants_of_another_schema_are_refused(tmp_path: Path) -> None:
     text = "{columns: [{name: a, kind: numeric}], target: {name: t, labels: [x, y]}, standardise: site}"
     fitted = schema_of(text).fit(written(tmp_path, "a\n1\n3\n"))
-    with pytest.raises(DataError, match="another schema"):
-        schema_of(text.replace("[x, y]", "[y, x]")).with_constants(fitted.constants)
-    with pytest.raises(DataError, match=r"c.json: columns.a.deviation"):
-        SiteConstants.parse('{"schema_digest": "", "columns": {"a": {"mean": 0, "deviation": 0}}}', "c.json")
+    constants = fitted.constants_json()
+    with pytest.raises(DataError, match=r"c.json: these .* belong to another schema; compute them anew"):
+        schema_of(text.replace("[x, y]", "[y, x]")).with_constants(constants, "c.json")
+    with pytest.raises(DataError, match="belong to another schema"):
+        schema_of(text).with_constants(constants.replace('"a"', '"b"'), "c.json")
+    with pytest.raises(DataError, match=r"c.json: columns.a.deviation: Input should be greater than 0"):
+        schema_of(text).with_constants(constants.replace('"deviation":1.0', '"deviation":0'), "c.json")
 
 
 def test_a_constant_or_wholly_missing_column_stays_finite(tmp_path: Path) -> None:
@@ -178,13 +180,17 @@ def test_a_constant_or_wholly_missing_column_stays_finite(tmp_path: Path) -> Non
         "{columns: [{name: a, kind: numeric}, {name: b, kind: numeric}],"
         " target: {name: t, labels: [x, y]}, standardise: site}"
     )
-    path = written(tmp_path, "a,b\n7,NA\n7,NA\n")
-    assert schema.fit(path).read_inputs(path).tolist() == [[0, 0], [0, 0]]
+    path = written(tmp_path, "a,b\n" + "0.1,NA\n" * 7)
+    fitted = schema.fit(path)
+    np.testing.assert_allclose(fitted.read_inputs(path), np.zeros((7, 2)), atol=1e-6)
+    other = fitted.read_inputs(written(tmp_path, "a,b\n0.35,2\n", "other.csv"))
+    np.testing.assert_allclose(other, [[0.25, 2]], atol=1e-6)
 
 
 def test_fitting_a_schema_with_public_constants_changes_nothing(tmp_path: Path) -> None:
     schema = schema_of()
     assert schema.fit(tmp_path / "is never read.csv") is schema
+    assert schema.constants_json() is None
 
 
 @settings(deadline=None)

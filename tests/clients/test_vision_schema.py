@@ -215,6 +215,14 @@ def test_nothing_is_dropped_from_an_image_unasked(tmp_path: Path, mode: str, sch
         schema_of(schema).read_inputs(tmp_path / "a.png")
 
 
+def test_one_transparent_colour_needs_a_channel_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("P", (6, 4)).save(path, transparency=0)
+    with pytest.raises(DataError, match=r"pixel mode P with transparency; expected RGB \(3 channels\)"):
+        schema_of(COLOUR).read_inputs(path)
+    assert not schema_of("{shape: [4, 4, 6], labels: [a, b]}").read_inputs(path)[0, 3].any()
+
+
 def test_bad_folders_and_files(tmp_path: Path) -> None:
     image = Image.new("L", (6, 4))
     schema = schema_of(GREY)
