@@ -12,6 +12,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
+from fedclaw.runtime.records import serialised
 
 Arrays = dict[str, NDArray[np.float32]]
 """Parameters, or anything of their shapes, by state-dict name; float32."""
@@ -40,7 +41,8 @@ def unpack(record: ArrayRecord) -> Arrays:
 def _view(name: str, array: Array) -> NDArray[np.float32]:
     if array.stype != _STYPE:
         raise UpdateError(f"array {name!r} is serialised as {array.stype!r}, expected {_STYPE!r}")
-    head = io.BytesIO(array.data[:_LONGEST_HEADER])
+    data = serialised(array)
+    head = io.BytesIO(data[:_LONGEST_HEADER])
     try:
         version = npy.read_magic(head)
         if version != (1, 0):
@@ -48,7 +50,7 @@ def _view(name: str, array: Array) -> NDArray[np.float32]:
         shape, fortran, dtype = npy.read_array_header_1_0(head)
         if dtype != np.float32 or fortran:
             raise ValueError(f"expected C-ordered float32, got {dtype}")
-        values = np.frombuffer(array.data, dtype=np.float32, offset=head.tell())
+        values = np.frombuffer(data, dtype=np.float32, offset=head.tell())
         return values.reshape(shape)
     except ValueError as error:
         raise UpdateError(f"array {name!r} cannot be read: {error}") from error

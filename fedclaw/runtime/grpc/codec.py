@@ -12,12 +12,13 @@ from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Error, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Error, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
 from numpy.lib import format as npy
 
 from fedclaw.errors import TransportError
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+from fedclaw.runtime.records import Records, ViewedArray, serialised
 
 Content = RecordDict | Error
 
@@ -44,9 +45,9 @@ class Encoded:
     parts: tuple[bytes | memoryview, ...]
     size: int
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes from `offset`, across buffers."""
-        found = []
+    def read(self, offset: int, length: int) -> list[memoryview]:
+        """Up to `length` bytes from `offset`, as views of the buffers they lie in."""
+        found: list[memoryview] = []
         for part in self.parts:
             if length == 0:
                 break
@@ -57,7 +58,7 @@ class Encoded:
             found.append(piece)
             length -= len(piece)
             offset = 0
-        return b"".join(found)
+        return found
 
 
 def encode(content: Content) -> Encoded:
@@ -79,7 +80,10 @@ def encode(content: Content) -> Encoded:
 
 
 def decode(buffer: bytes | bytearray | memoryview) -> Content:
-    """The content in `buffer`, copied out of it. Raises TransportError for anything not exactly well-formed."""
+    """The content in `buffer`; its arrays are views, so `buffer` must not change any more.
+
+    Raises TransportError for anything not exactly well-formed.
+    """
     view = memoryview(buffer).cast("B")
     if len(view) < _PREFIX or view[: len(MAGIC)] != MAGIC:
         raise TransportError("the message is not a FedClaw message")
@@ -113,11 +117,10 @@ def _encode_record(
     if isinstance(record, ArrayRecord):
         target.arrays.SetInParent()
         for name, array in record.items():
-            _check_array(name, array.dtype, tuple(array.shape), array.stype, memoryview(array.data))
-            target.arrays.items.add(
-                name=name, dtype=array.dtype, shape=array.shape, stype=array.stype, length=len(array.data)
-            )
-            data.append(array.data)
+            raw = serialised(array)
+            _check_array(name, array.dtype, tuple(array.shape), array.stype, memoryview(raw))
+            target.arrays.items.add(name=name, dtype=array.dtype, shape=array.shape, stype=array.stype, length=len(raw))
+            data.append(raw)
         return
     values = target.metrics if isinstance(record, MetricRecord) else target.configs
     values.SetInParent()
@@ -148,7 +151,7 @@ def _scalar(name: str, value: Plain) -> pb.Scalar:
 
 
 def _decode_records(records: pb.Records, body: memoryview) -> RecordDict:
-    content = RecordDict()
+    content = Records()
     for record in records.items:
         _expect(record.name not in content, f"two records are called {record.name!r}")
         kind = record.WhichOneof("kind")
@@ -172,7 +175,7 @@ def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord,
         shape = tuple(item.shape)
         data = body[: item.length]
         _check_array(item.name, item.dtype, shape, item.stype, data)
-        record[item.name] = Array(dtype=item.dtype, shape=shape, stype=item.stype, data=bytes(data))
+        record[item.name] = ViewedArray(item.dtype, shape, item.stype, data)
         body = body[item.length :]
     return record, body
 

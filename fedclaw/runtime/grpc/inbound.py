@@ -21,6 +21,7 @@ from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.codec import Content, decode
 from fedclaw.runtime.grpc.desk import Desk, Task
 from fedclaw.runtime.grpc.limits import Limits
+from fedclaw.runtime.grpc.pieces import Piece
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.session import Session
 from fedclaw.security.seal import TAG, Binding, Opener, OpenStream, segment_count
@@ -88,7 +89,7 @@ class Arrivals:
             self._waiting[identity] = _Arrival(task, offer, session)
         self._admit()
 
-    def chunk(self, session: Session, chunk: pb.Chunk) -> None:
+    def chunk(self, session: Session, chunk: Piece) -> None:
         """The next piece of a reply. Raises TransportError for a piece that was not accepted from there."""
         with self._lock:
             arrival = self._admitted.get(chunk.transfer_id)

@@ -9,6 +9,7 @@ from fedclaw.errors import TransportError
 from fedclaw.runtime.flower import Envelope, rebuild
 from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.codec import decode
+from fedclaw.runtime.grpc.pieces import Piece
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 
 
@@ -43,7 +44,7 @@ class Intake:
         """How many tasks are on their way."""
         return len(self._partials)
 
-    def add(self, chunk: pb.Chunk) -> Message | None:
+    def add(self, chunk: Piece) -> Message | None:
         """The next piece; the task when it is whole. Raises TransportError, and the task is dropped."""
         partial = self._partials.get(chunk.transfer_id)
         if partial is None:

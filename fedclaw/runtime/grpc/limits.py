@@ -12,8 +12,11 @@ MAX_FRAME_BYTES = 2 * MIB
 MAX_METADATA_BYTES = 16 * 1024
 """Hard limit on the HTTP/2 headers of a connection."""
 
-CHUNK_BYTES = MIB
-"""Bytes of a message that travel in one frame. A sealed chunk is one segment of the seal, slightly longer."""
+WINDOW_BYTES = 2 * MIB
+"""What gRPC takes from a peer before this code has asked for it."""
+
+CHUNK_BYTES = MIB // 4
+"""Bytes of a task that travel in one frame; of a reply it is one segment of the seal, 1 MiB and its tag."""
 
 
 class Limits(Frozen):

@@ -19,6 +19,7 @@ from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.intake import Intake
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.runtime.grpc.outbox import Entry, Outbox
+from fedclaw.runtime.grpc.pieces import Piece, read_piece
 from fedclaw.runtime.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.sender import Sender
@@ -41,9 +42,7 @@ class _Stream:
         self.ended = threading.Event()
         self.problem: TransportError | None = None
         self._link = link
-        call = channel.stream_stream(
-            wire.PATH, request_serializer=pb.Frame.SerializeToString, response_deserializer=None
-        )
+        call = channel.stream_stream(wire.PATH)
         self.sender.post(wire.hello(PROTOCOL_VERSION, f"fedclaw {__version__}"))
         self._responses = call(self.sender.frames())
         threading.Thread(target=self._read, name="fedclaw-read", daemon=True).start()
@@ -73,7 +72,11 @@ class _Stream:
     def _read_all(self, responses: Iterable[bytes]) -> None:
         for raw in responses:
             self.heard = time.monotonic()
-            self._link.handle(self, pb.Frame.FromString(raw))
+            piece = read_piece(raw) if self.welcomed else None
+            if piece is not None:
+                self._link.chunk(self, piece)
+            else:
+                self._link.handle(self, pb.Frame.FromString(raw))
 
 
 class SiteLink:
@@ -190,7 +193,8 @@ class SiteLink:
         elif kind == "offer":
             self._offered(stream, frame.offer)
         elif kind == "chunk":
-            self._chunk(stream, frame.chunk)
+            chunk = frame.chunk
+            self.chunk(stream, Piece(chunk.transfer_id, chunk.offset, chunk.data))
         elif kind == "accept":
             stream.sender.start(frame.accept.transfer_id, frame.accept.offset)
         elif kind == "done":
@@ -233,7 +237,8 @@ class SiteLink:
         except TransportError as error:
             self._say_no(stream, pb.REASON_MALFORMED, str(error), identity)
 
-    def _chunk(self, stream: _Stream, chunk: pb.Chunk) -> None:
+    def chunk(self, stream: _Stream, chunk: Piece) -> None:
+        """A piece of a task."""
         try:
             task = self._intake.add(chunk)
         except TransportError as error:

@@ -60,10 +60,10 @@ class Entry:
         """Bytes that leave the site."""
         return len(self.header) + self.body_size
 
-    def read(self, offset: int) -> bytes:
-        """The chunk at `offset`. Raises OSError if the file is gone."""
+    def read(self, offset: int) -> list[bytes]:
+        """The chunk at `offset`, in one buffer. Raises OSError if the file is gone."""
         with self.path.open("rb", buffering=0) as file:
-            return os.pread(file.fileno(), min(_CHUNK, self.body_size - offset), offset)
+            return [os.pread(file.fileno(), min(_CHUNK, self.body_size - offset), offset)]
 
     def outgoing(self) -> Outgoing:
         """Ready to be offered to the server."""
@@ -82,7 +82,7 @@ class Entry:
         digest = hashlib.sha256(self.header)
         try:
             for offset in range(0, self.body_size, _CHUNK):
-                digest.update(self.read(offset))
+                digest.update(b"".join(self.read(offset)))
         except OSError:
             return False
         return digest.hexdigest() == self.digest

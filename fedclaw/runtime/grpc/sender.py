@@ -7,24 +7,25 @@ source at the moment it leaves.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedclaw.errors import TransportError
+from fedclaw.runtime.grpc.pieces import Buffer, write_piece
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 _MAX_CONTROL_FRAMES = 4096
-_NOTHING = pb.Frame(heartbeat=pb.Heartbeat())
+_NOTHING = pb.Frame(heartbeat=pb.Heartbeat()).SerializeToString()
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """Something to send: `offer` announces it, `read(offset)` gives the chunk that begins there."""
+    """Something to send: `offer` announces it, `read(offset)` gives the chunk that begins there, as buffers."""
 
     offer: pb.Offer
-    read: Callable[[int], bytes]
+    read: Callable[[int], Sequence[Buffer]]
 
     @property
     def transfer_id(self) -> str:
@@ -91,17 +92,17 @@ class Sender:
             self._closed = True
             self._wake.notify()
 
-    def frames(self) -> Iterator[pb.Frame]:
-        """What leaves, until `close`."""
+    def frames(self) -> Iterator[bytes]:
+        """What leaves, serialised, until `close`."""
         while (frame := self._next()) is not None:
             yield frame
 
-    def _next(self) -> pb.Frame | None:
+    def _next(self) -> bytes | None:
         with self._wake:
             while not (self._control or self._running or self._closed):
                 self._wake.wait()
             if self._control:
-                return self._control.popleft()
+                return self._control.popleft().SerializeToString()
             if self._closed:
                 return None
             running = self._running.popleft()
@@ -115,11 +116,11 @@ class Sender:
             self.withdraw(outgoing.transfer_id)
             return _NOTHING
         with self._wake:
-            running.offset += len(data)
+            running.offset += sum(map(len, data))
             unfinished = running.offset < outgoing.offer.size
             if unfinished and outgoing.transfer_id in self._offered and not self._is_running(outgoing.transfer_id):
                 self._running.append(running)
-        return pb.Frame(chunk=pb.Chunk(transfer_id=outgoing.transfer_id, offset=offset, data=data))
+        return write_piece(outgoing.transfer_id, offset, data)
 
     def _is_running(self, transfer_id: str) -> bool:
         return any(item.outgoing.transfer_id == transfer_id for item in self._running)

@@ -17,6 +17,7 @@ from fedclaw.runtime.grpc.desk import Desk, Task
 from fedclaw.runtime.grpc.inbound import Arrivals, error_reply
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.runtime.grpc.peer import NotAdmitted, Peer, check_standing, peer_of
+from fedclaw.runtime.grpc.pieces import Piece, read_piece
 from fedclaw.runtime.grpc.protocol import METHOD, PROTOCOL_VERSION, SERVICE
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.session import Session
@@ -62,10 +63,8 @@ class Station:
             options=wire.server_options(self._limits),
             maximum_concurrent_rpcs=streams,
         )
-        # Frames are parsed in _read, where a malformed one gets an answer.
-        handler = grpc.stream_stream_rpc_method_handler(
-            self._serve, request_deserializer=None, response_serializer=pb.Frame.SerializeToString
-        )
+        # Frames pass as bytes: they are parsed in _read, where a malformed one gets an answer.
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
         tls = self._home.tls()
         credentials = grpc.ssl_server_credentials(
@@ -121,12 +120,12 @@ class Station:
         if session is not None:
             session.sender.withdraw(task.outgoing.transfer_id)
 
-    def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[pb.Frame]:
+    def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         try:
             peer = peer_of(context, self._home)
         except NotAdmitted as error:
             self._event("refused", "", f"{wire.printable(context.peer())}: {error}")
-            yield wire.refuse(error.reason, str(error))
+            yield wire.refuse(error.reason, str(error)).SerializeToString()
             return
         session = Session(peer, context)
         with self.changed:
@@ -141,7 +140,11 @@ class Station:
         try:
             for raw in requests:
                 session.touch()
-                self._handle(session, pb.Frame.FromString(raw))
+                piece = read_piece(raw) if session.welcomed else None
+                if piece is not None:
+                    self._arrivals.chunk(session, piece)
+                else:
+                    self._handle(session, pb.Frame.FromString(raw))
         except NotAdmitted as error:
             self._refuse(session, error)
         except (TransportError, DecodeError) as error:
@@ -163,7 +166,8 @@ class Station:
                 raise TransportError("the first frame is not a hello")
             self._welcome(session, frame.hello)
         elif kind == "chunk":
-            self._arrivals.chunk(session, frame.chunk)
+            chunk = frame.chunk
+            self._arrivals.chunk(session, Piece(chunk.transfer_id, chunk.offset, chunk.data))
         elif kind == "offer":
             self._arrivals.offered(session, frame.offer)
         elif kind == "accept":

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedclaw.errors import TransportError
 from fedclaw.runtime.flower import Envelope
-from fedclaw.runtime.grpc.limits import MAX_FRAME_BYTES, MAX_METADATA_BYTES, Limits
+from fedclaw.runtime.grpc.limits import MAX_FRAME_BYTES, MAX_METADATA_BYTES, WINDOW_BYTES, Limits
 from fedclaw.runtime.grpc.protocol import METHOD, SERVICE
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 
@@ -26,6 +26,9 @@ def common_options() -> list[tuple[str, Any]]:
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.enable_retries", 0),
+        # A fixed window instead of one that grows with bandwidth: that much, and no more, is read ahead of us.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
     ]
 
 

@@ -158,4 +158,4 @@ class Worker:
         )
         sealed = self._sealer.seal(body.parts, binding)
         with self._lock:
-            return self._outbox.store(task, reply, sealed, summary.read(0, summary.size))
+            return self._outbox.store(task, reply, sealed, b"".join(summary.parts))

@@ -1,5 +1,6 @@
 """A provisioned federation on disk, a server on a real socket, and sites that connect to it."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from fedclaw.errors import FedClawError
 from fedclaw.runtime.flower import number_of
 from fedclaw.runtime.grpc import GrpcGrid, Limits, SiteLink, wire
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
-from fedclaw.runtime.grpc.sender import Sender
 from fedclaw.security import provisioning
 from fedclaw.security.federation_home import FederationHome
 from fedclaw.security.site_home import SiteKeys
@@ -101,17 +101,12 @@ class RawSite:
         tls = keys.tls()
         credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
         self.channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, wire.channel_options())
-        self.sender = Sender()
         call = self.channel.stream_stream(wire.PATH, request_serializer=None, response_deserializer=pb.Frame.FromString)
-        self.responses = call(self._raw())
-        self._extra: list[bytes] = []
-
-    def _raw(self) -> Iterator[bytes]:
-        for frame in self.sender.frames():
-            yield frame if isinstance(frame, bytes) else frame.SerializeToString()
+        self._out: queue.Queue[bytes | None] = queue.Queue()
+        self.responses = call(iter(self._out.get, None))
 
     def say(self, frame: pb.Frame | bytes) -> None:
-        self.sender.post(frame)  # type: ignore[arg-type]
+        self._out.put(frame if isinstance(frame, bytes) else frame.SerializeToString())
 
     def hear(self, kind: str) -> pb.Frame:
         """The next frame of that kind; other frames are passed over, refusals are not."""
@@ -127,7 +122,7 @@ class RawSite:
         self.hear("welcome")
 
     def close(self) -> None:
-        self.sender.close()
+        self._out.put(None)
         self.channel.close()
 
 
@@ -143,7 +138,11 @@ def content(size: int = 4, seed: int = 0) -> RecordDict:
     """Arrays of `size` float32, a metric and a configuration value."""
     values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
     return RecordDict(
-        {"arrays": ArrayRecord({"w": Array(values)}), "metrics": MetricRecord({"n": 3}), "config": ConfigRecord({"a": "b"})}
+        {
+            "arrays": ArrayRecord({"w": Array(values)}),
+            "metrics": MetricRecord({"n": 3}),
+            "config": ConfigRecord({"a": "b"}),
+        }
     )
 
 
