@@ -93,7 +93,7 @@ def check_plan(policy: Policy, plan: Plan, examples: int, parameters: int) -> No
     `examples` is the number of training examples here, `parameters` that of the model's parameters. Whether the
     budget that is left is enough is the ledger's question, which metrics leave that of `permitted_metrics`.
     """
-    _check_names(policy, plan)
+    check_names(policy, plan)
     _check_cohort(policy, plan)
     _check_privacy(policy, plan, examples)
     _check_steps(policy, plan, examples)
@@ -117,7 +117,8 @@ def permitted_metrics(policy: Policy, asked: tuple[str, ...], examples: int | No
     return permitted
 
 
-def _check_names(policy: Policy, plan: Plan) -> None:
+def check_names(policy: Policy, plan: Plan) -> None:
+    """Raise a Refusal for a federation, workload or strategy that may not ask: holds for training and evaluation."""
     if policy.federations is not None:
         _require(RefusalCode.FEDERATION, "federation", plan.federation, policy.federations)
     _require(RefusalCode.WORKLOAD, "workload", plan.workload, policy.workloads)

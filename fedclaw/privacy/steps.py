@@ -230,7 +230,7 @@ def shuffled_batches(count: int, batch_size: int, steps: int, source: GaussianSo
     For training without privacy only: the accountant knows nothing of shuffling.
     """
     taken = 0
-    while taken < steps and count > 0:
+    while taken < steps:
         order = torch.from_numpy(source.permutation(count))
         for batch in torch.split(order, batch_size)[: steps - taken]:
             yield batch

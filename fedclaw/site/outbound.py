@@ -63,7 +63,7 @@ class OutboundLog:
         """Open or begin the log and check all of it. Raises LedgerError if it is damaged or cannot be written."""
         self._path = path
         self._lock = threading.RLock()
-        self._head = GENESIS
+        self._known = GENESIS
         self._forget()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,21 +120,20 @@ class OutboundLog:
                 raise LedgerError(f"outbound log {self._path}: the receipt is not JSON: {error}") from error
             self._write(line)
             self._follow(line.rstrip(b"\n"))
+            self._known = self._head
             return entry
 
     def verify(self) -> None:
         """Read the whole file again and walk the chain. Raises LedgerError naming the first bad line."""
         with self._exclusive():
-            seen = self._head
             self._forget()
             self._catch_up()
-            if seen not in self._heads:
-                raise LedgerError(f"outbound log {self._path}: lines that this process has seen are gone")
 
     def entries(self) -> tuple[OutboundEntry, ...]:
         """All entries, verified."""
         with self._exclusive():
-            self.verify()
+            self._forget()
+            self._catch_up()
             lines = os.pread(self._file, self._offset, 0).splitlines()
             return tuple(OutboundEntry.model_validate(json.loads(line)["entry"]) for line in lines)
 
@@ -179,6 +178,9 @@ class OutboundLog:
                 self._follow(line)
         if rest:
             self._set_aside(rest)
+        if self._known not in self._heads:
+            raise LedgerError(f"outbound log {self._path}: lines that this process has written or seen are gone")
+        self._known = self._head
 
     def _follow(self, line: bytes) -> None:
         number = self._sequence + 1
@@ -216,7 +218,7 @@ class OutboundLog:
     def _set_aside(self, rest: bytes) -> None:
         torn = self._path.with_name(self._path.name + ".torn")
         try:
-            with open(os.open(torn, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_MODE), "ab") as file:
+            with os.fdopen(os.open(torn, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_MODE), "ab") as file:
                 file.write(rest + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
