@@ -1,5 +1,8 @@
 """Real data that ships with scikit-learn, dealt out to sites as files, each site's in its own directory.
 
+    python -m experiments.datasets output=quickstart
+    python -m experiments.datasets output=quickstart dataset=digits dataset.sites=3
+
     ROOT/schema.yaml            what the federation agreed on
     ROOT/public/                a small public reference set of the coordinator: one half as inputs alone, the other
                                 half labelled
@@ -20,11 +23,22 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.policy import SAFE_METRICS
 from fedclaw.site.settings import SITE_FILE
 
 SITE_NAMES = ("hospital-north", "hospital-east", "hospital-south", "hospital-west")
+
+
+class DealSettings(Frozen):
+    """conf/datasets.yaml, checked."""
+
+    dataset: "DatasetSettings"
+    output: Path
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
 
 
 class DatasetSettings(Frozen):
@@ -188,3 +202,19 @@ def _write_yaml(path: Path, content: dict[str, Any]) -> None:
 
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the layout as the command line says."""
+    settings = compose_settings("datasets", split(arguments).overrides, DealSettings)
+    if settings.output.exists():
+        raise UsageError(f"{settings.output} exists already; choose another output=")
+    directories = write_sites(settings.output, settings.dataset, SitePolicy(settings.epsilon, settings.delta))
+    console = make_console()
+    console.print(f"schema: {settings.output / 'schema.yaml'}")
+    for directory in directories:
+        console.print(f"site:   {directory}")
+
+
+if __name__ == "__main__":
+    run_main("experiments.datasets", __doc__ or "", main)

@@ -1,0 +1,159 @@
+"""Real processes, real directories: what the tests of the entry points share."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from experiments.processes import free_port
+from fedclaw.security import provisioning
+
+FEDERATION = "clinic"
+PATIENCE = 90.0
+"""Seconds after which a process that should have ended, or a line that should have come, is given up."""
+
+
+@dataclass
+class Command:
+    """A finished command: its exit code and all that it wrote."""
+
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.errors.strip().splitlines()
+
+
+def run_module(module: str, *arguments: str | Path, cwd: Path | None = None, timeout: float = PATIENCE) -> Command:
+    """Run `python -m MODULE` to its end."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=cwd,
+        check=False,
+    )
+    return Command(done.returncode, done.stdout, done.stderr)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with the project's root importable and one thread a process."""
+    root = str(Path(__file__).parent.parent)
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+
+class Background:
+    """A process in the background that writes to a file."""
+
+    def __init__(self, log: Path, module: str, *arguments: str | Path) -> None:
+        self.log = log
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, arguments)], stdout=file, stderr=file, env=environment()
+            )
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait until `condition` holds; fail with the log when it does not, or the process ends before."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            if self.process.poll() is not None and not condition():
+                pytest.fail(f"ended with {self.process.returncode} before {what}:\n{self.text()}")
+            if time.monotonic() > end:
+                pytest.fail(f"never {what}:\n{self.text()}")
+            time.sleep(0.02)
+
+    def wait_for_text(self, text: str) -> None:
+        self.wait_for(lambda: text in self.text(), f"wrote {text!r}")
+
+    def finish(self) -> int:
+        """Wait for the end and return the exit code."""
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"did not end:\n{self.text()}")
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM."""
+        self.process.terminate()
+        return self.finish()
+
+
+@dataclass
+class Deployment:
+    """A provisioned federation with sites' directories, and a way to start its processes."""
+
+    root: Path
+    federation: Path
+    sites: tuple[Path, ...]
+    background: list[Background]
+
+    @property
+    def schema(self) -> Path:
+        return self.root / "schema.yaml"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def client(self, index: int, *arguments: str) -> Background:
+        site = self.sites[index]
+        return self._start(site.name, "fedclaw.client", f"site={site}", *arguments)
+
+    def server(self, *arguments: str) -> Background:
+        return self._start(
+            "server", "fedclaw.server", f"federation={self.federation}", f"runs={self.runs}", "tracking=none", *arguments
+        )
+
+    def new_run(self, *arguments: str) -> Background:
+        defaults = (f"workload.schema_file={self.schema}", "workload.model.name=logistic", "run=test", "rounds=3")
+        privacy = ("privacy.epsilon=4", "privacy.delta=1e-3")
+        return self.server(*defaults, *privacy, f"sites.minimum={len(self.sites)}", *arguments)
+
+    def _start(self, name: str, module: str, *arguments: str) -> Background:
+        process = Background(self.root / f"{name}-{len(self.background)}.log", module, *arguments)
+        self.background.append(process)
+        return process
+
+
+@contextmanager
+def deploy(root: Path, sites: int, policy: SitePolicy) -> Iterator[Deployment]:
+    """Provision a federation under `root` and stop all of its processes at the end."""
+    directories = write_sites(root, DatasetSettings(name="breast_cancer", sites=sites), policy)
+    federation = root / "federation"
+    provisioning.initialise(federation, FEDERATION, f"127.0.0.1:{free_port()}")
+    for directory in directories:
+        request = provisioning.request_site(directory, federation / "federation.json", directory.name)
+        provisioning.accept(directory, provisioning.approve(federation, request))
+    deployment = Deployment(root, federation, directories, [])
+    try:
+        yield deployment
+    finally:
+        for process in deployment.background:
+            if process.process.poll() is None:
+                process.kill()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Iterator[Deployment]:
+    """Two sites with a budget of epsilon 8."""
+    with deploy(tmp_path, 2, SitePolicy(epsilon=8.0, delta=1e-3)) as made:
+        yield made
