@@ -161,6 +161,16 @@ def test_after_a_failure_nothing_comes_out() -> None:
         stream.finish()
 
 
+def test_one_segment_too_many_spoils_a_whole_message() -> None:
+    header, segments = sealed_parts("x25519", b"update")
+    stream = Opener("x25519", KEYS["x25519"].private).open(header, BINDING, 6)
+    stream.feed(segments[0])
+    with pytest.raises(SealError, match="one too many"):
+        stream.feed(segments[0])
+    with pytest.raises(SealError, match="did not open"):
+        stream.finish()
+
+
 def test_nothing_comes_out_before_the_end() -> None:
     header, segments = sealed_parts("x25519", bytes(SEGMENT + 1))
     stream = Opener("x25519", KEYS["x25519"].private).open(header, BINDING, SEGMENT + 1)
