@@ -57,8 +57,10 @@ def export_bundle(
     """Export `source`, compare, state, sign, and leave the bundle at `target`, verified against the signer's CA.
 
     `progress` hears a few words before each step. Raises BundleError when an exported form is further from the torch
-    model than the tolerance, or `target` exists and may not be overwritten; then nothing is left behind.
+    model than the tolerance, or `target` exists and may not be overwritten; then nothing is left behind. Raises
+    UsageError when the export extra is not installed.
     """
+    graph.require_exporter()
     _check_target(target, request.overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))

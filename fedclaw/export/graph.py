@@ -37,6 +37,16 @@ class Classifier(nn.Module):
         return logits, torch.softmax(logits, dim=1)
 
 
+def require_exporter() -> Any:
+    """The `onnx` package. Raises UsageError when it, or what torch.onnx needs besides, is not installed."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch.onnx imports it later, with a longer message
+    except ImportError as error:
+        raise UsageError(f"export needs {error.name}; install it with: pip install 'fedclaw[export]'") from error
+    return onnx
+
+
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
     """The program of `Classifier(model)` in evaluation mode, for any batch size.
 
@@ -76,7 +86,7 @@ def save_onnx(program: torch.export.ExportedProgram, input_shape: tuple[int, ...
     Raises UsageError when the extra is not installed, BundleError when ONNX has no operator for the model or the
     model is larger than an ONNX file can be (2 GiB).
     """
-    onnx = _import_onnx()
+    onnx = require_exporter()
     weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
     if weights > PROTOBUF_LIMIT:
         raise BundleError(f"the model has {weights / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB")
@@ -137,15 +147,6 @@ def _tidy(model: Any) -> None:
         for owner in (function, *function.node):
             del owner.metadata_props[:]
             owner.doc_string = ""
-
-
-def _import_onnx() -> Any:
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 - torch.onnx imports it later, with a longer message
-    except ImportError as error:
-        raise UsageError(f"export needs {error.name}; install it with: pip install 'fedclaw[export]'") from error
-    return onnx
 
 
 def _first_line(error: BaseException) -> str:

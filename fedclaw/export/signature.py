@@ -28,6 +28,7 @@ UNUSABLE = (
     UnsupportedAlgorithm,
     x509.ExtensionNotFound,
     x509.DuplicateExtension,
+    x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
 """All that a damaged certificate makes cryptography raise."""
@@ -54,7 +55,7 @@ def parse_certificate(pem: bytes, origin: str) -> x509.Certificate:
     """The one certificate in `pem`. Raises BundleError naming `origin`."""
     try:
         certificates = x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except UNUSABLE as error:
         raise BundleError(f"{origin} is not a PEM certificate") from error
     if len(certificates) != 1:
         raise BundleError(f"{origin} holds {len(certificates)} certificates, it should hold one")
@@ -124,7 +125,7 @@ def check_not_revoked(release: x509.Certificate, authority: x509.Certificate, cr
     """
     try:
         revocations = x509.load_pem_x509_crl(crl_pem)
-    except ValueError as error:
+    except UNUSABLE as error:
         raise BundleError(f"{origin} is not a PEM certificate revocation list") from error
     key = authority.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not revocations.is_signature_valid(key):

@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,10 @@ import pytest
 import torch
 from torch import nn
 
+import fedclaw.export.__main__ as export_command
+import fedclaw.predict as predict_command
+import fedclaw.verify as verify_command
+from fedclaw.cli import run_main
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.source import Source, load_source
 from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
@@ -186,13 +191,41 @@ def with_receipts(table_source: Source) -> Callable[..., Source]:
     return change
 
 
-@pytest.fixture(scope="session")
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m module ...` as a user does."""
+ENTRY_POINTS: dict[str, Callable[[Sequence[str]], None]] = {
+    "fedclaw.export": export_command.main,
+    "fedclaw.verify": verify_command.main,
+    "fedclaw.predict": predict_command.main,
+}
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs an entry point as `python -m module ...` would, in this process: a new one imports torch for seconds."""
 
     def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        line = [sys.executable, "-m", module, *arguments]
-        return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_main(module, "usage", ENTRY_POINTS[module])
+        out, err = capfd.readouterr()
+        assert isinstance(exit_.value.code, int)
+        return subprocess.CompletedProcess([module, *arguments], exit_.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python ...` in a process of its own; packages named in `broken` cannot be imported there."""
+
+    def run(*arguments: str, broken: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        with tempfile.TemporaryDirectory() as trap:
+            for name in broken:
+                (Path(trap) / f"{name}.py").write_text(f"raise ImportError('not installed here', name={name!r})")
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": trap}
+            line = [sys.executable, *arguments]
+            return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
 
     return run

@@ -2,16 +2,17 @@ import hashlib
 import os
 import shutil
 import socket
+import ssl
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedclaw.errors import BundleError
-from fedclaw.export import layout
+from fedclaw.export import layout, signature
 from fedclaw.export.check import SMALL, Trust, verify_bundle
 from fedclaw.security import pki
 from fedclaw.security.federation_home import Signer
@@ -204,6 +205,26 @@ def test_a_strangers_certificate_under_the_genuine_ca_fails(bundle, home, strang
     sign(bundle, mixed)
     with pytest.raises(BundleError, match=r"release\.crt was not issued by the expected CA"):
         verify_bundle(bundle)
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+@pytest.mark.parametrize("which", [layout.RELEASE_CERTIFICATE, layout.CA_CERTIFICATE])
+def test_a_certificate_damaged_anywhere_is_a_bundle_error(home, which):
+    """Of a certificate alone, without the digests; DER lets one bit change that nobody reads (unused bits)."""
+    signer = home.signer()
+    pems = {layout.RELEASE_CERTIFICATE: signer.certificate_pem, layout.CA_CERTIFICATE: signer.ca_pem}
+    der = x509.load_pem_x509_certificate(pems[which]).public_bytes(Encoding.DER)
+    accepted = 0
+    for position in range(len(der)):
+        damaged = bytearray(der)
+        damaged[position] ^= 1
+        pems[which] = ssl.DER_cert_to_PEM_cert(bytes(damaged)).encode()
+        try:
+            signature.check_chain(*(signature.parse_certificate(pem, name) for name, pem in pems.items()))
+            accepted += 1
+        except BundleError as error:
+            assert which in str(error)
+    assert accepted <= 1
 
 
 def test_the_servers_key_must_not_sign_bundles(bundle, home):

@@ -213,7 +213,7 @@ class TestSource:
 
         return write
 
-    PROXY = ProxyReport(inputs="100 synthetic", epochs=1, agreement_pruned=0.5, agreement_after=0.9)
+    PROXY = ProxyReport(inputs="100 synthetic", steps=1, agreement_pruned=0.5, agreement_after=0.9)
 
     def test_auto_takes_the_compressed_model(self, run, compress):
         assert load_source(run).variant == "final"

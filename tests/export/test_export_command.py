@@ -12,10 +12,10 @@ def run(table_run, tmp_path):
     return shutil.copytree(table_run.root, tmp_path / "run", ignore=shutil.ignore_patterns("bundle"))
 
 
-def test_exports_with_real_inputs_and_says_so_quietly(command, run, home, tmp_path):
+def test_exports_with_real_inputs_and_says_so_quietly(process, run, home, tmp_path):
     rows = tmp_path / "real.csv"
     rows.write_text("age,smoker,ward\n61,yes,surgery\n20,no,medicine\n")
-    result = command("fedclaw.export", f"run={run}", f"federation={home.root}", f"inputs={rows}")
+    result = process("-m", "fedclaw.export", f"run={run}", f"federation={home.root}", f"inputs={rows}")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["bundle", "parity", "parity", "signed", "next"]
@@ -50,12 +50,8 @@ def test_another_federations_keys_do_not_sign(command, run, home):
     assert "is a run of the federation 'elsewhere'" in result.stderr
 
 
-def test_a_missing_exporter_names_the_extra(command, run, home, tmp_path, monkeypatch):
-    trap = tmp_path / "trap" / "onnxscript"
-    trap.mkdir(parents=True)
-    (trap / "__init__.py").write_text("raise ImportError('not installed here', name='onnxscript')")
-    monkeypatch.setenv("PYTHONPATH", str(trap.parent))
-    result = command("fedclaw.export", f"run={run}", f"federation={home.root}")
+def test_a_missing_exporter_names_the_extra(process, run, home):
+    result = process("-m", "fedclaw.export", f"run={run}", f"federation={home.root}", broken=["onnxscript"])
     assert result.returncode == 2
     assert "pip install 'fedclaw[export]'" in result.stderr
     assert not (run / "bundle").exists()

@@ -1,7 +1,4 @@
 import csv
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -87,41 +84,24 @@ def test_more_rows_than_a_batch_and_than_a_table(command, table_bundle, table_so
     np.testing.assert_allclose(predictor.predict(inputs), softmax(table_source, inputs), atol=2e-6)
 
 
+HEAVY = ("torch", "onnx", "onnxscript", "opacus", "flwr", "mlflow")
+
+
 @pytest.mark.parametrize("module", ["fedclaw.predict", "fedclaw.verify"])
-def test_torch_is_never_imported(module, table_bundle, rows):
-    """A stand-in torch that fails on import shows that predicting works where torch is not installed."""
-    trap = rows.parent / "trap"
-    for name in ("torch", "onnx", "onnxscript", "opacus", "flwr", "mlflow"):
-        (trap / name).mkdir(parents=True)
-        (trap / name / "__init__.py").write_text("raise ImportError('not installed here')")
+def test_works_where_torch_is_not_installed_and_never_imports_it(process, module, table_bundle, rows):
     arguments = {
         "fedclaw.predict": [f"bundle={table_bundle}", f"input={rows}"],
         "fedclaw.verify": [str(table_bundle)],
     }[module]
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(trap)},
-        check=False,
-    )
+    result = process("-X", "importtime", "-m", module, *arguments, broken=HEAVY)
     assert result.returncode == 0, result.stderr[-500:]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
     assert "fedclaw" in imported
-    assert not imported & {"torch", "onnx", "onnxscript", "opacus", "flwr", "mlflow"}
+    assert not imported & set(HEAVY)
 
 
-def test_a_missing_runtime_names_the_extra(table_bundle, rows):
-    trap = rows.parent / "trap" / "onnxruntime"
-    trap.mkdir(parents=True)
-    (trap / "__init__.py").write_text("raise ImportError('not installed here')")
-    result = subprocess.run(
-        [sys.executable, "-m", "fedclaw.predict", f"bundle={table_bundle}", f"input={rows}"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(trap.parent)},
-        check=False,
-    )
+def test_a_missing_runtime_names_the_extra(process, table_bundle, rows):
+    result = process("-m", "fedclaw.predict", f"bundle={table_bundle}", f"input={rows}", broken=["onnxruntime"])
     assert result.returncode == 2
     assert "pip install 'fedclaw[predict]'" in result.stderr
 
