@@ -27,7 +27,7 @@ def labelled_logits(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     return logits, targets
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=80)
 @given(labelled_logits())
 def test_against_scikit_learn(case: tuple[np.ndarray, np.ndarray]) -> None:
     logits, targets = case
@@ -52,7 +52,7 @@ def test_against_scikit_learn(case: tuple[np.ndarray, np.ndarray]) -> None:
     assert found == pytest.approx(want, abs=1e-9)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     hnp.arrays(np.float64, st.integers(2, 40), elements=st.floats(-5, 5) | st.sampled_from([0.0, 1.0])),
     st.randoms(use_true_random=False),
