@@ -32,7 +32,7 @@ class Task:
 
 
 class Desk:
-    """Open tasks and unread replies. `on_read` is called with a task's id when its reply leaves the desk."""
+    """Open tasks and unread replies. `on_read` is called with the ids of replies that need no more memory here."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -79,14 +79,14 @@ class Desk:
             return True
 
     def take(self, ids: Collection[str]) -> Message | None:
-        """The earliest unread reply to one of `ids`."""
+        """The earliest unread reply to one of `ids`; the reader says with `read` when it is done with it."""
         with self.changed:
             identity = next((identity for identity in self._ready if identity in ids), None)
-            if identity is None:
-                return None
-            reply = self._ready.pop(identity)
-        self.on_read([identity])
-        return reply
+            return None if identity is None else self._ready.pop(identity)
+
+    def read(self, reply: Message) -> None:
+        """The reader of `reply` is done with it, or keeps it at its own expense."""
+        self.on_read([reply.metadata.reply_to_message_id])
 
     def ready(self, ids: Collection[str]) -> bool:
         """Whether one of `ids` has an unread reply."""

@@ -123,6 +123,7 @@ class GrpcGrid(StreamingGrid):
         wanted = frozenset(message_ids)
         replies = []
         while (reply := self._desk.take(wanted)) is not None:
+            self._desk.read(reply)
             replies.append(reply)
         return replies
 
@@ -144,7 +145,8 @@ class GrpcGrid(StreamingGrid):
                     return
                 if reply is not None:
                     yield reply
-                    # Not held while the next one is waited for.
+                    # Asking for the next one is how the reader says that it is done with this one.
+                    self._desk.read(reply)
                     reply = None
         finally:
             for task in self._desk.withdraw(ids):

@@ -25,8 +25,8 @@ class Limits(Frozen):
     max_message_bytes: int = Field(default=1024 * MIB, gt=0)
     """The largest content of one message, in either direction."""
     inbound_bytes: int = Field(default=64 * MIB, gt=0)
-    """Replies that the server receives or holds unread at one time; one more waits with its Accept. A single reply
-    larger than this travels alone."""
+    """Replies that the server receives, holds or lets be read at one time; one more waits with its Accept. A single
+    reply larger than this travels alone."""
     max_sites: int = Field(default=256, gt=0)
     """Connections that the server serves at one time."""
     heartbeat: float = Field(default=10.0, gt=0)
