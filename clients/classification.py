@@ -1,11 +1,12 @@
 """What all classifiers share, whatever their inputs: the loss, the metrics, and the checking of model arguments."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import nn
 from torch.nn import functional
 
 from clients import metrics
@@ -15,6 +16,9 @@ from fedclaw.frozen import Frozen, explain
 from fedclaw.workload import Workload
 
 A = TypeVar("A", bound=Frozen)
+
+MAX_PARAMETERS = 2**28
+"""1 GiB as float32. A server names the model and a site builds it: no name may make a site run out of memory."""
 
 
 class Classification(Workload):
@@ -40,3 +44,12 @@ def known(spec: ModelSpec, models: Mapping[str, type[A]]) -> A:
         return models[spec.name].model_validate(spec.args)
     except ValidationError as error:
         raise PluginError(f"model {spec.name!r}: {explain(error)}") from error
+
+
+def built(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `make` gives, once a copy without memory has shown its size. Raises PluginError if too large."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in make().parameters())
+    if parameters > MAX_PARAMETERS:
+        raise PluginError(f"a model of {parameters} parameters; at most {MAX_PARAMETERS} are built")
+    return make()

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from clients.classification import Classification, known
+from clients.classification import Classification, built, known
 from fedclaw.errors import PluginError
 from fedclaw.federation.plan import ModelSpec
 from fedclaw.frozen import Frozen
@@ -77,8 +77,9 @@ class TabularWorkload(Classification):
         arguments = known(spec, self.models)
         (inputs,), classes = self.schema.input_shape, len(self.schema.labels)
         if isinstance(arguments, MlpArguments):
-            return Mlp(inputs, arguments.hidden, classes)
-        return Logistic(inputs, classes)
+            hidden = arguments.hidden
+            return built(lambda: Mlp(inputs, hidden, classes))
+        return built(lambda: Logistic(inputs, classes))
 
     def spec_of(self, model: nn.Module) -> ModelSpec:
         """The spec with the model's present widths. Raises PluginError for a model that is not of this workload."""

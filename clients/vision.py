@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from clients.classification import Classification, known
+from clients.classification import Classification, built, known
 from fedclaw.errors import PluginError
 from fedclaw.federation.plan import ModelSpec
 from fedclaw.frozen import Frozen
@@ -93,7 +93,8 @@ class VisionWorkload(Classification):
     def build(self, spec: ModelSpec) -> nn.Module:
         """The named model with fresh weights from torch's generator. Raises PluginError."""
         channels, height, width = self.schema.input_shape
-        return Cnn((channels, height, width), known(spec, self.models), len(self.schema.labels))
+        arguments = known(spec, self.models)
+        return built(lambda: Cnn((channels, height, width), arguments, len(self.schema.labels)))
 
     def spec_of(self, model: nn.Module) -> ModelSpec:
         """The spec with the model's present widths. Raises PluginError for a model that is not of this workload."""

@@ -178,6 +178,11 @@ def test_no_model_has_buffers() -> None:
         ("table", ModelSpec(name="mlp", args={"hidden": [4] * 1000}), "hidden: Tuple should have at most 16"),
         ("images", ModelSpec(name="cnn", args={"channels": [1, "x"]}), "channels.1: Input should be a valid integer"),
         ("images", ModelSpec(name="cnn", args={"channels": [2048]}), "channels.0: Input should be less"),
+        (
+            "table",
+            ModelSpec(name="mlp", args={"hidden": [8192] * 6}),
+            "a model of 335659011 parameters; at most 268435456",
+        ),
         ("images", ModelSpec(name="cnn", args={"hidden": 0}), "hidden: Input should be greater"),
     ],
 )
