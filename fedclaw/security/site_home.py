@@ -35,6 +35,11 @@ class SiteKeys:
         """Read and check a site directory. Raises ProvisionError saying what is missing and what to run."""
         if not path.is_dir():
             raise ProvisionError(f"{path} is not a site directory; see python -m fedclaw.provision --help")
+        if not (path / DESCRIPTOR_FILE).exists():
+            raise ProvisionError(
+                f"{path / DESCRIPTOR_FILE} is missing: get it from the coordinator, then run: "
+                f"python -m fedclaw.provision request site={path} name=NAME descriptor=FILE"
+            )
         descriptor = load_descriptor(path / DESCRIPTOR_FILE)
         if not (path / SITE_CERTIFICATE).is_file():
             raise ProvisionError(

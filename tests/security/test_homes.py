@@ -11,7 +11,7 @@ from fedclaw.errors import ProvisionError
 from fedclaw.security import pki
 from fedclaw.security.federation_home import FederationHome
 from fedclaw.security.key_files import load_key
-from fedclaw.security.provisioning import initialise, revoke
+from fedclaw.security.provisioning import initialise, request_site, revoke
 from fedclaw.security.seal import SUITES, Binding, SealSuite
 from fedclaw.security.site_home import SiteKeys
 
@@ -169,6 +169,15 @@ class TestSite:
         (site / file).unlink()
         with pytest.raises(ProvisionError, match=f"{file} is missing"):
             SiteKeys.open(site)
+
+    def test_a_site_that_has_not_joined_is_told_how(self, home: FederationHome, tmp_path: Path) -> None:
+        root = tmp_path / "b"
+        root.mkdir()
+        with pytest.raises(ProvisionError, match=r"run: python -m fedclaw\.provision request site="):
+            SiteKeys.open(root)
+        request_site(root, home.root / "federation.json", "b")
+        with pytest.raises(ProvisionError, match=r"site\.csr to the coordinator, then run: .* install site="):
+            SiteKeys.open(root)
 
     def test_not_a_directory(self, tmp_path: Path) -> None:
         with pytest.raises(ProvisionError, match="not a site directory"):
