@@ -363,7 +363,7 @@ while True:
 
 def test_kill_nine_loses_nothing_that_was_acknowledged(path: Path) -> None:
     said: list[str] = []
-    kills = 5
+    kills = 3
     for attempt in range(kills):
         child = subprocess.Popen(
             [sys.executable, "-c", SPENDER, str(path), str(attempt)], stdout=subprocess.PIPE, text=True
