@@ -10,9 +10,9 @@ WAL: it would need shared memory (no network file systems) and leave part of the
 forgets; a commit a round costs nothing. BEGIN IMMEDIATE serialises processes: the budget is checked under the
 same lock under which the entry is written.
 
-Tampering. Every entry that is read is checked against the chain; opening reads all of them (ten thousand entries take under a second).
-A changed, removed or inserted entry is named. Entries cut off the end, or an old copy put back, leave a valid chain:
-`contains` tells whether a head that was handed out earlier is still in it.
+Tampering. Every entry that is read is checked against the chain; opening reads all of them (ten thousand entries take
+under a second). A changed, removed or inserted entry is named. Entries cut off the end, or an old copy put back,
+leave a valid chain: `contains` tells whether a head that was handed out earlier is still in it.
 
 Times are written for people; nothing depends on them.
 """
