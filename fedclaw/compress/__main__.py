@@ -20,9 +20,7 @@ All settings are in conf/compress.yaml.
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 
 
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
             progress.close()
     else:
         record = compress(settings)
-    console = Console(highlight=False)
+    console = make_console()
     console.print(before_after(record))
     for note in notes(record, settings.run / "compressed"):
         console.print(note, markup=False, soft_wrap=True)

@@ -29,13 +29,13 @@ def recover_by_proxy(
     labelled = _read(teacher, settings.labelled)
     device = choose_device(settings.device)
     split = split_inputs(teacher.model.to(device), inputs.to(device), settings.recovery.held_out, settings.seed)
-    recovered = distil(student.model.to(device), split, settings.recovery, settings.seed)
+    recovered = distil(student.model.to(device), teacher.model, split, settings.recovery, settings.seed)
     controls = _controls(settings, teacher, student, split, table, labelled) if settings.controls else ()
     for model in (teacher.model, student.model, recovered.model):
         model.cpu()
     report = ProxyReport(
         inputs=origin,
-        epochs=recovered.epochs,
+        steps=recovered.steps,
         agreement_pruned=recovered.agreement_before,
         agreement_after=recovered.agreement,
         controls=controls,
@@ -97,7 +97,9 @@ def _controls(
         return Control.model_validate({"name": name, "accuracy": accuracy, "agreement": agreed})
 
     scratch = _fresh(teacher, student, settings.seed).to(device)
-    made = [control("distilled from scratch", distil(scratch, split, settings.recovery, settings.seed).model)]
+    made = [
+        control("distilled from scratch", distil(scratch, teacher.model, split, settings.recovery, settings.seed).model)
+    ]
     if labelled is not None:
         tuned = _fine_tune(settings, teacher, student, split, labelled)
         made.insert(0, control("fine-tuned without teacher", tuned))
@@ -125,10 +127,10 @@ def _fine_tune(
     classes = split.held_logits.shape[1]
     # Logits whose most probable class is the label: agreement with them is accuracy.
     held_logits = 10.0 * torch.nn.functional.one_hot(targets[:held], classes).float()
-    train_targets = targets[held:]
 
-    def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return teacher.workload.loss(logits, train_targets[rows])
+    def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        return teacher.workload.loss(model(inputs[held:][rows]), targets[held:][rows])
 
-    tuned = train(student.model, inputs[held:], loss, (inputs[:held], held_logits), settings.recovery, settings.seed)
+    held_part = inputs[:held], held_logits
+    tuned = train(student.model, len(inputs) - held, loss, held_part, settings.recovery, settings.seed)
     return tuned.model

@@ -51,7 +51,8 @@ class ProxyReport(Frozen):
     mode: Literal["proxy"] = "proxy"
     inputs: str
     """Where the proxy inputs came from, and how many."""
-    epochs: int
+    steps: int
+    """Optimiser steps taken."""
     agreement_pruned: float
     agreement_after: float
     """Share of held-out proxy inputs on which the student says what the teacher says."""

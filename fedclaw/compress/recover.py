@@ -8,7 +8,7 @@ Legend: N examples, C classes, D input shape without the batch.
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,24 +22,29 @@ from fedclaw.compress.prune import count_parameters
 from fedclaw.errors import CompressionError
 from fedclaw.frozen import Frozen
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 FEWEST_INPUTS = 10
 SCORING_BATCH = 1024
+CHECK_EVERY = 50
+"""Steps between two looks at the held-out inputs."""
 
 
 class Recovery(Frozen):
     """How a pruned model is trained at the coordinator."""
 
     temperature: float = Field(default=2.0, gt=0)
-    epochs: int = Field(default=150, ge=1)
-    batch_size: int = Field(default=64, ge=1)
+    steps: int = Field(default=2000, ge=1)
+    """Optimiser steps, at most."""
+    batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
+    mix: bool = True
+    """Train on random mixtures of two inputs each, scored by the teacher as they are, not on the inputs alone."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
     """Share of the inputs that is kept back to measure agreement and to stop early."""
-    patience: int = Field(default=40, ge=1)
-    """Epochs without a better agreement after which training stops."""
+    patience: int = Field(default=600, ge=1)
+    """Steps without a better model after which training stops."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Recovered:
     model: nn.Module
     agreement_before: float
     agreement: float
-    epochs: int
-    """Epochs trained; the model is that of the best one."""
+    steps: int
+    """Steps taken; the model is the best one on the way."""
 
 
 @dataclass(frozen=True)
@@ -91,29 +96,45 @@ def split_inputs(teacher: nn.Module, inputs: torch.Tensor, held_out: float, seed
     return Split(shuffled[held:], logits[held:], shuffled[:held], logits[:held])
 
 
-def distil(student: nn.Module, split: Split, recovery: Recovery, seed: int) -> Recovered:
-    """A copy of `student` that imitates the teacher's logits on `split`; deterministic for a seed on one device."""
+def distil(student: nn.Module, teacher: nn.Module, split: Split, recovery: Recovery, seed: int) -> Recovered:
+    """A copy of `student` that imitates the teacher's logits; deterministic for a seed on one device.
 
-    def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return distillation_loss(logits, split.train_logits[rows], None, recovery.temperature, 1.0)
+    Mixing inputs and asking the teacher about the mixture makes few inputs go further: Beyer et al. 2022,
+    "Knowledge distillation: A good teacher is patient and consistent", section 3.1 (function matching).
+    """
+    generator = torch.Generator().manual_seed(seed)
 
-    return train(student, split.train, loss, (split.held, split.held_logits), recovery, seed)
+    def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        inputs, logits = split.train[rows], split.train_logits[rows]
+        if recovery.mix:
+            inputs = _mixed(inputs, generator)
+            logits = predict_logits(teacher, inputs)
+        return distillation_loss(model(inputs), logits, None, recovery.temperature, 1.0)
+
+    return train(student, len(split.train), loss, (split.held, split.held_logits), recovery, seed)
+
+
+def _mixed(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each of (B, *D) mixed with a random other one, by a share uniform in [0, 1]."""
+    partners = inputs[torch.randperm(len(inputs), generator=generator).to(inputs.device)]
+    share = torch.rand(len(inputs), *[1] * (inputs.dim() - 1), generator=generator).to(inputs.device)
+    return torch.lerp(partners, inputs, share)
 
 
 def train(
     student: nn.Module,
-    inputs: torch.Tensor,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    count: int,
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor],
     held: tuple[torch.Tensor, torch.Tensor],
     recovery: Recovery,
     seed: int,
 ) -> Recovered:
-    """Train a copy of `student` with Adam and keep the epoch that agrees best with the held-out logits.
+    """Train a copy of `student` with Adam and keep what agrees best with the held-out logits on the way.
 
     Args:
         student: (N, *D) -> (N, C); not changed.
-        inputs: (N, *D).
-        loss: a batch's logits (B, C) and its row numbers (B,) in `inputs` -> scalar.
+        count: number of training rows.
+        loss: the model and a batch of row numbers (B,) -> scalar.
         held: held-out inputs (M, *D) and the logits (M, C) to agree with.
         recovery: how to train.
         seed: of the batches' order.
@@ -124,69 +145,69 @@ def train(
     model = copy.deepcopy(student)
     best = _Best(model, *held)
     first = best.agreement
-    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=recovery.learning_rate)
     scheduler = _scheduler(optimizer, recovery)
-    epoch = 0
+    step = 0
     with threads_for(count_parameters(model)):
-        for epoch in range(1, recovery.epochs + 1):
-            _epoch(model, optimizer, inputs, loss, recovery.batch_size, generator)
+        for step, rows in enumerate(_batches(count, recovery, seed, held[0].device), start=1):
+            model.train()
+            optimizer.zero_grad()
+            value = loss(model, rows)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
             scheduler.step()
-            if best.offer(model, epoch) >= recovery.patience:
+            if step % CHECK_EVERY and step < recovery.steps:
+                continue
+            if not torch.isfinite(value):
+                raise CompressionError(
+                    "recovery diverged: the loss is no longer finite; try a smaller recovery.learning_rate"
+                )
+            if best.offer(model, step) >= recovery.patience:
                 break
-    logger.info("recovery: %d epochs, agreement %.4f -> %.4f (epoch %d)", epoch, first, best.agreement, best.epoch)
+    log.info("recovery: %d steps, agreement %.4f -> %.4f (step %d)", step, first, best.agreement, best.step)
     model.load_state_dict(best.state)
-    return Recovered(model.eval(), first, best.agreement, epoch)
+    return Recovered(model.eval(), first, best.agreement, step)
+
+
+def _batches(count: int, recovery: Recovery, seed: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Row numbers (B,) for each step, every row once before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    left = recovery.steps
+    while left > 0:
+        batches = torch.split(torch.randperm(count, generator=generator).to(device), recovery.batch_size)[:left]
+        yield from batches
+        left -= len(batches)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, recovery: Recovery) -> torch.optim.lr_scheduler.LRScheduler:
     if recovery.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recovery.epochs)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recovery.steps)
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def _epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    inputs: torch.Tensor,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    batch_size: int,
-    generator: torch.Generator,
-) -> None:
-    model.train()
-    order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-    for rows in torch.split(order, batch_size):
-        optimizer.zero_grad()
-        value = loss(model(inputs[rows]), rows)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    if not torch.isfinite(value):
-        raise CompressionError("recovery diverged: the loss is no longer finite; try a smaller recovery.learning_rate")
-
-
 class _Best:
-    """The best state so far: higher agreement on the held-out inputs, then smaller distillation loss."""
+    """The best state so far: higher agreement on the held-out inputs, then smaller distillation loss there."""
 
     def __init__(self, model: nn.Module, held: torch.Tensor, logits: torch.Tensor) -> None:
         self._held = held
         self._logits = logits
-        self.epoch = 0
-        self._better = 0
         self._score = self._score_of(model)
-        self.agreement = self._score[0]
+        self.step = 0
         self.state = copy.deepcopy(model.state_dict())
 
-    def offer(self, model: nn.Module, epoch: int) -> int:
-        """Keep the model's state if it is better; epochs since the agreement last rose."""
+    @property
+    def agreement(self) -> float:
+        """Of the best state, with the held-out logits."""
+        return self._score[0]
+
+    def offer(self, model: nn.Module, step: int) -> int:
+        """Keep the model's state if it is better; steps since the last better one."""
         score = self._score_of(model)
-        if score[0] > self.agreement:
-            self._better = epoch
         if score > self._score:
             self._score = score
-            self.agreement = score[0]
-            self.epoch = epoch
+            self.step = step
             self.state = copy.deepcopy(model.state_dict())
-        return epoch - self._better
+        return step - self.step
 
     def _score_of(self, model: nn.Module) -> tuple[float, float]:
         logits = predict_logits(model, self._held)

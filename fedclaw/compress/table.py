@@ -51,7 +51,7 @@ def _measure_note(record: Compression) -> str:
 def _cost_note(record: Compression) -> str:
     report = record.recovery
     if isinstance(report, ProxyReport):
-        return f"Privacy cost: none (post-processing). Recovered on {report.inputs}, {report.epochs} epochs."
+        return f"Privacy cost: none (post-processing). Recovered on {report.inputs}, {report.steps} steps."
     spent = ", ".join(f"{site} {'unbounded' if e is None else f'{e:.2f}'}" for site, e in report.epsilon.items())
     return f"Privacy cost beyond the run, epsilon by site: {spent} ({report.rounds} rounds)."
 

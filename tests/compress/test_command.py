@@ -72,7 +72,7 @@ def command(*arguments):
 
 
 def test_command_line(run, digits):
-    asked = ["fraction=0.2", f"inputs={digits.public}", f"evaluation={digits.test}", "recovery.epochs=5"]
+    asked = ["fraction=0.2", f"inputs={digits.public}", f"evaluation={digits.test}", "recovery.steps=100"]
     done = command(f"run={run.root}", *asked)
     assert done.returncode == 0, done.stderr
     assert "multiply-adds per example" in done.stdout
