@@ -214,17 +214,17 @@ def test_a_certificate_damaged_anywhere_is_a_bundle_error(home, which):
     signer = home.signer()
     pems = {layout.RELEASE_CERTIFICATE: signer.certificate_pem, layout.CA_CERTIFICATE: signer.ca_pem}
     der = x509.load_pem_x509_certificate(pems[which]).public_bytes(Encoding.DER)
-    accepted = 0
+    refusals = []
     for position in range(len(der)):
         damaged = bytearray(der)
         damaged[position] ^= 1
         pems[which] = ssl.DER_cert_to_PEM_cert(bytes(damaged)).encode()
         try:
             signature.check_chain(*(signature.parse_certificate(pem, name) for name, pem in pems.items()))
-            accepted += 1
         except BundleError as error:
-            assert which in str(error)
-    assert accepted <= 1
+            refusals.append(str(error))
+    assert len(refusals) >= len(der) - 1
+    assert all(which in refusal for refusal in refusals)
 
 
 def test_the_servers_key_must_not_sign_bundles(bundle, home):
