@@ -89,13 +89,21 @@ class Ledger:
         return ledger
 
     def reserve(
-        self, key: str, federation: str, run: str, round: int, mechanism: Mechanism | None, budget: Budget
+        self,
+        key: str,
+        federation: str,
+        run: str,
+        round: int,
+        mechanism: Mechanism | None,
+        budget: Budget,
+        run_budget: Budget | None = None,
     ) -> Reservation:
         """Charge `mechanism` (None: training without privacy) before any of it is done; durable on return.
 
         An open reservation with the same key and mechanism is taken up again at no cost. A settled key, or another
         mechanism under the same key, is charged anew. Raises BudgetExceeded, with the figures, if everything ever
-        charged to the data set and this would together exceed `budget`; LedgerError if the ledger is damaged.
+        charged to the data set and this would together exceed `budget`, or everything charged by this run and this
+        exceed `run_budget`; LedgerError if the ledger is damaged.
         """
         with self._writing():
             for sequence in self._index.open.get((self._data_set, key), []):
@@ -105,7 +113,11 @@ class Ledger:
                     run,
                 ):
                     return reservation
-            self._check_budget(mechanism, budget)
+            lifetime = self._index.lifetimes.get(self._data_set, History())
+            _check_budget("on this data set", lifetime, mechanism, budget)
+            if run_budget is not None:
+                spent_by_run = self._index.runs.get((self._data_set, federation, run), History())
+                _check_budget("by this run", spent_by_run, mechanism, run_budget)
             entry = self._append(
                 kind="reserve",
                 data_set=self._data_set,
@@ -188,18 +200,6 @@ class Ledger:
                 self._connection.execute(statement)
             if self._connection.execute("SELECT count(*) FROM entries").fetchone() == (0,):
                 self._append(kind="open", version=LEDGER_VERSION, ledger=secrets.token_hex(16))
-
-    def _check_budget(self, mechanism: Mechanism | None, budget: Budget) -> None:
-        if budget.epsilon is None:
-            return
-        history = self._index.lifetimes.get(self._data_set, History())
-        after = history.epsilon(budget.delta, also=(mechanism,))
-        if after > budget.epsilon:
-            before = history.epsilon(budget.delta)
-            raise BudgetExceeded(
-                f"privacy budget: {_figure(before)} of epsilon {budget.epsilon:g} (delta {budget.delta:g}) is spent on "
-                f"this data set; the round asked for {_describe(mechanism)}, which would make it {_figure(after)}"
-            )
 
     def _runs(self, run: str | None, federation: str | None) -> list[History]:
         return [
@@ -307,6 +307,18 @@ def _make_private(path: Path) -> None:
             path.chmod(PRIVATE_MODE)
     except OSError as error:
         raise LedgerError(f"privacy ledger {path} cannot be written: {error.strerror}") from error
+
+
+def _check_budget(where: str, history: History, mechanism: Mechanism | None, budget: Budget) -> None:
+    if budget.epsilon is None:
+        return
+    after = history.epsilon(budget.delta, also=(mechanism,))
+    if after > budget.epsilon:
+        before = history.epsilon(budget.delta)
+        raise BudgetExceeded(
+            f"privacy budget: {_figure(before)} of epsilon {budget.epsilon:g} (delta {budget.delta:g}) is spent "
+            f"{where}; the round asked for {_describe(mechanism)}, which would make it {_figure(after)}"
+        )
 
 
 def _describe(mechanism: Mechanism | None) -> str:

@@ -36,7 +36,7 @@ class Policy(Frozen):
     delta: float = Field(default=1e-5, gt=0, lt=1)
     """The delta of the budget, and the largest delta that a run may ask for. Keep it well below 1 / examples."""
     epsilon_per_run: float | None = Field(default=None, gt=0)
-    """The largest epsilon that one run may ask for; null: whatever the budget allows."""
+    """The largest epsilon that one run may ask for, and spend in all its rounds; null: whatever the budget allows."""
     allow_training_without_privacy: bool = False
     """Whether a run may train without differential privacy. It spends the data set's budget without bound, so it
     goes together with epsilon: null only."""

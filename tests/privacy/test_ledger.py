@@ -143,6 +143,17 @@ def test_a_budget_exactly_met_is_not_exceeded() -> None:
         assert ledger.rounds("run-1") == 1
 
 
+def test_a_run_cannot_spend_more_than_a_run_may_by_asking_again() -> None:
+    limit = Budget(epsilon=(cost(2) + cost(3)) / 2, delta=DELTA)
+    with Ledger.open(":memory:", "data") as ledger:
+        reserve(ledger, "a", run_budget=limit)
+        reserve(ledger, "b", run_budget=limit)
+        with pytest.raises(BudgetExceeded, match="is spent by this run"):
+            reserve(ledger, "c", run_budget=limit)
+        reserve(ledger, "d", run="run-2", run_budget=limit)
+        assert ledger.rounds("run-1") == 2
+
+
 def test_training_without_privacy_is_unbounded_from_then_on() -> None:
     with Ledger.open(":memory:", "data") as ledger:
         with pytest.raises(BudgetExceeded, match="training without privacy"):
