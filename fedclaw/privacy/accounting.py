@@ -12,7 +12,7 @@ of a per cent.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -139,7 +139,7 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
     return _narrow(cost, epsilon, low, high)
 
 
-def _narrow(cost: Any, epsilon: float, low: float, high: float) -> float:
+def _narrow(cost: Callable[[float], float], epsilon: float, low: float, high: float) -> float:
     """Shrink low < wanted <= high to within the tolerance: interpolation in the logarithms, kept off the ends."""
     cost_low, cost_high = cost(low), cost(high)
     while high > low * _TOLERANCE:
