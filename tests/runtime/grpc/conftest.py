@@ -161,8 +161,8 @@ class Kit:
         self.scratch = scratch
         self._closing: list[Callable[[], None]] = []
 
-    def grid(self, limits: Limits = QUICK, **options: object) -> GrpcGrid:
-        grid = GrpcGrid(self.federation.reopen(), address="127.0.0.1:0", run_id=RUN_ID, limits=limits, **options)  # type: ignore[arg-type]
+    def grid(self, limits: Limits = QUICK, address: str = "127.0.0.1:0") -> GrpcGrid:
+        grid = GrpcGrid(self.federation.reopen(), address=address, run_id=RUN_ID, limits=limits)
         grid.__enter__()
         self._closing.append(lambda: grid.__exit__(None, None, None))
         return grid

@@ -1,0 +1,110 @@
+"""Stored replies: whole or not there, private, checked after a restart, pruned."""
+
+import hashlib
+import stat
+from pathlib import Path
+
+import pytest
+
+from fedclaw.errors import TransportError
+from fedclaw.runtime.flower import Envelope
+from fedclaw.runtime.grpc import Limits
+from fedclaw.runtime.grpc.outbox import Entry, Outbox
+from fedclaw.security import seal
+
+KEYS = seal.generate("x25519")
+
+
+def task(number: int, run: int = 1) -> Envelope:
+    return Envelope(run, f"run{run}-task{number}", "", 1, 2, str(number), "train", 5.0, 60.0)
+
+
+def store(outbox: Outbox, number: int, run: int = 1, size: int = 1000) -> Entry:
+    asked = task(number, run)
+    binding = seal.Binding("f", run, asked.group_id, asked.message_id, "s")
+    sealed = seal.Sealer("x25519", KEYS.public).seal([bytes(size)], binding)
+    return outbox.store(asked, Envelope(**{**asked.__dict__, "reply_to_message_id": asked.message_id}), sealed, b"sum")
+
+
+@pytest.mark.parametrize("size", [0, 1000, 6_000_000])
+def test_what_is_stored_is_found_whole_after_a_restart(tmp_path: Path, size: int):
+    stored = store(Outbox(tmp_path, Limits()), 1, size=size)
+    found = Outbox(tmp_path, Limits()).find(task(1))
+    assert found is not None
+    assert {**found.__dict__, "stored": 0} == {**stored.__dict__, "stored": 0}
+    body = b"".join(b"".join(found.read(offset)) for offset in range(0, found.body_size, seal.SEGMENT + seal.TAG))
+    assert hashlib.sha256(found.header + body).hexdigest() == found.digest
+    binding = seal.Binding("f", 1, "1", task(1).message_id, "s")
+    stream = seal.Opener("x25519", KEYS.private).open(found.header, binding, size)
+    for offset in range(0, len(body), seal.SEGMENT + seal.TAG):
+        stream.feed(body[offset : offset + seal.SEGMENT + seal.TAG])
+    assert stream.finish() == bytes(size)
+
+
+def test_files_are_for_their_owner_only(tmp_path: Path):
+    entry = store(Outbox(tmp_path / "outbox", Limits()), 1)
+    assert stat.S_IMODE(entry.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "outbox").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("where", [0, 500, -1, -30])
+def test_a_damaged_file_is_not_sent(tmp_path: Path, where: int):
+    path = store(Outbox(tmp_path, Limits()), 1).path
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+    assert Outbox(tmp_path, Limits()).find(task(1)) is None
+    assert not path.exists()
+
+
+def test_a_file_that_was_cut_off_is_not_sent(tmp_path: Path):
+    path = store(Outbox(tmp_path, Limits()), 1).path
+    path.write_bytes(path.read_bytes()[:-200])
+    assert Outbox(tmp_path, Limits()).find(task(1)) is None
+
+
+def test_a_half_written_file_is_cleared_away(tmp_path: Path):
+    (tmp_path / ".half.part").write_bytes(b"x")
+    Outbox(tmp_path, Limits())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_of_the_same_name_in_another_run_or_round_is_another_task(tmp_path: Path):
+    outbox = Outbox(tmp_path, Limits())
+    store(outbox, 1)
+    for changed in ({"run_id": 2}, {"group_id": "7"}):
+        assert outbox.find(Envelope(**{**task(1).__dict__, **changed})) is None
+    assert outbox.find(task(1)) is not None
+
+
+def test_only_the_newest_replies_of_a_run_are_kept(tmp_path: Path):
+    outbox = Outbox(tmp_path, Limits(outbox_replies=2))
+    store(outbox, 9, run=8)
+    for number in range(5):
+        store(outbox, number)
+    kept = [number for number in range(5) if outbox.find(task(number)) is not None]
+    assert kept == [3, 4]
+    assert outbox.find(task(9, run=8)) is not None
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_replies_of_other_runs_go_by_age(tmp_path: Path):
+    outbox = Outbox(tmp_path, Limits(outbox_age=1e-9))
+    store(outbox, 9, run=8)
+    store(outbox, 1)
+    assert outbox.find(task(9, run=8)) is None
+
+
+def test_the_outbox_is_bounded_and_never_drops_the_newest(tmp_path: Path):
+    outbox = Outbox(tmp_path, Limits(outbox_bytes=2500))
+    store(outbox, 1, run=8)
+    store(outbox, 1, run=9)
+    newest = store(outbox, 1, run=10, size=5000)
+    assert list(tmp_path.iterdir()) == [newest.path]
+
+
+def test_a_disk_that_refuses_is_a_clear_error(tmp_path: Path):
+    outbox = Outbox(tmp_path / "outbox", Limits())
+    (tmp_path / "outbox").rmdir()
+    with pytest.raises(TransportError, match="cannot store a reply in"):
+        store(outbox, 1)

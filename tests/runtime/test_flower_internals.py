@@ -1,0 +1,99 @@
+"""Fails when Flower changes something that fedclaw/runtime/flower.py relies on. Then that file is what to look at."""
+
+import inspect
+import time
+
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.app.metadata import Metadata
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedclaw.runtime import flower
+
+ENVELOPE = flower.Envelope(
+    run_id=3,
+    message_id="m",
+    reply_to_message_id="r",
+    src_node_id=1,
+    dst_node_id=2,
+    group_id="g",
+    message_type="train",
+    created_at=12.5,
+    ttl=60.0,
+)
+
+
+def test_the_identity_that_messages_read_is_settable():
+    flower.assume_server_identity(41)
+    assert (TaskIdentity.run_id, TaskIdentity.node_id) == (41, flower.SERVER_NODE_ID)
+    message = Message(RecordDict(), dst_node_id=5, message_type="train")
+    assert message.metadata.run_id == 41
+    assert message.metadata.src_node_id == flower.SERVER_NODE_ID
+    assert message.metadata.message_id == ""
+
+
+def test_metadata_has_exactly_the_fields_that_an_envelope_carries():
+    parameters = set(inspect.signature(Metadata.__init__).parameters) - {"self", "src_task_id", "dst_task_id"}
+    assert parameters == set(flower.Envelope.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("content", [RecordDict(), Error(4, "no")])
+def test_a_message_survives_the_wire(content):
+    message = flower.rebuild(ENVELOPE, content)
+    assert flower.envelope_of(message) == ENVELOPE
+    assert message.has_error() == isinstance(content, Error)
+    assert (message.error if message.has_error() else message.content) == content
+    assert message.metadata.delivered_at == ""
+
+
+def test_a_message_id_can_be_assigned():
+    flower.assume_server_identity(1)
+    message = Message(RecordDict(), dst_node_id=5, message_type="train")
+    assert flower.assign_message_id(message, "fixed") == "fixed"
+    assert message.metadata.message_id == "fixed"
+    assert flower.assign_message_id(message) == "fixed"
+    other = Message(RecordDict(), dst_node_id=5, message_type="train")
+    assert len(flower.assign_message_id(other)) == 32
+
+
+def test_a_reply_refers_to_its_message():
+    message = flower.rebuild(ENVELOPE, RecordDict())
+    reply = Message(RecordDict(), reply_to=message)
+    assert reply.metadata.reply_to_message_id == "m"
+    assert (reply.metadata.src_node_id, reply.metadata.dst_node_id) == (2, 1)
+    assert reply.metadata.group_id == "g"
+    assert reply.metadata.run_id == 3
+
+
+def test_expiry_follows_creation_and_ttl():
+    message = flower.rebuild(ENVELOPE, RecordDict())
+    assert flower.expires_at(message) == 72.5
+    assert flower.is_expired(message)
+    fresh = flower.rebuild(flower.Envelope(**{**ENVELOPE.__dict__, "created_at": time.time()}), RecordDict())
+    assert not flower.is_expired(fresh)
+
+
+def test_an_empty_run_can_be_made():
+    run = flower.empty_run(9)
+    assert isinstance(run, Run)
+    assert run.run_id == 9
+
+
+def test_the_grid_has_the_methods_that_are_implemented():
+    assert Grid.__abstractmethods__ == {
+        "create_message",
+        "get_node_ids",
+        "pull_messages",
+        "push_messages",
+        "run",
+        "send_and_receive",
+        "set_run",
+    }
+
+
+def test_numbers_of_names_are_stable_and_positive():
+    assert flower.number_of("site-a") == flower.number_of("site-a")
+    assert 0 < flower.number_of("site-a") < 2**63
+    assert flower.number_of("site-a") != flower.number_of("site-b")
