@@ -132,10 +132,12 @@ def _compression(source: Source) -> str:
     record = source.compression
     if record is None:
         return "None: these are the parameters as trained."
+    agreement = record.accuracy_measure == "agreement with the teacher"
+    measure = "Agreement with the teacher" if agreement else f"Accuracy ({record.accuracy_measure})"
     rows = [
         ("Parameters", f"{record.before.parameters:,}", f"{record.after.parameters:,}"),
         ("Multiply-adds", f"{record.before.multiply_adds:,}", f"{record.after.multiply_adds:,}"),
-        (_cell(record.accuracy_measure), f"{record.accuracy_before:.4f}", f"{record.accuracy_after:.4f}"),
+        (measure, f"{record.accuracy_before:.4f}", f"{record.accuracy_after:.4f}"),
     ]
     return f"Pruned, then recovered by distillation ({record.recovery.mode}).\n\n" + _table(
         ("", "before", "after"), rows

@@ -226,7 +226,7 @@ class TestSource:
         compress(self.PROXY)
         verified = export_bundle(load_source(run), home.signer(), tmp_path / "b", Request())
         assert (verified.manifest.variant, verified.manifest.parameters) == ("compressed", 29)
-        assert "| agreement with the teacher | 1.0000 | 0.9375 |" in (tmp_path / "b" / layout.CARD).read_text()
+        assert "| Agreement with the teacher | 1.0000 | 0.9375 |" in (tmp_path / "b" / layout.CARD).read_text()
         assert "post-processing" in json.loads((tmp_path / "b" / layout.PRIVACY).read_bytes())["compression"]
 
     def test_recovery_at_the_sites_brings_its_receipts(self, run, compress, samples):
