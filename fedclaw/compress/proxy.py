@@ -25,6 +25,9 @@ def recover_by_proxy(
 
     Without an evaluation file the accuracies are agreements with the teacher; the teacher's own is then 1.
     """
+    if settings.recovery.mix is None:
+        recovery = settings.recovery.model_copy(update={"mix": settings.inputs is not None})
+        settings = settings.model_copy(update={"recovery": recovery})
     table = _read(teacher, settings.evaluation)
     labelled = _read(teacher, settings.labelled)
     device = choose_device(settings.device)

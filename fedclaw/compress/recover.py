@@ -39,8 +39,10 @@ class Recovery(Frozen):
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    mix: bool = True
-    """Train on random mixtures of two inputs each, scored by the teacher as they are, not on the inputs alone."""
+    mix: bool | None = None
+    """Train on random mixtures of two inputs each, scored by the teacher as they are, not on the inputs alone.
+    None: mixtures of public inputs, which are few (measured on digits, 180 inputs: 98.1 instead of 96.6%), and
+    synthetic inputs as they are (mixing them took 91.4 down to 87.4%)."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
     """Share of the inputs that is kept back to measure agreement and to stop early."""
     patience: int = Field(default=600, ge=1)
