@@ -23,6 +23,8 @@ from fedclaw.runtime.records import Records, ViewedArray, serialised
 Content = RecordDict | Error
 
 MAGIC = b"FCM1"
+ALIGNMENT = 64
+"""Header and arrays each begin at a multiple of this: numpy would copy an unaligned array before computing with it."""
 _PREFIX = len(MAGIC) + 4
 _MAX_HEADER = 16 << 20
 _MAX_DIMENSIONS = 32
@@ -75,7 +77,7 @@ def encode(content: Content) -> Encoded:
     raw = header.SerializeToString()
     if len(raw) > _MAX_HEADER:
         raise TransportError(f"the message's records other than arrays take {len(raw)} bytes, limit {_MAX_HEADER}")
-    parts = (MAGIC + len(raw).to_bytes(4, "big") + raw, *data)
+    parts = (MAGIC + len(raw).to_bytes(4, "big") + raw + _padding(_PREFIX + len(raw)), *data)
     return Encoded(parts, sum(map(len, parts)))
 
 
@@ -94,7 +96,7 @@ def decode(buffer: bytes | bytearray | memoryview) -> Content:
         header = pb.Content.FromString(bytes(view[_PREFIX : _PREFIX + length]))
     except DecodeError as error:
         raise TransportError("the message's header is malformed") from error
-    body = view[_PREFIX + length :]
+    body = view[_padded(_PREFIX + length) :]
     kind = header.WhichOneof("body")
     if kind == "failure":
         _expect(len(body) == 0, "an error reply carries array data")
@@ -121,6 +123,8 @@ def _encode_record(
             _check_array(name, array.dtype, tuple(array.shape), array.stype, memoryview(raw))
             target.arrays.items.add(name=name, dtype=array.dtype, shape=array.shape, stype=array.stype, length=len(raw))
             data.append(raw)
+            if padding := _padding(len(raw)):
+                data.append(padding)
         return
     values = target.metrics if isinstance(record, MetricRecord) else target.configs
     values.SetInParent()
@@ -176,7 +180,7 @@ def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord,
         data = body[: item.length]
         _check_array(item.name, item.dtype, shape, item.stype, data)
         record[item.name] = ViewedArray(item.dtype, shape, item.stype, data)
-        body = body[item.length :]
+        body = body[_padded(item.length) :]
     return record, body
 
 
@@ -229,16 +233,25 @@ def _check_unusual_npy(name: str, dtype: str, shape: tuple[int, ...], data: memo
     head = io.BytesIO(data[:4096])
     try:
         version = npy.read_magic(head)
-        _expect(version == (1, 0), f"array {name!r} is a .npy file of version {version}")
         found_shape, _, found_dtype = npy.read_array_header_1_0(head)
-    except ValueError as error:
-        raise TransportError(f"array {name!r} is not a .npy file") from error
+    except Exception as error:
+        # numpy's parser meets hostile bytes here, and fails in more ways than it documents (ValueError, TokenError).
+        raise TransportError(f"malformed message: array {name!r} is not a .npy file") from error
+    _expect(version == (1, 0), f"array {name!r} is a .npy file of version {version}")
     _expect(
-        str(found_dtype.newbyteorder("=")) == dtype and found_shape == shape,
+        str(found_dtype) == dtype and found_shape == shape,
         f"array {name!r} is declared {dtype}{list(shape)} and holds {found_dtype}{list(found_shape)}",
     )
     expected = head.tell() + _npy_header(dtype, shape)[1]
     _expect(len(data) == expected, f"array {name!r} has {len(data)} bytes instead of {expected}")
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % ALIGNMENT)
+
+
+def _padded(size: int) -> int:
+    return size + -size % ALIGNMENT
 
 
 def _expect(condition: bool, problem: str) -> None:

@@ -81,6 +81,14 @@ def test_arrays_are_encoded_without_a_copy():
     assert any(part is array.data for part in encode(RecordDict({"a": ArrayRecord({"w": array})})).parts)
 
 
+def test_received_arrays_are_aligned_for_computing():
+    content = RecordDict({"a": ArrayRecord({f"w{n}": Array(np.zeros(n, dtype=np.float32)) for n in range(1, 9)})})
+    buffer = np.empty(encode(content).size, dtype=np.uint8)
+    buffer[:] = np.frombuffer(raw(content), dtype=np.uint8)
+    found = decode(buffer.data)
+    assert all(np.frombuffer(array.view, np.float32, offset=128).flags.aligned for array in found["a"].values())
+
+
 def test_without_arrays_keeps_the_rest():
     content = RecordDict({"a": ArrayRecord({"w": Array(np.zeros(3))}), "m": MetricRecord({"n": 1})})
     assert list(without_arrays(content)) == ["m"]
@@ -98,7 +106,7 @@ def test_damaged_bytes_are_refused_or_decode_to_something_else_never_crash(data)
 
 def with_header(header: pb.Content, body: bytes = b"") -> bytes:
     serialised = header.SerializeToString()
-    return b"FCM1" + len(serialised).to_bytes(4, "big") + serialised + body
+    return b"FCM1" + len(serialised).to_bytes(4, "big") + serialised + bytes(-(8 + len(serialised)) % 64) + body
 
 
 def one_array(**changed: object) -> bytes:
