@@ -267,8 +267,8 @@ class TabularSchema(Schema):
     def _require_constants(self, path: Path) -> None:
         if self.data_dependent and self._constants is None:
             raise DataError(
-                f"{path}: the schema standardises by site, and this site's constants are not there yet; "
-                "compute them from the training data first (TabularSchema.fit)"
+                f"{path}: the schema standardises by site, so it is read with a site's own constants: the file "
+                "state/preprocessing.json that the site's client keeps (constants=FILE)"
             )
 
     def _digest(self) -> str:

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 from rich.console import Console
 from rich.logging import RichHandler
@@ -65,6 +65,8 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
         with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
             composed = compose(config_name, overrides=list(overrides))
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise UsageError(f"{error.full_key}= is missing and has no default") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(f"configuration: {_one_line(error)}") from error
     return check_settings(plain, settings)

@@ -24,7 +24,7 @@ from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.site_home import SiteKeys
 from fedclaw.site.settings import SiteSettings, load_site_settings
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedclaw.client")
 
 
 class ClientSettings(Frozen):

@@ -5,6 +5,7 @@
     bundle      a bundle directory
     input       rows or images in the workload's format: a CSV of one or many rows, an .npz, an image, ...
     ca          certificate of the CA that you trust (or federation=…, its descriptor); without it, the bundle's own
+    constants   the site's state/preprocessing.json, for a bundle whose schema says standardise: site
     output      writes a CSV with the label and the probability of every class instead of printing a table
 
 Examples:
@@ -41,6 +42,7 @@ class Settings(Frozen):
     federation: Path | None
     crl: Path | None
     expired: Literal["accept", "refuse"]
+    constants: Path | None
     output: Path | None
 
 
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"output={settings.output}: predictions are written as CSV, name a file that ends in .csv")
     trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
     predictor = Predictor.open(settings.bundle, trust)
+    if settings.constants is not None:
+        predictor.use_constants(settings.constants)
     probabilities = predictor.predict(predictor.read(settings.input))
     console = make_console()
     manifest = predictor.verified.manifest

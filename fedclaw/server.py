@@ -28,7 +28,7 @@ from fedclaw.runtime.flower import assume_server_identity, number_of
 from fedclaw.runtime.grpc import GrpcGrid, Limits
 from fedclaw.security.federation_home import FederationHome
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedclaw.server")
 
 WITH_RESUME = ("federation", "resume", "address", "runs", "tracking", "limits", "sites.wait")
 """Settings that a resumed run may be given; everything else is what the run was begun with."""

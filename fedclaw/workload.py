@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclaw.errors import DataError
 from fedclaw.federation.plan import ModelSpec
 
 if TYPE_CHECKING:
@@ -79,12 +80,16 @@ class Schema(ABC):
         return False
 
     def fit(self, path: Path) -> Self:
-        """This schema with the constants that it takes from a site's training data, if it takes any. Raises DataError."""
+        """This schema with the constants that it takes from a site's training data, if any. Raises DataError."""
         return self
 
     def constants_json(self) -> str | None:
         """The constants that `fit` found, which never leave the site; None for a schema that takes none."""
         return None
+
+    def with_constants(self, text: str, origin: str) -> Self:
+        """This schema with the constants that `constants_json` gave. Raises DataError that names `origin`."""
+        raise DataError(f"{origin}: the schema takes no constants of a site's own; leave them out")
 
     @abstractmethod
     def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:

@@ -119,9 +119,8 @@ class Deployment:
         return self._start(site.name, "fedclaw.client", f"site={site}", *arguments)
 
     def server(self, *arguments: str) -> Background:
-        return self._start(
-            "server", "fedclaw.server", f"federation={self.federation}", f"runs={self.runs}", "tracking=none", *arguments
-        )
+        common = (f"federation={self.federation}", f"runs={self.runs}", "tracking=none")
+        return self._start("server", "fedclaw.server", *common, *arguments)
 
     def new_run(self, *arguments: str) -> Background:
         defaults = (f"workload.schema_file={self.schema}", "workload.model.name=logistic", "run=test", "rounds=3")

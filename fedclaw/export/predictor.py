@@ -44,6 +44,14 @@ class Predictor:
             raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about labels or input shape")
         return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict"))
 
+    def use_constants(self, path: Path) -> None:
+        """Prepare inputs with a site's own constants (its state/preprocessing.json). Raises DataError."""
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: the constants cannot be read: {error}") from error
+        self.schema = self.schema.with_constants(text, str(path))
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the C classes, in the order of the probabilities."""

@@ -38,8 +38,8 @@ class Source:
 
     @property
     def data_dependent(self) -> bool:
-        """Whether sites prepare inputs with constants of their own data; a schema that does not say so does not."""
-        return bool(getattr(self.schema, "data_dependent", False))
+        """Whether sites prepare inputs with constants of their own data."""
+        return self.schema.data_dependent
 
     @property
     def parameters(self) -> int:

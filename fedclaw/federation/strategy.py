@@ -41,5 +41,6 @@ class Strategy(Frozen, ABC):
         """Change the parameters' `.grad` in place, after clipping and noise and before the local step.
 
         `start` holds the global parameters that the round began with, in the same order. Raises KeyError if
-        `fields` lacks what `client_fields` promises; the site answers that with a typed refusal.
+        `fields` lacks what `client_fields` promises and ValueError if a value is impossible. A site calls it with no
+        parameters first, so that it can refuse before it pays.
         """

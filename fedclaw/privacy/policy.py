@@ -40,6 +40,9 @@ class Policy(Frozen):
     allow_training_without_privacy: bool = False
     """Whether a run may train without differential privacy. It spends the data set's budget without bound, so it
     goes together with epsilon: null only."""
+    allow_data_dependent_preprocessing: bool = False
+    """Whether a private run may use a schema that standardises by this site's own statistics (`standardise: site`).
+    They stay here, but the model is trained on what they made of the data, and epsilon does not cover that."""
     minimum_cohort: int = Field(default=2, ge=1)
     """Fewest sites that a round must ask, so that this site's update is never the only one in a sum."""
     max_local_steps: int | None = Field(default=None, ge=1)

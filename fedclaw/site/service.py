@@ -132,6 +132,7 @@ class SiteService:
         start = _arrays(content, ARRAYS)
         size, examples = sum(array.size for array in start.values()), len(self.data.train)
         check_plan(self.policy, plan, examples=examples, parameters=size)
+        self._check_preprocessing(plan)
         model = self._model(plan.model, start)
         strategy = _strategy(plan)
         set_threads(size)
@@ -147,6 +148,16 @@ class SiteService:
                 RECEIPT: ConfigRecord({JSON: self._receipt(plan, mechanism).model_dump_json()}),
             }
         )
+
+    def _check_preprocessing(self, plan: Plan) -> None:
+        """Constants made from all training examples are outside of what epsilon covers: the operator has to know."""
+        covered = not self.workload.schema.data_dependent or self.policy.allow_data_dependent_preprocessing
+        if plan.privacy is not None and not covered:
+            raise Refusal(
+                RefusalCode.PRIVACY_REQUIRED,
+                "the schema standardises by the site's own statistics, which epsilon does not cover; agree on "
+                "constants in the schema, or have the site's policy allow it",
+            )
 
     def _steps(self, plan: Plan, mechanism: Mechanism | None, model: torch.nn.Module, loss: Loss) -> StepTaker:
         """The way of taking a step that the plan asks for, before anything is paid for."""
@@ -254,10 +265,15 @@ class SiteService:
         return Mechanism(sample_rate=rate, noise_multiplier=noise, steps=steps)
 
     def _reserve(self, plan: Plan, mechanism: Mechanism | None, key: str) -> None:
-        budget = Budget(epsilon=self.policy.epsilon, delta=self.policy.delta)
         try:
             self.ledger.reserve(
-                key, federation=plan.federation, run=plan.run, round=plan.round, mechanism=mechanism, budget=budget
+                key,
+                federation=plan.federation,
+                run=plan.run,
+                round=plan.round,
+                mechanism=mechanism,
+                budget=Budget(epsilon=self.policy.epsilon, delta=self.policy.delta),
+                run_budget=Budget(epsilon=self.policy.epsilon_per_run, delta=self.policy.delta),
             )
         except BudgetExceeded as error:
             raise Refusal(RefusalCode.BUDGET, str(error)) from error
@@ -327,10 +343,15 @@ def _arrays(content: RecordDict, name: str) -> Arrays:
 
 
 def _strategy(plan: Plan) -> type[Strategy]:
+    """The plan's strategy, after it has looked at its fields: before anything is paid for."""
     try:
-        return strategy_class(plan.strategy)
+        strategy = strategy_class(plan.strategy)
+        strategy.correct(plan.strategy_fields, [], [])
     except PluginError as error:
         raise Refusal(RefusalCode.STRATEGY, str(error)) from error
+    except (KeyError, ValueError) as error:
+        raise Refusal(RefusalCode.STRATEGY, f"the fields of strategy {plan.strategy!r} are wrong: {error}") from error
+    return strategy
 
 
 def _error(refusal: Refusal, message: Message) -> Message:

@@ -18,7 +18,7 @@ def run(make_run, trained):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ([], UsageError, "Missing mandatory value: run"),
+        ([], UsageError, "run= is missing"),
         (["fraction=2"], UsageError, "fraction: Input should be less than 1 (given: 2)"),
         (["fraction=0"], UsageError, "fraction: Input should be greater than 0"),
         (["fraction=small"], UsageError, "fraction: Input should be a valid number"),

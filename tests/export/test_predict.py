@@ -7,9 +7,11 @@ from PIL import Image
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export import layout
+from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import Trust
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
+from fedclaw.federation.plan import ModelSpec
 
 ROWS = "age,smoker,ward,outcome\n61,yes,surgery,benign\n,no,medicine,malignant\n20,,,benign\n"
 
@@ -136,7 +138,7 @@ def test_no_rows_is_an_error(table_bundle, tmp_path):
 
 
 MISTAKES = [
-    (["bundle={b}"], 2, "Missing mandatory value: input"),
+    (["bundle={b}"], 2, "input= is missing"),
     (["bundle=nowhere", "input={i}"], 1, "nowhere is not a bundle"),
     (["bundle={b}", "input=missing.csv"], 1, "missing.csv: no such file"),
     (["bundle={b}", "input={i}", "ca=missing.crt"], 2, "ca=missing.crt cannot be read"),
@@ -161,3 +163,30 @@ def test_a_bad_value_names_file_row_and_column(command, table_bundle, tmp_path):
     assert (result.returncode, result.stdout) == (1, "")
     for part in ("bad.csv", "row 2", "age", "old"):
         assert part in result.stderr.splitlines()[0]
+
+
+def test_a_site_standardised_bundle_needs_the_sites_constants(command, samples, home, rows, tmp_path):
+    columns = [{"name": "age", "kind": "numeric", "range": [0, 120]}, *samples.table["columns"][1:]]
+    definition = samples.table | {"columns": columns, "standardise": "site"}
+    run = samples.make_run(tmp_path / "own", "tabular", definition, ModelSpec(name="logistic"))
+    source = load_source(run)
+    fitted = source.schema.fit(rows)
+    bundle, constants = tmp_path / "bundle", tmp_path / "preprocessing.json"
+    export_bundle(source, home.signer(), bundle, Request())
+    constants.write_text(fitted.constants_json())
+
+    without = command("fedclaw.predict", f"bundle={bundle}", f"input={rows}")
+    assert without.returncode == 1
+    assert "constants=" in without.stderr
+
+    output = tmp_path / "out.csv"
+    done = command("fedclaw.predict", f"bundle={bundle}", f"input={rows}", f"constants={constants}", f"output={output}")
+    assert done.returncode == 0, done.stderr
+    expected = softmax(source, fitted.read_inputs(rows))
+    assert [float(a["probability"]) for a in answers(output)] == pytest.approx(expected.max(axis=1), abs=2e-6)
+
+
+def test_constants_for_a_schema_that_takes_none(command, table_bundle, rows):
+    done = command("fedclaw.predict", f"bundle={table_bundle}", f"input={rows}", f"constants={rows}")
+    assert done.returncode == 1
+    assert str(rows) in done.stderr

@@ -1,0 +1,227 @@
+"""The loop over real sites in this process: the same question after a crash, and rounds that do not count."""
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message
+
+from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from experiments.simulate import open_sites
+from fedclaw.errors import CheckpointError, PluginError, RoundError, UsageError
+from fedclaw.federation import checkpoint
+from fedclaw.federation.coordinator import PENDING, make_strategy, run_rounds
+from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, RefusalCode
+from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.federation.session import initial_parameters
+from fedclaw.runtime.flower import assume_server_identity
+from fedclaw.runtime.local import LocalGrid
+
+
+class Recording:
+    """A site that notes what it is asked, and refuses as long as it is told to."""
+
+    def __init__(self, site):
+        self.site = site
+        self.asked = []
+        self.refusals = 0
+
+    def answer(self, message):
+        self.asked.append((message.metadata.message_type, message.metadata.message_id))
+        if self.refusals:
+            self.refusals -= 1
+            return Message(Error(RefusalCode.BUDGET, "the budget is gone"), reply_to=message)
+        return self.site.answer(message)
+
+    def release(self, message, reply, size, digest):
+        self.site.release(message, reply, size, digest)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sites")
+    policy = SitePolicy(epsilon=None, delta=1e-3, allow_training_without_privacy=True)
+    return root, write_sites(root, DatasetSettings(name="breast_cancer", sites=3), policy)
+
+
+@pytest.fixture
+def sites(directories):
+    return {name: Recording(service) for name, service in open_sites(directories[1], "clinic").items()}
+
+
+@pytest.fixture
+def record(directories, sites):
+    assume_server_identity(5)
+    schema = next(iter(sites.values())).site.workload.schema
+    return RunRecord(
+        run="run-1",
+        federation="clinic",
+        workload="tabular",
+        schema_text=schema.to_json(),
+        model=ModelSpec(name="logistic"),
+        strategy=StrategyRecord(name="fedavg"),
+        rounds=3,
+        training=LocalTraining(steps=4, batch_size=1000, learning_rate=0.2),
+        privacy=None,
+        rules=RoundRules(minimum=2),
+    )
+
+
+def run(root, record, sites):
+    directory = RunDirectory(root) if (root / "run.json").exists() else RunDirectory.create(root, record)
+    return run_rounds(LocalGrid(sites, 5), directory, initial_parameters(directory))
+
+
+def test_the_mean_is_weighted_by_examples(tmp_path, record, sites):
+    """One full-batch step of FedAvg from the same point is one step on the pooled data (McMahan et al. 2017, 2)."""
+    one = record.model_copy(
+        update={"rounds": 1, "training": LocalTraining(steps=1, batch_size=1000, learning_rate=0.2)}
+    )
+    outcome = run(tmp_path / "run", one, sites)
+    start = initial_parameters(RunDirectory(tmp_path / "run"))
+    services = [recording.site for recording in sites.values()]
+    inputs = np.concatenate([service.data.train.inputs for service in services])
+    targets = np.concatenate([service.data.train.targets for service in services])
+    weight, bias = (next(a for n, a in start.items() if n.endswith(end)) for end in ("weight", "bias"))
+    logits = inputs @ weight.T + bias
+    chance = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    error = (chance - np.eye(2)[targets]) / len(targets)
+    for name, array in outcome.parameters.items():
+        expected = weight - 0.2 * error.T @ inputs if name.endswith("weight") else bias - 0.2 * error.sum(axis=0)
+        assert np.allclose(array, expected, atol=1e-6)
+
+
+class Crash(Exception):
+    """The server dies."""
+
+
+def test_a_resumed_run_asks_the_same_questions(tmp_path, record, sites):
+    """The server dies in round 2, after one site has answered; the question is the same, and so is the answer."""
+    dying = list(sites.values())[1]
+    answer = dying.site.answer
+
+    def die_in_round_two(message):
+        if message.metadata.group_id == "2":
+            raise Crash
+        return answer(message)
+
+    dying.site.answer = die_in_round_two
+    with pytest.raises(Crash):
+        run(tmp_path / "run", record, sites)
+    assert (tmp_path / "run" / PENDING).exists()
+    dying.site.answer = answer
+    outcome = run(tmp_path / "run", record, sites)
+    for recording in sites.values():
+        assert len(set(recording.asked)) == 2 * record.rounds, "a question was new"
+    assert len(next(iter(sites.values())).asked) == 2 * record.rounds + 1
+    assert [line["round"] for line in outcome.directory.read_metrics()] == [1, 2, 3]
+
+
+def test_a_finished_run_resumed_asks_nothing(tmp_path, record, sites):
+    run(tmp_path / "run", record, sites)
+    for recording in sites.values():
+        recording.asked.clear()
+    run(tmp_path / "run", record, sites)
+    assert not any(recording.asked for recording in sites.values())
+
+
+def test_a_refusal_leaves_the_round_to_the_others(tmp_path, record, sites):
+    name = next(iter(sites))
+    sites[name].refusals = 1
+    outcome = run(tmp_path / "run", record, sites)
+    lines = outcome.directory.read_metrics()
+    assert lines[0]["declined"] == {name: "budget"}
+    assert name not in lines[0]["answered"]
+    assert name in lines[1]["answered"]
+
+
+def test_too_few_sites_stop_the_run_with_their_reasons_and_it_can_go_on(tmp_path, record, sites):
+    for recording in list(sites.values())[:2]:
+        recording.refusals = 1
+    with pytest.raises(RoundError, match=r"round 1 .*1 sites trained, 2 are needed .*the budget is gone.*resume="):
+        run(tmp_path / "run", record, sites)
+    assert len(run(tmp_path / "run", record, sites).directory.read_metrics()) == 3
+
+
+def test_fewer_connected_than_needed(tmp_path, record, sites):
+    alone = dict(list(sites.items())[:1])
+    with pytest.raises(RoundError, match="1 sites are connected and 2 are needed"):
+        run(tmp_path / "run", record, alone)
+
+
+def test_a_fraction_is_drawn_anew_each_round_and_the_same_after_a_crash(tmp_path, record, sites):
+    part = record.model_copy(update={"rules": RoundRules(minimum=1, fraction=0.34), "rounds": 8})
+    open_policies = {"minimum_cohort": 1}
+    for recording in sites.values():
+        recording.site.policy = recording.site.policy.model_copy(update=open_policies)
+    cohorts = []
+    for attempt in ("one", "two"):
+        outcome = run(tmp_path / attempt, part, sites)
+        cohorts.append([line["answered"] for line in outcome.directory.read_metrics()])
+    assert cohorts[0] == cohorts[1]
+    assert all(len(cohort) == 1 for cohort in cohorts[0])
+    assert len({cohort[0] for cohort in cohorts[0]}) > 1
+
+
+def test_an_answer_of_the_wrong_shape_is_declined_by_name(tmp_path, record, sites):
+    name, recording = next(iter(sites.items()))
+    answer = recording.site.answer
+
+    def poisoned(message):
+        reply = answer(message)
+        if reply.has_content() and "sum" in reply.content.array_records:
+            first = next(iter(reply.content["sum"]))
+            reply.content["sum"] = type(reply.content["sum"])({first: reply.content["sum"][first]})
+        return reply
+
+    recording.site.answer = poisoned
+    outcome = run(tmp_path / "run", record, sites)
+    assert {line["declined"].get(name) for line in outcome.directory.read_metrics()} == {"unusable"}
+
+
+def test_privacy_is_in_the_receipts_and_the_metrics(tmp_path, record, sites):
+    private = record.model_copy(
+        update={
+            "privacy": PrivacyRequest(epsilon=3, delta=1e-3, max_grad_norm=1),
+            "training": LocalTraining(epochs=1, batch_size=16, learning_rate=0.2),
+        }
+    )
+    outcome = run(tmp_path / "run", private, sites)
+    for name, item in outcome.directory.read_receipts().items():
+        assert item.examples == len(sites[name].site.data.train)
+        assert 2.8 < item.receipt.epsilon_run <= 3
+        assert outcome.directory.read_metrics()[-1]["epsilon"][name] == item.receipt.epsilon_run
+
+
+def test_a_run_directory_is_begun_once(tmp_path, record):
+    RunDirectory.create(tmp_path / "run", record)
+    with pytest.raises(UsageError, match="already holds a run"):
+        RunDirectory.create(tmp_path / "run", record)
+    with pytest.raises(CheckpointError, match="has not finished"):
+        RunDirectory.open(tmp_path / "run").read_model()
+    with pytest.raises(UsageError, match="not a run directory"):
+        RunDirectory.open(tmp_path / "other")
+
+
+def test_a_damaged_record_names_the_field(tmp_path, record):
+    directory = RunDirectory.create(tmp_path / "run", record)
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace('"rounds": 3', '"rounds": -3'))
+    with pytest.raises(CheckpointError, match="rounds"):
+        directory.record()
+
+
+def test_unknown_strategies_and_settings_are_refused_at_start(record):
+    with pytest.raises(PluginError, match=r"fedbest.*installed: fedadagrad"):
+        make_strategy(record.model_copy(update={"strategy": StrategyRecord(name="fedbest")}))
+    with pytest.raises(UsageError, match="mu"):
+        make_strategy(record.model_copy(update={"strategy": StrategyRecord(name="fedavg", settings={"mu": 1})}))
+
+
+def test_round_zero_is_the_initial_model(tmp_path, record, sites):
+    for recording in sites.values():
+        recording.refusals = 1
+    with pytest.raises(RoundError):
+        run(tmp_path / "run", record, sites)
+    saved = checkpoint.newest(tmp_path / "run")
+    assert saved is not None
+    start = initial_parameters(RunDirectory(tmp_path / "run"))
+    assert all(np.array_equal(saved.parameters[name], start[name]) for name in start)
