@@ -96,7 +96,7 @@ def decode(buffer: bytes | bytearray | memoryview) -> Content:
         header = pb.Content.FromString(bytes(view[_PREFIX : _PREFIX + length]))
     except DecodeError as error:
         raise TransportError("the message's header is malformed") from error
-    body = view[_padded(_PREFIX + length) :]
+    body = _after_padding(view, _PREFIX + length)
     kind = header.WhichOneof("body")
     if kind == "failure":
         _expect(len(body) == 0, "an error reply carries array data")
@@ -180,7 +180,7 @@ def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord,
         data = body[: item.length]
         _check_array(item.name, item.dtype, shape, item.stype, data)
         record[item.name] = ViewedArray(item.dtype, shape, item.stype, data)
-        body = body[_padded(item.length) :]
+        body = _after_padding(body, item.length)
     return record, body
 
 
@@ -250,8 +250,11 @@ def _padding(size: int) -> bytes:
     return bytes(-size % ALIGNMENT)
 
 
-def _padded(size: int) -> int:
-    return size + -size % ALIGNMENT
+def _after_padding(view: memoryview, size: int) -> memoryview:
+    """What follows the first `size` bytes and their padding, which has to be there."""
+    end = size + -size % ALIGNMENT
+    _expect(len(view) >= end and not any(view[size:end]), "the padding of its parts is not as it should be")
+    return view[end:]
 
 
 def _expect(condition: bool, problem: str) -> None:

@@ -124,7 +124,6 @@ class Outbox:
         self._entries.pop(task.message_id, None)
         self._entries[task.message_id] = entry
         self._unchecked.discard(task.message_id)
-        self._prune(entry)
         return entry
 
     def _write(self, path: Path, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
@@ -149,7 +148,7 @@ class Outbox:
             raise
         return Entry(path, task, reply, sealed.header, body_size, sealed.plain_size, digest, summary, time.time())
 
-    def _prune(self, newest: Entry) -> None:
+    def prune(self, newest: Entry) -> None:
         """Keep the newest few of this run, others by age, and all within the outbox's size; never drop `newest`."""
         others = [entry for entry in self._entries.values() if entry is not newest]
         same_run = [entry for entry in others if entry.task.run_id == newest.task.run_id]

@@ -126,6 +126,9 @@ class Worker:
             self._released.add(envelope.message_id)
             self._held.discard(envelope.message_id)
         self._announce(entry)
+        # Last, because removing large files takes its time and nobody waits for it here.
+        with self._lock:
+            self._outbox.prune(entry)
 
     def _answer(self, task: Message) -> Message:
         try:

@@ -115,7 +115,7 @@ def one_array(**changed: object) -> bytes:
     assert isinstance(data, bytes)
     fields = {"name": "w", "dtype": "float32", "shape": [3], "stype": "numpy.ndarray", "length": len(data), **changed}
     record = pb.Record(name="a", arrays=pb.ArrayItems(items=[pb.ArrayItem(**fields)]))  # type: ignore[arg-type]
-    return with_header(pb.Content(records=pb.Records(items=[record])), data)
+    return with_header(pb.Content(records=pb.Records(items=[record])), data + bytes(-len(data) % 64))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,8 @@ def one_array(**changed: object) -> bytes:
         (b"XXXX\0\0\0\0", "not a FedClaw message"),
         (b"FCM1\xff\xff\xff\xff", "claims"),
         (b"FCM1\0\0\0\2\xff\xff", "header is malformed"),
-        (b"FCM1\0\0\0\0", "no content"),
+        (b"FCM1" + bytes(60), "no content"),
+        (b"FCM1" + bytes(59), "padding"),
         (one_array(dtype="object"), "dtype 'object'"),
         (one_array(dtype="float64"), "declared float64"),
         (one_array(shape=[4]), r"declared float32\[4\]"),
@@ -134,7 +135,9 @@ def one_array(**changed: object) -> bytes:
         (one_array(length=10), "not a .npy file"),
         (one_array(stype="pickle"), "only 'numpy.ndarray' travels"),
         (one_array(data=b"\x80\x04K\x01."), "not a .npy file"),
-        (one_array() + b"more", "follow the last array"),
+        (one_array() + b"more", "4 bytes follow the last array"),
+        (one_array()[:-1], "padding"),
+        (one_array()[:-1] + b"x", "padding"),
         (with_header(pb.Content(failure=pb.Failure(code=1)), b"x"), "carries array data"),
         (
             with_header(pb.Content(records=pb.Records(items=[pb.Record(name="m")]))),

@@ -23,7 +23,10 @@ def store(outbox: Outbox, number: int, run: int = 1, size: int = 1000) -> Entry:
     asked = task(number, run)
     binding = seal.Binding("f", run, asked.group_id, asked.message_id, "s")
     sealed = seal.Sealer("x25519", KEYS.public).seal([bytes(size)], binding)
-    return outbox.store(asked, Envelope(**{**asked.__dict__, "reply_to_message_id": asked.message_id}), sealed, b"sum")
+    reply = Envelope(**{**asked.__dict__, "reply_to_message_id": asked.message_id})
+    entry = outbox.store(asked, reply, sealed, b"sum")
+    outbox.prune(entry)
+    return entry
 
 
 @pytest.mark.parametrize("size", [0, 1000, 6_000_000])
