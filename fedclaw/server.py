@@ -79,6 +79,8 @@ def main(arguments: Sequence[str]) -> None:
 def coordinate(settings: ServerSettings, home: FederationHome, directory: RunDirectory) -> Outcome:
     """Wait for the cohort and run the rounds that are left."""
     record = directory.record()
+    if record.distillation is not None:
+        raise UsageError(f"{directory.root} is a compression's recovery; begin the same fedclaw.compress command again")
     if record.federation != home.name:
         raise UsageError(f"{directory.root} is a run of federation {record.federation!r}, not of {home.name!r}")
     progress = TerminalProgress()
