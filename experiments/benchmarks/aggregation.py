@@ -5,9 +5,9 @@
 SITES real sites (certificates, streams, seals and outboxes of their own), four to a process, answer one round with
 UPDATE_MB each; the server adds each update to the round's sum as it comes. `peak_ratio` is the server's peak resident
 memory over what it held before the round (imports and the model itself), divided by one update; the task's body,
-the sum and all buffers count. Then one of the sites answers alone, ROUNDS times: `mb_per_s` is the median of update size
-by the time from the begin of its sealing at the site until it is in the sum. In that time the site seals, hashes, stores
-and sends the update; the server receives, opens, decodes, checks and adds it. The reference is a bare mutually
+the sum and all buffers count. Then one of the sites answers alone, ROUNDS times: `mb_per_s` is the median of update
+size by the time from the begin of its sealing at the site until it is in the sum. In that time the site seals, hashes,
+stores and sends the update; the server receives, opens, decodes, checks and adds it. The reference is a bare mutually
 authenticated stream between two processes, measured in the same run. MB are 10^6 bytes. A 400 MB model: `1 400 3`.
 """
 

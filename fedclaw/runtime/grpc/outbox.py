@@ -100,6 +100,7 @@ class Outbox:
         found = [entry for path in directory.glob(f"*{_SUFFIX}") if (entry := _load(path)) is not None]
         self._entries = {entry.task.message_id: entry for entry in sorted(found, key=lambda entry: entry.stored)}
         self._unchecked = set(self._entries)
+        self._spare: Path | None = None
 
     def find(self, task: Envelope) -> Entry | None:
         """The stored reply to that very task; one from before a restart is checked against its digest first."""
@@ -127,7 +128,7 @@ class Outbox:
         return entry
 
     def _write(self, path: Path, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
-        descriptor, temporary = tempfile.mkstemp(dir=self._directory, suffix=".part", prefix=".")
+        descriptor, temporary = self._blank()
         try:
             with os.fdopen(descriptor, "wb", buffering=0) as file:
                 os.fchmod(file.fileno(), PRIVATE_MODE)
@@ -142,11 +143,20 @@ class Outbox:
                     summary=summary,
                 ).SerializeToString()
                 _write_all(file.fileno(), trailer + len(trailer).to_bytes(4, "big") + _MAGIC)
+                file.truncate(file.tell())
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
         return Entry(path, task, reply, sealed.header, body_size, sealed.plain_size, digest, summary, time.time())
+
+    def _blank(self) -> tuple[int, str]:
+        """A file to write over, and its name: a new one, or one that was pruned (its pages need not be found again)."""
+        if self._spare is not None:
+            spare, self._spare = self._spare, None
+            with suppress(OSError):
+                return os.open(spare, os.O_WRONLY | os.O_NOFOLLOW), str(spare)
+        return tempfile.mkstemp(dir=self._directory, suffix=".part", prefix=".")
 
     def prune(self, newest: Entry) -> None:
         """Keep the newest few of this run, others by age, and all within the outbox's size; never drop `newest`."""
@@ -156,13 +166,22 @@ class Outbox:
         doomed = same_run[: max(0, len(same_run) + 1 - self._limits.outbox_replies)]
         doomed += [entry for entry in others if entry.task.run_id != newest.task.run_id and entry.stored < oldest]
         for entry in doomed:
-            self._drop(entry)
+            self._retire(entry)
         total = sum(entry.size for entry in self._entries.values())
         for entry in list(self._entries.values()):
             if total <= self._limits.outbox_bytes or entry is newest:
                 break
             total -= entry.size
             self._drop(entry)
+
+    def _retire(self, entry: Entry) -> None:
+        """Drop an entry, but keep one file of this kind to write the next reply into."""
+        if self._spare is None:
+            spare = self._directory / ".spare.part"
+            with suppress(OSError):
+                entry.path.replace(spare)
+                self._spare = spare
+        self._drop(entry)
 
     def _drop(self, entry: Entry) -> None:
         self._entries.pop(entry.task.message_id, None)

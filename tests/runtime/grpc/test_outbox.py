@@ -88,7 +88,18 @@ def test_only_the_newest_replies_of_a_run_are_kept(tmp_path: Path):
     kept = [number for number in range(5) if outbox.find(task(number)) is not None]
     assert kept == [3, 4]
     assert outbox.find(task(9, run=8)) is not None
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.glob("*.sealed"))) == 3
+
+
+def test_a_file_that_is_written_over_holds_only_the_new_reply(tmp_path: Path):
+    outbox = Outbox(tmp_path, Limits(outbox_replies=1))
+    sizes = [5000, 100, 3000, 50, 4000]
+    for number, size in enumerate(sizes):
+        store(outbox, number, size=size)
+        found = Outbox(tmp_path, Limits(outbox_replies=1)).find(task(number))
+        assert found is not None
+        assert found.plain_size == size
+    assert len(list(tmp_path.glob("*.sealed"))) == 1
 
 
 def test_replies_of_other_runs_go_by_age(tmp_path: Path):
@@ -103,7 +114,7 @@ def test_the_outbox_is_bounded_and_never_drops_the_newest(tmp_path: Path):
     store(outbox, 1, run=8)
     store(outbox, 1, run=9)
     newest = store(outbox, 1, run=10, size=5000)
-    assert list(tmp_path.iterdir()) == [newest.path]
+    assert list(tmp_path.glob("*.sealed")) == [newest.path]
 
 
 def test_a_disk_that_refuses_is_a_clear_error(tmp_path: Path):
