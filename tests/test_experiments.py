@@ -1,0 +1,91 @@
+"""Experiments in process: a sweep leaves its MLflow runs; the sites are dealt out as promised."""
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from sklearn.datasets import load_breast_cancer, load_digits
+
+from experiments.datasets import DatasetSettings, SitePolicy, partition, write_sites
+from fedclaw.federation.registry import schema_class
+from tests.conftest import run_module
+
+
+def test_a_sweep_leaves_four_mlflow_runs(tmp_path):
+    runs = tmp_path / "runs"
+    done = run_module(
+        "experiments.run",
+        "-m",
+        "strategy=fedavg,fedadam",
+        "privacy.epsilon=2,8",
+        f"runs={runs}",
+        f"hydra.sweep.dir={tmp_path / 'multirun'}",
+        "rounds=2",
+        "dataset.sites=2",
+        "workload.model.name=logistic",
+        timeout=180,
+    )
+    assert done.code == 0, done.errors
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name = 'fedclaw'")
+    found = client.search_runs([experiment.experiment_id])
+    asked = {(run.data.params["strategy.name"], float(run.data.params["privacy.epsilon"])) for run in found}
+    assert asked == {("fedavg", 2.0), ("fedavg", 8.0), ("fedadam", 2.0), ("fedadam", 8.0)}
+    assert len(found) == 4
+    for run in found:
+        assert run.info.status == "FINISHED"
+        assert "accuracy" in run.data.metrics
+        spent = [value for name, value in run.data.metrics.items() if name.startswith("epsilon/")]
+        assert len(spent) == 2
+        assert max(spent) <= float(run.data.params["privacy.epsilon"])
+        names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert {"model.npz", "run.json", "receipts.json"} <= names
+        history = client.get_metric_history(run.info.run_id, "accuracy")
+        assert [point.step for point in history] == [1, 2]
+
+
+def test_a_wrong_value_in_an_experiment_is_one_line(tmp_path):
+    done = run_module("experiments.run", f"runs={tmp_path}", "rounds=0", f"hydra.run.dir={tmp_path}")
+    assert done.code == 2
+    assert "rounds" in done.errors
+    assert "Traceback" not in done.errors
+
+
+@pytest.mark.parametrize(("name", "workload"), [("breast_cancer", "tabular"), ("digits", "vision")])
+def test_sites_get_their_own_files_and_no_example_twice(tmp_path, name, workload):
+    directories = write_sites(tmp_path, DatasetSettings(name=name, sites=4), SitePolicy(epsilon=1.0, delta=1e-3))
+    schema = schema_class(workload).parse((tmp_path / "schema.yaml").read_text(), "schema.yaml")
+    tables = [schema.read_examples(next((tmp_path / "public").glob("labelled.*")))]
+    for directory in directories:
+        assert yaml.safe_load((directory / "site.yaml").read_text())["name"] == directory.name
+        tables += [schema.read_examples(next((directory / "data").glob(f"{part}.*"))) for part in ("train", "test")]
+    public = schema.read_inputs(next((tmp_path / "public").glob("inputs.*")))
+    rows = np.concatenate(
+        [table.inputs.reshape(len(table), -1) for table in tables] + [public.reshape(len(public), -1)]
+    )
+    total = {"breast_cancer": 569, "digits": 1797}[name]
+    assert len(rows) == total
+    source = {"breast_cancer": load_breast_cancer, "digits": load_digits}[name]().data
+    assert len(np.unique(rows, axis=0)) == len(np.unique(source, axis=0))
+    label_shares = [np.bincount(table.targets, minlength=len(schema.labels)) / len(table) for table in tables[1::2]]
+    assert np.abs(label_shares[0] - label_shares[1]).max() > 0.02, "the sites are alike"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 8), st.floats(0.3, 10), st.integers(0, 2**16))
+def test_a_partition_deals_every_row_once(sites, alpha, seed):
+    targets = np.repeat(np.arange(3), 100)
+    shares = partition(targets, sites, alpha, np.random.default_rng(seed), fewest=5)
+    assert sorted(np.concatenate(shares).tolist()) == list(range(300))
+    assert min(len(share) for share in shares) >= 5
+
+
+def test_the_same_seed_deals_the_same_hand(tmp_path):
+    files = []
+    for number, seed in enumerate((1, 1, 2)):
+        write_sites(tmp_path / str(number), DatasetSettings(name="digits", seed=seed), SitePolicy(1.0, 1e-3))
+        with np.load(tmp_path / str(number) / "sites" / "hospital-east" / "data" / "train.npz") as archive:
+            files.append(archive["labels"].tolist())
+    assert files[0] == files[1] != files[2]
