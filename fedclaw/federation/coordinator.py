@@ -103,6 +103,27 @@ def make_strategy(record: RunRecord) -> Strategy:
     return check_settings(record.strategy.settings, strategy_class(record.strategy.name))
 
 
+def make_plan(record: RunRecord, strategy: Strategy, number: int, cohort: int) -> Plan:
+    """What round `number` asks of each of `cohort` sites."""
+    return Plan(
+        federation=record.federation,
+        run=record.run,
+        round=number,
+        rounds=record.rounds,
+        cohort=cohort,
+        workload=record.workload,
+        schema_digest=record.schema_digest,
+        model=record.model,
+        strategy=record.strategy.name,
+        strategy_fields=dict(strategy.client_fields()),
+        training=record.training,
+        privacy=record.privacy,
+        distillation=record.distillation,
+        weighting=record.weighting,
+        metrics=record.metrics,
+    )
+
+
 def run_rounds(
     grid: Grid,
     directory: RunDirectory,
@@ -161,7 +182,7 @@ class _Loop:
 
     def _round(self, number: int) -> RoundReport:
         cohort = self._cohort(number)
-        plan = self._plan(number, cohort)
+        plan = make_plan(self.record, self.strategy, number, len(cohort))
         trained = self._train(plan, cohort)
         norm = self.model.step(trained.total.mean())
         evaluated = exchange.evaluate(self.grid, cohort, plan, self.model.parameters, self.record.rules.deadline)
@@ -211,26 +232,6 @@ class _Loop:
         nodes = tuple(sorted(chosen))
         write_atomic(self.directory.root / PENDING, _Pending(round=number, nodes=nodes).model_dump_json().encode())
         return nodes
-
-    def _plan(self, number: int, cohort: Sequence[int]) -> Plan:
-        record = self.record
-        return Plan(
-            federation=record.federation,
-            run=record.run,
-            round=number,
-            rounds=record.rounds,
-            cohort=len(cohort),
-            workload=record.workload,
-            schema_digest=record.schema_digest,
-            model=record.model,
-            strategy=record.strategy.name,
-            strategy_fields=dict(self.strategy.client_fields()),
-            training=record.training,
-            privacy=record.privacy,
-            distillation=record.distillation,
-            weighting=record.weighting,
-            metrics=record.metrics,
-        )
 
     def _checkpoint(self) -> None:
         checkpoint.save(

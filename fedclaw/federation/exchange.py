@@ -7,7 +7,8 @@ asks the same question and a site answers it from its outbox instead of training
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -44,13 +45,29 @@ class Declined:
 
 
 @dataclass
-class Answers:
-    """Who answered what in one exchange. `silent` are the sites that did not answer in time."""
+class Answers(ABC):
+    """What came back from one exchange, added up. `silent` are the sites that did not answer in time."""
 
     seconds: float = 0.0
     answered: list[str] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+
+    def take(self, site: str, reply: Message) -> None:
+        """Add the answer of `site`, or note why it cannot be added."""
+        if reply.has_error():
+            self.declined.append(Declined(site, _code_name(reply.error.code), reply.error.reason or "no reason"))
+            return
+        try:
+            self.add(site, reply.content)
+        except UpdateError as error:
+            self.declined.append(Declined(site, "unusable", str(error)))
+        else:
+            self.answered.append(site)
+
+    @abstractmethod
+    def add(self, site: str, content: RecordDict) -> None:
+        """Add a whole answer or nothing. Raises UpdateError."""
 
 
 @dataclass
@@ -60,18 +77,37 @@ class Trained(Answers):
     total: WeightedSum = field(default_factory=lambda: WeightedSum({}))
     receipts: dict[str, SiteReceipt] = field(default_factory=dict)
 
+    def add(self, site: str, content: RecordDict) -> None:
+        """Add a weighted delta."""
+        weight, examples = _weights(content)
+        receipt = _receipt(content)
+        self.total.add(unpack(_part(content.array_records, SUM)), weight)
+        self.receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
+
 
 @dataclass
 class Evaluated(Answers):
-    """Example-weighted means of the sites' metrics; a metric that no site sent is absent."""
+    """Sums of the sites' metrics times their examples. A metric that no site sent has no mean."""
 
-    metrics: dict[str, float] = field(default_factory=dict)
+    wanted: tuple[str, ...] = ()
     examples: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
+    def add(self, site: str, content: RecordDict) -> None:
+        """Add weighted metrics."""
+        weight, examples = _weights(content)
+        record = _part(content.metric_records, METRICS)
+        values = {name: _number(record, name) for name in self.wanted if name in record}
+        self.examples += examples
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.weights[name] = self.weights.get(name, 0.0) + weight
 
-def site_name(grid: Grid, node_id: int) -> str:
-    """The certified name where the runtime knows one, else the node's number."""
-    return grid.site_name(node_id) if isinstance(grid, StreamingGrid) else str(node_id)
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Example-weighted means by name."""
+        return {name: total / self.weights[name] for name, total in self.sums.items()}
 
 
 def train(
@@ -84,14 +120,7 @@ def train(
 ) -> Trained:
     """Ask `nodes` to train by `plan` and sum their answers. `deadline` in seconds."""
     trained = Trained(total=WeightedSum(parameters))
-
-    def add(site: str, content: RecordDict) -> None:
-        weight, examples = _weights(content)
-        receipt = _receipt(content)
-        trained.total.add(unpack(_part(content.array_records, SUM)), weight)
-        trained.receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
-
-    _ask(grid, nodes, _question(plan, parameters, teacher), MessageType.TRAIN, plan, deadline, trained, add)
+    _ask(grid, questions(nodes, plan, MessageType.TRAIN, parameters, teacher, ttl=deadline), deadline, trained)
     return trained
 
 
@@ -103,68 +132,46 @@ def evaluate(
     deadline: float,
 ) -> Evaluated:
     """Ask `nodes` to evaluate `parameters` on their own test data. `deadline` in seconds."""
-    evaluated = Evaluated()
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-
-    def add(_site: str, content: RecordDict) -> None:
-        weight, examples = _weights(content)
-        record = _part(content.metric_records, METRICS)
-        values = {name: _number(record, name) for name in plan.metrics if name in record}
-        evaluated.examples += examples
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value
-            weights[name] = weights.get(name, 0.0) + weight
-
-    _ask(grid, nodes, _question(plan, parameters, None), MessageType.EVALUATE, plan, deadline, evaluated, add)
-    evaluated.metrics = {name: sums[name] / weights[name] for name in sums}
+    evaluated = Evaluated(wanted=plan.metrics)
+    _ask(grid, questions(nodes, plan, MessageType.EVALUATE, parameters, ttl=deadline), deadline, evaluated)
     return evaluated
 
 
-def _question(
+def questions(
+    nodes: Sequence[int],
     plan: Plan,
+    kind: str,
     parameters: Mapping[str, NDArray[np.float32]],
-    teacher: Mapping[str, NDArray[np.float32]] | None,
-) -> RecordDict:
+    teacher: Mapping[str, NDArray[np.float32]] | None = None,
+    ttl: float | None = None,
+) -> list[Message]:
+    """The same question to each of `nodes`; all messages share one content. `ttl` in seconds."""
     content = RecordDict({ARRAYS: pack(parameters), PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
     if teacher is not None:
         content[TEACHER] = pack(teacher)
-    return content
-
-
-def _ask(
-    grid: Grid,
-    nodes: Sequence[int],
-    content: RecordDict,
-    kind: str,
-    plan: Plan,
-    deadline: float,
-    answers: Answers,
-    add: Callable[[str, RecordDict], None],
-) -> None:
-    """Push the question to `nodes` and hand each answer to `add`, which raises UpdateError for an unusable one."""
-    began = time.monotonic()
     digest = _digest(content)
     messages = []
     for node in nodes:
-        message = Message(content, dst_node_id=node, message_type=kind, group_id=str(plan.round), ttl=deadline)
+        message = Message(content, dst_node_id=node, message_type=kind, group_id=str(plan.round), ttl=ttl)
         assign_message_id(message, hashlib.sha256(f"{kind}|{node}|{digest}".encode()).hexdigest()[:32])
         messages.append(message)
-    waiting = {node: site_name(grid, node) for node in nodes}
+    return messages
+
+
+def site_name(grid: Grid, node_id: int) -> str:
+    """The certified name where the runtime knows one, else the node's number."""
+    return grid.site_name(node_id) if isinstance(grid, StreamingGrid) else str(node_id)
+
+
+def _ask(grid: Grid, messages: Sequence[Message], deadline: float, answers: Answers) -> None:
+    began = time.monotonic()
+    waiting = {message.metadata.dst_node_id: site_name(grid, message.metadata.dst_node_id) for message in messages}
     for reply in grid.send_and_receive(messages, timeout=deadline):
         site = waiting.pop(reply.metadata.src_node_id, None)
         if site is None:
-            log.warning("a second reply of node %d in round %d was dropped", reply.metadata.src_node_id, plan.round)
-            continue
-        if reply.has_error():
-            answers.declined.append(Declined(site, _code_name(reply.error.code), reply.error.reason or "no reason"))
-            continue
-        try:
-            add(site, reply.content)
-        except UpdateError as error:
-            answers.declined.append(Declined(site, "unusable", str(error)))
+            log.warning("a second reply of node %d was dropped", reply.metadata.src_node_id)
         else:
-            answers.answered.append(site)
+            answers.take(site, reply)
     answers.silent = sorted(waiting.values())
     answers.seconds = time.monotonic() - began
 

@@ -1,0 +1,94 @@
+"""A FedClaw run as a Flower strategy, for a plain Flower ServerApp on any Flower runtime.
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = FlowerStrategy(record)
+        strategy.start(grid, pack(initial), num_rounds=record.rounds)
+
+The sites are FedClaw sites and refuse, train and pay as always. What is lost is what Flower's loop does not have:
+answers are held until all are there, a round that found too few sites is not asked again, and a run cannot be
+resumed. For those there is `fedclaw.federation.coordinator.run_rounds`.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
+
+from fedclaw.federation import exchange
+from fedclaw.federation.aggregate import WeightedSum
+from fedclaw.federation.arrays import pack, unpack
+from fedclaw.federation.coordinator import make_plan, make_strategy
+from fedclaw.federation.exchange import Answers, Evaluated, Trained
+from fedclaw.federation.global_model import GlobalModel
+from fedclaw.federation.run_directory import RunRecord
+
+log = logging.getLogger(__name__)
+
+
+class FlowerStrategy(AbstractFlowerStrategy):
+    """Asks what `record` says of all connected nodes, and steps by its strategy's server half."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+        self._strategy = make_strategy(record)
+        self._model: GlobalModel | None = None
+        self.trained: Trained | None = None
+        """The last round's answers, with the sites' receipts."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's question to every node. `config` is not used: the plan says it all."""
+        if self._model is None:
+            self._model = GlobalModel(unpack(arrays), self._strategy)
+        return self._questions(server_round, MessageType.TRAIN, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
+        model = self._started()
+        self.trained = trained = Trained(total=WeightedSum(model.parameters))
+        _take(trained, replies, server_round)
+        if len(trained.answered) < self._record.rules.minimum:
+            log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
+            return None, None
+        norm = model.step(trained.total.mean())
+        return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The evaluation's question to every node."""
+        return self._questions(server_round, MessageType.EVALUATE, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Example-weighted means of what the sites permit; None when nobody evaluated."""
+        evaluated = Evaluated(wanted=self._record.metrics)
+        _take(evaluated, replies, server_round)
+        return MetricRecord(dict(evaluated.metrics)) if evaluated.answered else None
+
+    def summary(self) -> None:
+        """One line in the log."""
+        log.info("%s over %d rounds: run %s", self._record.strategy.name, self._record.rounds, self._record.run)
+
+    def _questions(self, server_round: int, kind: str, grid: Grid) -> list[Message]:
+        nodes = sorted(grid.get_node_ids())
+        plan = make_plan(self._record, self._strategy, server_round, len(nodes))
+        return exchange.questions(nodes, plan, kind, self._started().parameters)
+
+    def _started(self) -> GlobalModel:
+        assert self._model is not None, "Flower configures a round before it aggregates it"
+        return self._model
+
+
+def _take(answers: Answers, replies: Iterable[Message], server_round: int) -> None:
+    for reply in replies:
+        answers.take(str(reply.metadata.src_node_id), reply)
+    for declined in answers.declined:
+        log.warning("round %d: node %s declined (%s): %s", server_round, declined.site, declined.code, declined.reason)

@@ -1,0 +1,58 @@
+"""A FedClaw run in Flower's own loop gives what FedClaw's loop gives."""
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord
+
+from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from experiments.simulate import open_sites
+from fedclaw.federation.arrays import pack, unpack
+from fedclaw.federation.coordinator import run_rounds
+from fedclaw.federation.flower_strategy import FlowerStrategy
+from fedclaw.federation.plan import LocalTraining, ModelSpec
+from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.federation.session import initial_parameters
+from fedclaw.runtime.flower import assume_server_identity
+from fedclaw.runtime.local import LocalGrid
+
+
+@pytest.fixture
+def made(tmp_path):
+    policy = SitePolicy(epsilon=None, delta=1e-3, allow_training_without_privacy=True)
+    sites = open_sites(write_sites(tmp_path, DatasetSettings(name="breast_cancer", sites=2), policy), "clinic")
+    assume_server_identity(3)
+    record = RunRecord(
+        run="run-1",
+        federation="clinic",
+        workload="tabular",
+        schema_text=next(iter(sites.values())).workload.schema.to_json(),
+        model=ModelSpec(name="logistic"),
+        strategy=StrategyRecord(name="fedavgm"),
+        rounds=3,
+        training=LocalTraining(steps=1, batch_size=1000, learning_rate=0.2),
+        privacy=None,
+        rules=RoundRules(minimum=2),
+    )
+    return record, sites, RunDirectory.create(tmp_path / "run", record)
+
+
+def test_flowers_loop_and_ours_agree(made):
+    record, sites, directory = made
+    start = initial_parameters(directory)
+    ours = run_rounds(LocalGrid(sites, 3), directory, start)
+    result = FlowerStrategy(record).start(LocalGrid(sites, 3), pack(start), num_rounds=record.rounds)
+    theirs = unpack(result.arrays)
+    for name, array in ours.parameters.items():
+        assert np.allclose(array, theirs[name], atol=1e-6)
+        assert not np.allclose(array, start[name], atol=1e-3)
+    assert result.evaluate_metrics_clientapp[3]["accuracy"] == pytest.approx(ours.metrics["accuracy"])
+
+
+def test_a_round_with_too_few_sites_does_not_count(made):
+    record, sites, directory = made
+    strategy = FlowerStrategy(record)
+    alone = LocalGrid(dict(list(sites.items())[:1]), 3)
+    messages = strategy.configure_train(1, pack(initial_parameters(directory)), ConfigRecord(), alone)
+    assert strategy.aggregate_train(1, list(alone.send_and_receive(messages))) == (None, None)
+    assert strategy.trained is not None
+    assert strategy.trained.declined[0].code == "cohort"
