@@ -1,0 +1,137 @@
+"""A run in MLflow: a real SQLite store, a real tracking server, and a run that is taken up again."""
+
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from experiments.processes import free_port
+from fedclaw.errors import UsageError
+from fedclaw.federation.coordinator import Outcome, RoundReport
+from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
+from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt, StrategyRecord
+from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
+
+RECEIPT = Receipt(
+    mechanism="dp-sgd",
+    sampler="poisson",
+    accountant="pld",
+    sample_rate=0.1,
+    steps=10,
+    noise_multiplier=1.0,
+    max_grad_norm=1.0,
+    delta=1e-5,
+    rounds=1,
+    epsilon_run=1.5,
+    epsilon_lifetime=1.5,
+    epsilon_left=None,
+    ledger_head="0",
+)
+
+
+def report(number):
+    return RoundReport(
+        round=number,
+        rounds=2,
+        answered=("north",),
+        declined=(),
+        silent=(),
+        update_norm=0.5,
+        train_seconds=1.0,
+        evaluate_seconds=0.1,
+        metrics={"accuracy": 0.25 * number},
+        test_examples=9,
+        receipts={"north": SiteReceipt(examples=9, receipt=RECEIPT)},
+    )
+
+
+@pytest.fixture
+def run(tmp_path):
+    record = RunRecord(
+        run="first",
+        federation="clinic",
+        workload="tabular",
+        schema_text="{}",
+        model=ModelSpec(name="logistic"),
+        strategy=StrategyRecord(name="fedavg"),
+        rounds=2,
+        training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
+        privacy=PrivacyRequest(epsilon=2, delta=1e-5, max_grad_norm=1),
+    )
+    directory = RunDirectory.create(tmp_path / "runs" / "first", record)
+    directory.write_model({"w": np.zeros(2, np.float32)})
+    directory.write_receipts({"north": SiteReceipt(examples=9, receipt=RECEIPT)})
+    return SimpleNamespace(runs=tmp_path / "runs", directory=directory, record=record)
+
+
+def track(run, settings):
+    """A server that dies after round 1, and the one that resumes it."""
+    first = MlflowTracker(settings, run.runs, run.directory)
+    first.started(run.record, 1)
+    first.finished_round(report(1))
+    first.failed()
+    second = MlflowTracker(settings, run.runs, run.directory)
+    second.started(run.record, 2)
+    second.finished_round(report(2))
+    second.finished(Outcome(run.directory, {}))
+
+
+def check(client, experiment_name="fedclaw"):
+    experiment = client.get_experiment_by_name(experiment_name)
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.info.run_name == "first"
+    assert found.data.params["privacy.epsilon"] == "2.0"
+    assert found.data.params["training.batch_size"] == "8"
+    assert found.data.metrics["epsilon/north"] == 1.5
+    history = client.get_metric_history(found.info.run_id, "accuracy")
+    assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5)]
+    assert {a.path for a in client.list_artifacts(found.info.run_id)} == {"model.npz", "run.json", "receipts.json"}
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run):
+    track(run, TrackingSettings())
+    check(MlflowClient(f"sqlite:///{run.runs / 'mlflow.db'}"))
+
+
+def test_a_tracking_server_by_its_uri(run, tmp_path):
+    port = free_port()
+    store = f"sqlite:///{tmp_path / 'server.db'}"
+    command = ["server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store, "--workers", "1"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", *command, "--artifacts-destination", str(tmp_path / "artifacts")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for_port(port)
+        settings = TrackingSettings(uri=f"http://127.0.0.1:{port}", experiment="over-http")
+        track(run, settings)
+        check(MlflowClient(settings.uri), "over-http")
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def wait_for_port(port):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    pytest.fail("the tracking server did not come up")
+
+
+def test_no_tracking(run):
+    assert make_tracker(TrackingSettings(uri="none"), run.runs, run.directory) is None
+
+
+def test_a_store_that_cannot_be_used_is_one_line(run):
+    with pytest.raises(UsageError, match=r"tracking\.uri=nonsense://x"):
+        make_tracker(TrackingSettings(uri="nonsense://x"), run.runs, run.directory)

@@ -1,0 +1,38 @@
+"""Where a site computes: checked on a CPU, and on CUDA where there is one."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from fedclaw.errors import UsageError
+from fedclaw.site.device import SMALL_MODEL, choose_device, precision, set_threads
+
+
+def test_auto_takes_cuda_where_there_is_one():
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_cuda_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="no CUDA device"):
+        choose_device("cuda")
+
+
+def test_mixed_precision_only_for_large_models_on_cuda_without_privacy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert isinstance(precision(cuda, SMALL_MODEL, private=True), nullcontext)
+    assert isinstance(precision(cuda, SMALL_MODEL - 1, private=False), nullcontext)
+    assert isinstance(precision(cpu, SMALL_MODEL, private=False), nullcontext)
+    assert not isinstance(precision(cuda, SMALL_MODEL, private=False), nullcontext)
+
+
+def test_one_thread_for_a_small_model():
+    before = torch.get_num_threads()
+    try:
+        set_threads(SMALL_MODEL - 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
