@@ -23,10 +23,11 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.policy import SAFE_METRICS
+from fedclaw.report.console import make_console
 from fedclaw.site.settings import SITE_FILE
 
 SITE_NAMES = ("hospital-north", "hospital-east", "hospital-south", "hospital-west")

@@ -22,12 +22,13 @@ from rich.table import Table
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.processes import Processes, free_port
 from experiments.simulate import local_only, open_sites, pooled
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Outcome
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen
+from fedclaw.report.console import make_console
 
 FEDERATION = "demo"
 MARKER = ".fedclaw-demo"

@@ -18,12 +18,14 @@ from pydantic import Field
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.simulate import open_sites, simulate
-from fedclaw.cli import check_settings, config_directory, make_console
+from fedclaw.cli import config_directory
 from fedclaw.errors import FedClawError
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import RunSettings, make_record
+from fedclaw.frozen import check_settings
+from fedclaw.report.console import make_console
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import TrackingSettings, make_tracker
 

@@ -11,25 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import ValidationError
 from rich.console import Console
 from rich.logging import RichHandler
 
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.frozen import Frozen, explain
-
-S = TypeVar("S", bound=Frozen)
+from fedclaw.frozen import S, check_settings
+from fedclaw.report.console import make_console
 
 INTERRUPTED = 130
-PLAIN_WIDTH = 132
-"""Columns when the output is a file or a pipe."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +68,6 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
     return check_settings(plain, settings)
 
 
-def check_settings(plain: Any, settings: type[S]) -> S:
-    """A plain container as a settings object. Raises UsageError naming each wrong field."""
-    try:
-        return settings.model_validate(plain)
-    except ValidationError as error:
-        raise UsageError(f"configuration: {explain(error)}") from error
-
-
 def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run an entry point and exit: help for --help, one line on stderr for a FedClawError."""
     arguments = sys.argv[1:]
@@ -99,14 +87,6 @@ def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> 
         console.print(f"{module}: interrupted", style="bold red", markup=False)
         sys.exit(INTERRUPTED)
     sys.exit(0)
-
-
-def make_console(*, stderr: bool = False) -> Console:
-    """The terminal, as wide as it is; a file or pipe, wide enough that no table is cut and no line broken."""
-    console = Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)
-    if console.is_terminal:
-        return console
-    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, width=PLAIN_WIDTH)
 
 
 def _start_logging(console: Console) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
+from fedclaw.report.console import make_console
 from fedclaw.runtime.base import SiteHandler
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.site_home import SiteKeys

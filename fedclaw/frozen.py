@@ -1,12 +1,27 @@
 """The base of everything that is read from a file, a command line or the wire."""
 
+from typing import Any, TypeVar
+
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedclaw.errors import UsageError
 
 
 class Frozen(BaseModel):
     """An immutable, fully checked value: unknown fields and NaN are refused, nothing is guessed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Frozen)
+
+
+def check_settings(plain: Any, settings: type[S]) -> S:
+    """A plain container as a settings object. Raises UsageError naming each wrong field."""
+    try:
+        return settings.model_validate(plain)
+    except ValidationError as error:
+        raise UsageError(f"configuration: {explain(error)}") from error
 
 
 def explain(error: ValidationError) -> str:

@@ -22,12 +22,13 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen
+from fedclaw.report.console import make_console
 from fedclaw.workload import Floats
 
 SHOWN_ROWS = 50

@@ -29,9 +29,10 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.frozen import Frozen
+from fedclaw.report.console import make_console
 from fedclaw.security import federation_home, pki, provisioning
 from fedclaw.security.descriptor import DESCRIPTOR_FILE
 from fedclaw.security.overview import Entry, Overview, State, federation_overview, site_overview

@@ -18,11 +18,12 @@ from typing import Literal
 
 from rich.console import Console
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.trust import load_trust
 from fedclaw.frozen import Frozen
+from fedclaw.report.console import make_console
 
 
 class Settings(Frozen):

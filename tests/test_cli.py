@@ -1,11 +1,14 @@
 """What a person sees who makes a mistake: one clear line, the right exit code, no traceback."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fedclaw.cli import compose_settings, split
 from fedclaw.errors import UsageError
 from fedclaw.server import ServerSettings
-from tests.conftest import run_module
+from tests.conftest import environment, run_module
 
 ENTRY_POINTS = ["server", "client", "provision", "compress", "export", "verify", "predict"]
 
@@ -86,3 +89,18 @@ def test_a_second_client_on_the_same_site_is_refused(deployment):
     first = deployment.client(0)
     first.wait_for_text("serves federation")
     one_line(run_module("fedclaw.client", f"site={deployment.sites[0]}"), 2, "already running")
+
+
+def test_nothing_below_the_entry_points_needs_hydra():
+    """A server loop in somebody else's program brings no command line with it."""
+    program = """
+import importlib, sys
+for name in ("federation.session", "report.terminal", "report.tracking", "site.directory", "runtime.grpc"):
+    importlib.import_module(f"fedclaw.{name}")
+from fedclaw.federation.coordinator import make_strategy
+from types import SimpleNamespace as Record
+make_strategy(Record(strategy=Record(name="fedavg", settings={})))
+assert not {"hydra", "omegaconf", "fedclaw.cli"} & set(sys.modules), sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

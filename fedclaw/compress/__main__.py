@@ -20,8 +20,9 @@ All settings are in conf/compress.yaml.
 
 from collections.abc import Sequence
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
+from fedclaw.report.console import make_console
 
 
 def main(arguments: Sequence[str]) -> None:

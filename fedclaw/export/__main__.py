@@ -23,9 +23,10 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import BundleError, DataError, UsageError
 from fedclaw.frozen import Frozen
+from fedclaw.report.console import make_console
 
 
 class Settings(Frozen):

@@ -26,7 +26,7 @@ from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.federation.strategy import Strategy
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
+from fedclaw.frozen import Frozen, check_settings
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +98,6 @@ def _read_pending(directory: RunDirectory) -> _Pending | None:
 
 def make_strategy(record: RunRecord) -> Strategy:
     """The run's strategy with its settings. Raises PluginError, or UsageError for wrong settings."""
-    from fedclaw.cli import check_settings
-
     return check_settings(record.strategy.settings, strategy_class(record.strategy.name))
 
 

@@ -4,9 +4,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedclaw.cli import make_console
 from fedclaw.federation.coordinator import Outcome, RoundReport
 from fedclaw.federation.run_directory import RunRecord, SiteReceipt
+from fedclaw.report.console import make_console
 
 
 class TerminalProgress:
