@@ -150,6 +150,22 @@ def test_an_epsilon_above_the_policy_stops_the_run_with_the_sites_reason(deploym
     assert [reservations(site) for site in deployment.sites] == [0, 0]
 
 
+def test_a_refusal_is_not_for_ever(deployment):
+    """The operators raise their limits and start their clients again; the same run goes on."""
+    clients = [deployment.client(index) for index in range(2)]
+    assert deployment.new_run("privacy.epsilon=20").finish() == 1
+    for client, site in zip(clients, deployment.sites, strict=True):
+        assert client.stop() == 0
+        path = site / "site.yaml"
+        settings = yaml.safe_load(path.read_text())
+        settings["policy"]["epsilon"] = 30
+        path.write_text(yaml.safe_dump(settings))
+    for index in range(2):
+        deployment.client(index)
+    resumed = deployment.server(f"resume={deployment.runs / 'test'}")
+    assert resumed.finish() == 0, resumed.text()
+
+
 def test_the_budget_outlives_the_run(deployment):
     """Each run alone fits the budget of 8; the second one would exceed it together with the first."""
     for index in range(2):

@@ -18,6 +18,7 @@ import grpc
 
 from experiments.benchmarks.loopback import process
 from fedclaw.runtime.grpc import wire
+from fedclaw.runtime.grpc.memory import tune_allocator
 from fedclaw.security.federation_home import FederationHome
 from fedclaw.security.site_home import SiteKeys
 
@@ -68,6 +69,7 @@ class BareStream:
 @contextmanager
 def bare_stream(home: FederationHome, site: Path) -> Iterator[BareStream]:
     """A server here and a client process, connected."""
+    tune_allocator()
     stream = BareStream()
     tls = home.tls()
     server = grpc.server(ThreadPoolExecutor(2), options=wire.common_options())
@@ -93,6 +95,7 @@ def _answers(next_answer: Callable[[], list[bytes] | None]) -> Iterator[bytes]:
 
 def main(port: str, site: str) -> None:
     """The client process."""
+    tune_allocator()
     tls = SiteKeys.open(Path(site)).tls()
     credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
     flood = [bytes(CHUNK)] * FLOOD_CHUNKS

@@ -73,4 +73,4 @@ def load(path: Path) -> Checkpoint:
 
 
 def _existing(directory: Path) -> list[Path]:
-    return sorted(directory.glob("checkpoint-*.ckpt"))
+    return sorted(directory.glob("checkpoint-*.ckpt"), key=lambda path: int(path.stem.rpartition("-")[2]))

@@ -7,6 +7,7 @@ site that has answered already answers from its outbox at no further cost.
 
 import logging
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from fedclaw.errors import CheckpointError, RoundError
+from fedclaw.errors import CheckpointError, PluginError, RoundError, UpdateError
 from fedclaw.federation import checkpoint, exchange
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.checkpoint import Checkpoint
@@ -31,6 +32,8 @@ from fedclaw.frozen import Frozen, check_settings
 log = logging.getLogger(__name__)
 
 PENDING = "round.json"
+LOOK_AGAIN = 0.2
+"""Seconds between two looks at who is connected."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def _read_pending(directory: RunDirectory) -> _Pending | None:
 
 def make_strategy(record: RunRecord) -> Strategy:
     """The run's strategy with its settings. Raises PluginError, or UsageError for wrong settings."""
-    return check_settings(record.strategy.settings, strategy_class(record.strategy.name))
+    strategy = check_settings(record.strategy.settings, strategy_class(record.strategy.name))
+    if strategy.needs_single_updates:
+        raise PluginError(f"strategy {record.strategy.name!r} has to see every update by itself; this server only sums")
+    return strategy
 
 
 def make_plan(record: RunRecord, strategy: Strategy, number: int, cohort: int) -> Plan:
@@ -182,8 +188,9 @@ class _Loop:
         cohort = self._cohort(number)
         plan = make_plan(self.record, self.strategy, number, len(cohort))
         trained = self._train(plan, cohort)
-        norm = self.model.step(trained.total.mean())
-        evaluated = exchange.evaluate(self.grid, cohort, plan, self.model.parameters, self.record.rules.deadline)
+        norm = self._step(plan, trained)
+        awake = [node for node in cohort if exchange.site_name(self.grid, node) not in trained.silent]
+        evaluated = exchange.evaluate(self.grid, awake, plan, self.model.parameters, self.record.rules.deadline)
         report = self._report(plan, trained, evaluated, norm)
         self.receipts.update(trained.receipts)
         self.directory.write_receipts(self.receipts)
@@ -191,6 +198,12 @@ class _Loop:
         self.completed = number
         self._checkpoint()
         return report
+
+    def _step(self, plan: Plan, trained: Trained) -> float:
+        try:
+            return self.model.step(trained.total.mean())
+        except UpdateError as error:
+            raise RoundError(f"round {plan.round} of run {plan.run}: {error}; a site sent absurd values") from error
 
     def _train(self, plan: Plan, cohort: Sequence[int]) -> Trained:
         """Ask until enough sites have answered; the same question each time, so nobody pays twice."""
@@ -219,16 +232,23 @@ class _Loop:
         pending = _read_pending(self.directory)
         if pending and pending.round == number:
             return pending.nodes
-        connected = sorted(self.grid.get_node_ids())
+        connected = self._connected()
         size = max(self.record.rules.minimum, round(self.record.rules.fraction * len(connected)))
         if len(connected) < self.record.rules.minimum:
             raise RoundError(
-                f"round {number}: {len(connected)} sites are connected and {self.record.rules.minimum} are needed; "
-                f"continue with resume={self.directory.root} when they are back"
+                f"round {number}: {len(connected)} sites are connected and {self.record.rules.minimum} are needed "
+                f"(waited {self.record.rules.deadline:g} s). Continue with resume={self.directory.root}"
             )
         chosen = random.Random(f"{self.record.seed}/{number}").sample(connected, min(size, len(connected)))  # noqa: S311
         nodes = tuple(sorted(chosen))
         write_atomic(self.directory.root / PENDING, _Pending(round=number, nodes=nodes).model_dump_json().encode())
+        return nodes
+
+    def _connected(self) -> list[int]:
+        """The connected nodes, once there are as many as a round needs or the deadline has passed."""
+        end = time.monotonic() + self.record.rules.deadline
+        while len(nodes := sorted(self.grid.get_node_ids())) < self.record.rules.minimum and time.monotonic() < end:
+            time.sleep(LOOK_AGAIN)
         return nodes
 
     def _checkpoint(self) -> None:

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -26,6 +26,7 @@ from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.frozen import explain
 from fedclaw.runtime.base import StreamingGrid
 from fedclaw.runtime.flower import assign_message_id
+from fedclaw.runtime.records import Records
 
 R = TypeVar("R")
 
@@ -33,6 +34,10 @@ log = logging.getLogger(__name__)
 
 ARRAYS, PLAN, TEACHER, SUM, METRICS, RECEIPT, JSON = "arrays", "plan", "teacher", "sum", "metrics", "receipt", "json"
 WEIGHT, EXAMPLES = "weight", "examples"
+MOST_EXAMPLES = 10**12
+LONGEST_REASON = 300
+
+Weighting = Literal["examples", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Answers(ABC):
     def take(self, site: str, reply: Message) -> None:
         """Add the answer of `site`, or note why it cannot be added."""
         if reply.has_error():
-            self.declined.append(Declined(site, _code_name(reply.error.code), reply.error.reason or "no reason"))
+            self.declined.append(Declined(site, _code_name(reply.error.code), _words(reply.error.reason)))
             return
         try:
             self.add(site, reply.content)
@@ -75,11 +80,15 @@ class Trained(Answers):
     """The sum of the sites' weighted deltas, and the receipts by site."""
 
     total: WeightedSum = field(default_factory=lambda: WeightedSum({}))
+    weighting: Weighting = "examples"
     receipts: dict[str, SiteReceipt] = field(default_factory=dict)
 
     def add(self, site: str, content: RecordDict) -> None:
         """Add a weighted delta."""
         weight, examples = _weights(content)
+        # Both add up, so this holds for a regional sum as for a single site.
+        if weight != examples if self.weighting == "examples" else weight > examples:
+            raise UpdateError(f"weight {weight:g} does not belong to {examples} examples weighted by {self.weighting}")
         receipt = _receipt(content)
         self.total.add(unpack(_part(content.array_records, SUM)), weight)
         self.receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
@@ -119,7 +128,7 @@ def train(
     deadline: float,
 ) -> Trained:
     """Ask `nodes` to train by `plan` and sum their answers. `deadline` in seconds."""
-    trained = Trained(total=WeightedSum(parameters))
+    trained = Trained(total=WeightedSum(parameters), weighting=plan.weighting)
     _ask(grid, questions(nodes, plan, MessageType.TRAIN, parameters, teacher, ttl=deadline), deadline, trained)
     return trained
 
@@ -146,7 +155,7 @@ def questions(
     ttl: float | None = None,
 ) -> list[Message]:
     """The same question to each of `nodes`; all messages share one content. `ttl` in seconds."""
-    content = RecordDict({ARRAYS: pack(parameters), PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
+    content = Records({ARRAYS: pack(parameters), PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
     if teacher is not None:
         content[TEACHER] = pack(teacher)
     digest = _digest(content)
@@ -176,7 +185,7 @@ def _ask(grid: Grid, messages: Sequence[Message], deadline: float, answers: Answ
     answers.seconds = time.monotonic() - began
 
 
-def _digest(content: RecordDict) -> str:
+def _digest(content: Records) -> str:
     """SHA-256 of everything that is asked: plan and parameters."""
     digest = hashlib.sha256()
     for key, record in sorted(content.array_records.items()):
@@ -190,7 +199,7 @@ def _digest(content: RecordDict) -> str:
 def _weights(content: RecordDict) -> tuple[float, int]:
     record = _part(content.metric_records, METRICS)
     weight, examples = _number(record, WEIGHT), _number(record, EXAMPLES)
-    if examples < 0 or weight <= 0:
+    if not 1 <= examples <= MOST_EXAMPLES or weight <= 0:
         raise UpdateError(f"the answer claims {examples:g} examples and weight {weight:g}")
     return weight, int(examples)
 
@@ -213,6 +222,12 @@ def _receipt(content: RecordDict) -> Receipt:
         return Receipt.model_validate_json(str(_part(content.config_records, RECEIPT).get(JSON)))
     except ValidationError as error:
         raise UpdateError(f"the privacy receipt is malformed: {explain(error)}") from error
+
+
+def _words(reason: str | None) -> str:
+    """A site's words on one line, without control characters, cut to a sane length."""
+    text = "".join(letter if letter.isprintable() else " " for letter in reason or "")
+    return " ".join(text.split())[:LONGEST_REASON] or "no reason"
 
 
 def _code_name(code: int) -> str:

@@ -53,7 +53,7 @@ class FlowerStrategy(AbstractFlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
         model = self._started()
-        self.trained = trained = Trained(total=WeightedSum(model.parameters))
+        self.trained = trained = Trained(total=WeightedSum(model.parameters), weighting=self._record.weighting)
         _take(trained, replies, server_round)
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))

@@ -12,7 +12,8 @@ class StreamingGrid(Grid):
     """A Grid that hands out replies as they arrive instead of collecting them.
 
     `send_and_receive` pushes its messages before it returns, then yields each reply once; it ends when all have
-    answered, when `timeout` seconds have passed, or when no site that still owes a reply can be reached.
+    answered or when `timeout` seconds have passed. A site that is away may come back until then; without a timeout
+    it ends when no site that still owes a reply has been reachable for a while.
     """
 
     @abstractmethod

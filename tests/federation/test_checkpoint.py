@@ -31,6 +31,14 @@ def test_the_newest_is_found_and_the_oldest_go(tmp_path):
     assert len(list(tmp_path.iterdir())) == checkpoint.KEPT
 
 
+def test_the_ten_thousandth_round_is_newer_than_the_one_before(tmp_path):
+    for number in (9998, 9999, 10000, 10001):
+        checkpoint.save(tmp_path, Checkpoint(number, PARAMETERS, {}))
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert found.round == 10001
+
+
 def test_none_when_there_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 

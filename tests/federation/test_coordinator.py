@@ -14,6 +14,7 @@ from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord
 from fedclaw.federation.session import initial_parameters
 from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
+from strategies.fedavg import FedAvg
 
 
 class Recording:
@@ -143,8 +144,66 @@ def test_too_few_sites_stop_the_run_with_their_reasons_and_it_can_go_on(tmp_path
 
 def test_fewer_connected_than_needed(tmp_path, record, sites):
     alone = dict(list(sites.items())[:1])
+    hasty = record.model_copy(update={"rules": RoundRules(minimum=2, deadline=0.3)})
     with pytest.raises(RoundError, match="1 sites are connected and 2 are needed"):
-        run(tmp_path / "run", record, alone)
+        run(tmp_path / "run", hasty, alone)
+
+
+def test_a_site_that_is_away_when_a_round_begins_is_waited_for(tmp_path, record, sites):
+    class Blinking(LocalGrid):
+        looks = 0
+
+        def get_node_ids(self):
+            self.looks += 1
+            nodes = list(super().get_node_ids())
+            return nodes[:1] if self.looks in {2, 3} else nodes
+
+    directory = RunDirectory.create(tmp_path / "run", record)
+    outcome = run_rounds(Blinking(sites, 5), directory, initial_parameters(directory))
+    assert all(len(line["answered"]) == 3 for line in directory.read_metrics())
+    assert outcome.metrics
+
+
+@pytest.mark.parametrize(("weighting", "weight"), [("examples", 1e30), ("examples", 1.0), ("uniform", 1e30)])
+def test_a_weight_that_does_not_belong_to_its_examples_is_declined(tmp_path, record, sites, weighting, weight):
+    name, recording = next(iter(sites.items()))
+    answer = recording.site.answer
+
+    def lying(message):
+        reply = answer(message)
+        if reply.has_content() and "sum" in reply.content.array_records:
+            reply.content["metrics"]["weight"] = weight
+        return reply
+
+    recording.site.answer = lying
+    outcome = run(tmp_path / "run", record.model_copy(update={"weighting": weighting}), sites)
+    assert {line["declined"].get(name) for line in outcome.directory.read_metrics()} == {"unusable"}
+
+
+def test_a_reason_from_a_site_cannot_forge_a_log(tmp_path, record, sites, caplog):
+    name, recording = next(iter(sites.items()))
+    recording.site.answer = lambda message: Message(
+        Error(1, "no\n12:00 INFO all is well\x1b[2J" + "x" * 9999), reply_to=message
+    )
+    run(tmp_path / "run", record, sites)
+    (line, *_) = [item.getMessage() for item in caplog.records if name in item.getMessage()]
+    assert "\n" not in line
+    assert "\x1b" not in line
+    assert len(line) < 500
+
+
+def test_silent_sites_are_not_waited_for_again_in_the_evaluation(tmp_path, record, sites):
+    class Silent(LocalGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            return super().send_and_receive([m for m in messages if m.metadata.dst_node_id != gone], timeout=timeout)
+
+    grid = Silent(sites, 5)
+    gone = sorted(grid.get_node_ids())[0]
+    directory = RunDirectory.create(tmp_path / "run", record)
+    run_rounds(grid, directory, initial_parameters(directory))
+    name = grid.site_name(gone)
+    assert all(line["silent"] == [name] for line in directory.read_metrics())
+    assert not sites[name].asked
 
 
 def test_a_fraction_is_drawn_anew_each_round_and_the_same_after_a_crash(tmp_path, record, sites):
@@ -207,6 +266,12 @@ def test_a_damaged_record_names_the_field(tmp_path, record):
     path.write_text(path.read_text().replace('"rounds": 3', '"rounds": -3'))
     with pytest.raises(CheckpointError, match="rounds"):
         directory.record()
+
+
+def test_a_strategy_that_must_see_single_updates_is_refused(record, monkeypatch):
+    monkeypatch.setattr(FedAvg, "needs_single_updates", True)
+    with pytest.raises(PluginError, match="only sums"):
+        make_strategy(record)
 
 
 def test_unknown_strategies_and_settings_are_refused_at_start(record):

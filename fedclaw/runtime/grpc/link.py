@@ -18,6 +18,7 @@ from fedclaw.runtime.flower import number_of
 from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.intake import Intake
 from fedclaw.runtime.grpc.limits import Limits
+from fedclaw.runtime.grpc.memory import tune_allocator
 from fedclaw.runtime.grpc.outbox import Entry, Outbox
 from fedclaw.runtime.grpc.pieces import Piece, read_piece
 from fedclaw.runtime.grpc.protocol import PROTOCOL_VERSION
@@ -120,6 +121,7 @@ class SiteLink:
 
         Raises ConnectionRefused when the server will not have this site for good.
         """
+        tune_allocator()
         self._worker.start()
         failures = 0
         try:

@@ -19,12 +19,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from flwr.app import Error
 from google.protobuf.message import DecodeError
 
 from fedclaw.errors import TransportError
 from fedclaw.files import PRIVATE_MODE
 from fedclaw.runtime.flower import Envelope
 from fedclaw.runtime.grpc import wire
+from fedclaw.runtime.grpc.codec import decode
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.sender import Outgoing
@@ -53,6 +55,9 @@ class Entry:
     plain_size: int
     digest: str
     summary: bytes
+    """The reply without its arrays, encoded."""
+    is_refusal: bool
+    """Whether the reply is an error instead of an answer."""
     stored: float
 
     @property
@@ -103,9 +108,15 @@ class Outbox:
         self._spare: Path | None = None
 
     def find(self, task: Envelope) -> Entry | None:
-        """The stored reply to that very task; one from before a restart is checked against its digest first."""
+        """The stored reply to that very task; one from before a restart is checked against its digest first.
+
+        A refusal is not kept for a second time of asking: it cost nothing, and its cause may be gone.
+        """
         entry = self._entries.get(task.message_id)
         if entry is None or (entry.task.run_id, entry.task.group_id) != (task.run_id, task.group_id):
+            return None
+        if entry.is_refusal:
+            self._drop(entry)
             return None
         if task.message_id in self._unchecked:
             if not entry.is_intact():
@@ -148,7 +159,18 @@ class Outbox:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        return Entry(path, task, reply, sealed.header, body_size, sealed.plain_size, digest, summary, time.time())
+        return Entry(
+            path,
+            task,
+            reply,
+            sealed.header,
+            body_size,
+            sealed.plain_size,
+            digest,
+            summary,
+            isinstance(decode(summary), Error),
+            time.time(),
+        )
 
     def _blank(self) -> tuple[int, str]:
         """A file to write over, and its name: a new one, or one that was pruned (its pages need not be found again)."""
@@ -204,6 +226,7 @@ def _load(path: Path) -> Entry | None:
                 raise DecodeError("cut off")
             stored = os.fstat(file.fileno()).st_mtime
         task, reply = wire.envelope_from_proto(spooled.task), wire.envelope_from_proto(spooled.reply)
+        is_refusal = isinstance(decode(spooled.summary), Error)
     except (OSError, DecodeError, TransportError):
         log.error("%s is damaged and dropped; its task will be done again", path)
         path.unlink(missing_ok=True)
@@ -217,6 +240,7 @@ def _load(path: Path) -> Entry | None:
         spooled.plain_size,
         spooled.digest,
         spooled.summary,
+        is_refusal,
         stored,
     )
 

@@ -16,7 +16,7 @@ from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.desk import Desk, Task
 from fedclaw.runtime.grpc.inbound import Arrivals, error_reply
 from fedclaw.runtime.grpc.limits import Limits
-from fedclaw.runtime.grpc.memory import share_arenas
+from fedclaw.runtime.grpc.memory import tune_allocator
 from fedclaw.runtime.grpc.peer import NotAdmitted, Peer, check_standing, peer_of
 from fedclaw.runtime.grpc.pieces import Piece, read_piece
 from fedclaw.runtime.grpc.protocol import METHOD, PROTOCOL_VERSION, SERVICE
@@ -58,7 +58,7 @@ class Station:
 
     def start(self) -> None:
         """Listen. Raises TransportError if the address is not to be had."""
-        share_arenas()
+        tune_allocator()
         streams = self._limits.max_sites + _SPARE_STREAMS
         self._server = grpc.server(
             ThreadPoolExecutor(streams, thread_name_prefix="fedclaw-stream"),

@@ -5,10 +5,12 @@ import stat
 from pathlib import Path
 
 import pytest
+from flwr.app import Error, RecordDict
 
 from fedclaw.errors import TransportError
 from fedclaw.runtime.flower import Envelope
 from fedclaw.runtime.grpc import Limits
+from fedclaw.runtime.grpc.codec import encode
 from fedclaw.runtime.grpc.outbox import Entry, Outbox
 from fedclaw.security import seal
 
@@ -19,12 +21,14 @@ def task(number: int, run: int = 1) -> Envelope:
     return Envelope(run, f"run{run}-task{number}", "", 1, 2, str(number), "train", 5.0, 60.0)
 
 
-def store(outbox: Outbox, number: int, run: int = 1, size: int = 1000) -> Entry:
+def store(
+    outbox: Outbox, number: int, run: int = 1, size: int = 1000, content: RecordDict | Error | None = None
+) -> Entry:
     asked = task(number, run)
     binding = seal.Binding("f", run, asked.group_id, asked.message_id, "s")
     sealed = seal.Sealer("x25519", KEYS.public).seal([bytes(size)], binding)
     reply = Envelope(**{**asked.__dict__, "reply_to_message_id": asked.message_id})
-    entry = outbox.store(asked, reply, sealed, b"sum")
+    entry = outbox.store(asked, reply, sealed, b"".join(encode(content or RecordDict()).parts))
     outbox.prune(entry)
     return entry
 
@@ -42,6 +46,17 @@ def test_what_is_stored_is_found_whole_after_a_restart(tmp_path: Path, size: int
     for offset in range(0, len(body), seal.SEGMENT + seal.TAG):
         stream.feed(body[offset : offset + seal.SEGMENT + seal.TAG])
     assert stream.finish() == bytes(size)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_refusal_is_not_kept_for_a_second_asking(tmp_path: Path, restarted: bool):
+    outbox = Outbox(tmp_path, Limits())
+    path = store(outbox, 1, content=Error(2008, "the budget is gone")).path
+    assert path.exists(), "it is sent like every other reply"
+    if restarted:
+        outbox = Outbox(tmp_path, Limits())
+    assert outbox.find(task(1)) is None
+    assert not path.exists()
 
 
 def test_files_are_for_their_owner_only(tmp_path: Path):
