@@ -1,11 +1,14 @@
 """What FedClaw's runtimes promise beyond Flower's `Grid`, and what a site must offer them."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
+
+from fedclaw.runtime.records import serialised
 
 
 class StreamingGrid(Grid):
@@ -37,3 +40,15 @@ class SiteHandler(Protocol):
         `size` is in bytes and `digest` the SHA-256 (hexadecimal) of what leaves. Called again, with the same
         arguments, when the same reply is sent again after a restart. If it raises, nothing is sent.
         """
+
+
+def measure(reply: Message) -> tuple[int, str]:
+    """Bytes and SHA-256 of the arrays in a reply, for a runtime that does not seal."""
+    digest, size = hashlib.sha256(), 0
+    if reply.has_content():
+        for record in reply.content.values():
+            for array in record.values() if isinstance(record, ArrayRecord) else ():
+                data = serialised(array)
+                digest.update(data)
+                size += len(data)
+    return size, digest.hexdigest()

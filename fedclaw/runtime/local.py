@@ -1,13 +1,12 @@
 """Sites in this process: the same handlers, called directly."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from flwr.app import Message, RecordDict
 from flwr.supercore.run import Run
 
 from fedclaw.errors import TransportError
-from fedclaw.runtime.base import SiteHandler, StreamingGrid
+from fedclaw.runtime.base import SiteHandler, StreamingGrid, measure
 from fedclaw.runtime.flower import assign_message_id, empty_run, number_of
 
 
@@ -69,7 +68,7 @@ class LocalGrid(StreamingGrid):
         handler = self._site(message.metadata.dst_node_id)[1]
         reply = handler.answer(message)
         assign_message_id(reply)
-        size, digest = _measure(reply)
+        size, digest = measure(reply)
         handler.release(message, reply, size, digest)
         return reply
 
@@ -77,14 +76,3 @@ class LocalGrid(StreamingGrid):
         if node_id not in self._sites:
             raise TransportError(f"no site has node id {node_id}; known: {sorted(self._sites)}")
         return self._sites[node_id]
-
-
-def _measure(reply: Message) -> tuple[int, str]:
-    """Bytes and SHA-256 of the arrays in a reply."""
-    digest, size = hashlib.sha256(), 0
-    if reply.has_content():
-        for record in reply.content.array_records.values():
-            for array in record.values():
-                digest.update(array.data)
-                size += len(array.data)
-    return size, digest.hexdigest()
