@@ -110,7 +110,11 @@ class Workload(ABC):
 
     @abstractmethod
     def build(self, spec: ModelSpec) -> "torch.nn.Module":
-        """A fresh model, (N, *D) -> logits (N, C), without batch statistics. Raises PluginError for a wrong spec."""
+        """A fresh model, (N, *D) -> logits (N, C), without batch statistics. Raises PluginError for a wrong spec.
+
+        A site builds it under `torch.device("meta")` first, where it must cost no memory, and for real only if
+        names and shapes of its parameters are those that arrived.
+        """
 
     @abstractmethod
     def spec_of(self, model: "torch.nn.Module") -> ModelSpec:

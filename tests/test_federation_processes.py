@@ -10,7 +10,6 @@ import yaml
 from experiments.datasets import SitePolicy
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.privacy.ledger import Ledger
-from fedclaw.site.directory import fingerprint
 from fedclaw.site.outbound import OutboundLog
 from tests.conftest import deploy
 
@@ -19,7 +18,7 @@ SLOW_ROUNDS = ("training.epochs=null", "training.steps=800", "training.batch_siz
 
 
 def ledger_of(site):
-    return Ledger.open(site / "state" / "ledger.sqlite", fingerprint(next((site / "data").glob("train.*"))))
+    return Ledger.open(site / "state" / "ledger.sqlite", site.name)
 
 
 def reservations(site):

@@ -11,6 +11,7 @@ and a site that trained answers
      "receipt": ConfigRecord {"json": Receipt}}
 
 A site that evaluated answers {"metrics": MetricRecord {"weight", "examples", name: value x weight}}.
+Either answer also holds "about": ConfigRecord {"run": the run's name}, for the site's own outbound log.
 Sums and weights add up, so a sum of answers is itself an answer. A site that will not take part answers with
 a Flower `Error` whose code is a `RefusalCode` and whose reason is a sentence.
 """
@@ -23,6 +24,12 @@ from pydantic import Field, JsonValue, model_validator
 from fedclaw.frozen import Frozen
 
 PLAN_VERSION = 1
+
+MAX_ROUNDS = 100_000
+MAX_STEPS = 1_000_000
+MAX_EPOCHS = 10_000.0
+MAX_BATCH = 10_000_000
+"""Limits of a plan: one small message must not keep a site busy for ever. Its policy sets narrower ones."""
 
 METRICS = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
 """Names of the evaluation metrics; all but `loss` lie in [0, 1]."""
@@ -38,9 +45,9 @@ class ModelSpec(Frozen):
 class LocalTraining(Frozen):
     """What a site does between two exchanges. Exactly one of `epochs` and `steps` is set."""
 
-    epochs: float | None = Field(default=None, gt=0)
-    steps: int | None = Field(default=None, gt=0)
-    batch_size: int = Field(gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=MAX_EPOCHS)
+    steps: int | None = Field(default=None, gt=0, le=MAX_STEPS)
+    batch_size: int = Field(gt=0, le=MAX_BATCH)
     """Examples per step; under differential privacy the expected number of a Poisson sample."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = Field(gt=0)
@@ -91,9 +98,9 @@ class Plan(Frozen):
     federation: str
     run: str
     round: int = Field(ge=0)
-    rounds: int = Field(ge=1)
+    rounds: int = Field(ge=1, le=MAX_ROUNDS)
     cohort: int = Field(ge=1)
-    """Number of sites asked in this round."""
+    """Number of sites asked in this round, by the server's own word: a site cannot count the others."""
     workload: str
     schema_digest: str
     model: ModelSpec
@@ -104,6 +111,7 @@ class Plan(Frozen):
     privacy: PrivacyRequest | None
     distillation: Distillation | None = None
     weighting: Literal["examples", "uniform"] = "examples"
+    """What a site's update counts by in the mean. Either way the answer says how many examples the site has."""
     metrics: tuple[str, ...] = METRICS
 
 

@@ -133,10 +133,15 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
             f"no noise multiplier up to {LARGEST_NOISE:g} keeps {steps} steps at sample rate {sample_rate:g} within "
             f"epsilon {epsilon:g} at delta {delta:g}; ask for fewer steps, smaller batches or a larger epsilon"
         )
-    low = max(SMALLEST_NOISE, high * 0.8)
+    low = _below(high, cost_high, epsilon)
     while low > SMALLEST_NOISE and (cost_low := cost(low)) <= epsilon:
-        high, cost_high, low = low, cost_low, max(SMALLEST_NOISE, low * 0.7)
+        high, cost_high, low = low, cost_low, _below(low, cost_low, epsilon)
     return _narrow(cost, epsilon, low, high)
+
+
+def _below(noise: float, cost: float, epsilon: float) -> float:
+    """Where to look for a noise multiplier that is not enough: epsilon falls at least as fast as 1 / noise."""
+    return max(SMALLEST_NOISE, noise * min(max(cost / epsilon, 0.2), 0.8))
 
 
 def _narrow(cost: Callable[[float], float], epsilon: float, low: float, high: float) -> float:

@@ -24,7 +24,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Reservation:
-    """One charge. `attempt` counts the charges under one key, from 1; `mechanism` None: without privacy."""
+    """One charge. `attempt` counts the charges under one key, from 1; `mechanism` None: without privacy.
+
+    `fingerprint` says which content the data set had then, for information; None: not noted.
+    """
 
     sequence: int
     data_set: str
@@ -34,6 +37,7 @@ class Reservation:
     run: str
     round: int
     mechanism: Mechanism | None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,10 @@ class Index:
         self.lifetimes: dict[str, History] = {}
         self.runs: dict[tuple[str, str, str], History] = {}
         """By data set, federation and run."""
+        self.contents: dict[str, str] = {}
+        """Fingerprint of each data set when it was last charged."""
+        self.owners: dict[str, str] = {}
+        """By fingerprint, the data set that was charged for this content."""
         self._readers = {"open": self._open, "reserve": self._reserve, "settle": self._settle}
 
     def follow(self, sequence: int, body: str, digest: str) -> Entry:
@@ -125,7 +133,11 @@ class Index:
             run=plain["run"],
             round=plain["round"],
             mechanism=event_from_json(plain["mechanism"]),
+            fingerprint=plain.get("fingerprint"),
         )
+        if reservation.fingerprint is not None:
+            self.contents[reservation.data_set] = reservation.fingerprint
+            self.owners[reservation.fingerprint] = reservation.data_set
         name = (reservation.data_set, reservation.key)
         self.reservations[reservation.sequence] = reservation
         self.open.setdefault(name, []).append(reservation.sequence)

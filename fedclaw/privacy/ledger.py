@@ -14,6 +14,10 @@ Tampering. Every entry that is read is checked against the chain; opening reads 
 under a second). A changed, removed or inserted entry is named. Entries cut off the end, or an old copy put back,
 leave a valid chain: `contains` tells whether a head that was handed out earlier is still in it.
 
+A data set is a name that the operator gave, not the bytes of a file: a nightly export changes the bytes and keeps
+the people. The fingerprint of the content is noted with each charge, so that an auditor sees when it changed, and
+the very content that was charged under one name is not opened under another.
+
 Times are written for people; nothing depends on them.
 """
 
@@ -57,21 +61,26 @@ _SCHEMA = (
 class Ledger:
     """The ledger file, seen from one data set. Safe for use by several threads and several processes at once."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path | str, data_set: str) -> None:
+    def __init__(
+        self, connection: sqlite3.Connection, path: Path | str, data_set: str, fingerprint: str | None
+    ) -> None:
         """Use `open`."""
         self._connection = connection
         self._path = path
         self._data_set = data_set
+        self._fingerprint = fingerprint
         self._lock = threading.RLock()
         self._index = Index()
         self._committed = GENESIS
         self._ahead = False
 
     @classmethod
-    def open(cls, path: Path | str, data_set: str) -> Self:
-        """Open or begin the ledger at `path` (":memory:" for a simulation) for the data set of that fingerprint.
+    def open(cls, path: Path | str, data_set: str, fingerprint: str | None = None) -> Self:
+        """Open or begin the ledger at `path` (":memory:" for a simulation) for the data set of that name.
 
-        The file gets mode 0600. Raises LedgerError if it is damaged, tampered with or cannot be written.
+        `fingerprint` is of its present content; that it is another than at the last charge is logged. The file gets
+        mode 0600. Raises LedgerError if it is damaged, tampered with or cannot be written, or if this content was
+        charged under another name.
         """
         if str(path) != ":memory:":
             _make_private(Path(path))
@@ -79,10 +88,11 @@ class Ledger:
             connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise LedgerError(f"privacy ledger {path}: {error}") from error
-        ledger = cls(connection, path, data_set)
+        ledger = cls(connection, path, data_set, fingerprint)
         try:
             ledger._begin_file()
             ledger.verify()
+            ledger._compare_content()
         except BaseException:
             connection.close()
             raise
@@ -100,18 +110,16 @@ class Ledger:
     ) -> Reservation:
         """Charge `mechanism` (None: training without privacy) before any of it is done; durable on return.
 
-        An open reservation with the same key and mechanism is taken up again at no cost. A settled key, or another
-        mechanism under the same key, is charged anew. Raises BudgetExceeded, with the figures, if everything ever
-        charged to the data set and this would together exceed `budget`, or everything charged by this run and this
-        exceed `run_budget`; LedgerError if the ledger is damaged.
+        An open reservation with the same key, mechanism and content is taken up again at no cost. A settled key, or
+        another mechanism or content under the same key, is charged anew. Raises BudgetExceeded, with the figures, if
+        everything ever charged to the data set and this would together exceed `budget`, or everything charged by this
+        run and this exceed `run_budget`; LedgerError if the ledger is damaged.
         """
         with self._writing():
             for sequence in self._index.open.get((self._data_set, key), []):
                 reservation = self._index.reservations[sequence]
-                if reservation.mechanism == mechanism and (reservation.federation, reservation.run) == (
-                    federation,
-                    run,
-                ):
+                asked = (mechanism, federation, run, self._fingerprint)
+                if asked == (reservation.mechanism, reservation.federation, reservation.run, reservation.fingerprint):
                     return reservation
             lifetime = self._index.lifetimes.get(self._data_set, History())
             _check_budget("on this data set", lifetime, mechanism, budget)
@@ -127,17 +135,21 @@ class Ledger:
                 run=run,
                 round=round,
                 mechanism=event_to_json(mechanism),
+                **({} if self._fingerprint is None else {"fingerprint": self._fingerprint}),
             )
             return self._index.reservations[entry.sequence]
 
     def settle(self, key: str) -> None:
         """Note, before its result leaves, that the newest open reservation of `key` has been used.
 
-        Does nothing if the key's reservations are all settled already (the same result is sent again). Raises
-        LedgerError if nothing was ever reserved under `key`.
+        Does nothing if the key's reservations are all settled already (the same result is sent again). The result may
+        be older than the present content, or than the data set's present name. Raises LedgerError if nothing was ever
+        reserved under `key`.
         """
         with self._writing():
             waiting = self._index.open.get((self._data_set, key))
+            if waiting is None:
+                waiting = next((found for (_, name), found in self._index.open.items() if name == key), None)
             if waiting:
                 self._append(kind="settle", reserve=waiting[-1])
             elif waiting is None:
@@ -200,6 +212,25 @@ class Ledger:
                 self._connection.execute(statement)
             if self._connection.execute("SELECT count(*) FROM entries").fetchone() == (0,):
                 self._append(kind="open", version=LEDGER_VERSION, ledger=secrets.token_hex(16))
+
+    def _compare_content(self) -> None:
+        """Refuse content that has been charged under another name; say so when the data set's content is new."""
+        if self._fingerprint is None:
+            return
+        owner = self._index.owners.get(self._fingerprint, self._data_set)
+        if owner != self._data_set:
+            raise LedgerError(
+                f"{self._where()}: the training data (SHA-256 {self._fingerprint}) has been charged as the data set "
+                f"{owner!r}, so its budget cannot begin again as {self._data_set!r}; write data.name: {owner} into "
+                "site.yaml"
+            )
+        before = self._index.contents.get(self._data_set, self._fingerprint)
+        if before != self._fingerprint:
+            log.warning(
+                "the content of data set %s has changed since it was last charged (SHA-256 %.16s, then %.16s); its "
+                "privacy budget goes on. Data on other people needs a data.name of its own in site.yaml",
+                *(self._data_set, before, self._fingerprint),
+            )
 
     def _runs(self, run: str | None, federation: str | None) -> list[History]:
         return [

@@ -4,12 +4,15 @@ Every clause is checked before anything is trained or evaluated, and a breach is
 says what was asked and what is allowed.
 """
 
+import logging
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from fedclaw.federation.plan import METRICS, Plan, Refusal, RefusalCode
 from fedclaw.frozen import Frozen
+
+log = logging.getLogger(__name__)
 
 SAFE_METRICS = ("accuracy", "precision", "recall", "f1", "auroc")
 """The metrics that leave by default: each lies in [0, 1] and averages over the whole test set, so one test example
@@ -18,6 +21,10 @@ is the signal that membership inference uses. None of them is noised: over many 
 set, so keep the test set apart from training data and do not let it be tiny (`minimum_test_examples`)."""
 
 BYTES_PER_PARAMETER = 4
+
+MAX_PRIVATE_STEPS = 1_000_000
+"""Most steps of a private run in all its rounds, whatever a policy allows: the noise is calibrated for all of them
+together before the first, and what that takes grows with their number (seconds at this one)."""
 
 
 class Policy(Frozen):
@@ -32,7 +39,12 @@ class Policy(Frozen):
     epsilon: float | None = Field(gt=0)
     """Budget of each data set for its whole life, over all runs and federations; null: no limit. Under one (epsilon,
     delta), what anybody learns from the site's training is at most e^epsilon times likelier, for any one example
-    being in the data, than without it, but for a chance of delta."""
+    being in the data, than without it, but for a chance of delta.
+
+    A data set is what site.yaml names (`data.name`), not the bytes of its file: most people in tonight's export were
+    in yesterday's too, and a changed byte must not give their budget back. The ledger notes the SHA-256 of the content
+    with each charge, so that an auditor sees when it changed. Data on other people gets another name, which is the
+    operator's decision and responsibility; the very same content under another name is refused."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
     """The delta of the budget, and the largest delta that a run may ask for. Keep it well below 1 / examples."""
     epsilon_per_run: float | None = Field(default=None, gt=0)
@@ -44,11 +56,16 @@ class Policy(Frozen):
     """Whether a private run may use a schema that standardises by this site's own statistics (`standardise: site`).
     They stay here, but the model is trained on what they made of the data, and epsilon does not cover that."""
     minimum_cohort: int = Field(default=2, ge=1)
-    """Fewest sites that a round must ask, so that this site's update is never the only one in a sum."""
-    max_local_steps: int | None = Field(default=None, ge=1)
-    """Most optimiser steps in one round; null: no limit."""
-    max_update_mb: float | None = Field(default=None, gt=0)
-    """Largest update that may leave in one round, in megabytes (10^6 bytes) of float32; null: no limit."""
+    """Fewest sites that a round must ask, for training and for evaluation, so that this site's answer is not the only
+    one in a sum. It is the server's word: a site cannot count the others, and the server sees each update before it
+    adds it. Until secure aggregation enforces it, this guards against an honest server's mistake, not a dishonest
+    one; what bounds the latter is epsilon."""
+    max_local_steps: int | None = Field(default=10_000, ge=1)
+    """Most optimiser steps in one round; null: what a plan may ask for, a million. A private run may take
+    MAX_PRIVATE_STEPS in all its rounds together."""
+    max_update_mb: float | None = Field(default=1024.0, gt=0)
+    """Largest model that a server may send, and so the largest update that may leave in one round, in megabytes (10^6
+    bytes) of float32; holds for evaluation and for the teacher of a distillation too. null: no limit."""
     metrics: tuple[str, ...] = SAFE_METRICS
     """Evaluation metrics that may leave; see SAFE_METRICS for why loss is not among them by default."""
     minimum_test_examples: int = Field(default=10, ge=1)
@@ -77,9 +94,10 @@ class Policy(Frozen):
             f"Each data set may be trained on {budget}, counted over all runs and federations, for ever.",
             f"One run may ask for {_limit('epsilon ', self.epsilon_per_run, 'whatever the budget allows')}, "
             f"at a delta of at most {self.delta:g} and below one over the number of examples.",
-            f"A round must ask at least {self.minimum_cohort} site{'s' * (self.minimum_cohort != 1)}.",
+            f"A round must ask at least {self.minimum_cohort} site{'s' * (self.minimum_cohort != 1)}, "
+            "by the server's own word.",
             f"A round may take {_limit('', self.max_local_steps, 'any number of')} local steps.",
-            f"An update may have {_limit('', self.max_update_mb, 'any number of')} megabytes.",
+            f"A model or an update may have {_limit('', self.max_update_mb, 'any number of')} megabytes.",
             f"Metrics that may leave: {_listed(self.metrics, 'none')}, "
             f"of a test set of at least {self.minimum_test_examples} examples.",
         ]
@@ -96,11 +114,10 @@ def check_plan(policy: Policy, plan: Plan, examples: int, parameters: int) -> No
     `examples` is the number of training examples here, `parameters` that of the model's parameters. Whether the
     budget that is left is enough is the ledger's question, which metrics leave that of `permitted_metrics`.
     """
-    check_names(policy, plan)
-    _check_cohort(policy, plan)
+    check_request(policy, plan)
     _check_privacy(policy, plan, examples)
     _check_steps(policy, plan, examples)
-    _check_size(policy, parameters)
+    check_size(policy, parameters)
 
 
 def permitted_metrics(policy: Policy, asked: tuple[str, ...], examples: int | None = None) -> tuple[str, ...]:
@@ -120,12 +137,13 @@ def permitted_metrics(policy: Policy, asked: tuple[str, ...], examples: int | No
     return permitted
 
 
-def check_names(policy: Policy, plan: Plan) -> None:
-    """Raise a Refusal for a federation, workload or strategy that may not ask: holds for training and evaluation."""
+def check_request(policy: Policy, plan: Plan) -> None:
+    """Raise a Refusal for what holds for training and evaluation alike: who may ask for what, and the cohort."""
     if policy.federations is not None:
         _require(RefusalCode.FEDERATION, "federation", plan.federation, policy.federations)
     _require(RefusalCode.WORKLOAD, "workload", plan.workload, policy.workloads)
     _require(RefusalCode.STRATEGY, "strategy", plan.strategy, policy.strategies)
+    _check_cohort(policy, plan)
 
 
 def _require(code: RefusalCode, what: str, asked: str, allowed: tuple[str, ...]) -> None:
@@ -172,24 +190,38 @@ def _check_privacy(policy: Policy, plan: Plan, examples: int) -> None:
 
 
 def _check_steps(policy: Policy, plan: Plan, examples: int) -> None:
-    if policy.max_local_steps is None:
-        return
+    """The reasons leave the site: they do not say how many steps the epochs asked for are here, which tells n."""
     steps = plan.training.local_steps(examples)
-    if steps > policy.max_local_steps:
+    log.debug("%s are %d local steps here", _length(plan), steps)
+    if policy.max_local_steps is not None and steps > policy.max_local_steps:
         raise Refusal(
             RefusalCode.LOCAL_STEPS,
-            f"{steps} local steps in a round were asked for; this site allows at most {policy.max_local_steps}",
+            f"{_length(plan)} in a round were asked for; this site allows at most {policy.max_local_steps} local steps",
+        )
+    if plan.privacy is not None and steps * plan.rounds > MAX_PRIVATE_STEPS:
+        raise Refusal(
+            RefusalCode.LOCAL_STEPS,
+            f"{_length(plan)} in each of {plan.rounds} rounds were asked for; a private run takes at most "
+            f"{MAX_PRIVATE_STEPS} local steps in all its rounds",
         )
 
 
-def _check_size(policy: Policy, parameters: int) -> None:
+def _length(plan: Plan) -> str:
+    asked = plan.training
+    if asked.steps is not None:
+        return f"{asked.steps} local steps"
+    return f"{asked.epochs:g} epochs in batches of {asked.batch_size}"
+
+
+def check_size(policy: Policy, parameters: int) -> None:
+    """Raise a Refusal for a model of more than `max_update_mb`, whatever it is sent for."""
     if policy.max_update_mb is None:
         return
     megabytes = parameters * BYTES_PER_PARAMETER / 1e6
     if megabytes > policy.max_update_mb:
         raise Refusal(
             RefusalCode.UPDATE_SIZE,
-            f"an update of {megabytes:.4g} MB was asked for; this site allows at most {policy.max_update_mb:g} MB",
+            f"a model of {megabytes:.4g} MB was sent; this site allows at most {policy.max_update_mb:g} MB",
         )
 
 

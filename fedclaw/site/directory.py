@@ -64,7 +64,9 @@ def open_service(root: Path, settings: SiteSettings, federation: str, *, durable
         schema_digest=schema_digest(agreed.to_json()),
         data=data,
         policy=settings.policy,
-        ledger=Ledger.open(state / "ledger.sqlite" if durable else ":memory:", data.fingerprint),
+        ledger=Ledger.open(
+            state / "ledger.sqlite" if durable else ":memory:", settings.data_set, fingerprint=data.fingerprint
+        ),
         outbound=OutboundLog(state / "outbound.jsonl") if durable else None,
         device=choose_device(settings.device),
     )

@@ -5,6 +5,7 @@ holds a reservation before the first gradient), and writes down what leaves (the
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ from fedclaw.frozen import explain
 from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Budget, Ledger
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.policy import Policy, check_names, check_plan, permitted_metrics
+from fedclaw.privacy.policy import Policy, check_plan, check_request, check_size, permitted_metrics
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.outbound import OutboundLog
@@ -35,13 +36,19 @@ log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 4096
 
+ABOUT, RUN = "about", "run"
+"""The record of a reply that says what it belongs to: after a restart it is all that the site has of the question."""
+
+WARM_MODELS = 3
+"""Models kept between messages: a student, its teacher, and one that is evaluated beside them."""
+
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs, outputs, targets) -> mean loss."""
 
 
 @dataclass(frozen=True)
 class SiteData:
-    """A site's tables and the fingerprint of the training data, which its privacy budget belongs to."""
+    """A site's tables and the fingerprint (SHA-256) of the training data's content."""
 
     train: Table
     test: Table | None
@@ -65,7 +72,8 @@ class SiteService:
     outbound: OutboundLog | None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     source: GaussianSource = field(default_factory=GaussianSource)
-    _models: dict[str, torch.nn.Module] = field(default_factory=dict, init=False, repr=False)
+    _models: OrderedDict[str, torch.nn.Module] = field(default_factory=OrderedDict, init=False, repr=False)
+    """Warm models, the least recently used one first."""
     _tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def answer(self, message: Message) -> Message:
@@ -73,7 +81,8 @@ class SiteService:
         try:
             return Message(self._answer(message), reply_to=message)
         except Refusal as refusal:
-            log.warning("refused: %s", refusal.reason)
+            detail = str(refusal.__cause__ or "")
+            log.warning("refused: %s%s", refusal.reason, "" if detail in refusal.reason else f" ({detail})")
             return _error(refusal, message)
         except Exception:
             log.exception("the task failed")
@@ -90,7 +99,7 @@ class SiteService:
         if self.outbound is not None:
             self.outbound.append(
                 federation=self.federation,
-                run=_run_name(message),
+                run=_run_name(message, reply),
                 round=message.metadata.group_id,
                 kind=message.metadata.message_type,
                 message_id=message.metadata.message_id,
@@ -102,13 +111,15 @@ class SiteService:
     def _answer(self, message: Message) -> RecordDict:
         plan = _plan_of(message)
         self._check(plan)
-        if message.metadata.message_type == MessageType.TRAIN:
-            return self._train(plan, message.content, message.metadata.message_id)
-        if message.metadata.message_type == MessageType.EVALUATE:
-            return self._evaluate(plan, message.content)
-        raise Refusal(
-            RefusalCode.MALFORMED, f"messages of type {message.metadata.message_type!r} are not answered here"
-        )
+        kind = message.metadata.message_type
+        if kind == MessageType.TRAIN:
+            answer = self._train(plan, message.content, message.metadata.message_id)
+        elif kind == MessageType.EVALUATE:
+            answer = self._evaluate(plan, message.content)
+        else:
+            raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
+        answer[ABOUT] = ConfigRecord({RUN: plan.run})
+        return answer
 
     def _check(self, plan: Plan) -> None:
         if plan.version != PLAN_VERSION:
@@ -126,7 +137,7 @@ class SiteService:
             )
         if plan.schema_digest != self.schema_digest:
             raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
-        check_names(self.policy, plan)
+        check_request(self.policy, plan)
 
     def _train(self, plan: Plan, content: RecordDict, key: str) -> RecordDict:
         start = _arrays(content, ARRAYS)
@@ -218,23 +229,26 @@ class SiteService:
         return RecordDict({METRICS: MetricRecord({WEIGHT: weight, EXAMPLES: len(self.data.test), **sums})})
 
     def _model(self, spec: ModelSpec, parameters: Arrays, role: str = "student") -> torch.nn.Module:
-        """A warm model of `spec` with these parameters in it."""
+        """A warm model of `spec` with these parameters in it; takes no more memory than what arrived did."""
+        check_size(self.policy, sum(array.size for array in parameters.values()))
         key = f"{role} {spec.model_dump_json()}"
+        warm = self._models.get(key)
         try:
-            model = self._models.get(key)
-            if model is None:
-                model = self.workload.build(spec).to(self.device)
+            with torch.device("meta"):
+                shell = self.workload.build(spec) if warm is None else warm
+            expected = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters()}
+            if expected != {name: array.shape for name, array in parameters.items()}:
+                raise Refusal(RefusalCode.MODEL, f"the parameters sent are not those of model {spec.name!r}")
+            while warm is None and len(self._models) >= WARM_MODELS:
+                self._models.popitem(last=False)
+            model = self.workload.build(spec).to(self.device) if warm is None else warm
         except PluginError as error:
             raise Refusal(RefusalCode.MODEL, str(error)) from error
-        named = dict(model.named_parameters())
-        expected = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        given = {name: array.shape for name, array in parameters.items()}
-        if expected != given:
-            raise Refusal(RefusalCode.MODEL, f"the parameters sent are not those of model {spec.name!r}")
         with torch.no_grad():
-            for name, parameter in named.items():
+            for name, parameter in model.named_parameters():
                 parameter.copy_(torch.from_numpy(np.array(parameters[name])))
         self._models[key] = model
+        self._models.move_to_end(key)
         return model
 
     def _loss(self, plan: Plan, content: RecordDict) -> Loss:
@@ -261,7 +275,11 @@ class SiteService:
         try:
             noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
         except PrivacyError as error:
-            raise Refusal(RefusalCode.EPSILON, str(error)) from error
+            raise Refusal(
+                RefusalCode.EPSILON,
+                f"no noise keeps what was asked for within epsilon {plan.privacy.epsilon:g} at delta "
+                f"{plan.privacy.delta:g}; ask for fewer rounds or steps, smaller batches or a larger epsilon",
+            ) from error
         return Mechanism(sample_rate=rate, noise_multiplier=noise, steps=steps)
 
     def _reserve(self, plan: Plan, mechanism: Mechanism | None, key: str) -> None:
@@ -276,14 +294,20 @@ class SiteService:
                 run_budget=Budget(epsilon=self.policy.epsilon_per_run, delta=self.policy.delta),
             )
         except BudgetExceeded as error:
-            raise Refusal(RefusalCode.BUDGET, str(error)) from error
+            # The ledger's figures (steps, sample rate, what is spent) tell how many examples there are: for the log.
+            raise Refusal(
+                RefusalCode.BUDGET,
+                "privacy budget: what is left of it at this site, for its data set or for this run, is not enough for "
+                "the round",
+            ) from error
         except LedgerError as error:
             log.error("%s", error)
             raise Refusal(RefusalCode.FAILED, "the site's privacy ledger cannot be used; it does not train") from error
 
     def _receipt(self, plan: Plan, mechanism: Mechanism | None) -> Receipt:
         delta = plan.privacy.delta if plan.privacy else self.policy.delta
-        run, lifetime = self.ledger.spent(delta, run=plan.run), self.ledger.spent(self.policy.delta)
+        run = self.ledger.spent(delta, run=plan.run, federation=plan.federation)
+        lifetime = self.ledger.spent(self.policy.delta)
         budget = self.policy.epsilon
         bounded = budget is not None and np.isfinite(lifetime)
         return Receipt(
@@ -297,7 +321,7 @@ class SiteService:
             noise_multiplier=mechanism.noise_multiplier if mechanism else 0.0,
             max_grad_norm=plan.privacy.max_grad_norm if plan.privacy else 0.0,
             delta=delta,
-            rounds=self.ledger.rounds(plan.run),
+            rounds=self.ledger.rounds(plan.run, plan.federation),
             epsilon_run=run if np.isfinite(run) else None,
             epsilon_lifetime=lifetime if np.isfinite(lifetime) else None,
             epsilon_left=max(0.0, budget - lifetime) if bounded and budget is not None else None,
@@ -321,6 +345,8 @@ def _weighted_delta(model: torch.nn.Module, start: Arrays, weight: float) -> Arr
 
 
 def _plan_of(message: Message) -> Plan:
+    if not message.has_content():
+        raise Refusal(RefusalCode.MALFORMED, "the message has no content")
     try:
         return Plan.model_validate_json(str(message.content.config_records[PLAN][JSON]))
     except (KeyError, ValueError) as error:
@@ -328,11 +354,14 @@ def _plan_of(message: Message) -> Plan:
         raise Refusal(RefusalCode.MALFORMED, f"the plan cannot be read: {reason}") from error
 
 
-def _run_name(message: Message) -> str:
+def _run_name(message: Message, reply: Message) -> str:
+    """The run that `reply` belongs to. After a restart, `message` has no content, and an error never has any."""
+    if reply.has_content() and ABOUT in reply.content.config_records:
+        return str(reply.content.config_records[ABOUT][RUN])
     try:
         return _plan_of(message).run
     except Refusal:
-        return "unknown"
+        return f"number {message.metadata.run_id}"
 
 
 def _arrays(content: RecordDict, name: str) -> Arrays:

@@ -16,6 +16,9 @@ SITE_FILE = "site.yaml"
 class DataFiles(Frozen):
     """Data files; a relative path starts at the site's directory."""
 
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """The data set's name, to which its privacy budget belongs for ever, whatever its files hold; null: the site's
+    name. Give another name only to data on other people: see `Policy.epsilon`."""
     train: Path
     test: Path | None = None
     """Held-out examples for the federated evaluation; without it the site does not evaluate."""
@@ -32,6 +35,11 @@ class SiteSettings(Frozen):
     policy: Policy
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @property
+    def data_set(self) -> str:
+        """The name under which the ledger charges the training data."""
+        return self.data.name or self.name
+
 
 def load_site_settings(root: Path) -> SiteSettings:
     """Read `root`/site.yaml, paths resolved. Raises UsageError naming the file and each wrong field."""
@@ -45,5 +53,6 @@ def load_site_settings(root: Path) -> SiteSettings:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise UsageError(f"{path}: {explain(error)}") from error
-    data = DataFiles(train=root / settings.data.train, test=settings.data.test and root / settings.data.test)
+    files = {"train": root / settings.data.train, "test": settings.data.test and root / settings.data.test}
+    data = settings.data.model_copy(update=files)
     return settings.model_copy(update={"schema_file": root / settings.schema_file, "data": data})

@@ -20,6 +20,7 @@ from fedclaw.privacy.accounting import (
     event_of,
     event_to_json,
 )
+from fedclaw.privacy.policy import MAX_PRIVATE_STEPS
 
 MECHANISMS = st.builds(
     Mechanism,
@@ -131,6 +132,7 @@ def test_impossible_mechanisms_are_refused(values: tuple[float, float, int]) -> 
         (3.0, 1e-5, 1.0, 200),
         (1.0, 1e-2, 0.5, 1),
         (500.0, 1e-5, 0.5, 10),
+        pytest.param(8.0, 1e-5, 0.01, MAX_PRIVATE_STEPS, marks=pytest.mark.slow),
     ],
 )
 def test_calibration_is_enough_and_one_per_cent_less_is_not(

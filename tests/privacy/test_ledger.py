@@ -174,6 +174,65 @@ def test_data_sets_have_budgets_of_their_own_in_one_file(path: Path) -> None:
             reserve(left, "b", budget=Budget(cost(1), DELTA))
 
 
+def test_new_content_goes_on_with_the_budget_of_its_name(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A nightly export changes the bytes and keeps the people: no byte of a file gives a budget back."""
+    exact = Budget((cost(1) + cost(2)) / 2, DELTA)
+    with Ledger.open(path, "wards", "aa" * 32) as ledger:
+        assert reserve(ledger, "a", budget=exact).fingerprint == "aa" * 32
+    with Ledger.open(path, "wards", "aa" * 32):
+        assert not caplog.text
+    with Ledger.open(path, "wards", "bb" * 32) as ledger:
+        assert "content of data set wards has changed" in caplog.text
+        assert f"{'a' * 16}, then {'b' * 16}" in caplog.text
+        assert ledger.spent(DELTA) == pytest.approx(cost(1))
+        with pytest.raises(BudgetExceeded):
+            reserve(ledger, "b", budget=exact)
+        reserve(ledger, "b")
+        bodies = [entry.body for entry in ledger.entries()]
+    assert [body.get("fingerprint") for body in bodies] == [None, "aa" * 32, "bb" * 32]
+
+
+def test_content_that_was_charged_does_not_get_a_new_budget_by_a_new_name(path: Path) -> None:
+    with Ledger.open(path, "wards", "aa" * 32) as ledger:
+        reserve(ledger, "a")
+    with pytest.raises(LedgerError, match=r"charged as the data set 'wards'.*write data\.name: wards"):
+        Ledger.open(path, "other", "aa" * 32)
+    with Ledger.open(path, "other", "cc" * 32) as ledger:
+        assert ledger.spent(DELTA) == 0
+
+
+def test_a_stored_reply_settles_after_content_and_name_have_changed(path: Path) -> None:
+    with Ledger.open(path, "wards", "aa" * 32) as ledger:
+        reserve(ledger, "a")
+        reserve(ledger, "b")
+    with Ledger.open(path, "wards", "bb" * 32) as ledger:
+        ledger.settle("a")
+        assert kinds(ledger) == ["open", "reserve", "reserve", "settle"]
+    with Ledger.open(path, "other", "cc" * 32) as ledger:
+        ledger.settle("b")
+        ledger.settle("b")
+        assert kinds(ledger) == ["open", "reserve", "reserve", "settle", "settle"]
+
+
+def test_an_open_reservation_is_not_taken_up_again_for_other_content(path: Path) -> None:
+    """Each charge says which content it was for; a round that is trained on other content is another charge."""
+    with Ledger.open(path, "wards", "aa" * 32) as ledger:
+        first = reserve(ledger, "a")
+        assert reserve(ledger, "a") == first
+    with Ledger.open(path, "wards", "bb" * 32) as ledger:
+        second = reserve(ledger, "a")
+        assert (second.attempt, second.fingerprint) == (2, "bb" * 32)
+
+
+def test_a_ledger_without_fingerprints_is_read_as_before(path: Path) -> None:
+    with Ledger.open(path, "wards") as ledger:
+        reserve(ledger, "a")
+    with Ledger.open(path, "wards", "aa" * 32) as ledger:
+        ledger.verify()
+        assert ledger.spent(DELTA) == pytest.approx(cost(1))
+        ledger.settle("a")
+
+
 def test_runs_and_federations_are_told_apart() -> None:
     with Ledger.open(":memory:", "data") as ledger:
         reserve(ledger, "a", run="x", federation="one")

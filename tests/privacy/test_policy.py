@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from fedclaw.federation.plan import METRICS, LocalTraining, ModelSpec, Plan, PrivacyRequest, Refusal, RefusalCode
 from fedclaw.frozen import explain
-from fedclaw.privacy.policy import Policy, check_plan, permitted_metrics
+from fedclaw.privacy.policy import Policy, check_plan, check_request, permitted_metrics
 
 POLICY: dict[str, Any] = {
     "workloads": ["tabular"],
@@ -77,7 +77,7 @@ def test_a_plan_at_every_limit_is_allowed() -> None:
             RefusalCode.LOCAL_STEPS,
             {},
             {"training": LocalTraining(epochs=3, batch_size=100, learning_rate=0.1)},
-            "30 local steps .* at most 20",
+            "3 epochs in batches of 100 .* at most 20",
         ),
     ],
 )
@@ -108,8 +108,57 @@ def test_a_delta_of_one_over_the_examples_promises_nothing(delta: float, refused
 
 def test_what_is_not_limited_is_allowed() -> None:
     unlimited = {"federations": None, "max_local_steps": None, "max_update_mb": None, "epsilon_per_run": None}
-    training = LocalTraining(steps=10**6, batch_size=16, learning_rate=0.1)
+    training = LocalTraining(steps=10**5, batch_size=16, learning_rate=0.1)
     check(unlimited, {"federation": "banks", "training": training, **privacy(epsilon=8.0)}, parameters=10**9)
+
+
+@pytest.mark.parametrize("training", [{"steps": 10_000}, {"epochs": 100}])
+def test_a_run_of_too_many_private_steps_is_refused_however_they_are_dealt_out(training: dict[str, Any]) -> None:
+    """They are refused before the noise is calibrated for them, which would keep the site busy."""
+    asked = {"training": LocalTraining(**training, batch_size=10, learning_rate=0.1)}
+    generous = {"max_local_steps": 10_000}
+    check(generous, {**asked, "rounds": 100})
+    with pytest.raises(Refusal, match=r"in each of 101 rounds .* at most 1000000 local steps") as caught:
+        check(generous, {**asked, "rounds": 101})
+    assert caught.value.code is RefusalCode.LOCAL_STEPS
+    check({**generous, **WITHOUT_PRIVACY}, {**asked, "rounds": 101, "privacy": None})
+
+
+def test_left_out_limits_are_finite() -> None:
+    cautious = Policy(workloads=("tabular",), strategies=("fedavg",), epsilon=8.0)
+    asked = Plan(**{**PLAN, "training": LocalTraining(steps=10_001, batch_size=16, learning_rate=0.1)})
+    with pytest.raises(Refusal, match="at most 10000 local steps"):
+        check_plan(cautious, asked, 1000, 1)
+    with pytest.raises(Refusal, match="at most 1024 MB"):
+        check_plan(cautious, Plan(**PLAN), 1000, 257 * 10**6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rounds": 10**8}, {"training": {"steps": 10**8}}, {"training": {"epochs": 1e9}}, {"training": {}}]
+)
+def test_a_plan_has_limits_of_its_own(changes: dict[str, Any]) -> None:
+    fields = {**PLAN, **changes}
+    if "training" in changes:
+        fields["training"] = {"batch_size": 10**9, "learning_rate": 0.1, **(changes["training"] or {"steps": 1})}
+    with pytest.raises(ValidationError, match="less than or equal"):
+        Plan(**fields)
+
+
+def test_a_reason_does_not_say_how_many_steps_the_epochs_are_here() -> None:
+    """Steps and batch size together tell the number of examples."""
+    asked = LocalTraining(epochs=1, batch_size=1, learning_rate=0.1)
+    for plan, allowed in (({"training": asked}, 1), ({"training": asked, "rounds": 100}, None)):
+        with pytest.raises(Refusal) as caught:
+            check({"max_local_steps": allowed}, plan, examples=54_321)
+        assert caught.value.code is RefusalCode.LOCAL_STEPS
+        assert "54" not in caught.value.reason
+
+
+def test_the_request_holds_for_evaluation_too() -> None:
+    check_request(Policy(**POLICY), Plan(**PLAN))
+    with pytest.raises(Refusal) as caught:
+        check_request(Policy(**POLICY), Plan(**{**PLAN, "cohort": 2}))
+    assert caught.value.code is RefusalCode.COHORT
 
 
 def test_training_without_privacy_needs_permission() -> None:
@@ -177,7 +226,11 @@ def test_the_explanation_names_every_limit() -> None:
         assert part in text
     bare = "\n".join(
         Policy(
-            workloads=("vision",), strategies=("fedavg",), epsilon=None, allow_training_without_privacy=True
+            workloads=("vision",),
+            strategies=("fedavg",),
+            epsilon=None,
+            allow_training_without_privacy=True,
+            max_local_steps=None,
         ).explain()
     )
     for part in ("without limit", "any whose descriptor", "any number of local steps", "WITHOUT differential privacy"):

@@ -1,17 +1,19 @@
 """How a site answers: it trains, evaluates, pays, logs; and it refuses, each time with a reason."""
 
 import json
+import re
 import sqlite3
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Error, RecordDict
 
 from fedclaw.errors import LedgerError
 from fedclaw.federation.arrays import pack, unpack
 from fedclaw.federation.plan import Distillation, LocalTraining, ModelSpec, PrivacyRequest, Receipt, RefusalCode
+from fedclaw.runtime.flower import envelope_of, rebuild
 from fedclaw.site.outbound import OutboundLog
 from tests.site.conftest import Asker
 
@@ -54,8 +56,10 @@ def test_all_rounds_together_spend_what_was_asked_and_not_more(asker):
     assert 3.8 < spent[-1] <= 4
 
 
-def test_uniform_weighting_hides_the_number_of_examples_in_the_weight(asker):
-    assert asker.ask(weighting="uniform").content["metrics"]["weight"] == 1
+def test_uniform_weighting_counts_each_site_once_and_does_not_hide_its_number_of_examples(asker, site):
+    reply = asker.ask(weighting="uniform")
+    assert reply.content["metrics"] == {"weight": 1, "examples": len(site.data.train)}
+    assert 16 / receipt_of(reply).sample_rate == pytest.approx(len(site.data.train))
 
 
 def test_two_answers_to_the_same_question_differ_by_their_noise(asker):
@@ -81,7 +85,7 @@ def test_what_leaves_is_logged_with_its_receipt(asker, root):
     assert [entry["kind"] for entry in entries] == ["train", "evaluate", "train"]
     assert entries[0]["receipt"]["mechanism"] == "dp-sgd"
     assert entries[1]["receipt"] is None
-    assert entries[0]["run"] == "run-1"
+    assert {entry["run"] for entry in entries} == {"run-1"}
     OutboundLog(root / "state" / "outbound.jsonl").verify()
 
 
@@ -100,6 +104,7 @@ def test_refusals(asker):
     assert "'median'" in say(asker.ask(strategy="median"), RefusalCode.STRATEGY)
     assert "without differential privacy" in say(asker.ask(privacy=None), RefusalCode.PRIVACY_REQUIRED)
     assert "at least 2" in say(asker.ask(cohort=1), RefusalCode.COHORT)
+    assert "at least 2" in say(asker.ask("evaluate", cohort=1), RefusalCode.COHORT)
     assert "loss" in say(asker.ask("evaluate", metrics=("loss",)), RefusalCode.METRICS)
     assert "version 9" in say(asker.ask(version=9), RefusalCode.MALFORMED)
     greedy = PrivacyRequest(epsilon=20, delta=1e-3, max_grad_norm=1)
@@ -164,12 +169,15 @@ def test_a_message_of_another_type_is_refused(asker):
     assert "query" in refused(asker.ask("query"), RefusalCode.MALFORMED)
 
 
-def test_the_budget_ends(asker, site):
+def test_the_budget_ends(asker, site, caplog):
     """Runs of epsilon 3 until the lifetime budget of 6 is gone; the ledger never exceeds it."""
     plan = {"rounds": 1, "privacy": PrivacyRequest(epsilon=3, delta=1e-3, max_grad_norm=1)}
     replies = [asker.ask(run=f"run-{number}", **plan) for number in range(6)]
     assert not replies[0].has_error()
-    assert "privacy budget" in refused(replies[-1], RefusalCode.BUDGET)
+    reason = refused(replies[-1], RefusalCode.BUDGET)
+    assert "privacy budget" in reason
+    assert not any(character.isdigit() for character in reason), "figures tell how many examples there are"
+    assert re.search(r"steps at sample rate", caplog.text), "the operator finds them in the log"
     assert 3 < site.ledger.spent(1e-3) <= 6
 
 
@@ -229,3 +237,168 @@ def test_a_second_round_of_the_same_model_is_warm_and_starts_from_what_was_sent(
     first, second = (unpack(asker.ask(privacy=None, training=full).content["sum"]) for _ in range(2))
     for name in first:
         assert np.allclose(first[name], second[name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_unreachable_epsilon_is_refused_without_figures_of_the_site(asker):
+    reason = refused(asker.ask(privacy=PrivacyRequest(epsilon=1e-9, delta=1e-9, max_grad_norm=1)), RefusalCode.EPSILON)
+    assert "sample rate" not in reason
+    assert asker.site.ledger.spent(1e-3) == 0
+
+
+def test_a_plan_that_would_keep_the_site_busy_for_ever_is_refused(asker, monkeypatch):
+    """One small message must not hang a site in the calibration of its noise."""
+    monkeypatch.setattr("fedclaw.site.service.calibrate", lambda *_: pytest.fail("the noise was calibrated"))
+    forever = LocalTraining(steps=9_000, batch_size=16, learning_rate=0.1)
+    refused(asker.ask(rounds=10**8), RefusalCode.MALFORMED)
+    refused(asker.ask(rounds=100_000, training=forever), RefusalCode.LOCAL_STEPS)
+    refused(asker.ask(training=forever.model_copy(update={"steps": 10_001})), RefusalCode.LOCAL_STEPS)
+
+
+def test_what_a_run_spent_is_counted_by_federation(asker, site):
+    """Two federations may give their runs the same name."""
+    alone = receipt_of(asker.ask())
+    site.federation = "outbreak"
+    other = receipt_of(asker.ask(federation="outbreak"))
+    assert (alone.rounds, other.rounds) == (1, 1)
+    assert other.epsilon_run == pytest.approx(alone.epsilon_run)
+    assert other.epsilon_lifetime > alone.epsilon_lifetime
+
+
+def without_content(message):
+    """What a restarted client hands to `release`: the question is gone, its envelope is not."""
+    return rebuild(envelope_of(message), Error(0))
+
+
+def test_after_a_restart_the_log_still_knows_the_run(asker, site, root):
+    for kind, refused_too in (("train", False), ("evaluate", False), ("train", True)):
+        message = asker.message(kind, **({"workload": "vision"} if refused_too else {}))
+        site.release(without_content(message), site.answer(message), 10, "00" * 32)
+    assert [entry["run"] for entry in outbound(root)] == ["run-1", "run-1", "number 1"]
+
+
+def test_a_question_without_content_is_refused(asker, site):
+    refused(site.answer(without_content(asker.message())), RefusalCode.MALFORMED)
+
+
+def changed_by_one_byte(root):
+    path = root / "data" / "train.csv"
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+def reserved(site):
+    return [entry.body for entry in site.ledger.entries() if entry.body["kind"] == "reserve"]
+
+
+def test_a_changed_byte_gives_no_new_budget(root, caplog):
+    first = Asker(root)
+    first.ask()
+    spent = first.site.ledger.spent(1e-3)
+    first.site.ledger.close()
+    changed_by_one_byte(root)
+    second = Asker(root)
+    assert second.site.ledger.spent(1e-3) == spent > 0
+    assert "content of data set hospital-north has changed" in caplog.text
+    second.ask()
+    charges = reserved(second.site)
+    assert {charge["data_set"] for charge in charges} == {"hospital-north"}
+    assert [charge["fingerprint"] for charge in charges] == [
+        first.site.data.fingerprint,
+        second.site.data.fingerprint,
+    ]
+    assert charges[0]["fingerprint"] != charges[1]["fingerprint"]
+
+
+def test_a_reply_of_before_the_change_settles_after_it(root):
+    first = Asker(root)
+    message = first.message()
+    reply = first.site.answer(message)
+    first.site.ledger.close()
+    changed_by_one_byte(root)
+    second = Asker(root)
+    second.site.release(without_content(message), reply, 10, "00" * 32)
+    assert [entry.body["kind"] for entry in second.site.ledger.entries()] == ["open", "reserve", "settle"]
+    assert outbound(root)[0]["receipt"]["rounds"] == 1
+
+
+def renamed(root, name):
+    settings = yaml.safe_load((root / "site.yaml").read_text())
+    settings["data"]["name"] = name
+    (root / "site.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_the_operator_names_the_data_set(root):
+    renamed(root, "ward-4.2025")
+    first = Asker(root)
+    first.ask()
+    assert reserved(first.site)[0]["data_set"] == "ward-4.2025"
+    first.site.ledger.close()
+    renamed(root, "ward-5")
+    with pytest.raises(LedgerError, match=r"charged as the data set 'ward-4\.2025'"):
+        Asker(root)
+    changed_by_one_byte(root)
+    assert Asker(root).site.ledger.spent(1e-3) == 0, "other data, by the operator's word"
+
+
+WIDE = ModelSpec(name="mlp", args={"hidden": [4096] * 10})
+"""160 million parameters: 640 MB as float32."""
+
+
+@pytest.fixture
+def allocated(site, monkeypatch):
+    """Parameters of each model that the site builds for real."""
+    sizes = []
+    build = type(site.workload).build
+
+    def watched(workload, spec):
+        model = build(workload, spec)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+        return model
+
+    monkeypatch.setattr(type(site.workload), "build", watched)
+    return sizes
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_model_is_not_built_before_its_parameters_have_arrived(asker, allocated, kind):
+    """A few bytes that name a wide model must not cost the site its memory."""
+    assert "'mlp'" in refused(asker.ask(kind, model=WIDE), RefusalCode.MODEL)
+    assert allocated == []
+    assert not asker.ask(kind).has_error()
+    assert len(allocated) == 1
+
+
+def test_a_teacher_is_not_built_before_its_parameters_have_arrived(asker, site, allocated):
+    plan = asker.plan.model_copy(update={"distillation": Distillation(teacher=WIDE)})
+    record = ConfigRecord({"json": plan.model_dump_json()})
+    parameters = pack(asker.parameters)
+    content = RecordDict({"arrays": parameters, "teacher": parameters, "plan": record})
+    refused(asker.ask(content=content), RefusalCode.MODEL)
+    assert max(allocated) == sum(array.size for array in asker.parameters.values())
+    assert site.ledger.spent(1e-3) == 0
+
+
+def test_evaluation_and_teacher_keep_to_the_size_limit(asker, site):
+    spec = ModelSpec(name="mlp", args={"hidden": [64]})
+    big = {name: p.detach().numpy().copy() for name, p in site.workload.build(spec).named_parameters()}
+    site.policy = site.policy.model_copy(update={"max_update_mb": 0.001})
+    plan = asker.plan.model_copy(update={"distillation": Distillation(teacher=spec)})
+    record = ConfigRecord({"json": plan.model_dump_json()})
+    content = RecordDict({"arrays": pack(asker.parameters), "teacher": pack(big), "plan": record})
+    assert "at most 0.001 MB" in refused(asker.ask(content=content), RefusalCode.UPDATE_SIZE)
+    assert not asker.ask("evaluate").has_error()
+    asker.parameters = big
+    refused(asker.ask("evaluate", model=spec), RefusalCode.UPDATE_SIZE)
+    refused(asker.ask("train", model=spec), RefusalCode.UPDATE_SIZE)
+
+
+def test_only_a_few_models_stay_warm(asker, site, allocated):
+    """A server that asks for one model after another must not fill the site's memory."""
+    for width in (*range(1, 9), 8):
+        spec = ModelSpec(name="mlp", args={"hidden": [width]})
+        network = site.workload.build(spec)
+        asker.parameters = {name: p.detach().numpy().copy() for name, p in network.named_parameters()}
+        allocated.clear()
+        assert not asker.ask("evaluate", model=spec).has_error()
+    assert allocated == [], "the last one was warm"
+    assert len(site._models) <= 3
