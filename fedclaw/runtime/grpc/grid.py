@@ -21,7 +21,7 @@ from fedclaw.runtime.flower import (
 from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.codec import Encoded, encode
 from fedclaw.runtime.grpc.desk import Desk, Task
-from fedclaw.runtime.grpc.limits import CHUNK_BYTES, Limits
+from fedclaw.runtime.grpc.limits import CHUNK_BYTES, INLINE_BYTES, Limits
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.sender import Outgoing
 from fedclaw.runtime.grpc.station import Station
@@ -185,6 +185,8 @@ class GrpcGrid(StreamingGrid):
         offer = pb.Offer(
             transfer_id=envelope.message_id, envelope=wire.envelope_to_proto(envelope), size=body.size, stamp=stamp
         )
+        if body.size <= INLINE_BYTES:
+            offer.inline = b"".join(body.read(0, INLINE_BYTES))
         outgoing = Outgoing(offer, lambda offset: body.read(offset, CHUNK_BYTES))
         now = time.monotonic()
         return Task(envelope, outgoing, asked=now, expires=now + expires_at(message) - time.time())

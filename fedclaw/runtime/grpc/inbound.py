@@ -88,6 +88,10 @@ class Arrivals:
             self._admitted.pop(identity, None)
             self._waiting[identity] = _Arrival(task, offer, session)
         self._admit()
+        # What has to wait is sent again when its turn comes; until then it takes no memory here.
+        with self._lock:
+            if identity in self._waiting:
+                offer.ClearField("inline")
 
     def chunk(self, session: Session, chunk: Piece) -> None:
         """The next piece of a reply. Raises TransportError for a piece that was not accepted from there."""
@@ -157,6 +161,8 @@ class Arrivals:
             raise TransportError(f"the reply is oversized: {offer.plain_size} bytes, limit {limit}")
         if offer.size != offer.plain_size + TAG * segment_count(offer.plain_size) or not offer.stamp:
             raise TransportError("the offer's sizes do not belong together")
+        if offer.inline and len(offer.inline) != offer.size:
+            raise TransportError("the offer's content is not of the size that it says")
         asked, envelope = task.envelope, wire.envelope_from_proto(offer.envelope)
         if (envelope.reply_to_message_id, envelope.run_id) != (asked.message_id, asked.run_id):
             raise TransportError("the offer's envelope is not of a reply to this task")
@@ -178,7 +184,10 @@ class Arrivals:
             except SealError as error:
                 self._fail(session, task, pb.REASON_SEAL, str(error))
             else:
-                session.sender.post(wire.accept(offer.transfer_id, 0))
+                if offer.inline:
+                    self.chunk(session, Piece(offer.transfer_id, 0, offer.inline))
+                else:
+                    session.sender.post(wire.accept(offer.transfer_id, 0))
 
     def _next_admitted(self) -> _Arrival | None:
         with self._lock:

@@ -32,6 +32,8 @@ class Intake:
         envelope = wire.envelope_from_proto(offer.envelope)
         if envelope.message_id != offer.transfer_id or not offer.transfer_id or offer.size == 0:
             raise TransportError("the offer's envelope is not of this task")
+        if offer.inline and len(offer.inline) != offer.size:
+            raise TransportError("the offer's content is not of the size that it says")
         held = self._partials.get(offer.transfer_id)
         if held is not None and held.stamp == offer.stamp and len(held.buffer) == offer.size:
             return held.received

@@ -18,6 +18,9 @@ WINDOW_BYTES = 8 * MIB
 CHUNK_BYTES = MIB // 4
 """Bytes of a task that travel in one frame; of a reply it is one segment of the seal, 1 MiB and its tag."""
 
+INLINE_BYTES = MIB // 8
+"""A message up to this size travels within its offer: two round trips fewer."""
+
 
 class Limits(Frozen):
     """What a server or a site lets its peers cost it. Times in seconds, sizes in bytes."""

@@ -234,8 +234,10 @@ class SiteLink:
                 stream.sender.post(wire.done(identity))
             elif not self._worker.has_room() or self._intake.pending() >= self._limits.queued_tasks:
                 self._say_no(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
+            elif (offset := self._intake.begin(offer)) == 0 and offer.inline:
+                self.chunk(stream, Piece(identity, 0, offer.inline))
             else:
-                stream.sender.post(wire.accept(identity, self._intake.begin(offer)))
+                stream.sender.post(wire.accept(identity, offset))
         except TransportError as error:
             self._say_no(stream, pb.REASON_MALFORMED, str(error), identity)
 

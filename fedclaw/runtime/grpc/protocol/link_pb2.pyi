@@ -125,20 +125,22 @@ class Envelope(_message.Message):
     def __init__(self, run_id: _Optional[int] = ..., message_id: _Optional[str] = ..., reply_to_message_id: _Optional[str] = ..., src_node_id: _Optional[int] = ..., dst_node_id: _Optional[int] = ..., group_id: _Optional[str] = ..., message_type: _Optional[str] = ..., created_at: _Optional[float] = ..., ttl: _Optional[float] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("transfer_id", "envelope", "size", "stamp", "seal_header", "plain_size")
+    __slots__ = ("transfer_id", "envelope", "size", "stamp", "seal_header", "plain_size", "inline")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     STAMP_FIELD_NUMBER: _ClassVar[int]
     SEAL_HEADER_FIELD_NUMBER: _ClassVar[int]
     PLAIN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     envelope: Envelope
     size: int
     stamp: bytes
     seal_header: bytes
     plain_size: int
-    def __init__(self, transfer_id: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., size: _Optional[int] = ..., stamp: _Optional[bytes] = ..., seal_header: _Optional[bytes] = ..., plain_size: _Optional[int] = ...) -> None: ...
+    inline: bytes
+    def __init__(self, transfer_id: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., size: _Optional[int] = ..., stamp: _Optional[bytes] = ..., seal_header: _Optional[bytes] = ..., plain_size: _Optional[int] = ..., inline: _Optional[bytes] = ...) -> None: ...
 
 class Accept(_message.Message):
     __slots__ = ("transfer_id", "offset")
