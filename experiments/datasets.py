@@ -31,6 +31,8 @@ from fedclaw.report.console import make_console
 from fedclaw.site.settings import SITE_FILE
 
 SITE_NAMES = ("hospital-north", "hospital-east", "hospital-south", "hospital-west")
+DRAWS = 100
+"""How often a partition is drawn before rows are moved instead: a small alpha may never deal every site enough."""
 
 
 class DealSettings(Frozen):
@@ -116,18 +118,32 @@ def partition(
 ) -> list[NDArray[np.int64]]:
     """Row indices by site: each label dealt out by its own Dirichlet(alpha) draw (Hsu, Qi, Brown 2019, section 3).
 
-    Draws again until every site holds at least `fewest` examples, or as near as an even split comes to it.
+    Every site gets at least `fewest` examples, or half of an even split where that is less: by drawing again, at
+    most `DRAWS` times, and then by moving rows of the last draw from the largest sites to the smallest.
     """
     fewest = min(fewest, len(targets) // (2 * sites))
-    while True:
-        shares: list[list[int]] = [[] for _ in range(sites)]
-        for label in np.unique(targets):
-            rows = generator.permutation(np.flatnonzero(targets == label))
-            cuts = np.cumsum(generator.dirichlet(np.full(sites, alpha)))[:-1] * len(rows)
-            for share, part in zip(shares, np.split(rows, cuts.astype(int)), strict=True):
-                share.extend(part.tolist())
+    for _ in range(DRAWS):
+        shares = _deal(targets, sites, alpha, generator)
         if min(len(share) for share in shares) >= fewest:
-            return [generator.permutation(np.array(share)) for share in shares]
+            break
+    _fill_up(shares, fewest)
+    return [generator.permutation(np.array(share)) for share in shares]
+
+
+def _deal(targets: NDArray[np.int64], sites: int, alpha: float, generator: np.random.Generator) -> list[list[int]]:
+    shares: list[list[int]] = [[] for _ in range(sites)]
+    for label in np.unique(targets):
+        rows = generator.permutation(np.flatnonzero(targets == label))
+        cuts = np.cumsum(generator.dirichlet(np.full(sites, alpha)))[:-1] * len(rows)
+        for share, part in zip(shares, np.split(rows, cuts.astype(int)), strict=True):
+            share.extend(part.tolist())
+    return shares
+
+
+def _fill_up(shares: list[list[int]], fewest: int) -> None:
+    """Move single rows from the largest share to the smallest until each has `fewest`."""
+    while len(smallest := min(shares, key=len)) < fewest:
+        smallest.append(max(shares, key=len).pop())
 
 
 def _load(name: str) -> _Source:

@@ -18,8 +18,7 @@ from pydantic import Field
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.simulate import open_sites, simulate
-from fedclaw.cli import config_directory
-from fedclaw.errors import FedClawError
+from fedclaw.cli import config_directory, report_failure, start_logging
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
@@ -50,7 +49,7 @@ def run_experiment(settings: ExperimentSettings) -> Outcome:
     record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
     directory = RunDirectory.create(settings.runs / record.run, record)
     progress = TerminalProgress()
-    tracker = make_tracker(settings.tracking, settings.runs, directory)
+    tracker = make_tracker(settings.tracking, directory)
     observers: list[Observer] = [progress, tracker] if tracker else [progress]
     try:
         return simulate(directory, open_sites(sorted((root / "sites").iterdir()), FEDERATION), observers)
@@ -81,12 +80,13 @@ def _data(settings: ExperimentSettings) -> Path:
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="run")
 def main(config: DictConfig) -> float:
     """Hydra's entry: the last accuracy is the objective that a sweeper maximises."""
+    console = make_console(stderr=True)
+    start_logging(console)
     try:
         settings = check_settings(OmegaConf.to_container(config, resolve=True), ExperimentSettings)
         return run_experiment(settings).metrics.get("accuracy", 0.0)
-    except FedClawError as error:
-        make_console(stderr=True).print(f"experiments.run: {error}", style="bold red", markup=False)
-        sys.exit(error.exit_code)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(report_failure("experiments.run", error, console))
 
 
 if __name__ == "__main__":

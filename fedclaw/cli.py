@@ -8,6 +8,7 @@ that a user's mistake gets: 0 done, 1 failed, 2 wrong use.
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from rich.logging import RichHandler
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.frozen import S, check_settings
 from fedclaw.report.console import make_console
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 
@@ -69,27 +72,51 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
 
 
 def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run an entry point and exit: help for --help, one line on stderr for a FedClawError."""
+    """Run an entry point and exit: help for --help, one line on stderr for whatever goes wrong."""
     arguments = sys.argv[1:]
     console = make_console(stderr=True)
     if any(argument in {"-h", "--help"} for argument in arguments):
         sys.stdout.write(usage.strip() + "\n")
         sys.exit(0)
-    _start_logging(console)
+    start_logging(console)
     try:
         body(arguments)
-    except FedClawError as error:
-        console.print(f"{module}: {error}", style="bold red", markup=False)
-        if isinstance(error, UsageError):
-            console.print(f"see python -m {module} --help", style="dim", markup=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        console.print(f"{module}: interrupted", style="bold red", markup=False)
-        sys.exit(INTERRUPTED)
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(report_failure(module, error, console))
     sys.exit(0)
 
 
-def _start_logging(console: Console) -> None:
+def report_failure(module: str, error: BaseException, console: Console) -> int:
+    """Say in one line what ended the command, and return its exit code.
+
+    What FedClaw did not foresee is told by its type and place alone: a library's text may quote a key or a record.
+    The traceback, which has that text, goes to the log under FEDCLAW_LOG=DEBUG.
+    """
+    code = error.exit_code if isinstance(error, FedClawError) else 1
+    if isinstance(error, FedClawError):
+        line = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        line, code = "interrupted", INTERRUPTED
+    elif isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        line = ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
+    else:
+        line = f"internal error: {type(error).__name__} at {_place(error)}; set FEDCLAW_LOG=DEBUG for the traceback"
+    if not isinstance(error, FedClawError | KeyboardInterrupt):
+        log.debug("%s", type(error).__name__, exc_info=error)
+    console.print(f"{module}: {line}", style="bold red", markup=False)
+    if isinstance(error, UsageError):
+        console.print(f"see python -m {module} --help", style="dim", markup=False)
+    return code
+
+
+def _place(error: BaseException) -> str:
+    """file:line where `error` was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "an unknown place"
+
+
+def start_logging(console: Console) -> None:
     """FedClaw's own log on stderr: for a person at a terminal, with full times in a file or pipe.
 
     The root logger is left alone: libraries underneath take it over when they are imported.

@@ -69,6 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     if settings.resume is not None:
         _only_resume_settings(line.overrides)
         directory = RunDirectory.open(settings.resume)
+        directory.check()
     else:
         rules = RoundRules(**settings.sites.model_dump(include=set(RoundRules.model_fields)))
         record = make_record(settings, home.name, settings.run, rules)
@@ -84,7 +85,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, directory: RunDir
     if record.federation != home.name:
         raise UsageError(f"{directory.root} is a run of federation {record.federation!r}, not of {home.name!r}")
     progress = TerminalProgress()
-    tracker = make_tracker(settings.tracking, settings.runs, directory)
+    tracker = make_tracker(settings.tracking, directory)
     observers: list[Observer] = [progress, tracker] if tracker else [progress]
     run_id = number_of(record.run)
     assume_server_identity(run_id)

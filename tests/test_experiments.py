@@ -10,6 +10,7 @@ from sklearn.datasets import load_breast_cancer, load_digits
 
 from experiments.datasets import DatasetSettings, SitePolicy, partition, write_sites
 from fedclaw.federation.registry import schema_class
+from fedclaw.federation.run_directory import RunDirectory
 from tests.conftest import run_module
 
 
@@ -21,13 +22,17 @@ def test_a_sweep_leaves_four_mlflow_runs(tmp_path):
         "strategy=fedavg,fedadam",
         "privacy.epsilon=2,8",
         f"runs={runs}",
-        f"hydra.sweep.dir={tmp_path / 'multirun'}",
         "rounds=2",
         "dataset.sites=2",
         "workload.model.name=logistic",
         timeout=180,
+        cwd=tmp_path,
     )
     assert done.code == 0, done.errors
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "the working directory stays clean"
+    table = done.output[done.output.index("Sweep of 4 runs") :]
+    for asked_for in ("strategy=fedavg privacy.epsilon=2", "strategy=fedadam privacy.epsilon=8"):
+        assert asked_for in table
     client = MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")
     (experiment,) = client.search_experiments(filter_string="name = 'fedclaw'")
     found = client.search_runs([experiment.experiment_id])
@@ -46,8 +51,19 @@ def test_a_sweep_leaves_four_mlflow_runs(tmp_path):
         assert [point.step for point in history] == [1, 2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+@pytest.mark.parametrize("epsilon", [2, 8])
+def test_the_defaults_learn(tmp_path, strategy, epsilon):
+    """The sweep of the README, at its full ten rounds."""
+    arguments = (f"strategy={strategy}", f"privacy.epsilon={epsilon}", "run=x", "tracking=none")
+    done = run_module("experiments.run", *arguments, cwd=tmp_path)
+    assert done.code == 0, done.errors
+    assert RunDirectory.open(tmp_path / "runs" / "x").read_metrics()[-1]["metrics"]["accuracy"] > 0.85
+
+
 def test_a_wrong_value_in_an_experiment_is_one_line(tmp_path):
-    done = run_module("experiments.run", f"runs={tmp_path}", "rounds=0", f"hydra.run.dir={tmp_path}")
+    done = run_module("experiments.run", "rounds=0", cwd=tmp_path)
     assert done.code == 2
     assert "rounds" in done.errors
     assert "Traceback" not in done.errors
@@ -80,6 +96,17 @@ def test_a_partition_deals_every_row_once(sites, alpha, seed):
     shares = partition(targets, sites, alpha, np.random.default_rng(seed), fewest=5)
     assert sorted(np.concatenate(shares).tolist()) == list(range(300))
     assert min(len(share) for share in shares) >= 5
+
+
+def test_very_unlike_sites_still_get_their_fewest():
+    """So small an alpha never deals all ten sites 20 examples: rows are moved, the same ones each time."""
+    targets = np.repeat(np.arange(2), 250)
+    hands = [partition(targets, 10, 0.05, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    for shares in hands:
+        assert sorted(np.concatenate(shares).tolist()) == list(range(500))
+        assert min(len(share) for share in shares) == 20
+    first, again, other = ([share.tolist() for share in shares] for shares in hands)
+    assert first == again != other
 
 
 def test_the_same_seed_deals_the_same_hand(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.federation.arrays import Arrays
@@ -79,6 +79,18 @@ class SiteReceipt(Frozen):
 
     examples: int = Field(ge=0)
     receipt: Receipt
+
+
+_RECEIPTS = TypeAdapter(dict[str, SiteReceipt])
+
+
+class _MetricsLine(BaseModel):
+    """What every reader of metrics.jsonl relies on; the other fields are for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    round: int = Field(ge=1)
+    metrics: dict[str, float]
 
 
 class RunDirectory:
@@ -159,10 +171,19 @@ class RunDirectory:
         write_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rounds so far, in order."""
+        """The rounds so far, in order. Raises CheckpointError when the file is damaged."""
         if not self.metrics_path.is_file():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        lines = _read_text(self.metrics_path).splitlines()
+        return [self._metrics_line(number, line) for number, line in enumerate(lines, 1)]
+
+    def _metrics_line(self, number: int, text: str) -> dict[str, Any]:
+        try:
+            _MetricsLine.model_validate_json(text)
+        except ValidationError as error:
+            raise CheckpointError(f"{self.metrics_path} is damaged in line {number}: {explain(error)}") from error
+        line: dict[str, Any] = json.loads(text)
+        return line
 
     def write_receipts(self, receipts: Mapping[str, SiteReceipt]) -> None:
         """Replace the last receipt of every site, by site name."""
@@ -170,14 +191,20 @@ class RunDirectory:
         write_atomic(self.root / "receipts.json", json.dumps(content, indent=2).encode())
 
     def read_receipts(self) -> dict[str, SiteReceipt]:
-        """The last receipt of every site that ever trained in this run, by site name."""
+        """The last receipt of every site that ever trained in this run, by site name. Raises CheckpointError."""
         path = self.root / "receipts.json"
         if not path.is_file():
             return {}
         try:
-            return {name: SiteReceipt.model_validate(item) for name, item in json.loads(path.read_text()).items()}
-        except (ValidationError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {_brief(error)}") from error
+            return _RECEIPTS.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
+
+    def check(self) -> None:
+        """Read what a run goes on with, before a site is asked for anything. Raises CheckpointError."""
+        self.record()
+        self.read_receipts()
+        self.read_metrics()
 
 
 def arrays_to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
@@ -193,7 +220,7 @@ def npz_to_arrays(content: bytes, origin: Path) -> dict[str, NDArray[Any]]:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise CheckpointError(f"{origin} is damaged: {_brief(error)}") from error
+        raise CheckpointError(f"{origin} is damaged: {' '.join(str(error).split())}") from error
 
 
 def _read_model(path: Path, model: type[RunRecord]) -> RunRecord:
@@ -203,5 +230,8 @@ def _read_model(path: Path, model: type[RunRecord]) -> RunRecord:
         raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
 
 
-def _brief(error: BaseException) -> str:
-    return explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

@@ -1,22 +1,36 @@
 """A run in MLflow: parameters, metrics by round, epsilons by site, and the model file."""
 
-import json
 import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedclaw.errors import FedClawError, UsageError
+from pydantic import ValidationError
+
+from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.federation.coordinator import Outcome, RoundReport
 from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
+from fedclaw.frozen import Frozen, explain
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+log = logging.getLogger(__name__)
+
 NO_TRACKING = "none"
 _ID_FILE = "mlflow.json"
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""So that a tracking server that has gone costs a round seconds; MLflow's own defaults cost it minutes."""
+_NOISY = {
+    "mlflow": logging.WARNING,
+    "mlflow.store.db.utils": logging.WARNING,
+    "alembic": logging.WARNING,
+    "urllib3.connectionpool": logging.ERROR,
+}
 
 
 class TrackingSettings(Frozen):
@@ -26,47 +40,51 @@ class TrackingSettings(Frozen):
     experiment: str = "fedclaw"
 
 
-class MlflowTracker:
-    """Observer that writes to MLflow; a resumed run goes on in the same MLflow run."""
+class _KnownRun(Frozen):
+    """mlflow.json in the run directory: which MLflow run is this run's."""
 
-    def __init__(
-        self, settings: TrackingSettings, runs: Path, directory: RunDirectory, parent: str | None = None
-    ) -> None:
+    run_id: str
+
+
+class MlflowTracker:
+    """Observer that writes to MLflow; a resumed run goes on in the same MLflow run.
+
+    A store that fails later does not stop the run, which has cost privacy: what could not be noted is counted, said
+    once when it begins and once at the end, and is in the run directory in any case.
+    """
+
+    def __init__(self, settings: TrackingSettings, directory: RunDirectory) -> None:
+        """Raises UsageError when the store cannot be used, CheckpointError for a damaged mlflow.json."""
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
         from mlflow.store.db import utils  # noqa: F401  (sets its own log level when it is imported)
 
-        for name in ("mlflow", "mlflow.store.db.utils", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        uri = settings.uri or f"sqlite:///{(runs / 'mlflow.db').resolve()}"
-        try:
-            self._client = MlflowClient(tracking_uri=uri)
-            experiment = _experiment(self._client, settings, runs)
-        except MlflowException as error:
-            raise UsageError(f"tracking.uri={uri} cannot be used: {' '.join(str(error).split())}") from error
+        for name, level in _NOISY.items():
+            logging.getLogger(name).setLevel(level)
+        runs = directory.root.parent
         self._directory = directory
-        self._experiment = experiment
-        self._parent = parent
-        self._run_id = self._known_run()
+        self._record: RunRecord | None = None
+        self._asked = 0
+        self._lost = 0
+        known = self._read_id()
+        try:
+            self._client = MlflowClient(tracking_uri=settings.uri or f"sqlite:///{(runs / 'mlflow.db').resolve()}")
+            self._experiment = _experiment(self._client, settings, runs)
+            self._run_id = known if known and _holds(self._client, known) else None
+        except _store_errors() as error:
+            uri = settings.uri or f"sqlite:///{runs / 'mlflow.db'}"
+            raise UsageError(f"tracking.uri={_public(uri)} cannot be used: {_reason(error)}") from error
 
     def started(self, record: RunRecord, first_round: int) -> None:
         """Begin, or take up again, the MLflow run and note what was asked."""
-        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-        if self._run_id is None:
-            tags = {MLFLOW_PARENT_RUN_ID: self._parent} if self._parent else {}
-            run = self._client.create_run(self._experiment, run_name=record.run, tags=tags)
-            self._run_id = run.info.run_id
-            write_atomic(self._directory.root / _ID_FILE, json.dumps({"run_id": self._run_id}).encode())
-            for name, value in _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})):
-                self._client.log_param(self._run_id, name, value)
-        else:
-            self._client.update_run(self._run_id, status="RUNNING")
+        self._record = record
+        with self._forgiving():
+            self._begin()
 
     def finished_round(self, report: RoundReport) -> None:
         """Metrics and epsilons at this round."""
-        assert self._run_id is not None
         values = dict(report.metrics) | {
             "update_norm": report.update_norm,
             "train_seconds": report.train_seconds,
@@ -76,54 +94,122 @@ class MlflowTracker:
         for site, item in report.receipts.items():
             if item.receipt.epsilon_run is not None:
                 values[f"epsilon/{site}"] = item.receipt.epsilon_run
-        for name, value in values.items():
-            self._client.log_metric(self._run_id, name, value, step=report.round)
+        with self._forgiving():
+            run_id = self._run_id or self._begin()
+            for name, value in values.items():
+                self._client.log_metric(run_id, name, value, step=report.round)
 
     def finished(self, outcome: Outcome) -> None:
         """The model, the record and the receipts as artefacts."""
-        assert self._run_id is not None
-        for path in (
-            outcome.directory.model_path,
-            outcome.directory.root / "run.json",
-            outcome.directory.root / "receipts.json",
-        ):
-            self._client.log_artifact(self._run_id, str(path))
-        self._client.set_terminated(self._run_id, "FINISHED")
+        with self._forgiving():
+            run_id = self._run_id or self._begin()
+            for path in (
+                outcome.directory.model_path,
+                outcome.directory.root / "run.json",
+                outcome.directory.root / "receipts.json",
+            ):
+                self._client.log_artifact(run_id, str(path))
+            self._client.set_terminated(run_id, "FINISHED")
+        self._say_what_was_lost()
 
     def failed(self) -> None:
         """Mark the run as failed; resuming takes it up again."""
         if self._run_id is not None:
-            self._client.set_terminated(self._run_id, "FAILED")
+            with self._forgiving():
+                self._client.set_terminated(self._run_id, "FAILED")
+        self._say_what_was_lost()
 
-    def _known_run(self) -> str | None:
+    def _begin(self) -> str:
+        """The MLflow run, which is running from now on."""
+        if self._run_id is not None:
+            self._client.update_run(self._run_id, status="RUNNING")
+            return self._run_id
+        record = self._record or self._directory.record()
+        run_id = str(self._client.create_run(self._experiment, run_name=record.run).info.run_id)
+        self._run_id = run_id
+        write_atomic(self._directory.root / _ID_FILE, _KnownRun(run_id=run_id).model_dump_json().encode())
+        for name, value in _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})):
+            self._client.log_param(run_id, name, value)
+        return run_id
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Count what the store did not take; the first time, say so.
+
+        Every Exception, because the stores of artefacts raise those of their own client libraries.
+        """
+        self._asked += 1
+        try:
+            yield
+        except Exception as error:
+            if not self._lost:
+                log.warning("MLflow failed and the run goes on without it: %s", _reason(error))
+            self._lost += 1
+
+    def _say_what_was_lost(self) -> None:
+        if self._lost:
+            log.warning(
+                "MLflow lacks %d of %d notes of this run; they are all in %s",
+                *(self._lost, self._asked, self._directory.root),
+            )
+
+    def _read_id(self) -> str | None:
         path = self._directory.root / _ID_FILE
         if not path.is_file():
             return None
-        run_id = str(json.loads(path.read_text())["run_id"])
         try:
-            self._client.get_run(run_id)
-        except Exception:  # the store is another one now: begin anew there
-            return None
-        return run_id
+            return _KnownRun.model_validate_json(path.read_bytes()).run_id
+        except ValidationError as error:
+            raise CheckpointError(
+                f"{path} is damaged: {explain(error)}; remove it to begin a new MLflow run"
+            ) from error
 
 
-def make_tracker(
-    settings: TrackingSettings, runs: Path, directory: RunDirectory, parent: str | None = None
-) -> MlflowTracker | None:
+def make_tracker(settings: TrackingSettings, directory: RunDirectory) -> MlflowTracker | None:
     """A tracker, or None for tracking=none. Raises UsageError when the store cannot be used."""
-    return None if settings.uri == NO_TRACKING else MlflowTracker(settings, runs, directory, parent)
+    return None if settings.uri == NO_TRACKING else MlflowTracker(settings, directory)
 
 
 def _experiment(client: "MlflowClient", settings: TrackingSettings, runs: Path) -> str:
     found = client.get_experiment_by_name(settings.experiment)
     if found is not None:
         if found.lifecycle_stage != "active":
-            raise FedClawError(
-                f"the MLflow experiment {settings.experiment!r} was deleted; restore it or choose another"
-            )
+            raise UsageError(f"the MLflow experiment {settings.experiment!r} was deleted; restore it or choose another")
         return str(found.experiment_id)
     location = (runs / "mlartifacts").resolve().as_uri() if settings.uri is None else None
     return str(client.create_experiment(settings.experiment, artifact_location=location))
+
+
+def _holds(client: "MlflowClient", run_id: str) -> bool:
+    """Whether the store has that run; a store that is another one by now has not."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow's stores raise; imported late, for they take a second."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, RequestException, SQLAlchemyError, OSError)
+
+
+def _reason(error: BaseException) -> str:
+    """One line, without the parts of a URL that may be a password."""
+    return f"{type(error).__name__}: {_public(' '.join(str(error).split()))[:300]}"
+
+
+def _public(text: str) -> str:
+    """`text` with the user part of every URL in it replaced."""
+    return re.sub(r"://[^/\s@]*@", "://...@", text)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

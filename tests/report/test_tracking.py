@@ -1,9 +1,13 @@
 """A run in MLflow: a real SQLite store, a real tracking server, and a run that is taken up again."""
 
+import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from experiments.processes import free_port
-from fedclaw.errors import UsageError
+from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.federation.coordinator import Outcome, RoundReport
 from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt, StrategyRecord
@@ -71,11 +75,11 @@ def run(tmp_path):
 
 def track(run, settings):
     """A server that dies after round 1, and the one that resumes it."""
-    first = MlflowTracker(settings, run.runs, run.directory)
+    first = MlflowTracker(settings, run.directory)
     first.started(run.record, 1)
     first.finished_round(report(1))
     first.failed()
-    second = MlflowTracker(settings, run.runs, run.directory)
+    second = MlflowTracker(settings, run.directory)
     second.started(run.record, 2)
     second.finished_round(report(2))
     second.finished(Outcome(run.directory, {}))
@@ -99,23 +103,97 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run):
     check(MlflowClient(f"sqlite:///{run.runs / 'mlflow.db'}"))
 
 
-def test_a_tracking_server_by_its_uri(run, tmp_path):
-    port = free_port()
-    store = f"sqlite:///{tmp_path / 'server.db'}"
-    command = ["server", "--host", "127.0.0.1", "--port", str(port), "--backend-store-uri", store, "--workers", "1"]
+@contextmanager
+def tracking_server(root, port):
+    command = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{root / 'server.db'}", "--artifacts-destination", str(root / "files")]
     server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *command, "--artifacts-destination", str(tmp_path / "artifacts")],
+        [sys.executable, "-m", "mlflow", *command, *stores],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         wait_for_port(port)
+        yield server
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def test_a_tracking_server_by_its_uri(run, tmp_path):
+    port = free_port()
+    with tracking_server(tmp_path, port):
         settings = TrackingSettings(uri=f"http://127.0.0.1:{port}", experiment="over-http")
         track(run, settings)
         check(MlflowClient(settings.uri), "over-http")
-    finally:
-        server.terminate()
-        server.wait(30)
+
+
+@pytest.fixture
+def warnings(caplog):
+    """The tracker's own warnings."""
+    logger = logging.getLogger("fedclaw")
+    propagated, logger.propagate = logger.propagate, True
+    yield lambda: [record.getMessage() for record in caplog.records if record.name == "fedclaw.report.tracking"]
+    logger.propagate = propagated
+
+
+def test_a_tracking_server_that_dies_stops_nothing(run, tmp_path, warnings):
+    """Killed after round 1: the rounds after it go on, one warning says so and one what is missing."""
+    port = free_port()
+    with tracking_server(tmp_path, port) as server:
+        tracker = MlflowTracker(TrackingSettings(uri=f"http://127.0.0.1:{port}"), run.directory)
+        tracker.started(run.record, 1)
+        tracker.finished_round(report(1))
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        assert not warnings()
+        for number in (2, 3):
+            tracker.finished_round(report(number))
+            assert len(warnings()) == 1
+        tracker.finished(Outcome(run.directory, {}))
+    (failed, lost) = warnings()
+    assert "goes on without it" in failed
+    assert "3 of 5" in lost
+
+
+def test_a_store_that_breaks_does_not_hide_why_the_run_failed(run, warnings):
+    tracker = MlflowTracker(TrackingSettings(), run.directory)
+    tracker.started(run.record, 1)
+    store = run.runs / "mlflow.db"
+    store.write_bytes(b"this is no database" * 1000)
+    tracker.finished_round(report(1))
+    tracker.failed()
+    assert len(warnings()) == 2
+
+
+def test_a_run_that_could_not_begin_in_mlflow_begins_with_a_later_round(run, warnings):
+    tracker = MlflowTracker(TrackingSettings(), run.directory)
+    store = run.runs / "mlflow.db"
+    healthy = store.read_bytes()
+    store.write_bytes(b"this is no database" * 1000)
+    tracker.started(run.record, 1)
+    assert len(warnings()) == 1
+    store.write_bytes(healthy)
+    tracker.finished_round(report(1))
+    tracker.finished_round(report(2))
+    tracker.finished(Outcome(run.directory, {}))
+    check(MlflowClient(f"sqlite:///{store}"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"run_id": 3}', "{", '{"run": "x"}'])
+def test_a_damaged_mlflow_json_is_named(run, content):
+    (run.directory.root / "mlflow.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"mlflow\.json is damaged"):
+        MlflowTracker(TrackingSettings(), run.directory)
+
+
+def test_a_password_in_the_uri_is_not_shown(run):
+    with pytest.raises(UsageError) as caught:
+        MlflowTracker(TrackingSettings(uri=f"http://nurse:hunter2@127.0.0.1:{free_port()}"), run.directory)
+    assert "hunter2" not in str(caught.value)
+    assert "tracking.uri=http://...@127.0.0.1" in str(caught.value)
 
 
 def wait_for_port(port):
@@ -129,9 +207,9 @@ def wait_for_port(port):
 
 
 def test_no_tracking(run):
-    assert make_tracker(TrackingSettings(uri="none"), run.runs, run.directory) is None
+    assert make_tracker(TrackingSettings(uri="none"), run.directory) is None
 
 
 def test_a_store_that_cannot_be_used_is_one_line(run):
     with pytest.raises(UsageError, match=r"tracking\.uri=nonsense://x"):
-        make_tracker(TrackingSettings(uri="nonsense://x"), run.runs, run.directory)
+        make_tracker(TrackingSettings(uri="nonsense://x"), run.directory)

@@ -1,0 +1,95 @@
+"""What a run goes on with is read before anything else, and damage is told with the file's name."""
+
+import pytest
+
+from fedclaw.errors import CheckpointError
+from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
+from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt, StrategyRecord
+
+RECEIPT = SiteReceipt(
+    examples=9,
+    receipt=Receipt(
+        mechanism="dp-sgd",
+        sampler="poisson",
+        accountant="pld",
+        sample_rate=0.1,
+        steps=10,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        delta=1e-5,
+        rounds=1,
+        epsilon_run=1.5,
+        epsilon_lifetime=1.5,
+        epsilon_left=None,
+        ledger_head="0",
+    ),
+)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    record = RunRecord(
+        run="first",
+        federation="clinic",
+        workload="tabular",
+        schema_text="{}",
+        model=ModelSpec(name="logistic"),
+        strategy=StrategyRecord(name="fedavg"),
+        rounds=2,
+        training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
+        privacy=PrivacyRequest(epsilon=2, delta=1e-5, max_grad_norm=1),
+    )
+    made = RunDirectory.create(tmp_path / "first", record)
+    made.write_receipts({"north": RECEIPT})
+    made.append_metrics(1, {"metrics": {"accuracy": 1}, "answered": ["north"]})
+    return made
+
+
+def test_what_was_written_is_read_again(directory):
+    directory.check()
+    assert directory.read_receipts() == {"north": RECEIPT}
+    assert directory.read_metrics() == [{"round": 1, "metrics": {"accuracy": 1}, "answered": ["north"]}]
+
+
+def test_a_line_of_a_round_that_is_run_again_is_replaced(directory):
+    directory.append_metrics(2, {"metrics": {"accuracy": 0.5}})
+    directory.append_metrics(1, {"metrics": {}})
+    assert directory.read_metrics() == [{"round": 1, "metrics": {}}]
+
+
+DAMAGE = [b"", b"[]", b"3", b"{", b"\xff\xfe\x00", b'{"north": []}', b'{"north": {"examples": 9}}']
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_damaged_receipts(directory, content):
+    (directory.root / "receipts.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"receipts\.json is damaged"):
+        directory.check()
+
+
+LINES = [
+    b"\n",
+    b"[]\n",
+    b"{\n",
+    b"\xff\xfe\x00\n",
+    b'{"metrics": {}}\n',
+    b'{"round": "1", "metrics": {}}\n',
+    b'{"round": 1}\n',
+    b'{"round": 1, "metrics": [1]}\n',
+    b'{"round": 1, "metrics": {"accuracy": "high"}}\n',
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_damaged_metrics(directory, line):
+    with directory.metrics_path.open("ab") as file:
+        file.write(line)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl is damaged"):
+        directory.check()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"run": "first"}'])
+def test_a_damaged_record(directory, content):
+    (directory.root / "run.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        directory.check()
