@@ -345,8 +345,6 @@ def _weighted_delta(model: torch.nn.Module, start: Arrays, weight: float) -> Arr
 
 
 def _plan_of(message: Message) -> Plan:
-    if not message.has_content():
-        raise Refusal(RefusalCode.MALFORMED, "the message has no content")
     try:
         return Plan.model_validate_json(str(message.content.config_records[PLAN][JSON]))
     except (KeyError, ValueError) as error:
