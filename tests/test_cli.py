@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from fedclaw.cli import compose_settings, split
+from fedclaw.cli import compose_settings, config_directory, split
 from fedclaw.errors import UsageError
 from fedclaw.server import ServerSettings
 from tests.conftest import environment, run_module
@@ -89,6 +91,86 @@ def test_a_second_client_on_the_same_site_is_refused(deployment):
     first = deployment.client(0)
     first.wait_for_text("serves federation")
     one_line(run_module("fedclaw.client", f"site={deployment.sites[0]}"), 2, "already running")
+
+
+def test_a_path_that_cannot_be_used_is_one_line(deployment, tmp_path):
+    afile = tmp_path / "afile"
+    afile.touch()
+    new = (f"federation={deployment.federation}", f"workload.schema_file={deployment.schema}")
+    one_line(run_module("fedclaw.server", *new, f"runs={afile}", "run=x"), 1, f"{afile / 'x'}: Not a directory")
+    one_line(run_module("experiments.datasets", "output=/proc/x"), 1, "/proc/x: No such file or directory")
+    site = tmp_path / "other"
+    (site / "site.yaml").mkdir(parents=True)
+    one_line(run_module("fedclaw.client", f"site={site}"), 1, f"{site / 'site.yaml'}: Is a directory")
+
+
+def begin(deployment, cwd):
+    """A run that finds no site and stops."""
+    new = (f"workload.schema_file={deployment.schema}", f"runs={deployment.runs}", "run=x", "sites.deadline=0.1")
+    done = run_module("fedclaw.server", f"federation={deployment.federation}", "sites.wait=0.1", *new, cwd=cwd)
+    assert done.code == 1
+
+
+def test_a_resumed_run_keeps_to_the_store_beside_it(deployment, tmp_path):
+    """Resumed from another directory and without runs=, it makes no second store."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    begin(deployment, tmp_path)
+    store = deployment.runs / "mlflow.db"
+    store.unlink()
+    resume = (f"federation={deployment.federation}", f"resume={deployment.runs / 'x'}", "sites.wait=0.1")
+    assert run_module("fedclaw.server", *resume, cwd=elsewhere).code == 1
+    assert store.is_file()
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_damaged_run_is_refused_before_a_site_is_asked(deployment, tmp_path):
+    begin(deployment, tmp_path)
+    (deployment.runs / "x" / "metrics.jsonl").write_text("[]\n")
+    done = run_module("fedclaw.server", f"federation={deployment.federation}", f"resume={deployment.runs / 'x'}")
+    one_line(done, 1, "metrics.jsonl", "is damaged")
+
+
+def run_main_raising(expression, level="INFO"):
+    program = f"from fedclaw.cli import run_main\ndef body(arguments):\n    raise {expression}\nrun_main('m', '', body)"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment() | {"FEDCLAW_LOG": level},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_what_nobody_foresaw_is_one_line_without_its_text():
+    done = run_main_raising("ValueError('the key is hunter2')")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line == "m: internal error: ValueError at <string>:3; set FEDCLAW_LOG=DEBUG for the traceback"
+    traced = run_main_raising("ValueError('the key is hunter2')", "DEBUG")
+    assert traced.returncode == 1
+    assert "Traceback" in traced.stderr
+    assert traced.stderr.splitlines()[-1] == line
+
+
+def test_an_error_of_the_system_names_the_file_and_the_reason():
+    done = run_main_raising("OSError(28, 'No space left on device', 'runs/x')")
+    assert (done.returncode, done.stderr) == (1, "m: runs/x: No space left on device\n")
+    done = run_main_raising("OSError(98, 'Address already in use')")
+    assert (done.returncode, done.stderr) == (1, "m: Address already in use\n")
+    done = run_main_raising("OSError('hunter2')")
+    assert done.returncode == 1
+    assert "hunter2" not in done.stderr
+
+
+def test_the_configuration_is_found_and_goes_into_the_wheel():
+    root = Path(__file__).parent.parent
+    assert config_directory() == root / "conf"
+    assert (config_directory() / "server.yaml").is_file()
+    wheel = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"] == {"conf": "fedclaw/conf"}
+    assert wheel["packages"] == ["fedclaw", "strategies", "clients"]
+    assert all((root / package / "py.typed").is_file() for package in wheel["packages"])
 
 
 def test_nothing_below_the_entry_points_needs_hydra():
