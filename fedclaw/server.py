@@ -19,9 +19,9 @@ from pydantic import Field
 
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.federation.coordinator import Observer, Outcome, pending_cohort, run_rounds
+from fedclaw.federation.coordinator import Observer, Outcome, run_rounds
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.session import RunSettings, initial_parameters, make_record
+from fedclaw.federation.session import RunSettings, initial_parameters, make_record, wait_for_cohort
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import TrackingSettings, make_tracker
 from fedclaw.runtime.flower import assume_server_identity, number_of
@@ -91,10 +91,8 @@ def coordinate(settings: ServerSettings, home: FederationHome, directory: RunDir
     assume_server_identity(run_id)
     try:
         with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
-            expected = max(settings.sites.wait_for or record.rules.minimum, len(pending_cohort(directory)))
-            log.info("waiting for %d sites on %s", expected, settings.address or home.descriptor.address)
-            names = grid.wait_for_sites(expected, settings.sites.wait)
-            log.info("connected: %s", ", ".join(names))
+            log.info("listening on %s", settings.address or home.descriptor.address)
+            wait_for_cohort(grid, directory, settings.sites.wait_for, settings.sites.wait)
             return run_rounds(grid, directory, initial_parameters(directory), observers=observers)
     except BaseException as error:
         if tracker:

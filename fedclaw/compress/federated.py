@@ -21,9 +21,10 @@ from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.federation import exchange
 from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.coordinator import Observer, pending_cohort, run_rounds
+from fedclaw.federation.coordinator import Observer, run_rounds
 from fedclaw.federation.plan import Distillation, ModelSpec, Plan
 from fedclaw.federation.run_directory import RunDirectory, RunRecord
+from fedclaw.federation.session import wait_for_cohort
 from fedclaw.runtime.flower import assume_server_identity, number_of
 from fedclaw.security.federation_home import FederationHome
 
@@ -37,7 +38,7 @@ def recover_at_sites(
 ) -> Outcome:
     """Listen as the federation's server, wait for the sites, and recover the student there.
 
-    Raises UsageError for a federation that is not the run's, TransportError when too few sites come.
+    Raises UsageError for a federation that is not the run's, RoundError when too few sites come.
     """
     from fedclaw.runtime.grpc import GrpcGrid, Limits
 
@@ -48,13 +49,12 @@ def recover_at_sites(
             f"{teacher.directory.root} is a run of federation {teacher.record.federation!r}, not of {home.name!r}"
         )
     record = distillation_record(settings, teacher, student)
-    root = _root(teacher, record)
-    expected = max(settings.sites.wait_for or record.rules.minimum, len(pending_cohort(RunDirectory(root))))
+    directory = _open(teacher, record)
     run_id = number_of(record.run)
     assume_server_identity(run_id)
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
-        log.info("waiting for %d sites on %s", expected, settings.address or home.descriptor.address)
-        log.info("connected: %s", ", ".join(grid.wait_for_sites(expected, settings.sites.wait)))
+        log.info("listening on %s", settings.address or home.descriptor.address)
+        wait_for_cohort(grid, directory, settings.sites.wait_for, settings.sites.wait)
         return recover_by_rounds(grid, settings, teacher, student, observers)
 
 

@@ -1,21 +1,27 @@
 """From settings to a run directory: what the server, the experiments and the compression stage share."""
 
+import logging
 import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field, JsonValue, field_validator
 
-from fedclaw.errors import DataError, PluginError, UsageError
+from fedclaw.errors import DataError, PluginError, RoundError, UsageError
 from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.coordinator import make_strategy
+from fedclaw.federation.coordinator import make_strategy, pending_cohort
 from fedclaw.federation.plan import METRICS, LocalTraining, ModelSpec, PrivacyRequest
 from fedclaw.federation.registry import schema_class, workload_class
 from fedclaw.federation.run_directory import RUN_NAME, RoundRules, RunDirectory, RunRecord, StrategyRecord
 from fedclaw.frozen import Frozen
+
+log = logging.getLogger(__name__)
+
+LATECOMERS = 20.0
+"""Seconds that a resumed server waits for the rest of the cohort that it had asked."""
 
 
 class ModelChoice(Frozen):
@@ -108,6 +114,33 @@ def initial_parameters(directory: RunDirectory) -> Arrays:
             "a federated model holds no batch statistics, use a normalisation without them"
         )
     return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+
+
+class Gathering(Protocol):
+    """A grid whose sites come by themselves."""
+
+    def wait_for_sites(self, count: int, timeout: float) -> tuple[str, ...]:
+        """Names of the connected sites, once there are `count` or `timeout` seconds have passed."""
+
+
+def wait_for_cohort(grid: Gathering, directory: RunDirectory, wait_for: int | None, wait: float) -> None:
+    """Wait up to `wait` seconds for as many sites as a round needs, or `wait_for`.
+
+    A round that was in flight when the run stopped is asked of the same sites again, so those are waited for too,
+    but not for long: whoever does not come back is silent in that round. Raises RoundError when too few came.
+    """
+    needed = directory.record().rules.minimum
+    expected = wait_for or needed
+    log.info("waiting for %d sites", expected)
+    names = grid.wait_for_sites(expected, wait)
+    if (pending := len(pending_cohort(directory))) > len(names) >= expected:
+        names = grid.wait_for_sites(pending, min(wait, LATECOMERS))
+    if len(names) < needed:
+        raise RoundError(
+            f"{len(names)} sites came within {wait:g} s and {needed} are needed ({', '.join(names) or 'none'}); "
+            f"continue with resume={directory.root} when they are back"
+        )
+    log.info("connected: %s", ", ".join(names))
 
 
 def _read(path: Path) -> str:

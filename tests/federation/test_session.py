@@ -1,0 +1,62 @@
+"""Waiting for a cohort: long for what a round needs, briefly for the rest of a round that was in flight."""
+
+import pytest
+
+from fedclaw.errors import RoundError
+from fedclaw.federation.coordinator import PENDING
+from fedclaw.federation.plan import LocalTraining, ModelSpec
+from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.federation.session import LATECOMERS, wait_for_cohort
+
+
+class Door:
+    """Sites that come one after the other; notes how long somebody would wait."""
+
+    def __init__(self, names):
+        self.names = names
+        self.waits = []
+
+    def wait_for_sites(self, count, timeout):
+        self.waits.append((count, timeout))
+        return tuple(self.names)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    record = RunRecord(
+        run="run-1",
+        federation="clinic",
+        workload="tabular",
+        schema_text="{}",
+        model=ModelSpec(name="logistic"),
+        strategy=StrategyRecord(name="fedavg"),
+        rounds=3,
+        training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
+        privacy=None,
+        rules=RoundRules(minimum=2),
+    )
+    return RunDirectory.create(tmp_path / "run", record)
+
+
+def test_the_minimum_is_waited_for(directory):
+    door = Door(["north", "south"])
+    wait_for_cohort(door, directory, None, 600)
+    assert door.waits == [(2, 600)]
+
+
+def test_more_are_waited_for_on_demand_but_not_needed(directory):
+    door = Door(["north", "south"])
+    wait_for_cohort(door, directory, 3, 600)
+    assert door.waits == [(3, 600)]
+
+
+def test_the_rest_of_a_round_in_flight_is_waited_for_briefly(directory):
+    (directory.root / PENDING).write_text('{"round": 2, "nodes": [1, 2, 3]}')
+    door = Door(["north", "south"])
+    wait_for_cohort(door, directory, None, 600)
+    assert door.waits == [(2, 600), (3, LATECOMERS)]
+
+
+def test_too_few_are_named(directory):
+    with pytest.raises(RoundError, match=r"1 sites came within 5 s and 2 are needed \(north\); continue with resume="):
+        wait_for_cohort(Door(["north"]), directory, None, 5)
