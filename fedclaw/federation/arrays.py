@@ -54,3 +54,13 @@ def _view(name: str, array: Array) -> NDArray[np.float32]:
         return values.reshape(shape)
     except ValueError as error:
         raise UpdateError(f"array {name!r} cannot be read: {error}") from error
+
+
+def all_finite(array: NDArray[np.float32]) -> bool:
+    """Whether every element is finite; mostly one pass without a temporary.
+
+    A sum of squares is finite only if no element is NaN or infinite; if it is not, an honest overflow is told apart.
+    """
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all())

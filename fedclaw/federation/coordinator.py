@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedclaw.errors import CheckpointError, PluginError, RoundError, UpdateError
-from fedclaw.federation import checkpoint, exchange
+from fedclaw.federation import checkpoint, exchange, postprocess
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.checkpoint import Checkpoint
 from fedclaw.federation.exchange import Declined, Evaluated, Trained
@@ -201,7 +201,7 @@ class _Loop:
 
     def _step(self, plan: Plan, trained: Trained) -> float:
         try:
-            return self.model.step(trained.total.mean())
+            return self.model.step(postprocess.at_server(trained.total.take(), plan).arrays)
         except UpdateError as error:
             raise RoundError(f"round {plan.round} of run {plan.run}: {error}; a site sent absurd values") from error
 

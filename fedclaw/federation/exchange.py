@@ -90,7 +90,7 @@ class Trained(Answers):
         if weight != examples if self.weighting == "examples" else weight > examples:
             raise UpdateError(f"weight {weight:g} does not belong to {examples} examples weighted by {self.weighting}")
         receipt = _receipt(content)
-        self.total.add(unpack(_part(content.array_records, SUM)), weight)
+        self.total.add(unpack(_part(content.array_records, SUM)), weight, examples)
         self.receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
 
 

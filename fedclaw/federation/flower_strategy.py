@@ -19,7 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 
-from fedclaw.federation import exchange
+from fedclaw.federation import exchange, postprocess
 from fedclaw.federation.aggregate import WeightedSum
 from fedclaw.federation.arrays import pack, unpack
 from fedclaw.federation.coordinator import make_plan, make_strategy
@@ -58,7 +58,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
             return None, None
-        norm = model.step(trained.total.mean())
+        plan = make_plan(self._record, self._strategy, server_round, len(trained.answered))
+        norm = model.step(postprocess.at_server(trained.total.take(), plan).arrays)
         return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
 
     def configure_evaluate(

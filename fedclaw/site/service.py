@@ -16,9 +16,11 @@ from pydantic import ValidationError
 
 from fedclaw.compress.distil import distillation_loss
 from fedclaw.errors import BudgetExceeded, FedClawError, LedgerError, PluginError, PrivacyError
+from fedclaw.federation import postprocess
 from fedclaw.federation.arrays import Arrays, pack, unpack
 from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, PLAN, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.federation.plan import PLAN_VERSION, ModelSpec, Plan, Receipt, Refusal, RefusalCode
+from fedclaw.federation.postprocess import Update
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.strategy import Strategy
 from fedclaw.frozen import explain
@@ -151,11 +153,11 @@ class SiteService:
         with self._steps(plan, mechanism, model, self._loss(plan, content)) as steps:
             self._reserve(plan, mechanism, key)
             self._run_steps(plan, mechanism, steps, model, strategy)
-        weight = float(examples) if plan.weighting == "examples" else 1.0
+        update = postprocess.at_site(Update(_delta(model, start), 1.0, examples), plan)
         return RecordDict(
             {
-                SUM: pack(_weighted_delta(model, start, weight)),
-                METRICS: MetricRecord({WEIGHT: weight, EXAMPLES: examples}),
+                SUM: pack(update.arrays),
+                METRICS: MetricRecord({WEIGHT: update.weight, EXAMPLES: update.examples}),
                 RECEIPT: ConfigRecord({JSON: self._receipt(plan, mechanism).model_dump_json()}),
             }
         )
@@ -335,13 +337,9 @@ class SiteService:
         return self._tensors[split]
 
 
-def _weighted_delta(model: torch.nn.Module, start: Arrays, weight: float) -> Arrays:
-    """weight x (parameters - start), float32 by name."""
-    deltas: Arrays = {}
-    for name, parameter in model.named_parameters():
-        delta = parameter.detach().cpu().numpy() - start[name]
-        deltas[name] = np.multiply(delta, np.float32(weight), out=delta)
-    return deltas
+def _delta(model: torch.nn.Module, start: Arrays) -> Arrays:
+    """parameters - start, float32 by name."""
+    return {name: parameter.detach().cpu().numpy() - start[name] for name, parameter in model.named_parameters()}
 
 
 def _plan_of(message: Message) -> Plan:

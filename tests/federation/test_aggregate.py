@@ -6,9 +6,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclaw.errors import UpdateError
+from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import WeightedSum
+from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan
+from fedclaw.federation.postprocess import Postprocessor, Update
 
 TEMPLATE = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
+
+
+PLAN = Plan(
+    federation="clinic",
+    run="run-1",
+    round=1,
+    rounds=1,
+    cohort=2,
+    workload="tabular",
+    schema_digest="0",
+    model=ModelSpec(name="logistic"),
+    strategy="fedavg",
+    training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
+    privacy=None,
+)
+
+
+def mean_of(total):
+    return postprocess.at_server(total.take(), PLAN).arrays
 
 
 def update(w, b):
@@ -19,7 +41,7 @@ def test_mean_with_unequal_weights():
     total = WeightedSum(TEMPLATE)
     total.add(update([[3, 0], [0, 3]], [3, 6]), 3)  # 3 x ([[1, 0], [0, 1]], [1, 2])
     total.add(update([[5, 5], [0, 0]], [0, 1]), 1)
-    mean = total.mean()
+    mean = mean_of(total)
     assert mean["w"].tolist() == [[2.0, 1.25], [0.0, 0.75]]
     assert mean["b"].tolist() == [0.75, 1.75]
     assert total.count == 2
@@ -36,7 +58,7 @@ def test_a_sum_is_itself_an_update():
     top.add(region.arrays, region.weight)
     top.add(third, 3.0)
     flat.add(third, 3.0)
-    mean, expected = top.mean(), flat.mean()
+    mean, expected = mean_of(top), mean_of(flat)
     assert all(np.array_equal(mean[name], expected[name]) for name in mean)
 
 
@@ -76,7 +98,7 @@ def test_names_and_shapes_must_be_the_models():
 
 def test_no_mean_of_nothing():
     with pytest.raises(UpdateError, match="no update"):
-        WeightedSum(TEMPLATE).mean()
+        mean_of(WeightedSum(TEMPLATE))
 
 
 def test_finite_updates_with_an_infinite_sum_have_no_mean():
@@ -84,4 +106,39 @@ def test_finite_updates_with_an_infinite_sum_have_no_mean():
     for _ in range(2):
         total.add(update([[3e38, 0], [0, 0]], [0, 0]), 1)
     with pytest.raises(UpdateError, match="overflowed in parameter 'w'"):
-        total.mean()
+        mean_of(total)
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [("examples", 2.5), ("uniform", 2.0)])
+def test_both_halves_of_the_weighting_give_the_mean(weighting, expected):
+    plan = PLAN.model_copy(update={"weighting": weighting})
+    total = WeightedSum(TEMPLATE)
+    for examples, value in ((1, 1.0), (3, 3.0)):
+        delta = {name: np.full_like(array, value) for name, array in TEMPLATE.items()}
+        sent = postprocess.at_site(Update(delta, 1.0, examples), plan)
+        total.add(sent.arrays, sent.weight, sent.examples)
+    assert total.examples == 4
+    assert set(postprocess.at_server(total.take(), plan).arrays["b"].tolist()) == {expected}
+
+
+def test_postprocessors_are_undone_in_reverse(monkeypatch):
+    """(x + 1) * 2 at the site is y / 2 - 1 at the server; in any other order the result would not be x."""
+
+    class Shift(Postprocessor):
+        def at_site(self, update, plan):
+            return Update({name: array + 1 for name, array in update.arrays.items()}, update.weight, update.examples)
+
+        def at_server(self, total, plan):
+            return Update({name: array - 1 for name, array in total.arrays.items()}, total.weight, total.examples)
+
+    class Scale(Postprocessor):
+        def at_site(self, update, plan):
+            return Update({name: array * 2 for name, array in update.arrays.items()}, update.weight, update.examples)
+
+        def at_server(self, total, plan):
+            return Update({name: array / 2 for name, array in total.arrays.items()}, total.weight, total.examples)
+
+    monkeypatch.setattr(postprocess, "PIPELINE", (Shift(), Scale()))
+    sent = postprocess.at_site(Update(update([[1, 2], [3, 4]], [5, 6]), 1.0, 1), PLAN)
+    assert sent.arrays["b"].tolist() == [12, 14]
+    assert postprocess.at_server(sent, PLAN).arrays["b"].tolist() == [5, 6]
