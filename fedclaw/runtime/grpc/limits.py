@@ -12,7 +12,7 @@ MAX_FRAME_BYTES = 2 * MIB
 MAX_METADATA_BYTES = 16 * 1024
 """Hard limit on the HTTP/2 headers of a connection."""
 
-WINDOW_BYTES = 8 * MIB
+WINDOW_BYTES = 4 * MIB
 """What gRPC takes from a peer before this code has asked for it."""
 
 CHUNK_BYTES = MIB // 4
