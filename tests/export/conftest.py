@@ -22,11 +22,12 @@ import fedclaw.verify as verify_command
 from fedclaw.cli import run_main
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.source import Source, load_source
-from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
+from fedclaw.federation.plan import LocalTraining, ModelSpec
 from fedclaw.federation.registry import schema_class, workload_class
-from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt, StrategyRecord
+from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
 from fedclaw.security.federation_home import FederationHome
 from fedclaw.security.provisioning import initialise
+from tests.samples import receipt, run_record
 
 FEDERATION = "test-federation"
 
@@ -40,26 +41,7 @@ TABLE = {
 }
 IMAGES = {"shape": [1, 8, 8], "labels": ["zero", "one", "two"], "mean": [0.5], "std": [0.25]}
 
-RECEIPT = Receipt(
-    mechanism="dp-sgd",
-    sampler="poisson",
-    accountant="pld",
-    sample_rate=0.1,
-    steps=20,
-    noise_multiplier=1.2,
-    max_grad_norm=1.0,
-    delta=1e-5,
-    rounds=3,
-    epsilon_run=2.0,
-    epsilon_lifetime=3.5,
-    epsilon_left=4.5,
-    ledger_head="ab" * 32,
-)
-
-
-def receipt(**changes: object) -> Receipt:
-    """`RECEIPT` with `changes`."""
-    return Receipt.model_validate({**RECEIPT.model_dump(), **changes})
+RECEIPT = receipt()
 
 
 PRIVATE = {
@@ -71,16 +53,14 @@ PRIVATE = {
 def make_run(root: Path, workload: str, definition: dict[str, object], spec: ModelSpec) -> RunDirectory:
     """A finished run with a model of random parameters."""
     schema = schema_class(workload).parse(json.dumps(definition), "test schema")
-    record = RunRecord(
+    record = run_record(
         run=root.name,
         federation=FEDERATION,
         workload=workload,
         schema_text=schema.to_json(),
         model=spec,
-        strategy=StrategyRecord(name="fedavg"),
         rounds=3,
         training=LocalTraining(epochs=1, batch_size=16, learning_rate=0.1),
-        privacy=PrivacyRequest(epsilon=2.0, delta=1e-5, max_grad_norm=1.0),
     )
     directory = RunDirectory.create(root, record)
     torch.manual_seed(0)

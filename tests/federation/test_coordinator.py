@@ -9,12 +9,13 @@ from experiments.simulate import open_sites
 from fedclaw.errors import CheckpointError, PluginError, RoundError, UsageError
 from fedclaw.federation import checkpoint
 from fedclaw.federation.coordinator import PENDING, make_strategy, run_rounds
-from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, RefusalCode
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.federation.plan import LocalTraining, PrivacyRequest, RefusalCode
+from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
 from fedclaw.federation.session import initial_parameters
 from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from strategies.fedavg import FedAvg
+from tests.samples import run_record
 
 
 class Recording:
@@ -52,17 +53,11 @@ def sites(directories):
 def record(directories, sites):
     assume_server_identity(5)
     schema = next(iter(sites.values())).site.workload.schema
-    return RunRecord(
-        run="run-1",
-        federation="clinic",
-        workload="tabular",
+    return run_record(
         schema_text=schema.to_json(),
-        model=ModelSpec(name="logistic"),
-        strategy=StrategyRecord(name="fedavg"),
         rounds=3,
         training=LocalTraining(steps=4, batch_size=1000, learning_rate=0.2),
         privacy=None,
-        rules=RoundRules(minimum=2),
     )
 
 

@@ -9,11 +9,12 @@ from experiments.simulate import open_sites
 from fedclaw.federation.arrays import pack, unpack
 from fedclaw.federation.coordinator import run_rounds
 from fedclaw.federation.flower_strategy import FlowerStrategy
-from fedclaw.federation.plan import LocalTraining, ModelSpec
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.federation.plan import LocalTraining
+from fedclaw.federation.run_directory import RunDirectory, StrategyRecord
 from fedclaw.federation.session import initial_parameters
 from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
+from tests.samples import run_record
 
 
 @pytest.fixture
@@ -21,17 +22,12 @@ def made(tmp_path):
     policy = SitePolicy(epsilon=None, delta=1e-3, allow_training_without_privacy=True)
     sites = open_sites(write_sites(tmp_path, DatasetSettings(name="breast_cancer", sites=2), policy), "clinic")
     assume_server_identity(3)
-    record = RunRecord(
-        run="run-1",
-        federation="clinic",
-        workload="tabular",
+    record = run_record(
         schema_text=next(iter(sites.values())).workload.schema.to_json(),
-        model=ModelSpec(name="logistic"),
         strategy=StrategyRecord(name="fedavgm"),
         rounds=3,
         training=LocalTraining(steps=1, batch_size=1000, learning_rate=0.2),
         privacy=None,
-        rules=RoundRules(minimum=2),
     )
     return record, sites, RunDirectory.create(tmp_path / "run", record)
 

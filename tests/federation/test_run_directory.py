@@ -3,43 +3,15 @@
 import pytest
 
 from fedclaw.errors import CheckpointError
-from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
-from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt, StrategyRecord
+from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
+from tests.samples import receipt, run_record
 
-RECEIPT = SiteReceipt(
-    examples=9,
-    receipt=Receipt(
-        mechanism="dp-sgd",
-        sampler="poisson",
-        accountant="pld",
-        sample_rate=0.1,
-        steps=10,
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        delta=1e-5,
-        rounds=1,
-        epsilon_run=1.5,
-        epsilon_lifetime=1.5,
-        epsilon_left=None,
-        ledger_head="0",
-    ),
-)
+RECEIPT = SiteReceipt(examples=9, receipt=receipt())
 
 
 @pytest.fixture
 def directory(tmp_path):
-    record = RunRecord(
-        run="first",
-        federation="clinic",
-        workload="tabular",
-        schema_text="{}",
-        model=ModelSpec(name="logistic"),
-        strategy=StrategyRecord(name="fedavg"),
-        rounds=2,
-        training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
-        privacy=PrivacyRequest(epsilon=2, delta=1e-5, max_grad_norm=1),
-    )
-    made = RunDirectory.create(tmp_path / "first", record)
+    made = RunDirectory.create(tmp_path / "first", run_record())
     made.write_receipts({"north": RECEIPT})
     made.append_metrics(1, {"metrics": {"accuracy": 1}, "answered": ["north"]})
     return made

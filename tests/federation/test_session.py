@@ -4,9 +4,9 @@ import pytest
 
 from fedclaw.errors import RoundError
 from fedclaw.federation.coordinator import PENDING
-from fedclaw.federation.plan import LocalTraining, ModelSpec
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.federation.session import LATECOMERS, wait_for_cohort
+from tests.samples import run_record
 
 
 class Door:
@@ -23,19 +23,7 @@ class Door:
 
 @pytest.fixture
 def directory(tmp_path):
-    record = RunRecord(
-        run="run-1",
-        federation="clinic",
-        workload="tabular",
-        schema_text="{}",
-        model=ModelSpec(name="logistic"),
-        strategy=StrategyRecord(name="fedavg"),
-        rounds=3,
-        training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
-        privacy=None,
-        rules=RoundRules(minimum=2),
-    )
-    return RunDirectory.create(tmp_path / "run", record)
+    return RunDirectory.create(tmp_path / "run", run_record())
 
 
 def test_the_minimum_is_waited_for(directory):

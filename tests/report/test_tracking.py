@@ -17,25 +17,11 @@ from mlflow import MlflowClient
 from experiments.processes import free_port
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.federation.coordinator import Outcome, RoundReport
-from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
-from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt, StrategyRecord
+from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
+from tests.samples import receipt, run_record
 
-RECEIPT = Receipt(
-    mechanism="dp-sgd",
-    sampler="poisson",
-    accountant="pld",
-    sample_rate=0.1,
-    steps=10,
-    noise_multiplier=1.0,
-    max_grad_norm=1.0,
-    delta=1e-5,
-    rounds=1,
-    epsilon_run=1.5,
-    epsilon_lifetime=1.5,
-    epsilon_left=None,
-    ledger_head="0",
-)
+RECEIPT = receipt(epsilon_run=1.5)
 
 
 def report(number):
@@ -56,17 +42,7 @@ def report(number):
 
 @pytest.fixture
 def run(tmp_path):
-    record = RunRecord(
-        run="first",
-        federation="clinic",
-        workload="tabular",
-        schema_text="{}",
-        model=ModelSpec(name="logistic"),
-        strategy=StrategyRecord(name="fedavg"),
-        rounds=2,
-        training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
-        privacy=PrivacyRequest(epsilon=2, delta=1e-5, max_grad_norm=1),
-    )
+    record = run_record(run="first")
     directory = RunDirectory.create(tmp_path / "runs" / "first", record)
     directory.write_model({"w": np.zeros(2, np.float32)})
     directory.write_receipts({"north": SiteReceipt(examples=9, receipt=RECEIPT)})

@@ -6,23 +6,18 @@ from flwr.app import Context, RecordDict
 
 from fedclaw.federation.arrays import pack, unpack
 from fedclaw.federation.flower_strategy import FlowerStrategy
-from fedclaw.federation.run_directory import RoundRules, RunRecord, StrategyRecord
+from fedclaw.federation.run_directory import RoundRules
 from fedclaw.runtime.flower import number_of
 from fedclaw.runtime.grpc.apps import ClientAppHandler
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.flower_app import app
+from tests.samples import run_record
 from tests.site.conftest import Asker
 
 
 def record_of(asker):
-    return RunRecord(
-        run="run-1",
-        federation="clinic",
-        workload="tabular",
+    return run_record(
         schema_text=asker.site.workload.schema.to_json(),
-        model=asker.model,
-        strategy=StrategyRecord(name="fedavg"),
-        rounds=2,
         training=asker.plan.training,
         privacy=asker.plan.privacy,
         rules=RoundRules(minimum=1),

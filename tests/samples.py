@@ -1,0 +1,43 @@
+"""Valid records to change one thing in: what many tests begin with."""
+
+from typing import Any
+
+from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest, Receipt
+from fedclaw.federation.run_directory import RoundRules, RunRecord, StrategyRecord
+
+
+def run_record(**changes: Any) -> RunRecord:
+    """A small private run of two rounds, with `changes`."""
+    fields: dict[str, Any] = {
+        "run": "run-1",
+        "federation": "clinic",
+        "workload": "tabular",
+        "schema_text": "{}",
+        "model": ModelSpec(name="logistic"),
+        "strategy": StrategyRecord(name="fedavg"),
+        "rounds": 2,
+        "training": LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
+        "privacy": PrivacyRequest(epsilon=2, delta=1e-5, max_grad_norm=1),
+        "rules": RoundRules(minimum=2),
+    }
+    return RunRecord(**{**fields, **changes})
+
+
+def receipt(**changes: Any) -> Receipt:
+    """What a private round cost, with `changes`."""
+    fields: dict[str, Any] = {
+        "mechanism": "dp-sgd",
+        "sampler": "poisson",
+        "accountant": "pld",
+        "sample_rate": 0.1,
+        "steps": 20,
+        "noise_multiplier": 1.2,
+        "max_grad_norm": 1.0,
+        "delta": 1e-5,
+        "rounds": 3,
+        "epsilon_run": 2.0,
+        "epsilon_lifetime": 3.5,
+        "epsilon_left": 4.5,
+        "ledger_head": "ab" * 32,
+    }
+    return Receipt(**{**fields, **changes})
