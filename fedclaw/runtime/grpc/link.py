@@ -267,4 +267,6 @@ class SiteLink:
 def _describe(error: grpc.RpcError) -> str:
     code = error.code().name.lower().replace("_", " ") if hasattr(error, "code") else "error"
     details = error.details() if hasattr(error, "details") else ""
+    if "Connection refused" in (details or ""):
+        return "nobody listens there (connection refused)"
     return f"{code}: {wire.printable(details or 'the stream broke')}"
