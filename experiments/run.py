@@ -22,7 +22,8 @@ from fedclaw.cli import config_directory, report_failure, start_logging
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.session import RunSettings, make_record
+from fedclaw.federation.session import make_record
+from fedclaw.federation.settings import RunSettings
 from fedclaw.frozen import check_settings
 from fedclaw.report.console import make_console
 from fedclaw.report.terminal import TerminalProgress

@@ -31,7 +31,7 @@ def simulate(directory: RunDirectory, sites: Mapping[str, SiteService], observer
     """Run the rounds of `directory` over `sites`."""
     run_id = number_of(directory.record().run)
     assume_server_identity(run_id)
-    return run_rounds(LocalGrid(sites, run_id), directory, initial_parameters(directory), observers=observers)
+    return run_rounds(LocalGrid(sites, run_id), directory, initial_parameters(directory.record()), observers=observers)
 
 
 def local_only(record: RunRecord, sites: Mapping[str, SiteService], root: Path) -> dict[str, Outcome]:

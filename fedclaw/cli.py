@@ -7,6 +7,7 @@ that a user's mistake gets: 0 done, 1 failed, 2 wrong use.
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
@@ -66,8 +67,13 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise UsageError(f"{error.full_key}= is missing and has no default") from error
+    except OverrideParseException as error:
+        raise UsageError(
+            f"cannot read {error.override!r}: a value with spaces or special characters is quoted twice, "
+            """as in 'name="two words"'"""
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(f"configuration: {_one_line(error)}") from error
+        raise UsageError(f"configuration: {_plain(error)}") from error
     return check_settings(plain, settings)
 
 
@@ -135,5 +141,9 @@ def start_logging(console: Console) -> None:
     logger.propagate = False
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _plain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's words, without what only their authors need."""
+    text = " ".join(str(error).split())
+    if unknown := re.match(r"Could not override '([^']+)'", text):
+        return f"there is no setting {unknown[1]}; see conf/ for those that there are"
+    return text.partition(" Config search path:")[0].partition(" See https://hydra.cc")[0]

@@ -18,7 +18,9 @@ from pydantic import Field
 
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
+from fedclaw.federation.registry import STRATEGIES, WORKLOADS, installed
 from fedclaw.frozen import Frozen
+from fedclaw.privacy.policy import Policy
 from fedclaw.report.console import make_console
 from fedclaw.runtime.base import SiteHandler
 from fedclaw.runtime.grpc.limits import Limits
@@ -70,6 +72,16 @@ def check(settings: ClientSettings) -> None:
     )
     for sentence in site.policy.explain():
         console.print(f"- {sentence}", markup=False)
+    for name in unknown_names(site.policy):
+        console.print(
+            f"! nothing that is called {name!r} is installed here: a typing error?", style="yellow", markup=False
+        )
+
+
+def unknown_names(policy: Policy) -> list[str]:
+    """Workloads and strategies that the policy allows and that are not installed."""
+    strange = set(policy.workloads) - installed(WORKLOADS) | set(policy.strategies) - installed(STRATEGIES)
+    return sorted(strange)
 
 
 def serve(settings: ClientSettings) -> None:

@@ -19,13 +19,11 @@ from pydantic import Field
 
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.federation.coordinator import Observer, Outcome, run_rounds
-from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.session import RunSettings, initial_parameters, make_record, wait_for_cohort
-from fedclaw.report.terminal import TerminalProgress
-from fedclaw.report.tracking import TrackingSettings, make_tracker
-from fedclaw.runtime.flower import assume_server_identity, number_of
-from fedclaw.runtime.grpc import GrpcGrid, Limits
+from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.federation.settings import RunSettings
+from fedclaw.report.terminal import TerminalProgress, receipt_table
+from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
+from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.federation_home import FederationHome
 
 log = logging.getLogger("fedclaw.server")
@@ -67,33 +65,49 @@ def main(arguments: Sequence[str]) -> None:
         serve_app(settings, home, settings.app)
         return
     if settings.resume is not None:
-        _only_resume_settings(line.overrides)
         directory = RunDirectory.open(settings.resume)
         directory.check()
+        _only_resume_settings(line.overrides)
+        record = directory.record()
     else:
+        from fedclaw.federation.session import make_record
+
         rules = RoundRules(**settings.sites.model_dump(include=set(RoundRules.model_fields)))
         record = make_record(settings, home.name, settings.run, rules)
-        directory = RunDirectory.create(settings.runs / record.run, record)
-    coordinate(settings, home, directory)
+        directory = RunDirectory(settings.runs / record.run)
+        directory.require_new()
+    coordinate(settings, home, record, directory)
 
 
-def coordinate(settings: ServerSettings, home: FederationHome, directory: RunDirectory) -> Outcome:
-    """Wait for the cohort and run the rounds that are left."""
-    record = directory.record()
+def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord, directory: RunDirectory) -> None:
+    """Listen, begin or take up the run in `directory`, wait for the cohort, and run the rounds that are left."""
+    from fedclaw.federation.coordinator import Observer, run_rounds
+    from fedclaw.federation.session import initial_parameters, wait_for_cohort
+    from fedclaw.runtime.flower import assume_server_identity, number_of
+    from fedclaw.runtime.grpc import GrpcGrid
+
     if record.distillation is not None:
         raise UsageError(f"{directory.root} is a compression's recovery; begin the same fedclaw.compress command again")
     if record.federation != home.name:
         raise UsageError(f"{directory.root} is a run of federation {record.federation!r}, not of {home.name!r}")
     progress = TerminalProgress()
-    tracker = make_tracker(settings.tracking, directory)
-    observers: list[Observer] = [progress, tracker] if tracker else [progress]
+    if directory.model_path.is_file():
+        progress.console.print(f"run {record.run} is finished: {directory.model_path}", markup=False)
+        progress.console.print(receipt_table(directory.read_receipts()))
+        return
+    tracker: MlflowTracker | None = None
     run_id = number_of(record.run)
     assume_server_identity(run_id)
     try:
         with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
+            # Not before: a server that cannot start leaves no run behind.
+            if settings.resume is None:
+                RunDirectory.create(directory.root, record)
             log.info("listening on %s", settings.address or home.descriptor.address)
+            tracker = make_tracker(settings.tracking, directory)
             wait_for_cohort(grid, directory, settings.sites.wait_for, settings.sites.wait)
-            return run_rounds(grid, directory, initial_parameters(directory), observers=observers)
+            observers: list[Observer] = [progress, tracker] if tracker else [progress]
+            run_rounds(grid, directory, initial_parameters(record), observers=observers)
     except BaseException as error:
         if tracker:
             tracker.failed()
@@ -108,6 +122,8 @@ def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:
     """Run a Flower ServerApp that knows nothing of FedClaw over FedClaw's wires."""
     from flwr.serverapp import ServerApp
 
+    from fedclaw.runtime.flower import assume_server_identity, number_of
+    from fedclaw.runtime.grpc import GrpcGrid
     from fedclaw.runtime.grpc.apps import load_app, run_server_app
 
     server_app = load_app(app, ServerApp)

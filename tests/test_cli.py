@@ -1,16 +1,20 @@
 """What a person sees who makes a mistake: one clear line, the right exit code, no traceback."""
 
+import socket
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedclaw.cli import compose_settings, config_directory, split
 from fedclaw.errors import UsageError
+from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
 from fedclaw.server import ServerSettings
 from tests.conftest import environment, run_module
+from tests.samples import receipt, run_record
 
 ENTRY_POINTS = ["server", "client", "provision", "compress", "export", "verify", "predict"]
 
@@ -41,6 +45,8 @@ def test_mistakes_at_the_server(tmp_path):
     one_line(run_module("fedclaw.server", "federation=x", "training.bath_size=3"), 2, "bath_size")
     one_line(run_module("fedclaw.server", "--rounds=3"), 2, "--rounds=3", "key=value")
     one_line(run_module("fedclaw.server", "start", "federation=x"), 2, "start")
+    one_line(run_module("fedclaw.server", "fedration=x"), 2, "there is no setting fedration")
+    one_line(run_module("fedclaw.server", "federation=x", "run=two words!"), 2, "two words!", "quoted")
 
 
 def test_mistakes_at_the_client(tmp_path):
@@ -69,15 +75,11 @@ def test_words_and_overrides_are_told_apart():
 
 
 def test_only_what_cannot_change_a_run_is_taken_on_resume(deployment):
-    one_line(
-        run_module("fedclaw.server", f"federation={deployment.federation}", "resume=runs/x", "privacy.epsilon=9"),
-        2,
-        "privacy.epsilon",
-        "resume",
-    )
-    one_line(
-        run_module("fedclaw.server", f"federation={deployment.federation}", "resume=runs/x"), 2, "runs/x", "run.json"
-    )
+    federation, begun = f"federation={deployment.federation}", deployment.runs / "begun"
+    RunDirectory.create(begun, run_record())
+    one_line(run_module("fedclaw.server", federation, f"resume={begun}", "privacy.epsilon=9"), 2, "privacy.epsilon")
+    # That there is no such run comes first.
+    one_line(run_module("fedclaw.server", federation, "resume=runs/x", "privacy.epsilon=9"), 2, "runs/x", "run.json")
 
 
 def test_check_explains_the_policy_and_connects_to_nobody(deployment):
@@ -85,6 +87,35 @@ def test_check_explains_the_policy_and_connects_to_nobody(deployment):
     assert done.code == 0, done.errors
     assert "epsilon 8" in done.output
     assert "Training without differential privacy is refused" in done.output
+
+
+def test_a_server_that_cannot_start_leaves_no_run(deployment):
+    arguments = [f"federation={deployment.federation}", f"workload.schema_file={deployment.schema}", "tracking=none"]
+    arguments += [f"runs={deployment.runs}", "run=test"]
+    one_line(run_module("fedclaw.server", *arguments, "workload.model.name=resnet"), 1, "resnet", "logistic")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"address=127.0.0.1:{taken.getsockname()[1]}"
+        one_line(run_module("fedclaw.server", *arguments, address), 1, "cannot listen")
+    assert not deployment.runs.exists()
+
+
+def test_a_finished_run_says_so_and_waits_for_nobody(deployment):
+    directory = RunDirectory.create(deployment.runs / "done", run_record(federation="clinic"))
+    directory.write_model({"w": np.zeros(2, np.float32)})
+    directory.write_receipts({"north": SiteReceipt(examples=9, receipt=receipt())})
+    done = run_module("fedclaw.server", f"federation={deployment.federation}", f"resume={directory.root}")
+    assert done.code == 0, done.errors
+    assert "is finished" in done.output
+    assert "north" in done.output
+
+
+def test_check_warns_of_a_name_that_nothing_has(deployment):
+    path = deployment.sites[0] / "site.yaml"
+    path.write_text(path.read_text().replace("fedprox", "fedprx"))
+    done = run_module("fedclaw.client", f"site={deployment.sites[0]}", "check")
+    assert done.code == 0
+    assert "'fedprx'" in done.output
+    assert "typing error" in done.output
 
 
 def test_a_second_client_on_the_same_site_is_refused(deployment):
@@ -97,7 +128,9 @@ def test_a_path_that_cannot_be_used_is_one_line(deployment, tmp_path):
     afile = tmp_path / "afile"
     afile.touch()
     new = (f"federation={deployment.federation}", f"workload.schema_file={deployment.schema}")
-    one_line(run_module("fedclaw.server", *new, f"runs={afile}", "run=x"), 1, f"{afile / 'x'}: Not a directory")
+    one_line(
+        run_module("fedclaw.server", *new, f"runs={afile}", "run=x"), 1, f"{afile / 'x' / 'run.json'}: Not a directory"
+    )
     one_line(run_module("experiments.datasets", "output=/proc/x"), 1, "/proc/x: No such file or directory")
     site = tmp_path / "other"
     (site / "site.yaml").mkdir(parents=True)

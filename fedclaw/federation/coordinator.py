@@ -225,7 +225,7 @@ class _Loop:
         reasons = "; ".join(f"{d.site}: {d.reason}" for d in trained.declined) or "the others did not answer in time"
         raise RoundError(
             f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, {rules.minimum} are needed "
-            f"({reasons}). Nothing is lost: continue with resume={self.directory.root}"
+            f"({reasons}). Nothing is lost: when that is settled, continue with resume={self.directory.root}"
         )
 
     def _cohort(self, number: int) -> tuple[int, ...]:

@@ -16,6 +16,11 @@ SCHEMAS = "fedclaw.schemas"
 T = TypeVar("T")
 
 
+def installed(group: str) -> frozenset[str]:
+    """Names of the plug-ins of one kind."""
+    return frozenset(point.name for point in entry_points(group=group))
+
+
 def _load(group: str, name: str, base: type[T]) -> type[T]:
     found = {point.name: point for point in entry_points(group=group)}
     if name not in found:

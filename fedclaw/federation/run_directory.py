@@ -68,6 +68,18 @@ class RunRecord(Frozen):
         """SHA-256 of the schema: sites with another schema refuse."""
         return schema_digest(self.schema_text)
 
+    def make_schema(self) -> Schema:
+        """The run's schema; needs no torch."""
+        from fedclaw.federation.registry import schema_class
+
+        return schema_class(self.workload).parse(self.schema_text, f"the record of run {self.run}")
+
+    def make_workload(self) -> Workload:
+        """The run's workload, with its schema."""
+        from fedclaw.federation.registry import workload_class
+
+        return workload_class(self.workload)(self.make_schema())
+
 
 def schema_digest(schema_text: str) -> str:
     """SHA-256 (hexadecimal) of a schema's canonical JSON."""
@@ -103,10 +115,16 @@ class RunDirectory:
     def create(cls, root: Path, record: RunRecord) -> "RunDirectory":
         """Begin a run. Raises UsageError when the directory already holds one."""
         directory = cls(root)
-        if directory._record_path.exists():
-            raise UsageError(f"{root} already holds a run; continue it with resume={root} or choose another run name")
+        directory.require_new()
         write_atomic(directory._record_path, record.model_dump_json(indent=2).encode())
         return directory
+
+    def require_new(self) -> None:
+        """Raise UsageError when the directory already holds a run."""
+        if self._record_path.exists():
+            raise UsageError(
+                f"{self.root} already holds a run; continue it with resume={self.root} or choose another run name"
+            )
 
     @classmethod
     def open(cls, root: Path) -> "RunDirectory":
@@ -141,16 +159,11 @@ class RunDirectory:
 
     def workload(self) -> Workload:
         """The run's workload, with its schema."""
-        from fedclaw.federation.registry import workload_class
-
-        return workload_class(self.record().workload)(self.schema())
+        return self.record().make_workload()
 
     def schema(self) -> Schema:
         """The run's schema; needs no torch."""
-        from fedclaw.federation.registry import schema_class
-
-        record = self.record()
-        return schema_class(record.workload).parse(record.schema_text, str(self._record_path))
+        return self.record().make_schema()
 
     def write_model(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
         """Write the final global parameters."""

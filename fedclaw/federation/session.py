@@ -1,69 +1,25 @@
-"""From settings to a run directory: what the server, the experiments and the compression stage share."""
+"""From settings to a run: what the server, the experiments and the compression stage share."""
 
 import logging
 import secrets
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
-from pydantic import Field, JsonValue, field_validator
 
 from fedclaw.errors import DataError, PluginError, RoundError, UsageError
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.coordinator import make_strategy, pending_cohort
-from fedclaw.federation.plan import METRICS, LocalTraining, ModelSpec, PrivacyRequest
+from fedclaw.federation.plan import ModelSpec
 from fedclaw.federation.registry import schema_class, workload_class
 from fedclaw.federation.run_directory import RUN_NAME, RoundRules, RunDirectory, RunRecord, StrategyRecord
-from fedclaw.frozen import Frozen
+from fedclaw.federation.settings import RunSettings
 
 log = logging.getLogger(__name__)
 
 LATECOMERS = 20.0
 """Seconds that a resumed server waits for the rest of the cohort that it had asked."""
-
-
-class ModelChoice(Frozen):
-    """conf/workload/*.yaml: model. A null name takes the workload's default model."""
-
-    name: str | None = None
-    args: dict[str, JsonValue] | None = None
-
-
-class WorkloadChoice(Frozen):
-    """conf/workload/*.yaml."""
-
-    name: str
-    schema_file: Path | None = None
-    model: ModelChoice = ModelChoice()
-
-
-class RunSettings(Frozen):
-    """What determines a run, whatever carries its messages."""
-
-    workload: WorkloadChoice
-    strategy: dict[str, JsonValue]
-    """The strategy's name, and its own settings beside it."""
-    training: LocalTraining
-    privacy: PrivacyRequest | None
-    rounds: int = Field(ge=1)
-    seed: int = Field(ge=0)
-    weighting: Literal["examples", "uniform"] = "examples"
-    metrics: tuple[str, ...] = METRICS
-
-    @field_validator("privacy", mode="before")
-    @classmethod
-    def _privacy_none(cls, value: Any) -> Any:
-        """privacy=none is a group of nulls; everything else must be complete."""
-        return None if isinstance(value, Mapping) and all(item is None for item in value.values()) else value
-
-    @field_validator("metrics")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := sorted(set(value) - set(METRICS)):
-            raise ValueError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(METRICS)}")
-        return value
 
 
 def make_record(settings: RunSettings, federation: str, run: str | None, rules: RoundRules) -> RunRecord:
@@ -99,15 +55,15 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         seed=settings.seed,
     )
     make_strategy(record)
+    initial_parameters(record)
     return record
 
 
-def initial_parameters(directory: RunDirectory) -> Arrays:
+def initial_parameters(record: RunRecord) -> Arrays:
     """The model that the run begins with: the same for the same record. Raises PluginError."""
-    record = directory.record()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.seed)
-        model = directory.workload().build(record.model)
+        model = record.make_workload().build(record.model)
     if buffers := [name for name, _ in model.named_buffers()]:
         raise PluginError(
             f"model {record.model.name!r} has buffers ({', '.join(buffers)}); "

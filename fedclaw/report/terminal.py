@@ -1,12 +1,16 @@
 """A run, as a person at the terminal sees it."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedclaw.federation.coordinator import Outcome, RoundReport
 from fedclaw.federation.run_directory import RunRecord, SiteReceipt
 from fedclaw.report.console import make_console
+
+if TYPE_CHECKING:
+    from fedclaw.federation.coordinator import Outcome, RoundReport
 
 
 class TerminalProgress:
@@ -37,7 +41,7 @@ class TerminalProgress:
         self._progress.update(self._task, total=record.rounds, completed=first_round - 1)
         self._progress.start()
 
-    def finished_round(self, report: RoundReport) -> None:
+    def finished_round(self, report: "RoundReport") -> None:
         """One line: who took part, what the model can do, what it cost."""
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
         spent = [item.receipt.epsilon_run for item in report.receipts.values()]
@@ -52,7 +56,7 @@ class TerminalProgress:
         )
         self._progress.update(self._task, completed=report.round)
 
-    def finished(self, outcome: Outcome) -> None:
+    def finished(self, outcome: "Outcome") -> None:
         """The summary table."""
         self._progress.stop()
         self.console.print(receipt_table(outcome.receipts))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from fedclaw.errors import CheckpointError, UsageError
-from fedclaw.federation.coordinator import Outcome, RoundReport
 from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen, explain
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from fedclaw.federation.coordinator import Outcome, RoundReport
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class MlflowTracker:
         with self._forgiving():
             self._begin()
 
-    def finished_round(self, report: RoundReport) -> None:
+    def finished_round(self, report: "RoundReport") -> None:
         """Metrics and epsilons at this round."""
         values = dict(report.metrics) | {
             "update_norm": report.update_norm,
@@ -99,7 +100,7 @@ class MlflowTracker:
             for name, value in values.items():
                 self._client.log_metric(run_id, name, value, step=report.round)
 
-    def finished(self, outcome: Outcome) -> None:
+    def finished(self, outcome: "Outcome") -> None:
         """The model, the record and the receipts as artefacts."""
         with self._forgiving():
             run_id = self._run_id or self._begin()

@@ -154,11 +154,13 @@ class SiteService:
             self._reserve(plan, mechanism, key)
             self._run_steps(plan, mechanism, steps, model, strategy)
         update = postprocess.at_site(Update(_delta(model, start), 1.0, examples), plan)
+        receipt = self._receipt(plan, mechanism)
+        _log_spending(plan, receipt)
         return RecordDict(
             {
                 SUM: pack(update.arrays),
                 METRICS: MetricRecord({WEIGHT: update.weight, EXAMPLES: update.examples}),
-                RECEIPT: ConfigRecord({JSON: self._receipt(plan, mechanism).model_dump_json()}),
+                RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()}),
             }
         )
 
@@ -340,6 +342,17 @@ class SiteService:
 def _delta(model: torch.nn.Module, start: Arrays) -> Arrays:
     """parameters - start, float32 by name."""
     return {name: parameter.detach().cpu().numpy() - start[name] for name, parameter in model.named_parameters()}
+
+
+def _log_spending(plan: Plan, receipt: Receipt) -> None:
+    run, lifetime, left = (
+        "unbounded" if value is None else f"{value:.3f}"
+        for value in (receipt.epsilon_run, receipt.epsilon_lifetime, receipt.epsilon_left)
+    )
+    log.info(
+        "run %s, round %d of %d: trained %d steps; epsilon %s by this run, %s in all, %s left",
+        *(plan.run, plan.round, plan.rounds, receipt.steps, run, lifetime, left),
+    )
 
 
 def _plan_of(message: Message) -> Plan:

@@ -63,7 +63,7 @@ def record(directories, sites):
 
 def run(root, record, sites):
     directory = RunDirectory(root) if (root / "run.json").exists() else RunDirectory.create(root, record)
-    return run_rounds(LocalGrid(sites, 5), directory, initial_parameters(directory))
+    return run_rounds(LocalGrid(sites, 5), directory, initial_parameters(directory.record()))
 
 
 def test_the_mean_is_weighted_by_examples(tmp_path, record, sites):
@@ -72,7 +72,7 @@ def test_the_mean_is_weighted_by_examples(tmp_path, record, sites):
         update={"rounds": 1, "training": LocalTraining(steps=1, batch_size=1000, learning_rate=0.2)}
     )
     outcome = run(tmp_path / "run", one, sites)
-    start = initial_parameters(RunDirectory(tmp_path / "run"))
+    start = initial_parameters(RunDirectory(tmp_path / "run").record())
     services = [recording.site for recording in sites.values()]
     inputs = np.concatenate([service.data.train.inputs for service in services])
     targets = np.concatenate([service.data.train.targets for service in services])
@@ -154,7 +154,7 @@ def test_a_site_that_is_away_when_a_round_begins_is_waited_for(tmp_path, record,
             return nodes[:1] if self.looks in {2, 3} else nodes
 
     directory = RunDirectory.create(tmp_path / "run", record)
-    outcome = run_rounds(Blinking(sites, 5), directory, initial_parameters(directory))
+    outcome = run_rounds(Blinking(sites, 5), directory, initial_parameters(directory.record()))
     assert all(len(line["answered"]) == 3 for line in directory.read_metrics())
     assert outcome.metrics
 
@@ -195,7 +195,7 @@ def test_silent_sites_are_not_waited_for_again_in_the_evaluation(tmp_path, recor
     grid = Silent(sites, 5)
     gone = sorted(grid.get_node_ids())[0]
     directory = RunDirectory.create(tmp_path / "run", record)
-    run_rounds(grid, directory, initial_parameters(directory))
+    run_rounds(grid, directory, initial_parameters(directory.record()))
     name = grid.site_name(gone)
     assert all(line["silent"] == [name] for line in directory.read_metrics())
     assert not sites[name].asked
@@ -283,5 +283,5 @@ def test_round_zero_is_the_initial_model(tmp_path, record, sites):
         run(tmp_path / "run", record, sites)
     saved = checkpoint.newest(tmp_path / "run")
     assert saved is not None
-    start = initial_parameters(RunDirectory(tmp_path / "run"))
+    start = initial_parameters(RunDirectory(tmp_path / "run").record())
     assert all(np.array_equal(saved.parameters[name], start[name]) for name in start)

@@ -34,7 +34,7 @@ def made(tmp_path):
 
 def test_flowers_loop_and_ours_agree(made):
     record, sites, directory = made
-    start = initial_parameters(directory)
+    start = initial_parameters(directory.record())
     ours = run_rounds(LocalGrid(sites, 3), directory, start)
     result = FlowerStrategy(record).start(LocalGrid(sites, 3), pack(start), num_rounds=record.rounds)
     theirs = unpack(result.arrays)
@@ -48,7 +48,7 @@ def test_a_round_with_too_few_sites_does_not_count(made):
     record, sites, directory = made
     strategy = FlowerStrategy(record)
     alone = LocalGrid(dict(list(sites.items())[:1]), 3)
-    messages = strategy.configure_train(1, pack(initial_parameters(directory)), ConfigRecord(), alone)
+    messages = strategy.configure_train(1, pack(initial_parameters(directory.record())), ConfigRecord(), alone)
     assert strategy.aggregate_train(1, list(alone.send_and_receive(messages))) == (None, None)
     assert strategy.trained is not None
     assert strategy.trained.declined[0].code == "cohort"

@@ -98,6 +98,7 @@ def tracking_server(root, port):
         server.wait(30)
 
 
+@pytest.mark.timeout(300)
 def test_a_tracking_server_by_its_uri(run, tmp_path):
     port = free_port()
     with tracking_server(tmp_path, port):
@@ -115,6 +116,7 @@ def warnings(caplog):
     logger.propagate = propagated
 
 
+@pytest.mark.timeout(300)
 def test_a_tracking_server_that_dies_stops_nothing(run, tmp_path, warnings):
     """Killed after round 1: the rounds after it go on, one warning says so and one what is missing."""
     port = free_port()
@@ -173,7 +175,7 @@ def test_a_password_in_the_uri_is_not_shown(run):
 
 
 def wait_for_port(port):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while time.monotonic() < end:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
