@@ -1,5 +1,6 @@
 """The real server loop and the real site code in one process: sites as objects instead of processes."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from fedclaw.workload import Table
 
 
 def open_sites(directories: Iterable[Path], federation: str) -> dict[str, SiteService]:
-    """The sites in `directories` by name, each with an empty ledger in memory."""
+    """The sites in `directories` by name, each with an empty ledger in memory.
+
+    What a site would tell its operator is not shown: here they are many, in one terminal.
+    """
+    logging.getLogger("fedclaw.site.service").setLevel(logging.WARNING)
     services = {}
     for directory in directories:
         settings = load_site_settings(directory)

@@ -345,12 +345,12 @@ def _delta(model: torch.nn.Module, start: Arrays) -> Arrays:
 
 
 def _log_spending(plan: Plan, receipt: Receipt) -> None:
-    run, lifetime, left = (
-        "unbounded" if value is None else f"{value:.3f}"
-        for value in (receipt.epsilon_run, receipt.epsilon_lifetime, receipt.epsilon_left)
+    run, lifetime = (
+        "unbounded" if value is None else f"{value:.3f}" for value in (receipt.epsilon_run, receipt.epsilon_lifetime)
     )
+    left = "no limit set" if receipt.epsilon_left is None else f"{receipt.epsilon_left:.3f} left"
     log.info(
-        "run %s, round %d of %d: trained %d steps; epsilon %s by this run, %s in all, %s left",
+        "run %s, round %d of %d: trained %d steps; epsilon %s by this run, %s in all, %s",
         *(plan.run, plan.round, plan.rounds, receipt.steps, run, lifetime, left),
     )
 
