@@ -38,7 +38,7 @@ def test_distribution_and_scale() -> None:
 
 @pytest.mark.parametrize("wrong", [0.9, 1.1])
 def test_the_scale_test_rejects_a_scale_that_is_a_tenth_off(wrong: float) -> None:
-    values = GaussianSource().normal((2000,), 3.0 * wrong).double().numpy()
+    values = GaussianSource().normal((20_000,), 3.0 * wrong).double().numpy()
     assert not scale_is_right(values, 3.0)
 
 

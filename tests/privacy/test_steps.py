@@ -125,7 +125,7 @@ def test_the_same_update_as_opacus(make: type[nn.Module]) -> None:
 @pytest.mark.parametrize(("off", "right"), [(1.0, True), (0.9, False), (1.1, False)])
 @pytest.mark.parametrize("count", [0, 3])
 def test_noise_scale_at_the_output(count: int, off: float, right: bool) -> None:
-    model = nn.Sequential(nn.Linear(50, 60), nn.Linear(60, CLASSES))
+    model = nn.Sequential(nn.Linear(50, 200), nn.Linear(200, CLASSES))
     data = batch(model, count, 50)
     settings_ = {"max_grad_norm": 2.0, "expected_batch_size": 4.0}
     with private(model, noise_multiplier=1.5 * off, **settings_) as steps:
