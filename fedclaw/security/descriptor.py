@@ -14,7 +14,6 @@ from cryptography.exceptions import InvalidSignature
 from pydantic import AfterValidator, Field, ValidationError
 
 from fedclaw.errors import ProvisionError, SealError
-from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen, explain
 from fedclaw.security import pki
 from fedclaw.security.key_files import read_file
@@ -60,11 +59,6 @@ def encode_descriptor(descriptor: Descriptor, ca_key: pki.PrivateKey) -> bytes:
     signature = ca_key.sign(_canonical(descriptor), pki.ECDSA)
     signed = _Signed(descriptor=descriptor, signature=base64.b64encode(signature).decode())
     return signed.model_dump_json(indent=2).encode() + b"\n"
-
-
-def save_descriptor(path: Path, descriptor: Descriptor, ca_key: pki.PrivateKey) -> None:
-    """Sign `descriptor` and write it."""
-    write_atomic(path, encode_descriptor(descriptor, ca_key))
 
 
 def load_descriptor(path: Path) -> Descriptor:

@@ -10,7 +10,7 @@ import pytest
 
 from fedclaw.errors import ProvisionError
 from fedclaw.security import pki, seal
-from fedclaw.security.descriptor import Descriptor, encode_descriptor, load_descriptor, save_descriptor
+from fedclaw.security.descriptor import Descriptor, encode_descriptor, load_descriptor
 from fedclaw.security.federation_home import FederationHome
 from fedclaw.security.key_files import load_key
 
@@ -71,7 +71,8 @@ def test_a_leaf_is_no_ca(home: FederationHome) -> None:
     """A site cannot make a descriptor out of the certificate that it was given."""
     server_key = load_key(home.root / "server.key", "")
     leaf = (home.root / "server.crt").read_text()
-    save_descriptor(home.root / "x.json", home.descriptor.model_copy(update={"ca_certificate": leaf}), server_key)
+    signed = encode_descriptor(home.descriptor.model_copy(update={"ca_certificate": leaf}), server_key)
+    (home.root / "x.json").write_bytes(signed)
     with pytest.raises(ProvisionError, match="not a self-signed CA"):
         load_descriptor(home.root / "x.json")
 
@@ -104,7 +105,8 @@ def test_garbage(tmp_path: Path, content: bytes) -> None:
 
 def test_a_signed_but_useless_seal_key_is_refused(home: FederationHome) -> None:
     ca_key = load_key(home.root / "ca.key", "")
-    save_descriptor(home.root / "x.json", home.descriptor.model_copy(update={"seal_public_key": "AAAA"}), ca_key)
+    signed = encode_descriptor(home.descriptor.model_copy(update={"seal_public_key": "AAAA"}), ca_key)
+    (home.root / "x.json").write_bytes(signed)
     with pytest.raises(ProvisionError, match="not one of the suite x25519"):
         load_descriptor(home.root / "x.json")
 
