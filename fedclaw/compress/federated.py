@@ -21,10 +21,11 @@ from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.federation import exchange
 from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.coordinator import Observer, run_rounds
-from fedclaw.federation.plan import Distillation, ModelSpec, Plan
+from fedclaw.federation.coordinator import Observer, make_plan, make_strategy, run_rounds
+from fedclaw.federation.plan import CentralPrivacy, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.federation.run_directory import RunDirectory, RunRecord
-from fedclaw.federation.session import wait_for_cohort
+from fedclaw.federation.session import calibrated, wait_for_cohort
+from fedclaw.federation.settings import CentralRequest
 from fedclaw.runtime.flower import assume_server_identity, number_of
 from fedclaw.security.federation_home import FederationHome
 
@@ -96,24 +97,39 @@ def recover_by_rounds(
 def distillation_record(settings: CompressSettings, teacher: Teacher, student: Student) -> RunRecord:
     """The record of the recovery's own run: the teacher's, with another model, its own rounds and budget."""
     asked, run = settings.sites, teacher.record
-    privacy = run.privacy
-    if privacy is not None and asked.epsilon is not None:
-        privacy = privacy.model_copy(update={"epsilon": asked.epsilon})
-    if privacy is None and asked.epsilon is not None:
-        raise CompressionError(
-            f"sites.epsilon={asked.epsilon:g}, but run {run.run} was trained without differential privacy and sets "
-            "neither delta nor a clipping bound; leave sites.epsilon out"
-        )
+    privacy, central = _guarantees(run, asked.epsilon, asked.rounds)
     changes = {
         "model": student.spec,
         "rounds": asked.rounds,
         "privacy": privacy,
+        "central": central,
         "distillation": Distillation(teacher=run.model, temperature=asked.temperature, weight=asked.weight),
         "seed": settings.seed,
         "created": datetime.now(UTC),
     }
     record = run.model_copy(update=changes)
     return record.model_copy(update={"run": f"{run.run[:80]}-distil-{_digest(record, teacher)}"})
+
+
+def _guarantees(
+    run: RunRecord, epsilon: float | None, rounds: int
+) -> tuple[PrivacyRequest | None, CentralPrivacy | None]:
+    """The teacher's, with noise on the sum made for `rounds`; `epsilon` replaces that of the sites' own noise, and that
+    of the sum's where they bring none. Raises CompressionError, UsageError."""
+    privacy, central = run.privacy, run.central
+    if privacy is None and central is None and epsilon is not None:
+        raise CompressionError(
+            f"sites.epsilon={epsilon:g}, but run {run.run} was trained without differential privacy and sets "
+            "neither delta nor a clipping bound; leave sites.epsilon out"
+        )
+    if central is not None:
+        asked = CentralRequest(**central.model_dump(include=set(CentralRequest.model_fields)))
+        if privacy is None and epsilon is not None:
+            asked = asked.model_copy(update={"epsilon": epsilon})
+        central = calibrated(asked, rounds)
+    if privacy is not None and epsilon is not None:
+        privacy = privacy.model_copy(update={"epsilon": epsilon})
+    return privacy, central
 
 
 def _digest(record: RunRecord, teacher: Teacher) -> str:
@@ -150,22 +166,8 @@ def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: A
 def _ask(
     grid: Grid, nodes: Sequence[int], record: RunRecord, model: ModelSpec, parameters: Arrays
 ) -> exchange.Evaluated:
-    plan = Plan(
-        federation=record.federation,
-        run=record.run,
-        round=record.rounds,
-        rounds=record.rounds,
-        cohort=len(nodes),
-        workload=record.workload,
-        schema_digest=record.schema_digest,
-        model=model,
-        strategy=record.strategy.name,
-        training=record.training,
-        privacy=record.privacy,
-        weighting=record.weighting,
-        metrics=record.metrics,
-        preprocessing=record.preprocessing,
-    )
+    about = record.model_copy(update={"model": model, "distillation": None})
+    plan = make_plan(about, make_strategy(about), record.rounds, len(nodes))
     evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline)
     evaluated.answered.sort()
     if "accuracy" not in evaluated.metrics:

@@ -14,7 +14,7 @@ from fedclaw.federation.coordinator import drop_pending, make_strategy, pending_
 from fedclaw.federation.plan import CentralPrivacy, ModelSpec
 from fedclaw.federation.registry import schema_class, workload_class
 from fedclaw.federation.run_directory import RUN_NAME, ReleaseUse, RoundRules, RunDirectory, RunRecord, StrategyRecord
-from fedclaw.federation.settings import RunSettings, WorkloadChoice
+from fedclaw.federation.settings import CentralRequest, RunSettings, WorkloadChoice
 from fedclaw.federation.statistics_release import constants_from, read_release
 from fedclaw.frozen import check_settings
 from fedclaw.privacy.accounting import calibrate
@@ -51,7 +51,7 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         "rounds": settings.rounds,
         "training": settings.training,
         "privacy": settings.privacy,
-        "central": _calibrated(settings),
+        "central": None if settings.central is None else calibrated(settings.central, settings.rounds),
         "secure": settings.secure,
         "weighting": settings.weighting,
         "weight_cap": settings.weight_cap,
@@ -74,13 +74,10 @@ def _used(path: Path | None) -> ReleaseUse | None:
     return ReleaseUse(run=release.run, epsilon=release.epsilon, delta=release.delta)
 
 
-def _calibrated(settings: RunSettings) -> CentralPrivacy | None:
-    """The noise on the sum that keeps all rounds together within the epsilon asked for. Raises UsageError."""
-    asked = settings.central
-    if asked is None:
-        return None
+def calibrated(asked: CentralRequest, rounds: int) -> CentralPrivacy:
+    """The noise on the sum that keeps all `rounds` together within the epsilon asked for. Raises UsageError."""
     try:
-        noise = calibrate(asked.epsilon, asked.delta, asked.sample_rate, settings.rounds)
+        noise = calibrate(asked.epsilon, asked.delta, asked.sample_rate, rounds)
     except PrivacyError as error:
         raise UsageError(f"central: {error}") from error
     return CentralPrivacy(**asked.model_dump(), noise_multiplier=noise)

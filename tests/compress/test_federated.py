@@ -3,6 +3,7 @@
 import io
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from fedclaw.compress.student import make_student
 from fedclaw.compress.table import before_after, notes
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.federation.run_directory import RunDirectory, schema_digest
+from fedclaw.federation.session import calibrated
+from fedclaw.federation.settings import CentralRequest
 from fedclaw.privacy.ledger import Ledger
 from fedclaw.privacy.policy import Policy
 from fedclaw.runtime.flower import assume_server_identity
@@ -143,6 +146,37 @@ def test_the_budget_is_the_runs_unless_said_otherwise(recover, trained):
     assert record().privacy is None
     with pytest.raises(CompressionError, match="without differential privacy"):
         record(epsilon=1.5)
+
+
+def test_noise_on_the_sum_is_made_for_the_recoverys_own_rounds(recover):
+    found = load_teacher(recover.run.root)
+    asked = CentralRequest(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1)
+    trained = found.record.model_copy(
+        update={
+            "privacy": None,
+            "central": calibrated(asked, found.record.rounds),
+            "weighting": "capped",
+            "weight_cap": 50,
+        }
+    )
+    teacher = replace(found, record=trained)
+    student = make_student(teacher, 0.4)
+
+    def central(**sites):
+        settings = CompressSettings(run=recover.run.root, mode="federated", federation="x", sites=SiteRecovery(**sites))
+        return distillation_record(settings, teacher, student).central
+
+    assert central(rounds=50) == calibrated(asked, 50)
+    assert central(rounds=50).noise_multiplier > central(rounds=2).noise_multiplier
+    assert central(rounds=50, epsilon=3.0) == calibrated(asked.model_copy(update={"epsilon": 3.0}), 50)
+
+
+def test_a_student_is_compared_under_capped_weights(sites, recover):
+    """The questions of the comparison say all that a plan with capped weights has to say."""
+    record = recover.run.record()
+    capped = record.model_copy(update={"weighting": "capped", "weight_cap": 50})
+    (recover.run.root / "run.json").write_text(capped.model_dump_json())
+    assert recover(sites, rounds=1).accuracies.examples == 120
 
 
 def test_the_federation_must_be_the_runs(recover, tmp_path):

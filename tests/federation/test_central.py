@@ -16,8 +16,8 @@ from fedclaw.federation.central import clip_to, moved
 from fedclaw.federation.coordinator import PENDING, run_rounds
 from fedclaw.federation.plan import AdaptiveClip, CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.session import initial_parameters
-from fedclaw.federation.settings import SecureRequest
+from fedclaw.federation.session import calibrated, initial_parameters
+from fedclaw.federation.settings import CentralRequest, SecureRequest
 from fedclaw.federation.update import Update
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.runtime.flower import assume_server_identity
@@ -311,16 +311,10 @@ def test_a_server_that_stops_before_the_evaluation_does_not_draw_its_noise_again
     assert all(receipt.receipt.rounds == 1 for receipt in outcome.receipts.values())
 
 
-def test_an_epsilon_that_no_noise_keeps_is_a_wrong_setting(tmp_path):
-    from fedclaw.federation.session import _calibrated
-    from fedclaw.federation.settings import CentralRequest, RunSettings
-
+def test_an_epsilon_that_no_noise_keeps_is_a_wrong_setting():
     asked = CentralRequest(unit="site", noise_by="server", epsilon=1e-9, delta=1e-9, clip=1)
-    settings = RunSettings(
-        workload={"name": "tabular"}, strategy={}, training=ONE_STEP, privacy=None, central=asked, rounds=100, seed=0
-    )
     with pytest.raises(UsageError, match="central: no noise multiplier"):
-        _calibrated(settings)
+        calibrated(asked, 100)
 
 
 def test_hiding_a_site_hides_an_example_half_as_well(sites, record):
