@@ -9,7 +9,8 @@
 
 The sites are FedClaw sites and refuse, train and pay as always. What is lost is what Flower's loop does not have:
 answers are held until all are there, a round that found too few sites is not asked again, and a run cannot be
-resumed. For those there is `fedclaw.federation.coordinator.run_rounds`.
+resumed. What takes more than one question and one answer a round is refused: secure aggregation, sites asked at random,
+a clipping bound that moves, a teacher. For all those there is `fedclaw.federation.coordinator.run_rounds`.
 """
 
 import logging
@@ -19,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 
+from fedclaw.errors import UsageError
 from fedclaw.federation import exchange, postprocess
 from fedclaw.federation.aggregate import WeightedSum
 from fedclaw.federation.arrays import pack, unpack
@@ -31,9 +33,14 @@ log = logging.getLogger(__name__)
 
 
 class FlowerStrategy(AbstractFlowerStrategy):
-    """Asks what `record` says of all connected nodes, and steps by its strategy's server half."""
+    """Asks what `record` says of all connected nodes, and steps by its strategy's server half.
+
+    Raises UsageError for a record that Flower's loop cannot run as it says.
+    """
 
     def __init__(self, record: RunRecord) -> None:
+        if beyond := _beyond_flower(record):
+            raise UsageError(f"Flower's own loop has no {beyond}; run it with python -m fedclaw.server")
         self._record = record
         self._strategy = make_strategy(record)
         self._model: GlobalModel | None = None
@@ -86,6 +93,18 @@ class FlowerStrategy(AbstractFlowerStrategy):
     def _started(self) -> GlobalModel:
         assert self._model is not None, "Flower configures a round before it aggregates it"
         return self._model
+
+
+def _beyond_flower(record: RunRecord) -> str | None:
+    """What `record` needs of a loop that Flower's does not have."""
+    central = record.central
+    if record.secure is not None:
+        return "secure aggregation"
+    if central is not None and central.unit == "site" and central.sample_rate < 1:
+        return "sites asked at random, which central.sample_rate counts on"
+    if central is not None and central.adaptive is not None:
+        return "adaptive clipping bound (central.adaptive)"
+    return "teacher for a distillation" if record.distillation is not None else None
 
 
 def _take(answers: Answers, replies: Iterable[Message], server_round: int) -> None:

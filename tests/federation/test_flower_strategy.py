@@ -5,12 +5,14 @@ import pytest
 from flwr.app import ConfigRecord
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from fedclaw.errors import UsageError
 from fedclaw.federation.arrays import pack, unpack
 from fedclaw.federation.coordinator import run_rounds
 from fedclaw.federation.flower_strategy import FlowerStrategy
-from fedclaw.federation.plan import LocalTraining
+from fedclaw.federation.plan import AdaptiveClip, CentralPrivacy, LocalTraining
 from fedclaw.federation.run_directory import RunDirectory, StrategyRecord
 from fedclaw.federation.session import initial_parameters
+from fedclaw.federation.settings import SecureRequest
 from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.in_process import open_sites
@@ -52,3 +54,22 @@ def test_a_round_with_too_few_sites_does_not_count(made):
     assert strategy.aggregate_train(1, list(alone.send_and_receive(messages))) == (None, None)
     assert strategy.trained is not None
     assert strategy.trained.declined[0].code == "cohort"
+
+
+NOISE = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"secure": SecureRequest()}, "secure aggregation"),
+        ({"central": NOISE.model_copy(update={"sample_rate": 0.5})}, "asked at random"),
+        ({"central": NOISE.model_copy(update={"adaptive": AdaptiveClip(count_noise=10)})}, "adaptive clipping bound"),
+    ],
+)
+def test_what_flowers_loop_would_leave_out_is_refused(made, changes, reason):
+    record, _, _ = made
+    uniform = record.model_copy(update={"weighting": "uniform"})
+    FlowerStrategy(uniform.model_copy(update={"central": NOISE}))
+    with pytest.raises(UsageError, match=reason):
+        FlowerStrategy(uniform.model_copy(update=changes))
