@@ -1,6 +1,7 @@
 """A server's question against the policy of the site that it is asked: the first clause that it breaks is told."""
 
 import logging
+from collections.abc import Iterable
 
 from fedclaw.federation.plan import CentralPrivacy, Plan, Refusal, RefusalCode, SecureAggregation
 from fedclaw.privacy.policy import MAX_PRIVATE_STEPS, Combination, Policy, listed
@@ -94,13 +95,6 @@ def _check_cohort(policy: Policy, plan: Plan) -> None:
             f"a round of {plan.cohort} site(s) was asked for; this site takes part in rounds of at least "
             f"{policy.minimum_cohort}",
         )
-    if plan.secure is not None and (verified := verified_cohort(plan.secure)) < policy.minimum_cohort:
-        raise Refusal(
-            RefusalCode.COHORT,
-            f"secure aggregation in which a site is sure of {verified} participants (threshold "
-            f"{plan.secure.threshold}, of {len(set(plan.secure.sites))} named, minimum {plan.secure.minimum}) was "
-            f"asked for; this site has to be sure of at least {policy.minimum_cohort}",
-        )
 
 
 def verified_cohort(secure: SecureAggregation) -> int:
@@ -120,31 +114,53 @@ def _check_privacy(policy: Policy, plan: Plan, examples: int) -> None:
         if not policy.allow_training_without_privacy:
             raise Refusal(RefusalCode.PRIVACY_REQUIRED, _without_privacy(plan))
         return
-    for limit, name in ((policy.epsilon_per_run, "run"), (policy.epsilon, "data set")):
-        if limit is not None and asked.epsilon > limit:
+    limits = ((policy.epsilon_per_run, "run"), (policy.epsilon, "data set"))
+    check_guarantee(policy, "epsilon", asked.epsilon, asked.delta, examples, limits)
+
+
+def check_guarantee(
+    policy: Policy,
+    what: str,
+    epsilon: float,
+    delta: float,
+    examples: int,
+    limits: Iterable[tuple[float | None, str]],
+) -> None:
+    """Raise a Refusal for an (epsilon, delta) beyond one of `limits` (each with what it is per) or that means nothing.
+
+    `what` names the epsilon in the reason.
+    """
+    for limit, name in limits:
+        if limit is not None and epsilon > limit:
             raise Refusal(
                 RefusalCode.EPSILON,
-                f"epsilon {asked.epsilon:g} was asked for; this site allows at most {limit:g} per {name}",
+                f"{what} {epsilon:g} was asked for; this site allows at most {limit:g} per {name}",
             )
-    if asked.delta > policy.delta:
-        raise Refusal(
-            RefusalCode.EPSILON, f"delta {asked.delta:g} was asked for; this site allows at most {policy.delta:g}"
-        )
-    if asked.delta * examples >= 1:
+    if delta > policy.delta:
+        raise Refusal(RefusalCode.EPSILON, f"delta {delta:g} was asked for; this site allows at most {policy.delta:g}")
+    if delta * examples >= 1:
         # Publishing one example picked at random is (0, 1/n)-private: such a delta promises nothing. The reason
         # leaves the site, so it does not say how many examples there are.
         raise Refusal(
             RefusalCode.EPSILON,
-            f"delta {asked.delta:g} was asked for; it must be below one over the number of examples here, since a "
+            f"delta {delta:g} was asked for; it must be below one over the number of examples here, since a "
             "larger one would allow single examples to be published",
         )
 
 
 def check_session(policy: Policy, secure: SecureAggregation) -> None:
-    """Raise a Refusal for a secure sum that counts on more honest sites than the policy does, or is not safe at all.
+    """Raise a Refusal for a secure sum that hides among too few, counts on more honest sites than the policy does, or
+    is not safe at all.
 
     What the server may choose of it is checked here, by the rule that an honest server chooses by.
     """
+    if (verified := verified_cohort(secure)) < policy.minimum_cohort:
+        raise Refusal(
+            RefusalCode.COHORT,
+            f"secure aggregation in which a site is sure of {verified} participants (threshold {secure.threshold}, of "
+            f"{len(set(secure.sites))} named, minimum {secure.minimum}) was asked for; this site has to be sure of at "
+            f"least {policy.minimum_cohort}",
+        )
     sites = len(secure.sites)
     topology = Topology(secure.neighbours, secure.threshold)
     if not is_enough(topology, sites, secure.tolerated, secure.colluding, complete=secure.value_range is None):

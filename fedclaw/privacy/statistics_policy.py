@@ -1,9 +1,9 @@
 """What a site's policy allows of statistics, whatever a server asks."""
 
-from fedclaw.federation.plan import Refusal, RefusalCode, SecureAggregation
+from fedclaw.federation.plan import Refusal, RefusalCode
 from fedclaw.federation.statistics_request import STATISTICS_VERSION, StatisticsRequest
 from fedclaw.privacy.policy import Policy, listed
-from fedclaw.privacy.policy_checks import check_session, verified_cohort
+from fedclaw.privacy.policy_checks import check_guarantee, check_session
 
 
 def check_statistics(policy: Policy, request: StatisticsRequest, examples: int) -> None:
@@ -31,19 +31,9 @@ def check_statistics(policy: Policy, request: StatisticsRequest, examples: int) 
             f"statistics of {request.cohort} site(s) were asked for; this site takes part from {policy.minimum_cohort}",
         )
     if request.secure is not None:
-        _check_secure(policy, request.secure)
-    _check_cost(policy, policy.statistics.epsilon, request, examples)
-
-
-def _check_secure(policy: Policy, secure: SecureAggregation) -> None:
-    """As for training: how many sites this one can be sure of, and on how many it has to count for noise."""
-    if (verified := verified_cohort(secure)) < policy.minimum_cohort:
-        raise Refusal(
-            RefusalCode.COHORT,
-            f"secure aggregation in which a site is sure of {verified} participants was asked for; this site has to be "
-            f"sure of at least {policy.minimum_cohort}",
-        )
-    check_session(policy, secure)
+        check_session(policy, request.secure)
+    limits = ((policy.statistics.epsilon, "release"), (policy.epsilon_per_run, "run"), (policy.epsilon, "data set"))
+    check_guarantee(policy, "statistics at epsilon", request.epsilon, request.delta, examples, limits)
 
 
 def _check_who(policy: Policy, request: StatisticsRequest) -> None:
@@ -67,25 +57,3 @@ def _combined(policy: Policy, request: StatisticsRequest) -> bool:
         rule.federation == request.federation and request.workload in (rule.workloads or policy.workloads)
         for rule in policy.combinations
     )
-
-
-def _check_cost(policy: Policy, allowed: float, request: StatisticsRequest, examples: int) -> None:
-    limits = ((allowed, "release"), (policy.epsilon_per_run, "run"), (policy.epsilon, "data set"))
-    for limit, name in limits:
-        if limit is not None and request.epsilon > limit:
-            raise Refusal(
-                RefusalCode.EPSILON,
-                f"statistics at epsilon {request.epsilon:g} were asked for; this site allows at most {limit:g} per "
-                f"{name}",
-            )
-    if request.delta > policy.delta:
-        raise Refusal(
-            RefusalCode.EPSILON, f"delta {request.delta:g} was asked for; this site allows at most {policy.delta:g}"
-        )
-    if request.delta * examples >= 1:
-        # As for training, see `fedclaw.privacy.policy`: such a delta promises nothing.
-        raise Refusal(
-            RefusalCode.EPSILON,
-            f"delta {request.delta:g} was asked for; it must be below one over the number of examples here, since a "
-            "larger one would allow single examples to be published",
-        )
