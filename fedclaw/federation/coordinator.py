@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,11 +27,11 @@ from fedclaw.federation.global_model import GlobalModel
 from fedclaw.federation.plan import CentralPrivacy, Plan
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
-from fedclaw.federation.secure_exchange import digest_of
 from fedclaw.federation.secure_round import SecurelyTrained
 from fedclaw.federation.strategy import Strategy
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.frozen import Frozen, check_settings
+from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.noise import GaussianSource
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class RoundReport:
     metrics: Mapping[str, float]
     test_examples: int
     receipts: Mapping[str, SiteReceipt]
+    price: Price | None = None
+    """What the sites' noise on the sum cost beside a trusted server's, where they brought it."""
 
 
 class Observer(Protocol):
@@ -311,10 +313,8 @@ class _Loop:
         if self.record.secure is None:
             return exchange.train(self.grid, cohort, plan, *asked)
         names = [exchange.site_name(self.grid, node) for node in cohort]
-        length = sum(array.size for array in postprocess.template(self.model.parameters, plan).values())
         minimum = self.record.rules.minimum
-        content = digest_of(exchange.question(plan, self.model.parameters, self.teacher).array_records)
-        session = secure_round.session_of(plan, names, length, self.record.secure, minimum, content)
+        session = secure_round.session_of(plan, names, self.model.parameters, self.teacher, self.record.secure, minimum)
         mark = pending.model_copy(update={"unmasking": True})
         return secure_round.train(self.grid, cohort, session, *asked, lambda: self._write_pending(mark))
 
@@ -389,6 +389,7 @@ class _Loop:
             metrics=evaluated.metrics,
             test_examples=evaluated.examples,
             receipts=trained.receipts,
+            price=trained.price if isinstance(trained, SecurelyTrained) else None,
         )
 
 
@@ -409,7 +410,9 @@ def _reasons(trained: Trained) -> str:
 
 
 def _metrics_line(report: RoundReport) -> dict[str, Any]:
+    price = {} if report.price is None else {"noise_price": asdict(report.price)}
     return {
+        **price,
         "metrics": dict(report.metrics),
         "test_examples": report.test_examples,
         "answered": list(report.answered),

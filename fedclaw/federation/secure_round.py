@@ -18,13 +18,13 @@ from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import WeightedSum
 from fedclaw.federation.exchange import Trained, check_weight, question, receipt_in, weights_in
-from fedclaw.federation.integers import unflattened, unit_bound
+from fedclaw.federation.integers import shares_of, unflattened, unit_bound
 from fedclaw.federation.plan import Plan
 from fedclaw.federation.run_directory import SiteReceipt
-from fedclaw.federation.secure_exchange import Seats, SecureExchange
+from fedclaw.federation.secure_exchange import Seats, SecureExchange, digest_of
 from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.update import Update
-from fedclaw.privacy.distributed import choose_step
+from fedclaw.privacy.distributed import Price, choose_step
 from fedclaw.privacy.encoding import Encoding, nearest_step
 
 log = logging.getLogger(__name__)
@@ -40,16 +40,25 @@ class SecurelyTrained(Trained):
     unmasking: bool = False
     """Whether they had been asked to unmask, which they do once for a round."""
     failure: str | None = None
+    price: Price | None = None
+    """What the sites' noise costs beside a trusted server's, where they bring it."""
 
 
 def session_of(
-    plan: Plan, names: Sequence[str], length: int, request: SecureRequest, minimum: int, content: str = ""
+    plan: Plan,
+    names: Sequence[str],
+    parameters: Mapping[str, NDArray[np.float32]],
+    teacher: Mapping[str, NDArray[np.float32]] | None,
+    request: SecureRequest,
+    minimum: int,
 ) -> Plan:
-    """`plan` with a fresh session over the sites `names`; `content` is the digest of what they begin with.
+    """`plan` with a fresh session over the sites `names`, which all begin with `parameters` (and a `teacher`).
 
     Raises UsageError when no safe session exists for them.
     """
     seats = Seats.of(names, request, minimum)
+    length = sum(array.size for array in postprocess.template(parameters, plan).values())
+    content = digest_of(question(plan, parameters, teacher).array_records)
     try:
         step, value_range = _scale(plan, request, length, len(names), seats.tolerated, seats.corrupt)
         largest = request.largest_weight if value_range is not None else None
@@ -57,6 +66,17 @@ def session_of(
     except (SecureAggregationError, PrivacyError) as error:
         raise UsageError(f"secure: {error}") from error
     return plan.model_validate({**plan.model_dump(), "secure": secure})
+
+
+def price_of(plan: Plan) -> Price | None:
+    """What noise by the sites costs the sum of `plan`, which has a session; None where the server brings it, or none.
+
+    Raises PrivacyError if the plan's numbers do not add up.
+    """
+    central, secure = plan.central, plan.secure
+    if central is None or secure is None or central.noise_by == "server":
+        return None
+    return shares_of(plan, central, secure).price
 
 
 def _scale(
@@ -123,7 +143,7 @@ class _Round:
         self._asked = question(plan, parameters, teacher)
         self._weights: dict[str, tuple[float, int]] = {}
         self._receipts: dict[str, SiteReceipt] = {}
-        self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting)
+        self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=price_of(plan))
         self._exchange = SecureExchange(grid, nodes, plan, deadline, self._result)
 
     def run(self, before_unmasking: Callable[[], None]) -> SecurelyTrained:

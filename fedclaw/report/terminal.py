@@ -8,6 +8,7 @@ from rich.table import Table
 
 from fedclaw.federation.run_directory import RunRecord, SiteReceipt
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.privacy.distributed import Price
 from fedclaw.report.console import make_console
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class TerminalProgress:
             transient=True,
         )
         self._task = self._progress.add_task("training", total=1)
+        self._priced = False
 
     def started(self, record: RunRecord, first_round: int) -> None:
         """Announce the run."""
@@ -52,6 +54,9 @@ class TerminalProgress:
             f"round {report.round:>3}/{report.rounds}  {len(report.answered)} sites  {metrics}  {cost}  "
             f"[dim]{report.train_seconds + report.evaluate_seconds:.1f} s[/]{note}"
         )
+        if report.price is not None and not self._priced:
+            self._priced = True
+            self._progress.console.print(price_words(report.price))
         self._progress.update(self._task, completed=report.round)
 
     def finished(self, outcome: "Outcome") -> None:
@@ -79,6 +84,15 @@ def central_words(record: RunRecord) -> str | None:
     return (
         f"noise on the sum, by the server, unit {central.unit}: epsilon {spent:.3f} at delta {central.delta:g}, "
         "towards everybody but the server"
+    )
+
+
+def price_words(price: Price) -> str:
+    """What noise by the sites costs beside a trusted server's, for a person."""
+    return (
+        f"the price of noise by the sites: {price.extra_variance:.1%} more variance than promised while nobody drops "
+        f"out, {price.rounding_inflation - 1:.2%} more deviation for rounding; a number of the sum leaves its range "
+        f"with a probability below {price.wrap_probability:.1g}"
     )
 
 

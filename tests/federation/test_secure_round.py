@@ -201,7 +201,7 @@ def test_the_sum_carries_the_noise_after_the_tolerated_drop_outs(unit, training,
     )
     template = {"w": np.zeros(100_000, np.float32)}
     names = [f"site-{number}" for number in range(5)]
-    plan = session_of(plan_of(record), names, 100_000, record.secure, 2)
+    plan = session_of(plan_of(record), names, template, None, record.secure, 2)
     assert plan.secure.tolerated == 2
     integers, source = integers_of(plan), GaussianSource()
     encoded = [integers.encode(flattened(template), source) for _ in range(3)]
@@ -232,6 +232,12 @@ def test_a_site_charges_the_noise_that_is_really_added_and_trusts_enough_of_the_
         assert receipt.noise_multiplier >= 1.2
         expected = epsilon_of([Mechanism(0.3, receipt.noise_multiplier, 2)], 1e-3)
         assert receipt.epsilon_run == pytest.approx(expected)
+    prices = [line["noise_price"] for line in outcome.directory.read_metrics()]
+    assert len(prices) == 2
+    assert all(1 <= price["rounding_inflation"] <= 1.001 for price in prices)
+    assert all(price["wrap_probability"] < 2**-40 for price in prices)
+    tolerated = 1  # of five: dropouts 0.2
+    assert all(price["extra_variance"] == pytest.approx(5 / (5 - tolerated) - 1) for price in prices)
 
 
 def test_distributed_noise_without_a_session_is_refused(record, sites, caplog):
@@ -340,7 +346,7 @@ def test_a_site_joins_no_sum_that_could_be_one_of_few(record, sites, changes):
     """What the server chooses of the protocol is checked by the rule that an honest one chooses by."""
     site = next(iter(sites.values())).site
     plan = plan_of(record.model_copy(update={"weighting": "uniform"})).model_copy(update={"cohort": 5})
-    whole = session_of(plan, sorted(sites), 10, SECURE, 3)
+    whole = session_of(plan, sorted(sites), initial_parameters(record), None, SECURE, 3)
     for secure, refused in ((whole.secure, False), (whole.secure.model_copy(update=changes), True)):
         asked = whole.model_copy(update={"secure": secure})
         (message,) = questions([number_of(site.name)], 1, KEYS, question(asked))

@@ -21,7 +21,6 @@ from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.exchange import Trained
 from fedclaw.federation.plan import METRICS, Plan
 from fedclaw.federation.run_directory import RoundRules, RunRecord
-from fedclaw.federation.secure_exchange import digest_of
 from fedclaw.federation.session import initial_parameters, make_record
 from fedclaw.federation.settings import RunSettings
 from fedclaw.privacy.ledger import Ledger
@@ -141,9 +140,7 @@ def ask(sites: Mapping[str, SiteService], record: RunRecord, parameters: Arrays)
     if record.secure is None:
         trained = exchange.train(grid, nodes, plan, parameters, None, _DEADLINE)
     else:
-        length = sum(array.size for array in parameters.values())
-        content = digest_of(exchange.question(plan, parameters).array_records)
-        plan = secure_round.session_of(plan, sorted(sites), length, record.secure, record.rules.minimum, content)
+        plan = secure_round.session_of(plan, sorted(sites), parameters, None, record.secure, record.rules.minimum)
         trained = secure_round.train(grid, nodes, plan, parameters, None, _DEADLINE)
     for declined in trained.declined:
         raise PrivacyError(f"the configuration cannot be audited: {declined.site} declined: {declined.reason}")
