@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn import functional
 
 from clients.classification import Classification, built, known
 from fedclaw.errors import PluginError
@@ -17,6 +18,10 @@ MAX_LAYERS = 16
 
 class LogisticArguments(Frozen):
     """Arguments of `logistic`: none."""
+
+
+class BinaryLogisticArguments(Frozen):
+    """Arguments of `binary_logistic`: none."""
 
 
 class MlpArguments(Frozen):
@@ -41,6 +46,22 @@ class Logistic(nn.Module):
         return logits
 
 
+class BinaryLogistic(nn.Module):
+    """Logistic regression of two classes: one linear output z, and the logits (0, z).
+
+    softmax((0, z)) = (1 - sigmoid(z), sigmoid(z)), so cross-entropy is the binary cross-entropy of sigmoid(z). Half the
+    parameters of `Logistic`, whose second output is not needed to tell two classes apart.
+    """
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(inputs, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, 2)."""
+        return functional.pad(self.head(inputs), (1, 0))
+
+
 class Mlp(nn.Module):
     """Linear layers with ReLU between them."""
 
@@ -60,11 +81,12 @@ class Mlp(nn.Module):
 
 
 class TabularWorkload(Classification):
-    """Models `logistic` and `mlp` for a `TabularSchema`, or any schema whose inputs are (N, D)."""
+    """Models `logistic`, `binary_logistic` (two classes) and `mlp` for a schema whose inputs are (N, D)."""
 
     name: ClassVar[str] = "tabular"
-    models: ClassVar[dict[str, type[LogisticArguments | MlpArguments]]] = {
+    models: ClassVar[dict[str, type[LogisticArguments | BinaryLogisticArguments | MlpArguments]]] = {
         "logistic": LogisticArguments,
+        "binary_logistic": BinaryLogisticArguments,
         "mlp": MlpArguments,
     }
 
@@ -79,6 +101,10 @@ class TabularWorkload(Classification):
         if isinstance(arguments, MlpArguments):
             hidden = arguments.hidden
             return built(lambda: Mlp(inputs, hidden, classes))
+        if isinstance(arguments, BinaryLogisticArguments):
+            if classes != 2:
+                raise PluginError(f"model {spec.name!r} tells two classes apart, and the schema has {classes} labels")
+            return built(lambda: BinaryLogistic(inputs))
         return built(lambda: Logistic(inputs, classes))
 
     def spec_of(self, model: nn.Module) -> ModelSpec:
@@ -88,4 +114,6 @@ class TabularWorkload(Classification):
             return ModelSpec(name="mlp", args=MlpArguments(hidden=tuple(widths)).model_dump(mode="json"))
         if isinstance(model, Logistic):
             return ModelSpec(name="logistic")
+        if isinstance(model, BinaryLogistic):
+            return ModelSpec(name="binary_logistic")
         raise PluginError(f"a {type(model).__name__} is no model of the tabular workload")

@@ -26,22 +26,24 @@ columns:
   - {name: c, kind: boolean}
 target: {name: t, labels: [low, high, other]}
 """
+PAIR = TABLE.replace("[low, high, other]", "[low, high]")
 IMAGES = "{shape: [1, 8, 8], labels: [a, b, c, d]}"
 COLOUR = "{shape: [3, 15, 21], labels: [a, b]}"
 
 CASES = [
     ("table", ModelSpec(name="logistic")),
+    ("pair", ModelSpec(name="binary_logistic")),
     ("table", ModelSpec(name="mlp", args={"hidden": [12, 8]})),
     ("images", ModelSpec(name="cnn")),
     ("images", ModelSpec(name="cnn", args={"channels": [8, 8, 8, 8], "hidden": 12})),
     ("colour", ModelSpec(name="cnn", args={"channels": [10, 20], "grid": 3, "hidden": 10})),
 ]
-IDS = ["logistic", "mlp", "cnn", "cnn-deep-hidden", "cnn-odd-sizes"]
+IDS = ["logistic", "binary-logistic", "mlp", "cnn", "cnn-deep-hidden", "cnn-odd-sizes"]
 
 
 def workload_of(kind: str) -> Workload:
-    if kind == "table":
-        return TabularWorkload(TabularSchema.parse(TABLE, "schema.yaml"))
+    if kind in ("table", "pair"):
+        return TabularWorkload(TabularSchema.parse(TABLE if kind == "table" else PAIR, "schema.yaml"))
     return VisionWorkload(VisionSchema.parse(IMAGES if kind == "images" else COLOUR, "schema.yaml"))
 
 
@@ -72,7 +74,7 @@ def test_spec_of_a_fresh_model_builds_the_same_shapes(kind: str, spec: ModelSpec
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.9])
-@pytest.mark.parametrize(("kind", "spec"), CASES[1:], ids=IDS[1:])
+@pytest.mark.parametrize(("kind", "spec"), CASES[2:], ids=IDS[2:])
 def test_spec_of_a_pruned_model_builds_its_shapes_and_function(kind: str, spec: ModelSpec, ratio: float) -> None:
     workload = workload_of(kind)
     torch.manual_seed(0)
@@ -170,7 +172,8 @@ def test_no_model_has_buffers() -> None:
 @pytest.mark.parametrize(
     ("kind", "spec", "message"),
     [
-        ("table", ModelSpec(name="cnn"), "no model is called 'cnn' here; there are: logistic, mlp"),
+        ("table", ModelSpec(name="cnn"), "no model is called 'cnn' here; there are: binary_logistic, logistic, mlp"),
+        ("table", ModelSpec(name="binary_logistic"), "'binary_logistic' tells two classes apart, and the schema has 3"),
         ("table", ModelSpec(name="logistic", args={"hidden": 3}), "'logistic': hidden: Extra inputs"),
         ("table", ModelSpec(name="mlp", args={"hidden": []}), "hidden: Tuple should have at least 1 item"),
         ("table", ModelSpec(name="mlp", args={"hidden": [0]}), "hidden.0: Input should be greater"),
@@ -217,3 +220,24 @@ def test_the_models_learn() -> None:
     measured = workload.evaluate(model(inputs), targets)
     assert measured["loss"] < first / 4
     assert measured["accuracy"] > 0.95
+
+
+def test_binary_logistic_has_the_loss_and_the_gradient_of_binary_cross_entropy() -> None:
+    workload = workload_of("pair")
+    torch.manual_seed(0)
+    model = workload.build(ModelSpec(name="binary_logistic"))
+    torch.manual_seed(0)
+    one = nn.Linear(workload.schema.input_shape[0], 1)
+    inputs, targets = batch_of(workload, 11)
+    inputs *= 20  # also where a sigmoid would be 0 or 1
+    assert len(targets.unique()) == 2
+
+    workload.loss(model(inputs), targets).backward()
+    loss = nn.BCEWithLogitsLoss()(one(inputs)[:, 0], targets.float())
+    loss.backward()
+
+    torch.testing.assert_close(workload.loss(model(inputs), targets), loss)
+    for ours, theirs in zip(model.parameters(), one.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "not torch's own first weights"
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert torch.equal(model(inputs).argmax(dim=1), (one(inputs)[:, 0] > 0).long())
