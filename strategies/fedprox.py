@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from fedclaw.federation.strategy import Strategy
+from fedclaw.federation.strategy import StepContext, Strategy
 
 
 class FedProx(Strategy):
@@ -37,21 +37,19 @@ class FedProx(Strategy):
         return {"mu": self.mu}
 
     @classmethod
-    def correct(
-        cls,
-        fields: Mapping[str, float],
-        parameters: Sequence[torch.Tensor],
-        start: Sequence[torch.Tensor],
-    ) -> None:
-        """Add the proximal term's gradient, mu * (w - w0), to each `.grad`; frozen parameters are left alone.
-
-        Raises KeyError if `fields` has no `mu`, and ValueError if it is negative or not finite: a site is not
-        pushed away from the global model because a server says so.
+    def check_fields(cls, fields: Mapping[str, float]) -> None:
+        """Raises KeyError if there is no `mu`, and ValueError if it is negative or not finite: a site is not pushed
+        away from the global model because a server says so.
         """
         mu = fields["mu"]
         if not 0 <= mu < math.inf:
             raise ValueError(f"fedprox: mu must be a finite number of at least 0, got {mu}")
+
+    @classmethod
+    def correct(cls, parameters: Sequence[torch.Tensor], context: StepContext) -> None:
+        """Add the proximal term's gradient, mu * (w - w0), to each `.grad`; frozen parameters are left alone."""
+        mu = context.fields["mu"]
         with torch.no_grad():
-            for parameter, origin in zip(parameters, start, strict=True):
+            for parameter, origin in zip(parameters, context.start, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter - origin, alpha=mu)

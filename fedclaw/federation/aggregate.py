@@ -1,6 +1,6 @@
 """The streaming sum: every answer is added when it arrives and then forgotten."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from fedclaw.errors import UpdateError
 from fedclaw.federation.arrays import Arrays, all_finite
 from fedclaw.federation.update import Update
+
+Combine = Callable[[NDArray[np.float32], NDArray[np.float64]], NDArray[np.float32]]
+"""(updates (n, d), weights (n,)) -> (d,); see `fedclaw.federation.strategy.Strategy.combine`."""
 
 
 class WeightedSum:
@@ -30,10 +33,7 @@ class WeightedSum:
         for name, total in self.arrays.items():
             with np.errstate(over="ignore"):
                 np.add(total, arrays[name], out=total)
-        self.weight += weight
-        self.examples += examples
-        self.heaviest = max(self.heaviest, weight)
-        self.count += 1
+        self._count(weight, examples)
 
     def restore(self, total: Update, count: int) -> None:
         """Take over a sum that was made elsewhere, over `count` sites."""
@@ -44,6 +44,12 @@ class WeightedSum:
         """The sum, handed over: nothing can be added afterwards."""
         arrays, self.arrays = self.arrays, {}
         return Update(arrays, self.weight, self.examples, self.heaviest)
+
+    def _count(self, weight: float, examples: int) -> None:
+        self.weight += weight
+        self.examples += examples
+        self.heaviest = max(self.heaviest, weight)
+        self.count += 1
 
     def _check(self, arrays: Mapping[str, NDArray[np.float32]], weight: float) -> None:
         if not (np.isfinite(weight) and weight > 0):
@@ -57,3 +63,37 @@ class WeightedSum:
                 raise UpdateError(f"parameter {name!r} has shape {array.shape}, expected {total.shape}")
             if not all_finite(array):
                 raise UpdateError(f"parameter {name!r} holds NaN or infinite values")
+
+
+class UpdateStack(WeightedSum):
+    """The same for an algorithm that has to see every update: they are kept, n models in memory, until they are taken.
+
+    What is taken is what `combine` makes of the updates (n, d) and their weights (n,), times the sum of the weights: a
+    sum, like any other, whose mean is the combination.
+    """
+
+    def __init__(self, template: Mapping[str, NDArray[np.float32]], combine: Combine) -> None:
+        super().__init__(template)
+        self._combine = combine
+        self._updates: list[NDArray[np.float32]] = []
+        self._weights: list[float] = []
+
+    def add(self, arrays: Mapping[str, NDArray[np.float32]], weight: float, examples: int = 0) -> None:
+        """Keep one weighted update. Raises UpdateError as the sum does."""
+        self._check(arrays, weight)
+        flat = np.concatenate([arrays[name].reshape(-1) for name in self.arrays])
+        self._updates.append(np.divide(flat, np.float32(weight), dtype=np.float32))
+        self._weights.append(weight)
+        self._count(weight, examples)
+
+    def take(self) -> Update:
+        """The combination. Raises UpdateError when there are too few updates for it."""
+        if self._updates:
+            weights = np.array(self._weights)
+            combined = self._combine(np.stack(self._updates), weights) * np.float32(self.weight)
+            start = 0
+            for name, array in self.arrays.items():
+                self.arrays[name] = combined[start : start + array.size].reshape(array.shape)
+                start += array.size
+        self._updates, self._weights = [], []
+        return super().take()

@@ -6,7 +6,8 @@ JSON description.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedclaw.files import write_atomic
 
 _MAGIC = b"FEDCLAW-CHECKPOINT-1\n"
 _DIGEST_SIZE = hashlib.sha256().digest_size
-_PARAMETERS, _OPTIMIZER, _ABOUT = "parameters/", "optimizer/", "about"
+_PARAMETERS, _OPTIMIZER, _STRATEGY, _ABOUT = "parameters/", "optimizer/", "strategy/", "about"
 KEPT = 2
 
 
@@ -33,13 +34,18 @@ class Checkpoint:
     optimizer: dict[str, NDArray[Any]]
     clip: float | None = None
     """The adaptive clipping bound, where there is one."""
+    strategy: Mapping[str, Arrays] = field(default_factory=dict)
+    """By kind, what the strategy's server half remembers."""
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> Path:
     """Write `checkpoint` and remove all but the newest `KEPT`."""
     about = np.frombuffer(json.dumps({"round": checkpoint.round, "clip": checkpoint.clip}).encode(), dtype=np.uint8)
     parameters = {_PARAMETERS + name: array for name, array in checkpoint.parameters.items()}
-    content = arrays_to_npz({_ABOUT: about, **parameters, **checkpoint.optimizer})
+    strategy = {
+        f"{_STRATEGY}{kind}/{name}": a for kind, arrays in checkpoint.strategy.items() for name, a in arrays.items()
+    }
+    content = arrays_to_npz({_ABOUT: about, **parameters, **checkpoint.optimizer, **strategy})
     path = directory / f"checkpoint-{checkpoint.round:04d}.ckpt"
     write_atomic(path, _MAGIC + hashlib.sha256(content).digest() + content)
     for old in _existing(directory)[:-KEPT]:
@@ -71,7 +77,12 @@ def load(path: Path) -> Checkpoint:
     about = json.loads(arrays.pop(_ABOUT).tobytes())
     parameters = {name.removeprefix(_PARAMETERS): a for name, a in arrays.items() if name.startswith(_PARAMETERS)}
     optimizer = {name: a for name, a in arrays.items() if name.startswith(_OPTIMIZER)}
-    return Checkpoint(about["round"], parameters, optimizer, about.get("clip"))
+    strategy: dict[str, Arrays] = {}
+    for label, array in arrays.items():
+        if label.startswith(_STRATEGY):
+            kind, name = label.removeprefix(_STRATEGY).split("/", 1)
+            strategy.setdefault(kind, {})[name] = array
+    return Checkpoint(about["round"], parameters, optimizer, about.get("clip"), strategy)
 
 
 def _existing(directory: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.errors import CheckpointError, PluginError, RoundError, UpdateError
+from fedclaw.errors import CheckpointError, RoundError, UpdateError
 from fedclaw.federation import checkpoint, exchange, postprocess, secure_round
 from fedclaw.federation.aggregate import WeightedSum
 from fedclaw.federation.arrays import Arrays
@@ -127,10 +127,7 @@ def _read_pending(directory: RunDirectory) -> _Pending | None:
 
 def make_strategy(record: RunRecord) -> Strategy:
     """The run's strategy with its settings. Raises PluginError, or UsageError for wrong settings."""
-    strategy = check_settings(record.strategy.settings, strategy_class(record.strategy.name))
-    if strategy.needs_single_updates:
-        raise PluginError(f"strategy {record.strategy.name!r} has to see every update by itself; this server only sums")
-    return strategy
+    return check_settings(record.strategy.settings, strategy_class(record.strategy.name))
 
 
 def make_plan(
@@ -157,6 +154,7 @@ def make_plan(
         distillation=record.distillation,
         weighting=record.weighting,
         weight_cap=record.weight_cap,
+        personal=record.personal,
         metrics=record.metrics,
         preprocessing=record.preprocessing,
     )
@@ -202,6 +200,7 @@ class _Loop:
             self.model.restore_optimizer(saved.optimizer)
         self.completed = saved.round if saved else 0
         self.clip = saved.clip if saved else None
+        self.memory = dict(saved.strategy) if saved else self.strategy.server_state(self._shared())
         if not saved:
             self._checkpoint()
 
@@ -233,7 +232,7 @@ class _Loop:
             return None
         plan = self._plan(pending)
         trained = self._train(plan, pending)
-        norm = self._step(plan, trained)
+        norm = self._step(plan, trained, pending)
         self.receipts.update(trained.receipts)
         self.directory.write_receipts(self.receipts)
         self.completed = number
@@ -273,11 +272,12 @@ class _Loop:
         cohort = pending.connected if central and central.expected_sites is not None else len(pending.nodes)
         return make_plan(self.record, self.strategy, pending.round, cohort, central)
 
-    def _step(self, plan: Plan, trained: Trained) -> float:
+    def _step(self, plan: Plan, trained: Trained, pending: _Pending) -> float:
         try:
             mean = postprocess.at_server(trained.total.take(), plan)
             self.clip = mean.clip or self.clip
-            return self.model.step(mean.arrays)
+            share = len(trained.answered) / max(pending.connected, len(pending.nodes), 1)
+            return self.model.step(self.strategy.absorb(mean.arrays, self.memory, share))
         except UpdateError as error:
             raise RoundError(f"round {plan.round} of run {plan.run}: {error}; a site sent absurd values") from error
 
@@ -290,7 +290,7 @@ class _Loop:
                 log.warning("round %d: %s declined (%s): %s", plan.round, declined.site, declined.code, declined.reason)
             if trained.silent:
                 log.warning("round %d: no answer from %s", plan.round, ", ".join(trained.silent))
-            if len(trained.answered) >= self._minimum(plan):
+            if len(trained.answered) >= self._minimum(plan, pending):
                 return trained
             if self._is_final(trained):
                 break
@@ -309,14 +309,16 @@ class _Loop:
 
     def _exchange(self, plan: Plan, pending: _Pending) -> Trained:
         cohort = pending.nodes
-        asked = (self.model.parameters, self.teacher, self.record.rules.deadline)
+        outgoing = exchange.Outgoing(self.model.parameters, self.teacher, self.strategy.sent(self.memory))
+        deadline = self.record.rules.deadline
         if self.record.secure is None:
-            return exchange.train(self.grid, cohort, plan, *asked)
+            combine = self.strategy.combine if self.strategy.needs_single_updates else None
+            return exchange.train(self.grid, cohort, plan, outgoing, deadline, combine)
         names = [exchange.site_name(self.grid, node) for node in cohort]
         minimum = self.record.rules.minimum
-        session = secure_round.session_of(plan, names, self.model.parameters, self.teacher, self.record.secure, minimum)
+        session = secure_round.session_of(plan, names, outgoing, self.record.secure, minimum)
         mark = pending.model_copy(update={"unmasking": True})
-        return secure_round.train(self.grid, cohort, session, *asked, lambda: self._write_pending(mark))
+        return secure_round.train(self.grid, cohort, session, outgoing, deadline, lambda: self._write_pending(mark))
 
     def _write_pending(self, pending: _Pending) -> None:
         write_atomic(self.directory.root / PENDING, pending.model_dump_json().encode(), PRIVATE_MODE)
@@ -327,9 +329,14 @@ class _Loop:
             return trained.spent
         return not trained.silent
 
-    def _minimum(self, plan: Plan) -> int:
-        """Answers that make a round; none where sites are asked at random, for a round must not tell how many were."""
-        return 0 if plan.central and plan.central.expected_sites is not None else self.record.rules.minimum
+    def _minimum(self, plan: Plan, pending: _Pending) -> int:
+        """Answers that make a round; none where sites are asked at random, for a round must not tell how many were.
+
+        A strategy that asks fewer than the rules would needs all of those.
+        """
+        if plan.central and plan.central.expected_sites is not None:
+            return 0
+        return min(self.record.rules.minimum, len(pending.nodes))
 
     def _cohort(self, number: int) -> _Pending:
         pending = _read_pending(self.directory)
@@ -349,6 +356,8 @@ class _Loop:
     def _choose(self, number: int, connected: list[int]) -> list[int]:
         """Each site by itself, at random that nobody can foresee, where privacy counts on it; else so many of them."""
         central, rules = self.record.central, self.record.rules
+        if (chosen := self.strategy.choose(number, connected, self.record.seed)) is not None:
+            return list(chosen)
         if central and central.unit == "site" and central.sample_rate < 1:
             asked = GaussianSource().bernoulli(len(connected), central.sample_rate)
             return [node for node, chosen in zip(connected, asked, strict=True) if chosen]
@@ -362,10 +371,14 @@ class _Loop:
             time.sleep(LOOK_AGAIN)
         return nodes
 
+    def _shared(self) -> Arrays:
+        """The parameters that the sites train together."""
+        return {name: a for name, a in self.model.parameters.items() if name not in self.record.personal}
+
     def _checkpoint(self) -> None:
         checkpoint.save(
             self.directory.root,
-            Checkpoint(self.completed, self.model.parameters, self.model.optimizer_state(), self.clip),
+            Checkpoint(self.completed, self.model.parameters, self.model.optimizer_state(), self.clip, self.memory),
         )
 
     def _evaluated(self) -> int:

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from fedclaw.errors import UpdateError
 from fedclaw.federation import postprocess
-from fedclaw.federation.aggregate import WeightedSum
-from fedclaw.federation.arrays import pack, unpack
+from fedclaw.federation.aggregate import Combine, UpdateStack, WeightedSum
+from fedclaw.federation.arrays import Arrays, pack, unpack
 from fedclaw.federation.plan import Plan, Receipt, RefusalCode, Weighting
 from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.frozen import explain
@@ -33,10 +33,22 @@ R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
-ARRAYS, PLAN, TEACHER, SUM, METRICS, RECEIPT, JSON = "arrays", "plan", "teacher", "sum", "metrics", "receipt", "json"
+ARRAYS, PLAN, TEACHER, SENT, SUM = "arrays", "plan", "teacher", "sent", "sum"
+METRICS, RECEIPT, JSON = "metrics", "receipt", "json"
 WEIGHT, EXAMPLES = "weight", "examples"
 MOST_EXAMPLES = 10**12
 LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """The arrays that go out with a plan, float32 by parameter name."""
+
+    parameters: Mapping[str, NDArray[np.float32]]
+    teacher: Mapping[str, NDArray[np.float32]] | None = None
+    """Of the model that a plan distils from."""
+    sent: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
+    """By kind, what the strategy's server half tells its client half (`fedclaw.federation.strategy`)."""
 
 
 @dataclass(frozen=True)
@@ -120,18 +132,16 @@ def train(
     grid: Grid,
     nodes: Sequence[int],
     plan: Plan,
-    parameters: Mapping[str, NDArray[np.float32]],
-    teacher: Mapping[str, NDArray[np.float32]] | None,
+    outgoing: Outgoing,
     deadline: float,
+    combine: Combine | None = None,
 ) -> Trained:
-    """Ask `nodes` to train by `plan` and sum their answers. `deadline` in seconds."""
-    trained = Trained(total=WeightedSum(postprocess.template(parameters, plan)), weighting=plan.weighting)
-    ask(
-        grid,
-        questions(nodes, plan.round, MessageType.TRAIN, question(plan, parameters, teacher), deadline),
-        deadline,
-        trained,
-    )
+    """Ask `nodes` to train by `plan` and sum their answers, or have them combined. `deadline` in seconds."""
+    template = postprocess.template(outgoing.parameters, plan)
+    total = WeightedSum(template) if combine is None else UpdateStack(template, combine)
+    trained = Trained(total=total, weighting=plan.weighting)
+    asked = questions(nodes, plan.round, MessageType.TRAIN, question(plan, outgoing), deadline)
+    ask(grid, asked, deadline, trained)
     return trained
 
 
@@ -144,23 +154,35 @@ def evaluate(
 ) -> Evaluated:
     """Ask `nodes` to evaluate `parameters` on their own test data. `deadline` in seconds."""
     evaluated = Evaluated(wanted=plan.metrics)
-    content = question(plan, parameters)
+    content = question(plan, Outgoing(parameters))
     ask(grid, questions(nodes, plan.round, MessageType.EVALUATE, content, deadline), deadline, evaluated)
     return evaluated
 
 
-def question(
-    plan: Plan,
-    parameters: Mapping[str, NDArray[np.float32]] | None = None,
-    teacher: Mapping[str, NDArray[np.float32]] | None = None,
-) -> RecordDict:
+def question(plan: Plan, outgoing: Outgoing | None = None) -> RecordDict:
     """What is asked: the plan, and what goes with it."""
     content = Records({PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
-    if parameters is not None:
-        content[ARRAYS] = pack(parameters)
-    if teacher is not None:
-        content[TEACHER] = pack(teacher)
+    if outgoing is None:
+        return content
+    content[ARRAYS] = pack(outgoing.parameters)
+    if outgoing.teacher is not None:
+        content[TEACHER] = pack(outgoing.teacher)
+    if outgoing.sent:
+        content[SENT] = pack(
+            {f"{kind}/{name}": a for kind, arrays in outgoing.sent.items() for name, a in arrays.items()}
+        )
     return content
+
+
+def by_kind(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
+    """What was sent of a strategy's state, from its record's arrays. Raises ValueError for a name without a kind."""
+    found: dict[str, Arrays] = {}
+    for label, array in arrays.items():
+        kind, slash, name = label.partition("/")
+        if not slash:
+            raise ValueError(f"{label!r} has no kind")
+        found.setdefault(kind, {})[name] = array
+    return found
 
 
 def questions(

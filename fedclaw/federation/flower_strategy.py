@@ -22,8 +22,8 @@ from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 
 from fedclaw.errors import UsageError
 from fedclaw.federation import exchange, postprocess
-from fedclaw.federation.aggregate import WeightedSum
-from fedclaw.federation.arrays import pack, unpack
+from fedclaw.federation.aggregate import UpdateStack, WeightedSum
+from fedclaw.federation.arrays import Arrays, pack, unpack
 from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.exchange import Answers, Evaluated, Trained
 from fedclaw.federation.global_model import GlobalModel
@@ -44,6 +44,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
         self._record = record
         self._strategy = make_strategy(record)
         self._model: GlobalModel | None = None
+        self._memory: dict[str, Arrays] = {}
+        self._asked = 0
         self.trained: Trained | None = None
         """The last round's answers, with the sites' receipts."""
 
@@ -53,6 +55,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
         """The round's question to every node. `config` is not used: the plan says it all."""
         if self._model is None:
             self._model = GlobalModel(unpack(arrays), self._strategy)
+            shared = {name: a for name, a in self._model.parameters.items() if name not in self._record.personal}
+            self._memory = self._strategy.server_state(shared)
         return self._questions(server_round, MessageType.TRAIN, grid)
 
     def aggregate_train(
@@ -60,13 +64,17 @@ class FlowerStrategy(AbstractFlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
         model = self._started()
-        self.trained = trained = Trained(total=WeightedSum(model.parameters), weighting=self._record.weighting)
+        plan = make_plan(self._record, self._strategy, server_round, 1)
+        template, single = postprocess.template(model.parameters, plan), self._strategy.needs_single_updates
+        total = UpdateStack(template, self._strategy.combine) if single else WeightedSum(template)
+        self.trained = trained = Trained(total=total, weighting=self._record.weighting)
         _take(trained, replies, server_round)
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
             return None, None
-        plan = make_plan(self._record, self._strategy, server_round, len(trained.answered))
-        norm = model.step(postprocess.at_server(trained.total.take(), plan).arrays)
+        mean = postprocess.at_server(trained.total.take(), plan).arrays
+        share = len(trained.answered) / max(self._asked, len(trained.answered))
+        norm = model.step(self._strategy.absorb(mean, self._memory, share))
         return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
 
     def configure_evaluate(
@@ -88,7 +96,10 @@ class FlowerStrategy(AbstractFlowerStrategy):
     def _questions(self, server_round: int, kind: str, grid: Grid) -> list[Message]:
         nodes = sorted(grid.get_node_ids())
         plan = make_plan(self._record, self._strategy, server_round, len(nodes))
-        return exchange.questions(nodes, plan.round, kind, exchange.question(plan, self._started().parameters))
+        self._asked = len(nodes)
+        sent = self._strategy.sent(self._memory) if kind == MessageType.TRAIN else {}
+        outgoing = exchange.Outgoing(self._started().parameters, sent=sent)
+        return exchange.questions(nodes, plan.round, kind, exchange.question(plan, outgoing))
 
     def _started(self) -> GlobalModel:
         assert self._model is not None, "Flower configures a round before it aggregates it"
@@ -98,6 +109,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
 def _beyond_flower(record: RunRecord) -> str | None:
     """What `record` needs of a loop that Flower's does not have."""
     central = record.central
+    if make_strategy(record).choose(1, [0, 1], record.seed) is not None:
+        return "strategy that chooses whom a round asks"
     if record.secure is not None:
         return "secure aggregation"
     if central is not None and central.unit == "site" and central.sample_rate < 1:

@@ -26,10 +26,15 @@ class GlobalModel:
         self._optimizer = strategy.server_optimizer(list(self._tensors.values()))
 
     def step(self, mean_delta: Mapping[str, NDArray[np.float32]]) -> float:
-        """Move along the mean of the sites' deltas and return its L2 norm. `mean_delta` is overwritten."""
+        """Move along the mean of the sites' deltas and return its L2 norm. `mean_delta` is overwritten.
+
+        Parameters that it lacks, which the sites keep to themselves, stay where they are.
+        """
         squares = 0.0
         for name, tensor in self._tensors.items():
-            delta = mean_delta[name]
+            delta = mean_delta.get(name)
+            if delta is None:
+                continue
             flat = delta.reshape(-1)
             squares += float(np.dot(flat, flat))
             tensor.grad = torch.from_numpy(np.negative(delta, out=delta))

@@ -260,6 +260,8 @@ class Plan(Frozen):
     weight_cap: int | None = Field(default=None, ge=1)
     """The largest weight, when `weighting` is `capped`."""
     metrics: tuple[str, ...] = METRICS
+    personal: tuple[str, ...] = ()
+    """Parameters that never leave the sites: each uses its own in the place of what is sent."""
     preprocessing: str | None = None
     """The constants that all sites prepare their inputs with, for a schema that takes the federation's: canonical JSON,
     made from a differentially private release of statistics."""

@@ -18,6 +18,7 @@ from fedclaw.errors import UpdateError
 from fedclaw.federation.arrays import Arrays, all_finite
 from fedclaw.federation.central import WITHIN, CentralNoise
 from fedclaw.federation.plan import Plan
+from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.update import Postprocessor, Update
 
 
@@ -68,8 +69,12 @@ def at_server(total: Update, plan: Plan) -> Update:
 
 
 def template(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Arrays:
-    """Arrays, by name, of the shapes that an update under `plan` has: its parameters', and what the site adds."""
-    arrays = dict(parameters)
+    """Arrays, by name, of the shapes that an update under `plan` has: its parameters', and what the site adds.
+
+    Raises PluginError for a strategy that is not installed.
+    """
+    arrays = {name: array for name, array in parameters.items() if name not in plan.personal}
+    arrays |= strategy_class(plan.strategy).extras(arrays)
     if plan.central and plan.central.adaptive:
         arrays[WITHIN] = np.zeros(1, np.float32)
     return arrays

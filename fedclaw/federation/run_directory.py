@@ -81,6 +81,8 @@ class RunRecord(Frozen):
     weighting: Weighting = "examples"
     weight_cap: int | None = Field(default=None, ge=1)
     """The largest weight, with weighting: capped."""
+    personal: tuple[str, ...] = ()
+    """Parameters that the strategy leaves at the sites."""
     metrics: tuple[str, ...] = METRICS
     preprocessing: str | None = None
     statistics: ReleaseUse | None = None

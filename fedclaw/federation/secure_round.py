@@ -6,7 +6,7 @@ survivors would give away the difference.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import WeightedSum
-from fedclaw.federation.exchange import Trained, check_weight, question, receipt_in, weights_in
+from fedclaw.federation.exchange import Outgoing, Trained, check_weight, question, receipt_in, weights_in
 from fedclaw.federation.integers import shares_of, unflattened, unit_bound
 from fedclaw.federation.plan import Plan
 from fedclaw.federation.run_directory import SiteReceipt
@@ -47,18 +47,17 @@ class SecurelyTrained(Trained):
 def session_of(
     plan: Plan,
     names: Sequence[str],
-    parameters: Mapping[str, NDArray[np.float32]],
-    teacher: Mapping[str, NDArray[np.float32]] | None,
+    outgoing: Outgoing,
     request: SecureRequest,
     minimum: int,
 ) -> Plan:
-    """`plan` with a fresh session over the sites `names`, which all begin with `parameters` (and a `teacher`).
+    """`plan` with a fresh session over the sites `names`, which all begin with `outgoing`.
 
     Raises UsageError when no safe session exists for them.
     """
     seats = Seats.of(names, request, minimum)
-    length = sum(array.size for array in postprocess.template(parameters, plan).values())
-    content = digest_of(question(plan, parameters, teacher).array_records)
+    length = sum(array.size for array in postprocess.template(outgoing.parameters, plan).values())
+    content = digest_of(question(plan, outgoing).array_records)
     try:
         step, value_range = _scale(plan, request, length, len(names), seats.tolerated, seats.corrupt)
         largest = request.largest_weight if value_range is not None else None
@@ -115,8 +114,7 @@ def train(
     grid: Grid,
     nodes: Sequence[int],
     plan: Plan,
-    parameters: Mapping[str, NDArray[np.float32]],
-    teacher: Mapping[str, NDArray[np.float32]] | None,
+    outgoing: Outgoing,
     deadline: float,
     before_unmasking: Callable[[], None] = lambda: None,
 ) -> SecurelyTrained:
@@ -125,22 +123,14 @@ def train(
     `before_unmasking` is called at the point from which the round cannot be asked again. A sum that cannot be made is
     no error: nobody has `answered` then, and `failure` says why.
     """
-    return _Round(grid, nodes, plan, parameters, teacher, deadline).run(before_unmasking)
+    return _Round(grid, nodes, plan, outgoing, deadline).run(before_unmasking)
 
 
 class _Round:
-    def __init__(
-        self,
-        grid: Grid,
-        nodes: Sequence[int],
-        plan: Plan,
-        parameters: Mapping[str, NDArray[np.float32]],
-        teacher: Mapping[str, NDArray[np.float32]] | None,
-        deadline: float,
-    ) -> None:
+    def __init__(self, grid: Grid, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, deadline: float) -> None:
         self._plan = plan
-        self._template = postprocess.template(parameters, plan)
-        self._asked = question(plan, parameters, teacher)
+        self._template = postprocess.template(outgoing.parameters, plan)
+        self._asked = question(plan, outgoing)
         self._weights: dict[str, tuple[float, int]] = {}
         self._receipts: dict[str, SiteReceipt] = {}
         self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=price_of(plan))

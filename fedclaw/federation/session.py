@@ -10,6 +10,7 @@ import torch
 
 from fedclaw.errors import DataError, PluginError, PrivacyError, RoundError, UsageError
 from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.coordinator import drop_pending, make_strategy, pending_cohort
 from fedclaw.federation.plan import CentralPrivacy, ModelSpec
 from fedclaw.federation.registry import schema_class, workload_class
@@ -62,9 +63,14 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         "seed": settings.seed,
     }
     record = check_settings(fields, RunRecord)
-    make_strategy(record)
-    initial_parameters(record)
-    return record
+    return _with_strategy(record)
+
+
+def _with_strategy(record: RunRecord) -> RunRecord:
+    """`record` with what its strategy makes of its model. Raises UsageError for a combination that cannot be right."""
+    chosen, built = make_strategy(record), _initial_model(record)
+    check_combination(record, chosen, built)
+    return record.model_copy(update={"personal": tuple(sorted(chosen.personal(built)))})
 
 
 def _used(path: Path | None) -> ReleaseUse | None:
@@ -85,6 +91,11 @@ def calibrated(asked: CentralRequest, rounds: int) -> CentralPrivacy:
 
 def initial_parameters(record: RunRecord) -> Arrays:
     """The model that the run begins with: the same for the same record. Raises PluginError."""
+    named = _initial_model(record).named_parameters()
+    return {name: parameter.detach().numpy().copy() for name, parameter in named}
+
+
+def _initial_model(record: RunRecord) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(record.seed)
         model = record.make_workload().build(record.model)
@@ -93,7 +104,7 @@ def initial_parameters(record: RunRecord) -> Arrays:
             f"model {record.model.name!r} has buffers ({', '.join(buffers)}); "
             "a federated model holds no batch statistics, use a normalisation without them"
         )
-    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+    return model
 
 
 class Gathering(Protocol):

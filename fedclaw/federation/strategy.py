@@ -2,18 +2,89 @@
 
 The server half is a torch optimiser on the pseudo-gradient (Reddi et al. 2021, "Adaptive Federated Optimization",
 section 3): the weighted mean of the sites' parameter deltas, with its sign turned. The client half corrects
-the gradient of a local step; it sees parameters only, never data, so that it is post-processing under
-differential privacy.
+the gradient of a local step and may add to what leaves; it sees parameters only, never data, so that it is
+post-processing under differential privacy (`RoundContext.loss` is the exception, and says so).
+
+What an algorithm remembers is explicit. The server's memory (`server_state`) is in the run's checkpoints, a site's
+(`kept`) in the site's own directory; neither is an attribute of a strategy, whose instances hold settings alone.
+Both are grouped by kind: SCAFFOLD's server keeps the kind "control", and so does each of its sites.
+
+Legend: n updates, d numbers in one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.plan import LocalTraining
 from fedclaw.frozen import Frozen
 
 if TYPE_CHECKING:
     import torch
+
+    from fedclaw.federation.run_directory import RunRecord
+
+PERSONAL = "personal"
+"""The kind of a site's state that holds parameters which it uses in place of the ones that are sent."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a correction knows besides the parameters; tensors in the parameters' order, on their device.
+
+    Where clients are trained many at a time, the parameters and `state` have one row a client, and `start` and `sent`,
+    which all clients share, broadcast.
+    """
+
+    fields: Mapping[str, float]
+    """What `Strategy.client_fields` sent."""
+    start: "Sequence[torch.Tensor]"
+    """The global parameters that the round began with."""
+    sent: "Mapping[str, Sequence[torch.Tensor]]" = field(default_factory=dict)
+    """By kind, what the server sent of its state."""
+    state: "Mapping[str, Sequence[torch.Tensor]]" = field(default_factory=dict)
+    """By kind (`Strategy.kept`), what this site has kept; zeros the first time."""
+    step: int = 0
+    steps: int = 1
+    """This local step, from 0, and how many there are in the round."""
+    learning_rate: float = 0.0
+    """The local optimiser's."""
+    personal: Sequence[bool] = ()
+    """Whether each parameter is one that never leaves the site."""
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What the end of a round knows; arrays by parameter name."""
+
+    fields: Mapping[str, float]
+    training: LocalTraining
+    steps: int
+    """Local steps that were taken."""
+    loss: Callable[[], float]
+    """The mean loss of the round's global parameters over the site's training data, worked out when it is called.
+
+    No noise covers it: a strategy that calls it refuses to run with differential privacy.
+    """
+    sent: Mapping[str, Arrays] = field(default_factory=dict)
+    state: Mapping[str, Arrays] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a site's round comes to, by the strategy: what is summed, and what stays."""
+
+    delta: Arrays
+    """By parameter name; takes the place of parameters - start."""
+    extras: Arrays = field(default_factory=dict)
+    """Further arrays that are weighted and summed as the delta is, by the names that `Strategy.extras` gives."""
+    state: Mapping[str, Arrays] = field(default_factory=dict)
+    """By kind (`Strategy.kept`), what the site keeps from now on; a kind that is left out stays as it was."""
 
 
 class Strategy(Frozen, ABC):
@@ -22,6 +93,14 @@ class Strategy(Frozen, ABC):
     name: ClassVar[str]
     needs_single_updates: ClassVar[bool] = False
     """True if the server half must see every update by itself (Krum, median): excludes secure aggregation."""
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Kinds of state that a site keeps, each with the parameters' names and shapes; not `PERSONAL`."""
+    elementwise: ClassVar[bool] = True
+    """True if `correct` treats each number by itself, so that it can be called on many clients' parameters at once."""
+    personal_model: ClassVar[bool] = False
+    """True if each site also trains a whole model of its own (Ditto), which it is then evaluated with."""
+
+    # The server's half
 
     @abstractmethod
     def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
@@ -31,16 +110,74 @@ class Strategy(Frozen, ABC):
         """What travels to the sites in the plan."""
         return {}
 
-    @classmethod
-    def correct(
-        cls,
-        fields: Mapping[str, float],
-        parameters: "Sequence[torch.Tensor]",
-        start: "Sequence[torch.Tensor]",
-    ) -> None:
-        """Change the parameters' `.grad` in place, after clipping and noise and before the local step.
+    def server_state(self, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
+        """By kind, what the server remembers when a run begins with `parameters`; arrays by parameter name."""
+        return {}
 
-        `start` holds the global parameters that the round began with, in the same order. Raises KeyError if
-        `fields` lacks what `client_fields` promises and ValueError if a value is impossible. A site calls it with no
-        parameters first, so that it can refuse before it pays.
+    def sent(self, state: Mapping[str, Arrays]) -> Mapping[str, Arrays]:
+        """What of the server's state goes to the sites with a question to train, by kind."""
+        return {}
+
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], share: float) -> Arrays:
+        """The delta (by parameter name) that the optimiser steps along, from the weighted mean of what the sites sent.
+
+        `mean` holds their deltas and extras; `share` is the number of sites in it over that of the sites there are. May
+        change `mean` and `state` in place.
         """
+        return mean
+
+    def combine(self, updates: NDArray[np.float32], weights: NDArray[np.float64]) -> NDArray[np.float32]:
+        """The update (d,) that stands for all `updates` (n, d), whose weights (n,) are positive.
+
+        Called in place of the weighted mean if `needs_single_updates`. Raises UpdateError when n is too small.
+        """
+        raise NotImplementedError(
+            f"strategy {self.name!r} needs single updates and does not say what it does with them"
+        )
+
+    def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
+        """The nodes that round `number` asks, of those `connected` (sorted); None: as the run's rules sample them."""
+        return None
+
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+        """Why a run of `record` with `model` cannot be right, as a sentence's end; None: it can. Asked at its start."""
+        return None
+
+    def personal(self, model: "torch.nn.Module") -> frozenset[str]:
+        """Names of the parameters of `model` that never leave the sites."""
+        return frozenset()
+
+    # Both
+
+    @classmethod
+    def extras(cls, parameters: Mapping[str, NDArray[np.float32]]) -> Arrays:
+        """Zeros of the names and shapes that `finish` adds to an update of `parameters`; each name begins with "~"."""
+        return {}
+
+    # The site's half
+
+    @classmethod
+    def check_fields(cls, fields: Mapping[str, float]) -> None:
+        """Look at what `client_fields` sent, before a site pays for anything.
+
+        Raises KeyError if `fields` lacks something and ValueError if a value is impossible.
+        """
+
+    @classmethod
+    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+        """Change the parameters' `.grad` in place, after clipping and noise and before the local step."""
+
+    @classmethod
+    def correct_personal(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+        """The same for a step of the site's own model, where there is one (`personal_model`); `start` is the global."""
+
+    @classmethod
+    def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
+        """What leaves of `delta` (parameters - start, by name, may be changed in place), and what the site keeps."""
+        return Finished(delta)
+
+
+def as_arrays(state: Mapping[str, Arrays], kind: str, like: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The arrays of one kind of `state`; zeros of the shapes of `like` where there are none yet."""
+    found = state.get(kind)
+    return found if found is not None else {name: np.zeros_like(array) for name, array in like.items()}

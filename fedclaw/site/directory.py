@@ -1,7 +1,7 @@
 """A site's directory, opened: settings, data, ledger and log as one service.
 
 site.yaml  schema file  data files  keys/  federation.json        what the operator put there
-state/ledger.sqlite  state/outbound.jsonl  state/outbox/          what the client keeps there
+state/ledger.sqlite  state/outbound.jsonl  state/outbox/  state/strategy/          what the client keeps there
 """
 
 import fcntl
@@ -21,13 +21,14 @@ from fedclaw.security.site_home import SiteKeys
 from fedclaw.site.books import check_site
 from fedclaw.site.data import load_data
 from fedclaw.site.device import choose_device
-from fedclaw.site.layout import ledger_file, outbound_file
+from fedclaw.site.layout import ledger_file, outbound_file, strategy_directory
 from fedclaw.site.layout import state_directory as state_directory
 from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings
 from fedclaw.site.site import SiteData
+from fedclaw.site.state import SiteStates
 from fedclaw.workload import Schema
 
 
@@ -77,6 +78,7 @@ def open_service(
         outbound=OutboundLog(outbound_file(root)) if durable else None,
         device=choose_device(settings.device),
         speed=settings.speed,
+        states=SiteStates(strategy_directory(root) if durable else None),
         secure=_secure_identity(state, keys) if keys and durable else None,
     )
     if durable:

@@ -6,6 +6,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, WEIGHT
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.privacy.policy_checks import permitted_metrics
+from fedclaw.site.client_half import personal_parameters
 from fedclaw.site.frequency import check_evaluation
 from fedclaw.site.noised_metrics import bounded_sums, noised, pay_for_metrics
 from fedclaw.site.outbound import OutboundLog
@@ -27,7 +28,8 @@ def answer_evaluation(
     if test is None:
         raise Refusal(RefusalCode.METRICS, "this site holds no test data, so it does not evaluate")
     wanted = permitted_metrics(site.policy, plan.metrics, len(test))
-    model = site.model(plan.model, sent_arrays(content, ARRAYS)).eval()
+    parameters = personal_parameters(site, plan, sent_arrays(content, ARRAYS))
+    model = site.model(plan.model, parameters).eval()
     if site.policy.metrics_epsilon is not None and wanted:
         receipt = pay_for_metrics(site, plan, key)
         logits, targets = _logits(site, model, test)

@@ -16,3 +16,8 @@ def ledger_file(root: Path) -> Path:
 def outbound_file(root: Path) -> Path:
     """The outbound log."""
     return state_directory(root) / "outbound.jsonl"
+
+
+def strategy_directory(root: Path) -> Path:
+    """What strategies remember of each run."""
+    return state_directory(root) / "strategy"

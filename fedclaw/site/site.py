@@ -16,6 +16,7 @@ from fedclaw.privacy.policy import Policy
 from fedclaw.privacy.policy_checks import check_size
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.site.settings import DataFiles
+from fedclaw.site.state import SiteStates
 from fedclaw.workload import Table, Workload
 
 WARM_MODELS = 3
@@ -51,6 +52,8 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     source: GaussianSource = field(default_factory=GaussianSource)
     speed: StepSpeed = field(default_factory=StepSpeed)
+    states: SiteStates = field(default_factory=SiteStates)
+    """What strategies remember here from round to round."""
     preprocessing: str | None = field(default=None, init=False, repr=False)
     """The federation's constants that the tables are standardised by, if the schema takes any and they have come."""
     _models: OrderedDict[str, torch.nn.Module] = field(default_factory=OrderedDict, init=False, repr=False)

@@ -8,8 +8,8 @@ import torch
 from fedclaw.federation.plan import LocalTraining
 from fedclaw.privacy.steps import StepTaker
 
-Correction = Callable[[Sequence[torch.Tensor]], None]
-"""Changes the parameters' `.grad` in place; sees no data."""
+Correction = Callable[[Sequence[torch.Tensor], int], None]
+"""Changes the parameters' `.grad` in place before a step, whose number (from 0) it is told; sees no data."""
 
 
 def make_optimizer(parameters: Sequence[torch.Tensor], training: LocalTraining) -> torch.optim.Optimizer:
@@ -44,7 +44,7 @@ def train(
     with precision or nullcontext():
         for rows in batches:
             steps.gradients(inputs[rows], targets[rows])
-            correction(parameters)
+            correction(parameters, taken)
             optimizer.step()
             taken += 1
     return taken

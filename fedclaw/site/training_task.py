@@ -7,17 +7,17 @@ import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedclaw.compress.distil import distillation_loss
-from fedclaw.errors import PluginError, PrivacyError
+from fedclaw.errors import PrivacyError
 from fedclaw.federation import postprocess
 from fedclaw.federation.arrays import Arrays, pack
 from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode
-from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.strategy import Strategy
+from fedclaw.federation.strategy import PERSONAL
 from fedclaw.federation.update import Update
 from fedclaw.privacy.policy_checks import check_plan
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
 from fedclaw.site.charging import Charge, charge_of, is_sampled, log_spending, receipt_of, reserve
+from fedclaw.site.client_half import ClientHalf
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.training import Correction, make_optimizer, train
@@ -51,15 +51,16 @@ def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
 
 def train_locally(site: Site, plan: Plan, content: RecordDict, key: str) -> LocalUpdate:
     """Train as `plan` asks, under a reservation called `key`. Raises Refusal before anything is paid for."""
-    start = sent_arrays(content, ARRAYS)
+    half = ClientHalf.open(site, plan, content)
+    start = half.own(sent_arrays(content, ARRAYS))
     size, examples = sum(array.size for array in start.values()), len(site.data.train)
     check_plan(site.policy, plan, examples=examples, parameters=size)
     _check_preprocessing(site, plan)
     model = site.model(plan.model, start)
-    strategy = _strategy(plan)
     set_threads(size)
     charge = charge_of(site, plan)
-    with _steps(site, plan, charge, model, _loss(site, plan, content)) as steps:
+    loss, count = _loss(site, plan, content), plan.training.local_steps(examples)
+    with _steps(site, plan, charge, model, loss) as steps:
         reserve(
             site,
             key=key,
@@ -68,9 +69,11 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, key: str) -> Loca
             round=plan.round,
             mechanism=charge.mechanism,
         )
-        _run_steps(site, plan, charge, steps, model, strategy)
+        _run_steps(site, plan, charge, steps, model, half.correction(model, count))
     delta = _step_taken(model, plan) if plan.central and plan.central.unit == "example" else _delta(model, start)
-    update = postprocess.at_site(Update(delta, 1.0, examples), plan)
+    finished = half.finish(delta, count, lambda: _training_loss(site, plan, start, loss))
+    half.remember(finished, _personal(site, plan, half, model, start, loss))
+    update = postprocess.at_site(Update({**finished.delta, **finished.extras}, 1.0, examples), plan)
     receipt = receipt_of(site, plan, charge)
     log_spending(plan, receipt)
     return LocalUpdate(update, receipt)
@@ -118,13 +121,12 @@ def _sampling(plan: Plan, charge: Charge) -> tuple[float, float]:
 
 
 def _run_steps(
-    site: Site, plan: Plan, charge: Charge, steps: StepTaker, model: torch.nn.Module, strategy: type[Strategy]
+    site: Site, plan: Plan, charge: Charge, steps: StepTaker, model: torch.nn.Module, correction: Correction
 ) -> None:
-    """Train `model`, which holds the global parameters, for one round of `plan`."""
+    """Train `model`, which holds what the round begins with, for one round of `plan`."""
     examples = len(site.data.train)
     count = plan.training.local_steps(examples)
     parameters = list(model.parameters())
-    start = [parameter.detach().clone() for parameter in parameters]
     if is_sampled(plan):
         batches = poisson_batches(examples, _sampling(plan, charge)[0], count, site.source)
     else:
@@ -137,16 +139,51 @@ def _run_steps(
         targets,
         make_optimizer(parameters, plan.training),
         parameters,
-        correction=_correction(plan, strategy, start),
+        correction=_nothing if _is_noised_later(plan) else correction,
         precision=precision(site.device, sum(p.numel() for p in parameters), is_sampled(plan)),
     )
 
 
-def _correction(plan: Plan, strategy: type[Strategy], start: Sequence[torch.Tensor]) -> Correction:
-    """The strategy's; none where the gradient still waits for its noise, whose bound nothing may change."""
-    if plan.central is not None and plan.central.unit == "example":
-        return lambda _changed: None
-    return lambda changed: strategy.correct(plan.strategy_fields, changed, start)
+def _is_noised_later(plan: Plan) -> bool:
+    """Whether a gradient still waits for its noise, whose bound no correction may change."""
+    return plan.central is not None and plan.central.unit == "example"
+
+
+def _nothing(_parameters: Sequence[torch.Tensor], _step: int) -> None:
+    """No correction."""
+
+
+def _personal(site: Site, plan: Plan, half: ClientHalf, model: torch.nn.Module, start: Arrays, loss: Loss) -> Arrays:
+    """The parameters that stay: of `model`, as it was trained, or a whole model of the site's own, trained now.
+
+    The latter takes its steps without noise, whatever the plan asks for: nothing of it leaves but the metrics that the
+    site's policy permits.
+    """
+    trained = {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.named_parameters()}
+    if not half.strategy.personal_model:
+        return {name: trained[name] for name in plan.personal if name in trained}
+    examples, count = len(site.data.train), plan.training.local_steps(len(site.data.train))
+    own = site.model(plan.model, {**start, **half.before.get(PERSONAL, {})}, role="personal")
+    parameters = list(own.parameters())
+    inputs, targets = site.on_device("train", site.data.train)
+    train(
+        PlainGradients(own, loss),
+        shuffled_batches(examples, plan.training.batch_size, count, site.source),
+        inputs,
+        targets,
+        make_optimizer(parameters, plan.training),
+        parameters,
+        correction=half.personal_correction(own, start, count),
+    )
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in own.named_parameters()}
+
+
+def _training_loss(site: Site, plan: Plan, start: Arrays, loss: Loss) -> float:
+    """The mean loss over the training data of the parameters that the round began with."""
+    model = site.model(plan.model, start, role="start").eval()
+    inputs, targets = site.on_device("train", site.data.train)
+    with torch.no_grad():
+        return float(loss(inputs, model(inputs), targets))
 
 
 def _loss(site: Site, plan: Plan, content: RecordDict) -> Loss:
@@ -180,15 +217,3 @@ def _step_taken(model: torch.nn.Module, plan: Plan) -> Arrays:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-
-
-def _strategy(plan: Plan) -> type[Strategy]:
-    """The plan's strategy, after it has looked at its fields: before anything is paid for."""
-    try:
-        strategy = strategy_class(plan.strategy)
-        strategy.correct(plan.strategy_fields, [], [])
-    except PluginError as error:
-        raise Refusal(RefusalCode.STRATEGY, str(error)) from error
-    except (KeyError, ValueError) as error:
-        raise Refusal(RefusalCode.STRATEGY, f"the fields of strategy {plan.strategy!r} are wrong: {error}") from error
-    return strategy

@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Error, Message
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import CheckpointError, PluginError, RoundError, UsageError
 from fedclaw.federation import checkpoint
+from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.coordinator import PENDING, drop_pending, make_strategy, run_rounds
-from fedclaw.federation.plan import LocalTraining, PrivacyRequest, RefusalCode
+from fedclaw.federation.plan import CentralPrivacy, LocalTraining, PrivacyRequest, RefusalCode
 from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
 from fedclaw.federation.session import initial_parameters
+from fedclaw.federation.settings import SecureRequest
 from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.in_process import open_sites
@@ -305,10 +308,15 @@ def test_a_damaged_record_names_the_field(tmp_path, record):
         directory.record()
 
 
-def test_a_strategy_that_must_see_single_updates_is_refused(record, monkeypatch):
+def test_a_strategy_that_must_see_single_updates_goes_with_no_sum_that_hides_them(record, monkeypatch):
     monkeypatch.setattr(FedAvg, "needs_single_updates", True)
-    with pytest.raises(PluginError, match="only sums"):
-        make_strategy(record)
+    model = torch.nn.Linear(2, 2)
+    check_combination(record, FedAvg(), model)
+    with pytest.raises(UsageError, match="which secure aggregation hides"):
+        check_combination(record.model_copy(update={"secure": SecureRequest()}), FedAvg(), model)
+    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+    with pytest.raises(UsageError, match="noise on the sum is made for a mean"):
+        check_combination(record.model_copy(update={"central": central}), FedAvg(), model)
 
 
 def test_unknown_strategies_and_settings_are_refused_at_start(record):

@@ -12,7 +12,7 @@ from fedclaw.errors import RoundError, UsageError
 from fedclaw.federation import postprocess
 from fedclaw.federation.arrays import pack
 from fedclaw.federation.coordinator import drop_pending, run_rounds
-from fedclaw.federation.exchange import question, questions
+from fedclaw.federation.exchange import Outgoing, question, questions
 from fedclaw.federation.integers import flattened, integers_of, unflattened
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining, Plan, PrivacyRequest, RefusalCode
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
@@ -201,7 +201,7 @@ def test_the_sum_carries_the_noise_after_the_tolerated_drop_outs(unit, training,
     )
     template = {"w": np.zeros(100_000, np.float32)}
     names = [f"site-{number}" for number in range(5)]
-    plan = session_of(plan_of(record), names, template, None, record.secure, 2)
+    plan = session_of(plan_of(record), names, Outgoing(template), record.secure, 2)
     assert plan.secure.tolerated == 2
     integers, source = integers_of(plan), GaussianSource()
     encoded = [integers.encode(flattened(template), source) for _ in range(3)]
@@ -244,7 +244,9 @@ def test_distributed_noise_without_a_session_is_refused(record, sites, caplog):
     caplog.set_level(logging.WARNING)
     site = next(iter(sites.values())).site
     plan = plan_of(record.model_copy(update={"central": distributed("example"), "training": ONE_STEP}))
-    (message,) = questions([number_of(site.name)], plan.round, "train", question(plan, initial_parameters(record)))
+    (message,) = questions(
+        [number_of(site.name)], plan.round, "train", question(plan, Outgoing(initial_parameters(record)))
+    )
     reply = site.answer(message)
     assert RefusalCode(reply.error.code) is RefusalCode.SECURE_AGGREGATION
     assert site.ledger.rounds(plan.run) == 0
@@ -346,7 +348,7 @@ def test_a_site_joins_no_sum_that_could_be_one_of_few(record, sites, changes):
     """What the server chooses of the protocol is checked by the rule that an honest one chooses by."""
     site = next(iter(sites.values())).site
     plan = plan_of(record.model_copy(update={"weighting": "uniform"})).model_copy(update={"cohort": 5})
-    whole = session_of(plan, sorted(sites), initial_parameters(record), None, SECURE, 3)
+    whole = session_of(plan, sorted(sites), Outgoing(initial_parameters(record)), SECURE, 3)
     for secure, refused in ((whole.secure, False), (whole.secure.model_copy(update=changes), True)):
         asked = whole.model_copy(update={"secure": secure})
         (message,) = questions([number_of(site.name)], 1, KEYS, question(asked))

@@ -136,12 +136,12 @@ def ask(sites: Mapping[str, SiteService], record: RunRecord, parameters: Arrays)
     """One round's exchange with `sites`, by the server's own code. Raises PrivacyError when a site declines."""
     plan = make_plan(record, make_strategy(record), 1, len(sites), record.central)
     grid = local_grid(sites, record.run)
-    nodes = list(grid.get_node_ids())
+    nodes, outgoing = list(grid.get_node_ids()), exchange.Outgoing(parameters)
     if record.secure is None:
-        trained = exchange.train(grid, nodes, plan, parameters, None, _DEADLINE)
+        trained = exchange.train(grid, nodes, plan, outgoing, _DEADLINE)
     else:
-        plan = secure_round.session_of(plan, sorted(sites), parameters, None, record.secure, record.rules.minimum)
-        trained = secure_round.train(grid, nodes, plan, parameters, None, _DEADLINE)
+        plan = secure_round.session_of(plan, sorted(sites), outgoing, record.secure, record.rules.minimum)
+        trained = secure_round.train(grid, nodes, plan, outgoing, _DEADLINE)
     for declined in trained.declined:
         raise PrivacyError(f"the configuration cannot be audited: {declined.site} declined: {declined.reason}")
     if len(trained.answered) < len(sites):

@@ -1,0 +1,34 @@
+"""Combinations of settings that cannot be right, told when a run is made and not in its last round."""
+
+from typing import TYPE_CHECKING
+
+from fedclaw.errors import UsageError
+from fedclaw.federation.run_directory import RunRecord
+from fedclaw.federation.strategy import Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_combination(record: RunRecord, strategy: Strategy, model: "torch.nn.Module") -> None:
+    """Raise UsageError for a run of `record` with `strategy` and `model` that could not do what it promises."""
+    if reason := _excluded(record, strategy, model) or strategy.refuse(record, model):
+        raise UsageError(f"strategy {strategy.name!r} {reason}")
+
+
+def _excluded(record: RunRecord, strategy: Strategy, model: "torch.nn.Module") -> str | None:
+    """What follows from how a strategy works, whichever it is."""
+    if strategy.needs_single_updates and record.secure is not None:
+        return "has to see every update by itself, which secure aggregation hides; take another strategy or secure=none"
+    if record.central is None:
+        return None
+    if strategy.needs_single_updates:
+        return "takes no mean of the updates, and noise on the sum is made for a mean; take privacy=dp, at the sites"
+    sent = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    if strategy.extras(sent):
+        return "sends more than updates, and noise on the sum is made for updates alone; take privacy=dp, at the sites"
+    if strategy.personal_model:
+        return (
+            "trains a second model at each site, which noise on the sum does not cover; take privacy=dp, at the sites"
+        )
+    return None

@@ -1,0 +1,132 @@
+"""The client half of a strategy, for one round at one site: its contexts, and what the site remembers for it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from flwr.app import RecordDict
+
+from fedclaw.errors import PluginError
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.exchange import SENT, by_kind
+from fedclaw.federation.plan import Plan, Refusal, RefusalCode
+from fedclaw.federation.registry import strategy_class
+from fedclaw.federation.strategy import PERSONAL, Finished, RoundContext, StepContext, Strategy, as_arrays
+from fedclaw.site.site import Site, sent_arrays
+from fedclaw.site.state import State
+from fedclaw.site.training import Correction
+
+
+@dataclass(frozen=True)
+class ClientHalf:
+    """What one round of `plan` at `site` needs of the plan's strategy. Made by `open`; raises nothing afterwards."""
+
+    site: Site
+    plan: Plan
+    strategy: type[Strategy]
+    sent: Mapping[str, Arrays]
+    before: State
+    """What the site begins the round with."""
+
+    @classmethod
+    def open(cls, site: Site, plan: Plan, content: RecordDict) -> "ClientHalf":
+        """Raises Refusal, before anything is paid for, for a strategy or fields that this site cannot serve."""
+        return cls(
+            site=site,
+            plan=plan,
+            strategy=_checked(plan),
+            sent=_sent(content),
+            before=site.states.before(plan.federation, plan.run, plan.round),
+        )
+
+    def own(self, parameters: Arrays) -> Arrays:
+        """`parameters` as they were sent, with the site's own in the place of those that never leave it."""
+        mine = self.before.get(PERSONAL, {}) if self.plan.personal else {}
+        return {name: mine.get(name, array) for name, array in parameters.items()}
+
+    def correction(self, model: torch.nn.Module, steps: int) -> Correction:
+        """The strategy's, for `steps` local steps of `model`, which holds what the round begins with."""
+        return self._corrected(self.strategy.correct, model, _tensors(model), steps)
+
+    def personal_correction(self, model: torch.nn.Module, start: Arrays, steps: int) -> Correction:
+        """The same for the site's own model, beside the global parameters `start`."""
+        device = self.site.device
+        origin = [torch.from_numpy(start[name]).to(device) for name, _ in model.named_parameters()]
+        return self._corrected(self.strategy.correct_personal, model, origin, steps)
+
+    def finish(self, delta: Arrays, steps: int, loss: Callable[[], float]) -> Finished:
+        """What leaves of `delta`, by parameter name, and what the site remembers."""
+        shared = {name: array for name, array in delta.items() if name not in self.plan.personal}
+        state = {kind: as_arrays(self.before, kind, shared) for kind in self.strategy.kept}
+        plan = self.plan
+        context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.sent, state)
+        return self.strategy.finish(shared, context)
+
+    def remember(self, finished: Finished, personal: Arrays) -> None:
+        """Keep the strategy's state, and the parameters of `personal`, for the rounds to come."""
+        state = {**finished.state, **({PERSONAL: personal} if personal else {})}
+        if state:
+            self.site.states.keep(self.plan.federation, self.plan.run, self.plan.round, state)
+
+    def _corrected(
+        self,
+        correct: Callable[[Sequence[torch.Tensor], StepContext], None],
+        model: torch.nn.Module,
+        start: Sequence[torch.Tensor],
+        steps: int,
+    ) -> Correction:
+        names = [name for name, _ in model.named_parameters()]
+        like = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
+        sent = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in self.sent.items()}
+        kept = {kind: as_arrays(self.before, kind, like) for kind in self.strategy.kept}
+        state = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in kept.items()}
+        personal = [name in self.plan.personal for name in names]
+        fields, rate = self.plan.strategy_fields, self.plan.training.learning_rate
+
+        def apply(parameters: Sequence[torch.Tensor], step: int) -> None:
+            correct(parameters, StepContext(fields, start, sent, state, step, steps, rate, personal))
+
+        return apply
+
+    def _aligned(self, arrays: Arrays, names: Sequence[str]) -> list[torch.Tensor]:
+        return [torch.from_numpy(arrays[name]).to(self.site.device) for name in names]
+
+
+def personal_parameters(site: Site, plan: Plan, parameters: Arrays) -> Arrays:
+    """The parameters that the site is evaluated with: those sent, with its own in the place of what it keeps."""
+    mine = site.states.newest(plan.federation, plan.run).get(PERSONAL, {})
+    if not mine or not (plan.personal or _checked(plan).personal_model):
+        return parameters
+    return {
+        name: own if (own := mine.get(name, array)).shape == array.shape else array
+        for name, array in parameters.items()
+    }
+
+
+def _checked(plan: Plan) -> type[Strategy]:
+    """The plan's strategy, after it has looked at its fields. Raises Refusal."""
+    try:
+        strategy = strategy_class(plan.strategy)
+        strategy.check_fields(plan.strategy_fields)
+    except PluginError as error:
+        raise Refusal(RefusalCode.STRATEGY, str(error)) from error
+    except (KeyError, ValueError) as error:
+        raise Refusal(RefusalCode.STRATEGY, f"the fields of strategy {plan.strategy!r} are wrong: {error}") from error
+    return strategy
+
+
+def _sent(content: RecordDict) -> dict[str, Arrays]:
+    if SENT not in content.array_records:
+        return {}
+    try:
+        return by_kind(sent_arrays(content, SENT))
+    except ValueError as error:
+        raise Refusal(RefusalCode.MALFORMED, f"the record {SENT!r} cannot be read: {error}") from error
+
+
+def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def _zeros(like: Arrays) -> Arrays:
+    return as_arrays({}, "", like)
