@@ -12,17 +12,27 @@ import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import Strategy
+from strategies.adaptive import AdaptiveOptimizer
+
+
+class UncorrectedAdam(AdaptiveOptimizer):
+    """v <- beta2 v + (1 - beta2) g^2, without the bias correction that torch's Adam has."""
+
+    def accumulate(self, square: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
+        """See AdaptiveOptimizer."""
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
 
 
 class FedAdam(Strategy):
     """m <- beta1 m + (1 - beta1) d;  v <- beta2 v + (1 - beta2) d^2;  w <- w + lr * m^ / (sqrt(v^) + tau).
 
-    d is the mean delta; m and v begin at 0, and m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t) in round t.
+    d is the mean delta; m and v begin at 0, and m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t) in round t. That is
+    torch's Adam, which corrects both biases as Kingma and Ba do.
 
-    Where this differs from Reddi et al., Algorithm 2: the paper corrects no bias and begins with v = tau^2; torch's
-    Adam, which this is, begins with v = 0 and corrects both as Kingma and Ba do. For deltas well above tau the
-    paper's step in round t is (1 - beta1^t) / sqrt(1 - beta2^t) times this one: the same in round 1 and in the
-    long run, and about twice as large around round 10 with the betas below.
+    With `bias_correction: false` it is Reddi et al., Algorithm 2, as printed: v begins at tau^2, and m^ = m, v^ = v.
+    For deltas well above tau the paper's step in round t is (1 - beta1^t) / sqrt(1 - beta2^t) times the corrected one:
+    the same in round 1 and in the long run, and about twice as large around round 10 with the betas below; with
+    beta2 = 0.999 it is 3 times as large in round 1.
 
     For deltas that differ in size from layer to layer, and for longer runs.
     """
@@ -37,12 +47,18 @@ class FedAdam(Strategy):
     """Decay of the mean squared delta, a round."""
     tau: float = Field(default=1e-3, gt=0)
     """Degree of adaptivity: coordinates whose deltas are far below it are scaled by 1 / tau, not to unit size."""
+    bias_correction: bool = True
+    """Whether m and v are divided by what they lack in the first rounds."""
 
     def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
-        """torch's Adam with tau as its epsilon; its state is two buffers and a step count a parameter."""
-        return torch.optim.Adam(
+        """torch's Adam with tau as its epsilon, or the paper's; two buffers a parameter either way."""
+        betas = (self.beta1, self.beta2)
+        if self.bias_correction:
+            return torch.optim.Adam(parameters, lr=self.server_learning_rate, betas=betas, eps=self.tau)
+        return UncorrectedAdam(
             parameters,
             lr=self.server_learning_rate,
-            betas=(self.beta1, self.beta2),
+            betas=betas,
             eps=self.tau,
+            initial_accumulator_value=self.tau**2,
         )

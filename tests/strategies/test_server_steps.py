@@ -112,6 +112,8 @@ def papers_algorithm_2(rule: str, deltas: list[float], rate: float, beta1: float
         mean = beta1 * mean + (1 - beta1) * delta
         if rule == "yogi":
             square = square - (1 - beta2) * delta**2 * math.copysign(1, square - delta**2)
+        elif rule == "adagrad":
+            square = square + delta**2
         else:
             square = beta2 * square + (1 - beta2) * delta**2
         steps.append(rate * mean / (math.sqrt(square) + tau))
@@ -127,6 +129,27 @@ def test_fedyogi_is_the_papers_algorithm() -> None:
     deltas = [0.3, -0.1, 0.02, 0.5, 0.0, -0.7]
     expected = papers_algorithm_2("yogi", deltas, 0.03, 0.9, 0.99, 1e-3)
     assert steps_of(FedYogi(), deltas) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_fedadagrad_is_the_papers_algorithm(beta1: float) -> None:
+    deltas = [0.3, -0.1, 0.02, 0.5, 0.0, -0.7]
+    expected = papers_algorithm_2("adagrad", deltas, 0.1, beta1, 0.5, 1e-3)
+    assert steps_of(FedAdagrad(beta1=beta1), deltas) == pytest.approx(expected, rel=1e-9)
+
+
+def test_fedadam_without_bias_correction_is_the_papers_algorithm() -> None:
+    deltas = [0.3, -0.1, 0.02, 0.5, 0.0, -0.7]
+    expected = papers_algorithm_2("adam", deltas, 0.03, 0.9, 0.99, 1e-3)
+    assert steps_of(FedAdam(bias_correction=False), deltas) == pytest.approx(expected, rel=1e-9)
+
+
+def test_adagrad_and_yogi_are_one_where_v_stays_below_every_squared_delta() -> None:
+    # Yogi's v is then (1 - beta2) times Adagrad's, which its smaller rate makes up for.
+    deltas = [0.3, -0.31, 0.32, 0.4, 0.3]
+    yogi = FedYogi(server_learning_rate=0.01, beta2=0.999, tau=1e-12)
+    adagrad = FedAdagrad(server_learning_rate=0.01 / math.sqrt(0.001), beta1=0.9, tau=1e-12)
+    assert steps_of(adagrad, deltas) == pytest.approx(steps_of(yogi, deltas), rel=1e-9)
 
 
 def test_fedadam_differs_from_the_papers_as_its_docstring_says() -> None:
