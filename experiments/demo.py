@@ -19,9 +19,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from experiments.datasets import SitePolicy, write_sites
+from experiments.partitions.settings import PartitionSettings
 from experiments.processes import Processes, free_port
 from experiments.simulate import local_only, pooled
+from experiments.sources import DatasetSettings
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Outcome
@@ -47,6 +49,7 @@ class ScenarioSettings(Frozen):
     """conf/scenario/*.yaml."""
 
     dataset: DatasetSettings
+    partition: PartitionSettings
     policy: BudgetSettings
     rounds: int = Field(ge=1)
     server: tuple[str, ...]
@@ -104,7 +107,7 @@ class _Demo:
         self.console.rule("1. Four organisations, each with its own data directory", align="left")
         dataset = self.scenario.dataset.model_copy(update={"seed": self.settings.seed})
         policy = SitePolicy(epsilon=self.scenario.policy.epsilon, delta=self.scenario.policy.delta)
-        directories = write_sites(self.root, dataset, policy)
+        directories = write_sites(self.root, dataset, policy, self.scenario.partition)
         for directory in directories:
             self.console.print(f"{directory.name}: {directory}")
         return directories

@@ -16,7 +16,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from experiments.datasets import SitePolicy, write_sites
+from experiments.partitions.settings import PartitionSettings
+from experiments.sources import DatasetSettings
 from fedclaw.cli import config_directory, report_failure, start_logging
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
@@ -36,6 +38,7 @@ class ExperimentSettings(RunSettings):
     """conf/run.yaml, checked."""
 
     dataset: DatasetSettings
+    partition: PartitionSettings
     fraction: float = Field(default=1.0, gt=0, le=1)
     runs: Path = Path("runs")
     run: str | None = None
@@ -68,12 +71,14 @@ def _data(settings: ExperimentSettings) -> Path:
     policy = SitePolicy(
         epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1, metrics=METRICS
     )
-    identity = hashlib.sha256(f"{settings.dataset.model_dump_json()} {policy}".encode()).hexdigest()[:12]
+    identity = hashlib.sha256(
+        f"{settings.dataset.model_dump_json()} {settings.partition.model_dump_json()} {policy}".encode()
+    ).hexdigest()[:12]
     root = settings.runs / "data" / f"{settings.dataset.name}-{identity}"
     if not root.is_dir():
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent) as draft:
-            write_sites(Path(draft) / "sites", settings.dataset, policy)
+            write_sites(Path(draft) / "sites", settings.dataset, policy, settings.partition)
             (Path(draft) / "sites").rename(root)
     return root
 

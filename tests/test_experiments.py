@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlflow import MlflowClient
 from sklearn.datasets import load_breast_cancer, load_digits
 
-from experiments.datasets import DatasetSettings, SitePolicy, partition, write_sites
+from experiments.datasets import SitePolicy, write_sites
+from experiments.sources import DatasetSettings
 from fedclaw.federation.registry import schema_class
 from fedclaw.federation.run_directory import RunDirectory
 from tests.conftest import run_module
@@ -87,26 +86,6 @@ def test_sites_get_their_own_files_and_no_example_twice(tmp_path, name, workload
     assert len(np.unique(rows, axis=0)) == len(np.unique(source, axis=0))
     label_shares = [np.bincount(table.targets, minlength=len(schema.labels)) / len(table) for table in tables[1::2]]
     assert np.abs(label_shares[0] - label_shares[1]).max() > 0.02, "the sites are alike"
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 8), st.floats(0.3, 10), st.integers(0, 2**16))
-def test_a_partition_deals_every_row_once(sites, alpha, seed):
-    targets = np.repeat(np.arange(3), 100)
-    shares = partition(targets, sites, alpha, np.random.default_rng(seed), fewest=5)
-    assert sorted(np.concatenate(shares).tolist()) == list(range(300))
-    assert min(len(share) for share in shares) >= 5
-
-
-def test_very_unlike_sites_still_get_their_fewest():
-    """So small an alpha never deals all ten sites 20 examples: rows are moved, the same ones each time."""
-    targets = np.repeat(np.arange(2), 250)
-    hands = [partition(targets, 10, 0.05, np.random.default_rng(seed)) for seed in (1, 1, 2)]
-    for shares in hands:
-        assert sorted(np.concatenate(shares).tolist()) == list(range(500))
-        assert min(len(share) for share in shares) == 20
-    first, again, other = ([share.tolist() for share in shares] for shares in hands)
-    assert first == again != other
 
 
 def test_the_same_seed_deals_the_same_hand(tmp_path):

@@ -117,7 +117,7 @@ def audit_cell(cell: Cell, options: AuditOptions) -> AuditResult:
 
 def _open(cell: Cell, root: Path) -> tuple[dict[str, SiteService], RunSettings]:
     """The sites, and the run's settings with the schema that they agreed on."""
-    directories = write_sites(root, cell.dataset, cell.policy)
+    directories = write_sites(root, cell.dataset, cell.policy, cell.partition)
     choice = cell.run.workload.model_copy(update={"schema_file": root / "schema.yaml"})
     sites = open_sites(directories, FEDERATION)
     # A site whose test set is very small says at every round that it keeps its metrics to itself.

@@ -9,7 +9,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from experiments.datasets import DatasetSettings, SitePolicy
+from experiments.datasets import SitePolicy
+from experiments.partitions.settings import PartitionSettings
+from experiments.sources import DatasetSettings
 from fedclaw.federation.plan import LocalTraining, PrivacyRequest, Unit
 from fedclaw.federation.settings import CentralRequest, RunSettings, SecureRequest, WorkloadChoice
 from fedclaw.frozen import Frozen
@@ -45,6 +47,7 @@ class TaskSettings(Frozen):
     """One data set: how it is dealt out, which model learns it, and how each placement trains."""
 
     dataset: DatasetSettings
+    partition: PartitionSettings
     workload: WorkloadChoice
     placements: dict[Placement, PlacementSettings]
     search: dict[Placement, Grid] = {}
@@ -89,6 +92,7 @@ class Cell:
     epsilon: float | None
     seed: int
     dataset: DatasetSettings
+    partition: PartitionSettings
     policy: SitePolicy
     run: RunSettings
 
@@ -105,6 +109,7 @@ class Cell:
             "placement": self.placement,
             "seed": self.seed,
             "dataset": self.dataset.model_dump(mode="json"),
+            "partition": self.partition.model_dump(mode="json"),
             "policy": asdict(self.policy),
             "run": self.run.model_dump(mode="json"),
         }
@@ -140,6 +145,7 @@ def make_cell(settings: TableSettings, task: str, placement: Placement, epsilon:
         epsilon=epsilon,
         seed=seed,
         dataset=described.dataset.model_copy(update={"seed": seed}),
+        partition=described.partition,
         policy=policy,
         run=_run(settings, described, placement, epsilon, seed),
     )
