@@ -35,6 +35,17 @@ class WeightedSum:
                 np.add(total, arrays[name], out=total)
         self._count(weight, examples)
 
+    def include(self, part: Update, count: int) -> None:
+        """Add a sum over `count` sites that was made elsewhere. Raises UpdateError as `add` does."""
+        self._check(part.arrays, part.weight)
+        for name, total in self.arrays.items():
+            with np.errstate(over="ignore"):
+                np.add(total, part.arrays[name], out=total)
+        self.weight += part.weight
+        self.examples += part.examples
+        self.heaviest = max(self.heaviest, part.heaviest)
+        self.count += count
+
     def restore(self, total: Update, count: int) -> None:
         """Take over a sum that was made elsewhere, over `count` sites."""
         self.arrays, self.weight, self.examples, self.count = total.arrays, total.weight, total.examples, count
@@ -85,6 +96,10 @@ class UpdateStack(WeightedSum):
         self._updates.append(np.divide(flat, np.float32(weight), dtype=np.float32))
         self._weights.append(weight)
         self._count(weight, examples)
+
+    def include(self, part: Update, count: int) -> None:
+        """A sum is of no use here. Raises UpdateError."""
+        raise UpdateError("single updates are wanted here, not a sum of them")
 
     def take(self) -> Update:
         """The combination. Raises UpdateError when there are too few updates for it."""

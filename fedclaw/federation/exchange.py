@@ -25,7 +25,7 @@ from fedclaw.federation.arrays import Arrays, pack, unpack
 from fedclaw.federation.plan import Plan, Receipt, RefusalCode, Weighting
 from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.frozen import explain
-from fedclaw.runtime.base import StreamingGrid
+from fedclaw.runtime.base import CohortGrid, StreamingGrid
 from fedclaw.runtime.flower import assign_message_id
 from fedclaw.runtime.records import Records
 
@@ -140,6 +140,9 @@ def train(
     template = postprocess.template(outgoing.parameters, plan)
     total = WeightedSum(template) if combine is None else UpdateStack(template, combine)
     trained = Trained(total=total, weighting=plan.weighting)
+    if isinstance(grid, CohortGrid):
+        grid.train_cohort(nodes, plan, outgoing, trained)
+        return trained
     asked = questions(nodes, plan.round, MessageType.TRAIN, question(plan, outgoing), deadline)
     ask(grid, asked, deadline, trained)
     return trained
@@ -154,6 +157,9 @@ def evaluate(
 ) -> Evaluated:
     """Ask `nodes` to evaluate `parameters` on their own test data. `deadline` in seconds."""
     evaluated = Evaluated(wanted=plan.metrics)
+    if isinstance(grid, CohortGrid):
+        grid.evaluate_cohort(nodes, plan, parameters, evaluated)
+        return evaluated
     content = question(plan, Outgoing(parameters))
     ask(grid, questions(nodes, plan.round, MessageType.EVALUATE, content, deadline), deadline, evaluated)
     return evaluated

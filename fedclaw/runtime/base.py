@@ -2,13 +2,19 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 
 from fedclaw.runtime.records import serialised
+
+if TYPE_CHECKING:
+    from fedclaw.federation.exchange import Evaluated, Outgoing, Trained
+    from fedclaw.federation.plan import Plan
 
 
 class StreamingGrid(Grid):
@@ -26,6 +32,20 @@ class StreamingGrid(Grid):
     @abstractmethod
     def site_name(self, node_id: int) -> str:
         """The site's name as its certificate (or the simulation) has it."""
+
+
+class CohortGrid(StreamingGrid):
+    """A Grid that answers for a whole cohort at once, without messages: a simulation."""
+
+    @abstractmethod
+    def train_cohort(self, nodes: Sequence[int], plan: "Plan", outgoing: "Outgoing", trained: "Trained") -> None:
+        """Train as `plan` asks, and put into `trained` what the answers of `nodes` would."""
+
+    @abstractmethod
+    def evaluate_cohort(
+        self, nodes: Sequence[int], plan: "Plan", parameters: Mapping[str, NDArray[np.float32]], evaluated: "Evaluated"
+    ) -> None:
+        """The same for an evaluation of `parameters`."""
 
 
 class SiteHandler(Protocol):
