@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 from flwr.app import Error, Message, RecordDict
 from flwr.app.metadata import Metadata
+from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 SERVER_NODE_ID = 1
+SILENT = frozenset([ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE])
+"""Codes of the errors that Flower's own services answer in place of a node that did not."""
 
 
 @dataclass(frozen=True)

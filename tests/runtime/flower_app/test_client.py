@@ -8,9 +8,9 @@ from fedclaw.federation.arrays import pack, unpack
 from fedclaw.federation.flower_strategy import FlowerStrategy
 from fedclaw.federation.run_directory import RoundRules
 from fedclaw.runtime.flower import number_of
+from fedclaw.runtime.flower_app.client import app
 from fedclaw.runtime.grpc.apps import ClientAppHandler
 from fedclaw.runtime.local import LocalGrid
-from fedclaw.site.flower_app import app
 from tests.samples import run_record
 from tests.site.conftest import Asker
 

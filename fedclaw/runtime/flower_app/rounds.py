@@ -1,0 +1,42 @@
+"""FedClaw's rounds over a stock Flower Grid: plans, checkpoints, resumption, evaluation and receipts as ever."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.serverapp import Grid
+
+from fedclaw.errors import UsageError
+from fedclaw.federation.coordinator import Observer, Outcome, run_rounds
+from fedclaw.federation.run_directory import RunDirectory, RunRecord
+from fedclaw.federation.session import initial_parameters, wait_for_cohort
+from fedclaw.runtime.flower_app.grid import NamedGrid
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Whom to wait for before the first round: so many sites (None: as many as a round needs), so many seconds."""
+
+    sites: int | None = None
+    seconds: float = 600
+    new_cohort: bool = False
+    """Ask the round in flight of whoever has come; see `fedclaw.federation.coordinator.drop_pending`."""
+
+
+def check(record: RunRecord) -> None:
+    """Raise UsageError for a run that Flower's runtimes cannot carry."""
+    if record.secure is not None:
+        raise UsageError(
+            "secure aggregation keeps a round's keys in the site's memory from one message to the next, and on "
+            "Flower's runtimes the next message may meet another process; run it with python -m fedclaw.server"
+        )
+    if record.distillation is not None:
+        raise UsageError("a recovery with a teacher belongs to python -m fedclaw.compress")
+
+
+def run_over(grid: Grid, directory: RunDirectory, waiting: Waiting, observers: Sequence[Observer] = ()) -> Outcome:
+    """Run, or go on with, the run in `directory` over Flower's `grid`. Raises RoundError as `run_rounds` does."""
+    record = directory.record()
+    check(record)
+    named = NamedGrid(grid)
+    wait_for_cohort(named, directory, waiting.sites, waiting.seconds, new_cohort=waiting.new_cohort)
+    return run_rounds(named, directory, initial_parameters(record), observers=observers)

@@ -1,0 +1,126 @@
+"""A site's directory that answers Flower's messages, in whatever process Flower happens to ask.
+
+Everything that has to last is in the directory: the ledger, the outbound log, what strategies remember, and the
+answers that were given. Any number of processes may answer for a site, one at a time (the directory's lock), and each
+sees what the others have paid and said.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from fedclaw.errors import FedClawError, UsageError
+from fedclaw.federation.plan import RefusalCode
+from fedclaw.runtime.base import measure
+from fedclaw.runtime.flower import envelope_of, rebuild
+from fedclaw.runtime.flower_app import IDENTITY, NAME, NOTE, SITE
+from fedclaw.runtime.flower_app.answers import Answers, for_flower
+from fedclaw.site.directory import only_client, open_service, state_directory
+from fedclaw.site.service import SiteService
+from fedclaw.site.settings import load_site_settings
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds to wait for another process that answers for the same site."""
+_LOOK_AGAIN = 0.05
+OPEN_SITES = 16
+"""Sites whose data a process keeps in memory between two messages."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which site a node is: its directory, and the federation that it takes part in."""
+
+    root: Path
+    federation: str
+
+
+_open: OrderedDict[Place, SiteService] = OrderedDict()
+
+
+def answer_at(place: Place, message: Message) -> Message:
+    """What the site at `place` answers; a failure is a refusal whose reason is in the site's log.
+
+    Returns only what may leave: it is stored, settled in the ledger and in the outbound log.
+    """
+    try:
+        if message.metadata.message_type == NAME:
+            name = load_site_settings(place.root).name
+            return Message(RecordDict({NOTE: ConfigRecord({SITE: name})}), reply_to=message)
+        with _turn(place.root, PATIENCE):
+            return _answer(place, message)
+    except FedClawError as error:
+        log.error("%s", error)
+    except Exception:
+        log.exception("the site failed to answer")
+    _forget(place)
+    return Message(
+        Error(RefusalCode.FAILED, "the site failed at this task; its operator finds why in its log"), reply_to=message
+    )
+
+
+def _answer(place: Place, message: Message) -> Message:
+    asked = _question(message)
+    answers = Answers(state_directory(place.root) / "answers")
+    site = _service(place)
+    stored = answers.find(asked.metadata.message_id)
+    reply = site.answer(asked) if stored is None else Message(stored, reply_to=asked)
+    if stored is None and reply.has_content():
+        answers.store(asked.metadata.message_id, reply.content)
+    site.release(asked, reply, *measure(reply))
+    if reply.has_error():
+        return Message(reply.error, reply_to=message)
+    return Message(for_flower(reply.content), reply_to=message)
+
+
+def _question(message: Message) -> Message:
+    """The question as FedClaw asked it: under its own identity, without the note that brought that here."""
+    content = RecordDict({name: record for name, record in message.content.items() if name != NOTE})
+    note = message.content.config_records.get(NOTE, ConfigRecord())
+    identity = str(note.get(IDENTITY, "")) or message.metadata.message_id
+    return rebuild(replace(envelope_of(message), message_id=identity), content)
+
+
+def _service(place: Place) -> SiteService:
+    """The opened site. Its ledger and its log follow by themselves what other processes write to theirs."""
+    if place not in _open:
+        _open[place] = open_service(place.root, load_site_settings(place.root), place.federation)
+    _open.move_to_end(place)
+    while len(_open) > OPEN_SITES:
+        _close(_open.popitem(last=False)[1])
+    return _open[place]
+
+
+def _forget(place: Place) -> None:
+    """Open the site anew for the next message."""
+    if (site := _open.pop(place, None)) is not None:
+        _close(site)
+
+
+def _close(site: SiteService) -> None:
+    site.ledger.close()
+    if site.test_ledger is not None:
+        site.test_ledger.close()
+
+
+@contextmanager
+def _turn(root: Path, patience: float) -> Iterator[None]:
+    """Hold the site's directory, waiting up to `patience` seconds for who holds it. Raises UsageError after that."""
+    end = time.monotonic() + patience
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(only_client(root))
+                break
+            except UsageError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(_LOOK_AGAIN)
+        yield
