@@ -54,6 +54,16 @@ class RoundRules(Frozen):
     """How often the same question is asked before the run stops; a site that has answered pays nothing again."""
 
 
+class Simulated(Frozen):
+    """What is different in a run whose clients were simulated (`fedclaw.simulation`): nobody pays for a lost round."""
+
+    clients: int = Field(ge=1)
+    save_every: float = Field(default=0.0, ge=0)
+    """Least seconds between two checkpoints; what came after the last one is computed again by a run that goes on."""
+    repeatable_noise: bool = False
+    """For research only: noise and Poisson samples were made from the run's seed, and so guarantee nothing."""
+
+
 class ReleaseUse(Frozen):
     """The release of federated statistics that a run's preprocessing comes from, and what it cost each site."""
 
@@ -88,6 +98,8 @@ class RunRecord(Frozen):
     statistics: ReleaseUse | None = None
     """The federation's constants, for a schema that takes them."""
     rules: RoundRules = RoundRules()
+    simulated: Simulated | None = None
+    """None: a run with sites."""
     seed: int = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
 

@@ -15,6 +15,7 @@ from fedclaw.federation.integers import distributed_mechanism, example_mechanism
 from fedclaw.federation.plan import CentralReceipt, Plan, Receipt, Refusal, RefusalCode, Trust
 from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Budget, Ledger
+from fedclaw.privacy.policy import Policy
 from fedclaw.site.frequency import check_charge
 from fedclaw.site.site import Site
 
@@ -30,16 +31,33 @@ class Charge:
     trust: Trust
 
 
+@dataclass(frozen=True)
+class Books:
+    """What a ledger says after a round was charged; epsilons may be infinite."""
+
+    epsilon_run: float
+    """Of the run, at the delta that the plan asks for, or the policy's."""
+    epsilon_lifetime: float
+    """Of all runs, at the policy's delta."""
+    rounds: int
+    head: str
+
+
 def charge_of(site: Site, plan: Plan) -> Charge:
     """What `plan` costs at `site`. Raises Refusal when no noise keeps it within the epsilon that it asks for."""
+    return charge_for(site.policy, len(site.data.train), plan)
+
+
+def charge_for(policy: Policy, examples: int, plan: Plan) -> Charge:
+    """The same for any site with that policy and so many training examples."""
     if plan.privacy is not None:
-        return Charge("dp-sgd", local_mechanism(site, plan), "nobody")
+        return Charge("dp-sgd", _local_mechanism(examples, plan), "nobody")
     central = plan.central
     if central is None:
         return Charge("none", None, "everybody")
     if central.noise_by == "sites":
         return Charge("distributed", _distributed(plan), "aggregation")
-    if not site.policy.trust_server_noise:
+    if not policy.trust_server_noise:
         return Charge("none", None, "everybody")
     return Charge("central", example_mechanism(central, central.noise_multiplier), "server")
 
@@ -55,9 +73,12 @@ def _distributed(plan: Plan) -> Mechanism:
 
 def local_mechanism(site: Site, plan: Plan) -> Mechanism | None:
     """One round's DP-SGD: noise calibrated so that all rounds of the run together spend the epsilon asked."""
+    return _local_mechanism(len(site.data.train), plan)
+
+
+def _local_mechanism(examples: int, plan: Plan) -> Mechanism | None:
     if plan.privacy is None:
         return None
-    examples = len(site.data.train)
     rate = min(1.0, plan.training.batch_size / examples)
     steps = plan.training.local_steps(examples)
     try:
@@ -128,11 +149,25 @@ def reserve(
 
 def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
     """The receipt of a round that was just charged."""
-    mechanism, asked = charge.mechanism, plan.privacy or plan.central
-    delta = asked.delta if asked else site.policy.delta
-    run = site.ledger.spent(delta, run=plan.run, federation=plan.federation)
-    lifetime = site.ledger.spent(site.policy.delta)
-    budget = site.policy.epsilon
+    books = Books(
+        epsilon_run=site.ledger.spent(delta_of(site.policy, plan), run=plan.run, federation=plan.federation),
+        epsilon_lifetime=site.ledger.spent(site.policy.delta),
+        rounds=site.ledger.rounds(plan.run, plan.federation),
+        head=site.ledger.head(),
+    )
+    return receipt_for(site.policy, len(site.data.train), plan, charge, books)
+
+
+def delta_of(policy: Policy, plan: Plan) -> float:
+    """The delta at which a run's epsilon is told."""
+    asked = plan.privacy or plan.central
+    return asked.delta if asked else policy.delta
+
+
+def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books: Books) -> Receipt:
+    """The receipt of any site with that policy and so many training examples, whose books say this."""
+    mechanism, run, lifetime = charge.mechanism, books.epsilon_run, books.epsilon_lifetime
+    budget = policy.epsilon
     bounded = budget is not None and np.isfinite(lifetime)
     return Receipt(
         mechanism=charge.kind,
@@ -141,16 +176,16 @@ def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
         central=_central(plan),
         sampler="poisson" if is_sampled(plan) else "shuffle",
         accountant=_accountant(mechanism),
-        sample_rate=mechanism.sample_rate if mechanism else _rate(site, plan),
-        steps=plan.training.local_steps(len(site.data.train)),
+        sample_rate=mechanism.sample_rate if mechanism else _rate(examples, plan),
+        steps=plan.training.local_steps(examples),
         noise_multiplier=mechanism.noise_multiplier if mechanism else 0.0,
         max_grad_norm=clip_of(plan),
-        delta=delta,
-        rounds=site.ledger.rounds(plan.run, plan.federation),
+        delta=delta_of(policy, plan),
+        rounds=books.rounds,
         epsilon_run=run if np.isfinite(run) else None,
         epsilon_lifetime=lifetime if np.isfinite(lifetime) else None,
         epsilon_left=max(0.0, budget - lifetime) if bounded and budget is not None else None,
-        ledger_head=site.ledger.head(),
+        ledger_head=books.head,
     )
 
 
@@ -159,11 +194,11 @@ def is_sampled(plan: Plan) -> bool:
     return plan.privacy is not None or (plan.central is not None and plan.central.unit == "example")
 
 
-def _rate(site: Site, plan: Plan) -> float:
+def _rate(examples: int, plan: Plan) -> float:
     """The share of the examples in a batch, where no noise counts."""
     if plan.central is not None and plan.central.unit == "example":
         return plan.central.sample_rate
-    return min(1.0, plan.training.batch_size / len(site.data.train))
+    return min(1.0, plan.training.batch_size / examples)
 
 
 def clip_of(plan: Plan) -> float:
