@@ -22,7 +22,7 @@ class DatasetSettings(Frozen):
     public: float = Field(default=0.15, gt=0, lt=0.9)
     """Share of the examples that are the coordinator's public reference set."""
     test: float = Field(default=0.25, ge=0, lt=0.9)
-    """Share of each site's examples that it holds back for testing: at least one, or none at all if this is 0."""
+    """Share of each site's examples that it holds back for testing: at least one, if it has two; none at all if this is 0."""
     seed: int = Field(default=0, ge=0)
     """Of the deal: what is public, and who has what."""
     synthetic: SyntheticImages | None = None

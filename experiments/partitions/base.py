@@ -72,14 +72,21 @@ class PartitionMethod(Frozen, ABC):
     """conf/partition/*.yaml: a way of dealing rows to clients. Pure: the generator's state decides the hand."""
 
     minimum: int | None = Field(default=None, ge=1)
-    """Fewest examples of a client. null: 20, or half of an even split where that is less."""
+    """Fewest examples of a client. null: 20, or half of an even split where that is less, unless a method says else."""
 
     @property
     def label(self) -> str:
-        """The method and what was set of it, in a line."""
-        chosen = self.model_dump(mode="json", exclude={"name"}, exclude_none=True)
-        settings = ", ".join(f"{name}={value}" for name, value in chosen.items())
-        return f"{self.model_dump()['name']} ({settings})" if settings else str(self.model_dump()["name"])
+        """The method and what counts of its settings, in a line."""
+        shown = self._shown()
+        name = shown.pop("name")
+        settings = [
+            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+        ]
+        return ", ".join([name, *settings])
+
+    def _shown(self) -> dict[str, Any]:
+        """The settings that count."""
+        return self.model_dump(mode="json", exclude={"minimum"}, exclude_none=True)
 
     def deal(
         self,

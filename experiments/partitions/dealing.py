@@ -38,9 +38,9 @@ class Dealt:
         return chosen if transform is None else transform.apply(client, chosen)
 
     def held_out(self, client: int) -> int:
-        """How many of the client's rows, the first, it keeps for testing."""
-        share = self.dataset.test
-        return max(1, round(share * int(self.partition.sizes[client]))) if share else 0
+        """How many of the client's rows, the first, it keeps for testing; one at least is left for training."""
+        share, size = self.dataset.test, int(self.partition.sizes[client])
+        return min(max(1, round(share * size)), size - 1) if share else 0
 
     def describe(self) -> Description:
         """What was dealt, for the run's record."""

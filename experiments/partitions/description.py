@@ -35,6 +35,8 @@ class Description(Frozen):
     clients: int = Field(ge=1)
     examples: int = Field(ge=1)
     labels: tuple[str, ...]
+    minimum: int = Field(ge=1)
+    """The fewest examples that every client was to get."""
     sizes: dict[str, float]
     """Quantiles of the clients' numbers of examples, by probability, and their mean."""
     labels_per_client: dict[str, float]
@@ -85,6 +87,7 @@ def describe(
         clients=partition.clients,
         examples=len(targets),
         labels=tuple(labels) if labels is not None else tuple(str(label) for label in range(classes)),
+        minimum=partition.method.fewest(len(targets), partition.clients),
         sizes=_quantiles(sizes),
         labels_per_client=_quantiles((counts > 0).sum(axis=1)),
         total_variation={
@@ -97,6 +100,12 @@ def describe(
         else InputChange(kind=transform.kind, unit=transform.unit, levels=tuple(map(_short, transform.levels))),
         label_counts=tuple(map(tuple, counts.tolist())),
     )
+
+
+def label_distances(description: Description) -> NDArray[np.float64]:
+    """(K,) each client's total-variation distance, as in `Description.total_variation`."""
+    counts = np.array(description.label_counts)
+    return _distances(counts, counts.sum(axis=0) / counts.sum())
 
 
 def _distances(counts: Indices, pooled: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """Clients that differ in their inputs: by what their instruments do, or by the values that they see."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,12 @@ class FeatureShift(PartitionMethod):
             return hand.even(self._by_feature(hand)), None
         shares = hand.even(hand.generator.permutation(len(hand.targets)))
         return shares, self._transform(hand)
+
+    def _shown(self) -> dict[str, Any]:
+        shown = super()._shown() | {"strength": self._strength}
+        if self.kind != "quantile":
+            del shown["feature"]
+        return shown
 
     @property
     def _strength(self) -> float:

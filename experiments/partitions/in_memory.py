@@ -32,7 +32,7 @@ class InMemory:
     """What all clients share: the shape of the inputs and the labels."""
     table: Table
     shares: tuple[Indices, ...]
-    """By client, the rows of `table` that it trains on, rising by one; at least one each where dataset.test < 0.5."""
+    """By client, the rows of `table` that it trains on, rising by one; at least one each."""
     tests: tuple[Indices, ...]
     """By client, the rows of `table` that it holds out for testing; none with dataset.test=0."""
     public: Table

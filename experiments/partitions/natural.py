@@ -26,6 +26,12 @@ class Natural(PartitionMethod):
     """true: where there are more sites than clients, whole sites share a client, the largest ones being placed first
     and each where there is least. false: their numbers must be the same."""
 
+    def _shown(self) -> dict[str, Any]:
+        shown = super()._shown()
+        if not self.merge:
+            del shown["merge"]
+        return shown
+
     def fewest(self, examples: int, clients: int) -> int:
         """`minimum`, or 1."""
         return self.minimum or 1

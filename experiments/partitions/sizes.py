@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from experiments.partitions.base import Hand, Indices, PartitionMethod, apportion
+from experiments.partitions.base import USUAL_MINIMUM, Hand, Indices, PartitionMethod, apportion
 from experiments.partitions.transforms import Transform
 
 
@@ -26,7 +26,8 @@ class Quantity(PartitionMethod):
 
     Quantity skew of Li, Diao, Chen, He 2022, "Federated learning on non-IID data silos", section 3, whose law is the
     Dirichlet one; power-law sizes as in Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith 2020, "Federated optimization in
-    heterogeneous networks" (FedProx), section 5.
+    heterogeneous networks" (FedProx), section 5. So that the law can be seen, the minimum, where it is null, is a tenth
+    of an even split, or 20 where that is less.
     """
 
     name: Literal["quantity"] = "quantity"
@@ -35,6 +36,10 @@ class Quantity(PartitionMethod):
     exp(spread x a standard normal number); dirichlet: sizes are shares of a Dirichlet(1 / spread) draw."""
     spread: float = Field(default=1.0, gt=0, le=100)
     """Larger means more unequal sizes, whatever the law."""
+
+    def fewest(self, examples: int, clients: int) -> int:
+        """`minimum`, or what null stands for."""
+        return self.minimum or max(1, min(USUAL_MINIMUM, examples // (10 * clients)))
 
     def assign(self, hand: Hand) -> tuple[Sequence[Indices], Transform | None]:
         """Draw the sizes, shuffle, cut."""
