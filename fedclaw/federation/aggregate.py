@@ -1,6 +1,8 @@
 """The streaming sum: every answer is added when it arrives and then forgotten."""
 
+import hashlib
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,8 +11,18 @@ from fedclaw.errors import UpdateError
 from fedclaw.federation.arrays import Arrays, all_finite
 from fedclaw.federation.update import Update
 
+if TYPE_CHECKING:
+    from fedclaw.federation.strategy import Strategy
+
 Combine = Callable[[NDArray[np.float32], NDArray[np.float64]], NDArray[np.float32]]
-"""(updates (n, d), weights (n,)) -> (d,); see `fedclaw.federation.strategy.Strategy.combine`."""
+"""(updates (n, d), weights (n,)) -> (d,); see `combination`."""
+
+
+def combination(strategy: "Strategy", state: Mapping[str, Arrays]) -> Combine | None:
+    """What `strategy` makes of single updates when its server half remembers `state`; None if it takes their sum."""
+    if not strategy.needs_single_updates:
+        return None
+    return lambda updates, weights: strategy.combine(updates, weights, state)
 
 
 class WeightedSum:
@@ -80,7 +92,8 @@ class UpdateStack(WeightedSum):
     """The same for an algorithm that has to see every update: they are kept, n models in memory, until they are taken.
 
     What is taken is what `combine` makes of the updates (n, d) and their weights (n,), times the sum of the weights: a
-    sum, like any other, whose mean is the combination.
+    sum, like any other, whose mean is the combination. The updates are in an order of their content's, so that what
+    comes of them does not depend on who answered first.
     """
 
     def __init__(self, template: Mapping[str, NDArray[np.float32]], combine: Combine) -> None:
@@ -104,11 +117,21 @@ class UpdateStack(WeightedSum):
     def take(self) -> Update:
         """The combination. Raises UpdateError when there are too few updates for it."""
         if self._updates:
-            weights = np.array(self._weights)
-            combined = self._combine(np.stack(self._updates), weights) * np.float32(self.weight)
+            combined = self._combine(*self._in_order()) * np.float32(self.weight)
             start = 0
             for name, array in self.arrays.items():
                 self.arrays[name] = combined[start : start + array.size].reshape(array.shape)
                 start += array.size
         self._updates, self._weights = [], []
         return super().take()
+
+    def _in_order(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Updates (n, d) and weights (n,); each update is let go as it is copied, so that n + 1 are held at most."""
+        digests = [hashlib.sha256(update.data).digest() for update in self._updates]
+        order = sorted(range(self.count), key=lambda position: (digests[position], self._weights[position]))
+        stack = np.empty((self.count, self._updates[0].size), np.float32)
+        waiting = dict(enumerate(self._updates))
+        self._updates = []
+        for row, position in enumerate(order):
+            stack[row] = waiting.pop(position)
+        return stack, np.array(self._weights)[order]

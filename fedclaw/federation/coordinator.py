@@ -19,7 +19,7 @@ from pydantic import Field
 
 from fedclaw.errors import CheckpointError, RoundError, UpdateError
 from fedclaw.federation import checkpoint, exchange, postprocess, secure_round
-from fedclaw.federation.aggregate import WeightedSum
+from fedclaw.federation.aggregate import WeightedSum, combination
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.checkpoint import Checkpoint
 from fedclaw.federation.exchange import Declined, Evaluated, Trained
@@ -279,7 +279,7 @@ class _Loop:
             share = len(trained.answered) / max(pending.connected, len(pending.nodes), 1)
             return self.model.step(self.strategy.absorb(mean.arrays, self.memory, share))
         except UpdateError as error:
-            raise RoundError(f"round {plan.round} of run {plan.run}: {error}; a site sent absurd values") from error
+            raise RoundError(f"round {plan.round} of run {plan.run}: {error}") from error
 
     def _train(self, plan: Plan, pending: _Pending) -> Trained:
         """Ask until enough sites have answered; the same question each time, so nobody pays twice."""
@@ -312,7 +312,7 @@ class _Loop:
         outgoing = exchange.Outgoing(self.model.parameters, self.teacher, self.strategy.sent(self.memory))
         deadline = self.record.rules.deadline
         if self.record.secure is None:
-            combine = self.strategy.combine if self.strategy.needs_single_updates else None
+            combine = combination(self.strategy, self.memory)
             return exchange.train(self.grid, cohort, plan, outgoing, deadline, combine)
         names = [exchange.site_name(self.grid, node) for node in cohort]
         minimum = self.record.rules.minimum

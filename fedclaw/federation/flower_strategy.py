@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 
 from fedclaw.errors import UsageError
 from fedclaw.federation import exchange, postprocess
-from fedclaw.federation.aggregate import UpdateStack, WeightedSum
+from fedclaw.federation.aggregate import UpdateStack, WeightedSum, combination
 from fedclaw.federation.arrays import Arrays, pack, unpack
 from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.exchange import Answers, Evaluated, Trained
@@ -65,8 +65,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
         """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
         model = self._started()
         plan = make_plan(self._record, self._strategy, server_round, 1)
-        template, single = postprocess.template(model.parameters, plan), self._strategy.needs_single_updates
-        total = UpdateStack(template, self._strategy.combine) if single else WeightedSum(template)
+        template, combine = postprocess.template(model.parameters, plan), combination(self._strategy, self._memory)
+        total = UpdateStack(template, combine) if combine else WeightedSum(template)
         self.trained = trained = Trained(total=total, weighting=self._record.weighting)
         _take(trained, replies, server_round)
         if len(trained.answered) < self._record.rules.minimum:

@@ -46,7 +46,7 @@ class Weighting(Postprocessor):
         for name, array in total.arrays.items():
             np.divide(array, np.float32(divisor), out=array)
             if not all_finite(array):
-                raise UpdateError(f"the updates' sum overflowed in parameter {name!r}")
+                raise UpdateError(f"the updates' sum overflowed in parameter {name!r}: a site sent absurd values")
         return replace(total, weight=1.0, heaviest=total.heaviest / divisor)
 
 

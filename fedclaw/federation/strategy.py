@@ -126,10 +126,13 @@ class Strategy(Frozen, ABC):
         """
         return mean
 
-    def combine(self, updates: NDArray[np.float32], weights: NDArray[np.float64]) -> NDArray[np.float32]:
+    def combine(
+        self, updates: NDArray[np.float32], weights: NDArray[np.float64], state: Mapping[str, Arrays]
+    ) -> NDArray[np.float32]:
         """The update (d,) that stands for all `updates` (n, d), whose weights (n,) are positive.
 
-        Called in place of the weighted mean if `needs_single_updates`. Raises UpdateError when n is too small.
+        Called in place of the weighted mean if `needs_single_updates`. The server's `state`, whose arrays one after the
+        other are in the order of the d numbers, is changed in `absorb` alone. Raises UpdateError when n is too small.
         """
         raise NotImplementedError(
             f"strategy {self.name!r} needs single updates and does not say what it does with them"
