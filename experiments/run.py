@@ -5,28 +5,30 @@
     python -m experiments.run +experiment=digits_dp rounds=40
 
 Every run leaves a directory under runs/ and an MLflow run (mlflow ui --backend-store-uri sqlite:///runs/mlflow.db).
+A sweep (-m) that was interrupted is continued by the same command: runs that are finished are not run again, half a run
+goes on from its checkpoint. It ends with a table and plots in runs/sweeps/NAME; hydra/launcher=joblib, submitit or ray
+runs several at once, hydra/sweeper=optuna chooses them.
 """
 
 import hashlib
-import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pydantic import Field
 
 from experiments.datasets import SitePolicy, write_sites
 from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
-from fedclaw.cli import config_directory, report_failure, start_logging
+from experiments.sweeps.resume import remember
+from fedclaw.cli import config_directory
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import make_record
 from fedclaw.federation.settings import RunSettings
-from fedclaw.frozen import check_settings
-from fedclaw.report.console import make_console
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import TrackingSettings, make_tracker
 from fedclaw.site.in_process import open_sites, simulate
@@ -45,24 +47,42 @@ class ExperimentSettings(RunSettings):
     tracking: TrackingSettings = TrackingSettings()
 
 
-def run_experiment(settings: ExperimentSettings) -> Outcome:
-    """Deal the data out, train, track. Raises FedClawError."""
+def run_experiment(
+    settings: ExperimentSettings, *, resume: bool = False, tags: Mapping[str, str] | None = None, quiet: bool = False
+) -> Outcome:
+    """Deal the data out, train, track. Raises FedClawError.
+
+    With `resume`, a run of that name that was begun goes on where it stopped; `tags` are set on its MLflow run. A
+    `quiet` one shows no rounds.
+    """
     root = _data(settings)
-    choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
-    rules = RoundRules(minimum=1, fraction=settings.fraction)
-    record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
-    directory = RunDirectory.create(settings.runs / record.run, record)
-    progress = TerminalProgress()
-    tracker = make_tracker(settings.tracking, directory)
-    observers: list[Observer] = [progress, tracker] if tracker else [progress]
+    directory = _open_run(settings, root, resume=resume)
+    progress = None if quiet else TerminalProgress()
+    tracker = make_tracker(settings.tracking, directory, tags)
+    observers: list[Observer] = [observer for observer in (progress, tracker) if observer]
     try:
-        return simulate(directory, open_sites(sorted((root / "sites").iterdir()), FEDERATION), observers)
+        sites = open_sites(sorted((root / "sites").iterdir()), FEDERATION)
+        remember(sites, directory)
+        return simulate(directory, sites, observers)
     except BaseException:
         if tracker:
             tracker.failed()
         raise
     finally:
-        progress.close()
+        if progress:
+            progress.close()
+
+
+def _open_run(settings: ExperimentSettings, root: Path, *, resume: bool) -> RunDirectory:
+    """A new run's directory, or that of the run of that name."""
+    if resume and settings.run and (settings.runs / settings.run / "run.json").is_file():
+        directory = RunDirectory.open(settings.runs / settings.run)
+        directory.check()
+        return directory
+    choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
+    rules = RoundRules(minimum=1, fraction=settings.fraction)
+    record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
+    return RunDirectory.create(settings.runs / record.run, record)
 
 
 def _data(settings: ExperimentSettings) -> Path:
@@ -79,20 +99,26 @@ def _data(settings: ExperimentSettings) -> Path:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent) as draft:
             write_sites(Path(draft) / "sites", settings.dataset, policy, settings.partition)
-            (Path(draft) / "sites").rename(root)
+            _place(Path(draft) / "sites", root)
     return root
+
+
+def _place(draft: Path, root: Path) -> None:
+    """Rename `draft` to `root`, unless another process of a sweep has meanwhile written the same there."""
+    try:
+        draft.rename(root)
+    except OSError:
+        if not root.is_dir():
+            raise
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="run")
 def main(config: DictConfig) -> float:
     """Hydra's entry: the last accuracy is the objective that a sweeper maximises."""
-    console = make_console(stderr=True)
-    start_logging(console)
-    try:
-        settings = check_settings(OmegaConf.to_container(config, resolve=True), ExperimentSettings)
-        return run_experiment(settings).metrics.get("accuracy", 0.0)
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(report_failure("experiments.run", error, console))
+    # By name, for launchers send this function to other processes, to which this module is not __main__.
+    from experiments.sweeps.job import run_job
+
+    return run_job(config)
 
 
 if __name__ == "__main__":

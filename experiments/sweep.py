@@ -1,32 +1,25 @@
-"""What a sweep of experiments.run found, as one table at its end."""
+"""The table and the plots of a sweep, made again from its runs' directories.
 
-from typing import Any
+python -m experiments.sweep runs/sweeps/NAME
+"""
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
-from rich.table import Table
+from collections.abc import Sequence
+from pathlib import Path
 
+from experiments.sweeps.directory import SweepDirectory
+from experiments.sweeps.report import write_report
+from fedclaw.cli import run_main, split
+from fedclaw.errors import UsageError
 from fedclaw.report.console import make_console
 
 
-class Summary(Callback):
-    """Hydra callback (conf/run.yaml): collects each run's overrides and accuracy, prints them after the last."""
+def main(arguments: Sequence[str]) -> None:
+    """Make them again for the one directory given."""
+    line = split(arguments)
+    if len(line.words) != 1 or line.overrides:
+        raise UsageError("give one sweep's directory, like runs/sweeps/NAME")
+    write_report(SweepDirectory.open(Path(line.words[0])), make_console())
 
-    def __init__(self) -> None:
-        self._rows: list[tuple[str, str]] = []
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Note one run."""
-        done = job_return.status is JobStatus.COMPLETED
-        accuracy = f"{job_return.return_value:.4f}" if done else "failed"
-        self._rows.append((" ".join(job_return.overrides or ()), accuracy))
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table."""
-        table = Table(title=f"Sweep of {len(self._rows)} runs", title_justify="left")
-        table.add_column("settings")
-        table.add_column("accuracy", justify="right")
-        for settings, accuracy in self._rows:
-            table.add_row(settings, accuracy)
-        make_console().print(table)
+if __name__ == "__main__":
+    run_main("experiments.sweep", __doc__ or "", main)

@@ -1,9 +1,8 @@
-"""Experiments in process: a sweep leaves its MLflow runs; the sites are dealt out as promised."""
+"""Experiments in process: the defaults learn; the sites are dealt out as promised."""
 
 import numpy as np
 import pytest
 import yaml
-from mlflow import MlflowClient
 from sklearn.datasets import load_breast_cancer, load_digits
 
 from experiments.datasets import SitePolicy, write_sites
@@ -11,43 +10,6 @@ from experiments.sources import DatasetSettings
 from fedclaw.federation.registry import schema_class
 from fedclaw.federation.run_directory import RunDirectory
 from tests.conftest import run_module
-
-
-def test_a_sweep_leaves_four_mlflow_runs(tmp_path):
-    runs = tmp_path / "runs"
-    done = run_module(
-        "experiments.run",
-        "-m",
-        "strategy=fedavg,fedadam",
-        "privacy.epsilon=2,8",
-        f"runs={runs}",
-        "rounds=2",
-        "dataset.sites=2",
-        "workload.model.name=logistic",
-        timeout=180,
-        cwd=tmp_path,
-    )
-    assert done.code == 0, done.errors
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"], "the working directory stays clean"
-    table = done.output[done.output.index("Sweep of 4 runs") :]
-    for asked_for in ("strategy=fedavg privacy.epsilon=2", "strategy=fedadam privacy.epsilon=8"):
-        assert asked_for in table
-    client = MlflowClient(tracking_uri=f"sqlite:///{runs / 'mlflow.db'}")
-    (experiment,) = client.search_experiments(filter_string="name = 'fedclaw'")
-    found = client.search_runs([experiment.experiment_id])
-    asked = {(run.data.params["strategy.name"], float(run.data.params["privacy.epsilon"])) for run in found}
-    assert asked == {("fedavg", 2.0), ("fedavg", 8.0), ("fedadam", 2.0), ("fedadam", 8.0)}
-    assert len(found) == 4
-    for run in found:
-        assert run.info.status == "FINISHED"
-        assert "accuracy" in run.data.metrics
-        spent = [value for name, value in run.data.metrics.items() if name.startswith("epsilon/")]
-        assert len(spent) == 2
-        assert max(spent) <= float(run.data.params["privacy.epsilon"])
-        names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
-        assert {"model.npz", "run.json", "receipts.json"} <= names
-        history = client.get_metric_history(run.info.run_id, "accuracy")
-        assert [point.step for point in history] == [1, 2]
 
 
 @pytest.mark.slow

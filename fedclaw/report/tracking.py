@@ -4,8 +4,9 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 
 NO_TRACKING = "none"
 _ID_FILE = "mlflow.json"
+_ALWAYS = "update_norm"
+"""A figure that every round has, with metrics or without."""
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """So that a tracking server that has gone costs a round seconds; MLflow's own defaults cost it minutes."""
 _FIRST_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -51,9 +54,77 @@ class TrackingSettings(Frozen):
 
 
 class _KnownRun(Frozen):
-    """mlflow.json in the run directory: which MLflow run is this run's."""
+    """mlflow.json in a directory: which MLflow run is this directory's."""
 
     run_id: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """An MLflow store that was tried out, and the experiment in it that runs are noted under."""
+
+    client: "MlflowClient"
+    experiment: str
+    known: str | None
+    """The MLflow run that the directory asked about has in this store already."""
+
+    def begin(self, directory: Path, name: str, tags: Mapping[str, str]) -> str:
+        """The directory's MLflow run, which is running from now on and has these tags: the one that it has, or new."""
+        if self.known is None:
+            run_id = str(self.client.create_run(self.experiment, run_name=name, tags=dict(tags)).info.run_id)
+            write_atomic(directory / _ID_FILE, _KnownRun(run_id=run_id).model_dump_json().encode())
+            return run_id
+        self.client.update_run(self.known, status="RUNNING")
+        self.tag(tags)
+        return self.known
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the run that the store has already."""
+        assert self.known is not None
+        for tag, value in tags.items():
+            self.client.set_tag(self.known, tag, value)
+
+    def is_finished(self) -> bool:
+        """Whether the store has the run already, with its end."""
+        return self.known is not None and self.client.get_run(self.known).info.status == "FINISHED"
+
+
+def open_store(settings: TrackingSettings, runs: Path, directory: Path) -> Store:
+    """Try the store out for `directory`, which need not exist yet; the embedded store is made in `runs`.
+
+    Raises TransportError, within seconds, when the store cannot be reached or used, UsageError when its experiment was
+    deleted, CheckpointError for a damaged mlflow.json.
+    """
+    if settings.uri:
+        _require_reachable(settings.uri)
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+    from mlflow.store.db import utils  # noqa: F401  (sets its own log level when it is imported)
+
+    for name, level in _NOISY.items():
+        logging.getLogger(name).setLevel(level)
+    if not settings.uri:
+        runs.mkdir(parents=True, exist_ok=True)
+    known = known_run(directory)
+    try:
+        with _settings_of_mlflow(_FIRST_PATIENCE):
+            client = MlflowClient(tracking_uri=settings.uri or f"sqlite:///{(runs / 'mlflow.db').resolve()}")
+            experiment = _experiment(client, settings, runs)
+            return Store(client, experiment, known if known and _holds(client, known) else None)
+    except _store_errors() as error:
+        uri = settings.uri or f"sqlite:///{runs / 'mlflow.db'}"
+        raise TransportError(f"tracking.uri={_public(uri)} cannot be used: {_reason(error)}") from error
+
+
+def known_run(directory: Path) -> str | None:
+    """The MLflow run that `directory` says is its own. Raises CheckpointError for a damaged mlflow.json."""
+    path = directory / _ID_FILE
+    if not path.is_file():
+        return None
+    try:
+        return _KnownRun.model_validate_json(path.read_bytes()).run_id
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged: {explain(error)}; remove it to begin a new MLflow run") from error
 
 
 class MlflowTracker:
@@ -63,60 +134,48 @@ class MlflowTracker:
     once when it begins and once at the end, and is in the run directory in any case.
     """
 
-    def __init__(self, settings: TrackingSettings, directory: RunDirectory) -> None:
-        """Try the store out; `directory` need not exist yet.
+    def __init__(
+        self, settings: TrackingSettings, directory: RunDirectory, tags: Mapping[str, str] | None = None
+    ) -> None:
+        """Try the store out; `directory` need not exist yet. `tags` are set on the MLflow run.
 
-        Raises TransportError, within seconds, when the store cannot be reached or used, UsageError when its
-        experiment was deleted, CheckpointError for a damaged mlflow.json.
+        Raises what `open_store` does.
         """
-        if settings.uri:
-            _require_reachable(settings.uri)
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        from mlflow import MlflowClient
-        from mlflow.store.db import utils  # noqa: F401  (sets its own log level when it is imported)
-
-        for name, level in _NOISY.items():
-            logging.getLogger(name).setLevel(level)
-        runs = directory.root.parent
-        if not settings.uri:
-            runs.mkdir(parents=True, exist_ok=True)
+        self._store = open_store(settings, directory.root.parent, directory.root)
+        self._client = self._store.client
         self._directory = directory
+        self._tags = dict(tags or {})
         self._record: RunRecord | None = None
         self._asked = 0
         self._lost = 0
-        known = self._read_id()
-        try:
-            with _settings_of_mlflow(_FIRST_PATIENCE):
-                self._client = MlflowClient(tracking_uri=settings.uri or f"sqlite:///{(runs / 'mlflow.db').resolve()}")
-                self._experiment = _experiment(self._client, settings, runs)
-                self._run_id = known if known and _holds(self._client, known) else None
-        except _store_errors() as error:
-            uri = settings.uri or f"sqlite:///{runs / 'mlflow.db'}"
-            raise TransportError(f"tracking.uri={_public(uri)} cannot be used: {_reason(error)}") from error
+        self._run_id: str | None = None
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
 
     def started(self, record: RunRecord, first_round: int) -> None:
-        """Begin, or take up again, the MLflow run and note what was asked."""
+        """Begin, or take up again, the MLflow run and note what was asked, and the rounds before that it lacks."""
         self._record = record
         with self._forgiving():
-            self._begin()
+            run_id = self._begin()
+            if first_round > 1:
+                self._fill_in(run_id)
 
     def finished_round(self, report: "RoundReport") -> None:
         """Metrics and epsilons at this round."""
-        values = dict(report.metrics) | {
-            "update_norm": report.update_norm,
-            "train_seconds": report.train_seconds,
-            "evaluate_seconds": report.evaluate_seconds,
-            "sites": float(len(report.answered)),
-        }
-        for site, item in report.receipts.items():
-            if item.receipt.epsilon_run is not None:
-                values[f"epsilon/{site}"] = item.receipt.epsilon_run
+        line = report.metrics, report.update_norm, report.train_seconds, report.evaluate_seconds
+        epsilons = {site: item.receipt.epsilon_run for site, item in report.receipts.items()}
         with self._forgiving():
-            run_id = self._run_id or self._begin()
-            for name, value in values.items():
-                self._client.log_metric(run_id, name, value, step=report.round)
+            self._note(self._run_id or self._begin(), report.round, _values(*line, len(report.answered), epsilons))
+
+    def catch_up(self, outcome: "Outcome") -> None:
+        """Have the store hold a run that has finished, tags and all, whatever it holds of it so far."""
+        if self._store.is_finished():
+            with self._forgiving():
+                self._store.tag(self._tags)
+            return
+        record = outcome.directory.record()
+        self.started(record, record.rounds + 1)
+        self.finished(outcome)
 
     def finished(self, outcome: "Outcome") -> None:
         """The model, the record and the receipts as artefacts."""
@@ -140,16 +199,25 @@ class MlflowTracker:
 
     def _begin(self) -> str:
         """The MLflow run, which is running from now on."""
-        if self._run_id is not None:
-            self._client.update_run(self._run_id, status="RUNNING")
-            return self._run_id
         record = self._record or self._directory.record()
-        run_id = str(self._client.create_run(self._experiment, run_name=record.run).info.run_id)
-        self._run_id = run_id
-        write_atomic(self._directory.root / _ID_FILE, _KnownRun(run_id=run_id).model_dump_json().encode())
-        for name, value in _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})):
-            self._client.log_param(run_id, name, value)
-        return run_id
+        self._run_id = self._store.begin(self._directory.root, record.run, self._tags)
+        if self._store.known is None:
+            for name, value in _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})):
+                self._client.log_param(self._run_id, name, value)
+        return self._run_id
+
+    def _fill_in(self, run_id: str) -> None:
+        """Note the rounds in the run's directory that the store has not: who notes a round may stop before it does."""
+        noted = {point.step for point in self._client.get_metric_history(run_id, _ALWAYS)}
+        for line in self._directory.read_metrics():
+            if line["round"] not in noted and _ALWAYS in line:
+                seconds = line["train_seconds"], line["evaluate_seconds"]
+                values = _values(line["metrics"], line[_ALWAYS], *seconds, len(line["answered"]), line["epsilon"])
+                self._note(run_id, line["round"], values)
+
+    def _note(self, run_id: str, number: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._client.log_metric(run_id, name, value, step=number)
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -172,21 +240,12 @@ class MlflowTracker:
                 *(self._lost, self._asked, self._directory.root),
             )
 
-    def _read_id(self) -> str | None:
-        path = self._directory.root / _ID_FILE
-        if not path.is_file():
-            return None
-        try:
-            return _KnownRun.model_validate_json(path.read_bytes()).run_id
-        except ValidationError as error:
-            raise CheckpointError(
-                f"{path} is damaged: {explain(error)}; remove it to begin a new MLflow run"
-            ) from error
 
-
-def make_tracker(settings: TrackingSettings, directory: RunDirectory) -> MlflowTracker | None:
+def make_tracker(
+    settings: TrackingSettings, directory: RunDirectory, tags: Mapping[str, str] | None = None
+) -> MlflowTracker | None:
     """A tracker, or None for tracking=none. Raises TransportError when the store cannot be used."""
-    return None if settings.uri == NO_TRACKING else MlflowTracker(settings, directory)
+    return None if settings.uri == NO_TRACKING else MlflowTracker(settings, directory, tags)
 
 
 def _require_reachable(uri: str) -> None:
@@ -261,6 +320,25 @@ def _reason(error: BaseException) -> str:
 def _public(text: str) -> str:
     """`text` with the user part of every URL in it replaced."""
     return re.sub(r"://[^/\s@]*@", "://...@", text)
+
+
+def _values(
+    metrics: Mapping[str, float],
+    update_norm: float,
+    train_seconds: float,
+    evaluate_seconds: float,
+    sites: int,
+    epsilons: Mapping[str, float | None],
+) -> dict[str, float]:
+    """What MLflow is told of a round."""
+    return {
+        **metrics,
+        _ALWAYS: update_norm,
+        "train_seconds": train_seconds,
+        "evaluate_seconds": evaluate_seconds,
+        "sites": float(sites),
+        **{f"epsilon/{site}": value for site, value in epsilons.items() if value is not None},
+    }
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

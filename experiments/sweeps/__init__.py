@@ -1,0 +1,1 @@
+"""Many runs of one experiment: what belongs together, what is done already, and what it all came to."""

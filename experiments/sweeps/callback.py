@@ -1,0 +1,107 @@
+"""Hydra's callback that makes runs a sweep: a directory and an MLflow run above them, a table and plots at the end."""
+
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overrides
+from experiments.sweeps.identity import IRRELEVANT, digest_of, identify
+from experiments.sweeps.parent import Parent, make_parent
+from experiments.sweeps.report import write_report
+from fedclaw.cli import report_failure, start_logging
+from fedclaw.frozen import check_settings
+from fedclaw.report.console import make_console
+from fedclaw.report.tracking import TrackingSettings
+
+log = logging.getLogger(__name__)
+
+_DIRECTORY = "hydra.sweep.dir"
+_LONGEST = 60
+
+
+class Sweep(Callback):
+    """conf/run.yaml: hydra.callbacks. Sent to other processes with each job, it holds nothing there."""
+
+    def __init__(self) -> None:
+        self._parent: Parent | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_parent": None}
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begin the sweep, or take up the one that this command began earlier.
+
+        Hydra turns exceptions of a callback into warnings, so an error ends the process here.
+        """
+        console = make_console(stderr=True)
+        start_logging(console)
+        try:
+            self._begin(config)
+        except Exception as error:
+            sys.exit(report_failure("experiments.run", error, console))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Note a job that could not note itself: only such a one ends as failed."""
+        if job_return.status is JobStatus.FAILED:
+            from experiments.sweeps.job import note_lost
+
+            error = job_return._return_value
+            note_lost(config, f"its process was lost: {type(error).__name__}")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write and show what the sweep came to; exit code 1 if a run failed."""
+        console = make_console(stderr=True)
+        try:
+            sweep = SweepDirectory.open(Path(config.hydra.sweep.dir))
+            report = write_report(sweep, make_console())
+            if self._parent is not None:
+                self._parent.finish(report.files, report.metrics, complete=not report.failed)
+        except Exception as error:
+            sys.exit(report_failure("experiments.run", error, console))
+        if report.failed:
+            log.error("%d of %d runs failed; the same command tries them again", report.failed, report.runs)
+            sys.exit(1)
+
+    def _begin(self, config: DictConfig) -> None:
+        overrides = tuple(str(override) for override in config.hydra.overrides.task)
+        runs, name = Path(str(config.runs)), _name(config, overrides)
+        _settle_directory(config, runs / "sweeps" / name)
+        sweep = SweepDirectory(Path(str(config.hydra.sweep.dir)))
+        sweep.begin(SweepRecord(name=name, overrides=overrides))
+        if done := sum(member.status == "finished" for member in sweep.members()):
+            log.info("continuing the sweep in %s: %d runs are finished", sweep.root, done)
+        tracking = check_settings(OmegaConf.to_container(config.tracking, resolve=True), TrackingSettings)
+        self._parent = make_parent(tracking, runs, sweep)
+        if self._parent is not None:
+            self._parent.begin()
+
+
+def _settle_directory(config: DictConfig, default: Path) -> None:
+    """Have the sweep and all of its jobs know one directory, unless the command names another.
+
+    As an override of Hydra's own, for a job's configuration is composed again from those, wherever it runs.
+    """
+    if any(str(override).startswith(f"{_DIRECTORY}=") for override in config.hydra.overrides.hydra):
+        return
+    quoted = str(default).replace("\\", "\\\\").replace("'", "\\'")
+    with read_write(config), open_dict(config):
+        config.hydra.sweep.dir = str(default)
+        config.hydra.overrides.hydra.append(f"{_DIRECTORY}='{quoted}'")
+
+
+def _name(config: DictConfig, overrides: Sequence[str]) -> str:
+    """What the sweep is called: the settings that it varies, and digits of everything that determines its runs."""
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    asked = [text for text in overrides if text.lstrip("+~").partition("=")[0].partition(".")[0] not in IRRELEVANT]
+    assert isinstance(plain, dict)
+    base = identify({str(key): value for key, value in plain.items()}).digest
+    swept = [key for key, value in read_overrides(asked).items() if re.search(r"[,(]", value)]
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(swept))[:_LONGEST].strip("-.") or "sweep"
+    return f"{words}-{digest_of([base, sorted(asked)])}"

@@ -1,0 +1,41 @@
+"""What a run is: everything that its result depends on, and nothing else."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from fedclaw.files import sha256_file
+from fedclaw.frozen import Frozen
+
+IRRELEVANT = ("run", "runs", "tracking", "runtime")
+"""Settings of conf/run.yaml that no result depends on: names, places, and how fast. A new setting counts until it is
+listed here: to run something twice is better than to take one result for another."""
+_DIGITS = 12
+
+
+class Identity(Frozen):
+    """A run's configuration, and the digits that tell it from any other."""
+
+    digest: str
+    configuration: dict[str, JsonValue]
+
+
+def identify(settings: Mapping[str, Any]) -> Identity:
+    """The identity of a run with these settings (plain values, checked or not).
+
+    A file that the settings name counts by its content where it can be read.
+    """
+    relevant = {name: value for name, value in settings.items() if name not in IRRELEVANT}
+    if (statistics := relevant.get("statistics")) is not None and Path(str(statistics)).is_file():
+        relevant["statistics"] = f"sha256:{sha256_file(Path(str(statistics)))}"
+    return Identity(digest=digest_of(relevant), configuration=relevant)
+
+
+def digest_of(values: Any) -> str:
+    """Twelve hexadecimal digits of plain values, however their keys are ordered."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
