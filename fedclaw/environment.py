@@ -8,6 +8,7 @@ TLS13_ONLY_CIPHERS = "ECDHE-RSA-AES256-GCM-SHA384"
 
 os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS13_ONLY_CIPHERS
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -15,7 +15,8 @@ from flwr.clientapp import ClientApp
 from fedclaw.cli import start_logging
 from fedclaw.errors import UsageError
 from fedclaw.report.console import make_console
-from fedclaw.runtime.flower_app.site import Place, answer_at
+from fedclaw.runtime.flower_app import NAME
+from fedclaw.runtime.flower_app.place import Place, say_name
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,13 @@ def client_app(place_of: Callable[[Context], Place]) -> ClientApp:
     made = ClientApp()
 
     def respond(message: Message, context: Context) -> Message:
-        return answer_at(place_of(context), message)
+        place = place_of(context)
+        if message.metadata.message_type == NAME:
+            return say_name(place, message)
+        # Brings torch with it, which takes seconds: not for a name.
+        from fedclaw.runtime.flower_app.site import answer_at
+
+        return answer_at(place, message)
 
     made.train()(respond)
     made.evaluate()(respond)

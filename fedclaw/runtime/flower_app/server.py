@@ -79,10 +79,19 @@ def main(grid: Grid, context: Context) -> None:
 
 def read_settings(run_config: Mapping[str, UserConfigValue]) -> FlowerSettings:
     """The settings that a run's configuration holds. Raises UsageError."""
-    further = shlex.split(str(run_config.get(SETTINGS, "")))
+    try:
+        further = shlex.split(str(run_config.get(SETTINGS, "")))
+    except ValueError as error:
+        raise UsageError(f"{SETTINGS} cannot be read as a command line: {error}") from error
     overrides = [f"{key}={_word(value)}" for key, value in run_config.items() if key != SETTINGS and value != ""]
     settings = compose_settings("flower_app", [*overrides, *further], FlowerSettings)
-    for name, path in (("runs", settings.runs), ("resume", settings.resume)):
+    paths = {
+        "runs": settings.runs,
+        "resume": settings.resume,
+        "workload.schema_file": settings.workload.schema_file,
+        "statistics": settings.statistics,
+    }
+    for name, path in paths.items():
         if path is not None and not path.is_absolute():
             raise UsageError(f"{name}={path} is not absolute: Flower runs the app in a directory of its own")
     return settings

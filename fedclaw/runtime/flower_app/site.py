@@ -10,36 +10,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.federation.plan import RefusalCode
 from fedclaw.runtime.base import measure
-from fedclaw.runtime.flower import envelope_of, rebuild
-from fedclaw.runtime.flower_app import IDENTITY, NAME, NOTE, SITE
+from fedclaw.runtime.flower import envelope_of, expires_at, rebuild
+from fedclaw.runtime.flower_app import IDENTITY, NOTE
 from fedclaw.runtime.flower_app.answers import Answers, for_flower
+from fedclaw.runtime.flower_app.place import Place, failure
 from fedclaw.site.directory import only_client, open_service, state_directory
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0
-"""Seconds to wait for another process that answers for the same site."""
 _LOOK_AGAIN = 0.05
 OPEN_SITES = 16
 """Sites whose data a process keeps in memory between two messages."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which site a node is: its directory, and the federation that it takes part in."""
-
-    root: Path
-    federation: str
 
 
 _open: OrderedDict[Place, SiteService] = OrderedDict()
@@ -51,19 +41,14 @@ def answer_at(place: Place, message: Message) -> Message:
     Returns only what may leave: it is stored, settled in the ledger and in the outbound log.
     """
     try:
-        if message.metadata.message_type == NAME:
-            name = load_site_settings(place.root).name
-            return Message(RecordDict({NOTE: ConfigRecord({SITE: name})}), reply_to=message)
-        with _turn(place.root, PATIENCE):
+        with _turn(place.root, expires_at(message)):
             return _answer(place, message)
     except FedClawError as error:
         log.error("%s", error)
     except Exception:
         log.exception("the site failed to answer")
     _forget(place)
-    return Message(
-        Error(RefusalCode.FAILED, "the site failed at this task; its operator finds why in its log"), reply_to=message
-    )
+    return failure(message)
 
 
 def _answer(place: Place, message: Message) -> Message:
@@ -111,16 +96,22 @@ def _close(site: SiteService) -> None:
 
 
 @contextmanager
-def _turn(root: Path, patience: float) -> Iterator[None]:
-    """Hold the site's directory, waiting up to `patience` seconds for who holds it. Raises UsageError after that."""
-    end = time.monotonic() + patience
+def _turn(root: Path, end: float) -> Iterator[None]:
+    """Hold the site's directory, waiting for who holds it until `end`, in seconds since the epoch.
+
+    Raises UsageError after that: nobody waits for the answer any more.
+    """
     with ExitStack() as held:
+        waited = False
         while True:
             try:
                 held.enter_context(only_client(root))
                 break
             except UsageError:
-                if time.monotonic() > end:
+                if time.time() > end:
                     raise
+            if not waited:
+                log.warning("another process answers for the site in %s; waiting for it", root)
+            waited = True
             time.sleep(_LOOK_AGAIN)
         yield

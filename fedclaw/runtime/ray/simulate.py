@@ -21,8 +21,8 @@ from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.runtime.flower_app.client import client_app
+from fedclaw.runtime.flower_app.place import Place
 from fedclaw.runtime.flower_app.rounds import Waiting, check, run_over
-from fedclaw.runtime.flower_app.site import Place
 from fedclaw.runtime.ray.settings import RaySettings
 from fedclaw.site.settings import SITE_FILE, load_site_settings
 
