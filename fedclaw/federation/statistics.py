@@ -32,7 +32,7 @@ from fedclaw.federation.statistics_request import (
     shares_of,
 )
 from fedclaw.frozen import explain
-from fedclaw.privacy.distributed import Shares
+from fedclaw.privacy.distributed import WRAP, Shares
 from fedclaw.privacy.estimates import estimate
 from fedclaw.privacy.statistics import Doubles
 from fedclaw.runtime.records import Records
@@ -123,10 +123,18 @@ def with_session(
         step = _step(asked.largest_weight, len(names))
         secure = seats.session(dimension, step, largest_weight=asked.largest_weight)
         request = request.model_copy(update={"secure": secure})
-        shares_of(request)
+        _check_room(shares_of(request))
     except (SecureAggregationError, PrivacyError) as error:
         raise UsageError(f"secure: {error}") from error
     return request
+
+
+def _check_room(shares: Shares) -> None:
+    """Raise PrivacyError for noise that would carry a number of the sum out of its range, now and then."""
+    if shares.price.wrap_probability >= WRAP:
+        raise PrivacyError(
+            f"32 bits hold no sum over {shares.sites} sites with so much noise; ask for a larger epsilon or delta"
+        )
 
 
 def _step(largest: float, sites: int) -> float:

@@ -140,3 +140,9 @@ def test_in_the_clear_is_refused_where_secure_aggregation_is_required(sites):
         release_statistics(
             grid, sorted(grid.get_node_ids()), schema_of(sites), request_for(sites), (), minimum=2, deadline=10
         )
+
+
+def test_more_noise_than_32_bits_hold_is_a_wrong_setting(made, sites):
+    """At such an epsilon the sum would leave its range now and then, and come back as another number."""
+    with pytest.raises(UsageError, match="so much noise"):
+        released(sites, secure=SECURE.model_copy(update={"largest_weight": 2.0}), epsilon=2e-4, delta=1e-9)
