@@ -4,8 +4,10 @@ Flower's `Array` holds the bytes of a .npy file. Reading them through `np.load` 
 """
 
 import io
+import math
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -18,6 +20,26 @@ from fedclaw.runtime.records import serialised
 Arrays = dict[str, NDArray[np.float32]]
 """Parameters, or anything of their shapes, by state-dict name; float32."""
 
+Wire = dict[str, NDArray[Any]]
+"""Arrays in the form in which they travel, by name."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of arrays, by name."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Type and shape of an array that travels."""
+
+    dtype: "np.dtype[Any]"
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What its numbers take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 S = TypeVar("S", bound=np.generic)
 
 _STYPE = "numpy.ndarray"
@@ -27,22 +49,25 @@ _LONGEST_HEADER = 4096
 
 def pack(arrays: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
     """`arrays` as a Flower record, one copy of each."""
-    packed = {}
-    for name, array in arrays.items():
-        contiguous = np.ascontiguousarray(array, dtype=np.float32).reshape(array.shape)
-        header = io.BytesIO()
-        npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(contiguous))
-        data = b"".join((header.getvalue(), contiguous.data))
-        packed[name] = Array(dtype="float32", shape=tuple(contiguous.shape), stype=_STYPE, data=data)
-    return ArrayRecord(packed)
+    return pack_wire({name: array.astype(np.float32, copy=False) for name, array in arrays.items()})
+
+
+def pack_wire(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """The same for arrays of any number type."""
+    return ArrayRecord({name: _packed(array) for name, array in arrays.items()})
+
+
+def _packed(array: NDArray[Any]) -> Array:
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(contiguous))
+    data = b"".join((header.getvalue(), contiguous.data))
+    return Array(dtype=str(contiguous.dtype), shape=tuple(contiguous.shape), stype=_STYPE, data=data)
 
 
 def pack_integers(vector: NDArray[np.uint32]) -> ArrayRecord:
     """A flat vector (d,) of integers as a Flower record."""
-    header = io.BytesIO()
-    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(vector))
-    data = b"".join((header.getvalue(), vector.data))
-    return ArrayRecord({_VECTOR: Array(dtype="uint32", shape=vector.shape, stype=_STYPE, data=data)})
+    return pack_wire({_VECTOR: vector})
 
 
 def unpack_integers(record: ArrayRecord) -> NDArray[np.uint32]:
@@ -55,6 +80,48 @@ def unpack_integers(record: ArrayRecord) -> NDArray[np.uint32]:
 def unpack(record: ArrayRecord) -> Arrays:
     """Read-only views of a record's arrays. Raises UpdateError for anything but well-formed float32."""
     return {name: _view(name, array, np.dtype(np.float32)) for name, array in record.items()}
+
+
+def unpack_wire(record: ArrayRecord, layout: Mapping[str, Form]) -> Wire:
+    """Read-only views of a record's arrays. Raises UpdateError unless they are those of `layout`, type and shape."""
+    if record.keys() != layout.keys():
+        odd = sorted(set(record.keys()) ^ set(layout.keys()))
+        raise UpdateError(f"the update's arrays are not those that were asked for; missing or unknown: {_few(odd)}")
+    wire = {name: _view(name, array, layout[name].dtype) for name, array in record.items()}
+    for name, array in wire.items():
+        if array.shape != layout[name].shape:
+            raise UpdateError(f"array {name!r} has shape {array.shape}, expected {layout[name].shape}")
+    return wire
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of `arrays`, by name."""
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def payload(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Bytes of the arrays' numbers."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+def joined(arrays: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """All arrays one after the other, in the order of their names: (d,)."""
+    return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])
+
+
+def parted(vector: NDArray[np.float32], shapes: Shapes) -> Arrays:
+    """Views, by name, of the parts of `vector` (d,) that `joined` made of arrays of these shapes."""
+    arrays: Arrays = {}
+    start = 0
+    for name in sorted(shapes):
+        size = math.prod(shapes[name])
+        arrays[name] = vector[start : start + size].reshape(shapes[name])
+        start += size
+    return arrays
 
 
 def _view(name: str, array: Array, expected: np.dtype[S]) -> NDArray[S]:

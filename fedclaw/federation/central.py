@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.arrays import Arrays, Shapes
 from fedclaw.federation.plan import AdaptiveClip, CentralPrivacy, Plan
-from fedclaw.federation.update import Postprocessor, Update
+from fedclaw.federation.update import Postprocessor, SiteContext, Update
 from fedclaw.privacy.noise import GaussianSource
 
 WITHIN = "fedclaw.within_clip"
@@ -36,7 +36,7 @@ _NORM_MARGIN = 1 + 1e-6
 class CentralNoise(Postprocessor):
     """Clip at the site; noise at the server, unless the sites bring it."""
 
-    def at_site(self, update: Update, plan: Plan) -> Update:
+    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
         """Scale the delta to an L2 norm of at most `clip` (unit site). An update that is not finite counts as zero."""
         central = plan.central
         if central is None or central.unit == "example":
@@ -48,7 +48,7 @@ class CentralNoise(Postprocessor):
         vote = np.array([0.5 if norm <= central.clip else -0.5], np.float32)
         return replace(update, arrays={**update.arrays, WITHIN: vote})
 
-    def at_server(self, total: Update, plan: Plan) -> Update:
+    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
         """Add the noise that the mean's sensitivity asks for."""
         central = plan.central
         if central is None or central.noise_by == "sites":

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from fedclaw.errors import UsageError
+from fedclaw.federation.compression.request import TopK
 from fedclaw.federation.run_directory import RunRecord
 from fedclaw.federation.strategy import Strategy
 
@@ -20,6 +21,11 @@ def _excluded(record: RunRecord, strategy: Strategy, model: "torch.nn.Module") -
     """What follows from how a strategy works, whichever it is."""
     if strategy.needs_single_updates and record.secure is not None:
         return "has to see every update by itself, which secure aggregation hides; take another strategy or secure=none"
+    if strategy.needs_single_updates and isinstance(record.compression, TopK):
+        return (
+            "compares updates number by number, and with compression=topk each site sends other numbers: most of what "
+            "is compared are zeros; take another compression"
+        )
     if record.central is None:
         return None
     if strategy.needs_single_updates:

@@ -20,7 +20,7 @@ from pydantic import Field
 from fedclaw.errors import CheckpointError, RoundError, UpdateError
 from fedclaw.federation import checkpoint, exchange, postprocess, secure_round
 from fedclaw.federation.aggregate import WeightedSum, combination
-from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.arrays import Arrays, shapes_of
 from fedclaw.federation.checkpoint import Checkpoint
 from fedclaw.federation.exchange import Declined, Evaluated, Trained
 from fedclaw.federation.global_model import GlobalModel
@@ -62,6 +62,10 @@ class RoundReport:
     receipts: Mapping[str, SiteReceipt]
     price: Price | None = None
     """What the sites' noise on the sum cost beside a trusted server's, where they brought it."""
+    bytes_up: int = 0
+    """Of the arrays of all answers that were added."""
+    bytes_down: int = 0
+    """Of the arrays that the sites of those answers trained from."""
 
 
 class Observer(Protocol):
@@ -152,6 +156,7 @@ def make_plan(
         privacy=record.privacy,
         central=central or record.central,
         distillation=record.distillation,
+        compression=record.compression,
         weighting=record.weighting,
         weight_cap=record.weight_cap,
         personal=record.personal,
@@ -274,7 +279,7 @@ class _Loop:
 
     def _step(self, plan: Plan, trained: Trained, pending: _Pending) -> float:
         try:
-            mean = postprocess.at_server(trained.total.take(), plan)
+            mean = postprocess.at_server(trained.total.take(), plan, shapes_of(self.model.parameters))
             self.clip = mean.clip or self.clip
             share = len(trained.answered) / max(pending.connected, len(pending.nodes), 1)
             return self.model.step(self.strategy.absorb(mean.arrays, self.memory, share))
@@ -403,6 +408,8 @@ class _Loop:
             test_examples=evaluated.examples,
             receipts=trained.receipts,
             price=trained.price if isinstance(trained, SecurelyTrained) else None,
+            bytes_up=trained.bytes_up,
+            bytes_down=trained.bytes_down,
         )
 
 
@@ -435,4 +442,6 @@ def _metrics_line(report: RoundReport) -> dict[str, Any]:
         "train_seconds": round(report.train_seconds, 4),
         "evaluate_seconds": round(report.evaluate_seconds, 4),
         "epsilon": {site: item.receipt.epsilon_run for site, item in report.receipts.items()},
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
     }

@@ -21,8 +21,9 @@ from pydantic import ValidationError
 from fedclaw.errors import UpdateError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import Combine, UpdateStack, WeightedSum
-from fedclaw.federation.arrays import Arrays, pack, unpack
+from fedclaw.federation.arrays import Arrays, pack, payload
 from fedclaw.federation.plan import Plan, Receipt, RefusalCode, Weighting
+from fedclaw.federation.postprocess import Reader, as_sent
 from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.frozen import explain
 from fedclaw.runtime.base import CohortGrid, StreamingGrid
@@ -49,6 +50,11 @@ class Outgoing:
     """Of the model that a plan distils from."""
     sent: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
     """By kind, what the strategy's server half tells its client half (`fedclaw.federation.strategy`)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays that go to one site."""
+        return payload(self.parameters) + payload(self.teacher or {}) + sum(map(payload, self.sent.values()))
 
 
 @dataclass(frozen=True)
@@ -93,13 +99,29 @@ class Trained(Answers):
     total: WeightedSum = field(default_factory=lambda: WeightedSum({}))
     weighting: Weighting = "examples"
     receipts: dict[str, SiteReceipt] = field(default_factory=dict)
+    read: Reader = as_sent
+    bytes_up: int = 0
+    """Of the arrays in the answers that were added."""
+    bytes_down: int = 0
+    """Of the arrays that the sites of those answers trained from."""
+
+    @classmethod
+    def under(
+        cls, plan: Plan, parameters: Mapping[str, NDArray[np.float32]], combine: Combine | None = None
+    ) -> "Trained":
+        """Ready for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
+        template = postprocess.template(parameters, plan)
+        total = WeightedSum(template) if combine is None else UpdateStack(template, combine)
+        return cls(total=total, weighting=plan.weighting, read=postprocess.reader(parameters, plan))
 
     def add(self, site: str, content: RecordDict) -> None:
         """Add a weighted delta."""
         weight, examples = weights_in(content)
         check_weight(weight, examples, self.weighting)
         receipt = receipt_in(content)
-        self.total.add(unpack(part(content.array_records, SUM)), weight, examples)
+        arrays, size = self.read(part(content.array_records, SUM))
+        self.total.add(arrays, weight, examples)
+        self.bytes_up += size
         self.receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
 
 
@@ -137,14 +159,13 @@ def train(
     combine: Combine | None = None,
 ) -> Trained:
     """Ask `nodes` to train by `plan` and sum their answers, or have them combined. `deadline` in seconds."""
-    template = postprocess.template(outgoing.parameters, plan)
-    total = WeightedSum(template) if combine is None else UpdateStack(template, combine)
-    trained = Trained(total=total, weighting=plan.weighting)
+    trained = Trained.under(plan, outgoing.parameters, combine)
     if isinstance(grid, CohortGrid):
         grid.train_cohort(nodes, plan, outgoing, trained)
-        return trained
-    asked = questions(nodes, plan.round, MessageType.TRAIN, question(plan, outgoing), deadline)
-    ask(grid, asked, deadline, trained)
+    else:
+        asked = questions(nodes, plan.round, MessageType.TRAIN, question(plan, outgoing), deadline)
+        ask(grid, asked, deadline, trained)
+    trained.bytes_down = outgoing.nbytes * len(trained.answered)
     return trained
 
 

@@ -22,8 +22,8 @@ from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 
 from fedclaw.errors import UsageError
 from fedclaw.federation import exchange, postprocess
-from fedclaw.federation.aggregate import UpdateStack, WeightedSum, combination
-from fedclaw.federation.arrays import Arrays, pack, unpack
+from fedclaw.federation.aggregate import combination
+from fedclaw.federation.arrays import Arrays, pack, shapes_of, unpack
 from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.exchange import Answers, Evaluated, Trained
 from fedclaw.federation.global_model import GlobalModel
@@ -65,14 +65,12 @@ class FlowerStrategy(AbstractFlowerStrategy):
         """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
         model = self._started()
         plan = make_plan(self._record, self._strategy, server_round, 1)
-        template, combine = postprocess.template(model.parameters, plan), combination(self._strategy, self._memory)
-        total = UpdateStack(template, combine) if combine else WeightedSum(template)
-        self.trained = trained = Trained(total=total, weighting=self._record.weighting)
+        self.trained = trained = Trained.under(plan, model.parameters, combination(self._strategy, self._memory))
         _take(trained, replies, server_round)
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
             return None, None
-        mean = postprocess.at_server(trained.total.take(), plan).arrays
+        mean = postprocess.at_server(trained.total.take(), plan, shapes_of(model.parameters)).arrays
         share = len(trained.answered) / max(self._asked, len(trained.answered))
         norm = model.step(self._strategy.absorb(mean, self._memory, share))
         return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})

@@ -7,8 +7,8 @@ A round sends each site a `Message` whose content is
 
 and a site that trained answers
 
-    {"sum": ArrayRecord (weight x parameter delta, float32), "metrics": MetricRecord {"weight", "examples"},
-     "receipt": ConfigRecord {"json": Receipt}}
+    {"sum": ArrayRecord (weight x parameter delta; float32, or what `compression` makes of it),
+     "metrics": MetricRecord {"weight", "examples"}, "receipt": ConfigRecord {"json": Receipt}}
 
 Under secure aggregation the exchange has further stages (`fedclaw.federation.secure_round`), and the trained answer has
 {"masked": ArrayRecord (one flat uint32 vector)} in place of the sum.
@@ -25,6 +25,7 @@ from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from fedclaw.federation.compression.request import Compression, check_compression
 from fedclaw.frozen import Frozen
 
 PLAN_VERSION = 2
@@ -255,6 +256,8 @@ class Plan(Frozen):
     central: CentralPrivacy | None = None
     secure: SecureAggregation | None = None
     distillation: Distillation | None = None
+    compression: Compression | None = None
+    """How the update is to be compressed on its way back."""
     weighting: Weighting = "examples"
     """What a site's update counts by in the mean. Either way the answer says how many examples the site has."""
     weight_cap: int | None = Field(default=None, ge=1)
@@ -271,6 +274,7 @@ class Plan(Frozen):
         # Without a session it is not asked to train (but to evaluate), or the site finds none and refuses.
         secure = True if self.secure is not None else None
         check_privacy(self.training, self.privacy, self.central, secure, self.weighting, self.weight_cap)
+        check_compression(self.compression, central=self.central is not None, secure=secure)
         return self
 
     def weight(self, examples: int) -> float:

@@ -1,25 +1,34 @@
 """What happens to an update between local training and the step: ordered postprocessors, each in two halves.
 
 The site applies its halves in order to its own update; the server applies the other halves in reverse to the sum. A
-postprocessor sees an update and the plan, never a model or data, so it is post-processing under differential
-privacy; what it changes about sensitivity is its own to say.
+postprocessor sees an update, the plan, randomness, and what it kept of the last update, never a model or data, so it is
+post-processing under differential privacy; what it changes about sensitivity is its own to say.
+
+Random positions come before the clipping, so that what is clipped is what is sent; a form of its own, in fewer bytes,
+is the last thing that a site makes of an update, and the server opens it before it adds it (`reader`).
 
 What clips at the site knows the sensitivity, so the same postprocessor makes the noise at the server. Masking comes
 after all of these and is not one of them: it is an exchange of its own (`fedclaw.federation.secure_round`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
+from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
-from fedclaw.federation.arrays import Arrays, all_finite
+from fedclaw.federation.arrays import Arrays, Shapes, all_finite, payload, shapes_of, unpack, unpack_wire
 from fedclaw.federation.central import WITHIN, CentralNoise
+from fedclaw.federation.compression.encoded import SiteEncoding, encoder_of, layout, opened
+from fedclaw.federation.compression.randomk import SharedPositions, shortened
 from fedclaw.federation.plan import Plan
 from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.update import Postprocessor, Update
+from fedclaw.federation.update import Postprocessor, SiteContext, Update
+
+Reader = Callable[[ArrayRecord], tuple[Arrays, int]]
+"""Opens what a site sent: its weighted update, and how many bytes it came in. Raises UpdateError."""
 
 
 class Weighting(Postprocessor):
@@ -30,14 +39,14 @@ class Weighting(Postprocessor):
     a fixed denominator).
     """
 
-    def at_site(self, update: Update, plan: Plan) -> Update:
+    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
         """Multiply by the site's weight."""
         weight = plan.weight(update.examples)
         for array in update.arrays.values():
             np.multiply(array, np.float32(weight), out=array)
         return replace(update, weight=weight, heaviest=weight)
 
-    def at_server(self, total: Update, plan: Plan) -> Update:
+    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
         """Divide by the sum of weights."""
         fixed = plan.central.expected_sites if plan.central else None
         divisor = total.weight if fixed is None else fixed
@@ -50,31 +59,53 @@ class Weighting(Postprocessor):
         return replace(total, weight=1.0, heaviest=total.heaviest / divisor)
 
 
-PIPELINE: tuple[Postprocessor, ...] = (CentralNoise(), Weighting())
+PIPELINE: tuple[Postprocessor, ...] = (SharedPositions(), CentralNoise(), Weighting(), SiteEncoding())
 """In the order in which a site applies them."""
 
 
-def at_site(update: Update, plan: Plan) -> Update:
-    """What leaves the site."""
+def at_site(update: Update, plan: Plan, context: SiteContext) -> Update:
+    """What leaves a site (`Update.leaving`), what the server adds of it (`arrays`), and what the site keeps (`state`).
+
+    Whoever answers for a site without a message adds `arrays` as they are.
+    """
     for postprocessor in PIPELINE:
-        update = postprocessor.at_site(update, plan)
+        update = postprocessor.at_site(update, plan, context)
     return update
 
 
-def at_server(total: Update, plan: Plan) -> Update:
-    """What the server's optimiser steps along."""
+def at_server(total: Update, plan: Plan, shapes: Shapes) -> Update:
+    """What the server's optimiser steps along; `shapes` are those of the global parameters."""
     for postprocessor in reversed(PIPELINE):
-        total = postprocessor.at_server(total, plan)
+        total = postprocessor.at_server(total, plan, shapes)
     return total
 
 
 def template(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Arrays:
-    """Arrays, by name, of the shapes that an update under `plan` has: its parameters', and what the site adds.
+    """Arrays, by name, of the shapes that updates under `plan` are summed in: its parameters', and what a site adds.
 
     Raises PluginError for a strategy that is not installed.
     """
     arrays = {name: array for name, array in parameters.items() if name not in plan.personal}
-    arrays |= strategy_class(plan.strategy).extras(arrays)
+    arrays = shortened(arrays | strategy_class(plan.strategy).extras(arrays), plan)
     if plan.central and plan.central.adaptive:
         arrays[WITHIN] = np.zeros(1, np.float32)
     return arrays
+
+
+def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:
+    """What opens the answers of the sites that were asked with `plan` and `parameters`. Raises PluginError."""
+    if (encoder := encoder_of(plan)) is None:
+        return as_sent
+    shapes = shapes_of(template(parameters, plan))
+    expected = layout(encoder, shapes)
+
+    def read(record: ArrayRecord) -> tuple[Arrays, int]:
+        return opened(encoder, unpack_wire(record, expected), shapes), sum(form.nbytes for form in expected.values())
+
+    return read
+
+
+def as_sent(record: ArrayRecord) -> tuple[Arrays, int]:
+    """A `Reader` of updates that travel as they are summed."""
+    arrays = unpack(record)
+    return arrays, payload(arrays)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, Valid
 
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.compression.request import Compression, check_compression
 from fedclaw.federation.plan import (
     METRICS,
     CentralPrivacy,
@@ -88,6 +89,7 @@ class RunRecord(Frozen):
     central: CentralPrivacy | None = None
     secure: SecureRequest | None = None
     distillation: Distillation | None = None
+    compression: Compression | None = None
     weighting: Weighting = "examples"
     weight_cap: int | None = Field(default=None, ge=1)
     """The largest weight, with weighting: capped."""
@@ -107,6 +109,7 @@ class RunRecord(Frozen):
     def _consistent(self) -> Self:
         secure = self.secure is not None
         check_privacy(self.training, self.privacy, self.central, secure, self.weighting, self.weight_cap)
+        check_compression(self.compression, central=self.central is not None, secure=secure)
         return self
 
     @property

@@ -134,6 +134,7 @@ class _Round:
         self._weights: dict[str, tuple[float, int]] = {}
         self._receipts: dict[str, SiteReceipt] = {}
         self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=price_of(plan))
+        self._outgoing = outgoing.nbytes
         self._exchange = SecureExchange(grid, nodes, plan, deadline, self._result)
 
     def run(self, before_unmasking: Callable[[], None]) -> SecurelyTrained:
@@ -173,3 +174,5 @@ class _Round:
             len(survivors),
         )
         self._result.answered = list(survivors)
+        self._result.bytes_up = len(survivors) * total.nbytes
+        self._result.bytes_down = len(survivors) * self._outgoing

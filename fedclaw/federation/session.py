@@ -54,6 +54,7 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         "privacy": settings.privacy,
         "central": None if settings.central is None else calibrated(settings.central, settings.rounds),
         "secure": settings.secure,
+        "compression": settings.compression,
         "weighting": settings.weighting,
         "weight_cap": settings.weight_cap,
         "metrics": settings.metrics,

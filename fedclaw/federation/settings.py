@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, JsonValue, field_validator
 
+from fedclaw.federation.compression.request import Compression
 from fedclaw.federation.plan import METRICS, AdaptiveClip, LocalTraining, PrivacyRequest, Unit, Weighting
 from fedclaw.frozen import Frozen
 
@@ -60,6 +61,7 @@ class RunSettings(Frozen):
     privacy: PrivacyRequest | None
     central: CentralRequest | None = None
     secure: SecureRequest | None = None
+    compression: Compression | None = None
     rounds: int = Field(ge=1)
     seed: int = Field(ge=0)
     weighting: Weighting = "examples"
@@ -69,7 +71,7 @@ class RunSettings(Frozen):
     statistics: Path | None = None
     """A statistics.json, for a schema that says standardise: federated."""
 
-    @field_validator("privacy", "central", "secure", mode="before")
+    @field_validator("privacy", "central", "secure", "compression", mode="before")
     @classmethod
     def _none(cls, value: Any) -> Any:
         """privacy=none, and its like, is a group of nulls; everything else must be complete."""

@@ -62,9 +62,9 @@ class ClientHalf:
         context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.sent, state)
         return self.strategy.finish(shared, context)
 
-    def remember(self, finished: Finished, personal: Arrays) -> None:
-        """Keep the strategy's state, and the parameters of `personal`, for the rounds to come."""
-        state = {**finished.state, **({PERSONAL: personal} if personal else {})}
+    def remember(self, finished: Finished, personal: Arrays, further: State) -> None:
+        """Keep the strategy's state, the parameters of `personal`, and `further` state for the rounds to come."""
+        state = {**finished.state, **({PERSONAL: personal} if personal else {}), **further}
         if state:
             self.site.states.keep(self.plan.federation, self.plan.run, self.plan.round, state)
 

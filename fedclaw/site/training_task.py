@@ -9,11 +9,11 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from fedclaw.compress.distil import distillation_loss
 from fedclaw.errors import PrivacyError
 from fedclaw.federation import postprocess
-from fedclaw.federation.arrays import Arrays, pack
+from fedclaw.federation.arrays import Arrays, pack_wire
 from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode
 from fedclaw.federation.strategy import PERSONAL
-from fedclaw.federation.update import Update
+from fedclaw.federation.update import SiteContext, Update
 from fedclaw.privacy.policy_checks import check_plan
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
 from fedclaw.site.charging import Charge, charge_of, is_sampled, log_spending, receipt_of, reserve
@@ -37,7 +37,7 @@ class LocalUpdate:
 def answer_training(site: Site, plan: Plan, content: RecordDict, key: str) -> RecordDict:
     """The weighted delta of one round, with its receipt. Raises Refusal before anything is paid for."""
     local = train_locally(site, plan, content, key)
-    return RecordDict({SUM: pack(local.update.arrays), **about(local)})
+    return RecordDict({SUM: pack_wire(local.update.leaving), **about(local)})
 
 
 def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
@@ -72,8 +72,10 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, key: str) -> Loca
         _run_steps(site, plan, charge, steps, model, half.correction(model, count))
     delta = _step_taken(model, plan) if plan.central and plan.central.unit == "example" else _delta(model, start)
     finished = half.finish(delta, count, lambda: _training_loss(site, plan, start, loss))
-    half.remember(finished, _personal(site, plan, half, model, start, loss))
-    update = postprocess.at_site(Update({**finished.delta, **finished.extras}, 1.0, examples), plan)
+    personal = _personal(site, plan, half, model, start, loss)
+    whole = Update({**finished.delta, **finished.extras}, 1.0, examples)
+    update = postprocess.at_site(whole, plan, SiteContext(site.source, half.before))
+    half.remember(finished, personal, update.state)
     receipt = receipt_of(site, plan, charge)
     log_spending(plan, receipt)
     return LocalUpdate(update, receipt)

@@ -9,7 +9,8 @@ from fedclaw.errors import UpdateError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import WeightedSum
 from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan
-from fedclaw.federation.update import Postprocessor, Update
+from fedclaw.federation.update import Postprocessor, SiteContext, Update
+from fedclaw.privacy.noise import GaussianSource
 
 TEMPLATE = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
 
@@ -28,9 +29,11 @@ PLAN = Plan(
     privacy=None,
 )
 
+CONTEXT = SiteContext(GaussianSource())
+
 
 def mean_of(total):
-    return postprocess.at_server(total.take(), PLAN).arrays
+    return postprocess.at_server(total.take(), PLAN, {}).arrays
 
 
 def update(w, b):
@@ -115,30 +118,30 @@ def test_both_halves_of_the_weighting_give_the_mean(weighting, expected):
     total = WeightedSum(TEMPLATE)
     for examples, value in ((1, 1.0), (3, 3.0)):
         delta = {name: np.full_like(array, value) for name, array in TEMPLATE.items()}
-        sent = postprocess.at_site(Update(delta, 1.0, examples), plan)
+        sent = postprocess.at_site(Update(delta, 1.0, examples), plan, CONTEXT)
         total.add(sent.arrays, sent.weight, sent.examples)
     assert total.examples == 4
-    assert set(postprocess.at_server(total.take(), plan).arrays["b"].tolist()) == {expected}
+    assert set(postprocess.at_server(total.take(), plan, {}).arrays["b"].tolist()) == {expected}
 
 
 def test_postprocessors_are_undone_in_reverse(monkeypatch):
     """(x + 1) * 2 at the site is y / 2 - 1 at the server; in any other order the result would not be x."""
 
     class Shift(Postprocessor):
-        def at_site(self, update, plan):
+        def at_site(self, update, plan, context):
             return Update({name: array + 1 for name, array in update.arrays.items()}, update.weight, update.examples)
 
-        def at_server(self, total, plan):
+        def at_server(self, total, plan, shapes):
             return Update({name: array - 1 for name, array in total.arrays.items()}, total.weight, total.examples)
 
     class Scale(Postprocessor):
-        def at_site(self, update, plan):
+        def at_site(self, update, plan, context):
             return Update({name: array * 2 for name, array in update.arrays.items()}, update.weight, update.examples)
 
-        def at_server(self, total, plan):
+        def at_server(self, total, plan, shapes):
             return Update({name: array / 2 for name, array in total.arrays.items()}, total.weight, total.examples)
 
     monkeypatch.setattr(postprocess, "PIPELINE", (Shift(), Scale()))
-    sent = postprocess.at_site(Update(update([[1, 2], [3, 4]], [5, 6]), 1.0, 1), PLAN)
+    sent = postprocess.at_site(Update(update([[1, 2], [3, 4]], [5, 6]), 1.0, 1), PLAN, CONTEXT)
     assert sent.arrays["b"].tolist() == [12, 14]
-    assert postprocess.at_server(sent, PLAN).arrays["b"].tolist() == [5, 6]
+    assert postprocess.at_server(sent, PLAN, {}).arrays["b"].tolist() == [5, 6]

@@ -18,8 +18,9 @@ from fedclaw.federation.plan import AdaptiveClip, CentralPrivacy, LocalTraining,
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import calibrated, initial_parameters
 from fedclaw.federation.settings import CentralRequest, SecureRequest
-from fedclaw.federation.update import Update
+from fedclaw.federation.update import SiteContext, Update
 from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.noise import GaussianSource
 from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.charging import charge_of
@@ -27,6 +28,7 @@ from fedclaw.site.in_process import open_sites
 from tests.samples import plan_of, run_record
 
 NUMBERS = 200_000
+CONTEXT = SiteContext(GaussianSource())
 ONE_STEP = LocalTraining(steps=1, batch_size=1, learning_rate=0.5)
 
 
@@ -47,7 +49,7 @@ def noised_mean(plan, weights, examples):
     total = WeightedSum({"w": np.zeros(NUMBERS, np.float32)})
     for weight, count in zip(weights, examples, strict=True):
         total.add({"w": np.zeros(NUMBERS, np.float32)}, weight, count)
-    return postprocess.at_server(total.take(), plan).arrays["w"]
+    return postprocess.at_server(total.take(), plan, {}).arrays["w"]
 
 
 def assert_deviation(values, expected):
@@ -112,9 +114,9 @@ def test_an_adaptive_bound_finds_the_quantile_of_the_norms():
         now = plan.model_copy(update={"central": plan.central.model_copy(update={"clip": clip})})
         total = WeightedSum(postprocess.template({"w": np.zeros(4, np.float32)}, now))
         for norm in norms:
-            update = postprocess.at_site(Update({"w": np.full(4, norm / 2, np.float32)}, 1.0, 7), now)
+            update = postprocess.at_site(Update({"w": np.full(4, norm / 2, np.float32)}, 1.0, 7), now, CONTEXT)
             total.add(update.arrays, update.weight, 7)
-        mean = postprocess.at_server(total.take(), now)
+        mean = postprocess.at_server(total.take(), now, {})
         assert mean.arrays.keys() == {"w"}
         clip = mean.clip
     assert clip == pytest.approx(0.8, abs=0.03)
@@ -324,7 +326,7 @@ def test_hiding_a_site_hides_an_example_half_as_well(sites, record):
     site = next(iter(sites.values()))
     assert charge_of(site, plan).mechanism == Mechanism(1.0, 1.5, 1)
     ones, others = (
-        postprocess.at_site(Update({"w": np.full(4, value, np.float32)}, 1.0, 1), plan).arrays["w"]
+        postprocess.at_site(Update({"w": np.full(4, value, np.float32)}, 1.0, 1), plan, CONTEXT).arrays["w"]
         for value in (9.0, -9.0)
     )
     assert np.linalg.norm(ones - others) == pytest.approx(2 * setting.clip, rel=1e-5)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.federation import postprocess
+from fedclaw.federation.arrays import shapes_of
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining
 from fedclaw.federation.run_directory import RunRecord
 from fedclaw.federation.session import initial_parameters
@@ -135,7 +136,7 @@ class CentralProbe(Probe):
         if plan.secure is not None:
             honest = len(sites) - plan.secure.tolerated - plan.secure.colluding
             self.counted, self.shares = honest / len(sites), len(sites)
-        mean = postprocess.at_server(trained.total.take(), plan)
+        mean = postprocess.at_server(trained.total.take(), plan, shapes_of(self.canary.parameters))
         return flat(mean.arrays, self.canary.parameters) / self._scale
 
 
@@ -201,7 +202,8 @@ def guaranteed(epsilon: float, delta: float) -> float:
 
 def _one_step(settings: RunSettings, changed: Mapping[str, object]) -> RunSettings:
     training = LocalTraining(steps=1, batch_size=ROWS, learning_rate=_RATE)
-    return settings.model_copy(update={"rounds": 1, "training": training, **changed})
+    # What compresses an update comes after the noise, or leaves numbers out: the whole update tells more.
+    return settings.model_copy(update={"rounds": 1, "training": training, "compression": None, **changed})
 
 
 def _canary(subject: Subject, record: RunRecord, clip: float, generator: np.random.Generator) -> Canary:
