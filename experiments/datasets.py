@@ -15,7 +15,7 @@ into them.
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, Source, pixels, schema_of
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
+from fedclaw.federation.registry import STRATEGIES, installed
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.policy import SAFE_METRICS
 from fedclaw.report.console import make_console
@@ -60,7 +61,8 @@ class SitePolicy:
     trust_server_noise: bool = False
     require_secure_aggregation: bool = False
     minimum_cohort: int = 2
-    strategies: tuple[str, ...] = ("fedavg", "fedavgm", "fedprox", "fedadagrad", "fedadam", "fedyogi")
+    strategies: tuple[str, ...] = field(default_factory=lambda: tuple(sorted(installed(STRATEGIES))))
+    """By default all that are installed."""
     metrics: tuple[str, ...] = SAFE_METRICS
 
 

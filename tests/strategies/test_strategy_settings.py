@@ -7,9 +7,9 @@ import yaml
 from pydantic import ValidationError
 
 from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan
-from fedclaw.federation.registry import strategy_class
+from fedclaw.federation.registry import STRATEGIES, installed, strategy_class
 
-NAMES = ("fedadagrad", "fedadam", "fedavg", "fedavgm", "fedprox", "fedyogi")
+NAMES = tuple(sorted(installed(STRATEGIES)))
 CONF = Path(__file__).resolve().parents[2] / "conf" / "strategy"
 
 
@@ -69,6 +69,14 @@ def test_settings_are_checked_and_frozen(name: str) -> None:
         ("fedyogi", {"beta2": 1}),
         ("fedyogi", {"beta1": "fast"}),
         ("fedyogi", {"tau": 0}),
+        ("trimmed_mean", {"hostile": -1}),
+        ("krum", {"hostile": 1.5}),
+        ("multi_krum", {"keep": 0}),
+        ("rfa", {"smoothing": 0}),
+        ("rfa", {"iterations": 0}),
+        ("norm_bounding", {"bound": 0}),
+        ("centred_clipping", {"radius": -1}),
+        ("centred_clipping", {"iterations": 0}),
     ],
 )
 def test_a_setting_out_of_range_is_refused(name: str, wrong: dict) -> None:
