@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedclaw.federation.run_directory import RunRecord, SiteReceipt
+from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
 from fedclaw.privacy.distributed import Price
 from fedclaw.report.console import make_console
@@ -66,12 +66,25 @@ class TerminalProgress:
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()) or "none were permitted"
         if spent := central_words(outcome.directory.record()):
             self.console.print(spent)
+        if moved := bytes_words(outcome.directory):
+            self.console.print(moved)
         self.console.print(f"federated evaluation: {metrics}")
         self.console.print(f"model: {outcome.directory.model_path}", soft_wrap=True)
 
     def close(self) -> None:
         """Leave the terminal as it was, also after an error."""
         self._progress.stop()
+
+
+def bytes_words(directory: RunDirectory) -> str | None:
+    """What the arrays of all rounds came to on the wire; None if no site trained."""
+    lines = directory.read_metrics()
+    up, down = (sum(int(line.get(way, 0)) for line in lines) for way in ("bytes_up", "bytes_down"))
+    if not up:
+        return None
+    compression = directory.record().compression
+    how = f" (compression {compression.method})" if compression else ""
+    return f"updates: {up / 1e6:,.3g} MB from the sites{how}, {down / 1e6:,.3g} MB of parameters to them"
 
 
 def central_words(record: RunRecord) -> str | None:
