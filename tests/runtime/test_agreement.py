@@ -55,7 +55,7 @@ def reference(tmp_path_factory):
     return run_both("local", tmp_path_factory.mktemp("agreement") / "local")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "runtime", ["grpc", pytest.param("ray", marks=pytest.mark.slow), pytest.param("flower", marks=pytest.mark.slow)]
 )

@@ -9,7 +9,7 @@ from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Observer, Outcome, run_rounds
 from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.federation.session import initial_parameters, wait_for_cohort
-from fedclaw.runtime.flower_app.grid import NamedGrid
+from fedclaw.runtime.flower_app.grid import LOOK_AGAIN, NamedGrid
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,19 @@ def check(record: RunRecord) -> None:
         raise UsageError("a recovery with a teacher belongs to python -m fedclaw.compress")
 
 
-def run_over(grid: Grid, directory: RunDirectory, waiting: Waiting, observers: Sequence[Observer] = ()) -> Outcome:
-    """Run, or go on with, the run in `directory` over Flower's `grid`. Raises RoundError as `run_rounds` does."""
+def run_over(
+    grid: Grid,
+    directory: RunDirectory,
+    waiting: Waiting,
+    observers: Sequence[Observer] = (),
+    look_again: float = LOOK_AGAIN,
+) -> Outcome:
+    """Run, or go on with, the run in `directory` over Flower's `grid`, looking for replies every `look_again` seconds.
+
+    Raises UsageError for a run that Flower's runtimes cannot carry, and RoundError as `run_rounds` does.
+    """
     record = directory.record()
     check(record)
-    named = NamedGrid(grid)
+    named = NamedGrid(grid, look_again)
     wait_for_cohort(named, directory, waiting.sites, waiting.seconds, new_cohort=waiting.new_cohort)
     return run_rounds(named, directory, initial_parameters(record), observers=observers)

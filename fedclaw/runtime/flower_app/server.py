@@ -21,22 +21,15 @@ beside FedClaw's own server: mutual TLS, the seal on the updates, and secure agg
 import logging
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 
 from flwr.app import Context, UserConfigValue
 from flwr.serverapp import Grid, ServerApp
-from pydantic import Field
 
 from fedclaw.cli import compose_settings, start_logging
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.federation.coordinator import Observer
-from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.session import make_record
-from fedclaw.federation.settings import RunSettings
 from fedclaw.report.console import make_console
-from fedclaw.report.terminal import TerminalProgress
-from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
-from fedclaw.runtime.flower_app.rounds import Waiting, check, run_over
+from fedclaw.runtime.flower_app.rounds import run_over
+from fedclaw.runtime.flower_app.settings import FlowerSettings, observed, open_run
 
 log = logging.getLogger(__name__)
 
@@ -46,32 +39,15 @@ SETTINGS = "settings"
 app = ServerApp()
 
 
-class SitesSettings(RoundRules):
-    """conf/flower_app.yaml: sites."""
-
-    wait_for: int | None = Field(default=None, ge=1)
-    wait: float = Field(default=600, gt=0)
-    new_cohort: bool = False
-
-
-class FlowerSettings(RunSettings):
-    """conf/flower_app.yaml, checked."""
-
-    federation: str
-    runs: Path
-    run: str | None = None
-    resume: Path | None = None
-    sites: SitesSettings = SitesSettings()
-    tracking: TrackingSettings = TrackingSettings()
-
-
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run's configuration describes. Raises FedClawError; Flower then ends the run."""
     start_logging(make_console(stderr=True))
     try:
         settings = read_settings(context.run_config)
-        coordinate(grid, settings, _directory(settings))
+        directory = open_run(settings)
+        with observed(directory, settings.tracking) as observers:
+            run_over(grid, directory, settings.sites.waiting(), observers)
     except FedClawError as error:
         log.error("%s", error)
         raise
@@ -95,42 +71,6 @@ def read_settings(run_config: Mapping[str, UserConfigValue]) -> FlowerSettings:
         if path is not None and not path.is_absolute():
             raise UsageError(f"{name}={path} is not absolute: Flower runs the app in a directory of its own")
     return settings
-
-
-def coordinate(grid: Grid, settings: FlowerSettings, directory: RunDirectory) -> None:
-    """Wait for the sites, then run the rounds that are left, watched and tracked."""
-    sites = settings.sites
-    progress = TerminalProgress()
-    tracker: MlflowTracker | None = None
-    try:
-        tracker = make_tracker(settings.tracking, directory)
-        observers: list[Observer] = [progress, tracker] if tracker else [progress]
-        run_over(grid, directory, Waiting(sites.wait_for, sites.wait, sites.new_cohort), observers)
-    except BaseException:
-        if tracker:
-            tracker.failed()
-        raise
-    finally:
-        progress.close()
-
-
-def _directory(settings: FlowerSettings) -> RunDirectory:
-    """The run's directory: one to go on with, or a new one."""
-    if settings.resume is not None:
-        directory = RunDirectory.open(settings.resume)
-        directory.check()
-        record = directory.record()
-        if record.federation != settings.federation:
-            raise UsageError(
-                f"{settings.resume} is a run of federation {record.federation!r}, not of {settings.federation!r}"
-            )
-        return directory
-    if settings.sites.new_cohort:
-        raise UsageError("sites.new_cohort=true goes with resume=: a new run has no round in flight")
-    rules = RoundRules(**settings.sites.model_dump(include=set(RoundRules.model_fields)))
-    record = make_record(settings, settings.federation, settings.run, rules)
-    check(record)
-    return RunDirectory.create(settings.runs / record.run, record)
 
 
 def _word(value: UserConfigValue) -> str:

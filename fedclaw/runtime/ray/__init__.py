@@ -6,6 +6,6 @@ For whoever outgrows one machine; on one machine `fedclaw.simulation` is many ti
 """
 
 from fedclaw.runtime.ray.settings import RaySettings
-from fedclaw.runtime.ray.simulate import simulate_on_ray
+from fedclaw.runtime.ray.simulate import require_ray, simulate_on_ray
 
-__all__ = ["RaySettings", "simulate_on_ray"]
+__all__ = ["RaySettings", "require_ray", "simulate_on_ray"]

@@ -8,6 +8,7 @@ cluster these directories, and the data, lie on a file system that all machines 
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +30,8 @@ from fedclaw.site.settings import SITE_FILE, load_site_settings
 log = logging.getLogger(__name__)
 
 SITES = "sites"
-START_UP = 300.0
-"""Seconds for Ray to start and for all sites to say their names."""
+LOOK_AGAIN = 0.02
+"""Seconds between two looks for replies; here they lie in this process's memory."""
 
 
 def simulate_on_ray(
@@ -38,25 +39,21 @@ def simulate_on_ray(
     sites: Iterable[Path],
     settings: RaySettings | None = None,
     observers: Sequence[Observer] = (),
+    waiting: Waiting | None = None,
 ) -> Outcome:
     """Run, or go on with, the run in `directory` over the sites whose directories are given.
 
-    The given directories are only read. Raises UsageError without the extra `ray`, or for a run that Flower's runtimes
-    cannot carry, and RoundError as `run_rounds` does.
+    The given directories are only read. All sites are waited for, if `waiting` says no number. Raises UsageError
+    without the extra `ray`, or for a run that Flower's runtimes cannot carry, and RoundError as `run_rounds` does.
     """
     record = directory.record()
     check(record)
-    if find_spec("ray") is None:
-        raise UsageError("the runtime ray needs the package ray: pip install 'fedclaw[ray]'")
+    require_ray()
     places = tuple(Place(own_directory(directory.root / SITES, site), record.federation) for site in sites)
     if not places:
         raise UsageError("there is no site to simulate")
-    return _simulate(directory, places, settings or RaySettings(), observers)
-
-
-def _simulate(
-    directory: RunDirectory, places: tuple[Place, ...], settings: RaySettings, observers: Sequence[Observer]
-) -> Outcome:
+    settings, waiting = settings or RaySettings(), waiting or Waiting()
+    waiting = waiting if waiting.sites else replace(waiting, sites=len(places))
     # Imports Ray, and Flower's engine with it: not before it is needed.
     from flwr.simulation import run_simulation
 
@@ -65,10 +62,21 @@ def _simulate(
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001 (Flower's signature)
-        outcomes.append(run_over(grid, directory, Waiting(len(places), START_UP), observers))
+        outcomes.append(run_over(grid, directory, waiting, observers, LOOK_AGAIN))
 
-    run_simulation(server_app, client_app(partial(place_of, places)), len(places), backend_config=settings.backend())
+    run_simulation(
+        server_app,
+        client_app(partial(place_of, places)),
+        len(places),
+        backend_config=settings.backend(),
+    )
     return outcomes[0]
+
+
+def require_ray() -> None:
+    """Raise UsageError unless the extra `ray` is installed."""
+    if find_spec("ray") is None:
+        raise UsageError("the runtime ray needs the package ray: pip install 'fedclaw[ray]'")
 
 
 def place_of(places: tuple[Place, ...], context: Context) -> Place:

@@ -29,7 +29,7 @@ PRIVACY = PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(flower_rounds, "NamedGrid", lambda grid: NamedGrid(grid, look_again=0.01, introduction=10))
+    monkeypatch.setattr(flower_rounds, "NamedGrid", lambda grid, _: NamedGrid(grid, look_again=0.01, introduction=10))
 
 
 @pytest.fixture
