@@ -1,0 +1,12 @@
+"""Thousands of simulated clients under the real server loop, in one process or over several.
+
+`SimulatedFederation` is the clients' data, held once; `simulated` makes of a run's record that of a simulation;
+`simulate_cohorts` runs it. Clients are trained one at a time on a lean step, or many at once as one batch, whichever is
+faster; a result depends on the record and the data alone, not on the number of processes.
+"""
+
+from fedclaw.simulation.federation import SimulatedFederation
+from fedclaw.simulation.run import simulate_cohorts, simulated
+from fedclaw.simulation.settings import SimulationSettings
+
+__all__ = ["SimulatedFederation", "SimulationSettings", "simulate_cohorts", "simulated"]

@@ -1,0 +1,93 @@
+"""Every client's privacy account, without a ledger: what was run is known from who took part in which round.
+
+All rounds of a run ask for the same mechanism of clients with the same number of examples, so an account is a number of
+rounds. What it comes to is worked out when somebody looks, by the code that a site's ledger uses, once for all clients
+that have equally many examples and rounds.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any, cast
+
+from fedclaw.federation.plan import Plan, Receipt, Refusal
+from fedclaw.federation.run_directory import SiteReceipt
+from fedclaw.privacy.history import History
+from fedclaw.privacy.policy_checks import check_plan
+from fedclaw.simulation.federation import SimulatedFederation
+from fedclaw.site.charging import Books, Charge, charge_for, delta_of, receipt_for
+
+NO_LEDGER = "simulated"
+"""In the place of a ledger's head."""
+
+
+class Accounts:
+    """Rounds by client, of one run."""
+
+    def __init__(self, federation: SimulatedFederation) -> None:
+        self._federation = federation
+        self._rounds: dict[int, int] = {}
+        self._charges: dict[tuple[object, ...], Charge | Refusal] = {}
+        self._receipts: dict[tuple[object, ...], Receipt] = {}
+
+    def charge(self, plan: Plan, examples: int, parameters: int) -> Charge | Refusal:
+        """What a round costs a client with so many examples, or why it takes no part."""
+        key = (plan.privacy, plan.central, plan.training, plan.rounds, examples)
+        if key not in self._charges:
+            policy = self._federation.policy(plan)
+            try:
+                check_plan(policy, plan, examples=examples, parameters=parameters)
+                self._charges[key] = charge_for(policy, examples, plan)
+            except Refusal as refusal:
+                self._charges[key] = refusal
+        return self._charges[key]
+
+    def took_part(self, clients: Iterable[int]) -> None:
+        """In one more round."""
+        for client in clients:
+            self._rounds[client] = self._rounds.get(client, 0) + 1
+
+    @property
+    def clients(self) -> list[int]:
+        """Who has ever taken part."""
+        return sorted(self._rounds)
+
+    def receipt(self, plan: Plan, client: int, parameters: int) -> SiteReceipt:
+        """The client's account as it is now; its epsilons are worked out when they are looked at."""
+        examples, rounds = self._federation.examples(client), self._rounds.get(client, 0)
+        return cast(SiteReceipt, LateReceipt(self, plan, examples, rounds, parameters))
+
+    def work_out(self, plan: Plan, examples: int, rounds: int, parameters: int) -> Receipt:
+        """The receipt of a client with so many examples after so many rounds."""
+        key = (plan.privacy, plan.central, plan.training, plan.rounds, examples, rounds)
+        if key not in self._receipts:
+            charge, policy = self.charge(plan, examples, parameters), self._federation.policy(plan)
+            assert isinstance(charge, Charge)
+            history = History()
+            for _ in range(rounds):
+                history.add(charge.mechanism)
+            books = Books(
+                epsilon_run=history.epsilon(delta_of(policy, plan)),
+                epsilon_lifetime=history.epsilon(policy.delta),
+                rounds=rounds,
+                head=NO_LEDGER,
+            )
+            self._receipts[key] = receipt_for(policy, examples, plan, charge, books)
+        return self._receipts[key]
+
+
+class LateReceipt:
+    """A `SiteReceipt` whose receipt is worked out when it is looked at: most never are."""
+
+    def __init__(self, accounts: Accounts, plan: Plan, examples: int, rounds: int, parameters: int) -> None:
+        self.examples = examples
+        self._accounts = accounts
+        self._asked = plan, examples, rounds, parameters
+
+    @cached_property
+    def receipt(self) -> Receipt:
+        """See SiteReceipt."""
+        return self._accounts.work_out(*self._asked)
+
+    def model_dump(self, **options: Any) -> Mapping[str, Any]:
+        """See pydantic's."""
+        return SiteReceipt(examples=self.examples, receipt=self.receipt).model_dump(**options)

@@ -1,0 +1,163 @@
+"""One client at a time, or many at once: what is faster for the model and the data, found out once, before a run.
+
+The model is compared on a few rows of the table first: many at once is taken only if it gives the very gradients that
+each client would get by itself. Which of the two is faster is then measured on one unit of made-up clients. It depends
+on the machine, so a run that is to be repeated to the last bit elsewhere says `mode=one` or `mode=many`.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fedclaw.errors import UsageError
+from fedclaw.federation.plan import LocalTraining
+from fedclaw.simulation.engines import Build, Engine, PlainModel, VmapModel
+from fedclaw.simulation.folded import FoldedModel, Loss, NotStackable
+from fedclaw.simulation.optimizers import row_optimizer
+from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
+from fedclaw.simulation.settings import Mode
+from fedclaw.workload import Table
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["folded", "vmap", "plain"]
+_CLIENTS, _ROWS = 3, 2
+_SAME_GRADIENT = 1e-3
+_PROBE_STEPS = 3
+SPARE = 40
+"""Rows that may be filled up to save a segment of a folded model; found by trying with small models."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run's clients are trained."""
+
+    many: bool
+    kind: Kind
+
+    @property
+    def spare(self) -> int:
+        """Rows that may be filled up."""
+        return SPARE if self.kind == "folded" else 0
+
+
+def make_engine(kind: Kind, build: Build, loss: Loss) -> Engine:
+    """A fresh engine. Raises NotStackable."""
+    if kind == "folded":
+        return FoldedModel(build(), loss)
+    return VmapModel(build(), loss) if kind == "vmap" else PlainModel(build(), loss)
+
+
+def choose(
+    mode: Mode,
+    build: Build,
+    loss: Loss,
+    table: Table,
+    training: LocalTraining,
+    shares: Sequence[Rows],
+    *,
+    elementwise: bool,
+    private: bool,
+) -> Way:
+    """The way for clients with these `shares`; see `fedclaw.simulation.settings` for `mode`.
+
+    `elementwise`: whether the strategy can correct many clients' gradients at once. Raises UsageError if mode=many is
+    asked for and cannot be had.
+    """
+    stackable = [kind for kind in ("folded", "vmap") if agrees(kind, build, loss, table)]  # type: ignore[arg-type]
+    alone = Way(False, "folded" if "folded" in stackable and not private else "plain")
+    usable = [kind for kind in stackable if kind == "folded" or not private]
+    if mode == "one" or not usable or not elementwise or len(shares) < 2:
+        if mode == "many" and (not usable or not elementwise):
+            reason = "its strategy corrects clients one by one" if usable else "its model can only be trained by itself"
+            raise UsageError(f"runtime.mode=many: {reason}; take mode=one or mode=auto")
+        return alone
+    together = Way(True, usable[0])  # type: ignore[arg-type]
+    if mode == "many":
+        return together
+    seconds = {way: _seconds(way, build, loss, table, training, shares) for way in (alone, together)}
+    best = min(seconds, key=lambda way: seconds[way])
+    log.info(
+        "simulation: %s, by %s (%.3g s against %.3g s a unit)",
+        "many clients at once" if best.many else "one client at a time",
+        *(best.kind, seconds[best], max(seconds.values())),
+    )
+    return best
+
+
+def agrees(kind: Kind, build: Build, loss: Loss, table: Table) -> bool:
+    """Whether the engine gives what autograd gives for each client by itself, on a few rows of the table."""
+    rows = np.arange(min(len(table), _CLIENTS * _ROWS + 1))
+    parts = [part for part in np.array_split(rows, _CLIENTS) if len(part)]
+    if kind == "vmap":
+        parts = [part[:1] for part in parts]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            engine, plain = make_engine(kind, build, loss), PlainModel(build(), loss)
+            start = {name: value.detach().numpy() for name, value in build().named_parameters()}
+            stack = engine.layout.row(start).expand(len(parts), -1).clone()
+            stack.add_(torch.randn_like(stack), alpha=0.01)
+            (packing,) = pack([[part] for part in parts], SPARE if kind == "folded" else 0)
+            found = torch.zeros_like(stack)
+            engine.bind(stack, found)
+            engine.gradients(packing, *_examples(table, packing))
+            return all(
+                _same(plain, engine, stack[client], found[client], table, part) for client, part in enumerate(parts)
+            )
+    except (NotStackable, RuntimeError) as error:
+        log.debug("simulation: %s cannot take the model: %s", kind, error)
+        return False
+
+
+def _same(
+    plain: PlainModel, engine: Engine, parameters: torch.Tensor, found: torch.Tensor, table: Table, rows: Rows
+) -> bool:
+    row = plain.layout.row(engine.layout.arrays(parameters))[None]
+    expected = torch.zeros_like(row)
+    plain.bind(row, expected)
+    (packing,) = pack([[rows]])
+    plain.gradients(packing, *_examples(table, packing))
+    ours = plain.layout.row(engine.layout.arrays(found))
+    return bool((ours - expected[0]).norm() <= _SAME_GRADIENT * expected.norm())
+
+
+def _examples(table: Table, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(table.inputs)[packing.rows], torch.from_numpy(table.targets)[packing.rows]
+
+
+def _seconds(
+    way: Way, build: Build, loss: Loss, table: Table, training: LocalTraining, shares: Sequence[Rows]
+) -> float:
+    """Of processor time for a few steps of clients with these shares, after one that warms up."""
+    generator = np.random.default_rng(0)
+    batches = [shuffled(share, training, generator)[:_PROBE_STEPS] for share in shares]
+    batches.sort(key=len, reverse=True)
+    with torch.random.fork_rng(devices=[]):
+        engine = make_engine(way.kind, build, loss)
+        start = engine.layout.row({name: value.detach().numpy() for name, value in build().named_parameters()})
+        groups = [batches] if way.many else [[own] for own in batches]
+        best = float("inf")
+        for _ in range(3):
+            began = time.thread_time()
+            for group in groups:
+                _take_steps(engine, start, pack(group, way.spare), training, table)
+            best = min(best, time.thread_time() - began)
+    return best
+
+
+def _take_steps(
+    engine: Engine, start: torch.Tensor, steps: Sequence[Packing], training: LocalTraining, table: Table
+) -> None:
+    stack = start.expand(steps[0].clients, -1).clone()
+    gradients = torch.zeros_like(stack)
+    engine.bind(stack, gradients)
+    optimizer = row_optimizer(training)
+    for packing in steps:
+        engine.gradients(packing, *_examples(table, packing))
+        optimizer.step(stack[: packing.clients], gradients[: packing.clients])

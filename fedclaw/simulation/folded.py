@@ -1,0 +1,129 @@
+"""A model run on the examples of many clients as one batch, each example with its own client's parameters.
+
+Goes for models whose parameters all belong to layers that have a stacked form (`stacked_layers`), each called once in
+a forward pass, and that treat examples separately; with a loss that is a mean over examples. Whether a model is one is
+not believed but compared, on examples, with the plain gradient of each client (`check`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fedclaw.errors import FedClawError
+from fedclaw.simulation.layout import Layout
+from fedclaw.simulation.packing import Packing
+from fedclaw.simulation.stacked_layers import Stack, StackedConvolution, StackedLayer, Through, stacked
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(inputs, outputs, targets) -> mean loss."""
+
+
+class NotStackable(FedClawError):
+    """A model cannot be trained for many clients at once in this way. Its text says why."""
+
+
+class FoldedModel:
+    """See the module. `layout` says how parameters lie in a row of the stack."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        """Takes `model` over: its layers' forward passes are replaced. Raises NotStackable."""
+        self._loss = loss
+        self._stack = Stack()
+        self.layers: list[StackedLayer] = []
+        self.model = model.train()
+        orders = self._find_layers()
+        self.layout = Layout({name: value.shape for name, value in model.named_parameters()}, orders)
+        self._bound: tuple[int, int] | None = None
+        for layer in self.layers:
+            layer.module.forward = self._through(layer)  # type: ignore[method-assign]
+
+    def bind(self, parameters: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Work on these rows (K, D) from now on."""
+        key = parameters.data_ptr(), gradients.data_ptr()
+        if key == self._bound:
+            return
+        views, changes = self.layout.views(parameters), self.layout.views(gradients)
+        for layer in self.layers:
+            layer.bind([views[place] for place in layer.places], [changes[place] for place in layer.places])
+        self._bound = key
+
+    def gradients(self, packing: Packing, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Write the gradient of each client's mean loss over its rows: inputs (N, *D), targets (N, ...).
+
+        The gradient of a client without rows is left as it was.
+        """
+        self._run(packing, inputs, targets)
+
+    def descend(self, packing: Packing, inputs: torch.Tensor, targets: torch.Tensor, rate: float, decay: float) -> None:
+        """parameters <- decay x parameters - rate x gradient, without ever holding a gradient."""
+        self._stack.rate, self._stack.decay = rate, decay
+        try:
+            self._run(packing, inputs, targets)
+        finally:
+            self._stack.rate = None
+
+    def recorded(
+        self, packing: Packing, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> list[tuple[StackedLayer, torch.Tensor, torch.Tensor]]:
+        """Inputs and output gradients of each layer, of each row's own loss (not divided by the number of rows)."""
+        records: list[tuple[StackedLayer, torch.Tensor, torch.Tensor]] = []
+        self._stack.recorded = records
+        try:
+            self._stack.packing = packing
+            self._stack.used.clear()
+            outputs = self.model(inputs)
+            (self._loss(inputs, outputs, targets) * len(inputs)).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._stack.recorded = None
+        return records
+
+    def _run(self, packing: Packing, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        if not packing.segments:
+            return
+        stack = self._stack
+        stack.packing = packing
+        stack.used.clear()
+        outputs = self.model(inputs)
+        if len(stack.used) < len(self.layers):
+            raise NotStackable("not all layers with parameters are used in a forward pass")
+        # The loss is a mean over rows, so this is the sum of their losses, each of which counts by its client's batch.
+        if packing.even is None:
+            weights = packing.weights
+            outputs.register_hook(lambda gradient: gradient * weights.view(-1, *(1,) * (gradient.dim() - 1)))
+            scale = float(len(inputs))
+        else:
+            scale = float(packing.clients)
+        (self._loss(inputs, outputs, targets) * scale).backward()  # type: ignore[no-untyped-call]
+
+    def _find_layers(self) -> dict[str, tuple[int, ...]]:
+        names = {parameter: (place, name) for place, (name, parameter) in enumerate(self.model.named_parameters())}
+        orders, owned = {}, 0
+        for name, module in self.model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if not own:
+                continue
+            if not all(parameter.requires_grad for parameter in own):
+                raise NotStackable(f"layer {name!r} has parameters that are not trained")
+            layer = stacked(module, tuple(names[parameter][0] for parameter in own), self._stack)
+            if layer is None:
+                raise NotStackable(f"layer {name!r} ({type(module).__name__}) has no stacked form")
+            if isinstance(layer, StackedConvolution):
+                orders[names[own[0]][1]] = layer.ORDER
+            self.layers.append(layer)
+            owned += len(own)
+        if owned != len(names) or not owned:
+            raise NotStackable("layers share parameters, or there are none")
+        return orders
+
+    def _through(self, layer: StackedLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+        stack, identity = self._stack, id(layer)
+
+        def forward(inputs: torch.Tensor) -> torch.Tensor:
+            if identity in stack.used:
+                raise NotStackable("a layer is used more than once in a forward pass")
+            stack.used.add(identity)
+            outputs: torch.Tensor = Through.apply(inputs, stack.token, layer, stack)  # type: ignore[no-untyped-call]
+            return outputs
+
+        return forward

@@ -1,0 +1,151 @@
+"""The server's view of simulated clients: a Grid that answers for a whole cohort at once, without a message."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.supercore.run import Run
+from numpy.typing import NDArray
+
+from fedclaw.errors import RoundError, TransportError, UpdateError
+from fedclaw.federation import postprocess
+from fedclaw.federation.aggregate import UpdateStack
+from fedclaw.federation.arrays import shapes_of
+from fedclaw.federation.exchange import Declined, Evaluated, Outgoing, Trained
+from fedclaw.federation.plan import Plan, Refusal
+from fedclaw.federation.update import Update
+from fedclaw.runtime.base import CohortGrid
+from fedclaw.runtime.flower import empty_run, number_of
+from fedclaw.simulation.accounts import Accounts
+from fedclaw.simulation.evaluation import evaluate_clients
+from fedclaw.simulation.federation import SimulatedFederation
+from fedclaw.simulation.job import Answer, Round, State, shaped, units_of
+from fedclaw.simulation.workers import Crew
+
+
+class SimulationGrid(CohortGrid):
+    """Client k is node k + 1."""
+
+    def __init__(self, federation: SimulatedFederation, crew: Crew, accounts: Accounts, run: str) -> None:
+        self._federation = federation
+        self._crew = crew
+        self._accounts = accounts
+        self._run = empty_run(number_of(run))
+        self._memory: dict[int, State] = {}
+        self._first = True
+
+    def train_cohort(self, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, trained: Trained) -> None:
+        """See CohortGrid."""
+        began = time.monotonic()
+        template = shapes_of(postprocess.template(outgoing.parameters, plan))
+        single, parameters = isinstance(trained.total, UpdateStack), sum(a.size for a in outgoing.parameters.values())
+        clients, mechanisms = [], {}
+        for client in (node - 1 for node in nodes):
+            examples = self._federation.examples(client)
+            charge = self._accounts.charge(plan, examples, parameters)
+            if isinstance(charge, Refusal):
+                trained.declined.append(
+                    Declined(self._federation.name(client), charge.code.name.lower(), charge.reason)
+                )
+            else:
+                clients.append(client)
+                mechanisms[examples] = charge.mechanism
+        round = Round(plan, outgoing.parameters, outgoing.teacher, outgoing.sent, template, single, mechanisms)
+        units = units_of(clients, [self._federation.examples(client) for client in clients], plan.training)
+        for answer in self._crew.train(round, units, self._memory):
+            self._take(round, answer, trained)
+        trained.answered.sort()
+        self._give_receipts(plan, parameters, trained)
+        trained.seconds = time.monotonic() - began
+
+    def evaluate_cohort(
+        self, nodes: Sequence[int], plan: Plan, parameters: Mapping[str, NDArray[np.float32]], evaluated: Evaluated
+    ) -> None:
+        """See CohortGrid. A test table that the federation has as a whole is evaluated once, whoever is asked."""
+        began = time.monotonic()
+        evaluate_clients(self._federation, [node - 1 for node in nodes], plan, parameters, self._memory, evaluated)
+        evaluated.seconds = time.monotonic() - began
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._crew.close()
+
+    def _take(self, round: Round, answer: Answer, trained: Trained) -> None:
+        if answer.clients and not round.single:
+            sizes = [self._federation.examples(client) for client in answer.clients]
+            arrays = shaped(answer.numbers[0], round.template)
+            part = Update(arrays, sum(answer.weights), sum(sizes), max(answer.weights))
+            try:
+                trained.total.include(part, len(sizes))
+            except UpdateError as error:
+                raise RoundError(
+                    f"round {round.plan.round}: the updates of clients {', '.join(map(str, answer.clients))} cannot be "
+                    f"added: {error}; the learning rate may be too large"
+                ) from error
+        for row, (client, weight) in enumerate(zip(answer.clients, answer.weights, strict=True)):
+            name = self._federation.name(client)
+            if round.single:
+                arrays = shaped(answer.numbers[row], round.template)
+                try:
+                    trained.total.add(arrays, weight, self._federation.examples(client))
+                except UpdateError as error:
+                    trained.declined.append(Declined(name, "unusable", str(error)))
+                    continue
+            trained.answered.append(name)
+        trained.bytes_up += sum(answer.payloads)
+        self._accounts.took_part(answer.clients)
+        for client, state in answer.memory.items():
+            self._memory.setdefault(client, {}).update(state)
+
+    def _give_receipts(self, plan: Plan, parameters: int, trained: Trained) -> None:
+        """Of those that trained; in the first round of this process, and in the last one, of all that ever did."""
+        if self._first or plan.round == plan.rounds:
+            clients = self._accounts.clients
+        else:
+            answered = set(trained.answered)
+            clients = [client for client in self._accounts.clients if self._federation.name(client) in answered]
+        self._first = False
+        for client in clients:
+            trained.receipts[self._federation.name(client)] = self._accounts.receipt(plan, client, parameters)
+
+    # What a Grid has besides
+
+    def site_name(self, node_id: int) -> str:
+        """The client's name."""
+        return self._federation.name(node_id - 1)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All clients are always there."""
+        return range(1, len(self._federation) + 1)
+
+    def set_run(self, run: Run) -> None:
+        """Take over Flower's run record."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Flower's run record."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Raises TransportError: a simulated client answers no messages."""
+        raise self._refusal()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Raises TransportError: a simulated client answers no messages."""
+        raise self._refusal()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Raises TransportError: a simulated client answers no messages."""
+        raise self._refusal()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Raises TransportError: a simulated client answers no messages."""
+        raise self._refusal()
+
+    @staticmethod
+    def _refusal() -> TransportError:
+        return TransportError("simulated clients train and evaluate; they answer no messages: use runtime=sites")

@@ -1,0 +1,97 @@
+"""What is asked of whoever trains, and what comes back: a round, units of work, and their sums.
+
+A cohort is cut into units by who is in it and by nothing else. A unit's sum is always made in the same order by one
+process, and the units' sums are added in the order of the units: so the result does not depend on the number of
+processes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.plan import LocalTraining, Plan
+from fedclaw.privacy.accounting import Mechanism
+
+State = dict[str, Arrays]
+"""What a client remembers of a run, by kind."""
+
+UNIT = 16
+"""Clients of a unit, at most."""
+FEWEST_UNITS = 2
+"""Of a cohort that has as many clients: so that two processes both have something to do."""
+STEP_ROWS = 24
+"""What a step costs besides its rows, in rows: decides how evenly units are cut, nothing else."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round asks, whoever trains."""
+
+    plan: Plan
+    parameters: Mapping[str, NDArray[np.float32]]
+    teacher: Mapping[str, NDArray[np.float32]] | None
+    sent: Mapping[str, Mapping[str, NDArray[np.float32]]]
+    template: Mapping[str, tuple[int, ...]]
+    """Names and shapes of what an update has, in the order in which they lie in an answer."""
+    single: bool
+    """Whether every update is wanted by itself."""
+    mechanisms: Mapping[int, Mechanism | None]
+    """By number of examples, what a client that has so many is charged."""
+
+
+@dataclass
+class Answer:
+    """A unit's updates: `numbers` (rows, d), one row by client or their sum as the only one, and what belongs to them.
+
+    `clients` are those in it, in the order of the rows.
+    """
+
+    numbers: NDArray[np.float32]
+    clients: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    payloads: list[int] = field(default_factory=list)
+    """Bytes that would leave each of them."""
+    memory: dict[int, State] = field(default_factory=dict)
+    """By client, what it has begun to remember: the kinds that have changed."""
+
+
+def units_of(clients: Sequence[int], sizes: Sequence[int], training: LocalTraining) -> list[list[int]]:
+    """`clients`, whose numbers of examples are `sizes`, cut into units: the most steps first, of about equal cost."""
+    steps = {client: training.local_steps(size) for client, size in zip(clients, sizes, strict=True)}
+    rows = dict(zip(clients, sizes, strict=True))
+    order = sorted(clients, key=lambda client: (-steps[client], -rows[client], client))
+    count = min(len(order), max(FEWEST_UNITS, -(-len(order) // UNIT)))
+    costs = {client: steps[client] * min(training.batch_size, rows[client]) for client in order}
+    # A unit takes as many steps as its first client, which has the most.
+    units: list[list[int]] = []
+    left = sum(costs.values()) + STEP_ROWS * sum(steps[order[i * len(order) // count]] for i in range(count))
+    for number in range(count, 0, -1):
+        fair, cost, unit = left / number, 0.0, []
+        while order and (not unit or (number > 1 and len(order) >= number)):
+            more = costs[order[0]] + (0 if unit else STEP_ROWS * steps[order[0]])
+            if unit and number > 1 and (cost + more / 2 > fair or len(unit) == UNIT):
+                break
+            unit.append(order.pop(0))
+            cost += more
+        left -= cost
+        units.append(unit)
+    units += [order[start : start + UNIT] for start in range(0, len(order), UNIT)]
+    return [unit for unit in units if unit]
+
+
+def flat(arrays: Mapping[str, NDArray[np.float32]], template: Mapping[str, tuple[int, ...]]) -> NDArray[np.float32]:
+    """(d,) the arrays of `template`, one after another."""
+    return np.concatenate([arrays[name].reshape(-1) for name in template])
+
+
+def shaped(numbers: NDArray[np.float32], template: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """Views, by name, of what `flat` made."""
+    arrays, start = {}, 0
+    for name, shape in template.items():
+        size = int(np.prod(shape, dtype=np.int64))
+        arrays[name] = numbers[start : start + size].reshape(shape)
+        start += size
+    return arrays

@@ -1,0 +1,114 @@
+"""DP-SGD steps (Abadi et al. 2016, algorithm 1) of simulated clients: the guarantee is that of `fedclaw.privacy.steps`.
+
+One client at a time it is that very code. Many at once, one backward pass gives every layer's inputs and output
+gradients for all clients' examples; each example's own gradient follows by the rules of `fedclaw.privacy.gradients`, is
+clipped, summed by client, noised by the client's own deviation and divided by the client's expected batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedclaw.federation.plan import Plan
+from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.gradients import checks
+from fedclaw.privacy.gradients.clipping import NORM_MARGIN
+from fedclaw.privacy.gradients.layers import LayerRule, rule_for
+from fedclaw.privacy.noise import GaussianSource
+from fedclaw.simulation.folded import FoldedModel, NotStackable
+from fedclaw.simulation.packing import Packing, Rows
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one client samples and noises: Poisson `rate`, noise multiplier, L2 `bound` of an example's gradient."""
+
+    rate: float
+    noise: float
+    bound: float
+    examples: int
+    source: GaussianSource
+
+    @classmethod
+    def of(cls, plan: Plan, mechanism: Mechanism | None, examples: int, source: GaussianSource) -> "Sampling":
+        """What `plan` asks of a client with so many examples, which is charged `mechanism`."""
+        if plan.privacy is not None:
+            assert mechanism is not None
+            return cls(mechanism.sample_rate, mechanism.noise_multiplier, plan.privacy.max_grad_norm, examples, source)
+        assert plan.central is not None
+        return cls(plan.central.sample_rate, 0.0, plan.central.clip, examples, source)
+
+    @property
+    def expected(self) -> float:
+        """Expected batch size."""
+        return self.rate * self.examples
+
+    def batches(self, share: Rows, steps: int) -> list[Rows]:
+        """Poisson samples of `share`."""
+        return [share[self.source.bernoulli(len(share), self.rate)] for _ in range(steps)]
+
+
+class PrivateStep:
+    """Noised gradients of many clients at once."""
+
+    def __init__(self, engine: FoldedModel) -> None:
+        """Raises NotStackable for a layer without a rule, PrivacyError for a model that mixes examples."""
+        checks.check_model(engine.model)
+        self._engine = engine
+        self._rules: dict[int, LayerRule] = {}
+        for layer in engine.layers:
+            rule = rule_for(layer.module)
+            if rule is None:
+                raise NotStackable(f"a {type(layer.module).__name__} has no rule for the gradients of single examples")
+            self._rules[id(layer)] = rule
+
+    def gradients(
+        self,
+        packing: Packing,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        gradients: torch.Tensor,
+        samplings: Sequence[Sampling],
+    ) -> None:
+        """Write the first k clients' noised gradients to rows (k, D); inputs (N, *D), targets (N, ...)."""
+        count = packing.clients
+        views = self._engine.layout.views(gradients[:count])
+        if len(inputs):
+            self._sum(packing, inputs, targets, views, samplings)
+        else:
+            gradients[:count].zero_()
+        for row, sampling in zip(gradients[:count], samplings[:count], strict=True):
+            if sampling.noise:
+                sampling.source.perturb_(row, sampling.noise * sampling.bound / sampling.expected)
+
+    def _sum(
+        self,
+        packing: Packing,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        views: Sequence[torch.Tensor],
+        samplings: Sequence[Sampling],
+    ) -> None:
+        """Clipped gradients, summed by client and divided by the expected batch."""
+        records = self._engine.recorded(packing, inputs, targets)
+        with torch.no_grad():
+            rows = [self._rules[id(layer)].rows(seen, back) for layer, seen, back in records]
+            norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in rows]).norm(2, dim=0)
+            factors = self._factors(packing, norms, samplings)
+            for (layer, _, _), part in zip(records, rows, strict=True):
+                part.masked_fill_(~norms.isfinite()[:, None], 0.0)
+                spread = torch.func.vmap(self._rules[id(layer)].spread)(factors @ part)
+                for place, values in zip(layer.places, spread, strict=True):
+                    views[place].copy_(values.reshape(views[place].shape))
+
+    def _factors(self, packing: Packing, norms: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+        """(k, N): what each example's gradient counts by in each client's sum."""
+        owner = packing.client_of_row
+        bounds = torch.tensor([sampling.bound / NORM_MARGIN for sampling in samplings])[owner]
+        scales = torch.tensor([1 / sampling.expected for sampling in samplings])[owner]
+        own = torch.div(bounds, norms).clamp_(max=1.0).mul_(scales)
+        own = torch.where(norms.isfinite() & (packing.weights > 0), own, 0.0)
+        factors = torch.zeros(packing.clients, len(norms))
+        factors[owner, torch.arange(len(norms))] = own
+        return factors

@@ -1,0 +1,114 @@
+"""The server's loop over simulated clients: `run_rounds` as it is, with a grid that trains cohorts by itself."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedclaw.errors import UsageError
+from fedclaw.federation.coordinator import Observer, Outcome, make_plan, make_strategy, run_rounds
+from fedclaw.federation.run_directory import RunDirectory, RunRecord, Simulated
+from fedclaw.federation.session import initial_parameters
+from fedclaw.simulation.accounts import Accounts
+from fedclaw.simulation.choice import Way, choose
+from fedclaw.simulation.federation import SimulatedFederation
+from fedclaw.simulation.grid import SimulationGrid
+from fedclaw.simulation.job import UNIT, units_of
+from fedclaw.simulation.settings import SimulationSettings
+from fedclaw.simulation.trainer import Trainer, make_loss
+from fedclaw.simulation.workers import Alone, Crew, Forked
+from fedclaw.site.charging import is_sampled
+
+log = logging.getLogger(__name__)
+
+
+def simulated(record: RunRecord, settings: SimulationSettings, clients: int) -> RunRecord:
+    """The record of a run whose clients are simulated. Raises UsageError for what a simulation cannot do."""
+    if record.secure is not None:
+        raise UsageError(
+            "secure aggregation hides updates from a server, and a simulation has none: take secure=none, or "
+            "runtime=sites, where sites mask for real"
+        )
+    about = Simulated(clients=clients, save_every=settings.save_every, repeatable_noise=settings.repeatable_noise)
+    return record.model_copy(update={"simulated": about})
+
+
+def simulate_cohorts(
+    directory: RunDirectory,
+    federation: SimulatedFederation,
+    settings: SimulationSettings | None = None,
+    observers: Sequence[Observer] = (),
+    *,
+    teacher: Mapping[str, NDArray[np.float32]] | None = None,
+) -> Outcome:
+    """Run, or go on with, the run in `directory`, whose record `simulated` made, over simulated clients.
+
+    The result is the same for the same record and data, however many worker processes there are; with privacy only if
+    the record says `repeatable_noise`. Sets torch to one thread while it lasts. Raises RoundError, UsageError.
+    """
+    settings = settings or SimulationSettings()
+    record = directory.record()
+    _check(record, federation)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    grid = None
+    try:
+        initial = initial_parameters(record)
+        grid = _grid(record, federation, settings, directory, teacher)
+        return run_rounds(grid, directory, initial, teacher=teacher, observers=observers)
+    finally:
+        if grid is not None:
+            grid.close()
+        torch.set_num_threads(threads)
+
+
+def _check(record: RunRecord, federation: SimulatedFederation) -> None:
+    if record.simulated is None:
+        raise UsageError("this run is one with sites, not a simulation; continue it where it was begun")
+    if record.simulated.clients != len(federation):
+        raise UsageError(f"the run has {record.simulated.clients} clients, and there are {len(federation)} here")
+    if record.workload != federation.workload.name:
+        raise UsageError(f"the run's workload is {record.workload!r}, the data's {federation.workload.name!r}")
+
+
+def _grid(
+    record: RunRecord,
+    federation: SimulatedFederation,
+    settings: SimulationSettings,
+    directory: RunDirectory,
+    teacher: Mapping[str, NDArray[np.float32]] | None,
+) -> SimulationGrid:
+    assert record.simulated is not None
+    way = _way(record, federation, settings, teacher)
+    trainer = Trainer(federation, way, record.seed, repeatable_noise=record.simulated.repeatable_noise)
+    crew: Crew = Alone(trainer) if settings.workers == 1 else Forked(trainer, settings.workers, UNIT)
+    accounts = Accounts(federation)
+    numbers = {federation.name(client): client for client in range(len(federation))}
+    for line in directory.read_metrics():
+        accounts.took_part(numbers[name] for name in line.get("answered", ()) if name in numbers)
+    return SimulationGrid(federation, crew, accounts, record.run)
+
+
+def _way(
+    record: RunRecord,
+    federation: SimulatedFederation,
+    settings: SimulationSettings,
+    teacher: Mapping[str, NDArray[np.float32]] | None,
+) -> Way:
+    strategy = make_strategy(record)
+    plan = make_plan(record, strategy, 1, len(federation), record.central)
+    size = max(record.rules.minimum, round(record.rules.fraction * len(federation)))
+    cohort = np.linspace(0, len(federation) - 1, min(size, len(federation))).astype(int).tolist()
+    unit = units_of(cohort, [federation.examples(client) for client in cohort], record.training)[-1]
+    return choose(
+        settings.mode,
+        lambda: federation.workload.build(record.model),
+        make_loss(federation, plan, None if teacher is None else dict(teacher)),
+        federation.table,
+        record.training,
+        [federation.share(client) for client in unit],
+        elementwise=type(strategy).elementwise,
+        private=is_sampled(plan),
+    )

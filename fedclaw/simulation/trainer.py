@@ -1,0 +1,371 @@
+"""Trains a unit of clients: many at once or one at a time, with the strategy's client half and the postprocessors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedclaw.compress.distil import distillation_loss
+from fedclaw.federation import postprocess
+from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan
+from fedclaw.federation.registry import strategy_class
+from fedclaw.federation.strategy import PERSONAL, RoundContext, Strategy, as_arrays
+from fedclaw.federation.update import SiteContext, Update
+from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.steps import PrivateGradients
+from fedclaw.simulation.choice import Way, make_engine
+from fedclaw.simulation.correction import Correction, is_overridden
+from fedclaw.simulation.engines import Engine, PlainModel
+from fedclaw.simulation.federation import SimulatedFederation
+from fedclaw.simulation.folded import FoldedModel, Loss
+from fedclaw.simulation.job import Answer, Round, State, flat
+from fedclaw.simulation.optimizers import row_optimizer
+from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
+from fedclaw.simulation.private import PrivateStep, Sampling
+from fedclaw.simulation.streams import generator_of, noise_of
+from fedclaw.site.charging import is_sampled
+
+
+@dataclass
+class Prepared:
+    """What all units of a round share."""
+
+    round: Round
+    strategy: type[Strategy]
+    engine: Engine
+    loss: Loss
+    start: torch.Tensor
+    """(D,) the round's parameters."""
+    private: PrivateStep | None
+
+
+class Trainer:
+    """One process's. What it computes depends on the round, the unit and the seed alone."""
+
+    def __init__(self, federation: SimulatedFederation, way: Way, seed: int, *, repeatable_noise: bool) -> None:
+        self._federation = federation
+        self._way = way
+        self._memory: Mapping[int, State] = {}
+        self._seed = seed
+        self._repeatable = repeatable_noise
+        self._inputs = torch.from_numpy(federation.table.inputs)
+        self._targets = torch.from_numpy(federation.table.targets)
+        self._engines: dict[str, tuple[Engine, list[Loss]]] = {}
+        self._source: GaussianSource | None = None
+        self._stacks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._prepared: Prepared | None = None
+
+    def answer(self, round: Round, unit: Sequence[int], memory: Mapping[int, State]) -> Answer:
+        """Train the clients of `unit`, whose first has the most steps and which remember `memory`."""
+        self._memory = memory
+        prepared = self._prepare(round)
+        answer = Answer(np.zeros((len(unit) if round.single else 1, _numbers(round)), np.float32))
+        for group in [list(unit)] if self._way.many else [[client] for client in unit]:
+            stack, steps = self._train(prepared, group)
+            self._add(prepared, group, stack, steps, answer)
+        return answer
+
+    def _prepare(self, round: Round) -> Prepared:
+        if self._prepared is not None and self._prepared.round is round:
+            return self._prepared
+        plan = round.plan
+        engine, holder = self._engine(plan.model)
+        holder[0] = loss = make_loss(self._federation, plan, round.teacher)
+        private = None
+        if is_sampled(plan) and self._way.many:
+            assert isinstance(engine, FoldedModel)
+            private = self._private(engine)
+        self._prepared = Prepared(
+            round=round,
+            strategy=strategy_class(plan.strategy),
+            engine=engine,
+            loss=loss,
+            start=engine.layout.row(dict(round.parameters)),
+            private=private,
+        )
+        return self._prepared
+
+    def _engine(self, spec: ModelSpec) -> tuple[Engine, list[Loss]]:
+        key = spec.model_dump_json()
+        if key not in self._engines:
+            holder: list[Loss] = [lambda _inputs, outputs, _targets: outputs.sum()]
+            with torch.random.fork_rng(devices=[]):
+                engine = make_engine(
+                    self._way.kind,
+                    lambda: self._federation.workload.build(spec),
+                    lambda inputs, outputs, targets: holder[0](inputs, outputs, targets),
+                )
+            self._engines[key] = engine, holder
+        return self._engines[key]
+
+    def _state(self, client: int) -> State:
+        return self._memory.get(client, {})
+
+    def _private(self, engine: FoldedModel) -> PrivateStep:
+        before = self._prepared
+        kept = before.private if before is not None and before.engine is engine else None
+        return kept or PrivateStep(engine)
+
+    def _memory_of(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows for parameters and gradients, made once: an engine need not be bound anew."""
+        if (count, size) not in self._stacks:
+            if len(self._stacks) >= 4:
+                self._stacks.clear()
+            self._stacks[count, size] = torch.zeros(count, size), torch.zeros(count, size)
+        return self._stacks[count, size]
+
+    def _train(self, prepared: Prepared, group: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """Rows (k, D) of what the clients' parameters have become, and the steps that each has taken."""
+        plan, engine = prepared.round.plan, prepared.engine
+        stack, gradients = self._memory_of(len(group), len(prepared.start))
+        stack.copy_(prepared.start.expand_as(stack))
+        self._put_personal(prepared, group, stack)
+        engine.bind(stack, gradients)
+        samplings = self._samplings(prepared.round, group) if is_sampled(plan) else []
+        batches = self._batches(plan, group, samplings)
+        packings = pack(batches, self._way.spare)
+        correction = Correction.of(
+            prepared.strategy, prepared.round, engine.layout, [self._state(client) for client in group]
+        )
+        if _is_noised_later(plan):
+            correction = correction.without()
+        if not isinstance(engine, FoldedModel):
+            torch.manual_seed(int(generator_of(self._seed, plan.round, group[0]).integers(2**63)))
+        if samplings and prepared.private is None:
+            self._private_steps(prepared, samplings[0], packings, stack, gradients, correction)
+        else:
+            self._steps(prepared, samplings, packings, stack, gradients, correction)
+        if _is_noised_later(plan):
+            # The one plain step from its gradient: as a difference of parameters it would be rounded to those.
+            stack.copy_(prepared.start.expand_as(stack)).add_(gradients, alpha=-plan.training.learning_rate)
+        return stack, [len(own) for own in batches]
+
+    def _samplings(self, round: Round, group: Sequence[int]) -> list[Sampling]:
+        samplings, plan = [], round.plan
+        for client in group:
+            examples = self._federation.examples(client)
+            if self._repeatable:
+                source = noise_of(self._seed, plan.round, client)
+            else:
+                source = self._source = self._source or GaussianSource()
+            samplings.append(Sampling.of(plan, round.mechanisms[examples], examples, source))
+        return samplings
+
+    def _batches(self, plan: Plan, group: Sequence[int], samplings: Sequence[Sampling]) -> list[list[Rows]]:
+        shares = [self._federation.share(client) for client in group]
+        if samplings:
+            return [
+                sampling.batches(share, plan.training.local_steps(len(share)))
+                for sampling, share in zip(samplings, shares, strict=True)
+            ]
+        return [
+            shuffled(share, plan.training, generator_of(self._seed, plan.round, client))
+            for client, share in zip(group, shares, strict=True)
+        ]
+
+    def _steps(
+        self,
+        prepared: Prepared,
+        samplings: Sequence[Sampling],
+        packings: Sequence[Packing],
+        stack: torch.Tensor,
+        gradients: torch.Tensor,
+        correction: Correction,
+    ) -> None:
+        """All steps of a stack: gradients, the correction, the local optimiser."""
+        training, engine = prepared.round.plan.training, prepared.engine
+        if not samplings and correction.correct is None and _is_plain(training) and isinstance(engine, FoldedModel):
+            decay = 1.0 - training.learning_rate * training.weight_decay
+            for packing in packings:
+                engine.descend(packing, *self._examples(packing), training.learning_rate, decay)
+            return
+        optimizer = row_optimizer(training)
+        for step, packing in enumerate(packings):
+            own, changes = stack[: packing.clients], gradients[: packing.clients]
+            if prepared.private is not None and samplings:
+                prepared.private.gradients(packing, *self._examples(packing), changes, samplings)
+            else:
+                engine.gradients(packing, *self._examples(packing))
+            correction.apply(own, changes, step, len(packings), alone=not self._way.many)
+            optimizer.step(own, changes)
+
+    def _private_steps(
+        self,
+        prepared: Prepared,
+        sampling: Sampling,
+        packings: Sequence[Packing],
+        stack: torch.Tensor,
+        gradients: torch.Tensor,
+        correction: Correction,
+    ) -> None:
+        """The same for one client, by the code that a site has."""
+        engine, optimizer = prepared.engine, row_optimizer(prepared.round.plan.training)
+        assert isinstance(engine, PlainModel)
+        with PrivateGradients(
+            engine.model,
+            prepared.loss,
+            max_grad_norm=sampling.bound,
+            noise_multiplier=sampling.noise,
+            expected_batch_size=sampling.expected,
+            source=sampling.source,
+            steps_ahead=len(packings),
+        ) as taker:
+            views = [view[0] for view in engine.layout.views(gradients)]
+            for step, packing in enumerate(packings):
+                taker.gradients(*self._examples(packing))
+                for view, parameter in zip(views, engine.model.parameters(), strict=True):
+                    assert parameter.grad is not None
+                    view.copy_(parameter.grad)
+                correction.apply(stack, gradients, step, len(packings), alone=True)
+                optimizer.step(stack, gradients)
+
+    def _examples(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._inputs.index_select(0, packing.rows), self._targets.index_select(0, packing.rows)
+
+    def _put_personal(self, prepared: Prepared, group: Sequence[int], stack: torch.Tensor) -> None:
+        """What clients have kept of parameters that never leave them, in the place of those that were sent."""
+        if not prepared.round.plan.personal:
+            return
+        layout = prepared.engine.layout
+        views = {place.name: view for place, view in zip(layout.places, layout.views(stack), strict=True)}
+        for number, client in enumerate(group):
+            for name, array in self._state(client).get(PERSONAL, {}).items():
+                views[name][number].copy_(torch.from_numpy(array))
+
+    def _add(
+        self, prepared: Prepared, group: Sequence[int], stack: torch.Tensor, steps: Sequence[int], answer: Answer
+    ) -> None:
+        """The clients' updates to the answer, and what they remember to their memory."""
+        round = prepared.round
+        if self._is_plain_sum(prepared):
+            weights = [round.plan.weight(self._federation.examples(client)) for client in group]
+            stack.sub_(prepared.start)
+            total = torch.tensor(weights) @ stack
+            answer.numbers[0] += flat(prepared.engine.layout.arrays(total), round.template)
+            answer.clients += group
+            answer.weights += weights
+            answer.payloads += [answer.numbers.shape[1] * answer.numbers.itemsize] * len(group)
+            return
+        for client, row, count in zip(group, stack, steps, strict=True):
+            update, state = self._update(prepared, client, row, count)
+            if state:
+                answer.memory[client] = state
+            numbers = flat(update.arrays, round.template)
+            if round.single:
+                answer.numbers[len(answer.clients)] = numbers
+            else:
+                answer.numbers[0] += numbers
+            answer.clients.append(client)
+            answer.weights.append(update.weight)
+            answer.payloads.append(update.payload)
+
+    def _is_plain_sum(self, prepared: Prepared) -> bool:
+        """Whether nothing happens to an update but that it is weighted and added."""
+        round, strategy = prepared.round, prepared.strategy
+        quiet = not (is_overridden(strategy, "finish") or strategy.kept or strategy.personal_model)
+        return quiet and not round.single and not round.plan.personal and _is_weighting_alone(round.plan)
+
+    def _update(self, prepared: Prepared, client: int, row: torch.Tensor, steps: int) -> tuple[Update, State]:
+        """What leaves one client, whose parameters have become `row` (D,), and what it remembers."""
+        round, strategy, plan = prepared.round, prepared.strategy, prepared.round.plan
+        trained = prepared.engine.layout.arrays(row)
+        own = self._state(client).get(PERSONAL, {}) if plan.personal else {}
+        delta = {
+            name: array - own.get(name, round.parameters[name])
+            for name, array in trained.items()
+            if name not in plan.personal
+        }
+        state = {kind: as_arrays(self._state(client), kind, delta) for kind in strategy.kept}
+        context = RoundContext(
+            plan.strategy_fields,
+            plan.training,
+            steps,
+            lambda: self._training_loss(prepared, client),
+            {kind: dict(arrays) for kind, arrays in round.sent.items()},
+            state,
+        )
+        finished = strategy.finish(delta, context)
+        personal = {name: trained[name] for name in plan.personal}
+        if strategy.personal_model:
+            personal = self._own_model(prepared, client)
+        examples = self._federation.examples(client)
+        source = noise_of(self._seed if self._repeatable or not is_sampled(plan) else None, plan.round, -1 - client)
+        update = postprocess.at_site(
+            Update({**finished.delta, **finished.extras}, 1.0, examples), plan, SiteContext(source, self._state(client))
+        )
+        state = {**finished.state, **update.state, **({PERSONAL: personal} if personal else {})}
+        return update, {kind: dict(arrays) for kind, arrays in state.items()}
+
+    def _own_model(self, prepared: Prepared, client: int) -> Arrays:
+        """A whole model of the client's own, trained now, without noise: nothing of it leaves."""
+        round, engine = prepared.round, prepared.engine
+        own = self._state(client).get(PERSONAL, {})
+        row = engine.layout.row({**round.parameters, **own})[None].clone()
+        gradients = torch.zeros_like(row)
+        engine.bind(row, gradients)
+        generator = generator_of(self._seed, round.plan.round, client + len(self._federation))
+        batches = shuffled(self._federation.share(client), round.plan.training, generator)
+        correction = Correction.of_personal(prepared.strategy, round, engine.layout, [self._state(client)])
+        optimizer = row_optimizer(round.plan.training)
+        for step, packing in enumerate(pack([batches])):
+            engine.gradients(packing, *self._examples(packing))
+            correction.apply(row, gradients, step, len(batches), alone=True)
+            optimizer.step(row, gradients)
+        return engine.layout.arrays(row[0])
+
+    def _training_loss(self, prepared: Prepared, client: int) -> float:
+        """The mean loss over a client's training data of the parameters that the round began with."""
+        own = self._state(client).get(PERSONAL, {}) if prepared.round.plan.personal else {}
+        model = loaded_model(self._federation, prepared.round.plan.model, {**prepared.round.parameters, **own})
+        rows = torch.from_numpy(self._federation.share(client))
+        inputs, targets = self._inputs[rows], self._targets[rows]
+        with torch.no_grad():
+            return float(prepared.loss(inputs, model.eval()(inputs), targets))
+
+
+def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Arrays | None) -> Loss:
+    """The loss that `plan` asks for."""
+    if plan.distillation is None:
+        return lambda _inputs, outputs, targets: federation.workload.loss(outputs, targets)
+    wanted = plan.distillation
+    teaching = loaded_model(federation, wanted.teacher, teacher or {}).eval().requires_grad_(False)
+
+    def loss(inputs: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            soft = teaching(inputs)
+        own = federation.workload.loss(outputs, targets)
+        return distillation_loss(outputs, soft, own, wanted.temperature, wanted.weight)
+
+    return loss
+
+
+def loaded_model(federation: SimulatedFederation, spec: ModelSpec, parameters: Arrays) -> nn.Module:
+    """A model with these parameters."""
+    with torch.random.fork_rng(devices=[]):
+        model = federation.workload.build(spec)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(np.array(parameters[name])))
+    return model
+
+
+def _is_weighting_alone(plan: Plan) -> bool:
+    """Whether the postprocessors do no more to an update than weight it."""
+    return plan.compression is None and (plan.central is None or plan.central.unit == "example")
+
+
+def _numbers(round: Round) -> int:
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in round.template.values())
+
+
+def _is_noised_later(plan: Plan) -> bool:
+    """Whether a gradient still waits for its noise, which others add to the sum."""
+    return plan.central is not None and plan.central.unit == "example"
+
+
+def _is_plain(training: LocalTraining) -> bool:
+    """Whether a step needs nothing but the gradient."""
+    return training.optimizer == "sgd" and training.momentum == 0
