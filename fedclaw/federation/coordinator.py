@@ -21,6 +21,7 @@ from fedclaw.errors import CheckpointError, RoundError, UpdateError
 from fedclaw.federation import checkpoint, exchange, postprocess, secure_round
 from fedclaw.federation.aggregate import WeightedSum, combination
 from fedclaw.federation.arrays import Arrays, shapes_of
+from fedclaw.federation.asynchronous import Buffer
 from fedclaw.federation.checkpoint import Checkpoint
 from fedclaw.federation.exchange import Declined, Evaluated, Trained
 from fedclaw.federation.global_model import GlobalModel
@@ -28,7 +29,7 @@ from fedclaw.federation.plan import CentralPrivacy, Plan
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.federation.secure_round import SecurelyTrained
-from fedclaw.federation.strategy import Strategy
+from fedclaw.federation.strategy import Buffered, Strategy, Turnout
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.frozen import Frozen, check_settings
 from fedclaw.privacy.distributed import Price
@@ -196,6 +197,7 @@ class _Loop:
         self.directory = directory
         self.record = directory.record()
         self.strategy = make_strategy(self.record)
+        self.buffer = Buffer(grid, self.strategy) if isinstance(self.strategy, Buffered) else None
         self.teacher = teacher
         self.observers = observers
         self.receipts = directory.read_receipts()
@@ -243,8 +245,13 @@ class _Loop:
         self.completed = number
         # Before anybody sees the new parameters: a server that is killed later does not draw its noise a second time.
         self._checkpoint()
-        awake = [node for node in pending.nodes if exchange.site_name(self.grid, node) not in trained.silent]
-        return self._evaluate(plan, awake, trained, norm)
+        return self._evaluate(plan, self._awake(pending, trained), trained, norm)
+
+    def _awake(self, pending: _Pending, trained: Trained) -> list[int]:
+        """Whom to ask for an evaluation: not who is silent, nor, but after the last round, who is still at work."""
+        busy = self.buffer.busy if self.buffer and self.completed < self.record.rounds else frozenset()
+        names = {node: exchange.site_name(self.grid, node) for node in self._judges(pending)}
+        return [node for node, name in names.items() if name not in trained.silent and node not in busy]
 
     def _evaluate_again(self) -> None:
         """The round counts, and the server stopped before it knew how good it was."""
@@ -252,7 +259,13 @@ class _Loop:
         if pending is None or pending.round != self.completed:
             return
         trained = Trained(total=WeightedSum({}), receipts=self.receipts)
-        self._tell(self._evaluate(self._plan(pending), pending.nodes, trained, 0.0))
+        self._tell(self._evaluate(self._plan(pending), self._judges(pending), trained, 0.0))
+
+    def _judges(self, pending: _Pending) -> Sequence[int]:
+        """Who evaluates: whom the round asked, but everybody where the strategy's own choice is no sample of them."""
+        if self.strategy.choose(pending.round, pending.nodes, self.record.seed) is None:
+            return pending.nodes
+        return sorted({*self.grid.get_node_ids(), *pending.nodes})
 
     def _evaluate(self, plan: Plan, nodes: Sequence[int], trained: Trained, norm: float) -> RoundReport:
         evaluated = exchange.evaluate(self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline)
@@ -275,16 +288,24 @@ class _Loop:
             central = central.model_copy(update=known)
         # Where who is asked is to stay hidden, the number of those who could have been asked is told: it is public.
         cohort = pending.connected if central and central.expected_sites is not None else len(pending.nodes)
+        if isinstance(self.strategy, Buffered):
+            cohort = self.strategy.size
         return make_plan(self.record, self.strategy, pending.round, cohort, central)
 
     def _step(self, plan: Plan, trained: Trained, pending: _Pending) -> float:
         try:
-            mean = postprocess.at_server(trained.total.take(), plan, shapes_of(self.model.parameters))
+            total = trained.total.take()
+            turnout = self._turnout(plan, trained, total.weight, pending)
+            mean = postprocess.at_server(total, plan, shapes_of(self.model.parameters))
             self.clip = mean.clip or self.clip
-            share = len(trained.answered) / max(pending.connected, len(pending.nodes), 1)
-            return self.model.step(self.strategy.absorb(mean.arrays, self.memory, share))
+            return self.model.step(self.strategy.absorb(mean.arrays, self.memory, turnout))
         except UpdateError as error:
             raise RoundError(f"round {plan.round} of run {plan.run}: {error}") from error
+
+    def _turnout(self, plan: Plan, trained: Trained, weight: float, pending: _Pending) -> Turnout:
+        heard = {**self.receipts, **trained.receipts}.values()
+        connected = max(pending.connected, len(pending.nodes))
+        return Turnout.of(weight, len(trained.answered), connected, [plan.weight(item.examples) for item in heard])
 
     def _train(self, plan: Plan, pending: _Pending) -> Trained:
         """Ask until enough sites have answered; the same question each time, so nobody pays twice."""
@@ -316,6 +337,8 @@ class _Loop:
         cohort = pending.nodes
         outgoing = exchange.Outgoing(self.model.parameters, self.teacher, self.strategy.sent(self.memory))
         deadline = self.record.rules.deadline
+        if self.buffer is not None:
+            return self.buffer.train(plan, cohort, outgoing, deadline)
         if self.record.secure is None:
             combine = combination(self.strategy, self.memory)
             return exchange.train(self.grid, cohort, plan, outgoing, deadline, combine)
@@ -341,6 +364,8 @@ class _Loop:
         """
         if plan.central and plan.central.expected_sites is not None:
             return 0
+        if isinstance(self.strategy, Buffered):
+            return self.strategy.size
         return min(self.record.rules.minimum, len(pending.nodes))
 
     def _cohort(self, number: int) -> _Pending:

@@ -99,6 +99,8 @@ class Trained(Answers):
     total: WeightedSum = field(default_factory=lambda: WeightedSum({}))
     weighting: Weighting = "examples"
     receipts: dict[str, SiteReceipt] = field(default_factory=dict)
+    discount: float = 1.0
+    """What the next delta is multiplied by; its weight stays what it is."""
     read: Reader = as_sent
     bytes_up: int = 0
     """Of the arrays in the answers that were added."""
@@ -120,6 +122,8 @@ class Trained(Answers):
         check_weight(weight, examples, self.weighting)
         receipt = receipt_in(content)
         arrays, size = self.read(part(content.array_records, SUM))
+        if self.discount != 1:
+            arrays = {name: array * np.float32(self.discount) for name, array in arrays.items()}
         self.total.add(arrays, weight, examples)
         self.bytes_up += size
         self.receipts[site] = SiteReceipt(examples=examples, receipt=receipt)

@@ -28,6 +28,7 @@ from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.exchange import Answers, Evaluated, Trained
 from fedclaw.federation.global_model import GlobalModel
 from fedclaw.federation.run_directory import RunRecord
+from fedclaw.federation.strategy import Turnout
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class FlowerStrategy(AbstractFlowerStrategy):
         self._model: GlobalModel | None = None
         self._memory: dict[str, Arrays] = {}
         self._asked = 0
+        self._weights: dict[str, float] = {}
         self.trained: Trained | None = None
         """The last round's answers, with the sites' receipts."""
 
@@ -70,9 +72,11 @@ class FlowerStrategy(AbstractFlowerStrategy):
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
             return None, None
-        mean = postprocess.at_server(trained.total.take(), plan, shapes_of(model.parameters)).arrays
-        share = len(trained.answered) / max(self._asked, len(trained.answered))
-        norm = model.step(self._strategy.absorb(mean, self._memory, share))
+        total = trained.total.take()
+        self._weights.update({site: plan.weight(item.examples) for site, item in trained.receipts.items()})
+        turnout = Turnout.of(total.weight, len(trained.answered), self._asked, self._weights.values())
+        mean = postprocess.at_server(total, plan, shapes_of(model.parameters)).arrays
+        norm = model.step(self._strategy.absorb(mean, self._memory, turnout))
         return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
 
     def configure_evaluate(
@@ -108,7 +112,7 @@ def _beyond_flower(record: RunRecord) -> str | None:
     """What `record` needs of a loop that Flower's does not have."""
     central = record.central
     if make_strategy(record).choose(1, [0, 1], record.seed) is not None:
-        return "strategy that chooses whom a round asks"
+        return f"strategy that chooses whom a round asks ({record.strategy.name})"
     if record.secure is not None:
         return "secure aggregation"
     if central is not None and central.unit == "site" and central.sample_rate < 1:

@@ -13,7 +13,7 @@ Legend: n updates, d numbers in one.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -87,6 +87,28 @@ class Finished:
     """By kind (`Strategy.kept`), what the site keeps from now on; a kind that is left out stays as it was."""
 
 
+@dataclass(frozen=True)
+class Turnout:
+    """How much of the federation the mean of a round stands for."""
+
+    weight: float
+    """Of the sites in the mean, together."""
+    everyone: float
+    """Of all the sites there are; those that have never answered are taken to be as heavy as the others are on average.
+    Exact as soon as every site has answered once."""
+
+    @classmethod
+    def of(cls, weight: float, answered: int, connected: int, known: Collection[float]) -> "Turnout":
+        """Of a mean of `answered` sites, when `connected` are there and those of the weights `known` ever answered."""
+        heard, number = (sum(known), len(known)) if len(known) >= answered else (weight, answered)
+        return cls(weight, heard * max(1.0, connected / number) if number else weight)
+
+    @property
+    def share(self) -> float:
+        """Of the whole federation's weight; with equal weights the paper's |S| / N."""
+        return self.weight / self.everyone if self.everyone else 0.0
+
+
 class Strategy(Frozen, ABC):
     """Settings and both halves of one federated algorithm; the settings are the class's fields."""
 
@@ -118,11 +140,10 @@ class Strategy(Frozen, ABC):
         """What of the server's state goes to the sites with a question to train, by kind."""
         return {}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], share: float) -> Arrays:
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], turnout: Turnout) -> Arrays:
         """The delta (by parameter name) that the optimiser steps along, from the weighted mean of what the sites sent.
 
-        `mean` holds their deltas and extras; `share` is the number of sites in it over that of the sites there are. May
-        change `mean` and `state` in place.
+        `mean` holds their deltas and extras. May change `mean` and `state` in place.
         """
         return mean
 
@@ -178,6 +199,28 @@ class Strategy(Frozen, ABC):
     def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
         """What leaves of `delta` (parameters - start, by name, may be changed in place), and what the site keeps."""
         return Finished(delta)
+
+
+class Buffered(Strategy, ABC):
+    """A strategy that steps as soon as some of the sites have answered (`fedclaw.federation.asynchronous`)."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Answers that make a step."""
+
+    @property
+    @abstractmethod
+    def oldest(self) -> int:
+        """Steps by which an answer may be late and still count."""
+
+    @abstractmethod
+    def discount(self, staleness: int) -> float:
+        """What an answer counts by, beside its weight, that is `staleness` steps late: positive, 1 for none."""
+
+    def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
+        """Everybody: who is at work already is not asked again."""
+        return connected
 
 
 def as_arrays(state: Mapping[str, Arrays], kind: str, like: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -89,7 +89,7 @@ class ClientHalf:
         return apply
 
     def _aligned(self, arrays: Arrays, names: Sequence[str]) -> list[torch.Tensor]:
-        return [torch.from_numpy(arrays[name]).to(self.site.device) for name in names]
+        return [torch.tensor(arrays[name], device=self.site.device) for name in names]
 
 
 def personal_parameters(site: Site, plan: Plan, parameters: Arrays) -> Arrays:
