@@ -294,9 +294,9 @@ class _Loop:
 
     def _step(self, plan: Plan, trained: Trained, pending: _Pending) -> float:
         try:
-            total = trained.total.take()
-            turnout = self._turnout(plan, trained, total.weight, pending)
-            mean = postprocess.at_server(total, plan, shapes_of(self.model.parameters))
+            summed = trained.total.take()
+            turnout = self._turnout(plan, trained, summed.weight, pending)
+            mean = postprocess.at_server(summed, plan, shapes_of(self.model.parameters))
             self.clip = mean.clip or self.clip
             return self.model.step(self.strategy.absorb(mean.arrays, self.memory, turnout))
         except UpdateError as error:

@@ -72,10 +72,10 @@ class FlowerStrategy(AbstractFlowerStrategy):
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
             return None, None
-        total = trained.total.take()
+        summed = trained.total.take()
         self._weights.update({site: plan.weight(item.examples) for site, item in trained.receipts.items()})
-        turnout = Turnout.of(total.weight, len(trained.answered), self._asked, self._weights.values())
-        mean = postprocess.at_server(total, plan, shapes_of(model.parameters)).arrays
+        turnout = Turnout.of(summed.weight, len(trained.answered), self._asked, self._weights.values())
+        mean = postprocess.at_server(summed, plan, shapes_of(model.parameters)).arrays
         norm = model.step(self._strategy.absorb(mean, self._memory, turnout))
         return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
 
