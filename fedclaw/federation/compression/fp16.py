@@ -1,8 +1,8 @@
 """Half precision: ten bits of mantissa a number, under one power of two for each tensor.
 
 Without the common exponent a weighted update could overflow half precision (65504), or its small numbers vanish. With
-it the error of a number is at most 2^-11 of it, or 2^-25 of the tensor's largest where that is more: rounding is to the
-nearest, so it is no unbiased estimate, but closer than any.
+it, which puts the tensor's largest number between 2^14 and 2^15, the error of a number is at most 2^-11 of it, or 2^-39
+of the largest where that is more: rounding is to the nearest, so it is no unbiased estimate, but closer than any.
 """
 
 import numpy as np
@@ -12,6 +12,8 @@ from fedclaw.federation.compression.encoder import Encoded, Encoder, finite
 from fedclaw.privacy.noise import GaussianSource
 
 _EXPONENT = ":exponent"
+_TOP = 15
+# 2^15 is the largest power of two that half precision holds.
 _LARGEST = 300
 # Beyond every exponent of a float32.
 
@@ -28,7 +30,7 @@ class Fp16(Encoder):
         """See Encoder; nothing is random and nothing is remembered."""
         wire: Wire = {}
         for name, array in arrays.items():
-            exponent = int(np.frexp(np.abs(array).max(initial=0))[1])
+            exponent = int(np.frexp(np.abs(array).max(initial=0))[1]) - _TOP
             wire[name] = np.ldexp(array, -exponent).astype(np.float16)
             wire[name + _EXPONENT] = np.array([exponent], np.float32)
         return Encoded(wire, {})

@@ -60,8 +60,10 @@ class Stochastic(Encoder):
             codes = wire[name + _CODES] if self.bits == 8 else unpacked(name + _CODES, wire[name + _CODES], size(shape))
             if self.bits == 8 and (codes == np.int8(-128)).any():
                 raise UpdateError(f"array {name + _CODES!r} holds a code below {-_LEVELS[8]}")
-            step = scales / np.float32(_LEVELS[self.bits])
-            arrays[name] = (codes * self._spread(step, size(shape))).reshape(shape)
+            # Divided first: the product could overflow, and the step of a very small scale be zero.
+            read = np.divide(codes, _LEVELS[self.bits], dtype=np.float32)
+            read *= self._spread(scales, size(shape))
+            arrays[name] = read.reshape(shape)
         return arrays
 
     def _quantised(
