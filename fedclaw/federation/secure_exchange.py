@@ -41,6 +41,7 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.graph import complete_graph
 from fedclaw.privacy.secure_aggregation.messages import Wire
+from fedclaw.runtime.base import StreamingGrid
 from fedclaw.runtime.records import Records, serialised
 
 W = TypeVar("W", bound=Wire)
@@ -159,7 +160,7 @@ class SecureExchange:
         self._round = asked.round
         self._deadline = deadline
         self._nodes = {site_name(grid, node): node for node in nodes}
-        self._session = ServerSession(parameters_of(asked))
+        self._session = ServerSession(parameters_of(asked), grid.verifier if isinstance(grid, StreamingGrid) else None)
         self._outcome = outcome
         self.spent = False
         """Whether sites had been asked for what costs them."""

@@ -15,6 +15,7 @@ from fedclaw.runtime.records import serialised
 if TYPE_CHECKING:
     from fedclaw.federation.exchange import Evaluated, Outgoing, Trained
     from fedclaw.federation.plan import Plan
+    from fedclaw.privacy.secure_aggregation import Verifier
 
 
 class StreamingGrid(Grid):
@@ -32,6 +33,11 @@ class StreamingGrid(Grid):
     @abstractmethod
     def site_name(self, node_id: int) -> str:
         """The site's name as its certificate (or the simulation) has it."""
+
+    @property
+    def verifier(self) -> "Verifier | None":
+        """Who checks what sites sign; None where there is no authority at hand that has certified them."""
+        return None
 
 
 class CohortGrid(StreamingGrid):

@@ -155,6 +155,40 @@ def test_too_few_sites_make_no_sum_and_nothing_is_unmasked(tmp_path, record, sit
         assert all(flaky.asked.count("train") <= 1 for flaky in sites.values()), "the round was asked twice"
 
 
+class Certified(LocalGrid):
+    """A server that has the authority's certificate, as the one over gRPC has."""
+
+    @property
+    def verifier(self):
+        return next(iter(self._sites.values()))[1].site.secure.verifier
+
+
+@pytest.mark.parametrize("stage", [KEYS, CONSENT])
+@pytest.mark.parametrize("grid", [Certified, LocalGrid])
+def test_a_site_that_signs_falsely_is_left_out_where_the_server_can_tell(tmp_path, record, sites, stage, grid):
+    """Where it cannot, the other sites refuse to go on: the liar costs them the round."""
+    liar = sorted(sites)[2]
+    honest = sites[liar].answer
+
+    def answer(message):
+        reply = honest(message)
+        if message.metadata.message_type == stage:
+            said = reply.content["secure"]
+            said["signature"] = bytes([said["signature"][0] ^ 1]) + said["signature"][1:]
+        return reply
+
+    sites[liar].answer = answer
+    directory = RunDirectory.create(tmp_path / "run", secure(record))
+    if grid is LocalGrid:
+        with pytest.raises(RoundError):
+            run_rounds(grid(sites, 5), directory, initial_parameters(record))
+        return
+    run_rounds(grid(sites, 5), directory, initial_parameters(record))
+    (line,) = directory.read_metrics()
+    assert line["declined"] == {liar: "unusable"}
+    assert (liar in line["answered"]) == (stage == CONSENT), "what it had masked before it lied is in the sum"
+
+
 def test_a_run_goes_on_after_a_failed_secure_round(tmp_path, record, sites):
     gone = sorted(sites)[:3]
     for name in gone:

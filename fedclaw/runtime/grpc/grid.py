@@ -10,6 +10,7 @@ from typing import Any, Self
 from flwr.app import Message, RecordDict
 
 from fedclaw.errors import TransportError
+from fedclaw.privacy.secure_aggregation import CertificateVerifier
 from fedclaw.runtime.base import StreamingGrid
 from fedclaw.runtime.flower import (
     assign_message_id,
@@ -55,6 +56,7 @@ class GrpcGrid(StreamingGrid):
         self._limits = limits or Limits()
         self._run = empty_run(run_id)
         self._desk = Desk()
+        self._verifier = CertificateVerifier(home.descriptor)
         self._station = Station(home, address or home.descriptor.address, run_id, self._desk, self._limits, on_event)
         assume_server_identity(run_id)
 
@@ -66,6 +68,11 @@ class GrpcGrid(StreamingGrid):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._station.stop()
+
+    @property
+    def verifier(self) -> CertificateVerifier:
+        """By the federation's CA. Whom it has revoked is no longer connected."""
+        return self._verifier
 
     @property
     def port(self) -> int:

@@ -4,9 +4,10 @@ import time
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives import serialization
 from flwr.app import Message, RecordDict
 
-from fedclaw.errors import ConnectionRefused, TransportError
+from fedclaw.errors import ConnectionRefused, SecureAggregationError, TransportError
 from fedclaw.federation.plan import RefusalCode
 from fedclaw.runtime.flower import assign_message_id, empty_run
 from fedclaw.runtime.grpc import Limits
@@ -259,3 +260,14 @@ def test_a_task_above_the_sites_own_limit_is_refused_by_the_site(kit):
     (reply,) = grid.send_and_receive([kit.message("site-a", kit.content(50_000))], timeout=20)
     assert reply.error.code == RefusalCode.UPDATE_SIZE
     assert "oversized" in (reply.error.reason or "")
+
+
+def test_the_server_can_tell_what_a_site_has_signed(kit):
+    verifier = kit.grid().verifier
+    site = kit.federation.site("site-a")
+    signature = site.sign("keys", b"what it says")
+    certificate = site.certificate.public_bytes(serialization.Encoding.PEM)
+    verifier.check("site-a", certificate, "keys", b"what it says", signature)
+    for name, said in (("site-a", b"something else"), ("site-b", b"what it says")):
+        with pytest.raises(SecureAggregationError, match=name):
+            verifier.check(name, certificate, "keys", said, signature)
