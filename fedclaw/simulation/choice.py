@@ -18,7 +18,7 @@ from fedclaw.errors import UsageError
 from fedclaw.federation.plan import LocalTraining
 from fedclaw.simulation.engines import Build, Engine, PlainModel, VmapModel
 from fedclaw.simulation.folded import FoldedModel, Loss, NotStackable
-from fedclaw.simulation.optimizers import row_optimizer
+from fedclaw.simulation.loop import take_plain_steps
 from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
 from fedclaw.simulation.settings import Mode
 from fedclaw.workload import Table
@@ -26,6 +26,7 @@ from fedclaw.workload import Table
 log = logging.getLogger(__name__)
 
 Kind = Literal["folded", "vmap", "plain"]
+_STACKABLE: tuple[Kind, ...] = ("folded", "vmap")
 _CLIENTS, _ROWS = 3, 2
 _SAME_GRADIENT = 1e-3
 _PROBE_STEPS = 3
@@ -69,18 +70,28 @@ def choose(
     `elementwise`: whether the strategy can correct many clients' gradients at once. Raises UsageError if mode=many is
     asked for and cannot be had.
     """
-    stackable = [kind for kind in ("folded", "vmap") if agrees(kind, build, loss, table)]  # type: ignore[arg-type]
-    alone = Way(False, "folded" if "folded" in stackable and not private else "plain")
+    stackable: list[Kind] = [kind for kind in _STACKABLE if agrees(kind, build, loss, table)]
+    alone = Way(False, "plain")
+    ways = [alone] + [Way(False, "folded")] * ("folded" in stackable and not private)
     usable = [kind for kind in stackable if kind == "folded" or not private]
     if mode == "one" or not usable or not elementwise or len(shares) < 2:
         if mode == "many" and (not usable or not elementwise):
             reason = "its strategy corrects clients one by one" if usable else "its model can only be trained by itself"
             raise UsageError(f"runtime.mode=many: {reason}; take mode=one or mode=auto")
-        return alone
-    together = Way(True, usable[0])  # type: ignore[arg-type]
+        return _fastest(ways, build, loss, table, training, shares)
+    together = Way(True, usable[0])
     if mode == "many":
         return together
-    seconds = {way: _seconds(way, build, loss, table, training, shares) for way in (alone, together)}
+    return _fastest([*ways, together], build, loss, table, training, shares)
+
+
+def _fastest(
+    ways: Sequence[Way], build: Build, loss: Loss, table: Table, training: LocalTraining, shares: Sequence[Rows]
+) -> Way:
+    """The fastest of `ways` at a few steps of clients with these `shares`."""
+    if len(ways) == 1:
+        return ways[0]
+    seconds = {way: _seconds(way, build, loss, table, training, shares) for way in ways}
     best = min(seconds, key=lambda way: seconds[way])
     log.info(
         "simulation: %s, by %s (%.3g s against %.3g s a unit)",
@@ -157,7 +168,4 @@ def _take_steps(
     stack = start.expand(steps[0].clients, -1).clone()
     gradients = torch.zeros_like(stack)
     engine.bind(stack, gradients)
-    optimizer = row_optimizer(training)
-    for packing in steps:
-        engine.gradients(packing, *_examples(table, packing))
-        optimizer.step(stack[: packing.clients], gradients[: packing.clients])
+    take_plain_steps(engine, steps, training, stack, gradients, lambda packing: _examples(table, packing))

@@ -40,7 +40,7 @@ class SimulatedFederation:
         self.test = test
         self._policy = policy
         self._rows, self._bounds = _joined(shares, len(table))
-        self._tests, self._test_bounds = _joined(tests, len(table)) if tests is not None else (None, None)
+        self._tests: tuple[Rows, Rows] | None = None if tests is None else _joined(tests, len(table))
 
     def __len__(self) -> int:
         """The number of clients."""
@@ -70,9 +70,10 @@ class SimulatedFederation:
 
     def tests(self, client: int) -> Rows:
         """The rows that a client is evaluated on."""
-        if self._tests is None or self._test_bounds is None:
+        if self._tests is None:
             return np.zeros(0, np.int64)
-        return self._tests[self._test_bounds[client] : self._test_bounds[client + 1]]
+        rows, bounds = self._tests
+        return rows[bounds[client] : bounds[client + 1]]
 
     def policy(self, plan: Plan) -> Policy:
         """What every client allows."""

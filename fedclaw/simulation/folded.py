@@ -1,19 +1,21 @@
 """A model run on the examples of many clients as one batch, each example with its own client's parameters.
 
-Goes for models whose parameters all belong to layers that have a stacked form (`stacked_layers`), each called once in
-a forward pass, and that treat examples separately; with a loss that is a mean over examples. Whether a model is one is
-not believed but compared, on examples, with the plain gradient of each client (`check`).
+Goes for models whose parameters all belong to layers that have a stacked form (`fedclaw.simulation.stacked`), each
+called once in a forward pass, and that treat examples separately; with a loss that is a mean over examples. Whether a
+model is one is not believed but compared, on examples, with the plain gradient of each client (`choice.agrees`).
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from fedclaw.errors import FedClawError
 from fedclaw.simulation.layout import Layout
 from fedclaw.simulation.packing import Packing
-from fedclaw.simulation.stacked_layers import Stack, StackedConvolution, StackedLayer, Through, stacked
+from fedclaw.simulation.stacked.layers import stacked
+from fedclaw.simulation.stacked.stack import Stack, StackedLayer, Through
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs, outputs, targets) -> mean loss."""
@@ -36,7 +38,10 @@ class FoldedModel:
         self.layout = Layout({name: value.shape for name, value in model.named_parameters()}, orders)
         self._bound: tuple[int, int] | None = None
         for layer in self.layers:
-            layer.module.forward = self._through(layer)  # type: ignore[method-assign]
+            layer.module.forward = self._through(layer)
+        for module in self.model.modules():
+            if type(module) is nn.AdaptiveAvgPool2d:
+                module.forward = _average(module)  # type: ignore[assignment, method-assign]
 
     def bind(self, parameters: torch.Tensor, gradients: torch.Tensor) -> None:
         """Work on these rows (K, D) from now on."""
@@ -98,7 +103,8 @@ class FoldedModel:
 
     def _find_layers(self) -> dict[str, tuple[int, ...]]:
         names = {parameter: (place, name) for place, (name, parameter) in enumerate(self.model.named_parameters())}
-        orders, owned = {}, 0
+        orders: dict[str, tuple[int, ...]] = {}
+        owned = 0
         for name, module in self.model.named_modules():
             own = list(module.parameters(recurse=False))
             if not own:
@@ -108,8 +114,8 @@ class FoldedModel:
             layer = stacked(module, tuple(names[parameter][0] for parameter in own), self._stack)
             if layer is None:
                 raise NotStackable(f"layer {name!r} ({type(module).__name__}) has no stacked form")
-            if isinstance(layer, StackedConvolution):
-                orders[names[own[0]][1]] = layer.ORDER
+            if layer.order is not None:
+                orders[names[own[0]][1]] = layer.order
             self.layers.append(layer)
             owned += len(own)
         if owned != len(names) or not owned:
@@ -123,7 +129,17 @@ class FoldedModel:
             if identity in stack.used:
                 raise NotStackable("a layer is used more than once in a forward pass")
             stack.used.add(identity)
-            outputs: torch.Tensor = Through.apply(inputs, stack.token, layer, stack)  # type: ignore[no-untyped-call]
+            outputs: torch.Tensor = Through.apply(inputs, stack.token, layer)  # type: ignore[no-untyped-call]
             return outputs
 
         return forward
+
+
+def _average(module: nn.AdaptiveAvgPool2d) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Its forward pass, but for maps that have the wanted size already: torch copies those, cell by cell."""
+    wanted = module.output_size if isinstance(module.output_size, tuple) else (module.output_size,) * 2
+
+    def forward(maps: torch.Tensor) -> torch.Tensor:
+        return maps if tuple(maps.shape[-2:]) == tuple(wanted) else functional.adaptive_avg_pool2d(maps, wanted)
+
+    return forward

@@ -69,7 +69,8 @@ def units_of(clients: Sequence[int], sizes: Sequence[int], training: LocalTraini
     units: list[list[int]] = []
     left = sum(costs.values()) + STEP_ROWS * sum(steps[order[i * len(order) // count]] for i in range(count))
     for number in range(count, 0, -1):
-        fair, cost, unit = left / number, 0.0, []
+        fair, cost = left / number, 0
+        unit: list[int] = []
         while order and (not unit or (number > 1 and len(order) >= number)):
             more = costs[order[0]] + (0 if unit else STEP_ROWS * steps[order[0]])
             if unit and number > 1 and (cost + more / 2 > fair or len(unit) == UNIT):

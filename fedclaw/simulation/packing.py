@@ -35,9 +35,9 @@ class Segment(NamedTuple):
         return self.last - self.first
 
     @property
-    def end(self) -> int:
-        """The row after its last one."""
-        return self.row + self.clients * self.size
+    def rows(self) -> int:
+        """How many rows."""
+        return (self.last - self.first) * self.size
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fedclaw.compress.distil import distillation_loss
 from fedclaw.federation import postprocess
 from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan
+from fedclaw.federation.plan import ModelSpec, Plan
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.strategy import PERSONAL, RoundContext, Strategy, as_arrays
 from fedclaw.federation.update import SiteContext, Update
@@ -22,6 +24,7 @@ from fedclaw.simulation.engines import Engine, PlainModel
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.folded import FoldedModel, Loss
 from fedclaw.simulation.job import Answer, Round, State, flat
+from fedclaw.simulation.loop import take_plain_steps
 from fedclaw.simulation.optimizers import row_optimizer
 from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
 from fedclaw.simulation.private import PrivateStep, Sampling
@@ -134,10 +137,13 @@ class Trainer:
             correction = correction.without()
         if not isinstance(engine, FoldedModel):
             torch.manual_seed(int(generator_of(self._seed, plan.round, group[0]).integers(2**63)))
-        if samplings and prepared.private is None:
+        if not samplings:
+            change = None if correction.correct is None else partial(correction.apply, alone=not self._way.many)
+            take_plain_steps(engine, packings, plan.training, stack, gradients, self._examples, change)
+        elif prepared.private is None:
             self._private_steps(prepared, samplings[0], packings, stack, gradients, correction)
         else:
-            self._steps(prepared, samplings, packings, stack, gradients, correction)
+            self._stacked_private_steps(prepared, samplings, packings, stack, gradients, correction)
         if _is_noised_later(plan):
             # The one plain step from its gradient: as a difference of parameters it would be rounded to those.
             stack.copy_(prepared.start.expand_as(stack)).add_(gradients, alpha=-plan.training.learning_rate)
@@ -166,7 +172,7 @@ class Trainer:
             for client, share in zip(group, shares, strict=True)
         ]
 
-    def _steps(
+    def _stacked_private_steps(
         self,
         prepared: Prepared,
         samplings: Sequence[Sampling],
@@ -175,21 +181,13 @@ class Trainer:
         gradients: torch.Tensor,
         correction: Correction,
     ) -> None:
-        """All steps of a stack: gradients, the correction, the local optimiser."""
-        training, engine = prepared.round.plan.training, prepared.engine
-        if not samplings and correction.correct is None and _is_plain(training) and isinstance(engine, FoldedModel):
-            decay = 1.0 - training.learning_rate * training.weight_decay
-            for packing in packings:
-                engine.descend(packing, *self._examples(packing), training.learning_rate, decay)
-            return
-        optimizer = row_optimizer(training)
+        """All steps of a stack with differential privacy."""
+        assert prepared.private is not None
+        optimizer = row_optimizer(prepared.round.plan.training)
         for step, packing in enumerate(packings):
             own, changes = stack[: packing.clients], gradients[: packing.clients]
-            if prepared.private is not None and samplings:
-                prepared.private.gradients(packing, *self._examples(packing), changes, samplings)
-            else:
-                engine.gradients(packing, *self._examples(packing))
-            correction.apply(own, changes, step, len(packings), alone=not self._way.many)
+            prepared.private.gradients(packing, *self._examples(packing), changes, samplings)
+            correction.apply(own, changes, step, len(packings), alone=False)
             optimizer.step(own, changes)
 
     def _private_steps(
@@ -309,11 +307,8 @@ class Trainer:
         generator = generator_of(self._seed, round.plan.round, client + len(self._federation))
         batches = shuffled(self._federation.share(client), round.plan.training, generator)
         correction = Correction.of_personal(prepared.strategy, round, engine.layout, [self._state(client)])
-        optimizer = row_optimizer(round.plan.training)
-        for step, packing in enumerate(pack([batches])):
-            engine.gradients(packing, *self._examples(packing))
-            correction.apply(row, gradients, step, len(batches), alone=True)
-            optimizer.step(row, gradients)
+        change = partial(correction.apply, alone=True)
+        take_plain_steps(engine, pack([batches]), round.plan.training, row, gradients, self._examples, change)
         return engine.layout.arrays(row[0])
 
     def _training_loss(self, prepared: Prepared, client: int) -> float:
@@ -326,7 +321,7 @@ class Trainer:
             return float(prepared.loss(inputs, model.eval()(inputs), targets))
 
 
-def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Arrays | None) -> Loss:
+def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Mapping[str, NDArray[np.float32]] | None) -> Loss:
     """The loss that `plan` asks for."""
     if plan.distillation is None:
         return lambda _inputs, outputs, targets: federation.workload.loss(outputs, targets)
@@ -342,7 +337,9 @@ def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Arrays | Non
     return loss
 
 
-def loaded_model(federation: SimulatedFederation, spec: ModelSpec, parameters: Arrays) -> nn.Module:
+def loaded_model(
+    federation: SimulatedFederation, spec: ModelSpec, parameters: Mapping[str, NDArray[np.float32]]
+) -> nn.Module:
     """A model with these parameters."""
     with torch.random.fork_rng(devices=[]):
         model = federation.workload.build(spec)
@@ -364,8 +361,3 @@ def _numbers(round: Round) -> int:
 def _is_noised_later(plan: Plan) -> bool:
     """Whether a gradient still waits for its noise, which others add to the sum."""
     return plan.central is not None and plan.central.unit == "example"
-
-
-def _is_plain(training: LocalTraining) -> bool:
-    """Whether a step needs nothing but the gradient."""
-    return training.optimizer == "sgd" and training.momentum == 0

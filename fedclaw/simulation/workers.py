@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.errors import FedClawError, RoundError, UsageError
+from fedclaw.federation.arrays import shapes_of
 from fedclaw.federation.plan import Plan
 from fedclaw.federation.run_directory import arrays_to_npz, npz_to_arrays
 from fedclaw.privacy.accounting import Mechanism
@@ -80,7 +81,7 @@ class Forked:
         """See Crew."""
         groups = {"parameters": round.parameters, **({"teacher": round.teacher} if round.teacher else {})}
         groups |= {f"sent/{kind}": arrays for kind, arrays in round.sent.items()}
-        shapes = {name: {key: array.shape for key, array in arrays.items()} for name, arrays in groups.items()}
+        shapes: dict[str, Shapes] = {name: shapes_of(arrays) for name, arrays in groups.items()}
         if not self._processes:
             self._start(round, shapes)
         numbers = [flat(arrays, shapes[name]) for name, arrays in groups.items()]

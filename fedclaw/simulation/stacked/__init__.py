@@ -1,0 +1,1 @@
+"""Layers whose every example may have parameters of its own client: one call for all clients of a stack."""

@@ -1,0 +1,21 @@
+"""The stacked form of a layer."""
+
+from torch import nn
+
+from fedclaw.simulation.stacked.convolution import StackedConvolution
+from fedclaw.simulation.stacked.normalisation import StackedNormalisation
+from fedclaw.simulation.stacked.product import StackedLinear
+from fedclaw.simulation.stacked.stack import Stack, StackedLayer
+
+
+def stacked(module: nn.Module, places: tuple[int, ...], stack: Stack) -> StackedLayer | None:
+    """That of a layer whose parameters stand at `places`; None if there is none."""
+    # The very classes: a subclass may do something else.
+    if type(module) is nn.Linear:
+        return StackedLinear(module, places, stack)
+    if type(module) is nn.Conv2d:
+        plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return StackedConvolution(module, places, stack) if plain else None
+    if type(module) is nn.GroupNorm or type(module) is nn.LayerNorm:
+        return StackedNormalisation(module, places, stack)
+    return None

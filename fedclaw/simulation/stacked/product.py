@@ -1,0 +1,152 @@
+"""y = x W^T + b with a W and a b for each client: what a linear layer and a convolution have in common."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedclaw.simulation.packing import Segment
+from fedclaw.simulation.stacked.stack import Stack, StackedLayer
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Views of the parameters and gradients of clients that follow one another; of one client, without its axis."""
+
+    weight: torch.Tensor
+    turned: torch.Tensor
+    """The weight as the right factor, (k, in, out)."""
+    bias: torch.Tensor | None
+    """As what is added, (k, 1, out)."""
+    biases: torch.Tensor
+    weight_gradient: torch.Tensor
+    bias_gradient: torch.Tensor
+
+
+class Product:
+    """Rows of clients, `places` for each example."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._weight = self._weight_gradient = torch.empty(0)
+        self._bias: torch.Tensor | None = None
+        self._bias_gradient: torch.Tensor | None = None
+        self._parts: dict[tuple[int, int], _Part] = {}
+
+    def bind(self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+        """Weights (K, out, in) and biases (K, out)."""
+        self._weight, self._weight_gradient = parameters[0], gradients[0]
+        self._bias, self._bias_gradient = (parameters[1], gradients[1]) if len(parameters) > 1 else (None, None)
+        self._parts.clear()
+
+    def forward(self, inputs: torch.Tensor, places: int) -> torch.Tensor:
+        """(N * places, in) -> (N * places, out)."""
+        segments = self._stack.segments
+        if len(segments) == 1:
+            return _multiply(inputs, segments[0], self._part(segments[0]))
+        parts = torch.split(inputs, [segment.rows * places for segment in segments])
+        return torch.cat(
+            [_multiply(part, segment, self._part(segment)) for part, segment in zip(parts, segments, strict=True)]
+        )
+
+    def backward(self, inputs: torch.Tensor, gradient: torch.Tensor, places: int, into: torch.Tensor | None) -> None:
+        """Gradients (N * places, out) -> the parameters' and, where it is wanted, `into`: the inputs' (N * places, in).
+
+        The inputs' first: the parameters may be changed afterwards.
+        """
+        segments = self._stack.segments
+        if len(segments) == 1:
+            self._back(segments[0], inputs, gradient, into)
+            return
+        sizes = [segment.rows * places for segment in segments]
+        targets = torch.split(into, sizes) if into is not None else [None] * len(segments)
+        for segment, *parts in zip(
+            segments, torch.split(inputs, sizes), torch.split(gradient, sizes), targets, strict=True
+        ):
+            self._back(segment, *parts)
+
+    def _back(self, segment: Segment, inputs: torch.Tensor, gradient: torch.Tensor, into: torch.Tensor | None) -> None:
+        part, count = self._part(segment), segment.clients
+        if count == 1:
+            if into is not None:
+                torch.mm(gradient, part.weight, out=into)
+            if self._stack.recorded is None:
+                self._dispose_one(part, inputs, gradient)
+            return
+        gradient = gradient.view(count, -1, gradient.shape[-1])
+        if into is not None:
+            torch.bmm(gradient, part.weight, out=into.view(count, -1, into.shape[-1]))
+        if self._stack.recorded is None:
+            self._dispose(part, inputs.view(count, -1, inputs.shape[-1]), gradient)
+
+    def _dispose(self, part: _Part, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Of the parameters' gradients."""
+        stack = self._stack
+        if stack.rate is None:
+            torch.bmm(gradient.transpose(1, 2), inputs, out=part.weight_gradient)
+        else:
+            part.weight.baddbmm_(gradient.transpose(1, 2), inputs, beta=stack.decay, alpha=-stack.rate)
+        if part.bias is not None:
+            stack.dispose_sums(part.biases, part.bias_gradient, gradient)
+
+    def _dispose_one(self, part: _Part, inputs: torch.Tensor, gradient: torch.Tensor) -> None:
+        stack = self._stack
+        if stack.rate is None:
+            torch.mm(gradient.t(), inputs, out=part.weight_gradient)
+        else:
+            part.weight.addmm_(gradient.t(), inputs, beta=stack.decay, alpha=-stack.rate)
+        if part.bias is not None:
+            stack.dispose_sums(part.biases, part.bias_gradient, gradient[None])
+
+    def _part(self, segment: Segment) -> _Part:
+        key = segment.first, segment.last
+        if key not in self._parts:
+            own = slice(*key)
+            alone = segment.clients == 1
+            weight, change = self._weight[own], self._weight_gradient[own]
+            bias = self._bias[own] if self._bias is not None else None
+            self._parts[key] = _Part(
+                weight=weight[0] if alone else weight,
+                turned=weight[0].t() if alone else weight.transpose(1, 2),
+                bias=None if bias is None else (bias[0] if alone else bias[:, None]),
+                biases=weight if bias is None else bias,
+                weight_gradient=change[0] if alone else change,
+                bias_gradient=change if self._bias_gradient is None else self._bias_gradient[own],
+            )
+        return self._parts[key]
+
+
+def _multiply(inputs: torch.Tensor, segment: Segment, part: _Part) -> torch.Tensor:
+    if segment.clients == 1:
+        return torch.mm(inputs, part.turned) if part.bias is None else torch.addmm(part.bias, inputs, part.turned)
+    rows = inputs.view(segment.clients, -1, inputs.shape[-1])
+    found = torch.bmm(rows, part.turned) if part.bias is None else torch.baddbmm(part.bias, rows, part.turned)
+    return found.view(len(inputs), -1)
+
+
+class StackedLinear(StackedLayer):
+    """A linear layer; inputs (N, ..., in)."""
+
+    def __init__(self, module: nn.Linear, places: tuple[int, ...], stack: Stack) -> None:
+        super().__init__(module, places, stack)
+        self._product = Product(stack)
+
+    def bind(self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+        """See StackedLayer."""
+        self._product.bind(parameters, gradients)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """See StackedLayer."""
+        if inputs.dim() == 2:
+            return self._product.forward(inputs.contiguous(), 1)
+        outputs = self._product.forward(inputs.reshape(-1, inputs.shape[-1]), math.prod(inputs.shape[1:-1]))
+        return outputs.view(*inputs.shape[:-1], -1)
+
+    def backward(self, inputs: torch.Tensor, gradient: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+        """See StackedLayer."""
+        rows, change = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        back = torch.empty_like(rows) if wanted else None
+        self._product.backward(rows, change, math.prod(inputs.shape[1:-1]), back)
+        return None if back is None else back.view(inputs.shape)
