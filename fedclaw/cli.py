@@ -99,21 +99,27 @@ def report_failure(module: str, error: BaseException, console: Console) -> int:
     The traceback, which has that text, goes to the log under FEDCLAW_LOG=DEBUG.
     """
     code = error.exit_code if isinstance(error, FedClawError) else 1
-    if isinstance(error, FedClawError):
-        line = str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        line, code = "interrupted", INTERRUPTED
-    elif isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        line = ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
-    else:
-        line = f"internal error: {type(error).__name__} at {_place(error)}; set FEDCLAW_LOG=DEBUG for the traceback"
+    if isinstance(error, KeyboardInterrupt):
+        code = INTERRUPTED
+    line = describe_failure(error)
     if not isinstance(error, FedClawError | KeyboardInterrupt):
         log.debug("%s", type(error).__name__, exc_info=error)
     console.print(f"{module}: {line}", style="bold red", markup=False)
     if isinstance(error, UsageError):
         console.print(f"see python -m {module} --help", style="dim", markup=False)
     return code
+
+
+def describe_failure(error: BaseException) -> str:
+    """What ended a command, in one line; the text of an error that FedClaw did not foresee is left out."""
+    if isinstance(error, FedClawError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
+    return f"internal error: {type(error).__name__} at {_place(error)}; set FEDCLAW_LOG=DEBUG for the traceback"
 
 
 def _place(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """Hydra's callback that makes runs a sweep: a directory and an MLflow run above them, a table and plots at the end."""
 
-import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from rich.console import Console
 
 from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overrides
 from experiments.sweeps.identity import IRRELEVANT, digest_of, identify
@@ -20,8 +20,7 @@ from fedclaw.frozen import check_settings
 from fedclaw.report.console import make_console
 from fedclaw.report.tracking import TrackingSettings
 
-log = logging.getLogger(__name__)
-
+_PROGRAM = "experiments.run"
 _DIRECTORY = "hydra.sweep.dir"
 _LONGEST = 60
 
@@ -43,9 +42,9 @@ class Sweep(Callback):
         console = make_console(stderr=True)
         start_logging(console)
         try:
-            self._begin(config)
+            self._begin(config, console)
         except Exception as error:
-            sys.exit(report_failure("experiments.run", error, console))
+            sys.exit(report_failure(_PROGRAM, error, console))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Note a job that could not note itself: only such a one ends as failed."""
@@ -64,19 +63,20 @@ class Sweep(Callback):
             if self._parent is not None:
                 self._parent.finish(report.files, report.metrics, complete=not report.failed)
         except Exception as error:
-            sys.exit(report_failure("experiments.run", error, console))
+            sys.exit(report_failure(_PROGRAM, error, console))
         if report.failed:
-            log.error("%d of %d runs failed; the same command tries them again", report.failed, report.runs)
+            words = f"{report.failed} of {report.runs} runs failed; the same command tries them again"
+            console.print(f"{_PROGRAM}: {words}", style="bold red", markup=False)
             sys.exit(1)
 
-    def _begin(self, config: DictConfig) -> None:
+    def _begin(self, config: DictConfig, console: Console) -> None:
         overrides = tuple(str(override) for override in config.hydra.overrides.task)
         runs, name = Path(str(config.runs)), _name(config, overrides)
         _settle_directory(config, runs / "sweeps" / name)
         sweep = SweepDirectory(Path(str(config.hydra.sweep.dir)))
         sweep.begin(SweepRecord(name=name, overrides=overrides))
         if done := sum(member.status == "finished" for member in sweep.members()):
-            log.info("continuing the sweep in %s: %d runs are finished", sweep.root, done)
+            console.print(f"continuing the sweep in {sweep.root}: {done} runs are finished", markup=False)
         tracking = check_settings(OmegaConf.to_container(config.tracking, resolve=True), TrackingSettings)
         self._parent = make_parent(tracking, runs, sweep)
         if self._parent is not None:

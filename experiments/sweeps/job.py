@@ -15,8 +15,8 @@ from rich.console import Console
 
 from experiments.run import ExperimentSettings, run_experiment
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
-from experiments.sweeps.identity import identify
-from fedclaw.cli import report_failure, start_logging
+from experiments.sweeps.identity import IRRELEVANT, identify
+from fedclaw.cli import describe_failure, report_failure, start_logging
 from fedclaw.errors import FedClawError
 from fedclaw.federation.coordinator import Outcome
 from fedclaw.federation.run_directory import RunDirectory
@@ -69,15 +69,12 @@ def _run_member(plain: dict[str, Any], console: Console) -> float:
         root = settings.runs / name
         member = member.model_copy(update={"run": sweep.relative(root)})
         sweep.note(member)
-        metrics = _run_once(settings.model_copy(update={"run": name}), sweep)
-    except FedClawError as error:
-        sweep.note(member.model_copy(update={"status": "failed", "reason": str(error)}))
-        report_failure(f"{PROGRAM} {_words(member)}", error, console)
-        return _FAILED
+        metrics = _run_once(settings.model_copy(update={"run": name}), sweep, console)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
-        sweep.note(member.model_copy(update={"status": "failed", "reason": f"internal error: {reason}"}))
-        report_failure(f"{PROGRAM} {_words(member)}", error, console)
+        reason = describe_failure(error)
+        log.debug("%s", type(error).__name__, exc_info=error)
+        sweep.note(member.model_copy(update={"status": "failed", "reason": reason}))
+        console.print(f"failed: {_words(member)}: {reason}", style="bold red", markup=False)
         return _FAILED
     sweep.note(member.model_copy(update={"status": "finished"}))
     return _objective(metrics)
@@ -90,7 +87,8 @@ def _member_of(plain: dict[str, Any]) -> tuple[SweepDirectory, Member]:
         values = check_settings(plain, ExperimentSettings).model_dump(mode="json")
     except FedClawError:
         values = plain
-    settings = read_overrides(list(hydra.overrides.task))
+    overrides = read_overrides(list(hydra.overrides.task))
+    settings = {key: value for key, value in overrides.items() if key.partition(".")[0] not in IRRELEVANT}
     digest = identify(values).digest
     sweep = SweepDirectory(Path(hydra.sweep.dir))
     return sweep, Member(digest=digest, number=hydra.job.num, settings=settings, status="running")
@@ -101,7 +99,7 @@ def run_name(settings: ExperimentSettings, digest: str) -> str:
     return f"{settings.run or settings.strategy.get('name', 'run')}-{digest}"
 
 
-def _run_once(settings: ExperimentSettings, sweep: SweepDirectory) -> dict[str, float]:
+def _run_once(settings: ExperimentSettings, sweep: SweepDirectory, console: Console) -> dict[str, float]:
     """The last metrics of the run: from its directory if it is finished, else of the rest of it."""
     assert settings.run is not None
     root = settings.runs / settings.run
@@ -110,7 +108,7 @@ def _run_once(settings: ExperimentSettings, sweep: SweepDirectory) -> dict[str, 
         tags = _tags(sweep, settings)
         if directory.model_path.is_file():
             metrics = directory.read_metrics()[-1]["metrics"]
-            log.info("run %s is finished already", settings.run)
+            console.print(f"run {settings.run} is finished already", style="dim", markup=False)
             _conclude(settings, directory, metrics, tags)
             return dict(metrics)
         identity = identify(settings.model_dump(mode="json"))
@@ -119,7 +117,7 @@ def _run_once(settings: ExperimentSettings, sweep: SweepDirectory) -> dict[str, 
         metrics = run_experiment(settings, resume=True, tags=tags, quiet=quiet).metrics
         if quiet:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            log.info("run %s is finished: %s", settings.run, shown)
+            console.print(f"run {settings.run} is finished: {shown}", markup=False)
         return metrics
 
 

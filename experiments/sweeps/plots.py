@@ -64,9 +64,14 @@ def _picture(
 
 def _legend(figure: Any, panel: Any) -> None:
     """Below the panel, where it covers no data; the figure grows by its lines."""
-    handles, labels = panel.get_legend_handles_labels()
-    if not labels or (len(labels) == 1 and not labels[0]):
+    # Lines with bars first: matplotlib has them last.
+    entries = sorted(
+        zip(*panel.get_legend_handles_labels(), strict=True), key=lambda entry: not hasattr(entry[0], "lines")
+    )
+    entries = [(handle, label) for handle, label in entries if label]
+    if not entries:
         return
+    handles, labels = zip(*entries, strict=True)
     columns = max(1, min(4, 88 // (max(map(len, labels)) + 7)))
     figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
@@ -92,8 +97,7 @@ def _by_bytes(panel: Any, comparison: Comparison, rows: list[Row]) -> bool:
     curves = [(row, _over_rounds(row, lambda point: point.bytes_up / size)) for row in rows]
     _draw_curves(panel, comparison, curves)
     panel.set_xlabel(f"bytes sent by the sites, all rounds so far, {unit}")
-    if max(totals) > _WIDE * min(totals):
-        panel.set_xscale("log")
+    _scale(panel, min(totals) / size, max(totals) / size)
     return True
 
 
@@ -111,12 +115,23 @@ def _by_epsilon(panel: Any, comparison: Comparison, rows: list[Row]) -> bool:
         for number, mine in enumerate(lines.values()):
             _epsilon_line(panel, mine, label_of(mine[0].settings, others), number, len(lines))
     panel.set_xlabel("epsilon that was asked for")
-    if asked[-1] > 2 * asked[0]:
+    if len(asked) > _MOST:
+        _scale(panel, asked[0], asked[-1])
+    else:
         panel.set_xscale("log")
-        panel.minorticks_off()
-    if len(asked) <= _MOST:
         panel.set_xticks(asked, [f"{epsilon:g}" for epsilon in asked])
+        panel.minorticks_off()
     return True
+
+
+def _scale(panel: Any, low: float, high: float) -> None:
+    """A logarithmic axis, with numbers in full, where its ends are far apart."""
+    if high > _WIDE * low:
+        from matplotlib.ticker import FuncFormatter, NullFormatter
+
+        panel.set_xscale("log")
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _dots(panel: Any, rows: list[Row]) -> None:
@@ -153,24 +168,19 @@ def _epsilon_line(panel: Any, rows: list[Row], label: str, number: int, lines: i
 
 
 def _draw_curves(panel: Any, comparison: Comparison, curves: Sequence[tuple[Row, Curve]]) -> None:
-    """A line for each row with a band of one deviation; in colour those with the best last accuracy."""
+    """A line for each row with a band of one deviation, the best last accuracy first; in colour the first of them."""
     ranked = sorted(curves, key=lambda item: item[1][-1][1].mean, reverse=True)
-    coloured = {id(row) for row, _ in ranked[:_MOST]}
-    grey = len(curves) - len(coloured)
-    for row, curve in curves:
-        if id(row) not in coloured:
-            label = f"{grey} others" if grey else None
-            panel.plot(*_means(curve), color="0.75", linewidth=0.8, zorder=1, label=label)
-            grey = 0
-    shown = [(row, curve) for row, curve in curves if id(row) in coloured]
-    for number, (row, curve) in enumerate(shown):
+    for number, (row, curve) in enumerate(ranked[:_MOST]):
         style = _style(number)
         xs, means = _means(curve)
-        label = label_of(row.settings, comparison.varied) + (", the best" if row.best and len(curves) > 1 else "")
+        label = label_of(row.settings, comparison.varied)
         panel.plot(xs, means, markevery=_markers_at(len(xs)), label=label, zorder=3, **style)
         if any(spread.deviation for _, spread in curve):
             low, high = zip(*_edges(curve), strict=True)
             panel.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
+    for number, (_, curve) in enumerate(ranked[_MOST:]):
+        label = None if number else f"{len(ranked) - _MOST} others"
+        panel.plot(*_means(curve), color="0.75", linewidth=0.8, zorder=1, label=label)
 
 
 def _style(number: int) -> dict[str, Any]:
@@ -184,9 +194,9 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _markers_at(points: int) -> int:
-    """About ten markers a line, however many rounds."""
-    return max(1, points // 10)
+def _markers_at(points: int) -> list[int]:
+    """About ten markers a line, however many rounds, and one at its end."""
+    return list(range(points - 1, -1, -max(1, points // 10)))
 
 
 def _over_rounds(row: Row, place: Callable[[Any], float]) -> Curve:

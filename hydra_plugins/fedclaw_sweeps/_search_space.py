@@ -9,14 +9,14 @@ tag(log,interval(1e-4,1))  the same, on a logarithmic scale
 from collections.abc import Iterable
 
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 _LOG = "log"
 
 
 def split(overrides: Iterable[Override]) -> tuple[dict[str, BaseDistribution], list[str]]:
-    """What is searched, by key, and the overrides that stay as they are. Raises HydraException."""
+    """What is searched, by key, and the overrides that stay as they are. Raises CompactHydraException."""
     space: dict[str, BaseDistribution] = {}
     fixed: list[str] = []
     for override in overrides:
@@ -38,7 +38,7 @@ def _distribution(override: Override) -> BaseDistribution:
 def _between(interval: IntervalSweep, written: str) -> BaseDistribution:
     low, high, log = interval.start, interval.end, _LOG in interval.tags
     if low is None or high is None or not low < high or (log and low <= 0):
-        raise HydraException(f"{written}: an interval goes from a lower to a higher end, with tag(log) above 0")
+        raise CompactHydraException(f"{written}: an interval goes from a lower to a higher end, with tag(log) above 0")
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
     return FloatDistribution(low, high, log=log)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -103,7 +103,7 @@ def _make_sampler(options: Mapping[str, Any], asked: int) -> Any:
     arguments = dict(options)
     name = str(arguments.pop("name"))
     if name not in _SAMPLERS:
-        raise HydraException(f"hydra.sweeper.sampler.name={name} is unknown; there are: {', '.join(_SAMPLERS)}")
+        raise CompactHydraException(f"hydra.sweeper.sampler.name={name} is unknown; there are: {', '.join(_SAMPLERS)}")
     if arguments.get("seed") is not None:
         arguments["seed"] += asked
     return getattr(optuna.samplers, _SAMPLERS[name])(**arguments)

@@ -80,6 +80,25 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run):
     check(MlflowClient(f"sqlite:///{run.runs / 'mlflow.db'}"))
 
 
+def test_rounds_that_the_store_lacks_are_noted_when_the_run_goes_on(run):
+    """A process may end between a round's line in metrics.jsonl and MLflow; or nobody tracked at first."""
+    line = {"update_norm": 0.5, "train_seconds": 1.0, "evaluate_seconds": 0.1, "answered": ["north"]}
+    for number in (1, 2):
+        metrics = {"metrics": {"accuracy": 0.25 * number}, "epsilon": {"north": 1.5}}
+        run.directory.append_metrics(number, line | metrics)
+    first = MlflowTracker(TrackingSettings(), run.directory)
+    first.started(run.record, 1)
+    first.finished_round(report(1))
+    parent = {"mlflow.parentRunId": "above"}
+    for _ in range(2):
+        MlflowTracker(TrackingSettings(), run.directory, parent).catch_up(Outcome(run.directory, {}))
+    client = MlflowClient(f"sqlite:///{run.runs / 'mlflow.db'}")
+    check(client)
+    (found,) = client.search_runs([client.get_experiment_by_name("fedclaw").experiment_id])
+    assert found.data.tags["mlflow.parentRunId"] == "above"
+    assert found.data.metrics["sites"] == 1
+
+
 @contextmanager
 def tracking_server(root, port):
     command = ["server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
