@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -161,6 +162,8 @@ class RunDirectory:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._newest_line: int | None = None
+        """Round of the last line of metrics.jsonl; None: it has not been looked at."""
 
     @classmethod
     def create(cls, root: Path, record: RunRecord) -> "RunDirectory":
@@ -228,17 +231,31 @@ class RunDirectory:
             )
         return npz_to_arrays(self.model_path.read_bytes(), self.model_path)
 
-    def append_metrics(self, round_number: int, values: Mapping[str, Any]) -> None:
-        """Add a line for `round_number`; a line of the same or a later round (before a resume) is replaced."""
-        kept = [line for line in self.read_metrics() if line["round"] < round_number]
-        lines = [*kept, {"round": round_number, **values}]
-        write_atomic(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    def append_metrics(self, round_number: int, values: Mapping[str, Any], *, durable: bool = True) -> None:
+        """Add a line for `round_number`; a line of the same or a later round (before a resume) is replaced.
+
+        On disk on return if it is to be `durable`.
+        """
+        line = json.dumps({"round": round_number, **values}) + "\n"
+        if self._newest_line is not None and self._newest_line < round_number:
+            with self.metrics_path.open("ab") as file:
+                file.write(line.encode())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+        else:
+            kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["round"] < round_number]
+            write_atomic(self.metrics_path, "".join([*kept, line]).encode())
+        self._newest_line = round_number
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rounds so far, in order. Raises CheckpointError when the file is damaged."""
+        """The rounds so far, in order. Raises CheckpointError when the file is damaged.
+
+        A last line without an end was being written when the process stopped: it does not count.
+        """
         if not self.metrics_path.is_file():
             return []
-        lines = _read_text(self.metrics_path).splitlines()
+        lines = _read_text(self.metrics_path).split("\n")[:-1]
         return [self._metrics_line(number, line) for number, line in enumerate(lines, 1)]
 
     def _metrics_line(self, number: int, text: str) -> dict[str, Any]:
