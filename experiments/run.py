@@ -4,7 +4,8 @@
     python -m experiments.run -m strategy=fedavg,fedadam privacy.epsilon=2,8
     python -m experiments.run +experiment=digits_dp rounds=40
 
-Every run leaves a directory under runs/ and an MLflow run (mlflow ui --backend-store-uri sqlite:///runs/mlflow.db).
+Every run leaves a directory under runs/, where partition.json and partition.png say who had which data, and an MLflow
+run (mlflow ui --backend-store-uri sqlite:///runs/mlflow.db).
 A sweep (-m) that was interrupted is continued by the same command: runs that are finished are not run again, half a run
 goes on from its checkpoint. It ends with a table and plots in runs/sweeps/NAME; hydra/launcher=joblib, submitit or ray
 runs several at once, hydra/sweeper=optuna chooses them.
@@ -19,8 +20,18 @@ import hydra
 from omegaconf import DictConfig
 from pydantic import Field
 
-from experiments.datasets import SitePolicy, write_sites
+from experiments.datasets import SitePolicy, site_names, write_sites
+from experiments.partitions.dealing import deal_out
+from experiments.partitions.record import RECORD, write_record
 from experiments.partitions.settings import PartitionSettings
+from experiments.simulated import (
+    RuntimeSettings,
+    SimulationRuntime,
+    SitesRuntime,
+    deal_in_memory,
+    run_simulated,
+    write_root,
+)
 from experiments.sources import DatasetSettings
 from experiments.sweeps.resume import remember
 from fedclaw.cli import config_directory
@@ -29,8 +40,10 @@ from fedclaw.federation.plan import METRICS
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import make_record
 from fedclaw.federation.settings import RunSettings
+from fedclaw.files import write_atomic
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import TrackingSettings, make_tracker
+from fedclaw.simulation import simulated
 from fedclaw.site.in_process import open_sites, simulate
 
 FEDERATION = "experiments"
@@ -41,6 +54,7 @@ class ExperimentSettings(RunSettings):
 
     dataset: DatasetSettings
     partition: PartitionSettings
+    runtime: RuntimeSettings = SitesRuntime()
     fraction: float = Field(default=1.0, gt=0, le=1)
     runs: Path = Path("runs")
     run: str | None = None
@@ -55,12 +69,23 @@ def run_experiment(
     With `resume`, a run of that name that was begun goes on where it stopped; `tags` are set on its MLflow run. A
     `quiet` one shows no rounds.
     """
-    root = _data(settings)
-    directory = _open_run(settings, root, resume=resume)
+    dealt = None
+    if isinstance(settings.runtime, SimulationRuntime):
+        dealt = deal_in_memory(settings.dataset, settings.partition, settings.runtime)
+        identity = f"{settings.dataset.model_dump_json()} {settings.partition.model_dump_json()} {len(dealt.shares)}"
+        root = write_root(dealt, settings.runs, identity)
+    else:
+        root = _data(settings)
+    directory = _open_run(settings, root, 0 if dealt is None else len(dealt.shares), resume=resume)
     progress = None if quiet else TerminalProgress()
-    tracker = make_tracker(settings.tracking, directory, tags)
+    kept = [name for name in RECORD if (root / name).is_file()]
+    for name in kept:
+        write_atomic(directory.root / name, (root / name).read_bytes())
+    tracker = make_tracker(settings.tracking, directory, tags, kept)
     observers: list[Observer] = [observer for observer in (progress, tracker) if observer]
     try:
+        if dealt is not None and isinstance(settings.runtime, SimulationRuntime):
+            return run_simulated(directory, dealt, settings.runtime, observers)
         sites = open_sites(sorted((root / "sites").iterdir()), FEDERATION)
         remember(sites, directory)
         return simulate(directory, sites, observers)
@@ -73,8 +98,8 @@ def run_experiment(
             progress.close()
 
 
-def _open_run(settings: ExperimentSettings, root: Path, *, resume: bool) -> RunDirectory:
-    """A new run's directory, or that of the run of that name."""
+def _open_run(settings: ExperimentSettings, root: Path, simulated_clients: int, *, resume: bool) -> RunDirectory:
+    """A new run's directory, or that of the run of that name. `simulated_clients`: 0 with sites."""
     if resume and settings.run and (settings.runs / settings.run / "run.json").is_file():
         directory = RunDirectory.open(settings.runs / settings.run)
         directory.check()
@@ -82,11 +107,13 @@ def _open_run(settings: ExperimentSettings, root: Path, *, resume: bool) -> RunD
     choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
     rules = RoundRules(minimum=1, fraction=settings.fraction)
     record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
+    if isinstance(settings.runtime, SimulationRuntime):
+        record = simulated(record, settings.runtime, simulated_clients)
     return RunDirectory.create(settings.runs / record.run, record)
 
 
 def _data(settings: ExperimentSettings) -> Path:
-    """The sites' directories for these settings, written once and found again by name."""
+    """The sites' directories, and what was dealt to them, for these settings: written once, found again by name."""
     delta = settings.privacy.delta if settings.privacy else 1e-5
     policy = SitePolicy(
         epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1, metrics=METRICS
@@ -99,6 +126,8 @@ def _data(settings: ExperimentSettings) -> Path:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent) as draft:
             write_sites(Path(draft) / "sites", settings.dataset, policy, settings.partition)
+            dealt = deal_out(settings.dataset, settings.partition)
+            write_record(dealt.describe(site_names(settings.dataset.sites)), Path(draft) / "sites")
             _place(Path(draft) / "sites", root)
     return root
 

@@ -22,7 +22,7 @@ class DatasetSettings(Frozen):
     public: float = Field(default=0.15, gt=0, lt=0.9)
     """Share of the examples that are the coordinator's public reference set."""
     test: float = Field(default=0.25, ge=0, lt=0.9)
-    """Share of each site's examples that it holds back for testing: at least one, if it has two; none at all if this is 0."""
+    """Share of each site's examples that it holds back for testing: one, if it has two, or more; 0: none at all."""
     seed: int = Field(default=0, ge=0)
     """Of the deal: what is public, and who has what."""
     synthetic: SyntheticImages | None = None
@@ -89,6 +89,8 @@ def schema_of(source: Source, public: NDArray[np.int64]) -> dict[str, Any]:
 
 def pixels(source: Source, inputs: NDArray[Any]) -> NDArray[np.uint8]:
     """Images as a file holds them: a byte for a pixel."""
+    if inputs.dtype == np.uint8:
+        return inputs
     return np.round(inputs / source.brightest * 255).astype(np.uint8)
 
 
@@ -96,7 +98,10 @@ def standardised(source: Source, schema: Mapping[str, Any], inputs: NDArray[Any]
     """(N, *D) float32 as the workload's schema makes them of the file that holds `inputs`."""
     if source.workload == "vision":
         mean, std = np.float32(schema["mean"][0]), np.float32(schema["std"][0])
-        scaled: Floats = (pixels(source, inputs)[:, None].astype(np.float32) / np.float32(255) - mean) / std
+        scaled: Floats = pixels(source, inputs)[:, None].astype(np.float32)
+        scaled /= np.float32(255)
+        scaled -= mean
+        scaled /= std
         return scaled
     centers = np.array([column["center"] for column in schema["columns"]])
     scales = np.array([column["scale"] for column in schema["columns"]])

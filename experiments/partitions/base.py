@@ -42,7 +42,7 @@ class Partition:
         """K."""
         return len(self.bounds) - 1
 
-    @property
+    @cached_property
     def sizes(self) -> Indices:
         """(K,) examples by client."""
         return np.diff(self.bounds)

@@ -3,6 +3,7 @@
 On disk (`experiments.datasets.write_sites`) and in memory (`in_memory`) the same settings deal the same hand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +43,15 @@ class Dealt:
         share, size = self.dataset.test, int(self.partition.sizes[client])
         return min(max(1, round(share * size)), size - 1) if share else 0
 
-    def describe(self) -> Description:
-        """What was dealt, for the run's record."""
+    def describe(self, names: Sequence[str] | None = None) -> Description:
+        """What was dealt, for the run's record; `names` are the clients'."""
         return describe(
             self.partition,
             self.source.targets[self.private],
             seed=self.dataset.seed,
             dataset=self.dataset.name,
             labels=self.source.labels,
+            names=names,
         )
 
 

@@ -33,6 +33,8 @@ class Description(Frozen):
     label: str
     """The method and its settings in a line."""
     clients: int = Field(ge=1)
+    names: tuple[str, ...] | None = None
+    """Of the clients, if they have any; they are counted from 0 otherwise."""
     examples: int = Field(ge=1)
     labels: tuple[str, ...]
     minimum: int = Field(ge=1)
@@ -63,12 +65,13 @@ def describe(
     seed: int | None = None,
     dataset: str | None = None,
     labels: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Description:
     """Describe a partition of rows with `targets` (N,), class indices.
 
     `seed` and `dataset` say what it was dealt from; `labels` names the classes, their indices being their names
-    otherwise. The description has counts of the clients' labels: it is for data that is made up into sites, not for
-    a real site's.
+    otherwise, and `names` the clients. The description has counts of the clients' labels: it is for data that is made
+    up into sites, not for a real site's.
     """
     classes = len(labels) if labels is not None else int(targets.max()) + 1
     cells = partition.owners * classes + targets
@@ -85,6 +88,7 @@ def describe(
         settings=partition.method.model_dump(mode="json"),
         label=partition.method.label,
         clients=partition.clients,
+        names=None if names is None else tuple(names),
         examples=len(targets),
         labels=tuple(labels) if labels is not None else tuple(str(label) for label in range(classes)),
         minimum=partition.method.fewest(len(targets), partition.clients),

@@ -18,6 +18,8 @@ INDIVIDUALLY = 50
 """Clients, at most, that are drawn one by one."""
 _COLOURS = 10
 """Labels, at most, that are told apart by colour."""
+_CALLED = 7
+"""Clients, at most, that are called by their names."""
 _NAMED = 30
 """Labels, at most, whose names stand at a map's axis."""
 _PIXELS = 800
@@ -71,8 +73,10 @@ def _few(figure: Any, description: Description) -> None:
     else:
         _map(figure, main, counts / sizes[:, None], description.labels)
     _by_client(lower, description)
-    step = 1 if description.clients <= 25 else 5
-    lower.set_xticks(range(0, description.clients, step))
+    if description.names is not None and description.clients <= _CALLED:
+        lower.set_xticks(range(description.clients), [_short(name) for name in description.names])
+    else:
+        lower.set_xticks(range(0, description.clients, 1 if description.clients <= 25 else 5))
     lower.set_xlim(-0.6, description.clients - 0.4)
     lower.set_xlabel("client")
 

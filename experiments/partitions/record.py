@@ -6,13 +6,12 @@ from experiments.partitions.description import Description
 from experiments.partitions.plot import draw
 from fedclaw.files import write_atomic
 
-DESCRIPTION_FILE = "partition.json"
-PLOT_FILE = "partition.png"
+RECORD = ("partition.json", "partition.png")
 
 
 def write_record(description: Description, directory: Path) -> tuple[Path, Path]:
-    """Write partition.json and partition.png into `directory` and return their paths."""
-    text, picture = directory / DESCRIPTION_FILE, directory / PLOT_FILE
+    """Write the files of `RECORD` into `directory` and return their paths."""
+    text, picture = (directory / name for name in RECORD)
     write_atomic(text, description.to_json().encode())
     draw(description, picture)
     return text, picture

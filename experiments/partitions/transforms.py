@@ -5,12 +5,12 @@ data silos", section 3: noise-based feature imbalance, and transformed inputs as
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +78,28 @@ class Rotation(Transform):
 
     def apply(self, client: int, inputs: NDArray[Any]) -> NDArray[np.float64]:
         """The images turned about their middle, drawn bilinearly; the last two dimensions are height and width."""
-        turned: NDArray[np.float64] = rotate(
-            inputs.astype(np.float64),
-            self.levels[client],
-            axes=(-1, -2),
-            reshape=False,
-            order=1,
-            mode="constant",
-            cval=self.bounds[0],
-        )
-        return turned
+        height, width = inputs.shape[-2:]
+        black = self.bounds[0]
+        flat = inputs.reshape(-1, height * width) - black
+        turned = np.zeros(flat.shape)
+        for pixels, weights in _sources(height, width, float(self.levels[client])):
+            turned += flat[:, pixels] * weights
+        return turned.reshape(inputs.shape) + black
+
+
+def _sources(height: int, width: int, degrees: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """For each of the four pixels that surround where a turned image's pixel comes from: which it is, and its weight.
+
+    Both are of shape (height x width,); what lies outside weighs nothing.
+    """
+    angle = np.deg2rad(degrees)
+    rows, columns = np.mgrid[:height, :width].reshape(2, -1) - np.array([[(height - 1) / 2], [(width - 1) / 2]])
+    # Rows count downwards, so this is a turn clockwise, back to where the pixel was.
+    row = np.cos(angle) * rows + np.sin(angle) * columns + (height - 1) / 2
+    column = -np.sin(angle) * rows + np.cos(angle) * columns + (width - 1) / 2
+    for down in (0, 1):
+        for right in (0, 1):
+            near_row, near_column = np.floor(row).astype(int) + down, np.floor(column).astype(int) + right
+            weights = (1 - np.abs(row - near_row)) * (1 - np.abs(column - near_column))
+            inside = (near_row >= 0) & (near_row < height) & (near_column >= 0) & (near_column < width)
+            yield np.where(inside, near_row * width + near_column, 0), np.where(inside, weights, 0.0)

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +135,15 @@ class MlflowTracker:
     """
 
     def __init__(
-        self, settings: TrackingSettings, directory: RunDirectory, tags: Mapping[str, str] | None = None
+        self,
+        settings: TrackingSettings,
+        directory: RunDirectory,
+        tags: Mapping[str, str] | None = None,
+        files: Sequence[str] = (),
     ) -> None:
         """Try the store out; `directory` need not exist yet. `tags` are set on the MLflow run.
+
+        `files` are names in the run directory that become artefacts at the end, beside the model and the records.
 
         Raises what `open_store` does.
         """
@@ -145,6 +151,7 @@ class MlflowTracker:
         self._client = self._store.client
         self._directory = directory
         self._tags = dict(tags or {})
+        self._files = tuple(files)
         self._record: RunRecord | None = None
         self._asked = 0
         self._lost = 0
@@ -185,6 +192,7 @@ class MlflowTracker:
                 outcome.directory.model_path,
                 outcome.directory.root / "run.json",
                 outcome.directory.root / "receipts.json",
+                *(outcome.directory.root / name for name in self._files),
             ):
                 self._client.log_artifact(run_id, str(path))
             self._client.set_terminated(run_id, "FINISHED")
@@ -242,10 +250,13 @@ class MlflowTracker:
 
 
 def make_tracker(
-    settings: TrackingSettings, directory: RunDirectory, tags: Mapping[str, str] | None = None
+    settings: TrackingSettings,
+    directory: RunDirectory,
+    tags: Mapping[str, str] | None = None,
+    files: Sequence[str] = (),
 ) -> MlflowTracker | None:
     """A tracker, or None for tracking=none. Raises TransportError when the store cannot be used."""
-    return None if settings.uri == NO_TRACKING else MlflowTracker(settings, directory, tags)
+    return None if settings.uri == NO_TRACKING else MlflowTracker(settings, directory, tags, files)
 
 
 def _require_reachable(uri: str) -> None:
