@@ -247,7 +247,8 @@ class _Loop:
         if self._is_kept(number):
             if self.record.simulated is not None:
                 self._write_pending(pending)
-            self.directory.write_receipts(self.receipts)
+            if self._is_told(plan):
+                self.directory.write_receipts(self.receipts)
             self._checkpoint()
         return self._evaluate(plan, self._awake(pending, trained), trained, norm)
 
