@@ -65,6 +65,7 @@ class Buffer:
                     break
                 time.sleep(LOOK_AGAIN)
         gathered.seconds += time.monotonic() - began
+        gathered.bytes_down = outgoing.nbytes * len(gathered.answered)
         if len(gathered.answered) >= self._strategy.size:
             self._gathered, self._asked = None, set()
         return gathered
