@@ -9,10 +9,7 @@ It runs the server's loop and the sites' code in this process's workers, can be 
 finished run is recognised by its whole configuration. Remove the directory of runs= to begin anew.
 """
 
-import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from typing import TypeVar
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -20,13 +17,12 @@ from experiments.privacy_table import page, plot
 from experiments.privacy_table.cells import Store, audit_cell, run_cell
 from experiments.privacy_table.results import Results, collect, read
 from experiments.privacy_table.search import search
-from experiments.privacy_table.settings import Cell, TableSettings, rows
+from experiments.privacy_table.settings import TableSettings, rows
+from experiments.workers import in_workers
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.report.console import make_console
-
-T = TypeVar("T")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -39,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     elif line.words == ("page",):
         write_page(read(settings.runs / "table.json"), settings, console)
     elif line.words == ("search",):
-        search(settings, lambda cells: _in_workers(run_cell, cells, settings.workers), console)
+        search(settings, lambda cells: in_workers(run_cell, cells, settings.workers), console)
     else:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; there are: run, page, search")
 
@@ -50,7 +46,7 @@ def run(settings: TableSettings, console: Console) -> Results:
     cells = [cell for row in rows(settings) for cell in row]
     left = [cell for cell in cells if store.result(cell) is None]
     console.print(f"{len(cells)} runs, of which {len(cells) - len(left)} are done")
-    for number, (at, result) in enumerate(_in_workers(run_cell, left, settings.workers), 1):
+    for number, (at, result) in enumerate(in_workers(run_cell, left, settings.workers), 1):
         cell = left[at]
         store.write(cell, result)
         console.print(f"{number}/{len(left)} {cell.label}: accuracy {result.accuracy:.4f}, {result.seconds:.1f} s")
@@ -75,7 +71,7 @@ def _audit(settings: TableSettings, store: Store, console: Console) -> None:
     if (options := settings.audit) is None:
         return
     left = [row[0] for row in rows(settings) if store.audit(row[0], options) is None]
-    for number, (at, result) in enumerate(_in_workers(audit_cell, left, settings.workers, options), 1):
+    for number, (at, result) in enumerate(in_workers(audit_cell, left, settings.workers, options), 1):
         cell = left[at]
         store.write(cell, result, options)
         found = f"FLAGGED: {'; '.join(result.flagged)}" if result.flagged else "nothing exceeds the claim"
@@ -83,23 +79,6 @@ def _audit(settings: TableSettings, store: Store, console: Console) -> None:
             f"audit {number}/{len(left)} {cell.label}: epsilon >= {result.epsilon_lower:.3f}, {found}, "
             f"{result.seconds:.1f} s"
         )
-
-
-def _in_workers(
-    function: Callable[..., T], cells: Sequence[Cell], workers: int, *more: object
-) -> Iterable[tuple[int, T]]:
-    """(position, function(cell, *more)) as they are done; in this process if there is one worker."""
-    if workers == 1 or len(cells) < 2:
-        yield from ((at, function(cell, *more)) for at, cell in enumerate(cells))
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: dict[Future[T], int] = {pool.submit(function, cell, *more): at for at, cell in enumerate(cells)}
-        try:
-            for done in as_completed(waiting):
-                yield waiting[done], done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 if __name__ == "__main__":

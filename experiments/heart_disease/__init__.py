@@ -1,0 +1,1 @@
+"""UCI Heart Disease over its four hospitals, by FLamby's protocol: the experiment behind docs/heart_disease.md."""
