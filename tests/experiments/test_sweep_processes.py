@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from fedclaw.federation.run_directory import RunDirectory
 from tests.conftest import Background, run_module
 
 SMALL = ("rounds=2", "dataset.sites=2", "workload.model.name=logistic")
-PATIENCE = 180
+PATIENCE = 280
+"""Seconds that one command may take on a busy machine."""
 
 
 def sweep(runs, *arguments):
@@ -47,7 +49,7 @@ def times(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_sweep_leaves_a_parent_with_its_runs_a_table_and_plots(tmp_path):
     runs = tmp_path / "runs"
     done = sweep(runs, "strategy=fedavg,fedadam", "privacy.epsilon=2,8")
@@ -91,7 +93,7 @@ def check_made_again(root):
     assert {path.name for path in root.glob("*.png")} == {"accuracy_by_round.png", "accuracy_by_epsilon.png"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
     runs, rounds = tmp_path / "runs", 15
     command = ("-m", "strategy=fedavg", "privacy.epsilon=2,4,8", f"runs={runs}", *SMALL[1:], f"rounds={rounds}")
@@ -102,7 +104,11 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
         begun = [path for path in runs.glob("fedavg-*/metrics.jsonl") if len(path.read_text().splitlines()) >= 3]
         return len(finished) == 1 and len(begun) == 2
 
-    first.wait_for(half_way, "was half-way")
+    end = time.monotonic() + PATIENCE
+    while not half_way():
+        assert first.process.poll() is None, first.text()
+        assert time.monotonic() < end, first.text()
+        time.sleep(0.02)
     first.kill()
     (done,) = [path.parent for path in runs.glob("fedavg-*/model.npz")]
     (half,) = [path.parent for path in runs.glob("fedavg-*/metrics.jsonl") if path.parent != done]
@@ -133,7 +139,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
         assert sorted({point.step for point in history}) == list(range(1, rounds + 1))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_run_that_fails_is_listed_and_tried_again_and_costs_no_other(tmp_path):
     """The first time the data cannot be written, for all runs; the second time one run is still impossible."""
     runs, arguments = tmp_path / "runs", ("privacy.epsilon=8,-1", "seed=1,2", "tracking=none")
