@@ -43,6 +43,7 @@ from fedclaw.federation.settings import RunSettings
 from fedclaw.files import write_atomic
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import TrackingSettings, make_tracker
+from fedclaw.runtime.ray import RaySettings, simulate_on_ray
 from fedclaw.simulation import simulated
 from fedclaw.site.in_process import open_sites, simulate
 
@@ -86,7 +87,10 @@ def run_experiment(
     try:
         if dealt is not None and isinstance(settings.runtime, SimulationRuntime):
             return run_simulated(directory, dealt, settings.runtime, observers)
-        sites = open_sites(sorted((root / "sites").iterdir()), FEDERATION)
+        directories = sorted((root / "sites").iterdir())
+        if isinstance(settings.runtime, RaySettings):
+            return simulate_on_ray(directory, directories, settings.runtime, observers)
+        sites = open_sites(directories, FEDERATION)
         remember(sites, directory)
         return simulate(directory, sites, observers)
     except BaseException:

@@ -16,6 +16,7 @@ from fedclaw.federation.registry import workload_class
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen
+from fedclaw.runtime.ray import RaySettings
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts
 
 MOST_PLOTTED = 1000
@@ -36,7 +37,7 @@ class SimulationRuntime(SimulationSettings):
     """None: as many as the data set's sites."""
 
 
-RuntimeSettings = Annotated[SitesRuntime | SimulationRuntime, Field(discriminator="name")]
+RuntimeSettings = Annotated[SitesRuntime | SimulationRuntime | RaySettings, Field(discriminator="name")]
 
 
 def deal_in_memory(dataset: DatasetSettings, partition: PartitionSettings, runtime: SimulationRuntime) -> InMemory:

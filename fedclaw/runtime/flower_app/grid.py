@@ -21,6 +21,8 @@ LOOK_AGAIN = 0.2
 """Seconds between two looks for replies; each is a request to the SuperLink."""
 INTRODUCTION = 60.0
 """Seconds that a new node is given to say its name before the round begins without it."""
+_PATIENCE = 5
+"""So many times as long its word is listened for; then it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,15 @@ class NamedGrid(StreamingGrid):
 
     def _introduce(self, strangers: list[int]) -> None:
         """Ask `strangers` for their names, and wait as long as somebody may still be about to say one."""
-        questions = [Message(RecordDict(), node, NAME, ttl=self._introduction) for node in strangers]
+        questions = [Message(RecordDict(), node, NAME, ttl=_PATIENCE * self._introduction) for node in strangers]
         taken = set(self._grid.push_messages(questions)) if questions else set()
         now = time.monotonic()
         for node, question in zip(strangers, questions, strict=True):
             self._met[node] = now
             if question.metadata.message_id in taken:
                 self._introducing[question.metadata.message_id] = node
+            else:
+                del self._met[node]
         while self._introducing:
             for reply in self._grid.pull_messages(list(self._introducing)):
                 self._greet(self._introducing.pop(reply.metadata.reply_to_message_id), reply)
@@ -157,6 +161,10 @@ class NamedGrid(StreamingGrid):
             time.sleep(self._look_again)
 
     def _greet(self, node: int, reply: Message) -> None:
+        if reply.has_error() and reply.error.code in SILENT:
+            # It went away, or needs longer to start than anybody listened: to be asked again.
+            del self._met[node]
+            return
         name = None if reply.has_error() else reply.content.config_records.get(NOTE, ConfigRecord()).get(SITE)
         if not isinstance(name, str) or not name:
             reason = f"{reply.error.code}: {reply.error.reason}" if reply.has_error() else "it answers something else"

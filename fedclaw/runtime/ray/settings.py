@@ -1,6 +1,6 @@
 """How much of a machine, or of a cluster, a simulation takes."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -10,8 +10,9 @@ LOOPBACK = "127.0.0.1"
 
 
 class RaySettings(Frozen):
-    """What Ray is asked for. It changes how long a run takes, and nothing else about it."""
+    """conf/runtime/ray.yaml: what Ray is asked for. It changes how long a run takes, and nothing else about it."""
 
+    name: Literal["ray"] = "ray"
     address: str | None = None
     """A running cluster's head, HOST:PORT; null: a cluster of this machine alone, which listens on loopback only."""
     cpus: int | None = Field(default=None, ge=1)

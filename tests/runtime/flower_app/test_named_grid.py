@@ -123,6 +123,20 @@ def test_a_node_that_says_no_name_takes_no_part(fleet, sites, caplog):
     assert "does not say which site it is" in caplog.text
 
 
+def test_a_node_whose_name_was_lost_on_the_way_is_asked_again(fleet, sites):
+    asked = []
+
+    def lost(message):
+        asked.append(message)
+        return len(asked) == 1
+
+    node = fleet.join(sites[0])
+    node.lost = lost
+    grid = NamedGrid(fleet.grid, look_again=0.01, introduction=0.2)
+    assert grid.wait_for_sites(1, 30) == (sites[0].name,)
+    assert len(asked) > 1
+
+
 def test_of_two_nodes_with_one_name_the_newer_is_asked(fleet, sites, caplog):
     fleet.join(sites[0])
     grid = NamedGrid(fleet.grid, look_again=0.01)
