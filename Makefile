@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_EXTRAS := compress,export,predict,data,experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format protocol benchmarks clean
+.PHONY: help demo test test-slow lint format protocol benchmarks heart-disease clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,6 +39,9 @@ benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregat
 	$(BIN)/python -m experiments.benchmarks.aggregation
 	$(BIN)/python -m experiments.benchmarks.dp_step
 	$(BIN)/python -m experiments.benchmarks.secure_aggregation
+
+heart-disease: $(VENV)/.demo ## FLamby's heart-disease table and beyond (DATA=directory of the four UCI files)
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.heart_disease data=$(DATA)
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) runs/demo .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,6 @@
 """docs/heart_disease.md, from the results: every measured number in it is one of theirs."""
 
+import textwrap
 from collections.abc import Sequence
 
 from experiments.heart_disease import words
@@ -10,6 +11,7 @@ from experiments.heart_disease.settings import Method, Placement, PrivateMethod
 
 _NOISE: dict[Placement, str] = {"distributed": "all hospitals', in shares", "local": "each hospital's own"}
 _TRUST = {"aggregation": "enough of the other hospitals", "nobody": "nobody"}
+WIDTH = 120
 _SHOWN = 6
 """Candidates of a search that the page has."""
 
@@ -26,7 +28,26 @@ def render(results: Results, image: str) -> str:
         parts += [words.PRIVATE.format(delta=private[0].delta, published=PRIVATE), _private(private)]
         parts += [_private_settings(results, private)]
     parts.append(words.LIMITS)
-    return "\n".join(part.strip("\n") + "\n" for part in parts if part.strip())
+    blocks = "\n\n".join(part.strip("\n") for part in parts if part.strip()).split("\n\n")
+    return "\n\n".join(_wrapped(block) for block in blocks if block.strip()) + "\n"
+
+
+def _wrapped(block: str) -> str:
+    """A paragraph or list, filled anew now that its numbers are in; anything else as it is."""
+    if block.startswith(("#", "|", "!", "    ")):
+        return block
+    items = block.split("\n- ") if block.startswith("- ") else [block]
+    marks = ["", *["- "] * (len(items) - 1)]
+    return "\n".join(
+        textwrap.fill(
+            " ".join(f"{mark}{item}".split()),
+            WIDTH,
+            subsequent_indent="  " if block.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for mark, item in zip(marks, items, strict=True)
+    )
 
 
 def _sizes(results: Results) -> str:

@@ -41,15 +41,15 @@ CYCLIC = """**Cyclic.** The published figure is that of a model that never leave
 each hospital has a copy of the model, a round trains one of the copies, nothing is handed on, and the copy that is
 tested is the first hospital's. Cleveland alone, for the four turns of 100 steps that it mostly gets in 15 rounds, has
 {alone} and {alone_pooled} on all test rows; published are {theirs} and {theirs_pooled}. The row above is the method
-of the paper: the model goes from hospital to hospital, 15 turns in all, {ours} and {ours_pooled}. So the means agree,
-by chance; the figures on all test rows do not, and need not.
+of the paper: the model goes from hospital to hospital, 15 turns in all, {ours} and {ours_pooled}. The two need not
+agree, and on all test rows they do not.
 """
 
 SCAFFOLD = """**Scaffold.** The published row is FedAvg's but for single test rows. A public version of FLamby's code
 does not divide its correction by the learning rate, which is 0.001: it is a thousandth of the paper's, and FedAvg is
 what is left. FedClaw's is the paper's, and does something: {ours} (FedAvg here: {fedavg}; published: {theirs}), and
-{ours_pooled} on all test rows, where {theirs_pooled} is published. That it moves away from the pooled optimum on rows
-that were standardised in another way than those it was trained on is no surprise.
+{ours_pooled} on all test rows, where {theirs_pooled} is published. All test rows together are standardised in another
+way than the rows it was trained on: to be nearer to the optimum of the latter need not help on the former.
 """
 
 ADAPTIVE = """**FedAdam, FedAdagrad, FedYogi.** FLamby's server steps correct no bias, which is how Reddi and others
@@ -84,7 +84,7 @@ PRIVATE = """## With differential privacy
 
 (epsilon, {delta:g}) for each hospital, of one training example being there or not, for the statistics and all of the
 training together. A hospital's ledger refuses what would go beyond; **together** is what it says at the end, for the
-hospital that paid most. It composes exactly (privacy loss distributions), so the parts add up to more than the whole.
+hospital that paid most. It composes by privacy loss distributions, so the parts add up to more than the whole.
 
 FLamby publishes a mean of {published:.2f} with FedAvg at a nominal epsilon of 1 and delta 0.001. That is no guarantee
 to compare with: its accountant was told of 15 epochs where each client takes 1,500 steps, the batches are shuffled
@@ -96,16 +96,17 @@ PRIVATE_READING = """A fifth of the budget goes to the statistics. Training is f
 gradients, one step a round: with so few rows, sampling fewer of them per step gains nothing that the accountant pays
 back.
 
-- **all hospitals' noise, in shares**: each adds a share of the noise inside secure aggregation, and only the sum is
-  ever seen (`central.noise_by=sites unit=example`). It holds towards everybody, the server included, as long as no
-  more than one of the four tells the server its noise. Each hospital's ledger is charged.
-- **each hospital's own**: each adds all the noise that it needs before anything leaves it (DP-SGD with its own
-  ledger). It trusts nobody, and the sum has twice the noise. """
+- **all hospitals', in shares**: each adds a share of the noise inside secure aggregation, and only the sum is ever seen
+  (`central.noise_by=sites unit=example`). It holds towards everybody, the server included, as long as no more than one
+  of the four tells the server its noise: three shares are enough, so the sum of four has sqrt(4/3) = 1.15 times the
+  noise that is counted. Each hospital's ledger is charged.
+- **each hospital's own**: each adds all the noise that it needs before anything leaves it (DP-SGD with its own ledger),
+  and trusts nobody. The sum of four has twice the noise that one for all would have.
+"""
 
 PRIVATE_SEARCH = """The settings were chosen on made-up hospitals of the same sizes and format, at epsilon 5, whose
 features' effects are drawn anew for each seed. To choose them on the private rows would have cost privacy that is not
-in the budget; test rows were not looked at either. Where several candidates score alike, what matters little was
-chosen.
+in the budget; test rows were not looked at either.
 """
 
 LIMITS = """## Limits
