@@ -30,7 +30,7 @@ class SharedBody(Strategy):
         names = [name for name, _ in model.named_parameters()]
         if self.head:
             return frozenset(name for name in names if name.startswith(self.head))
-        modules = [(place, module) for place, module in model.named_modules() if any(module.parameters(recurse=False))]
+        modules = [(place, module) for place, module in model.named_modules() if list(module.parameters(recurse=False))]
         if not modules:
             return frozenset()
         place, last = modules[-1]

@@ -42,6 +42,7 @@ def load_teacher(run: Path) -> Teacher:
     """The global model of a finished run, on the CPU. Raises UsageError or CheckpointError."""
     directory = RunDirectory.open(run)
     record = directory.record()
+    directory.require_whole()
     workload = directory.workload()
     parameters = directory.read_model()
     model = workload.build(record.model)

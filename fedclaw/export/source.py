@@ -50,11 +50,12 @@ class Source:
 def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compressed"] = "auto") -> Source:
     """The model that `wanted` names; `auto` takes the compressed one where there is one.
 
-    Raises UsageError when the compressed model is wanted and missing, BundleError when parameters do not fit their
-    spec or the compressed model was made from another one; CheckpointError when a file of the run is damaged or the
-    run has not finished.
+    Raises UsageError when the compressed model is wanted and missing or the server has no whole model, BundleError when
+    parameters do not fit their spec or the compressed model was made from another one; CheckpointError when a file of
+    the run is damaged or the run has not finished.
     """
     record = directory.record()
+    directory.require_whole()
     arrays: Mapping[str, NDArray[Any]] = directory.read_model()
     spec, compression = record.model, None
     if wanted == "compressed" or (wanted == "auto" and (directory.compressed / RECORD).is_file()):

@@ -231,6 +231,15 @@ class RunDirectory:
             )
         return npz_to_arrays(self.model_path.read_bytes(), self.model_path)
 
+    def require_whole(self) -> None:
+        """Raise UsageError for a run whose model is not whole at the server, to be compressed or exported."""
+        if personal := self.record().personal:
+            raise UsageError(
+                f"{self.root} holds no whole model: {', '.join(personal)} never left the sites "
+                f"(strategy {self.record().strategy.name!r}) and are at its sites; export a run of a strategy that "
+                "shares all parameters"
+            )
+
     def append_metrics(self, round_number: int, values: Mapping[str, Any], *, durable: bool = True) -> None:
         """Add a line for `round_number`; a line of the same or a later round (before a resume) is replaced.
 

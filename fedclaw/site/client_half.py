@@ -51,7 +51,7 @@ class ClientHalf:
     def personal_correction(self, model: torch.nn.Module, start: Arrays, steps: int) -> Correction:
         """The same for the site's own model, beside the global parameters `start`."""
         device = self.site.device
-        origin = [torch.from_numpy(start[name]).to(device) for name, _ in model.named_parameters()]
+        origin = [torch.tensor(start[name], device=device) for name, _ in model.named_parameters()]
         return self._corrected(self.strategy.correct_personal, model, origin, steps)
 
     def finish(self, delta: Arrays, steps: int, loss: Callable[[], float]) -> Finished:

@@ -30,6 +30,7 @@ from fedclaw.site.in_process import local_grid
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
+from fedclaw.site.state import SiteStates
 from fedclaw.workload import Table
 
 FEDERATION = "audit"
@@ -80,6 +81,7 @@ class Subject:
             ledger=Ledger.open(":memory:", site.name),
             device=torch.device("cpu"),
             outbound=None,
+            states=SiteStates(),
             secure=SecureIdentity(signers[name], verifier, Sessions()),
         )
 
