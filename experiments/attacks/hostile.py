@@ -13,7 +13,7 @@ from fedclaw.federation.arrays import pack, unpack
 from fedclaw.federation.exchange import SUM, weights_in
 from fedclaw.site.service import SiteService
 
-_LARGEST = 1e30
+LARGEST = 1e30
 """No number that leaves is larger: a server refuses what is not finite, and would know."""
 
 
@@ -73,7 +73,7 @@ class HostileSite:
 
     def _forged(self, content: RecordDict) -> RecordDict:
         delta = self._gang.attack.forge(delta_in(content), self._gang.round(), self._generator)
-        sent = np.clip(delta * weights_in(content)[0], -_LARGEST, _LARGEST).astype(np.float32)
+        sent = np.clip(delta * weights_in(content)[0], -LARGEST, LARGEST).astype(np.float32)
         forged = RecordDict(dict(content))
         forged[SUM] = pack(_shaped(sent, unpack(content.array_records[SUM])))
         return forged

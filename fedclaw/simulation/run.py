@@ -1,7 +1,7 @@
 """The server's loop over simulated clients: `run_rounds` as it is, with a grid that trains cohorts by itself."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -42,8 +42,11 @@ def simulate_cohorts(
     observers: Sequence[Observer] = (),
     *,
     teacher: Mapping[str, NDArray[np.float32]] | None = None,
+    around: Callable[[Crew], Crew] = lambda crew: crew,
 ) -> Outcome:
     """Run, or go on with, the run in `directory`, whose record `simulated` made, over simulated clients.
+
+    What `around` makes of those who train takes their place: clients that do not do as they are asked.
 
     The result is the same for the same record and data, however many worker processes there are; with privacy only if
     the record says `repeatable_noise`. Sets torch to one thread while it lasts. Raises RoundError, UsageError.
@@ -56,7 +59,7 @@ def simulate_cohorts(
     grid = None
     try:
         initial = initial_parameters(record)
-        grid = _grid(record, federation, settings, directory, teacher)
+        grid = _grid(record, federation, settings, directory, teacher, around)
         return run_rounds(grid, directory, initial, teacher=teacher, observers=observers)
     finally:
         if grid is not None:
@@ -79,6 +82,7 @@ def _grid(
     settings: SimulationSettings,
     directory: RunDirectory,
     teacher: Mapping[str, NDArray[np.float32]] | None,
+    around: Callable[[Crew], Crew],
 ) -> SimulationGrid:
     assert record.simulated is not None
     way = _way(record, federation, settings, teacher)
@@ -88,7 +92,7 @@ def _grid(
     numbers = {federation.name(client): client for client in range(len(federation))}
     for line in directory.read_metrics():
         accounts.took_part(numbers[name] for name in line.get("answered", ()) if name in numbers)
-    return SimulationGrid(federation, crew, accounts, record.run)
+    return SimulationGrid(federation, around(crew), accounts, record.run)
 
 
 def _way(

@@ -1,0 +1,1 @@
+"""Attack x strategy: docs/strategies/robust.md."""
