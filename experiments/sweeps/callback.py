@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
 from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overrides
-from experiments.sweeps.identity import IRRELEVANT, digest_of, identify
+from experiments.sweeps.identity import digest_of, identify, is_relevant
 from experiments.sweeps.parent import Parent, make_parent
 from experiments.sweeps.report import write_report
 from fedclaw.cli import report_failure, start_logging
@@ -99,7 +99,7 @@ def _settle_directory(config: DictConfig, default: Path) -> None:
 def _name(config: DictConfig, overrides: Sequence[str]) -> str:
     """What the sweep is called: the settings that it varies, and digits of everything that determines its runs."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    asked = [text for text in overrides if text.lstrip("+~").partition("=")[0].partition(".")[0] not in IRRELEVANT]
+    asked = [text for text in overrides if is_relevant(text.lstrip("+~").partition("=")[0])]
     assert isinstance(plain, dict)
     base = identify({str(key): value for key, value in plain.items()}).digest
     swept = [key for key, value in read_overrides(asked).items() if re.search(r"[,(]", value)]

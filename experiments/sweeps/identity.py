@@ -11,7 +11,13 @@ from pydantic import JsonValue
 from fedclaw.files import sha256_file
 from fedclaw.frozen import Frozen
 
-IRRELEVANT = ("run", "runs", "tracking", "runtime")
+IRRELEVANT = frozenset({"run", "runs", "tracking"}) | {
+    f"runtime.{name}"
+    for name in (
+        *("workers", "mode", "save_every"),
+        *("address", "cpus", "cpus_per_site", "gpus_per_site", "object_store"),
+    )
+}
 """Settings of conf/run.yaml that no result depends on: names, places, and how fast. A new setting counts until it is
 listed here: to run something twice is better than to take one result for another."""
 _DIGITS = 12
@@ -29,10 +35,23 @@ def identify(settings: Mapping[str, Any]) -> Identity:
 
     A file that the settings name counts by its content where it can be read.
     """
-    relevant = {name: value for name, value in settings.items() if name not in IRRELEVANT}
+    relevant = _relevant(settings, "")
     if (statistics := relevant.get("statistics")) is not None and Path(str(statistics)).is_file():
         relevant["statistics"] = f"sha256:{sha256_file(Path(str(statistics)))}"
     return Identity(digest=digest_of(relevant), configuration=relevant)
+
+
+def is_relevant(key: str) -> bool:
+    """Whether a result may depend on the setting `key`, written as on the command line."""
+    return key not in IRRELEVANT and key.partition(".")[0] not in IRRELEVANT
+
+
+def _relevant(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name: _relevant(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if is_relevant(f"{prefix}{name}")
+    }
 
 
 def digest_of(values: Any) -> str:

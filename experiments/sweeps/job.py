@@ -15,7 +15,7 @@ from rich.console import Console
 
 from experiments.run import ExperimentSettings, run_experiment
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
-from experiments.sweeps.identity import IRRELEVANT, identify
+from experiments.sweeps.identity import identify, is_relevant
 from fedclaw.cli import describe_failure, report_failure, start_logging
 from fedclaw.errors import FedClawError
 from fedclaw.federation.coordinator import Outcome
@@ -88,7 +88,7 @@ def _member_of(plain: dict[str, Any]) -> tuple[SweepDirectory, Member]:
     except FedClawError:
         values = plain
     overrides = read_overrides(list(hydra.overrides.task))
-    settings = {key: value for key, value in overrides.items() if key.partition(".")[0] not in IRRELEVANT}
+    settings = {key: value for key, value in overrides.items() if is_relevant(key)}
     digest = identify(values).digest
     sweep = SweepDirectory(Path(hydra.sweep.dir))
     return sweep, Member(digest=digest, number=hydra.job.num, settings=settings, status="running")

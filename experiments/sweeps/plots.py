@@ -179,8 +179,8 @@ def _draw_curves(panel: Any, comparison: Comparison, curves: Sequence[tuple[Row,
             low, high = zip(*_edges(curve), strict=True)
             panel.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
     for number, (_, curve) in enumerate(ranked[_MOST:]):
-        label = None if number else f"{len(ranked) - _MOST} others"
-        panel.plot(*_means(curve), color="0.75", linewidth=0.8, zorder=1, label=label)
+        rest = None if number else f"{len(ranked) - _MOST} others"
+        panel.plot(*_means(curve), color="0.75", linewidth=0.8, zorder=1, label=rest)
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.sweeps import plots
 from experiments.sweeps.comparison import LOSS, SCORE, Comparison, compare, to_csv, to_json
 from experiments.sweeps.directory import SweepDirectory
+from experiments.sweeps.plots import draw
 from experiments.sweeps.results import read_results
 from experiments.sweeps.terminal import make_table
 from fedclaw.errors import UsageError
@@ -56,7 +56,7 @@ def write_report(sweep: SweepDirectory, console: Console) -> Report:
     write_atomic(table, to_csv(comparison).encode())
     content = {"sweep": record.name, "overrides": list(record.overrides), **to_json(comparison)}
     write_atomic(data, json.dumps(content, indent=2).encode())
-    images = plots.draw(comparison, sweep.root)
+    images = draw(comparison, sweep.root)
     for path in (table, data, *images):
         console.print(f"written: {path}", soft_wrap=True, markup=False)
     return Report(comparison, (table, data, *images))

@@ -30,15 +30,19 @@ def remember(sites: Mapping[str, SiteService], directory: RunDirectory) -> None:
     lines = {line["round"]: line for line in directory.read_metrics()}
     outgoing = Outgoing(saved.parameters)
     for number in range(1, saved.round + 1):
-        # Of a round that counts and was not evaluated any more it is not known who answered: all, to be safe.
-        answered, asked = _who(lines[number]) if number in lines else (list(sites), list(sites))
+        answered, asked = _who(lines.get(number), list(sites))
         plan = _plan(directory, number, asked, outgoing)
         for name in answered:
             _charge(sites[name], plan)
 
 
-def _who(line: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """(sites that answered, sites that were asked), by a round's line of metrics."""
+def _who(line: Mapping[str, Any] | None, everybody: list[str]) -> tuple[list[str], list[str]]:
+    """(sites that answered, sites that were asked), by a round's line of metrics.
+
+    Of a round that counts, and whose server ended before it was evaluated, it is not known: everybody, to be safe.
+    """
+    if line is None or (not line["answered"] and not line["update_norm"]):
+        return everybody, everybody
     return line["answered"], [*line["answered"], *line["declined"], *line["silent"]]
 
 

@@ -142,7 +142,7 @@ def test_labels_are_short_and_tell_rows_apart():
 
 SETTINGS = {
     **{"rounds": 3, "seed": 0, "dataset": {"name": "digits"}, "partition": {"alpha": 1.0}, "statistics": None},
-    **{"runs": "runs", "run": None, "tracking": {"uri": None}, "runtime": {"workers": 1}},
+    **{"runs": "runs", "run": None, "tracking": {"uri": None}, "runtime": {"name": "simulation", "workers": 1}},
 }
 
 
@@ -151,6 +151,13 @@ def test_a_run_is_known_by_what_determines_its_result(name):
     before = identify(SETTINGS).digest
     changed = identify({**SETTINGS, name: "another"}).digest
     assert (changed == before) == (name in IRRELEVANT)
+
+
+def test_of_the_runtime_what_is_simulated_counts_and_how_fast_does_not():
+    digest = identify(SETTINGS).digest
+    for name, value, same in (("workers", 2, True), ("name", "sites", False), ("clients", 9, False)):
+        runtime = {**SETTINGS["runtime"], name: value}
+        assert (identify({**SETTINGS, "runtime": runtime}).digest == digest) == same
 
 
 def test_a_run_is_known_whatever_the_order_and_a_new_setting_counts():

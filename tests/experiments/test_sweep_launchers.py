@@ -96,7 +96,7 @@ FEDERATIONS = ("strategy=fedavg,fedadam", "privacy=none", "rounds=2", "dataset.s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1100)
 @pytest.mark.parametrize("launcher", [JOBLIB, SUBMITIT, RAY], ids=["joblib", "submitit", "ray"])
 def test_federations_by_each_launcher(tmp_path, launcher):
     runs = tmp_path / "runs"
@@ -105,13 +105,16 @@ def test_federations_by_each_launcher(tmp_path, launcher):
     (root,) = (runs / "sweeps").iterdir()
     assert {member.status for member in SweepDirectory.open(root).members()} == {"finished"}
     assert len(list(csv.DictReader((root / "comparison.csv").open()))) == 2
+    models = {path: path.stat().st_mtime_ns for path in runs.glob("*/model.npz")}
     again = run_module("experiments.run", "-m", *FEDERATIONS, *launcher, f"runs={runs}", timeout=500, cwd=tmp_path)
     assert again.code == 0
-    assert (again.output + again.errors).count("is finished already") == 2
+    assert "2 runs are finished" in again.errors
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/model.npz")} == models
+    assert len(models) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1100)
 def test_federations_chosen_by_optuna(tmp_path):
     runs = tmp_path / "runs"
     searched = ("training.learning_rate=tag(log,interval(0.01,1))", "strategy=fedavg,fedadam")
