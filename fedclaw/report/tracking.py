@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ _NOISY = {
     "alembic": logging.WARNING,
     "urllib3.connectionpool": logging.ERROR,
 }
+
+
+_TELL_EVERY = 2.0
+"""Seconds: rounds that follow one another faster are told to the store together."""
+_MOST_METRICS, _MOST_PARAMETERS = 1000, 100
+"""Of one call, by MLflow's own limits."""
 
 
 class TrackingSettings(Frozen):
@@ -156,6 +163,9 @@ class MlflowTracker:
         self._asked = 0
         self._lost = 0
         self._run_id: str | None = None
+        self._waiting: list[tuple[str, float, int, int]] = []
+        """(metric, value, milliseconds since the epoch, round) that the store has not been told yet."""
+        self._told = 0.0
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
 
@@ -172,7 +182,9 @@ class MlflowTracker:
         line = report.metrics, report.update_norm, report.train_seconds, report.evaluate_seconds
         epsilons = {site: item.receipt.epsilon_run for site, item in report.receipts.items()}
         with self._forgiving():
-            self._note(self._run_id or self._begin(), report.round, _values(*line, len(report.answered), epsilons))
+            self._note(report.round, _values(*line, len(report.answered), epsilons))
+            if report.round == report.rounds or time.monotonic() - self._told >= _TELL_EVERY:
+                self._tell(self._run_id or self._begin())
 
     def catch_up(self, outcome: "Outcome") -> None:
         """Have the store hold a run that has finished, tags and all, whatever it holds of it so far."""
@@ -188,6 +200,7 @@ class MlflowTracker:
         """The model, the record and the receipts as artefacts."""
         with self._forgiving():
             run_id = self._run_id or self._begin()
+            self._tell(run_id)
             for path in (
                 outcome.directory.model_path,
                 outcome.directory.root / "run.json",
@@ -202,6 +215,7 @@ class MlflowTracker:
         """Mark the run as failed; resuming takes it up again."""
         if self._run_id is not None:
             with self._forgiving():
+                self._tell(self._run_id)
                 self._client.set_terminated(self._run_id, "FAILED")
         self._say_what_was_lost()
 
@@ -210,8 +224,7 @@ class MlflowTracker:
         record = self._record or self._directory.record()
         self._run_id = self._store.begin(self._directory.root, record.run, self._tags)
         if self._store.known is None:
-            for name, value in _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})):
-                self._client.log_param(self._run_id, name, value)
+            self._describe(self._run_id, _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})))
         return self._run_id
 
     def _fill_in(self, run_id: str) -> None:
@@ -221,11 +234,28 @@ class MlflowTracker:
             if line["round"] not in noted and _ALWAYS in line:
                 seconds = line["train_seconds"], line["evaluate_seconds"]
                 values = _values(line["metrics"], line[_ALWAYS], *seconds, len(line["answered"]), line["epsilon"])
-                self._note(run_id, line["round"], values)
+                self._note(line["round"], values)
+        self._tell(run_id)
 
-    def _note(self, run_id: str, number: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._client.log_metric(run_id, name, value, step=number)
+    def _note(self, number: int, values: Mapping[str, float]) -> None:
+        now = int(time.time() * 1000)
+        self._waiting += [(name, value, now, number) for name, value in values.items()]
+
+    def _tell(self, run_id: str) -> None:
+        """The store all that is waiting: in few transactions, each of which costs as much as a small round."""
+        from mlflow.entities import Metric
+
+        waiting, self._waiting, self._told = self._waiting, [], time.monotonic()
+        for start in range(0, len(waiting), _MOST_METRICS):
+            part = waiting[start : start + _MOST_METRICS]
+            self._client.log_batch(run_id, metrics=[Metric(*note) for note in part])
+
+    def _describe(self, run_id: str, values: Sequence[tuple[str, Any]]) -> None:
+        from mlflow.entities import Param
+
+        for start in range(0, len(values), _MOST_PARAMETERS):
+            part = values[start : start + _MOST_PARAMETERS]
+            self._client.log_batch(run_id, params=[Param(name, str(value)) for name, value in part])
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:

@@ -8,44 +8,62 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedclaw.federation.exchange import Declined, Evaluated
-from fedclaw.federation.plan import Plan, Refusal
+from fedclaw.federation.plan import ModelSpec, Plan, Refusal
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.strategy import PERSONAL
 from fedclaw.privacy.policy_checks import permitted_metrics
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State
-from fedclaw.simulation.trainer import loaded_model
+from fedclaw.simulation.trainer import load, loaded_model
 from fedclaw.site.evaluation import EVALUATION_BATCH
 
 WHOLE = "federation"
 """Who answers with the metrics of a test table that belongs to no client."""
 
 
-def evaluate_clients(
-    federation: SimulatedFederation,
-    clients: Sequence[int],
-    plan: Plan,
-    parameters: Mapping[str, NDArray[np.float32]],
-    memory: Mapping[int, State],
-    evaluated: Evaluated,
-) -> None:
-    """Add the metrics of `parameters` to `evaluated`."""
-    model = loaded_model(federation, plan.model, dict(parameters)).eval()
-    if not federation.has_tests:
-        if federation.test is not None:
-            logits = _logits(model, torch.from_numpy(federation.test.inputs))
-            _add(federation, plan, logits, federation.test.targets, evaluated, WHOLE)
-        return
-    inputs, targets = torch.from_numpy(federation.table.inputs), federation.table.targets
-    own_model = bool(plan.personal) or strategy_class(plan.strategy).personal_model
-    for client in clients:
-        rows = federation.tests(client)
-        if not len(rows):
-            continue
-        mine = memory.get(client, {}).get(PERSONAL, {}) if own_model else {}
-        tested = loaded_model(federation, plan.model, {**parameters, **mine}).eval() if mine else model
-        logits = _logits(tested, inputs[torch.from_numpy(rows)])
-        _add(federation, plan, logits, targets[rows], evaluated, federation.name(client))
+class Evaluator:
+    """Keeps its model warm."""
+
+    def __init__(self, federation: SimulatedFederation) -> None:
+        self._federation = federation
+        self._inputs = torch.from_numpy(federation.table.inputs)
+        self._models: dict[str, nn.Module] = {}
+
+    def evaluate(
+        self,
+        clients: Sequence[int],
+        plan: Plan,
+        parameters: Mapping[str, NDArray[np.float32]],
+        memory: Mapping[int, State],
+        evaluated: Evaluated,
+    ) -> None:
+        """Add the metrics of `parameters` to `evaluated`; of clients with parameters of their own, of those."""
+        federation = self._federation
+        if not federation.has_tests:
+            if federation.test is not None:
+                logits = _logits(self._model(plan.model, parameters), torch.from_numpy(federation.test.inputs))
+                _add(federation, plan, logits, federation.test.targets, evaluated, WHOLE)
+            return
+        own_models = bool(plan.personal) or strategy_class(plan.strategy).personal_model
+        model = self._model(plan.model, parameters)
+        for client in clients:
+            rows = federation.tests(client)
+            if not len(rows):
+                continue
+            if own_models:
+                mine = memory.get(client, {}).get(PERSONAL, {})
+                model = self._model(plan.model, {**parameters, **mine})
+            logits = _logits(model, self._inputs[torch.from_numpy(rows)])
+            _add(federation, plan, logits, federation.table.targets[rows], evaluated, federation.name(client))
+
+    def _model(self, spec: ModelSpec, parameters: Mapping[str, NDArray[np.float32]]) -> nn.Module:
+        key = spec.model_dump_json()
+        if key not in self._models:
+            model = loaded_model(self._federation, spec, parameters).eval()
+            # Pooling is several times faster with channels last.
+            self._models[key] = model.to(memory_format=torch.channels_last)
+        load(self._models[key], parameters)
+        return self._models[key]
 
 
 def _add(

@@ -18,7 +18,7 @@ from fedclaw.federation.update import Update
 from fedclaw.runtime.base import CohortGrid
 from fedclaw.runtime.flower import empty_run, number_of
 from fedclaw.simulation.accounts import Accounts
-from fedclaw.simulation.evaluation import evaluate_clients
+from fedclaw.simulation.evaluation import Evaluator
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, shaped, units_of
 from fedclaw.simulation.workers import Crew
@@ -31,6 +31,7 @@ class SimulationGrid(CohortGrid):
         self._federation = federation
         self._crew = crew
         self._accounts = accounts
+        self._evaluator = Evaluator(federation)
         self._run = empty_run(number_of(run))
         self._memory: dict[int, State] = {}
         self._first = True
@@ -64,7 +65,8 @@ class SimulationGrid(CohortGrid):
     ) -> None:
         """See CohortGrid. A test table that the federation has as a whole is evaluated once, whoever is asked."""
         began = time.monotonic()
-        evaluate_clients(self._federation, [node - 1 for node in nodes], plan, parameters, self._memory, evaluated)
+        clients = [node - 1 for node in nodes]
+        self._evaluator.evaluate(clients, plan, parameters, self._memory, evaluated)
         evaluated.seconds = time.monotonic() - began
 
     def close(self) -> None:

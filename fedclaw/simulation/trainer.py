@@ -343,10 +343,15 @@ def loaded_model(
     """A model with these parameters."""
     with torch.random.fork_rng(devices=[]):
         model = federation.workload.build(spec)
+    load(model, parameters)
+    return model
+
+
+def load(model: nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+    """Put these parameters into `model`."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(np.array(parameters[name])))
-    return model
 
 
 def _is_weighting_alone(plan: Plan) -> bool:

@@ -1,0 +1,79 @@
+"""Made-up clients: a few hundred random images, and rows of a table, dealt unevenly."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clients.tabular import TabularWorkload
+from clients.vision import VisionWorkload
+from fedclaw.federation.plan import LocalTraining, ModelSpec
+from fedclaw.federation.registry import schema_class
+from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
+from fedclaw.workload import Table
+
+SIZES = (31, 4, 17, 9, 8, 22, 5, 13, 16, 7)
+MODELS = {
+    "cnn": ModelSpec(name="cnn", args={"channels": [4, 6]}),
+    "mlp": ModelSpec(name="mlp", args={"hidden": [12, 7]}),
+}
+
+
+def deal(sizes):
+    bounds = np.cumsum([0, *sizes])
+    return [np.arange(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def make_federation(kind, sizes=SIZES, **options):
+    """Clients of these sizes; the labels can be learnt, a little."""
+    generator = np.random.default_rng(5)
+    count = sum(sizes)
+    targets = generator.integers(0, 3, count)
+    if kind == "cnn":
+        schema = schema_class("vision").parse(
+            json.dumps({"shape": [1, 6, 6], "labels": ["a", "b", "c"], "mean": [0.5], "std": [0.25]}), "test"
+        )
+        inputs = generator.normal(size=(count, 1, 6, 6)) + targets[:, None, None, None]
+        workload = VisionWorkload(schema)
+    else:
+        columns = [{"name": f"x{i}", "kind": "numeric", "center": 0, "scale": 1} for i in range(5)]
+        target = {"name": "y", "labels": ["a", "b", "c"]}
+        schema = schema_class("tabular").parse(json.dumps({"columns": columns, "target": target}), "test")
+        inputs = generator.normal(size=(count, 5)) + targets[:, None]
+        workload = TabularWorkload(schema)
+    table = Table(inputs.astype(np.float32), targets.astype(np.int64))
+    tested = options.pop("test", table)
+    return SimulatedFederation(workload, table, deal(sizes), test=tested, **options)
+
+
+def make_record(federation, kind, **changes):
+    fields = {
+        "run": "simulated",
+        "federation": "lab",
+        "workload": federation.workload.name,
+        "schema_text": federation.workload.schema.to_json(),
+        "model": MODELS[kind],
+        "strategy": StrategyRecord(name="fedavg"),
+        "rounds": 3,
+        "training": LocalTraining(epochs=2, batch_size=8, learning_rate=0.1),
+        "privacy": None,
+        "rules": RoundRules(minimum=1),
+        "seed": 3,
+    }
+    return RunRecord(**{**fields, **changes})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a simulation in a directory of its own and returns the outcome."""
+    count = iter(range(100))
+
+    def go(kind, settings=None, observers=(), federation=None, **changes):
+        settings = settings or SimulationSettings()
+        federation = federation or make_federation(kind)
+        record = simulated(make_record(federation, kind, **changes), settings, len(federation))
+        directory = RunDirectory.create(tmp_path / f"run-{next(count)}", record)
+        return simulate_cohorts(directory, federation, settings, observers)
+
+    return go
