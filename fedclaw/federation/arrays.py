@@ -108,18 +108,18 @@ def payload(arrays: Mapping[str, NDArray[Any]]) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
-def joined(arrays: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+def flattened(arrays: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     """All arrays one after the other, in the order of their names: (d,)."""
     return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])
 
 
-def parted(vector: NDArray[np.float32], shapes: Shapes) -> Arrays:
-    """Views, by name, of the parts of `vector` (d,) that `joined` made of arrays of these shapes."""
+def unflattened(vector: NDArray[np.floating[Any]], shapes: Shapes) -> Arrays:
+    """The arrays (float32) of these names and shapes that `flattened` made `vector` (d,) of."""
     arrays: Arrays = {}
     start = 0
     for name in sorted(shapes):
         size = math.prod(shapes[name])
-        arrays[name] = vector[start : start + size].reshape(shapes[name])
+        arrays[name] = vector[start : start + size].astype(np.float32, copy=False).reshape(shapes[name])
         start += size
     return arrays
 

@@ -1,7 +1,6 @@
 """Updates as the integers that secure aggregation adds: the same rule, from the plan, at every site and the server."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.plan import CentralPrivacy, Plan, SecureAggregation, Unit
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.distributed import Shares, share_noise
@@ -111,19 +109,3 @@ def example_mechanism(central: CentralPrivacy, noise_multiplier: float) -> Mecha
     if central.unit == "example":
         return Mechanism(central.sample_rate, noise_multiplier, 1)
     return Mechanism(1.0, noise_multiplier / 2, 1)
-
-
-def flattened(arrays: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-    """All arrays one after the other, in the order of their names: (d,)."""
-    return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])
-
-
-def unflattened(vector: NDArray[np.float64], template: Mapping[str, NDArray[np.float32]]) -> Arrays:
-    """The arrays (float32) of `template`'s names and shapes that `flattened` made `vector` (d,) of."""
-    arrays: Arrays = {}
-    start = 0
-    for name in sorted(template):
-        shape, size = template[name].shape, template[name].size
-        arrays[name] = vector[start : start + size].astype(np.float32).reshape(shape)
-        start += size
-    return arrays

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, SecureAggregationError
-from fedclaw.federation.arrays import pack_integers
+from fedclaw.federation.arrays import flattened, pack_integers
 from fedclaw.federation.exchange import ARRAYS
-from fedclaw.federation.integers import flattened, integers_of
+from fedclaw.federation.integers import integers_of
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.federation.postprocess import template
 from fedclaw.federation.secure_exchange import (

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from fedclaw.errors import UpdateError
-from fedclaw.federation.arrays import joined, pack_wire, payload, shapes_of, unpack_wire
+from fedclaw.federation.arrays import flattened, pack_wire, payload, shapes_of, unpack_wire
 from fedclaw.federation.compression import positions
 from fedclaw.federation.compression.encoder import kept
 from fedclaw.federation.compression.fp16 import Fp16
@@ -145,7 +145,7 @@ def test_the_largest_numbers_of_the_whole_update_are_sent():
 def test_top_k_leaves_no_more_than_its_share_of_the_square(seed, fraction):
     """Stich, Cordonnier, Jaggi 2018, equation 8: |x - C(x)|^2 <= (1 - k / d) |x|^2."""
     arrays = update(seed)
-    whole, sent = joined(arrays), joined(through(LargestK(fraction), arrays))
+    whole, sent = flattened(arrays), flattened(through(LargestK(fraction), arrays))
     count = kept(fraction, len(whole))
     assert np.count_nonzero(sent) == count
     assert ((whole - sent) ** 2).sum() <= (1 - count / len(whole)) * (whole**2).sum() * (1 + 1e-5)
@@ -219,14 +219,14 @@ def test_vectors_and_matrices_that_factors_would_not_shorten_travel_as_they_are(
         (Stochastic(8, 4), {"w": (6,)}, {"w:scales": np.array([np.nan, 1], np.float32)}),
         (Stochastic(8, 4), {"w": (6,)}, {"w:scales": np.array([-1, 1], np.float32)}),
         (Stochastic(8, 4), {"w": (6,)}, {"w:scales": np.ones(10**6, np.float32)}),
-        (Stochastic(4, None), {"w": (5,)}, {"w:codes": np.zeros(3, np.uint8)}),
+        (Stochastic(4, None), {"w": (6,)}, {"w:codes": np.array([0x88, 0x80, 0x88], np.uint8)}),
         (Stochastic(4, None), {"w": (5,)}, {"w:codes": np.full(3, 0x99, np.uint8)}),
-        (LargestK(0.1), {"w": (200,)}, {"positions": np.array([*range(19), 200], np.uint16)}),
-        (LargestK(0.1), {"w": (200,)}, {"positions": np.array([*range(19), 18], np.uint16)}),
-        (LargestK(0.1), {"w": (200,)}, {"positions": np.arange(20, dtype=np.uint16)[::-1]}),
+        (LargestK(0.01), {"w": (2000,)}, {"positions": np.array([*range(19), 2000], np.uint16)}),
+        (LargestK(0.01), {"w": (2000,)}, {"positions": np.array([*range(19), 18], np.uint16)}),
+        (LargestK(0.01), {"w": (2000,)}, {"positions": np.arange(20, dtype=np.uint16)[::-1]}),
         (LargestK(0.01), {"w": (200,)}, {"positions": np.arange(2, dtype=np.uint32)}),
         (LargestK(0.5), {"w": (100,)}, {"positions": np.full(13, 255, np.uint8)}),
-        (LargestK(0.5), {"w": (100,)}, {"positions": np.array([255] * 6 + [0] * 6 + [0xC0], np.uint8)}),
+        (LargestK(0.5), {"w": (100,)}, {"positions": np.array([255] * 6 + [1] + [0] * 5 + [0x10], np.uint8)}),
         (LargestK(0.1), {"w": (200,)}, {"values": np.full(20, np.nan, np.float32)}),
         (LowRank(1), {"w": (9, 8)}, {"w:left": np.zeros((8, 1), np.float32)}),
         (LowRank(1), {"w": (9, 8)}, {"w:right": np.full((8, 1), np.inf, np.float32)}),

@@ -7,8 +7,9 @@ import torch
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
-from fedclaw.federation.arrays import joined, pack_wire, payload
+from fedclaw.federation.arrays import flattened, pack_wire, payload
 from fedclaw.federation.combinations import check_combination
+from fedclaw.federation.compression.encoder import kept
 from fedclaw.federation.compression.randomk import positions
 from fedclaw.federation.compression.request import HalfPrecision, PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.federation.compression.stochastic import Stochastic
@@ -20,6 +21,7 @@ from fedclaw.federation.session import initial_parameters
 from fedclaw.federation.settings import RunSettings, SecureRequest
 from fedclaw.frozen import check_settings
 from fedclaw.privacy.noise import GaussianSource
+from fedclaw.report.terminal import bytes_words
 from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.directory import open_service
@@ -74,7 +76,7 @@ def with_(record, **changes):
 
 def moved(outcome, record):
     """How far the run's one round moved the parameters: the mean of the sites' deltas (d,)."""
-    return joined(outcome.parameters) - joined(initial_parameters(record))
+    return flattened(outcome.parameters) - flattened(initial_parameters(record))
 
 
 # A run
@@ -101,6 +103,7 @@ def test_a_round_comes_close_to_the_plain_one_in_fewer_bytes(tmp_path, record, s
     assert before["bytes_up"] == before["bytes_down"] == after["bytes_down"] == SITES * size
     assert after["bytes_up"] == pytest.approx(share * SITES * size, rel=0.03)
     assert len(after["answered"]) == SITES
+    assert f"MB from the sites (compression {method})" in bytes_words(found.directory)
 
 
 @pytest.mark.parametrize("feedback", [True, False])
@@ -263,6 +266,25 @@ def test_what_would_break_a_guarantee_is_refused_at_start_and_by_the_plan(record
 def test_random_k_without_feedback_goes_with_noise_on_the_sum_and_with_masks(record):
     request = RandomK(method="randk", feedback=False)
     with_(record, compression=request, central=CENTRAL, weighting="uniform", secure=SECURE)
+
+
+def test_noise_by_the_sites_is_made_for_the_numbers_that_are_sent(tmp_path, record, sites):
+    """The secure sum is shorter, all sites' noise is in it, and the other numbers stay where they were."""
+    request = RandomK(method="randk", fraction=0.25, feedback=False)
+    central = CENTRAL.model_copy(update={"noise_by": "sites"})
+    noisy = with_(record, compression=request, central=central, weighting="uniform", secure=SECURE)
+    outcome = run(tmp_path, noisy, sites)
+    start = initial_parameters(record)
+    (line,) = outcome.directory.read_metrics()
+    sent = 0
+    for name, array in outcome.parameters.items():
+        where = np.flatnonzero((array - start[name]).reshape(-1))
+        assert set(where) <= set(positions(request, 1, name, array.size)), "noise where nothing was sent"
+        sent += kept(request.fraction, array.size)
+    assert line["bytes_up"] == 4 * sent * SITES
+    step = flattened(outcome.parameters) - flattened(start)
+    # clip x multiplier / sites in each number of the mean, a little more for the drop-outs, times d / k
+    assert step[step != 0].std() == pytest.approx(4 / SITES, rel=0.4)
 
 
 def test_the_reason_is_told_as_a_wrong_setting(record):

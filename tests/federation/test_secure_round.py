@@ -10,10 +10,10 @@ from scipy.stats import chi2
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.federation import postprocess
-from fedclaw.federation.arrays import pack
+from fedclaw.federation.arrays import flattened, pack, shapes_of, unflattened
 from fedclaw.federation.coordinator import drop_pending, run_rounds
 from fedclaw.federation.exchange import Outgoing, question, questions
-from fedclaw.federation.integers import flattened, integers_of, unflattened
+from fedclaw.federation.integers import integers_of
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining, Plan, PrivacyRequest, RefusalCode
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.secure_exchange import CONSENT, KEYS, SHARES, UNMASK
@@ -240,7 +240,7 @@ def test_the_sum_carries_the_noise_after_the_tolerated_drop_outs(unit, training,
     integers, source = integers_of(plan), GaussianSource()
     encoded = [integers.encode(flattened(template), source) for _ in range(3)]
     total = np.sum(encoded, axis=0, dtype=np.uint32)
-    noise = unflattened(Encoding(plan.secure.step).decode(total), template)["w"].astype(np.float64)
+    noise = unflattened(Encoding(plan.secure.step).decode(total), shapes_of(template))["w"].astype(np.float64)
     statistic = float(np.square(noise).sum()) / (1.2 * bound) ** 2
     assert statistic > chi2.ppf(5e-7, 100_000), "less noise than promised"
     assert statistic < 1.01 * chi2.isf(5e-7, 100_000)
@@ -367,7 +367,7 @@ def test_secure_aggregation_goes_with_local_noise_and_with_the_servers(tmp_path,
 
 def test_arrays_survive_being_flattened():
     arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.full((1,), 7, np.float32)}
-    again = unflattened(flattened(arrays).astype(np.float64), arrays)
+    again = unflattened(flattened(arrays).astype(np.float64), shapes_of(arrays))
     for name, array in arrays.items():
         np.testing.assert_array_equal(again[name], array)
     assert postprocess.template(arrays, plan_of(run_record())).keys() == arrays.keys()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedclaw.federation.arrays import Arrays, Form, Shapes, Wire, joined, parted
+from fedclaw.federation.arrays import Arrays, Form, Shapes, Wire, flattened, unflattened
 from fedclaw.federation.compression import positions
 from fedclaw.federation.compression.encoder import Encoded, Encoder, finite, kept, size
 from fedclaw.privacy.noise import GaussianSource
@@ -33,7 +33,7 @@ class LargestK(Encoder):
 
     def encode(self, arrays: Arrays, source: GaussianSource, warm: Arrays) -> Encoded:
         """See Encoder; nothing is random."""
-        flat = joined(arrays)
+        flat = flattened(arrays)
         count = kept(self.fraction, flat.size)
         chosen = np.sort(np.argpartition(np.abs(flat), flat.size - count)[flat.size - count :])
         return Encoded({_VALUES: flat[chosen], _POSITIONS: positions.coded(chosen, flat.size)}, {})
@@ -43,4 +43,4 @@ class LargestK(Encoder):
         flat = np.zeros(sum(size(shape) for shape in shapes.values()), np.float32)
         values = finite(_VALUES, wire[_VALUES])
         flat[positions.read(wire[_POSITIONS], len(values), flat.size)] = values
-        return parted(flat, shapes)
+        return unflattened(flat, shapes)
