@@ -8,6 +8,10 @@ from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
 
+_NO_WORD = (
+    "it has not finished: it is still running, or its process ended without a word; the same command continues it"
+)
+
 
 class Point(Frozen):
     """A run after one of its rounds."""
@@ -59,7 +63,7 @@ def _read(sweep: SweepDirectory, member: Member) -> RunResult:
     known: dict[str, Any] = {"settings": member.settings, "run": member.run}
     root = sweep.run_directory(member)
     if member.status != "finished" or root is None:
-        return RunResult(**known, status="failed", reason=member.reason or "its process ended without a word")
+        return RunResult(**known, status="failed", reason=member.reason or _NO_WORD)
     directory = RunDirectory.open(root)
     record, lines = directory.record(), directory.read_metrics()
     parameters = sum(array.size for array in directory.read_model().values())

@@ -16,7 +16,8 @@ class RayLauncher(ProcessLauncher):
 
     def run(self, jobs: Sequence[Job]) -> list[JobReturn]:
         """Hand the jobs to Ray and wait for all of them."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+            os.environ.setdefault(name, "0")
         ray = library("ray", "ray")
         begun = not ray.is_initialized()
         if begun:
