@@ -1,5 +1,6 @@
 """How much of a machine, or of a cluster, a simulation takes."""
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field
@@ -24,6 +25,14 @@ class RaySettings(Frozen):
     object_store: int | None = Field(default=None, ge=80 << 20)
     """Bytes of shared memory for what travels; null: Ray's choice. Not with an address."""
 
+    def prepare(self) -> None:
+        """Before Ray is imported: keep a cluster of this machine alone off the network, for Ray knows no password.
+
+        Ray turns a loopback address into the machine's own, unless it is told that there are no clusters here.
+        """
+        if self.address is None:
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
     def backend(self) -> dict[str, Any]:
         """Flower's name for all this."""
         return {
@@ -35,5 +44,4 @@ class RaySettings(Frozen):
         if self.address is not None:
             return {"address": self.address}
         chosen = {"num_cpus": self.cpus, "object_store_memory": self.object_store}
-        # Ray's own services know no password: on one machine nobody else is to reach them.
         return {"_node_ip_address": LOOPBACK, **{key: value for key, value in chosen.items() if value is not None}}

@@ -54,6 +54,7 @@ def simulate_on_ray(
         raise UsageError("there is no site to simulate")
     settings, waiting = settings or RaySettings(), waiting or Waiting()
     waiting = waiting if waiting.sites else replace(waiting, sites=len(places))
+    settings.prepare()
     # Imports Ray, and Flower's engine with it: not before it is needed.
     from flwr.simulation import run_simulation
 
