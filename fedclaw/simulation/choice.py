@@ -74,7 +74,7 @@ def choose(
     alone = Way(False, "plain")
     ways = [alone] + [Way(False, "folded")] * ("folded" in stackable and not private)
     usable = [kind for kind in stackable if kind == "folded" or not private]
-    if mode == "one" or not usable or not elementwise or len(shares) < 2:
+    if mode == "one" or not usable or not elementwise:
         if mode == "many" and (not usable or not elementwise):
             reason = "its strategy corrects clients one by one" if usable else "its model can only be trained by itself"
             raise UsageError(f"runtime.mode=many: {reason}; take mode=one or mode=auto")

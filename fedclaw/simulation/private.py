@@ -18,6 +18,8 @@ from fedclaw.privacy.gradients.layers import LayerRule, rule_for
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.simulation.folded import FoldedModel, NotStackable
 from fedclaw.simulation.packing import Packing, Rows
+from fedclaw.simulation.stacked.product import StackedLinear
+from fedclaw.simulation.stacked.stack import StackedLayer
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class PrivateStep:
         """Clipped gradients, summed by client and divided by the expected batch."""
         records = self._engine.recorded(packing, inputs, targets)
         with torch.no_grad():
-            rows = [self._rules[id(layer)].rows(seen, back) for layer, seen, back in records]
+            rows = [self._rows(layer, seen.detach(), back) for layer, seen, back in records]
             norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in rows]).norm(2, dim=0)
             factors = self._factors(packing, norms, samplings)
             for (layer, _, _), part in zip(records, rows, strict=True):
@@ -101,6 +103,12 @@ class PrivateStep:
                 spread = torch.func.vmap(self._rules[id(layer)].spread)(factors @ part)
                 for place, values in zip(layer.places, spread, strict=True):
                     views[place].copy_(values.reshape(views[place].shape))
+
+    def _rows(self, layer: StackedLayer, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """(N, numbers of the layer): each example's gradient."""
+        if inputs.dim() == 2 and isinstance(layer, StackedLinear):
+            inputs, gradient = inputs[:, None], gradient[:, None]
+        return self._rules[id(layer)].rows(inputs, gradient)
 
     def _factors(self, packing: Packing, norms: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
         """(k, N): what each example's gradient counts by in each client's sum."""

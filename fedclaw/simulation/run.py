@@ -105,7 +105,8 @@ def _way(
     plan = make_plan(record, strategy, 1, len(federation), record.central)
     size = max(record.rules.minimum, round(record.rules.fraction * len(federation)))
     cohort = np.linspace(0, len(federation) - 1, min(size, len(federation))).astype(int).tolist()
-    unit = units_of(cohort, [federation.examples(client) for client in cohort], record.training)[-1]
+    units = units_of(cohort, [federation.examples(client) for client in cohort], record.training)
+    unit = max(units, key=len)
     return choose(
         settings.mode,
         lambda: federation.workload.build(record.model),
