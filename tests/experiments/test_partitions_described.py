@@ -132,3 +132,26 @@ def test_each_choice_has_its_file_with_the_usual_settings(name):
     chosen = compose_settings("datasets", ("output=x", f"partition={name}"), DealSettings).partition
     assert chosen == type(chosen)()
     assert chosen.name == name
+
+
+def test_a_run_keeps_what_was_dealt_to_whom(tmp_path):
+    """In its directory and in its MLflow run; the sites by their names."""
+    done = run_module(
+        "experiments.run",
+        "partition=shards",
+        "partition.shards=1",
+        "dataset.sites=2",
+        "workload.model.name=logistic",
+        "privacy=none",
+        "rounds=1",
+        "run=x",
+        cwd=tmp_path,
+    )
+    assert done.code == 0, done.errors
+    content = json.loads((tmp_path / "runs" / "x" / "partition.json").read_text())
+    assert content["settings"] == {"minimum": None, "name": "shards", "shards": 1}
+    assert content["names"] == ["hospital-north", "hospital-east"]
+    assert content["labels_per_client"]["1"] == 1
+    logged = {path.name: path for path in (tmp_path / "runs" / "mlartifacts").rglob("partition.*")}
+    for name in ("partition.json", "partition.png"):
+        assert logged[name].read_bytes() == (tmp_path / "runs" / "x" / name).read_bytes()
