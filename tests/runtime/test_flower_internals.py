@@ -6,10 +6,12 @@ import time
 import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.app.metadata import Metadata
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedclaw.federation.plan import RefusalCode
 from fedclaw.runtime import flower
 
 ENVELOPE = flower.Envelope(
@@ -97,3 +99,9 @@ def test_numbers_of_names_are_stable_and_positive():
     assert flower.number_of("site-a") == flower.number_of("site-a")
     assert 0 < flower.number_of("site-a") < 2**63
     assert flower.number_of("site-a") != flower.number_of("site-b")
+
+
+def test_the_errors_that_flower_answers_in_place_of_a_node():
+    assert {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE} == {3, 4, 5}
+    assert flower.SILENT == {3, 4, 5}
+    assert min(RefusalCode) > max(vars(ErrorCode)[name] for name in vars(ErrorCode) if name.isupper())
