@@ -42,7 +42,8 @@ class Natural(PartitionMethod):
         if len(names) < hand.clients or (len(names) > hand.clients and not self.merge):
             more = "" if len(names) < hand.clients else ", or set partition.merge=true"
             raise UsageError(
-                f"clients: the data is from {len(names)} sites, not from {hand.clients}; have as many clients{more}"
+                f"clients (dataset.sites): the data is from {len(names)} sites, not from {hand.clients}; "
+                f"have as many{more}"
             )
         owners = _spread(counts, hand.clients)[member] if len(names) > hand.clients else member
         rows = np.argsort(owners, kind="stable")
