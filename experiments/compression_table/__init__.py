@@ -1,0 +1,1 @@
+"""What compressed updates cost in accuracy: the table of docs/update_compression.md."""

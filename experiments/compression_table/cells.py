@@ -1,0 +1,72 @@
+"""One run of the table: deal out, train with the real server and the real sites; its accuracy and bytes by round."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError
+
+from experiments.compression_table.settings import Cell
+from experiments.datasets import SitePolicy, write_sites
+from fedclaw.federation.plan import METRICS
+from fedclaw.federation.run_directory import RoundRules, RunDirectory
+from fedclaw.federation.session import make_record
+from fedclaw.files import write_atomic
+from fedclaw.frozen import Frozen
+from fedclaw.site.in_process import open_sites, simulate
+
+FEDERATION = "experiments"
+_POLICY = SitePolicy(epsilon=None, delta=1e-5, allow_training_without_privacy=True, metrics=METRICS)
+
+
+class CellResult(Frozen):
+    """What one run came to, round by round."""
+
+    sites: int = Field(ge=1)
+    bytes_up: tuple[int, ...]
+    """Of all sites' answers."""
+    accuracy: tuple[float, ...]
+    """Of the federated evaluation after the round."""
+
+
+class Store:
+    """Finished runs, one file each, found again by their whole configuration."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def result(self, cell: Cell) -> CellResult | None:
+        """The cell's result, if it is there and whole."""
+        try:
+            return CellResult.model_validate_json(self._path(cell).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def write(self, cell: Cell, result: CellResult) -> None:
+        """Keep a result."""
+        write_atomic(self._path(cell), json.dumps(result.model_dump(mode="json")).encode())
+
+    def _path(self, cell: Cell) -> Path:
+        return self._root / "cells" / f"{cell.name}.json"
+
+
+def run_cell(cell: Cell) -> CellResult:
+    """Raises FedClawError."""
+    logging.getLogger("fedclaw").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        directories = write_sites(root, cell.dataset, _POLICY, cell.partition)
+        sites = open_sites(directories, FEDERATION)
+        # A site whose test set is very small says at every round that it keeps its metrics to itself.
+        logging.getLogger("fedclaw.site").setLevel(logging.ERROR)
+        choice = cell.run.workload.model_copy(update={"schema_file": root / "schema.yaml"})
+        record = make_record(cell.run.model_copy(update={"workload": choice}), FEDERATION, "cell", RoundRules())
+        lines = simulate(RunDirectory.create(root / "runs" / "cell", record), sites).directory.read_metrics()
+    return CellResult(
+        sites=len(directories),
+        bytes_up=tuple(line["bytes_up"] for line in lines),
+        accuracy=tuple(line["metrics"]["accuracy"] for line in lines),
+    )
