@@ -34,9 +34,9 @@ class FedDyn(Strategy):
     went. The paper tries 0.1, 0.01 and 0.001.
 
     Means are weighted as the run weights them. g_i and h are kept as sums of deltas (g_i = -alpha x its sum), so that a
-    site's memory, too, follows from its deltas: post-processing under local differential privacy. Noise on the sum is
-    refused: what a site remembers would not be what the server got of it. An answer that was lost after the site
-    trained leaves h off by it.
+    site's memory, too, follows from its deltas: post-processing under local differential privacy. Noise on the sum and
+    compression are refused: what a site remembers would not be what the server got of it. An answer that was lost after
+    the site trained leaves h off by it.
     """
 
     name: ClassVar[str] = "feddyn"
@@ -70,9 +70,11 @@ class FedDyn(Strategy):
         return mean
 
     def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
-        """Noise on the sum, and steps that a site's regulariser would throw about."""
+        """What changes an update on its way, and steps that a site's regulariser would throw about."""
         if record.central is not None:
             return "remembers at each site what it sent, which noise on the sum changes; take privacy=dp, at the sites"
+        if record.compression is not None:
+            return "remembers at each site what it sent, which compression changes; take compression=none"
         if record.training.optimizer == "sgd" and self.alpha * record.training.learning_rate >= 1:
             rate = record.training.learning_rate
             return f"with alpha={self.alpha:g} and a learning rate of {rate:g} leaps over the point it is held at"

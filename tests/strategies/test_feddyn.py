@@ -144,6 +144,8 @@ def test_what_cannot_be_right_is_refused() -> None:
     model = torch.nn.Linear(1, 1)
     with pytest.raises(UsageError, match="which noise on the sum changes"):
         check_combination(asked("feddyn", rounds=1, central=central), FedDyn(), model)
+    with pytest.raises(UsageError, match="which compression changes"):
+        check_combination(asked("feddyn", rounds=1, compression={"method": "fp16"}), FedDyn(), model)
     with pytest.raises(UsageError, match="leaps over"):
         check_combination(asked("feddyn", rounds=1, rate=0.1), FedDyn(alpha=20), model)
     check_combination(asked("feddyn", rounds=1, rate=0.1), FedDyn(), model)
