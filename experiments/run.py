@@ -3,6 +3,7 @@
     python -m experiments.run strategy=fedprox privacy.epsilon=4
     python -m experiments.run -m strategy=fedavg,fedadam privacy.epsilon=2,8
     python -m experiments.run +experiment=digits_dp rounds=40
+    python -m experiments.run strategy=median attack=sign_flip attack.sites=1
 
 Every run leaves a directory under runs/, where partition.json and partition.png say who had which data, and an MLflow
 run (mlflow ui --backend-store-uri sqlite:///runs/mlflow.db).
@@ -20,6 +21,8 @@ import hydra
 from omegaconf import DictConfig
 from pydantic import Field
 
+from experiments.attacks.federation import simulate_attacked
+from experiments.attacks.settings import AttackSettings, NoAttack
 from experiments.datasets import SitePolicy, site_names, write_sites
 from experiments.partitions.dealing import deal_out
 from experiments.partitions.record import RECORD, write_record
@@ -35,8 +38,10 @@ from experiments.simulated import (
 from experiments.sources import DatasetSettings
 from experiments.sweeps.resume import remember
 from fedclaw.cli import config_directory
+from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
+from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import make_record
 from fedclaw.federation.settings import RunSettings
@@ -56,6 +61,7 @@ class ExperimentSettings(RunSettings):
     dataset: DatasetSettings
     partition: PartitionSettings
     runtime: RuntimeSettings = SitesRuntime()
+    attack: AttackSettings = NoAttack()
     fraction: float = Field(default=1.0, gt=0, le=1)
     runs: Path = Path("runs")
     run: str | None = None
@@ -70,6 +76,8 @@ def run_experiment(
     With `resume`, a run of that name that was begun goes on where it stopped; `tags` are set on its MLflow run. A
     `quiet` one shows no rounds.
     """
+    if settings.attack.sites and isinstance(settings.runtime, RaySettings):
+        raise UsageError("attack: hostile sites need to know of each other; take runtime=sites or runtime=simulation")
     dealt = None
     if isinstance(settings.runtime, SimulationRuntime):
         dealt = deal_in_memory(settings.dataset, settings.partition, settings.runtime)
@@ -86,12 +94,14 @@ def run_experiment(
     observers: list[Observer] = [observer for observer in (progress, tracker) if observer]
     try:
         if dealt is not None and isinstance(settings.runtime, SimulationRuntime):
-            return run_simulated(directory, dealt, settings.runtime, observers)
+            return run_simulated(directory, dealt, settings.runtime, observers, settings.attack)
         directories = sorted((root / "sites").iterdir())
         if isinstance(settings.runtime, RaySettings):
             return simulate_on_ray(directory, directories, settings.runtime, observers)
         sites = open_sites(directories, FEDERATION)
         remember(sites, directory)
+        if settings.attack.sites:
+            return simulate_attacked(directory, sites, settings.attack, observers)
         return simulate(directory, sites, observers)
     except BaseException:
         if tracker:
@@ -109,11 +119,18 @@ def _open_run(settings: ExperimentSettings, root: Path, simulated_clients: int, 
         directory.check()
         return directory
     choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
-    rules = RoundRules(minimum=1, fraction=settings.fraction)
+    rules = RoundRules(minimum=_fewest(settings, simulated_clients), fraction=settings.fraction)
     record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
     if isinstance(settings.runtime, SimulationRuntime):
         record = simulated(record, settings.runtime, simulated_clients)
     return RunDirectory.create(settings.runs / record.run, record)
+
+
+def _fewest(settings: ExperimentSettings, simulated_clients: int) -> int:
+    """Answers that make a round: one, or, for a strategy that looks at each of them, all that are asked for."""
+    strategy = strategy_class(str(settings.strategy.get("name")))
+    asked = round(settings.fraction * (simulated_clients or settings.dataset.sites))
+    return max(1, asked) if strategy.needs_single_updates else 1
 
 
 def _data(settings: ExperimentSettings) -> Path:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from experiments.attacks.base import Attack
+from experiments.attacks.simulated import simulate_attacked_cohorts
 from experiments.partitions.in_memory import InMemory, in_memory
 from experiments.partitions.record import write_record
 from experiments.partitions.settings import PartitionSettings
@@ -65,7 +67,13 @@ def federation_of(dealt: InMemory) -> SimulatedFederation:
 
 
 def run_simulated(
-    directory: RunDirectory, dealt: InMemory, runtime: SimulationRuntime, observers: Sequence[Observer]
+    directory: RunDirectory,
+    dealt: InMemory,
+    runtime: SimulationRuntime,
+    observers: Sequence[Observer],
+    attack: Attack | None = None,
 ) -> Outcome:
     """Run, or go on with, the run in `directory`."""
+    if attack is not None and attack.sites:
+        return simulate_attacked_cohorts(directory, federation_of(dealt), attack, runtime, observers)
     return simulate_cohorts(directory, federation_of(dealt), runtime, observers)
