@@ -93,6 +93,7 @@ def check_made_again(root):
     assert {path.name for path in root.glob("*.png")} == {"accuracy_by_round.png", "accuracy_by_epsilon.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
     runs, rounds = tmp_path / "runs", 15
@@ -139,6 +140,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path):
         assert sorted({point.step for point in history}) == list(range(1, rounds + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_fails_is_listed_and_tried_again_and_costs_no_other(tmp_path):
     """The first time the data cannot be written, for all runs; the second time one run is still impossible."""
