@@ -8,7 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.coordinator import Observer, Outcome, make_plan, make_strategy, run_rounds
+from fedclaw.federation import checkpoint
+from fedclaw.federation.coordinator import PENDING, Observer, Outcome, make_plan, make_strategy, run_rounds
+from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, Simulated
 from fedclaw.federation.session import initial_parameters
 from fedclaw.simulation.accounts import Accounts
@@ -54,6 +56,7 @@ def simulate_cohorts(
     settings = settings or SimulationSettings()
     record = directory.record()
     _check(record, federation)
+    _begin_again(directory, record)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     grid = None
@@ -74,6 +77,21 @@ def _check(record: RunRecord, federation: SimulatedFederation) -> None:
         raise UsageError(f"the run has {record.simulated.clients} clients, and there are {len(federation)} here")
     if record.workload != federation.workload.name:
         raise UsageError(f"the run's workload is {record.workload!r}, the data's {federation.workload.name!r}")
+
+
+def _begin_again(directory: RunDirectory, record: RunRecord) -> None:
+    """Have a run whose clients remember something, and that was stopped, begin with its first round.
+
+    What they remembered is gone with the process, and nobody has paid for the rounds: the same ones are computed again.
+    """
+    saved = checkpoint.newest(directory.root)
+    strategy = strategy_class(record.strategy.name)
+    remembers = strategy.kept or strategy.personal_model or record.personal or record.compression is not None
+    if saved is None or not 0 < saved.round < record.rounds or not remembers:
+        return
+    log.warning("run %s begins again with round 1: what its clients remembered is not kept", record.run)
+    for path in (directory.metrics_path, *directory.root.glob("checkpoint-*.ckpt"), directory.root / PENDING):
+        path.unlink(missing_ok=True)
 
 
 def _grid(

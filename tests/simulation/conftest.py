@@ -1,6 +1,7 @@
 """Made-up clients: a few hundred random images, and rows of a table, dealt unevenly."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ MODELS = {
 
 def deal(sizes):
     bounds = np.cumsum([0, *sizes])
-    return [np.arange(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [np.arange(start, end) for start, end in pairwise(bounds)]
 
 
 def make_federation(kind, sizes=SIZES, **options):

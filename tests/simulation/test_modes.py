@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.plan import LocalTraining
 from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
 from fedclaw.privacy.ledger import Ledger
@@ -77,14 +78,12 @@ def test_a_real_site_comes_to_the_same(run, tmp_path, strategy, mode):
         )
     ours = run(kind, SimulationSettings(mode=mode), **changes)
     record = make_record(federation, kind, **changes)
-    sites = {name: site for name, site in real_sites(federation, record)}
-    theirs = simulate(RunDirectory.create(tmp_path / "sites", record), sites)
+    directory = RunDirectory.create(tmp_path / "sites", record)
+    theirs = simulate(directory, dict(real_sites(federation, record)))
     assert largest_difference(ours, theirs) < 1e-4
 
 
 def real_sites(federation, record):
-    from fedclaw.federation.coordinator import make_plan, make_strategy
-
     policy = federation.policy(make_plan(record, make_strategy(record), 1, len(federation)))
     for client in range(len(federation)):
         rows, name = federation.share(client), federation.name(client)
