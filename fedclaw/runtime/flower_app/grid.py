@@ -88,18 +88,21 @@ class NamedGrid(StreamingGrid):
         return tuple(sorted(self._names[site] for site in present))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hand the messages to Flower; returns FedClaw's identities of those that it took."""
-        pushed = {}
+        """Hand the messages to Flower; returns FedClaw's identities of all of them.
+
+        A site that is not connected, or that has not said its name since the server began, does not hear of it.
+        """
+        identities, pushed = [], {}
         for message in messages:
             asked = _Asked(assign_message_id(message), message.metadata.dst_node_id)
-            # A site that has not been met since the server began: it is silent until it is.
+            identities.append(asked.identity)
             if asked.site in self._nodes:
                 pushed[asked] = self._for_flower(message, asked)
         taken = set(self._grid.push_messages(list(pushed.values()))) if pushed else set()
         for asked, message in pushed.items():
             if message.metadata.message_id in taken:
                 self._pending[message.metadata.message_id] = asked
-        return [asked.identity for asked in pushed]
+        return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The replies that have come to the messages of these identities, whichever time they were asked."""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate import InMemoryLinkState, LinkStateFactory
 from flwr.server.superlink.linkstate.in_memory_linkstate import RunRecord
@@ -33,7 +34,7 @@ class Node:
         self.client = client
         self.config = config
         self.lost: Callable[[Message], bool] = lambda _: False
-        """Which messages' replies get lost on the way."""
+        """To which messages Flower's own services answer that the reply could not be had."""
         self.node_id = self.state.create_node("owner", "name", secrets.token_bytes(32), heartbeat_interval=HEARTBEAT)
         self.state.acknowledge_node_heartbeat(self.node_id, HEARTBEAT)
         self._stop = threading.Event()
@@ -53,9 +54,10 @@ class Node:
             for message in self.state.get_message_ins(self.node_id, limit=1):
                 context = Context(RUN, self.node_id, dict(self.config), RecordDict(), {})
                 reply = self.client(message, context)
+                if self.lost(message):
+                    reply = Message(Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "lost"), reply_to=message)
                 reply.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-                if not self.lost(message):
-                    self.state.store_message_res(reply)
+                self.state.store_message_res(reply)
 
 
 class Fleet:

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.federation.plan import PrivacyRequest
+from fedclaw.federation.plan import PrivacyRequest, RefusalCode
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import initial_parameters
 from fedclaw.federation.settings import SecureRequest
@@ -29,14 +29,14 @@ PRIVACY = PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(flower_rounds, "NamedGrid", lambda grid, _: NamedGrid(grid, look_again=0.01, introduction=10))
+    monkeypatch.setattr(flower_rounds, "NamedGrid", lambda grid, _: NamedGrid(grid, look_again=0.01, introduction=60))
 
 
 @pytest.fixture
 def begin(tmp_path, sites):
     def made(**changes):
         schema = read_schema(load_site_settings(sites[0])).to_json()
-        changes = {"privacy": PRIVACY, "rules": RoundRules(minimum=2, deadline=20, attempts=2), **changes}
+        changes = {"privacy": PRIVACY, "rules": RoundRules(minimum=2, deadline=100, attempts=2), **changes}
         return RunDirectory.create(tmp_path / "run", run_record(schema_text=schema, **changes))
 
     return made
@@ -72,7 +72,7 @@ def test_a_reply_that_is_lost_is_sent_again_and_paid_once(fleet, sites, begin):
         return True
 
     first.lost = lost
-    outcome = run_over(fleet.grid, begin(rounds=1, rules=RoundRules(minimum=2, deadline=3, attempts=2)), Waiting())
+    outcome = run_over(fleet.grid, begin(rounds=1), Waiting())
     assert losses
     assert set(outcome.receipts) == {site.name for site in sites}
     assert [charges(site) for site in sites] == [1, 1]
@@ -86,7 +86,7 @@ def test_a_reply_that_is_lost_is_sent_again_and_paid_once(fleet, sites, begin):
 def test_an_interrupted_run_goes_on_with_nodes_that_flower_numbers_anew(fleet, sites, begin):
     nodes = [fleet.join(site) for site in sites]
     nodes[1].lost = lambda message: message.metadata.message_type == "train"
-    directory = begin(rounds=1, rules=RoundRules(minimum=2, deadline=2, attempts=1))
+    directory = begin(rounds=1, rules=RoundRules(minimum=2, deadline=100, attempts=1))
     with pytest.raises(RoundError, match="no answer in time"):
         run_over(fleet.grid, directory, Waiting())
     for node in nodes:
@@ -105,7 +105,7 @@ def test_a_site_that_comes_back_under_another_number_is_the_same_site(fleet, sit
     node.leave()
     assert list(grid.get_node_ids()) == []
     fleet.join(sites[0])
-    assert grid.wait_for_sites(1, 10) == (sites[0].name,)
+    assert grid.wait_for_sites(1, 100) == (sites[0].name,)
     assert list(grid.get_node_ids()) == [number_of(sites[0].name)]
 
 
@@ -119,7 +119,7 @@ def test_a_node_that_says_no_name_takes_no_part(fleet, sites, caplog):
     fleet.join(sites[0], nameless)
     fleet.join(sites[1])
     with caplog.at_level(logging.WARNING, "fedclaw"):
-        assert NamedGrid(fleet.grid, look_again=0.01).wait_for_sites(1, 10) == (sites[1].name,)
+        assert NamedGrid(fleet.grid, look_again=0.01).wait_for_sites(1, 100) == (sites[1].name,)
     assert "does not say which site it is" in caplog.text
 
 
@@ -132,25 +132,48 @@ def test_a_node_whose_name_was_lost_on_the_way_is_asked_again(fleet, sites):
 
     node = fleet.join(sites[0])
     node.lost = lost
-    grid = NamedGrid(fleet.grid, look_again=0.01, introduction=0.2)
-    assert grid.wait_for_sites(1, 30) == (sites[0].name,)
+    grid = NamedGrid(fleet.grid, look_again=0.01)
+    assert grid.wait_for_sites(1, 100) == (sites[0].name,)
     assert len(asked) > 1
 
 
 def test_of_two_nodes_with_one_name_the_newer_is_asked(fleet, sites, caplog):
     fleet.join(sites[0])
     grid = NamedGrid(fleet.grid, look_again=0.01)
-    assert grid.wait_for_sites(1, 10) == (sites[0].name,)
+    assert grid.wait_for_sites(1, 100) == (sites[0].name,)
     newer = fleet.join(sites[0])
     with caplog.at_level(logging.WARNING, "fedclaw"):
-        assert grid.wait_for_sites(1, 10) == (sites[0].name,)
+        assert grid.wait_for_sites(1, 100) == (sites[0].name,)
     assert f"node {newer.node_id} says it is {sites[0].name}" in caplog.text
+
+
+def test_a_site_that_has_not_been_met_is_silent(fleet, sites):
+    fleet.join(sites[0])
+    grid = NamedGrid(fleet.grid, look_again=0.01)
+    assert grid.wait_for_sites(1, 100) == (sites[0].name,)
+    stranger = Message(RecordDict(), number_of("nobody"), "train", ttl=100)
+    (identity,) = grid.push_messages([stranger])
+    assert list(grid.pull_messages([identity])) == []
+    known = Message(RecordDict(), number_of(sites[0].name), "train", ttl=100)
+    (reply,) = grid.send_and_receive([stranger, known], timeout=100)
+    assert reply.metadata.src_node_id == number_of(sites[0].name)
+    assert reply.metadata.reply_to_message_id == known.metadata.message_id
+    assert reply.error.code == RefusalCode.MALFORMED
+
+
+def test_a_site_that_does_not_answer_in_time_is_silent(fleet, sites):
+    node = fleet.join(sites[0])
+    grid = NamedGrid(fleet.grid, look_again=0.01)
+    assert grid.wait_for_sites(1, 100) == (sites[0].name,)
+    node.close()
+    message = Message(RecordDict(), number_of(sites[0].name), "train", ttl=100)
+    assert list(grid.send_and_receive([message], timeout=0.2)) == []
 
 
 def test_a_site_that_fails_says_no_more_than_that(fleet, sites, caplog):
     (sites[0] / "site.yaml").write_text("name: [\n")
     node = fleet.join(sites[0])
-    grid = NamedGrid(fleet.grid, look_again=0.01, introduction=10)
+    grid = NamedGrid(fleet.grid, look_again=0.01, introduction=60)
     with caplog.at_level(logging.ERROR, "fedclaw"):
         assert list(grid.get_node_ids()) == []
     assert "is not YAML" in caplog.text
