@@ -13,6 +13,7 @@ from experiments.partitions.features import FeatureShift
 from experiments.partitions.labels import Dirichlet, Shards
 from experiments.partitions.record import write_record
 from experiments.partitions.sizes import Iid
+from experiments.run import ExperimentSettings, run_experiment
 from experiments.sources import DatasetSettings
 from experiments.synthetic_images import SyntheticImages
 from fedclaw.cli import compose_settings
@@ -136,18 +137,9 @@ def test_each_choice_has_its_file_with_the_usual_settings(name):
 
 def test_a_run_keeps_what_was_dealt_to_whom(tmp_path):
     """In its directory and in its MLflow run; the sites by their names."""
-    done = run_module(
-        "experiments.run",
-        "partition=shards",
-        "partition.shards=1",
-        "dataset.sites=2",
-        "workload.model.name=logistic",
-        "privacy=none",
-        "rounds=1",
-        "run=x",
-        cwd=tmp_path,
-    )
-    assert done.code == 0, done.errors
+    asked = ("partition=shards", "partition.shards=1", "dataset.sites=2", "workload.model.name=logistic")
+    overrides = (*asked, "privacy=none", "rounds=1", "run=x", f"runs={tmp_path / 'runs'}")
+    run_experiment(compose_settings("run", overrides, ExperimentSettings), quiet=True)
     content = json.loads((tmp_path / "runs" / "x" / "partition.json").read_text())
     assert content["settings"] == {"minimum": None, "name": "shards", "shards": 1}
     assert content["names"] == ["hospital-north", "hospital-east"]
