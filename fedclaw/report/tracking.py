@@ -183,7 +183,7 @@ class MlflowTracker:
         epsilons = {site: item.receipt.epsilon_run for site, item in report.receipts.items()}
         with self._forgiving():
             self._note(report.round, _values(*line, len(report.answered), epsilons))
-            if report.round == report.rounds or time.monotonic() - self._told >= _TELL_EVERY:
+            if report.round >= report.rounds or time.monotonic() - self._told >= _TELL_EVERY:
                 self._tell(self._run_id or self._begin())
 
     def catch_up(self, outcome: "Outcome") -> None:
@@ -246,9 +246,14 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         waiting, self._waiting, self._told = self._waiting, [], time.monotonic()
-        for start in range(0, len(waiting), _MOST_METRICS):
-            part = waiting[start : start + _MOST_METRICS]
-            self._client.log_batch(run_id, metrics=[Metric(*note) for note in part])
+        try:
+            for start in range(0, len(waiting), _MOST_METRICS):
+                part = waiting[start : start + _MOST_METRICS]
+                self._client.log_batch(run_id, metrics=[Metric(*note) for note in part])
+        except Exception:
+            # Each round is a note of its own, and whoever forgives this counts one.
+            self._lost += max(0, len({number for *_, number in waiting}) - 1)
+            raise
 
     def _describe(self, run_id: str, values: Sequence[tuple[str, Any]]) -> None:
         from mlflow.entities import Param
