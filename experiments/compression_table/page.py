@@ -19,20 +19,20 @@ What a site sends, an update of four bytes a parameter, can travel in fewer: `co
 QSGD: Alistarh et al. 2017, section 3.1 |
 | `topk` | 4 bytes and a position (at most 4), for `fraction` of them | sends the largest; the rest waits at the site \
 | Stich, Cordonnier, Jaggi 2018; Karimireddy et al. 2019, algorithm 1 |
-| `randk` | 4 bytes, for `fraction` of them | sends those at random positions, the same at every site; the rest waits \
-| Stich, Cordonnier, Jaggi 2018 |
+| `randk` | 4 bytes, for `fraction` of them | sends those at random positions, the same at every site, times 1 / \
+`fraction` | Stich, Cordonnier, Jaggi 2018 |
 | `powersgd` | `rank` (n + m) x 4 bytes for n x m of them | sends two factors; what they miss waits | Vogels, \
 Karimireddy, Jaggi 2019, algorithm 1 |
 
-"Waits" is error feedback (`compression.feedback`): what was not sent is added to the site's next update. It is the
-site's own state: it never leaves, survives a restart, and a round that is asked again begins with what it began with
-the first time. It is left behind when the terms of the run change.
+"Waits" is error feedback (`compression.feedback`; off for `randk`, which is right in the mean without it): what was not
+sent is added to the site's next update. It is the site's own state: it never leaves, survives a restart, and a round
+that is asked again begins with what it began with the first time. It is left behind when the terms of the run change.
 """
 
 _WHICH = """## When to use which
 
 - **`int8` first.** A quarter of the bytes, unbiased, no memory at the sites, nothing to choose. `int4` halves that
-  again; its noise is that of 7 steps, which small or ill-conditioned problems may notice.
+  again, with more noise, which in neither task could be told from chance.
 - **`fp16`** where nothing at all may change and half is enough.
 - **`topk` with feedback** where the uplink is what a round waits for: the fewest bytes to an accuracy, but it wants
   rounds, for what waits is sent late. Without feedback it can stop anywhere: the dashed lines, and a counter-example in
@@ -40,7 +40,8 @@ _WHICH = """## When to use which
 - **`powersgd`** for models of large matrices, whose factors are far smaller; small convolutions and vectors hardly
   shrink. It costs a site a QR decomposition a matrix.
 - **`randk`** under secure aggregation or noise on the sum, where nothing else goes. Otherwise `topk` is better at the
-  same bytes: it chooses.
+  same bytes: it chooses. With feedback `randk` was slower in both tasks: a number waits 1 / `fraction` rounds on
+  average, and arrives as it was.
 
 ## What goes with what
 
@@ -52,8 +53,8 @@ more | yes |
 add up, and positions chosen by size tell about the data | yes: the vector is shorter, and all sites leave out the \
 same |
 | noise on the sum (`central=`) | refused: what comes after the clipping may enlarge an update beyond the bound that \
-the noise was made for (stochastic rounding does) | with `compression.feedback=false`: the numbers that are sent are \
-clipped, and noise is added to those alone; what waited from earlier rounds would not be within this round's bound |
+the noise was made for (stochastic rounding does) | yes: the numbers that are sent are clipped, and noise is added to \
+those alone. Not with `compression.feedback=true`: what waited is not within this round's bound |
 | strategies that see every update (Krum, median, ...) | yes, but `topk` is refused: each site sends other numbers, \
 and what is compared would mostly be zeros | yes |
 | asynchronous (FedBuff) | yes | refused: answers of several rounds are added, and each has its own positions |

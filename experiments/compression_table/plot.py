@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.compression_table.results import Row
 from experiments.compression_table.settings import TableSettings
-from fedclaw.federation.compression.request import Compression
+from fedclaw.federation.compression.request import Compression, TopK
 from fedclaw.files import write_atomic
 
 _COLOURS = {
@@ -18,8 +18,9 @@ _COLOURS = {
     "randk": "#009e73",
     "powersgd": "#cc79a7",
 }
-# Okabe and Ito's, which the colour-blind can tell apart.
-_LOWEST = 0.5
+_FEWER = "#e69f00"
+# Okabe and Ito's, which the colour-blind can tell apart; the last one is for the smaller of two top-k.
+_LOWEST = 0.6
 # Accuracies below are left to the bottom edge: every method begins there.
 
 
@@ -34,11 +35,12 @@ def draw(rows: list[Row], settings: TableSettings, path: Path) -> None:
     for panel, (task, described) in zip(panels, settings.tasks.items(), strict=True):
         mine = [row for row in rows if row.task == task]
         for row in mine:
-            _line(panel, row, settings.methods[row.method])
+            _line(panel, row, settings.methods[row.method], _colour(settings, row.method))
         panel.axhline(100 * described.target, color="black", linewidth=0.6, alpha=0.4)
         panel.set_xscale("log")
         panel.set_ylim(bottom=100 * max(_LOWEST, min(y for row in mine for _, y in row.curve)))
-        panel.set_xlabel("sent by each site, MB")
+        panel.set_xlabel("sent by each site, kB")
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.set_ylabel("accuracy, %")
         panel.set_title(task.replace("_", " "))
         panel.grid(alpha=0.25)
@@ -49,19 +51,26 @@ def draw(rows: list[Row], settings: TableSettings, path: Path) -> None:
     write_atomic(path, content.getvalue())
 
 
-def _line(panel: Any, row: Row, compression: Compression | None) -> None:
-    method = compression.method if compression else None
+def _colour(settings: TableSettings, method: str) -> str:
+    compression = settings.methods[method]
+    most = max((other.fraction for other in settings.methods.values() if isinstance(other, TopK)), default=1.0)
+    if isinstance(compression, TopK) and compression.fraction < most:
+        return _FEWER
+    return _COLOURS[compression.method if compression else None]
+
+
+def _line(panel: Any, row: Row, compression: Compression | None, colour: str) -> None:
     controlled = getattr(compression, "feedback", True)
     sent, accuracy = zip(*row.curve, strict=True)
     panel.plot(
-        sent,
+        [1e3 * megabytes for megabytes in sent],
         [100 * value for value in accuracy],
         label=row.method,
-        color=_COLOURS[method],
+        color=colour,
         linestyle="-" if controlled else (0, (4, 2)),
         linewidth=1.4,
         marker="o" if controlled else "s",
         markevery=[len(sent) - 1],
         markersize=5,
-        markerfacecolor=_COLOURS[method] if controlled else "white",
+        markerfacecolor=colour if controlled else "white",
     )

@@ -53,7 +53,7 @@ def test_top_k_reaches_the_optimum_with_feedback_and_does_not_without():
 
 def test_random_k_reaches_it_either_way():
     """Without feedback it is a randomised coordinate descent, scaled to be right in the mean."""
-    assert minimised(RandomK(method="randk", fraction=0.3)) < 0.2
+    assert minimised(RandomK(method="randk", fraction=0.3, feedback=True)) < 0.2
     assert minimised(RandomK(method="randk", fraction=0.3, feedback=False)) < 0.2
 
 
@@ -68,7 +68,7 @@ def test_what_was_not_sent_goes_with_the_next_update():
 
 
 def test_random_k_keeps_what_it_does_not_send():
-    request = RandomK(method="randk", fraction=0.5, seed=4)
+    request = RandomK(method="randk", fraction=0.5, seed=4, feedback=True)
     arrays = {"w": np.arange(1.0, 9.0)}
     first = at_site(arrays, plan(request))
     second = at_site(arrays, plan(request, 2), first.state)

@@ -39,7 +39,7 @@ METHODS = {
     "int8": Quantisation(method="int8"),
     "int4": Quantisation(method="int4", block=64),
     "topk": TopK(method="topk", fraction=0.1),
-    "randk": RandomK(method="randk", fraction=0.5),
+    "randk": RandomK(method="randk", fraction=0.5, feedback=True),
     "powersgd": PowerSgd(method="powersgd", rank=2),
 }
 SECURE = SecureRequest(dropouts=0.2, corrupt=0.0, largest_weight=1000)
@@ -183,7 +183,7 @@ def sent(asker, **changes):
 def test_a_sites_memory_survives_a_restart_and_a_repeated_round_begins_where_it_began(asker, directories):
     """The same parameters each time, so the same delta: what is sent shows what was remembered."""
     whole = sent(asker, run="plain")
-    request = RandomK(method="randk", fraction=0.1)
+    request = RandomK(method="randk", fraction=0.1, feedback=True)
     memory = {name: np.zeros_like(array) for name, array in whole.items()}
 
     def expected(round):

@@ -37,7 +37,7 @@ class RandomK(Frozen):
     method: Literal["randk"]
     fraction: float = Field(default=0.25, gt=0, le=1)
     """Share of each tensor's numbers that is sent."""
-    feedback: bool = True
+    feedback: bool = False
     """As for `topk`; without it, what is sent is scaled by 1 / fraction, so that it is right in the mean."""
     seed: int = Field(default=0, ge=0)
     """Which positions: they follow from it, the round and the tensor's name."""
