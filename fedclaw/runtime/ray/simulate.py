@@ -27,8 +27,6 @@ from fedclaw.runtime.flower_app.rounds import Waiting, check, run_over
 from fedclaw.runtime.ray.settings import RaySettings
 from fedclaw.site.settings import SITE_FILE, load_site_settings
 
-log = logging.getLogger(__name__)
-
 SITES = "sites"
 LOOK_AGAIN = 0.02
 """Seconds between two looks for replies; here they lie in this process's memory."""
@@ -58,6 +56,8 @@ def simulate_on_ray(
     # Imports Ray, and Flower's engine with it: not before it is needed.
     from flwr.simulation import run_simulation
 
+    # Flower's own log tells each step of its engine, to whatever handlers there are.
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     server_app = ServerApp()
     outcomes: list[Outcome] = []
 
