@@ -44,6 +44,7 @@ class Scaffold(Strategy):
 
     name: ClassVar[str] = "scaffold"
     kept: ClassVar[tuple[str, ...]] = (CONTROL,)
+    told: ClassVar[tuple[str, ...]] = (CONTROL,)
 
     server_learning_rate: float = Field(default=1.0, gt=0)
     """Part of the mean delta that is taken; the paper's global step size."""

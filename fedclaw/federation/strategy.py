@@ -117,6 +117,9 @@ class Strategy(Frozen, ABC):
     """True if the server half must see every update by itself (Krum, median): excludes secure aggregation."""
     kept: ClassVar[tuple[str, ...]] = ()
     """Kinds of state that a site keeps, each with the parameters' names and shapes; not `PERSONAL`."""
+    told: ClassVar[tuple[str, ...]] = ()
+    """Kinds of the server's state that `sent` gives and the site's half cannot do without, each with the parameters'
+    names and shapes."""
     elementwise: ClassVar[bool] = True
     """True if `correct` treats each number by itself, so that it can be called on many clients' parameters at once."""
     personal_model: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 
 from fedclaw.errors import PluginError
 from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.exchange import SENT, by_kind
+from fedclaw.federation.exchange import ARRAYS, SENT, by_kind
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.strategy import PERSONAL, Finished, RoundContext, StepContext, Strategy, as_arrays
@@ -31,11 +31,13 @@ class ClientHalf:
     @classmethod
     def open(cls, site: Site, plan: Plan, content: RecordDict) -> "ClientHalf":
         """Raises Refusal, before anything is paid for, for a strategy or fields that this site cannot serve."""
+        strategy, sent = _checked(plan), _sent(content)
+        _check_sent(strategy, sent, sent_arrays(content, ARRAYS), plan)
         return cls(
             site=site,
             plan=plan,
-            strategy=_checked(plan),
-            sent=_sent(content),
+            strategy=strategy,
+            sent=sent,
             before=site.states.before(plan.federation, plan.run, plan.round),
         )
 
@@ -122,6 +124,17 @@ def _sent(content: RecordDict) -> dict[str, Arrays]:
         return by_kind(sent_arrays(content, SENT))
     except ValueError as error:
         raise Refusal(RefusalCode.MALFORMED, f"the record {SENT!r} cannot be read: {error}") from error
+
+
+def _check_sent(strategy: type[Strategy], sent: Mapping[str, Arrays], parameters: Arrays, plan: Plan) -> None:
+    """Raise Refusal unless there is an array for each parameter that is trained together, of each kind it needs."""
+    expected = {name: array.shape for name, array in parameters.items() if name not in plan.personal}
+    for kind in strategy.told:
+        if {name: array.shape for name, array in sent.get(kind, {}).items()} != expected:
+            raise Refusal(
+                RefusalCode.STRATEGY,
+                f"strategy {plan.strategy!r} needs the server's {kind!r} for each parameter, and what came is not that",
+            )
 
 
 def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -38,7 +38,12 @@ class SiteStates:
     _memory: dict[str, _Remembered] = field(default_factory=dict, init=False, repr=False)
 
     def before(self, federation: str, run: str, round: int) -> State:
-        """What the site begins `round` with; empty the first time. Raises CheckpointError for a damaged file."""
+        """What the site begins `round` with; empty the first time. Raises CheckpointError for a damaged file.
+
+        Empty for round 1, too, whatever an earlier run of that name left.
+        """
+        if round <= 1:
+            return {}
         remembered = self._find(federation, run)
         if remembered is None:
             return {}

@@ -39,6 +39,14 @@ def test_a_round_that_is_asked_again_begins_where_it_began(states):
     assert value_of(states.newest("clinic", "run")) == 7
 
 
+def test_a_new_run_of_an_old_name_begins_with_nothing(states):
+    states.keep("clinic", "run", 1, state(1.0))
+    states.keep("clinic", "run", 2, state(2.0))
+    assert states.before("clinic", "run", 1) == {}
+    states.keep("clinic", "run", 1, state(5.0))
+    assert value_of(states.before("clinic", "run", 2)) == 5
+
+
 def test_a_kind_that_a_round_does_not_touch_stays(states):
     states.keep("clinic", "run", 1, state(1.0))
     states.keep("clinic", "run", 2, {"personal": {"bias": np.zeros(3, np.float32)}})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import RoundError, UsageError
 from fedclaw.federation.arrays import unpack
 from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining, PrivacyRequest
@@ -192,6 +192,15 @@ def test_what_leaves_follows_from_the_delta_and_what_was_sent(tmp_path) -> None:
         assert set(left) == {PLACE, f"~{PLACE}"}
         expected = -sent[f"control/{PLACE}"] - left[PLACE] / np.float32(5)
         np.testing.assert_allclose(left[f"~{PLACE}"], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("sent", [{}, {"control": {PLACE: array(1.0, 2.0)}}, {"control": {"other": array(1.0)}}])
+def test_a_question_without_the_servers_control_is_refused_before_it_is_paid_for(tmp_path, monkeypatch, sent) -> None:
+    monkeypatch.setattr(Scaffold, "sent", lambda _strategy, _state: sent)
+    sites = bowls(UNLIKE)
+    with pytest.raises(RoundError, match="needs the server's 'control' for each parameter"):
+        play(tmp_path / "run", asked("scaffold", rounds=1), sites)
+    assert not any(site.ledger.rounds("run-1") for site in sites.values())
 
 
 @pytest.mark.parametrize("training", [{"optimizer": "adam"}, {"momentum": 0.9}])
