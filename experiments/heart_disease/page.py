@@ -23,7 +23,7 @@ def render(results: Results, image: str) -> str:
         parts.append(words.QUICK)
     parts += [words.PUBLISHED, _published(results), _differences(results)]
     if shared := results.of("shared"):
-        parts += [words.SHARED, _shared(shared, list(results.sizes)), _recipe(results)]
+        parts += [words.SHARED, _shared(shared), _recipe(results)]
     if private := results.of("private"):
         parts += [words.PRIVATE.format(delta=private[0].delta, published=PRIVATE), _private(private)]
         parts += [_private_settings(results, private)]
@@ -86,7 +86,8 @@ def _differences(results: Results) -> str:
         parts.append(words.CYCLIC.format(**_pair(cyclic, PUBLISHED["cyclic"]), alone=_mean(first), **_all(first)))
     scaffold, fedavg = results.find("published", "scaffold"), results.find("published", "fedavg")
     if scaffold and fedavg:
-        parts.append(words.SCAFFOLD.format(**_pair(scaffold, PUBLISHED["scaffold"]), fedavg=_mean(fedavg)))
+        told = {"fedavg": _mean(fedavg), "fedavg_pooled": _number(fedavg.pooled)}
+        parts.append(words.SCAFFOLD.format(**_pair(scaffold, PUBLISHED["scaffold"]), **told))
     parts.append(words.ADAPTIVE)
     outside = [row.name for row in results.of("published") if row.within is False]
     if outside:
@@ -107,11 +108,9 @@ def _all(row: Row) -> dict[str, str]:
     return {"alone_pooled": _number(row.pooled)}
 
 
-def _shared(rows: Sequence[Row], hospitals: Sequence[str]) -> str:
-    body = [
-        [row.name, _mean(row), _number(row.pooled), *(f"{row.centres[name]:.1f}" for name in hospitals)] for row in rows
-    ]
-    return _table(["method", "mean of hospitals", "all test rows", *hospitals], body, left=1)
+def _shared(rows: Sequence[Row]) -> str:
+    body = [[row.name, _mean(row), _number(row.pooled)] for row in rows]
+    return _table(["method", "mean of hospitals", "all test rows"], body, left=1)
 
 
 def _recipe(results: Results) -> str:
@@ -119,7 +118,11 @@ def _recipe(results: Results) -> str:
     if recipe is None:
         return ""
     text = words.RECIPE.format(
-        settings=_method(recipe.method), mean=_mean(recipe), best=BEST_FEDERATED, gain=recipe.mean - BEST_FEDERATED
+        settings=_method(recipe.method),
+        mean=_mean(recipe),
+        best=BEST_FEDERATED,
+        gain=recipe.mean - BEST_FEDERATED,
+        centres=", ".join(f"{name.capitalize()} {value:.1f}" for name, value in recipe.centres.items()),
     )
     if results.search is None:
         return text

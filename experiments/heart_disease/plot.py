@@ -22,7 +22,7 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _methods(left, results)
@@ -61,7 +61,12 @@ def _methods(panel: Any, results: Results) -> None:
     panel.set_xlabel("mean accuracy of the four hospitals, %")
     panel.set_title("without privacy")
     panel.grid(axis="x", alpha=0.3)
-    panel.legend(fontsize=8, loc="lower left")
+    _legend(panel)
+
+
+def _legend(panel: Any) -> None:
+    """Below the panel, where no point is."""
+    panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
 
 
 def _point(panel: Any, row: Row, place: float, colour: str, marker: str, label: str | None) -> None:
@@ -97,4 +102,4 @@ def _privacy(panel: Any, results: Results) -> None:
     panel.set_ylabel("mean accuracy of the four hospitals, %")
     panel.set_title("with differential privacy")
     panel.grid(axis="y", alpha=0.3)
-    panel.legend(fontsize=8)
+    _legend(panel)

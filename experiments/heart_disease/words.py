@@ -45,11 +45,9 @@ of the paper: the model goes from hospital to hospital, 15 turns in all, {ours} 
 agree, and on all test rows they do not.
 """
 
-SCAFFOLD = """**Scaffold.** The published row is FedAvg's but for single test rows. A public version of FLamby's code
-does not divide its correction by the learning rate, which is 0.001: it is a thousandth of the paper's, and FedAvg is
-what is left. FedClaw's is the paper's, and does something: {ours} (FedAvg here: {fedavg}; published: {theirs}), and
-{ours_pooled} on all test rows, where {theirs_pooled} is published. All test rows together are standardised in another
-way than the rows it was trained on: to be nearer to the optimum of the latter need not help on the former.
+SCAFFOLD = """**Scaffold** is FedAvg here, published and in FedClaw: {ours} and {ours_pooled} on all test rows, where
+FedAvg has {fedavg} and {fedavg_pooled}. The corrections of the four hospitals have the weighted mean 0, so they change
+the mean of the deltas only by what they move the local steps, which is little in 100 steps with learning rate 0.001.
 """
 
 ADAPTIVE = """**FedAdam, FedAdagrad, FedYogi.** FLamby's server steps correct no bias, which is how Reddi and others
@@ -70,8 +68,8 @@ else is changed.
 """
 
 RECIPE = """**recipe** is FedClaw's own: {settings}. It has {mean}, where the best published federated mean is
-{best:.2f}: {gain:+.1f} points. Weighting the hospitals alike is what the score asks for: it counts each hospital
-once, and so does what is minimised.
+{best:.2f}: {gain:+.1f} points. By hospital: {centres}. Weighting the hospitals alike is what the score asks for: it
+counts each hospital once, and so does what is minimised.
 """
 
 RECIPE_SEARCH = """It was chosen without any test row, by cross-validation inside each hospital's training rows
