@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.compression.request import RandomK
 from strategies.norm_bounding import within
 from strategies.robust import RobustStrategy, Updates, distances_to, gram, weighted_sum
 
 if TYPE_CHECKING:
+    from fedclaw.federation.run_directory import RunRecord
     from fedclaw.federation.strategy import Turnout
 
 CENTRE = "centre"
@@ -42,6 +45,15 @@ class CentredClipping(RobustStrategy):
     def fewest(self) -> int:
         """Three, for a median; one, where the radius is given."""
         return 3 if self.radius is None else 1
+
+    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+        """Positions that change from round to round leave nothing to measure from."""
+        if isinstance(record.compression, RandomK):
+            return (
+                "measures from the last round's result, and compression=randk sends other positions in each round; "
+                "take another compression"
+            )
+        return super().refuse(record, model)
 
     def server_state(self, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
         """The centre: at first an unchanged model."""

@@ -1,5 +1,6 @@
 """docs/strategies/robust.md, from the results: every measured number in it is one of theirs."""
 
+import textwrap
 from collections.abc import Sequence
 
 from experiments.attack_table.results import Entry, Results
@@ -16,7 +17,7 @@ goes with all of them.
 | strategy | in the mean's place | withstands | sites in every round | example weights |
 | --- | --- | --- | --- | --- |
 | `norm_bounding` | the mean, no update longer than a bound | force, not patience | 3 (1 with `bound`) | ignored |
-| `centred_clipping` | the last result plus clipped differences | force, steady shifts | 3 (1 with `radius`) | ignored |
+| `centred_clipping` | the last result plus clipped differences | force, not patience | 3 (1 with `radius`) | ignored |
 | `rfa` | the geometric median | less than half of the weight | 3 | **used** |
 | `median` | the median of each coordinate | less than half of the sites | 3 | ignored |
 | `trimmed_mean` | the mean of each coordinate without its ends | `hostile` sites | 2 hostile + 1 | ignored |
@@ -36,7 +37,8 @@ answer; FedAvg holds one.
 - **A few hostile sites, data much alike**: `multi_krum`, `trimmed_mean`, or `bulyan` where there are sites enough.
 - **Sites that differ much**: `rfa` or `centred_clipping`. Rules that choose, Krum above all, throw out the honest site
   that is unlike the others, and with it what only that site knows.
-- **Large, scaled updates are the fear** (model replacement): `norm_bounding` is enough, and the nearest to FedAvg.
+- **One site's large, scaled update is the fear** (model replacement): `norm_bounding` takes its force away, and is the
+  nearest to FedAvg. Clipping slows several sites down that agree on a direction, and does not stop them.
 - **Secure aggregation is not negotiable**: none of these. Cap the weights (`weighting=capped`), keep the run short and
   test the model on data of your own.
 """
@@ -67,12 +69,14 @@ strategy, and receipts, weights and shapes are those of honest answers.
 
 _READING = """## What to read from it
 
-- Plain averaging ends at {fedavg} under a single sign flip, and one marked site is enough for its backdoor: {door} of
+- Plain averaging ends at {fedavg} under a single sign flip, and one hostile site is enough for a backdoor: {door} of
   the marked images are taken for the class that the attacker chose.
+- Accuracy does not show a backdoor. With three hostile sites, these shares of the marked images are taken for that
+  class: {doors}.
 - What robustness costs when nobody attacks: FedAvg has {clean}, the strategies between {dearest} and {cheapest}.
-- The worst that any attack here did with three hostile sites: {worst}.
-- Small lies are worse than loud ones. The attacks that a mean hardly notices, inner product and a little is enough, are
-  made for rules about distance: Krum under the inner product of three ends at {krum}, FedAvg at {mean}.
+- The lowest accuracy with three hostile sites, and by what: {worst}.
+- Quiet lies go further than loud ones. The attacks that a mean hardly notices, inner product and a little is enough,
+  are made for rules about distance: Krum under the inner product of three ends at {krum}, FedAvg at {mean}.
 
 ## What nothing here stops
 
@@ -110,7 +114,7 @@ def render(results: Results, image: str) -> str:
         parts.append(f"Accuracy when {site} hostile, in percent:\n\n{_accuracies(results, strategies, number)}\n")
     if doors := _backdoors(results, strategies):
         parts.append(f"The backdoor's success: marked images that are taken for its class, in percent:\n\n{doors}\n")
-    return "\n".join([*parts, _ATTACKS, _reading(results, strategies)])
+    return "\n".join([*parts, _ATTACKS, _wrapped(_reading(results, strategies))])
 
 
 def _words(results: Results) -> str:
@@ -155,6 +159,7 @@ def _reading(results: Results, strategies: Sequence[str]) -> str:
         return _READING.format(
             fedavg=_percent(results.find("fedavg", "sign_flip", few)),
             door=f"{100 * (door or (0.0, 0.0))[0]:.0f}%",
+            doors=", ".join(_success(results, name, many) for name in strategies),
             clean=_percent(results.find("fedavg", "none", 0)),
             dearest=f"{_percent(results.find(costs[0], 'none', 0))} (`{costs[0]}`)",
             cheapest=f"{_percent(results.find(costs[-1], 'none', 0))} (`{costs[-1]}`)",
@@ -166,10 +171,31 @@ def _reading(results: Results, strategies: Sequence[str]) -> str:
         return ""
 
 
+def _wrapped(text: str) -> str:
+    """`text`, whose numbers have made its lines longer and shorter, in lines of one width again."""
+    blocks: list[str] = []
+    for line in text.splitlines():
+        if blocks and line.startswith("  "):
+            blocks[-1] += " " + line.strip()
+        else:
+            blocks.append(line)
+    wrap = textwrap.TextWrapper(120, break_on_hyphens=False, break_long_words=False)
+    lines = []
+    for block in blocks:
+        wrap.subsequent_indent = "  " if block.startswith("- ") else ""
+        lines += wrap.wrap(block) or [""]
+    return "\n".join(lines) + "\n"
+
+
 def _worst(results: Results, strategy: str, number: int) -> str:
     found = [results.find(strategy, name, hostile) for name, hostile in results.columns if hostile == number]
     worst = min(found, key=lambda entry: entry.accuracy)
     return f"`{strategy}` {_percent(worst)} ({worst.attack.replace('_', ' ')})"
+
+
+def _success(results: Results, strategy: str, number: int) -> str:
+    mean, _ = results.find(strategy, "backdoor", number).backdoor or (0.0, 0.0)
+    return f"`{strategy}` {100 * mean:.0f}%"
 
 
 def _percent(entry: Entry) -> str:

@@ -57,7 +57,7 @@ def _panel(panel: Any, values: list[list[float]], columns: Any, title: str, colo
         at = [number for number, (attack, _) in enumerate(columns) if attack == name]
         words = "nobody" if name == "none" else name.replace("_", "\n", 1).replace("_", " ")
         transform = panel.get_xaxis_transform()
-        panel.text(sum(at) / len(at), -0.09, words, ha="center", va="top", fontsize=9, transform=transform)
+        panel.text(sum(at) / len(at), -0.065, words, ha="center", va="top", fontsize=9, transform=transform)
         if at[0] > 0:
             panel.axvline(at[0] - 0.5, color="white", linewidth=2.5)
     panel.set_title(title, fontsize=10)

@@ -9,6 +9,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.federation import checkpoint
 from fedclaw.federation.combinations import check_combination
+from fedclaw.federation.compression.request import RandomK
 from fedclaw.federation.coordinator import make_strategy, run_rounds
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining
 from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
@@ -84,6 +85,13 @@ def test_rounds_that_may_count_with_too_few_sites_are_refused_at_start(sites, na
     check(record_of(sites, name, fewest, **settings))
     with pytest.raises(UsageError, match=f"{name}.*at least {fewest} sites.*set sites.minimum to {fewest}"):
         check(record_of(sites, name, fewest - 1, **settings))
+
+
+def test_centred_clipping_is_refused_with_positions_that_change(sites):
+    record = record_of(sites, "centred_clipping").model_copy(update={"compression": RandomK(method="randk")})
+    with pytest.raises(UsageError, match="compression=randk sends other positions"):
+        check(record)
+    check(record_of(sites, "median").model_copy(update={"compression": RandomK(method="randk")}))
 
 
 def test_a_round_with_too_few_answers_says_so(tmp_path, sites):
