@@ -70,7 +70,8 @@ def choose(
     `elementwise`: whether the strategy can correct many clients' gradients at once. Raises UsageError if mode=many is
     asked for and cannot be had.
     """
-    stackable: list[Kind] = [kind for kind in _STACKABLE if agrees(kind, build, loss, table)]
+    found = next((kind for kind in _STACKABLE if agrees(kind, build, loss, table)), None)
+    stackable = [] if found is None else [found]
     alone = Way(False, "plain")
     ways = [alone] + [Way(False, "folded")] * ("folded" in stackable and not private)
     usable = [kind for kind in stackable if kind == "folded" or not private]

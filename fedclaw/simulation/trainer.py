@@ -66,10 +66,25 @@ class Trainer:
         self._memory = memory
         prepared = self._prepare(round)
         answer = Answer(np.zeros((len(unit) if round.single else 1, _numbers(round)), np.float32))
+        plain, total = self._is_plain_sum(prepared), torch.zeros(len(prepared.start))
         for group in [list(unit)] if self._way.many else [[client] for client in unit]:
             stack, steps = self._train(prepared, group)
-            self._add(prepared, group, stack, steps, answer)
+            if plain:
+                total.add_(self._weighted(prepared, group, stack, answer))
+            else:
+                self._add(prepared, group, stack, steps, answer)
+        if plain:
+            answer.numbers[0] = flat(prepared.engine.layout.arrays(total), round.template)
         return answer
+
+    def _weighted(self, prepared: Prepared, group: Sequence[int], stack: torch.Tensor, answer: Answer) -> torch.Tensor:
+        """(D,) the weighted sum of updates that nothing else happens to; noted in `answer`."""
+        weights = [prepared.round.plan.weight(self._federation.examples(client)) for client in group]
+        answer.clients += group
+        answer.weights += weights
+        answer.payloads += [answer.numbers.shape[1] * answer.numbers.itemsize] * len(group)
+        stack.sub_(prepared.start)
+        return stack[0].mul_(weights[0]) if len(group) == 1 else torch.tensor(weights) @ stack
 
     def _prepare(self, round: Round) -> Prepared:
         if self._prepared is not None and self._prepared.round is round:
@@ -238,15 +253,6 @@ class Trainer:
     ) -> None:
         """The clients' updates to the answer, and what they remember to their memory."""
         round = prepared.round
-        if self._is_plain_sum(prepared):
-            weights = [round.plan.weight(self._federation.examples(client)) for client in group]
-            stack.sub_(prepared.start)
-            total = torch.tensor(weights) @ stack
-            answer.numbers[0] += flat(prepared.engine.layout.arrays(total), round.template)
-            answer.clients += group
-            answer.weights += weights
-            answer.payloads += [answer.numbers.shape[1] * answer.numbers.itemsize] * len(group)
-            return
         for client, row, count in zip(group, stack, steps, strict=True):
             update, state = self._update(prepared, client, row, count)
             if state:
