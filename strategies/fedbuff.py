@@ -18,8 +18,8 @@ class FedBuff(Buffered):
     """w <- w + server_learning_rate * (sum of s(t_i) weight_i delta_i) / (sum of weight_i), s(t) = (1 + t)^-power.
 
     The sum is over the first `buffer` answers, and t_i is the number of steps that the server has taken since site i
-    was asked. For sites whose speeds differ by a lot: nobody waits for the slowest. With sites of one speed FedAvg makes
-    more of a round, and with slow sites that hold other data than the fast ones their share in the model is smaller.
+    was asked. For sites whose speeds differ by a lot: nobody waits for the slowest. With sites of one speed FedAvg
+    makes more of a round, and slow sites that hold other data than the fast ones have a smaller share in the model.
 
     Where this differs from the paper: weights are the run's (weighting=uniform gives the paper's 1 / buffer), a site
     contributes to a step once at most, and an answer that is more than `most_stale` steps late is dropped.

@@ -53,8 +53,8 @@ class Buffer:
     def train(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing, deadline: float) -> Trained:
         """Have the idle ones of `nodes` train by `plan`, and gather answers of whoever is at work for its step.
 
-        Returns when `Buffered.size` sites have answered, when nobody is left at work, or after `deadline` seconds; called
-        again for the same step it goes on gathering. Nobody is `silent`: who is at work may answer for a later step.
+        Returns when `Buffered.size` sites have answered, when nobody is left at work, or after `deadline` seconds;
+        called again for the same step it goes on gathering. Nobody is `silent`: who is at work may answer later.
         """
         began = time.monotonic()
         gathered = self._begin(plan, outgoing)

@@ -28,7 +28,7 @@ from pydantic import Field, JsonValue, model_validator
 from fedclaw.federation.compression.request import Compression, check_compression
 from fedclaw.frozen import Frozen
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 MAX_ROUNDS = 100_000
 MAX_STEPS = 1_000_000
