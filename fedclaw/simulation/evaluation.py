@@ -61,7 +61,7 @@ class Evaluator:
         if key not in self._models:
             model = loaded_model(self._federation, spec, parameters).eval()
             # Pooling is several times faster with channels last.
-            self._models[key] = model.to(memory_format=torch.channels_last)
+            self._models[key] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         load(self._models[key], parameters)
         return self._models[key]
 

@@ -61,11 +61,10 @@ class Product:
             self._back(segments[0], inputs, gradient, into)
             return
         sizes = [segment.rows * places for segment in segments]
+        own, changes = torch.split(inputs, sizes), torch.split(gradient, sizes)
         targets = torch.split(into, sizes) if into is not None else [None] * len(segments)
-        for segment, *parts in zip(
-            segments, torch.split(inputs, sizes), torch.split(gradient, sizes), targets, strict=True
-        ):
-            self._back(segment, *parts)
+        for segment, part, change, target in zip(segments, own, changes, targets, strict=True):
+            self._back(segment, part, change, target)
 
     def _back(self, segment: Segment, inputs: torch.Tensor, gradient: torch.Tensor, into: torch.Tensor | None) -> None:
         part, count = self._part(segment), segment.clients
