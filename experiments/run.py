@@ -45,6 +45,7 @@ from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import make_record
 from fedclaw.federation.settings import RunSettings
+from fedclaw.federation.strategy import Buffered
 from fedclaw.files import write_atomic
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import TrackingSettings, make_tracker
@@ -127,15 +128,15 @@ def _open_run(settings: ExperimentSettings, root: Path, simulated_clients: int, 
 
 
 def _fewest(settings: ExperimentSettings, simulated_clients: int) -> int:
-    """Answers that make a round: one, or, for a strategy that looks at each of them, all that are asked for."""
+    """Answers that make a round: one, or all that are asked for, where a strategy looks at each, or counts them."""
     strategy = strategy_class(str(settings.strategy.get("name")))
     asked = round(settings.fraction * (simulated_clients or settings.dataset.sites))
-    return max(1, asked) if strategy.needs_single_updates else 1
+    return max(1, asked) if strategy.needs_single_updates or issubclass(strategy, Buffered) else 1
 
 
 def _data(settings: ExperimentSettings) -> Path:
     """The sites' directories, and what was dealt to them, for these settings: written once, found again by name."""
-    delta = settings.privacy.delta if settings.privacy else 1e-5
+    delta = max([asked.delta for asked in (settings.privacy, settings.central) if asked], default=1e-5)
     policy = SitePolicy(
         epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1, metrics=METRICS
     )

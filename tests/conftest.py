@@ -1,5 +1,6 @@
 """Real processes, real directories: what the tests of the entry points share."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -154,6 +155,17 @@ def deploy(root: Path, sites: int, policy: SitePolicy) -> Iterator[Deployment]:
         for process in deployment.background:
             if process.process.poll() is None:
                 process.kill()
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """A command that a test runs in this process sets logging up for itself; the next test finds it as it was."""
+    loggers = [logging.getLogger(name) for name in ("fedclaw", "fedclaw.site", "experiments")]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ SMALL = (
     "rounds=4",
     "training.epochs=null",
     "training.steps=4",
+    "training.batch_size=1000",  # every example: nothing is drawn
     "training.learning_rate=0.3",
     "attack=sign_flip",
     "attack.scale=50",

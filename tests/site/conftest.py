@@ -60,7 +60,9 @@ class Asker:
 @pytest.fixture
 def root(tmp_path) -> Path:
     (directory,) = write_sites(
-        tmp_path, DatasetSettings(name="breast_cancer", sites=1), SitePolicy(epsilon=6.0, delta=1e-3)
+        tmp_path,
+        DatasetSettings(name="breast_cancer", sites=1),
+        SitePolicy(epsilon=6.0, delta=1e-3, strategies=("fedavg", "fedavgm", "fedprox", "fedadam")),
     )
     return directory
 
