@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclaw.errors import PluginError
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.plan import LocalTraining
 from fedclaw.frozen import Frozen
@@ -158,7 +159,7 @@ class Strategy(Frozen, ABC):
         Called in place of the weighted mean if `needs_single_updates`. The server's `state`, whose arrays one after the
         other are in the order of the d numbers, is changed in `absorb` alone. Raises UpdateError when n is too small.
         """
-        raise NotImplementedError(
+        raise PluginError(
             f"strategy {self.name!r} needs single updates and does not say what it does with them"
         )
 
