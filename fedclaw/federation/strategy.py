@@ -159,9 +159,7 @@ class Strategy(Frozen, ABC):
         Called in place of the weighted mean if `needs_single_updates`. The server's `state`, whose arrays one after the
         other are in the order of the d numbers, is changed in `absorb` alone. Raises UpdateError when n is too small.
         """
-        raise PluginError(
-            f"strategy {self.name!r} needs single updates and does not say what it does with them"
-        )
+        raise PluginError(f"strategy {self.name!r} needs single updates and does not say what it does with them")
 
     def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
         """The nodes that round `number` asks, of those `connected` (sorted); None: as the run's rules sample them."""
