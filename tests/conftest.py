@@ -158,14 +158,12 @@ def deploy(root: Path, sites: int, policy: SitePolicy) -> Iterator[Deployment]:
 
 
 @pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """A command that a test runs in this process sets logging up for itself; the next test finds it as it was."""
-    loggers = [logging.getLogger(name) for name in ("fedclaw", "fedclaw.site", "experiments")]
-    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.propagate, logger.handlers = propagate, handlers
+def _plain_logging() -> None:
+    """What was run in this process before, a command or a fixture, may have set logging up: each test finds it plain."""
+    for name in ("fedclaw", "fedclaw.site", "experiments"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate, logger.handlers = True, []
 
 
 @pytest.fixture
