@@ -159,7 +159,7 @@ def deploy(root: Path, sites: int, policy: SitePolicy) -> Iterator[Deployment]:
 
 @pytest.fixture(autouse=True)
 def _plain_logging() -> None:
-    """What was run in this process before, a command or a fixture, may have set logging up: each test finds it plain."""
+    """What ran in this process before, a command or a fixture, may have set logging up: each test finds it plain."""
     for name in ("fedclaw", "fedclaw.site", "experiments"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.NOTSET)
