@@ -159,11 +159,15 @@ def deploy(root: Path, sites: int, policy: SitePolicy) -> Iterator[Deployment]:
 
 @pytest.fixture(autouse=True)
 def _plain_logging() -> None:
-    """What ran in this process before, a command or a fixture, may have set logging up: each test finds it plain."""
-    for name in ("fedclaw", "fedclaw.site", "experiments"):
+    """What ran in this process before, a command or a fixture, may have set logging up: each test finds it plain.
+
+    Libraries that read a logging configuration also switch off all loggers that are there already.
+    """
+    known = logging.root.manager.loggerDict
+    for name in [name for name in known if name.partition(".")[0] in ("fedclaw", "experiments")]:
         logger = logging.getLogger(name)
         logger.setLevel(logging.NOTSET)
-        logger.propagate, logger.handlers = True, []
+        logger.disabled, logger.propagate, logger.handlers = False, True, []
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A stock Flower Grid with its own state behind it, and threads in place of SuperNodes: no Ray, no processes."""
 
+import logging
 import secrets
 import threading
 import uuid
@@ -102,3 +103,9 @@ def root(tmp_path: Path) -> Path:
     """One site alone."""
     policy = SitePolicy(epsilon=6.0, delta=1e-3, minimum_cohort=1)
     return write_sites(tmp_path, DatasetSettings(name="breast_cancer", sites=1), policy)[0]
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_set_up(_plain_logging: None) -> None:
+    """A node's app sets logging up where nobody has: here somebody has, so that tests see what it says."""
+    logging.getLogger("fedclaw").addHandler(logging.NullHandler())
