@@ -93,10 +93,11 @@ def test_the_same_seed_gives_the_same_figures_and_another_seed_others(tmp_path, 
 def test_a_private_run_learns_within_its_budget(tmp_path, placement):
     fixed = (f"private.methods.{placement}.rounds=10", f"private.methods.{placement}.learning_rate=4")
     settings = settings_for(tmp_path, "quick=false", "seeds=[0]", "private.epsilons=[5]", *fixed)
-    result = run_cell(cell_of(settings, "private", f"{placement} 5"), prepare(made_up_rows(3)))
+    result = run_cell(cell_of(settings, "private", f"{placement} 5"), prepare(made_up_rows(6)))
     assert 0.98 * 5 < result.spending.together <= 5
     assert result.spending.trust == ("aggregation" if placement == "distributed" else "nobody")
-    assert result.mean > 0.6, "half of the patients, or fewer, would be guessing"
+    # In hospitals as clear as these the noise leaves 0.79 ± 0.01; untrained models have 0.40 to 0.60.
+    assert result.mean > 0.7
 
 
 def test_what_is_left_for_training_is_all_that_the_budget_has():

@@ -314,26 +314,26 @@ class _Loop:
 
     def _train(self, plan: Plan, pending: _Pending) -> Trained:
         """Ask until enough sites have answered; the same question each time, so nobody pays twice."""
-        rules = self.record.rules
-        for attempt in range(1, rules.attempts + 1):
+        minimum, attempts = self._minimum(plan, pending), self.record.rules.attempts
+        for attempt in range(1, attempts + 1):
             trained = self._exchange(plan, pending)
             for declined in trained.declined:
                 log.warning("round %d: %s declined (%s): %s", plan.round, declined.site, declined.code, declined.reason)
             if trained.silent:
                 log.warning("round %d: no answer from %s", plan.round, ", ".join(trained.silent))
-            if len(trained.answered) >= self._minimum(plan, pending):
+            if len(trained.answered) >= minimum:
                 return trained
             if self._is_final(trained):
                 break
             log.warning(
                 "round %d: %d of %d sites trained and %d are needed (attempt %d of %d)",
-                *(plan.round, len(trained.answered), len(pending.nodes), rules.minimum, attempt, rules.attempts),
+                *(plan.round, len(trained.answered), len(pending.nodes), minimum, attempt, attempts),
             )
         # Those of a secure sum that failed have paid all the same.
         self.receipts.update(trained.receipts)
         self.directory.write_receipts(self.receipts)
         raise RoundError(
-            f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, {rules.minimum} are needed "
+            f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, {minimum} are needed "
             f"({_reasons(trained)}). {_settled(trained)} continue with resume={self.directory.root}"
             f"{_WAY_OUT if trained.silent else ''}"
         )
@@ -360,6 +360,8 @@ class _Loop:
         """Whether asking again is of no use, or would make sites pay a second time for one round."""
         if isinstance(trained, SecurelyTrained):
             return trained.spent
+        if self.buffer is not None:
+            return not self.buffer.busy
         return not trained.silent
 
     def _minimum(self, plan: Plan, pending: _Pending) -> int:

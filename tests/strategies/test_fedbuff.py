@@ -1,5 +1,7 @@
 """FedBuff: whoever answers first makes a step, and what is late counts by its staleness."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -138,6 +140,39 @@ def test_a_site_that_never_answers_holds_nobody_up(tmp_path, sites, record):
     )
     assert outcome.metrics["accuracy"] > 0.6
     assert all(dead not in line["answered"] for line in outcome.directory.read_metrics())
+
+
+class Delayed(LocalGrid):
+    """All but one site answer after the first deadline has passed, and before the last."""
+
+    def __init__(self, sites, prompt, seconds):
+        super().__init__(sites, 9)
+        self.prompt, self.seconds, self.late = prompt, seconds, set()
+
+    def push_messages(self, messages):
+        if not (messages := list(messages)):
+            return []
+        identities = list(super().push_messages(messages))
+        self.there = time.monotonic() + self.seconds
+        self.late |= {
+            identity
+            for identity, message in zip(identities, messages, strict=True)
+            if message.metadata.message_type == "train" and self.site_name(message.metadata.dst_node_id) != self.prompt
+        }
+        return identities
+
+    def pull_messages(self, message_ids):
+        is_there = time.monotonic() >= self.there
+        return super().pull_messages([identity for identity in message_ids if is_there or identity not in self.late])
+
+
+def test_who_is_at_work_is_waited_for_as_often_as_the_rules_say(tmp_path, sites, record):
+    rules = RoundRules(minimum=2, deadline=0.2, attempts=4)
+    patient = record.model_copy(update={"rules": rules, "rounds": 1})
+    grid = Delayed(sites, sorted(sites)[0], 0.5)
+    outcome = run_rounds(grid, RunDirectory.create(tmp_path / "run", patient), initial_parameters(patient))
+    assert [len(line["answered"]) for line in outcome.directory.read_metrics()] == [2]
+    assert all(site.ledger.rounds(patient.run) <= 1 for site in sites.values())
 
 
 def test_too_few_that_ever_answer_end_the_run_and_it_can_be_resumed(tmp_path, sites, record):
