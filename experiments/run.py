@@ -36,8 +36,9 @@ from experiments.simulated import (
     write_root,
 )
 from experiments.sources import DatasetSettings
+from experiments.sweeps import PROGRAM
 from experiments.sweeps.resume import remember
-from fedclaw.cli import config_directory
+from fedclaw.cli import config_directory, run_hydra
 from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
@@ -79,6 +80,9 @@ def run_experiment(
     """
     if settings.attack.sites and isinstance(settings.runtime, RaySettings):
         raise UsageError("attack: hostile sites need to know of each other; take runtime=sites or runtime=simulation")
+    if settings.workload.name != settings.dataset.workload:
+        wanted = f"dataset={settings.dataset.name} is for workload={settings.dataset.workload}"
+        raise UsageError(f"workload={settings.workload.name}: {wanted}; choose another of the two")
     dealt = None
     if isinstance(settings.runtime, SimulationRuntime):
         dealt = deal_in_memory(settings.dataset, settings.partition, settings.runtime)
@@ -173,4 +177,4 @@ def main(config: DictConfig) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_hydra(PROGRAM, main)

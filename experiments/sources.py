@@ -28,6 +28,11 @@ class DatasetSettings(Frozen):
     synthetic: SyntheticImages | None = None
     """What images to make; null: the usual ones."""
 
+    @property
+    def workload(self) -> str:
+        """The workload whose data this is: tabular or vision."""
+        return "tabular" if self.name == "breast_cancer" else "vision"
+
     @model_validator(mode="after")
     def _synthetic_has_its_settings(self) -> Self:
         if self.synthetic is not None and self.name != "synthetic_images":
@@ -56,16 +61,18 @@ def load_source(settings: DatasetSettings) -> Source:
         wanted = settings.synthetic or SyntheticImages()
         made = make_images(wanted)
         labels = tuple(str(label) for label in range(wanted.labels))
-        return Source("vision", made.images, made.targets, (), labels, 255.0, made.writers)
+        return Source(settings.workload, made.images, made.targets, (), labels, 255.0, made.writers)
     from sklearn.datasets import load_breast_cancer, load_digits
 
     if settings.name == "breast_cancer":
         data = load_breast_cancer()
         features = tuple(str(feature).replace(" ", "_") for feature in data.feature_names)
-        return Source("tabular", data.data, data.target, features, tuple(str(label) for label in data.target_names))
+        return Source(
+            settings.workload, data.data, data.target, features, tuple(str(label) for label in data.target_names)
+        )
     data = load_digits()
     labels = tuple(str(label) for label in range(10))
-    return Source("vision", data.images, data.target, (), labels, float(data.images.max()))
+    return Source(settings.workload, data.images, data.target, (), labels, float(data.images.max()))
 
 
 def schema_of(source: Source, public: NDArray[np.int64]) -> dict[str, Any]:

@@ -65,15 +65,8 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
         with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
             composed = compose(config_name, overrides=list(overrides))
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise UsageError(f"{error.full_key}= is missing and has no default") from error
-    except OverrideParseException as error:
-        raise UsageError(
-            f"cannot read {error.override!r}: a value with spaces or special characters is quoted twice, "
-            """as in 'name="two words"'"""
-        ) from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(f"configuration: {_plain(error)}") from error
+        raise _wrong_configuration(error) from error
     return check_settings(plain, settings)
 
 
@@ -89,6 +82,17 @@ def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> 
         body(arguments)
     except (Exception, KeyboardInterrupt) as error:
         sys.exit(report_failure(module, error, console))
+    sys.exit(0)
+
+
+def run_hydra(module: str, main: Callable[[], object]) -> NoReturn:
+    """Run an entry point that is a function of Hydra's, which can sweep, and exit as `run_main` does."""
+    # Hydra prints its errors, in several lines, and exits with 1, unless it is asked to hand them on.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(report_failure(module, _wrong_configuration(error), make_console(stderr=True)))
     sys.exit(0)
 
 
@@ -145,6 +149,18 @@ def start_logging(console: Console) -> None:
     logger.setLevel(level if level in logging.getLevelNamesMapping() else "INFO")
     logger.handlers = [handler]
     logger.propagate = False
+
+
+def _wrong_configuration(error: HydraException | OmegaConfBaseException) -> UsageError:
+    """What Hydra or OmegaConf found wrong with a command line, as FedClaw says it."""
+    if isinstance(error, MissingMandatoryValue):
+        return UsageError(f"{error.full_key}= is missing and has no default")
+    if isinstance(error, OverrideParseException):
+        return UsageError(
+            f"cannot read {error.override!r}: a value with spaces or special characters is quoted twice, "
+            """as in 'name="two words"'"""
+        )
+    return UsageError(f"configuration: {_plain(error)}")
 
 
 def _plain(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The base of everything that is read from a file, a command line or the wire."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,15 +22,24 @@ def check_settings(plain: Any, settings: type[S]) -> S:
     try:
         return settings.model_validate(plain)
     except ValidationError as error:
-        raise UsageError(f"configuration: {explain(error)}") from error
+        raise UsageError(f"configuration: {explain(error, plain)}") from error
 
 
-def explain(error: ValidationError) -> str:
-    """One line a person can act on: each wrong field by its path, what it is and what it should be."""
+def explain(error: ValidationError, plain: Any = None) -> str:
+    """One line a person can act on: each wrong field by its path in `plain`, what it is and what it should be."""
     parts = []
     for item in error.errors(include_url=False):
-        where = ".".join(str(step) for step in item["loc"]) or "(whole)"
+        where = ".".join(str(step) for step in _path(item["loc"], plain))
         message = item["msg"].removeprefix("Value error, ")
         given = "" if item["type"] in {"missing", "value_error"} else f" (given: {item['input']!r:.80})"
-        parts.append(f"{where}: {message}{given}")
+        parts.append(f"{where}: {message}{given}" if where else f"{message}{given}")
     return "; ".join(parts)
+
+
+def _path(location: tuple[int | str, ...], plain: Any) -> Iterator[int | str]:
+    """The steps of `location` without those that pydantic adds: the name of the one of several classes that it took."""
+    for step in location:
+        if isinstance(plain, Mapping) and step not in plain and step in plain.values():
+            continue
+        yield step
+        plain = plain.get(step) if isinstance(plain, Mapping) else None

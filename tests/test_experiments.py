@@ -23,11 +23,21 @@ def test_the_defaults_learn(tmp_path, strategy, epsilon):
     assert RunDirectory.open(tmp_path / "runs" / "x").read_metrics()[-1]["metrics"]["accuracy"] > 0.85
 
 
-def test_a_wrong_value_in_an_experiment_is_one_line(tmp_path):
-    done = run_module("experiments.run", "rounds=0", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("no_such=1",), "configuration: there is no setting no_such; see conf/ for those that there are"),
+        (("-m", "strategy=no_such,fedavg"), "Could not find 'strategy/no_such'"),
+        (("workload=vision",), "workload=vision: dataset=breast_cancer is for workload=tabular"),
+    ],
+)
+def test_a_wrong_setting_of_an_experiment_is_one_line(tmp_path, arguments, words):
+    done = run_module("experiments.run", *arguments, cwd=tmp_path)
     assert done.code == 2
-    assert "rounds" in done.errors
-    assert "Traceback" not in done.errors
+    line, hint = done.errors.splitlines()
+    assert line.startswith("experiments.run: ")
+    assert words in line
+    assert hint == "see python -m experiments.run --help"
 
 
 @pytest.mark.parametrize(("name", "workload"), [("breast_cancer", "tabular"), ("digits", "vision")])

@@ -11,6 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
+from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overrides
 from experiments.sweeps.identity import digest_of, identify, is_relevant
 from experiments.sweeps.parent import Parent, make_parent
@@ -20,7 +21,6 @@ from fedclaw.frozen import check_settings
 from fedclaw.report.console import make_console
 from fedclaw.report.tracking import TrackingSettings
 
-_PROGRAM = "experiments.run"
 _DIRECTORY = "hydra.sweep.dir"
 _LONGEST = 60
 
@@ -44,7 +44,7 @@ class Sweep(Callback):
         try:
             self._begin(config, console)
         except Exception as error:
-            sys.exit(report_failure(_PROGRAM, error, console))
+            sys.exit(report_failure(PROGRAM, error, console))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Note a job that could not note itself: only such a one ends as failed."""
@@ -63,10 +63,10 @@ class Sweep(Callback):
             if self._parent is not None:
                 self._parent.finish(report.files, report.metrics, complete=not report.failed)
         except Exception as error:
-            sys.exit(report_failure(_PROGRAM, error, console))
+            sys.exit(report_failure(PROGRAM, error, console))
         if report.failed:
             words = f"{report.failed} of {report.runs} runs failed; the same command tries them again"
-            console.print(f"{_PROGRAM}: {words}", style="bold red", markup=False)
+            console.print(f"{PROGRAM}: {words}", style="bold red", markup=False)
             sys.exit(1)
 
     def _begin(self, config: DictConfig, console: Console) -> None:

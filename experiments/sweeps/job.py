@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.run import ExperimentSettings, run_experiment
+from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
 from experiments.sweeps.identity import identify, is_relevant
 from fedclaw.cli import describe_failure, report_failure, start_logging
@@ -27,7 +28,6 @@ from fedclaw.report.tracking import NO_TRACKING, known_run, make_tracker
 
 log = logging.getLogger(__name__)
 
-PROGRAM = "experiments.run"
 EXPERIMENT_FILE = "experiment.json"
 """In the directory of a sweep's run: its `Identity`."""
 _FAILED = float("nan")

@@ -189,8 +189,8 @@ def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (SCHEMA.replace("[0, 120]", "[120, 0]"), "columns.0.numeric: range must go from a smaller to a larger"),
         (SCHEMA.replace("scale: 20", "scale: 0"), "columns.0.numeric.scale: Input should be greater than 0"),
         (SCHEMA.replace("scale: 20", "scale: .inf"), "columns.0.numeric.scale: Input should be a finite number"),
-        (SCHEMA.replace("name: dose", "name: age"), "(whole): more than once: 'age'"),
-        (SCHEMA.replace("name: dose", "name: outcome"), "(whole): more than once: 'outcome'"),
+        (SCHEMA.replace("name: dose", "name: age"), "more than once: 'age'"),
+        (SCHEMA.replace("name: dose", "name: outcome"), "more than once: 'outcome'"),
         (SCHEMA.replace("[surgery, medicine]", "[a, a]"), "columns.3.categorical.levels: more than once: 'a'"),
         (SCHEMA.replace("[surgery, medicine]", "[]"), "columns.3.categorical.levels: expected 1 to 10000"),
         (SCHEMA.replace("[surgery, medicine]", "[yes, no]"), "columns.3.categorical.levels.0: YAML reads this as the"),
@@ -198,7 +198,7 @@ def test_bad_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (SCHEMA.replace("[benign, malignant]", "{0: a, 1: a}"), "target: labels must name at least two classes"),
         (SCHEMA.replace("[benign, malignant]", "{yes: a, no: b}"), "target.labels: YAML reads this as the boolean"),
         (SCHEMA + "standardize: site", "standardize: Extra inputs are not permitted"),
-        (SCHEMA + "standardise: site", "(whole): column 'age' has a center or scale, and standardise: site has none"),
+        (SCHEMA + "standardise: site", "column 'age' has a center or scale, and standardise: site has none"),
     ],
 )
 def test_a_bad_schema_file(schema: str, message: str) -> None:
