@@ -24,6 +24,7 @@ could not be done. 2: wrong use.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field, JsonValue
 from rich.console import Console
@@ -33,14 +34,12 @@ from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.federation.settings import RunSettings
 from fedclaw.files import PRIVATE_MODE, write_atomic
-from fedclaw.privacy.audit.bounds import LARGEST_EPSILON
 from fedclaw.privacy.audit.findings import AuditReport, Check
-from fedclaw.privacy.audit.run import AuditOptions, audit_run
-from fedclaw.privacy.audit.subject import FEDERATION, synthetic_sites
+from fedclaw.privacy.audit.options import AuditOptions
 from fedclaw.report.console import make_console
-from fedclaw.site.in_process import open_sites
-from fedclaw.site.service import SiteService
-from fedclaw.site.settings import load_site_settings
+
+if TYPE_CHECKING:
+    from fedclaw.site.service import SiteService
 
 
 class Settings(RunSettings, AuditOptions):
@@ -57,6 +56,8 @@ class Settings(RunSettings, AuditOptions):
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Audit as the command line says. Raises PrivacyError when a claim is refuted."""
+    from fedclaw.privacy.audit.run import audit_run
+
     line = split(arguments)
     if line.words:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
@@ -85,12 +86,17 @@ def show(report: AuditReport, console: Console, *, real: bool) -> None:
             subject = check.subject
         table.add_row(f"  {check.name}", _epsilon(check.epsilon_claimed), _lower(check), _verdict(check), check.seen)
     console.print(table)
+    console.print(_summary(report), style="bold")
     for sentence in (*report.notes, *_meaning(report, real)):
         console.print(sentence, markup=False)
 
 
-def _subject(settings: Settings) -> tuple[RunSettings, Mapping[str, SiteService]]:
+def _subject(settings: Settings) -> tuple[RunSettings, Mapping[str, "SiteService"]]:
     """The run's own settings, and the sites. Raises UsageError or DataError."""
+    from fedclaw.privacy.audit.subject import FEDERATION, synthetic_sites
+    from fedclaw.site.in_process import open_sites
+    from fedclaw.site.settings import load_site_settings
+
     run = RunSettings.model_construct(**{name: getattr(settings, name) for name in RunSettings.model_fields})
     if settings.sites is None:
         return run, synthetic_sites(run, settings.synthetic)
@@ -103,6 +109,8 @@ def _subject(settings: Settings) -> tuple[RunSettings, Mapping[str, SiteService]
 
 
 def _epsilon(value: float | None) -> str:
+    from fedclaw.privacy.audit.bounds import LARGEST_EPSILON
+
     if value is None:
         return "none"
     return f"> {LARGEST_EPSILON:g}" if value >= LARGEST_EPSILON else f"{value:.3g}"
@@ -117,7 +125,20 @@ def _verdict(check: Check) -> str:
         return "[bold red]EXCEEDS[/]"
     if check.epsilon_claimed is None:
         return ""
-    return "[yellow]unsure[/]" if check.epsilon_lower > check.epsilon_claimed else "[green]below[/]"
+    return "[yellow]unsure[/]" if _is_unsure(check) else "[green]below[/]"
+
+
+def _is_unsure(check: Check) -> bool:
+    return not check.flagged and check.epsilon_claimed is not None and check.epsilon_lower > check.epsilon_claimed
+
+
+def _summary(report: AuditReport) -> str:
+    claims = sum(check.epsilon_claimed is not None for check in report.checks)
+    unsure = sum(map(_is_unsure, report.checks))
+    if not claims:
+        return "Nothing was claimed, so there was nothing to refute."
+    found = f"{len(report.flagged) or 'None'} of {claims} claims refuted"
+    return f"{found}, {unsure} unsure." if unsure else f"{found}."
 
 
 def _meaning(report: AuditReport, real: bool) -> list[str]:
@@ -125,9 +146,11 @@ def _meaning(report: AuditReport, real: bool) -> list[str]:
         f"'At least' is a lower bound on the true epsilon at delta {report.delta:g}: all of them hold together with "
         f"{report.confidence:.0%} confidence. A bound above the claim proves a fault. A bound below it proves nothing: "
         "a better attack might find more, and what was not attacked was not seen.",
-        f"EXCEEDS: the claim is refuted, at a risk of a false alarm of {report.alarm:g}. Unsure: above the claim, but "
-        "not surely enough for that; audit again with more trials.",
     ]
+    if report.flagged:
+        sentences.append(f"EXCEEDS: the claim is refuted, at a risk of a false alarm of {report.alarm:g}.")
+    if any(map(_is_unsure, report.checks)):
+        sentences.append("Unsure: above the claim, but not surely enough to refute it; audit again with more trials.")
     if real:
         sentences.append("This report was made from the sites' data without noise: keep it where the data is.")
     return sentences

@@ -15,6 +15,7 @@ Examples:
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -24,10 +25,12 @@ from fedclaw.federation.listening import ListenAddress
 from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord
 from fedclaw.federation.settings import RunSettings
 from fedclaw.report.late import late_notes
-from fedclaw.report.terminal import TerminalProgress, receipt_table
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.federation_home import FederationHome
+
+if TYPE_CHECKING:
+    from fedclaw.report.terminal import TerminalProgress
 
 log = logging.getLogger("fedclaw.server")
 
@@ -89,6 +92,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
     """Listen, begin or take up the run in `directory`, wait for the cohort, and run the rounds that are left."""
     from fedclaw.federation.coordinator import Observer, run_rounds
     from fedclaw.federation.session import initial_parameters, wait_for_cohort
+    from fedclaw.report.terminal import TerminalProgress, receipt_table
     from fedclaw.runtime.flower import assume_server_identity, number_of
     from fedclaw.runtime.grpc import GrpcGrid
 
@@ -127,7 +131,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
         progress.close()
 
 
-def _say_who_is_behind(directory: RunDirectory, record: RunRecord, progress: TerminalProgress) -> None:
+def _say_who_is_behind(directory: RunDirectory, record: RunRecord, progress: "TerminalProgress") -> None:
     for note in late_notes(directory.read_metrics()) if record.privacy or record.central else ():
         progress.console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 

@@ -37,11 +37,9 @@ from fedclaw.errors import DataError, RoundError, UsageError
 from fedclaw.federation.listening import ListenAddress
 from fedclaw.federation.run_directory import RUN_NAME, schema_digest
 from fedclaw.federation.settings import SecureRequest, WorkloadChoice
-from fedclaw.federation.statistics_request import StatisticsRequest, design_of
 from fedclaw.frozen import Frozen, check_settings
 from fedclaw.privacy.statistics import MAX_BINS
 from fedclaw.report.console import make_console
-from fedclaw.report.statistics_tables import statistics_tables
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.federation_home import FederationHome
 from fedclaw.workload import Schema
@@ -94,6 +92,7 @@ class StatisticsSettings(Frozen):
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Ask for statistics as the command line says. Raises FedClawError."""
     from fedclaw.federation.session import read_schema
+    from fedclaw.federation.statistics_request import design_of
 
     line = split(arguments)
     if line.words:
@@ -125,6 +124,8 @@ def serve(
     """Listen, wait for the sites, ask those that are connected, and write what they say to `out`."""
     from fedclaw.federation.statistics import release_statistics, with_session
     from fedclaw.federation.statistics_release import write_release
+    from fedclaw.federation.statistics_request import StatisticsRequest, design_of
+    from fedclaw.report.statistics_tables import statistics_tables
     from fedclaw.runtime.flower import assume_server_identity, number_of
     from fedclaw.runtime.grpc import GrpcGrid
 

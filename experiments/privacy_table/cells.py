@@ -20,7 +20,8 @@ from fedclaw.federation.settings import RunSettings
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
-from fedclaw.privacy.audit.run import AuditOptions, audit_run
+from fedclaw.privacy.audit.options import AuditOptions
+from fedclaw.privacy.audit.run import audit_run
 from fedclaw.site.in_process import open_sites, simulate
 from fedclaw.site.service import SiteService
 

@@ -15,7 +15,7 @@ from experiments.sources import DatasetSettings
 from fedclaw.federation.plan import LocalTraining, PrivacyRequest, Unit
 from fedclaw.federation.settings import CentralRequest, RunSettings, SecureRequest, WorkloadChoice
 from fedclaw.frozen import Frozen
-from fedclaw.privacy.audit.run import AuditOptions
+from fedclaw.privacy.audit.options import AuditOptions
 
 Placement = Literal["none", "local", "central", "distributed", "site"]
 """Who adds the noise: nobody; each site to its own steps; the server to the sum; all sites together, in shares. `site`:

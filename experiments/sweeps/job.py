@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments.run import ExperimentSettings, run_experiment
+from experiments.experiment import ExperimentSettings, run_experiment
 from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
 from experiments.sweeps.identity import identify, is_relevant

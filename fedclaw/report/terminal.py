@@ -8,11 +8,11 @@ from rich.table import Table
 
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
-from fedclaw.privacy.distributed import Price
 from fedclaw.report.console import make_console
 
 if TYPE_CHECKING:
     from fedclaw.federation.coordinator import Outcome, RoundReport
+    from fedclaw.privacy.distributed import Price
 
 
 class TerminalProgress:
@@ -100,7 +100,7 @@ def central_words(record: RunRecord) -> str | None:
     )
 
 
-def price_words(price: Price) -> str:
+def price_words(price: "Price") -> str:
     """What noise by the sites costs beside a trusted server's, for a person."""
     return (
         f"the price of noise by the sites: {price.extra_variance:.1%} more variance than promised while nobody drops "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.run import ExperimentSettings, run_experiment
+from experiments.experiment import ExperimentSettings, run_experiment
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.run import ExperimentSettings, run_experiment
+from experiments.experiment import ExperimentSettings, run_experiment
 from experiments.sweeps.resume import remember
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.site.in_process import open_sites

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
-from pydantic import Field
 
 from fedclaw.federation.settings import RunSettings
-from fedclaw.frozen import Frozen
 from fedclaw.privacy.audit.findings import AuditReport, Finding, conclude
 from fedclaw.privacy.audit.mechanism import enough_trials, examine, run_trials
 from fedclaw.privacy.audit.membership import Claim, membership, one_run
+from fedclaw.privacy.audit.options import AuditOptions
 from fedclaw.privacy.audit.probe import probes
 from fedclaw.privacy.audit.subject import Subject
 from fedclaw.privacy.audit.training_run import attacked_run, toss
@@ -23,23 +22,6 @@ from fedclaw.site.service import SiteService
 log = logging.getLogger(__name__)
 
 _NO_CLAIM_DELTA = 1e-5
-
-
-class AuditOptions(Frozen):
-    """How much an audit does. More of each makes larger bounds, and takes longer."""
-
-    canaries: int = Field(default=200, ge=8)
-    """Canaries of the one-run audit, over all sites."""
-    examples: int = Field(default=300, ge=1)
-    """Most of each site's own examples that the attacked run uses; each is in by the toss of a coin."""
-    attacked_rounds: int | None = Field(default=5, ge=1)
-    """Most rounds of the attacked run; null: the configuration's own number."""
-    trials: int = Field(default=300, ge=20)
-    """Most releases of each probed mechanism."""
-    confidence: float = Field(default=0.95, gt=0, lt=1)
-    """With which all bounds hold together."""
-    alarm: float = Field(default=1e-4, gt=0, lt=1)
-    """The probability that a configuration that keeps its claims is flagged."""
 
 
 def audit_run(

@@ -11,8 +11,9 @@ from fedclaw.privacy.audit.contributions import contributions
 from fedclaw.privacy.audit.findings import Finding, conclude
 from fedclaw.privacy.audit.mechanism import Trials, most_alike
 from fedclaw.privacy.audit.membership import Claim, auc, membership, one_run
+from fedclaw.privacy.audit.options import AuditOptions
 from fedclaw.privacy.audit.probe import sensitivity
-from fedclaw.privacy.audit.run import AuditOptions, attack_run, claim_of
+from fedclaw.privacy.audit.run import attack_run, claim_of
 from fedclaw.privacy.audit.subject import Subject, load, synthetic_sites
 from fedclaw.privacy.audit.training_run import toss
 from tests.privacy.audit.conftest import SIZES

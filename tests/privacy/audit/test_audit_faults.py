@@ -11,7 +11,8 @@ import pytest
 from fedclaw.federation import central, integers
 from fedclaw.privacy import distributed
 from fedclaw.privacy.audit.findings import conclude
-from fedclaw.privacy.audit.run import AuditOptions, audit_run, probe_mechanisms
+from fedclaw.privacy.audit.options import AuditOptions
+from fedclaw.privacy.audit.run import audit_run, probe_mechanisms
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.site import training_task

@@ -1,0 +1,151 @@
+"""One experiment, whoever asks for it: deal the data out, train on the runtime that was chosen, track."""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import Field
+
+from experiments.attacks.federation import simulate_attacked
+from experiments.attacks.settings import AttackSettings, NoAttack
+from experiments.datasets import SitePolicy, site_names, write_sites
+from experiments.partitions.dealing import deal_out
+from experiments.partitions.record import RECORD, write_record
+from experiments.partitions.settings import PartitionSettings
+from experiments.simulated import (
+    RuntimeSettings,
+    SimulationRuntime,
+    SitesRuntime,
+    deal_in_memory,
+    run_simulated,
+    write_root,
+)
+from experiments.sources import DatasetSettings
+from experiments.sweeps.resume import remember
+from fedclaw.errors import UsageError
+from fedclaw.federation.coordinator import Observer, Outcome
+from fedclaw.federation.plan import METRICS
+from fedclaw.federation.registry import strategy_class
+from fedclaw.federation.run_directory import RoundRules, RunDirectory
+from fedclaw.federation.session import make_record
+from fedclaw.federation.settings import RunSettings
+from fedclaw.federation.strategy import Buffered
+from fedclaw.files import write_atomic
+from fedclaw.report.terminal import TerminalProgress
+from fedclaw.report.tracking import TrackingSettings, make_tracker
+from fedclaw.runtime.ray import RaySettings, simulate_on_ray
+from fedclaw.simulation import simulated
+from fedclaw.site.in_process import open_sites, simulate
+
+FEDERATION = "experiments"
+
+
+class ExperimentSettings(RunSettings):
+    """conf/run.yaml, checked."""
+
+    dataset: DatasetSettings
+    partition: PartitionSettings
+    runtime: RuntimeSettings = SitesRuntime()
+    attack: AttackSettings = NoAttack()
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    runs: Path = Path("runs")
+    run: str | None = None
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def run_experiment(
+    settings: ExperimentSettings, *, resume: bool = False, tags: Mapping[str, str] | None = None, quiet: bool = False
+) -> Outcome:
+    """Deal the data out, train, track. Raises FedClawError.
+
+    With `resume`, a run of that name that was begun goes on where it stopped; `tags` are set on its MLflow run. A
+    `quiet` one shows no rounds.
+    """
+    if settings.attack.sites and isinstance(settings.runtime, RaySettings):
+        raise UsageError("attack: hostile sites need to know of each other; take runtime=sites or runtime=simulation")
+    if settings.workload.name != settings.dataset.workload:
+        wanted = f"dataset={settings.dataset.name} is for workload={settings.dataset.workload}"
+        raise UsageError(f"workload={settings.workload.name}: {wanted}; choose another of the two")
+    dealt = None
+    if isinstance(settings.runtime, SimulationRuntime):
+        dealt = deal_in_memory(settings.dataset, settings.partition, settings.runtime)
+        identity = f"{settings.dataset.model_dump_json()} {settings.partition.model_dump_json()} {len(dealt.shares)}"
+        root = write_root(dealt, settings.runs, identity)
+    else:
+        root = _data(settings)
+    directory = _open_run(settings, root, 0 if dealt is None else len(dealt.shares), resume=resume)
+    progress = None if quiet else TerminalProgress()
+    kept = [name for name in RECORD if (root / name).is_file()]
+    for name in kept:
+        write_atomic(directory.root / name, (root / name).read_bytes())
+    tracker = make_tracker(settings.tracking, directory, tags, kept)
+    observers: list[Observer] = [observer for observer in (progress, tracker) if observer]
+    try:
+        if dealt is not None and isinstance(settings.runtime, SimulationRuntime):
+            return run_simulated(directory, dealt, settings.runtime, observers, settings.attack)
+        directories = sorted((root / "sites").iterdir())
+        if isinstance(settings.runtime, RaySettings):
+            return simulate_on_ray(directory, directories, settings.runtime, observers)
+        sites = open_sites(directories, FEDERATION)
+        remember(sites, directory)
+        if settings.attack.sites:
+            return simulate_attacked(directory, sites, settings.attack, observers)
+        return simulate(directory, sites, observers)
+    except BaseException:
+        if tracker:
+            tracker.failed()
+        raise
+    finally:
+        if progress:
+            progress.close()
+
+
+def _open_run(settings: ExperimentSettings, root: Path, simulated_clients: int, *, resume: bool) -> RunDirectory:
+    """A new run's directory, or that of the run of that name. `simulated_clients`: 0 with sites."""
+    if resume and settings.run and (settings.runs / settings.run / "run.json").is_file():
+        directory = RunDirectory.open(settings.runs / settings.run)
+        directory.check()
+        return directory
+    choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
+    rules = RoundRules(minimum=_fewest(settings, simulated_clients), fraction=settings.fraction)
+    record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
+    if isinstance(settings.runtime, SimulationRuntime):
+        record = simulated(record, settings.runtime, simulated_clients)
+    return RunDirectory.create(settings.runs / record.run, record)
+
+
+def _fewest(settings: ExperimentSettings, simulated_clients: int) -> int:
+    """Answers that make a round: one, or all that are asked for, where a strategy looks at each, or counts them."""
+    strategy = strategy_class(str(settings.strategy.get("name")))
+    asked = round(settings.fraction * (simulated_clients or settings.dataset.sites))
+    return max(1, asked) if strategy.needs_single_updates or issubclass(strategy, Buffered) else 1
+
+
+def _data(settings: ExperimentSettings) -> Path:
+    """The sites' directories, and what was dealt to them, for these settings: written once, found again by name."""
+    delta = max([asked.delta for asked in (settings.privacy, settings.central) if asked], default=1e-5)
+    policy = SitePolicy(
+        epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1, metrics=METRICS
+    )
+    identity = hashlib.sha256(
+        f"{settings.dataset.model_dump_json()} {settings.partition.model_dump_json()} {policy}".encode()
+    ).hexdigest()[:12]
+    root = settings.runs / "data" / f"{settings.dataset.name}-{identity}"
+    if not root.is_dir():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent) as draft:
+            write_sites(Path(draft) / "sites", settings.dataset, policy, settings.partition)
+            dealt = deal_out(settings.dataset, settings.partition)
+            write_record(dealt.describe(site_names(settings.dataset.sites)), Path(draft) / "sites")
+            _place(Path(draft) / "sites", root)
+    return root
+
+
+def _place(draft: Path, root: Path) -> None:
+    """Rename `draft` to `root`, unless another process of a sweep has meanwhile written the same there."""
+    try:
+        draft.rename(root)
+    except OSError:
+        if not root.is_dir():
+            raise
