@@ -18,6 +18,7 @@ from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.in_process import open_sites
 from strategies.fedavg import FedAvg
+from tests.crashes import server_dies
 from tests.samples import run_record
 
 
@@ -88,25 +89,11 @@ def test_the_mean_is_weighted_by_examples(tmp_path, record, sites):
         assert np.allclose(array, expected, atol=1e-6)
 
 
-class Crash(Exception):
-    """The server dies."""
-
-
 def test_a_resumed_run_asks_the_same_questions(tmp_path, record, sites):
     """The server dies in round 2, after one site has answered; the question is the same, and so is the answer."""
-    dying = list(sites.values())[1]
-    answer = dying.site.answer
-
-    def die_in_round_two(message):
-        if message.metadata.group_id == "2":
-            raise Crash
-        return answer(message)
-
-    dying.site.answer = die_in_round_two
-    with pytest.raises(Crash):
+    with server_dies(list(sites.values())[1].site, in_round=2):
         run(tmp_path / "run", record, sites)
     assert (tmp_path / "run" / PENDING).exists()
-    dying.site.answer = answer
     outcome = run(tmp_path / "run", record, sites)
     for recording in sites.values():
         assert len(set(recording.asked)) == 2 * record.rounds, "a question was new"

@@ -12,6 +12,7 @@ from fedclaw.federation.run_directory import RoundRules
 from fedclaw.federation.settings import SecureRequest
 from fedclaw.runtime.flower import number_of
 from strategies.cyclic import Cyclic
+from tests.crashes import server_dies
 from tests.least_squares import Bowl, asked, bottom, bowls, place, play
 
 UNLIKE = {"a": Bowl((4.0, 1.0), None, 1), "b": Bowl((-2.0, 0.0), None, 5), "c": Bowl((7.0, -3.0), None, 2)}
@@ -58,27 +59,12 @@ def test_it_ends_close_to_pooled_training_when_steps_are_small(tmp_path) -> None
     assert distances[1] < 0.25
 
 
-class Crash(Exception):
-    """The server dies."""
-
-
 @pytest.mark.parametrize("order", ["fixed", "shuffled"])
 def test_a_server_that_is_killed_goes_on_with_the_next_site(tmp_path, order) -> None:
     record = asked("cyclic", rounds=7, rate=0.3, settings={"order": order})
     straight = play(tmp_path / "straight", record, bowls(UNLIKE))
     sites = bowls(UNLIKE)
-
-    def dying(answer):
-        def answer_or_die(message):
-            if message.metadata.group_id == "5":
-                raise Crash
-            return answer(message)
-
-        return answer_or_die
-
-    for site in sites.values():
-        site.answer = dying(site.answer)
-    with pytest.raises(Crash):
+    with server_dies(*sites.values(), in_round=5):
         play(tmp_path / "killed", record, sites)
     resumed = play(tmp_path / "killed", record, bowls(UNLIKE))
     assert np.array_equal(place(resumed), place(straight))

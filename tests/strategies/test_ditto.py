@@ -13,6 +13,7 @@ from fedclaw.federation.plan import CentralPrivacy
 from fedclaw.federation.strategy import PERSONAL, StepContext
 from fedclaw.runtime.local import LocalGrid
 from strategies.ditto import Ditto
+from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, PLACE, Bowl, asked, bottom, bowls, place, play
 
 SITES = {"a": Bowl((1.0,), None, 3), "b": Bowl((1.5,), None, 2), "odd": Bowl((9.0,), (2.0,), 1)}
@@ -99,25 +100,12 @@ def test_a_site_is_evaluated_with_its_own_model_which_does_not_leave(tmp_path) -
     assert all(set(unpack(left["sum"])) == {PLACE} for left in seen if "sum" in left.array_records)
 
 
-class Crash(Exception):
-    """The server dies."""
-
-
 def test_what_is_a_sites_own_survives_it(tmp_path) -> None:
     record = asked("ditto", rounds=5, steps=3, rate=0.1, settings={"regularisation": 1.0})
     undisturbed = bowls(SITES)
     play(tmp_path / "straight", record, undisturbed)
     sites = bowls(SITES, tmp_path / "sites")
-    last = list(sites)[-1]
-    answer = sites[last].answer
-
-    def die(message):
-        if message.metadata.group_id == "3":
-            raise Crash
-        return answer(message)
-
-    sites[last].answer = die
-    with pytest.raises(Crash):
+    with server_dies(list(sites.values())[-1], in_round=3):
         play(tmp_path / "killed", record, sites)
     resumed = bowls(SITES, tmp_path / "sites")
     play(tmp_path / "killed", record, resumed)

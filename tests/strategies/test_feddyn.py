@@ -10,10 +10,13 @@ from fedclaw.errors import UsageError
 from fedclaw.federation.arrays import unpack
 from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining
+from fedclaw.federation.run_directory import RoundRules
+from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.strategy import RoundContext, StepContext, Turnout
 from fedclaw.runtime.local import LocalGrid
 from strategies.feddyn import FedDyn
-from tests.least_squares import PLACE, Bowl, asked, bottom, bowls, place, play
+from tests.crashes import server_dies
+from tests.least_squares import PLACE, Bowl, asked, bottom, bowls, identified, place, play
 
 PLAIN = LocalTraining(steps=4, batch_size=8, learning_rate=0.5)
 UNLIKE = {"a": Bowl((4.0,), (1.0,), 1), "b": Bowl((-2.0,), (0.3,), 3), "c": Bowl((7.0,), (2.0,), 2)}
@@ -103,27 +106,24 @@ def test_it_ends_at_the_stationary_point_of_the_global_objective(tmp_path, grid,
     assert abs(found["feddyn"] - right)[0] < 2e-2
 
 
-class Crash(Exception):
-    """The server dies."""
-
-
 def test_a_server_and_sites_that_are_killed_go_on_as_if_nothing_had_been(tmp_path) -> None:
     record = asked("feddyn", rounds=5, steps=4, rate=0.2, settings={"alpha": 1.0})
     straight = play(tmp_path / "straight", record, bowls(UNLIKE))
     sites = bowls(UNLIKE, tmp_path / "sites")
-    last = list(sites)[-1]
-    answer = sites[last].answer
-
-    def die(message):
-        if message.metadata.group_id == "3":
-            raise Crash
-        return answer(message)
-
-    sites[last].answer = die
-    with pytest.raises(Crash):
+    with server_dies(list(sites.values())[-1], in_round=3):
         play(tmp_path / "killed", record, sites)
     resumed = play(tmp_path / "killed", record, bowls(UNLIKE, tmp_path / "sites"))
     assert np.array_equal(place(resumed), place(straight))
+
+
+def test_a_secure_sum_gives_the_same(tmp_path) -> None:
+    record = asked("feddyn", rounds=4, steps=6, rate=0.2, settings={"alpha": 1.0}, rules=RoundRules(minimum=3))
+    plain = play(tmp_path / "plain", record, bowls(UNLIKE))
+    secure = SecureRequest(dropouts=0.0, corrupt=0.0, largest_weight=4)
+    masked = bowls(UNLIKE)
+    identified(masked)
+    outcome = play(tmp_path / "masked", record.model_copy(update={"secure": secure, "run": "masked"}), masked)
+    np.testing.assert_allclose(place(outcome), place(plain), rtol=0, atol=1e-4)
 
 
 def test_nothing_leaves_but_the_delta(tmp_path) -> None:

@@ -18,6 +18,7 @@ from fedclaw.workload import Table
 from strategies.fedbn import FedBN
 from strategies.fedper import FedPer
 from strategies.fedrep import FedRep
+from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, asked
 from tests.small_nets import SmallNets, first, nets, own_labels, own_scales, record_of, run
 
@@ -192,10 +193,6 @@ def test_a_normalisation_each_serves_sites_that_measure_differently(tmp_path) ->
     assert found["fedbn"] > found["fedavg"] + 0.1
 
 
-class Crash(Exception):
-    """The server dies."""
-
-
 @pytest.mark.parametrize(("strategy", "model"), [("fedbn", "normed"), ("fedper", "parted"), ("fedrep", "parted")])
 def test_servers_and_sites_that_are_killed_go_on_as_if_nothing_had_been(tmp_path, strategy, model) -> None:
     tables = dict(list((SCALES if model == "normed" else LABELS).items())[:3])
@@ -203,16 +200,7 @@ def test_servers_and_sites_that_are_killed_go_on_as_if_nothing_had_been(tmp_path
     record = record_of(strategy, model, inputs, rounds=4, steps=3, rate=0.4)
     straight = run(tmp_path / "straight", record, nets(tables))
     sites = nets(tables, tmp_path / "sites")
-    last = list(sites)[-1]
-    answer = sites[last].answer
-
-    def die(message):
-        if message.metadata.group_id == "3":
-            raise Crash
-        return answer(message)
-
-    sites[last].answer = die
-    with pytest.raises(Crash):
+    with server_dies(list(sites.values())[-1], in_round=3):
         run(tmp_path / "killed", record, sites)
     resumed = run(tmp_path / "killed", record, nets(tables, tmp_path / "sites"))
     # A batch of all examples is summed in shuffled order, so the last bit is not the same.

@@ -19,6 +19,7 @@ from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.in_process import open_sites
 from strategies.centred_clipping import CENTRE
+from tests.crashes import server_dies
 from tests.samples import run_record
 
 ROBUST = ("bulyan", "centred_clipping", "krum", "median", "multi_krum", "norm_bounding", "rfa", "trimmed_mean")
@@ -107,25 +108,11 @@ def test_they_learn_when_nobody_is_hostile(tmp_path, sites, name):
     assert outcome.metrics["accuracy"] > 0.85
 
 
-class Crash(Exception):
-    """The server dies."""
-
-
 def test_centred_clipping_goes_on_from_the_centre_it_had(tmp_path, sites):
     record = record_of(sites, "centred_clipping", radius=0.2)
     straight = run(tmp_path / "straight", record, sites)
-    dying = next(iter(sites.values()))
-    answer = dying.answer
-
-    def die_in_round_three(message):
-        if message.metadata.group_id == "3":
-            raise Crash
-        return answer(message)
-
-    dying.answer = die_in_round_three
-    with pytest.raises(Crash):
+    with server_dies(next(iter(sites.values())), in_round=3):
         run(tmp_path / "run", record, sites)
-    dying.answer = answer
     saved = checkpoint.newest(tmp_path / "run")
     assert saved.round == 2
     assert any(array.any() for array in saved.strategy[CENTRE].values())

@@ -13,6 +13,7 @@ from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.strategy import RoundContext, StepContext, Turnout
 from fedclaw.runtime.local import LocalGrid
 from strategies.scaffold import Scaffold
+from tests.crashes import server_dies
 from tests.least_squares import PLACE, Bowl, asked, bottom, bowls, identified, place, play
 
 PLAIN = LocalTraining(steps=4, batch_size=8, learning_rate=0.5)
@@ -123,25 +124,12 @@ def test_many_local_steps_on_unlike_data_reach_the_right_point(tmp_path, weighti
     assert found["scaffold"] == pytest.approx(right, abs=2e-3)
 
 
-class Crash(Exception):
-    """The server dies."""
-
-
 def test_a_server_and_sites_that_are_killed_go_on_as_if_nothing_had_been(tmp_path) -> None:
     record = asked("scaffold", rounds=6, steps=4, rate=0.2)
     straight = play(tmp_path / "straight", record, bowls(UNLIKE))
 
     sites = bowls(UNLIKE, tmp_path / "sites")
-    last = list(sites)[-1]
-    answer = sites[last].answer
-
-    def die(message):
-        if message.metadata.group_id == "4":
-            raise Crash
-        return answer(message)
-
-    sites[last].answer = die
-    with pytest.raises(Crash):
+    with server_dies(list(sites.values())[-1], in_round=4):
         play(tmp_path / "killed", record, sites)
     # The others have trained in round 4 already, and are asked again: they begin it where they began it before.
     resumed = play(tmp_path / "killed", record, bowls(UNLIKE, tmp_path / "sites"))
