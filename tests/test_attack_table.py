@@ -5,7 +5,7 @@ import pytest
 from experiments.attack_table import __main__ as command
 from experiments.attack_table import page
 from experiments.attack_table.cells import CellResult, Store, run_cell
-from experiments.attack_table.results import collect, read, spread
+from experiments.attack_table.results import Results, collect, spread
 from experiments.attack_table.settings import TableSettings, attacks, cells
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
@@ -45,7 +45,7 @@ def test_a_run_is_kept_found_again_and_written_down(tmp_path, monkeypatch) -> No
     console = make_console(stderr=True)
     results = command.run(settings, console)
     assert results.seeds == (1,)
-    assert read(tmp_path / "docs" / "robust.json") == results
+    assert Results.read(tmp_path / "docs" / "robust.json") == results
     assert results.find("fedavg", "sign_flip", 1).accuracy[0] < results.find("median", "sign_flip", 1).accuracy[0]
     assert results.find("fedavg", "sign_flip", 1).backdoor is None
     text = (tmp_path / "docs" / "robust.md").read_text()

@@ -11,7 +11,7 @@ from experiments.heart_disease.cells import CellResult, Spending, run_cell
 from experiments.heart_disease.made_up import made_up_rows, write_files
 from experiments.heart_disease.page import render
 from experiments.heart_disease.prepare import prepare
-from experiments.heart_disease.results import Results, read, row_of
+from experiments.heart_disease.results import Results, row_of
 from experiments.heart_disease.search import SearchResult, Tried, read_search
 from experiments.heart_disease.settings import HeartSettings, cells
 from experiments.heart_disease.training import left_for_training
@@ -42,7 +42,7 @@ def test_two_rows_from_files_to_page(tmp_path):
             *("rows=[published.fedavg,private.distributed]", "private.epsilons=[5]"),
         ]
     )
-    results = read(tmp_path / "out" / "heart_disease.json")
+    results = Results.read(tmp_path / "out" / "heart_disease.json")
     assert [(row.table, row.name) for row in results.rows] == [("published", "fedavg"), ("private", "distributed 5")]
     plain, private = results.rows
     assert plain.method.rounds == 2

@@ -9,11 +9,11 @@ from rich.console import Console
 from experiments.privacy_table.__main__ import main, run
 from experiments.privacy_table.cells import AuditResult, CellResult, Store
 from experiments.privacy_table.page import render
-from experiments.privacy_table.results import Results, Row, read
+from experiments.privacy_table.results import Results, Row
 from experiments.privacy_table.settings import TableSettings, rows
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
-from fedclaw.privacy.audit.run import AuditOptions
+from fedclaw.privacy.audit.options import AuditOptions
 from tests.conftest import run_module
 
 TINY = (
@@ -77,7 +77,7 @@ def test_a_small_table_is_made_and_not_made_twice(tmp_path):
         else:
             assert 7.5 < row.accounted <= 8
     assert (tmp_path / "privacy_table.png").read_bytes().startswith(b"\x89PNG")
-    assert read(tmp_path / "runs" / "table.json") == results
+    assert Results.read(tmp_path / "runs" / "table.json") == results
     assert (tmp_path / "privacy_table.md").read_text() == render(results, "privacy_table.png")
 
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs" / "cells").iterdir()}

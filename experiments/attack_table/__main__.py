@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments.attack_table import page, plot
 from experiments.attack_table.cells import Store, run_cell
-from experiments.attack_table.results import Results, collect, read
+from experiments.attack_table.results import Results, collect
 from experiments.attack_table.settings import TableSettings, cells
 from experiments.workers import in_workers
 from fedclaw.cli import compose_settings, run_main, split
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     if line.words in ((), ("run",)):
         run(settings, console)
     elif line.words == ("page",):
-        write_page(read(settings.output / f"{NAME}.json"), settings, console)
+        write_page(Results.read(settings.output / f"{NAME}.json"), settings, console)
     else:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; there are: run, page")
 

@@ -2,15 +2,14 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from experiments.attack_table.cells import CellResult, Store
 from experiments.attack_table.settings import TableSettings, attacks, make_cell
+from experiments.results_file import ResultsFile
 from fedclaw.errors import UsageError
-from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen, explain
+from fedclaw.frozen import Frozen
 
 
 class Entry(Frozen):
@@ -34,7 +33,7 @@ class Entry(Frozen):
         return spread(known) if known else None
 
 
-class Results(Frozen):
+class Results(ResultsFile):
     """The whole table, and what it was made with."""
 
     settings: TableSettings
@@ -59,10 +58,6 @@ class Results(Frozen):
     def seconds(self) -> float:
         """What all cells took, one after the other."""
         return sum(cell.seconds for entry in self.entries for cell in entry.cells)
-
-    def write(self, path: Path) -> None:
-        """Write the JSON that `read` reads."""
-        write_atomic(path, self.model_dump_json(indent=1).encode())
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -96,13 +91,3 @@ def collect(settings: TableSettings, store: Store) -> Results:
         for name, attack in columns
     ]
     return Results(settings=settings, seeds=tuple(done), entries=tuple(entries))
-
-
-def read(path: Path) -> Results:
-    """The results in `path`. Raises UsageError."""
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); run the experiment first") from error
-    except ValidationError as error:
-        raise UsageError(f"{path} is no table of this experiment: {explain(error)}") from error

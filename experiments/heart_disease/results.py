@@ -2,18 +2,16 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from experiments.heart_disease.cells import CellResult, Spending
 from experiments.heart_disease.published import PUBLISHED
 from experiments.heart_disease.search import SearchResult
 from experiments.heart_disease.settings import Cell, Method, Placement, PrivateMethod
-from fedclaw.errors import UsageError
-from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen, explain
+from experiments.results_file import ResultsFile
+from fedclaw.frozen import Frozen
 
 TableName = Literal["published", "shared", "private"]
 
@@ -46,7 +44,7 @@ class Row(Frozen):
     """The largest over the seeds."""
 
 
-class Results(Frozen):
+class Results(ResultsFile):
     """All tables."""
 
     quick: bool
@@ -62,20 +60,6 @@ class Results(Frozen):
     def of(self, table: TableName) -> tuple[Row, ...]:
         """A table's rows, top to bottom."""
         return tuple(row for row in self.rows if row.table == table)
-
-    def write(self, path: Path) -> None:
-        """Write the JSON that `read` reads."""
-        write_atomic(path, (self.model_dump_json(indent=2) + "\n").encode())
-
-
-def read(path: Path) -> Results:
-    """The results in `path`. Raises UsageError."""
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); run the experiment first") from error
-    except ValidationError as error:
-        raise UsageError(f"{path} is no result of this experiment: {explain(error)}") from error
 
 
 def row_of(cells: Sequence[Cell], results: Sequence[CellResult]) -> Row:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from experiments.privacy_table import page, plot
 from experiments.privacy_table.cells import Store, audit_cell, run_cell
-from experiments.privacy_table.results import Results, collect, read
+from experiments.privacy_table.results import Results, collect
 from experiments.privacy_table.search import search
 from experiments.privacy_table.settings import TableSettings, rows
 from experiments.workers import in_workers
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     if line.words in ((), ("run",)):
         run(settings, console)
     elif line.words == ("page",):
-        write_page(read(settings.runs / "table.json"), settings, console)
+        write_page(Results.read(settings.runs / "table.json"), settings, console)
     elif line.words == ("search",):
         search(settings, lambda cells: in_workers(run_cell, cells, settings.workers), console)
     else:

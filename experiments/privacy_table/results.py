@@ -1,15 +1,14 @@
 """The table as data: table.json, which the page and the plot are made from."""
 
 import statistics
-from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from experiments.privacy_table.cells import AuditResult, CellResult, Store
 from experiments.privacy_table.settings import Placement, TableSettings, rows
+from experiments.results_file import ResultsFile
 from fedclaw.errors import UsageError
-from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen, explain
+from fedclaw.frozen import Frozen
 
 
 class Row(Frozen):
@@ -41,7 +40,7 @@ class Row(Frozen):
         return max(known) if len(known) == len(spent) else None
 
 
-class Results(Frozen):
+class Results(ResultsFile):
     """The whole table, and what it was made with."""
 
     settings: TableSettings
@@ -58,10 +57,6 @@ class Results(Frozen):
         audits = sum(row.audit.seconds for row in self.rows if row.audit)
         return audits + sum(cell.seconds for row in self.rows for cell in row.cells)
 
-    def write(self, path: Path) -> None:
-        """Write the JSON that `read` reads."""
-        write_atomic(path, self.model_dump_json(indent=2).encode())
-
 
 def collect(settings: TableSettings, store: Store) -> Results:
     """The table from finished cells. Raises UsageError when one is missing."""
@@ -75,13 +70,3 @@ def collect(settings: TableSettings, store: Store) -> Results:
         first = cells[0]
         found.append(Row(task=first.task, placement=first.placement, epsilon=first.epsilon, cells=done, audit=audit))
     return Results(settings=settings, rows=tuple(found))
-
-
-def read(path: Path) -> Results:
-    """The results in `path`. Raises UsageError."""
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}); run the experiment first") from error
-    except ValidationError as error:
-        raise UsageError(f"{path} is no table of this experiment: {explain(error)}") from error
