@@ -29,7 +29,7 @@ Kind = Literal["folded", "vmap", "plain"]
 _STACKABLE: tuple[Kind, ...] = ("folded", "vmap")
 _CLIENTS, _ROWS = 3, 2
 _SAME_GRADIENT = 1e-3
-_PROBE_STEPS = 2
+_PROBES, _PROBE_STEPS = 3, 2
 SPARE = 40
 """Rows that may be filled up to save a segment of a folded model; found by trying with small models."""
 
@@ -168,19 +168,14 @@ def _seconds(
         engine = make_engine(way.kind, build, loss)
         start = engine.layout.row({name: value.detach().numpy() for name, value in build().named_parameters()})
         groups = [batches] if way.many else [[own] for own in batches]
+        stack, gradients = torch.zeros(2, len(groups[0]), len(start))
+        engine.bind(stack, gradients)
         best = float("inf")
-        for _ in range(2):
+        for _ in range(_PROBES):
             began = time.thread_time()
             for group in groups:
-                _take_steps(engine, start, pack(group, way.spare), training, table)
+                stack.copy_(start.expand_as(stack))
+                steps = pack(group, way.spare)
+                take_plain_steps(engine, steps, training, stack, gradients, lambda packing: _examples(table, packing))
             best = min(best, time.thread_time() - began)
     return best
-
-
-def _take_steps(
-    engine: Engine, start: torch.Tensor, steps: Sequence[Packing], training: LocalTraining, table: Table
-) -> None:
-    stack = start.expand(steps[0].clients, -1).clone()
-    gradients = torch.zeros_like(stack)
-    engine.bind(stack, gradients)
-    take_plain_steps(engine, steps, training, stack, gradients, lambda packing: _examples(table, packing))

@@ -36,7 +36,7 @@ class FoldedModel:
         self.model = model.train()
         orders = self._find_layers()
         self.layout = Layout({name: value.shape for name, value in model.named_parameters()}, orders)
-        self._bound: tuple[int, int] | None = None
+        self._bound: tuple[int, int, int] | None = None
         for layer in self.layers:
             layer.module.forward = self._through(layer)
         for module in self.model.modules():
@@ -45,7 +45,7 @@ class FoldedModel:
 
     def bind(self, parameters: torch.Tensor, gradients: torch.Tensor) -> None:
         """Work on these rows (K, D) from now on."""
-        key = parameters.data_ptr(), gradients.data_ptr()
+        key = parameters.data_ptr(), gradients.data_ptr(), len(parameters)
         if key == self._bound:
             return
         views, changes = self.layout.views(parameters), self.layout.views(gradients)

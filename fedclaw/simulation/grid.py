@@ -53,7 +53,8 @@ class SimulationGrid(CohortGrid):
                 clients.append(client)
                 mechanisms[examples] = charge.mechanism
         round = Round(plan, outgoing.parameters, outgoing.teacher, outgoing.sent, template, single, mechanisms)
-        units = units_of(clients, [self._federation.examples(client) for client in clients], plan.training)
+        sizes = [self._federation.examples(client) for client in clients]
+        units = units_of(clients, sizes, plan.training, shapes_of(outgoing.parameters).values())
         for answer in self._crew.train(round, units, self._memory):
             self._take(round, answer, trained)
         trained.answered.sort()

@@ -5,7 +5,8 @@ process, and the units' sums are added in the order of the units: so the result 
 processes.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +23,11 @@ UNIT = 16
 """Clients of a unit, at most."""
 FEWEST_UNITS = 2
 """Of a cohort that has as many clients: so that two processes both have something to do."""
-STEP_ROWS = 24
-"""What a step costs besides its rows, in rows: decides how evenly units are cut, nothing else."""
+STEP_ROWS, CLIENT_ROWS = 32, 8
+"""What a step costs besides its rows, in rows: all of it, and each client's matrices, which are read for a few rows.
+
+Measured with small models. They decide how evenly units are cut, nothing else.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,29 +62,42 @@ class Answer:
     """By client, what it has begun to remember: the kinds that have changed."""
 
 
-def units_of(clients: Sequence[int], sizes: Sequence[int], training: LocalTraining) -> list[list[int]]:
-    """`clients`, whose numbers of examples are `sizes`, cut into units: the most steps first, of about equal cost."""
+def units_of(
+    clients: Sequence[int], sizes: Sequence[int], training: LocalTraining, shapes: Iterable[Sequence[int]]
+) -> list[list[int]]:
+    """`clients`, whose numbers of examples are `sizes`, cut into units: the most steps first, of about equal cost.
+
+    `shapes`: those of the model's parameters.
+    """
     steps = {client: training.local_steps(size) for client, size in zip(clients, sizes, strict=True)}
     rows = dict(zip(clients, sizes, strict=True))
     order = sorted(clients, key=lambda client: (-steps[client], -rows[client], client))
     count = min(len(order), max(FEWEST_UNITS, -(-len(order) // UNIT)))
-    costs = {client: steps[client] * min(training.batch_size, rows[client]) for client in order}
+    own = CLIENT_ROWS * _in_matrices(shapes)
+    costs = {client: steps[client] * (min(training.batch_size, rows[client]) + own) for client in order}
     # A unit takes as many steps as its first client, which has the most.
     units: list[list[int]] = []
     left = sum(costs.values()) + STEP_ROWS * sum(steps[order[i * len(order) // count]] for i in range(count))
-    for number in range(count, 0, -1):
-        fair, cost = left / number, 0
+    for number in range(count, 1, -1):
+        fair, cost = left / number, 0.0
         unit: list[int] = []
-        while order and (not unit or (number > 1 and len(order) >= number)):
+        while len(order) >= number:
             more = costs[order[0]] + (0 if unit else STEP_ROWS * steps[order[0]])
-            if unit and number > 1 and (cost + more / 2 > fair or len(unit) == UNIT):
+            if unit and (cost + more / 2 > fair or len(unit) == UNIT):
                 break
             unit.append(order.pop(0))
             cost += more
         left -= cost
         units.append(unit)
+    # Usually one more; several when the others have become small for what their clients cost.
     units += [order[start : start + UNIT] for start in range(0, len(order), UNIT)]
     return [unit for unit in units if unit]
+
+
+def _in_matrices(shapes: Iterable[Sequence[int]]) -> float:
+    """The share of a model's numbers that are used once a row, not at many places as those of a convolution."""
+    sizes = [(math.prod(shape), len(shape) == 2) for shape in shapes]
+    return sum(size for size, is_matrix in sizes if is_matrix) / max(1, sum(size for size, _ in sizes))
 
 
 def flat(arrays: Mapping[str, NDArray[np.float32]], template: Mapping[str, tuple[int, ...]]) -> NDArray[np.float32]:

@@ -123,7 +123,8 @@ def _way(
     plan = make_plan(record, strategy, 1, len(federation), record.central)
     size = max(record.rules.minimum, round(record.rules.fraction * len(federation)))
     cohort = np.linspace(0, len(federation) - 1, min(size, len(federation))).astype(int).tolist()
-    units = units_of(cohort, [federation.examples(client) for client in cohort], record.training)
+    shapes = [parameter.shape for parameter in federation.workload.build(record.model).parameters()]
+    units = units_of(cohort, [federation.examples(client) for client in cohort], record.training, shapes)
     unit = max(units, key=len)
     return choose(
         settings.mode,

@@ -58,7 +58,7 @@ class Trainer:
         self._targets = torch.from_numpy(federation.table.targets)
         self._engines: dict[str, tuple[Engine, list[Loss]]] = {}
         self._source: GaussianSource | None = None
-        self._stacks: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._rows = torch.zeros(2, 0, 0)
         self._prepared: Prepared | None = None
 
     def answer(self, round: Round, unit: Sequence[int], memory: Mapping[int, State]) -> Answer:
@@ -127,21 +127,22 @@ class Trainer:
         kept = before.private if before is not None and before.engine is engine else None
         return kept or PrivateStep(engine)
 
-    def _memory_of(self, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows for parameters and gradients, made once: an engine need not be bound anew."""
-        if (count, size) not in self._stacks:
-            if len(self._stacks) >= 4:
-                self._stacks.clear()
-            self._stacks[count, size] = torch.zeros(count, size), torch.zeros(count, size)
-        return self._stacks[count, size]
+    def _bound(self, engine: Engine, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (count, size) for parameters and gradients that `engine` works on.
+
+        They are the first of as many as were ever needed: fresh memory is slow, and an engine need not be bound anew.
+        """
+        if self._rows.shape[1] < count or self._rows.shape[2] != size:
+            self._rows = torch.zeros(2, count, size)
+        engine.bind(self._rows[0], self._rows[1])
+        return self._rows[0, :count], self._rows[1, :count]
 
     def _train(self, prepared: Prepared, group: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
         """Rows (k, D) of what the clients' parameters have become, and the steps that each has taken."""
         plan, engine = prepared.round.plan, prepared.engine
-        stack, gradients = self._memory_of(len(group), len(prepared.start))
+        stack, gradients = self._bound(engine, len(group), len(prepared.start))
         stack.copy_(prepared.start.expand_as(stack))
         self._put_personal(prepared, group, stack)
-        engine.bind(stack, gradients)
         samplings = self._samplings(prepared.round, group) if is_sampled(plan) else []
         batches = self._batches(plan, group, samplings)
         packings = pack(batches, self._way.spare)

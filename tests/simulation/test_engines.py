@@ -144,13 +144,28 @@ def test_units_have_every_client_once_and_the_most_steps_first(count):
     sizes = np.random.default_rng(count).integers(1, 60, count).tolist()
     training = LocalTraining(epochs=2, batch_size=8, learning_rate=0.1)
     clients = list(range(7, 7 + count))
-    units = units_of(clients, sizes, training)
+    units = units_of(clients, sizes, training, [(10, 64), (10,)])
     assert sorted(client for unit in units for client in unit) == clients
     assert max(map(len, units)) <= 16
     assert len(units) >= min(2, count)
     for unit in units:
         steps = [training.local_steps(sizes[client - 7]) for client in unit]
         assert steps == sorted(steps, reverse=True)
+
+
+@pytest.mark.parametrize("shapes", [[(512, 512), (512,)], [(32, 16, 3, 3), (32,)]])
+def test_two_processes_get_as_much_to_do(shapes):
+    training = LocalTraining(epochs=2, batch_size=8, learning_rate=0.1)
+    matrices = len(shapes[0]) == 2
+    for seed in range(50):
+        sizes = np.random.default_rng(seed).integers(8, 33, 20).tolist()
+        units = units_of(range(20), sizes, training, shapes)
+        assert len(units) == 2, "a third one would leave a process idle"
+        costs = []
+        for unit in units:
+            steps = [training.local_steps(sizes[client]) for client in unit]
+            costs.append(32 * max(steps) + (8 + 8 * matrices) * sum(steps))
+        assert max(costs) < 1.35 * min(costs)
 
 
 def test_a_row_holds_parameters_in_any_order_of_axes():
