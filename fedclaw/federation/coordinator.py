@@ -68,6 +68,24 @@ class RoundReport:
     bytes_down: int = 0
     """Of the arrays that the sites of those answers trained from."""
 
+    def as_line(self) -> dict[str, Any]:
+        """The round's line in the run's metrics, as plain values."""
+        price = {} if self.price is None else {"noise_price": asdict(self.price)}
+        return {
+            **price,
+            "metrics": dict(self.metrics),
+            "test_examples": self.test_examples,
+            "answered": list(self.answered),
+            "declined": {declined.site: declined.code for declined in self.declined},
+            "silent": list(self.silent),
+            "update_norm": self.update_norm,
+            "train_seconds": round(self.train_seconds, 4),
+            "evaluate_seconds": round(self.evaluate_seconds, 4),
+            "epsilon": {site: item.receipt.epsilon_run for site, item in self.receipts.items()},
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+        }
+
 
 class Observer(Protocol):
     """Someone who watches a run: the terminal, MLflow."""
@@ -275,7 +293,7 @@ class _Loop:
     def _evaluate(self, plan: Plan, nodes: Sequence[int], trained: Trained, norm: float) -> RoundReport:
         evaluated = exchange.evaluate(self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline)
         report = self._report(plan, trained, evaluated, norm)
-        self.directory.append_metrics(plan.round, _metrics_line(report), durable=self.record.simulated is None)
+        self.directory.append_metrics(plan.round, report.as_line(), durable=self.record.simulated is None)
         return report
 
     def _tell(self, report: RoundReport) -> None:
@@ -473,21 +491,3 @@ def _reasons(trained: Trained) -> str:
     if isinstance(trained, SecurelyTrained) and trained.failure:
         reasons.append(trained.failure)
     return "; ".join([*reasons, *(f"{site}: no answer in time" for site in trained.silent)])
-
-
-def _metrics_line(report: RoundReport) -> dict[str, Any]:
-    price = {} if report.price is None else {"noise_price": asdict(report.price)}
-    return {
-        **price,
-        "metrics": dict(report.metrics),
-        "test_examples": report.test_examples,
-        "answered": list(report.answered),
-        "declined": {declined.site: declined.code for declined in report.declined},
-        "silent": list(report.silent),
-        "update_norm": report.update_norm,
-        "train_seconds": round(report.train_seconds, 4),
-        "evaluate_seconds": round(report.evaluate_seconds, 4),
-        "epsilon": {site: item.receipt.epsilon_run for site, item in report.receipts.items()},
-        "bytes_up": report.bytes_up,
-        "bytes_down": report.bytes_down,
-    }

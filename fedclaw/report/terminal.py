@@ -1,5 +1,6 @@
 """A run, as a person at the terminal sees it."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +14,9 @@ from fedclaw.report.console import make_console
 if TYPE_CHECKING:
     from fedclaw.federation.coordinator import Outcome, RoundReport
     from fedclaw.privacy.distributed import Price
+
+MOST_SITES = 20
+"""Rows of the table at the end."""
 
 
 class TerminalProgress:
@@ -123,7 +127,7 @@ def privacy_words(record: RunRecord) -> str:
 
 
 def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
-    """What the run cost each site."""
+    """What the run cost each site; of very many, those that paid most."""
     table = Table(title="Privacy spent, by site", title_justify="left")
     for name, justify in (
         ("site", "left"),
@@ -135,7 +139,8 @@ def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name in ("lifetime", "left", "delta", "rounds"):
         table.add_column(name, justify="right")
-    for site, item in sorted(receipts.items()):
+    dearest = sorted(receipts.items(), key=lambda item: (-_paid(item[1]), item[0]))
+    for site, item in sorted(dearest[:MOST_SITES]):
         receipt = item.receipt
         table.add_row(
             site,
@@ -148,7 +153,14 @@ def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
             f"{receipt.delta:g}",
             str(receipt.rounds),
         )
+    if rest := [item for _, item in dearest[MOST_SITES:]]:
+        table.caption = f"and {len(rest)} sites that paid no more than these; receipts.json has all"
+        table.caption_justify = "left"
     return table
+
+
+def _paid(item: SiteReceipt) -> float:
+    return math.inf if item.receipt.epsilon_run is None else item.receipt.epsilon_run
 
 
 def _epsilon(value: float | None, absent: str = "unbounded") -> str:

@@ -31,6 +31,7 @@ NO_TRACKING = "none"
 _ID_FILE = "mlflow.json"
 _ALWAYS = "update_norm"
 """A figure that every round has, with metrics or without."""
+_FIGURES = ("train_seconds", "evaluate_seconds", "bytes_up", "bytes_down")
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """So that a tracking server that has gone costs a round seconds; MLflow's own defaults cost it minutes."""
 _FIRST_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -179,10 +180,8 @@ class MlflowTracker:
 
     def finished_round(self, report: "RoundReport") -> None:
         """Metrics and epsilons at this round."""
-        line = report.metrics, report.update_norm, report.train_seconds, report.evaluate_seconds
-        epsilons = {site: item.receipt.epsilon_run for site, item in report.receipts.items()}
         with self._forgiving():
-            self._note(report.round, _values(*line, len(report.answered), epsilons))
+            self._note(report.round, _values(report.as_line()))
             if report.round >= report.rounds or time.monotonic() - self._told >= _TELL_EVERY:
                 self._tell(self._run_id or self._begin())
 
@@ -232,9 +231,7 @@ class MlflowTracker:
         noted = {point.step for point in self._client.get_metric_history(run_id, _ALWAYS)}
         for line in self._directory.read_metrics():
             if line["round"] not in noted and _ALWAYS in line:
-                seconds = line["train_seconds"], line["evaluate_seconds"]
-                values = _values(line["metrics"], line[_ALWAYS], *seconds, len(line["answered"]), line["epsilon"])
-                self._note(line["round"], values)
+                self._note(line["round"], _values(line))
         self._tell(run_id)
 
     def _note(self, number: int, values: Mapping[str, float]) -> None:
@@ -368,22 +365,13 @@ def _public(text: str) -> str:
     return re.sub(r"://[^/\s@]*@", "://...@", text)
 
 
-def _values(
-    metrics: Mapping[str, float],
-    update_norm: float,
-    train_seconds: float,
-    evaluate_seconds: float,
-    sites: int,
-    epsilons: Mapping[str, float | None],
-) -> dict[str, float]:
-    """What MLflow is told of a round."""
+def _values(line: Mapping[str, Any]) -> dict[str, float]:
+    """What MLflow is told of a round, from its line in the run's metrics."""
     return {
-        **metrics,
-        _ALWAYS: update_norm,
-        "train_seconds": train_seconds,
-        "evaluate_seconds": evaluate_seconds,
-        "sites": float(sites),
-        **{f"epsilon/{site}": value for site, value in epsilons.items() if value is not None},
+        **line["metrics"],
+        **{name: line[name] for name in (_ALWAYS, *_FIGURES) if name in line},
+        "sites": float(len(line["answered"])),
+        **{f"epsilon/{site}": value for site, value in line["epsilon"].items() if value is not None},
     }
 
 

@@ -38,6 +38,8 @@ def report(number):
         metrics={"accuracy": 0.25 * number},
         test_examples=9,
         receipts={"north": SiteReceipt(examples=9, receipt=RECEIPT)},
+        bytes_up=120,
+        bytes_down=240,
     )
 
 
@@ -70,6 +72,7 @@ def check(client, experiment_name="fedclaw"):
     assert found.data.params["privacy.epsilon"] == "2.0"
     assert found.data.params["training.batch_size"] == "8"
     assert found.data.metrics["epsilon/north"] == 1.5
+    assert (found.data.metrics["bytes_up"], found.data.metrics["bytes_down"]) == (120, 240)
     history = client.get_metric_history(found.info.run_id, "accuracy")
     assert [(point.step, point.value) for point in history] == [(1, 0.25), (2, 0.5)]
     assert {a.path for a in client.list_artifacts(found.info.run_id)} == {"model.npz", "run.json", "receipts.json"}
@@ -82,10 +85,8 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run):
 
 def test_rounds_that_the_store_lacks_are_noted_when_the_run_goes_on(run):
     """A process may end between a round's line in metrics.jsonl and MLflow; or nobody tracked at first."""
-    line = {"update_norm": 0.5, "train_seconds": 1.0, "evaluate_seconds": 0.1, "answered": ["north"]}
     for number in (1, 2):
-        metrics = {"metrics": {"accuracy": 0.25 * number}, "epsilon": {"north": 1.5}}
-        run.directory.append_metrics(number, line | metrics)
+        run.directory.append_metrics(number, report(number).as_line())
     first = MlflowTracker(TrackingSettings(), run.directory)
     first.started(run.record, 1)
     first.finished_round(report(1))

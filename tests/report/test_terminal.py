@@ -1,0 +1,32 @@
+"""What a person at the terminal sees at the end of a run."""
+
+from io import StringIO
+
+from rich.console import Console
+
+from fedclaw.federation.run_directory import SiteReceipt
+from fedclaw.report.terminal import MOST_SITES, receipt_table
+from tests.samples import receipt
+
+
+def shown(receipts):
+    console = Console(file=StringIO(), width=160)
+    console.print(receipt_table(receipts))
+    return console.file.getvalue()
+
+
+def test_every_site_of_a_federation_has_a_row():
+    text = shown({f"site-{n:02}": SiteReceipt(examples=9, receipt=receipt()) for n in range(MOST_SITES)})
+    assert all(f"site-{n:02}" in text for n in range(MOST_SITES))
+    assert "receipts.json" not in text
+
+
+def test_of_a_thousand_simulated_clients_those_that_paid_most_are_shown():
+    receipts = {
+        f"client-{n}": SiteReceipt(examples=9, receipt=receipt(epsilon_run=None if n == 7 else n / 1000))
+        for n in range(1000)
+    }
+    lines = shown(receipts).splitlines()
+    named = {line.split()[1] for line in lines if "client-" in line}
+    assert named == {"client-7", *(f"client-{n}" for n in range(981, 1000))}
+    assert lines[-1].strip() == "and 980 sites that paid no more than these; receipts.json has all"
