@@ -5,13 +5,14 @@ full batch, and nothing is random. The sites, the loop and the wire between them
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from flwr.app import Message
 from torch import nn
 
 from fedclaw.errors import DataError
@@ -149,6 +150,18 @@ def service(
         ledger=Ledger.open(":memory:", name),
         states=SiteStates(root),
     )
+
+
+class Sampled(LocalGrid):
+    """Everybody is connected, and only those of COHORTS answer."""
+
+    COHORTS: ClassVar = (("a", "b"), ("c",), ("b", "c"), ("a",))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        messages = list(messages)
+        cohort = self.COHORTS[(int(messages[0].metadata.group_id) - 1) % len(self.COHORTS)]
+        there = [message for message in messages if self.site_name(message.metadata.dst_node_id) in cohort]
+        return super().send_and_receive(there, timeout=timeout)
 
 
 def identified(services: Mapping[str, SiteService]) -> None:

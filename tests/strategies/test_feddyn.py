@@ -16,7 +16,7 @@ from fedclaw.federation.strategy import RoundContext, StepContext, Turnout
 from fedclaw.runtime.local import LocalGrid
 from strategies.feddyn import FedDyn
 from tests.crashes import server_dies
-from tests.least_squares import PLACE, Bowl, asked, bottom, bowls, identified, place, play
+from tests.least_squares import PLACE, Bowl, Sampled, asked, bottom, bowls, identified, place, play
 
 PLAIN = LocalTraining(steps=4, batch_size=8, learning_rate=0.5)
 UNLIKE = {"a": Bowl((4.0,), (1.0,), 1), "b": Bowl((-2.0,), (0.3,), 3), "c": Bowl((7.0,), (2.0,), 2)}
@@ -69,18 +69,6 @@ def algorithm_1(sites, cohorts, rounds, steps, rate, alpha, weights):
         h -= alpha * change
         w = mean - h / alpha
     return w
-
-
-class Sampled(LocalGrid):
-    """Everybody is connected, and only those of COHORTS answer."""
-
-    COHORTS = (("a", "b"), ("c",), ("b", "c"), ("a",))
-
-    def send_and_receive(self, messages, *, timeout=None):
-        messages = list(messages)
-        cohort = self.COHORTS[(int(messages[0].metadata.group_id) - 1) % len(self.COHORTS)]
-        there = [message for message in messages if self.site_name(message.metadata.dst_node_id) in cohort]
-        return super().send_and_receive(there, timeout=timeout)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.strategy import RoundContext, StepContext, Turnout
 from fedclaw.runtime.local import LocalGrid
 from strategies.fednova import FedNova, accumulated
-from tests.least_squares import PLACE, Bowl, asked, bottom, bowls, identified, place, play
+from tests.least_squares import PLACE, Bowl, Sampled, asked, bottom, bowls, identified, place, play
 
 
 def training(**changes) -> LocalTraining:
@@ -99,21 +99,22 @@ def test_equal_steps_are_fedavg_and_with_a_pull_fedprox(tmp_path) -> None:
         )
 
 
-class Some(LocalGrid):
-    """Site c never answers."""
-
-    def send_and_receive(self, messages, *, timeout=None):
-        there = [message for message in messages if self.site_name(message.metadata.dst_node_id) != "c"]
-        return super().send_and_receive(there, timeout=timeout)
-
-
-def test_a_round_without_one_site_by_hand(tmp_path) -> None:
-    record = asked("fednova", rounds=1, training=EPOCHS)
-    found = place(play(tmp_path / "run", record, bowls(UNEQUAL), grid=Some))
-    # From 0, k steps go to (1 - 0.98^k) b; weights 4 and 40, steps 1 and 10.
-    gone = {"a": 4 * (1 - 0.98), "b": -2 * (1 - 0.98**10)}
-    expected = (4 * gone["a"] / 1 + 40 * gone["b"] / 10) / 44 * (4 * 1 + 40 * 10) / 44
-    assert found[0] == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+def test_rounds_in_which_only_some_answer_by_hand(tmp_path, weighting) -> None:
+    """Wang et al. 2020, equation 7 with the weights of those that are there."""
+    record = asked("fednova", rounds=10, training=EPOCHS, weighting=weighting)
+    found = place(play(tmp_path / "run", record, bowls(UNEQUAL), grid=Sampled))
+    where = 0.0
+    for number in range(record.rounds):
+        there = Sampled.COHORTS[number % len(Sampled.COHORTS)]
+        weights = {name: UNEQUAL[name].examples if weighting == "examples" else 1 for name in there}
+        whole = sum(weights.values())
+        # k steps go the share 1 - 0.98^k of the way to the bottom.
+        steps = {name: UNEQUAL[name].examples // 4 for name in there}
+        gone = {name: (UNEQUAL[name].bottom[0] - where) * (1 - 0.98 ** steps[name]) for name in there}
+        direction = sum(weights[name] / whole * gone[name] / steps[name] for name in there)
+        where += direction * sum(weights[name] / whole * steps[name] for name in there)
+    assert found[0] == pytest.approx(where, rel=1e-4)
 
 
 def test_a_secure_sum_gives_the_same(tmp_path) -> None:
