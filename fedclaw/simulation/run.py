@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
 from fedclaw.federation import checkpoint
+from fedclaw.federation.arrays import shapes_of
 from fedclaw.federation.coordinator import PENDING, Observer, Outcome, make_plan, make_strategy, run_rounds
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, Simulated
@@ -62,7 +63,7 @@ def simulate_cohorts(
     grid = None
     try:
         initial = initial_parameters(record)
-        grid = _grid(record, federation, settings, directory, teacher, around)
+        grid = _grid(record, federation, settings, directory, initial, teacher, around)
         return run_rounds(grid, directory, initial, teacher=teacher, observers=observers)
     finally:
         if grid is not None:
@@ -99,11 +100,12 @@ def _grid(
     federation: SimulatedFederation,
     settings: SimulationSettings,
     directory: RunDirectory,
+    initial: Mapping[str, NDArray[np.float32]],
     teacher: Mapping[str, NDArray[np.float32]] | None,
     around: Callable[[Crew], Crew],
 ) -> SimulationGrid:
     assert record.simulated is not None
-    way = _way(record, federation, settings, teacher)
+    way = _way(record, federation, settings, initial, teacher)
     trainer = Trainer(federation, way, record.seed, repeatable_noise=record.simulated.repeatable_noise)
     crew: Crew = Alone(trainer) if settings.workers == 1 else Forked(trainer, settings.workers, UNIT)
     accounts = Accounts(federation)
@@ -117,14 +119,15 @@ def _way(
     record: RunRecord,
     federation: SimulatedFederation,
     settings: SimulationSettings,
+    initial: Mapping[str, NDArray[np.float32]],
     teacher: Mapping[str, NDArray[np.float32]] | None,
 ) -> Way:
     strategy = make_strategy(record)
     plan = make_plan(record, strategy, 1, len(federation), record.central)
     size = max(record.rules.minimum, round(record.rules.fraction * len(federation)))
     cohort = np.linspace(0, len(federation) - 1, min(size, len(federation))).astype(int).tolist()
-    shapes = [parameter.shape for parameter in federation.workload.build(record.model).parameters()]
-    units = units_of(cohort, [federation.examples(client) for client in cohort], record.training, shapes)
+    sizes = [federation.examples(client) for client in cohort]
+    units = units_of(cohort, sizes, record.training, shapes_of(initial).values())
     unit = max(units, key=len)
     return choose(
         settings.mode,
