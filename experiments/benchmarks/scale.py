@@ -125,9 +125,9 @@ def _peak() -> float:
 
 
 def _resident(process: int) -> float:
-    """Megabytes of a process that are its own: what it shares with its parent counts in parts."""
-    text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) * 1024 / 1e6
+    """Megabytes that a process has written: what it shares with its parent counts in parts, libraries' files do not."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) * 1024 / 1e6
 
 
 def _children(process: int) -> list[int]:

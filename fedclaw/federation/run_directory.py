@@ -276,9 +276,12 @@ class RunDirectory:
         return line
 
     def write_receipts(self, receipts: Mapping[str, SiteReceipt]) -> None:
-        """Replace the last receipt of every site, by site name."""
-        content = {name: receipt.model_dump(mode="json") for name, receipt in sorted(receipts.items())}
-        write_atomic(self.root / "receipts.json", json.dumps(content, indent=2).encode())
+        """Replace the last receipt of every site, by site name, a line each: there may be very many."""
+        lines = (
+            f"  {json.dumps(name)}: {json.dumps(receipt.model_dump(mode='json'))}"
+            for name, receipt in sorted(receipts.items())
+        )
+        write_atomic(self.root / "receipts.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     def read_receipts(self) -> dict[str, SiteReceipt]:
         """The last receipt of every site that ever trained in this run, by site name. Raises CheckpointError."""

@@ -5,6 +5,7 @@ and the answers lie in memory that all share; what else passes between processes
 clients remember.
 """
 
+import gc
 import json
 import logging
 import math
@@ -101,6 +102,8 @@ class Forked:
             if process.is_alive():
                 process.kill()
                 process.join()
+        if self._processes:
+            gc.unfreeze()
         self._links, self._processes = [], []
 
     def _start(self, round: Round, shapes: dict[str, Shapes]) -> None:
@@ -108,6 +111,8 @@ class Forked:
         self._outgoing = shared_numbers(sum(sizes))
         rows = self._largest if round.single else 1
         self._slots = shared_numbers(2 * self._count, rows, _size(round.template))
+        # A garbage collection writes into every object that it looks at, and so copies the page that it is on.
+        gc.freeze()
         context = multiprocessing.get_context("fork")
         for number in range(self._count):
             ours, theirs = context.Pipe()
