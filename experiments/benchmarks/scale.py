@@ -3,7 +3,7 @@
     python -m experiments.benchmarks.scale [ROUNDS=200] [workers=2] [clients=10000]
 
 First the vision workload's CNN (6 thousand parameters) over 10,000 simulated clients with 10 random images each, 100
-sampled in a round: `seconds_per_round`, and `memory_growth`, the resident memory of this process and its workers after
+sampled in a round: `seconds_per_round`, and `memory_growth`, what this process and its workers have written after
 the last round by that after the first quarter. Then one aggregation of 1,000 updates of a million numbers: `models` is
 how much the process's peak memory grew by, in updates.
 """
