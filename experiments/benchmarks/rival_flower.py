@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from flwr.clientapp import ClientApp
 from torch.nn import functional
 
 if TYPE_CHECKING:
+    from flwr.serverapp import Grid, ServerApp
+
     from experiments.benchmarks.digits import Job
 
 Build = Callable[[], torch.nn.Module]
@@ -55,10 +57,11 @@ def client_app(file: Path, build: Build, training: Training) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        held = _at_hand(file, build)
+        torch.set_num_threads(1)
+        held = at_hand(file, build)
         held.model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
         rows = held.shares[int(context.node_config["partition-id"])]
-        _train(held, rows, training)
+        train_on(held, rows, training)
         content = RecordDict(
             {"arrays": ArrayRecord(held.model.state_dict()), "metrics": MetricRecord({"num-examples": len(rows)})}
         )
@@ -67,16 +70,17 @@ def client_app(file: Path, build: Build, training: Training) -> ClientApp:
     return app
 
 
-def _at_hand(file: Path, build: Build) -> Held:
+def at_hand(file: Path, build: Build) -> Held:
+    """What this process keeps of `file`; at the first call it is read."""
     if file not in _held:
-        torch.set_num_threads(1)
         with np.load(file, allow_pickle=False) as arrays:
             inputs, targets, rows = (torch.from_numpy(arrays[name]) for name in ("inputs", "targets", "rows"))
             _held[file] = Held(build(), inputs, targets, list(torch.split(rows, arrays["sizes"].tolist())))
     return _held[file]
 
 
-def _train(held: Held, rows: torch.Tensor, training: Training) -> None:
+def train_on(held: Held, rows: torch.Tensor, training: Training) -> None:
+    """Train the held model on the examples of `rows`."""
     optimizer = torch.optim.SGD(held.model.parameters(), lr=training.rate)
     for _ in range(training.epochs):
         for batch in torch.split(rows[torch.randperm(len(rows))], training.batch):
@@ -88,11 +92,12 @@ def _train(held: Held, rows: torch.Tensor, training: Training) -> None:
 def run_flower(job: "Job", rounds: int, seed: int = 0) -> float:
     """The last accuracy on the job's test examples. Raises RuntimeError if a client of a round did not answer.
 
-    Needs Ray (`pip install 'fedclaw[ray]'`). Ray listens on loopback only, for the time of the run.
+    Raises UsageError without Ray (`pip install 'fedclaw[ray]'`). It listens on loopback only, for the time of the run.
     """
     from experiments.benchmarks.digits import ASKED, BATCH, CLIENTS, EPOCHS, RATE
-    from fedclaw.runtime.ray import RaySettings
+    from fedclaw.runtime.ray import RaySettings, require_ray
 
+    require_ray()
     settings = RaySettings(cpus=2)
     settings.prepare()
     # Imports Ray: not before it is prepared.
@@ -105,7 +110,7 @@ def run_flower(job: "Job", rounds: int, seed: int = 0) -> float:
     answers: list[int] = []
     with tempfile.TemporaryDirectory(prefix="fedclaw-benchmark-") as directory:
         clients = client_app(
-            _written(job, Path(directory)),
+            written(job, Path(directory)),
             partial(job.federation.workload.build, job.model),
             Training(EPOCHS, BATCH, RATE),
         )
@@ -116,9 +121,11 @@ def run_flower(job: "Job", rounds: int, seed: int = 0) -> float:
     return accuracies[-1]
 
 
-def _server_app(model: torch.nn.Module, job: "Job", rounds: int, accuracies: list[float], answers: list[int]) -> Any:
+def _server_app(
+    model: torch.nn.Module, job: "Job", rounds: int, accuracies: list[float], answers: list[int]
+) -> "ServerApp":
     """Flower's FedAvg, which weights by examples; it appends to `accuracies` and `answers` by round."""
-    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import FedAvg
 
     from experiments.benchmarks.digits import ASKED, CLIENTS
@@ -137,7 +144,7 @@ def _server_app(model: torch.nn.Module, job: "Job", rounds: int, accuracies: lis
         return MetricRecord({"accuracy": accuracies[-1]})
 
     @app.main()
-    def main(grid: Grid, context: Context) -> None:  # noqa: ARG001 (Flower's signature)
+    def main(grid: "Grid", context: Context) -> None:  # noqa: ARG001 (Flower's signature)
         strategy = FedAvg(
             fraction_train=ASKED / CLIENTS,
             fraction_evaluate=0.0,
@@ -150,7 +157,8 @@ def _server_app(model: torch.nn.Module, job: "Job", rounds: int, accuracies: lis
     return app
 
 
-def _written(job: "Job", directory: Path) -> Path:
+def written(job: "Job", directory: Path) -> Path:
+    """A file of the job's training examples, and of which are whose."""
     federation = job.federation
     rows = [federation.share(client) for client in range(len(federation))]
     file = directory / "examples.npz"

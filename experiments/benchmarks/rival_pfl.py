@@ -5,7 +5,7 @@
 (without its dependencies, for pfl 0.6 asks for a dp-accounting older than FedClaw's.) pfl has no setting for a cohort
 without repetition, nor for batches drawn anew in each epoch: a sampler and a dataset of a few lines do both, at the
 places that pfl has for them. In its first round pfl also evaluates the clients' models on their own examples, which
-cannot be turned off. With its platform's report of a round's metrics, which prints, left out.
+cannot be turned off. But for the random numbers that this draws, a run trains the plain loop's models one by one.
 """
 
 import os
@@ -84,6 +84,7 @@ def run_pfl(job: Job, rounds: int, seed: int = 0) -> float:
         ),
         model_eval_params=NNEvalHyperParams(local_batch_size=None),
         callbacks=[CentralEvaluationCallback(test)],
+        # It would print each round's metrics.
         send_metrics_to_platform=False,
     )
     (accuracy,) = (value for _, value in model.evaluate(test))
