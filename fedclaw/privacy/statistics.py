@@ -117,13 +117,13 @@ class Design:
 
         Raises DataError for numbers without declared bounds.
         """
-        for column in columns:
-            if column.bounds is None and not column.levels:
-                raise DataError(
-                    f"column {column.name!r} declares no bounds, and noise is scaled by them: add range: [smallest, "
-                    "largest] to it in the schema file, from what is known of such values and not from the data, or "
-                    "leave it out of columns="
-                )
+        boundless = [repr(column.name) for column in columns if column.bounds is None and not column.levels]
+        if boundless:
+            raise DataError(
+                f"no bounds are declared of {', '.join(boundless)}, and noise is scaled by them: add range: [smallest, "
+                "largest] to each in the schema file, from what is known of such values and not from the data, or "
+                "leave them out of columns="
+            )
         self.columns = tuple(columns)
         self.classes = tuple(classes)
         self.bins = bins

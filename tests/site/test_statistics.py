@@ -246,7 +246,7 @@ def test_numbers_without_declared_bounds_are_refused_by_name(tmp_path):
     (root / "schema.yaml").write_text(schema)
     asker = Asker(root)
     reason = refused(asker.ask(), RefusalCode.SCHEMA)
-    assert "'age' declares no bounds" in reason
+    assert "no bounds are declared of 'age', and" in reason
     assert not asker.ask(columns=("dose", "ward")).has_error()
 
 
