@@ -10,6 +10,7 @@ import torch
 from experiments.benchmarks import rivals
 from experiments.benchmarks.digits import ASKED, BATCH, CLIENTS, EPOCHS, RATE, Job, run_plain
 from experiments.benchmarks.rival_flower import Training, at_hand, train_on, written
+from experiments.benchmarks.simulation import Timed, judge
 from tests.conftest import Command, run_module
 
 BENCHMARK = "experiments.benchmarks.simulation"
@@ -35,6 +36,31 @@ def test_what_a_rival_needs_is_looked_for(monkeypatch):
     assert rivals.installed("flower")
     monkeypatch.setitem(rivals.NEEDS, "flower", ("flwr", "ray", "no_such_package"))
     assert not rivals.installed("flower")
+
+
+def test_a_rival_that_fails_says_why_and_costs_nothing_else(monkeypatch):
+    monkeypatch.setitem(rivals.NEEDS, "no_such_rival", ("torch",))
+    plain, rival = Timed([2.0], [2.0], [0.9]), Timed()
+    rival.run_rival("no_such_rival", "mlp", 1, 0)
+    found = {"ratio": {}, "processor": {}, "accuracy": {}, "rivals": {}}
+    rows = judge("mlp", {"plain": plain, "mlp_1": Timed([1.0], [1.0], [0.8]), "mlp_no_such_rival": rival}, found)
+    assert found == {
+        "ratio": {"mlp_1": 0.5},
+        "processor": {"mlp_1": 0.5},
+        "accuracy": {"mlp_plain": 0.9, "mlp_1": 0.8},
+        "rivals": {},
+    }
+    assert rows[-1][:2] == ("mlp, no_such_rival, 0 run(s)", "failed")
+    assert "KeyError: 'no_such_rival'" in rows[-1][2]
+
+
+def test_of_a_rivals_runs_each_is_set_against_the_plain_loop_beside_it():
+    found = {"ratio": {}, "processor": {}, "accuracy": {}, "rivals": {}}
+    plain = Timed([2.0, 4.0, 8.0], [2.0, 4.0, 8.0], [0.9, 0.9, 0.9])
+    judge("cnn", {"plain": plain, "cnn_flower": Timed([20.0, 80.0], [], [0.7, 0.9])}, found)
+    assert found["rivals"] == {"cnn_flower": 15.0}
+    assert found["accuracy"] == {"cnn_plain": 0.9, "cnn_flower": 0.8}
+    assert found["ratio"] == found["processor"] == {}
 
 
 def test_flowers_clients_hold_and_train_what_the_plain_loops_do(tmp_path):

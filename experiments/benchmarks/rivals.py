@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from experiments.benchmarks.digits import Job
-from fedclaw.errors import UsageError
+from fedclaw.errors import FedClawError
 
 NEEDS = {"flower": ("flwr", "ray"), "pfl": ("pfl", "multiprocess", "prv_accountant", "dill")}
 """By rival, the packages that its run imports."""
@@ -25,6 +25,10 @@ HINTS = {
     "pfl": "pip install --no-deps pfl multiprocess prv-accountant dill",
 }
 """How to have it."""
+
+
+class RivalError(FedClawError):
+    """A rival's process has failed."""
 
 
 def installed(rival: str) -> bool:
@@ -50,12 +54,12 @@ RUNS = {"flower": run_flower, "pfl": run_pfl}
 
 
 def timed(rival: str, kind: str, rounds: int, seed: int) -> tuple[float, float]:
-    """Seconds and last accuracy of one run of a rival, in a process of its own. Raises UsageError if that fails."""
+    """Seconds and last accuracy of one run of a rival, in a process of its own. Raises RivalError if that fails."""
     arguments = [sys.executable, "-m", "experiments.benchmarks.rivals", rival, kind, str(rounds), str(seed)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise UsageError(f"{rival} failed on the job {kind}: {lines[-1]}; leave the rivals out with rivals=0")
+        raise RivalError(f"{lines[-1]}; leave the rivals out with rivals=0")
     figures = json.loads(done.stdout.splitlines()[-1])
     return figures["seconds"], figures["accuracy"]
 

@@ -34,11 +34,12 @@ TARGETS = {"cnn_1": 0.55, "cnn_2": 0.35, "mlp_1": 0.90, "mlp_2": 0.55}
 
 @dataclass
 class Timed:
-    """Seconds and accuracies of one contestant, by run."""
+    """Seconds and accuracies of one contestant, by run, and why it has been given up, if it has."""
 
     wall: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
+    failure: str = ""
 
     def run(self, work: Callable[[], float]) -> None:
         """Once more."""
@@ -47,8 +48,15 @@ class Timed:
         self.wall.append(time.perf_counter() - wall)
         self.processor.append(time.process_time() - processor)
 
-    def add(self, seconds: float, accuracy: float) -> None:
-        """One more run, timed elsewhere."""
+    def run_rival(self, rival: str, kind: str, rounds: int, seed: int) -> None:
+        """Once more, unless it has failed: another library's failure does not cost our figures."""
+        if self.failure:
+            return
+        try:
+            seconds, accuracy = rivals.timed(rival, kind, rounds, seed)
+        except rivals.RivalError as error:
+            self.failure = str(error)
+            return
         self.wall.append(seconds)
         self.accuracy.append(accuracy)
 
@@ -77,7 +85,7 @@ def measure(kind: str, workers: Sequence[int], plan: Plan, root: Path) -> dict[s
                 lambda count=count, name=name, seed=number: run_fedclaw(job, rounds, count, root, name, seed=seed)  # type: ignore[misc]
             )
         for rival in _present() if number < plan.rival_runs else ():
-            timed.setdefault(f"{kind}_{rival}", Timed()).add(*rivals.timed(rival, kind, rounds, number))
+            timed.setdefault(f"{kind}_{rival}", Timed()).run_rival(rival, kind, rounds, number)
     return timed
 
 
@@ -93,28 +101,33 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="fedclaw-benchmark-") as directory:
         for kind in dict.fromkeys(case.split("_")[0] for case in cases):
             workers = [int(case.split("_")[1]) for case in cases if case.startswith(kind)]
-            rows += _judge(kind, measure(kind, workers, plan, Path(directory)), figures)
+            rows += judge(kind, measure(kind, workers, plan, Path(directory)), figures)
     if plan.rival_runs:
         rows += [(rival, "not installed", hint) for rival, hint in rivals.HINTS.items() if not rivals.installed(rival)]
     title = f"digits-100: {plan.rounds} rounds, medians of {runs} alternating runs"
     report(title, rows, {**figures, "rounds": plan.rounds})
 
 
-def _judge(kind: str, timed: dict[str, Timed], figures: dict[str, dict[str, float]]) -> list[Row]:
+def judge(kind: str, timed: dict[str, Timed], figures: dict[str, dict[str, float]]) -> list[Row]:
     """The rows of one model, whose ratios and accuracies are added to `figures`."""
     plain = timed.pop("plain")
     figures["accuracy"][f"{kind}_plain"] = accuracy = statistics.median(plain.accuracy)
     rows = [(f"{kind}, plain loop", f"{statistics.median(plain.wall):.2f} s, accuracy {accuracy:.3f}", "")]
     for case, found in timed.items():
-        name, ours = case.removeprefix(f"{kind}_"), case in TARGETS
+        name = case.removeprefix(f"{kind}_")
+        ours = name not in rivals.NEEDS
+        title = f"{kind}, FedClaw, {name} worker(s)" if ours else f"{kind}, {name}, {len(found.wall)} run(s)"
+        if found.failure:
+            rows.append((title, "failed", found.failure))
+        if not found.wall:
+            continue
         ratio = _ratio(found.wall, plain.wall)
         figures["ratio" if ours else "rivals"][case] = ratio
         figures["accuracy"][case] = accuracy = round(statistics.median(found.accuracy), 4)
         if ours:
             figures["processor"][case] = _ratio(found.processor, plain.processor)
         figure = f"{statistics.median(found.wall):.2f} s, x {ratio:.2f}, accuracy {accuracy:.3f}"
-        title = f"FedClaw, {name} worker(s)" if ours else f"{name}, {len(found.wall)} run(s)"
-        rows.append((f"{kind}, {title}", figure, f"at most x {TARGETS[case]:.2f}" if ours else ""))
+        rows.append((title, figure, f"at most x {TARGETS[case]:.2f}" if ours else ""))
     return rows
 
 
