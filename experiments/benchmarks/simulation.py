@@ -11,8 +11,8 @@ work is not either). `accuracy` is the median of the last round's. What is impor
 Where they are installed, Flower on Ray with two actors (the extra `ray`) and Apple's pfl in one process (see
 `experiments.benchmarks.rival_pfl`) do the same job in the first `rivals` of these runs; 0 leaves them out. One run is
 the default, because Flower takes many times as long as the plain loop: of one run, read the ratio's first digit. Their
-ratios to the plain loop of the same run are `rivals`, by cnn_flower, cnn_pfl, mlp_flower, mlp_pfl. They hold Ray's
-start, which of 30 rounds is about half; with rounds=300 it hardly counts.
+ratios to the plain loop of the same run are `rivals`, by cnn_flower, cnn_pfl, mlp_flower, mlp_pfl. Flower's
+hold Ray's start, which of 30 rounds is about half; more rounds lessen its share.
 """
 
 import statistics
