@@ -17,13 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.federation.listening import ListenAddress
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.federation.settings import RunSettings
+from fedclaw.federation.sites_settings import SitesSettings
 from fedclaw.report.late import late_notes
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
 from fedclaw.runtime.grpc.limits import Limits
@@ -36,14 +35,6 @@ log = logging.getLogger("fedclaw.server")
 
 WITH_RESUME = ("federation", "resume", "address", "runs", "tracking", "limits", "sites.wait", "sites.new_cohort")
 """Settings that a resumed run may be given; everything else is what the run was begun with."""
-
-
-class SitesSettings(RoundRules):
-    """conf/server.yaml: sites."""
-
-    wait_for: int | None = Field(default=None, ge=1)
-    wait: float = Field(default=600, gt=0)
-    new_cohort: bool = False
 
 
 class ServerSettings(RunSettings):
@@ -79,10 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         from fedclaw.federation.session import make_record
 
-        if settings.sites.new_cohort:
-            raise UsageError("sites.new_cohort=true goes with resume=: a new run has no round in flight")
-        rules = RoundRules(**settings.sites.model_dump(include=set(RoundRules.model_fields)))
-        record = make_record(settings, home.name, settings.run, rules)
+        record = make_record(settings, home.name, settings.run, settings.sites.rules())
         directory = RunDirectory(settings.runs / record.run)
         directory.require_new()
     coordinate(settings, home, record, directory)

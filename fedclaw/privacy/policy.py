@@ -214,6 +214,24 @@ class Policy(Frozen):
         return tuple(name for name in self.metrics if self.metrics_epsilon is None or name in NOISED_METRICS)
 
 
+def permissive(workload: str, strategy: str, delta: float) -> Policy:
+    """What makes no difference: for clients that are simulated, and for an audit, from which nothing leaves."""
+    return Policy(
+        workloads=(workload,),
+        strategies=(strategy,),
+        epsilon=None,
+        delta=delta,
+        allow_training_without_privacy=True,
+        trust_server_noise=True,
+        allow_data_dependent_preprocessing=True,
+        minimum_cohort=1,
+        max_local_steps=None,
+        max_update_mb=None,
+        metrics=METRICS,
+        minimum_test_examples=1,
+    )
+
+
 def listed(names: tuple[str, ...] | None, otherwise: str) -> str:
     """Names in a row, or `otherwise` if there are none."""
     return ", ".join(names) if names else otherwise

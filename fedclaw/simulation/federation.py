@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.plan import METRICS, Plan
-from fedclaw.privacy.policy import Policy
+from fedclaw.federation.plan import Plan
+from fedclaw.privacy.policy import Policy, permissive
 from fedclaw.workload import Table, Workload
 
 Rows = NDArray[np.int64]
@@ -77,25 +77,8 @@ class SimulatedFederation:
 
     def policy(self, plan: Plan) -> Policy:
         """What every client allows."""
-        return self._policy or _permissive(plan)
-
-
-def _permissive(plan: Plan) -> Policy:
-    asked = plan.privacy or plan.central
-    return Policy(
-        workloads=(plan.workload,),
-        strategies=(plan.strategy,),
-        epsilon=None,
-        delta=asked.delta if asked else 1e-5,
-        allow_training_without_privacy=True,
-        trust_server_noise=True,
-        allow_data_dependent_preprocessing=True,
-        minimum_cohort=1,
-        max_local_steps=None,
-        max_update_mb=None,
-        metrics=METRICS,
-        minimum_test_examples=1,
-    )
+        asked = plan.privacy or plan.central
+        return self._policy or permissive(plan.workload, plan.strategy, asked.delta if asked else 1e-5)
 
 
 def _joined(shares: Sequence[Rows], count: int) -> tuple[Rows, Rows]:

@@ -19,12 +19,12 @@ from fedclaw.federation import exchange, secure_round
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.exchange import Trained
-from fedclaw.federation.plan import METRICS, Plan
+from fedclaw.federation.plan import Plan
 from fedclaw.federation.run_directory import RoundRules, RunRecord
 from fedclaw.federation.session import initial_parameters, make_record
 from fedclaw.federation.settings import RunSettings
 from fedclaw.privacy.ledger import Ledger
-from fedclaw.privacy.policy import Policy
+from fedclaw.privacy.policy import Policy, permissive
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.site.in_process import local_grid
 from fedclaw.site.secure import SecureIdentity
@@ -59,19 +59,7 @@ class Subject:
         It has an empty ledger in memory and a certificate of the audit's own, and goes on with the site's noise source.
         """
         site = self.sites[name]
-        policy = Policy(
-            workloads=(site.workload.name,),
-            strategies=(str(self.settings.strategy["name"]),),
-            epsilon=None,
-            delta=0.5,
-            allow_training_without_privacy=True,
-            trust_server_noise=True,
-            allow_data_dependent_preprocessing=True,
-            minimum_cohort=1,
-            max_local_steps=None,
-            max_update_mb=None,
-            metrics=METRICS,
-        )
+        policy = permissive(site.workload.name, str(self.settings.strategy["name"]), delta=0.5)
         signers, verifier = self._identities
         return replace(
             site,

@@ -9,6 +9,7 @@ from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Observer, Outcome, run_rounds
 from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.federation.session import initial_parameters, wait_for_cohort
+from fedclaw.federation.sites_settings import SitesSettings
 from fedclaw.runtime.flower_app.grid import LOOK_AGAIN, NamedGrid
 
 
@@ -20,6 +21,11 @@ class Waiting:
     seconds: float = 600
     new_cohort: bool = False
     """Ask the round in flight of whoever has come; see `fedclaw.federation.coordinator.drop_pending`."""
+
+    @classmethod
+    def of(cls, sites: SitesSettings) -> "Waiting":
+        """As the settings say."""
+        return cls(sites.wait_for, sites.wait, sites.new_cohort)
 
 
 def check(record: RunRecord) -> None:

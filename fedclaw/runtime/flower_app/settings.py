@@ -4,28 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import Field
-
 from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Observer
-from fedclaw.federation.run_directory import RoundRules, RunDirectory
+from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.federation.session import make_record
 from fedclaw.federation.settings import RunSettings
+from fedclaw.federation.sites_settings import SitesSettings
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
-from fedclaw.runtime.flower_app.rounds import Waiting, check
-
-
-class SitesSettings(RoundRules):
-    """conf/flower_app.yaml: sites."""
-
-    wait_for: int | None = Field(default=None, ge=1)
-    wait: float = Field(default=600, gt=0)
-    new_cohort: bool = False
-
-    def waiting(self) -> Waiting:
-        """Whom to wait for before the first round."""
-        return Waiting(self.wait_for, self.wait, self.new_cohort)
+from fedclaw.runtime.flower_app.rounds import check
 
 
 class FlowerSettings(RunSettings):
@@ -50,10 +37,7 @@ def open_run(settings: FlowerSettings) -> RunDirectory:
                 f"{settings.resume} is a run of federation {record.federation!r}, not of {settings.federation!r}"
             )
         return directory
-    if settings.sites.new_cohort:
-        raise UsageError("sites.new_cohort=true goes with resume=: a new run has no round in flight")
-    rules = RoundRules(**settings.sites.model_dump(include=set(RoundRules.model_fields)))
-    record = make_record(settings, settings.federation, settings.run, rules)
+    record = make_record(settings, settings.federation, settings.run, settings.sites.rules())
     check(record)
     return RunDirectory.create(settings.runs / record.run, record)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
+from fedclaw.runtime.flower_app.rounds import Waiting
 from fedclaw.runtime.flower_app.settings import FlowerSettings, observed, open_run
 from fedclaw.runtime.ray import RaySettings, require_ray, simulate_on_ray
 from fedclaw.site.settings import SITE_FILE
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"no directory in site_directories={settings.site_directories} holds a {SITE_FILE}")
     directory = open_run(settings)
     with observed(directory, settings.tracking) as observers:
-        simulate_on_ray(directory, sites, settings.ray, observers, settings.sites.waiting())
+        simulate_on_ray(directory, sites, settings.ray, observers, Waiting.of(settings.sites))
 
 
 if __name__ == "__main__":
