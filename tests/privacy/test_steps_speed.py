@@ -213,6 +213,19 @@ def test_on_neighbouring_data_sets_no_speed_moves_the_step_further_than_the_sens
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e22, float("nan")])
+@pytest.mark.parametrize("mode", ["auto", "bookkeeping"])
+def test_no_example_decides_in_which_way_the_others_are_clipped(mode: Mode, scale: float) -> None:
+    """Else a step with it and one without it differ by more than it can add itself."""
+    for _ in range(20):
+        model, shape = make("tied")
+        inputs, targets = batch(shape, 5)
+        inputs[0] *= scale
+        with taker(model, StepSpeed(mode=mode)) as steps:
+            steps.gradients(inputs, targets)
+            assert steps.way == "vmap"
+
+
 @pytest.mark.parametrize("speed", SPEEDS, ids=str)
 def test_every_way_reaches_the_sensitivity_with_one_large_gradient(speed: StepSpeed) -> None:
     model, shape = make("linear")

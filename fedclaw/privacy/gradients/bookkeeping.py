@@ -7,9 +7,12 @@ activations a and output gradients g give the norm of the example's gradient wit
 are small, or have to be added over places anyway: they are worked out (`layers`), measured and summed.
 
 Goes for models whose trainable parameters all belong to layers that have a rule, each called once in a forward pass.
-Whether the rules tell the truth about the model is checked against the plain gradient on the first batch.
+Whether the rules tell the truth about the model is checked against the plain gradient before the first batch, on
+made-up examples. Would it depend on the batch, one huge example could hide a wrong rule behind its own gradient; a step
+with it would be taken in another way than one without it, and the two be further apart than the clipping bound.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +30,7 @@ _UNDERFLOW = 1.1e-19
 # A float32 below this has a square of zero. Times the root of how many there are, added, no norm comes out too small.
 _SAME_GRADIENT = 1e-3
 _WORTH_MERGING = 1 << 17
+_MADE_UP = 4
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,9 @@ class Bookkeeping:
 
     def add(self, totals: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, *, fresh: bool) -> None:
         """See ClippedSums."""
-        try:
-            rows = self._rows(inputs, targets)
-        finally:
-            self._passes.clear()
+        if not self._trusted:
+            self._verify(inputs, targets)
+        rows, _ = self._rows(inputs, targets)
         with torch.no_grad():
             self._numbers = sum(row.gradients.shape[1] for row in rows)
             norms = _norms(rows) if rows else inputs.new_zeros(len(inputs))
@@ -129,7 +132,29 @@ class Bookkeeping:
 
         return record
 
-    def _rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> list[_Rows]:
+    def _verify(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Compare on made-up examples of these shapes. Raises Unsuited; trusts the rules only if it could tell."""
+        made = inputs.new_zeros(_MADE_UP, *inputs.shape[1:])
+        if made.is_floating_point():
+            made.normal_(generator=torch.Generator(made.device).manual_seed(0))
+        with torch.random.fork_rng(devices=[]):
+            rows, plain = self._rows(made, targets.new_zeros(_MADE_UP, *targets.shape[1:]), self._parameters)
+        if rows:
+            with torch.no_grad():
+                self._compare(rows, plain, _MADE_UP)
+
+    def _rows(
+        self, inputs: torch.Tensor, targets: torch.Tensor, checked: Sequence[nn.Parameter] = ()
+    ) -> tuple[list[_Rows], Sequence[torch.Tensor | None]]:
+        """Each example's shares by layer, and the plain gradient of the sum of losses for the parameters `checked`."""
+        try:
+            return self._pass(inputs, targets, checked)
+        finally:
+            self._passes.clear()
+
+    def _pass(
+        self, inputs: torch.Tensor, targets: torch.Tensor, checked: Sequence[nn.Parameter]
+    ) -> tuple[list[_Rows], Sequence[torch.Tensor | None]]:
         count = len(inputs)
         self._recording = True
         try:
@@ -142,9 +167,8 @@ class Bookkeeping:
         if any((one.inputs._version, one.output._version) != one.versions for one in passes):
             raise Unsuited("the model overwrites what went into a layer or came out of it")
         outputs = [one.output for one in passes]
-        checked = [] if self._trusted else self._parameters
         if not loss.requires_grad:
-            return []
+            return [], ()
         # Times the number of examples, the gradient of the mean is that of the examples' own losses.
         found = torch.autograd.grad(
             loss, [*outputs, *checked], grad_outputs=loss.new_full((), count), allow_unused=True
@@ -157,9 +181,7 @@ class Bookkeeping:
                     if gradient is not None
                 ]
             )
-            if checked:
-                self._compare(rows, found[len(passes) :], count)
-        return rows
+        return rows, found[len(passes) :]
 
     def _add_finite(
         self, totals: Sequence[torch.Tensor], rows: list[_Rows], kept: torch.Tensor, *, fresh: bool
@@ -181,7 +203,7 @@ class Bookkeeping:
         wrong = [ours if other is None else ours - other for ours, other in zip(sums, plain, strict=True)]
         size = torch.stack([ours.norm() for ours in sums]).norm()
         error = torch.stack([part.norm() for part in wrong]).norm()
-        if not bool(torch.isfinite(size)):
+        if not 0 < float(size) < math.inf:
             return
         if bool(error > _SAME_GRADIENT * size):
             raise Unsuited("the model uses its parameters otherwise than through its layers")
