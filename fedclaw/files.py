@@ -1,8 +1,10 @@
 """Files that are either whole or not there, and keys that only their owner can read."""
 
+import errno
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 PRIVATE_MODE = 0o600
@@ -31,6 +33,35 @@ def write_atomic(path: Path, content: bytes, mode: int = PUBLIC_MODE) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write every byte of `data`. Raises OSError: `os.write` alone says how much it wrote, and writes less when the
+    disk is full."""
+    view = memoryview(data)
+    while view:
+        written = os.write(descriptor, view)
+        if written <= 0:
+            raise OSError(errno.EIO, "nothing more could be written")
+        view = view[written:]
+
+
+def append_all(descriptor: int, data: bytes, *, durable: bool = True) -> None:
+    """Add `data` at the end of an open file (O_APPEND), all of it, on disk on return if it is to be `durable`.
+
+    Raises OSError, and the file is then as it was: what a full disk took of a line would otherwise be the beginning of
+    the next one. Only one writer at a time may be at work.
+    """
+    size = os.fstat(descriptor).st_size
+    try:
+        write_all(descriptor, data)
+        if durable:
+            os.fsync(descriptor)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        raise
 
 
 def sync_directory(directory: Path) -> None:

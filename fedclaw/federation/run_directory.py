@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -29,7 +28,7 @@ from fedclaw.federation.plan import (
     check_privacy,
 )
 from fedclaw.federation.settings import SecureRequest
-from fedclaw.files import write_atomic
+from fedclaw.files import append_all, write_atomic
 from fedclaw.frozen import Frozen, explain
 from fedclaw.workload import Schema, Workload
 
@@ -246,12 +245,11 @@ class RunDirectory:
         On disk on return if it is to be `durable`.
         """
         line = json.dumps({"round": round_number, **values}) + "\n"
-        if self._newest_line is not None and self._newest_line < round_number:
-            with self.metrics_path.open("ab") as file:
-                file.write(line.encode())
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
+        newest, self._newest_line = self._newest_line, None
+        # Until the line is written nothing is known: after a failure the next one is written with the whole file.
+        if newest is not None and newest < round_number:
+            with self.metrics_path.open("ab", buffering=0) as file:
+                append_all(file.fileno(), line.encode(), durable=durable)
         else:
             kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["round"] < round_number]
             write_atomic(self.metrics_path, "".join([*kept, line]).encode())

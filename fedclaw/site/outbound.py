@@ -25,7 +25,7 @@ from pydantic import Field, JsonValue, ValidationError
 
 from fedclaw.chain import GENESIS, canonical, link
 from fedclaw.errors import LedgerError
-from fedclaw.files import PRIVATE_MODE, sync_directory
+from fedclaw.files import PRIVATE_MODE, append_all, sync_directory
 from fedclaw.frozen import Frozen, explain
 
 log = logging.getLogger(__name__)
@@ -214,10 +214,7 @@ class OutboundLog:
 
     def _write(self, line: bytes) -> None:
         try:
-            written = os.write(self._file, line)
-            if written != len(line):
-                raise OSError(f"only {written} of {len(line)} bytes were written")
-            os.fsync(self._file)
+            append_all(self._file, line)
         except OSError as error:
             raise LedgerError(f"outbound log {self._path} cannot be written: {error}") from error
 

@@ -4,6 +4,7 @@ import pytest
 
 from fedclaw.errors import CheckpointError
 from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
+from tests.disks import full_after
 from tests.samples import receipt, run_record
 
 RECEIPT = SiteReceipt(examples=9, receipt=receipt())
@@ -30,6 +31,18 @@ def test_a_line_of_a_round_that_is_run_again_is_replaced(directory):
 
 
 DAMAGE = [b"", b"[]", b"3", b"{", b"\xff\xfe\x00", b'{"north": []}', b'{"north": {"examples": 9}}']
+
+
+@pytest.mark.parametrize("room", [0, 7])
+def test_a_line_of_metrics_is_there_whole_or_not_at_all(directory, room):
+    for number in (1, 2):
+        directory.append_metrics(number, {"metrics": {}})
+    before = directory.metrics_path.read_bytes()
+    with full_after(len(before) + room), pytest.raises(OSError, match="File too large"):
+        directory.append_metrics(3, {"metrics": {}})
+    assert directory.metrics_path.read_bytes() == before
+    directory.append_metrics(3, {"metrics": {}})
+    assert [line["round"] for line in directory.read_metrics()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("content", DAMAGE)

@@ -12,6 +12,7 @@ import pytest
 
 from fedclaw.errors import LedgerError
 from fedclaw.site.outbound import OutboundEntry, OutboundLog
+from tests.disks import full_after
 
 RECEIPT = '{"mechanism": "dp-sgd", "epsilon_run": 1.5}'
 
@@ -139,6 +140,20 @@ def test_what_cannot_be_noted_is_refused_and_leaves_no_trace(path: Path) -> None
         append(log)
     with pytest.raises(LedgerError, match="closed"):
         append(log)
+
+
+@pytest.mark.parametrize("room", [0, 16, 100])
+def test_a_full_disk_leaves_no_part_of_a_line(path: Path, room: int) -> None:
+    with OutboundLog(path) as log:
+        first = append(log)
+        with full_after(path.stat().st_size + room), pytest.raises(LedgerError, match="cannot be written"):
+            append(log, "m2")
+        assert path.read_bytes().endswith(b"\n")
+        assert log.entries() == (first,)
+        append(log, "m2")
+    assert not path.with_name(path.name + ".torn").exists()
+    with OutboundLog(path) as log:
+        assert [entry.message_id for entry in log.entries()] == ["m1", "m2"]
 
 
 def test_a_path_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

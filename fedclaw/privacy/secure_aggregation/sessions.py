@@ -4,6 +4,7 @@ Two sums over the same vectors and different survivors would give away the diffe
 shares leave, the round is written to a journal (an appended line, flushed to disk), and from then on refused.
 """
 
+import errno
 import json
 import os
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.files import PRIVATE_MODE, sync_directory
+from fedclaw.files import PRIVATE_MODE, append_all, sync_directory
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.secure_aggregation.identity import Signer, Verifier
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
@@ -111,10 +112,10 @@ def _append(journal: Path, key: _Unmasked) -> None:
     line = json.dumps(key.model_dump(), sort_keys=True) + "\n"
     new = not journal.exists()
     try:
-        descriptor = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, PRIVATE_MODE)
+        descriptor = os.open(journal, os.O_RDWR | os.O_APPEND | os.O_CREAT, PRIVATE_MODE)
         try:
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
+            _require_whole(descriptor)
+            append_all(descriptor, line.encode())
         finally:
             os.close(descriptor)
         if new:
@@ -123,6 +124,13 @@ def _append(journal: Path, key: _Unmasked) -> None:
         raise SecureAggregationError(
             f"{journal} cannot be written ({error.strerror}); nothing is unmasked that is not written down first"
         ) from None
+
+
+def _require_whole(descriptor: int) -> None:
+    """Raise OSError for a file that ends within a line: what is added would be lost in it."""
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        raise OSError(errno.EIO, "it ends within a line; start the site again, which repairs it")
 
 
 def _read(journal: Path) -> set[_Unmasked]:

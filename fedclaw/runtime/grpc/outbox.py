@@ -28,7 +28,7 @@ from flwr.app import Error
 from google.protobuf.message import DecodeError
 
 from fedclaw.errors import TransportError
-from fedclaw.files import PRIVATE_MODE, sync_directory
+from fedclaw.files import PRIVATE_MODE, sync_directory, write_all
 from fedclaw.runtime.flower import Envelope
 from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.codec import decode
@@ -174,7 +174,7 @@ class Outbox:
                     digest=digest,
                     summary=summary,
                 ).SerializeToString()
-                _write_all(file.fileno(), trailer + len(trailer).to_bytes(4, "big") + _MAGIC)
+                write_all(file.fileno(), trailer + len(trailer).to_bytes(4, "big") + _MAGIC)
                 file.truncate(file.tell())
                 flushed = body_size <= FLUSHED_BYTES
                 if flushed:
@@ -292,7 +292,7 @@ def _copy(sealed: Sealed, descriptor: int) -> tuple[int, str]:
     for segment in (
         _hashed_beside(sealed.segments, digest) if sealed.size > _SMALL else _hashed(sealed.segments, digest)
     ):
-        _write_all(descriptor, segment)
+        write_all(descriptor, segment)
         written += len(segment)
     return written, digest.hexdigest()
 
@@ -320,9 +320,3 @@ def _hashed_beside(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterat
     finally:
         todo.put(None)
         worker.join()
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

@@ -8,6 +8,7 @@ import pytest
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import Parameters, Sessions, UnmaskRequest
+from tests.disks import full_after
 from tests.privacy.secure_aggregation.rehearsal import FEDERATION, Exchange, identities, parameters
 
 ME = "site-a"
@@ -94,6 +95,35 @@ def test_shares_leave_only_after_the_line_is_on_disk(journal: Path, monkeypatch:
     assert len(journal.read_text().splitlines()) == 2
     with pytest.raises(SecureAggregationError, match="has been unmasked before"):
         start(Sessions(journal), parameters(3))
+
+
+@pytest.mark.parametrize("room", [0, 16, 40])
+def test_nothing_is_unmasked_of_which_a_full_disk_took_a_part(journal: Path, room: int) -> None:
+    """The kernel writes what has room, says so, and raises nothing: 16 bytes of a line are no line after a restart."""
+    sessions = Sessions(journal)
+    start(sessions, parameters(3, round=2)).run()
+    whole = journal.read_bytes()
+    exchange, request = ready(sessions, parameters(3))
+    with (
+        full_after(len(whole) + room),
+        pytest.raises(SecureAggregationError, match=r"unmasked\.jsonl cannot be written \(File too large\)"),
+    ):
+        exchange.sites[ME].unmask(request)
+    assert journal.read_bytes() == whole
+    exchange.sites[ME].unmask(request)
+    with pytest.raises(SecureAggregationError, match="has been unmasked before"):
+        start(Sessions(journal), parameters(3))
+
+
+def test_nothing_is_added_to_half_a_line(journal: Path) -> None:
+    sessions = Sessions(journal)
+    start(sessions, parameters(3, round=2)).run()
+    exchange, request = ready(sessions, parameters(3))
+    with journal.open("ab") as file:
+        file.write(b'{"federation"')
+    with pytest.raises(SecureAggregationError, match="ends within a line; start the site again"):
+        exchange.sites[ME].unmask(request)
+    start(Sessions(journal), parameters(3)).run()
 
 
 def test_a_damaged_journal_is_named_by_line(journal: Path) -> None:
