@@ -60,3 +60,34 @@ class AdaptiveOptimizer(torch.optim.Optimizer, ABC):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.full_like(parameter, initial, memory_format=torch.preserve_format)
         return state["exp_avg"], state["exp_avg_sq"]
+
+
+class AdagradWithMomentum(AdaptiveOptimizer):
+    """v <- v + g^2, and Algorithm 2's m in the place of g; torch's Adagrad has no m."""
+
+    def accumulate(self, square: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
+        """See AdaptiveOptimizer."""
+        square.addcmul_(gradient, gradient)
+
+
+class UncorrectedAdam(AdaptiveOptimizer):
+    """v <- beta2 v + (1 - beta2) g^2, without the bias correction that torch's Adam has."""
+
+    def accumulate(self, square: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
+        """See AdaptiveOptimizer."""
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+
+
+class Yogi(AdaptiveOptimizer):
+    """Yogi as in Zaheer et al. 2018, Algorithm 2, without bias correction; torch has no optimiser of that name.
+
+    v <- v - (1 - beta2) sign(v - g^2) g^2
+
+    v moves by at most (1 - beta2) g^2 a step, up or down, where Adam's can fall by a fixed factor however small g is:
+    so a quiet round does not make the next one explode.
+    """
+
+    def accumulate(self, square: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
+        """See AdaptiveOptimizer."""
+        gradient_squared = gradient.square()
+        square.addcmul_(torch.sign(square - gradient_squared), gradient_squared, value=beta2 - 1)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -18,6 +17,8 @@ from strategies.norm_bounding import within
 from strategies.robust import RobustStrategy, Updates, distances_to, gram, weighted_sum
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
     from fedclaw.federation.strategy import Turnout
 
@@ -46,7 +47,7 @@ class CentredClipping(RobustStrategy):
         """Three, for a median; one, where the radius is given."""
         return 3 if self.radius is None else 1
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """Positions that change from round to round leave nothing to measure from."""
         if isinstance(record.compression, RandomK):
             return (

@@ -9,11 +9,11 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
 from fedclaw.federation.strategy import Strategy
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 
@@ -36,8 +36,10 @@ class Cyclic(Strategy):
     order: Literal["fixed", "shuffled"] = "fixed"
     """Whether every cycle goes the same way."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Takes the whole delta: the model is the site's."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=1.0)
 
     def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int]:
@@ -47,7 +49,7 @@ class Cyclic(Strategy):
             connected = random.Random(f"{seed}/{cycle}").sample(list(connected), len(connected))  # noqa: S311
         return [connected[place]]
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """What counts on several sites a round."""
         if record.secure is not None:
             return "asks one site a round, and a secure sum of one hides nothing; take secure=none"

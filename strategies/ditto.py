@@ -8,12 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import StepContext, Strategy
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 
@@ -37,15 +38,17 @@ class Ditto(Strategy):
     regularisation: float = Field(default=0.1, ge=0)
     """The paper's lambda, which tries 0.1, 1 and 2; times the learning rate it has to be at most 1."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """The same as FedAvg's."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
     def client_fields(self) -> Mapping[str, float]:
         """lambda, for `correct_personal`."""
         return {"regularisation": self.regularisation}
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """A pull that would throw the personal model over the global one and away."""
         rate = record.training.learning_rate
         if record.training.optimizer == "sgd" and self.regularisation * rate > 1:
@@ -63,8 +66,10 @@ class Ditto(Strategy):
             )
 
     @classmethod
-    def correct_personal(cls, parameters: Sequence[torch.Tensor], context: StepContext) -> None:
+    def correct_personal(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add lambda (v - w0) to each `.grad`; frozen parameters are left alone."""
+        import torch
+
         strength = context.fields["regularisation"]
         with torch.no_grad():
             for parameter, origin in zip(parameters, context.start, strict=True):

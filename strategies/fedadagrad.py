@@ -5,21 +5,14 @@ Algorithm 2 with the FedAdagrad line (https://arxiv.org/abs/2003.00295).
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import Strategy
-from strategies.adaptive import AdaptiveOptimizer
 
-
-class AdagradWithMomentum(AdaptiveOptimizer):
-    """v <- v + g^2, and Algorithm 2's m in the place of g; torch's Adagrad has no m."""
-
-    def accumulate(self, square: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
-        """See AdaptiveOptimizer."""
-        square.addcmul_(gradient, gradient)
+if TYPE_CHECKING:
+    import torch
 
 
 class FedAdagrad(Strategy):
@@ -38,8 +31,12 @@ class FedAdagrad(Strategy):
     tau: float = Field(default=1e-3, gt=0)
     """Degree of adaptivity: deltas far below it are taken unscaled (divided by 2 tau), those far above it by sign."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """The paper's: with beta1 = 0 torch's Adagrad, given tau as its epsilon and tau^2 as its first accumulator."""
+        import torch
+
+        from strategies.adaptive import AdagradWithMomentum
+
         if self.beta1 == 0:
             return torch.optim.Adagrad(
                 parameters,

@@ -6,21 +6,14 @@ Algorithm 2 with the FedAdam line (https://arxiv.org/abs/2003.00295); the optimi
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import Strategy
-from strategies.adaptive import AdaptiveOptimizer
 
-
-class UncorrectedAdam(AdaptiveOptimizer):
-    """v <- beta2 v + (1 - beta2) g^2, without the bias correction that torch's Adam has."""
-
-    def accumulate(self, square: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
-        """See AdaptiveOptimizer."""
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+if TYPE_CHECKING:
+    import torch
 
 
 class FedAdam(Strategy):
@@ -50,8 +43,12 @@ class FedAdam(Strategy):
     bias_correction: bool = True
     """Whether m and v are divided by what they lack in the first rounds."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """torch's Adam with tau as its epsilon, or the paper's; two buffers a parameter either way."""
+        import torch
+
+        from strategies.adaptive import UncorrectedAdam
+
         betas = (self.beta1, self.beta2)
         if self.bias_correction:
             return torch.optim.Adam(parameters, lr=self.server_learning_rate, betas=betas, eps=self.tau)

@@ -6,12 +6,14 @@ Federated Optimization", section 3 (https://arxiv.org/abs/2003.00295), whose ser
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import Strategy
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FedAvg(Strategy):
@@ -25,6 +27,8 @@ class FedAvg(Strategy):
     server_learning_rate: float = Field(default=1.0, gt=0)
     """Part of the mean delta that is taken; 1 sets the model to the weighted mean of the sites' models."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Plain gradient descent on the pseudo-gradient: stateless."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)

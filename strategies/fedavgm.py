@@ -5,12 +5,14 @@ Classification", section 4.3 (https://arxiv.org/abs/1909.06335).
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import Strategy
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FedAvgM(Strategy):
@@ -29,8 +31,10 @@ class FedAvgM(Strategy):
     nesterov: bool = False
     """Step along momentum * v + mean delta instead of v (Nesterov's look-ahead, as torch's SGD has it)."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """SGD with heavy-ball momentum and no dampening; its state is one buffer a parameter."""
+        import torch
+
         return torch.optim.SGD(
             parameters,
             lr=self.server_learning_rate,

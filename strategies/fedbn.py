@@ -7,17 +7,15 @@ Algorithm 1 (https://arxiv.org/abs/2102.07623).
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from fedclaw.federation.strategy import Strategy
 
 if TYPE_CHECKING:
-    from fedclaw.federation.run_directory import RunRecord
+    import torch
+    from torch import nn
 
-NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-"""The first is the base of instance and batch normalisation."""
+    from fedclaw.federation.run_directory import RunRecord
 
 
 class FedBN(Strategy):
@@ -37,20 +35,26 @@ class FedBN(Strategy):
     server_learning_rate: float = Field(default=1.0, gt=0)
     """Part of the mean delta that is taken, as in FedAvg."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """The same as FedAvg's."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
-    def personal(self, model: nn.Module) -> frozenset[str]:
+    def personal(self, model: "nn.Module") -> frozenset[str]:
         """The scales and shifts of all normalisation layers."""
+        from torch import nn
+
+        # The first is the base of instance and batch normalisation.
+        normalisations = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
         return frozenset(
             f"{place}.{name}" if place else name
             for place, module in model.named_modules()
-            if isinstance(module, NORMALISATIONS)
+            if isinstance(module, normalisations)
             for name, _ in module.named_parameters(recurse=False)
         )
 
-    def refuse(self, record: "RunRecord", model: nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "nn.Module") -> str | None:
         """A model that has nothing to keep at the sites, or nothing else."""
         kept = self.personal(model)
         if not kept:

@@ -6,12 +6,14 @@ Algorithm 1 (https://arxiv.org/abs/2106.06639); the discount for staleness is th
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import Buffered
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FedBuff(Buffered):
@@ -50,6 +52,8 @@ class FedBuff(Buffered):
         """(1 + staleness)^-power."""
         return float((1 + staleness) ** -self.power)
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Plain gradient descent on the pseudo-gradient, as in the paper."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)

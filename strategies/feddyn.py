@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -17,6 +16,8 @@ from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 MOVED, EVERYONE = "moved", "everyone"
@@ -45,8 +46,10 @@ class FedDyn(Strategy):
     alpha: float = Field(default=0.1, gt=0)
     """Strength of the regulariser; times the learning rate it has to be below 1."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Takes the whole step that `absorb` says."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=1.0)
 
     def client_fields(self) -> Mapping[str, float]:
@@ -69,7 +72,7 @@ class FedDyn(Strategy):
             mean[name] += total / everyone
         return mean
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """What changes an update on its way, and steps that a site's regulariser would throw about."""
         if record.central is not None:
             return "remembers at each site what it sent, which noise on the sum changes; take privacy=dp, at the sites"
@@ -87,8 +90,10 @@ class FedDyn(Strategy):
             raise ValueError(f"feddyn: alpha must be a positive finite number, got {fields['alpha']}")
 
     @classmethod
-    def correct(cls, parameters: Sequence[torch.Tensor], context: StepContext) -> None:
+    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add alpha (w - w0) - g_i to each `.grad`; frozen parameters are left alone."""
+        import torch
+
         alpha = context.fields["alpha"]
         with torch.no_grad():
             for parameter, origin, moved in zip(parameters, context.start, context.state[MOVED], strict=True):

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -19,6 +18,8 @@ from fedclaw.federation.plan import LocalTraining
 from fedclaw.federation.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 NORM = "~accumulated"
@@ -50,8 +51,10 @@ class FedNova(Strategy):
     mu: float = Field(default=0.0, ge=0)
     """Strength of FedProx's pull towards the round's global model; 0: none."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Plain gradient descent on the normalised pseudo-gradient."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
     def client_fields(self) -> Mapping[str, float]:
@@ -63,7 +66,7 @@ class FedNova(Strategy):
         tau = mean.pop(NORM)[0] * np.float32(SCALE)
         return {name: np.multiply(array, tau, out=array) for name, array in mean.items()}
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """Adam, and what a secure sum would cut off."""
         training = record.training
         if training.optimizer == "adam":
@@ -88,8 +91,10 @@ class FedNova(Strategy):
         return {NORM: np.zeros(1, np.float32)}
 
     @classmethod
-    def correct(cls, parameters: Sequence[torch.Tensor], context: StepContext) -> None:
+    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add the proximal term's gradient, mu * (w - w0), where there is one."""
+        import torch
+
         mu = context.fields["mu"]
         if mu == 0:
             return

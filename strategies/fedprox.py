@@ -6,12 +6,14 @@ Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith 2020, "Federated Optimization in Het
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import StepContext, Strategy
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FedProx(Strategy):
@@ -28,8 +30,10 @@ class FedProx(Strategy):
     mu: float = Field(default=0.01, ge=0)
     """Strength of the pull towards the round's global model, in units of 1 / (local learning rate)."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """The same as FedAvg's: the whole difference is at the sites."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
     def client_fields(self) -> Mapping[str, float]:
@@ -46,8 +50,10 @@ class FedProx(Strategy):
             raise ValueError(f"fedprox: mu must be a finite number of at least 0, got {mu}")
 
     @classmethod
-    def correct(cls, parameters: Sequence[torch.Tensor], context: StepContext) -> None:
+    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add the proximal term's gradient, mu * (w - w0), to each `.grad`; frozen parameters are left alone."""
+        import torch
+
         mu = context.fields["mu"]
         with torch.no_grad():
             for parameter, origin in zip(parameters, context.start, strict=True):

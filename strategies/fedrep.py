@@ -7,13 +7,14 @@ Algorithm 1 (https://arxiv.org/abs/2102.07078).
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import StepContext
 from strategies.heads import SharedBody
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 
@@ -38,7 +39,7 @@ class FedRep(SharedBody):
         """`head_share`, for `correct`."""
         return {"head_share": self.head_share}
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """Local optimisers under which a parameter moves without a gradient."""
         training = record.training
         if training.optimizer != "sgd" or training.momentum or training.weight_decay:
@@ -57,7 +58,7 @@ class FedRep(SharedBody):
             raise ValueError(f"fedrep: head_share must lie between 0 and 1, got {fields['head_share']}")
 
     @classmethod
-    def correct(cls, parameters: Sequence[torch.Tensor], context: StepContext) -> None:
+    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Set the gradients of the half that rests to zero."""
         if context.steps == 1:
             return

@@ -6,28 +6,14 @@ Sachan, Kale, Kumar 2018, "Adaptive Methods for Nonconvex Optimization", Algorit
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from pydantic import Field
 
 from fedclaw.federation.strategy import Strategy
-from strategies.adaptive import AdaptiveOptimizer
 
-
-class Yogi(AdaptiveOptimizer):
-    """Yogi as in Zaheer et al. 2018, Algorithm 2, without bias correction; torch has no optimiser of that name.
-
-    v <- v - (1 - beta2) sign(v - g^2) g^2
-
-    v moves by at most (1 - beta2) g^2 a step, up or down, where Adam's can fall by a fixed factor however small g is:
-    so a quiet round does not make the next one explode.
-    """
-
-    def accumulate(self, square: torch.Tensor, gradient: torch.Tensor, beta2: float) -> None:
-        """See AdaptiveOptimizer."""
-        gradient_squared = gradient.square()
-        square.addcmul_(torch.sign(square - gradient_squared), gradient_squared, value=beta2 - 1)
+if TYPE_CHECKING:
+    import torch
 
 
 class FedYogi(Strategy):
@@ -48,8 +34,10 @@ class FedYogi(Strategy):
     tau: float = Field(default=1e-3, gt=0)
     """Degree of adaptivity: coordinates whose deltas are far below it are scaled by 1 / tau, not to unit size."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Yogi; its state is two buffers a parameter."""
+        from strategies.adaptive import Yogi
+
         return Yogi(
             parameters,
             lr=self.server_learning_rate,

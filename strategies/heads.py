@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import Field
-from torch import nn
 
 from fedclaw.federation.strategy import Strategy
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from fedclaw.federation.run_directory import RunRecord
 
 
@@ -21,11 +22,13 @@ class SharedBody(Strategy):
     head: tuple[str, ...] = ()
     """Beginnings of the head's parameter names; none: the last module that has parameters."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """The same as FedAvg's."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
-    def personal(self, model: nn.Module) -> frozenset[str]:
+    def personal(self, model: "nn.Module") -> frozenset[str]:
         """The head's parameters."""
         names = [name for name, _ in model.named_parameters()]
         if self.head:
@@ -36,7 +39,7 @@ class SharedBody(Strategy):
         place, last = modules[-1]
         return frozenset(f"{place}.{name}" if place else name for name, _ in last.named_parameters(recurse=False))
 
-    def refuse(self, record: "RunRecord", model: nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "nn.Module") -> str | None:
         """A model that does not part into a body and a head."""
         names = [name for name, _ in model.named_parameters()]
         unknown = [start for start in self.head if not any(name.startswith(start) for name in names)]

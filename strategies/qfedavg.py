@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -17,6 +16,8 @@ from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.strategy import Finished, RoundContext, Strategy, Turnout
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 CURVATURE = "~curvature"
@@ -45,8 +46,10 @@ class QFedAvg(Strategy):
     q: float = Field(default=1.0, ge=0)
     """How much fairness counts; 0: not at all."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Takes the whole step that `absorb` says."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=1.0)
 
     def client_fields(self) -> Mapping[str, float]:
@@ -58,7 +61,7 @@ class QFedAvg(Strategy):
         curvature = mean.pop(CURVATURE)[0]
         return {name: np.divide(array, curvature, out=array) for name, array in mean.items()}
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """Differential privacy, whose noise does not cover the losses."""
         if record.privacy is not None or record.central is not None:
             return "weights each site by its loss on the training data, which no noise covers; take privacy=none"

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -19,6 +18,8 @@ from fedclaw.errors import UpdateError
 from fedclaw.federation.strategy import Strategy
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 _CHUNK = 1 << 20
@@ -41,11 +42,13 @@ class RobustStrategy(Strategy):
     def fewest(self) -> int:
         """Updates below which the strategy promises nothing; a round with fewer does not count."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """The same as FedAvg's: the whole difference is in what takes the mean's place."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """A round that may count with fewer updates than `fewest` is refused before the run begins."""
         if record.rules.minimum >= self.fewest:
             return None

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -16,6 +15,8 @@ from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
 
 if TYPE_CHECKING:
+    import torch
+
     from fedclaw.federation.run_directory import RunRecord
 
 CONTROL, EVERYONE = "control", "everyone"
@@ -49,8 +50,10 @@ class Scaffold(Strategy):
     server_learning_rate: float = Field(default=1.0, gt=0)
     """Part of the mean delta that is taken; the paper's global step size."""
 
-    def server_optimizer(self, parameters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+    def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Plain gradient descent on the pseudo-gradient: what is remembered is in `server_state`."""
+        import torch
+
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
     def server_state(self, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
@@ -72,7 +75,7 @@ class Scaffold(Strategy):
         state[EVERYONE] = {EVERYONE: np.full(1, turnout.everyone, np.float32)}
         return mean
 
-    def refuse(self, record: "RunRecord", model: torch.nn.Module) -> str | None:
+    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
         """Local optimisers for which option II's c_i is no mean of gradients."""
         if record.training.optimizer != "sgd" or record.training.momentum:
             return (
@@ -87,8 +90,10 @@ class Scaffold(Strategy):
         return {EXTRA + name: np.zeros_like(array) for name, array in parameters.items()}
 
     @classmethod
-    def correct(cls, parameters: Sequence[torch.Tensor], context: StepContext) -> None:
+    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add c - c_i to each `.grad`; frozen parameters are left alone."""
+        import torch
+
         scale = 1 / context.learning_rate
         with torch.no_grad():
             for parameter, control, own in zip(parameters, context.sent[CONTROL], context.state[CONTROL], strict=True):

@@ -10,17 +10,15 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from fedclaw.compress.distil import distillation_loss
 from fedclaw.compress.measure import threads_for
 from fedclaw.compress.prune import count_parameters
+from fedclaw.compress.settings import Recovery
 from fedclaw.errors import CompressionError
-from fedclaw.frozen import Frozen
 
 log = logging.getLogger(__name__)
 
@@ -28,25 +26,6 @@ FEWEST_INPUTS = 10
 SCORING_BATCH = 1024
 CHECK_EVERY = 50
 """Steps between two looks at the held-out inputs."""
-
-
-class Recovery(Frozen):
-    """How a pruned model is trained at the coordinator."""
-
-    temperature: float = Field(default=2.0, gt=0)
-    steps: int = Field(default=2000, ge=1)
-    """Optimiser steps, at most."""
-    batch_size: int = Field(default=32, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    mix: bool | None = None
-    """Train on random mixtures of two inputs each, scored by the teacher as they are, not on the inputs alone.
-    None: mixtures of public inputs, which are few (measured on digits, 180 inputs: 98.5 instead of 97.6%), and
-    synthetic inputs as they are (mixing them took 91.4 down to 87.4%)."""
-    held_out: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the inputs that is kept back to measure agreement and to stop early."""
-    patience: int = Field(default=600, ge=1)
-    """Steps without a better model after which training stops."""
 
 
 @dataclass(frozen=True)

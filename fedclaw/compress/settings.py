@@ -5,9 +5,27 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedclaw.compress.recover import Recovery
 from fedclaw.federation.listening import ListenAddress
 from fedclaw.frozen import Frozen
+
+
+class Recovery(Frozen):
+    """How a pruned model is trained at the coordinator."""
+
+    temperature: float = Field(default=2.0, gt=0)
+    steps: int = Field(default=2000, ge=1)
+    """Optimiser steps, at most."""
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    mix: bool | None = None
+    """Train on random mixtures of two inputs each, scored by the teacher as they are, not on the inputs alone.
+    None: mixtures of public inputs, which are few (measured on digits, 180 inputs: 98.5 instead of 97.6%), and
+    synthetic inputs as they are (mixing them took 91.4 down to 87.4%)."""
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the inputs that is kept back to measure agreement and to stop early."""
+    patience: int = Field(default=600, ge=1)
+    """Steps without a better model after which training stops."""
 
 
 class SiteRecovery(Frozen):

@@ -7,15 +7,16 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
-from fedclaw.runtime.records import serialised
+
+if TYPE_CHECKING:
+    from flwr.app import Array, ArrayRecord
 
 Arrays = dict[str, NDArray[np.float32]]
 """Parameters, or anything of their shapes, by state-dict name; float32."""
@@ -47,17 +48,21 @@ _VECTOR = "vector"
 _LONGEST_HEADER = 4096
 
 
-def pack(arrays: Mapping[str, NDArray[np.float32]]) -> ArrayRecord:
+def pack(arrays: Mapping[str, NDArray[np.float32]]) -> "ArrayRecord":
     """`arrays` as a Flower record, one copy of each."""
     return pack_wire({name: array.astype(np.float32, copy=False) for name, array in arrays.items()})
 
 
-def pack_wire(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+def pack_wire(arrays: Mapping[str, NDArray[Any]]) -> "ArrayRecord":
     """The same for arrays of any number type."""
+    from flwr.app import ArrayRecord
+
     return ArrayRecord({name: _packed(array) for name, array in arrays.items()})
 
 
-def _packed(array: NDArray[Any]) -> Array:
+def _packed(array: NDArray[Any]) -> "Array":
+    from flwr.app import Array
+
     contiguous = np.ascontiguousarray(array).reshape(array.shape)
     header = io.BytesIO()
     npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(contiguous))
@@ -65,24 +70,24 @@ def _packed(array: NDArray[Any]) -> Array:
     return Array(dtype=str(contiguous.dtype), shape=tuple(contiguous.shape), stype=_STYPE, data=data)
 
 
-def pack_integers(vector: NDArray[np.uint32]) -> ArrayRecord:
+def pack_integers(vector: NDArray[np.uint32]) -> "ArrayRecord":
     """A flat vector (d,) of integers as a Flower record."""
     return pack_wire({_VECTOR: vector})
 
 
-def unpack_integers(record: ArrayRecord) -> NDArray[np.uint32]:
+def unpack_integers(record: "ArrayRecord") -> NDArray[np.uint32]:
     """A read-only view of what `pack_integers` packed. Raises UpdateError for anything else."""
     if set(record) != {_VECTOR}:
         raise UpdateError(f"the masked answer holds arrays {', '.join(record)}, expected {_VECTOR}")
     return _view(_VECTOR, record[_VECTOR], np.dtype(np.uint32))
 
 
-def unpack(record: ArrayRecord) -> Arrays:
+def unpack(record: "ArrayRecord") -> Arrays:
     """Read-only views of a record's arrays. Raises UpdateError for anything but well-formed float32."""
     return {name: _view(name, array, np.dtype(np.float32)) for name, array in record.items()}
 
 
-def unpack_wire(record: ArrayRecord, layout: Mapping[str, Form]) -> Wire:
+def unpack_wire(record: "ArrayRecord", layout: Mapping[str, Form]) -> Wire:
     """Read-only views of a record's arrays. Raises UpdateError unless they are those of `layout`, type and shape."""
     if record.keys() != layout.keys():
         odd = sorted(set(record.keys()) ^ set(layout.keys()))
@@ -124,7 +129,9 @@ def unflattened(vector: NDArray[np.floating[Any]], shapes: Shapes) -> Arrays:
     return arrays
 
 
-def _view(name: str, array: Array, expected: np.dtype[S]) -> NDArray[S]:
+def _view(name: str, array: "Array", expected: np.dtype[S]) -> NDArray[S]:
+    from fedclaw.runtime.records import serialised
+
     if array.stype != _STYPE:
         raise UpdateError(f"array {name!r} is serialised as {array.stype!r}, expected {_STYPE!r}")
     data = serialised(array)

@@ -5,8 +5,23 @@
 faster; a result depends on the record and the data alone, not on the number of processes.
 """
 
-from fedclaw.simulation.federation import SimulatedFederation
-from fedclaw.simulation.run import simulate_cohorts, simulated
-from fedclaw.simulation.settings import SimulationSettings
+from typing import TYPE_CHECKING
+
+from fedclaw.lazy import on_demand
+
+if TYPE_CHECKING:
+    from fedclaw.simulation.federation import SimulatedFederation
+    from fedclaw.simulation.run import simulate_cohorts, simulated
+    from fedclaw.simulation.settings import SimulationSettings
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "SimulatedFederation": "fedclaw.simulation.federation",
+        "SimulationSettings": "fedclaw.simulation.settings",
+        "simulate_cohorts": "fedclaw.simulation.run",
+        "simulated": "fedclaw.simulation.run",
+    },
+)
 
 __all__ = ["SimulatedFederation", "SimulationSettings", "simulate_cohorts", "simulated"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclaw.federation.registry import strategy_class
-from strategies.fedyogi import Yogi
+from strategies.adaptive import Yogi
 
 NAMES = ("fedadagrad", "fedadam", "fedavg", "fedavgm", "fedprox", "fedyogi")
 

@@ -5,7 +5,21 @@
 For whoever outgrows one machine; on one machine `fedclaw.simulation` is many times faster. It needs the extra `ray`.
 """
 
-from fedclaw.runtime.ray.settings import RaySettings
-from fedclaw.runtime.ray.simulate import require_ray, simulate_on_ray
+from typing import TYPE_CHECKING
+
+from fedclaw.lazy import on_demand
+
+if TYPE_CHECKING:
+    from fedclaw.runtime.ray.settings import RaySettings, require_ray
+    from fedclaw.runtime.ray.simulate import simulate_on_ray
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "RaySettings": "fedclaw.runtime.ray.settings",
+        "require_ray": "fedclaw.runtime.ray.settings",
+        "simulate_on_ray": "fedclaw.runtime.ray.simulate",
+    },
+)
 
 __all__ = ["RaySettings", "require_ray", "simulate_on_ray"]

@@ -1,10 +1,12 @@
 """How much of a machine, or of a cluster, a simulation takes."""
 
 import os
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from pydantic import Field
 
+from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 
 LOOPBACK = "127.0.0.1"
@@ -45,3 +47,9 @@ class RaySettings(Frozen):
             return {"address": self.address}
         chosen = {"num_cpus": self.cpus, "object_store_memory": self.object_store}
         return {"_node_ip_address": LOOPBACK, **{key: value for key, value in chosen.items() if value is not None}}
+
+
+def require_ray() -> None:
+    """Raise UsageError unless the extra `ray` is installed."""
+    if find_spec("ray") is None:
+        raise UsageError("the runtime ray needs the package ray: pip install 'fedclaw[ray]'")

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -24,7 +23,7 @@ from fedclaw.files import write_atomic
 from fedclaw.runtime.flower_app.client import client_app
 from fedclaw.runtime.flower_app.place import Place
 from fedclaw.runtime.flower_app.rounds import Waiting, check, run_over
-from fedclaw.runtime.ray.settings import RaySettings
+from fedclaw.runtime.ray.settings import RaySettings, require_ray
 from fedclaw.site.settings import SITE_FILE, load_site_settings
 
 SITES = "sites"
@@ -72,12 +71,6 @@ def simulate_on_ray(
         backend_config=settings.backend(),
     )
     return outcomes[0]
-
-
-def require_ray() -> None:
-    """Raise UsageError unless the extra `ray` is installed."""
-    if find_spec("ray") is None:
-        raise UsageError("the runtime ray needs the package ray: pip install 'fedclaw[ray]'")
 
 
 def place_of(places: tuple[Place, ...], context: Context) -> Place:
