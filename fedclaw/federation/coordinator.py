@@ -42,6 +42,10 @@ _WAY_OUT = (
     "; if a silent site will not come back, add sites.new_cohort=true to ask the sites that are connected then, at the "
     "price that those who answered may pay for the round again"
 )
+MOST_REASONS = 20
+"""Sites named in the line that ends a run."""
+MOST_OF_ALL = 0.9
+"""Share of all test examples above which a site's word is nearly the whole figure, so that this is said."""
 LOOK_AGAIN = 0.2
 """Seconds between two looks at who is connected."""
 
@@ -227,6 +231,7 @@ class _Loop:
         self.clip = saved.clip if saved else None
         self.memory = dict(saved.strategy) if saved else self.strategy.server_state(self._shared())
         self.saved_at = time.monotonic()
+        self.outweighing: set[str] = set()
         if not saved:
             self._checkpoint()
 
@@ -259,7 +264,7 @@ class _Loop:
         plan = self._plan(pending)
         trained = self._train(plan, pending)
         norm = self._step(plan, trained, pending)
-        self.receipts.update(trained.receipts)
+        self._keep(trained)
         self.completed = number
         # Before anybody sees the new parameters: a server that is killed later does not draw its noise a second time.
         if self._is_kept(number):
@@ -269,6 +274,20 @@ class _Loop:
                 self.directory.write_receipts(self.receipts)
             self._checkpoint()
         return self._evaluate(plan, self._awake(pending, trained), trained, norm)
+
+    def _keep(self, trained: Trained) -> None:
+        """Take up what the sites say of their ledgers; what a site has told of this run before is not taken back."""
+        if self.record.simulated is None:
+            for site, now in trained.receipts.items():
+                before = self.receipts.get(site)
+                if before is not None and now.receipt.is_better_than(before.receipt):
+                    log.warning(
+                        "%s says that less is spent than it said before in this run: the worst that it has told stays, "
+                        "and its ledger should be looked at",
+                        site,
+                    )
+                trained.receipts[site] = now.after(before)
+        self.receipts.update(trained.receipts)
 
     def _awake(self, pending: _Pending, trained: Trained) -> list[int]:
         """Whom to ask for an evaluation: not who is silent, nor, but after the last round, who is still at work."""
@@ -292,9 +311,24 @@ class _Loop:
 
     def _evaluate(self, plan: Plan, nodes: Sequence[int], trained: Trained, norm: float) -> RoundReport:
         evaluated = exchange.evaluate(self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline)
+        self._say_who_outweighs(evaluated)
         report = self._report(plan, trained, evaluated, norm)
         self.directory.append_metrics(plan.round, report.as_line(), durable=self.record.simulated is None)
         return report
+
+    def _say_who_outweighs(self, evaluated: Evaluated) -> None:
+        """Name, once, a site whose test examples are nearly all: how many it has is its own word."""
+        for site, examples in evaluated.by_site.items():
+            if (
+                len(evaluated.by_site) > 1
+                and examples > MOST_OF_ALL * evaluated.examples
+                and site not in self.outweighing
+            ):
+                self.outweighing.add(site)
+                log.warning(
+                    "%s says that it has %d of all %d test examples: the federation's metrics are nearly its own",
+                    *(site, examples, evaluated.examples),
+                )
 
     def _tell(self, report: RoundReport) -> None:
         for observer in self.observers:
@@ -348,7 +382,7 @@ class _Loop:
                 *(plan.round, len(trained.answered), len(pending.nodes), minimum, attempt, attempts),
             )
         # Those of a secure sum that failed have paid all the same.
-        self.receipts.update(trained.receipts)
+        self._keep(trained)
         self.directory.write_receipts(self.receipts)
         raise RoundError(
             f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, {minimum} are needed "
@@ -486,8 +520,10 @@ def _settled(trained: Trained) -> str:
 
 
 def _reasons(trained: Trained) -> str:
-    """Why each site that did not train did not."""
+    """Why each site that did not train did not; of very many the first."""
     reasons = [f"{declined.site}: {declined.reason}" for declined in trained.declined]
     if isinstance(trained, SecurelyTrained) and trained.failure:
-        reasons.append(trained.failure)
-    return "; ".join([*reasons, *(f"{site}: no answer in time" for site in trained.silent)])
+        reasons.insert(0, trained.failure)
+    reasons += [f"{site}: no answer in time" for site in trained.silent]
+    more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
+    return "; ".join([*reasons[:MOST_REASONS], *more])

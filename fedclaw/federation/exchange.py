@@ -6,6 +6,7 @@ asks the same question and a site answers it from its outbox instead of training
 
 import hashlib
 import logging
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,9 @@ from fedclaw.errors import UpdateError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import Combine, UpdateStack, WeightedSum
 from fedclaw.federation.arrays import Arrays, pack, payload
-from fedclaw.federation.plan import Plan, Receipt, RefusalCode, Weighting
+from fedclaw.federation.plan import MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting
 from fedclaw.federation.postprocess import Reader, as_sent
+from fedclaw.federation.receipts import LONGEST_RECEIPT, check_receipt
 from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.frozen import explain
 from fedclaw.runtime.base import CohortGrid, StreamingGrid
@@ -37,7 +39,9 @@ log = logging.getLogger(__name__)
 ARRAYS, PLAN, TEACHER, SENT, SUM = "arrays", "plan", "teacher", "sent", "sum"
 METRICS, RECEIPT, JSON = "metrics", "receipt", "json"
 WEIGHT, EXAMPLES = "weight", "examples"
-MOST_EXAMPLES = 10**12
+_ROUNDED = 1 + 1e-6
+MOST_LOSS = 1e6
+"""Mean loss of an example: a model that is worse is none, and such a figure would be the whole mean."""
 LONGEST_REASON = 300
 
 
@@ -83,7 +87,7 @@ class Answers(ABC):
         try:
             self.add(site, reply.content)
         except UpdateError as error:
-            self.declined.append(Declined(site, "unusable", str(error)))
+            self.declined.append(Declined(site, "unusable", _words(str(error))))
         else:
             self.answered.append(site)
 
@@ -99,6 +103,8 @@ class Trained(Answers):
     total: WeightedSum = field(default_factory=lambda: WeightedSum({}))
     weighting: Weighting = "examples"
     receipts: dict[str, SiteReceipt] = field(default_factory=dict)
+    asked: Plan | None = None
+    """What the answers' receipts are held against; None: not looked at."""
     discount: float = 1.0
     """What the next delta is multiplied by; its weight stays what it is."""
     read: Reader = as_sent
@@ -114,13 +120,15 @@ class Trained(Answers):
         """Ready for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
         template = postprocess.template(parameters, plan)
         total = WeightedSum(template) if combine is None else UpdateStack(template, combine)
-        return cls(total=total, weighting=plan.weighting, read=postprocess.reader(parameters, plan))
+        return cls(total=total, weighting=plan.weighting, asked=plan, read=postprocess.reader(parameters, plan))
 
     def add(self, site: str, content: RecordDict) -> None:
         """Add a weighted delta."""
         weight, examples = weights_in(content)
         check_weight(weight, examples, self.weighting)
         receipt = receipt_in(content)
+        if self.asked is not None:
+            check_receipt(receipt, self.asked, examples)
         arrays, size = self.read(part(content.array_records, SUM))
         if self.discount != 1:
             arrays = {name: array * np.float32(self.discount) for name, array in arrays.items()}
@@ -131,19 +139,27 @@ class Trained(Answers):
 
 @dataclass
 class Evaluated(Answers):
-    """Sums of the sites' metrics times their examples. A metric that no site sent has no mean."""
+    """Sums of the sites' metrics times their examples. A metric that no site sent has no mean.
+
+    A site counts by its test examples and by nothing else, and each metric lies in its range, so that no answer moves
+    a mean further than so many examples can.
+    """
 
     wanted: tuple[str, ...] = ()
     examples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    by_site: dict[str, int] = field(default_factory=dict)
+    """Test examples that each site says it has."""
 
     def add(self, site: str, content: RecordDict) -> None:
         """Add weighted metrics."""
         weight, examples = weights_in(content)
+        check_weight(weight, examples, "examples")
         record = part(content.metric_records, METRICS)
-        values = {name: _number(record, name) for name in self.wanted if name in record}
+        values = {name: _metric(record, name, examples) for name in self.wanted if name in record}
         self.examples += examples
+        self.by_site[site] = examples
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.weights[name] = self.weights.get(name, 0.0) + weight
@@ -285,17 +301,35 @@ def part(records: Mapping[str, R], name: str) -> R:
 
 def _number(record: MetricRecord, name: str) -> float:
     value = record.get(name)
-    if not isinstance(value, int | float) or not np.isfinite(value):
-        raise UpdateError(f"the answer's {name!r} is {value!r}, expected a finite number")
+    if not isinstance(value, int | float):
+        raise UpdateError(f"the answer's {name!r} is of type {type(value).__name__}, expected a number")
+    if not abs(value) <= sys.float_info.max:
+        raise UpdateError(f"the answer's {name!r} is no finite number")
     return float(value)
+
+
+def _metric(record: MetricRecord, name: str, examples: int) -> float:
+    """Metric x examples. Raises UpdateError unless the metric is one: at least 0, and at most 1 or `MOST_LOSS`."""
+    value, most = _number(record, name), MOST_LOSS if name == "loss" else 1.0
+    if not 0 <= value <= most * examples * _ROUNDED:
+        raise UpdateError(f"the answer's {name} of {value / examples:.4g} is not within 0 and {most:g}")
+    return value
 
 
 def receipt_in(content: RecordDict) -> Receipt:
     """The privacy receipt of an answer. Raises UpdateError when it is malformed."""
     try:
-        return Receipt.model_validate_json(str(part(content.config_records, RECEIPT).get(JSON)))
+        return Receipt.model_validate_json(receipt_text(content))
     except ValidationError as error:
         raise UpdateError(f"the privacy receipt is malformed: {explain(error)}") from error
+
+
+def receipt_text(content: RecordDict) -> str:
+    """The JSON of an answer's receipt. Raises UpdateError when it is none, or longer than any receipt."""
+    text = part(content.config_records, RECEIPT).get(JSON)
+    if not isinstance(text, str) or len(text) > LONGEST_RECEIPT:
+        raise UpdateError(f"the privacy receipt is malformed: it is no text of at most {LONGEST_RECEIPT} characters")
+    return text
 
 
 def _words(reason: str | None) -> str:

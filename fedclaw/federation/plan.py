@@ -21,7 +21,7 @@ a Flower `Error` whose code is a `RefusalCode` and whose reason is a sentence.
 
 import math
 from enum import IntEnum
-from typing import Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -35,6 +35,12 @@ MAX_STEPS = 1_000_000
 MAX_EPOCHS = 10_000.0
 MAX_BATCH = 10_000_000
 """Limits of a plan: one small message must not keep a site busy for ever. Its policy sets narrower ones."""
+
+MOST_EXAMPLES = 10**12
+"""At one site."""
+
+MOST_CHARGED = 10**15
+"""Steps or rounds in a receipt."""
 
 METRICS = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
 """Names of the evaluation metrics; all but `loss` lie in [0, 1]."""
@@ -284,9 +290,18 @@ class Plan(Frozen):
         return float(examples if self.weight_cap is None else min(examples, self.weight_cap))
 
 
+NO_LEDGER = "simulated"
+"""In the place of a ledger's head, where clients are simulated and have none."""
+
+Head = Annotated[str, Field(max_length=64, pattern=rf"^([0-9a-f]{{64}}|{NO_LEDGER})$")]
+"""Of a site's ledger: SHA-256, hexadecimal."""
+
+Epsilon = Annotated[float, Field(ge=0, le=1e15)]
+"""What was spent, or is left."""
+
 Trust = Literal["nobody", "aggregation", "server", "everybody"]
 """Whom a guarantee needs to be honest: nobody but the site itself (local noise), enough of the other sites (distributed
-noise inside secure aggregation), the server (its noise); `everybody`: there is no noise."""
+noise inside secure aggregation), the server (its noise); `everybody`: there is no noise. From the least to the most."""
 
 
 class CentralReceipt(Frozen):
@@ -313,19 +328,60 @@ class Receipt(Frozen):
     sampler: Literal["poisson", "shuffle"]
     accountant: Literal["pld", "rdp", "none"]
     sample_rate: float = Field(ge=0, le=1)
-    steps: int = Field(ge=0)
+    steps: int = Field(ge=0, le=MOST_CHARGED)
     noise_multiplier: float = Field(ge=0)
     max_grad_norm: float = Field(ge=0)
     delta: float = Field(ge=0, lt=1)
-    rounds: int = Field(ge=0)
+    rounds: int = Field(ge=0, le=MOST_CHARGED)
     """Rounds of this run that the ledger holds."""
-    epsilon_run: float | None
+    epsilon_run: Epsilon | None
     """Spent by this run so far; None: unbounded (trained without privacy)."""
-    epsilon_lifetime: float | None
+    epsilon_lifetime: Epsilon | None
     """Spent on this data set by all runs; None: unbounded."""
-    epsilon_left: float | None
+    epsilon_left: Epsilon | None
     """Budget minus lifetime; None: the data set has no budget or it was spent without bound."""
-    ledger_head: str
+    ledger_head: Head
+
+    def after(self, before: "Receipt") -> "Receipt":
+        """What is told of a site that said `before` earlier in the same run: of each figure the worse one.
+
+        A ledger only grows, so a figure that falls is a mistake or a lie, and what was unbounded once stays so. The
+        ledger's head is that of the receipt whose figures stand: it is what they can be checked against.
+        """
+        told: dict[str, object] = {
+            "epsilon_run": _larger(before.epsilon_run, self.epsilon_run),
+            "epsilon_lifetime": _larger(before.epsilon_lifetime, self.epsilon_lifetime),
+            "epsilon_left": self._less_left(before),
+            "delta": max(before.delta, self.delta),
+            "rounds": max(before.rounds, self.rounds),
+            "secure_aggregation": before.secure_aggregation and self.secure_aggregation,
+        }
+        trusts = get_args(Trust)
+        if trusts.index(before.trust) > trusts.index(self.trust):
+            kept = ("mechanism", "trust", "accountant", "sample_rate", "noise_multiplier")
+            told |= {name: getattr(before, name) for name in kept}
+        if self.is_better_than(before):
+            told["ledger_head"] = before.ledger_head
+        return self.model_copy(update=told)
+
+    def is_better_than(self, before: "Receipt") -> bool:
+        """Whether less is said to be spent, or in fewer rounds, than `before` says: no ledger says that."""
+        return (
+            _larger(before.epsilon_run, self.epsilon_run) != self.epsilon_run
+            or _larger(before.epsilon_lifetime, self.epsilon_lifetime) != self.epsilon_lifetime
+            or before.rounds > self.rounds
+        )
+
+    def _less_left(self, before: "Receipt") -> float | None:
+        """The smaller rest of the budget; None where there is no budget or it was spent without bound."""
+        if _larger(before.epsilon_lifetime, self.epsilon_lifetime) is None:
+            return None
+        return min((item.epsilon_left for item in (before, self) if item.epsilon_left is not None), default=None)
+
+
+def _larger(before: float | None, now: float | None) -> float | None:
+    """The larger epsilon; None is unbounded."""
+    return None if before is None or now is None else max(before, now)
 
 
 class RefusalCode(IntEnum):

@@ -18,6 +18,7 @@ from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.compression.request import Compression, check_compression
 from fedclaw.federation.plan import (
     METRICS,
+    MOST_EXAMPLES,
     CentralPrivacy,
     Distillation,
     LocalTraining,
@@ -140,8 +141,12 @@ def schema_digest(schema_text: str) -> str:
 class SiteReceipt(Frozen):
     """The last receipt of a site, and how many training examples it trained on."""
 
-    examples: int = Field(ge=0)
+    examples: int = Field(ge=0, le=MOST_EXAMPLES)
     receipt: Receipt
+
+    def after(self, before: "SiteReceipt | None") -> "SiteReceipt":
+        """What is kept of a site that said `before` earlier in the same run: nothing in it gets better."""
+        return self if before is None else self.model_copy(update={"receipt": self.receipt.after(before.receipt)})
 
 
 _RECEIPTS = TypeAdapter(dict[str, SiteReceipt])

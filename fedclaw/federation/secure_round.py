@@ -21,6 +21,7 @@ from fedclaw.federation.arrays import shapes_of, unflattened
 from fedclaw.federation.exchange import Outgoing, Trained, check_weight, question, receipt_in, weights_in
 from fedclaw.federation.integers import shares_of, unit_bound
 from fedclaw.federation.plan import Plan
+from fedclaw.federation.receipts import check_receipt
 from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.federation.secure_exchange import Seats, SecureExchange, digest_of
 from fedclaw.federation.settings import SecureRequest
@@ -157,7 +158,9 @@ class _Round:
     def _accept(self, site: str, content: RecordDict) -> None:
         weight, examples = weights_in(content)
         check_weight(weight, examples, self._plan.weighting)
-        self._receipts[site] = SiteReceipt(examples=examples, receipt=receipt_in(content))
+        receipt = receipt_in(content)
+        check_receipt(receipt, self._plan, examples)
+        self._receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
         self._weights[site] = weight, examples
 
     def _finish(self, total: NDArray[np.uint32], survivors: Sequence[str]) -> None:

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
 from fedclaw.federation import exchange
 from fedclaw.federation.arrays import unpack
-from fedclaw.federation.exchange import JSON, MOST_EXAMPLES, RECEIPT, SUM, Answers, ask, part
+from fedclaw.federation.exchange import JSON, SUM, Answers, ask, part, receipt_text
+from fedclaw.federation.plan import MOST_EXAMPLES
 from fedclaw.federation.secure_exchange import Seats, SecureExchange
 from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.statistics_release import Release, make_release
@@ -29,6 +30,7 @@ from fedclaw.federation.statistics_request import (
     StatisticsReceipt,
     StatisticsRequest,
     design_of,
+    noise_of,
     shares_of,
 )
 from fedclaw.frozen import explain
@@ -43,6 +45,9 @@ log = logging.getLogger(__name__)
 FINEST, COARSEST = 2.0**-14, 2.0**-6
 """Steps of a secure sum; an example's part has a norm of 1. The coarsest costs a tenth more noise with 200 numbers."""
 
+_CALIBRATED = 0.02
+"""Calibration ends within a hundredth of the least noise; a site's accountant may be of another version."""
+
 _OPENLY = "Those that did pay nothing again when the same command is given with the same run="
 _SECURELY = "Each attempt at a secure sum is a new question: those that were asked for their part in this one have paid"
 
@@ -51,7 +56,10 @@ _SECURELY = "Each attempt at a secure sum is a new question: those that were ask
 class Collected(Answers):
     """The sum of the sites' noised vectors, (d,), and their receipts."""
 
+    noise: float = 0.0
+    """The noise multiplier that the request determines: every site's, and no other is believed."""
     total: Doubles = field(default_factory=lambda: np.zeros(0))
+    asked: StatisticsRequest | None = None
     receipts: dict[str, StatisticsReceipt] = field(default_factory=dict)
     shares: Shares | None = None
     """Of a secure sum."""
@@ -65,9 +73,16 @@ class Collected(Answers):
             return self.shares.sigma * self.shares.step * math.sqrt(len(self.answered))
         return math.hypot(*(receipt.noise_multiplier for receipt in self.receipts.values()))
 
+    def receipt(self, content: RecordDict) -> StatisticsReceipt:
+        """The answer's receipt. Raises UpdateError when it is malformed, or of something else than was asked."""
+        receipt = _receipt(content)
+        if self.asked is not None:
+            _check_receipt(receipt, self.asked, self.noise)
+        return receipt
+
     def add(self, site: str, content: RecordDict) -> None:
         """Add a noised vector."""
-        receipt = _receipt(content)
+        receipt = self.receipt(content)
         vector = unpack(part(content.array_records, SUM)).get(VECTOR)
         if vector is None or vector.shape != self.total.shape:
             raise UpdateError(f"the answer holds no vector of {len(self.total)} numbers")
@@ -94,7 +109,7 @@ def release_statistics(
     `minimum` sites answer.
     """
     design = design_of(schema, request.columns, request.labels, request.bins)
-    collected = Collected(total=np.zeros(design.dimension))
+    collected = Collected(total=np.zeros(design.dimension), asked=request, noise=_noise_of(request))
     if request.secure is None:
         ask(grid, questions(nodes, request, deadline), deadline, collected)
     else:
@@ -159,7 +174,7 @@ def _ask_securely(
     receipts: dict[str, StatisticsReceipt] = {}
 
     def accept(site: str, content: RecordDict) -> None:
-        receipts[site] = _receipt(content)
+        receipts[site] = collected.receipt(content)
 
     attempt = SecureExchange(grid, nodes, request, deadline, collected)
     try:
@@ -182,9 +197,36 @@ def _question(request: StatisticsRequest) -> RecordDict:
     return Records({REQUEST: ConfigRecord({JSON: request.model_dump_json()})})
 
 
+def _noise_of(request: StatisticsRequest) -> float:
+    """What every site's ledger is charged. Raises UsageError when no noise keeps what is asked for."""
+    try:
+        return (
+            noise_of(request.epsilon, request.delta) if request.secure is None else shares_of(request).noise_multiplier
+        )
+    except PrivacyError as error:
+        raise UsageError(f"epsilon={request.epsilon:g}: {error}") from error
+
+
+def _check_receipt(receipt: StatisticsReceipt, request: StatisticsRequest, noise: float) -> None:
+    """Raise UpdateError for a receipt that no site has of `request`."""
+    trust = "nobody" if request.secure is None else "aggregation"
+    if receipt.trust != trust or receipt.delta != request.delta:
+        raise UpdateError(
+            f"the privacy receipt contradicts what was asked: trust {receipt.trust}, delta {receipt.delta:g} where the "
+            f"request makes it {trust}, {request.delta:g}"
+        )
+    if not math.isclose(receipt.noise_multiplier, noise, rel_tol=_CALIBRATED):
+        raise UpdateError(
+            f"the privacy receipt contradicts what was asked: a noise multiplier of {receipt.noise_multiplier:.4g} "
+            f"where the request makes it {noise:.4g}"
+        )
+    if receipt.epsilon_lifetime is None and receipt.epsilon_left is not None:
+        raise UpdateError("the privacy receipt cannot be true: after an unbounded amount something is left")
+
+
 def _receipt(content: RecordDict) -> StatisticsReceipt:
     try:
-        return StatisticsReceipt.model_validate_json(str(part(content.config_records, RECEIPT).get(JSON)))
+        return StatisticsReceipt.model_validate_json(receipt_text(content))
     except ValidationError as error:
         raise UpdateError(f"the privacy receipt is malformed: {explain(error)}") from error
 

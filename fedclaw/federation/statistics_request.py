@@ -14,13 +14,14 @@ The vector is that of `fedclaw.privacy.statistics.Design`, which both sides make
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedclaw.errors import DataError
-from fedclaw.federation.plan import SecureAggregation
+from fedclaw.federation.plan import Epsilon, Head, SecureAggregation
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.privacy.distributed import Shares, share_noise
@@ -68,7 +69,7 @@ class StatisticsRequest(Frozen):
 
     @model_validator(mode="after")
     def _once(self) -> Self:
-        if repeated := sorted({name for name in self.columns if self.columns.count(name) > 1}):
+        if repeated := sorted(name for name, count in Counter(self.columns).items() if count > 1):
             raise ValueError(f"columns: {', '.join(map(repr, repeated))} more than once")
         return self
 
@@ -115,9 +116,9 @@ class StatisticsReceipt(Frozen):
     noise_multiplier: float = Field(gt=0, lt=math.inf)
     """Standard deviation of the noise in each coordinate that the ledger counts; the vector's sensitivity is 1."""
     delta: float = Field(gt=0, lt=1)
-    epsilon_run: float | None
-    epsilon_lifetime: float | None
+    epsilon_run: Epsilon | None
+    epsilon_lifetime: Epsilon | None
     """Spent on this data set by everything so far; None: unbounded."""
-    epsilon_left: float | None
+    epsilon_left: Epsilon | None
     """Budget minus lifetime; None: there is no budget."""
-    ledger_head: str
+    ledger_head: Head

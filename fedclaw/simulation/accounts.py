@@ -9,15 +9,12 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, cast
 
-from fedclaw.federation.plan import Plan, Receipt, Refusal
+from fedclaw.federation.plan import NO_LEDGER, Plan, Receipt, Refusal
 from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.privacy.history import History
 from fedclaw.privacy.policy_checks import check_plan
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.site.charging import Books, Charge, charge_for, delta_of, receipt_for
-
-NO_LEDGER = "simulated"
-"""In the place of a ledger's head."""
 
 
 class Accounts:

@@ -11,6 +11,7 @@ from fedclaw.errors import UsageError
 from fedclaw.federation import checkpoint
 from fedclaw.federation.arrays import shapes_of
 from fedclaw.federation.coordinator import PENDING, Observer, Outcome, make_plan, make_strategy, run_rounds
+from fedclaw.federation.receipts import is_sampled
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, Simulated
 from fedclaw.federation.session import initial_parameters
@@ -22,7 +23,6 @@ from fedclaw.simulation.job import UNIT, units_of
 from fedclaw.simulation.settings import SimulationSettings
 from fedclaw.simulation.trainer import Trainer, make_loss
 from fedclaw.simulation.workers import Alone, Crew, Forked
-from fedclaw.site.charging import is_sampled
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from fedclaw.compress.distil import distillation_loss
 from fedclaw.federation import postprocess
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.plan import ModelSpec, Plan
+from fedclaw.federation.receipts import is_sampled
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.strategy import PERSONAL, RoundContext, Strategy, as_arrays
 from fedclaw.federation.update import SiteContext, Update
@@ -29,7 +30,6 @@ from fedclaw.simulation.optimizers import row_optimizer
 from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
 from fedclaw.simulation.private import PrivateStep, Sampling
 from fedclaw.simulation.streams import generator_of, noise_of
-from fedclaw.site.charging import is_sampled
 
 
 @dataclass

@@ -12,7 +12,8 @@ import numpy as np
 
 from fedclaw.errors import BudgetExceeded, LedgerError, PrivacyError
 from fedclaw.federation.integers import distributed_mechanism, example_mechanism
-from fedclaw.federation.plan import CentralReceipt, Plan, Receipt, Refusal, RefusalCode, Trust
+from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode, Trust
+from fedclaw.federation.receipts import central_receipt, clip_of, is_sampled
 from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Budget, Ledger
 from fedclaw.privacy.policy import Policy
@@ -173,7 +174,7 @@ def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books
         mechanism=charge.kind,
         trust=charge.trust,
         secure_aggregation=plan.secure is not None,
-        central=_central(plan),
+        central=central_receipt(plan),
         sampler="poisson" if is_sampled(plan) else "shuffle",
         accountant=_accountant(mechanism),
         sample_rate=mechanism.sample_rate if mechanism else _rate(examples, plan),
@@ -189,30 +190,11 @@ def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books
     )
 
 
-def is_sampled(plan: Plan) -> bool:
-    """Whether local batches are Poisson samples."""
-    return plan.privacy is not None or (plan.central is not None and plan.central.unit == "example")
-
-
 def _rate(examples: int, plan: Plan) -> float:
     """The share of the examples in a batch, where no noise counts."""
     if plan.central is not None and plan.central.unit == "example":
         return plan.central.sample_rate
     return min(1.0, plan.training.batch_size / examples)
-
-
-def clip_of(plan: Plan) -> float:
-    """The L2 bound of an example's gradient, or of a site's update; 0: none."""
-    if plan.privacy is not None:
-        return plan.privacy.max_grad_norm
-    return plan.central.clip if plan.central else 0.0
-
-
-def _central(plan: Plan) -> CentralReceipt | None:
-    central = plan.central
-    if central is None:
-        return None
-    return CentralReceipt(unit=central.unit, noise_by=central.noise_by, epsilon=central.epsilon, delta=central.delta)
 
 
 def _accountant(mechanism: Mechanism | None) -> Literal["pld", "rdp", "none"]:

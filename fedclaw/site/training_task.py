@@ -12,11 +12,12 @@ from fedclaw.federation import postprocess
 from fedclaw.federation.arrays import Arrays, pack_wire
 from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode
+from fedclaw.federation.receipts import is_sampled
 from fedclaw.federation.strategy import PERSONAL
 from fedclaw.federation.update import SiteContext, Update
 from fedclaw.privacy.policy_checks import check_plan
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
-from fedclaw.site.charging import Charge, charge_of, is_sampled, log_spending, receipt_of, reserve
+from fedclaw.site.charging import Charge, charge_of, log_spending, receipt_of, reserve
 from fedclaw.site.client_half import ClientHalf
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.site import Site, sent_arrays

@@ -1,5 +1,7 @@
 """Statistics over real sites in one process: right figures, honest errors, and what they are used for."""
 
+import json
+
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -157,6 +159,39 @@ def test_answers_that_cannot_be_added_are_left_out(sites):
     }
     everybody = {**sites, **{lie: Liar(content) for lie, content in lies.items()}}
     assert list(released(everybody, cohort=10).sites) == sorted(sites)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"noise_multiplier": 1e300},
+        {"noise_multiplier": 1e-300},
+        {"delta": 0.5},
+        {"trust": "aggregation"},
+        {"epsilon_run": -1.0},
+        {"epsilon_lifetime": None, "epsilon_left": 3.0},
+        {"ledger_head": "<script>"},
+        {"ledger_head": "a" * (8 << 20)},
+    ],
+    ids=lambda lie: "-".join(lie),
+)
+def test_a_receipt_that_no_site_has_is_left_out(sites, lie):
+    """The errors told of all figures are made of the sites' noise multipliers, which the request determines."""
+
+    class Lying:
+        def answer(self, message):
+            reply = sites["north"].answer(message)
+            told = json.loads(reply.content["receipt"]["json"]) | lie
+            reply.content["receipt"] = ConfigRecord({"json": json.dumps(told)})
+            return reply
+
+        def release(self, *_):
+            pass
+
+    others = {name: site for name, site in sites.items() if name != "north"}
+    release = released({**others, "north": Lying()})
+    assert list(release.sites) == ["east", "south", "west"]
+    assert release.mechanism.deviation == pytest.approx(3**0.5 * release.sites["east"].noise_multiplier)
 
 
 def settings_for(made, statistics=None, **changes):
