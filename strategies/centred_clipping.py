@@ -19,7 +19,7 @@ from strategies.robust import RobustStrategy, Updates, distances_to, gram, weigh
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
     from fedclaw.federation.strategy import Turnout
 
 CENTRE = "centre"
@@ -47,14 +47,14 @@ class CentredClipping(RobustStrategy):
         """Three, for a median; one, where the radius is given."""
         return 3 if self.radius is None else 1
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """Positions that change from round to round leave nothing to measure from."""
-        if isinstance(record.compression, RandomK):
+        if isinstance(terms.compression, RandomK):
             return (
                 "measures from the last round's result, and compression=randk sends other positions in each round; "
                 "take another compression"
             )
-        return super().refuse(record, model)
+        return super().refuse(terms, model)
 
     def server_state(self, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
         """The centre: at first an unchanged model."""

@@ -14,7 +14,7 @@ from fedclaw.federation.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 
 class Cyclic(Strategy):
@@ -49,12 +49,12 @@ class Cyclic(Strategy):
             connected = random.Random(f"{seed}/{cycle}").sample(list(connected), len(connected))  # noqa: S311
         return [connected[place]]
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """What counts on several sites a round."""
-        if record.secure is not None:
+        if terms.secure is not None:
             return "asks one site a round, and a secure sum of one hides nothing; take secure=none"
-        if record.central is not None:
+        if terms.central is not None:
             return "asks one site a round, so that noise on the sum is that site's own; take privacy=dp, at the sites"
-        if record.rules.fraction < 1:
+        if terms.rules.fraction < 1:
             return "asks one site a round, whatever sites.fraction says; leave it at 1"
         return None

@@ -15,7 +15,7 @@ from fedclaw.federation.strategy import StepContext, Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 
 class Ditto(Strategy):
@@ -48,10 +48,10 @@ class Ditto(Strategy):
         """lambda, for `correct_personal`."""
         return {"regularisation": self.regularisation}
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """A pull that would throw the personal model over the global one and away."""
-        rate = record.training.learning_rate
-        if record.training.optimizer == "sgd" and self.regularisation * rate > 1:
+        rate = terms.training.learning_rate
+        if terms.training.optimizer == "sgd" and self.regularisation * rate > 1:
             return (
                 f"with regularisation={self.regularisation:g} needs a learning rate of at most 1 over it, got {rate:g}"
             )

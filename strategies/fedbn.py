@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 
 class FedBN(Strategy):
@@ -54,11 +54,11 @@ class FedBN(Strategy):
             for name, _ in module.named_parameters(recurse=False)
         )
 
-    def refuse(self, record: "RunRecord", model: "nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "nn.Module") -> str | None:
         """A model that has nothing to keep at the sites, or nothing else."""
         kept = self.personal(model)
         if not kept:
-            return f"keeps normalisation layers at the sites, and model {record.model.name!r} has none with parameters"
+            return f"keeps normalisation layers at the sites, and model {terms.model.name!r} has none with parameters"
         if len(kept) == len(dict(model.named_parameters())):
-            return f"shares all but normalisation layers, and model {record.model.name!r} has nothing else"
+            return f"shares all but normalisation layers, and model {terms.model.name!r} has nothing else"
         return None

@@ -18,7 +18,7 @@ from fedclaw.federation.strategy import Finished, RoundContext, StepContext, Str
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 MOVED, EVERYONE = "moved", "everyone"
 
@@ -72,14 +72,14 @@ class FedDyn(Strategy):
             mean[name] += total / everyone
         return mean
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """What changes an update on its way, and steps that a site's regulariser would throw about."""
-        if record.central is not None:
+        if terms.central is not None:
             return "remembers at each site what it sent, which noise on the sum changes; take privacy=dp, at the sites"
-        if record.compression is not None:
+        if terms.compression is not None:
             return "remembers at each site what it sent, which compression changes; take compression=none"
-        if record.training.optimizer == "sgd" and self.alpha * record.training.learning_rate >= 1:
-            rate = record.training.learning_rate
+        if terms.training.optimizer == "sgd" and self.alpha * terms.training.learning_rate >= 1:
+            rate = terms.training.learning_rate
             return f"with alpha={self.alpha:g} and a learning rate of {rate:g} leaps over the point it is held at"
         return None
 

@@ -20,7 +20,7 @@ from fedclaw.federation.strategy import Finished, RoundContext, StepContext, Str
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 NORM = "~accumulated"
 SCALE = 1024.0
@@ -66,17 +66,17 @@ class FedNova(Strategy):
         tau = mean.pop(NORM)[0] * np.float32(SCALE)
         return {name: np.multiply(array, tau, out=array) for name, array in mean.items()}
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """Adam, and what a secure sum would cut off."""
-        training = record.training
+        training = terms.training
         if training.optimizer == "adam":
             return "divides by what each gradient counts by, which Adam decides anew; take training.optimizer=sgd"
         if self.mu * training.learning_rate >= 1:
             return f"with mu={self.mu:g} and a learning rate of {training.learning_rate:g} leaps over its start"
-        if record.secure is not None:
-            steps = training.local_steps(int(record.secure.largest_weight or 1))
-            if accumulated(training, steps, self.mu) > record.secure.value_range * SCALE:
-                return f"needs a secure.value_range of more than {record.secure.value_range:g} for {steps} local steps"
+        if terms.secure is not None:
+            steps = training.local_steps(int(terms.secure.largest_weight or 1))
+            if accumulated(training, steps, self.mu) > terms.secure.value_range * SCALE:
+                return f"needs a secure.value_range of more than {terms.secure.value_range:g} for {steps} local steps"
         return None
 
     @classmethod

@@ -15,7 +15,7 @@ from strategies.heads import SharedBody
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 
 class FedRep(SharedBody):
@@ -39,17 +39,17 @@ class FedRep(SharedBody):
         """`head_share`, for `correct`."""
         return {"head_share": self.head_share}
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """Local optimisers under which a parameter moves without a gradient."""
-        training = record.training
+        training = terms.training
         if training.optimizer != "sgd" or training.momentum or training.weight_decay:
             return (
                 "holds half of the model still while the other learns, which momentum, weight decay and Adam undo; "
                 "take training.optimizer=sgd, training.momentum=0 and training.weight_decay=0"
             )
-        if record.central is not None and record.central.unit == "example":
+        if terms.central is not None and terms.central.unit == "example":
             return "takes its local steps in two parts, and central.unit=example is one step a round; take unit=site"
-        return super().refuse(record, model)
+        return super().refuse(terms, model)
 
     @classmethod
     def check_fields(cls, fields: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 
 class SharedBody(Strategy):
@@ -39,7 +39,7 @@ class SharedBody(Strategy):
         place, last = modules[-1]
         return frozenset(f"{place}.{name}" if place else name for name, _ in last.named_parameters(recurse=False))
 
-    def refuse(self, record: "RunRecord", model: "nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "nn.Module") -> str | None:
         """A model that does not part into a body and a head."""
         names = [name for name, _ in model.named_parameters()]
         unknown = [start for start in self.head if not any(name.startswith(start) for name in names)]
@@ -47,6 +47,6 @@ class SharedBody(Strategy):
             return f"finds no parameter that begins with {', '.join(unknown)}; there are: {', '.join(names)}"
         if len(self.personal(model)) in (0, len(names)):
             return (
-                f"shares a body and keeps a head at each site, and model {record.model.name!r} does not part into both"
+                f"shares a body and keeps a head at each site, and model {terms.model.name!r} does not part into both"
             )
         return None

@@ -18,7 +18,7 @@ from fedclaw.federation.strategy import Finished, RoundContext, Strategy, Turnou
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 CURVATURE = "~curvature"
 LEAST_LOSS = 1e-10
@@ -42,6 +42,7 @@ class QFedAvg(Strategy):
     """
 
     name: ClassVar[str] = "qfedavg"
+    uses_training_loss: ClassVar[bool] = True
 
     q: float = Field(default=1.0, ge=0)
     """How much fairness counts; 0: not at all."""
@@ -61,9 +62,9 @@ class QFedAvg(Strategy):
         curvature = mean.pop(CURVATURE)[0]
         return {name: np.divide(array, curvature, out=array) for name, array in mean.items()}
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """Differential privacy, whose noise does not cover the losses."""
-        if record.privacy is not None or record.central is not None:
+        if terms.privacy is not None or terms.central is not None:
             return "weights each site by its loss on the training data, which no noise covers; take privacy=none"
         return None
 

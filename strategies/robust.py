@@ -20,7 +20,7 @@ from fedclaw.federation.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 _CHUNK = 1 << 20
 """Numbers that are worked on at a time: 8 MiB in float64, whatever n and d are."""
@@ -48,12 +48,12 @@ class RobustStrategy(Strategy):
 
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """A round that may count with fewer updates than `fewest` is refused before the run begins."""
-        if record.rules.minimum >= self.fewest:
+        if terms.rules.minimum >= self.fewest:
             return None
         return (
-            f"{self._demand()}, and a round of this run counts with {record.rules.minimum}: set sites.minimum to "
+            f"{self._demand()}, and a round of this run counts with {terms.rules.minimum}: set sites.minimum to "
             f"{self.fewest} or more, or expect fewer hostile sites"
         )
 

@@ -17,7 +17,7 @@ from fedclaw.federation.strategy import Finished, RoundContext, StepContext, Str
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 CONTROL, EVERYONE = "control", "everyone"
 EXTRA = "~"
@@ -75,9 +75,9 @@ class Scaffold(Strategy):
         state[EVERYONE] = {EVERYONE: np.full(1, turnout.everyone, np.float32)}
         return mean
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """Local optimisers for which option II's c_i is no mean of gradients."""
-        if record.training.optimizer != "sgd" or record.training.momentum:
+        if terms.training.optimizer != "sgd" or terms.training.momentum:
             return (
                 "reads a site's mean gradient off the distance it went, which plain steps alone tell; "
                 "take training.optimizer=sgd and training.momentum=0"

@@ -175,6 +175,7 @@ def make_plan(
         model=record.model,
         strategy=record.strategy.name,
         strategy_fields=dict(strategy.client_fields()),
+        strategy_settings=strategy.model_dump(mode="json"),
         training=record.training,
         privacy=record.privacy,
         central=central or record.central,

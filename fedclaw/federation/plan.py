@@ -28,7 +28,7 @@ from pydantic import Field, JsonValue, model_validator
 from fedclaw.federation.compression.request import Compression, check_compression
 from fedclaw.frozen import Frozen
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 MAX_ROUNDS = 100_000
 MAX_STEPS = 1_000_000
@@ -257,6 +257,8 @@ class Plan(Frozen):
     strategy: str
     strategy_fields: dict[str, float] = {}
     """What the strategy's client half needs, by name."""
+    strategy_settings: dict[str, JsonValue] = {}
+    """The strategy's settings: what it refuses, and which parameters it leaves at the sites, follows from them."""
     training: LocalTraining
     privacy: PrivacyRequest | None
     central: CentralPrivacy | None = None
@@ -270,7 +272,8 @@ class Plan(Frozen):
     """The largest weight, when `weighting` is `capped`."""
     metrics: tuple[str, ...] = METRICS
     personal: tuple[str, ...] = ()
-    """Parameters that never leave the sites: each uses its own in the place of what is sent."""
+    """Parameters that never leave the sites: each uses its own in the place of what is sent. A site takes no others for
+    its own than the strategy says of the model."""
     preprocessing: str | None = None
     """The constants that all sites prepare their inputs with, for a schema that takes the federation's: canonical JSON,
     made from a differentially private release of statistics."""

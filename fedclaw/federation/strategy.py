@@ -14,21 +14,21 @@ Legend: n updates, d numbers in one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PluginError
-from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.arrays import Arrays, Shapes, shapes_of
 from fedclaw.federation.plan import LocalTraining
 from fedclaw.frozen import Frozen
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.run_directory import RunRecord
+    from fedclaw.federation.combinations import Terms
 
 PERSONAL = "personal"
 """The kind of a site's state that holds parameters which it uses in place of the ones that are sent."""
@@ -70,7 +70,8 @@ class RoundContext:
     loss: Callable[[], float]
     """The mean loss of the round's global parameters over the site's training data, worked out when it is called.
 
-    No noise covers it: a strategy that calls it refuses to run with differential privacy.
+    No noise covers it: a strategy that calls it says so (`Strategy.uses_training_loss`), and does not run with
+    differential privacy. Raises PluginError for one that does not say so.
     """
     sent: Mapping[str, Arrays] = field(default_factory=dict)
     state: Mapping[str, Arrays] = field(default_factory=dict)
@@ -111,7 +112,12 @@ class Turnout:
 
 
 class Strategy(Frozen, ABC):
-    """Settings and both halves of one federated algorithm; the settings are the class's fields."""
+    """Settings and both halves of one federated algorithm; the settings are the class's fields.
+
+    What it uses of the data beyond clipped and noised gradients it declares: `uses_training_loss`, `personal_model`,
+    `kept`, `extras`, `personal`. Server and site ask by that whether it may run under the noise that is asked for
+    (`fedclaw.federation.combinations`), and a site holds it to that (`finish_round`).
+    """
 
     name: ClassVar[str]
     needs_single_updates: ClassVar[bool] = False
@@ -124,7 +130,11 @@ class Strategy(Frozen, ABC):
     elementwise: ClassVar[bool] = True
     """True if `correct` treats each number by itself, so that it can be called on many clients' parameters at once."""
     personal_model: ClassVar[bool] = False
-    """True if each site also trains a whole model of its own (Ditto), which it is then evaluated with."""
+    """True if each site also trains a whole model of its own (Ditto), which it is then evaluated with.
+
+    It is trained without noise whatever privacy the run has: it never leaves."""
+    uses_training_loss: ClassVar[bool] = False
+    """True if what `finish` returns depends on `RoundContext.loss` (q-FedAvg): excludes differential privacy."""
 
     # The server's half
 
@@ -165,8 +175,12 @@ class Strategy(Frozen, ABC):
         """The nodes that round `number` asks, of those `connected` (sorted); None: as the run's rules sample them."""
         return None
 
-    def refuse(self, record: "RunRecord", model: "torch.nn.Module") -> str | None:
-        """Why a run of `record` with `model` cannot be right, as a sentence's end; None: it can. Asked at its start."""
+    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
+        """Why a run under `terms` with `model` cannot be right, as a sentence's end; None: it can.
+
+        Asked by the server at the run's start, and by each site of every question to train before it pays. Of `model`
+        names and shapes count: at a site it may hold no numbers.
+        """
         return None
 
     def personal(self, model: "torch.nn.Module") -> frozenset[str]:
@@ -199,7 +213,10 @@ class Strategy(Frozen, ABC):
 
     @classmethod
     def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
-        """What leaves of `delta` (parameters - start, by name, may be changed in place), and what the site keeps."""
+        """What leaves of `delta` (parameters - start, by name, may be changed in place), and what the site keeps.
+
+        Called by `finish_round` alone. Not with noise on the sum for the unit example, which covers the step as it is.
+        """
         return Finished(delta)
 
 
@@ -223,6 +240,47 @@ class Buffered(Strategy, ABC):
     def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
         """Everybody: who is at work already is not asked again."""
         return connected
+
+
+def finish_round(strategy: type[Strategy], delta: Arrays, context: RoundContext) -> Finished:
+    """`strategy.finish`, held to what its class declares. Raises PluginError before anything leaves or is kept.
+
+    Nothing else that a strategy could return has been looked at: not by what bounds it, nor by what adds it up.
+    """
+    if not is_overridden(strategy, "finish"):
+        return Finished(delta)
+    shapes = shapes_of(delta)
+    extras = shapes_of(strategy.extras({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}))
+    if not strategy.uses_training_loss:
+        context = replace(context, loss=lambda: _undeclared_loss(strategy))
+    finished = strategy.finish(delta, context)
+    _require(strategy, "delta", finished.delta, shapes)
+    _require(strategy, "extras", finished.extras, extras)
+    for kind, arrays in finished.state.items():
+        if kind not in strategy.kept:
+            raise PluginError(f"strategy {strategy.name!r} keeps {kind!r}, which it does not declare (kept)")
+        _require(strategy, f"state {kind!r}", arrays, shapes)
+    return finished
+
+
+def _undeclared_loss(strategy: type[Strategy]) -> NoReturn:
+    raise PluginError(f"strategy {strategy.name!r} asks for the training loss and does not declare uses_training_loss")
+
+
+def _require(strategy: type[Strategy], what: str, arrays: Arrays, expected: Shapes) -> None:
+    found = shapes_of(arrays)
+    if found != expected or any(array.dtype != np.float32 for array in arrays.values()):
+        odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise PluginError(
+            f"strategy {strategy.name!r}: the {what} that finish returned is not float32 of the names and shapes that "
+            f"it declares{': ' + ', '.join(odd[:5]) if odd else ''}"
+        )
+
+
+def is_overridden(strategy: type[Strategy], method: str) -> bool:
+    """Whether the strategy does more in `method` than the base class, which does nothing."""
+    own, base = getattr(strategy, method), getattr(Strategy, method)
+    return getattr(own, "__func__", own) is not getattr(base, "__func__", base)
 
 
 def as_arrays(state: Mapping[str, Arrays], kind: str, like: Mapping[str, NDArray[Any]]) -> Arrays:

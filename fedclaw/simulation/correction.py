@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedclaw.federation.strategy import StepContext, Strategy
+from fedclaw.federation.strategy import StepContext, Strategy, is_overridden
 from fedclaw.simulation.job import Round, State
 from fedclaw.simulation.layout import Layout
 
@@ -81,12 +81,6 @@ class Correction:
             # Most change `.grad` in place; one that puts another tensor there is taken at its word.
             if parameter.grad is not None and parameter.grad is not change:
                 change.copy_(parameter.grad)
-
-
-def is_overridden(strategy: type[Strategy], method: str) -> bool:
-    """Whether the strategy does more in `method` than the base class, which does nothing."""
-    own, base = getattr(strategy, method), getattr(Strategy, method)
-    return getattr(own, "__func__", own) is not getattr(base, "__func__", base)
 
 
 def _tensors(layout: Layout, arrays: Mapping[str, NDArray[np.float32]]) -> list[torch.Tensor]:

@@ -15,12 +15,12 @@ from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.plan import ModelSpec, Plan
 from fedclaw.federation.receipts import is_sampled
 from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.strategy import PERSONAL, RoundContext, Strategy, as_arrays
+from fedclaw.federation.strategy import PERSONAL, RoundContext, Strategy, as_arrays, finish_round, is_overridden
 from fedclaw.federation.update import SiteContext, Update
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.simulation.choice import Way, make_engine
-from fedclaw.simulation.correction import Correction, is_overridden
+from fedclaw.simulation.correction import Correction
 from fedclaw.simulation.engines import Engine, PlainModel
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.folded import FoldedModel, Loss
@@ -292,7 +292,7 @@ class Trainer:
             {kind: dict(arrays) for kind, arrays in round.sent.items()},
             state,
         )
-        finished = strategy.finish(delta, context)
+        finished = finish_round(strategy, delta, context)
         personal = {name: trained[name] for name in plan.personal}
         if strategy.personal_model:
             personal = self._own_model(prepared, client)

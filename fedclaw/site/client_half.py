@@ -6,12 +6,21 @@ from dataclasses import dataclass
 import torch
 from flwr.app import RecordDict
 
-from fedclaw.errors import PluginError
+from fedclaw.errors import PluginError, UsageError
 from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.combinations import Terms, refusal, strategy_of
 from fedclaw.federation.exchange import ARRAYS, SENT, by_kind
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
-from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.strategy import PERSONAL, Finished, RoundContext, StepContext, Strategy, as_arrays
+from fedclaw.federation.strategy import (
+    PERSONAL,
+    Finished,
+    RoundContext,
+    StepContext,
+    Strategy,
+    as_arrays,
+    finish_round,
+)
+from fedclaw.privacy.policy import listed
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.state import State
 from fedclaw.site.training import Correction
@@ -30,8 +39,8 @@ class ClientHalf:
 
     @classmethod
     def open(cls, site: Site, plan: Plan, content: RecordDict) -> "ClientHalf":
-        """Raises Refusal, before anything is paid for, for a strategy or fields that this site cannot serve."""
-        strategy, sent = _checked(plan), _sent(content)
+        """Raises Refusal, before anything is paid for, for a strategy, fields or combination that cannot be right."""
+        strategy, sent = check_terms(site, plan), _sent(content)
         _check_sent(strategy, sent, sent_arrays(content, ARRAYS), plan)
         return cls(
             site=site,
@@ -43,8 +52,10 @@ class ClientHalf:
 
     def own(self, parameters: Arrays) -> Arrays:
         """`parameters` as they were sent, with the site's own in the place of those that never leave it."""
-        mine = self.before.get(PERSONAL, {}) if self.plan.personal else {}
-        return {name: mine.get(name, array) for name, array in parameters.items()}
+        mine = self.before.get(PERSONAL, {})
+        return {
+            name: mine.get(name, array) if name in self.plan.personal else array for name, array in parameters.items()
+        }
 
     def correction(self, model: torch.nn.Module, steps: int) -> Correction:
         """The strategy's, for `steps` local steps of `model`, which holds what the round begins with."""
@@ -62,7 +73,7 @@ class ClientHalf:
         state = {kind: as_arrays(self.before, kind, shared) for kind in self.strategy.kept}
         plan = self.plan
         context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.sent, state)
-        return self.strategy.finish(shared, context)
+        return finish_round(self.strategy, shared, context)
 
     def remember(self, finished: Finished, personal: Arrays, further: State) -> None:
         """Keep the strategy's state, the parameters of `personal`, and `further` state for the rounds to come."""
@@ -95,25 +106,48 @@ class ClientHalf:
 
 
 def personal_parameters(site: Site, plan: Plan, parameters: Arrays) -> Arrays:
-    """The parameters that the site is evaluated with: those sent, with its own in the place of what it keeps."""
-    mine = site.states.newest(plan.federation, plan.run).get(PERSONAL, {})
-    if not mine or not (plan.personal or _checked(plan).personal_model):
+    """The parameters that the site is evaluated with: those sent, with its own in the place of what it keeps.
+
+    Raises Refusal.
+    """
+    whole = _checked(site, plan).personal_model
+    if not (whole or plan.personal):
         return parameters
+    mine = site.states.newest(plan.federation, plan.run).get(PERSONAL, {})
     return {
-        name: own if (own := mine.get(name, array)).shape == array.shape else array
+        name: own if (whole or name in plan.personal) and (own := mine.get(name, array)).shape == array.shape else array
         for name, array in parameters.items()
     }
 
 
-def _checked(plan: Plan) -> type[Strategy]:
-    """The plan's strategy, after it has looked at its fields. Raises Refusal."""
+def check_terms(site: Site, plan: Plan) -> type[Strategy]:
+    """The plan's strategy, if what `plan` asks to be trained can be right with it. Raises Refusal.
+
+    A server asks the same of a run that it makes (`fedclaw.federation.combinations`); here it is what a guarantee rests
+    on, since nobody knows what a server has asked itself.
+    """
+    strategy = _checked(site, plan)
+    if reason := refusal(Terms.of_plan(plan), strategy, site.shell(plan.model)):
+        raise Refusal(RefusalCode.STRATEGY, f"strategy {plan.strategy!r} {reason}")
+    return type(strategy)
+
+
+def _checked(site: Site, plan: Plan) -> Strategy:
+    """The plan's strategy, after it has looked at its fields and at what is to stay here. Raises Refusal."""
     try:
-        strategy = strategy_class(plan.strategy)
-        strategy.check_fields(plan.strategy_fields)
-    except PluginError as error:
+        strategy = strategy_of(plan)
+    except (PluginError, UsageError) as error:
         raise Refusal(RefusalCode.STRATEGY, str(error)) from error
     except (KeyError, ValueError) as error:
         raise Refusal(RefusalCode.STRATEGY, f"the fields of strategy {plan.strategy!r} are wrong: {error}") from error
+    own = strategy.personal(site.shell(plan.model))
+    if own != frozenset(plan.personal):
+        stays, called = listed(tuple(sorted(own)), "nothing"), listed(plan.personal, "nothing")
+        raise Refusal(
+            RefusalCode.STRATEGY,
+            f"strategy {plan.strategy!r} leaves {stays} of model {plan.model.name!r} at the sites, and the plan calls "
+            f"{called} personal",
+        )
     return strategy
 
 

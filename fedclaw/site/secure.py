@@ -44,6 +44,7 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.statistics_policy import check_statistics
+from fedclaw.site.client_half import check_terms
 from fedclaw.site.frequency import check_session
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.training_task import about, train_locally
@@ -125,6 +126,7 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
     if isinstance(asked, Plan):
         length = asked.secure.length if asked.secure else 0
         check_plan(site.policy, asked, examples=len(site.data.train), parameters=length)
+        check_terms(site, asked)
     else:
         check_statistics(site.policy, asked, len(site.data.train))
     check_session(site.policy, site.ledger)

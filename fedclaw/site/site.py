@@ -60,6 +60,20 @@ class Site:
     """Warm models, the least recently used one first."""
     _tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
+    def shell(self, spec: ModelSpec) -> torch.nn.Module:
+        """A model of `spec` for its names and shapes: what numbers it holds, if any, is not said. Raises Refusal."""
+        asked = spec.model_dump_json()
+        for key, model in self._models.items():
+            if key.partition(" ")[2] == asked:
+                return model
+        try:
+            with torch.device("meta"):
+                shell = self.workload.build(spec)
+        except PluginError as error:
+            raise Refusal(RefusalCode.MODEL, str(error)) from error
+        check_size(self.policy, sum(parameter.numel() for parameter in shell.parameters()))
+        return shell
+
     def model(self, spec: ModelSpec, parameters: Arrays, role: str = "student") -> torch.nn.Module:
         """A warm model of `spec` with these parameters in it; takes no more memory than what arrived did.
 
@@ -68,9 +82,8 @@ class Site:
         check_size(self.policy, sum(array.size for array in parameters.values()))
         key = f"{role} {spec.model_dump_json()}"
         warm = self._models.get(key)
+        shell = self.shell(spec) if warm is None else warm
         try:
-            with torch.device("meta"):
-                shell = self.workload.build(spec) if warm is None else warm
             expected = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters()}
             if expected != {name: array.shape for name, array in parameters.items()}:
                 raise Refusal(RefusalCode.MODEL, f"the parameters sent are not those of model {spec.name!r}")

@@ -52,11 +52,12 @@ def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
 
 def train_locally(site: Site, plan: Plan, content: RecordDict, key: str) -> LocalUpdate:
     """Train as `plan` asks, under a reservation called `key`. Raises Refusal before anything is paid for."""
-    half = ClientHalf.open(site, plan, content)
-    start = half.own(sent_arrays(content, ARRAYS))
-    size, examples = sum(array.size for array in start.values()), len(site.data.train)
+    sent = sent_arrays(content, ARRAYS)
+    size, examples = sum(array.size for array in sent.values()), len(site.data.train)
     check_plan(site.policy, plan, examples=examples, parameters=size)
     _check_preprocessing(site, plan)
+    half = ClientHalf.open(site, plan, content)
+    start = half.own(sent)
     model = site.model(plan.model, start)
     set_threads(size)
     charge = charge_of(site, plan)

@@ -78,6 +78,22 @@ def test_two_halves_do_not_go_into_one_step() -> None:
         check_combination(record, FedRep(), TwoHeads())
 
 
+@pytest.mark.parametrize("strategy", [FedBN(), FedPer()])
+def test_what_stays_at_a_site_is_not_trained_by_a_step_whose_noise_is_on_the_sum(strategy) -> None:
+    """It would be trained without noise, and be where the next round begins: every example's gradient would tell of it.
+
+    A whole update within a bound covers it.
+    """
+    training = LocalTraining(steps=1, batch_size=1, learning_rate=0.1)
+    fields = {"noise_by": "server", "epsilon": 8, "delta": 1e-3, "clip": 1, "noise_multiplier": 1}
+    record = asked(strategy.name, rounds=1, training=training, central=CentralPrivacy(unit="example", **fields))
+    with pytest.raises(UsageError, match="trains without noise"):
+        check_combination(record, strategy, TwoHeads())
+    check_combination(
+        record.model_copy(update={"central": CentralPrivacy(unit="site", **fields)}), strategy, TwoHeads()
+    )
+
+
 def test_fedrep_moves_the_head_first_and_then_the_body() -> None:
     def left(step: int, steps: int, share: float) -> list[float]:
         parameters = [torch.zeros(1, requires_grad=True) for _ in range(3)]
