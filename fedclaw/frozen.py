@@ -1,6 +1,7 @@
 """The base of everything that is read from a file, a command line or the wire."""
 
 from collections.abc import Iterator, Mapping
+from reprlib import Repr
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,6 +17,11 @@ class Frozen(BaseModel):
 
 S = TypeVar("S", bound=Frozen)
 
+_MOST_FIELDS = 10
+_SHORT = Repr()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 3, 8, 8, 8
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 60, 60, 60
+
 
 def check_settings(plain: Any, settings: type[S]) -> S:
     """A plain container as a settings object. Raises UsageError naming each wrong field."""
@@ -26,14 +32,25 @@ def check_settings(plain: Any, settings: type[S]) -> S:
 
 
 def explain(error: ValidationError, plain: Any = None) -> str:
-    """One line a person can act on: each wrong field by its path in `plain`, what it is and what it should be."""
+    """One line a person can act on: each wrong field by its path in `plain`, what it is and what it should be.
+
+    Of many wrong fields the first ten, and of long names and values the beginning: they may be a stranger's.
+    """
     parts = []
-    for item in error.errors(include_url=False):
-        where = ".".join(str(step) for step in _path(item["loc"], plain))
-        message = item["msg"].removeprefix("Value error, ")
-        given = "" if item["type"] in {"missing", "value_error"} else f" (given: {item['input']!r:.80})"
+    wrong = error.errors(include_url=False, include_context=False)
+    for item in wrong[:_MOST_FIELDS]:
+        where = ".".join(f"{step!s:.60}" for step in _path(item["loc"], plain))
+        message = f"{item['msg'].removeprefix('Value error, '):.500}"
+        given = "" if item["type"] in {"missing", "value_error"} else f" (given: {_given(item['input'])})"
         parts.append(f"{where}: {message}{given}" if where else f"{message}{given}")
+    if len(wrong) > _MOST_FIELDS:
+        parts.append(f"and {len(wrong) - _MOST_FIELDS} more")
     return "; ".join(parts)
+
+
+def _given(value: Any) -> str:
+    """The beginning of what was given, at a cost that does not grow with it."""
+    return f"{value[:80]!r:.80}" if isinstance(value, str) else f"{_SHORT.repr(value):.80}"
 
 
 def _path(location: tuple[int | str, ...], plain: Any) -> Iterator[int | str]:

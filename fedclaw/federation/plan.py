@@ -23,7 +23,7 @@ import math
 from enum import IntEnum
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from fedclaw.federation.compression.request import Compression, check_compression
 from fedclaw.frozen import Frozen
@@ -46,11 +46,60 @@ METRICS = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
 """Names of the evaluation metrics; all but `loss` lie in [0, 1]."""
 
 
+MAX_SITES = 10_000_000
+"""Sites of a federation, by anybody's word."""
+
+MAX_SUMMED, MAX_LENGTH = 100_000, 10**10
+"""Sites in one secure sum, and numbers in its vector."""
+MAX_COLUMNS = 100_000
+"""Of a schema; and parameters that a plan can name."""
+MAX_CONSTANTS = 64 << 20
+"""Characters of preprocessing constants."""
+MAX_TEXT = 4096
+MAX_ARGUMENTS, MAX_DEPTH = 10_000, 8
+"""Characters of a text in arguments, values in them, and how deep they lie in one another."""
+
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\p{C}]+$")]
+"""Of a run, a federation, a strategy: it stands in ledgers, logs and pages, so it is short and on one line."""
+
+ParameterName = Annotated[str, Field(min_length=1, max_length=512)]
+"""Of a parameter in a model's state, or of a column in a schema."""
+
+Digest = Annotated[str, Field(max_length=64)]
+"""SHA-256, hexadecimal."""
+
+
+def _small(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """`arguments`. Raises ValueError for such as nothing has: too many, too deep, or texts as long as books."""
+    level: list[JsonValue] = [arguments]
+    count = 0
+    for _ in range(MAX_DEPTH):
+        inner: list[JsonValue] = []
+        for value in level:
+            if isinstance(value, str) and len(value) > MAX_TEXT:
+                raise ValueError(f"a text of {len(value)} characters; at most {MAX_TEXT} are read")
+            if isinstance(value, dict):
+                inner += [*value, *value.values()]
+            elif isinstance(value, list):
+                inner += value
+        count += len(inner)
+        if count > MAX_ARGUMENTS:
+            raise ValueError(f"more than {MAX_ARGUMENTS} values")
+        if not inner:
+            return arguments
+        level = inner
+    raise ValueError(f"values within values more than {MAX_DEPTH} deep")
+
+
+Arguments = Annotated[dict[Annotated[str, Field(max_length=64)], JsonValue], AfterValidator(_small)]
+"""Of a model or a strategy, by name."""
+
+
 class ModelSpec(Frozen):
     """A model by name; the workload that a site has installed builds it. Never an import path."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
-    args: dict[str, JsonValue] = {}
+    args: Arguments = {}
 
 
 class LocalTraining(Frozen):
@@ -157,15 +206,15 @@ class SecureAggregation(Frozen):
 
     session: str = Field(pattern=r"^[0-9a-f]{32}$")
     """Fresh for each attempt: nothing of one session is of use in another."""
-    sites: tuple[str, ...] = Field(min_length=2)
+    sites: tuple[Name, ...] = Field(min_length=2, max_length=MAX_SUMMED)
     """The cohort, by certified name."""
-    threshold: int = Field(ge=2)
+    threshold: int = Field(ge=2, le=MAX_SUMMED)
     """Shares that recover a secret."""
-    neighbours: int = Field(ge=1)
+    neighbours: int = Field(ge=1, le=MAX_SUMMED)
     """Sites that each site shares its secrets with."""
-    minimum: int = Field(ge=2)
+    minimum: int = Field(ge=2, le=MAX_SUMMED)
     """Survivors below which nothing is unmasked."""
-    length: int = Field(ge=1)
+    length: int = Field(ge=1, le=MAX_LENGTH)
     """Numbers in the vector that is summed."""
     step: float = Field(gt=0)
     """What one integer stands for."""
@@ -176,9 +225,9 @@ class SecureAggregation(Frozen):
     content: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
     """SHA-256 of the parameters (and a teacher's) that all sites begin with: whoever gets others takes no part, for a
     server could make a sum of one by giving the rest parameters that nothing comes of."""
-    tolerated: int = Field(default=0, ge=0)
+    tolerated: int = Field(default=0, ge=0, le=MAX_SUMMED)
     """Drop-outs after which the noise of the others is still enough."""
-    colluding: int = Field(default=0, ge=0)
+    colluding: int = Field(default=0, ge=0, le=MAX_SUMMED)
     """Sites whose noise is not counted on."""
 
     @model_validator(mode="after")
@@ -245,19 +294,19 @@ class Plan(Frozen):
     """The frozen context of one round. Its JSON is deterministic, so a resumed server asks the same question."""
 
     version: int = PLAN_VERSION
-    federation: str
-    run: str
-    round: int = Field(ge=0)
+    federation: Name
+    run: Name
+    round: int = Field(ge=0, le=MAX_ROUNDS)
     rounds: int = Field(ge=1, le=MAX_ROUNDS)
-    cohort: int = Field(ge=1)
+    cohort: int = Field(ge=1, le=MAX_SITES)
     """Number of sites asked in this round, by the server's own word: a site cannot count the others."""
-    workload: str
-    schema_digest: str
+    workload: Name
+    schema_digest: Digest
     model: ModelSpec
-    strategy: str
-    strategy_fields: dict[str, float] = {}
+    strategy: Name
+    strategy_fields: dict[Name, float] = Field(default={}, max_length=64)
     """What the strategy's client half needs, by name."""
-    strategy_settings: dict[str, JsonValue] = {}
+    strategy_settings: Arguments = {}
     """The strategy's settings: what it refuses, and which parameters it leaves at the sites, follows from them."""
     training: LocalTraining
     privacy: PrivacyRequest | None
@@ -270,11 +319,11 @@ class Plan(Frozen):
     """What a site's update counts by in the mean. Either way the answer says how many examples the site has."""
     weight_cap: int | None = Field(default=None, ge=1)
     """The largest weight, when `weighting` is `capped`."""
-    metrics: tuple[str, ...] = METRICS
-    personal: tuple[str, ...] = ()
+    metrics: tuple[Name, ...] = Field(default=METRICS, max_length=64)
+    personal: tuple[ParameterName, ...] = Field(default=(), max_length=MAX_COLUMNS)
     """Parameters that never leave the sites: each uses its own in the place of what is sent. A site takes no others for
     its own than the strategy says of the model."""
-    preprocessing: str | None = None
+    preprocessing: str | None = Field(default=None, max_length=MAX_CONSTANTS)
     """The constants that all sites prepare their inputs with, for a schema that takes the federation's: canonical JSON,
     made from a differentially private release of statistics."""
 

@@ -33,7 +33,7 @@ from fedclaw.files import append_all, write_atomic
 from fedclaw.frozen import Frozen, explain
 from fedclaw.workload import Schema, Workload
 
-RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
 
 class StrategyRecord(Frozen):

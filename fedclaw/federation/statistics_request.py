@@ -21,7 +21,16 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fedclaw.errors import DataError
-from fedclaw.federation.plan import Epsilon, Head, SecureAggregation
+from fedclaw.federation.plan import (
+    MAX_COLUMNS,
+    MAX_SITES,
+    Digest,
+    Epsilon,
+    Head,
+    Name,
+    ParameterName,
+    SecureAggregation,
+)
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.privacy.distributed import Shares, share_noise
@@ -43,14 +52,14 @@ class StatisticsRequest(Frozen):
     """The frozen question. Its JSON is deterministic: the same question again is answered from a site's outbox."""
 
     version: int = STATISTICS_VERSION
-    federation: str
-    run: str
+    federation: Name
+    run: Name
     """The name under which sites charge it."""
-    cohort: int = Field(ge=1)
+    cohort: int = Field(ge=1, le=MAX_SITES)
     """Number of sites asked, by the server's own word."""
-    workload: str
-    schema_digest: str
-    columns: tuple[str, ...]
+    workload: Name
+    schema_digest: Digest
+    columns: tuple[ParameterName, ...] = Field(max_length=MAX_COLUMNS)
     """Columns of the schema, by name, in its order."""
     labels: bool = True
     """Whether to count the labels."""
