@@ -19,8 +19,8 @@ class Rfa(RobustStrategy):
     """The point with the smallest weighted mean distance from the sites' updates, smoothed within `smoothing` of one.
 
     The same under rotation, so it suits models better than medians of coordinates, and like them it needs no guess of
-    how many sites are hostile. It withstands those that have less than half of the *weight*: examples are weighed as
-    the run says, as in the paper, so where sites may lie about their number, take weighting=uniform or capped.
+    how many sites are hostile. It withstands those that have less than half of the *weight*: every site weighs
+    the same, unless the run says weighting=capped, when examples are weighed, as in the paper, up to its cap.
 
     The paper takes few iterations, as each is an exchange with the sites there, and starts at the mean. Here all
     updates are at hand: it goes on until nothing moves, and begins at the unchanged model, which no site can shift.

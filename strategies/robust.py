@@ -1,7 +1,8 @@
 """What the strategies share that hold against sites which send whatever they like: they see every update by itself.
 
-All of them ignore example weights but RFA (`strategies.rfa`), which says why it does not: nobody can check how many
-examples a site really has, and a weight that a site may choose would give it any share of a weighted result.
+All of them ignore example weights but RFA (`strategies.rfa`), and that one knows none but those that the run caps:
+nobody can check how many examples a site really has, and a weight that a site may choose would give it any share of a
+weighted result.
 
 Legend: n updates, d numbers in one, f updates that may be anything.
 """
@@ -42,6 +43,10 @@ class RobustStrategy(Strategy):
     def fewest(self) -> int:
         """Updates below which the strategy promises nothing; a round with fewer does not count."""
 
+    def withstands(self, sites: int) -> int:
+        """Less than half of the sites, where there are enough of them."""
+        return (sites - 1) // 2 if sites >= self.fewest else 0
+
     def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """The same as FedAvg's: the whole difference is in what takes the mean's place."""
         import torch
@@ -71,6 +76,10 @@ class HostileCount(RobustStrategy):
 
     hostile: int = Field(default=1, ge=0)
     """f: sites that may send anything at all and work together. More of them, and nothing is promised."""
+
+    def withstands(self, sites: int) -> int:
+        """As many as it was told to expect."""
+        return self.hostile if sites >= self.fewest else 0
 
     def _demand(self) -> str:
         return f"with hostile: {self.hostile} needs the updates of at least {self.fewest} sites"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
-from fedclaw.federation.arrays import Arrays, all_finite
+from fedclaw.federation.arrays import Arrays, all_within
 from fedclaw.federation.update import Update
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ class WeightedSum:
     whole before the first element of it is added.
     """
 
-    def __init__(self, template: Mapping[str, NDArray[np.float32]]) -> None:
+    def __init__(self, template: Mapping[str, NDArray[np.float32]], *, largest: float = np.inf) -> None:
+        """`largest`: numbers beyond it are refused; `arrays.LARGEST` for what comes from others."""
+        self.largest = largest
         self.arrays: Arrays = {name: np.zeros_like(array) for name, array in template.items()}
         self.weight = 0.0
         self.examples = 0
@@ -40,7 +42,7 @@ class WeightedSum:
         self.count = 0
 
     def add(self, arrays: Mapping[str, NDArray[np.float32]], weight: float, examples: int = 0) -> None:
-        """Add one weighted update. Raises UpdateError for wrong names, shapes or weight, NaN or infinity."""
+        """Add one weighted update. Raises UpdateError for wrong names, shapes or weight, NaN or absurd sizes."""
         self._check(arrays, weight)
         for name, total in self.arrays.items():
             with np.errstate(over="ignore"):
@@ -84,8 +86,9 @@ class WeightedSum:
             array = arrays[name]
             if array.shape != total.shape:
                 raise UpdateError(f"parameter {name!r} has shape {array.shape}, expected {total.shape}")
-            if not all_finite(array):
-                raise UpdateError(f"parameter {name!r} holds NaN or infinite values")
+            if not all_within(array, self.largest):
+                beyond = "" if np.isinf(self.largest) else f", or numbers beyond {self.largest:.3g}"
+                raise UpdateError(f"parameter {name!r} holds NaN or infinite values{beyond}")
 
 
 class UpdateStack(WeightedSum):
@@ -94,11 +97,23 @@ class UpdateStack(WeightedSum):
     What is taken is what `combine` makes of the updates (n, d) and their weights (n,), times the sum of the weights: a
     sum, like any other, whose mean is the combination. The updates are in an order of their content's, so that what
     comes of them does not depend on who answered first.
+
+    The weights that `combine` is given are 1 unless the sites' are `bounded`: how many examples a site has, nobody can
+    check, and a number that it may choose must not decide.
     """
 
-    def __init__(self, template: Mapping[str, NDArray[np.float32]], combine: Combine) -> None:
-        super().__init__(template)
+    def __init__(
+        self,
+        template: Mapping[str, NDArray[np.float32]],
+        combine: Combine,
+        *,
+        bounded: bool = False,
+        largest: float = np.inf,
+    ) -> None:
+        """`bounded`: by a cap that the run declares."""
+        super().__init__(template, largest=largest)
         self._combine = combine
+        self._bounded = bounded
         self._updates: list[NDArray[np.float32]] = []
         self._weights: list[float] = []
 
@@ -134,4 +149,5 @@ class UpdateStack(WeightedSum):
         self._updates = []
         for row, position in enumerate(order):
             stack[row] = waiting.pop(position)
-        return stack, np.array(self._weights)[order]
+        weights = np.array(self._weights)[order]
+        return stack, weights if self._bounded else np.ones_like(weights)

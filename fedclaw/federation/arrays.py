@@ -149,6 +149,23 @@ def _view(name: str, array: "Array", expected: np.dtype[S]) -> NDArray[S]:
         raise UpdateError(f"array {name!r} cannot be read: {error}") from error
 
 
+LARGEST = 2.0**100
+"""No number of an update, times its weight, is larger: 2^27 of them still add up to a float32."""
+
+
+def all_within(array: NDArray[np.float32], largest: float = LARGEST) -> bool:
+    """Whether all is finite and at most `largest` (which is above 2^64) in size; mostly one pass without a temporary.
+
+    A sum of squares below infinity in float32 has no element above 2^64.
+    """
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.dot(flat, flat)):
+            return True
+        size = np.abs(flat)
+        return bool(np.isfinite(size).all() and (size <= largest).all())
+
+
 def all_finite(array: NDArray[np.float32]) -> bool:
     """Whether every element is finite; mostly one pass without a temporary.
 

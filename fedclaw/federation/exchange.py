@@ -22,8 +22,8 @@ from pydantic import ValidationError
 from fedclaw.errors import UpdateError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import Combine, UpdateStack, WeightedSum
-from fedclaw.federation.arrays import Arrays, pack, payload
-from fedclaw.federation.plan import MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting
+from fedclaw.federation.arrays import LARGEST, Arrays, pack, payload
+from fedclaw.federation.plan import MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting, weight_of
 from fedclaw.federation.postprocess import Reader, as_sent
 from fedclaw.federation.receipts import LONGEST_RECEIPT, check_receipt
 from fedclaw.federation.run_directory import SiteReceipt
@@ -102,6 +102,7 @@ class Trained(Answers):
 
     total: WeightedSum = field(default_factory=lambda: WeightedSum({}))
     weighting: Weighting = "examples"
+    weight_cap: int | None = None
     receipts: dict[str, SiteReceipt] = field(default_factory=dict)
     asked: Plan | None = None
     """What the answers' receipts are held against; None: not looked at."""
@@ -119,13 +120,24 @@ class Trained(Answers):
     ) -> "Trained":
         """Ready for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
         template = postprocess.template(parameters, plan)
-        total = WeightedSum(template) if combine is None else UpdateStack(template, combine)
-        return cls(total=total, weighting=plan.weighting, asked=plan, read=postprocess.reader(parameters, plan))
+        bounded = plan.weighting == "capped"
+        total = (
+            WeightedSum(template, largest=LARGEST)
+            if combine is None
+            else UpdateStack(template, combine, bounded=bounded, largest=LARGEST)
+        )
+        return cls(
+            total=total,
+            weighting=plan.weighting,
+            weight_cap=plan.weight_cap,
+            asked=plan,
+            read=postprocess.reader(parameters, plan),
+        )
 
     def add(self, site: str, content: RecordDict) -> None:
         """Add a weighted delta."""
         weight, examples = weights_in(content)
-        check_weight(weight, examples, self.weighting)
+        check_weight(weight, examples, self.weighting, self.weight_cap)
         receipt = receipt_in(content)
         if self.asked is not None:
             check_receipt(receipt, self.asked, examples)
@@ -280,15 +292,18 @@ def weights_in(content: RecordDict) -> tuple[float, int]:
     """Weight and examples of an answer. Raises UpdateError for absurd ones."""
     record = part(content.metric_records, METRICS)
     weight, examples = _number(record, WEIGHT), _number(record, EXAMPLES)
-    if not 1 <= examples <= MOST_EXAMPLES or weight <= 0:
+    if not 1 <= examples <= MOST_EXAMPLES or examples != int(examples) or weight <= 0:
         raise UpdateError(f"the answer claims {examples:g} examples and weight {weight:g}")
     return weight, int(examples)
 
 
-def check_weight(weight: float, examples: int, weighting: Weighting) -> None:
-    """Raise UpdateError for a weight that so many examples do not have: the server's noise is scaled by both."""
-    # Both add up, so this holds for a regional sum as for a single site.
-    if weight != examples if weighting == "examples" else weight > examples:
+def check_weight(weight: float, examples: int, weighting: Weighting, cap: int | None = None) -> None:
+    """Raise UpdateError for another weight than a site with so many examples has.
+
+    The plan determines it, so nothing is left to the site but how many examples it has, which nobody can check: by one
+    that it may choose it would take any share of a mean, and scale the server's noise.
+    """
+    if weight != weight_of(examples, weighting, cap):
         raise UpdateError(f"weight {weight:g} does not belong to {examples} examples weighted by {weighting}")
 
 
@@ -301,7 +316,7 @@ def part(records: Mapping[str, R], name: str) -> R:
 
 def _number(record: MetricRecord, name: str) -> float:
     value = record.get(name)
-    if not isinstance(value, int | float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise UpdateError(f"the answer's {name!r} is of type {type(value).__name__}, expected a number")
     if not abs(value) <= sys.float_info.max:
         raise UpdateError(f"the answer's {name!r} is no finite number")

@@ -252,6 +252,13 @@ Weighting = Literal["examples", "uniform", "capped"]
 """A site counts by its examples, by one, or by its examples up to a cap."""
 
 
+def weight_of(examples: int, weighting: Weighting, cap: int | None) -> float:
+    """What a site with that many examples counts by; `cap` is that of weighting `capped`."""
+    if weighting == "uniform":
+        return 1.0
+    return float(examples if cap is None else min(examples, cap))
+
+
 def check_privacy(
     training: LocalTraining,
     privacy: PrivacyRequest | None,
@@ -337,9 +344,7 @@ class Plan(Frozen):
 
     def weight(self, examples: int) -> float:
         """What a site with that many examples counts by."""
-        if self.weighting == "uniform":
-            return 1.0
-        return float(examples if self.weight_cap is None else min(examples, self.weight_cap))
+        return weight_of(examples, self.weighting, self.weight_cap)
 
 
 NO_LEDGER = "simulated"

@@ -157,7 +157,7 @@ class _Round:
 
     def _accept(self, site: str, content: RecordDict) -> None:
         weight, examples = weights_in(content)
-        check_weight(weight, examples, self._plan.weighting)
+        check_weight(weight, examples, self._plan.weighting, self._plan.weight_cap)
         receipt = receipt_in(content)
         check_receipt(receipt, self._plan, examples)
         self._receipts[site] = SiteReceipt(examples=examples, receipt=receipt)

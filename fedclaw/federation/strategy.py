@@ -146,6 +146,14 @@ class Strategy(Frozen, ABC):
         """What travels to the sites in the plan."""
         return {}
 
+    def withstands(self, sites: int) -> int:
+        """Hostile sites among `sites` that answer whose result stays within what the honest ones allow; 0: no promise.
+
+        Within: finite, and no longer than a constant, which depends on `sites` alone, times the longest honest update
+        (or, where a bound or a centre is set, times that). A test holds every strategy that is installed to it.
+        """
+        return 0
+
     def server_state(self, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
         """By kind, what the server remembers when a run begins with `parameters`; arrays by parameter name."""
         return {}
