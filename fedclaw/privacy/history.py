@@ -26,7 +26,8 @@ class Budget:
 class Reservation:
     """One charge. `attempt` counts the charges under one key, from 1; `mechanism` None: without privacy.
 
-    `fingerprint` says which content the data set had then, for information; None: not noted.
+    `fingerprint` says which content the data set had then, for information; `content` is the SHA-256 of the question
+    that it was reserved for; None: not noted. `hash` is the entry's own, a name that no other charge has.
     """
 
     sequence: int
@@ -38,6 +39,8 @@ class Reservation:
     round: int
     mechanism: Mechanism | None
     fingerprint: str | None = None
+    content: str | None = None
+    hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class Index:
         self.head = GENESIS
         self.heads: set[str] = set()
         self.reservations: dict[int, Reservation] = {}
+        self.charges: dict[str, int] = {}
+        """By a reservation's hash, its sequence."""
         self.open: dict[tuple[str, str], list[int]] = {}
         """Unsettled reservations by data set and key, oldest first; an empty list if all are settled."""
         self.attempts: Counter[tuple[str, str]] = Counter()
@@ -112,18 +117,18 @@ class Index:
             plain = json.loads(body)
             if plain["sequence"] != sequence:
                 raise LedgerError(f"entry {sequence} says that it is entry {plain['sequence']}")
-            self._readers[plain["kind"]](plain)
+            self._readers[plain["kind"]](plain, digest)
         except (ValueError, KeyError, TypeError, PrivacyError) as error:
             raise LedgerError(f"entry {sequence} cannot be read: {error}") from error
         self.sequence, self.head = sequence, digest
         self.heads.add(digest)
         return Entry(sequence, plain, digest)
 
-    def _open(self, plain: Mapping[str, Any]) -> None:
+    def _open(self, plain: Mapping[str, Any], _digest: str) -> None:
         if plain["sequence"] != 1 or plain["version"] != LEDGER_VERSION:
             raise ValueError(f"version {plain['version']} is not known here (this is {LEDGER_VERSION})")
 
-    def _reserve(self, plain: Mapping[str, Any]) -> None:
+    def _reserve(self, plain: Mapping[str, Any], digest: str) -> None:
         reservation = Reservation(
             sequence=plain["sequence"],
             data_set=plain["data_set"],
@@ -134,18 +139,21 @@ class Index:
             round=plain["round"],
             mechanism=event_from_json(plain["mechanism"]),
             fingerprint=plain.get("fingerprint"),
+            content=plain.get("content"),
+            hash=digest,
         )
         if reservation.fingerprint is not None:
             self.contents[reservation.data_set] = reservation.fingerprint
             self.owners[reservation.fingerprint] = reservation.data_set
         name = (reservation.data_set, reservation.key)
         self.reservations[reservation.sequence] = reservation
+        self.charges[digest] = reservation.sequence
         self.open.setdefault(name, []).append(reservation.sequence)
         self.attempts[name] += 1
         self.lifetimes.setdefault(reservation.data_set, History()).add(reservation.mechanism)
         run = (reservation.data_set, reservation.federation, reservation.run)
         self.runs.setdefault(run, History()).add(reservation.mechanism)
 
-    def _settle(self, plain: Mapping[str, Any]) -> None:
+    def _settle(self, plain: Mapping[str, Any], _digest: str) -> None:
         settled = self.reservations[plain["reserve"]]
         self.open[settled.data_set, settled.key].remove(settled.sequence)

@@ -2,8 +2,9 @@
 
 An append-only list of entries in one SQLite file, hash-chained (`fedclaw.chain`). Before training, the round's
 mechanism is *reserved*; when its result leaves, the reservation is *settled*. Open reservations count as spent, so a
-crash between the two, at whatever instruction, can only over-count. A reservation that is still open when the same
-round is asked for again is taken up again, because nothing of it has left the site.
+crash between the two, at whatever instruction, can only over-count. A reservation is for one question: run, round,
+attempt and content. One that is still open when the very same question is asked again is taken up again, because
+nothing of it has left the site, nor stays there; any other question is charged, whatever its message is called.
 
 Durability. A rollback journal with synchronous=EXTRA: when `reserve` returns, the entry survives a power cut. Not
 WAL: it would need shared memory (no network file systems) and leave part of the ledger in a second file that a backup
@@ -121,20 +122,19 @@ class Ledger:
         mechanism: Mechanism | None,
         budget: Budget,
         run_budget: Budget | None = None,
+        content: str | None = None,
     ) -> Reservation:
         """Charge `mechanism` (None: training without privacy) before any of it is done; durable on return.
 
-        An open reservation with the same key, mechanism and content is taken up again at no cost. A settled key, or
-        another mechanism or content under the same key, is charged anew. Raises BudgetExceeded, with the figures, if
-        everything ever charged to the data set and this would together exceed `budget`, or everything charged by this
-        run and this exceed `run_budget`; LedgerError if the ledger is damaged.
+        `content` is the SHA-256 of the question. An open reservation under the same key for the same question about the
+        same data is taken up again at no cost. A settled key, or another run, round, mechanism or content under the
+        same key, is charged anew. Raises BudgetExceeded, with the figures, if everything ever charged to the data set
+        and this would together exceed `budget`, or everything charged by this run and this exceed `run_budget`;
+        LedgerError if the ledger is damaged.
         """
         with self._writing():
-            for sequence in self._index.open.get((self._data_set, key), []):
-                reservation = self._index.reservations[sequence]
-                asked = (mechanism, federation, run, self._fingerprint)
-                if asked == (reservation.mechanism, reservation.federation, reservation.run, reservation.fingerprint):
-                    return reservation
+            if (waiting := self._waiting(key, federation, run, round, mechanism, content)) is not None:
+                return waiting
             lifetime = self._index.lifetimes.get(self._data_set, History())
             _check_budget("on this data set", lifetime, mechanism, budget)
             if run_budget is not None:
@@ -150,17 +150,34 @@ class Ledger:
                 round=round,
                 mechanism=event_to_json(mechanism),
                 **({} if self._fingerprint is None else {"fingerprint": self._fingerprint}),
+                **({} if content is None else {"content": content}),
             )
             return self._index.reservations[entry.sequence]
 
-    def settle(self, key: str) -> None:
-        """Note, before its result leaves, that the newest open reservation of `key` has been used.
+    def is_waiting(
+        self,
+        key: str,
+        federation: str,
+        run: str,
+        round: int,
+        mechanism: Mechanism | None,
+        content: str | None = None,
+    ) -> bool:
+        """Whether `reserve` would take up a reservation that is open for this very question."""
+        with self._reading():
+            return self._waiting(key, federation, run, round, mechanism, content) is not None
 
-        Does nothing if the key's reservations are all settled already (the same result is sent again). The result may
-        be older than the present content, or than the data set's present name. Raises LedgerError if nothing was ever
-        reserved under `key`.
+    def settle(self, key: str, charge: str | None = None) -> None:
+        """Note, before its result leaves, that a reservation of `key` has been used.
+
+        It is the one whose hash is `charge`; None: the newest open one. Does nothing if it is settled already (the same
+        result is sent again). The result may be older than the present content, or than the data set's present name.
+        Raises LedgerError if nothing was ever reserved under `key`, or not that.
         """
         with self._writing():
+            if charge is not None:
+                self._settle(key, charge)
+                return
             waiting = self._index.open.get((self._data_set, key))
             if waiting is None:
                 waiting = next((found for (_, name), found in self._index.open.items() if name == key), None)
@@ -168,6 +185,20 @@ class Ledger:
                 self._append(kind="settle", reserve=waiting[-1])
             elif waiting is None:
                 raise LedgerError(f"{self._where()}: nothing is reserved under {key!r}, so it cannot be settled")
+
+    def settle_unanswered(self, key: str) -> list[str]:
+        """Settle all that is open under `key`, of whatever data set: the site is about to say that it failed.
+
+        That it failed may tell of the data, so the next attempt is charged anew. Returns the hashes of the charges.
+        """
+        with self._reading():
+            if not self._open_under(key):
+                return []
+        with self._writing():
+            found = self._open_under(key)
+            for sequence in found:
+                self._append(kind="settle", reserve=sequence)
+        return [self._index.reservations[sequence].hash for sequence in found]
 
     def spent(self, delta: float, run: str | None = None, federation: str | None = None) -> float:
         """Epsilon at `delta` of everything charged to this data set, open reservations included; maybe infinite.
@@ -245,6 +276,27 @@ class Ledger:
                 "privacy budget goes on. Data on other people needs a data.name of its own in site.yaml",
                 *(self._data_set, before, self._fingerprint),
             )
+
+    def _waiting(
+        self, key: str, federation: str, run: str, round: int, mechanism: Mechanism | None, content: str | None
+    ) -> Reservation | None:
+        asked = (federation, run, round, mechanism, self._fingerprint, content)
+        for sequence in self._index.open.get((self._data_set, key), []):
+            one = self._index.reservations[sequence]
+            if asked == (one.federation, one.run, one.round, one.mechanism, one.fingerprint, one.content):
+                return one
+        return None
+
+    def _settle(self, key: str, charge: str) -> None:
+        sequence = self._index.charges.get(charge, 0)
+        reservation = self._index.reservations.get(sequence)
+        if reservation is None or reservation.key != key:
+            raise LedgerError(f"{self._where()}: {key!r} was not charged as {charge:.16}, so it cannot be settled")
+        if sequence in self._index.open[reservation.data_set, key]:
+            self._append(kind="settle", reserve=sequence)
+
+    def _open_under(self, key: str) -> list[int]:
+        return [number for (_, name), waiting in self._index.open.items() if name == key for number in waiting]
 
     def _runs(self, run: str | None, federation: str | None) -> list[History]:
         return [

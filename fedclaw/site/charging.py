@@ -4,23 +4,63 @@ The ledger counts the noise that needs the least trust: the site's own if it add
 inside secure aggregation; else the server's, if the policy trusts the server with that; else none.
 """
 
+import hashlib
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedclaw.errors import BudgetExceeded, LedgerError, PrivacyError
 from fedclaw.federation.integers import distributed_mechanism, example_mechanism
 from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode, Trust
 from fedclaw.federation.receipts import central_receipt, clip_of, is_sampled
 from fedclaw.privacy.accounting import Mechanism, calibrate
-from fedclaw.privacy.ledger import Budget, Ledger
+from fedclaw.privacy.ledger import Budget, Ledger, Reservation
 from fedclaw.privacy.policy import Policy
+from fedclaw.runtime.records import serialised
 from fedclaw.site.frequency import check_charge
 from fedclaw.site.site import Site
 
 log = logging.getLogger(__name__)
+
+ABOUT, RUN, CHARGE = "about", "run", "charge"
+"""The record of a reply that says what it belongs to, the run and the hash of its charge in the ledger: after a restart
+it is all that the site has of the question."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One question, as a charge names it: by its message's id, which the server chooses, and by all that it says."""
+
+    message: Message
+
+    @property
+    def key(self) -> str:
+        """The message's id."""
+        return self.message.metadata.message_id
+
+    @cached_property
+    def content(self) -> str:
+        """SHA-256 (hexadecimal) of the message's type and records."""
+        return content_digest(self.message.metadata.message_type, self.message.content)
+
+
+def content_digest(kind: str, content: RecordDict) -> str:
+    """SHA-256 (hexadecimal) of a message's type and of each of its records, by name, as they came."""
+    digest = hashlib.sha256(f"{kind}|".encode())
+    for name, record in sorted(content.items()):
+        digest.update(f"{type(record).__name__}/{len(name)}/{name}|".encode())
+        if isinstance(record, ArrayRecord):
+            for key, array in sorted(record.items()):
+                data = serialised(array)
+                digest.update(f"{len(key)}/{key}/{len(data)}|".encode())
+                digest.update(data)
+        else:
+            digest.update(f"{sorted(record.items())!r}|".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -112,13 +152,13 @@ class Account:
 def reserve(
     site: Site,
     *,
-    key: str,
+    asking: Asking,
     federation: str,
     run: str,
     round: int,
     mechanism: Mechanism | None,
     account: Account | None = None,
-) -> None:
+) -> Reservation:
     """Charge the ledger, durably, before anything is computed. Raises Refusal when the budget is not enough, or when
     it is too early for another round.
 
@@ -126,13 +166,23 @@ def reserve(
     """
     account = account or Account.training(site)
     try:
-        check_charge(site.policy, account.ledger, key=key, federation=federation, run=run, mechanism=mechanism)
-        account.ledger.reserve(
-            key,
+        check_charge(
+            site.policy,
+            account.ledger,
+            key=asking.key,
             federation=federation,
             run=run,
             round=round,
             mechanism=mechanism,
+            content=asking.content,
+        )
+        return account.ledger.reserve(
+            asking.key,
+            federation=federation,
+            run=run,
+            round=round,
+            mechanism=mechanism,
+            content=asking.content,
             budget=Budget(epsilon=account.epsilon, delta=account.delta),
             run_budget=Budget(epsilon=account.epsilon_per_run, delta=account.delta),
         )

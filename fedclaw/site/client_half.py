@@ -75,11 +75,14 @@ class ClientHalf:
         context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.sent, state)
         return finish_round(self.strategy, shared, context)
 
-    def remember(self, finished: Finished, personal: Arrays, further: State) -> None:
-        """Keep the strategy's state, the parameters of `personal`, and `further` state for the rounds to come."""
+    def remember(self, finished: Finished, personal: Arrays, further: State, charge: str) -> None:
+        """Have the strategy's state, the parameters of `personal`, and `further` state ready for the rounds to come.
+
+        They are kept when the answer that was charged as `charge` is about to leave (`SiteStates.commit`).
+        """
         state = {**finished.state, **({PERSONAL: personal} if personal else {}), **further}
-        if state:
-            self.site.states.keep(self.plan.federation, self.plan.run, self.plan.round, state)
+        plan = self.plan
+        self.site.states.stage(plan.federation, plan.run, plan.round, state, charge)
 
     def _corrected(
         self,

@@ -6,6 +6,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, WEIGHT
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.privacy.policy_checks import permitted_metrics
+from fedclaw.site.charging import ABOUT, CHARGE, Asking
 from fedclaw.site.client_half import personal_parameters
 from fedclaw.site.frequency import check_evaluation
 from fedclaw.site.noised_metrics import bounded_sums, noised, pay_for_metrics
@@ -17,12 +18,12 @@ EVALUATION_BATCH = 4096
 
 
 def answer_evaluation(
-    site: Site, plan: Plan, content: RecordDict, key: str, outbound: OutboundLog | None = None
+    site: Site, plan: Plan, content: RecordDict, asking: Asking, outbound: OutboundLog | None = None
 ) -> RecordDict:
     """Metrics x weight of the parameters in `content` on the site's test data. Raises Refusal.
 
-    Where the policy has metrics noised they are paid for first, under the name `key`, and a receipt goes with them;
-    else `outbound` tells how often there was one.
+    Where the policy has metrics noised they are paid for first, as `asking` names the question, and a receipt goes with
+    them; else `outbound` tells how often there was one.
     """
     test = site.data.test
     if test is None:
@@ -31,11 +32,12 @@ def answer_evaluation(
     parameters = personal_parameters(site, plan, sent_arrays(content, ARRAYS))
     model = site.model(plan.model, parameters).eval()
     if site.policy.metrics_epsilon is not None and wanted:
-        receipt = pay_for_metrics(site, plan, key)
+        charge, receipt = pay_for_metrics(site, plan, asking)
         logits, targets = _logits(site, model, test)
         sums = bounded_sums(site.policy, wanted, logits, targets, site.workload.loss)
         answer = _answer(test, noised(site.policy, sums, len(test), site.source))
         answer[RECEIPT] = ConfigRecord({JSON: receipt.model_dump_json()})
+        answer[ABOUT] = ConfigRecord({CHARGE: charge.hash})
         return answer
     check_evaluation(site.policy, outbound)
     values = site.workload.evaluate(*_logits(site, model, test))

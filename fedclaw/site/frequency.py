@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from flwr.app import MessageType
 
 from fedclaw.federation.plan import Refusal, RefusalCode
-from fedclaw.privacy.accounting import Mechanism, event_to_json
+from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.history import Entry
 from fedclaw.privacy.ledger import Ledger
 from fedclaw.privacy.policy import Policy
@@ -29,14 +29,22 @@ _WRITTEN_TO = timedelta(seconds=1)
 
 
 def check_charge(
-    policy: Policy, ledger: Ledger, *, key: str, federation: str, run: str, mechanism: Mechanism | None
+    policy: Policy,
+    ledger: Ledger,
+    *,
+    key: str,
+    federation: str,
+    run: str,
+    round: int,
+    mechanism: Mechanism | None,
+    content: str | None,
 ) -> None:
-    """Raise a Refusal with code FREQUENCY if it is too early for this charge to the ledger's data set."""
-    if not is_limited(policy):
-        return
-    entries = ledger.entries()
-    if not is_waiting(entries, ledger.data_set, key, federation, run, mechanism):
-        check_frequency(policy, charge_times(entries, ledger.data_set))
+    """Raise a Refusal with code FREQUENCY if it is too early for this charge to the ledger's data set.
+
+    What would take up a charge again, because the very same question was asked before, is no new round.
+    """
+    if is_limited(policy) and not ledger.is_waiting(key, federation, run, round, mechanism, content):
+        check_frequency(policy, charge_times(ledger.entries(), ledger.data_set))
 
 
 def check_session(policy: Policy, ledger: Ledger) -> None:
@@ -95,20 +103,6 @@ def _refuse(limit: str, opens: datetime, now: datetime) -> None:
 def charge_times(entries: Iterable[Entry], data_set: str) -> list[str]:
     """When the data set was charged, in the ledger's order."""
     return [str(entry.body["time"]) for entry in _charges(entries, data_set)]
-
-
-def is_waiting(
-    entries: Iterable[Entry], data_set: str, key: str, federation: str, run: str, mechanism: Mechanism | None
-) -> bool:
-    """Whether the ledger has an open charge for this very question, so that asking again is no new round."""
-    entries = tuple(entries)
-    settled = {entry.body["reserve"] for entry in entries if entry.body["kind"] == "settle"}
-    asked = (key, federation, run, event_to_json(mechanism))
-    return any(
-        asked == (entry.body["key"], entry.body["federation"], entry.body["run"], entry.body["mechanism"])
-        for entry in _charges(entries, data_set)
-        if entry.sequence not in settled
-    )
 
 
 def _charges(entries: Iterable[Entry], data_set: str) -> list[Entry]:

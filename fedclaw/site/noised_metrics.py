@@ -15,10 +15,10 @@ import torch
 from fedclaw.errors import LedgerError, PrivacyError
 from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode
 from fedclaw.privacy.accounting import Mechanism, calibrate
-from fedclaw.privacy.ledger import Ledger
+from fedclaw.privacy.ledger import Ledger, Reservation
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.policy import DataSetBudget, Policy
-from fedclaw.site.charging import Account, reserve
+from fedclaw.site.charging import Account, Asking, reserve
 from fedclaw.site.site import Site
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,16 +37,16 @@ def metrics_mechanism(policy: Policy) -> Mechanism:
     return Mechanism(sample_rate=1.0, noise_multiplier=noise, steps=1)
 
 
-def pay_for_metrics(site: Site, plan: Plan, key: str) -> Receipt:
+def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation, Receipt]:
     """Charge one evaluation to the test data, durably, before it is done, and say what it cost. Raises Refusal."""
     ledger = site.test_ledger
     if ledger is None:
         raise LedgerError("metrics are to be noised, and the test data has no ledger")
     mechanism, budget = metrics_mechanism(site.policy), _budget(site.policy)
     account = Account(ledger, budget.epsilon, budget.delta)
-    reserve(
+    charge = reserve(
         site,
-        key=key,
+        asking=asking,
         federation=plan.federation,
         run=plan.run,
         round=plan.round,
@@ -54,7 +54,7 @@ def pay_for_metrics(site: Site, plan: Plan, key: str) -> Receipt:
         account=account,
     )
     lifetime = ledger.spent(budget.delta)
-    return Receipt(
+    return charge, Receipt(
         mechanism="metrics",
         sampler="poisson",
         accountant="pld",

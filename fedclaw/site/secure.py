@@ -44,6 +44,7 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.statistics_policy import check_statistics
+from fedclaw.site.charging import Asking
 from fedclaw.site.client_half import check_terms
 from fedclaw.site.frequency import check_session
 from fedclaw.site.site import Site, sent_arrays
@@ -72,7 +73,9 @@ def answer_stage(
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
 
-def answer_masked(site: Site, identity: SecureIdentity | None, plan: Plan, content: RecordDict, key: str) -> RecordDict:
+def answer_masked(
+    site: Site, identity: SecureIdentity | None, plan: Plan, content: RecordDict, asking: Asking
+) -> RecordDict:
     """Train, and mask what leaves. Raises Refusal, before anything is paid for."""
     mask = masking(identity, plan, content)
     try:
@@ -81,7 +84,7 @@ def answer_masked(site: Site, identity: SecureIdentity | None, plan: Plan, conte
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
     _check_weight(site, plan)
     _check_content(plan, content)
-    local = train_locally(site, plan, content, key)
+    local = train_locally(site, plan, content, asking)
     masked = mask(integers.encode(flattened(local.update.arrays), site.source))
     return RecordDict({**masked, **about(local)})
 

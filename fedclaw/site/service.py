@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from pydantic import ValidationError
 
+from fedclaw.errors import LedgerError
 from fedclaw.federation.exchange import JSON, PLAN, RECEIPT
 from fedclaw.federation.plan import PLAN_VERSION, Plan, Refusal, RefusalCode
 from fedclaw.federation.secure_exchange import STAGES
 from fedclaw.federation.statistics_request import REQUEST, STATISTICS, StatisticsRequest
 from fedclaw.frozen import explain
 from fedclaw.privacy.policy_checks import check_request
+from fedclaw.site.charging import ABOUT, CHARGE, RUN, Asking
 from fedclaw.site.data import prepare
 from fedclaw.site.evaluation import answer_evaluation
 from fedclaw.site.noised_metrics import charged_ledger
@@ -26,9 +28,6 @@ from fedclaw.site.statistics import answer_statistics, request_of
 from fedclaw.site.training_task import answer_training
 
 log = logging.getLogger(__name__)
-
-ABOUT, RUN = "about", "run"
-"""The record of a reply that says what it belongs to: after a restart it is all that the site has of the question."""
 
 
 @dataclass
@@ -54,11 +53,22 @@ class SiteService(Site):
             )
 
     def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
-        """Settle what the reply cost, and log that it leaves."""
+        """Settle what the reply cost, keep what the site remembers of it, and log that it leaves.
+
+        In this order, after the reply was stored. Killed before the first, the site has a charge that is open, for this
+        very question, and a state that is staged and counts for nothing: asked again, it sends what it stored, or does
+        the work anew from where it began. Killed later, it goes on with the rest when the stored reply is sent.
+        """
         receipt = None
-        if reply.has_content() and RECEIPT in reply.content.config_records:
+        if reply.has_error():
+            self._spoiled(message)
+        elif RECEIPT in reply.content.config_records:
             receipt = str(reply.content.config_records[RECEIPT][JSON])
-            charged_ledger(self, receipt).settle(message.metadata.message_id)
+            about = reply.content.config_records.get(ABOUT, ConfigRecord())
+            charge = str(about[CHARGE]) if CHARGE in about else None
+            charged_ledger(self, receipt).settle(message.metadata.message_id, charge)
+            if charge is not None and message.metadata.message_type == MessageType.TRAIN:
+                self.states.commit(self.federation, str(about[RUN]), charge)
         if self.outbound is not None:
             self.outbound.append(
                 federation=self.federation,
@@ -72,6 +82,19 @@ class SiteService(Site):
                 refused=reply.has_error(),
             )
 
+    def _spoiled(self, message: Message) -> None:
+        """The question is answered with an error. If it was paid for, that is used up, and nothing of it is kept.
+
+        That the site failed may tell of its data; the next attempt pays anew.
+        """
+        try:
+            for charge in self.ledger.settle_unanswered(message.metadata.message_id):
+                log.warning("a task failed after it was charged; the charge stands")
+                self.states.discard(charge)
+        except LedgerError as error:
+            # A refusal has to leave even so. Without a ledger nothing is trained, and what is staged is never kept.
+            log.error("%s", error)
+
     def _answer(self, message: Message) -> RecordDict:
         kind = message.metadata.message_type
         if _is_for_statistics(message):
@@ -84,17 +107,16 @@ class SiteService(Site):
         elif kind in STAGES:
             answer = answer_stage(self, self.secure, plan, kind, message.content)
         elif kind == MessageType.EVALUATE:
-            answer = answer_evaluation(self, plan, message.content, message.metadata.message_id, self.outbound)
+            answer = answer_evaluation(self, plan, message.content, Asking(message), self.outbound)
         else:
             raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
-        answer[ABOUT] = ConfigRecord({RUN: plan.run})
-        return answer
+        return _about(answer, plan.run)
 
     def _train(self, plan: Plan, message: Message) -> RecordDict:
-        key = message.metadata.message_id
+        asking = Asking(message)
         if plan.secure is None:
-            return answer_training(self, plan, message.content, key)
-        return answer_masked(self, self.secure, plan, message.content, key)
+            return answer_training(self, plan, message.content, asking)
+        return answer_masked(self, self.secure, plan, message.content, asking)
 
     def _statistics(self, message: Message) -> RecordDict:
         request = request_of(message.content)
@@ -104,11 +126,10 @@ class SiteService(Site):
             answer = answer_stage(self, self.secure, request, kind, content)
         elif kind == STATISTICS:
             mask = masking(self.secure, request, content) if request.secure else None
-            answer = answer_statistics(self, request, message.metadata.message_id, mask)
+            answer = answer_statistics(self, request, Asking(message), mask)
         else:
             raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
-        answer[ABOUT] = ConfigRecord({RUN: request.run})
-        return answer
+        return _about(answer, request.run)
 
     def _check(self, plan: Plan) -> None:
         if plan.version != PLAN_VERSION:
@@ -131,6 +152,12 @@ class SiteService(Site):
             )
         if asked.schema_digest != self.schema_digest:
             raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
+
+
+def _about(answer: RecordDict, run: str) -> RecordDict:
+    """`answer` with the run that it belongs to beside its charge, if it has one."""
+    answer[ABOUT] = ConfigRecord({**answer.config_records.get(ABOUT, {}), RUN: run})
+    return answer
 
 
 def _is_for_statistics(message: Message) -> bool:

@@ -3,10 +3,16 @@
 It is made from the site's data, so it never leaves, and its files are the site's alone (0600). A round that is asked a
 second time begins with what the round began with the first time: what is kept is the state before the newest round and
 the one after it.
+
+What a round leaves is *staged* under the name of its charge, before its answer is stored, and *committed*, by a rename,
+when that answer is about to leave and its charge is settled. So nothing stays of training whose answer never left, and
+whatever stays was paid for: a question whose reservation is taken up again begins where it began the first time, and a
+site that was killed commits what it had staged when it sends the stored answer.
 """
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +21,14 @@ import numpy as np
 from fedclaw.errors import CheckpointError
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.run_directory import arrays_to_npz, npz_to_arrays
-from fedclaw.files import PRIVATE_MODE, write_atomic
+from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
 
 State = Mapping[str, Arrays]
 """By kind, arrays by parameter name."""
 
 _ROUND, _BEFORE, _AFTER = "round", "before", "after"
+_STAGED = ".staged"
+_AT_ONCE = "0"
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class SiteStates:
 
     root: Path | None = None
     _memory: dict[str, _Remembered] = field(default_factory=dict, init=False, repr=False)
+    _staged: dict[str, tuple[str, _Remembered]] = field(default_factory=dict, init=False, repr=False)
 
     def before(self, federation: str, run: str, round: int) -> State:
         """What the site begins `round` with; empty the first time. Raises CheckpointError for a damaged file.
@@ -56,14 +65,53 @@ class SiteStates:
 
     def keep(self, federation: str, run: str, round: int, state: State) -> None:
         """Remember `state` as what `round` left; a kind that it lacks stays as it was. Durable when it returns."""
+        self.stage(federation, run, round, state, _AT_ONCE)
+        self.commit(federation, run, _AT_ONCE)
+
+    def stage(self, federation: str, run: str, round: int, state: State, charge: str) -> None:
+        """Have `state` ready as what `round` left, in the place of whatever of this run was staged before.
+
+        `charge` is the hash of what was paid for it. Durable when it returns; `commit` makes it count.
+        """
+        key = _key(federation, run)
+        self._unstage(key)
+        if not state:
+            return
         before = self.before(federation, run, round)
         remembered = _Remembered(round, before, {**before, **state})
-        key = _key(federation, run)
         if self.root is None:
-            self._memory[key] = remembered
+            self._staged[key] = (charge, remembered)
         else:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(self.root / f"{key}.npz", _packed(remembered), PRIVATE_MODE)
+            write_atomic(self._staging(key, charge), _packed(remembered), PRIVATE_MODE)
+
+    def commit(self, federation: str, run: str, charge: str) -> None:
+        """Remember what was staged for `charge`, from now on; nothing if that is done, or there is none. Durable."""
+        key = _key(federation, run)
+        if self.root is None:
+            if key in self._staged and self._staged[key][0] == charge:
+                self._memory[key] = self._staged.pop(key)[1]
+            return
+        with suppress(FileNotFoundError):
+            self._staging(key, charge).replace(self.root / f"{key}.npz")
+            sync_directory(self.root)
+
+    def discard(self, charge: str) -> None:
+        """Forget what was staged for `charge`, if anything was."""
+        self._staged = {key: staged for key, staged in self._staged.items() if staged[0] != charge}
+        if self.root is not None:
+            for leftover in self.root.glob(f"*.{charge[:32]}{_STAGED}"):
+                leftover.unlink(missing_ok=True)
+
+    def _staging(self, key: str, charge: str) -> Path:
+        assert self.root is not None
+        return self.root / f"{key}.{charge[:32]}{_STAGED}"
+
+    def _unstage(self, key: str) -> None:
+        self._staged.pop(key, None)
+        if self.root is not None:
+            for leftover in self.root.glob(f"{key}.*{_STAGED}"):
+                leftover.unlink(missing_ok=True)
 
     def _find(self, federation: str, run: str) -> _Remembered | None:
         key = _key(federation, run)

@@ -34,7 +34,7 @@ from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.statistics import Design, Doubles
 from fedclaw.privacy.statistics_policy import check_statistics
-from fedclaw.site.charging import reserve
+from fedclaw.site.charging import ABOUT, CHARGE, Asking, reserve
 from fedclaw.site.data import files_of, fingerprint, require_same
 from fedclaw.site.secure import Mask
 from fedclaw.site.site import Site
@@ -43,7 +43,7 @@ from fedclaw.workload import Floats
 log = logging.getLogger(__name__)
 
 
-def answer_statistics(site: Site, request: StatisticsRequest, key: str, mask: Mask | None = None) -> RecordDict:
+def answer_statistics(site: Site, request: StatisticsRequest, asking: Asking, mask: Mask | None = None) -> RecordDict:
     """The noised vector, masked by `mask` if the request has a secure sum, with its receipt.
 
     Raises Refusal before anything is paid for.
@@ -52,7 +52,14 @@ def answer_statistics(site: Site, request: StatisticsRequest, key: str, mask: Ma
     design = _design(site, request)
     files_of(site.data)
     noise = _noise(site, request, design)
-    reserve(site, key=key, federation=request.federation, run=request.run, round=ROUND, mechanism=noise.mechanism)
+    charge = reserve(
+        site,
+        asking=asking,
+        federation=request.federation,
+        run=request.run,
+        round=ROUND,
+        mechanism=noise.mechanism,
+    )
     vector = statistics_vector(site, design)
     if mask is None:
         left: dict[str, ArrayRecord | ConfigRecord] = {
@@ -66,7 +73,13 @@ def answer_statistics(site: Site, request: StatisticsRequest, key: str, mask: Ma
         "statistics %s of %d columns leave with noise; epsilon %.3f by this run",
         *(request.run, len(request.columns), receipt.epsilon_run or 0.0),
     )
-    return RecordDict({**left, RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()})})
+    return RecordDict(
+        {
+            **left,
+            RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()}),
+            ABOUT: ConfigRecord({CHARGE: charge.hash}),
+        }
+    )
 
 
 def request_of(content: RecordDict) -> StatisticsRequest:

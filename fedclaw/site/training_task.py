@@ -17,7 +17,16 @@ from fedclaw.federation.strategy import PERSONAL
 from fedclaw.federation.update import SiteContext, Update
 from fedclaw.privacy.policy_checks import check_plan
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
-from fedclaw.site.charging import Charge, charge_of, log_spending, receipt_of, reserve
+from fedclaw.site.charging import (
+    ABOUT,
+    CHARGE,
+    Asking,
+    Charge,
+    charge_of,
+    log_spending,
+    receipt_of,
+    reserve,
+)
 from fedclaw.site.client_half import ClientHalf
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.site import Site, sent_arrays
@@ -33,11 +42,13 @@ class LocalUpdate:
 
     update: Update
     receipt: Receipt
+    charge: str
+    """The hash of its charge in the ledger."""
 
 
-def answer_training(site: Site, plan: Plan, content: RecordDict, key: str) -> RecordDict:
+def answer_training(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> RecordDict:
     """The weighted delta of one round, with its receipt. Raises Refusal before anything is paid for."""
-    local = train_locally(site, plan, content, key)
+    local = train_locally(site, plan, content, asking)
     return RecordDict({SUM: pack_wire(local.update.leaving), **about(local)})
 
 
@@ -47,11 +58,12 @@ def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
     return {
         METRICS: MetricRecord({WEIGHT: update.weight, EXAMPLES: update.examples}),
         RECEIPT: ConfigRecord({JSON: local.receipt.model_dump_json()}),
+        ABOUT: ConfigRecord({CHARGE: local.charge}),
     }
 
 
-def train_locally(site: Site, plan: Plan, content: RecordDict, key: str) -> LocalUpdate:
-    """Train as `plan` asks, under a reservation called `key`. Raises Refusal before anything is paid for."""
+def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> LocalUpdate:
+    """Train as `plan` asks, under a reservation for `asking`. Raises Refusal before anything is paid for."""
     sent = sent_arrays(content, ARRAYS)
     size, examples = sum(array.size for array in sent.values()), len(site.data.train)
     check_plan(site.policy, plan, examples=examples, parameters=size)
@@ -63,9 +75,9 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, key: str) -> Loca
     charge = charge_of(site, plan)
     loss, count = _loss(site, plan, content), plan.training.local_steps(examples)
     with _steps(site, plan, charge, model, loss) as steps:
-        reserve(
+        reservation = reserve(
             site,
-            key=key,
+            asking=asking,
             federation=plan.federation,
             run=plan.run,
             round=plan.round,
@@ -77,10 +89,10 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, key: str) -> Loca
     personal = _personal(site, plan, half, model, start, loss)
     whole = Update({**finished.delta, **finished.extras}, 1.0, examples)
     update = postprocess.at_site(whole, plan, SiteContext(site.source, half.before))
-    half.remember(finished, personal, update.state)
+    half.remember(finished, personal, update.state, reservation.hash)
     receipt = receipt_of(site, plan, charge)
     log_spending(plan, receipt)
-    return LocalUpdate(update, receipt)
+    return LocalUpdate(update, receipt, reservation.hash)
 
 
 def _check_preprocessing(site: Site, plan: Plan) -> None:

@@ -103,6 +103,32 @@ def test_another_run_under_the_same_key_is_charged_anew() -> None:
         assert reserve(ledger, "a", federation="banks").attempt == 3
 
 
+def test_another_round_or_content_under_the_same_key_is_charged_anew() -> None:
+    """The server names its messages: a name alone says nothing of what is asked."""
+    with Ledger.open(":memory:", "data") as ledger:
+        first = reserve(ledger, "a", content="aa" * 32)
+        assert reserve(ledger, "a", content="aa" * 32) == first
+        assert reserve(ledger, "a", content="bb" * 32).attempt == 2
+        assert reserve(ledger, "a", content="aa" * 32, round=2).attempt == 3
+        assert reserve(ledger, "a").attempt == 4, "one that says nothing of its content is like no other"
+        assert reserve(ledger, "a", content="bb" * 32).attempt == 2
+
+
+def test_a_charge_is_settled_by_its_own_hash() -> None:
+    with Ledger.open(":memory:", "data") as ledger:
+        first, second = reserve(ledger, "a", content="aa" * 32), reserve(ledger, "a", content="bb" * 32)
+        ledger.settle("a", first.hash)
+        ledger.settle("a", first.hash)
+        assert reserve(ledger, "a", content="bb" * 32) == second
+        assert [entry.body["reserve"] for entry in ledger.entries()[3:]] == [first.sequence]
+        with pytest.raises(LedgerError, match="was not charged"):
+            ledger.settle("b", second.hash)
+        with pytest.raises(LedgerError, match="was not charged"):
+            ledger.settle("a", "0" * 64)
+        assert ledger.settle_unanswered("a") == [second.hash]
+        assert ledger.settle_unanswered("a") == ledger.settle_unanswered("b") == []
+
+
 def test_settling_twice_is_settling_once_and_settling_nothing_is_an_error() -> None:
     with Ledger.open(":memory:", "data") as ledger:
         reserve(ledger, "a")
