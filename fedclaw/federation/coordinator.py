@@ -34,6 +34,7 @@ from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.frozen import Frozen, check_settings
 from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.noise import GaussianSource
+from fedclaw.runtime.base import StreamingGrid
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ class _Loop:
     def _awake(self, pending: _Pending, trained: Trained) -> list[int]:
         """Whom to ask for an evaluation: not who is silent, nor, but after the last round, who is still at work."""
         busy = self.buffer.busy if self.buffer and self.completed < self.record.rounds else frozenset()
-        names = {node: exchange.site_name(self.grid, node) for node in self._judges(pending)}
+        names = {node: exchange.site_name(self.grid, node) for node in self._willing(self._judges(pending))}
         return [node for node, name in names.items() if name not in trained.silent and node not in busy]
 
     def _evaluate_again(self) -> None:
@@ -392,7 +393,7 @@ class _Loop:
         )
 
     def _exchange(self, plan: Plan, pending: _Pending) -> Trained:
-        cohort = pending.nodes
+        cohort = self._willing(pending.nodes)
         outgoing = exchange.Outgoing(self.model.parameters, self.teacher, self.strategy.sent(self.memory))
         deadline = self.record.rules.deadline
         if self.buffer is not None:
@@ -458,9 +459,15 @@ class _Loop:
     def _connected(self) -> list[int]:
         """The connected nodes, once there are as many as a round needs or the deadline has passed."""
         end = time.monotonic() + self.record.rules.deadline
-        while len(nodes := sorted(self.grid.get_node_ids())) < self.record.rules.minimum and time.monotonic() < end:
+        minimum = self.record.rules.minimum
+        while len(nodes := self._willing(sorted(self.grid.get_node_ids()))) < minimum and time.monotonic() < end:
             time.sleep(LOOK_AGAIN)
         return nodes
+
+    def _willing(self, nodes: Sequence[int]) -> list[int]:
+        """Without those whose answers cost the others too much in this run: what they sent, or how slowly."""
+        aside = self.grid.set_aside() if isinstance(self.grid, StreamingGrid) else {}
+        return [node for node in nodes if node not in aside]
 
     def _shared(self) -> Arrays:
         """The parameters that the sites train together."""

@@ -43,6 +43,8 @@ _ROUNDED = 1 + 1e-6
 MOST_LOSS = 1e6
 """Mean loss of an example: a model that is worse is none, and such a figure would be the whole mean."""
 LONGEST_REASON = 300
+HEADER_BYTES = 4 << 20
+"""What an answer has at most beside the arrays that the plan asks for: metrics, receipt, names."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,10 @@ def evaluate(
 def question(plan: Plan, outgoing: Outgoing | None = None) -> RecordDict:
     """What is asked: the plan, and what goes with it."""
     content = Records({PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
+    content.reply_bytes = HEADER_BYTES
     if outgoing is None:
         return content
+    content.reply_bytes += postprocess.answer_bytes(outgoing.parameters, plan)
     content[ARRAYS] = pack(outgoing.parameters)
     if outgoing.teacher is not None:
         content[TEACHER] = pack(outgoing.teacher)

@@ -460,6 +460,8 @@ class RefusalCode(IntEnum):
     SECURE_AGGREGATION = 2013
     FREQUENCY = 2014
     STATISTICS = 2015
+    SLOW = 2016
+    """Said by the server in the place of a site whose answer came too slowly."""
     FAILED = 2099
     """The site tried and failed; the reason is in its own log, not on the wire."""
 

@@ -27,6 +27,9 @@ from fedclaw.federation.plan import Plan
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.update import Postprocessor, SiteContext, Update
 
+_BESIDE = 1024
+"""Bytes of an array's header, padding and description, at most."""
+
 Reader = Callable[[ArrayRecord], tuple[Arrays, int]]
 """Opens what a site sent: its weighted update, and how many bytes it came in. Raises UpdateError."""
 
@@ -103,6 +106,16 @@ def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:
         return opened(encoder, unpack_wire(record, expected), shapes), sum(form.nbytes for form in expected.values())
 
     return read
+
+
+def answer_bytes(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> int:
+    """What the arrays of an answer to `plan` and `parameters` take as a message. Raises PluginError."""
+    arrays = template(parameters, plan)
+    encoder = None if plan.secure else encoder_of(plan)
+    sizes = {name: array.nbytes for name, array in arrays.items()}
+    if encoder is not None:
+        sizes = {name: form.nbytes for name, form in layout(encoder, shapes_of(arrays)).items()}
+    return sum(size + len(name) + _BESIDE for name, size in sizes.items())
 
 
 def as_sent(record: ArrayRecord) -> tuple[Arrays, int]:

@@ -34,6 +34,10 @@ class StreamingGrid(Grid):
     def site_name(self, node_id: int) -> str:
         """The site's name as its certificate (or the simulation) has it."""
 
+    def set_aside(self) -> Mapping[int, str]:
+        """Nodes that the runtime advises not to ask again in this run, and why: what they sent cost too much."""
+        return {}
+
     @property
     def verifier(self) -> "Verifier | None":
         """Who checks what sites sign; None where there is no authority at hand that has certified them."""

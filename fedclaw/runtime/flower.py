@@ -5,7 +5,6 @@ rebuild a message that came over another wire. Checked by tests/runtime/test_flo
 """
 
 import hashlib
-import time
 import uuid
 from dataclasses import dataclass
 
@@ -97,8 +96,3 @@ def assign_message_id(message: Message, message_id: str | None = None) -> str:
 def expires_at(message: Message) -> float:
     """Seconds since the epoch after which nobody waits for a reply to `message`."""
     return float(message.metadata.created_at + message.metadata.ttl)
-
-
-def is_expired(message: Message) -> bool:
-    """Whether nobody waits for a reply to `message` any more."""
-    return time.time() > expires_at(message)

@@ -59,7 +59,12 @@ def serialised(array: Array) -> bytes | memoryview:
 
 
 class Records(RecordDict):
-    """A RecordDict in everything but how its views by kind are made."""
+    """A RecordDict in everything but how its views by kind are made.
+
+    `reply_bytes`, of a question, is what its answer has at most, header and all; None: not known. It never leaves.
+    """
+
+    reply_bytes: int | None = None
 
     @property
     def array_records(self) -> "View[ArrayRecord]":  # type: ignore[override]

@@ -24,6 +24,8 @@ class Task:
     expires: float
     delivered: bool = False
     """The site has confirmed that it holds the question."""
+    reply_bytes: int | None = None
+    """What its answer has at most, if that is known."""
 
     @property
     def node_id(self) -> int:
@@ -34,11 +36,14 @@ class Task:
 class Desk:
     """Open tasks and unread replies. `on_read` is called with the ids of replies that need no more memory here."""
 
-    def __init__(self) -> None:
+    def __init__(self, unread: float = 120.0) -> None:
+        """A reply that nobody has read is kept until its time is over, and for `unread` seconds at least."""
+        self._unread = unread
         self.changed = threading.Condition()
         self.on_read: Callable[[Collection[str]], None] = lambda _ids: None
         self._open: dict[str, Task] = {}
         self._ready: OrderedDict[str, Message] = OrderedDict()
+        self._kept_until: dict[str, float] = {}
         self._answered: OrderedDict[str, int] = OrderedDict()
 
     def add(self, task: Task) -> None:
@@ -72,6 +77,7 @@ class Desk:
             if self._open.pop(identity, None) is None:
                 return False
             self._ready[identity] = reply
+            self._kept_until[identity] = max(task.expires, time.monotonic() + self._unread)
             self._answered[identity] = task.node_id
             while len(self._answered) > _REMEMBERED:
                 self._answered.popitem(last=False)
@@ -82,7 +88,7 @@ class Desk:
         """The earliest unread reply to one of `ids`; the reader says with `read` when it is done with it."""
         with self.changed:
             identity = next((identity for identity in self._ready if identity in ids), None)
-            return None if identity is None else self._ready.pop(identity)
+            return None if identity is None else self._pop_ready(identity)
 
     def read(self, reply: Message) -> None:
         """The reader of `reply` is done with it, or keeps it at its own expense."""
@@ -104,13 +110,18 @@ class Desk:
         with self.changed:
             dropped = [task for identity in ids if (task := self._open.pop(identity, None)) is not None]
             for identity in ids:
-                self._ready.pop(identity, None)
+                self._pop_ready(identity)
             self.changed.notify_all()
         self.on_read(ids)
         return dropped
 
     def expired(self) -> list[str]:
-        """Ids whose time is over; the caller withdraws them."""
+        """Ids whose time is over, of questions and of replies that nobody came for; the caller withdraws them."""
         now = time.monotonic()
         with self.changed:
-            return [identity for identity, task in self._open.items() if task.expires <= now]
+            unread = [identity for identity, until in self._kept_until.items() if until <= now]
+            return [identity for identity, task in self._open.items() if task.expires <= now] + unread
+
+    def _pop_ready(self, identity: str) -> Message | None:
+        self._kept_until.pop(identity, None)
+        return self._ready.pop(identity, None)

@@ -3,13 +3,15 @@
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from flwr.app import Message, RecordDict
 
 from fedclaw.errors import TransportError
+from fedclaw.federation.plan import RefusalCode
 from fedclaw.privacy.secure_aggregation import CertificateVerifier
 from fedclaw.runtime.base import StreamingGrid
 from fedclaw.runtime.flower import (
@@ -22,10 +24,12 @@ from fedclaw.runtime.flower import (
 from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.codec import Encoded, encode
 from fedclaw.runtime.grpc.desk import Desk, Task
+from fedclaw.runtime.grpc.inbound import error_reply
 from fedclaw.runtime.grpc.limits import CHUNK_BYTES, INLINE_BYTES, Limits
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.sender import Outgoing
 from fedclaw.runtime.grpc.station import Station
+from fedclaw.runtime.records import Records
 from fedclaw.security.federation_home import FederationHome
 
 log = logging.getLogger(__name__)
@@ -48,16 +52,19 @@ class GrpcGrid(StreamingGrid):
         limits: Limits | None = None,
         address: str | None = None,
         on_event: Callable[[str, str, str], None] = lambda _kind, _site, _text: None,
+        spool: Path | None = None,
     ) -> None:
         """`address` is "host:port" to listen on (default: the descriptor's; port 0: a free one, see `port`).
 
-        `on_event(kind, site, text)` hears of sites that joined, left or were refused. Raises ProvisionError.
+        `on_event(kind, site, text)` hears of sites that joined, left or were refused. `spool` is a directory on a disk
+        for replies that memory does not hold (default: the federation's). Raises ProvisionError.
         """
         self._limits = limits or Limits()
         self._run = empty_run(run_id)
-        self._desk = Desk()
+        self._desk = Desk(self._limits.gone)
         self._verifier = CertificateVerifier(home.descriptor)
-        self._station = Station(home, address or home.descriptor.address, run_id, self._desk, self._limits, on_event)
+        where = address or home.descriptor.address
+        self._station = Station(home, where, run_id, self._desk, self._limits, on_event, spool or home.root)
         assume_server_identity(run_id)
 
     def __enter__(self) -> Self:
@@ -104,6 +111,10 @@ class GrpcGrid(StreamingGrid):
         """The certified name of a site that is or was connected; its number in words if it never was."""
         return self._station.site_name(node_id) or f"node {node_id}"
 
+    def set_aside(self) -> Mapping[int, str]:
+        """See StreamingGrid."""
+        return self._station.set_aside()
+
     def wait_for_sites(self, count: int, timeout: float) -> tuple[str, ...]:
         """Names of the connected sites, once there are `count` of them or `timeout` seconds have passed."""
         deadline = time.monotonic() + timeout
@@ -115,7 +126,8 @@ class GrpcGrid(StreamingGrid):
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
         """Ask; returns the messages' ids. A content that is sent to many sites is encoded once.
 
-        Raises TransportError for a message of another run, or larger than the limit.
+        A reply larger than its content's `Records.reply_bytes` is refused. Raises TransportError for a message of
+        another run, or larger than the limit.
         """
         bodies: dict[int, tuple[RecordDict, Encoded, bytes]] = {}
         tasks = [self._task(message, bodies) for message in messages]
@@ -138,7 +150,7 @@ class GrpcGrid(StreamingGrid):
         """Ask now, then yield replies in order of arrival (see StreamingGrid for when it ends).
 
         A disconnected site may come back until `timeout`. Without a timeout it is waited for until it has been away
-        for `Limits.gone` seconds. A reply that had to be refused appears as an error.
+        for `Limits.gone` seconds. A reply that had to be refused, or that came too slowly, appears as an error.
         """
         began = time.monotonic()
         ids = frozenset(self.push_messages(messages))
@@ -149,15 +161,21 @@ class GrpcGrid(StreamingGrid):
             while True:
                 reply = self._desk.take(ids)
                 if reply is None and not self._wait(ids, deadline):
-                    return
+                    break
                 if reply is not None:
                     yield reply
                     # Asking for the next one is how the reader says that it is done with this one.
                     self._desk.read(reply)
                     reply = None
+            self._end(ids)
+            for task, text in self._station.late(ids):
+                yield error_reply(task, RefusalCode.SLOW, text)
         finally:
-            for task in self._desk.withdraw(ids):
-                self._station.recall(task)
+            self._end(ids)
+
+    def _end(self, ids: frozenset[str]) -> None:
+        for task in self._desk.withdraw(ids):
+            self._station.recall(task)
 
     def _wait(self, ids: frozenset[str], deadline: float | None) -> bool:
         """Wait for a change. False when there is nothing left to wait for."""
@@ -194,6 +212,8 @@ class GrpcGrid(StreamingGrid):
         )
         if body.size <= INLINE_BYTES:
             offer.inline = b"".join(body.read(0, INLINE_BYTES))
-        outgoing = Outgoing(offer, lambda offset: body.read(offset, CHUNK_BYTES))
         now = time.monotonic()
-        return Task(envelope, outgoing, asked=now, expires=now + expires_at(message) - time.time())
+        expires = now + expires_at(message) - time.time()
+        outgoing = Outgoing(offer, lambda offset: body.read(offset, CHUNK_BYTES), expires)
+        most = content.reply_bytes if isinstance(content, Records) else None
+        return Task(envelope, outgoing, asked=now, expires=expires, reply_bytes=most)

@@ -1,16 +1,27 @@
-"""Replies on their way in: how many at a time, opened segment by segment, resumed where they broke off.
+"""Replies on their way in: side by side, opened segment by segment, resumed where they broke off.
 
-Memory is reserved for a reply only after it was found to answer an open task of the very site that offers it and when
-it fits the budget; until then the site waits for its Accept. That is the server's backpressure: replies held unread
-count against the same budget, so a slow reader slows the sites and not the other way round.
+Nothing is reserved for a reply before it was found to answer an open task of the very site that offers it, and to be no
+larger than that question can yield. Memory is charged as bytes arrive, never as they are promised. Beyond
+`Limits.inbound_bytes` the pieces of a reply go to disk, sealed as they came, and are opened from there one reply after
+the other as the reader gets on. So a site that promises much and sends little takes nothing from anybody, and a slow
+reader costs disk and no memory.
+
+While memory is short and replies arrive fast, the next one waits for its Accept, for `_PATIENCE` seconds at most: to go
+one after the other through memory is faster then than all at once through the disk.
+
+Who is slow is measured by rate: a reply of which too little arrives is given up, and a site whose reply could not have
+arrived in the time of its question, at the rate at which it came, is named, and not to be asked again.
 """
 
 import logging
+import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
 
 from flwr.app import Error, Message
 
@@ -24,42 +35,140 @@ from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.runtime.grpc.pieces import Piece
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.session import Session
-from fedclaw.security.seal import TAG, Binding, Opener, OpenStream, segment_count
+from fedclaw.security.seal import SEGMENT, TAG, Binding, Opener, OpenStream, segment_count
 
 log = logging.getLogger(__name__)
 
-_CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE}
+_CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_STALLED: RefusalCode.SLOW}
+
+_PATIENCE = 2.0
+"""Seconds that a reply waits for memory, and in which one that arrives is at its end if it counts as fast."""
+_PRESUMED = 0.25
+"""Seconds for which a reply counts as fast before its rate is known."""
+_LOOK_AGAIN = 0.05
+_DISK_REST = 30.0
+"""Seconds for which nothing is written to a disk that refused."""
+_FAIR_SHARE = 4
+"""A reply that has been arriving for less than this part of its question's time is not judged by its rate."""
+_REMEMBERED = 4096
 
 
 @dataclass
 class _Arrival:
-    """One reply from its offer to its reader."""
+    """One reply from its offer to its reader. Its pieces come from one thread; `lock` guards a change of session."""
 
     task: Task
     offer: pb.Offer
     session: Session | None
     stream: OpenStream | None = None
+    spool: IO[bytes] | None = None
+    """The sealed pieces for which there was no memory, one after the other, in a file without a name."""
     received: int = 0
+    in_memory: int = 0
+    """Bytes of it that `stream` has opened."""
     complete: bool = False
-    moved: float = field(default_factory=time.monotonic)
+    in_turn: bool = True
+    """Complete: whether it lies in memory, or is being read into it."""
+    offered: float = field(default_factory=time.monotonic)
+    began: float = 0.0
+    mark: tuple[float, int] = (0.0, 0)
+    """When its rate was last found good, and what had arrived by then."""
+    site: str = ""
+    gone: bool = False
+    """It was dropped; whoever works on it lets go of what it holds."""
+    lock: Any = field(default_factory=threading.RLock)
 
     @property
     def cost(self) -> int:
+        """Bytes of memory that it takes when it is whole."""
         return int(self.offer.plain_size)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory that it takes now."""
+        return self.cost if self.complete and self.in_turn else self.in_memory
+
+    def is_fast(self, now: float) -> bool:
+        """Whether it will be whole, and gone, before it pays to make room for others."""
+        if self.complete or self.spool is not None or self.session is None:
+            return False
+        age = now - self.began
+        return age < _PRESUMED or self.received * (age + _PATIENCE) >= self.offer.size * age
+
+    def forfeits(self, now: float) -> str | None:
+        """What is wrong with its rate, if it could not have arrived in all the time of its question."""
+        whole, age = self.task.expires - self.task.asked, now - self.began
+        if (
+            self.complete
+            or not self.began
+            or age < whole / _FAIR_SHARE
+            or self.received * whole >= self.offer.size * age
+        ):
+            return None
+        return (
+            f"its reply of {self.offer.size} bytes came at {self.received / age:.0f} bytes/s: {self.received} bytes "
+            f"had arrived when its {whole:.0f} s were over"
+        )
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        self.stream = None
+        if self.spool is not None:
+            self.spool.close()
 
 
 class Arrivals:
     """All replies that are offered, arriving or unread."""
 
-    def __init__(self, federation: str, opener: Opener, desk: Desk, limits: Limits) -> None:
+    def __init__(
+        self, federation: str, opener: Opener, desk: Desk, limits: Limits, directory: Path | None = None
+    ) -> None:
+        """`directory` is where there is disk for replies that memory does not hold; None: the temporary directory."""
         self._federation = federation
         self._opener = opener
         self._desk = desk
         self._limits = limits
+        self._directory = directory
         self._lock = threading.RLock()
+        self._due = threading.Event()
         self._admitted: dict[str, _Arrival] = {}
         self._waiting: OrderedDict[str, _Arrival] = OrderedDict()
+        self._late: OrderedDict[str, tuple[Task, str]] = OrderedDict()
+        self._set_aside: dict[int, str] = {}
+        self._no_disk_until = 0.0
+        self._admitting = threading.local()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._pace, name="fedclaw-spool", daemon=True)
         desk.on_read = self.forget
+
+    def start(self) -> None:
+        """Begin to admit those that wait, and to read back what went to disk."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take nothing more, and let go of all files."""
+        self._stopping = True
+        self._due.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        with self._lock:
+            for identity in list(self._admitted):
+                self._drop(identity)
+
+    def held_bytes(self) -> int:
+        """Memory that replies take now."""
+        with self._lock:
+            return sum(arrival.memory for arrival in self._admitted.values())
+
+    def set_aside(self) -> Mapping[int, str]:
+        """Nodes not to be asked again, and why: they sent more than was asked for, or too slowly."""
+        with self._lock:
+            return dict(self._set_aside)
+
+    def late(self, ids: Collection[str]) -> list[tuple[Task, str]]:
+        """Those of `ids` whose reply was given up because it came too slowly, and how slowly. Told once."""
+        with self._lock:
+            return [item for identity in ids if (item := self._late.pop(identity, None)) is not None]
 
     def offered(self, session: Session, offer: pb.Offer) -> None:
         """A site has a reply."""
@@ -74,61 +183,88 @@ class Arrivals:
         try:
             self._check(task, offer)
         except TransportError as error:
-            reason = pb.REASON_OVERSIZED if offer.plain_size > self._limits.max_message_bytes else pb.REASON_MALFORMED
-            self._fail(session, task, reason, str(error))
+            oversized = offer.plain_size > self._most(task)
+            if oversized:
+                self._put_aside(node_id, session.peer.site, str(error))
+            self._fail(session, task, pb.REASON_OVERSIZED if oversized else pb.REASON_MALFORMED, str(error))
             return
         with self._lock:
             held = self._admitted.get(identity)
-            if held is not None and held.offer.stamp == offer.stamp and held.offer.size == offer.size:
-                held.session, held.moved = session, time.monotonic()
-                if held.received:
-                    log.info("%s resumes its reply at byte %d of %d", session.peer.site, held.received, offer.size)
-                session.sender.post(wire.accept(identity, held.received))
-                return
-            self._admitted.pop(identity, None)
-            self._waiting[identity] = _Arrival(task, offer, session)
+        if held is not None and held.offer.stamp == offer.stamp and held.offer.size == offer.size:
+            self._resume(session, held)
+            return
+        with self._lock:
+            self._drop(identity)
+            self._waiting[identity] = _Arrival(task, offer, session, site=session.peer.site)
         self._admit()
         # What has to wait is sent again when its turn comes; until then it takes no memory here.
         with self._lock:
             if identity in self._waiting:
                 offer.ClearField("inline")
+                self._due.set()
 
     def chunk(self, session: Session, chunk: Piece) -> None:
         """The next piece of a reply. Raises TransportError for a piece that was not accepted from there."""
         with self._lock:
             arrival = self._admitted.get(chunk.transfer_id)
-        if arrival is None or arrival.session is not session or arrival.stream is None or arrival.complete:
+        if arrival is None:
             # Of a transfer that was refused or withdrawn while this piece was on its way.
             return
-        if chunk.offset != arrival.received:
-            raise TransportError(f"chunk at byte {chunk.offset}, expected {arrival.received}")
-        task = arrival.task
         try:
-            arrival.stream.feed(chunk.data)
+            with arrival.lock:
+                stream = arrival.stream
+                if arrival.session is not session or stream is None or arrival.complete or arrival.gone:
+                    return
+                if chunk.offset != arrival.received:
+                    raise TransportError(f"chunk at byte {chunk.offset}, expected {arrival.received}")
+                self._take(session, arrival, stream, chunk)
+        finally:
+            if arrival.gone:
+                arrival.close()
+
+    def _take(self, session: Session, arrival: _Arrival, stream: OpenStream, chunk: Piece) -> None:
+        try:
+            if arrival.spool is None and self._charge(arrival, len(chunk.data)):
+                stream.feed(chunk.data)
+            else:
+                self._spool(arrival, chunk)
             arrival.received += len(chunk.data)
-            arrival.moved = time.monotonic()
             if arrival.received < arrival.offer.size:
                 return
+            if arrival.spool is not None:
+                arrival.in_turn, arrival.complete = False, True
+                self._due.set()
+                return
             arrival.complete = True
-            content = decode(arrival.stream.finish())
+            self._open(session, arrival, stream)
         except SealError as error:
-            self._fail(session, task, pb.REASON_SEAL, str(error))
+            self._fail(session, arrival.task, pb.REASON_SEAL, str(error))
         except TransportError as error:
-            self._fail(session, task, pb.REASON_MALFORMED, str(error))
-        else:
-            arrival.stream = None
-            self._finish(session, arrival, content)
+            self._fail(session, arrival.task, pb.REASON_MALFORMED, str(error))
+        except OSError as error:
+            self._put_back(session, arrival, error)
+
+    def _open(self, session: Session, arrival: _Arrival, stream: OpenStream) -> None:
+        """All of it has been fed. Raises SealError, TransportError."""
+        content = decode(stream.finish())
+        arrival.stream = None
+        self._finish(session, arrival, content)
 
     def forget(self, ids: Collection[str]) -> None:
         """Those replies were read, or are not wanted any more; others may come."""
+        now = time.monotonic()
         with self._lock:
             for identity in ids:
-                self._admitted.pop(identity, None)
+                arrival = self._admitted.get(identity)
+                if arrival is not None and arrival.task.expires <= now and (slow := arrival.forfeits(now)) is not None:
+                    self._note_late(arrival, slow)
+                self._drop(identity)
                 self._waiting.pop(identity, None)
         self._admit()
+        self._due.set()
 
     def detach(self, session: Session) -> None:
-        """The stream is gone; what has arrived by it is kept for resumption while nobody needs the room."""
+        """The stream is gone; what has arrived by it is kept for resumption."""
         with self._lock:
             for identity in [key for key, arrival in self._waiting.items() if arrival.session is session]:
                 del self._waiting[identity]
@@ -137,76 +273,198 @@ class Arrivals:
                     arrival.session = None
         self._admit()
 
-    def drop_stalled(self) -> None:
-        """Take the place of a transfer that does not move while others wait."""
-        oldest = time.monotonic() - self._limits.stall
+    def drop_slow(self) -> None:
+        """Give up replies of which less than `least_rate` bytes a second arrived for `stall` seconds."""
+        now, window = time.monotonic(), self._limits.stall
         with self._lock:
-            stalled = [
-                arrival
-                for arrival in self._admitted.values()
-                if self._waiting and not arrival.complete and arrival.session is not None and arrival.moved < oldest
-            ]
-            for arrival in stalled:
-                self._admitted.pop(arrival.offer.transfer_id)
-        for arrival in stalled:
-            assert arrival.session is not None
-            text = f"nothing arrived for {self._limits.stall:g} s while others waited"
-            self._say_no(arrival.session, pb.REASON_STALLED, text, arrival.offer.transfer_id)
-        if stalled:
-            self._admit()
+            moving = [arrival for arrival in self._admitted.values() if not arrival.complete and arrival.session]
+        for arrival in moving:
+            with arrival.lock:
+                since, before = arrival.mark
+                if now - since < window or arrival.complete or (session := arrival.session) is None:
+                    continue
+                rate = (arrival.received - before) / (now - since)
+                if rate >= self._limits.least_rate:
+                    arrival.mark = (now, arrival.received)
+                    continue
+                text = (
+                    f"its reply came at {rate:.0f} bytes/s for {now - since:.0f} s, the least is "
+                    f"{self._limits.least_rate}; {arrival.received} of {arrival.offer.size} bytes had arrived"
+                )
+                self._put_aside(arrival.task.node_id, arrival.site, text)
+                self._fail(session, arrival.task, pb.REASON_STALLED, text)
+
+    def _most(self, task: Task) -> int:
+        """Bytes that a reply to `task` may have."""
+        most = self._limits.max_message_bytes
+        return most if task.reply_bytes is None else min(most, task.reply_bytes)
 
     def _check(self, task: Task, offer: pb.Offer) -> None:
-        limit = self._limits.max_message_bytes
-        if offer.plain_size > limit:
-            raise TransportError(f"the reply is oversized: {offer.plain_size} bytes, limit {limit}")
-        if offer.size != offer.plain_size + TAG * segment_count(offer.plain_size) or not offer.stamp:
+        if offer.plain_size > self._most(task):
+            raise TransportError(f"the reply is oversized: {offer.plain_size} bytes, limit {self._most(task)}")
+        if offer.size != offer.plain_size + TAG * segment_count(offer.plain_size):
             raise TransportError("the offer's sizes do not belong together")
-        if offer.inline and len(offer.inline) != offer.size:
-            raise TransportError("the offer's content is not of the size that it says")
+        wire.check_offer(offer)
         asked, envelope = task.envelope, wire.envelope_from_proto(offer.envelope)
         if (envelope.reply_to_message_id, envelope.run_id) != (asked.message_id, asked.run_id):
             raise TransportError("the offer's envelope is not of a reply to this task")
 
+    def _resume(self, session: Session, held: _Arrival) -> None:
+        """The site is back, with the very reply of which a part is here."""
+        with held.lock:
+            held.session, held.mark = session, (time.monotonic(), held.received)
+            if held.complete:
+                # Its Done follows when it has been read.
+                return
+            if held.received:
+                log.info("%s resumes its reply at byte %d of %d", session.peer.site, held.received, held.offer.size)
+            session.sender.post(wire.accept(held.offer.transfer_id, held.received))
+
     def _admit(self) -> None:
-        """Accept those that wait, in order, as far as the budget goes."""
-        while (arrival := self._next_admitted()) is not None:
-            session, task, offer = arrival.session, arrival.task, arrival.offer
-            assert session is not None
-            binding = Binding(
-                federation=self._federation,
-                run_id=task.envelope.run_id,
-                group_id=task.envelope.group_id,
-                message_id=task.envelope.message_id,
-                site=session.peer.site,
-            )
-            try:
-                arrival.stream = self._opener.open(offer.seal_header, binding, offer.plain_size)
-            except SealError as error:
-                self._fail(session, task, pb.REASON_SEAL, str(error))
-            else:
-                if offer.inline:
-                    self.chunk(session, Piece(offer.transfer_id, 0, offer.inline))
-                else:
-                    session.sender.post(wire.accept(offer.transfer_id, 0))
+        """Accept those that wait, in order. One loop for each thread, however many of them fail on the way."""
+        if getattr(self._admitting, "now", False):
+            return
+        self._admitting.now = True
+        try:
+            while (arrival := self._next_admitted()) is not None:
+                self._accept(arrival)
+        finally:
+            self._admitting.now = False
+
+    def _accept(self, arrival: _Arrival) -> None:
+        session, task, offer = arrival.session, arrival.task, arrival.offer
+        assert session is not None
+        binding = Binding(
+            federation=self._federation,
+            run_id=task.envelope.run_id,
+            group_id=task.envelope.group_id,
+            message_id=task.envelope.message_id,
+            site=session.peer.site,
+        )
+        try:
+            arrival.stream = self._opener.open(offer.seal_header, binding, offer.plain_size)
+        except SealError as error:
+            self._fail(session, task, pb.REASON_SEAL, str(error))
+            return
+        if offer.inline:
+            self.chunk(session, Piece(offer.transfer_id, 0, offer.inline))
+            offer.ClearField("inline")
+        else:
+            session.sender.post(wire.accept(offer.transfer_id, 0))
 
     def _next_admitted(self) -> _Arrival | None:
+        now = time.monotonic()
         with self._lock:
             if not self._waiting:
                 return None
             identity, arrival = next(iter(self._waiting.items()))
-            used = sum(item.cost for item in self._admitted.values())
-            if used and used + arrival.cost > self._limits.inbound_bytes:
-                broken_off = [key for key, item in self._admitted.items() if item.session is None and not item.complete]
-                if not broken_off:
-                    return None
-                # Whoever is connected goes before the remains of a broken connection.
-                for key in broken_off:
-                    del self._admitted[key]
-                return self._next_admitted()
+            if not self._may_begin(arrival, now):
+                return None
             del self._waiting[identity]
             self._admitted[identity] = arrival
-            arrival.moved = time.monotonic()
+            arrival.began, arrival.mark = now, (now, 0)
             return arrival
+
+    def _may_begin(self, arrival: _Arrival, now: float) -> bool:
+        others = self._admitted.values()
+        if now < self._no_disk_until:
+            # What is begun now has to end in memory.
+            used = sum(other.cost for other in others)
+            return not used or used + arrival.cost <= self._limits.inbound_bytes
+        fast = [other for other in others if other.is_fast(now)]
+        if not fast or now - arrival.offered >= _PATIENCE:
+            return True
+        used = sum(other.cost for other in fast) + sum(other.memory for other in others if other not in fast)
+        return used + arrival.cost <= self._limits.inbound_bytes
+
+    def _charge(self, arrival: _Arrival, more: int) -> bool:
+        """Take memory for that many bytes of it, if there is any; alone, it may have all that it needs."""
+        with self._lock:
+            others = sum(other.memory for other in self._admitted.values() if other is not arrival)
+            if others and others + arrival.in_memory + more > self._limits.inbound_bytes:
+                return False
+            arrival.in_memory += more
+            return True
+
+    def _spool(self, arrival: _Arrival, chunk: Piece) -> None:
+        """Put a piece on disk as it is. Raises SealError for one that is no segment, OSError."""
+        expected = min(SEGMENT, arrival.cost - arrival.received // (SEGMENT + TAG) * SEGMENT) + TAG
+        if len(chunk.data) != expected:
+            raise SealError(f"a segment has {len(chunk.data)} bytes instead of {expected}")
+        if arrival.spool is None:
+            # It has no name: nobody else can open it, and it is gone when this process is, however that ends.
+            arrival.spool = tempfile.TemporaryFile(buffering=0, dir=self._directory)  # noqa: SIM115 - closed with it
+        with self._lock:
+            used = sum(other.received for other in self._admitted.values() if other.spool is not None)
+        if used + expected > self._limits.spool_bytes:
+            raise OSError(f"replies take {used} bytes of disk already, the limit is {self._limits.spool_bytes}")
+        view = memoryview(chunk.data)
+        while view:
+            view = view[arrival.spool.write(view) :]
+
+    def _put_back(self, session: Session, arrival: _Arrival, error: OSError) -> None:
+        """There is no disk for it: it is asked for again when there is memory."""
+        self._no_disk_until = time.monotonic() + _DISK_REST
+        place = self._directory or tempfile.gettempdir()
+        log.error(
+            "there is no room on disk for replies that wait, in %s: %s; they come one after the other now", place, error
+        )
+        identity = arrival.offer.transfer_id
+        with self._lock:
+            self._drop(identity)
+        self._say_no(session, pb.REASON_STALLED, "the server has no room for it now; offer it again", identity)
+        self._admit()
+
+    def _pace(self) -> None:
+        """What is due by time alone, and what is on disk. A fault in it costs nobody else anything."""
+        while not self._stopping:
+            self._due.wait(_LOOK_AGAIN if self._waiting else None)
+            self._due.clear()
+            try:
+                while not self._stopping and (arrival := self._next_spooled()) is not None:
+                    self._read_back(arrival)
+                self._admit()
+            except Exception:
+                log.exception("the server failed on a reply that waited")
+
+    def _next_spooled(self) -> _Arrival | None:
+        """The next reply on disk, if memory has room for it beside those that wait for their reader."""
+        with self._lock:
+            complete = [arrival for arrival in self._admitted.values() if arrival.complete]
+            used = sum(arrival.cost for arrival in complete if arrival.in_turn)
+            for arrival in complete:
+                if not arrival.in_turn:
+                    if used and used + arrival.cost > self._limits.inbound_bytes:
+                        return None
+                    arrival.in_turn = True
+                    return arrival
+        return None
+
+    def _read_back(self, arrival: _Arrival) -> None:
+        session, task = arrival.session, arrival.task
+        assert session is not None
+        try:
+            with arrival.lock:
+                if not arrival.gone:
+                    self._open(session, arrival, _fed_from_disk(arrival))
+        except SealError as error:
+            self._fail(session, task, pb.REASON_SEAL, str(error))
+        except TransportError as error:
+            self._fail(session, task, pb.REASON_MALFORMED, str(error))
+        except OSError as error:
+            self._put_back(session, arrival, error)
+        finally:
+            arrival.close()
+
+    def _drop(self, identity: str) -> None:
+        """Under the lock: forget a reply, and close its file unless somebody is at work on it, who will."""
+        if (arrival := self._admitted.pop(identity, None)) is not None:
+            arrival.gone = True
+            if arrival.lock.acquire(blocking=False):
+                try:
+                    arrival.close()
+                finally:
+                    arrival.lock.release()
 
     def _finish(self, session: Session, arrival: _Arrival, content: Content) -> None:
         identity = arrival.offer.transfer_id
@@ -215,17 +473,47 @@ class Arrivals:
             self.forget([identity])
         session.sender.post(wire.done(identity))
 
+    def _note_late(self, arrival: _Arrival, text: str) -> None:
+        self._late[arrival.task.envelope.message_id] = (arrival.task, text)
+        while len(self._late) > _REMEMBERED:
+            self._late.popitem(last=False)
+        self._put_aside(arrival.task.node_id, arrival.site, text)
+
+    def _put_aside(self, node_id: int, site: str, text: str) -> None:
+        with self._lock:
+            known = node_id in self._set_aside
+            self._set_aside[node_id] = text
+        if not known:
+            log.warning("%s is not asked again in this run: %s", site, text)
+
     def _fail(self, session: Session, task: Task, reason: pb.Reason, text: str) -> None:
         """Refuse a reply for good: the site is told, and whoever waits gets an error in its place."""
         identity = task.envelope.message_id
-        self._say_no(session, reason, text, identity)
-        self.forget([identity])
+        # A site offers a stalled transfer again; this one is over.
+        told = pb.REASON_NOT_ASKED if reason == pb.REASON_STALLED else reason
+        self._say_no(session, told, text, identity)
         code = _CODES.get(reason, RefusalCode.MALFORMED)
         self._desk.finish(task, error_reply(task, code, f"the reply was refused: {text}"))
+        self.forget([identity])
 
     def _say_no(self, session: Session, reason: pb.Reason, text: str, identity: str) -> None:
         log.warning("refused a reply of %s (%s): %s", session.peer.site, wire.reason_name(reason), text)
         session.sender.post(wire.refuse(reason, text, identity))
+
+
+def _fed_from_disk(arrival: _Arrival) -> OpenStream:
+    """The stream with what lay on disk as well. Raises SealError, OSError."""
+    assert arrival.stream is not None
+    assert arrival.spool is not None
+    arrival.spool.seek(0)
+    left = arrival.offer.size - arrival.in_memory
+    while left:
+        segment = arrival.spool.read(min(left, SEGMENT + TAG))
+        if not segment:
+            raise OSError("what was written is not there any more")
+        arrival.stream.feed(segment)
+        left -= len(segment)
+    return arrival.stream
 
 
 def error_reply(task: Task, code: int, reason: str) -> Message:

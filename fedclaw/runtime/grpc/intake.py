@@ -1,5 +1,6 @@
 """Tasks on their way in to a site: collected chunk by chunk, kept across a broken connection, then decoded."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,18 @@ from fedclaw.runtime.grpc.pieces import Piece
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 
 
+@dataclass(frozen=True)
+class Arrived:
+    """A whole task. `expires`, on the monotonic clock, is when nobody waits for its reply any more."""
+
+    message: Message
+    expires: float
+
+
 @dataclass
 class _Partial:
     envelope: Envelope
+    expires: float
     stamp: bytes
     buffer: memoryview
     received: int = 0
@@ -24,29 +34,45 @@ class _Partial:
 class Intake:
     """Partly received tasks of one site, by transfer id. Used by the reading thread alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int) -> None:
+        """`room` is how many bytes of tasks may be on their way at one time; a single larger one comes alone."""
+        self._room = room
         self._partials: dict[str, _Partial] = {}
 
-    def begin(self, offer: pb.Offer) -> int:
-        """Get ready for a task; returns the offset from which it is still missing. Raises TransportError."""
-        envelope = wire.envelope_from_proto(offer.envelope)
+    def begin(self, offer: pb.Offer, envelope: Envelope, expires: float) -> int:
+        """Get ready for a task; returns the offset from which it is still missing. Raises TransportError.
+
+        `envelope` is the offer's by this machine's clock; at `expires`, on the monotonic one, the task is forgotten.
+        """
         if envelope.message_id != offer.transfer_id or not offer.transfer_id or offer.size == 0:
             raise TransportError("the offer's envelope is not of this task")
-        if offer.inline and len(offer.inline) != offer.size:
-            raise TransportError("the offer's content is not of the size that it says")
+        wire.check_offer(offer)
         held = self._partials.get(offer.transfer_id)
         if held is not None and held.stamp == offer.stamp and len(held.buffer) == offer.size:
+            held.envelope, held.expires = envelope, expires
             return held.received
         # numpy.empty: memory is touched, and so taken, only as bytes arrive.
         buffer = np.empty(offer.size, dtype=np.uint8).data
-        self._partials[offer.transfer_id] = _Partial(envelope, offer.stamp, buffer)
+        self._partials[offer.transfer_id] = _Partial(envelope, expires, offer.stamp, buffer)
         return 0
 
-    def pending(self) -> int:
-        """How many tasks are on their way."""
-        return len(self._partials)
+    def has_room(self, size: int, tasks: int) -> bool:
+        """Whether one more task of `size` bytes may come beside those on their way, which are `tasks` at most."""
+        now = time.monotonic()
+        for identity in [key for key, partial in self._partials.items() if partial.expires <= now]:
+            del self._partials[identity]
+        used = sum(len(partial.buffer) for partial in self._partials.values())
+        return len(self._partials) < tasks and (not used or used + size <= self._room)
 
-    def add(self, chunk: Piece) -> Message | None:
+    def drop(self, transfer_id: str) -> bool:
+        """Nobody wants that task any more. Whether it was on its way."""
+        return self._partials.pop(transfer_id, None) is not None
+
+    def holds(self, transfer_id: str) -> bool:
+        """Whether that task is on its way."""
+        return transfer_id in self._partials
+
+    def add(self, chunk: Piece) -> Arrived | None:
         """The next piece; the task when it is whole. Raises TransportError, and the task is dropped."""
         partial = self._partials.get(chunk.transfer_id)
         if partial is None:
@@ -63,4 +89,4 @@ class Intake:
         content = decode(partial.buffer)
         if isinstance(content, Error):
             raise TransportError("the task has no content")
-        return rebuild(partial.envelope, content)
+        return Arrived(rebuild(partial.envelope, content), partial.expires)

@@ -28,8 +28,12 @@ class Limits(Frozen):
     max_message_bytes: int = Field(default=1024 * MIB, gt=0)
     """The largest content of one message, in either direction."""
     inbound_bytes: int = Field(default=64 * MIB, gt=0)
-    """Replies that the server receives, holds or lets be read at one time; one more waits with its Accept. A single
-    reply larger than this travels alone."""
+    """Memory for replies that the server receives or holds for their reader, charged as bytes arrive; what comes beyond
+    it goes to disk, sealed as it is. A reply larger than this is read from there by itself."""
+    spool_bytes: int = Field(default=65536 * MIB, ge=0)
+    """Disk that the server takes for them. Without any, replies wait for memory, one after the other."""
+    intake_bytes: int = Field(default=2048 * MIB, gt=0)
+    """Tasks that a site receives at one time. A single one larger than this comes alone."""
     max_sites: int = Field(default=256, gt=0)
     """Connections that the server serves at one time."""
     heartbeat: float = Field(default=10.0, gt=0)
@@ -39,9 +43,12 @@ class Limits(Frozen):
     handshake: float = Field(default=10.0, gt=0)
     """Time for TLS, and again for the first frame."""
     stall: float = Field(default=60.0, gt=0)
-    """A transfer that others wait for and that has not moved for so long loses its place."""
+    """Seconds over which the rate of a reply is measured against `least_rate`."""
+    least_rate: float = Field(default=4096.0, ge=0)
+    """Bytes per second: a reply that comes more slowly is given up, and its site not asked again in the run."""
     gone: float = Field(default=120.0, gt=0)
-    """Only without a timeout: a site away for so long is no longer waited for."""
+    """Only without a timeout: a site away for so long is no longer waited for. A reply that nobody reads is kept for so
+    long at least."""
     backoff_first: float = Field(default=0.5, gt=0)
     """Mean wait of a site before its first attempt to reconnect; doubles with each one that fails."""
     backoff_longest: float = Field(default=60.0, gt=0)

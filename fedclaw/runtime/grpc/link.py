@@ -97,13 +97,20 @@ class SiteLink:
         self._limits = limits or Limits()
         self._address = address or keys.descriptor.address
         self._outbox = Outbox(state / "outbox", self._limits)
-        self._intake = Intake()
+        self._intake = Intake(self._limits.intake_bytes)
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         self._sequence = 0
         self._heartbeat = self._limits.heartbeat
         self._worker = Worker(
-            handler, self._outbox, keys.sealer(), keys.descriptor.name, keys.site_name, self._limits, self._announce
+            handler,
+            self._outbox,
+            keys.sealer(),
+            keys.descriptor.name,
+            keys.site_name,
+            self._limits,
+            self._announce,
+            self._give_up,
         )
 
     @property
@@ -193,8 +200,16 @@ class SiteLink:
         if stream is not None and stream.welcomed:
             stream.sender.offer(entry.outgoing())
 
+    def _give_up(self, message_id: str, text: str) -> None:
+        """Tell the server that a task has no answer; without a stream it will ask again."""
+        with self._lock:
+            stream = self._stream
+        if stream is not None and stream.welcomed:
+            stream.sender.post(wire.refuse(pb.REASON_UNANSWERED, text, message_id))
+
     def handle(self, stream: _Stream, frame: pb.Frame) -> None:
         """One frame of the server. Raises TransportError if it breaks the protocol or refuses the site."""
+        wire.check_frame(frame)
         kind = frame.WhichOneof("body")
         if kind == "refuse" and not frame.refuse.transfer_id:
             self._connection_refused(frame.refuse)
@@ -211,6 +226,8 @@ class SiteLink:
             stream.sender.start(frame.accept.transfer_id, frame.accept.offset)
         elif kind == "done":
             stream.sender.withdraw(frame.done.transfer_id)
+        elif kind == "refuse" and frame.refuse.reason == pb.REASON_RECALLED:
+            self._recalled(stream, frame.refuse.transfer_id)
         elif kind == "refuse":
             self._reply_refused(stream, frame.refuse)
         elif kind != "heartbeat":
@@ -232,6 +249,11 @@ class SiteLink:
         self._worker.max_reply_bytes = min(self._limits.max_message_bytes, welcome.max_message_bytes)
         stream.welcomed = True
         log.info("connected to %s as %s", self._address, self._keys.site_name)
+        if (trouble := wire.clock_trouble(welcome.clock)) is not None:
+            log.warning(
+                "this machine's clock is %s the server's; set right the wrong one: certificates are judged by it",
+                trouble,
+            )
 
     def _offered(self, stream: _Stream, offer: pb.Offer) -> None:
         identity, limit = offer.transfer_id, self._limits.max_message_bytes
@@ -240,16 +262,23 @@ class SiteLink:
             self._say_no(stream, pb.REASON_OVERSIZED, text, identity)
             return
         try:
-            if self._worker.holds(wire.envelope_from_proto(offer.envelope)):
+            envelope, left = wire.task_of(offer)
+            expires = time.monotonic() + left
+            if self._worker.holds(envelope, expires):
                 stream.sender.post(wire.done(identity))
-            elif not self._worker.has_room() or self._intake.pending() >= self._limits.queued_tasks:
+            elif not self._has_room(offer):
                 self._say_no(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
-            elif (offset := self._intake.begin(offer)) == 0 and offer.inline:
+            elif (offset := self._intake.begin(offer, envelope, expires)) == 0 and offer.inline:
                 self.chunk(stream, Piece(identity, 0, offer.inline))
             else:
                 stream.sender.post(wire.accept(identity, offset))
         except TransportError as error:
             self._say_no(stream, pb.REASON_MALFORMED, str(error), identity)
+
+    def _has_room(self, offer: pb.Offer) -> bool:
+        if self._intake.holds(offer.transfer_id):
+            return True
+        return self._worker.has_room() and self._intake.has_room(offer.size, self._limits.queued_tasks)
 
     def chunk(self, stream: _Stream, chunk: Piece) -> None:
         """A piece of a task."""
@@ -259,7 +288,7 @@ class SiteLink:
             self._say_no(stream, pb.REASON_MALFORMED, str(error), chunk.transfer_id)
             return
         if task is not None:
-            self._worker.submit(task)
+            self._worker.submit(task.message, task.expires)
             stream.sender.post(wire.done(chunk.transfer_id))
 
     def _reply_refused(self, stream: _Stream, refusal: pb.Refuse) -> None:
@@ -268,6 +297,12 @@ class SiteLink:
         log.warning("the server refused a reply (%s): %s", wire.reason_name(refusal.reason), text)
         if refusal.reason == pb.REASON_STALLED and outgoing is not None:
             stream.sender.offer(outgoing)
+
+    def _recalled(self, stream: _Stream, identity: str) -> None:
+        """Nobody waits for that task. What has not begun is dropped; what is under way ends, for it is paid for."""
+        stream.sender.withdraw(identity)
+        if self._intake.drop(identity) or self._worker.drop(identity):
+            log.info("the server has recalled a task that had not begun")
 
     def _say_no(self, stream: _Stream, reason: pb.Reason, text: str, identity: str) -> None:
         log.warning("refused a task (%s): %s", wire.reason_name(reason), text)

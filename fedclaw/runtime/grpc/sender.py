@@ -6,6 +6,7 @@ source at the moment it leaves.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +18,21 @@ from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 log = logging.getLogger(__name__)
 
 _MAX_CONTROL_FRAMES = 4096
+_MOMENT = 0.001
+"""Seconds left of a task whose time is over: zero would say that it was not told."""
 _NOTHING = pb.Frame(heartbeat=pb.Heartbeat()).SerializeToString()
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """Something to send: `offer` announces it, `read(offset)` gives the chunk that begins there, as buffers."""
+    """Something to send: `offer` announces it, `read(offset)` gives the chunk that begins there, as buffers.
+
+    `expires`, of a task, is when nobody waits for its reply any more, on this process's monotonic clock.
+    """
 
     offer: pb.Offer
     read: Callable[[int], Sequence[Buffer]]
+    expires: float | None = None
 
     @property
     def transfer_id(self) -> str:
@@ -64,7 +71,10 @@ class Sender:
             if outgoing.transfer_id in self._offered:
                 return
             self._offered[outgoing.transfer_id] = outgoing
-        self.post(pb.Frame(offer=outgoing.offer))
+        frame = pb.Frame(offer=outgoing.offer)
+        if outgoing.expires is not None:
+            frame.offer.seconds_left = max(outgoing.expires - time.monotonic(), _MOMENT)
+        self.post(frame)
 
     def start(self, transfer_id: str, offset: int) -> None:
         """The peer accepted. Raises TransportError for an offset outside the transfer."""

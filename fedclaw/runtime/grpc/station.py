@@ -3,8 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,6 +28,7 @@ from fedclaw.security.federation_home import FederationHome
 log = logging.getLogger(__name__)
 
 _SPARE_STREAMS = 8
+_CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_UNANSWERED: RefusalCode.FAILED}
 
 OnEvent = Callable[[str, str, str], None]
 """Told (kind, site, text); kind is joined, left or refused. Called from the server's threads."""
@@ -36,8 +38,16 @@ class Station:
     """A gRPC server with one stream per site."""
 
     def __init__(
-        self, home: FederationHome, address: str, run_id: int, desk: Desk, limits: Limits, on_event: OnEvent
+        self,
+        home: FederationHome,
+        address: str,
+        run_id: int,
+        desk: Desk,
+        limits: Limits,
+        on_event: OnEvent,
+        spool: Path | None = None,
     ) -> None:
+        """`spool` is where replies lie for which there is no memory; None: in the temporary directory."""
         self.changed = threading.Condition()
         self._home = home
         self._address = address
@@ -45,7 +55,7 @@ class Station:
         self._desk = desk
         self._limits = limits
         self._on_event = on_event
-        self._arrivals = Arrivals(home.name, home.opener(), desk, limits)
+        self._arrivals = Arrivals(home.name, home.opener(), desk, limits, spool)
         self._sessions: dict[int, Session] = {}
         self._streams: set[Session] = set()
         self._names: dict[int, str] = {}
@@ -79,6 +89,7 @@ class Station:
                 f"cannot listen on {self._address}: the address is taken or not this machine's"
             ) from error
         self._server.start()
+        self._arrivals.start()
         self._ticker.start()
 
     def stop(self) -> None:
@@ -90,6 +101,7 @@ class Station:
             self._server.stop(grace=0.5).wait()
         if self._ticker.is_alive():
             self._ticker.join()
+        self._arrivals.stop()
 
     def connected(self) -> dict[int, str]:
         """Names of the sites that are there, by node id."""
@@ -116,11 +128,21 @@ class Station:
             session.sender.offer(task.outgoing)
 
     def recall(self, task: Task) -> None:
-        """Stop sending `task`."""
+        """Stop sending `task`, and tell its site that nobody waits for it."""
         with self.changed:
             session = self._sessions.get(task.node_id)
         if session is not None:
-            session.sender.withdraw(task.outgoing.transfer_id)
+            identity = task.outgoing.transfer_id
+            session.sender.withdraw(identity)
+            session.sender.post(wire.refuse(pb.REASON_RECALLED, "nobody waits for it any more", identity))
+
+    def late(self, ids: Collection[str]) -> list[tuple[Task, str]]:
+        """Those of `ids` whose reply was given up because it came too slowly, and how slowly. Told once."""
+        return self._arrivals.late(ids)
+
+    def set_aside(self) -> Mapping[int, str]:
+        """Nodes not to be asked again, and why: they sent more than was asked for, or too slowly."""
+        return self._arrivals.set_aside()
 
     def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         try:
@@ -162,6 +184,7 @@ class Station:
             session.close()
 
     def _handle(self, session: Session, frame: pb.Frame) -> None:
+        wire.check_frame(frame)
         kind = frame.WhichOneof("body")
         if not session.welcomed:
             if kind != "hello":
@@ -196,7 +219,10 @@ class Station:
             run_id=self._run_id,
             max_message_bytes=self._limits.max_message_bytes,
             heartbeat=self._limits.heartbeat,
+            clock=time.time(),
         )
+        if (trouble := wire.clock_trouble(hello.clock)) is not None:
+            log.warning("this server's clock is %s that of %s; one of them is wrong", trouble, peer.site)
         replaced = self._seat(session, pb.Frame(welcome=welcome))
         if replaced is not None:
             text = f"another connection of site {peer.site!r} has taken this one's place"
@@ -236,12 +262,14 @@ class Station:
 
     def _refused_by_site(self, session: Session, refusal: pb.Refuse) -> None:
         task = self._desk.find(session.peer.node_id, refusal.transfer_id)
-        if task is None or session.sender.withdraw(refusal.transfer_id) is None:
+        if task is None:
+            return
+        on_its_way = session.sender.withdraw(refusal.transfer_id) is not None
+        if not on_its_way and refusal.reason != pb.REASON_UNANSWERED:
             return
         text = f"the site refused the task ({wire.reason_name(refusal.reason)}): {wire.printable(refusal.text)}"
         log.warning("%s: %s", session.peer.site, text)
-        code = RefusalCode.UPDATE_SIZE if refusal.reason == pb.REASON_OVERSIZED else RefusalCode.MALFORMED
-        self._desk.finish(task, error_reply(task, code, text))
+        self._desk.finish(task, error_reply(task, _CODES.get(refusal.reason, RefusalCode.MALFORMED), text))
 
     def _refuse(self, session: Session, error: NotAdmitted) -> None:
         self._event("refused", session.peer.site, str(error))
@@ -270,11 +298,23 @@ class Station:
     def _tick_for_ever(self) -> None:
         while not self._stopping.wait(self._limits.heartbeat):
             self._sequence += 1
-            for session in list(self._streams):
-                self._check(session)
-            self._arrivals.drop_stalled()
-            for task in self._desk.withdraw(self._desk.expired()):
-                self.recall(task)
+            with self.changed:
+                sessions = list(self._streams)
+            for session in sessions:
+                self._survive(self._check, session)
+            self._survive(self._arrivals.drop_slow)
+            self._survive(self._recall_expired)
+
+    def _survive(self, step: Callable[..., None], *arguments: Session) -> None:
+        """One step of a heartbeat: a fault in it costs that step, and no other site its heartbeats."""
+        try:
+            step(*arguments)
+        except Exception:
+            log.exception("a heartbeat failed")
+
+    def _recall_expired(self) -> None:
+        for task in self._desk.withdraw(self._desk.expired()):
+            self.recall(task)
 
     def _check(self, session: Session) -> None:
         """One heartbeat of one stream: its certificate, its silence, and a sign of life from us."""

@@ -1,6 +1,8 @@
 """Frames: what the two ends of a stream say to each other, and gRPC's settings on both."""
 
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 from fedclaw.errors import TransportError
@@ -16,6 +18,10 @@ FOR_GOOD = frozenset({pb.REASON_VERSION, pb.REASON_IDENTITY, pb.REASON_REVOKED, 
 
 _MAX_ID = 256
 _MAX_TEXT = 500
+_MAX_STAMP = 64
+_MAX_SEAL_HEADER = 4096
+_CLOCK_SKEW = 60.0
+"""Seconds that two clocks may be apart before somebody is told."""
 
 
 def common_options() -> list[tuple[str, Any]]:
@@ -87,9 +93,48 @@ def envelope_from_proto(wire: pb.Envelope) -> Envelope:
     )
 
 
+def task_of(offer: pb.Offer) -> tuple[Envelope, float]:
+    """The envelope of an offered task by this machine's clock, and the seconds for which its reply is waited for.
+
+    A server of before `seconds_left` says it by its own clock alone, which is then believed. Raises TransportError.
+    """
+    envelope = envelope_from_proto(offer.envelope)
+    if not offer.seconds_left:
+        return envelope, envelope.created_at + envelope.ttl - time.time()
+    if not (math.isfinite(offer.seconds_left) and offer.seconds_left > 0):
+        raise TransportError("the task's time is not a time")
+    left = min(offer.seconds_left, envelope.ttl)
+    return replace(envelope, created_at=time.time() + left - envelope.ttl), left
+
+
+def check_frame(frame: pb.Frame) -> None:
+    """Raises TransportError for a frame whose identifier is longer than any of ours: it would be said back."""
+    body = getattr(frame, frame.WhichOneof("body") or "", None)
+    if len(getattr(body, "transfer_id", "")) > _MAX_ID:
+        raise TransportError(f"an identifier is longer than {_MAX_ID} characters")
+
+
+def check_offer(offer: pb.Offer) -> None:
+    """Raises TransportError for an offer whose parts are longer than they can be: it is kept until its turn comes."""
+    if not 0 < len(offer.stamp) <= _MAX_STAMP or len(offer.seal_header) > _MAX_SEAL_HEADER:
+        raise TransportError("the offer's stamp or seal is not of a length that they have")
+    if offer.inline and len(offer.inline) != offer.size:
+        raise TransportError("the offer's content is not of the size that it says")
+
+
 def hello(version: int, software: str) -> pb.Frame:
     """A site's first frame."""
-    return pb.Frame(hello=pb.Hello(protocol=version, software=software))
+    return pb.Frame(hello=pb.Hello(protocol=version, software=software, clock=time.time()))
+
+
+def clock_trouble(theirs: float) -> str | None:
+    """How far our clock is from `theirs` (seconds since the epoch, said just now; 0: not said), if it is too far."""
+    if not theirs or not math.isfinite(theirs):
+        return None
+    ahead = time.time() - theirs
+    if abs(ahead) < _CLOCK_SKEW:
+        return None
+    return f"{min(abs(ahead), 1e12):.0f} s {'ahead of' if ahead > 0 else 'behind'}"
 
 
 def heartbeat(sequence: int) -> pb.Frame:

@@ -6,8 +6,9 @@ the handler again.
 """
 
 import logging
-import queue
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 from flwr.app import Error, Message
@@ -15,7 +16,7 @@ from flwr.app import Error, Message
 from fedclaw.errors import FedClawError, TransportError
 from fedclaw.federation.plan import RefusalCode
 from fedclaw.runtime.base import SiteHandler
-from fedclaw.runtime.flower import Envelope, envelope_of, is_expired, rebuild
+from fedclaw.runtime.flower import Envelope, envelope_of, rebuild
 from fedclaw.runtime.grpc.codec import Encoded, decode, encode, without_arrays
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.runtime.grpc.outbox import Entry, Outbox
@@ -23,9 +24,14 @@ from fedclaw.security.seal import Binding, Sealer
 
 log = logging.getLogger(__name__)
 
+_NO_ANSWER = "the site could not keep or release its answer, so nothing leaves; its operator finds why in its log"
+
 
 class Worker:
-    """Turns tasks into stored, released replies and hands those to `announce`."""
+    """Turns tasks into stored, released replies and hands those to `announce`.
+
+    A task to which there will be no reply goes to `give_up`, with a sentence for the server.
+    """
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class Worker:
         site: str,
         limits: Limits,
         announce: Callable[[Entry], None],
+        give_up: Callable[[str, str], None] = lambda _message_id, _text: None,
     ) -> None:
         self._handler = handler
         self._outbox = outbox
@@ -44,9 +51,12 @@ class Worker:
         self._site = site
         self._limits = limits
         self._announce = announce
-        self._tasks: queue.Queue[Message | None] = queue.Queue()
-        self._lock = threading.Lock()
-        self._held: set[str] = set()
+        self._give_up = give_up
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._waiting: OrderedDict[str, tuple[Message, float]] = OrderedDict()
+        self._current: str | None = None
+        self._stopping = False
         self._released: set[str] = set()
         self._thread = threading.Thread(target=self._work, name="fedclaw-work", daemon=True)
         self.max_reply_bytes = limits.max_message_bytes
@@ -57,54 +67,82 @@ class Worker:
 
     def stop(self, patience: float = 1.0) -> None:
         """Take no further task. One under way is left to end by itself; it is a daemon thread."""
-        self._tasks.put(None)
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
         self._thread.join(patience)
 
-    def holds(self, task: Envelope) -> bool:
+    def holds(self, task: Envelope, expires: float) -> bool:
         """Whether the task is queued, under way, or answered in the outbox; then it is not needed again.
 
-        A stored reply is announced once more.
+        A stored reply is announced once more. A queued task is then waited for until `expires`.
         """
         with self._lock:
-            if task.message_id in self._held:
+            identity = task.message_id
+            if identity == self._current:
+                return True
+            if identity in self._waiting:
+                self._waiting[identity] = (self._waiting[identity][0], expires)
                 return True
             entry = self._outbox.find(task)
             if entry is None:
                 return False
-            if task.message_id in self._released:
+            if identity in self._released:
                 self._announce(entry)
             else:
-                self._held.add(task.message_id)
                 # Its content is not needed: only its reply is asked for.
-                self._tasks.put(rebuild(task, Error(0)))
+                self.submit(rebuild(task, Error(0)), expires)
             return True
 
     def has_room(self) -> bool:
         """Whether one more task may wait."""
-        return self._tasks.qsize() < self._limits.queued_tasks
-
-    def submit(self, task: Message) -> None:
-        """Queue a task that `holds` does not know."""
+        now = time.monotonic()
         with self._lock:
-            self._held.add(task.metadata.message_id)
-        self._tasks.put(task)
+            for identity in [key for key, (_, expires) in self._waiting.items() if expires <= now]:
+                self._expired(identity)
+                del self._waiting[identity]
+            return len(self._waiting) < self._limits.queued_tasks
+
+    def submit(self, task: Message, expires: float) -> None:
+        """Queue a task that `holds` does not know; at `expires`, on the monotonic clock, it is dropped."""
+        with self._wake:
+            self._waiting[task.metadata.message_id] = (task, expires)
+            self._wake.notify_all()
+
+    def drop(self, message_id: str) -> bool:
+        """Nobody waits for that task any more. Whether it was still queued, which it no longer is."""
+        with self._lock:
+            return self._waiting.pop(message_id, None) is not None
+
+    def _next(self) -> tuple[Message, float] | None:
+        with self._wake:
+            self._current = None
+            while not self._waiting and not self._stopping:
+                self._wake.wait()
+            if self._stopping:
+                return None
+            self._current, found = self._waiting.popitem(last=False)
+            return found
 
     def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
+        while (found := self._next()) is not None:
+            task, expires = found
             identity = task.metadata.message_id
             try:
-                self._do(task)
+                self._do(task, expires)
             except FedClawError as error:
                 log.error("task %s is left unanswered: %s", identity, error)
+                self._give_up(identity, _NO_ANSWER)
             except Exception:
                 log.exception("task %s is left unanswered", identity)
-            finally:
-                with self._lock:
-                    self._held.discard(identity)
+                self._give_up(identity, _NO_ANSWER)
             # Not held while the next one is waited for.
-            del task
+            del task, found
 
-    def _do(self, task: Message) -> None:
+    def _expired(self, identity: str) -> None:
+        log.warning("task %s expired before its turn", identity)
+
+    def _do(self, task: Message, expires: float) -> None:
         envelope = envelope_of(task)
         with self._lock:
             entry = self._outbox.find(envelope)
@@ -115,8 +153,8 @@ class Worker:
                 "the stored reply to task %s is gone; it waits until the server asks again", envelope.message_id
             )
             return
-        elif is_expired(task):
-            log.warning("task %s expired before its turn", envelope.message_id)
+        elif expires <= time.monotonic():
+            self._expired(envelope.message_id)
             return
         else:
             reply = self._answer(task)
@@ -124,7 +162,7 @@ class Worker:
         self._handler.release(task, reply, entry.size, entry.digest)
         with self._lock:
             self._released.add(envelope.message_id)
-            self._held.discard(envelope.message_id)
+            self._current = None
         self._announce(entry)
         # Last, because removing large files takes its time and nobody waits for it here.
         with self._lock:

@@ -24,6 +24,8 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_SEAL: _ClassVar[Reason]
     REASON_STALLED: _ClassVar[Reason]
     REASON_BUSY: _ClassVar[Reason]
+    REASON_RECALLED: _ClassVar[Reason]
+    REASON_UNANSWERED: _ClassVar[Reason]
 REASON_UNSPECIFIED: Reason
 REASON_VERSION: Reason
 REASON_IDENTITY: Reason
@@ -39,6 +41,8 @@ REASON_MALFORMED: Reason
 REASON_SEAL: Reason
 REASON_STALLED: Reason
 REASON_BUSY: Reason
+REASON_RECALLED: Reason
+REASON_UNANSWERED: Reason
 
 class Frame(_message.Message):
     __slots__ = ("hello", "welcome", "refuse", "heartbeat", "offer", "accept", "chunk", "done")
@@ -61,15 +65,17 @@ class Frame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "software")
+    __slots__ = ("protocol", "software", "clock")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     software: str
-    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ...) -> None: ...
+    clock: float
+    def __init__(self, protocol: _Optional[int] = ..., software: _Optional[str] = ..., clock: _Optional[float] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("protocol", "federation", "site", "node_id", "run_id", "max_message_bytes", "heartbeat")
+    __slots__ = ("protocol", "federation", "site", "node_id", "run_id", "max_message_bytes", "heartbeat", "clock")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +83,7 @@ class Welcome(_message.Message):
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     federation: str
     site: str
@@ -84,7 +91,8 @@ class Welcome(_message.Message):
     run_id: int
     max_message_bytes: int
     heartbeat: float
-    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., site: _Optional[str] = ..., node_id: _Optional[int] = ..., run_id: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., heartbeat: _Optional[float] = ...) -> None: ...
+    clock: float
+    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., site: _Optional[str] = ..., node_id: _Optional[int] = ..., run_id: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., heartbeat: _Optional[float] = ..., clock: _Optional[float] = ...) -> None: ...
 
 class Refuse(_message.Message):
     __slots__ = ("reason", "text", "transfer_id")
@@ -125,7 +133,7 @@ class Envelope(_message.Message):
     def __init__(self, run_id: _Optional[int] = ..., message_id: _Optional[str] = ..., reply_to_message_id: _Optional[str] = ..., src_node_id: _Optional[int] = ..., dst_node_id: _Optional[int] = ..., group_id: _Optional[str] = ..., message_type: _Optional[str] = ..., created_at: _Optional[float] = ..., ttl: _Optional[float] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("transfer_id", "envelope", "size", "stamp", "seal_header", "plain_size", "inline")
+    __slots__ = ("transfer_id", "envelope", "size", "stamp", "seal_header", "plain_size", "inline", "seconds_left")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     ENVELOPE_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +141,7 @@ class Offer(_message.Message):
     SEAL_HEADER_FIELD_NUMBER: _ClassVar[int]
     PLAIN_SIZE_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     envelope: Envelope
     size: int
@@ -140,7 +149,8 @@ class Offer(_message.Message):
     seal_header: bytes
     plain_size: int
     inline: bytes
-    def __init__(self, transfer_id: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., size: _Optional[int] = ..., stamp: _Optional[bytes] = ..., seal_header: _Optional[bytes] = ..., plain_size: _Optional[int] = ..., inline: _Optional[bytes] = ...) -> None: ...
+    seconds_left: float
+    def __init__(self, transfer_id: _Optional[str] = ..., envelope: _Optional[_Union[Envelope, _Mapping]] = ..., size: _Optional[int] = ..., stamp: _Optional[bytes] = ..., seal_header: _Optional[bytes] = ..., plain_size: _Optional[int] = ..., inline: _Optional[bytes] = ..., seconds_left: _Optional[float] = ...) -> None: ...
 
 class Accept(_message.Message):
     __slots__ = ("transfer_id", "offset")
