@@ -9,6 +9,7 @@
     │   └── ConnectionRefused    the server will not have this site (revoked, wrong version); retrying is useless
     ├── UpdateError              an update that arrived cannot be added (shapes, NaN, weight)
     ├── CheckpointError          a checkpoint or run directory is missing or damaged
+    ├── RunInUse                 another process is at work on the run
     ├── PrivacyError             a mechanism, model or loss cannot give the privacy that is asked of it
     ├── SecureAggregationError   a site or the server broke the protocol, or too few sites are left for it
     ├── LedgerError              the privacy ledger is damaged or cannot be written
@@ -60,6 +61,10 @@ class UpdateError(FedClawError):
 
 class CheckpointError(FedClawError):
     """A checkpoint or run directory is missing or damaged."""
+
+
+class RunInUse(FedClawError):
+    """Another process is at work on the run."""
 
 
 class PrivacyError(FedClawError):

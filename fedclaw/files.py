@@ -4,8 +4,10 @@ import errno
 import hashlib
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 PRIVATE_MODE = 0o600
 PUBLIC_MODE = 0o644
@@ -16,6 +18,16 @@ def write_atomic(path: Path, content: bytes, mode: int = PUBLIC_MODE) -> None:
 
     The file has `mode` before it holds a byte, so a key is never readable by others, not even for a moment.
     """
+    with replacing(path, mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, mode: int = PUBLIC_MODE) -> Iterator[BinaryIO]:
+    """A file, to write and read, that takes the place of `path` as the block ends, flushed to disk.
+
+    If the block fails, `path` is as it was. For what is too large to be had in memory once more.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -23,9 +35,9 @@ def write_atomic(path: Path, content: bytes, mode: int = PUBLIC_MODE) -> None:
         # The name that was asked for, not the temporary one.
         raise OSError(error.errno, error.strerror, str(path)) from error
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             os.fchmod(file.fileno(), mode)
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)

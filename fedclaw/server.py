@@ -14,6 +14,7 @@ Examples:
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,11 +99,15 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
     run_id = number_of(record.run)
     assume_server_identity(run_id)
     try:
-        with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
+        with ExitStack() as run:
+            if settings.resume is not None:
+                run.enter_context(directory.held())
+            grid = run.enter_context(GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits))
             tracker = make_tracker(settings.tracking, directory)
             # Not before: a server that cannot start leaves no run behind.
             if settings.resume is None:
                 RunDirectory.create(directory.root, record)
+                run.enter_context(directory.held())
             log.info("listening on %s", settings.address or home.descriptor.address)
             sites = settings.sites
             wait_for_cohort(grid, directory, sites.wait_for, sites.wait, new_cohort=sites.new_cohort)

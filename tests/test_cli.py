@@ -1,5 +1,6 @@
 """What a person sees who makes a mistake: one clear line, the right exit code, no traceback."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -120,6 +121,13 @@ def test_a_finished_run_says_so_and_waits_for_nobody(deployment):
     assert "is finished" in done.output
     assert "north" in done.output
     assert "south was asked in round 2" in done.output
+
+
+def test_a_second_server_for_one_run_is_told_so(deployment):
+    directory = RunDirectory.create(deployment.runs / "begun", run_record(federation="clinic"))
+    with directory.held():
+        done = run_module("fedclaw.server", f"federation={deployment.federation}", f"resume={directory.root}")
+    one_line(done, 1, str(directory.root), f"process {os.getpid()}", "wait until it has ended")
 
 
 def test_check_warns_of_a_name_that_nothing_has(deployment):

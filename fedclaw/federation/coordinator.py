@@ -115,6 +115,49 @@ class Outcome:
     receipts: dict[str, SiteReceipt] = field(default_factory=dict)
 
 
+class Came(Frozen):
+    """What a round's exchange came to, in the round's checkpoint: its line in the metrics is written after it."""
+
+    answered: tuple[str, ...]
+    declined: tuple[tuple[str, str, str], ...] = ()
+    """Site, code and reason."""
+    silent: tuple[str, ...] = ()
+    update_norm: float = 0.0
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    price: dict[str, float] | None = None
+
+    @classmethod
+    def of(cls, trained: Trained, norm: float) -> "Came":
+        """Of a round that has counted."""
+        price = trained.price if isinstance(trained, SecurelyTrained) else None
+        return cls(
+            answered=tuple(trained.answered),
+            declined=tuple((item.site, item.code, item.reason) for item in trained.declined),
+            silent=tuple(trained.silent),
+            update_norm=norm,
+            seconds=trained.seconds,
+            bytes_up=trained.bytes_up,
+            bytes_down=trained.bytes_down,
+            price=None if price is None else asdict(price),
+        )
+
+    def restored(self, receipts: Mapping[str, SiteReceipt]) -> Trained:
+        """The exchange without its sum; of `receipts`, which are the run's, those of the sites that answered."""
+        return SecurelyTrained(
+            total=WeightedSum({}),
+            answered=list(self.answered),
+            declined=[Declined(*item) for item in self.declined],
+            silent=list(self.silent),
+            seconds=self.seconds,
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            receipts={site: receipts[site] for site in self.answered if site in receipts},
+            price=None if self.price is None else Price(**self.price),
+        )
+
+
 class _Pending(Frozen):
     """The round in flight: whom it asks. Written before the first question goes out."""
 
@@ -124,6 +167,16 @@ class _Pending(Frozen):
     """Sites that the cohort was chosen from."""
     unmasking: bool = False
     """Whether its sites were asked to unmask a secure sum, which they do once for a round: it is not asked again."""
+
+
+def came_of(saved: Checkpoint | None) -> Came | None:
+    """What the round of a checkpoint came to; None where it does not say. Raises CheckpointError when it is damaged."""
+    if saved is None or saved.came is None:
+        return None
+    try:
+        return Came.model_validate(saved.came)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint of round {saved.round} is damaged in what the round came to") from error
 
 
 def pending_cohort(directory: RunDirectory) -> tuple[int, ...]:
@@ -201,9 +254,11 @@ def run_rounds(
     """Run, or go on with, the run in `directory` until its last round; leaves model.npz there.
 
     `initial` is used when there is no checkpoint yet; `teacher` when the record distils. Raises RoundError when
-    a round finds too few sites as often as the rules allow; the run can then be resumed.
+    a round finds too few sites as often as the rules allow; the run can then be resumed. Raises RunInUse when another
+    process is at work on the run.
     """
-    return _Loop(grid, directory, initial, teacher, observers).run()
+    with directory.held():
+        return _Loop(grid, directory, initial, teacher, observers).run()
 
 
 class _Loop:
@@ -232,6 +287,7 @@ class _Loop:
         self.completed = saved.round if saved else 0
         self.clip = saved.clip if saved else None
         self.memory = dict(saved.strategy) if saved else self.strategy.server_state(self._shared())
+        self.came = came_of(saved)
         self.saved_at = time.monotonic()
         self.outweighing: set[str] = set()
         if not saved:
@@ -260,19 +316,19 @@ class _Loop:
                 "what they paid for it stays paid",
                 number,
             )
-            self.completed = number
+            self.completed, self.came = number, None
             self._checkpoint()
             return None
         plan = self._plan(pending)
         trained = self._train(plan, pending)
         norm = self._step(plan, trained, pending)
         self._keep(trained)
-        self.completed = number
+        self.completed, self.came = number, Came.of(trained, norm)
         # Before anybody sees the new parameters: a server that is killed later does not draw its noise a second time.
         if self._is_kept(number):
             if self.record.simulated is not None:
                 self._write_pending(pending)
-            if self._is_told(plan):
+            if self._is_told(number):
                 self.directory.write_receipts(self.receipts)
             self._checkpoint()
         return self._evaluate(plan, self._awake(pending, trained), trained, norm)
@@ -298,12 +354,20 @@ class _Loop:
         return [node for node, name in names.items() if name not in trained.silent and node not in busy]
 
     def _evaluate_again(self) -> None:
-        """The round counts, and the server stopped before it knew how good it was."""
+        """The round counts, and the server stopped before it had written so, and how good the parameters are.
+
+        Who took part is in the checkpoint: accounts are made of these lines, and nobody may be left out of them.
+        """
         pending = _read_pending(self.directory)
-        if pending is None or pending.round != self.completed:
+        known = pending is not None and pending.round == self.completed
+        if self.came is None and not known:
             return
-        trained = Trained(total=WeightedSum({}), receipts=self.receipts)
-        self._tell(self._evaluate(self._plan(pending), self._judges(pending), trained, 0.0))
+        came = self.came or Came(answered=())
+        trained = came.restored(self.receipts)
+        if pending is not None and known:
+            self._tell(self._evaluate(self._plan(pending), self._judges(pending), trained, came.update_norm))
+        else:
+            self._tell(self._write_line(self.completed, trained, Evaluated(), came.update_norm))
 
     def _judges(self, pending: _Pending) -> Sequence[int]:
         """Who evaluates: whom the round asked, but everybody where the strategy's own choice is no sample of them."""
@@ -314,8 +378,11 @@ class _Loop:
     def _evaluate(self, plan: Plan, nodes: Sequence[int], trained: Trained, norm: float) -> RoundReport:
         evaluated = exchange.evaluate(self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline)
         self._say_who_outweighs(evaluated)
-        report = self._report(plan, trained, evaluated, norm)
-        self.directory.append_metrics(plan.round, report.as_line(), durable=self.record.simulated is None)
+        return self._write_line(plan.round, trained, evaluated, norm)
+
+    def _write_line(self, number: int, trained: Trained, evaluated: Evaluated, norm: float) -> RoundReport:
+        report = self._report(number, trained, evaluated, norm)
+        self.directory.append_metrics(number, report.as_line(), durable=self.record.simulated is None)
         return report
 
     def _say_who_outweighs(self, evaluated: Evaluated) -> None:
@@ -483,7 +550,14 @@ class _Loop:
     def _checkpoint(self) -> None:
         checkpoint.save(
             self.directory.root,
-            Checkpoint(self.completed, self.model.parameters, self.model.optimizer_state(), self.clip, self.memory),
+            Checkpoint(
+                self.completed,
+                self.model.parameters,
+                self.model.optimizer_state(),
+                self.clip,
+                self.memory,
+                None if self.came is None else self.came.model_dump(mode="json"),
+            ),
         )
         self.saved_at = time.monotonic()
 
@@ -495,15 +569,15 @@ class _Loop:
         lines = self.directory.read_metrics()
         return dict(lines[-1]["metrics"]) if lines else {}
 
-    def _is_told(self, plan: Plan) -> bool:
+    def _is_told(self, number: int) -> bool:
         """Whether observers get the round's receipts. Those of many simulated clients take long to work out: at the
         end."""
-        return self.record.simulated is None or plan.round == self.record.rounds
+        return self.record.simulated is None or number == self.record.rounds
 
-    def _report(self, plan: Plan, trained: Trained, evaluated: Evaluated, norm: float) -> RoundReport:
+    def _report(self, number: int, trained: Trained, evaluated: Evaluated, norm: float) -> RoundReport:
         return RoundReport(
-            round=plan.round,
-            rounds=plan.rounds,
+            round=number,
+            rounds=self.record.rounds,
             answered=tuple(trained.answered),
             declined=tuple(trained.declined),
             silent=tuple(trained.silent),
@@ -512,7 +586,7 @@ class _Loop:
             evaluate_seconds=evaluated.seconds,
             metrics=evaluated.metrics,
             test_examples=evaluated.examples,
-            receipts=trained.receipts if self._is_told(plan) else {},
+            receipts=trained.receipts if self._is_told(number) else {},
             price=trained.price if isinstance(trained, SecurelyTrained) else None,
             bytes_up=trained.bytes_up,
             bytes_down=trained.bytes_down,

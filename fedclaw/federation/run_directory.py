@@ -1,19 +1,24 @@
 """What a run leaves at the coordinator: its record, checkpoints, metrics, receipts and the final model."""
 
+import fcntl
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Mapping
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
-from fedclaw.errors import CheckpointError, UsageError
+from fedclaw.errors import CheckpointError, RunInUse, UsageError
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.compression.request import Compression, check_compression
 from fedclaw.federation.plan import (
@@ -29,9 +34,15 @@ from fedclaw.federation.plan import (
     check_privacy,
 )
 from fedclaw.federation.settings import SecureRequest
-from fedclaw.files import append_all, write_atomic
+from fedclaw.files import append_all, replacing, write_atomic
 from fedclaw.frozen import Frozen, explain
 from fedclaw.workload import Schema, Workload
+
+LOCK = "run.lock"
+"""Held by the process that is at work on a run; the file stays."""
+
+_HELD: set[Path] = set()
+_HELD_LOCK = threading.Lock()
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 
@@ -162,20 +173,39 @@ class _MetricsLine(BaseModel):
 
 
 class RunDirectory:
-    """runs/<run>/ with run.json, checkpoint-NNNN.ckpt, metrics.jsonl, receipts.json, model.npz, compressed/."""
+    """runs/<run>/: run.json, checkpoint-NNNN.ckpt, metrics.jsonl, receipts.json, model.npz, compressed/, run.lock."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._newest_line: int | None = None
         """Round of the last line of metrics.jsonl; None: it has not been looked at."""
+        self._holds = False
 
     @classmethod
     def create(cls, root: Path, record: RunRecord) -> "RunDirectory":
         """Begin a run. Raises UsageError when the directory already holds one."""
         directory = cls(root)
-        directory.require_new()
-        write_atomic(directory._record_path, record.model_dump_json(indent=2).encode())
+        with directory.held():
+            directory.require_new()
+            write_atomic(directory._record_path, record.model_dump_json(indent=2).encode())
         return directory
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else writes to the run as long as the block lasts. Raises RunInUse when somebody does already.
+
+        A lock of the operating system's, which ends with the process, however it ends; reading needs none. The object
+        that holds the run may hold it again.
+        """
+        if self._holds:
+            yield
+            return
+        with _locked(self.root):
+            self._holds = True
+            try:
+                yield
+            finally:
+                self._holds = False
 
     def require_new(self) -> None:
         """Raise UsageError when the directory already holds a run."""
@@ -225,7 +255,8 @@ class RunDirectory:
 
     def write_model(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
         """Write the final global parameters."""
-        write_atomic(self.model_path, arrays_to_npz(parameters))
+        with replacing(self.model_path) as file:
+            write_npz(file, parameters)
 
     def read_model(self) -> Arrays:
         """The final global parameters. Raises CheckpointError when the run has not finished or the file is damaged."""
@@ -233,7 +264,8 @@ class RunDirectory:
             raise CheckpointError(
                 f"{self.root} has no model.npz: the run has not finished; continue it with resume={self.root}"
             )
-        return npz_to_arrays(self.model_path.read_bytes(), self.model_path)
+        with self.model_path.open("rb") as file:
+            return read_npz(file, self.model_path)
 
     def require_whole(self) -> None:
         """Raise UsageError for a run whose model is not whole at the server, to be compressed or exported."""
@@ -306,17 +338,57 @@ class RunDirectory:
 def arrays_to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """`arrays` as the bytes of an uncompressed .npz file."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    write_npz(buffer, arrays)
     return buffer.getvalue()
 
 
 def npz_to_arrays(content: bytes, origin: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file. Raises CheckpointError naming `origin` when it is not one."""
+    return read_npz(io.BytesIO(content), origin)
+
+
+def write_npz(file: IO[bytes] | io.RawIOBase, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write `arrays` to `file` as an uncompressed .npz archive, a part of one array after the other."""
+    np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_npz(file: IO[bytes] | io.RawIOBase, origin: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of the .npz archive in `file`. Raises CheckpointError naming `origin` when it is none."""
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise CheckpointError(f"{origin} is damaged: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    # A lock of fcntl's belongs to the process, and forked workers do not inherit it: they may outlive a server that was
+    # killed. Within a process the set below keeps order, and nothing else opens the file, for closing it would unlock.
+    path = (root / LOCK).resolve()
+    with _HELD_LOCK:
+        if path in _HELD:
+            raise RunInUse(f"{root} is being run already, in this process; end that run first")
+        _HELD.add(path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read(200).decode("ascii", "replace").strip() or "another process"
+                raise RunInUse(
+                    f"{root} is being run by {holder}: two at once would ask the sites for different rounds under one "
+                    "name; wait until it has ended, or stop it"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode("ascii", "replace"))
+            file.flush()
+            yield
+    finally:
+        with _HELD_LOCK:
+            _HELD.discard(path)
 
 
 def _read_model(path: Path, model: type[RunRecord]) -> RunRecord:

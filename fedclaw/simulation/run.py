@@ -1,7 +1,7 @@
 """The server's loop over simulated clients: `run_rounds` as it is, with a grid that trains cohorts by itself."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedclaw.errors import UsageError
 from fedclaw.federation import checkpoint
 from fedclaw.federation.arrays import shapes_of
-from fedclaw.federation.coordinator import PENDING, Observer, Outcome, make_plan, make_strategy, run_rounds
+from fedclaw.federation.coordinator import PENDING, Observer, Outcome, came_of, make_plan, make_strategy, run_rounds
 from fedclaw.federation.receipts import is_sampled
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, Simulated
@@ -52,23 +52,25 @@ def simulate_cohorts(
     What `around` makes of those who train takes their place: clients that do not do as they are asked.
 
     The result is the same for the same record and data, however many worker processes there are; with privacy only if
-    the record says `repeatable_noise`. Sets torch to one thread while it lasts. Raises RoundError, UsageError.
+    the record says `repeatable_noise`. Sets torch to one thread while it lasts. Raises RoundError, UsageError,
+    RunInUse.
     """
     settings = settings or SimulationSettings()
     record = directory.record()
     _check(record, federation)
-    _begin_again(directory, record)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     grid = None
-    try:
-        initial = initial_parameters(record)
-        grid = _grid(record, federation, settings, directory, initial, teacher, around)
-        return run_rounds(grid, directory, initial, teacher=teacher, observers=observers)
-    finally:
-        if grid is not None:
-            grid.close()
-        torch.set_num_threads(threads)
+    with directory.held():
+        try:
+            _begin_again(directory, record)
+            torch.set_num_threads(1)
+            initial = initial_parameters(record)
+            grid = _grid(record, federation, settings, directory, initial, teacher, around)
+            return run_rounds(grid, directory, initial, teacher=teacher, observers=observers)
+        finally:
+            if grid is not None:
+                grid.close()
+            torch.set_num_threads(threads)
 
 
 def _check(record: RunRecord, federation: SimulatedFederation) -> None:
@@ -110,9 +112,23 @@ def _grid(
     crew: Crew = Alone(trainer) if settings.workers == 1 else Forked(trainer, settings.workers, UNIT)
     accounts = Accounts(federation)
     numbers = {federation.name(client): client for client in range(len(federation))}
-    for line in directory.read_metrics():
-        accounts.took_part(numbers[name] for name in line.get("answered", ()) if name in numbers)
+    for answered in _rounds_before(directory):
+        accounts.took_part(numbers[name] for name in answered if name in numbers)
     return SimulationGrid(federation, around(crew), accounts, record.run)
+
+
+def _rounds_before(directory: RunDirectory) -> Iterator[Sequence[str]]:
+    """Who took part in each round that the run goes on from: what was computed after the checkpoint is done again."""
+    saved = checkpoint.newest(directory.root)
+    if saved is None:
+        return
+    written = 0
+    for line in directory.read_metrics():
+        if line["round"] <= saved.round:
+            written = line["round"]
+            yield line.get("answered", ())
+    if written < saved.round and (came := came_of(saved)) is not None:
+        yield came.answered
 
 
 def _way(

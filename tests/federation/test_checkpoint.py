@@ -1,5 +1,9 @@
 """Checkpoints: whole, found again, and never silently damaged."""
 
+import hashlib
+import json
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from fedclaw.errors import CheckpointError
 from fedclaw.federation import checkpoint
 from fedclaw.federation.checkpoint import Checkpoint
 from fedclaw.federation.global_model import GlobalModel
+from fedclaw.federation.run_directory import RunDirectory, arrays_to_npz
 from strategies.fedadam import FedAdam
 from strategies.fedavg import FedAvg
 
@@ -83,3 +88,59 @@ def test_fedavg_moves_by_the_mean_delta():
     assert np.array_equal(model.parameters["w"], PARAMETERS["w"] + 1)
     assert norm == pytest.approx(6**0.5)
     assert torch.from_numpy(model.parameters["b"]).tolist() == [1, -1]
+
+
+MEGABYTE = 1 << 20
+
+
+def peak(action):
+    """Megabytes that `action` holds at its worst beside what there was before, and what it returns."""
+    tracemalloc.start()
+    try:
+        result = action()
+        return tracemalloc.get_traced_memory()[1] / MEGABYTE, result
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_checkpoint_holds_no_array_a_second_time(tmp_path):
+    """Parameters and two moments of 32 MB each: a part of one array at a time is written, not copies of all."""
+    arrays = {name: np.full(8 * MEGABYTE, value, np.float32) for value, name in enumerate("abc")}
+    saved = Checkpoint(1, {"w": arrays["a"]}, {"optimizer/0/m": arrays["b"], "optimizer/0/v": arrays["c"]})
+    written, path = peak(lambda: checkpoint.save(tmp_path, saved))
+    assert written < 40, f"{written:.0f} MB beside 96 MB"
+    read, back = peak(lambda: checkpoint.load(path))
+    assert read < 110, f"{read:.0f} MB for 96 MB"
+    assert all(np.array_equal(back.optimizer[name], saved.optimizer[name]) for name in saved.optimizer)
+
+
+def test_so_does_a_model(tmp_path):
+    directory, model = RunDirectory(tmp_path), {"w": np.ones(16 * MEGABYTE, np.float32)}
+    written, _ = peak(lambda: directory.write_model(model))
+    assert written < 40, f"{written:.0f} MB beside 64 MB"
+    read, back = peak(directory.read_model)
+    assert read < 80, f"{read:.0f} MB for 64 MB"
+    assert np.array_equal(back["w"], model["w"])
+
+
+def test_a_checkpoint_of_the_version_before_is_read(tmp_path):
+    """Its archive was made in memory, and it does not say what its round came to."""
+    about = np.frombuffer(json.dumps({"round": 4, "clip": 0.5}).encode(), dtype=np.uint8)
+    body = arrays_to_npz({"about": about, **{f"parameters/{name}": array for name, array in PARAMETERS.items()}})
+    path = tmp_path / "checkpoint-0004.ckpt"
+    path.write_bytes(b"FEDCLAW-CHECKPOINT-1\n" + hashlib.sha256(body).digest() + body)
+    found = checkpoint.newest(tmp_path)
+    assert (found.round, found.clip, found.came) == (4, 0.5, None)
+    assert all(np.array_equal(found.parameters[name], array) for name, array in PARAMETERS.items())
+
+
+def test_an_interrupted_checkpoint_leaves_the_one_before(tmp_path):
+    class Broken:
+        def __array__(self, *_, **__):
+            raise OSError("the disk is full")
+
+    checkpoint.save(tmp_path, Checkpoint(3, PARAMETERS, {}))
+    with pytest.raises(OSError, match="full"):
+        checkpoint.save(tmp_path, Checkpoint(4, {"w": Broken()}, {}))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-0003.ckpt"]
+    assert checkpoint.newest(tmp_path).round == 3

@@ -1,12 +1,15 @@
 """The loop over real sites in this process: the same question after a crash, and rounds that do not count."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from flwr.app import Error, Message
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from fedclaw.errors import CheckpointError, PluginError, RoundError, UsageError
+from fedclaw.errors import CheckpointError, PluginError, RoundError, RunInUse, UsageError
 from fedclaw.federation import checkpoint
 from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.coordinator import PENDING, drop_pending, make_strategy, run_rounds
@@ -18,7 +21,8 @@ from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.runtime.local import LocalGrid
 from fedclaw.site.in_process import open_sites
 from strategies.fedavg import FedAvg
-from tests.crashes import server_dies
+from tests.conftest import environment
+from tests.crashes import Crash, server_dies
 from tests.samples import run_record
 
 
@@ -322,3 +326,73 @@ def test_round_zero_is_the_initial_model(tmp_path, record, sites):
     assert saved is not None
     start = initial_parameters(RunDirectory(tmp_path / "run").record())
     assert all(np.array_equal(saved.parameters[name], start[name]) for name in start)
+
+
+class DyingBeforeItEvaluates(LocalGrid):
+    """A server that dies when round 2 has counted and nobody has been asked how good it is."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        if messages and messages[0].metadata.message_type == "evaluate" and messages[0].metadata.group_id == "2":
+            raise Crash
+        return super().send_and_receive(messages, timeout=timeout)
+
+
+@pytest.mark.parametrize("round_file", ["there", "gone"])
+def test_a_crash_before_the_evaluation_leaves_nobody_out_of_the_rounds_line(tmp_path, record, sites, round_file):
+    whole = run(tmp_path / "whole", record, sites).directory.read_metrics()
+    name = sorted(sites)[0]
+    sites[name].refusals = 2 if round_file == "there" else 0
+    directory = RunDirectory.create(tmp_path / "run", record.model_copy(update={"run": "run-2"}))
+    with pytest.raises(Crash):
+        run_rounds(DyingBeforeItEvaluates(sites, 5), directory, initial_parameters(record))
+    if round_file == "gone":
+        (tmp_path / "run" / PENDING).unlink()
+    lines = run(tmp_path / "run", record, sites).directory.read_metrics()
+    assert [line["round"] for line in lines] == [1, 2, 3]
+    second = lines[1]
+    assert sorted(second["answered"]) == sorted(sites)
+    assert sorted(second["epsilon"]) == sorted(sites)
+    assert second["bytes_up"] == whole[1]["bytes_up"]
+    assert second["bytes_down"] == whole[1]["bytes_down"]
+    assert second["update_norm"] > 0
+    if round_file == "there":
+        assert second["metrics"]
+        assert second["test_examples"] == whole[1]["test_examples"]
+
+
+def test_a_run_has_one_server_at_a_time(tmp_path, record, sites):
+    """The second is told at once, asks nobody and changes nothing; the lock goes with whoever was killed."""
+    directory = RunDirectory.create(tmp_path / "run", record)
+    hold = (
+        "import sys, time; from pathlib import Path; from fedclaw.federation.run_directory import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(directory.root)], stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = {path.name: path.read_bytes() for path in directory.root.iterdir()}
+        with pytest.raises(RunInUse, match=rf"being run by process {holder.pid} on ") as told:
+            run(tmp_path / "run", record, sites)
+        assert "\n" not in str(told.value)
+        assert told.value.exit_code in {1, 2}
+        assert not any(recording.asked for recording in sites.values())
+        assert {path.name: path.read_bytes() for path in directory.root.iterdir()} == before
+        with pytest.raises(RunInUse):
+            RunDirectory.create(directory.root, record)
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    assert len(run(tmp_path / "run", record, sites).directory.read_metrics()) == 3
+
+
+def test_so_it_has_within_one_process(tmp_path, record, sites):
+    directory = RunDirectory.create(tmp_path / "run", record)
+    with directory.held():
+        with directory.held(), pytest.raises(RunInUse, match="in this process"):
+            run(tmp_path / "run", record, sites)
+        assert run_rounds(LocalGrid(sites, 5), directory, initial_parameters(record)).metrics
+    run(tmp_path / "run", record, sites)

@@ -15,7 +15,9 @@ from fedclaw.federation.plan import LocalTraining, PrivacyRequest
 from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
 from fedclaw.federation.settings import SecureRequest
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
+from fedclaw.simulation.grid import SimulationGrid
 from fedclaw.workload import Table
+from tests.crashes import Crash
 from tests.simulation.conftest import deal, make_federation, make_record
 from tests.simulation.test_modes import identical
 
@@ -108,6 +110,44 @@ def test_a_stopped_run_goes_on_to_the_same_end(run, tmp_path, strategy):
     assert outcome.receipts.keys() == whole.receipts.keys()
     for name, item in whole.receipts.items():
         assert outcome.receipts[name].receipt == item.receipt
+
+
+@pytest.mark.parametrize("save_every", [0, 3600])
+def test_no_account_is_less_after_a_crash_before_an_evaluation(run, tmp_path, monkeypatch, save_every):
+    """The accounts are made of who took part in each round before: also in the one that was not evaluated any more.
+
+    Rounds after the checkpoint, which are computed again, count once.
+    """
+    changes = {
+        "rounds": 5,
+        "rules": RoundRules(minimum=1, fraction=0.5),
+        "privacy": PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1),
+        "training": LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
+    }
+    federation = make_federation("mlp", sizes=(16,) * 6)
+    settings = SimulationSettings(save_every=save_every)
+    whole = run("mlp", settings, federation=federation, **changes)
+    record = simulated(make_record(federation, "mlp", **changes), settings, len(federation))
+    directory = RunDirectory.create(tmp_path / "stopped", record)
+    evaluate = SimulationGrid.evaluate_cohort
+
+    def dying(self, nodes, plan, parameters, evaluated):
+        if plan.round == 3:
+            raise Crash
+        evaluate(self, nodes, plan, parameters, evaluated)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimulationGrid, "evaluate_cohort", dying)
+        with pytest.raises(Crash):
+            simulate_cohorts(directory, federation, settings)
+    outcome = simulate_cohorts(RunDirectory.open(directory.root), federation, settings)
+    lines = outcome.directory.read_metrics()
+    assert [sorted(line["answered"]) for line in lines] == [
+        sorted(line["answered"]) for line in whole.directory.read_metrics()
+    ]
+    assert {name: item.receipt for name, item in outcome.receipts.items()} == {
+        name: item.receipt for name, item in whole.receipts.items()
+    }
 
 
 def test_checkpoints_are_by_time_and_at_the_end(run):
