@@ -5,13 +5,15 @@
     boolean      1          0 for false, 1 for true                    0.5
     categorical  L          one-hot over the L levels, in their order  all zeros
 
-Legend: N rows of a block, F features of a column, L levels.
+When two cells are the same value is in `clients.values`. A cell that a column does not allow is told to `Faults`, and
+stands for a missing one until whoever reads the table has looked at them.
+
+Legend: N rows of a block, F features of a column, L levels, K numeric columns.
 """
 
-import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -19,23 +21,37 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
 from clients.definitions import Text, distinct, sized
-from clients.tables import Block, Cell, text_of
+from clients.tables import Block, Faults
+from clients.values import Cell, DecimalMark, Declared, Markers
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.statistics import StatisticColumn
 
 Doubles = NDArray[np.float64]
-Missing = frozenset[Cell]
-"""Cells that mean 'not known': the schema's markers, and None."""
+Flags = NDArray[np.bool_]
 
-TRUE = frozenset({"true", "t", "yes", "y", "1"})
-FALSE = frozenset({"false", "f", "no", "n", "0"})
+TRUTHS = {"true": 1, "t": 1, "yes": 1, "y": 1, "1": 1, "false": 0, "f": 0, "no": 0, "n": 0, "0": 0}
 LARGEST = float(np.finfo(np.float32).max)
+UNKNOWN = -2
+"""In place of a code: no declared value, and not missing."""
+
+
+NOTHING_DECLARED = Declared({})
+
+
+class Rules:
+    """How a column's cells are told apart: what means 'not known', and the values that are declared."""
+
+    def __init__(self, markers: Markers, declared: Declared | None = None) -> None:
+        self.markers = markers
+        self.declared = declared or NOTHING_DECLARED
 
 
 class Column(Frozen):
     """One input column of a table."""
 
     name: Text = Field(min_length=1)
+    missing: tuple[Text, ...] | None = None
+    """Cells that mean 'not known' in this column; None: those of the schema."""
 
     @property
     @abstractmethod
@@ -43,12 +59,21 @@ class Column(Frozen):
         """Names of the F features."""
 
     @abstractmethod
-    def encode(self, block: Block, missing: Missing) -> Doubles:
-        """The block's column as (N, F). Raises DataError for a cell that the schema does not allow."""
+    def rules(self, markers: Markers) -> Rules:
+        """How cells are told apart, made once for all blocks; `markers` are the schema's."""
 
-    def absent(self, block: Block, missing: Missing) -> NDArray[np.bool_]:
-        """Which cells of the block's column `encode` takes for missing, (N,); what the others hold is not checked."""
-        return np.array([cell in missing for cell in block.columns[self.name]], np.bool_)
+    @abstractmethod
+    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+        """The cells (N,) as numbers, or numbers of levels, NaN where missing or bad; and which are bad."""
+
+    @abstractmethod
+    def encode(self, values: Doubles) -> Doubles:
+        """What `read` gave, (N,), as (N, F)."""
+
+    @property
+    @abstractmethod
+    def expected(self) -> str:
+        """What a cell may be, for a message about one that is not."""
 
     @abstractmethod
     def synthetic(self, count: int, generator: np.random.Generator) -> Doubles:
@@ -58,9 +83,14 @@ class Column(Frozen):
     def statistic(self) -> StatisticColumn:
         """The column as statistics know it: with its declared bounds, if it has any, or its levels."""
 
-    @abstractmethod
-    def values(self, block: Block, missing: Missing) -> Doubles:
-        """The cells for statistics, (N,): numbers, or numbers of levels; NaN where missing. Raises DataError."""
+    def values(self, block: Block, rules: Rules, faults: Faults) -> Doubles:
+        """What `read` gives, (N,), bad cells told to `faults`."""
+        values, bad = self.read(block, rules)
+        faults.mark(block, self.name, bad, self.expected)
+        return values
+
+    def _markers(self, markers: Markers) -> Markers:
+        return markers if self.missing is None else Markers(self.missing)
 
 
 class Numeric(Column):
@@ -90,31 +120,32 @@ class Numeric(Column):
         """Center and scale as they are applied."""
         return (self.center or 0.0, self.scale or 1.0)
 
+    def rules(self, markers: Markers) -> Rules:
+        """Only what is missing."""
+        return Rules(self._markers(markers))
+
     def statistic(self) -> StatisticColumn:
         """Numbers within `range`."""
         return StatisticColumn(self.name, bounds=self.range)
 
-    def values(self, block: Block, missing: Missing) -> Doubles:
-        """The raw numbers, (N,), NaN where missing. Raises DataError."""
-        cells = block.columns[self.name]
-        try:
-            values, absent = _numbers(cells, missing)
-        except ValueError:
-            raise self._first_error(block, missing) from None
+    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+        """The raw numbers, (N,)."""
+        values, bad = numbers(block.columns[self.name], rules.markers, block.mark)
         low, high = self.range or (-LARGEST, LARGEST)
-        with np.errstate(invalid="ignore"):
-            allowed = absent | ((values >= low) & (values <= high))
-        if not allowed.all():
-            index = int(np.argmin(allowed))
-            raise block.error(index, self.name, cells[index], self._expected())
-        return values
+        return bounded(values, bad, np.float64(low), np.float64(high))
 
-    def encode(self, block: Block, missing: Missing) -> Doubles:
+    def encode(self, values: Doubles) -> Doubles:
         """(N, 1); missing values become 0."""
         center, scale = self.constants
-        encoded = (self.values(block, missing) - center) / scale
-        self._check_size(block, encoded)
-        return np.nan_to_num(encoded, nan=0.0)[:, None]
+        encoded = (values - center) / scale
+        return np.where(np.isnan(encoded), 0.0, encoded)[:, None]
+
+    @property
+    def expected(self) -> str:
+        """A finite number, within the range if there is one."""
+        if self.range is None:
+            return "a finite number"
+        return f"a number from {self.range[0]:g} to {self.range[1]:g}"
 
     def synthetic(self, count: int, generator: np.random.Generator) -> Doubles:
         """Normal with the stated center and scale, cut to the range; without them uniform in the range.
@@ -129,26 +160,6 @@ class Numeric(Column):
             values = np.clip(values, *self.range) if self.range is not None else values
         return ((values - center) / scale)[:, None]
 
-    def _check_size(self, block: Block, encoded: Doubles) -> None:
-        with np.errstate(invalid="ignore"):
-            too_large = np.abs(encoded) > LARGEST
-        if too_large.any():
-            index = int(np.argmax(too_large))
-            raise block.error(index, self.name, block.columns[self.name][index], "a number that fits after scaling")
-
-    def _first_error(self, block: Block, missing: Missing) -> Exception:
-        for index, cell in enumerate(block.columns[self.name]):
-            try:
-                math.nan if cell in missing else _number(cell)
-            except ValueError:
-                return block.error(index, self.name, cell, self._expected())
-        raise AssertionError("unreachable: a cell was refused before")
-
-    def _expected(self) -> str:
-        if self.range is None:
-            return "a finite number"
-        return f"a number from {self.range[0]:g} to {self.range[1]:g}"
-
 
 class Boolean(Column):
     """True or false, spelt true/false, t/f, yes/no, y/n or 1/0 in any case."""
@@ -160,25 +171,33 @@ class Boolean(Column):
         """The column's own name."""
         return (self.name,)
 
-    def encode(self, block: Block, missing: Missing) -> Doubles:
+    def rules(self, markers: Markers) -> Rules:
+        """The ten spellings."""
+        return Rules(self._markers(markers), _TRUTHS)
+
+    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+        """(N,) of 0, 1 and NaN."""
+
+        def value(cell: Cell) -> float:
+            if rules.markers.holds(cell, block.mark):
+                return -1
+            code = rules.declared.find(cell.lower() if isinstance(cell, str) else cell, block.mark)
+            return UNKNOWN if code is None else code
+
+        return _known(_looked_up(block.columns[self.name], value))
+
+    def encode(self, values: Doubles) -> Doubles:
         """(N, 1) of 0, 1 and 0.5 for missing."""
-        known = dict.fromkeys(TRUE, 1.0) | dict.fromkeys(FALSE, 0.0)
-        cells = block.columns[self.name]
-        values = [0.5 if cell in missing else known.get((text_of(cell) or "").lower(), math.nan) for cell in cells]
-        encoded = np.array(values, np.float64)
-        if np.isnan(encoded).any():
-            index = int(np.argmax(np.isnan(encoded)))
-            raise block.error(index, self.name, cells[index], "true or false (t/f, yes/no, y/n, 1/0)")
-        return encoded[:, None]
+        return np.where(np.isnan(values), 0.5, values)[:, None]
+
+    @property
+    def expected(self) -> str:
+        """The spellings."""
+        return "true or false (t/f, yes/no, y/n, 1/0)"
 
     def statistic(self) -> StatisticColumn:
         """The levels false and true."""
         return StatisticColumn(self.name, levels=("false", "true"))
-
-    def values(self, block: Block, missing: Missing) -> Doubles:
-        """(N,) of 0, 1 and NaN."""
-        encoded = self.encode(block, missing)[:, 0]
-        return np.where(encoded == 0.5, np.nan, encoded)
 
     def synthetic(self, count: int, generator: np.random.Generator) -> Doubles:
         """A fair coin."""
@@ -200,54 +219,112 @@ class Categorical(Column):
         """Its levels."""
         return StatisticColumn(self.name, levels=self.levels)
 
-    def values(self, block: Block, missing: Missing) -> Doubles:
-        """(N,) numbers of levels, NaN where missing."""
-        indices = self._indices(block, missing)
-        return np.where(indices < 0, np.nan, indices.astype(np.float64))
+    def rules(self, markers: Markers) -> Rules:
+        """The levels by value; a marker that is declared as a level is a level."""
+        return Rules(self._markers(markers), Declared({level: i for i, level in enumerate(self.levels)}))
 
-    def encode(self, block: Block, missing: Missing) -> Doubles:
+    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+        """(N,) numbers of levels."""
+        return _known(codes(block, self.name, rules.declared, rules.markers))
+
+    def encode(self, values: Doubles) -> Doubles:
         """(N, L), one-hot."""
-        indices = self._indices(block, missing)
-        encoded = np.zeros((block.rows, len(self.levels)))
-        known = np.flatnonzero(indices >= 0)
-        encoded[known, indices[known]] = 1.0
+        encoded = np.zeros((len(values), len(self.features)))
+        known = np.flatnonzero(~np.isnan(values))
+        encoded[known, values[known].astype(np.int64)] = 1.0
         return encoded
 
-    def _indices(self, block: Block, missing: Missing) -> NDArray[np.int64]:
-        """(N,) numbers of levels, -1 where missing."""
-        return codes(block, self.name, {level: i for i, level in enumerate(self.levels)}, missing)
-
-    def absent(self, block: Block, missing: Missing) -> NDArray[np.bool_]:
-        """Which cells are missing, (N,); a marker that is declared as a level is a level."""
-        levels = frozenset(self.levels)
-        cells = block.columns[self.name]
-        return np.array([cell in missing and (text_of(cell) or "") not in levels for cell in cells], np.bool_)
+    @property
+    def expected(self) -> str:
+        """One of the levels."""
+        return one_of(self.levels)
 
     def synthetic(self, count: int, generator: np.random.Generator) -> Doubles:
         """Every level as likely as the others."""
-        encoded = np.zeros((count, len(self.levels)))
-        encoded[np.arange(count), generator.integers(0, len(self.levels), count)] = 1.0
+        encoded = np.zeros((count, len(self.features)))
+        encoded[np.arange(count), generator.integers(0, len(self.features), count)] = 1.0
         return encoded
 
 
 AnyColumn = Annotated[Numeric | Boolean | Categorical, Field(discriminator="kind")]
 
+_TRUTHS = Declared(TRUTHS)
 
-def codes(block: Block, name: str, known: Mapping[str, int], missing: Missing | None) -> NDArray[np.int64]:
-    """The code of each cell of a column, (N,), -1 where missing. Raises DataError for an unknown value.
 
-    A declared value comes before a missing marker, so that "NA" can be a level. With `missing` None, no cell may miss.
+class NumericColumns:
+    """Columns of numbers, read all at once: one by one they cost more than their cells where they are many."""
+
+    def __init__(self, columns: Sequence[Numeric], markers: Markers) -> None:
+        self.columns = tuple(columns)
+        self._markers = markers
+        ranges = [column.range or (-LARGEST, LARGEST) for column in columns]
+        self._low, self._high = np.array(ranges).reshape(-1, 2).T
+        self._center, self._scale = np.array([column.constants for column in columns]).reshape(-1, 2).T
+
+    def read(self, block: Block) -> tuple[Doubles, Flags]:
+        """The raw numbers, (N, K), NaN where missing or bad; and which are bad."""
+        cells = list(chain.from_iterable(block.columns[column.name] for column in self.columns))
+        values, bad = numbers(cells, self._markers, block.mark)
+        shape = (len(self.columns), block.rows)
+        return bounded(values.reshape(shape).T, bad.reshape(shape).T, self._low, self._high)
+
+    def encode(self, values: Doubles) -> Doubles:
+        """Raw numbers (N, K) as features (N, K): missing ones become 0, those that float32 cannot hold infinite."""
+        with np.errstate(over="ignore"):
+            encoded: Doubles = (values - self._center) / self._scale
+        encoded[np.isnan(encoded)] = 0.0
+        encoded[np.abs(encoded) > LARGEST] = np.inf
+        return encoded
+
+
+def codes(block: Block, name: str, declared: Declared, markers: Markers | None) -> NDArray[np.float64]:
+    """The code of each cell of a column, (N,): -1 where missing, UNKNOWN where it is no declared value.
+
+    A declared value comes before a missing marker, so that "NA" can be a level. With `markers` None, no cell may miss.
     """
-    cells = block.columns[name]
-    unknown = -2
-    found = [
-        known.get(text_of(cell) or "", -1 if missing is not None and cell in missing else unknown) for cell in cells
-    ]
-    indices = np.array(found, np.int64)
-    if (indices == unknown).any():
-        index = int(np.argmax(indices == unknown))
-        raise block.error(index, name, cells[index], _one_of(list(known)))
-    return indices
+
+    def code(cell: Cell) -> float:
+        found = declared.find(cell, block.mark)
+        if found is not None:
+            return found
+        return -1 if markers is not None and markers.holds(cell, block.mark) else UNKNOWN
+
+    return _looked_up(block.columns[name], code)
+
+
+def _looked_up(cells: Sequence[Cell], code: Any) -> NDArray[np.float64]:
+    """`code` of each cell, worked out once for equal ones."""
+    found = {cell: code(cell) for cell in set(cells)}
+    return np.array([found[cell] for cell in cells], np.float64)
+
+
+def _known(found: NDArray[np.float64]) -> tuple[Doubles, Flags]:
+    return np.where(found < 0, np.nan, found), found == UNKNOWN
+
+
+def numbers(cells: Sequence[Cell], markers: Markers, mark: DecimalMark) -> tuple[Doubles, Flags]:
+    """The cells (N,) as numbers, NaN where missing or bad; and which are bad: no finite number."""
+    absent = np.zeros(len(cells), np.bool_)
+    if not markers.texts.isdisjoint(cells):
+        absent = np.array([cell in markers.texts for cell in cells], np.bool_)
+    values = None if mark == "," or _underscored(cells) else _all_numbers(cells, absent)
+    if values is None:
+        parsed = [None if gone else _number(cell, mark) for cell, gone in zip(cells, absent, strict=True)]
+        for index, number in enumerate(parsed):
+            if number is None and not absent[index]:
+                absent[index] = markers.holds(cells[index], mark)
+        values = np.array([np.nan if number is None else number for number in parsed], np.float64)
+    for number in markers.numbers:
+        absent |= values == number
+    bad = ~(np.isfinite(values) | absent)
+    return np.where(absent | bad, np.nan, values), bad
+
+
+def bounded(values: Doubles, bad: Flags, low: Any, high: Any) -> tuple[Doubles, Flags]:
+    """Numbers out of [low, high] are bad too."""
+    with np.errstate(invalid="ignore"):
+        bad = bad | (values < low) | (values > high)
+    return np.where(bad, np.nan, values), bad
 
 
 def describe(column: Column, first_feature: int) -> dict[str, Any]:
@@ -263,35 +340,40 @@ def describe(column: Column, first_feature: int) -> dict[str, Any]:
     return account
 
 
-def missing_cells(markers: Sequence[str]) -> Missing:
-    """The cells that `markers` stand for: themselves, None, and (for Parquet) the numbers that they spell."""
-    numbers = set()
-    for marker in markers:
-        with suppress(ValueError):
-            numbers.add(_number(marker))
-    return frozenset(markers) | frozenset(number for number in numbers if math.isfinite(number)) | {None}
+def one_of(values: Sequence[str], most: int = 8) -> str:
+    """'one of' the values, the first few of them."""
+    listed = ", ".join(repr(value) for value in values[:most])
+    return f"one of {listed}" + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
-def _numbers(cells: Sequence[Cell], missing: Missing) -> tuple[Doubles, NDArray[np.bool_]]:
-    """The cells as numbers, NaN where missing, and where that is. Raises ValueError."""
-    if missing.isdisjoint(cells) and not _underscored(cells):
-        values = np.array(list(map(float, cells)), np.float64)  # type: ignore[arg-type]
-        return values, np.zeros(len(cells), np.bool_)
-    values = np.array([math.nan if cell in missing else _number(cell) for cell in cells], np.float64)
-    return values, np.array([cell in missing for cell in cells], np.bool_)
+def _all_numbers(cells: Sequence[Cell], absent: Flags) -> Doubles | None:
+    """All cells that are not absent as numbers; None if one is none."""
+    known: Any = cells
+    if absent.any():
+        known = [np.nan if gone else cell for cell, gone in zip(cells, absent, strict=True)]
+    try:
+        return np.array(list(map(float, known)), np.float64)
+    except ValueError:
+        return None
 
 
 def _underscored(cells: Sequence[Cell]) -> bool:
     """Whether some text has an underscore: float() would read Python's 1_000."""
-    return "_" in "".join(cell for cell in cells if isinstance(cell, str))
+    texts: Any = cells
+    try:
+        return "_" in "".join(texts)
+    except TypeError:
+        return "_" in "".join(cell for cell in cells if isinstance(cell, str))
 
 
-def _number(cell: Cell) -> float:
-    if _underscored((cell,)):
-        raise ValueError
-    return float(cell)  # type: ignore[arg-type]  # None is in every `Missing` and does not come here
-
-
-def _one_of(values: Sequence[str], most: int = 8) -> str:
-    listed = ", ".join(repr(value) for value in values[:most])
-    return f"one of {listed}" + (f" and {len(values) - most} more" if len(values) > most else "")
+def _number(cell: Cell, mark: DecimalMark) -> float | None:
+    if cell is None:
+        return None
+    if isinstance(cell, str):
+        if "_" in cell or (mark == "," and "." in cell):
+            return None
+        cell = cell.replace(",", ".") if mark == "," else cell
+    try:
+        return float(cell)
+    except ValueError:
+        return None

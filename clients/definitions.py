@@ -5,13 +5,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, ValidationError
 
+from clients.values import repeated
 from fedclaw.errors import DataError
 from fedclaw.frozen import Frozen, explain
+from fedclaw.yaml_text import RepeatedKeyError, WrittenFloat, WrittenInt, read_yaml, written
 
-MAX_SCHEMA_BYTES = 4 * 2**20
+MAX_SCHEMA_BYTES = 32 * 2**20
+"""Room for 100,000 columns with their constants."""
 SHOWN = 40
 
 D = TypeVar("D", bound=Frozen)
@@ -19,17 +21,19 @@ T = TypeVar("T")
 
 
 def as_text(value: Any) -> Any:
-    """A YAML number as the text that it was written as; a YAML boolean is refused, for its spelling is lost."""
+    """A YAML number as the text that it was written as; what YAML takes for a boolean or for nothing is refused."""
     if isinstance(value, bool):
         raise ValueError(f"YAML reads this as the boolean {value}; write it in quotes")
-    return str(value) if isinstance(value, int | float) else value
+    if value is None:
+        raise ValueError("YAML reads this as nothing; write it in quotes")
+    spelt = written(value)
+    return str(spelt) if isinstance(spelt, int | float) else spelt
 
 
 def distinct(values: tuple[str, ...]) -> tuple[str, ...]:
-    """The values, if no two are equal. Raises ValueError."""
-    repeated = sorted({value for value in values if values.count(value) > 1}) if len(set(values)) < len(values) else []
-    if repeated:
-        raise ValueError(f"more than once: {', '.join(map(repr, repeated))}")
+    """The values, if no two are equal as text. Raises ValueError."""
+    if found := repeated(values):
+        raise ValueError(f"more than once: {', '.join(map(repr, found[:SHOWN]))}")
     return values
 
 
@@ -55,8 +59,10 @@ def parse_definition(text: str, origin: str, definition: type[D]) -> D:
         raise DataError(f"{origin}: a schema of {len(text)} characters; at most {MAX_SCHEMA_BYTES} are read")
     try:
         plain = _plain(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{origin}: not YAML: {' '.join(str(error).split())}") from error
+    except RepeatedKeyError as error:
+        raise DataError(f"{origin}: {error.where}: {error}" if error.where else f"{origin}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin}: not YAML: {error}") from error
     if not isinstance(plain, dict):
         raise DataError(f"{origin}: a schema is a mapping of fields, this is {type(plain).__name__}")
     try:
@@ -66,14 +72,17 @@ def parse_definition(text: str, origin: str, definition: type[D]) -> D:
 
 
 def _plain(text: str) -> Any:
-    """JSON fast, anything else as YAML without aliases: a few nested ones can stand for more than the memory holds."""
+    """JSON fast, anything else as YAML; a number of either knows how it was written."""
     if text.startswith("{"):
         with suppress(json.JSONDecodeError):
-            return json.loads(text)
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"aliases (*{event.anchor}) are not read; write it out")
-    return yaml.safe_load(text)
+            return json.loads(text, parse_int=WrittenInt, parse_float=WrittenFloat, object_pairs_hook=_once)
+    return read_yaml(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if found := repeated(key for key, _ in pairs):
+        raise RepeatedKeyError("", found[0])
+    return dict(pairs)
 
 
 def canonical_json(definition: Frozen) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.definitions import shown
+from clients.values import Declared
 from fedclaw.errors import DataError
 
 Shape = tuple[int, int, int]
@@ -73,8 +74,9 @@ def targets_of(path: Path, values: NDArray[Any], count: int, labels: Sequence[st
     if values.shape != (count,):
         raise DataError(f"{path}: 'labels' has shape {values.shape}; expected ({count},), one for each image")
     if values.dtype.kind == "U":
-        index = {label: i for i, label in enumerate(labels)}
-        targets = np.array([index.get(str(value), -1) for value in values], np.int64)
+        declared = Declared({label: i for i, label in enumerate(labels)})
+        found = [declared.find(str(value)) for value in values]
+        targets = np.array([-1 if code is None else code for code in found], np.int64)
     elif values.dtype.kind in "iu":
         # clipped before the cast, so that an unsigned giant does not wrap round to a valid class
         targets = np.where((values >= 0) & (values < len(labels)), values, -1).astype(np.int64)

@@ -26,8 +26,9 @@ class Target(Frozen):
     def _text_keys(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        distinct(tuple(as_text(raw) for raw in value))
-        return {as_text(raw): label for raw, label in value.items()}
+        keys = [as_text(raw) for raw in value]
+        distinct(tuple(keys))
+        return dict(zip(keys, value.values(), strict=True))
 
     @model_validator(mode="after")
     def _two_classes(self) -> Self:

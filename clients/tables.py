@@ -1,25 +1,55 @@
-"""CSV and Parquet files as blocks of columns, so that a file of any length is read in bounded memory.
+"""CSV and Parquet files as blocks of columns, so that a file of any length or width is read in bounded memory.
 
 A cell is text, or a number where Parquet has one, or None where Parquet has a null (or a floating-point NaN, which
-is how many writers store one). White space around text is removed.
+is how many writers store one). White space around text is removed. Only columns that are wanted are kept: what the
+others hold, and what they are called, does not matter where the schema ignores them.
 
 An error says where as a person finds it: in CSV the line of the file that an editor shows, the header, empty lines and
 line breaks within quotes counted; in Parquet, which has no lines, the row, from 1.
 """
 
 import csv
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
 
 from clients.definitions import shown
+from clients.values import Cell, DecimalMark, normal, number_of, repeated
 from fedclaw.errors import DataError
-
-Cell = str | float | int | None
+from fedclaw.file_format import FileFormat
 
 BLOCK_ROWS = 16_384
+BLOCK_CELLS = 2**21
+"""A block of a wide table has fewer rows: about this many cells."""
+DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
+CODECS = {"utf-8": "utf-8-sig", "utf-16": "utf-16", "latin-1": "latin-1", "windows-1252": "cp1252"}
+NAMES = {"utf-8": "UTF-8", "utf-16": "UTF-16", "latin-1": "Latin-1", "windows-1252": "Windows-1252"}
+HEAD_CHARACTERS, HEAD_RECORDS = 2**22, 10
+"""How much of a file is looked at for what its header should have been."""
+GZIP = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which columns of a file are read."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Read where they are there."""
+    unread: frozenset[str] = frozenset()
+    """May be there, and are not looked at."""
+    ignore_others: bool = False
+    """Whether a file may have columns of other names, of the same name or of none."""
 
 
 @dataclass(frozen=True)
@@ -30,43 +60,163 @@ class Block:
     unit: Literal["line", "row"]
     places: Sequence[int]
     """Where each row is in the file: the line at which it begins, or its number; both from 1."""
-    columns: dict[str, Sequence[Cell]]
+    columns: Mapping[str, Sequence[Cell]]
+    first: int = 0
+    """Number of rows before this block."""
+    mark: DecimalMark = "."
+    """What text has before the decimals of a number."""
+    ragged: Mapping[int, str] = field(default_factory=dict)
+    """Rows with the wrong number of cells, and what is wrong; their cells are None."""
 
     @property
     def rows(self) -> int:
         """How many rows the block has."""
         return len(self.places)
 
-    def error(self, index: int, column: str, value: Cell, expected: str) -> DataError:
-        """What to raise for the cell at `index` of this block."""
+    def place(self, index: int) -> str:
+        """Where the row at `index` is."""
+        return f"{self.unit} {self.places[index]}"
+
+    def fault(self, index: int, column: str, expected: str) -> str:
+        """What is wrong with the cell at `index`, in one sentence that begins with its place."""
+        value = self.columns[column][index]
         what = "an empty cell" if value is None or value == "" else shown(value)
-        place = f"{self.unit} {self.places[index]}"
-        return DataError(f"{self.path}: {place}, column {shown(column)}: {what}; expected {expected}")
+        other, hint = _OTHER[self.mark], ""
+        if isinstance(value, str) and "number" in expected and _other_mark(value, self.mark):
+            hint = f' (is the file written with decimal: "{other}"? then say so under data in site.yaml)'
+        return f"{self.place(index)}, column {shown(column)}: {what}; expected {expected}{hint}"
 
 
-def read_blocks(path: Path, delimiter: str, rows: int = BLOCK_ROWS) -> Iterator[Block]:
-    """The table in `path`, Parquet if its name ends in .parquet or .pq and else CSV, `rows` rows at a time.
+_OTHER: dict[DecimalMark, DecimalMark] = {".": ",", ",": "."}
 
-    The columns of all blocks are the same, in the order of the file. At least one block comes. Raises DataError for
-    a file that is missing, empty, has no data rows, a repeated column, a row of the wrong length, or is not UTF-8.
+
+def _other_mark(text: str, mark: DecimalMark) -> bool:
+    """Whether a text is a number by the other decimal mark alone."""
+    return number_of(text, mark) is None and number_of(text, _OTHER[mark]) is not None
+
+
+class Faults:
+    """What is wrong with a table: every bad cell counted, the first `SHOWN` in the order of the file kept.
+
+    With `by_row`, the first fault of each row is kept too, for whoever goes on without the row.
+    """
+
+    SHOWN = 10
+
+    def __init__(self, path: Path, *, by_row: bool = False) -> None:
+        self.path = path
+        self.count = 0
+        self.rows: dict[int, str] = {}
+        """What is wrong with a row, by its number from 0; empty unless `by_row`."""
+        self._by_row = by_row
+        self._first: list[tuple[int, int, str]] = []
+        self._order: dict[str, int] = {}
+
+    def begin(self, block: Block) -> None:
+        """Take in the block's rows of the wrong length."""
+        for index, sentence in block.ragged.items():
+            self._add(block.first + index, -1, sentence)
+        self.count += len(block.ragged)
+
+    def mark(self, block: Block, column: str, bad: "np.ndarray[Any, np.dtype[np.bool_]]", expected: str) -> None:
+        """The cells `bad` (N,) of a column are not `expected`."""
+        if not bad.any():
+            return
+        order = self._order.setdefault(column, len(self._order))
+        indices = [int(index) for index in np.flatnonzero(bad) if int(index) not in block.ragged]
+        self.count += len(indices)
+        for index in indices if self._by_row else indices[: self.SHOWN]:
+            self._add(block.first + index, order, block.fault(index, column, expected))
+
+    def check(self) -> None:
+        """Raise DataError if anything was wrong."""
+        if not self.count:
+            return
+        sentences = "; ".join(sentence for _, _, sentence in self._first)
+        more = self.count - len(self._first)
+        total = f"; and {more} more" if more else ""
+        total += f"; {self.count} bad cells or rows in all" if self.count > 1 else ""
+        raise DataError(f"{self.path}: {sentences}{total}")
+
+    def _add(self, row: int, order: int, sentence: str) -> None:
+        if self._by_row:
+            self.rows.setdefault(row, sentence)
+        self._first.append((row, order, sentence))
+        self._first.sort()
+        del self._first[self.SHOWN :]
+
+
+class Content:
+    """The SHA-256 of a file, worked out while it is read, so that what is charged is what was read."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, data: bytes | memoryview) -> None:
+        """Take in the next bytes."""
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes of the file, once its blocks have come to an end."""
+        return self._digest.hexdigest()
+
+
+def read_blocks(
+    path: Path, written: FileFormat, wanted: Wanted, content: Content, rows: int = BLOCK_ROWS
+) -> Iterator[Block]:
+    """The wanted columns of the table in `path`, at most `rows` rows at a time; the file is opened and read once.
+
+    Parquet if its name ends in .parquet or .pq and else CSV, gzipped or not. The columns of all blocks are the same, in
+    the order in which they are wanted. At least one block comes. Raises DataError for a file that is missing, empty,
+    has no data rows, not the wanted columns, or is no text of the encoding.
     """
     if not path.is_file():
         raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
-        if path.suffix.lower() in {".parquet", ".pq"}:
-            yield from _parquet_blocks(path, rows)
-        else:
-            yield from _csv_blocks(path, delimiter, rows)
+        with path.open("rb") as file:
+            if is_parquet(path):
+                yield from _parquet_blocks(path, file, written, wanted, content, rows)
+            else:
+                yield from _csv_blocks(path, file, written, wanted, content, rows)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path}: a damaged gzip file: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether `path` is read as Parquet."""
+    return path.suffix.lower() in {".parquet", ".pq"}
+
+
+class _Hashed(io.RawIOBase):
+    """A binary file that tells `content` each byte that is read from it."""
+
+    def __init__(self, file: BinaryIO, content: Content) -> None:
+        self._file = file
+        self._content = content
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._content.add(memoryview(buffer)[:count])
+        return int(count)
+
+    def drain(self) -> None:
+        """Take in what nobody has read: what comes after the end of a gzip stream."""
+        while chunk := self._file.read(2**20):
+            self._content.add(chunk)
 
 
 class _Records:
     """The records of a CSV file, each with the line of the file at which it begins; empty lines are none."""
 
-    def __init__(self, lines: Iterable[str], delimiter: str) -> None:
+    def __init__(self, lines: Iterable[str], delimiter: str, before: int = 0) -> None:
         self._reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
-        self.begins = 1
+        self._before = before
+        self.begins = 1 + before
         """Where the record that was read last, or could not be read, begins."""
 
     def __iter__(self) -> Iterator[tuple[int, list[str]]]:
@@ -75,89 +225,216 @@ class _Records:
     def __next__(self) -> tuple[int, list[str]]:
         cells: list[str] = []
         while not cells:
-            self.begins = self._reader.line_num + 1
+            self.begins = self._reader.line_num + 1 + self._before
             cells = next(self._reader)
         return self.begins, cells
 
 
-def _csv_blocks(path: Path, delimiter: str, rows: int) -> Iterator[Block]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        records = _Records(file, delimiter)
-        try:
-            _, header = next(records, (0, None))
-            if header is None:
-                raise DataError(f"{path}: the file is empty; expected a header row with column names")
-            names = _checked_header(path, [name.strip() for name in header])
-            yield from _gathered(path, names, records, rows)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: near line {records.begins}: not UTF-8 text; save the file as UTF-8") from error
-        except csv.Error as error:
-            raise DataError(f"{path}: line {records.begins}: not CSV: {error}") from error
+def _csv_blocks(
+    path: Path, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
+) -> Iterator[Block]:
+    hashed = _Hashed(file, content)
+    lines, records = _text(hashed, written), None
+    try:
+        for _ in range(written.title_lines):
+            next(lines, None)
+        records = _Records(lines, written.delimiter or ",", written.title_lines)
+        _, header = next(records, (0, None))
+        if header is None:
+            raise DataError(f"{path}: the file is empty; expected a header row with column names")
+        chosen = _chosen(path, header, wanted, lambda: _what_it_is(path, written, wanted))
+        yield from _gathered(path, header, chosen, records, written, rows)
+        hashed.drain()
+    except UnicodeError as error:
+        line = records.begins if records else 1
+        name = NAMES[written.encoding]
+        raise DataError(
+            f"{path}: near line {line}: not {name} text; save the file as UTF-8, or say which encoding it has "
+            f"({', '.join(CODECS)}) under data in site.yaml"
+        ) from error
+    except csv.Error as error:
+        raise DataError(f"{path}: line {records.begins if records else 1}: not CSV: {error}") from error
 
 
-def _gathered(path: Path, names: list[str], records: Iterator[tuple[int, list[str]]], rows: int) -> Iterator[Block]:
-    places, pending, some = list[int](), list[list[str]](), False
+def _text(file: io.RawIOBase, written: FileFormat) -> io.TextIOWrapper:
+    buffered: Any = io.BufferedReader(file, 2**18)
+    if buffered.peek(2)[:2] == GZIP:
+        buffered = gzip.GzipFile(fileobj=buffered)
+    return io.TextIOWrapper(buffered, encoding=CODECS[written.encoding], newline="")
+
+
+def _gathered(
+    path: Path,
+    header: list[str],
+    chosen: Mapping[str, int],
+    records: Iterator[tuple[int, list[str]]],
+    written: FileFormat,
+    rows: int,
+) -> Iterator[Block]:
+    width, first = len(header), 0
+    most = max(1, min(rows, BLOCK_CELLS // width))
+    places, pending, ragged = list[int](), list[Sequence[str]](), dict[int, str]()
+    pick = _picker(list(chosen.values()), width)
+
+    def block() -> Block:
+        columns = zip(chosen, zip(*pending, strict=True), strict=True)
+        stripped = {name: [cell and cell.strip() for cell in cells] for name, cells in columns}
+        return Block(path, "line", places, stripped, first, written.decimal, ragged)
+
+    nothing: Any = (None,) * len(chosen)
     for line, cells in records:
-        if len(cells) != len(names):
-            raise DataError(f"{path}: line {line}: {len(cells)} cells; expected {len(names)}, as in the header")
+        if len(cells) != width:
+            ragged[len(places)] = f"line {line}: {len(cells)} cells; expected {width}, as in the header"
+            pending.append(nothing)
+        else:
+            pending.append(pick(cells))
         places.append(line)
-        pending.append(cells)
-        if len(pending) == rows:
-            yield _block(path, places, names, pending)
-            places, pending, some = [], [], True
-    if pending:
-        yield _block(path, places, names, pending)
-    elif not some:
+        if len(places) == most:
+            yield block()
+            first += len(places)
+            places, pending, ragged = [], [], {}
+    if places:
+        yield block()
+    elif not first:
         raise DataError(f"{path}: no data rows after the header")
 
 
-def _block(path: Path, places: list[int], names: list[str], records: list[list[str]]) -> Block:
-    columns = {
-        name: [cell.strip() for cell in cells] for name, cells in zip(names, zip(*records, strict=True), strict=True)
-    }
-    return Block(path, "line", places, dict(columns))
+def _picker(indices: list[int], width: int) -> Callable[[list[str]], Sequence[str]]:
+    if indices == list(range(width)):
+        return lambda cells: cells
+    if len(indices) < 2:
+        return lambda cells: [cells[index] for index in indices]
+    return itemgetter(*indices)
 
 
-def _checked_header(path: Path, names: list[str]) -> list[str]:
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DataError(f"{path}: the header has the column {shown(repeated[0])} more than once")
-    if "" in names:
-        raise DataError(f"{path}: column {names.index('') + 1} of the header has no name")
-    return names
+def _chosen(path: Path, header: Sequence[str], wanted: Wanted, remark: Callable[[], str]) -> dict[str, int]:
+    """Where each wanted column is; names are compared after Unicode normalisation. Raises DataError."""
+    names = [normal(name) for name in header]
+    read = {normal(name): name for name in (*wanted.required, *wanted.optional)}
+    twice = [name for name in repeated(names) if name and (name in read or not wanted.ignore_others)]
+    if twice:
+        raise DataError(f"{path}: the header has the column {shown(twice[0])} more than once")
+    where = {name: index for index, name in enumerate(names)}
+    absent = [name for name in wanted.required if normal(name) not in where]
+    if "" in names and not wanted.ignore_others:
+        place = names.index("") + 1
+        raise DataError(
+            f"{path}: column {place} of the header has no name; name it, remove it, or say extra: ignore in the schema"
+            f"{remark() if absent else ''}"
+        )
+    if absent:
+        found = shown(", ".join(names))
+        raise DataError(f"{path}: the column {shown(absent[0])} is missing; the file has {found}{remark()}")
+    if not wanted.ignore_others:
+        known = {*read, *map(normal, wanted.unread)}
+        extra = next((name for name in names if name not in known), None)
+        if extra is not None:
+            raise DataError(f"{path}: the schema knows no column {shown(extra)}; remove it, or say extra: ignore")
+    return {name: where[text] for text, name in read.items() if text in where}
 
 
-def _parquet_blocks(path: Path, rows: int) -> Iterator[Block]:
+def _what_it_is(path: Path, written: FileFormat, wanted: Wanted) -> str:
+    """What a CSV file without the wanted header may be: one with another separator, or with a title above it."""
+    required = set(map(normal, wanted.required))
+    own = written.delimiter or ","
+    with suppress(OSError, EOFError, zlib.error, UnicodeError), path.open("rb") as file:
+        head = _text(_Hashed(file, Content()), written).read(HEAD_CHARACTERS).splitlines(keepends=True)
+        for delimiter in (own, *(other for other in DELIMITERS if other != own)):
+            with suppress(csv.Error):
+                for line, cells in islice(_Records(head, delimiter), HEAD_RECORDS):
+                    if required <= set(map(normal, cells)):
+                        return _remedy(delimiter if delimiter != own else None, line - 1, written)
+        with suppress(csv.Error):
+            _, cells = next(iter(_Records(head, own)))
+            likely = [other for other in DELIMITERS if len(cells) == 1 and other in cells[0]]
+            if likely:
+                return f"; are its columns separated by {DELIMITERS[likely[0]]}? {_say(delimiter=likely[0])}"
+    return ""
+
+
+def _remedy(delimiter: str | None, titles: int, written: FileFormat) -> str:
+    parts, asked = [], dict[str, str | int]()
+    if titles != written.title_lines:
+        above = {0: "nothing is", 1: "line 1 is a title line"}.get(titles, f"lines 1 to {titles} are title lines")
+        parts.append(f"{above} above the header in line {titles + 1}")
+        asked["title_lines"] = titles
+    if delimiter:
+        parts.append(f"the columns are separated by {DELIMITERS[delimiter]}")
+        asked["delimiter"] = delimiter
+    return f"; {' and '.join(parts)}: {_say(**asked)}"
+
+
+def _say(**settings: str | int) -> str:
+    said = ", ".join(
+        f"{name}: {value}" if isinstance(value, int) else f'{name}: "{value}"'.replace("\t", "\\t")
+        for name, value in settings.items()
+    )
+    return f"say {said} under data in site.yaml"
+
+
+def _parquet_blocks(
+    path: Path, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
+) -> Iterator[Block]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow: pip install 'fedclaw[data]', or use CSV") from error
+    while chunk := file.read(2**20):
+        content.add(chunk)
+    file.seek(0)
     try:
-        with ParquetFile(path) as file:
-            names = _checked_header(path, list(file.schema_arrow.names))
-            first = 1
-            for batch in file.iter_batches(batch_size=rows):
-                columns = {name: [_cell(value) for value in batch.column(name).to_pylist()] for name in names}
-                if batch.num_rows:
-                    yield Block(path, "row", range(first, first + batch.num_rows), dict(columns))
+        with ParquetFile(file) as table:
+            names = list(table.schema_arrow.names)
+            chosen = _chosen(path, names, wanted, lambda: "")
+            first = 0
+            read = [names[index] for index in chosen.values()]
+            for batch in table.iter_batches(
+                batch_size=max(1, min(rows, BLOCK_CELLS // max(1, len(read)))), columns=read
+            ):
+                if not batch.num_rows:
+                    continue
+                columns = {
+                    name: _cells(path, raw, batch.column(batch.schema.get_field_index(raw)))
+                    for name, raw in zip(chosen, read, strict=True)
+                }
+                yield Block(path, "row", range(first + 1, first + 1 + batch.num_rows), columns, first, written.decimal)
                 first += batch.num_rows
     except ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
-    if first == 1:
+    if not first:
         raise DataError(f"{path}: no data rows")
 
 
-def _cell(value: Any) -> Cell:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return value if isinstance(value, int | float) else str(value).strip()
+def _cells(path: Path, name: str, column: Any) -> list[Cell]:
+    """A Parquet column as cells. Raises DataError for one that holds no single values."""
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_dictionary(kind):
+        column, kind = column.dictionary_decode(), kind.value_type
+    if types.is_floating(kind):
+        return _numbers(column, narrow=kind.bit_width < 64)
+    if types.is_integer(kind) or types.is_null(kind):
+        cells: list[Cell] = column.to_pylist()
+        return cells
+    if types.is_boolean(kind):
+        return [None if value is None else "true" if value else "false" for value in column.to_pylist()]
+    if types.is_temporal(kind) and not types.is_duration(kind) and not types.is_interval(kind):
+        times: list[Cell] = column.cast("string").to_pylist()
+        return times
+    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind):
+        try:
+            return [None if value is None else value.decode().strip() for value in column.to_pylist()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: column {shown(name)} holds bytes that are no UTF-8 text") from error
+    if types.is_nested(kind):
+        raise DataError(f"{path}: column {shown(name)} holds {shown(kind)} in each row; expected single values")
+    return [None if value is None else str(value).strip() for value in column.to_pylist()]
 
 
-def text_of(cell: Cell) -> str | None:
-    """A cell as the text that a schema would have for it: whole numbers without a decimal point."""
-    if cell is None or isinstance(cell, str):
-        return cell
-    return str(int(cell)) if float(cell).is_integer() else str(cell)
+def _numbers(column: Any, *, narrow: bool) -> list[Cell]:
+    """Floating point as Python's; 32 bits or fewer as the shortest decimal that they stand for, as CSV has them."""
+    values = column.to_numpy(zero_copy_only=False)
+    cells = list(map(float, values.astype(str))) if narrow else values.tolist()
+    return [None if cell is None or cell != cell else cell for cell in cells]

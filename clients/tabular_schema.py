@@ -9,10 +9,19 @@ A schema file, which all sites of a federation share:
     target: {name: outcome, labels: [benign, malignant]}     # or labels: {"0": benign, "1": malignant}
     missing: ["", NA, "?"]                                   # cells that mean 'not known'
     standardise: schema                                      # or site, or federated
-    extra: refuse                                            # or ignore: columns that the schema does not name
+    extra: refuse                                            # or ignore: columns with other names, the same or none
     delimiter: ","
 
 How each kind of column becomes numbers, missing cells included, is in `clients.columns`. The target may not be missing.
+`missing` can be given to one column, and then holds there alone.
+
+A value means the same however it is written (`clients.values`): 1, 1.0 and Parquet's integer 1 are one level, text is
+compared after Unicode normalisation, an empty cell and Parquet's null are one thing. YAML's numbers are the text that
+they were written as (`fedclaw.yaml_text`): the level 001 is called 001.
+
+How a site's own files are written, `fedclaw.file_format`, is said in its site.yaml and is no part of the schema:
+
+    data: {train: train.csv, test: test.csv, delimiter: ";", decimal: ",", encoding: latin-1, title_lines: 1}
 
 Standardisation. With `schema`, every numeric column's `center` and `scale` are constants in this file: public,
 equal at all sites and in the bundle, and independent of anybody's data. With `site`, they are the site's own
@@ -37,23 +46,25 @@ They need a `range` in every numeric column, within which the release counted. T
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field
 
-from clients.columns import Column, Missing, Numeric, codes, describe, missing_cells
-from clients.definitions import canonical_json, parse_definition, shown
+from clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
+from clients.definitions import canonical_json, parse_definition
 from clients.moments import Moments
 from clients.table_definition import TableDefinition
-from clients.tables import Block, read_blocks
+from clients.table_reading import Encoder, MissingCells, Seen, Values
+from clients.tables import Block, Content, Faults, Wanted, read_blocks
+from clients.values import Declared
 from fedclaw.errors import DataError
+from fedclaw.file_format import FileFormat
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.statistics import Records, StatisticColumn
-from fedclaw.workload import Floats, Schema, Table
+from fedclaw.workload import Floats, Labels, Schema, Table
 
 SMALLEST_SCALE = 1e-6
 """Least deviation of the federation's constants, in halves of a column's range."""
@@ -75,25 +86,6 @@ class Constants(Frozen):
     columns: dict[str, ColumnConstants]
 
 
-@dataclass(frozen=True)
-class MissingCells:
-    """What is not known in a table. Exact counts of private data: for the site's own eyes, never to be sent."""
-
-    rows: int
-    """Rows of the table."""
-    incomplete_rows: int
-    """Rows with at least one missing cell."""
-    columns: Mapping[str, int]
-    """Missing cells of each input column, in the order of the schema file; 0 where none is."""
-
-    def __str__(self) -> str:
-        """One line for people: '3 of 200 rows have missing cells (age 1, ward 2)'."""
-        if not self.incomplete_rows:
-            return f"no cells are missing in {self.rows} rows"
-        listed = ", ".join(f"{name} {count}" for name, count in self.columns.items() if count)
-        return f"{self.incomplete_rows} of {self.rows} rows have missing cells ({listed})"
-
-
 class TabularSchema(Schema):
     """Columns to features: (N, D) with D the sum of the columns' features, in the order of the schema file."""
 
@@ -103,7 +95,7 @@ class TabularSchema(Schema):
         self.definition = definition
         self._constants: Constants | None = None
         self._columns: tuple[Column, ...] = definition.columns
-        self._missing: Missing = missing_cells(definition.missing)
+        self._format = FileFormat(delimiter=definition.delimiter)
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
@@ -132,28 +124,32 @@ class TabularSchema(Schema):
     def read_examples(self, path: Path) -> Table:
         """Read labelled rows. Raises DataError; a table without the target, or with a row without it, is one."""
         self._require_constants(path)
-        target, known = self.definition.target.name, self.definition.target.codes
-        inputs, targets = [], []
-        for block in self._blocks(path, target_required=True):
-            inputs.append(self._encode(block))
-            targets.append(codes(block, target, known, missing=None))
-        return Table(np.concatenate(inputs), np.concatenate(targets))
+        encoder = self._encoder()
+        return self._table(path, encoder, encoder.encode)
 
     def read_inputs(self, path: Path) -> Floats:
         """Read rows to predict, (N, D); the target column may be there and is not looked at. Raises DataError."""
         self._require_constants(path)
-        return np.concatenate([self._encode(block) for block in self._blocks(path, target_required=False)])
+        encoder, faults = self._encoder(), Faults(path)
+        parts = [
+            encoder.encode(block, encoder.read(block, faults), faults)
+            for block in self._blocks(path, faults, target_required=False)
+        ]
+        faults.check()
+        return np.concatenate(parts)
 
     def statistic_columns(self) -> tuple[StatisticColumn, ...]:
         """All columns, in the order of the schema file."""
         return tuple(column.statistic() for column in self.definition.columns)
 
     def records(self, path: Path) -> Iterator[Records]:
-        """The labelled rows as they are, a block at a time. Raises DataError."""
-        target, known = self.definition.target.name, self.definition.target.codes
-        for block in self._blocks(path, target_required=True):
-            values = {column.name: column.values(block, self._missing) for column in self.definition.columns}
-            yield Records(values, codes(block, target, known, missing=None))
+        """The labelled rows as they are, a block at a time. Raises DataError, at the end if not before."""
+        target, faults = self._target(), Faults(path)
+        rules = self._encoder().rules
+        for block in self._blocks(path, faults, target_required=True):
+            values = {column.name: column.values(block, rules[column.name], faults) for column in self._columns}
+            yield Records(values, target(block, faults))
+        faults.check()
 
     def missing(self, path: Path) -> MissingCells:
         """How many cells of the input columns are missing, and in how many rows.
@@ -161,19 +157,25 @@ class TabularSchema(Schema):
         Counted as `read_examples` takes them, in one pass and bounded memory, without a target, constants or any look
         at the other cells. Raises DataError.
         """
-        counts, rows, touched = dict.fromkeys((column.name for column in self._columns), 0), 0, 0
-        for block in self._blocks(path, target_required=False):
-            some = np.zeros(block.rows, np.bool_)
-            for column in self._columns:
-                absent = column.absent(block, self._missing)
-                counts[column.name] += int(absent.sum())
-                some |= absent
-            rows, touched = rows + block.rows, touched + int(some.sum())
-        return MissingCells(rows, touched, counts)
+        encoder, seen = self._encoder(), Seen(self._columns)
+        for block in self._blocks(path, Faults(path), target_required=False):
+            seen.add(encoder.read(block, Faults(path)))
+        return seen.missing()
 
-    def notes(self, path: Path) -> tuple[str, ...]:
-        """How many cells are missing, by column. Raises DataError."""
-        return (str(self.missing(path)),)
+    def notes(self, table: Table) -> tuple[str, ...]:
+        """What was seen while reading, and how many rows are equal to an earlier one."""
+        rows = {
+            hashlib.blake2b(row.tobytes() + target.tobytes(), digest_size=16).digest()
+            for row, target in zip(table.inputs, table.targets, strict=True)
+        }
+        twice = len(table) - len(rows)
+        return (*table.notes, *([f"{twice} of {len(table)} rows are the same as an earlier one"] if twice else []))
+
+    def written_as(self, written: FileFormat) -> Self:
+        """This schema for files with another delimiter, decimal mark or encoding than most."""
+        other = copy.copy(self)
+        other._format = written.model_copy(update={"delimiter": written.delimiter or self.definition.delimiter})
+        return other
 
     def fit(self, path: Path) -> Self:
         """This schema with the constants of the training data in `path`; itself if it standardises by the schema.
@@ -182,13 +184,30 @@ class TabularSchema(Schema):
         """
         if not self.data_dependent:
             return self
-        numeric = [column for column in self._columns if isinstance(column, Numeric)]
-        moments = {column.name: Moments() for column in numeric}
-        for block in self._blocks(path, target_required=False):
-            for column in numeric:
-                moments[column.name].add(column.values(block, self._missing))
-        constants = {name: ColumnConstants(mean=m.mean, deviation=_divisor(m)) for name, m in moments.items()}
-        return self._fitted(Constants(schema_digest=self._digest(), columns=constants))
+        encoder, faults = self._encoder(), Faults(path)
+        moments = [Moments() for _ in encoder.numeric]
+        for block in self._blocks(path, faults, target_required=False):
+            encoder.add_moments(encoder.read(block, faults), moments)
+        faults.check()
+        return self._fitted_by(encoder, moments)
+
+    def fit_examples(self, path: Path) -> tuple[Self, Table]:
+        """`fit` and `read_examples` in one pass over the file. Raises DataError."""
+        if not self.data_dependent:
+            return super().fit_examples(path)
+        encoder = self._encoder()
+        moments = [Moments() for _ in encoder.numeric]
+        raw = list[Doubles]()
+
+        def keep(_block: Block, values: Values, _faults: Faults) -> Floats:
+            encoder.add_moments(values, moments)
+            raw.append(encoder.raw_numbers(values))
+            return encoder.encode_others(values)
+
+        table = self._table(path, encoder, keep)
+        fitted = self._fitted_by(encoder, moments)
+        fitted._encoder().fill(path, table.inputs, raw)
+        return fitted, table
 
     @property
     def needs_constants(self) -> bool:
@@ -269,6 +288,13 @@ class TabularSchema(Schema):
         ]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
+    def _fitted_by(self, encoder: Encoder, moments: list[Moments]) -> Self:
+        found = {
+            column.name: ColumnConstants(mean=own.mean, deviation=_divisor(own))
+            for column, own in zip(encoder.numeric, moments, strict=True)
+        }
+        return self._fitted(Constants(schema_digest=self._digest(), columns=found))
+
     def _fitted(self, constants: Constants) -> Self:
         fitted = copy.copy(self)
         fitted._constants = constants
@@ -278,30 +304,50 @@ class TabularSchema(Schema):
     def _scaled(self, constants: Mapping[str, ColumnConstants]) -> Self:
         """A schema of its own with these constants written into it."""
         columns = tuple(_standardised(column, constants) for column in self.definition.columns)
-        return type(self)(self.definition.model_copy(update={"columns": columns, "standardise": "schema"}))
+        definition = self.definition.model_copy(update={"columns": columns, "standardise": "schema"})
+        return type(self)(definition).written_as(self._format)
 
-    def _blocks(self, path: Path, *, target_required: bool) -> Iterator[Block]:
-        checked = False
-        for block in read_blocks(path, self.definition.delimiter):
-            if not checked:
-                self._check_names(path, tuple(block.columns), target_required=target_required)
-                checked = True
-            yield block
+    def _encoder(self) -> Encoder:
+        return Encoder(self._columns, self.definition.missing)
 
-    def _check_names(self, path: Path, names: Sequence[str], *, target_required: bool) -> None:
+    def _table(self, path: Path, encoder: Encoder, encode: Callable[[Block, Values, Faults], Floats]) -> Table:
+        """The labelled rows in one pass, `encode` giving the inputs of each block. Raises DataError."""
+        target, faults, content, seen = self._target(), Faults(path), Content(), Seen(self._columns)
+        inputs, targets = [], []
+        for block in self._blocks(path, faults, target_required=True, content=content):
+            values = encoder.read(block, faults)
+            seen.add(values)
+            inputs.append(encode(block, values, faults))
+            targets.append(target(block, faults))
+        faults.check()
+        notes = seen.notes(in_own_units=self.definition.standardise == "schema")
+        return Table(np.concatenate(inputs), np.concatenate(targets), content.hexdigest(), notes)
+
+    def _target(self) -> Callable[[Block, Faults], Labels]:
+        """How the target's cells become class indices (N,); 0 for those that are told to the faults."""
+        name, known = self.definition.target.name, self.definition.target.codes
+        declared, expected = Declared(known), one_of(list(known))
+
+        def read(block: Block, faults: Faults) -> Labels:
+            found = codes(block, name, declared, markers=None)
+            faults.mark(block, name, found == UNKNOWN, expected)
+            return np.maximum(found, 0).astype(np.int64)
+
+        return read
+
+    def _blocks(
+        self, path: Path, faults: Faults, *, target_required: bool, content: Content | None = None
+    ) -> Iterator[Block]:
         target = self.definition.target.name
-        wanted = [column.name for column in self.definition.columns] + ([target] if target_required else [])
-        absent = [name for name in wanted if name not in names]
-        if absent:
-            found = shown(", ".join(names))
-            raise DataError(f"{path}: the column {shown(absent[0])} is missing; the file has {found}")
-        extra = [name for name in names if name not in wanted and name != target]
-        if extra and self.definition.extra == "refuse":
-            raise DataError(f"{path}: the schema knows no column {shown(extra[0])}; remove it, or say extra: ignore")
-
-    def _encode(self, block: Block) -> Floats:
-        parts = [column.encode(block, self._missing) for column in self._columns]
-        return np.concatenate(parts, axis=1).astype(np.float32)
+        names = tuple(column.name for column in self._columns)
+        wanted = Wanted(
+            required=(*names, target) if target_required else names,
+            unread=frozenset({target}),
+            ignore_others=self.definition.extra == "ignore",
+        )
+        for block in read_blocks(path, self._format, wanted, content or Content()):
+            faults.begin(block)
+            yield block
 
     def _require_constants(self, path: Path) -> None:
         if self.data_dependent and self._constants is None:

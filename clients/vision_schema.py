@@ -11,6 +11,8 @@ A schema file, which all sites of a federation share:
 Pixels are brought to [0, 1] (uint8 divided by 255, floating point must be in [0, 1] already), then become
 (pixel - mean) / std.
 
+Names of labels are compared after Unicode normalisation: some systems write the names of folders in another form.
+
 Labelled data is an .npz archive with the arrays `images` (N, H, W), (N, K, H, W) or (N, H, W, K) and `labels` (class
 indices or label names), or a folder with a sub-directory of PNG/JPEG files for each label, read in the order
 of the labels and then of the file names. Data to predict is an archive, one image file, or a folder of image
@@ -26,6 +28,7 @@ from pydantic import Field, model_validator
 
 from clients.definitions import Labels, canonical_json, parse_definition, shown
 from clients.images import Shape, image_files, pixels_of, read_archive, read_image, targets_of
+from clients.values import normal
 from fedclaw.errors import DataError
 from fedclaw.frozen import Frozen
 from fedclaw.workload import Floats, Schema, Table
@@ -150,14 +153,16 @@ class VisionSchema(Schema):
         return self._standardised(pixels)
 
     def _labelled_files(self, path: Path) -> tuple[list[Path], list[int]]:
-        folders = {entry.name: entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
+        folders = {normal(entry.name): entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
+        labels = set(map(normal, self.labels))
         for name, entry in folders.items():
-            if not entry.is_dir() or name not in self.labels:
+            if not entry.is_dir() or name not in labels:
                 listed = ", ".join(map(repr, self.labels[:8]))
                 raise DataError(f"{path}: {shown(name)} is not a folder named after a label; the labels are {listed}")
         files, targets = list[Path](), list[int]()
         for index, label in enumerate(self.labels):
-            found = image_files(folders[label]) if label in folders else []
+            folder = folders.get(normal(label))
+            found = image_files(folder) if folder is not None else []
             files += found
             targets += [index] * len(found)
         return files, targets

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import DataError
 from fedclaw.federation.plan import ModelSpec
+from fedclaw.file_format import FileFormat
 from fedclaw.privacy.statistics import Records, StatisticColumn
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ class Table:
 
     inputs: Floats
     targets: Labels
+    content: str | None = None
+    """SHA-256 of the one file that this was read from, of the very bytes that were read."""
+    notes: tuple[str, ...] = ()
+    """What was seen while reading that the site's operator should know; it may count, so it never leaves the site."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -71,12 +76,23 @@ class Schema(ABC):
     def read_inputs(self, path: Path) -> Floats:
         """Read unlabelled data, (N, *D); a target column, if there is one, is ignored. Raises DataError."""
 
-    def notes(self, path: Path) -> tuple[str, ...]:
-        """What the site's operator should know of the labelled data in `path`, in sentences without a full stop.
+    def notes(self, table: Table) -> tuple[str, ...]:
+        """What the site's operator should know of labelled data, in sentences without a full stop.
 
-        They may count private data, so they are for the site's own eyes, never to be sent. Raises DataError.
+        They may count private data, so they are for the site's own eyes, never to be sent.
         """
-        return ()
+        return table.notes
+
+    def written_as(self, written: FileFormat) -> Self:
+        """This schema for files that are written like that; what is agreed on, and the digest, stay the same.
+
+        Raises DataError where files have no such form.
+        """
+        if written != FileFormat():
+            raise DataError(
+                f"files of the workload {self.name} have no delimiter, decimal mark, encoding or title lines"
+            )
+        return self
 
     @abstractmethod
     def describe_inputs(self) -> Mapping[str, Any]:
@@ -90,6 +106,11 @@ class Schema(ABC):
     def fit(self, path: Path) -> Self:
         """This schema with the constants that it takes from a site's training data, if any. Raises DataError."""
         return self
+
+    def fit_examples(self, path: Path) -> tuple[Self, Table]:
+        """What `fit` and then `provisional` give, and the labelled data as they read it. Raises DataError."""
+        fitted = self.fit(path)
+        return fitted, fitted.provisional().read_examples(path)
 
     def constants_json(self) -> str | None:
         """The constants that `fit` found, which never leave the site; None for a schema that takes none."""

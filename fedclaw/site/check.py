@@ -61,7 +61,7 @@ def examine(root: Path, settings: SiteSettings) -> Checked:
     findings = Findings()
     federation = _identity(root, settings, findings)
     service = open_service(root, settings, federation or "", durable=False)
-    _data(service, settings, findings)
+    _data(service, findings)
     policy = settings.policy.serving(settings.data_set)
     findings.allowed += sentences(policy, settings.data_set)
     _contradictions(policy, service, federation, findings)
@@ -104,15 +104,16 @@ def _enrol(root: Path, settings: SiteSettings, missing: list[str]) -> str:
     )
 
 
-def _data(service: SiteService, settings: SiteSettings, findings: Findings) -> None:
+def _data(service: SiteService, findings: Findings) -> None:
     train, test = service.data.train, service.data.test
     findings.facts.append(
         f"{len(train)} training and {len(test) if test else 0} test examples, device {service.device}"
     )
-    files = {"training data": settings.data.train, "test data": settings.data.test}
-    for what, path in files.items():
-        if path is not None:
-            findings.facts += [f"{what}: {note}" for note in service.workload.schema.notes(path)]
+    for what, table in {"training data": train, "test data": test}.items():
+        if table is None or not len(table):
+            findings.facts.append(f"{what}: there is none, so this site does not evaluate")
+        else:
+            findings.facts += [f"{what}: {note}" for note in service.workload.schema.notes(table)]
 
 
 def _contradictions(policy: Policy, service: SiteService, federation: str | None, findings: Findings) -> None:

@@ -11,21 +11,23 @@ from fedclaw.federation.plan import Refusal, RefusalCode
 from fedclaw.files import sha256_file
 from fedclaw.site.settings import DataFiles
 from fedclaw.site.site import Site, SiteData
-from fedclaw.workload import Schema
+from fedclaw.workload import Schema, Table
 
 
-def load_data(files: DataFiles, schema: Schema) -> SiteData:
-    """The site's tables; provisional ones if the schema waits for the federation's constants. Raises DataError."""
+def load_data(files: DataFiles, schema: Schema, train: Table | None = None) -> SiteData:
+    """The site's tables, `train` where it has been read already; provisional ones if the schema waits for the
+    federation's constants. A file is read once: its fingerprint is that of the bytes that were read. Raises DataError.
+    """
     reader = schema.provisional()
-    train = reader.read_examples(files.train)
+    train = train if train is not None else reader.read_examples(files.train)
     if len(train) == 0:
         raise DataError(f"{files.train} holds no examples")
     test = reader.read_examples(files.test) if files.test else None
     return SiteData(
         train=train,
         test=test,
-        fingerprint=fingerprint(files.train),
-        test_fingerprint=fingerprint(files.test) if files.test else None,
+        fingerprint=train.content or fingerprint(files.train),
+        test_fingerprint=(test.content or fingerprint(files.test)) if test is not None and files.test else None,
         files=files,
     )
 

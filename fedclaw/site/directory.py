@@ -57,8 +57,8 @@ def open_service(
     is refused. With `durable` off (simulation) nothing is written: the ledger lives in memory and nothing is logged.
     """
     agreed = read_schema(settings)
-    schema = agreed.fit(settings.data.train)
-    data = load_data(settings.data, schema)
+    schema, train = agreed.fit_examples(settings.data.train)
+    data = load_data(settings.data, schema, train)
     state = state_directory(root)
     if durable:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -104,9 +104,10 @@ def _test_ledger(root: Path, settings: SiteSettings, data: SiteData, *, durable:
 
 
 def read_schema(settings: SiteSettings) -> Schema:
-    """The schema that the federation agreed on. Raises DataError."""
+    """The schema that the federation agreed on, for files as this site writes them. Raises DataError."""
     try:
         text = settings.schema_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the schema file {settings.schema_file} cannot be read: {error}") from error
-    return schema_class(settings.workload).parse(text, str(settings.schema_file))
+    schema = schema_class(settings.workload).parse(text, str(settings.schema_file))
+    return schema.written_as(settings.data.written)

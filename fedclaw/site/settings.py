@@ -7,6 +7,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from fedclaw.errors import UsageError
+from fedclaw.file_format import Delimiter, FileFormat
 from fedclaw.frozen import Frozen, explain
 from fedclaw.privacy.policy import Policy
 from fedclaw.privacy.speed import StepSpeed
@@ -23,6 +24,19 @@ class DataFiles(Frozen):
     train: Path
     test: Path | None = None
     """Held-out examples for the federated evaluation; without it the site does not evaluate."""
+    delimiter: Delimiter | None = None
+    """Between the cells of these files; null: as the schema says."""
+    decimal: Literal[".", ","] = "."
+    encoding: Literal["utf-8", "utf-16", "latin-1", "windows-1252"] = "utf-8"
+    title_lines: int = Field(default=0, ge=0, le=100)
+    """Lines above the header; how else these files are written: `FileFormat`."""
+
+    @property
+    def written(self) -> FileFormat:
+        """How these files are written."""
+        return FileFormat(
+            delimiter=self.delimiter, decimal=self.decimal, encoding=self.encoding, title_lines=self.title_lines
+        )
 
 
 class SiteSettings(Frozen):

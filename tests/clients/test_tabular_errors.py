@@ -1,5 +1,6 @@
 """Bad tables and bad schema files get one line with the file, the line in it, the column and what was expected."""
 
+import gzip
 import re
 import sys
 from pathlib import Path
@@ -206,3 +207,71 @@ def test_a_bad_schema_file(schema: str, message: str) -> None:
         TabularSchema.parse(schema, "schema.yaml")
     assert str(caught.value).startswith(f"schema.yaml: {message}")
     assert "\n" not in str(caught.value)
+
+
+def test_all_bad_cells_are_counted_and_the_first_ten_shown(tmp_path: Path) -> None:
+    bad = ["7,x,yes,medicine,benign", "8,1,perhaps,garden,benign", "9,1,yes,medicine", "9,1,yes,medicine,so-so"]
+    message = message_of(tmp_path / "rows.csv", HEAD + GOOD + "\n".join(bad) + "\n")
+    starts = [
+        "line 3, column 'dose': 'x'",
+        "line 4, column 'smoker': 'perhaps'",
+        "line 4, column 'ward': 'garden'",
+        "line 5: 4 cells; expected 5",
+        "line 6, column 'outcome': 'so-so'",
+    ]
+    places = [message.index(start) for start in starts]
+    assert places == sorted(places)
+    assert message.endswith("; 5 bad cells or rows in all")
+
+    many = message_of(tmp_path / "many.csv", HEAD + GOOD * 20_000 + BAD * 30)
+    assert [int(line) for line in re.findall(r"line (\d+)", many)] == list(range(20_002, 20_012))
+    assert many.endswith("; and 20 more; 30 bad cells or rows in all")
+
+
+@pytest.mark.parametrize(
+    ("text", "remark"),
+    [
+        (
+            (HEAD + GOOD).replace(",", ";"),
+            '; the columns are separated by a semicolon: say delimiter: ";" under data in site.yaml',
+        ),
+        (
+            (HEAD + GOOD).replace(",", "\t"),
+            '; the columns are separated by a tab: say delimiter: "\\t" under data in site.yaml',
+        ),
+        (
+            "Report of the ward\n" + HEAD + GOOD,
+            "; line 1 is a title line above the header in line 2: say title_lines: 1 under data in site.yaml",
+        ),
+        (
+            "Report; of the ward\n\n" + (HEAD + GOOD).replace(",", ";"),
+            "; lines 1 to 2 are title lines above the header in line 3 and the columns are separated by a semicolon: "
+            'say title_lines: 2, delimiter: ";" under data in site.yaml',
+        ),
+        ("a;b\n1;2\n", '; are its columns separated by a semicolon? say delimiter: ";" under data in site.yaml'),
+    ],
+    ids=["semicolons", "tabs", "title", "both", "another-table"],
+)
+def test_what_a_file_without_the_header_is(tmp_path: Path, text: str, remark: str) -> None:
+    message = message_of(tmp_path / "rows.csv", text)
+    assert message.startswith("the column 'age' is missing; the file has ")
+    assert message.endswith(remark)
+
+
+def test_a_damaged_gzip_file(tmp_path: Path) -> None:
+    whole = gzip.compress((HEAD + GOOD * 1000).encode())
+    assert message_of(tmp_path / "rows.csv", whole[: len(whole) // 2]).startswith("a damaged gzip file")
+    assert message_of(tmp_path / "rows.csv", whole[:40] + bytes(20) + whole[60:]).startswith("a damaged gzip file")
+
+
+def test_parquet_columns_that_hold_no_single_values(tmp_path: Path) -> None:
+    schema = TabularSchema.parse(
+        "{columns: [{name: a, kind: numeric}], target: {name: t, labels: [x, y]}}", "schema.yaml"
+    )
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"a": [[1.0], [2.0]]}), path)
+    with pytest.raises(DataError, match=r"column 'a' holds 'list<.*>' in each row; expected single values"):
+        schema.read_inputs(path)
+    parquet.write_table(pa.table({"a": [b"\xff"]}), path)
+    with pytest.raises(DataError, match="column 'a' holds bytes that are no UTF-8 text"):
+        schema.read_inputs(path)

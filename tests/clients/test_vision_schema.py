@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import unicodedata
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from clients.vision_schema import VisionSchema
 from fedclaw.errors import DataError
+from fedclaw.file_format import FileFormat
 
 GREY = "{shape: [1, 4, 6], labels: [cat, dog], mean: [0.5], std: [0.25]}"
 COLOUR = "{shape: [3, 4, 6], labels: [cat, dog]}"
@@ -306,3 +308,22 @@ def test_synthetic_images_are_smooth_and_within_range() -> None:
     assert schema.synthetic_inputs(0, np.random.default_rng(0)).shape == (0, 3, 32, 24)
     tiny = schema_of("{shape: [1, 1, 1], labels: [a, b]}").synthetic_inputs(3, np.random.default_rng(0))
     assert np.isfinite(tiny).all()
+
+
+def test_names_of_labels_are_compared_after_unicode_normalisation(tmp_path: Path) -> None:
+    """Apple's file systems give names back decomposed."""
+    labels = ("Kätzchen", "chien")
+    schema = schema_of(f"{{shape: [1, 4, 6], labels: [{', '.join(labels)}]}}")
+    decomposed = unicodedata.normalize("NFD", labels[0])
+    assert decomposed != labels[0]
+    root = folder(
+        tmp_path / "train", {f"{decomposed}/a.png": Image.new("L", (6, 4)), "chien/b.png": Image.new("L", (6, 4))}
+    )
+    assert schema.read_examples(root).targets.tolist() == [0, 1]
+    names = archive(tmp_path / "a.npz", images=pixels(2, 4, 6), labels=np.array(["chien", decomposed]))
+    assert schema.read_examples(names).targets.tolist() == [1, 0]
+
+
+def test_images_have_no_delimiter(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="files of the workload vision have no delimiter"):
+        schema_of(GREY).written_as(FileFormat(delimiter=";"))
