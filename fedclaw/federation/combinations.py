@@ -8,6 +8,7 @@ What may leave under which noise, and why:
 
     none, privacy=dp      whatever the strategy makes of parameters and of what it kept: under local noise all of it
                           follows from noised steps. Not the training loss, which no step has noised
+    secure sum, no noise  what all sites begin alike with; nothing that each brings itself (`_unhidden`)
     central, unit site    the update, clipped as a whole: whatever a site kept, or trained besides, its part is within
                           the bound. No extras (the server's half would take the noise for them), no second model
     central, unit example the one clipped step as it is. Nothing that a strategy makes of it, no extras, and nothing
@@ -146,6 +147,8 @@ def _excluded(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str
     """What follows from how a strategy works, whichever it is."""
     if strategy.needs_single_updates and terms.secure is not None:
         return "has to see every update by itself, which secure aggregation hides; take another strategy or secure=none"
+    if terms.secure is not None and (reason := _unhidden(terms, strategy, model)):
+        return reason
     if reason := _uncompressed(terms, strategy):
         return reason
     if isinstance(strategy, Buffered) and (reason := _unbuffered(terms, strategy)):
@@ -159,6 +162,22 @@ def _excluded(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str
         return reason
     if strategy.uses_training_loss and (terms.privacy is not None or terms.central is not None):
         return "works out what leaves from the loss on the training data, which no noise covers; take privacy=none"
+    return None
+
+
+def _unhidden(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str | None:
+    """What a secure sum does not hide where each site's part is not noised, by itself or by all of them.
+
+    A sum hides its parts only if none is known beforehand. All sites begin with the same parameters (they sign a digest
+    of them), so a server cannot have some of them send nothing, except through parameters that each brings itself: a
+    head that was spoilt in an earlier round, of other sites, stops every gradient below it.
+    """
+    noised = terms.privacy is not None or (terms.central is not None and terms.central.noise_by == "sites")
+    if not noised and strategy.personal(model):
+        return (
+            "keeps parameters at each site, of which secure aggregation cannot see that all sites begin alike: without "
+            "noise at the sites a sum could be one site's update; take privacy=dp, or a strategy that shares all"
+        )
     return None
 
 

@@ -16,6 +16,10 @@ from fedclaw.privacy.noise import GaussianSource
 
 log = logging.getLogger(__name__)
 
+RANGE_BESIDE_NOISE = (
+    "value_range is for secure sums without noise by the sites, and here the sites bring noise: only one can be meant"
+)
+
 Vector = NDArray[np.floating[Any]]
 
 
@@ -61,7 +65,9 @@ def integers_of(plan: Plan) -> Integers:
     """The rule of `plan`, which has secure aggregation. Raises PrivacyError for a plan whose noise is not enough."""
     secure, central = plan.secure, plan.central
     assert secure is not None
-    if central is not None and central.noise_by == "sites":
+    if central is not None and plan.noised_by_sites:
+        if secure.value_range is not None:
+            raise PrivacyError(RANGE_BESIDE_NOISE)
         return Noisy(shares_of(plan, central, secure), central.unit)
     if secure.value_range is None:
         raise PrivacyError("secure aggregation without noise by the sites needs a range of values")

@@ -342,6 +342,11 @@ class Plan(Frozen):
         check_compression(self.compression, central=self.central is not None, secure=secure)
         return self
 
+    @property
+    def noised_by_sites(self) -> bool:
+        """Whether each site brings its share of the noise on the sum."""
+        return self.central is not None and self.central.noise_by == "sites"
+
     def weight(self, examples: int) -> float:
         """What a site with that many examples counts by."""
         return weight_of(examples, self.weighting, self.weight_cap)

@@ -20,7 +20,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedclaw.errors import DataError
+from fedclaw.errors import DataError, PrivacyError
+from fedclaw.federation.integers import RANGE_BESIDE_NOISE
 from fedclaw.federation.plan import (
     MAX_COLUMNS,
     MAX_SITES,
@@ -104,6 +105,8 @@ def shares_of(request: StatisticsRequest) -> Shares:
     """Each site's share of the noise in a secure sum. Raises PrivacyError when the request's figures allow none."""
     secure = request.secure
     assert secure is not None
+    if secure.value_range is not None:
+        raise PrivacyError(RANGE_BESIDE_NOISE)
     return share_noise(
         1.0,
         secure.length,

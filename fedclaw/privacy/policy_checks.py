@@ -60,7 +60,7 @@ def check_request(policy: Policy, plan: Plan) -> None:
         _check_combination(policy, policy.combinations, plan)
     _check_cohort(policy, plan)
     if plan.secure is not None:
-        check_session(policy, plan.secure)
+        check_session(policy, plan.secure, noised=plan.noised_by_sites)
 
 
 def _require(code: RefusalCode, what: str, asked: str, allowed: tuple[str, ...]) -> None:
@@ -148,11 +148,12 @@ def check_guarantee(
         )
 
 
-def check_session(policy: Policy, secure: SecureAggregation) -> None:
+def check_session(policy: Policy, secure: SecureAggregation, *, noised: bool) -> None:
     """Raise a Refusal for a secure sum that hides among too few, counts on more honest sites than the policy does, or
     is not safe at all.
 
-    What the server may choose of it is checked here, by the rule that an honest server chooses by.
+    What the server may choose of it is checked here, by the rule that an honest server chooses by. `noised`: each site
+    brings a share of the noise and counts on the others', for which only the complete graph will do.
     """
     if (verified := verified_cohort(secure)) < policy.minimum_cohort:
         raise Refusal(
@@ -163,7 +164,7 @@ def check_session(policy: Policy, secure: SecureAggregation) -> None:
         )
     sites = len(secure.sites)
     topology = Topology(secure.neighbours, secure.threshold)
-    if not is_enough(topology, sites, secure.tolerated, secure.colluding, complete=secure.value_range is None):
+    if not is_enough(topology, sites, secure.tolerated, secure.colluding, complete=noised):
         raise Refusal(
             RefusalCode.SECURE_AGGREGATION,
             f"a secure sum over {sites} sites with {secure.neighbours} neighbours and threshold {secure.threshold} was "

@@ -31,7 +31,7 @@ def check_statistics(policy: Policy, request: StatisticsRequest, examples: int) 
             f"statistics of {request.cohort} site(s) were asked for; this site takes part from {policy.minimum_cohort}",
         )
     if request.secure is not None:
-        check_session(policy, request.secure)
+        check_session(policy, request.secure, noised=True)
     limits = ((policy.statistics.epsilon, "release"), (policy.epsilon_per_run, "run"), (policy.epsilon, "data set"))
     check_guarantee(policy, "statistics at epsilon", request.epsilon, request.delta, examples, limits)
 

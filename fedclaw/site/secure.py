@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, SecureAggregationError
+from fedclaw.federation import statistics_request
 from fedclaw.federation.arrays import flattened, pack_integers
 from fedclaw.federation.exchange import ARRAYS
-from fedclaw.federation.integers import integers_of
+from fedclaw.federation.integers import Integers, Nearest, integers_of
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.federation.postprocess import template
 from fedclaw.federation.secure_exchange import (
@@ -85,7 +86,9 @@ def answer_masked(
     _check_weight(site, plan)
     _check_content(plan, content)
     local = train_locally(site, plan, content, asking)
-    masked = mask(integers.encode(flattened(local.update.arrays), site.source))
+    vector = flattened(local.update.arrays)
+    _check_own(integers, vector)
+    masked = mask(integers.encode(vector, site.source))
     return RecordDict({**masked, **about(local)})
 
 
@@ -126,13 +129,21 @@ def _answer(site: Site, identity: SecureIdentity, asked: Asked, kind: str, conte
 
 def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
     """A new session, if what is asked is what this site would do."""
+    if asked.secure is None:
+        raise SecureAggregationError("the message names no session")
     if isinstance(asked, Plan):
-        length = asked.secure.length if asked.secure else 0
-        check_plan(site.policy, asked, examples=len(site.data.train), parameters=length)
+        check_plan(site.policy, asked, examples=len(site.data.train), parameters=asked.secure.length)
         check_terms(site, asked)
     else:
         check_statistics(site.policy, asked, len(site.data.train))
     check_session(site.policy, site.ledger)
+    try:
+        if isinstance(asked, Plan):
+            integers_of(asked)
+        else:
+            statistics_request.shares_of(asked)
+    except PrivacyError as error:
+        raise SecureAggregationError(str(error)) from error
     try:
         parameters = parameters_of(asked)
     except ValidationError as error:
@@ -169,6 +180,23 @@ def _check_content(plan: Plan, content: RecordDict) -> None:
     if length != secure.length:
         raise Refusal(
             RefusalCode.SECURE_AGGREGATION, f"an update has {length} numbers, and the sum is made for {secure.length}"
+        )
+
+
+def _check_own(integers: Integers, vector: NDArray[np.float32]) -> None:
+    """Raise Refusal for an update without noise that would be no secret: all of it 0, cut off, or not finite.
+
+    What the server could know beforehand hides nobody else in the sum. Parameters, or something that a site has kept,
+    can be such that this is what comes of them.
+    """
+    if not isinstance(integers, Nearest):
+        return
+    size = np.abs(vector)
+    if not np.isfinite(size).all() or not ((size > 0) & (size <= integers.value_range)).any():
+        raise Refusal(
+            RefusalCode.SECURE_AGGREGATION,
+            "what came of the training could not hide the other sites' updates in a sum (it diverged, or changed "
+            "nothing); this site adds nothing to it",
         )
 
 
