@@ -26,8 +26,8 @@ class Ditto(Strategy):
     model is only as close to the others' as lambda says. Costs twice the local training, and no more bytes.
 
     A site is evaluated with its own model. The server's is FedAvg's, whole and fit for export. The personal model is
-    trained without noise whatever privacy the run has, since it never leaves; only the metrics that the site's policy
-    permits do, which then are of a model that no epsilon covers.
+    trained without noise whatever privacy the run has, since it never leaves; metrics of it, which no epsilon covers,
+    leave a site only that allows training without privacy, or says `allow_metrics_of_own_models`.
     """
 
     name: ClassVar[str] = "ditto"

@@ -133,6 +133,11 @@ class Policy(Frozen):
 
     metrics: tuple[str, ...] = SAFE_METRICS
     """Evaluation metrics that may leave; see SAFE_METRICS for why loss is not among them by default."""
+    allow_metrics_of_own_models: bool = False
+    """Whether metrics may leave of a model that is this site's own, in whole or in part, and was trained without noise:
+    Ditto's, and what FedPer, FedRep or FedBN leave here when the noise is on the sum. They tell about the training
+    data, not the test data alone, and neither epsilon nor metrics_epsilon counts that. Where training without privacy
+    is allowed, they may."""
     minimum_test_examples: int = Field(default=10, ge=1)
     """Metrics of a smaller test set stay here: with a handful of examples they tell about single ones."""
     metrics_epsilon: float | None = Field(default=None, gt=0)

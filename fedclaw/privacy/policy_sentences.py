@@ -103,6 +103,10 @@ def _metrics(policy: Policy) -> list[str]:
         f"Metrics that may leave: {listed(shared, 'none')}, of a test set of at least "
         f"{policy.minimum_test_examples} examples."
     ]
+    if policy.allow_metrics_of_own_models or policy.allow_training_without_privacy:
+        said.append(
+            "They may be of a model of this site's own that was trained without noise, which no epsilon covers."
+        )
     if policy.metrics_epsilon is None:
         said.append(
             "They leave as they are, without noise: over many rounds they tell about the test set, and no budget "

@@ -9,6 +9,7 @@ from flwr.app import RecordDict
 from fedclaw.errors import PluginError, UsageError
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.combinations import Terms, refusal, strategy_of
+from fedclaw.federation.compression import feedback
 from fedclaw.federation.exchange import ARRAYS, SENT, by_kind
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.federation.strategy import (
@@ -22,7 +23,7 @@ from fedclaw.federation.strategy import (
 )
 from fedclaw.privacy.policy import listed
 from fedclaw.site.site import Site, sent_arrays
-from fedclaw.site.state import State
+from fedclaw.site.state import Provenance, State
 from fedclaw.site.training import Correction
 
 
@@ -47,7 +48,7 @@ class ClientHalf:
             plan=plan,
             strategy=strategy,
             sent=sent,
-            before=site.states.before(plan.federation, plan.run, plan.round),
+            before=_begin(site, plan, Provenance.of(plan, strategy)),
         )
 
     def own(self, parameters: Arrays) -> Arrays:
@@ -81,8 +82,8 @@ class ClientHalf:
         They are kept when the answer that was charged as `charge` is about to leave (`SiteStates.commit`).
         """
         state = {**finished.state, **({PERSONAL: personal} if personal else {}), **further}
-        plan = self.plan
-        self.site.states.stage(plan.federation, plan.run, plan.round, state, charge)
+        plan, made = self.plan, Provenance.of(self.plan, self.strategy)
+        self.site.states.stage(plan.federation, plan.run, plan.round, state, charge, made, self.before)
 
     def _corrected(
         self,
@@ -108,19 +109,73 @@ class ClientHalf:
         return [torch.tensor(arrays[name], device=self.site.device) for name in names]
 
 
+def _begin(site: Site, plan: Plan, made: Provenance) -> State:
+    """What the site begins a round under `made` with. Raises Refusal if it was made under anything else.
+
+    A memory of compression alone says itself what it belongs to, and begins anew.
+    """
+    found = site.states.find(plan.federation, plan.run)
+    if found is None or plan.round <= 1:
+        return {}
+    if found.made == made or (found.made is None and plan.privacy is None and plan.central is None):
+        return found.beginning(plan.round)
+    if found.after.keys() <= feedback.KINDS:
+        return {}
+    raise Refusal(RefusalCode.STRATEGY, _mixed(plan, found.made, made))
+
+
+def _mixed(plan: Plan, found: Provenance | None, asked: Provenance | None) -> str:
+    remedy = "a run keeps to what it began with: begin another"
+    if found is None:
+        return (
+            f"what this site keeps of run {plan.run!r} was kept by an earlier version, which did not note what noise "
+            f"covers it, so no private round begins with it; {remedy}"
+        )
+    return f"what this site keeps of run {plan.run!r} was made under {found}; now it is asked under {asked}; {remedy}"
+
+
 def personal_parameters(site: Site, plan: Plan, parameters: Arrays) -> Arrays:
     """The parameters that the site is evaluated with: those sent, with its own in the place of what it keeps.
 
     Raises Refusal.
     """
-    whole = _checked(site, plan).personal_model
-    if not (whole or plan.personal):
+    strategy = _checked(site, plan)
+    whole = strategy.personal_model
+    found = site.states.find(plan.federation, plan.run) if whole or plan.personal else None
+    mine = found.after.get(PERSONAL, {}) if found else {}
+    if found is None or not mine:
         return parameters
-    mine = site.states.newest(plan.federation, plan.run).get(PERSONAL, {})
+    _check_own(site, plan, found.made)
     return {
         name: own if (whole or name in plan.personal) and (own := mine.get(name, array)).shape == array.shape else array
         for name, array in parameters.items()
     }
+
+
+def _check_own(site: Site, plan: Plan, made: Provenance | None) -> None:
+    """Raise Refusal unless metrics of a model with what this site keeps for its own may leave.
+
+    What a training example did to parameters that no noise covers, it does to their metrics, and noise on those is made
+    for test examples.
+    """
+    if made is not None and (made.strategy, made.model, set(made.personal)) != (
+        plan.strategy,
+        plan.model,
+        set(plan.personal),
+    ):
+        raise Refusal(
+            RefusalCode.STRATEGY,
+            f"what this site keeps of run {plan.run!r} was made under {made}, and is not to be evaluated as strategy "
+            f"{plan.strategy!r}, model {plan.model.name!r}",
+        )
+    policy = site.policy
+    if policy.allow_training_without_privacy or policy.allow_metrics_of_own_models or (made and made.covers_own):
+        return
+    raise Refusal(
+        RefusalCode.METRICS,
+        "metrics of a model were asked for that is this site's own, at least in part, and was trained without noise; "
+        "this site shares metrics of models that its privacy covers (allow_metrics_of_own_models)",
+    )
 
 
 def check_terms(site: Site, plan: Plan) -> type[Strategy]:

@@ -1,6 +1,8 @@
 """What a site remembers of a run from round to round: control variates, a personal model.
 
-It is made from the site's data, so it never leaves, and its files are the site's alone (0600). A round that is asked a
+It is made from the site's data, so it never leaves, and its files are the site's alone (0600). With it stands what it
+was made under (`Provenance`): what no noise covers has no place in a round whose noise is made for released values
+alone, and what one strategy calls its own none in another's. A round that is asked a
 second time begins with what the round began with the first time: what is kept is the state before the newest round and
 the one after it.
 
@@ -15,27 +17,93 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from fedclaw.errors import CheckpointError
 from fedclaw.federation.arrays import Arrays
+from fedclaw.federation.compression.request import Compression
+from fedclaw.federation.plan import ModelSpec, Plan, Unit, Weighting
 from fedclaw.federation.run_directory import arrays_to_npz, npz_to_arrays
+from fedclaw.federation.strategy import Strategy
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
+from fedclaw.frozen import Frozen
 
 State = Mapping[str, Arrays]
 """By kind, arrays by parameter name."""
 
-_ROUND, _BEFORE, _AFTER = "round", "before", "after"
+_ROUND, _BEFORE, _AFTER, _MADE = "round", "before", "after", "made"
 _STAGED = ".staged"
 _AT_ONCE = "0"
 
 
+class Provenance(Frozen):
+    """What a run's state was made under. One run has one: a mix is refused."""
+
+    strategy: str
+    own_model: bool
+    """Whether the strategy trains a second model at the site, without noise."""
+    model: ModelSpec
+    personal: tuple[str, ...]
+    """Parameters that stay at the site, sorted."""
+    local: bool
+    """Whether every step was noised here."""
+    unit: Unit | None
+    noise_by: Literal["server", "sites"] | None
+    """Of noise on the sum. Its bound may move from round to round (adaptive clipping): what leaves is within it
+    whatever it was made from."""
+    secure: bool
+    compression: Compression | None
+    weighting: Weighting
+    weight_cap: int | None
+
+    @classmethod
+    def of(cls, plan: Plan, strategy: type[Strategy]) -> "Provenance":
+        """What training by `plan` makes."""
+        central = plan.central
+        return cls(
+            strategy=plan.strategy,
+            own_model=strategy.personal_model,
+            model=plan.model,
+            personal=tuple(sorted(plan.personal)),
+            local=plan.privacy is not None,
+            unit=central.unit if central else None,
+            noise_by=central.noise_by if central else None,
+            secure=plan.secure is not None,
+            compression=plan.compression,
+            weighting=plan.weighting,
+            weight_cap=plan.weight_cap,
+        )
+
+    @property
+    def covers_own(self) -> bool:
+        """Whether the parameters that a site keeps for its own follow from noised steps alone."""
+        return self.local and not self.own_model
+
+    def __str__(self) -> str:
+        """In words, to be compared with another's."""
+        noise = ["the site's own noise"] if self.local else []
+        if self.unit is not None:
+            noise.append(f"noise on the sum by the {self.noise_by} for the unit {self.unit}")
+        said = f"strategy {self.strategy!r}, model {self.model.name!r}, {' and '.join(noise) or 'no noise'}"
+        return f"{said}, {'in a secure sum' if self.secure else 'in the open'}"
+
+
 @dataclass(frozen=True)
-class _Remembered:
+class Remembered:
+    """What a site has of a run."""
+
     round: int
+    """The newest that it trained in."""
     before: State
     after: State
+    made: Provenance | None = None
+    """None: it was kept by a version that did not note it, and may be anything that the data make."""
+
+    def beginning(self, round: int) -> State:
+        """What `round` begins with: after what the newest left, or, asked again, where it began."""
+        return self.after if round > self.round else self.before
 
 
 @dataclass
@@ -43,24 +111,20 @@ class SiteStates:
     """The states of all runs of one site: in memory, or in files in the directory `root`."""
 
     root: Path | None = None
-    _memory: dict[str, _Remembered] = field(default_factory=dict, init=False, repr=False)
-    _staged: dict[str, tuple[str, _Remembered]] = field(default_factory=dict, init=False, repr=False)
+    _memory: dict[str, Remembered] = field(default_factory=dict, init=False, repr=False)
+    _staged: dict[str, tuple[str, Remembered]] = field(default_factory=dict, init=False, repr=False)
 
     def before(self, federation: str, run: str, round: int) -> State:
         """What the site begins `round` with; empty the first time. Raises CheckpointError for a damaged file.
 
         Empty for round 1, too, whatever an earlier run of that name left.
         """
-        if round <= 1:
-            return {}
-        remembered = self._find(federation, run)
-        if remembered is None:
-            return {}
-        return remembered.after if round > remembered.round else remembered.before
+        remembered = self.find(federation, run)
+        return {} if remembered is None or round <= 1 else remembered.beginning(round)
 
     def newest(self, federation: str, run: str) -> State:
         """What the site has after the last round that it trained in. Raises CheckpointError for a damaged file."""
-        remembered = self._find(federation, run)
+        remembered = self.find(federation, run)
         return remembered.after if remembered else {}
 
     def keep(self, federation: str, run: str, round: int, state: State) -> None:
@@ -68,17 +132,28 @@ class SiteStates:
         self.stage(federation, run, round, state, _AT_ONCE)
         self.commit(federation, run, _AT_ONCE)
 
-    def stage(self, federation: str, run: str, round: int, state: State, charge: str) -> None:
-        """Have `state` ready as what `round` left, in the place of whatever of this run was staged before.
+    def stage(
+        self,
+        federation: str,
+        run: str,
+        round: int,
+        state: State,
+        charge: str,
+        made: Provenance | None = None,
+        before: State | None = None,
+    ) -> None:
+        """Have `state` ready as what `round` left under `made`, in the place of whatever of this run was staged before.
 
-        `charge` is the hash of what was paid for it. Durable when it returns; `commit` makes it count.
+        `charge` is the hash of what was paid for it; `before` what the round began with (None: what there is). Durable
+        when it returns; `commit` makes it count.
         """
         key = _key(federation, run)
         self._unstage(key)
         if not state:
             return
-        before = self.before(federation, run, round)
-        remembered = _Remembered(round, before, {**before, **state})
+        if before is None:
+            before = self.before(federation, run, round)
+        remembered = Remembered(round, before, {**before, **state}, made)
         if self.root is None:
             self._staged[key] = (charge, remembered)
         else:
@@ -113,7 +188,8 @@ class SiteStates:
             for leftover in self.root.glob(f"{key}.*{_STAGED}"):
                 leftover.unlink(missing_ok=True)
 
-    def _find(self, federation: str, run: str) -> _Remembered | None:
+    def find(self, federation: str, run: str) -> Remembered | None:
+        """All that is remembered of a run. Raises CheckpointError for a damaged file."""
         key = _key(federation, run)
         if self.root is None:
             return self._memory.get(key)
@@ -126,19 +202,22 @@ def _key(federation: str, run: str) -> str:
     return hashlib.sha256(f"{federation}\n{run}".encode()).hexdigest()[:32]
 
 
-def _packed(remembered: _Remembered) -> bytes:
+def _packed(remembered: Remembered) -> bytes:
     arrays = {_ROUND: np.array(remembered.round)}
+    if remembered.made is not None:
+        arrays[_MADE] = np.array(remembered.made.model_dump_json())
     for part, state in ((_BEFORE, remembered.before), (_AFTER, remembered.after)):
         for kind, values in state.items():
             arrays |= {f"{part}/{kind}/{name}": array for name, array in values.items()}
     return arrays_to_npz(arrays)
 
 
-def _unpacked(path: Path) -> _Remembered:
+def _unpacked(path: Path) -> Remembered:
     arrays = npz_to_arrays(path.read_bytes(), path)
     parts: dict[str, dict[str, Arrays]] = {_BEFORE: {}, _AFTER: {}}
     try:
         number = int(arrays.pop(_ROUND))
+        made = Provenance.model_validate_json(str(arrays.pop(_MADE))) if _MADE in arrays else None
         for label, array in arrays.items():
             part, kind, name = label.split("/", 2)
             parts[part].setdefault(kind, {})[name] = array
@@ -146,4 +225,4 @@ def _unpacked(path: Path) -> _Remembered:
         raise CheckpointError(
             f"{path} is damaged; restore it from a backup, or remove it to begin that run's state anew"
         ) from error
-    return _Remembered(number, parts[_BEFORE], parts[_AFTER])
+    return Remembered(number, parts[_BEFORE], parts[_AFTER], made)

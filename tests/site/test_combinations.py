@@ -7,75 +7,18 @@ from flwr.app import Message
 
 from fedclaw.errors import PluginError
 from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.coordinator import make_plan, make_strategy
-from fedclaw.federation.exchange import Outgoing, question, questions
-from fedclaw.federation.plan import (
-    CentralPrivacy,
-    LocalTraining,
-    ModelSpec,
-    PrivacyRequest,
-    RefusalCode,
-    SecureAggregation,
-)
+from fedclaw.federation.plan import ModelSpec, RefusalCode
 from fedclaw.federation.strategy import Finished, RoundContext, finish_round
-from fedclaw.runtime.flower import assume_server_identity
 from fedclaw.site.service import SiteService
-from fedclaw.workload import Table
 from strategies.fedavg import FedAvg
 from strategies.qfedavg import QFedAvg
-from tests.least_squares import asked, identified, service
-from tests.small_nets import SmallNets, first
-
-DP = PrivacyRequest(epsilon=4, delta=1e-5, max_grad_norm=1)
-ONE_STEP = LocalTraining(steps=1, batch_size=4, learning_rate=0.1)
-SOME_STEPS = LocalTraining(steps=3, batch_size=4, learning_rate=0.1)
-
-
-def central(unit: str, noise_by: str, **changes) -> CentralPrivacy:
-    fields = {"epsilon": 3, "delta": 1e-5, "clip": 1, "noise_multiplier": 2, "sample_rate": 0.5}
-    if unit == "site":
-        fields["sample_rate"] = 1
-    return CentralPrivacy(**{"unit": unit, "noise_by": noise_by, **fields, **changes})
-
-
-EXAMPLE, SITE = central("example", "server"), central("site", "server")
-
-
-def session(**changes) -> SecureAggregation:
-    fields = {"sites": ("a", "b", "c"), "threshold": 2, "neighbours": 2, "minimum": 3, "length": 9, "step": 2**-20}
-    return SecureAggregation(**{"session": "0" * 32, **fields, **changes})
+from tests.hostile import DP, EXAMPLE, ONE_STEP, SITE, SOME_STEPS, ask, central, session, wary_site
+from tests.least_squares import identified
 
 
 @pytest.fixture
 def site() -> SiteService:
-    """One whose policy wants differential privacy, and takes the server's word for noise on the sum."""
-    assume_server_identity(1)
-    generator = np.random.default_rng(3)
-    table = Table(generator.normal(size=(20, 3)).astype(np.float32), (np.arange(20) % 2).astype(np.int64))
-    return service(
-        "a",
-        SmallNets(3),
-        table,
-        test=table,
-        allow_training_without_privacy=False,
-        trust_server_noise=True,
-        epsilon=100.0,
-        delta=1e-5,
-    )
-
-
-def ask(site: SiteService, strategy: str, kind: str = "train", model: str = "parted", **changes) -> Message:
-    """Send what an honest server would never have asked; its own checks are left out."""
-    settings = changes.pop("settings", {})
-    record = asked(strategy, rounds=3, workload=SmallNets.name, model=ModelSpec(name=model), settings=settings)
-    made = make_plan(record, make_strategy(record), 1, 3)
-    personal = tuple(sorted(make_strategy(record).personal(SmallNets(3).build(record.model))))
-    fields = {"schema_digest": site.schema_digest, "personal": personal, "privacy": DP, "training": SOME_STEPS}
-    plan = made.model_validate({**made.model_dump(), **fields, **changes})
-    parameters = first(model, 3)
-    sent = {"control": {name: np.zeros_like(array) for name, array in parameters.items()}}
-    (message,) = questions([7], plan.round, kind, question(plan, Outgoing(parameters, None, sent)), 100.0)
-    return site.answer(message)
+    return wary_site()
 
 
 def refused(reply: Message, site: SiteService, code: RefusalCode = RefusalCode.STRATEGY) -> str:

@@ -286,6 +286,7 @@ def test_every_field_of_a_policy_is_in_its_sentences():
         "rounds_per_day": 4,
         "minimum_seconds_between_rounds": 90.0,
         "metrics": ["f1"],
+        "allow_metrics_of_own_models": True,
         "minimum_test_examples": 33,
         "metrics_epsilon": 0.7,
         "metrics_budget": {"epsilon": 3.0},

@@ -16,6 +16,7 @@ from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.plan import Plan
 
 ERROR, WARM, TERMS = "compression.error", "compression.warm", "compression.terms"
+KINDS = frozenset({ERROR, WARM, TERMS})
 """Kinds of a site's state."""
 _DIGEST = "sha256"
 
