@@ -7,7 +7,7 @@ state/ledger.sqlite  state/outbound.jsonl  state/outbox/  state/strategy/       
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedclaw.errors import DataError, UsageError
@@ -64,25 +64,34 @@ def open_service(
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         if constants := schema.constants_json():
             write_atomic(state / "preprocessing.json", constants.encode(), PRIVATE_MODE)
-    service = SiteService(
-        name=settings.name,
-        federation=federation,
-        workload=workload_class(settings.workload)(schema),
-        schema_digest=schema_digest(agreed.to_json()),
-        data=data,
-        policy=settings.policy.serving(settings.data_set),
-        ledger=Ledger.open(
+    with ExitStack() as opened:
+        # Whatever fails below, what was opened until then is closed.
+        ledger = Ledger.open(
             ledger_file(root) if durable else ":memory:", settings.data_set, fingerprint=data.fingerprint
-        ),
-        test_ledger=_test_ledger(root, settings, data, durable=durable),
-        outbound=OutboundLog(outbound_file(root)) if durable else None,
-        device=choose_device(settings.device),
-        speed=settings.speed,
-        states=SiteStates(strategy_directory(root) if durable else None),
-        secure=_secure_identity(state, keys) if keys and durable else None,
-    )
-    if durable:
-        check_site(root)
+        )
+        opened.callback(ledger.close)
+        if (test_ledger := _test_ledger(root, settings, data, durable=durable)) is not None:
+            opened.callback(test_ledger.close)
+        if (outbound := OutboundLog(outbound_file(root)) if durable else None) is not None:
+            opened.callback(outbound.close)
+        service = SiteService(
+            name=settings.name,
+            federation=federation,
+            workload=workload_class(settings.workload)(schema),
+            schema_digest=schema_digest(agreed.to_json()),
+            data=data,
+            policy=settings.policy.serving(settings.data_set),
+            ledger=ledger,
+            test_ledger=test_ledger,
+            outbound=outbound,
+            device=choose_device(settings.device),
+            speed=settings.speed,
+            states=SiteStates(strategy_directory(root) if durable else None),
+            secure=_secure_identity(state, keys) if keys and durable else None,
+        )
+        if durable:
+            check_site(root)
+        opened.pop_all()
     return service
 
 

@@ -93,6 +93,8 @@ def _close(site: SiteService) -> None:
     site.ledger.close()
     if site.test_ledger is not None:
         site.test_ledger.close()
+    if site.outbound is not None:
+        site.outbound.close()
 
 
 @contextmanager
