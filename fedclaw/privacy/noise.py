@@ -84,17 +84,26 @@ class GaussianSource:
         _check_deviation(std)
         return self.standard(math.prod(shape)).mul_(std).to(torch.float32).reshape(tuple(shape)).to(device)
 
-    def perturb_(self, values: torch.Tensor, std: float) -> torch.Tensor:
+    def perturb_(self, values: torch.Tensor, std: float, rounded: torch.Tensor | None = None) -> torch.Tensor:
         """Add independent N(0, std^2) to each number of `values` (contiguous) in place, and return it.
 
-        The sum is made in float64 and rounded once. Raises PrivacyError if std is not >= 0.
+        The sum is made in float64 and rounded once; `rounded`, of as many numbers (contiguous), is overwritten with it.
+        Raises PrivacyError if std is not >= 0.
         """
         _check_deviation(std)
         flat = values.view(-1)
+        narrow = None if rounded is None else rounded.view(-1)
         if flat.device.type == "cpu":
-            self._perturb(flat, std)
-        else:
-            flat.add_(self.standard(len(flat)).mul_(std).to(flat.device))
+            # By parts, which are still in the cache when they are rounded.
+            for start in range(0, len(flat), _CHUNK):
+                part = flat[start : start + _CHUNK]
+                self._perturb(part, std)
+                if narrow is not None:
+                    narrow[start : start + _CHUNK].copy_(part)
+            return values
+        flat.add_(self.standard(len(flat)).mul_(std).to(flat.device))
+        if narrow is not None:
+            narrow.copy_(flat)
         return values
 
     def add_(self, values: Sequence[torch.Tensor], std: float) -> list[torch.Tensor]:
@@ -227,6 +236,10 @@ class _Bench:
         torch.cos(self._angle_torch, out=self._cosine)
         torch.sin(self._angle_torch, out=self._sine)
         self._point.copy_(self._circle)
+        if values.dtype == torch.float64 and len(values) == self._sum.numel():
+            pairs = values.view(2, -1)
+            torch.addcmul(pairs, self._point, self._radius_torch, out=pairs)
+            return
         self._values.copy_(values)
         torch.addcmul(self._sum, self._point, self._radius_torch, out=self._sum)
         values.copy_(self._values)

@@ -9,6 +9,14 @@ mechanism with rate q and the given noise multiplier, if the loss is a mean of l
 alone, and the model treats the examples of a batch separately. Both are checked on the first batches. Whatever is
 computed from the gradients afterwards is post-processing.
 
+Floating point. Norms, factors and sums are float64, and a clipped gradient keeps 1e-6 of the bound in hand
+(`fedclaw.privacy.gradients.clipping`), so that one example moves the sum before noise (`exact`) by at most the
+sensitivity, at batches of up to ten million examples, whatever the parameters are; noise is added to that sum, and
+what is rounded to float32 is the noisy one. Without noise of its own, `.grad` is the rounded sum: one example moves it
+by up to 2^-23 of the sum's own norm more. The gradients themselves are float32: that the kernels work out one example's
+gradient alike whatever else is in the batch is what torch does on a CPU for batches of two or more (measured with
+MKL and oneDNN, not promised by them), so an example that is alone is handed over in company.
+
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """
 
@@ -80,8 +88,8 @@ class PrivateGradients:
     gradient = (sum_i g_i min(1, C / ||g_i||) + N(0, (noise_multiplier C)^2)) / expected_batch_size, C = max_grad_norm
 
     The clipped sum is worked out in the way that `speed` asks for (`fedclaw.privacy.gradients`), the noise comes from
-    `source`. An example whose gradient is not finite counts as zero: one that overflows must not decide by itself
-    whether the whole update is usable. The gradients' memory is the same at every step.
+    `source`. An example whose gradient is not finite, or has a norm beyond float32, counts as zero: one that overflows
+    must not decide by itself whether the whole update is usable. The gradients' memory is the same at every step.
     """
 
     def __init__(
@@ -112,7 +120,7 @@ class PrivateGradients:
         self._speed = speed or StepSpeed()
         self._steps_ahead = steps_ahead
         self._parameters = trainable(model)
-        self._blocks, self._totals = _totals(self._parameters)
+        self._sums = _Sums(self._parameters)
         self._unchecked = True
         self._closed = False
         self._way: ClippedSums | None = None
@@ -128,6 +136,12 @@ class PrivateGradients:
         return self._noise_multiplier * self.sensitivity
 
     @property
+    def exact(self) -> list[torch.Tensor]:
+        """The gradient of the last step in float64, of which the parameters' `.grad` is the rounded form, by parameter;
+        overwritten by the next step."""
+        return self._sums.exact
+
+    @property
     def way(self) -> str | None:
         """The name of the way in which clipped sums are worked out; None before the first example."""
         return None if self._way is None else self._way.name
@@ -141,12 +155,9 @@ class PrivateGradients:
         if len(inputs):
             self._add_all(inputs, targets)
         else:
-            for block in self._blocks:
-                block.zero_()
-        for block in self._blocks:
-            self._source.perturb_(block, self.noise_std)
-        for parameter, total in zip(self._parameters, self._totals, strict=True):
-            parameter.grad = total
+            self._sums.clear()
+        for parameter, gradient in zip(self._parameters, self._sums.noised(self._source, self.noise_std), strict=True):
+            parameter.grad = gradient
 
     def close(self) -> None:
         """See StepTaker."""
@@ -170,9 +181,11 @@ class PrivateGradients:
             self._unchecked = False
         start = 0
         while start < len(inputs):
-            end = start + (self._speed.chunk_size or way.chunk_size)
+            size = self._speed.chunk_size or way.chunk_size
+            end = start + size
             try:
-                way.add(self._totals, inputs[start:end], targets[start:end], fresh=start == 0)
+                rows, labels, padding = _in_company(inputs[start:end], targets[start:end], size)
+                way.add(self._sums.exact, rows, labels, fresh=start == 0, padding=padding)
             except Unsuited as reason:
                 way = self._replace(way, reason)
                 continue
@@ -212,12 +225,43 @@ def shuffled_batches(count: int, batch_size: int, steps: int, source: GaussianSo
             taken += 1
 
 
-def _totals(parameters: list[torch.nn.Parameter]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Memory for sums, in one block if all parameters have one dtype and device, and views of it by parameter."""
-    alike = len({(parameter.dtype, parameter.device) for parameter in parameters}) == 1
-    sizes = [parameter.numel() for parameter in parameters]
-    if not alike:
-        blocks = [torch.zeros(size, dtype=p.dtype, device=p.device) for size, p in zip(sizes, parameters, strict=True)]
-        return blocks, [block.view(p.shape) for block, p in zip(blocks, parameters, strict=True)]
-    block = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-    return [block], [part.view(p.shape) for part, p in zip(torch.split(block, sizes), parameters, strict=True)]
+class _Sums:
+    """Memory for the sums of a step, float64, and for what the parameters get of it: a block each if all parameters
+    have one dtype and device, else one a parameter; and views of them by parameter."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        groups = [parameters] if len({(p.dtype, p.device) for p in parameters}) == 1 else [[p] for p in parameters]
+        self._blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.exact: list[torch.Tensor] = []
+        self._rounded: list[torch.Tensor] = []
+        for group in groups:
+            sizes, first = [parameter.numel() for parameter in group], group[0]
+            exact = torch.zeros(sum(sizes), dtype=torch.float64, device=first.device)
+            rounded = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+            self._blocks.append((exact, rounded))
+            for block, views in ((exact, self.exact), (rounded, self._rounded)):
+                parts = torch.split(block, sizes)
+                views += [part.view(parameter.shape) for part, parameter in zip(parts, group, strict=True)]
+
+    def clear(self) -> None:
+        """Set the sums to zero."""
+        for exact, _ in self._blocks:
+            exact.zero_()
+
+    def noised(self, source: GaussianSource, std: float) -> list[torch.Tensor]:
+        """The sums, which get noise, rounded to the parameters' dtypes."""
+        for exact, rounded in self._blocks:
+            source.perturb_(exact, std, rounded)
+        return self._rounded
+
+
+def _in_company(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A chunk of at most `size` examples, and how many of them are padding at its end.
+
+    With one row matrix products go another way, with other rounding, than with more. Were an example alone only where
+    another was not sampled, that one would move its gradient, and by weights that make rounding count, in any way. Where
+    chunks have one example each, all are alone.
+    """
+    if len(inputs) != 1 or size == 1:
+        return inputs, targets, 0
+    return inputs.expand(2, *inputs.shape[1:]).contiguous(), targets.expand(2, *targets.shape[1:]).contiguous(), 1

@@ -20,14 +20,11 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, all_finite, clip_factors
+from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, clip_factors, overflows, with_more_digits, without_overflow
 from fedclaw.privacy.gradients.interface import Clip, Loss, Unsuited, trainable
 from fedclaw.privacy.gradients.layers import LayerRule, LinearRule, Spread, rule_for
 
-_UNDERFLOW = 1.1e-19
-# A float32 below this has a square of zero. Times the root of how many there are, added, no norm comes out too small.
 _SAME_GRADIENT = 1e-3
 _WORTH_MERGING = 1 << 17
 _MADE_UP = 4
@@ -62,19 +59,15 @@ class _Rows:
     gradients: torch.Tensor
     activations: torch.Tensor | None
 
-    def select(self, kept: torch.Tensor) -> Self:
-        """Those of the examples where the mask `kept` (B,) is True."""
-        activations = None if self.activations is None else self.activations[kept]
-        return replace(self, gradients=self.gradients[kept], activations=activations)
+    def widened(self) -> Self:
+        """The same in float64, in memory of its own."""
+        activations = None if self.activations is None else self.activations.to(torch.float64, copy=True)
+        return replace(self, gradients=self.gradients.to(torch.float64, copy=True), activations=activations)
 
-    def written_out(self) -> Self:
-        """The same with the outer products worked out."""
-        if self.activations is None:
-            return self
-        biased = len(self.places) > 1
-        activations = functional.pad(self.activations, (0, 1), value=1.0) if biased else self.activations
-        rows = torch.bmm(self.gradients[:, :, None], activations[:, None]).flatten(1)
-        return replace(self, gradients=rows, activations=None)
+    def without_overflow(self, norms: torch.Tensor) -> Self:
+        """The same, overwritten, with zeros for the examples that count as zero by their `norms` (B,)."""
+        activations = None if self.activations is None else without_overflow(self.activations, norms)
+        return replace(self, gradients=without_overflow(self.gradients, norms), activations=activations)
 
 
 class Bookkeeping:
@@ -99,18 +92,30 @@ class Bookkeeping:
         """See ClippedSums."""
         return max(1, CACHED_NUMBERS // max(1, self._numbers))
 
-    def add(self, totals: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, *, fresh: bool) -> None:
+    def add(
+        self,
+        totals: Sequence[torch.Tensor],
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        fresh: bool,
+        padding: int = 0,
+    ) -> None:
         """See ClippedSums."""
+        if totals[0].dtype != torch.float64:
+            with_more_digits(totals, lambda wide: self.add(wide, inputs, targets, fresh=fresh, padding=padding))
+            return
         if not self._trusted:
             self._verify(inputs, targets)
         rows, _ = self._rows(inputs, targets)
         with torch.no_grad():
             self._numbers = sum(row.gradients.shape[1] for row in rows)
-            norms = _norms(rows) if rows else inputs.new_zeros(len(inputs))
-            if all_finite(norms):
-                _add_sums(totals, rows, clip_factors(norms, self._clip), fresh=fresh)
-            else:
-                self._add_finite(totals, rows, norms.isfinite(), fresh=fresh)
+            rows = [row.widened() for row in rows]
+            norms = _norms(rows) if rows else inputs.new_zeros(len(inputs), dtype=torch.float64)
+            factors = clip_factors(norms, self._clip, padding)
+            if overflows(norms):
+                rows = [row.without_overflow(norms) for row in rows]
+            _add_sums(totals, rows, factors, fresh=fresh)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -183,23 +188,10 @@ class Bookkeeping:
             )
         return rows, found[len(passes) :]
 
-    def _add_finite(
-        self, totals: Sequence[torch.Tensor], rows: list[_Rows], kept: torch.Tensor, *, fresh: bool
-    ) -> None:
-        """As `add`, if only the norms of the examples in `kept` (B,) came out finite. The others' gradients are written
-        out one by one: the product of two norms overflows sooner than the norm of the product."""
-        groups = [kept, *(torch.arange(len(kept), device=kept.device) == index for index in (~kept).nonzero())]
-        for group in groups:
-            chosen = [row.select(group) for row in rows]
-            chosen = chosen if group is kept else [row.written_out() for row in chosen]
-            norms = _norms(chosen)
-            if group is kept or all_finite(norms):
-                _add_sums(totals, chosen, clip_factors(norms, self._clip), fresh=fresh and group is kept)
-
     def _compare(self, rows: Sequence[_Rows], plain: Sequence[torch.Tensor | None], count: int) -> None:
         """Raise Unsuited if the rules' gradients do not add up to the plain gradient."""
-        sums = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in self._parameters]
-        _add_sums(sums, rows, sums[0].new_ones(count), fresh=True)
+        sums = [torch.empty(p.shape, dtype=torch.float64, device=p.device) for p in self._parameters]
+        _add_sums(sums, [row.widened() for row in rows], sums[0].new_ones(count), fresh=True)
         wrong = [ours if other is None else ours - other for ours, other in zip(sums, plain, strict=True)]
         size = torch.stack([ours.norm() for ours in sums]).norm()
         error = torch.stack([part.norm() for part in wrong]).norm()
@@ -256,8 +248,7 @@ def _norms(rows: Sequence[_Rows]) -> torch.Tensor:
     for row, part in zip(rows, parts, strict=True):
         torch.linalg.vector_norm(row.gradients, dim=1, out=part)
         if row.activations is not None:
-            part.add_(_UNDERFLOW * row.gradients.shape[1] ** 0.5)
-            own = torch.linalg.vector_norm(row.activations, dim=1).add_(_UNDERFLOW * row.activations.shape[1] ** 0.5)
+            own = torch.linalg.vector_norm(row.activations, dim=1)
             # The bias is one more activation, of 1.
             part.mul_(own.square_().add_(1.0).sqrt_() if len(row.places) > 1 else own)
     norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=0)

@@ -104,7 +104,7 @@ def _seconds(
     mode: Mode, model: torch.nn.Module, loss: Loss, clip: Clip, inputs: torch.Tensor, targets: torch.Tensor
 ) -> float:
     """Of the faster of a few goes at a made-up batch after the first; infinite if the way cannot take the model."""
-    totals = [torch.empty_like(parameter, memory_format=torch.contiguous_format) for parameter in trainable(model)]
+    totals = [torch.empty(p.shape, dtype=torch.float64, device=p.device) for p in trainable(model)]
     times = []
     try:
         way = WAYS[mode](model, loss, clip)

@@ -1,7 +1,13 @@
-"""From per-example norms and gradients to a clipped sum."""
+"""From per-example gradients to a clipped sum, in float64.
 
-import math
-from collections.abc import Sequence
+Why float64, of gradients that are float32. Squares of float32 numbers neither vanish nor overflow in it, so a norm is
+right to about 2^-52 a number whatever a model's parameters are; the factor that a gradient is clipped by, bound / norm /
+batch, may be as small as 1e-50 and is still an ordinary number, where float32 would round it up to the next denormal;
+and a sum of a million clipped gradients is right to 1e-10 of one of them. So one example moves a sum by at most the
+bound: what rounding adds is less than what NORM_MARGIN takes off.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,32 +17,63 @@ CACHED_NUMBERS = 1 << 21
 """Per-example gradients held at a time (8 MiB of float32): larger batches are worked off in chunks, which bounds memory
 and is faster besides, as they stay in the cache."""
 NORM_MARGIN = 1 + 1e-6
-"""Keeps the rounding of a float32 norm from lifting a clipped gradient over the bound."""
+"""What a clipped gradient stays below the bound by. Rounding to float32, of a sum that is one gradient, takes 2^-24."""
+LARGEST_NORM = float(torch.finfo(torch.float32).max)
+"""An example whose gradient has a larger norm, or is not finite, counts as zero."""
 
 
-def clip_factors(norms: torch.Tensor, clip: Clip) -> torch.Tensor:
-    """The factors (B,) of examples with finite gradient norms (B,)."""
-    return torch.div(clip.max_norm / NORM_MARGIN, norms).clamp_(max=1.0).mul_(clip.scale)
+def clip_factors(norms: torch.Tensor, clip: Clip, padding: int = 0) -> torch.Tensor:
+    """The factors (B,) of examples with gradient norms (B,), both float64; the last `padding` examples count nothing.
+
+    Of an example that counts as zero the factor is 0, and the gradient may be anything: see `without_overflow`.
+    """
+    factors = torch.div(clip.max_norm / NORM_MARGIN, norms).clamp_(max=1.0).mul_(clip.scale)
+    # A comparison with NaN is false.
+    factors = torch.where(norms <= LARGEST_NORM, factors, 0.0)
+    if padding:
+        factors[-padding:] = 0.0
+    return factors
 
 
-def all_finite(norms: torch.Tensor) -> bool:
-    """Whether all of (B,) norms are finite. May say no where only their sum overflows."""
-    return math.isfinite(float(norms.sum()))
+def without_overflow(rows: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """`rows` (B, n), overwritten: those of examples that count as zero become 0, as nothing times infinity is NaN."""
+    return rows.masked_fill_((norms <= LARGEST_NORM).logical_not_()[:, None], 0.0)
+
+
+def overflows(norms: torch.Tensor) -> bool:
+    """Whether an example of (B,) norms counts as zero."""
+    return not float(norms.max()) <= LARGEST_NORM
 
 
 def add_clipped(
-    totals: Sequence[torch.Tensor], samples: Sequence[torch.Tensor], clip: Clip, *, fresh: bool = False
+    totals: Sequence[torch.Tensor],
+    samples: Sequence[torch.Tensor],
+    clip: Clip,
+    *,
+    fresh: bool = False,
+    padding: int = 0,
 ) -> None:
-    """Add to `totals` the sum over the examples of gradients (B, *shape), clipped; may overwrite `samples`."""
+    """Add to `totals`, float64 or what rounds to their type, the sum over the examples of gradients (B, *shape), clipped.
+
+    The last `padding` examples count nothing.
+    """
     if not samples:
         return
-    rows = [sample.flatten(1) for sample in samples]
+    if totals[0].dtype != torch.float64:
+        with_more_digits(totals, lambda wide: add_clipped(wide, samples, clip, fresh=fresh, padding=padding))
+        return
+    rows = [sample.flatten(1).to(torch.float64) for sample in samples]
     norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]).norm(2, dim=0)
-    factors = clip_factors(norms, clip)
-    if not all_finite(norms):
-        finite = norms.isfinite()
-        factors = torch.where(finite, factors, 0.0)
-        for sample in samples:
-            sample[~finite] = 0.0
+    factors = clip_factors(norms, clip, padding)
+    if overflows(norms):
+        rows = [without_overflow(row, norms) for row in rows]
     for total, row in zip(totals, rows, strict=True):
-        total.view(-1).addmv_(row.t(), factors.to(row.dtype), beta=0 if fresh else 1)
+        total.view(-1).addmv_(row.t(), factors, beta=0 if fresh else 1)
+
+
+def with_more_digits(totals: Sequence[torch.Tensor], add: Callable[[Sequence[torch.Tensor]], None]) -> None:
+    """Let `add` work on float64 forms of `totals`, and round what it leaves."""
+    wide = [total.to(torch.float64) for total in totals]
+    add(wide)
+    for total, exact in zip(totals, wide, strict=True):
+        total.copy_(exact)

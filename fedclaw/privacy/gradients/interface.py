@@ -19,7 +19,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Clip:
     """Example i counts with scale min(1, max_norm / ||g_i||), the norm over all parameters together; 0 if its gradient
-    is not finite, or its norm overflows."""
+    is not finite, or its norm is beyond the range of float32."""
 
     max_norm: float
     scale: float = 1.0
@@ -35,10 +35,18 @@ class ClippedSums(Protocol):
     def chunk_size(self) -> int:
         """The number of examples to hand over at once, at most, where nobody has set one."""
 
-    def add(self, totals: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, *, fresh: bool) -> None:
-        """Add the clipped gradients of B >= 1 examples to `totals`, one contiguous tensor a trainable parameter.
+    def add(
+        self,
+        totals: Sequence[torch.Tensor],
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        fresh: bool,
+        padding: int = 0,
+    ) -> None:
+        """Add the clipped gradients of B >= 1 examples to `totals`, one contiguous float64 tensor a trainable parameter.
 
-        `fresh`: what `totals` hold is to be overwritten. Leaves nothing in the parameters' `.grad`. Raises Unsuited,
+        `fresh`: what `totals` hold is to be overwritten. The last `padding` examples count nothing. Leaves nothing in the parameters' `.grad`. Raises Unsuited,
         before it has touched `totals`, if this way cannot take the model after all.
         """
 

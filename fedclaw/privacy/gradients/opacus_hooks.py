@@ -33,7 +33,15 @@ class OpacusHooks:
         """See ClippedSums."""
         return max(1, CACHED_NUMBERS // max(1, sum(parameter.numel() for parameter in self._parameters)))
 
-    def add(self, totals: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, *, fresh: bool) -> None:
+    def add(
+        self,
+        totals: Sequence[torch.Tensor],
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        fresh: bool,
+        padding: int = 0,
+    ) -> None:
         """See ClippedSums."""
         assert self._hooked is not None
         try:
@@ -47,7 +55,7 @@ class OpacusHooks:
                     samples.append(sample.to(parameter.dtype))
                 elif fresh:
                     total.zero_()
-            add_clipped(used, samples, self._clip, fresh=fresh)
+            add_clipped(used, samples, self._clip, fresh=fresh, padding=padding)
         finally:
             self._hooked.set_grad_sample_to_none()
             for parameter in self._parameters:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.func import functional_call, grad, vmap
 
-from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, NORM_MARGIN, add_clipped
+from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, LARGEST_NORM, NORM_MARGIN, add_clipped
 from fedclaw.privacy.gradients.interface import Clip, Loss, Unsuited, trainable
 
 logger = logging.getLogger(__name__)
@@ -42,14 +42,22 @@ class Vmap:
         """See ClippedSums."""
         return max(1, CACHED_NUMBERS // max(1, sum(parameter.numel() for parameter in self._places)))
 
-    def add(self, totals: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, *, fresh: bool) -> None:
+    def add(
+        self,
+        totals: Sequence[torch.Tensor],
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        fresh: bool,
+        padding: int = 0,
+    ) -> None:
         """See ClippedSums."""
         moving, fixed = self._split()
         try:
             samples = self._samples(moving, fixed, inputs, targets)
         except RuntimeError as error:
             raise Unsuited(f"torch.func.vmap says: {_first_line(error)}") from error
-        add_clipped(totals, list(samples.values()), self._clip, fresh=fresh)
+        add_clipped(totals, list(samples.values()), self._clip, fresh=fresh, padding=padding)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -79,12 +87,20 @@ class CompiledVmap(Vmap):
         )
         self._sizes: set[int] = set()
 
-    def add(self, totals: Sequence[torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor, *, fresh: bool) -> None:
+    def add(
+        self,
+        totals: Sequence[torch.Tensor],
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        fresh: bool,
+        padding: int = 0,
+    ) -> None:
         """See ClippedSums. Raises Unsuited if the model cannot be compiled."""
         count = len(inputs)
         size = max(_SMALLEST_PAD, 1 << math.ceil(math.log2(count)))
-        weights = inputs.new_zeros(size, dtype=totals[0].dtype)
-        weights[:count] = 1.0
+        weights = inputs.new_zeros(size, dtype=torch.float64)
+        weights[: count - padding] = 1.0
         moving, fixed = self._split()
         arguments = moving, fixed, _padded(inputs, size), _padded(targets, size), weights
         sums = self._sums(*arguments) if size in self._sizes else self._first(size, arguments)
@@ -116,11 +132,11 @@ def _padded_sums(samples: Callable[..., Parameters], clip: Clip) -> Callable[...
     def sums(
         moving: Parameters, fixed: Parameters, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> list[torch.Tensor]:
-        rows = [sample.flatten(1) for sample in samples(moving, fixed, inputs, targets).values()]
+        rows = [sample.flatten(1).to(torch.float64) for sample in samples(moving, fixed, inputs, targets).values()]
         norms = torch.stack([row.square().sum(1) for row in rows]).sum(0).sqrt()
-        finite = norms.isfinite() & (weights > 0)
-        factors = torch.where(finite, (clip.max_norm / (norms * NORM_MARGIN)).clamp(max=1.0) * clip.scale, 0.0)
-        summed = [(torch.where(finite[:, None], row, 0.0) * factors[:, None]).sum(0) for row in rows]
+        counts = (norms <= LARGEST_NORM) & (weights > 0)
+        factors = torch.where(counts, (clip.max_norm / (norms * NORM_MARGIN)).clamp(max=1.0) * clip.scale, 0.0)
+        summed = [(torch.where(counts[:, None], row, 0.0) * factors[:, None]).sum(0) for row in rows]
         return [total.view_as(value) for total, value in zip(summed, moving.values(), strict=True)]
 
     return sums
