@@ -118,13 +118,15 @@ def flattened(arrays: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])
 
 
-def unflattened(vector: NDArray[np.floating[Any]], shapes: Shapes) -> Arrays:
-    """The arrays (float32) of these names and shapes that `flattened` made `vector` (d,) of."""
+def unflattened(
+    vector: NDArray[np.floating[Any]], shapes: Shapes, precision: type[np.floating[Any]] = np.float32
+) -> Arrays:
+    """The arrays (of type `precision`) of these names and shapes that `flattened` made `vector` (d,) of."""
     arrays: Arrays = {}
     start = 0
     for name in sorted(shapes):
         size = math.prod(shapes[name])
-        arrays[name] = vector[start : start + size].astype(np.float32, copy=False).reshape(shapes[name])
+        arrays[name] = vector[start : start + size].astype(precision, copy=False).reshape(shapes[name])
         start += size
     return arrays
 

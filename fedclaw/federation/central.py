@@ -6,6 +6,7 @@ Sensitivity, of the mean over the sites, by the weights that were really used:
                                                                  example-weighted mean by 0.99 clip
     unit example   learning rate x clip / (sample rate x sum of examples)
 
+each a little larger for what rounding adds on the way (`_rounding`): to float32, and to a secure sum's steps;
 and the noise is N(0, (noise multiplier x sensitivity)^2) in every coordinate. Unit site: McMahan, Ramage, Talwar, Zhang
 2018 ("Learning Differentially Private Recurrent Language Models"), with the clipping bound of Andrew, Thakkar,
 McMahan, Ramaswamy 2021 ("Differentially Private Learning with Adaptive Clipping") where it is adaptive. Unit example:
@@ -22,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.federation.arrays import Arrays, Shapes
-from fedclaw.federation.plan import AdaptiveClip, CentralPrivacy, Plan
+from fedclaw.federation.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, CentralPrivacy, Plan
 from fedclaw.federation.update import Postprocessor, SiteContext, Update
 from fedclaw.privacy.noise import GaussianSource
 
@@ -57,7 +58,9 @@ class CentralNoise(Postprocessor):
         arrays = dict(total.arrays)
         votes = arrays.pop(WITHIN, None)
         deviation = central.update_noise_multiplier * sensitivity(plan, central, total)
-        noisy = source.add_([torch.from_numpy(array) for array in arrays.values()], deviation)
+        # In float64 and rounded once, with the noise in it.
+        exact = [torch.from_numpy(array.astype(np.float64)) for array in arrays.values()]
+        noisy = [source.perturb_(values, deviation).to(torch.float32) for values in exact]
         arrays = {name: values.numpy() for name, values in zip(arrays, noisy, strict=True)}
         clip = None
         if central.adaptive and votes is not None:
@@ -69,11 +72,41 @@ class CentralNoise(Postprocessor):
 
 def sensitivity(plan: Plan, central: CentralPrivacy, mean: Update) -> float:
     """How far, in L2 norm, one unit can move `mean`: the mean that the weighting made, with what it was made of."""
+    return (1 + _rounding(plan, central, mean)) * _exact_sensitivity(plan, central, mean)
+
+
+def _exact_sensitivity(plan: Plan, central: CentralPrivacy, mean: Update) -> float:
     if central.unit == "example":
         return plan.training.learning_rate * central.clip / (central.sample_rate * mean.examples)
     if central.expected_sites is not None:
         return central.clip / central.expected_sites
     return central.clip * mean.heaviest
+
+
+def _rounding(plan: Plan, central: CentralPrivacy, mean: Update) -> float:
+    """What rounding adds to how far one unit moves a site's part of the sum, as a share of that.
+
+    An update within its clipping bound stays within it in float32. A sum over sampled examples is as long as so many
+    bounds: two such that are rounded to float32 are up to 2^-23 of that further apart. A sample is larger than
+    m + 10 sqrt(m) + 50, m the expected size, with probability 2^-64 (Bernstein's inequality). A secure sum rounds each
+    of d numbers to the nearest step, two of which are up to sqrt(d) steps further apart.
+    """
+    share = 0.0
+    if central.unit == "example":
+        expected = central.sample_rate * mean.examples
+        share = min(mean.examples, expected + 10 * math.sqrt(expected) + 50) * 2.0**-23
+    if plan.secure is not None:
+        share += (
+            plan.secure.step * math.sqrt(plan.secure.length) / (_exact_sensitivity(plan, central, mean) * mean.divisor)
+        )
+    return share
+
+
+def unit_bound(plan: Plan, central: CentralPrivacy) -> float:
+    """How far, in L2 norm, one unit can move the sum over the sites of weight x delta."""
+    if central.unit == "example":
+        return plan.training.learning_rate * central.clip / central.sample_rate
+    return central.clip * (plan.weight_cap or 1)
 
 
 def clip_to(arrays: Arrays, bound: float) -> float:
@@ -87,14 +120,17 @@ def clip_to(arrays: Arrays, bound: float) -> float:
             array[...] = 0
         return math.inf
     if norm > bound:
+        # In float64: the factor may be smaller than any number that float32 holds.
+        factor = np.float64(bound / (norm * _NORM_MARGIN))
         for array in arrays.values():
-            np.multiply(array, np.float32(bound / (norm * _NORM_MARGIN)), out=array)
+            np.multiply(array, factor, out=array, dtype=np.float64, casting="same_kind")
     return norm
 
 
 def moved(clip: float, share: float, adaptive: AdaptiveClip) -> float:
     """The next bound, when the (noisy) `share` of the sites stayed within this one (Andrew et al. 2021, section 2)."""
-    return clip * math.exp(-adaptive.learning_rate * (min(max(share, 0.0), 1.0) - adaptive.quantile))
+    wanted = clip * math.exp(-adaptive.learning_rate * (min(max(share, 0.0), 1.0) - adaptive.quantile))
+    return min(max(wanted, SMALLEST_CLIP), LARGEST_CLIP)
 
 
 def _square(array: NDArray[np.float32]) -> float:

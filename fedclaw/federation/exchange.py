@@ -121,7 +121,7 @@ class Trained(Answers):
         cls, plan: Plan, parameters: Mapping[str, NDArray[np.float32]], combine: Combine | None = None
     ) -> "Trained":
         """Ready for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
-        template = postprocess.template(parameters, plan)
+        template = postprocess.sum_of(parameters, plan)
         bounded = plan.weighting == "capped"
         total = (
             WeightedSum(template, largest=LARGEST)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
+from fedclaw.federation.central import unit_bound
 from fedclaw.federation.plan import CentralPrivacy, Plan, SecureAggregation, Unit
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.distributed import Shares, share_noise
@@ -44,16 +45,18 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Noisy:
-    """With this site's share of the noise. Unit `example`: the vector is a sum of which one example is a part."""
+    """With this site's share of the noise. Unit `example`: the vector is a sum of which one example is a part, and
+    `examples` are all there are."""
 
     shares: Shares
     unit: Unit
+    examples: int | None = None
 
     def encode(self, vector: Vector, source: GaussianSource) -> NDArray[np.uint32]:
         """(d,) integers modulo 2^32."""
         if self.unit == "site":
             return self.shares.encode(vector, source)
-        encoded, beyond = self.shares.encode_sum(vector, source)
+        encoded, beyond = self.shares.encode_sum(vector, source, self.examples)
         if beyond:
             log.warning(
                 "%d of %d numbers of the update were too large for the secure sum and cut off", beyond, len(vector)
@@ -61,14 +64,17 @@ class Noisy:
         return encoded
 
 
-def integers_of(plan: Plan) -> Integers:
-    """The rule of `plan`, which has secure aggregation. Raises PrivacyError for a plan whose noise is not enough."""
+def integers_of(plan: Plan, examples: int | None = None) -> Integers:
+    """The rule of `plan`, which has secure aggregation, for a site with so many training examples.
+
+    Raises PrivacyError for a plan whose noise is not enough.
+    """
     secure, central = plan.secure, plan.central
     assert secure is not None
     if central is not None and plan.noised_by_sites:
         if secure.value_range is not None:
             raise PrivacyError(RANGE_BESIDE_NOISE)
-        return Noisy(shares_of(plan, central, secure), central.unit)
+        return Noisy(shares_of(plan, central, secure), central.unit, examples)
     if secure.value_range is None:
         raise PrivacyError("secure aggregation without noise by the sites needs a range of values")
     return Nearest(secure.step, secure.value_range)
@@ -85,13 +91,6 @@ def shares_of(plan: Plan, central: CentralPrivacy, secure: SecureAggregation) ->
         colluding=secure.colluding,
         step=secure.step,
     )
-
-
-def unit_bound(plan: Plan, central: CentralPrivacy) -> float:
-    """How far, in L2 norm, one unit can move the sum over the sites of weight x delta."""
-    if central.unit == "example":
-        return plan.training.learning_rate * central.clip / central.sample_rate
-    return central.clip * (plan.weight_cap or 1)
 
 
 def distributed_mechanism(plan: Plan) -> Mechanism:

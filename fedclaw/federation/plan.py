@@ -42,6 +42,14 @@ MOST_EXAMPLES = 10**12
 MOST_CHARGED = 10**15
 """Steps or rounds in a receipt."""
 
+SMALLEST_CLIP, LARGEST_CLIP = 1e-6, 1e6
+"""A clipping bound lies between them, at every site: far enough from where float32 ends that no parameters and no data
+bring what is clipped there."""
+LARGEST_RATE = 1e3
+"""Of local learning rates."""
+_LARGEST_NUMBER = 1e30
+# What a plan's numbers multiply to stays below, and its reciprocal above: a float32 has room for it.
+
 METRICS = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
 """Names of the evaluation metrics; all but `loss` lie in [0, 1]."""
 
@@ -295,6 +303,34 @@ def _check_one_step(training: LocalTraining, privacy: PrivacyRequest | None, wei
         raise ValueError("the unit example is one plain step a round: training steps 1, sgd, no momentum or decay")
     if weighting != "examples":
         raise ValueError("the unit example makes one step on the pooled data: weighting: examples")
+
+
+def check_numbers(
+    training: LocalTraining, privacy: PrivacyRequest | None, central: CentralPrivacy | None, weight_cap: int | None
+) -> None:
+    """Raise ValueError for numbers at which floating point would not keep what a guarantee says, with the reason.
+
+    A site asks it of every plan, and a server of itself before a run; a record of an older run may hold others.
+    """
+    if not training.learning_rate <= LARGEST_RATE:
+        raise ValueError(f"the learning rate is {training.learning_rate:g}, and at most {LARGEST_RATE:g} is allowed")
+    for name, clip in (
+        ("privacy.max_grad_norm", privacy.max_grad_norm if privacy else 1.0),
+        ("central.clip", central.clip if central else 1.0),
+    ):
+        if not SMALLEST_CLIP <= clip <= LARGEST_CLIP:
+            raise ValueError(f"{name} is {clip:g}, and a clipping bound lies in [{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]")
+    if central is None:
+        return
+    reach = central.clip * (weight_cap or 1)
+    if central.unit == "example":
+        reach = training.learning_rate * central.clip / central.sample_rate
+    for value in (reach, reach * central.noise_multiplier):
+        if not 1 / _LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
+            raise ValueError(
+                f"learning rate, clipping bound, sample rate, weight cap and noise multiplier multiply to {value:g}, "
+                "which floating point has no room for"
+            )
 
 
 class Plan(Frozen):

@@ -13,6 +13,7 @@ after all of these and is not one of them: it is an exchange of its own (`fedcla
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -46,7 +47,7 @@ class Weighting(Postprocessor):
         """Multiply by the site's weight."""
         weight = plan.weight(update.examples)
         for array in update.arrays.values():
-            np.multiply(array, np.float32(weight), out=array)
+            np.multiply(array, array.dtype.type(weight), out=array)
         return replace(update, weight=weight, heaviest=weight)
 
     def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
@@ -56,10 +57,10 @@ class Weighting(Postprocessor):
         if divisor <= 0:
             raise UpdateError("no update was added, so there is no mean")
         for name, array in total.arrays.items():
-            np.divide(array, np.float32(divisor), out=array)
+            np.divide(array, array.dtype.type(divisor), out=array)
             if not all_finite(array):
                 raise UpdateError(f"the updates' sum overflowed in parameter {name!r}: a site sent absurd values")
-        return replace(total, weight=1.0, heaviest=total.heaviest / divisor)
+        return replace(total, weight=1.0, heaviest=total.heaviest / divisor, divisor=divisor)
 
 
 PIPELINE: tuple[Postprocessor, ...] = (SharedPositions(), CentralNoise(), Weighting(), SiteEncoding())
@@ -93,6 +94,17 @@ def template(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Array
     if plan.central and plan.central.adaptive:
         arrays[WITHIN] = np.zeros(1, np.float32)
     return arrays
+
+
+def precision(plan: Plan) -> type[np.floating[Any]]:
+    """The type in which a server adds updates: float64 where its own noise comes after the sum, as the roundings of all
+    the others would differ by who is in it."""
+    return np.float64 if plan.central is not None and plan.central.noise_by == "server" else np.float32
+
+
+def sum_of(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> dict[str, NDArray[Any]]:
+    """Arrays as `template` has them, in the type of the sum."""
+    return {name: array.astype(precision(plan), copy=False) for name, array in template(parameters, plan).items()}
 
 
 def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:

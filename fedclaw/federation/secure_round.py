@@ -18,8 +18,9 @@ from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import WeightedSum
 from fedclaw.federation.arrays import shapes_of, unflattened
+from fedclaw.federation.central import unit_bound
 from fedclaw.federation.exchange import Outgoing, Trained, check_weight, question, receipt_in, weights_in
-from fedclaw.federation.integers import shares_of, unit_bound
+from fedclaw.federation.integers import shares_of
 from fedclaw.federation.plan import Plan
 from fedclaw.federation.receipts import check_receipt
 from fedclaw.federation.run_directory import SiteReceipt
@@ -166,7 +167,9 @@ class _Round:
     def _finish(self, total: NDArray[np.uint32], survivors: Sequence[str]) -> None:
         secure = self._plan.secure
         assert secure is not None
-        arrays = unflattened(Encoding(secure.step).decode(total), shapes_of(self._template))
+        arrays = unflattened(
+            Encoding(secure.step).decode(total), shapes_of(self._template), postprocess.precision(self._plan)
+        )
         weights = [self._weights[site] for site in survivors]
         self._result.total.restore(
             Update(

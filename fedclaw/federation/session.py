@@ -12,7 +12,7 @@ from fedclaw.errors import DataError, PluginError, PrivacyError, RoundError, Usa
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.coordinator import drop_pending, make_strategy, pending_cohort
-from fedclaw.federation.plan import CentralPrivacy, ModelSpec
+from fedclaw.federation.plan import CentralPrivacy, ModelSpec, check_numbers
 from fedclaw.federation.registry import schema_class, workload_class
 from fedclaw.federation.run_directory import RUN_NAME, ReleaseUse, RoundRules, RunDirectory, RunRecord, StrategyRecord
 from fedclaw.federation.settings import CentralRequest, RunSettings, WorkloadChoice
@@ -64,6 +64,10 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         "seed": settings.seed,
     }
     record = check_settings(fields, RunRecord)
+    try:
+        check_numbers(record.training, record.privacy, record.central, record.weight_cap)
+    except ValueError as error:
+        raise UsageError(f"configuration: {error}") from error
     return _with_strategy(record)
 
 

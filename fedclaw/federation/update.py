@@ -14,7 +14,8 @@ from fedclaw.privacy.noise import GaussianSource
 
 @dataclass(frozen=True)
 class Update:
-    """Parameter deltas by name (float32), or a sum of them; `weight` and `examples` add up as they do.
+    """Parameter deltas by name (float32; float64 while noise on the sum waits to be added), or a sum of them; `weight`
+    and `examples` add up as they do.
 
     `heaviest` is the largest weight of any one site in it, on the scale that the arrays are on.
     """
@@ -23,6 +24,8 @@ class Update:
     weight: float
     examples: int
     heaviest: float = 1.0
+    divisor: float = 1.0
+    """At the server: what the arrays have been divided by."""
     clip: float | None = None
     """Where the clipping bound of the next round is to be, if it follows the updates."""
     encoded: Mapping[str, NDArray[Any]] | None = None

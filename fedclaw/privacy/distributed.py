@@ -126,9 +126,15 @@ class Shares:
         """What one site hands to secure aggregation: `vector` (d,), clipped, in steps, with this site's noise."""
         return with_noise(Encoding(self.step).encode(vector, self.clip, source), self.sigma, source)
 
-    def encode_sum(self, vector: Vector, source: GaussianSource) -> tuple[NDArray[np.uint32], int]:
-        """The same for a sum (d,) of parts, each clipped before; and how many numbers were cut off at `largest`."""
-        encoded, beyond = Encoding(self.step).encode_sum(vector, self.largest, source)
+    def encode_sum(
+        self, vector: Vector, source: GaussianSource, parts: int | None = None
+    ) -> tuple[NDArray[np.uint32], int]:
+        """The same for a sum (d,) of parts, each clipped before; and how many numbers were cut off at `largest`.
+
+        `parts`: how many there can be, if that is known. Raises PrivacyError for a sum that is longer than they can be.
+        """
+        longest = math.inf if parts is None else parts * self.clip
+        encoded, beyond = Encoding(self.step).encode_sum(vector, self.largest, source, longest)
         return with_noise(encoded, self.sigma, source), beyond
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:

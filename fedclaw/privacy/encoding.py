@@ -57,7 +57,9 @@ class Encoding:
                 return rounded.view(np.uint32)
         raise AssertionError("rounding exceeded a bound that it exceeds with probability 2^-64, again and again")
 
-    def encode_sum(self, vector: Vector, largest: int, source: GaussianSource) -> tuple[NDArray[np.uint32], int]:
+    def encode_sum(
+        self, vector: Vector, largest: int, source: GaussianSource, longest: float = math.inf
+    ) -> tuple[NDArray[np.uint32], int]:
         """`vector` (d,) of any norm, rounded at random, each number then brought into [-largest, largest] steps.
 
         For a sum within a site, of which one unit is a part: if the unit moves `vector` by an L2 norm of at most
@@ -65,13 +67,23 @@ class Encoding:
         BETA: with the same random numbers, the difference of the two rounded vectors is the unit's own part rounded at
         random. Float64 vectors keep that true to 16 digits. Numbers that are not finite count as zero. The
         second value is how many numbers were beyond `largest`.
+
+        `longest` is what the norm of a sum of as many parts as there can be comes to. A longer vector, which clipping
+        cannot have left, is scaled down to it, which brings no two vectors further apart; and the integers are looked
+        at once more: raises PrivacyError if they are longer than rounding can have made them.
         """
         rounded = np.empty(len(vector), dtype=np.int32)
-        beyond = 0
+        beyond, squared = 0, 0.0
+        scale = _scale(vector, longest) / self.step or 1 / self.step
         for start in range(0, len(vector), _CHUNK):
-            whole, finite = _rounded_part(vector[start : start + _CHUNK], 1 / self.step, source)
+            whole, finite = _rounded_part(vector[start : start + _CHUNK], scale, source)
             beyond += int(np.count_nonzero(np.abs(whole) > largest)) + len(finite) - int(np.count_nonzero(finite))
-            rounded[start : start + _CHUNK] = np.clip(whole, -largest, largest)
+            part = np.clip(whole, -largest, largest)
+            rounded[start : start + _CHUNK] = part
+            # Of whole numbers, which are exact up to 2^53.
+            squared += float(part.astype(np.float64) @ part)
+        if squared > (longest / self.step * (1 + 1e-9) + math.sqrt(len(vector))) ** 2:
+            raise PrivacyError("the sum that was to leave is longer than its clipped parts can make it; nothing leaves")
         return rounded.view(np.uint32), beyond
 
     def encode_nearest(self, vector: Vector, value_range: float) -> tuple[NDArray[np.uint32], int]:

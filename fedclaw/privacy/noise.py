@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError
 
 _KEY_BYTES = 32
-_CHUNK = 1 << 15
-# Values made at a time: 512 KiB of doubles and as much keystream stay in the cache. Even, for Box-Muller's pairs.
+CHUNK = 1 << 15
+"""Values made at a time: 512 KiB of doubles and as much keystream stay in the cache. Even, for Box-Muller's pairs."""
 _TO_UNIT = 2.0**-53
 _MANTISSA = np.uint64(2**52 - 1)
 _ONE = np.uint64(0x3FF << 52)
@@ -63,8 +63,8 @@ class GaussianSource:
             raise PrivacyError(f"a key of a noise source has {_KEY_BYTES} bytes, not {len(key)}")
         self._keystream = _Keystream(key)
         self._process = os.getpid()
-        self._zeros = memoryview(bytes(8 * _CHUNK))
-        self._words = np.empty(_CHUNK, dtype=np.uint64)
+        self._zeros = memoryview(bytes(8 * CHUNK))
+        self._words = np.empty(CHUNK, dtype=np.uint64)
         self._benches: dict[int, _Bench] = {}
 
     def __repr__(self) -> str:
@@ -84,26 +84,17 @@ class GaussianSource:
         _check_deviation(std)
         return self.standard(math.prod(shape)).mul_(std).to(torch.float32).reshape(tuple(shape)).to(device)
 
-    def perturb_(self, values: torch.Tensor, std: float, rounded: torch.Tensor | None = None) -> torch.Tensor:
+    def perturb_(self, values: torch.Tensor, std: float) -> torch.Tensor:
         """Add independent N(0, std^2) to each number of `values` (contiguous) in place, and return it.
 
-        The sum is made in float64 and rounded once; `rounded`, of as many numbers (contiguous), is overwritten with it.
-        Raises PrivacyError if std is not >= 0.
+        The sum is made in float64 and rounded once. Raises PrivacyError if std is not >= 0.
         """
         _check_deviation(std)
         flat = values.view(-1)
-        narrow = None if rounded is None else rounded.view(-1)
         if flat.device.type == "cpu":
-            # By parts, which are still in the cache when they are rounded.
-            for start in range(0, len(flat), _CHUNK):
-                part = flat[start : start + _CHUNK]
-                self._perturb(part, std)
-                if narrow is not None:
-                    narrow[start : start + _CHUNK].copy_(part)
-            return values
-        flat.add_(self.standard(len(flat)).mul_(std).to(flat.device))
-        if narrow is not None:
-            narrow.copy_(flat)
+            self._perturb(flat, std)
+        else:
+            flat.add_(self.standard(len(flat)).mul_(std).to(flat.device))
         return values
 
     def add_(self, values: Sequence[torch.Tensor], std: float) -> list[torch.Tensor]:
@@ -116,30 +107,30 @@ class GaussianSource:
         if not 0 <= q <= 1:
             raise PrivacyError(f"a probability lies in [0, 1], not {q}")
         mask = np.empty(count, dtype=np.bool_)
-        for start in range(0, count, _CHUNK):
-            part = mask[start : start + _CHUNK]
+        for start in range(0, count, CHUNK):
+            part = mask[start : start + CHUNK]
             np.less(self._uniforms(len(part)), q, out=part)
         return mask
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """(count,) uniform 64-bit words of the keystream."""
         words = np.empty(count, dtype=np.uint64)
-        for start in range(0, count, _CHUNK):
-            part = words[start : start + _CHUNK]
+        for start in range(0, count, CHUNK):
+            part = words[start : start + CHUNK]
             part[:] = self._keystream_words(len(part))
         return words
 
     def permutation(self, count: int) -> NDArray[np.int64]:
         """A uniformly random order of 0 .. count-1 (by sorting 53-bit keys; a tie changes nothing that matters)."""
         keys = np.empty(count)
-        for start in range(0, count, _CHUNK):
-            part = keys[start : start + _CHUNK]
+        for start in range(0, count, CHUNK):
+            part = keys[start : start + CHUNK]
             part[:] = self._uniforms(len(part))
         return np.argsort(keys, kind="stable")
 
     def _perturb(self, flat: torch.Tensor, std: float) -> None:
         """Add N(0, std^2) to (n,) numbers on the CPU, in place."""
-        for part in torch.split(flat, _CHUNK):
+        for part in torch.split(flat, CHUNK):
             bench = self._benches.get(len(part))
             if bench is None:
                 if len(self._benches) == _SIZES_KEPT:
@@ -149,7 +140,7 @@ class GaussianSource:
             bench.add_normals(part, std)
 
     def _uniforms(self, count: int) -> NDArray[np.float64]:
-        """(count,) doubles k / 2^53, 0 <= k < 2^53, uniform; count <= _CHUNK."""
+        """(count,) doubles k / 2^53, 0 <= k < 2^53, uniform; count <= CHUNK."""
         words = self._keystream_words(count)
         words >>= np.uint64(11)
         uniforms = words.astype(np.float64)
@@ -157,7 +148,7 @@ class GaussianSource:
         return uniforms
 
     def _keystream_words(self, count: int) -> NDArray[np.uint64]:
-        """(count,) words in a buffer that the next call overwrites; count <= _CHUNK."""
+        """(count,) words in a buffer that the next call overwrites; count <= CHUNK."""
         words = self._words[:count]
         self._fill(words)
         return words

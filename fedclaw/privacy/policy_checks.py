@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable
 
-from fedclaw.federation.plan import CentralPrivacy, Plan, Refusal, RefusalCode, SecureAggregation
+from fedclaw.federation.plan import CentralPrivacy, Plan, Refusal, RefusalCode, SecureAggregation, check_numbers
 from fedclaw.privacy.policy import MAX_PRIVATE_STEPS, Combination, Policy, listed
 from fedclaw.privacy.secure_aggregation.graph import Topology, is_enough
 
@@ -51,7 +51,12 @@ def permitted_metrics(policy: Policy, asked: tuple[str, ...], examples: int | No
 
 
 def check_request(policy: Policy, plan: Plan) -> None:
-    """Raise a Refusal for what holds for whatever is asked: who may ask for what, the cohort, whose noise counts."""
+    """Raise a Refusal for what holds for whatever is asked: numbers to compute with, who may ask for what, the cohort,
+    whose noise counts."""
+    try:
+        check_numbers(plan.training, plan.privacy, plan.central, plan.weight_cap)
+    except ValueError as error:
+        raise Refusal(RefusalCode.MALFORMED, str(error)) from error
     if policy.federations is not None:
         _require(RefusalCode.FEDERATION, "federation", plan.federation, policy.federations)
     _require(RefusalCode.WORKLOAD, "workload", plan.workload, policy.workloads)

@@ -31,7 +31,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.choice import choose, instead
 from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Unsuited, trainable
-from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 
 
@@ -250,8 +250,10 @@ class _Sums:
 
     def noised(self, source: GaussianSource, std: float) -> list[torch.Tensor]:
         """The sums, which get noise, rounded to the parameters' dtypes."""
-        for exact, rounded in self._blocks:
-            source.perturb_(exact, std, rounded)
+        for block in self._blocks:
+            # By parts, which are still in the cache when they are rounded.
+            for exact, rounded in zip(*(torch.split(values, CHUNK) for values in block), strict=True):
+                rounded.copy_(source.perturb_(exact, std))
         return self._rounded
 
 
@@ -259,8 +261,8 @@ def _in_company(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> tuple
     """A chunk of at most `size` examples, and how many of them are padding at its end.
 
     With one row matrix products go another way, with other rounding, than with more. Were an example alone only where
-    another was not sampled, that one would move its gradient, and by weights that make rounding count, in any way. Where
-    chunks have one example each, all are alone.
+    another was not sampled, that one would move its gradient; and with weights that leave little but rounding, turn it.
+    Where chunks have one example each, all are alone.
     """
     if len(inputs) != 1 or size == 1:
         return inputs, targets, 0

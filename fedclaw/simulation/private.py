@@ -13,7 +13,7 @@ import torch
 from fedclaw.federation.plan import Plan
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.gradients import checks
-from fedclaw.privacy.gradients.clipping import NORM_MARGIN
+from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, without_overflow
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.simulation.folded import FoldedModel, NotStackable
@@ -95,12 +95,11 @@ class PrivateStep:
         """Clipped gradients, summed by client and divided by the expected batch."""
         records = self._engine.recorded(packing, inputs, targets)
         with torch.no_grad():
-            rows = [self._rows(layer, seen.detach(), back) for layer, seen, back in records]
+            rows = [self._rows(layer, seen.detach(), back).to(torch.float64) for layer, seen, back in records]
             norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in rows]).norm(2, dim=0)
             factors = self._factors(packing, norms, samplings)
             for (layer, _, _), part in zip(records, rows, strict=True):
-                part.masked_fill_(~norms.isfinite()[:, None], 0.0)
-                spread = torch.func.vmap(self._rules[id(layer)].spread)(factors @ part)
+                spread = torch.func.vmap(self._rules[id(layer)].spread)(factors @ without_overflow(part, norms))
                 for place, values in zip(layer.places, spread, strict=True):
                     views[place].copy_(values.reshape(views[place].shape))
 
@@ -111,12 +110,12 @@ class PrivateStep:
         return self._rules[id(layer)].rows(inputs, gradient)
 
     def _factors(self, packing: Packing, norms: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
-        """(k, N): what each example's gradient counts by in each client's sum."""
+        """(k, N), float64: what each example's gradient counts by in each client's sum."""
         owner = packing.client_of_row
-        bounds = torch.tensor([sampling.bound / NORM_MARGIN for sampling in samplings])[owner]
-        scales = torch.tensor([1 / sampling.expected for sampling in samplings])[owner]
+        bounds = torch.tensor([sampling.bound / NORM_MARGIN for sampling in samplings], dtype=torch.float64)[owner]
+        scales = torch.tensor([1 / sampling.expected for sampling in samplings], dtype=torch.float64)[owner]
         own = torch.div(bounds, norms).clamp_(max=1.0).mul_(scales)
-        own = torch.where(norms.isfinite() & (packing.weights > 0), own, 0.0)
-        factors = torch.zeros(packing.clients, len(norms))
+        own = torch.where((norms <= LARGEST_NORM) & (packing.weights > 0), own, 0.0)
+        factors = torch.zeros(packing.clients, len(norms), dtype=torch.float64)
         factors[owner, torch.arange(len(norms))] = own
         return factors

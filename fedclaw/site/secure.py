@@ -80,7 +80,7 @@ def answer_masked(
     """Train, and mask what leaves. Raises Refusal, before anything is paid for."""
     mask = masking(identity, plan, content)
     try:
-        integers = integers_of(plan)
+        integers = integers_of(plan, len(site.data.train))
     except PrivacyError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
     _check_weight(site, plan)

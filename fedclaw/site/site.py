@@ -8,7 +8,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedclaw.errors import FedClawError, PluginError
-from fedclaw.federation.arrays import Arrays, unpack
+from fedclaw.federation.arrays import Arrays, all_finite, unpack
 from fedclaw.federation.plan import ModelSpec, Refusal, RefusalCode
 from fedclaw.privacy.ledger import Ledger
 from fedclaw.privacy.noise import GaussianSource
@@ -113,8 +113,14 @@ class Site:
 
 
 def sent_arrays(content: RecordDict, name: str) -> Arrays:
-    """The arrays that came under `name`. Raises Refusal when there are none, or they cannot be read."""
+    """The arrays that came under `name`. Raises Refusal when there are none, they cannot be read or are not finite."""
     try:
-        return unpack(content.array_records[name])
+        arrays = unpack(content.array_records[name])
     except (KeyError, FedClawError) as error:
         raise Refusal(RefusalCode.MALFORMED, f"the record {name!r} cannot be read: {error}") from error
+    for label, array in arrays.items():
+        if not all_finite(array):
+            raise Refusal(
+                RefusalCode.MALFORMED, f"the record {name!r} holds numbers that are not finite, in {label!r:.100}"
+            )
+    return arrays

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
@@ -49,7 +50,12 @@ class LocalUpdate:
 def answer_training(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> RecordDict:
     """The weighted delta of one round, with its receipt. Raises Refusal before anything is paid for."""
     local = train_locally(site, plan, content, asking)
-    return RecordDict({SUM: pack_wire(local.update.leaving), **about(local)})
+    # Rounded once, after all that a site does to it.
+    leaving = {
+        name: array.astype(np.float32) if array.dtype == np.float64 else array
+        for name, array in local.update.leaving.items()
+    }
+    return RecordDict({SUM: pack_wire(leaving), **about(local)})
 
 
 def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
@@ -84,7 +90,11 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
             mechanism=charge.mechanism,
         )
         _run_steps(site, plan, charge, steps, model, half.correction(model, count))
-    delta = _step_taken(model, plan) if plan.central and plan.central.unit == "example" else _delta(model, start)
+    delta = (
+        _step_taken(steps, model, plan)
+        if isinstance(steps, PrivateGradients) and _is_noised_later(plan)
+        else _delta(model, start)
+    )
     finished = half.finish(delta, count, lambda: _training_loss(site, plan, start, loss))
     personal = _personal(site, plan, half, model, start, loss)
     whole = Update({**finished.delta, **finished.extras}, 1.0, examples)
@@ -221,15 +231,12 @@ def _delta(model: torch.nn.Module, start: Arrays) -> Arrays:
     return {name: parameter.detach().cpu().numpy() - start[name] for name, parameter in model.named_parameters()}
 
 
-def _step_taken(model: torch.nn.Module, plan: Plan) -> Arrays:
-    """The one plain step, from its gradient, float32 by name.
+def _step_taken(steps: PrivateGradients, model: torch.nn.Module, plan: Plan) -> Arrays:
+    """The one plain step, from its gradient, float64 by name.
 
-    As the difference of two sets of parameters it would be rounded to what they can hold, and one example could move
-    it by a little more than its gradient was clipped to.
+    As the difference of two sets of parameters it would be rounded to what they can hold, and as float32 to 2^-24 of
+    itself: one example could move it by more than its gradient was clipped to.
     """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     rate = plan.training.learning_rate
-    return {
-        name: (parameter.grad * -rate).cpu().numpy()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    return {name: (exact * -rate).cpu().numpy() for name, exact in zip(names, steps.exact, strict=True)}

@@ -21,7 +21,13 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, clip_factors, overflows, with_more_digits, without_overflow
+from fedclaw.privacy.gradients.clipping import (
+    CACHED_NUMBERS,
+    clip_factors,
+    overflows,
+    with_more_digits,
+    without_overflow,
+)
 from fedclaw.privacy.gradients.interface import Clip, Loss, Unsuited, trainable
 from fedclaw.privacy.gradients.layers import LayerRule, LinearRule, Spread, rule_for
 

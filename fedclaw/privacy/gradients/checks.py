@@ -12,6 +12,8 @@ from fedclaw.privacy.gradients.interface import Loss
 PROBE = 4
 """Examples that `check_separate` looks at."""
 _SAME_LOSS = 1e-3
+_SMALLEST, _LARGEST = 1e-30, 1e30
+# Bounds far enough from where float32's ordinary numbers end.
 
 
 def check_settings(clip: float, noise: float, expected: float) -> None:
@@ -22,6 +24,11 @@ def check_settings(clip: float, noise: float, expected: float) -> None:
         raise PrivacyError(f"a noise multiplier is a number of at least 0, not {noise}")
     if not 0 < expected < math.inf:
         raise PrivacyError(f"the expected batch size is a number above 0, not {expected}")
+    if not _SMALLEST <= min(clip, clip / expected) <= max(clip, clip / expected) <= _LARGEST:
+        raise PrivacyError(
+            f"max_grad_norm {clip:g} with an expected batch of {expected:g} leaves gradients for which float32 has no "
+            "numbers that are fine enough"
+        )
 
 
 def check_model(model: torch.nn.Module) -> None:

@@ -1,10 +1,10 @@
 """From per-example gradients to a clipped sum, in float64.
 
 Why float64, of gradients that are float32. Squares of float32 numbers neither vanish nor overflow in it, so a norm is
-right to about 2^-52 a number whatever a model's parameters are; the factor that a gradient is clipped by, bound / norm /
-batch, may be as small as 1e-50 and is still an ordinary number, where float32 would round it up to the next denormal;
-and a sum of a million clipped gradients is right to 1e-10 of one of them. So one example moves a sum by at most the
-bound: what rounding adds is less than what NORM_MARGIN takes off.
+right to about 2^-52 a number whatever a model's parameters are, without scaling by the largest entry first; the factor
+that a gradient is clipped by, bound / norm / batch, may be as small as 1e-50 and is still an ordinary number, where
+float32 would round it up to the next denormal; and a sum of a million clipped gradients is right to 1e-7 of one of
+them. So one example moves a sum by at most the bound: what rounding adds is less than what NORM_MARGIN takes off.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def add_clipped(
     fresh: bool = False,
     padding: int = 0,
 ) -> None:
-    """Add to `totals`, float64 or what rounds to their type, the sum over the examples of gradients (B, *shape), clipped.
+    """Add to `totals`, best float64, the sum over the examples of gradients (B, *shape), clipped.
 
     The last `padding` examples count nothing.
     """

@@ -44,10 +44,11 @@ class ClippedSums(Protocol):
         fresh: bool,
         padding: int = 0,
     ) -> None:
-        """Add the clipped gradients of B >= 1 examples to `totals`, one contiguous float64 tensor a trainable parameter.
+        """Add the clipped gradients of B >= 1 examples to `totals`: a contiguous tensor a trainable parameter, float64.
 
-        `fresh`: what `totals` hold is to be overwritten. The last `padding` examples count nothing. Leaves nothing in the parameters' `.grad`. Raises Unsuited,
-        before it has touched `totals`, if this way cannot take the model after all.
+        `fresh`: what `totals` hold is to be overwritten. The last `padding` examples count nothing. Leaves nothing in
+        the parameters' `.grad`. Raises Unsuited, before it has touched `totals`, if this way cannot take the model
+        after all.
         """
 
     def paused(self) -> AbstractContextManager[None]:
