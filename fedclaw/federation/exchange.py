@@ -249,10 +249,18 @@ def by_kind(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
 
 
 def questions(
-    nodes: Sequence[int], round: int, kind: str, content: RecordDict, ttl: float | None = None
+    nodes: Sequence[int],
+    round: int,
+    kind: str,
+    content: RecordDict,
+    ttl: float | None = None,
+    arrays: "hashlib._Hash | None" = None,
 ) -> list[Message]:
-    """The same question to each of `nodes`; all messages share one content. `ttl` in seconds."""
-    digest = _digest(content)
+    """The same question to each of `nodes`; all messages share one content. `ttl` in seconds.
+
+    `arrays` is what `hashed_arrays` made of the content's arrays, where they also go to other nodes.
+    """
+    digest = _digest(content, arrays or hashed_arrays(content))
     messages = []
     for node in nodes:
         message = Message(content, dst_node_id=node, message_type=kind, group_id=str(round), ttl=ttl)
@@ -280,13 +288,19 @@ def ask(grid: Grid, messages: Sequence[Message], deadline: float, answers: Answe
     answers.seconds = time.monotonic() - began
 
 
-def _digest(content: RecordDict) -> str:
-    """SHA-256 of everything that is asked: plan, parameters, and what a protocol says."""
+def hashed_arrays(content: RecordDict) -> "hashlib._Hash":
+    """The beginning of the digest of a question: its parameters, which are large and mostly the same for all nodes."""
     digest = hashlib.sha256()
     for key, record in sorted(content.array_records.items()):
         for name, array in record.items():
             digest.update(f"{key}/{name}/{array.shape}|".encode())
             digest.update(array.data)
+    return digest
+
+
+def _digest(content: RecordDict, arrays: "hashlib._Hash") -> str:
+    """SHA-256 of everything that is asked: parameters, plan, and what a protocol says."""
+    digest = arrays.copy()
     for key, values in sorted(content.config_records.items()):
         digest.update(f"{key}|{sorted(values.items())}|".encode())
     return digest.hexdigest()

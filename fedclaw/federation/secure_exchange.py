@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError, UpdateError
 from fedclaw.federation.arrays import unpack_integers
-from fedclaw.federation.exchange import Answers, ask, part, questions, site_name
+from fedclaw.federation.exchange import Answers, ask, hashed_arrays, part, questions, site_name
 from fedclaw.federation.plan import Plan, SecureAggregation
 from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.statistics_request import StatisticsRequest
@@ -220,12 +220,12 @@ class SecureExchange:
         self._ask(self._questions(kind, content, said), min(self._deadline, STAGE_DEADLINE), accept)
 
     def _questions(self, kind: str, content: RecordDict, said: Mapping[str, Wire | None]) -> list[Message]:
-        messages = []
+        messages, arrays = [], hashed_arrays(content)
         for site, item in said.items():
             own = Records(dict(content))
             if item is not None:
                 own[SECURE] = secure_record(item)
-            messages += questions([self._nodes[site]], self._round, kind, own, self._deadline)
+            messages += questions([self._nodes[site]], self._round, kind, own, self._deadline, arrays)
         return messages
 
     def _ask(self, messages: Sequence[Message], deadline: float, accept: Callable[[str, RecordDict], None]) -> None:
