@@ -105,6 +105,8 @@ class Index:
         """Fingerprint of each data set when it was last charged."""
         self.owners: dict[str, str] = {}
         """By fingerprint, the data set that was charged for this content."""
+        self.times: dict[str, list[str]] = {}
+        """When each data set was charged (ISO 8601), each time no earlier than those before it."""
         self._readers = {"open": self._open, "reserve": self._reserve, "settle": self._settle}
 
     def follow(self, sequence: int, body: str, digest: str) -> Entry:
@@ -145,6 +147,8 @@ class Index:
         if reservation.fingerprint is not None:
             self.contents[reservation.data_set] = reservation.fingerprint
             self.owners[reservation.fingerprint] = reservation.data_set
+        times = self.times.setdefault(reservation.data_set, [])
+        times.append(max([str(plain["time"]), *times[-1:]]))
         name = (reservation.data_set, reservation.key)
         self.reservations[reservation.sequence] = reservation
         self.charges[digest] = reservation.sequence

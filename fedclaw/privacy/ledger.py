@@ -218,6 +218,11 @@ class Ledger:
         with self._reading():
             return sum(history.charges for history in self._runs(run, federation))
 
+    def charge_times(self, last: int) -> list[str]:
+        """When the data set was charged the `last` times, in order, each time no earlier than those before it."""
+        with self._reading():
+            return self._index.times.get(self._data_set, [])[-last:]
+
     def head(self) -> str:
         """The hash of the newest entry, of whatever data set."""
         with self._reading():

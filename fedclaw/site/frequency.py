@@ -2,7 +2,8 @@
 
 What counts is written down already, durably and before anything leaves: each charge to the data set in the ledger, and
 for evaluations that cost nothing each line of the outbound log. So neither a restart nor another run's name forgets
-it. Charges and such evaluations are counted apart, since a round usually has one of each.
+it. What is kept of both in memory follows them entry by entry. Charges and such evaluations are counted apart, since a
+round usually has one of each.
 
 The same question asked again is not another round: a reply that was finished is sent again from the outbox without
 asking here, and a charge whose result never left is taken up again.
@@ -13,8 +14,6 @@ that is set back has to catch up with them. It thus opens nothing.
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-
-from flwr.app import MessageType
 
 from fedclaw.federation.plan import Refusal, RefusalCode
 from fedclaw.privacy.accounting import Mechanism
@@ -44,13 +43,13 @@ def check_charge(
     What would take up a charge again, because the very same question was asked before, is no new round.
     """
     if is_limited(policy) and not ledger.is_waiting(key, federation, run, round, mechanism, content):
-        check_frequency(policy, charge_times(ledger.entries(), ledger.data_set))
+        check_frequency(policy, ledger.charge_times(_needed(policy)))
 
 
 def check_session(policy: Policy, ledger: Ledger) -> None:
     """The same for a question of several stages, before the first: none that was broken off can be taken up again."""
     if is_limited(policy):
-        check_frequency(policy, charge_times(ledger.entries(), ledger.data_set))
+        check_frequency(policy, ledger.charge_times(_needed(policy)))
 
 
 def check_evaluation(policy: Policy, outbound: OutboundLog | None) -> None:
@@ -59,12 +58,17 @@ def check_evaluation(policy: Policy, outbound: OutboundLog | None) -> None:
     A site that keeps no outbound log (a simulation) does not limit them.
     """
     if is_limited(policy) and outbound is not None:
-        check_frequency(policy, evaluation_times(outbound.entries()))
+        check_frequency(policy, outbound.evaluation_times(_needed(policy)))
 
 
 def is_limited(policy: Policy) -> bool:
     """Whether the books have to be read at all."""
     return policy.rounds_per_day is not None or policy.minimum_seconds_between_rounds > 0
+
+
+def _needed(policy: Policy) -> int:
+    """How many of the last times the limits rest on."""
+    return policy.rounds_per_day or 1
 
 
 def check_frequency(policy: Policy, times: Iterable[str], now: datetime | None = None) -> None:
@@ -111,8 +115,4 @@ def _charges(entries: Iterable[Entry], data_set: str) -> list[Entry]:
 
 def evaluation_times(lines: Iterable[OutboundEntry]) -> list[str]:
     """When an evaluation was answered at no cost; sent again counts once, refused not at all, charged in the ledger."""
-    return [
-        line.time
-        for line in lines
-        if line.kind == MessageType.EVALUATE and not (line.resent or line.refused or line.receipt is not None)
-    ]
+    return [line.time for line in lines if line.is_free_evaluation]

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from flwr.app import MessageType
 from pydantic import Field, JsonValue, ValidationError
 
 from fedclaw.chain import GENESIS, canonical, link
@@ -56,6 +57,11 @@ class OutboundEntry(Frozen):
     """Whether the same message left, or was about to, before."""
     refused: bool = False
     """Whether it says that the site does not take part, or failed."""
+
+    @property
+    def is_free_evaluation(self) -> bool:
+        """Whether it answers an evaluation at no cost: sent again counts once, what was charged is in the ledger."""
+        return self.kind == MessageType.EVALUATE and not (self.resent or self.refused or self.receipt is not None)
 
 
 class OutboundLog:
@@ -143,6 +149,12 @@ class OutboundLog:
             lines = os.pread(self._file, self._offset, 0).splitlines()
             return tuple(OutboundEntry.model_validate(json.loads(line)["entry"]) for line in lines)
 
+    def evaluation_times(self, last: int) -> list[str]:
+        """When evaluations were answered at no cost, the `last` ones in order, each no earlier than those before it."""
+        with self._exclusive():
+            self._catch_up()
+            return self._evaluations[-last:]
+
     def head(self) -> str:
         """The hash of the newest entry."""
         with self._exclusive():
@@ -168,6 +180,7 @@ class OutboundLog:
         self._sequence, self._offset, self._head = 0, 0, GENESIS
         self._heads = {GENESIS}
         self._sent: set[tuple[str, str]] = set()
+        self._evaluations: list[str] = []
 
     def _catch_up(self) -> None:
         """Follow what other processes have written since; a line without its end is set aside."""
@@ -207,6 +220,8 @@ class OutboundLog:
         self._sequence, self._head, self._offset = number, plain["hash"], self._offset + len(line) + 1
         self._heads.add(self._head)
         self._sent.add((entry.message_id, entry.digest))
+        if entry.is_free_evaluation:
+            self._evaluations.append(max([entry.time, *self._evaluations[-1:]]))
 
     def _line(self, entry: OutboundEntry) -> bytes:
         plain = entry.model_dump()

@@ -14,7 +14,9 @@ from fedclaw.federation.plan import (
     RefusalCode,
     SecureAggregation,
 )
+from fedclaw.privacy import history
 from fedclaw.privacy.ledger import Ledger
+from fedclaw.site import outbound
 from fedclaw.site.books import open_books
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.settings import load_site_settings
@@ -298,6 +300,34 @@ def test_a_round_that_was_noted_with_a_clock_set_back_was_not_long_ago(serve, cl
     clock.shift = timedelta(hours=12)
     asker = serve(rounds_per_day=1)
     refused(asker.ask(kind, round=3, identity="a new one"), RefusalCode.FREQUENCY)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_limited_question_reads_what_is_new_and_not_the_whole_book(serve, monkeypatch, kind):
+    """Entries of ledger and log whose place in the chain is worked out: as many for the tenth question as before."""
+    linked = []
+
+    def counting(link):
+        def count(previous, text):
+            linked.append(text)
+            return link(previous, text)
+
+        return count
+
+    asker = serve(rounds_per_day=1000)
+    for module in (history, outbound):
+        monkeypatch.setattr(module, "link", counting(module.link))
+    costs = []
+    for number in range(10):
+        before = len(linked)
+        asked = {
+            "run": f"run-{number}",
+            "rounds": 1,
+            "privacy": PrivacyRequest(epsilon=0.3, delta=1e-3, max_grad_norm=1),
+        }
+        taken(asker.ask(kind, **asked))
+        costs.append(len(linked) - before)
+    assert costs[-1] == costs[1], costs
 
 
 # Metrics
