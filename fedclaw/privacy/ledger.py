@@ -135,11 +135,7 @@ class Ledger:
         with self._writing():
             if (waiting := self._waiting(key, federation, run, round, mechanism, content)) is not None:
                 return waiting
-            lifetime = self._index.lifetimes.get(self._data_set, History())
-            _check_budget("on this data set", lifetime, mechanism, budget)
-            if run_budget is not None:
-                spent_by_run = self._index.runs.get((self._data_set, federation, run), History())
-                _check_budget("by this run", spent_by_run, mechanism, run_budget)
+            self._check_budgets(federation, run, mechanism, budget, run_budget)
             entry = self._append(
                 kind="reserve",
                 data_set=self._data_set,
@@ -153,6 +149,18 @@ class Ledger:
                 **({} if content is None else {"content": content}),
             )
             return self._index.reservations[entry.sequence]
+
+    def check_budgets(
+        self,
+        federation: str,
+        run: str,
+        mechanism: Mechanism | None,
+        budget: Budget,
+        run_budget: Budget | None = None,
+    ) -> None:
+        """Raise BudgetExceeded where `reserve` would, and write nothing."""
+        with self._reading():
+            self._check_budgets(federation, run, mechanism, budget, run_budget)
 
     def is_waiting(
         self,
@@ -281,6 +289,15 @@ class Ledger:
                 "privacy budget goes on. Data on other people needs a data.name of its own in site.yaml",
                 *(self._data_set, before, self._fingerprint),
             )
+
+    def _check_budgets(
+        self, federation: str, run: str, mechanism: Mechanism | None, budget: Budget, run_budget: Budget | None
+    ) -> None:
+        lifetime = self._index.lifetimes.get(self._data_set, History())
+        _check_budget("on this data set", lifetime, mechanism, budget)
+        if run_budget is not None:
+            spent_by_run = self._index.runs.get((self._data_set, federation, run), History())
+            _check_budget("by this run", spent_by_run, mechanism, run_budget)
 
     def _waiting(
         self, key: str, federation: str, run: str, round: int, mechanism: Mechanism | None, content: str | None

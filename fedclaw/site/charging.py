@@ -6,6 +6,8 @@ inside secure aggregation; else the server's, if the policy trusts the server wi
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -21,7 +23,7 @@ from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Budget, Ledger, Reservation
 from fedclaw.privacy.policy import Policy
 from fedclaw.runtime.records import serialised
-from fedclaw.site.frequency import check_charge
+from fedclaw.site.frequency import check_charge, check_session
 from fedclaw.site.site import Site
 
 log = logging.getLogger(__name__)
@@ -148,6 +150,16 @@ class Account:
         policy = site.policy
         return cls(site.ledger, policy.epsilon, policy.delta, policy.epsilon_per_run)
 
+    @property
+    def budget(self) -> Budget:
+        """What may be spent in all."""
+        return Budget(epsilon=self.epsilon, delta=self.delta)
+
+    @property
+    def run_budget(self) -> Budget:
+        """What one run may spend."""
+        return Budget(epsilon=self.epsilon_per_run, delta=self.delta)
+
 
 def reserve(
     site: Site,
@@ -165,7 +177,7 @@ def reserve(
     `account` is that of the data that is used, the training data by default.
     """
     account = account or Account.training(site)
-    try:
+    with _refusing():
         check_charge(
             site.policy,
             account.ledger,
@@ -183,9 +195,34 @@ def reserve(
             round=round,
             mechanism=mechanism,
             content=asking.content,
-            budget=Budget(epsilon=account.epsilon, delta=account.delta),
-            run_budget=Budget(epsilon=account.epsilon_per_run, delta=account.delta),
+            budget=account.budget,
+            run_budget=account.run_budget,
         )
+
+
+def check_affordable(
+    site: Site,
+    *,
+    asking: Asking,
+    federation: str,
+    run: str,
+    round: int,
+    mechanism: Mechanism | None,
+    account: Account | None = None,
+) -> None:
+    """Raise the Refusal that `reserve` would, and charge nothing: before what is done ahead of the charge."""
+    account = account or Account.training(site)
+    with _refusing():
+        if not account.ledger.is_waiting(asking.key, federation, run, round, mechanism, asking.content):
+            check_session(site.policy, account.ledger)
+            account.ledger.check_budgets(federation, run, mechanism, account.budget, account.run_budget)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What the ledger says no to, or fails at, is a Refusal."""
+    try:
+        yield
     except BudgetExceeded as error:
         # The ledger's figures (steps, sample rate, what is spent) tell how many examples there are: for the log.
         raise Refusal(

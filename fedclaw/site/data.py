@@ -45,12 +45,8 @@ def require_same(path: Path, before: str | None, now: str | None) -> None:
         raise DataError(f"{path} has changed since the client read it; start the client again")
 
 
-def prepare(site: Site, preprocessing: str | None) -> None:
-    """Have the site's tables standardised by the constants that a plan sends; read again only if they are new.
-
-    Raises Refusal if they are missing, superfluous or not such as the schema allows, which does not depend on data, and
-    DataError if the files have changed.
-    """
+def check_constants(site: Site, preprocessing: str | None) -> None:
+    """Raise Refusal for constants that are missing or superfluous, which does not depend on data."""
     schema = site.workload.schema
     if schema.needs_constants and preprocessing is None:
         raise Refusal(
@@ -61,10 +57,25 @@ def prepare(site: Site, preprocessing: str | None) -> None:
     if preprocessing is not None and not schema.needs_constants:
         # Whether the data can be read with constants of the server's choice would tell, uncharged, what they are.
         raise Refusal(RefusalCode.SCHEMA, "the plan brings constants, and this site's schema takes none")
-    if preprocessing is None or preprocessing == site.preprocessing:
+
+
+def is_prepared(site: Site, preprocessing: str | None) -> bool:
+    """Whether the tables are standardised by these constants, or need none."""
+    return preprocessing is None or preprocessing == site.preprocessing
+
+
+def prepare(site: Site, preprocessing: str | None) -> None:
+    """Have the site's tables standardised by the constants that a plan sends; read again only if they are new.
+
+    All data is read, so whoever calls it has made sure before that the site is going to answer. Raises Refusal if the
+    constants are missing, superfluous or not such as the schema allows, which does not depend on data, and DataError if
+    the files have changed.
+    """
+    check_constants(site, preprocessing)
+    if preprocessing is None or is_prepared(site, preprocessing):
         return
     try:
-        fitted = schema.with_constants(preprocessing, "the plan's preprocessing")
+        fitted = site.workload.schema.with_constants(preprocessing, "the plan's preprocessing")
     except DataError as error:
         raise Refusal(RefusalCode.SCHEMA, str(error)) from error
     files = files_of(site.data)

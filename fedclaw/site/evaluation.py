@@ -8,8 +8,9 @@ from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.privacy.policy_checks import permitted_metrics
 from fedclaw.site.charging import ABOUT, CHARGE, Asking
 from fedclaw.site.client_half import personal_parameters
+from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.frequency import check_evaluation
-from fedclaw.site.noised_metrics import bounded_sums, noised, pay_for_metrics
+from fedclaw.site.noised_metrics import bounded_sums, check_payable, noised, pay_for_metrics
 from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.workload import Table
@@ -31,7 +32,14 @@ def answer_evaluation(
     wanted = permitted_metrics(site.policy, plan.metrics, len(test))
     parameters = personal_parameters(site, plan, sent_arrays(content, ARRAYS))
     model = site.model(plan.model, parameters).eval()
-    if site.policy.metrics_epsilon is not None and wanted:
+    noise = site.policy.metrics_epsilon is not None and bool(wanted)
+    if not noise:
+        check_evaluation(site.policy, outbound)
+    elif not is_prepared(site, plan.preprocessing):
+        check_payable(site, plan, asking)
+    prepare(site, plan.preprocessing)
+    test = site.data.test or test
+    if noise:
         charge, receipt = pay_for_metrics(site, plan, asking)
         logits, targets = _logits(site, model, test)
         sums = bounded_sums(site.policy, wanted, logits, targets, site.workload.loss)
@@ -39,7 +47,6 @@ def answer_evaluation(
         answer[RECEIPT] = ConfigRecord({JSON: receipt.model_dump_json()})
         answer[ABOUT] = ConfigRecord({CHARGE: charge.hash})
         return answer
-    check_evaluation(site.policy, outbound)
     values = site.workload.evaluate(*_logits(site, model, test))
     return _answer(test, {name: values[name] * len(test) for name in wanted if name in values})
 

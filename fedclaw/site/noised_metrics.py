@@ -18,7 +18,7 @@ from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Ledger, Reservation
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.policy import DataSetBudget, Policy
-from fedclaw.site.charging import Account, Asking, reserve
+from fedclaw.site.charging import Account, Asking, check_affordable, reserve
 from fedclaw.site.site import Site
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -37,13 +37,23 @@ def metrics_mechanism(policy: Policy) -> Mechanism:
     return Mechanism(sample_rate=1.0, noise_multiplier=noise, steps=1)
 
 
+def check_payable(site: Site, plan: Plan, asking: Asking) -> None:
+    """Raise the Refusal that `pay_for_metrics` would, and charge nothing."""
+    check_affordable(
+        site,
+        asking=asking,
+        federation=plan.federation,
+        run=plan.run,
+        round=plan.round,
+        mechanism=metrics_mechanism(site.policy),
+        account=_account(site),
+    )
+
+
 def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation, Receipt]:
     """Charge one evaluation to the test data, durably, before it is done, and say what it cost. Raises Refusal."""
-    ledger = site.test_ledger
-    if ledger is None:
-        raise LedgerError("metrics are to be noised, and the test data has no ledger")
-    mechanism, budget = metrics_mechanism(site.policy), _budget(site.policy)
-    account = Account(ledger, budget.epsilon, budget.delta)
+    account = _account(site)
+    mechanism, budget, ledger = metrics_mechanism(site.policy), _budget(site.policy), account.ledger
     charge = reserve(
         site,
         asking=asking,
@@ -69,6 +79,14 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
         epsilon_left=None if budget.epsilon is None else max(0.0, budget.epsilon - lifetime),
         ledger_head=ledger.head(),
     )
+
+
+def _account(site: Site) -> Account:
+    """That of the test data."""
+    if site.test_ledger is None:
+        raise LedgerError("metrics are to be noised, and the test data has no ledger")
+    budget = _budget(site.policy)
+    return Account(site.test_ledger, budget.epsilon, budget.delta)
 
 
 def charged_ledger(site: Site, receipt: str) -> Ledger:

@@ -18,7 +18,7 @@ from fedclaw.federation.statistics_request import REQUEST, STATISTICS, Statistic
 from fedclaw.frozen import explain
 from fedclaw.privacy.policy_checks import check_request
 from fedclaw.site.charging import ABOUT, CHARGE, RUN, Asking
-from fedclaw.site.data import prepare
+from fedclaw.site.data import check_constants
 from fedclaw.site.evaluation import answer_evaluation
 from fedclaw.site.noised_metrics import charged_ledger
 from fedclaw.site.outbound import OutboundLog
@@ -101,7 +101,7 @@ class SiteService(Site):
             return self._statistics(message)
         plan = _plan_of(message)
         self._check(plan)
-        prepare(self, plan.preprocessing)
+        check_constants(self, plan.preprocessing)
         if kind == MessageType.TRAIN:
             answer = self._train(plan, message)
         elif kind in STAGES:

@@ -24,11 +24,13 @@ from fedclaw.site.charging import (
     Asking,
     Charge,
     charge_of,
+    check_affordable,
     log_spending,
     receipt_of,
     reserve,
 )
 from fedclaw.site.client_half import ClientHalf
+from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.training import Correction, make_optimizer, train
@@ -79,6 +81,7 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
     model = site.model(plan.model, start)
     set_threads(size)
     charge = charge_of(site, plan)
+    _prepare(site, plan, charge, asking)
     loss, count = _loss(site, plan, content), plan.training.local_steps(examples)
     with _steps(site, plan, charge, model, loss) as steps:
         reservation = reserve(
@@ -103,6 +106,20 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
     receipt = receipt_of(site, plan, charge)
     log_spending(plan, receipt)
     return LocalUpdate(update, receipt, reservation.hash)
+
+
+def _prepare(site: Site, plan: Plan, charge: Charge, asking: Asking) -> None:
+    """Standardise by the plan's constants. New ones take all data to be read, so every reason to refuse comes first."""
+    if not is_prepared(site, plan.preprocessing):
+        check_affordable(
+            site,
+            asking=asking,
+            federation=plan.federation,
+            run=plan.run,
+            round=plan.round,
+            mechanism=charge.mechanism,
+        )
+        prepare(site, plan.preprocessing)
 
 
 def _check_preprocessing(site: Site, plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """A site standardises by the constants that a plan brings: once each, and only such as the schema allows."""
 
 import json
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedclaw.errors import DataError
 from fedclaw.federation.arrays import pack
 from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, RefusalCode
+from fedclaw.privacy.policy import DataSetBudget
 from fedclaw.runtime.flower import assign_message_id, assume_server_identity
 from fedclaw.site import data as site_data
 from fedclaw.site.data import prepare
@@ -30,23 +32,24 @@ def site(root):
     return open_service(root, load_site_settings(root), "clinic")
 
 
-def asked(site, preprocessing, kind="train"):
+def asked(site, preprocessing, kind="train", **changes):
     model = ModelSpec(name="logistic")
-    plan = Plan(
-        federation="clinic",
-        run="run-1",
-        round=1,
-        rounds=4,
-        cohort=3,
-        workload="tabular",
-        schema_digest=site.schema_digest,
-        model=model,
-        strategy="fedavg",
-        training=LocalTraining(epochs=1, batch_size=16, learning_rate=0.1),
-        privacy=PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1),
-        metrics=("accuracy",),
-        preprocessing=preprocessing,
-    )
+    fields = {
+        "federation": "clinic",
+        "run": "run-1",
+        "round": 1,
+        "rounds": 4,
+        "cohort": 3,
+        "workload": "tabular",
+        "schema_digest": site.schema_digest,
+        "model": model,
+        "strategy": "fedavg",
+        "training": LocalTraining(epochs=1, batch_size=16, learning_rate=0.1),
+        "privacy": PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1),
+        "metrics": ("accuracy",),
+        "preprocessing": preprocessing,
+    }
+    plan = Plan(**{**fields, **changes})
     network = site.workload.build(model)
     parameters = {name: p.detach().numpy().copy() for name, p in network.named_parameters()}
     content = RecordDict({"arrays": pack(parameters), "plan": ConfigRecord({"json": plan.model_dump_json()})})
@@ -130,3 +133,58 @@ def test_files_that_have_changed_are_not_read_again(site, root, name):
     with pytest.raises(DataError, match=rf"{name} has changed since the client read it; start the client again"):
         prepare(site, site.workload.schema.shared_constants(MOMENTS))
     assert site.preprocessing is None
+
+
+REFUSED = {
+    "strategy": {"strategy": "fedbest"},
+    "epsilon": {"privacy": PrivacyRequest(epsilon=500, delta=1e-3, max_grad_norm=1)},
+    "no privacy": {"privacy": None},
+    "cohort": {"cohort": 1},
+    "model": {"model": ModelSpec(name="mlp", args={"hidden": [3]})},
+    "unknown kind": {"kind": "query.everything"},
+    "metrics": {"kind": "evaluate", "metrics": ("recall",)},
+}
+
+
+def with_policy(site, **changes):
+    site.policy = site.policy.model_copy(update=changes)
+    return site
+
+
+@pytest.mark.parametrize("why", [*REFUSED, "budget", "frequency", "metrics' budget", "metrics' frequency"])
+def test_no_constants_make_a_site_read_its_data_for_a_question_that_it_refuses(site, monkeypatch, why):
+    """All data is read again for new constants, which any question may bring: what can be refused is refused first."""
+    constants = [site.workload.schema.shared_constants(MOMENTS | {"age": (50.0, 100.0 + n)}) for n in range(3)]
+    with_policy(site, metrics=("accuracy",), minimum_cohort=2)
+    changes = dict(REFUSED.get(why, {}))
+    if why == "budget":
+        with_policy(site, epsilon=0.5)
+    if why == "metrics' budget":
+        budget = DataSetBudget(epsilon=0.01, delta=1e-6)
+        with_policy(site, metrics_epsilon=1.0, metrics_budget=budget)
+        site.test_ledger = site.ledger
+        changes["kind"] = "evaluate"
+    if "frequency" in why:
+        changes["kind"] = "evaluate" if "metrics" in why else "train"
+        assert not asked(site, constants[0], **changes).has_error()
+        with_policy(site, minimum_seconds_between_rounds=3600.0)
+        site.outbound = Evaluated()
+    monkeypatch.setattr(site_data, "load_data", lambda *_: pytest.fail("the files were read"))
+    for text in constants[1:]:
+        reply = asked(site, text, **changes)
+        assert reply.has_error()
+        assert reply.error.code != RefusalCode.FAILED, "it was refused, and did not fail"
+
+
+class Evaluated:
+    """An outbound log that has one evaluation, of just now."""
+
+    def evaluation_times(self, last):
+        return [datetime.now(UTC).isoformat(timespec="seconds")]
+
+
+def test_the_question_that_brought_the_constants_is_answered_with_them(site):
+    """After the checks: the first answer is by the new tables already."""
+    constants = site.workload.schema.shared_constants(MOMENTS | {"dose": (6000.0, 100.0**2)})
+    assert not asked(site, constants, "evaluate").has_error()
+    assert site.preprocessing == constants
