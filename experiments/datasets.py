@@ -13,6 +13,11 @@ and by size, as real ones do. The schema's constants come from the public refere
 into them.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.datasets", __doc__)
+
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -8,12 +8,17 @@ Each organisation has its own directory, keys, policy and privacy ledger, and it
 bundle), logs/, and summary.json.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.demo", __doc__)
+
 import json
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from rich.console import Console
@@ -22,17 +27,18 @@ from rich.table import Table
 from experiments.datasets import SitePolicy, write_sites
 from experiments.partitions.settings import PartitionSettings
 from experiments.processes import Processes, free_port
-from experiments.simulate import local_only, pooled
 from experiments.sources import DatasetSettings
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
-from fedclaw.federation.coordinator import Outcome
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen
 from fedclaw.report.console import make_console
 from fedclaw.site.books import site_spending
-from fedclaw.site.in_process import open_sites
+
+if TYPE_CHECKING:
+    from fedclaw.federation.coordinator import Outcome
 
 FEDERATION = "demo"
 MARKER = ".fedclaw-demo"
@@ -166,15 +172,18 @@ class _Demo:
         self.console.print(f"predictions for {inputs}: {predictions}")
         return bundle, verified
 
-    def _baselines(self, directory: RunDirectory, directories: Sequence[Path]) -> tuple[dict[str, Outcome], Outcome]:
+    def _baselines(self, directory: RunDirectory, directories: Sequence[Path]) -> "tuple[dict[str, Outcome], Outcome]":
         self.console.rule("6. For comparison: every site alone, and everything pooled", align="left")
+        with startup.loading("torch, Opacus and Flower"):
+            from experiments.simulate import local_only, pooled
+            from fedclaw.site.in_process import open_sites
         sites = open_sites(directories, FEDERATION)
         root = self.root / "runs" / "baselines"
         record = directory.record()
         return local_only(record, sites, root), pooled(record, sites, root)
 
     def _summary(
-        self, directory: RunDirectory, local: dict[str, Outcome], everything: Outcome, bundle: Path, verified: bool
+        self, directory: RunDirectory, local: "dict[str, Outcome]", everything: "Outcome", bundle: Path, verified: bool
     ) -> dict[str, Any]:
         receipts = directory.read_receipts()
         alone = [outcome.metrics["accuracy"] for outcome in local.values()]

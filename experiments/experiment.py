@@ -5,53 +5,26 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from pydantic import Field
-
 from experiments.attacks.federation import simulate_attacked
-from experiments.attacks.settings import AttackSettings, NoAttack
 from experiments.datasets import SitePolicy, site_names, write_sites
 from experiments.partitions.dealing import deal_out
 from experiments.partitions.record import RECORD, write_record
-from experiments.partitions.settings import PartitionSettings
-from experiments.simulated import (
-    RuntimeSettings,
-    SimulationRuntime,
-    SitesRuntime,
-    deal_in_memory,
-    run_simulated,
-    write_root,
-)
-from experiments.sources import DatasetSettings
+from experiments.settings import ExperimentSettings, SimulationRuntime, check_experiment, fewest
+from experiments.simulated import deal_in_memory, run_simulated, write_root
 from experiments.sweeps.resume import remember
-from fedclaw.errors import UsageError
+from fedclaw import startup
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.plan import METRICS
-from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
 from fedclaw.federation.session import make_record
-from fedclaw.federation.settings import RunSettings
-from fedclaw.federation.strategy import Buffered
 from fedclaw.files import write_atomic
 from fedclaw.report.terminal import TerminalProgress
-from fedclaw.report.tracking import TrackingSettings, make_tracker
+from fedclaw.report.tracking import make_tracker
 from fedclaw.runtime.ray import RaySettings, simulate_on_ray
 from fedclaw.simulation import simulated
 from fedclaw.site.in_process import open_sites, simulate
 
 FEDERATION = "experiments"
-
-
-class ExperimentSettings(RunSettings):
-    """conf/run.yaml, checked."""
-
-    dataset: DatasetSettings
-    partition: PartitionSettings
-    runtime: RuntimeSettings = SitesRuntime()
-    attack: AttackSettings = NoAttack()
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    runs: Path = Path("runs")
-    run: str | None = None
-    tracking: TrackingSettings = TrackingSettings()
 
 
 def run_experiment(
@@ -62,11 +35,7 @@ def run_experiment(
     With `resume`, a run of that name that was begun goes on where it stopped; `tags` are set on its MLflow run. A
     `quiet` one shows no rounds.
     """
-    if settings.attack.sites and isinstance(settings.runtime, RaySettings):
-        raise UsageError("attack: hostile sites need to know of each other; take runtime=sites or runtime=simulation")
-    if settings.workload.name != settings.dataset.workload:
-        wanted = f"dataset={settings.dataset.name} is for workload={settings.dataset.workload}"
-        raise UsageError(f"workload={settings.workload.name}: {wanted}; choose another of the two")
+    check_experiment(settings)
     dealt = None
     if isinstance(settings.runtime, SimulationRuntime):
         dealt = deal_in_memory(settings.dataset, settings.partition, settings.runtime)
@@ -80,6 +49,7 @@ def run_experiment(
     for name in kept:
         write_atomic(directory.root / name, (root / name).read_bytes())
     tracker = make_tracker(settings.tracking, directory, tags, kept)
+    startup.next_step(f"continue with resume={directory.root}")
     observers: list[Observer] = [observer for observer in (progress, tracker) if observer]
     try:
         if dealt is not None and isinstance(settings.runtime, SimulationRuntime):
@@ -92,9 +62,9 @@ def run_experiment(
         if settings.attack.sites:
             return simulate_attacked(directory, sites, settings.attack, observers)
         return simulate(directory, sites, observers)
-    except BaseException:
+    except BaseException as error:
         if tracker:
-            tracker.failed()
+            tracker.failed(error)
         raise
     finally:
         if progress:
@@ -108,18 +78,11 @@ def _open_run(settings: ExperimentSettings, root: Path, simulated_clients: int, 
         directory.check()
         return directory
     choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
-    rules = RoundRules(minimum=_fewest(settings, simulated_clients), fraction=settings.fraction)
+    rules = RoundRules(minimum=fewest(settings, simulated_clients), fraction=settings.fraction)
     record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
     if isinstance(settings.runtime, SimulationRuntime):
         record = simulated(record, settings.runtime, simulated_clients)
     return RunDirectory.create(settings.runs / record.run, record)
-
-
-def _fewest(settings: ExperimentSettings, simulated_clients: int) -> int:
-    """Answers that make a round: one, or all that are asked for, where a strategy looks at each, or counts them."""
-    strategy = strategy_class(str(settings.strategy.get("name")))
-    asked = round(settings.fraction * (simulated_clients or settings.dataset.sites))
-    return max(1, asked) if strategy.needs_single_updates or issubclass(strategy, Buffered) else 1
 
 
 def _data(settings: ExperimentSettings) -> Path:

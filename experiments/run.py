@@ -12,10 +12,18 @@ goes on from its checkpoint. It ends with a table and plots in runs/sweeps/NAME;
 runs several at once, hydra/sweeper=optuna chooses them.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.run", __doc__, plugins=True)
+
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from experiments.sweeps import PROGRAM
+from fedclaw import startup
 from fedclaw.cli import config_directory, run_hydra
 
 
@@ -28,5 +36,18 @@ def main(config: DictConfig) -> float:
     return run_job(config)
 
 
+def run() -> None:
+    """`main`, and an end in MLflow for a sweep that does not come to its own."""
+    startup.next_step("give the same command again: a sweep goes on where it was")
+    try:
+        main()
+    except BaseException as error:
+        if "experiments.sweeps.callback" in sys.modules:
+            from experiments.sweeps.callback import break_off
+
+            break_off(error)
+        raise
+
+
 if __name__ == "__main__":
-    run_hydra(PROGRAM, main)
+    run_hydra(PROGRAM, "run", run)

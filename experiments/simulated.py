@@ -3,43 +3,22 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field
 
 from experiments.attacks.base import Attack
 from experiments.attacks.simulated import simulate_attacked_cohorts
 from experiments.partitions.in_memory import InMemory, in_memory
 from experiments.partitions.record import write_record
 from experiments.partitions.settings import PartitionSettings
+from experiments.settings import SimulationRuntime
 from experiments.sources import DatasetSettings
 from fedclaw.federation.coordinator import Observer, Outcome
 from fedclaw.federation.registry import workload_class
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
-from fedclaw.runtime.ray import RaySettings
-from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts
+from fedclaw.simulation import SimulatedFederation, simulate_cohorts
 
 MOST_PLOTTED = 1000
 """Clients up to which the partition is described and plotted beside the run."""
-
-
-class SitesRuntime(Frozen):
-    """conf/runtime/sites.yaml."""
-
-    name: Literal["sites"] = "sites"
-
-
-class SimulationRuntime(SimulationSettings):
-    """conf/runtime/simulation.yaml."""
-
-    name: Literal["simulation"] = "simulation"
-    clients: int | None = Field(default=None, ge=1)
-    """None: as many as the data set's sites."""
-
-
-RuntimeSettings = Annotated[SitesRuntime | SimulationRuntime | RaySettings, Field(discriminator="name")]
 
 
 def deal_in_memory(dataset: DatasetSettings, partition: PartitionSettings, runtime: SimulationRuntime) -> InMemory:

@@ -3,6 +3,11 @@
 python -m experiments.sweep runs/sweeps/NAME
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.sweep", __doc__)
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -22,6 +22,11 @@ Exit code 0: nothing exceeds the claim, which proves nothing. 1: a claim is refu
 could not be done. 2: wrong use.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.audit", __doc__, plugins=True)
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,13 +35,17 @@ from pydantic import Field, JsonValue
 from rich.console import Console
 from rich.table import Table
 
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import PrivacyError, UsageError
+from fedclaw.federation.early_checks import check_early
+from fedclaw.federation.run_directory import RoundRules
 from fedclaw.federation.settings import RunSettings
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.privacy.audit.findings import AuditReport, Check
 from fedclaw.privacy.audit.options import AuditOptions
 from fedclaw.report.console import make_console
+from fedclaw.site.settings import load_site_settings
 
 if TYPE_CHECKING:
     from fedclaw.site.service import SiteService
@@ -56,13 +65,15 @@ class Settings(RunSettings, AuditOptions):
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Audit as the command line says. Raises PrivacyError when a claim is refuted."""
-    from fedclaw.privacy.audit.run import audit_run
-
     line = split(arguments)
     if line.words:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
     settings = compose_settings("audit", line.overrides, Settings)
-    run, sites = _subject(settings)
+    run = _run_settings(settings)
+    check_early(run, None, RoundRules(minimum=1))
+    with startup.loading("torch, Opacus and Flower"):
+        from fedclaw.privacy.audit.run import audit_run
+    sites = _sites(settings, run)
     options = AuditOptions(**{name: getattr(settings, name) for name in AuditOptions.model_fields})
     report = audit_run(run, sites, options)
     if settings.report is not None:
@@ -91,21 +102,29 @@ def show(report: AuditReport, console: Console, *, real: bool) -> None:
         console.print(sentence, markup=False)
 
 
-def _subject(settings: Settings) -> tuple[RunSettings, Mapping[str, "SiteService"]]:
-    """The run's own settings, and the sites. Raises UsageError or DataError."""
-    from fedclaw.privacy.audit.subject import FEDERATION, synthetic_sites
-    from fedclaw.site.in_process import open_sites
-    from fedclaw.site.settings import load_site_settings
-
+def _run_settings(settings: Settings) -> RunSettings:
+    """The run's own settings; without a schema file, with that of the first site. Raises UsageError."""
     run = RunSettings.model_construct(**{name: getattr(settings, name) for name in RunSettings.model_fields})
     if settings.sites is None:
-        return run, synthetic_sites(run, settings.synthetic)
+        return run
     if not settings.sites:
         raise UsageError("sites= is empty: give directories of sites, or leave it out for made-up data")
+    for site in settings.sites:
+        load_site_settings(site)
     if run.workload.schema_file is None:
         schema = load_site_settings(settings.sites[0]).schema_file
         run = run.model_copy(update={"workload": run.workload.model_copy(update={"schema_file": schema})})
-    return run, open_sites(settings.sites, FEDERATION)
+    return run
+
+
+def _sites(settings: Settings, run: RunSettings) -> Mapping[str, "SiteService"]:
+    """The sites whose data is used. Raises UsageError or DataError."""
+    from fedclaw.privacy.audit.subject import FEDERATION, synthetic_sites
+    from fedclaw.site.in_process import open_sites
+
+    if settings.sites is None:
+        return synthetic_sites(run, settings.synthetic)
+    return open_sites(settings.sites, FEDERATION)
 
 
 def _epsilon(value: float | None) -> str:

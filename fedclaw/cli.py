@@ -2,7 +2,9 @@
 
 A command line is `python -m fedclaw.X [command] key=value ...`; the configuration is composed from conf/X.yaml and its
 groups, checked against a frozen settings class, and handed to a function. One clear line and an exit code is all
-that a user's mistake gets: 0 done, 1 failed, 2 wrong use.
+that a user's mistake gets: 0 done, 1 failed, 2 wrong use, 130 and 143 for Ctrl-C and SIGTERM (`fedclaw.startup`).
+
+A command checks all that can be wrong without torch, Flower, Opacus or MLflow before it imports one of them.
 """
 
 import logging
@@ -10,26 +12,27 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
+from fedclaw import startup
+from fedclaw.catalogue import STRATEGIES, WORKLOADS, did_you_mean, plugin_points
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.frozen import S, check_settings
 from fedclaw.report.console import make_console
 
 log = logging.getLogger(__name__)
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,13 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
-            composed = compose(config_name, overrides=list(overrides))
+            composed = compose(config_name, overrides=with_plugins(overrides))
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _wrong_configuration(error) from error
-    return check_settings(plain, settings)
+        raise _wrong_configuration(error, config_name) from error
+    checked = check_settings(plain, settings)
+    startup.clear_line()
+    return checked
 
 
 def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -75,25 +80,46 @@ def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> 
     arguments = sys.argv[1:]
     console = make_console(stderr=True)
     if any(argument in {"-h", "--help"} for argument in arguments):
-        sys.stdout.write(usage.strip() + "\n")
-        sys.exit(0)
+        startup.give_help(usage)
     start_logging(console)
-    try:
-        body(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        sys.exit(report_failure(module, error, console))
-    sys.exit(0)
+    _run(module, lambda: body(arguments), console)
 
 
-def run_hydra(module: str, main: Callable[[], object]) -> NoReturn:
+def run_hydra(module: str, config_name: str, main: Callable[[], object]) -> NoReturn:
     """Run an entry point that is a function of Hydra's, which can sweep, and exit as `run_main` does."""
     # Hydra prints its errors, in several lines, and exits with 1, unless it is asked to hand them on.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+    def body() -> None:
+        sys.argv[1:] = with_plugins(sys.argv[1:])
+        try:
+            main()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _wrong_configuration(error, config_name) from error
+
+    _run(module, body, make_console(stderr=True))
+
+
+def _run(module: str, body: Callable[[], None], console: Console) -> NoReturn:
+    """Run `body` and exit. A signal, or whatever a library makes of one, ends all that this process started as well."""
     try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(report_failure(module, _wrong_configuration(error), make_console(stderr=True)))
+        startup.under_way()
+        body()
+    except SystemExit:
+        if startup.is_stopping():
+            startup.leave(startup.stop_code(SystemExit()))
+        raise
+    except BaseException as error:
+        code = report_failure(module, error, console)
+        if _is_stop(error):
+            startup.leave(code)
+        sys.exit(code)
+    startup.clear_line()
     sys.exit(0)
+
+
+def _is_stop(error: BaseException) -> bool:
+    return isinstance(error, KeyboardInterrupt) or startup.is_stopping()
 
 
 def report_failure(module: str, error: BaseException, console: Console) -> int:
@@ -102,16 +128,17 @@ def report_failure(module: str, error: BaseException, console: Console) -> int:
     What FedClaw did not foresee is told by its type and place alone: a library's text may quote a key or a record.
     The traceback, which has that text, goes to the log under FEDCLAW_LOG=DEBUG.
     """
-    code = error.exit_code if isinstance(error, FedClawError) else 1
-    if isinstance(error, KeyboardInterrupt):
-        code = INTERRUPTED
+    startup.clear_line()
+    if _is_stop(error):
+        console.print(startup.stop_line(module), style="bold red", markup=False, soft_wrap=True)
+        return startup.stop_code(error)
     line = describe_failure(error)
-    if not isinstance(error, FedClawError | KeyboardInterrupt):
+    if not isinstance(error, FedClawError):
         log.debug("%s", type(error).__name__, exc_info=error)
     console.print(f"{module}: {line}", style="bold red", markup=False)
     if isinstance(error, UsageError):
-        console.print(f"see python -m {module} --help", style="dim", markup=False)
-    return code
+        console.print(f"see {startup.see_help(module)}", style="dim", markup=False)
+    return error.exit_code if isinstance(error, FedClawError) else 1
 
 
 def describe_failure(error: BaseException) -> str:
@@ -119,7 +146,7 @@ def describe_failure(error: BaseException) -> str:
     if isinstance(error, FedClawError):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return "stopped"
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([" -> ".join(names), error.strerror] if names else [error.strerror])
@@ -151,7 +178,33 @@ def start_logging(console: Console) -> None:
     logger.propagate = False
 
 
-def _wrong_configuration(error: HydraException | OmegaConfBaseException) -> UsageError:
+def with_plugins(overrides: Sequence[str]) -> list[str]:
+    """`overrides`, with strategies and workloads of other packages taken as those with a file in conf/ are.
+
+    strategy=NAME is then such a plug-in by itself, with its own defaults, and strategy.KEY=VALUE a setting of it, which
+    its class checks. strategy.name=NAME means the same as strategy=NAME.
+    """
+    given = list(overrides)
+    for group, kind, empty in (
+        ("strategy", STRATEGIES, {}),
+        ("workload", WORKLOADS, {"schema_file": None, "model": {"name": None, "args": None}}),
+    ):
+        given = [re.sub(rf"^\+*{group}\.name=", f"{group}=", override) for override in given]
+        chosen = [override.partition("=")[2] for override in given if override.partition("=")[0].lstrip("+") == group]
+        named = {name.strip() for choice in chosen for name in choice.split(",")}
+        theirs = {
+            name
+            for name in named & plugin_points(kind).keys()
+            if not (config_directory() / group / f"{name}.yaml").is_file()
+        }
+        for name in theirs:
+            ConfigStore.instance().store(name=name, node={"name": name, **empty}, group=group, provider="fedclaw")
+        if theirs:
+            given = [re.sub(rf"^\+*(?={group}\.[^=]+=)", "++", override) for override in given]
+    return given
+
+
+def _wrong_configuration(error: HydraException | OmegaConfBaseException, config_name: str) -> UsageError:
     """What Hydra or OmegaConf found wrong with a command line, as FedClaw says it."""
     if isinstance(error, MissingMandatoryValue):
         return UsageError(f"{error.full_key}= is missing and has no default")
@@ -160,12 +213,41 @@ def _wrong_configuration(error: HydraException | OmegaConfBaseException) -> Usag
             f"cannot read {error.override!r}: a value with spaces or special characters is quoted twice, "
             """as in 'name="two words"'"""
         )
-    return UsageError(f"configuration: {_plain(error)}")
-
-
-def _plain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's words, without what only their authors need."""
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        known = sorted({*error.options, *_installed_beside(group)})
+        there = ", ".join(known)
+        return UsageError(f"{group}={name}: there is none of that name{did_you_mean(name, known)}; there are: {there}")
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
-        return f"there is no setting {unknown[1]}; see conf/ for those that there are"
+        near = did_you_mean(unknown[1], _keys(config_name))
+        return UsageError(f"there is no setting {unknown[1]}{near}; see conf/ for those that there are")
+    return UsageError(f"configuration: {_plain(text)}")
+
+
+def _installed_beside(group: str) -> frozenset[str]:
+    """Plug-ins of the kind that a group of conf/ chooses from; they need no file there."""
+    kind = {"strategy": STRATEGIES, "workload": WORKLOADS}.get(group)
+    return frozenset(plugin_points(kind)) if kind else frozenset()
+
+
+def _keys(config_name: str) -> list[str]:
+    """Every setting of conf/<config_name>.yaml with its default groups, as it is written on the command line."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
+            plain = OmegaConf.to_container(compose(config_name), resolve=False)
+    except (HydraException, OmegaConfBaseException):
+        return []
+    return list(_paths(plain))
+
+
+def _paths(plain: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in plain.items() if isinstance(plain, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _paths(value, f"{prefix}{key}.")
+
+
+def _plain(text: str) -> str:
+    """Hydra's and OmegaConf's words, without what only their authors need."""
     return text.partition(" Config search path:")[0].partition(" See https://hydra.cc")[0]

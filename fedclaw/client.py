@@ -14,25 +14,35 @@ data are missing, and what is wrong. Any of epsilon, delta, rounds, epochs or st
 cohort asks about a run with the site's own noise: whether it would be let in, its cost, and what would be left.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.client", __doc__)
+
 import logging
-import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.report.console import make_console
-from fedclaw.runtime.base import SiteHandler
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.site_home import SiteKeys
 from fedclaw.site.question import Question
 from fedclaw.site.settings import SiteSettings, load_site_settings, require_name
 
+if TYPE_CHECKING:
+    from fedclaw.runtime.base import SiteHandler
+
 log = logging.getLogger("fedclaw.client")
+
+_LIBRARIES = "torch, Opacus and Flower"
 
 
 class ClientSettings(Frozen):
@@ -65,12 +75,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def check(overrides: Sequence[str]) -> None:
     """Load what serving would load, and say what the policy would allow. Raises what keeps the client from serving."""
-    from fedclaw.site.check import examine
-    from fedclaw.site.what_if import what_if
-
     settings = compose_settings("check", overrides, CheckSettings)
     _require_directory(settings.site)
-    checked = examine(settings.site, load_site_settings(settings.site))
+    site = load_site_settings(settings.site)
+    with startup.loading(_LIBRARIES):
+        from fedclaw.site.check import examine
+        from fedclaw.site.what_if import what_if
+    checked = examine(settings.site, site)
     console, findings = make_console(), checked.findings
     for fact in findings.facts:
         console.print(fact, markup=False)
@@ -92,20 +103,17 @@ def _require_directory(site: Path) -> None:
 
 def serve(settings: ClientSettings) -> None:
     """Connect and answer until told to stop."""
-    from fedclaw.runtime.grpc import SiteLink
-    from fedclaw.site.directory import only_client, state_directory
-
     site = load_site_settings(settings.site) if settings.app is None else None
     keys = _keys(settings, site)
+    with startup.loading(_LIBRARIES):
+        from fedclaw.runtime.grpc import SiteLink
+        from fedclaw.site.directory import only_client, state_directory
+    startup.next_step("start it again with the same command; what is asked meanwhile waits at the server")
     with only_client(settings.site):
         handler = _handler(settings, site, keys)
-        stop = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
         link = SiteLink(keys, handler, state_directory(settings.site), settings.limits, address=settings.server)
         log.info("site %s serves federation %s", keys.site_name, keys.descriptor.name)
-        link.run(stop)
-    log.info("site %s stopped", keys.site_name)
+        link.run(threading.Event())
 
 
 def _keys(settings: ClientSettings, site: SiteSettings | None) -> SiteKeys:
@@ -115,7 +123,7 @@ def _keys(settings: ClientSettings, site: SiteSettings | None) -> SiteKeys:
     return keys
 
 
-def _handler(settings: ClientSettings, site: SiteSettings | None, keys: SiteKeys) -> SiteHandler:
+def _handler(settings: ClientSettings, site: SiteSettings | None, keys: SiteKeys) -> "SiteHandler":
     if site is None:
         from flwr.clientapp import ClientApp
 

@@ -19,6 +19,11 @@ Nothing is ever written to the ledger, and a client may be running.
 Exit code 0: done. 1: the ledger is damaged, tampered with or not there, one line says which entry. 2: wrong use.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.ledger", __doc__)
+
 import json
 import math
 import re

@@ -13,6 +13,11 @@ Examples:
     python -m fedclaw.predict bundle=runs/digits/bundle input=seven.png output=answers.csv
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.predict", __doc__)
+
 import csv
 import io
 from collections.abc import Sequence

@@ -21,6 +21,11 @@ More keys:
   rotate=true           renew site: make a new key as well
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.provision", __doc__)
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

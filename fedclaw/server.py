@@ -12,20 +12,27 @@ Examples:
     python -m fedclaw.server federation=DIR workload.schema_file=schema.yaml sites.minimum=3 sites.deadline=120
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.server", __doc__, plugins=True)
+
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
-from fedclaw.errors import FedClawError, UsageError
+from fedclaw.errors import UsageError
+from fedclaw.federation.early_checks import check_early, run_name
 from fedclaw.federation.listening import ListenAddress
 from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.federation.settings import RunSettings
 from fedclaw.federation.sites_settings import SitesSettings
 from fedclaw.report.late import late_notes
-from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
+from fedclaw.report.tracking import MlflowTracker, TrackingSettings, check_reachable, make_tracker
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.federation_home import FederationHome
 
@@ -33,6 +40,8 @@ if TYPE_CHECKING:
     from fedclaw.report.terminal import TerminalProgress
 
 log = logging.getLogger("fedclaw.server")
+
+_LIBRARIES = "torch and Flower"
 
 WITH_RESUME = ("federation", "resume", "address", "runs", "tracking", "limits", "sites.wait", "sites.new_cohort")
 """Settings that a resumed run may be given; everything else is what the run was begun with."""
@@ -69,21 +78,28 @@ def main(arguments: Sequence[str]) -> None:
         _only_resume_settings(line.overrides)
         record = directory.record()
     else:
-        from fedclaw.federation.session import make_record
-
-        record = make_record(settings, home.name, settings.run, settings.sites.rules())
-        directory = RunDirectory(settings.runs / record.run)
-        directory.require_new()
+        record, directory = new_run(settings, home)
     coordinate(settings, home, record, directory)
+
+
+def new_run(settings: ServerSettings, home: FederationHome) -> tuple[RunRecord, RunDirectory]:
+    """The record of a run that is to begin, and the directory that it will have. Raises FedClawError.
+
+    All that can be wrong without a model is told before torch is loaded.
+    """
+    rules, name = settings.sites.rules(), run_name(settings.run)
+    check_early(settings, name, rules)
+    directory = RunDirectory(settings.runs / name)
+    directory.require_new()
+    check_reachable(settings.tracking)
+    with startup.loading(_LIBRARIES):
+        from fedclaw.federation.session import make_record
+    return make_record(settings, home.name, name, rules), directory
 
 
 def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord, directory: RunDirectory) -> None:
     """Listen, begin or take up the run in `directory`, wait for the cohort, and run the rounds that are left."""
-    from fedclaw.federation.coordinator import Observer, run_rounds
-    from fedclaw.federation.session import initial_parameters, wait_for_cohort
     from fedclaw.report.terminal import TerminalProgress, receipt_table
-    from fedclaw.runtime.flower import assume_server_identity, number_of
-    from fedclaw.runtime.grpc import GrpcGrid
 
     if record.distillation is not None:
         raise UsageError(f"{directory.root} is a compression's recovery; begin the same fedclaw.compress command again")
@@ -95,6 +111,11 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
         progress.console.print(receipt_table(directory.read_receipts()))
         _say_who_is_behind(directory, record, progress)
         return
+    with startup.loading(_LIBRARIES):
+        from fedclaw.federation.coordinator import Observer, run_rounds
+        from fedclaw.federation.session import initial_parameters, wait_for_cohort
+        from fedclaw.runtime.flower import assume_server_identity, number_of
+        from fedclaw.runtime.grpc import GrpcGrid
     tracker: MlflowTracker | None = None
     run_id = number_of(record.run)
     assume_server_identity(run_id)
@@ -108,6 +129,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
             if settings.resume is None:
                 RunDirectory.create(directory.root, record)
                 run.enter_context(directory.held())
+            startup.next_step(f"continue with resume={directory.root}")
             log.info("listening on %s", settings.address or home.descriptor.address)
             sites = settings.sites
             wait_for_cohort(grid, directory, sites.wait_for, sites.wait, new_cohort=sites.new_cohort)
@@ -116,9 +138,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
             _say_who_is_behind(directory, record, progress)
     except BaseException as error:
         if tracker:
-            tracker.failed()
-        if isinstance(error, KeyboardInterrupt):
-            raise FedClawError(f"stopped; continue with resume={directory.root}") from None
+            tracker.failed(error)
         raise
     finally:
         progress.close()
@@ -131,12 +151,12 @@ def _say_who_is_behind(directory: RunDirectory, record: RunRecord, progress: "Te
 
 def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:
     """Run a Flower ServerApp that knows nothing of FedClaw over FedClaw's wires."""
-    from flwr.serverapp import ServerApp
+    with startup.loading("Flower"):
+        from flwr.serverapp import ServerApp
 
-    from fedclaw.runtime.flower import assume_server_identity, number_of
-    from fedclaw.runtime.grpc import GrpcGrid
-    from fedclaw.runtime.grpc.apps import load_app, run_server_app
-
+        from fedclaw.runtime.flower import assume_server_identity, number_of
+        from fedclaw.runtime.grpc import GrpcGrid
+        from fedclaw.runtime.grpc.apps import load_app, run_server_app
     server_app = load_app(app, ServerApp)
     run_id = number_of(f"{home.name}/{app}")
     assume_server_identity(run_id)

@@ -22,6 +22,11 @@ With standardise: federated in the schema, a run takes its constants from that f
     python -m fedclaw.server federation=DIR workload.schema_file=schema.yaml statistics=runs/NAME/statistics.json
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.statistics", __doc__)
+
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
@@ -32,6 +37,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 from rich.console import Console
 
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import DataError, RoundError, UsageError
 from fedclaw.federation.listening import ListenAddress
@@ -91,7 +97,7 @@ class StatisticsSettings(Frozen):
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Ask for statistics as the command line says. Raises FedClawError."""
-    from fedclaw.federation.session import read_schema
+    from fedclaw.federation.early_checks import read_schema
     from fedclaw.federation.statistics_request import design_of
 
     line = split(arguments)
@@ -122,13 +128,14 @@ def serve(
     console: Console,
 ) -> None:
     """Listen, wait for the sites, ask those that are connected, and write what they say to `out`."""
-    from fedclaw.federation.statistics import release_statistics, with_session
-    from fedclaw.federation.statistics_release import write_release
-    from fedclaw.federation.statistics_request import StatisticsRequest, design_of
-    from fedclaw.report.statistics_tables import statistics_tables
-    from fedclaw.runtime.flower import assume_server_identity, number_of
-    from fedclaw.runtime.grpc import GrpcGrid
-
+    with startup.loading("torch and Flower"):
+        from fedclaw.federation.statistics import release_statistics, with_session
+        from fedclaw.federation.statistics_release import write_release
+        from fedclaw.federation.statistics_request import StatisticsRequest, design_of
+        from fedclaw.report.statistics_tables import statistics_tables
+        from fedclaw.runtime.flower import assume_server_identity, number_of
+        from fedclaw.runtime.grpc import GrpcGrid
+    startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")
     run_id = number_of(run)
     assume_server_identity(run_id)
     sites = settings.sites

@@ -12,6 +12,11 @@ Without ca= or federation= only wholeness is proved; compare a printed fingerpri
 Exit code 0: verified. 1: not verified, one line says which file and why.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.verify", __doc__)
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal

@@ -36,7 +36,8 @@ class Command:
 
     @property
     def lines(self) -> list[str]:
-        return self.errors.strip().splitlines()
+        """What it wrote to stderr, without the line that says what it loads."""
+        return [line for line in self.errors.strip().splitlines() if " INFO    loading " not in line]
 
 
 def run_module(module: str, *arguments: str | Path, cwd: Path | None = None, timeout: float = PATIENCE) -> Command:

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.attack_table import __main__ as command
+from experiments.attack_table import cells as kept
 from experiments.attack_table import page
 from experiments.attack_table.cells import CellResult, Store, run_cell
 from experiments.attack_table.results import Results, collect, spread
@@ -52,7 +53,7 @@ def test_a_run_is_kept_found_again_and_written_down(tmp_path, monkeypatch) -> No
     assert f"{100 * results.find('median', 'sign_flip', 1).accuracy[0]:.1f} ± 0.0" in text
     assert (tmp_path / "docs" / "robust.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(command, "run_cell", None)
+    monkeypatch.setattr(kept, "run_cell", None)
     assert command.run(settings, console) == results
     store = Store(settings.runs)
     cell = next(cells(settings, 1))

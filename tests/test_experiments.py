@@ -27,7 +27,7 @@ def test_the_defaults_learn(tmp_path, strategy, epsilon):
     ("arguments", "words"),
     [
         (("no_such=1",), "configuration: there is no setting no_such; see conf/ for those that there are"),
-        (("-m", "strategy=no_such,fedavg"), "Could not find 'strategy/no_such'"),
+        (("-m", "strategy=no_such,fedavg"), "strategy=no_such: there is none of that name; there are: bulyan"),
         (("workload=vision",), "workload=vision: dataset=breast_cancer is for workload=tabular"),
     ],
 )

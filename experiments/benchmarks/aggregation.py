@@ -11,6 +11,11 @@ stores and sends the update; the server receives, opens, decodes, checks and add
 authenticated stream between two processes, measured in the same run. MB are 10^6 bytes. A 400 MB model: `1 400 3`.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.aggregation", __doc__)
+
 import resource
 import statistics
 import sys

@@ -9,6 +9,11 @@ first reached each accuracy on all sites' test data, and the share of the answer
 FedAvg, in the same run, is the reference.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.asynchronous", __doc__)
+
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -5,6 +5,11 @@
 is its client process: it echoes small messages, and answers an empty one with a flood of chunks.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.bare", __doc__)
+
 import queue
 import sys
 import time

@@ -18,6 +18,11 @@ is private costs 0.3 of a plain step. With the CNN at batch 8 it is some 60 call
 compiling would fuse.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.dp_step", __doc__)
+
 import json
 import statistics
 import sys

@@ -10,6 +10,11 @@ The reference is a bare echo of 24 kB on a mutually authenticated stream between
 in the same run.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.exchange", __doc__)
+
 import statistics
 import sys
 import tempfile

@@ -6,6 +6,11 @@ is such a process; the benchmarks start it. Each of its sites answers a task at 
 UPDATE_BYTES bytes, or with the arrays that it was sent if that is 0.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.loopback", __doc__)
+
 import os
 import subprocess
 import sys

@@ -5,6 +5,11 @@ processes, both their loggers) stays there: FedClaw's workers are forked. The pr
 up, then takes the time of a whole run.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.rivals", __doc__)
+
 import json
 import subprocess
 import sys

@@ -8,6 +8,11 @@ the last round by that after the first quarter. Then one aggregation of 1,000 up
 how much the process's peak memory grew by, in updates.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.scale", __doc__)
+
 import os
 import resource
 import sys

@@ -18,6 +18,11 @@ given by the number of drop-outs:
                        not timed), the vector that has just arrived among it, for the plain sum as well
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.secure_aggregation", __doc__)
+
 import secrets
 import statistics
 import sys

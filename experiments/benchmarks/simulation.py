@@ -15,6 +15,11 @@ ratios to the plain loop of the same run are `rivals`, by cnn_flower, cnn_pfl, m
 hold Ray's start, which of 30 rounds is about half; more rounds lessen its share.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.benchmarks.simulation", __doc__)
+
 import statistics
 import sys
 import tempfile

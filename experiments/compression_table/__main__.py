@@ -7,16 +7,23 @@
 It runs the server's loop and the sites' code in this process, can be interrupted, and goes on where it was.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.compression_table", __doc__)
+
 from collections.abc import Sequence
 
-from experiments.compression_table import page, plot
-from experiments.compression_table.cells import Store, run_cell
-from experiments.compression_table.results import rows
 from experiments.compression_table.settings import TableSettings, cells
+from experiments.pace import Pace
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.report.console import make_console
+
+_USUAL_SECONDS = 8.0
+"""Of one run with the settings of conf/compression_table.yaml, on one core."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,16 +32,22 @@ def main(arguments: Sequence[str]) -> None:
     settings = compose_settings("compression_table", line.overrides, TableSettings)
     if line.words not in ((), ("page",)):
         raise UsageError(f"unknown command {' '.join(line.words)!r}; there is: page")
+    with startup.loading("torch, Opacus and Flower"):
+        from experiments.compression_table import page, plot
+        from experiments.compression_table.cells import Store, run_cell
+        from experiments.compression_table.results import rows
+    startup.next_step("give the same command again: runs that are done are not run again")
     console, store = make_console(), Store(settings.runs)
     wanted = list(cells(settings))
     left = [cell for cell in wanted if store.result(cell) is None]
     if left and line.words:
         raise UsageError(f"{len(left)} of {len(wanted)} runs are not done; run them without 'page'")
-    console.print(f"{len(wanted)} runs, of which {len(wanted) - len(left)} are done")
-    for number, cell in enumerate(left, 1):
+    pace = Pace(console, len(wanted), len(left), usual=_USUAL_SECONDS)
+    pace.announce()
+    for cell in left:
         done = run_cell(cell)
         store.write(cell, done)
-        console.print(f"{number}/{len(left)} {cell.task}, {cell.method}, seed {cell.seed}: {done.accuracy[-1]:.4f}")
+        pace.step(f"{cell.task}, {cell.method}, seed {cell.seed}: {done.accuracy[-1]:.4f}")
     found = rows(settings, [(cell, result) for cell in wanted if (result := store.result(cell))])
     image, document = settings.output / "update_compression.png", settings.output / "update_compression.md"
     plot.draw(found, settings, image)

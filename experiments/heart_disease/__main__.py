@@ -9,27 +9,37 @@ DIRECTORY has processed.cleveland.data, processed.hungarian.data, processed.swit
 UCI Heart Disease (https://doi.org/10.24432/C52P4X), which are not shipped. Settings are in conf/heart_disease.yaml.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.heart_disease", __doc__)
+
 from collections.abc import Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from experiments.heart_disease import page, plot
-from experiments.heart_disease.cells import CellResult, run_cell
 from experiments.heart_disease.prepare import Hospitals, prepare
 from experiments.heart_disease.published import PUBLISHED
-from experiments.heart_disease.results import Results, Row, row_of
-from experiments.heart_disease.search import read_search, search
 from experiments.heart_disease.settings import Cell, HeartSettings, cells
 from experiments.heart_disease.source import read_centres
+from experiments.pace import Pace
 from experiments.workers import in_workers
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.report.console import make_console
 
+if TYPE_CHECKING:
+    from experiments.heart_disease.cells import CellResult
+    from experiments.heart_disease.results import Results, Row
+
 NAME = "heart_disease"
+_USUAL_SECONDS = 5.0
+"""Of one cell with the settings of conf/heart_disease.yaml, on one core."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,6 +50,9 @@ def main(arguments: Sequence[str]) -> None:
     settings = compose_settings(NAME, line.overrides, HeartSettings)
     console = make_console()
     hospitals = prepare(read_centres(settings.data, verify=settings.verify))
+    with startup.loading("torch, Opacus and Flower"):
+        from experiments.heart_disease.search import search
+    startup.next_step("give the same command again; it begins anew")
     if line.words == ("search",):
         found = search(settings, hospitals, console)
         write_atomic(settings.output / "search.json", (found.model_dump_json(indent=2) + "\n").encode())
@@ -48,14 +61,20 @@ def main(arguments: Sequence[str]) -> None:
         run(settings, hospitals, console)
 
 
-def run(settings: HeartSettings, hospitals: Hospitals, console: Console) -> Results:
+def run(settings: HeartSettings, hospitals: Hospitals, console: Console) -> "Results":
     """Run every cell, and write JSON, page and plot. Raises FedClawError."""
+    from experiments.heart_disease.cells import run_cell
+    from experiments.heart_disease.results import Results
+    from experiments.heart_disease.search import read_search
+
     found = read_search(settings.output / "search.json")
     wanted = list(cells(settings))
     done: dict[int, CellResult] = {}
+    pace = Pace(console, len(wanted), len(wanted), settings.workers, usual=_USUAL_SECONDS)
+    pace.announce()
     for at, result in in_workers(run_cell, wanted, settings.workers, hospitals):
         done[at] = result
-        console.print(f"{len(done)}/{len(wanted)} {wanted[at].label}: {100 * result.mean:.2f}", markup=False)
+        pace.step(f"{wanted[at].label}: {100 * result.mean:.2f}")
     results = Results(
         quick=settings.quick,
         rows=_grouped(wanted, done),
@@ -66,14 +85,18 @@ def run(settings: HeartSettings, hospitals: Hospitals, console: Console) -> Resu
     return results
 
 
-def _grouped(wanted: Sequence[Cell], done: dict[int, CellResult]) -> tuple[Row, ...]:
+def _grouped(wanted: Sequence[Cell], done: "dict[int, CellResult]") -> "tuple[Row, ...]":
     """A row for each run of cells that differ in their seeds alone."""
+    from experiments.heart_disease.results import row_of
+
     grouped = groupby(range(len(wanted)), key=lambda at: (wanted[at].table, wanted[at].name))
     rows = [list(places) for _, places in grouped]
     return tuple(row_of([wanted[at] for at in row], [done[at] for at in row]) for row in rows)
 
 
-def _write(settings: HeartSettings, results: Results, console: Console) -> None:
+def _write(settings: HeartSettings, results: "Results", console: Console) -> None:
+    from experiments.heart_disease import page, plot
+
     image = settings.output / f"{NAME}.png"
     results.write(settings.output / f"{NAME}.json")
     plot.draw(results, image)
@@ -84,7 +107,7 @@ def _write(settings: HeartSettings, results: Results, console: Console) -> None:
         console.print(f"{what}: {path}", markup=False, soft_wrap=True)
 
 
-def _table(results: Results) -> Table:
+def _table(results: "Results") -> Table:
     table = Table("table", "row", "mean of hospitals", "published", "all test rows", "epsilon, ledger")
     for row in results.rows:
         known = PUBLISHED.get(row.name) if row.table == "published" else None

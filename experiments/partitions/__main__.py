@@ -7,6 +7,11 @@ There are iid, dirichlet, shards, quantity, feature_shift and natural; conf/part
 With output=DIRECTORY, partition.json and partition.png go there.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.partitions", __doc__)
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -9,20 +9,33 @@ It runs the server's loop and the sites' code in this process's workers, can be 
 finished run is recognised by its whole configuration. Remove the directory of runs= to begin anew.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("experiments.privacy_table", __doc__)
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from experiments.privacy_table import page, plot
-from experiments.privacy_table.cells import Store, audit_cell, run_cell
-from experiments.privacy_table.results import Results, collect
-from experiments.privacy_table.search import search
+from experiments.pace import Pace
 from experiments.privacy_table.settings import TableSettings, rows
 from experiments.workers import in_workers
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.report.console import make_console
+
+if TYPE_CHECKING:
+    from experiments.privacy_table.cells import Store
+    from experiments.privacy_table.results import Results
+
+
+_LIBRARIES = "torch, Opacus and Flower"
+_USUAL_SECONDS, _USUAL_AUDIT_SECONDS = 12.0, 40.0
+"""Of one run and one audit with the settings of conf/privacy_table.yaml, on one core."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -33,23 +46,34 @@ def main(arguments: Sequence[str]) -> None:
     if line.words in ((), ("run",)):
         run(settings, console)
     elif line.words == ("page",):
+        from experiments.privacy_table.results import Results
+
         write_page(Results.read(settings.runs / "table.json"), settings, console)
     elif line.words == ("search",):
+        with startup.loading(_LIBRARIES):
+            from experiments.privacy_table.cells import run_cell
+            from experiments.privacy_table.search import search
         search(settings, lambda cells: in_workers(run_cell, cells, settings.workers), console)
     else:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; there are: run, page, search")
 
 
-def run(settings: TableSettings, console: Console) -> Results:
+def run(settings: TableSettings, console: Console) -> "Results":
     """Run what is not done yet, and write the table's JSON, page and plot. Raises FedClawError."""
+    with startup.loading(_LIBRARIES):
+        from experiments.privacy_table.cells import Store, run_cell
+        from experiments.privacy_table.results import collect
+    startup.next_step("give the same command again: runs that are done are not run again")
     store = Store(settings.runs)
     cells = [cell for row in rows(settings) for cell in row]
     left = [cell for cell in cells if store.result(cell) is None]
-    console.print(f"{len(cells)} runs, of which {len(cells) - len(left)} are done")
-    for number, (at, result) in enumerate(in_workers(run_cell, left, settings.workers), 1):
+    known = [result.seconds for cell in cells if (result := store.result(cell)) is not None]
+    pace = Pace(console, len(cells), len(left), settings.workers, known, _USUAL_SECONDS)
+    pace.announce()
+    for at, result in in_workers(run_cell, left, settings.workers):
         cell = left[at]
         store.write(cell, result)
-        console.print(f"{number}/{len(left)} {cell.label}: accuracy {result.accuracy:.4f}, {result.seconds:.1f} s")
+        pace.step(f"{cell.label}: accuracy {result.accuracy:.4f}, {result.seconds:.1f} s")
     _audit(settings, store, console)
     results = collect(settings, store)
     results.write(settings.runs / "table.json")
@@ -57,8 +81,10 @@ def run(settings: TableSettings, console: Console) -> Results:
     return results
 
 
-def write_page(results: Results, settings: TableSettings, console: Console) -> None:
+def write_page(results: "Results", settings: TableSettings, console: Console) -> None:
     """Write privacy_table.md and privacy_table.png."""
+    from experiments.privacy_table import page, plot
+
     image = settings.output / "privacy_table.png"
     plot.draw(results, image)
     document = settings.output / "privacy_table.md"
@@ -66,19 +92,24 @@ def write_page(results: Results, settings: TableSettings, console: Console) -> N
     console.print(f"table: {document}\nplot:  {image}", soft_wrap=True)
 
 
-def _audit(settings: TableSettings, store: Store, console: Console) -> None:
+def _audit(settings: TableSettings, store: "Store", console: Console) -> None:
     """Audit the first seed of each row."""
+    from experiments.privacy_table.cells import audit_cell
+
     if (options := settings.audit) is None:
         return
-    left = [row[0] for row in rows(settings) if store.audit(row[0], options) is None]
-    for number, (at, result) in enumerate(in_workers(audit_cell, left, settings.workers, options), 1):
+    first = [row[0] for row in rows(settings)]
+    left = [cell for cell in first if store.audit(cell, options) is None]
+    known = [result.seconds for cell in first if (result := store.audit(cell, options)) is not None]
+    pace = Pace(console, len(first), len(left), settings.workers, known, _USUAL_AUDIT_SECONDS)
+    if left:
+        console.print("audits:")
+        pace.announce()
+    for at, result in in_workers(audit_cell, left, settings.workers, options):
         cell = left[at]
         store.write(cell, result, options)
         found = f"FLAGGED: {'; '.join(result.flagged)}" if result.flagged else "nothing exceeds the claim"
-        console.print(
-            f"audit {number}/{len(left)} {cell.label}: epsilon >= {result.epsilon_lower:.3f}, {found}, "
-            f"{result.seconds:.1f} s"
-        )
+        pace.step(f"audit {cell.label}: epsilon >= {result.epsilon_lower:.3f}, {found}, {result.seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -11,18 +11,24 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
+from experiments.settings import ExperimentSettings
 from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overrides
 from experiments.sweeps.identity import digest_of, identify, is_relevant
 from experiments.sweeps.parent import Parent, make_parent
-from experiments.sweeps.report import write_report
 from fedclaw.cli import report_failure, start_logging
+from fedclaw.descendants import end_all
 from fedclaw.frozen import check_settings
 from fedclaw.report.console import make_console
 from fedclaw.report.tracking import TrackingSettings
 
+_begun: list[Parent] = []
+"""The MLflow run of the sweep that this process began, until it has its end."""
+
 _DIRECTORY = "hydra.sweep.dir"
 _LONGEST = 60
+_PATIENCE = 2.0
+"""Seconds that the runs' processes have to end by themselves."""
 
 
 class Sweep(Callback):
@@ -57,9 +63,12 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write and show what the sweep came to; exit code 1 if a run failed."""
         console = make_console(stderr=True)
+        from experiments.sweeps.report import write_report
+
         try:
             sweep = SweepDirectory.open(Path(config.hydra.sweep.dir))
             report = write_report(sweep, make_console())
+            _begun.clear()
             if self._parent is not None:
                 self._parent.finish(report.files, report.metrics, complete=not report.failed)
         except Exception as error:
@@ -70,6 +79,8 @@ class Sweep(Callback):
             sys.exit(1)
 
     def _begin(self, config: DictConfig, console: Console) -> None:
+        # Without what the sweep varies: what is wrong with all of its runs is told once, and before they are begun.
+        check_settings(OmegaConf.to_container(_own(config), resolve=True), ExperimentSettings)
         overrides = tuple(str(override) for override in config.hydra.overrides.task)
         runs, name = Path(str(config.runs)), _name(config, overrides)
         _settle_directory(config, runs / "sweeps" / name)
@@ -80,7 +91,18 @@ class Sweep(Callback):
         tracking = check_settings(OmegaConf.to_container(config.tracking, resolve=True), TrackingSettings)
         self._parent = make_parent(tracking, runs, sweep)
         if self._parent is not None:
+            _begun.append(self._parent)
             self._parent.begin()
+
+
+def break_off(error: BaseException) -> None:
+    """End the processes of a sweep that `error` ended, then have MLflow know it."""
+    if not _begun:
+        return
+    end_all(_PATIENCE)
+    for parent in _begun:
+        parent.broken_off(error)
+    _begun.clear()
 
 
 def _settle_directory(config: DictConfig, default: Path) -> None:
@@ -96,9 +118,14 @@ def _settle_directory(config: DictConfig, default: Path) -> None:
         config.hydra.overrides.hydra.append(f"{_DIRECTORY}='{quoted}'")
 
 
+def _own(config: DictConfig) -> DictConfig:
+    """The experiment's settings without Hydra's."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
 def _name(config: DictConfig, overrides: Sequence[str]) -> str:
     """What the sweep is called: the settings that it varies, and digits of everything that determines its runs."""
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    plain = OmegaConf.to_container(_own(config))
     asked = [text for text in overrides if is_relevant(text.lstrip("+~").partition("=")[0])]
     assert isinstance(plain, dict)
     base = identify({str(key): value for key, value in plain.items()}).digest

@@ -13,13 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from experiments.experiment import ExperimentSettings, run_experiment
+from experiments.settings import ExperimentSettings, check_experiment
 from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
 from experiments.sweeps.identity import identify, is_relevant
+from fedclaw import startup
 from fedclaw.cli import describe_failure, report_failure, start_logging
 from fedclaw.errors import FedClawError
-from fedclaw.federation.coordinator import Outcome
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.frozen import check_settings
@@ -46,10 +46,18 @@ def run_job(config: DictConfig) -> float:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
         if OmegaConf.is_missing(hydra.job, "num"):
-            return _objective(run_experiment(check_settings(plain, ExperimentSettings)).metrics)
+            return _objective(_run(check_settings(plain, ExperimentSettings)))
         return _run_member(plain, console)
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         sys.exit(report_failure(PROGRAM, error, console))
+
+
+def _run(settings: ExperimentSettings, **options: Any) -> dict[str, float]:
+    """The last metrics of an experiment; what can be told to be wrong without torch is told before that is loaded."""
+    check_experiment(settings)
+    with startup.loading("torch, Opacus and Flower"):
+        from experiments.experiment import run_experiment
+    return run_experiment(settings, **options).metrics
 
 
 def note_lost(config: DictConfig, reason: str) -> None:
@@ -114,7 +122,7 @@ def _run_once(settings: ExperimentSettings, sweep: SweepDirectory, console: Cons
         identity = identify(settings.model_dump(mode="json"))
         write_atomic(root / EXPERIMENT_FILE, identity.model_dump_json(indent=2).encode())
         quiet = not HydraConfig.get().launcher._target_.endswith(_HERE)
-        metrics = run_experiment(settings, resume=True, tags=tags, quiet=quiet).metrics
+        metrics = _run(settings, resume=True, tags=tags, quiet=quiet)
         if quiet:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
             console.print(f"run {settings.run} is finished: {shown}", markup=False)
@@ -146,6 +154,8 @@ def _conclude(
 
     The process may have ended between the two; and a run is the child of the sweep that used it last.
     """
+    from fedclaw.federation.coordinator import Outcome
+
     if (tracker := make_tracker(settings.tracking, directory, tags)) is not None:
         tracker.catch_up(Outcome(directory, directory.read_model(), metrics, directory.read_receipts()))
 

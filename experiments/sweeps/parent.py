@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.sweeps.directory import SweepDirectory, read_overrides
-from fedclaw.report.tracking import NO_TRACKING, TrackingSettings, open_store
+from fedclaw.report.tracking import NO_TRACKING, TrackingSettings, ended_by, known_run, open_store
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,23 @@ class Parent:
         self._run_id = self._store.begin(self._sweep.root, f"sweep {record.name}", {"fedclaw.sweep": record.name})
         for name, value in read_overrides(record.overrides).items() if new else ():
             self._store.client.log_param(self._run_id, name.lstrip("~"), value)
+
+    def broken_off(self, error: BaseException) -> None:
+        """Have the store know that the sweep ended early, and every run of it that cannot say so itself any more."""
+        if self._run_id is None:
+            return
+        client, ended = self._store.client, ended_by(error)
+        try:
+            for member in self._sweep.members():
+                root = self._sweep.run_directory(member)
+                run = known_run(root) if member.status == "running" and root is not None else None
+                if run is not None and client.get_run(run).info.status == "RUNNING":
+                    client.set_terminated(run, ended)
+            client.set_terminated(self._run_id, ended)
+        except Exception as failure:  # every store has its own
+            log.warning(
+                "MLflow lacks the end of this sweep, which is in %s: %s", self._sweep.root, type(failure).__name__
+            )
 
     def finish(self, artefacts: Sequence[Path], metrics: Mapping[str, float], *, complete: bool) -> None:
         """Note how the sweep came out. A store that fails now loses nothing: all is in the sweep's directory."""

@@ -19,10 +19,19 @@ Examples:
 All settings are in conf/compress.yaml.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.compress", __doc__)
+
 from collections.abc import Sequence
 
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.compress.record import require_room
+from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.errors import UsageError
+from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.report.console import make_console
 
 
@@ -31,11 +40,13 @@ def main(arguments: Sequence[str]) -> None:
     line = split(arguments)
     if line.words:
         raise UsageError(f"unknown command {line.words[0]!r}; arguments are written key=value")
-    from fedclaw.compress.settings import CompressSettings
-
     settings = compose_settings("compress", line.overrides, CompressSettings)
-    from fedclaw.compress.stage import compress
-    from fedclaw.compress.table import before_after, notes
+    check_paths(settings)
+    require_room(RunDirectory.open(settings.run), settings.overwrite)
+    with startup.loading("torch and the pruning library"):
+        from fedclaw.compress.stage import compress
+        from fedclaw.compress.table import before_after, notes
+    startup.next_step("the run is as it was: give the same command again")
 
     if settings.mode == "federated":
         from fedclaw.report.terminal import TerminalProgress

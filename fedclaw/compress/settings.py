@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedclaw.errors import UsageError
 from fedclaw.federation.listening import ListenAddress
 from fedclaw.frozen import Frozen
 
@@ -85,3 +86,11 @@ class CompressSettings(Frozen):
                 "inputs= and controls= belong to mode=proxy; in mode=federated the data stays at the sites"
             )
         return self
+
+
+def check_paths(settings: CompressSettings) -> None:
+    """Raise UsageError for a named file that is not there."""
+    for name in ("inputs", "evaluation", "labelled"):
+        path: Path | None = getattr(settings, name)
+        if path is not None and not path.exists():
+            raise UsageError(f"{name}={path}: there is no such file")

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,10 +10,9 @@ from fedclaw.compress.measure import LATENCY_BATCHES, compare_latency, multiply_
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import Compression, Side, require_room, write_compressed
-from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.compress.source import Teacher, arrays_of, load_teacher
 from fedclaw.compress.student import Outcome, Student, make_student
-from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Observer
 from fedclaw.federation.run_directory import RunDirectory, arrays_to_npz
 
@@ -26,7 +24,7 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
 
     Raises FedClawError; then <run>/compressed is as it was.
     """
-    _check_paths(settings)
+    check_paths(settings)
     require_room(RunDirectory.open(settings.run), settings.overwrite)
     teacher = load_teacher(settings.run)
     student = make_student(teacher, settings.fraction)
@@ -40,13 +38,6 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
     record = _record(settings, teacher, student, outcome)
     write_compressed(teacher.directory, record, arrays_of(outcome.model))
     return record
-
-
-def _check_paths(settings: CompressSettings) -> None:
-    for name in ("inputs", "evaluation", "labelled"):
-        path: Path | None = getattr(settings, name)
-        if path is not None and not path.exists():
-            raise UsageError(f"{name}={path}: there is no such file")
 
 
 def _record(settings: CompressSettings, teacher: Teacher, student: Student, outcome: Outcome) -> Compression:

@@ -16,6 +16,11 @@ Examples:
     python -m fedclaw.export run=runs/demo federation=demo/coordinator inputs=public.csv model=final output=bundles/a
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.export", __doc__)
+
 import re
 import shlex
 from collections.abc import Sequence
@@ -25,11 +30,15 @@ from typing import Literal
 from pydantic import Field
 from rich.console import Console
 
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.compress.record import read_compressed
 from fedclaw.errors import BundleError, UsageError
+from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.frozen import Frozen
 from fedclaw.report.console import make_console
 from fedclaw.report.late import late_notes
+from fedclaw.security.federation_home import CA_CERTIFICATE, FederationHome
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
 """Paths that neither Hydra nor a shell reads as anything else."""
@@ -59,23 +68,23 @@ def main(arguments: Sequence[str]) -> None:
 
 def export(settings: Settings, console: Console) -> None:
     """Export by checked settings; says what it does on `console`."""
-    from fedclaw.export.bundle import Request, export_bundle
-    from fedclaw.export.source import load_source
-    from fedclaw.federation.run_directory import RunDirectory
-    from fedclaw.security.federation_home import CA_CERTIFICATE, FederationHome
-
-    source = load_source(RunDirectory.open(settings.run), settings.model)
-    home = FederationHome.open(settings.federation)
-    if home.name != source.record.federation:
+    directory, home = RunDirectory.open(settings.run), FederationHome.open(settings.federation)
+    if home.name != (of := directory.record().federation):
         raise BundleError(
-            f"{settings.run} is a run of the federation {source.record.federation!r}, but {settings.federation} holds "
-            f"the keys of {home.name!r}"
+            f"{settings.run} is a run of the federation {of!r}, but {settings.federation} holds the keys of "
+            f"{home.name!r}"
         )
-    inputs = None
-    if settings.inputs is not None:
-        if not settings.inputs.exists():
-            raise UsageError(f"inputs={settings.inputs}: no such file")
-        inputs = source.schema.read_inputs(settings.inputs)
+    if settings.inputs is not None and not settings.inputs.exists():
+        raise UsageError(f"inputs={settings.inputs}: no such file")
+    directory.require_whole()
+    if settings.model == "compressed":
+        read_compressed(directory)
+    with startup.loading("torch and ONNX"):
+        from fedclaw.export.bundle import Request, export_bundle
+        from fedclaw.export.source import load_source
+    startup.next_step("no bundle was written, or it is as it was: give the same command again")
+    source = load_source(directory, settings.model)
+    inputs = None if settings.inputs is None else source.schema.read_inputs(settings.inputs)
     request = Request(settings.tolerance, inputs, settings.quantise, settings.overwrite, settings.seed)
     target = settings.output or settings.run / "bundle"
     with console.status("exporting") as status:

@@ -1,17 +1,16 @@
 """Finds plug-ins by name among the installed packages' entry points; never by an import path from elsewhere."""
 
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, TypeVar
 
+from fedclaw.catalogue import STRATEGIES as STRATEGIES
+from fedclaw.catalogue import WORKLOADS as WORKLOADS
+from fedclaw.catalogue import did_you_mean, plugin_points
 from fedclaw.errors import PluginError
 from fedclaw.workload import Schema, Workload
 
 if TYPE_CHECKING:
     from fedclaw.federation.strategy import Strategy
 
-STRATEGIES = "fedclaw.strategies"
-WORKLOADS = "fedclaw.clients"
 SCHEMAS = "fedclaw.schemas"
 
 T = TypeVar("T")
@@ -19,24 +18,19 @@ T = TypeVar("T")
 
 def installed(group: str) -> frozenset[str]:
     """Names of the plug-ins of one kind."""
-    return frozenset(_points(group))
-
-
-@cache
-def _points(group: str) -> dict[str, EntryPoint]:
-    """The group's entry points by name, read once: a look at all installed packages takes longer than a small round."""
-    return {point.name: point for point in entry_points(group=group)}
+    return frozenset(plugin_points(group))
 
 
 def _load(group: str, name: str, base: type[T]) -> type[T]:
-    found = _points(group)
+    found = plugin_points(group)
     if name not in found:
-        known = ", ".join(sorted(found)) or "none"
-        raise PluginError(f"no {group.rpartition('.')[2]} plug-in is called {name!r}; installed: {known}")
+        near, known = did_you_mean(name, found), ", ".join(sorted(found)) or "none"
+        raise PluginError(f"no {group.rpartition('.')[2]} plug-in is called {name!r}{near}; installed: {known}")
     try:
         plugin = found[name].load()
-    except ImportError as error:
-        raise PluginError(f"the plug-in {name!r} ({found[name].value}) cannot be imported: {error}") from error
+    except Exception as error:  # what its author did not foresee is nothing that a user could act on
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise PluginError(f"the plug-in {name!r} ({found[name].value}) cannot be imported: {what}") from error
     if not (isinstance(plugin, type) and issubclass(plugin, base)):
         raise PluginError(f"the plug-in {name!r} ({found[name].value}) is not a {base.__name__}")
     return plugin

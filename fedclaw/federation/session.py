@@ -1,25 +1,23 @@
 """From settings to a run: what the server, the experiments and the compression stage share."""
 
 import logging
-import secrets
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from fedclaw.errors import DataError, PluginError, PrivacyError, RoundError, UsageError
+from fedclaw.errors import PluginError, PrivacyError, RoundError, UsageError
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.coordinator import drop_pending, make_strategy, pending_cohort
+from fedclaw.federation.early_checks import chosen_strategy, read_schema, run_name
 from fedclaw.federation.plan import CentralPrivacy, ModelSpec, check_numbers
-from fedclaw.federation.registry import schema_class, workload_class
-from fedclaw.federation.run_directory import RUN_NAME, ReleaseUse, RoundRules, RunDirectory, RunRecord, StrategyRecord
-from fedclaw.federation.settings import CentralRequest, RunSettings, WorkloadChoice
+from fedclaw.federation.registry import workload_class
+from fedclaw.federation.run_directory import ReleaseUse, RoundRules, RunDirectory, RunRecord
+from fedclaw.federation.settings import CentralRequest, RunSettings
 from fedclaw.federation.statistics_release import constants_from, read_release
 from fedclaw.frozen import check_settings
 from fedclaw.privacy.accounting import calibrate
-from fedclaw.workload import Schema
 
 log = logging.getLogger(__name__)
 
@@ -29,26 +27,20 @@ LATECOMERS = 20.0
 
 def make_record(settings: RunSettings, federation: str, run: str | None, rules: RoundRules) -> RunRecord:
     """The record of a new run, checked as far as can be without a site. Raises UsageError, DataError, PluginError."""
-    name = run or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    if not RUN_NAME.match(name):
-        raise UsageError(f"the run name {name!r} is not usable: letters, digits, dot, dash and underscore only")
+    name = run_name(run)
     choice = settings.workload
     schema = read_schema(choice)
     workload = workload_class(choice.name)(schema)
     model = workload.default_model()
     if choice.model.name is not None:
         model = ModelSpec(name=choice.model.name, args=choice.model.args or {})
-    strategy = dict(settings.strategy)
-    strategy_name = strategy.pop("name", None)
-    if not isinstance(strategy_name, str):
-        raise UsageError("strategy.name is not set; see conf/strategy/")
     fields = {
         "run": name,
         "federation": federation,
         "workload": choice.name,
         "schema_text": schema.to_json(),
         "model": model,
-        "strategy": StrategyRecord(name=strategy_name, settings=strategy),
+        "strategy": chosen_strategy(settings),
         "rounds": settings.rounds,
         "training": settings.training,
         "privacy": settings.privacy,
@@ -144,19 +136,3 @@ def wait_for_cohort(
     log.info("connected: %s", ", ".join(names))
     if new_cohort:
         drop_pending(directory)
-
-
-def read_schema(choice: WorkloadChoice) -> Schema:
-    """The schema that the federation agreed on. Raises UsageError, DataError or PluginError."""
-    if choice.schema_file is None:
-        raise UsageError("workload.schema_file is not set: give the schema file that the federation agreed on")
-    return schema_class(choice.name).parse(_read(choice.schema_file), str(choice.schema_file))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"workload.schema_file={path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the schema file {path} is not text in UTF-8 ({error.reason}, byte {error.start})") from error

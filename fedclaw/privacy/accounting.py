@@ -22,15 +22,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import dp_accounting
 import numpy as np
-from dp_accounting.pld import privacy_loss_distribution
 from pydantic import JsonValue
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy import renyi
+
+if TYPE_CHECKING:
+    # Takes seconds to import: not before something is accounted for.
+    import dp_accounting
 
 SMALLEST_NOISE = 0.01
 """Noise multipliers below this are counted as no noise; calibration never goes below it."""
@@ -94,8 +96,10 @@ class Mechanism:
         return float(1 / (2 * Fraction(self.noise_multiplier) ** 2))
 
 
-def event_of(mechanism: Mechanism | None) -> dp_accounting.DpEvent:
+def event_of(mechanism: Mechanism | None) -> "dp_accounting.DpEvent":
     """The mechanism in dp_accounting's vocabulary; None is training without privacy."""
+    import dp_accounting
+
     if mechanism is None:
         return dp_accounting.NonPrivateDpEvent()
     event = (
@@ -235,6 +239,8 @@ def _epsilon(groups: tuple[Mechanism, ...], delta: float) -> float:
 @lru_cache(maxsize=128)
 def _distribution(group: Mechanism, interval: float) -> Any:
     """The privacy loss distribution of one group, on a grid of `interval`."""
+    from dp_accounting.pld import privacy_loss_distribution
+
     if group.sample_rate == 1:
         # n Gaussian mechanisms are one with sqrt(n) less noise (Dong, Roth, Su 2022, corollary 3.3).
         return privacy_loss_distribution.from_gaussian_mechanism(
@@ -245,6 +251,8 @@ def _distribution(group: Mechanism, interval: float) -> Any:
 
 @lru_cache(maxsize=128)
 def _step_distribution(rate: float, noise: float, interval: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise, sampling_prob=rate, value_discretization_interval=interval
     )
@@ -286,7 +294,9 @@ def _renyi_bracket(epsilon: float, delta: float, rate: float, steps: int, family
     return math.exp(high)
 
 
-def _plain(event: dp_accounting.DpEvent) -> dict[str, JsonValue]:
+def _plain(event: "dp_accounting.DpEvent") -> dict[str, JsonValue]:
+    import dp_accounting
+
     fields: dict[str, JsonValue] = {}
     for field in getattr(event, "__attrs_attrs__", ()):
         value = getattr(event, field.name)

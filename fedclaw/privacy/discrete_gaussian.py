@@ -27,12 +27,15 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.noise import GaussianSource
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
 
 SMALLEST_SIGMA = 0.5
 """The theorems on sums of discrete Gaussians start here."""
@@ -63,7 +66,7 @@ class DiscreteGaussian:
                 f"the sigma of a discrete Gaussian lies in [{SMALLEST_SIGMA:g}, {LARGEST_SIGMA:g}], not {self.sigma}"
             )
 
-    def sample(self, count: int, source: GaussianSource) -> NDArray[np.int64]:
+    def sample(self, count: int, source: "GaussianSource") -> NDArray[np.int64]:
         """(count,) independent samples, from `source` alone."""
         factor = _factor(self.sigma)
         table = _table(Fraction(self.sigma) ** 2 / (1 + factor**2))
@@ -99,7 +102,7 @@ class _Table:
         self._crowded[-1] = True
         """By cell: more than one end lies in it. The last counts as such: one comparison must not run off the table."""
 
-    def fill(self, samples: NDArray[np.int64], source: GaussianSource) -> None:
+    def fill(self, samples: NDArray[np.int64], source: "GaussianSource") -> None:
         """Overwrite `samples` (n,) by independent samples."""
         words = source.words(len(samples))
         cells = words >> np.uint64(_WORD - _GUIDE)
@@ -119,7 +122,7 @@ class _Table:
         np.subtract(numbers, self._bound, out=samples)
 
     def _settle(
-        self, numbers: NDArray[np.int32], words: NDArray[np.uint64], tied: NDArray[np.int64], source: GaussianSource
+        self, numbers: NDArray[np.int32], words: NDArray[np.uint64], tied: NDArray[np.int64], source: "GaussianSource"
     ) -> None:
         """The second word decides where the first equals that of an end."""
         for place, second in zip(tied, source.words(len(tied)), strict=True):

@@ -30,6 +30,7 @@ Legend: d numbers in a vector; sigma, sensitivity and noise in steps where not s
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,9 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.discrete_gaussian import DiscreteGaussian
 from fedclaw.privacy.encoding import Encoding, Vector, rounded_norm_squared
-from fedclaw.privacy.noise import GaussianSource
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
 
 INFLATION = 1.001
 """What `choose_step` lets rounding add to the sensitivity: a thousandth more noise."""
@@ -122,12 +125,12 @@ class Shares:
         """What a number of one site's sum is cut off at, in steps."""
         return _VALUES // self.sites
 
-    def encode(self, vector: Vector, source: GaussianSource) -> NDArray[np.uint32]:
+    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
         """What one site hands to secure aggregation: `vector` (d,), clipped, in steps, with this site's noise."""
         return with_noise(Encoding(self.step).encode(vector, self.clip, source), self.sigma, source)
 
     def encode_sum(
-        self, vector: Vector, source: GaussianSource, parts: int | None = None
+        self, vector: Vector, source: "GaussianSource", parts: int | None = None
     ) -> tuple[NDArray[np.uint32], int]:
         """The same for a sum (d,) of parts, each clipped before; and how many numbers were cut off at `largest`.
 
@@ -258,7 +261,7 @@ def wrap_probability(clip: float, step: float, dimension: int, sites: int, sigma
     return min(1.0, 2.0 * dimension * math.exp(-(room**2) / (2 * sites * sigma**2)))
 
 
-def with_noise(encoded: NDArray[np.uint32], sigma: float, source: GaussianSource) -> NDArray[np.uint32]:
+def with_noise(encoded: NDArray[np.uint32], sigma: float, source: "GaussianSource") -> NDArray[np.uint32]:
     """`encoded` (d,) plus independent N_Z(0, sigma^2) noise, modulo 2^32."""
     noise = DiscreteGaussian(sigma).sample(len(encoded), source)
     return encoded + noise.astype(np.uint32)

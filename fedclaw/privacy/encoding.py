@@ -9,13 +9,15 @@ Legend: d numbers in a vector.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.noise import GaussianSource
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
 
 Vector = NDArray[np.floating[Any]]
 
@@ -39,7 +41,7 @@ class Encoding:
         if not 0 < self.step < math.inf:
             raise PrivacyError(f"the step of an encoding is a number above 0, not {self.step}")
 
-    def encode(self, vector: Vector, clip: float, source: GaussianSource) -> NDArray[np.uint32]:
+    def encode(self, vector: Vector, clip: float, source: "GaussianSource") -> NDArray[np.uint32]:
         """`vector` (d,), scaled to an L2 norm of at most `clip`, in steps: (d,) integers modulo 2^32.
 
         Each number is rounded up or down at random, such that its mean is right (to 2^-32 steps), again and again until
@@ -58,7 +60,7 @@ class Encoding:
         raise AssertionError("rounding exceeded a bound that it exceeds with probability 2^-64, again and again")
 
     def encode_sum(
-        self, vector: Vector, largest: int, source: GaussianSource, longest: float = math.inf
+        self, vector: Vector, largest: int, source: "GaussianSource", longest: float = math.inf
     ) -> tuple[NDArray[np.uint32], int]:
         """`vector` (d,) of any norm, rounded at random, each number then brought into [-largest, largest] steps.
 
@@ -147,7 +149,7 @@ def _scale(vector: Vector, clip: float) -> float:
     return min(1.0, clip / math.sqrt(squared))
 
 
-def _round_at_random(vector: Vector, scale: float, rounded: NDArray[np.int32], source: GaussianSource) -> int:
+def _round_at_random(vector: Vector, scale: float, rounded: NDArray[np.int32], source: "GaussianSource") -> int:
     """Overwrite `rounded` (d,) by `vector` times `scale`, each number rounded up or down at random.
 
     Returns its squared norm, exactly.
@@ -160,7 +162,7 @@ def _round_at_random(vector: Vector, scale: float, rounded: NDArray[np.int32], s
     return squared
 
 
-def _rounded_part(part: Vector, scale: float, source: GaussianSource) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _rounded_part(part: Vector, scale: float, source: "GaussianSource") -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """`part` (n,) times `scale`, each number rounded up or down at random; and which numbers are finite.
 
     Those that are not become 0; magnitudes end at 2^40, which is beyond anything that is sent.

@@ -12,7 +12,6 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from dp_accounting.rdp import compute_epsilon
 from numpy.typing import NDArray
 
 Curve = NDArray[np.float64]
@@ -44,6 +43,8 @@ def sampled_curve(rate: float, rho: float) -> Curve:
 
 def epsilon_from(curve: Curve, delta: float) -> float:
     """Epsilon at `delta` (Canonne, Kamath, Steinke 2020, proposition 12, by dp_accounting)."""
+    from dp_accounting.rdp import compute_epsilon
+
     epsilon, _ = compute_epsilon(ORDERS.tolist(), curve.tolist(), delta)
     return float(epsilon)
 

@@ -103,8 +103,7 @@ def open_store(settings: TrackingSettings, runs: Path, directory: Path) -> Store
     Raises TransportError, within seconds, when the store cannot be reached or used, UsageError when its experiment was
     deleted, CheckpointError for a damaged mlflow.json.
     """
-    if settings.uri:
-        _require_reachable(settings.uri)
+    check_reachable(settings)
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     from mlflow import MlflowClient
     from mlflow.store.db import utils  # noqa: F401  (sets its own log level when it is imported)
@@ -122,6 +121,12 @@ def open_store(settings: TrackingSettings, runs: Path, directory: Path) -> Store
     except _store_errors() as error:
         uri = settings.uri or f"sqlite:///{runs / 'mlflow.db'}"
         raise TransportError(f"tracking.uri={_public(uri)} cannot be used: {_reason(error)}") from error
+
+
+def check_reachable(settings: TrackingSettings) -> None:
+    """Raise TransportError unless the host of the store takes a connection; asked before MLflow is imported."""
+    if settings.uri and settings.uri != NO_TRACKING:
+        _require_reachable(settings.uri)
 
 
 def known_run(directory: Path) -> str | None:
@@ -210,12 +215,12 @@ class MlflowTracker:
             self._client.set_terminated(run_id, "FINISHED")
         self._say_what_was_lost()
 
-    def failed(self) -> None:
-        """Mark the run as failed; resuming takes it up again."""
+    def failed(self, error: BaseException | None = None) -> None:
+        """Mark the run as failed, or as killed where somebody stopped it; resuming takes it up again."""
         if self._run_id is not None:
             with self._forgiving():
                 self._tell(self._run_id)
-                self._client.set_terminated(self._run_id, "FAILED")
+                self._client.set_terminated(self._run_id, ended_by(error))
         self._say_what_was_lost()
 
     def _begin(self) -> str:
@@ -279,6 +284,11 @@ class MlflowTracker:
                 "MLflow lacks %d of %d notes of this run; they are all in %s",
                 *(self._lost, self._asked, self._directory.root),
             )
+
+
+def ended_by(error: BaseException | None) -> str:
+    """MLflow's word for how a run ended that `error` ended."""
+    return "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
 
 
 def make_tracker(

@@ -20,7 +20,7 @@ from fedclaw.simulation.choice import Way, choose
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.grid import SimulationGrid
 from fedclaw.simulation.job import UNIT, units_of
-from fedclaw.simulation.settings import SimulationSettings
+from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.simulation.trainer import Trainer, make_loss
 from fedclaw.simulation.workers import Alone, Crew, Forked
 
@@ -29,11 +29,7 @@ log = logging.getLogger(__name__)
 
 def simulated(record: RunRecord, settings: SimulationSettings, clients: int) -> RunRecord:
     """The record of a run whose clients are simulated. Raises UsageError for what a simulation cannot do."""
-    if record.secure is not None:
-        raise UsageError(
-            "secure aggregation hides updates from a server, and a simulation has none: take secure=none, or "
-            "runtime=sites, where sites mask for real"
-        )
+    refuse_secure(record.secure is not None)
     about = Simulated(clients=clients, save_every=settings.save_every, repeatable_noise=settings.repeatable_noise)
     return record.model_copy(update={"simulated": about})
 

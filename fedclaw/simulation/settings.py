@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 
 Mode = Literal["auto", "one", "many"]
@@ -22,3 +23,12 @@ class SimulationSettings(Frozen):
     repeatable_noise: bool = False
     """For research only: draw noise and Poisson samples from the run's seed, so that a private run can be repeated to
     the last bit. Such noise guarantees nothing: whoever knows the seed can subtract it. In the run's record."""
+
+
+def refuse_secure(secure: bool) -> None:
+    """Raise UsageError for a simulation with secure aggregation."""
+    if secure:
+        raise UsageError(
+            "secure aggregation hides updates from a server, and a simulation has none: take secure=none, or "
+            "runtime=sites, where sites mask for real"
+        )

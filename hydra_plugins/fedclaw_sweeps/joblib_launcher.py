@@ -1,5 +1,6 @@
 """hydra/launcher=joblib: jobs in worker processes of this machine."""
 
+import signal
 from collections.abc import Iterator, Sequence
 
 from hydra.core.utils import JobReturn
@@ -43,4 +44,10 @@ class JoblibLauncher(ProcessLauncher):
         """(number, what the job returned) as they are done."""
         joblib = library("joblib", "sweeps")
         parallel = joblib.Parallel(**{**self.options, **options}, backend="loky", return_as="generator_unordered")
-        yield from parallel(joblib.delayed(Numbered(job))() for job in jobs)
+        # Workers that do not hear Ctrl-C: this process ends them, and is the one to say so.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            results = parallel(joblib.delayed(Numbered(job))() for job in jobs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from results

@@ -28,7 +28,12 @@ class SubmititLauncher(ProcessLauncher):
         executor, parallel = self._executor(library("submitit", "sweeps"))
         if executor.cluster == _SLURM:
             handles = _array(executor, jobs)
-            return [_result(job, handle) for job, handle in zip(jobs, handles, strict=True)]
+            try:
+                return [_result(job, handle) for job, handle in zip(jobs, handles, strict=True)]
+            except KeyboardInterrupt:
+                for handle in handles:
+                    handle.cancel()
+                raise
         return _few_at_a_time(executor, jobs, parallel)
 
     def _executor(self, submitit: Any) -> tuple[Any, int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import DealSettings
-from experiments.experiment import ExperimentSettings, run_experiment
+from experiments.experiment import run_experiment
 from experiments.partitions.base import Partition
 from experiments.partitions.dealing import deal_out
 from experiments.partitions.description import describe, label_distances
@@ -14,6 +14,7 @@ from experiments.partitions.features import FeatureShift
 from experiments.partitions.labels import Dirichlet, Shards
 from experiments.partitions.record import write_record
 from experiments.partitions.sizes import Iid
+from experiments.settings import ExperimentSettings
 from experiments.sources import DatasetSettings
 from experiments.synthetic_images import SyntheticImages
 from fedclaw.cli import compose_settings

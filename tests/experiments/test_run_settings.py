@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments.experiment import ExperimentSettings, run_experiment
+from experiments.experiment import run_experiment
+from experiments.settings import ExperimentSettings
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
 

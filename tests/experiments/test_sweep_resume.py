@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.experiment import ExperimentSettings, run_experiment
+from experiments.experiment import run_experiment
+from experiments.settings import ExperimentSettings
 from experiments.sweeps.resume import remember
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.site.in_process import open_sites

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from flwr.serverapp import Grid
 
-from fedclaw.errors import UsageError
 from fedclaw.federation.coordinator import Observer, Outcome, run_rounds
-from fedclaw.federation.run_directory import RunDirectory, RunRecord
+from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.federation.session import initial_parameters, wait_for_cohort
 from fedclaw.federation.sites_settings import SitesSettings
 from fedclaw.runtime.flower_app.grid import LOOK_AGAIN, NamedGrid
+from fedclaw.runtime.flower_app.settings import check
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,6 @@ class Waiting:
     def of(cls, sites: SitesSettings) -> "Waiting":
         """As the settings say."""
         return cls(sites.wait_for, sites.wait, sites.new_cohort)
-
-
-def check(record: RunRecord) -> None:
-    """Raise UsageError for a run that Flower's runtimes cannot carry."""
-    if record.secure is not None:
-        raise UsageError(
-            "secure aggregation keeps a round's keys in the site's memory from one message to the next, and on "
-            "Flower's runtimes the next message may meet another process; run it with python -m fedclaw.server"
-        )
-    if record.distillation is not None:
-        raise UsageError("a recovery with a teacher belongs to python -m fedclaw.compress")
 
 
 def run_over(

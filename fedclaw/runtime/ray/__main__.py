@@ -9,14 +9,19 @@ DIR holds site directories (site.yaml, schema, data); they are only read: ledger
 Groups as for python -m fedclaw.server. It needs the extra ray: pip install 'fedclaw[ray]'.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.runtime.ray", __doc__, plugins=True)
+
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
-from fedclaw.runtime.flower_app.rounds import Waiting
 from fedclaw.runtime.flower_app.settings import FlowerSettings, observed, open_run
-from fedclaw.runtime.ray import RaySettings, require_ray, simulate_on_ray
+from fedclaw.runtime.ray.settings import RaySettings, require_ray
 from fedclaw.site.settings import SITE_FILE
 
 
@@ -38,6 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     if not sites:
         raise UsageError(f"no directory in site_directories={settings.site_directories} holds a {SITE_FILE}")
     directory = open_run(settings)
+    with startup.loading("Ray, torch and Flower"):
+        from fedclaw.runtime.flower_app.rounds import Waiting
+        from fedclaw.runtime.ray.simulate import simulate_on_ray
     with observed(directory, settings.tracking) as observers:
         simulate_on_ray(directory, sites, settings.ray, observers, Waiting.of(settings.sites))
 

@@ -22,7 +22,8 @@ from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.runtime.flower_app.client import client_app
 from fedclaw.runtime.flower_app.place import Place
-from fedclaw.runtime.flower_app.rounds import Waiting, check, run_over
+from fedclaw.runtime.flower_app.rounds import Waiting, run_over
+from fedclaw.runtime.flower_app.settings import check
 from fedclaw.runtime.ray.settings import RaySettings, require_ray
 from fedclaw.site.settings import SITE_FILE, load_site_settings
 

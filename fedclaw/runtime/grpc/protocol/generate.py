@@ -5,6 +5,11 @@
 Needs grpcio-tools (a development dependency) in the version below: the same compiler gives the same bytes.
 """
 
+if __name__ == "__main__":
+    from fedclaw.startup import begin
+
+    begin("fedclaw.runtime.grpc.protocol.generate", __doc__)
+
 import importlib.metadata
 import sys
 from collections.abc import Sequence

@@ -1,0 +1,51 @@
+"""How long many runs take: said before they begin, and after each of them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from rich.console import Console
+
+
+@dataclass
+class Pace:
+    """Tells how far `left` runs of `total` are, and about how long the rest takes."""
+
+    console: Console
+    total: int
+    left: int
+    workers: int = 1
+    known: Sequence[float] = ()
+    """Seconds that each finished run took; none: `usual` is taken."""
+    usual: float = 1.0
+    """Seconds that one run takes on one core of a small machine, measured when this was written."""
+    done: int = field(default=0, init=False)
+    began: float = field(default_factory=time.monotonic, init=False)
+
+    def announce(self) -> None:
+        """Before the first run: how many, and about how long."""
+        text = f"{self.total} runs, of which {self.total - self.left} are done"
+        if self.left:
+            seconds = self.left * (fmean(self.known) if self.known else self.usual) / min(self.workers, self.left)
+            source = "as fast as those that are done" if self.known else "as fast as where this was measured"
+            processes = "1 process" if self.workers == 1 else f"{self.workers} processes"
+            text += f"; the other {self.left} take about {duration(seconds)} in {processes}, {source}"
+        self.console.print(text, markup=False)
+
+    def step(self, text: str) -> None:
+        """One run is done; `text` is what it came to."""
+        self.done += 1
+        line = f"{self.done}/{self.left} {text}"
+        if rest := self.left - self.done:
+            line += f"; about {duration((time.monotonic() - self.began) / self.done * rest)} left"
+        self.console.print(line, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """For a person: 20 s, 7 min, 3.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,78 @@
+"""conf/run.yaml, checked: what `experiments.run` can be told, and what can be wrong with it before torch is loaded."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from experiments.attacks.settings import AttackSettings, NoAttack
+from experiments.partitions.settings import PartitionSettings
+from experiments.sources import DatasetSettings
+from fedclaw.errors import UsageError
+from fedclaw.federation.early_checks import check_terms
+from fedclaw.federation.registry import strategy_class
+from fedclaw.federation.run_directory import RoundRules
+from fedclaw.federation.settings import RunSettings
+from fedclaw.federation.strategy import Buffered
+from fedclaw.frozen import Frozen
+from fedclaw.report.tracking import TrackingSettings, check_reachable
+from fedclaw.runtime.ray.settings import RaySettings, require_ray
+from fedclaw.simulation.settings import SimulationSettings, refuse_secure
+
+
+class SitesRuntime(Frozen):
+    """conf/runtime/sites.yaml."""
+
+    name: Literal["sites"] = "sites"
+
+
+class SimulationRuntime(SimulationSettings):
+    """conf/runtime/simulation.yaml."""
+
+    name: Literal["simulation"] = "simulation"
+    clients: int | None = Field(default=None, ge=1)
+    """None: as many as the data set's sites."""
+
+
+RuntimeSettings = Annotated[SitesRuntime | SimulationRuntime | RaySettings, Field(discriminator="name")]
+
+
+class ExperimentSettings(RunSettings):
+    """conf/run.yaml, checked."""
+
+    dataset: DatasetSettings
+    partition: PartitionSettings
+    runtime: RuntimeSettings = SitesRuntime()
+    attack: AttackSettings = NoAttack()
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    runs: Path = Path("runs")
+    run: str | None = None
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def check_experiment(settings: ExperimentSettings) -> None:
+    """Look at all that can be wrong and that needs no model and no data. Raises UsageError, PluginError."""
+    if settings.attack.sites and isinstance(settings.runtime, RaySettings):
+        raise UsageError("attack: hostile sites need to know of each other; take runtime=sites or runtime=simulation")
+    if isinstance(settings.runtime, RaySettings):
+        require_ray()
+    if settings.workload.name != settings.dataset.workload:
+        wanted = f"dataset={settings.dataset.name} is for workload={settings.dataset.workload}"
+        raise UsageError(f"workload={settings.workload.name}: {wanted}; choose another of the two")
+    if isinstance(settings.runtime, SimulationRuntime):
+        refuse_secure(settings.secure is not None)
+    check_terms(settings, settings.run, RoundRules(minimum=fewest(settings), fraction=settings.fraction))
+    check_reachable(settings.tracking)
+
+
+def fewest(settings: ExperimentSettings, simulated_clients: int | None = None) -> int:
+    """Answers that make a round: one, or all that are asked for, where a strategy looks at each, or counts them.
+
+    `simulated_clients`: how many were dealt; None: as many as are asked for.
+    """
+    strategy = strategy_class(str(settings.strategy.get("name")))
+    clients = settings.dataset.sites
+    if isinstance(settings.runtime, SimulationRuntime):
+        clients = simulated_clients or settings.runtime.clients or clients
+    asked = round(settings.fraction * clients)
+    return max(1, asked) if strategy.needs_single_updates or issubclass(strategy, Buffered) else 1

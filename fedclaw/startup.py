@@ -1,0 +1,209 @@
+"""What a command does before all else: it takes signals, answers --help, and says that it has begun.
+
+Each command's module calls `begin` in front of its other imports, and what is imported here is small. So whoever starts
+a command sees a line at once, and can stop it at once, however long libraries take to load.
+
+A signal ends the process where nothing is under way (`begin` up to `under_way`, and inside `loading`). After that it is
+raised in the main thread as `Stopped`, so that files, sockets, and runs in MLflow are closed; a second signal, or ten
+seconds, end the process whatever it is doing. Files are written whole or not at all, so no moment is a wrong one.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+from fedclaw.descendants import end_all
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 10.0
+"""Seconds that a command has to put things away after it was told to stop."""
+_CHILDREN = 3.0
+"""Of those, how long its own processes have to end by themselves."""
+_HELP = frozenset({"-h", "--help"})
+_NOTHING_BEGUN = "nothing had begun: give the same command again"
+_AGAIN = "nothing is left half done: give the same command again"
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal told the command to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+        """The exit code: 130 for Ctrl-C, 143 for SIGTERM."""
+
+
+@dataclass
+class _Command:
+    """The command that this process is, if it is one."""
+
+    module: str = ""
+    spoken: str = ""
+    """As it was typed: python -m fedclaw.server, or fedclaw server."""
+    at_once: bool = True
+    advice: str = _AGAIN
+    signal: int | None = None
+    """The first one that came."""
+    line_shown: bool = False
+    loaded: str = ""
+    """What was said to be loaded."""
+    process: int = 0
+
+
+_command = _Command()
+
+
+def begin(module: str, usage: str | None = None, *, plugins: bool = False, spoken: str | None = None) -> None:
+    """Take signals from now on, answer --help with `usage`, and tell a person at a terminal that this has begun.
+
+    With `plugins`, the help lists strategies and workloads that are installed. `spoken` is how the command was typed,
+    if not `python -m module`. What the console script has begun already is not begun again.
+    """
+    if _command.module:
+        return
+    _command.module, _command.process = module, os.getpid()
+    _command.spoken = spoken or f"python -m {module}"
+    for number in SIGNALS:
+        # nohup ignores hang-ups. Ctrl-C is taken even by what a shell script started in the background.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+    os.register_at_fork(after_in_child=_leave_signals)
+    if usage is not None and _HELP & set(sys.argv[1:]):
+        give_help(usage, plugins=plugins)
+    if sys.stderr is not None and sys.stderr.isatty():
+        _write(f"\x1b[2m{module}: reading the settings\x1b[0m")
+        _command.line_shown = True
+
+
+def give_help(usage: str, *, plugins: bool = False) -> NoReturn:
+    """Print `usage`, and with `plugins` what is installed, and end with 0."""
+    text = usage.strip() + "\n"
+    if plugins:
+        from fedclaw.catalogue import plugin_lines
+
+        text += "\n" + "\n".join(plugin_lines()) + "\n"
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough (| head).
+        os._exit(0)
+    sys.exit(0)
+
+
+def see_help(module: str) -> str:
+    """How to ask for a command's help, as the command was typed."""
+    return f"{_command.spoken or f'python -m {module}'} --help"
+
+
+def under_way() -> None:
+    """From now on a signal is raised as `Stopped`, for there is something to close."""
+    _command.at_once = False
+
+
+def next_step(advice: str) -> None:
+    """What to do after the command was stopped; the default is to give it again."""
+    _command.advice = advice
+
+
+def clear_line() -> None:
+    """Take the first line away again; the next one says more."""
+    if _command.line_shown:
+        _command.line_shown = False
+        _write("\r\x1b[K")
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say what is being imported, and end at once if a signal comes meanwhile; for imports that take seconds."""
+    clear_line()
+    if _command.module and what != _command.loaded:
+        import logging
+
+        _command.loaded = what
+        logging.getLogger("fedclaw.startup").info("loading %s", what)
+    before, _command.at_once = _command.at_once, True
+    try:
+        yield
+    finally:
+        _command.at_once = before
+
+
+def is_stopping() -> bool:
+    """Whether a signal has told this command to stop."""
+    return _command.signal is not None
+
+
+def stop_line(module: str) -> str:
+    """What a command that was stopped says, in one line."""
+    return f"{module}: stopped; {_command.advice}"
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, and all that it started, without waiting for threads that are still at work."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            continue
+    end_all(_CHILDREN)
+    os._exit(code)
+
+
+def stop_code(error: BaseException) -> int:
+    """The exit code of a command that `error` stopped."""
+    if isinstance(error, Stopped):
+        return error.code
+    return 128 + (_command.signal or signal.SIGINT)
+
+
+def _on_signal(number: int, _: FrameType | None) -> None:
+    if _command.signal is not None:
+        _end(number)
+    _command.signal = number
+    if _command.at_once:
+        _command.advice = _NOTHING_BEGUN
+        _say()
+        _end(number)
+    threading.Thread(target=_wait, args=(number,), name="fedclaw-stop", daemon=True).start()
+    raise Stopped(number)
+
+
+def _wait(number: int) -> None:
+    threading.Event().wait(PATIENCE)
+    _say()
+    _end(number)
+
+
+def _say() -> None:
+    clear_line()
+    _write(stop_line(_command.module) + "\n")
+
+
+def _end(number: int) -> NoReturn:
+    if sys.stderr is not None and sys.stderr.isatty():
+        _write("\x1b[?25h")  # a progress bar hides the cursor
+    end_all(0.0)
+    os._exit(128 + number)
+
+
+def _leave_signals() -> None:
+    """In a process forked from this one: what it does about signals is its own matter."""
+    if _command.process != os.getpid():
+        for number in SIGNALS:
+            if signal.getsignal(number) is _on_signal:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _write(text: str) -> None:
+    """To standard error past all buffers: a signal may come while those are in use."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return
