@@ -221,7 +221,7 @@ def _wrong_configuration(error: HydraException | OmegaConfBaseException, config_
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
         near = did_you_mean(unknown[1], _keys(config_name))
-        return UsageError(f"there is no setting {unknown[1]}{near}; see conf/ for those that there are")
+        return UsageError(f"configuration: there is no setting {unknown[1]}{near}; see conf/ for those that there are")
     return UsageError(f"configuration: {_plain(text)}")
 
 
