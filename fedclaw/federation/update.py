@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from fedclaw.federation.arrays import Arrays, Shapes, payload
 from fedclaw.federation.plan import Plan
-from fedclaw.privacy.noise import GaussianSource
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Update:
 class SiteContext:
     """What a site hands to its postprocessors beside the update and the plan: none of its data."""
 
-    source: GaussianSource
+    source: "GaussianSource"
     """Randomness that nobody else knows."""
     state: Mapping[str, Arrays] = field(default_factory=dict)
     """By kind, what the site kept from its last update in this run."""
