@@ -19,13 +19,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedclaw.federation.arrays import Arrays, Shapes
 from fedclaw.federation.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, CentralPrivacy, Plan
 from fedclaw.federation.update import Postprocessor, SiteContext, Update
-from fedclaw.privacy.noise import GaussianSource
 
 WITHIN = "fedclaw.within_clip"
 """The array beside the parameters that counts who stayed within an adaptive bound: +1/2 or -1/2 a site."""
@@ -51,6 +49,10 @@ class CentralNoise(Postprocessor):
 
     def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
         """Add the noise that the mean's sensitivity asks for."""
+        import torch
+
+        from fedclaw.privacy.noise import GaussianSource
+
         central = plan.central
         if central is None or central.noise_by == "sites":
             return total

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from fedclaw.federation.plan import CentralPrivacy, Plan, SecureAggregation, Uni
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.distributed import Shares, share_noise
 from fedclaw.privacy.encoding import Encoding
-from fedclaw.privacy.noise import GaussianSource
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ Vector = NDArray[np.floating[Any]]
 class Integers(Protocol):
     """How one site's vector (d,) becomes integers modulo 2^32, with its share of the noise if it brings one."""
 
-    def encode(self, vector: Vector, source: GaussianSource) -> NDArray[np.uint32]:
+    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
         """(d,) integers modulo 2^32."""
 
 
@@ -38,7 +40,7 @@ class Nearest:
     step: float
     value_range: float
 
-    def encode(self, vector: Vector, source: GaussianSource) -> NDArray[np.uint32]:
+    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
         """(d,) integers modulo 2^32; `source` is not used."""
         return Encoding(self.step).encode_nearest(vector, self.value_range)[0]
 
@@ -52,7 +54,7 @@ class Noisy:
     unit: Unit
     examples: int | None = None
 
-    def encode(self, vector: Vector, source: GaussianSource) -> NDArray[np.uint32]:
+    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
         """(d,) integers modulo 2^32."""
         if self.unit == "site":
             return self.shares.encode(vector, source)
