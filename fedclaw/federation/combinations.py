@@ -17,7 +17,7 @@ What may leave under which noise, and why:
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -125,6 +125,29 @@ def refusal(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str |
     contradicts itself.
     """
     return _excluded(terms, strategy, model) or strategy.refuse(terms, model)
+
+
+def early_refusal(terms: Terms, strategy: Strategy) -> str | None:
+    """`refusal` as far as it can be told before there is a model, and so before torch is loaded."""
+    for ask in (_excluded, lambda terms, strategy, model: strategy.refuse(terms, model)):
+        try:
+            reason: str | None = ask(terms, strategy, cast("torch.nn.Module", _NotBuilt()))
+        except _ModelNeeded:
+            continue
+        if reason:
+            return reason
+    return None
+
+
+class _ModelNeeded(Exception):
+    """Only a model can say."""
+
+
+class _NotBuilt:
+    """Stands where a model would: whoever asks anything of it has to wait until there is one."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _ModelNeeded(name)
 
 
 def strategy_of(plan: Plan) -> Strategy:

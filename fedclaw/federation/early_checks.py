@@ -7,7 +7,7 @@ from typing import Any
 
 from fedclaw.catalogue import WORKLOADS, did_you_mean, plugin_points
 from fedclaw.errors import DataError, PluginError, UsageError
-from fedclaw.federation.combinations import check_combination
+from fedclaw.federation.combinations import Terms, early_refusal
 from fedclaw.federation.plan import CentralPrivacy, check_numbers
 from fedclaw.federation.registry import schema_class, strategy_class
 from fedclaw.federation.run_directory import RUN_NAME, RoundRules, RunRecord, StrategyRecord
@@ -41,11 +41,8 @@ def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schem
         check_numbers(record.training, record.privacy, record.central, record.weight_cap)
     except ValueError as error:
         raise UsageError(f"configuration: {error}") from error
-    try:
-        check_combination(record, strategy, _NotBuilt())  # type: ignore[arg-type]
-    except _ModelNeeded:
-        # Asked again by `make_record`, with the model.
-        return
+    if reason := early_refusal(Terms.of_run(record), strategy):
+        raise UsageError(f"strategy {strategy.name!r} {reason}")
 
 
 def run_name(given: str | None) -> str:
@@ -106,14 +103,3 @@ def _fields(
         "rules": rules,
         "seed": settings.seed,
     }
-
-
-class _ModelNeeded(Exception):
-    """Only a model can say."""
-
-
-class _NotBuilt:
-    """Stands where a model would: whoever asks anything of it has to wait until there is one."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise _ModelNeeded(name)
