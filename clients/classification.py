@@ -25,8 +25,17 @@ class Classification(Workload):
     """A workload whose model gives logits (N, C) for the schema's C labels."""
 
     def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats over the batch, a scalar; 0 with a zero gradient for an empty batch."""
-        return functional.cross_entropy(logits, targets, reduction="sum") / max(targets.shape[0], 1)
+        """Mean cross-entropy in nats over the batch, a scalar; 0 with a zero gradient for an empty batch.
+
+        With class weights, each example's loss counts by its class's weight, and the sum is still divided by the number
+        of examples: so the loss of a batch is the mean of its examples' losses, which clipping each alone rests on.
+        """
+        weights = self.schema.class_weights
+        if weights is None:
+            return functional.cross_entropy(logits, targets, reduction="sum") / max(targets.shape[0], 1)
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        counted = losses * torch.tensor(weights, dtype=logits.dtype, device=logits.device)[targets]
+        return counted.sum() / max(targets.shape[0], 1)
 
     def evaluate(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
         """Loss, accuracy, precision, recall, f1, auroc; which definitions and when left out: `clients.metrics`."""

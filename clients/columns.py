@@ -5,6 +5,9 @@
     boolean      1          0 for false, 1 for true                    0.5
     categorical  L          one-hot over the L levels, in their order  all zeros
 
+A value that is no level is a bad cell (`unseen: refuse_row`), missing (`missing`), or the level 'other', which is added
+behind the others if it is not among them (`other`): in training as in prediction.
+
 When two cells are the same value is in `clients.values`. A cell that a column does not allow is told to `Faults`, and
 stands for a missing one until whoever reads the table has looked at them.
 
@@ -31,6 +34,9 @@ Flags = NDArray[np.bool_]
 
 TRUTHS = {"true": 1, "t": 1, "yes": 1, "y": 1, "1": 1, "false": 0, "f": 0, "no": 0, "n": 0, "0": 0}
 LARGEST = float(np.finfo(np.float32).max)
+Unseen = Literal["refuse_row", "missing", "other"]
+"""What a value that is no level stands for: it is a bad cell, it is missing, or it is the level 'other'."""
+OTHER = "other"
 UNKNOWN = -2
 """In place of a code: no declared value, and not missing."""
 
@@ -209,23 +215,36 @@ class Categorical(Column):
 
     kind: Literal["categorical"]
     levels: Annotated[tuple[Text, ...], AfterValidator(sized(1, 10_000)), AfterValidator(distinct)]
+    unseen: Unseen | None = None
+    """What a value that is no level stands for; None: as the schema says."""
+
+    @property
+    def coded(self) -> tuple[str, ...]:
+        """The levels, and with `unseen: other` the level 'other' after them, unless it is one of them already."""
+        added = self.unseen == "other" and OTHER not in self.levels
+        return (*self.levels, OTHER) if added else self.levels
 
     @property
     def features(self) -> tuple[str, ...]:
         """`name=level`, a level each."""
-        return tuple(f"{self.name}={level}" for level in self.levels)
+        return tuple(f"{self.name}={level}" for level in self.coded)
 
     def statistic(self) -> StatisticColumn:
         """Its levels."""
-        return StatisticColumn(self.name, levels=self.levels)
+        return StatisticColumn(self.name, levels=self.coded)
 
     def rules(self, markers: Markers) -> Rules:
         """The levels by value; a marker that is declared as a level is a level."""
         return Rules(self._markers(markers), Declared({level: i for i, level in enumerate(self.levels)}))
 
     def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
-        """(N,) numbers of levels."""
-        return _known(codes(block, self.name, rules.declared, rules.markers))
+        """(N,) numbers of levels; what is no level by the column's rule."""
+        found = codes(block, self.name, rules.declared, rules.markers)
+        if self.unseen == "other":
+            found[found == UNKNOWN] = self.coded.index(OTHER)
+        elif self.unseen == "missing":
+            found[found == UNKNOWN] = -1
+        return _known(found)
 
     def encode(self, values: Doubles) -> Doubles:
         """(N, L), one-hot."""

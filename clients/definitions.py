@@ -1,11 +1,11 @@
 """What the schema files of all workloads share: strict reading, canonical text, names of classes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from clients.values import repeated
 from fedclaw.errors import DataError
@@ -48,9 +48,27 @@ def sized(least: int, most: int) -> Callable[[tuple[T, ...]], tuple[T, ...]]:
     return check
 
 
+def _text_keys(value: Any) -> Any:
+    return {as_text(key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+
 Text = Annotated[str, BeforeValidator(as_text)]
 Labels = Annotated[tuple[Text, ...], AfterValidator(sized(2, 10_000)), AfterValidator(distinct)]
 """Names of the classes, in the order of the model's outputs."""
+
+
+MAX_WEIGHT = 1000.0
+Weights = Annotated[dict[str, Annotated[float, Field(gt=0, le=MAX_WEIGHT)]], BeforeValidator(_text_keys)]
+"""How much an example counts in the loss, by label."""
+
+
+def weights_of(labels: Sequence[str], weights: Mapping[str, float] | None) -> tuple[float, ...] | None:
+    """The weight of each label, 1 where none is stated; None if none is. Raises ValueError for one of no label."""
+    if weights is None:
+        return None
+    if strange := sorted(set(weights) - set(labels)):
+        raise ValueError(f"weights has {strange[0]!r}, which is no label")
+    return tuple(weights.get(label, 1.0) for label in labels)
 
 
 def parse_definition(text: str, origin: str, definition: type[D]) -> D:

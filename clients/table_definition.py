@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from clients.columns import AnyColumn, Numeric
-from clients.definitions import Labels, Text, as_text, distinct, sized
+from clients.columns import AnyColumn, Categorical, Numeric, Unseen
+from clients.definitions import Labels, Text, Weights, as_text, distinct, sized, weights_of
 from fedclaw.frozen import Frozen
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
@@ -20,6 +20,8 @@ class Target(Frozen):
         Annotated[Labels, Tag("list")] | Annotated[dict[str, Text], Tag("map")],
         Discriminator(lambda value: "map" if isinstance(value, dict) else "list"),
     ]
+    weights: Weights | None = None
+    """How much an example counts in the loss, by label; 1 if not stated."""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -34,6 +36,7 @@ class Target(Frozen):
     def _two_classes(self) -> Self:
         if len(self.classes) < 2:
             raise ValueError("labels must name at least two classes")
+        weights_of(self.classes, self.weights)
         return self
 
     @property
@@ -59,11 +62,27 @@ class TableDefinition(Frozen):
     standardise: Literal["schema", "site", "federated"] = "schema"
     extra: Literal["refuse", "ignore"] = "refuse"
     delimiter: Literal[",", ";", "\t", "|"] = ","
+    unseen: Unseen | None = None
+    """Of all categorical columns that do not say it themselves; None: refuse_row."""
+    identifiers: tuple[Text, ...] | None = None
+    """Columns that say which row is which: allowed, never an input, and written beside a prediction."""
+
+    @property
+    def resolved(self) -> tuple[AnyColumn, ...]:
+        """The columns, what is said of all of them put into each."""
+        if self.unseen is None:
+            return self.columns
+        return tuple(
+            column.model_copy(update={"unseen": self.unseen})
+            if isinstance(column, Categorical) and column.unseen is None
+            else column
+            for column in self.columns
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        distinct((*(column.name for column in self.columns), self.target.name))
-        if sum(len(column.features) for column in self.columns) > MAX_FEATURES:
+        distinct((*(column.name for column in self.columns), self.target.name, *(self.identifiers or ())))
+        if sum(len(column.features) for column in self.resolved) > MAX_FEATURES:
             raise ValueError(f"more than {MAX_FEATURES} features in all columns together")
         if self.standardise != "schema":
             self._check_numeric()

@@ -11,6 +11,10 @@ A schema file, which all sites of a federation share:
     standardise: schema                                      # or site, or federated
     extra: refuse                                            # or ignore: columns with other names, the same or none
     delimiter: ","
+    unseen: refuse_row                                       # or missing, or other: values that are no level
+    identifiers: [patient]                                   # no inputs; written beside a prediction
+
+`target` takes `weights: {malignant: 10}` too: how much an example counts in the loss, by label, 1 if not stated.
 
 How each kind of column becomes numbers, missing cells included, is in `clients.columns`. The target may not be missing.
 `missing` can be given to one column, and then holds there alone.
@@ -46,7 +50,7 @@ They need a `range` in every numeric column, within which the release counted. T
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -54,17 +58,17 @@ import numpy as np
 from pydantic import Field
 
 from clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
-from clients.definitions import canonical_json, parse_definition
+from clients.definitions import canonical_json, parse_definition, shown, weights_of
 from clients.moments import Moments
 from clients.table_definition import TableDefinition
 from clients.table_reading import Encoder, MissingCells, Seen, Values
 from clients.tables import Block, Content, Faults, Wanted, read_blocks
-from clients.values import Declared
+from clients.values import Declared, shown_cell
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.statistics import Records, StatisticColumn
-from fedclaw.workload import Floats, Labels, Schema, Table
+from fedclaw.workload import Floats, Labels, Rows, Schema, Table
 
 SMALLEST_SCALE = 1e-6
 """Least deviation of the federation's constants, in halves of a column's range."""
@@ -94,7 +98,7 @@ class TabularSchema(Schema):
     def __init__(self, definition: TableDefinition) -> None:
         self.definition = definition
         self._constants: Constants | None = None
-        self._columns: tuple[Column, ...] = definition.columns
+        self._columns: tuple[Column, ...] = definition.resolved
         self._format = FileFormat(delimiter=definition.delimiter)
 
     @classmethod
@@ -115,6 +119,11 @@ class TabularSchema(Schema):
     def labels(self) -> tuple[str, ...]:
         """Names of the classes."""
         return self.definition.target.classes
+
+    @property
+    def class_weights(self) -> tuple[float, ...] | None:
+        """As the schema file states them."""
+        return weights_of(self.labels, self.definition.target.weights)
 
     @property
     def data_dependent(self) -> bool:
@@ -138,9 +147,28 @@ class TabularSchema(Schema):
         faults.check()
         return np.concatenate(parts)
 
+    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+        """Read rows to predict; a row with a bad cell, or with the wrong number of cells, is refused alone."""
+        self._require_constants(path)
+        encoder, faults, parts = self._encoder(), Faults(path, by_row=True), list[Floats]()
+        declared = self.definition.identifiers or ()
+        names = tuple(dict.fromkeys((*declared, *identifiers)))
+        handed = {name: list[str]() for name in names}
+        for block in self._blocks(path, faults, target_required=False, identifiers=names):
+            parts.append(encoder.encode(block, encoder.read(block, faults), faults))
+            for name in names:
+                handed[name] += map(shown_cell, block.columns.get(name, ()))
+        rows = sum(map(len, parts))
+        absent = [name for name in identifiers if len(handed[name]) < rows]
+        if absent:
+            raise DataError(f"{path}: the column {shown(absent[0])}, which identifiers= names, is missing")
+        return Rows(
+            np.concatenate(parts), faults.rows, {name: cells for name, cells in handed.items() if len(cells) == rows}
+        )
+
     def statistic_columns(self) -> tuple[StatisticColumn, ...]:
         """All columns, in the order of the schema file."""
-        return tuple(column.statistic() for column in self.definition.columns)
+        return tuple(column.statistic() for column in self.definition.resolved)
 
     def records(self, path: Path) -> Iterator[Records]:
         """The labelled rows as they are, a block at a time. Raises DataError, at the end if not before."""
@@ -261,14 +289,14 @@ class TabularSchema(Schema):
     def describe_inputs(self) -> Mapping[str, Any]:
         """The input tensor, each column's place in it, and the rules; never a site's constants."""
         columns, first = [], 0
-        for column in self.definition.columns:
+        for column in self.definition.resolved:
             columns.append(describe(column, first))
             first += len(column.features)
         return {
             "dtype": "float32",
             "shape": ["batch", first],
             "columns": columns,
-            "features": [feature for column in self.definition.columns for feature in column.features],
+            "features": [feature for column in self.definition.resolved for feature in column.features],
             "standardise": self.definition.standardise,
             "encoding": {
                 "numeric": "(value - center) / scale; missing: 0",
@@ -284,7 +312,7 @@ class TabularSchema(Schema):
             generator.normal(size=(count, 1))
             if self.data_dependent and isinstance(column, Numeric)
             else column.synthetic(count, generator)
-            for column in self.definition.columns
+            for column in self.definition.resolved
         ]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
@@ -298,7 +326,7 @@ class TabularSchema(Schema):
     def _fitted(self, constants: Constants) -> Self:
         fitted = copy.copy(self)
         fitted._constants = constants
-        fitted._columns = tuple(_standardised(column, constants.columns) for column in self.definition.columns)
+        fitted._columns = tuple(_standardised(column, constants.columns) for column in self.definition.resolved)
         return fitted
 
     def _scaled(self, constants: Mapping[str, ColumnConstants]) -> Self:
@@ -336,13 +364,20 @@ class TabularSchema(Schema):
         return read
 
     def _blocks(
-        self, path: Path, faults: Faults, *, target_required: bool, content: Content | None = None
+        self,
+        path: Path,
+        faults: Faults,
+        *,
+        target_required: bool,
+        content: Content | None = None,
+        identifiers: Sequence[str] = (),
     ) -> Iterator[Block]:
         target = self.definition.target.name
         names = tuple(column.name for column in self._columns)
         wanted = Wanted(
             required=(*names, target) if target_required else names,
-            unread=frozenset({target}),
+            optional=tuple(name for name in identifiers if name not in names),
+            unread=frozenset({target, *(self.definition.identifiers or ())}),
             ignore_others=self.definition.extra == "ignore",
         )
         for block in read_blocks(path, self._format, wanted, content or Content()):

@@ -76,6 +76,13 @@ def _moment(text: str) -> datetime | time | None:
         return None
 
 
+def shown_cell(cell: Cell) -> str:
+    """A cell as text that is handed on: whole numbers without a decimal point, '' for none."""
+    if cell is None or isinstance(cell, str):
+        return cell or ""
+    return str(int(cell)) if float(cell).is_integer() else repr(cell)
+
+
 class Declared:
     """The codes of declared values, found by value."""
 

@@ -7,6 +7,7 @@ A schema file, which all sites of a federation share:
     mean: [0.5]                   # per channel, of pixels in [0, 1]; public constants, 0 if not stated
     std: [0.25]                   # per channel, 1 if not stated
     resize: false                 # true: image files of another size are scaled, not refused
+    weights: {"2": 5}             # how much an example counts in the loss, 1 if not stated
 
 Pixels are brought to [0, 1] (uint8 divided by 255, floating point must be in [0, 1] already), then become
 (pixel - mean) / std.
@@ -19,19 +20,19 @@ of the labels and then of the file names. Data to predict is an archive, one ima
 files (in the order of their names) or of such sub-directories. Rows in messages count images from 1.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from clients.definitions import Labels, canonical_json, parse_definition, shown
+from clients.definitions import Labels, Weights, canonical_json, parse_definition, shown, weights_of
 from clients.images import Shape, image_files, pixels_of, read_archive, read_image, targets_of
 from clients.values import normal
 from fedclaw.errors import DataError
 from fedclaw.frozen import Frozen
-from fedclaw.workload import Floats, Schema, Table
+from fedclaw.workload import Floats, Rows, Schema, Table
 
 MAX_SIDE = 8192
 MAX_VALUES = 2**26
@@ -47,9 +48,12 @@ class ImageDefinition(Frozen):
     mean: tuple[float, ...] | None = None
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     resize: bool = False
+    weights: Weights | None = None
+    """How much an example counts in the loss, by label; 1 if not stated."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        weights_of(self.labels, self.weights)
         channels, height, width = self.shape
         if channels * height * width > MAX_VALUES:
             raise ValueError(f"shape {list(self.shape)} is {channels * height * width} values; at most {MAX_VALUES}")
@@ -89,6 +93,11 @@ class VisionSchema(Schema):
         """Names of the classes."""
         return self.definition.labels
 
+    @property
+    def class_weights(self) -> tuple[float, ...] | None:
+        """As the schema file states them."""
+        return weights_of(self.labels, self.definition.weights)
+
     def read_examples(self, path: Path) -> Table:
         """Read an archive with labels, or a folder with a sub-directory for each label. Raises DataError."""
         if path.is_dir():
@@ -107,6 +116,22 @@ class VisionSchema(Schema):
         if path.suffix.lower() == ".npz":
             return self._standardised_archive(path, read_archive(path)["images"])
         return self._read_files(path, [path])
+
+    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+        """What `read_inputs` reads; of a folder, an image that cannot be read is refused alone, and files are named."""
+        if not path.is_dir():
+            return super().read_rows(path, identifiers)
+        if identifiers:
+            raise DataError(f"{path}: images have no columns, so there is no {shown(identifiers[0])}")
+        files, refused = list(_all_images(path)), dict[int, str]()
+        pixels = np.zeros((len(files), *self.definition.shape), np.float32)
+        for row, file in enumerate(files):
+            try:
+                pixels[row] = read_image(file, self.definition.shape, resize=self.definition.resize)
+            except DataError as error:
+                refused[row] = str(error)
+        names = [file.relative_to(path).as_posix() for file in files]
+        return Rows(self._standardised(pixels), refused, {"file": names})
 
     def describe_inputs(self) -> Mapping[str, Any]:
         """The input tensor, its layout and the constants."""

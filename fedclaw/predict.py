@@ -5,8 +5,12 @@
     bundle      a bundle directory
     input       rows or images in the workload's format: a CSV of one or many rows, an .npz, an image, ...
     ca          certificate of the CA that you trust (or federation=…, its descriptor); without it, the bundle's own
+    identifiers columns to write beside each prediction, [a,b], with those that the bundle's schema names
+    delimiter   and decimal, encoding, title_lines: how the input is written, where it is not as the schema says
     constants   the site's state/preprocessing.json, for a bundle whose schema says standardise: site
     output      writes a CSV with the label and the probability of every class instead of printing a table
+
+A row that cannot be read costs itself its answer, not the others theirs: it comes with the reason in place of a label.
 
 Examples:
     python -m fedclaw.predict bundle=runs/demo/bundle input=patient.csv ca=ca.crt
@@ -21,9 +25,12 @@ if __name__ == "__main__":
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from pydantic import Field
 from rich.markup import escape
 from rich.table import Table
 
@@ -31,10 +38,11 @@ from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
+from fedclaw.file_format import Delimiter, FileFormat
 from fedclaw.files import write_atomic
 from fedclaw.frozen import Frozen
 from fedclaw.report.console import make_console
-from fedclaw.workload import Floats
+from fedclaw.workload import Floats, Labels, Rows
 
 SHOWN_ROWS = 50
 
@@ -49,7 +57,19 @@ class Settings(Frozen):
     crl: Path | None
     expired: Literal["accept", "refuse"]
     constants: Path | None
+    identifiers: tuple[str, ...]
+    delimiter: Delimiter | None
+    decimal: Literal[".", ","]
+    encoding: Literal["utf-8", "utf-16", "latin-1", "windows-1252"]
+    title_lines: int = Field(ge=0, le=100)
     output: Path | None
+
+    @property
+    def written(self) -> FileFormat:
+        """How the input is written."""
+        return FileFormat(
+            delimiter=self.delimiter, decimal=self.decimal, encoding=self.encoding, title_lines=self.title_lines
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,7 +84,8 @@ def main(arguments: Sequence[str]) -> None:
     predictor = Predictor.open(settings.bundle, trust)
     if settings.constants is not None:
         predictor.use_constants(settings.constants)
-    probabilities = predictor.predict(predictor.read(settings.input))
+    predictor.read_as(settings.written)
+    answers = Answers.of(predictor, predictor.read_rows(settings.input, settings.identifiers))
     console = make_console()
     manifest = predictor.verified.manifest
     console.print(
@@ -72,36 +93,83 @@ def main(arguments: Sequence[str]) -> None:
     )
     if not predictor.verified.pinned:
         console.print("note      the CA came with the bundle; ca=… proves who signed it", style="yellow", markup=False)
+    refused = answers.rows.refused
+    if refused:
+        reason = next(iter(sorted(refused.items())))[1]
+        console.print(
+            f"refused   {len(refused)} of {len(answers.rows.inputs)} rows, the first: {reason}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     if settings.output is not None:
-        write_atomic(settings.output, as_csv(predictor.labels, probabilities))
-        console.print(f"written   {settings.output}, predictions: {len(probabilities)}", markup=False)
+        write_atomic(settings.output, as_csv(answers))
+        console.print(f"written   {settings.output}, predictions: {len(answers.rows.answered)}", markup=False)
         return
-    console.print(as_table(predictor.labels, probabilities))
-    if len(probabilities) > SHOWN_ROWS:
-        hidden = len(probabilities) - SHOWN_ROWS
+    console.print(as_table(answers))
+    if len(answers.rows.inputs) > SHOWN_ROWS:
+        hidden = len(answers.rows.inputs) - SHOWN_ROWS
         console.print(f"and {hidden} more rows; output=FILE.csv writes all of them", markup=False)
 
 
-def as_table(labels: Sequence[str], probabilities: Floats) -> Table:
-    """Label and probability of each row, the first `SHOWN_ROWS` of them."""
+@dataclass(frozen=True)
+class Answers:
+    """Each row's class and probabilities; `places[row]` is where those of a row are, -1 for a refused one."""
+
+    labels: tuple[str, ...]
+    rows: Rows
+    places: Labels
+    """(N,)."""
+    classes: Labels
+    """(A,) of the answered rows."""
+    probabilities: Floats
+    """(A, C)."""
+
+    @classmethod
+    def of(cls, predictor: Predictor, rows: Rows) -> "Answers":
+        """What the model says of `rows`."""
+        answered = rows.answered
+        probabilities = predictor.predict(rows.inputs[answered])
+        places = np.full(len(rows.inputs), -1, np.int64)
+        places[answered] = np.arange(len(answered))
+        return cls(predictor.labels, rows, places, predictor.decide(probabilities), probabilities)
+
+
+def as_table(answers: Answers) -> Table:
+    """Label and probability of each row, or why it has none, the first `SHOWN_ROWS` of them."""
     table = Table()
     table.add_column("row", justify="right")
+    for name in answers.rows.identifiers:
+        table.add_column(escape(name))
     table.add_column("label")
     table.add_column("probability", justify="right")
-    for number, row in enumerate(probabilities[:SHOWN_ROWS], start=1):
-        best = int(row.argmax())
-        table.add_row(str(number), escape(labels[best]), f"{row[best]:.4f}")
+    for row, place in enumerate(answers.places[:SHOWN_ROWS].tolist()):
+        known = [escape(cells[row]) for cells in answers.rows.identifiers.values()]
+        if place < 0:
+            table.add_row(str(row + 1), *known, f"refused: {escape(answers.rows.refused[row])}", "")
+            continue
+        chosen = int(answers.classes[place])
+        table.add_row(
+            str(row + 1), *known, escape(answers.labels[chosen]), f"{answers.probabilities[place, chosen]:.4f}"
+        )
     return table
 
 
-def as_csv(labels: Sequence[str], probabilities: Floats) -> bytes:
-    """CSV: row (1-based), label, probability, then one column a class."""
+def as_csv(answers: Answers) -> bytes:
+    """CSV: row (1-based), the identifiers, label, its probability, one column a class, and why a row has no answer."""
+    own = ["row", "label", "probability", *(f"p({label})" for label in answers.labels), "refused"]
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["row", "label", "probability", *(f"p({label})" for label in labels)])
-    for number, row in enumerate(probabilities, start=1):
-        best = int(row.argmax())
-        writer.writerow([number, labels[best], f"{row[best]:.6f}", *(f"{value:.6f}" for value in row)])
+    named = [f"input {name}" if name in own else name for name in answers.rows.identifiers]
+    writer.writerow(["row", *named, *own[1:]])
+    for row, place in enumerate(answers.places.tolist()):
+        known = [cells[row] for cells in answers.rows.identifiers.values()]
+        if place < 0:
+            writer.writerow([row + 1, *known, *([""] * (len(own) - 2)), answers.rows.refused[row]])
+            continue
+        chosen, values = int(answers.classes[place]), answers.probabilities[place]
+        given = [answers.labels[chosen], f"{values[chosen]:.6f}", *(f"{value:.6f}" for value in values)]
+        writer.writerow([row + 1, *known, *given, ""])
     return buffer.getvalue().encode("utf-8")
 
 

@@ -8,7 +8,7 @@ Legend: N examples, C classes, D input shape without the batch.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -43,6 +43,23 @@ class Table:
         return len(self.targets)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Inputs to predict, one by one: a bad row costs nobody else an answer."""
+
+    inputs: Floats
+    """(N, *D); of a refused row, without meaning."""
+    refused: Mapping[int, str]
+    """Why a row gets no answer, by its number from 0."""
+    identifiers: Mapping[str, Sequence[str]]
+    """What the file says of which row is which, by column, (N,) each."""
+
+    @property
+    def answered(self) -> NDArray[np.int64]:
+        """Numbers of the rows that get an answer, from 0."""
+        return np.array([row for row in range(len(self.inputs)) if row not in self.refused], np.int64)
+
+
 class Schema(ABC):
     """What the federation agreed on: inputs, target, and how raw values become numbers. numpy only."""
 
@@ -68,6 +85,11 @@ class Schema(ABC):
     def labels(self) -> tuple[str, ...]:
         """Names of the C classes, in the order of the model's outputs."""
 
+    @property
+    def class_weights(self) -> tuple[float, ...] | None:
+        """How much an example of each of the C classes counts in the loss; None: all the same."""
+        return None
+
     @abstractmethod
     def read_examples(self, path: Path) -> Table:
         """Read labelled data. Raises DataError naming file, row (1-based, header not counted) and column."""
@@ -75,6 +97,16 @@ class Schema(ABC):
     @abstractmethod
     def read_inputs(self, path: Path) -> Floats:
         """Read unlabelled data, (N, *D); a target column, if there is one, is ignored. Raises DataError."""
+
+    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+        """Read data to predict, row by row: what is wrong with a row is said of that row alone.
+
+        `identifiers` are columns to hand through, beside those that the schema names. Raises DataError for a file that
+        cannot be read as a whole.
+        """
+        if identifiers:
+            raise DataError(f"{path}: data of the workload {self.name} has no columns to hand through")
+        return Rows(self.read_inputs(path), {}, {})
 
     def notes(self, table: Table) -> tuple[str, ...]:
         """What the site's operator should know of labelled data, in sentences without a full stop.

@@ -6,6 +6,8 @@
     federation  the coordinator's federation directory; its release key signs
     inputs      file with real inputs (the workload's format) for comparing the exported model with the torch model;
                 without it, inputs made from the schema
+    threshold_data  labelled file of public data (no site's): from which probability on a model of two classes answers
+                the second one is chosen on it, where F1 is largest, and goes into the bundle
     model       auto | final | compressed   (auto: the compressed one if there is one)
     tolerance   largest difference allowed, 1e-4
     output      where to, runs/NAME/bundle; overwrite=true replaces a bundle there
@@ -50,6 +52,7 @@ class Settings(Frozen):
     run: Path
     federation: Path
     inputs: Path | None
+    threshold_data: Path | None
     model: Literal["auto", "final", "compressed"]
     tolerance: float = Field(gt=0)
     output: Path | None
@@ -76,16 +79,26 @@ def export(settings: Settings, console: Console) -> None:
         )
     if settings.inputs is not None and not settings.inputs.exists():
         raise UsageError(f"inputs={settings.inputs}: no such file")
+    if settings.threshold_data is not None and not settings.threshold_data.exists():
+        raise UsageError(f"threshold_data={settings.threshold_data}: no such file")
     directory.require_whole()
     if settings.model == "compressed":
         read_compressed(directory)
     with startup.loading("torch and ONNX"):
         from fedclaw.export.bundle import Request, export_bundle
+        from fedclaw.export.card import threshold_in_words
         from fedclaw.export.source import load_source
     startup.next_step("no bundle was written, or it is as it was: give the same command again")
     source = load_source(directory, settings.model)
     inputs = None if settings.inputs is None else source.schema.read_inputs(settings.inputs)
-    request = Request(settings.tolerance, inputs, settings.quantise, settings.overwrite, settings.seed)
+    public = None
+    if settings.threshold_data is not None:
+        if source.schema.data_dependent:
+            raise UsageError(
+                "threshold_data= needs inputs that are the same everywhere, and the schema standardises by site"
+            )
+        public = source.schema.read_examples(settings.threshold_data)
+    request = Request(settings.tolerance, inputs, settings.quantise, settings.overwrite, settings.seed, public)
     target = settings.output or settings.run / "bundle"
     with console.status("exporting") as status:
         verified = export_bundle(
@@ -99,6 +112,8 @@ def export(settings: Settings, console: Console) -> None:
             f"{manifest.parity.inputs} inputs (allowed {manifest.parity.tolerance:g})",
             markup=False,
         )
+    if manifest.decision is not None:
+        console.print(f"threshold {threshold_in_words(manifest)}", markup=False)
     for note in late_notes(source.metrics) if source.record.privacy else ():
         console.print(f"note      {note}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"signed    by {verified.signer.name}, CA SHA-256 {verified.signer.fingerprint}", markup=False)

@@ -22,12 +22,14 @@ from fedclaw.export.quantise import quantise
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
+from fedclaw.export.threshold import choose_threshold
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
-from fedclaw.workload import Floats
+from fedclaw.workload import Floats, Table
 
 SYNTHETIC_EXAMPLES = 256
 VERSIONED = ("fedclaw", "torch", "onnx", "onnxscript", "onnxruntime", "opacus", "flwr", "numpy")
 DIRECTORY_MODE = 0o755
+THRESHOLD_BATCH = 256
 
 
 class Signer(Protocol):
@@ -49,6 +51,8 @@ class Request:
     quantised: bool = False
     overwrite: bool = False
     seed: int = 0
+    public: Table | None = None
+    """Labelled examples that no site holds, on which the threshold of a model of two classes is chosen."""
 
 
 def export_bundle(
@@ -62,6 +66,8 @@ def export_bundle(
     """
     graph.require_exporter()
     _check_target(target, request.overwrite)
+    if request.public is not None and len(source.schema.labels) != 2:
+        raise BundleError(f"a threshold is for two classes, and the schema has {len(source.schema.labels)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -90,6 +96,7 @@ def _fill(staging: Path, source: Source, signer: Signer, request: Request, progr
     if request.quantised:
         progress("quantising to 8 bits")
         quantised = quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs)
+    decision = None if request.public is None else _decision(staging, source, request.public)
     classes = len(source.schema.labels)
     manifest = layout.Manifest(
         federation=source.record.federation,
@@ -109,8 +116,16 @@ def _fill(staging: Path, source: Source, signer: Signer, request: Request, progr
         preprocessing=dict(source.schema.describe_inputs()),
         parity=layout.Parity(inputs=kind, tolerance=request.tolerance, files=figures),
         quantised=quantised,
+        decision=decision,
     )
     _write_texts(staging, source, manifest, signer)
+
+
+def _decision(staging: Path, source: Source, public: Table) -> layout.Decision:
+    session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
+    batches = range(0, len(public), THRESHOLD_BATCH)
+    parts = [run_session(session, public.inputs[start : start + THRESHOLD_BATCH])[1][:, 1] for start in batches]
+    return choose_threshold(np.concatenate(parts), public)
 
 
 def _parity_inputs(source: Source, request: Request) -> tuple[Floats, layout.InputKind]:
@@ -208,7 +223,11 @@ def _publish(staging: Path, target: Path) -> None:
 
 
 def _pretty(model: layout.Manifest | PrivacyStatement) -> str:
-    return json.dumps(model.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    plain = model.model_dump(mode="json")
+    if plain.get("decision", ...) is None:
+        # What is not in a bundle is not in its manifest: an older reader knows no such field.
+        del plain["decision"]
+    return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 
 def _versions() -> dict[str, str]:

@@ -90,6 +90,8 @@ def _model(source: Source, manifest: Manifest) -> str:
                 f"{manifest.parity.inputs} inputs (allowed: {manifest.parity.tolerance:g})",
             )
         )
+    if manifest.decision is not None:
+        rows.append(("Threshold", threshold_in_words(manifest)))
     if manifest.quantised is not None:
         rows.append(
             (
@@ -98,6 +100,18 @@ def _model(source: Source, manifest: Manifest) -> str:
             )
         )
     return _table(("", ""), rows)
+
+
+def threshold_in_words(manifest: Manifest) -> str:
+    """From which probability on the second class is the answer, and what that was chosen on; '' if nothing was."""
+    decision = manifest.decision
+    if decision is None:
+        return ""
+    return (
+        f"{manifest.labels[1]} from a probability of {decision.threshold:.4g} on: F1 {decision.value:.4f} there, "
+        f"{decision.value_at_half:.4f} at one half, on {decision.examples:,} examples of {decision.chosen_on}"
+        + (", by the coordinator's word no site's" if decision.chosen_on == "public data" else "")
+    )
 
 
 def _training(source: Source) -> str:

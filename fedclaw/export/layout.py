@@ -82,6 +82,23 @@ class QuantisedFigures(Frozen):
     examples: int = Field(ge=1)
 
 
+class Decision(Frozen):
+    """From which probability on a model of two classes answers the second one, and how that was chosen."""
+
+    threshold: float = Field(gt=0, lt=1)
+    objective: Literal["f1"] = "f1"
+    """What is largest at this threshold."""
+    value: float = Field(ge=0, le=1)
+    """The objective at the threshold, on what it was chosen on."""
+    value_at_half: float = Field(ge=0, le=1)
+    """The objective where the likelier class is the answer."""
+    chosen_on: Literal["public data", "training data, by statistics"]
+    """Never the test data that metrics are reported of. Public data: the coordinator's word that no site holds it."""
+    examples: int = Field(ge=1)
+    content: str | None = None
+    """SHA-256 of the public file."""
+
+
 class Manifest(Frozen):
     """bundle.json."""
 
@@ -101,3 +118,5 @@ class Manifest(Frozen):
     preprocessing: dict[str, JsonValue]
     parity: Parity
     quantised: QuantisedFigures | None = None
+    decision: Decision | None = None
+    """None: the likeliest class is the answer."""

@@ -3,6 +3,7 @@
 Legend: N examples, C classes, D input shape without the batch.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import MANIFEST, ONNX, PROBABILITIES, SCHEMA
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.federation.registry import schema_class
-from fedclaw.workload import Floats, Schema
+from fedclaw.file_format import FileFormat
+from fedclaw.workload import Floats, Labels, Rows, Schema
 
 BATCH = 256
+SHOWN_REASONS = 3
 
 
 class Predictor:
@@ -56,6 +59,31 @@ class Predictor:
     def labels(self) -> tuple[str, ...]:
         """Names of the C classes, in the order of the probabilities."""
         return self.schema.labels
+
+    def read_as(self, written: FileFormat) -> None:
+        """Read files that are written like that. Raises DataError where files have no such form."""
+        self.schema = self.schema.written_as(written)
+
+    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+        """Raw inputs from a file, row by row: a bad one is refused alone. Raises DataError if none can be answered."""
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+        rows = self.schema.read_rows(path, identifiers)
+        if len(rows.inputs) == 0:
+            raise DataError(f"{path} holds no rows to predict")
+        if not len(rows.answered):
+            first = "; ".join(list(rows.refused.values())[:SHOWN_REASONS])
+            more = len(rows.refused) - SHOWN_REASONS
+            raise DataError(f"{path}: no row can be answered: {first}" + (f"; and {more} more" if more > 0 else ""))
+        return rows
+
+    def decide(self, probabilities: Floats) -> Labels:
+        """The class of each row (N,), by the bundle's threshold if it has one, else the likeliest."""
+        decision = self.verified.manifest.decision
+        if decision is None or probabilities.shape[1] != 2:
+            likeliest: Labels = probabilities.argmax(axis=1)
+            return likeliest
+        return (probabilities[:, 1] >= decision.threshold).astype(np.int64)
 
     def read(self, path: Path) -> Floats:
         """Raw inputs from a file, as (N, *D). Raises DataError naming file, row and column."""

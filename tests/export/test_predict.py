@@ -156,12 +156,21 @@ def test_mistakes_get_one_clear_line(command, table_bundle, rows, arguments, cod
     assert "Traceback" not in result.stderr
 
 
-def test_a_bad_value_names_file_line_and_column(command, table_bundle, tmp_path):
+def test_a_bad_value_names_line_and_column_and_costs_its_row_alone(command, table_bundle, tmp_path):
     path = tmp_path / "bad.csv"
     path.write_text("age,smoker,ward\n61,yes,surgery\nold,yes,surgery\n")
     result = command("fedclaw.predict", f"bundle={table_bundle}", f"input={path}")
+    assert result.returncode == 0
+    line = next(line for line in result.stdout.splitlines() if line.startswith("refused"))
+    assert line == ("refused   1 of 2 rows, the first: line 3, column 'age': 'old'; expected a number from 0 to 120")
+
+
+def test_a_file_without_any_good_row_is_an_error(command, table_bundle, tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text("age,smoker,ward\nold,yes,surgery\n" + "61,yes,garden\n" * 5)
+    result = command("fedclaw.predict", f"bundle={table_bundle}", f"input={path}")
     assert (result.returncode, result.stdout) == (1, "")
-    for part in ("bad.csv", "line 3", "age", "old"):
+    for part in ("bad.csv", "no row can be answered", "line 2", "'old'", "line 4", "'garden'", "and 3 more"):
         assert part in result.stderr.splitlines()[0]
 
 
