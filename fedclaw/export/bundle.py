@@ -96,7 +96,7 @@ def _fill(staging: Path, source: Source, signer: Signer, request: Request, progr
     if request.quantised:
         progress("quantising to 8 bits")
         quantised = quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs)
-    decision = None if request.public is None else _decision(staging, source, request.public)
+    decision = None if request.public is None else _decision(staging, request.public)
     classes = len(source.schema.labels)
     manifest = layout.Manifest(
         federation=source.record.federation,
@@ -121,7 +121,7 @@ def _fill(staging: Path, source: Source, signer: Signer, request: Request, progr
     _write_texts(staging, source, manifest, signer)
 
 
-def _decision(staging: Path, source: Source, public: Table) -> layout.Decision:
+def _decision(staging: Path, public: Table) -> layout.Decision:
     session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
     batches = range(0, len(public), THRESHOLD_BATCH)
     parts = [run_session(session, public.inputs[start : start + THRESHOLD_BATCH])[1][:, 1] for start in batches]
