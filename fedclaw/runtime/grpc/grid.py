@@ -74,7 +74,7 @@ class GrpcGrid(StreamingGrid):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._station.stop()
+        self._station.stop(finished=kind is None)
 
     @property
     def verifier(self) -> CertificateVerifier:

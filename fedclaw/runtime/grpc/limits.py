@@ -51,7 +51,8 @@ class Limits(Frozen):
     long at least."""
     backoff_first: float = Field(default=0.5, gt=0)
     """Mean wait of a site before its first attempt to reconnect; doubles with each one that fails."""
-    backoff_longest: float = Field(default=60.0, gt=0)
+    backoff_longest: float = Field(default=10.0, gt=0)
+    """No wait is longer: a site is there within seconds of its server's return."""
     queued_tasks: int = Field(default=8, gt=0)
     """Tasks that a site lets wait behind the one it works on."""
     outbox_replies: int = Field(default=4, gt=0)

@@ -30,8 +30,13 @@ from fedclaw.security.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
 
 log = logging.getLogger(__name__)
 
+NOBODY = "nobody listens there (connection refused)"
 _GLANCE = 0.1
 _LONGEST_DOUBLING = 16
+
+
+class RunFinished(TransportError):
+    """The server said that its run has come to its end."""
 
 
 class _Stream:
@@ -101,6 +106,8 @@ class SiteLink:
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         self._sequence = 0
+        self._told: set[str] = set()
+        """What has been said of there being no connection, since there was one."""
         self._heartbeat = self._limits.heartbeat
         self._worker = Worker(
             handler,
@@ -143,7 +150,7 @@ class SiteLink:
                     return
                 failures = 0 if welcomed else min(failures + 1, _LONGEST_DOUBLING)
                 delay = self._delay(failures)
-                log.warning("%s: %s; next attempt in %.1f s", self._address, problem, delay)
+                self._say(problem, welcomed, delay)
                 stop.wait(delay)
         finally:
             self._worker.stop()
@@ -157,8 +164,23 @@ class SiteLink:
 
     def _delay(self, failures: int) -> float:
         """Exponential with jitter: sites that lost the same server do not come back in the same instant."""
-        mean = min(self._limits.backoff_longest, self._limits.backoff_first * float(2**failures))
-        return mean * random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, hides nothing
+        mean, longest = self._limits.backoff_first * float(2**failures), self._limits.backoff_longest
+        spread = random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, hides nothing
+        return min(mean * spread, longest * (spread + 1.5) / 3)
+
+    def _say(self, problem: TransportError, welcomed: bool, delay: float) -> None:
+        """Why there is no connection, once for each reason until there is one again; a run's end is no trouble."""
+        if welcomed:
+            self._told.clear()
+        if isinstance(problem, RunFinished):
+            log.info("run finished: the server has ended; this site waits for the next one")
+            self._told.add(NOBODY)
+        elif str(problem) not in self._told:
+            self._told.add(str(problem))
+            log.warning(
+                "%s: %s; next attempt in %.1f s, and again every %g s at most",
+                *(self._address, problem, delay, self._limits.backoff_longest),
+            )
 
     def _connect_once(self, stop: threading.Event) -> tuple[bool, TransportError]:
         tls = self._keys.tls()
@@ -234,6 +256,8 @@ class SiteLink:
             raise TransportError(f"unexpected frame: {kind}")
 
     def _connection_refused(self, refusal: pb.Refuse) -> None:
+        if refusal.reason == pb.REASON_FINISHED:
+            raise RunFinished("the run has finished")
         text = f"the server refused this site ({wire.reason_name(refusal.reason)}): {wire.printable(refusal.text)}"
         raise (ConnectionRefused if refusal.reason in wire.FOR_GOOD else TransportError)(text)
 
@@ -313,7 +337,7 @@ def _describe(error: grpc.RpcError) -> str:
     code = error.code().name.lower().replace("_", " ") if hasattr(error, "code") else "error"
     details = error.details() if hasattr(error, "details") else ""
     if "Connection refused" in (details or ""):
-        return "nobody listens there (connection refused)"
+        return NOBODY
     if "failed to connect" in (details or "") and "Socket closed" in (details or ""):
         # All that TLS 1.3 lets a client see of a server that does not take its certificate.
         return (

@@ -92,11 +92,12 @@ class Station:
         self._arrivals.start()
         self._ticker.start()
 
-    def stop(self) -> None:
-        """Hang up on everybody."""
+    def stop(self, *, finished: bool = False) -> None:
+        """Hang up on everybody; if the run has `finished`, say so."""
         self._stopping.set()
+        farewell = wire.refuse(pb.REASON_FINISHED, "the run has finished") if finished else None
         for session in list(self._streams):
-            session.close()
+            session.close(farewell)
         if self._server is not None:
             self._server.stop(grace=0.5).wait()
         if self._ticker.is_alive():

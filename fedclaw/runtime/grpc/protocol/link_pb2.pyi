@@ -18,6 +18,7 @@ class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REASON_UNAVAILABLE: _ClassVar[Reason]
     REASON_SILENT: _ClassVar[Reason]
     REASON_PROTOCOL: _ClassVar[Reason]
+    REASON_FINISHED: _ClassVar[Reason]
     REASON_NOT_ASKED: _ClassVar[Reason]
     REASON_OVERSIZED: _ClassVar[Reason]
     REASON_MALFORMED: _ClassVar[Reason]
@@ -35,6 +36,7 @@ REASON_REPLACED: Reason
 REASON_UNAVAILABLE: Reason
 REASON_SILENT: Reason
 REASON_PROTOCOL: Reason
+REASON_FINISHED: Reason
 REASON_NOT_ASKED: Reason
 REASON_OVERSIZED: Reason
 REASON_MALFORMED: Reason
