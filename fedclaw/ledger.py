@@ -8,14 +8,17 @@
 show        per data set: budget, spent, left, runs, rounds, open reservations (charged, their result has not left)
 verify      walks the whole chain and compares it with what left the site; names the first entry that is wrong
 statement   one HTML page that needs no other file and no network, to read, print or hand on
+begin-again   the operator's word that a site goes on though its ledger is lost, or only an older copy of it is left;
+            its reason="…" stays in the ledger and in every statement of it for ever. Stop the client first
 
 More keys:
   entries=true   show: each entry too
   json=true      show: for machines
   head=HASH      verify: a head that the site has handed out (ledger_head in a bundle's privacy.json) is in the chain
+  reason=TEXT    begin-again: what happened
   out=FILE       statement: where to; default privacy-statement.html in the site's directory, readable by you only
 
-Nothing is ever written to the ledger, and a client may be running.
+Nothing else writes to the ledger, and a client may be running.
 Exit code 0: done. 1: the ledger is damaged, tampered with or not there, one line says which entry. 2: wrong use.
 """
 
@@ -28,6 +31,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import CommandLine, compose_settings, run_main, split
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.frozen import Frozen
@@ -43,9 +47,10 @@ from fedclaw.privacy.history import Entry
 from fedclaw.privacy.ledger import describe
 from fedclaw.privacy.spending import DataSetSpending, Spending
 from fedclaw.report.console import make_console
-from fedclaw.site.books import Books, check, open_books
+from fedclaw.site.books import Books, check_books, losses, open_books
 
 STATEMENT_FILE = "privacy-statement.html"
+BEGIN_AGAIN = "begin-again"
 
 
 class Settings(Frozen):
@@ -56,26 +61,46 @@ class Settings(Frozen):
     as_json: bool = Field(alias="json")
     head: str | None
     out: Path | None
+    reason: str | None
 
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Run one command. Raises FedClawError."""
     line = split(arguments)
-    if len(line.words) != 1 or line.words[0] not in _COMMANDS:
+    if len(line.words) != 1 or line.words[0] not in {*_COMMANDS, BEGIN_AGAIN}:
         given = " ".join(line.words) or "none"
-        raise UsageError(f"give one command of {', '.join(_COMMANDS)} (given: {given})")
+        raise UsageError(f"give one command of {', '.join([BEGIN_AGAIN, *_COMMANDS])} (given: {given})")
+    if line.words == (BEGIN_AGAIN,):
+        _take(line, {"reason"})
+        settings = compose_settings("ledger", [_quoted(override) for override in line.overrides], Settings)
+        _begin_again(settings, console or make_console())
+        return
     run, takes = _COMMANDS[line.words[0]]
+    _take(line, takes)
+    settings = compose_settings("ledger", line.overrides, Settings)
+    run(settings, open_books(settings.site), console or make_console())
+
+
+def _quoted(override: str) -> str:
+    """A reason is a sentence: commas, colons and quotes in it are no grammar."""
+    key, _, text = override.partition("=")
+    if key.lstrip("+") != "reason" or text[:1] in {"'", '"'}:
+        return override
+    plain = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{plain}'"
+
+
+def _take(line: CommandLine, takes: set[str]) -> None:
+    """Raise UsageError for a key that the command does not take."""
     given_keys = {override.lstrip("+").partition("=")[0] for override in line.overrides}
     if superfluous := given_keys - takes - {"site"}:
         raise UsageError(f"{line.words[0]} does not take {', '.join(sorted(superfluous))}")
-    settings = compose_settings("ledger", line.overrides, Settings)
-    run(settings, open_books(settings.site), console or make_console())
 
 
 def _show(settings: Settings, books: Books, console: Console) -> None:
     spending, problem = books.spending(), _problem(books)
     if settings.as_json:
-        plain = _plain(spending) | {"problem": problem}
+        plain = _plain(spending) | {"problem": problem, "losses": [asdict(loss) for loss in books.index.losses]}
         if settings.entries:
             plain["chain"] = [_plain_entry(entry) for entry in books.entries]
         console.out(json.dumps(plain, indent=2), highlight=False)
@@ -84,6 +109,8 @@ def _show(settings: Settings, books: Books, console: Console) -> None:
     console.print(f"{spending.entries} entries, head {spending.head}", markup=False)
     if settings.entries:
         console.print(_entry_table(books), soft_wrap=False)
+    for sentence in losses(books.index):
+        console.print(f"! {sentence}", style="bold red", markup=False)
     if problem is not None:
         console.print(f"! {problem}", style="bold red", markup=False)
 
@@ -91,7 +118,7 @@ def _show(settings: Settings, books: Books, console: Console) -> None:
 def _problem(books: Books) -> str | None:
     """Why the figures cannot be trusted, if so: an old copy shows less than was spent."""
     try:
-        check(books.index, books.outbound)
+        check_books(books)
     except LedgerError as error:
         return str(error)
     return None
@@ -101,7 +128,7 @@ def _verify(settings: Settings, books: Books, console: Console) -> None:
     head = None if settings.head is None else settings.head.lower()
     if head is not None and not re.fullmatch(r"[0-9a-f]{64}", head):
         raise UsageError(f"head={settings.head}: a ledger head has 64 hexadecimal digits")
-    check(books.index, books.outbound)
+    check_books(books)
     if head is not None and head not in books.index.heads:
         raise LedgerError(
             f"the head {head} is not in this ledger of {books.index.sequence} entries: it is another ledger's, or "
@@ -129,7 +156,7 @@ def _verify(settings: Settings, books: Books, console: Console) -> None:
 def _statement(settings: Settings, books: Books, console: Console) -> None:
     from fedclaw.report.ledger_page import render
 
-    check(books.index, books.outbound)
+    check_books(books)
     path = settings.out or settings.site / STATEMENT_FILE
     if path.is_dir():
         raise UsageError(f"out={path} is a directory; name a file")
@@ -172,6 +199,8 @@ def _entry_table(books: Books) -> Table:
     for entry in books.entries:
         charge = books.index.reservations.get(entry.sequence)
         what = ("", "", "", f"of entry {entry.body['reserve']}" if "reserve" in entry.body else "")
+        if "reason" in entry.body:
+            what = ("", "", "", f"begun again: {entry.body['reason']}")
         if charge is not None:
             what = (
                 charge.data_set,
@@ -203,6 +232,14 @@ def _plain(spending: Spending) -> dict[str, Any]:
         "entries": spending.entries,
         "data_sets": [_plain_data_set(item) for item in spending.data_sets],
     }
+
+
+def _begin_again(settings: Settings, console: Console) -> None:
+    from fedclaw.site.begin_again import begin_again
+
+    if settings.reason is None:
+        raise UsageError('begin-again needs reason="…": what happened to the ledger; it is kept for ever')
+    console.print(begin_again(settings.site, settings.reason), markup=False)
 
 
 def _plain_data_set(item: DataSetSpending) -> dict[str, Any]:

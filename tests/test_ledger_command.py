@@ -14,7 +14,7 @@ from fedclaw import ledger
 from fedclaw.cli import split
 from fedclaw.errors import FedClawError, LedgerError, UsageError
 from fedclaw.privacy.ledger import Ledger
-from fedclaw.site.books import open_books, site_spending
+from fedclaw.site.books import check, open_books, site_spending
 from tests.conftest import run_module
 from tests.ledgers import ROUND, UNLIMITED, Run, make_site
 
@@ -148,9 +148,9 @@ def test_an_answer_without_a_charge_is_named(tmp_path: Path) -> None:
     books = open_books(site)
     line = books.outbound[0]
     again, other = line.model_copy(update={"resent": True}), line.model_copy(update={"digest": "77" * 32})
-    ledger.check(books.index, (line, again))
+    check(books.index, (line, again))
     with pytest.raises(LedgerError, match="'heart/spring/1', for which this privacy ledger has 1 settled"):
-        ledger.check(books.index, (line, again, other))
+        check(books.index, (line, again, other))
 
 
 def test_a_half_written_line_of_a_running_client_is_left_alone(site: Path) -> None:

@@ -78,6 +78,8 @@ class RunCost(Frozen):
     noise_multiplier: float
     max_grad_norm: float
     ledger_head: str
+    ledger_losses: int = 0
+    """How often the site lost its ledger, or the newest entries of it, and went on at its operator's word."""
 
 
 class SiteStatement(Frozen):
@@ -161,6 +163,7 @@ def state(
         guarantee=guarantee,
         warnings=(
             *_warnings(exposed, complete, data_dependent),
+            *_loss_warnings(sites),
             *_trust_warnings(sites),
             *_cohort_warnings(central),
         ),
@@ -208,6 +211,7 @@ def _cost(run: Receipts, entry: SiteReceipt) -> RunCost:
         noise_multiplier=receipt.noise_multiplier,
         max_grad_norm=receipt.max_grad_norm,
         ledger_head=receipt.ledger_head,
+        ledger_losses=receipt.ledger_losses,
     )
 
 
@@ -219,6 +223,16 @@ def _trust_warnings(sites: Sequence[SiteStatement]) -> tuple[str, ...]:
             if any(run.trust == trust for run in site.runs):
                 trusting[trust].append(site.site)
     return tuple(f"AT {', '.join(names)} {_BELIEVED[trust]}" for trust, names in trusting.items() if names)
+
+
+def _loss_warnings(sites: Sequence[SiteStatement]) -> tuple[str, ...]:
+    lost = [site.site for site in sites if any(run.ledger_losses for run in site.runs)]
+    if not lost:
+        return ()
+    return (
+        f"AT {', '.join(lost)} THE LEDGER WAS LOST and begun again by the operator's word: what had been spent before "
+        "is in none of the figures over all runs, nor, if this run was under way, in this run's.",
+    )
 
 
 def _cohort_warnings(central: CentralPrivacy | None) -> tuple[str, ...]:

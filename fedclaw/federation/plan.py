@@ -439,6 +439,9 @@ class Receipt(Frozen):
     epsilon_left: Epsilon | None
     """Budget minus lifetime; None: the data set has no budget or it was spent without bound."""
     ledger_head: Head
+    ledger_losses: int = Field(default=0, ge=0, le=MOST_CHARGED)
+    """How often the ledger, or its newest entries, was lost and the site went on at its operator's word: what had been
+    spent by then is in no figure here."""
 
     def after(self, before: "Receipt") -> "Receipt":
         """What is told of a site that said `before` earlier in the same run: of each figure the worse one.
@@ -452,6 +455,7 @@ class Receipt(Frozen):
             "epsilon_left": self._less_left(before),
             "delta": max(before.delta, self.delta),
             "rounds": max(before.rounds, self.rounds),
+            "ledger_losses": max(before.ledger_losses, self.ledger_losses),
             "secure_aggregation": before.secure_aggregation and self.secure_aggregation,
         }
         trusts = get_args(Trust)

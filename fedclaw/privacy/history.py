@@ -52,6 +52,21 @@ class Entry:
     hash: str
 
 
+@dataclass(frozen=True)
+class Loss:
+    """That entries were lost, or the whole ledger, and that the site went on at its operator's word."""
+
+    time: str
+    reason: str
+    """The operator's."""
+    problem: str
+    """What kept the site from starting."""
+    entries: int | None
+    """How many entries there had been; None: not known."""
+    head: str | None
+    """The last head that was known of them."""
+
+
 @dataclass
 class History:
     """The composition of many charges: steps by (sample rate, noise multiplier, family), and if one had no privacy."""
@@ -91,6 +106,9 @@ class Index:
     def __init__(self) -> None:
         self.sequence = 0
         self.head = GENESIS
+        self.identity = ""
+        """What the ledger was given when it was begun."""
+        self.losses: list[Loss] = []
         self.heads: set[str] = set()
         self.reservations: dict[int, Reservation] = {}
         self.charges: dict[str, int] = {}
@@ -107,7 +125,7 @@ class Index:
         """By fingerprint, the data set that was charged for this content."""
         self.times: dict[str, list[str]] = {}
         """When each data set was charged (ISO 8601), each time no earlier than those before it."""
-        self._readers = {"open": self._open, "reserve": self._reserve, "settle": self._settle}
+        self._readers = {"open": self._open, "reserve": self._reserve, "settle": self._settle, "again": self._again}
 
     def follow(self, sequence: int, body: str, digest: str) -> Entry:
         """Take up the next entry. Raises LedgerError naming it if it is not what the chain demands."""
@@ -129,6 +147,13 @@ class Index:
     def _open(self, plain: Mapping[str, Any], _digest: str) -> None:
         if plain["sequence"] != 1 or plain["version"] != LEDGER_VERSION:
             raise ValueError(f"version {plain['version']} is not known here (this is {LEDGER_VERSION})")
+        self.identity = str(plain.get("ledger", ""))
+
+    def _again(self, plain: Mapping[str, Any], _digest: str) -> None:
+        lost = plain["lost"] or {}
+        self.losses.append(
+            Loss(plain["time"], plain["reason"], plain["problem"], lost.get("entries"), lost.get("head"))
+        )
 
     def _reserve(self, plain: Mapping[str, Any], digest: str) -> None:
         reservation = Reservation(

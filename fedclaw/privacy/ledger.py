@@ -38,7 +38,7 @@ from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from pydantic import JsonValue
 
@@ -64,6 +64,13 @@ _SCHEMA = (
 )
 
 
+class Witness(Protocol):
+    """Who knows, apart from the ledger's file, how far it has come."""
+
+    def note(self, index: Index) -> None:
+        """Keep the head of a ledger that has just been charged, durably. Raises LedgerError if that fails."""
+
+
 class Ledger:
     """The ledger file, seen from one data set. Safe for use by several threads and several processes at once."""
 
@@ -81,6 +88,8 @@ class Ledger:
         self._ahead = False
         self._watch: FileWatch | None = None
         """None: not on disk."""
+        self.witness: Witness | None = None
+        """Is told of every charge."""
 
     @classmethod
     def open(cls, path: Path | str, data_set: str, fingerprint: str | None = None) -> Self:
@@ -148,7 +157,15 @@ class Ledger:
                 **({} if self._fingerprint is None else {"fingerprint": self._fingerprint}),
                 **({} if content is None else {"content": content}),
             )
-            return self._index.reservations[entry.sequence]
+            reservation = self._index.reservations[entry.sequence]
+        self._tell()
+        return reservation
+
+    def begin_again(self, reason: str, problem: str, lost: JsonValue) -> None:
+        """Note that the site goes on at its operator's word though entries are lost, and what is known of them."""
+        with self._writing():
+            self._append(kind="again", reason=reason, problem=problem, lost=lost)
+        self._tell()
 
     def check_budgets(
         self,
@@ -236,6 +253,16 @@ class Ledger:
         with self._reading():
             return self._index.head
 
+    def index(self) -> Index:
+        """What the entries say; the ledger's own, so to be read at once and not changed."""
+        with self._reading():
+            return self._index
+
+    def losses(self) -> int:
+        """How often it was gone on with though entries were lost."""
+        with self._reading():
+            return len(self._index.losses)
+
     def contains(self, head: str) -> bool:
         """Whether `head` was this ledger's head once; if not, it was cut or replaced since `head` was handed out."""
         with self._reading():
@@ -308,6 +335,12 @@ class Ledger:
             if asked == (one.federation, one.run, one.round, one.mechanism, one.fingerprint, one.content):
                 return one
         return None
+
+    def _tell(self) -> None:
+        with self._lock:
+            # Empty only after a failed write of another thread, whose entry it is to tell.
+            if self.witness is not None and self._index.sequence:
+                self.witness.note(self._index)
 
     def _settle(self, key: str, charge: str) -> None:
         sequence = self._index.charges.get(charge, 0)

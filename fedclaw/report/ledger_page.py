@@ -16,7 +16,7 @@ from fedclaw import __version__
 from fedclaw.privacy.spending import DataSetSpending, RunSpending, Spending, epsilon_over_time
 from fedclaw.report import ledger_chart
 from fedclaw.report.ledger_words import NOT_COVERED, counted, factor, meaning, protection, provided, rounded, work
-from fedclaw.site.books import Books, check
+from fedclaw.site.books import Books, check_books, losses
 from fedclaw.site.layout import ledger_file
 
 _CHART_POINTS = 40
@@ -28,7 +28,7 @@ Receipts = Mapping[tuple[str, str, str], Mapping[str, Any]]
 
 def render(books: Books) -> str:
     """The page on these books as HTML. Raises LedgerError if ledger and outbound log do not fit together."""
-    check(books.index, books.outbound)
+    check_books(books)
     spending = books.spending()
     receipts = _receipts(books)
     now = datetime.now(UTC).isoformat(timespec="minutes")
@@ -38,6 +38,7 @@ def render(books: Books) -> str:
         f'<p class="quiet">From the privacy ledger of this site, on {_time(now)} UTC. One ledger counts all training '
         "on this site's data, of all runs and federations, for ever.</p></header>",
         "<main>",
+        *(f'<p class="warn">{escape(sentence[0].upper() + sentence[1:])}.</p>' for sentence in losses(books.index)),
         *(_data_set(number, item, books, receipts) for number, item in enumerate(spending.data_sets, 1)),
         _not_covered(),
         _how_computed(spending),

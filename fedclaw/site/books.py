@@ -16,6 +16,7 @@ from fedclaw.privacy.history import Budget, Entry, Index
 from fedclaw.privacy.ledger_file import read_ledger
 from fedclaw.privacy.spending import Spending, spending_of
 from fedclaw.site.layout import ledger_file, outbound_file
+from fedclaw.site.ledger_mark import check_mark
 from fedclaw.site.outbound import OutboundEntry, OutboundLog
 from fedclaw.site.settings import SiteSettings, load_site_settings
 
@@ -51,6 +52,8 @@ def open_books(root: Path) -> Books:
     settings = load_site_settings(root)
     # The log first: what left before it was read has been charged before.
     outbound = _read_outbound(outbound_file(root))
+    if not ledger_file(root).exists():
+        check_mark(root, None)
     entries, index = read_ledger(ledger_file(root))
     return Books(root, settings, entries, index, outbound)
 
@@ -58,6 +61,22 @@ def open_books(root: Path) -> Books:
 def site_spending(root: Path) -> Spending:
     """What the ledger of the site at `root` says was spent, and what is left. Raises as `open_books` does."""
     return open_books(root).spending()
+
+
+def losses(index: Index) -> list[str]:
+    """In sentences: that, and when, entries were lost and the site went on at its operator's word."""
+    return [
+        f"on {loss.time} the ledger was begun again after a loss, by the operator's word: {loss.reason}; what "
+        f"{'an unknown number of' if loss.entries is None else f'the {loss.entries}'} entries had counted until then "
+        "and are not in it was spent all the same, and no figure here has it"
+        for loss in index.losses
+    ]
+
+
+def check_books(books: Books) -> None:
+    """Raise LedgerError unless the ledger has all that left, and is the one that was begun here (`check_mark`)."""
+    check(books.index, books.outbound)
+    check_mark(books.root, books.index)
 
 
 def check_site(root: Path) -> None:

@@ -84,6 +84,8 @@ class Books:
     """Of all runs, at the policy's delta."""
     rounds: int
     head: str
+    losses: int = 0
+    """How often the ledger was gone on with after a loss."""
 
 
 def charge_of(site: Site, plan: Plan) -> Charge:
@@ -242,6 +244,7 @@ def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
         epsilon_lifetime=site.ledger.spent(site.policy.delta),
         rounds=site.ledger.rounds(plan.run, plan.federation),
         head=site.ledger.head(),
+        losses=site.ledger.losses(),
     )
     return receipt_for(site.policy, len(site.data.train), plan, charge, books)
 
@@ -274,6 +277,7 @@ def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books
         epsilon_lifetime=lifetime if np.isfinite(lifetime) else None,
         epsilon_left=max(0.0, budget - lifetime) if bounded and budget is not None else None,
         ledger_head=books.head,
+        ledger_losses=books.losses,
     )
 
 

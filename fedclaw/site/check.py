@@ -19,10 +19,11 @@ from fedclaw.privacy.spending import DataSetSpending
 from fedclaw.security import pki
 from fedclaw.security.descriptor import DESCRIPTOR_FILE, load_descriptor
 from fedclaw.security.site_home import SITE_CERTIFICATE, SITE_KEY, SiteKeys, renew_advice
-from fedclaw.site.books import Books, check, open_books
+from fedclaw.site.books import Books, check, check_books, losses, open_books
 from fedclaw.site.directory import open_service
 from fedclaw.site.frequency import charge_times, check_frequency, evaluation_times, is_limited
 from fedclaw.site.layout import ledger_file, outbound_file
+from fedclaw.site.ledger_mark import check_mark
 from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, require_name
@@ -155,13 +156,16 @@ def _books(root: Path, settings: SiteSettings, service: SiteService, findings: F
     if ledger_file(root).exists():
         books = open_books(root)
         opened.append(books)
-        check(books.index, books.outbound)
+        check_books(books)
+        findings.warnings += losses(books.index)
         spent = {item.name: item for item in books.spending().data_sets}
         findings.attempt(lambda: _content(books.index, settings, service, findings))
     elif outbound_file(root).exists():
         with OutboundLog(outbound_file(root), read_only=True) as outbound:
             # The ledger may have been removed; then what left tells that it was there.
             check(Index(), outbound.entries())
+    if not ledger_file(root).exists():
+        check_mark(root, None)
     for name in served:
         budget = policy.budget_of(name)
         unspent = DataSetSpending(name, Budget(budget.epsilon, budget.delta), 0.0, (), ())

@@ -1,10 +1,12 @@
 """A site's directory, opened: settings, data, ledger and log as one service.
 
 site.yaml  schema file  data files  keys/  federation.json        what the operator put there
+ledger.json        that a ledger was begun: see `fedclaw.site.ledger_mark`
 state/ledger.sqlite  state/outbound.jsonl  state/outbox/  state/strategy/          what the client keeps there
 """
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +20,12 @@ from fedclaw.privacy.ledger import Ledger
 from fedclaw.privacy.policy import TEST
 from fedclaw.privacy.secure_aggregation import CertificateVerifier, Sessions
 from fedclaw.security.site_home import SiteKeys
-from fedclaw.site.books import check_site
+from fedclaw.site.books import check, check_site, losses
 from fedclaw.site.data import load_data
 from fedclaw.site.device import choose_device
 from fedclaw.site.layout import ledger_file, outbound_file, strategy_directory
 from fedclaw.site.layout import state_directory as state_directory
+from fedclaw.site.ledger_mark import MarkKeeper, check_mark, write_mark
 from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
@@ -30,6 +33,8 @@ from fedclaw.site.settings import SiteSettings
 from fedclaw.site.site import SiteData
 from fedclaw.site.state import SiteStates
 from fedclaw.workload import Schema
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -61,6 +66,7 @@ def open_service(
     data = load_data(settings.data, schema, train)
     state = state_directory(root)
     if durable:
+        require_ledger(root)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         if constants := schema.constants_json():
             write_atomic(state / "preprocessing.json", constants.encode(), PRIVATE_MODE)
@@ -90,9 +96,32 @@ def open_service(
             secure=_secure_identity(state, keys) if keys and durable else None,
         )
         if durable:
-            check_site(root)
+            _compare_books(root, service)
         opened.pop_all()
     return service
+
+
+def require_ledger(root: Path) -> None:
+    """Raise LedgerError if the site's ledger is gone: before another is begun in its place."""
+    if ledger_file(root).exists():
+        return
+    if outbound_file(root).exists():
+        with Ledger.open(":memory:", "nothing") as begun, OutboundLog(outbound_file(root), read_only=True) as outbound:
+            check(begun.index(), outbound.entries())
+    check_mark(root, None)
+
+
+def _compare_books(root: Path, service: SiteService) -> None:
+    """Raise LedgerError unless the ledger has all that left and was charged; from now on its charges are marked."""
+    check_site(root)
+    index = service.ledger.index()
+    check_mark(root, index)
+    write_mark(root, index)
+    for sentence in losses(index):
+        log.warning("%s", sentence)
+    for ledger in (service.ledger, service.test_ledger):
+        if ledger is not None:
+            ledger.witness = MarkKeeper(root)
 
 
 def _secure_identity(state: Path, keys: SiteKeys) -> SecureIdentity:

@@ -18,6 +18,21 @@ def outbound_file(root: Path) -> Path:
     return state_directory(root) / "outbound.jsonl"
 
 
+def outbox_directory(root: Path) -> Path:
+    """Replies that wait, or may be asked for again."""
+    return state_directory(root) / "outbox"
+
+
+def answers_directory(root: Path) -> Path:
+    """The same on Flower's runtimes."""
+    return state_directory(root) / "answers"
+
+
+def mark_file(root: Path) -> Path:
+    """What says, outside of the state, that a ledger was begun."""
+    return root / "ledger.json"
+
+
 def strategy_directory(root: Path) -> Path:
     """What strategies remember of each run."""
     return state_directory(root) / "strategy"

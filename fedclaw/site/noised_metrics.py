@@ -78,6 +78,7 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
         epsilon_lifetime=lifetime,
         epsilon_left=None if budget.epsilon is None else max(0.0, budget.epsilon - lifetime),
         ledger_head=ledger.head(),
+        ledger_losses=ledger.losses(),
     )
 
 

@@ -104,3 +104,11 @@ def test_a_guarantee_that_counts_on_secret_cohorts_is_taken_back_towards_readers
     statement = state([training(samples.private)], None, "none.", central=central)
     assert any("does not hold towards readers" in warning for warning in statement.warnings)
     assert statement.requested_central == central
+
+
+def test_a_ledger_that_was_lost_is_said(samples):
+    name, entry = sorted(samples.private.items())[0]
+    lost = entry.model_copy(update={"receipt": entry.receipt.model_copy(update={"ledger_losses": 1})})
+    statement = state([training(samples.private | {name: lost})], None, "none.")
+    (warning,) = statement.warnings
+    assert warning.startswith(f"AT {name} THE LEDGER WAS LOST")
