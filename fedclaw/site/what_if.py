@@ -63,7 +63,7 @@ def _plan(site: SiteService, question: Question) -> Plan:
 def _any_federation(site: SiteService) -> str:
     """Before enrolment: one that the policy allows."""
     combined = [rule.federation for rule in site.policy.combinations or ()]
-    return next(iter([*combined, *(site.policy.federations or ())]), "")
+    return next(iter([*combined, *(site.policy.federations or ())]), "some federation")
 
 
 def _size(site: SiteService, plan: Plan) -> int:
