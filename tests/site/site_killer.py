@@ -9,7 +9,9 @@ the answer sealed and stored, the charge settled, the state committed, a line in
 after each commit of the ledger, each flush and each rename. Then the same question is asked again.
 """
 
+import math
 import os
+import queue
 import shutil
 import signal
 import sqlite3
@@ -22,6 +24,7 @@ import torch
 
 from fedclaw.federation.plan import LocalTraining
 from fedclaw.federation.registry import strategy_class
+from fedclaw.runtime.flower import envelope_of
 from fedclaw.runtime.grpc import Limits
 from fedclaw.runtime.grpc.outbox import Entry, Outbox
 from fedclaw.runtime.grpc.worker import Worker
@@ -57,14 +60,16 @@ def ask(root: Path, round: int, ready: Callable[[], None] = lambda: None) -> Ask
     full = LocalTraining(steps=2, batch_size=10_000, learning_rate=0.5)
     strategy = {"strategy": "feddyn", "strategy_fields": {"alpha": 0.1}}
     message = asker.message(identity=f"round-{round}", round=round, privacy=None, training=full, **strategy)
-    announced: list[Entry] = []
+    announced: queue.Queue[Entry] = queue.Queue()
     sealer = seal.Sealer("x25519", KEYS.public)
     outbox = Outbox(root / "state" / "outbox", Limits())
-    worker = Worker(asker.site, outbox, sealer, "clinic", "hospital-north", Limits(), announced.append)
+    worker = Worker(asker.site, outbox, sealer, "clinic", "hospital-north", Limits(), announced.put)
     ready()
-    worker._do(message)
-    assert len(announced) == 1
-    assert not announced[0].is_refusal
+    worker.start()
+    if not worker.holds(envelope_of(message), math.inf):
+        worker.submit(message, math.inf)
+    assert not announced.get(timeout=60).is_refusal
+    worker.stop()
     return asker
 
 
