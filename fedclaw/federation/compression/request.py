@@ -17,7 +17,7 @@ class Quantisation(Frozen):
     """One byte a number, or half of one, rounded at random without bias: `stochastic`."""
 
     method: Literal["int8", "int4"]
-    block: int | None = Field(default=256, ge=1)
+    block: int | None = Field(default=256, ge=1, lt=1 << 31)
     """Consecutive numbers of a tensor that share a scale; null: one scale for each tensor."""
 
 
@@ -39,7 +39,7 @@ class RandomK(Frozen):
     """Share of each tensor's numbers that is sent."""
     feedback: bool = False
     """As for `topk`; without it, what is sent is scaled by 1 / fraction, so that it is right in the mean."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Which positions: they follow from it, the round and the tensor's name."""
 
 
@@ -47,7 +47,7 @@ class PowerSgd(Frozen):
     """Two thin factors of each matrix: `powersgd`."""
 
     method: Literal["powersgd"]
-    rank: int = Field(default=2, ge=1)
+    rank: int = Field(default=2, ge=1, lt=1 << 31)
     feedback: bool = True
     """As for `topk`."""
 

@@ -70,7 +70,7 @@ class Stochastic(Encoder):
         self, flat: NDArray[np.float32], source: GaussianSource
     ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """Codes (d,) and scales (blocks,)."""
-        length = self.block or max(flat.size, 1)
+        length = min(self.block or flat.size, flat.size) or 1
         starts = np.arange(0, flat.size, length)
         scales = np.maximum.reduceat(np.abs(flat), starts) if flat.size else np.zeros(0, np.float32)
         # A block of zeros is divided by one. In float64, no number exceeds its own block's maximum.
@@ -83,7 +83,8 @@ class Stochastic(Encoder):
 
     def _spread(self, values: NDArray[np.floating], numbers: int) -> NDArray[np.floating]:
         """One value a block (blocks,), as one a number (d,)."""
-        return np.repeat(values, self.block or max(numbers, 1))[:numbers]
+        # The block is the server's number: not one of its repetitions is made that no number needs.
+        return np.repeat(values, min(self.block or numbers, max(numbers, 1)))[:numbers]
 
 
 def rounded(values: NDArray[np.float64], source: GaussianSource) -> NDArray[np.float64]:

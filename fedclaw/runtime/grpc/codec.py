@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 from numpy.lib import format as npy
 
 from fedclaw.errors import TransportError
+from fedclaw.runtime.grpc.pieces import read_varint
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.records import Records, ViewedArray, serialised
 
@@ -27,6 +28,10 @@ ALIGNMENT = 64
 """Header and arrays each begin at a multiple of this: numpy would copy an unaligned array before computing with it."""
 _PREFIX = len(MAGIC) + 4
 _MAX_HEADER = 16 << 20
+MAX_ITEMS = 1 << 14
+"""Records, arrays and values of one message."""
+MAX_NUMBERS = 1 << 16
+"""Of all lists in a message's values."""
 _MAX_DIMENSIONS = 32
 _NPY = "numpy.ndarray"
 _DTYPES = frozenset(
@@ -75,6 +80,7 @@ def encode(content: Content) -> Encoded:
         for name, record in content.items():
             _encode_record(header.records.items.add(name=name), record, data)
     raw = header.SerializeToString()
+    check_items(raw)
     if len(raw) > _MAX_HEADER:
         raise TransportError(f"the message's records other than arrays take {len(raw)} bytes, limit {_MAX_HEADER}")
     parts = (MAGIC + len(raw).to_bytes(4, "big") + raw + _padding(_PREFIX + len(raw)), *data)
@@ -92,8 +98,10 @@ def decode(buffer: bytes | bytearray | memoryview) -> Content:
     length = int.from_bytes(view[len(MAGIC) : _PREFIX], "big")
     if length > min(_MAX_HEADER, len(view) - _PREFIX):
         raise TransportError(f"the message's header claims {length} bytes of {len(view)}")
+    raw = bytes(view[_PREFIX : _PREFIX + length])
+    check_items(raw)
     try:
-        header = pb.Content.FromString(bytes(view[_PREFIX : _PREFIX + length]))
+        header = pb.Content.FromString(raw)
     except DecodeError as error:
         raise TransportError("the message's header is malformed") from error
     body = _after_padding(view, _PREFIX + length)
@@ -104,6 +112,68 @@ def decode(buffer: bytes | bytearray | memoryview) -> Content:
         return Error(failure.code, failure.reason if failure.has_reason else None)
     _expect(kind == "records", "the message has no content")
     return _decode_records(header.records, body)
+
+
+_HOLDS: Mapping[str, Mapping[int, tuple[str, bool]]] = {
+    "Content": {1: ("Records", False)},
+    "Records": {1: ("Record", True)},
+    "Record": {2: ("ArrayItems", False), 3: ("ValueItems", False), 4: ("ValueItems", False)},
+    "ArrayItems": {1: ("", True)},
+    "ValueItems": {1: ("ValueItem", True)},
+    "ValueItem": {3: ("ScalarList", False)},
+    "ScalarList": {1: ("", False)},
+}
+"""By message and number of a field: the message in it, empty where nothing below counts; whether it is an item."""
+_ITEM_TAG = b"\x0a"
+_NOTHING = ("", False)
+_VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
+_LONG = 0x80
+"""From here on a byte of a number says that another follows."""
+
+
+def check_items(header: bytes) -> None:
+    """Raises TransportError for a header of more items than a message has; none of them is built to find out.
+
+    Every item, and every number of a list, begins with one same byte, so few of those are few items. Only a header with
+    many is walked, and no further than to what it may have.
+    """
+    if header.count(_ITEM_TAG) <= MAX_ITEMS:
+        return
+    items, fields, at = 0, 0, 0
+    # The messages that the present position lies in, outermost first, with their ends.
+    inside = [("Content", len(header))]
+    while inside:
+        message, end = inside[-1]
+        if at >= end:
+            inside.pop()
+            continue
+        fields += 1
+        tag, at = (header[at], at + 1) if header[at] < _LONG else read_varint(header, at)
+        if tag & 7 == _LENGTH:
+            size, at = (header[at], at + 1) if at < end and header[at] < _LONG else read_varint(header, at)
+            inner, is_item = _HOLDS[message].get(tag >> 3, _NOTHING)
+        else:
+            size, at = _extent(header, tag & 7, at)
+            inner, is_item = _NOTHING
+        items += is_item
+        if inner:
+            inside.append((inner, min(at + size, end)))
+        else:
+            at += size
+        if items > MAX_ITEMS or fields > MAX_NUMBERS + 4 * MAX_ITEMS:
+            raise TransportError(
+                f"the message has too many parts; the limits are {MAX_ITEMS} records, arrays and values, and "
+                f"{MAX_NUMBERS} numbers in lists"
+            )
+
+
+def _extent(raw: bytes, wire_type: int, at: int) -> tuple[int, int]:
+    """Bytes of a number's value, and where it begins. Raises TransportError for a field of no known form."""
+    if wire_type == _VARINT:
+        return 0, read_varint(raw, at)[1]
+    sizes = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}
+    _expect(wire_type in sizes, "its header holds a field of no known form")
+    return sizes[wire_type], at
 
 
 def without_arrays(content: Content) -> Content:

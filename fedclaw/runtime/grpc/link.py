@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 NOBODY = "nobody listens there (connection refused)"
 _GLANCE = 0.1
+_LEAST_HEARTBEAT = 0.05
+"""Seconds: a server cannot make a site beat faster."""
 _LONGEST_DOUBLING = 16
 
 
@@ -269,7 +271,7 @@ class SiteLink:
             raise ConnectionRefused(f"the server is of another federation: {wire.printable(welcome.federation)!r}")
         if not 0 < welcome.heartbeat < float("inf"):
             raise TransportError("the server's heartbeat is not a time")
-        self._heartbeat = min(self._limits.heartbeat, welcome.heartbeat)
+        self._heartbeat = max(_LEAST_HEARTBEAT, min(self._limits.heartbeat, welcome.heartbeat))
         self._worker.max_reply_bytes = min(self._limits.max_message_bytes, welcome.max_message_bytes)
         stream.welcomed = True
         log.info("connected to %s as %s", self._address, self._keys.site_name)
