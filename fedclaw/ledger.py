@@ -38,6 +38,7 @@ from typing import Any
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedclaw.cli import CommandLine, compose_settings, run_main, split
 from fedclaw.errors import LedgerError, UsageError
@@ -47,6 +48,7 @@ from fedclaw.privacy.history import Entry
 from fedclaw.privacy.ledger import describe
 from fedclaw.privacy.spending import DataSetSpending, Spending
 from fedclaw.report.console import make_console
+from fedclaw.report.tables import Figures
 from fedclaw.site.books import Books, check_books, losses, open_books
 
 STATEMENT_FILE = "privacy-statement.html"
@@ -172,11 +174,9 @@ _COMMANDS: dict[str, tuple[Callable[[Settings, Books, Console], None], set[str]]
 }
 
 
-def _overview(books: Books, spending: Spending) -> Table:
-    table = Table("data set", title=f"What site {books.settings.name} has spent", title_justify="left")
-    for column in ("budget", "delta", "spent", "left", "runs", "rounds", "open"):
-        table.add_column(column, justify="right")
-    table.add_column("last charge (UTC)")
+def _overview(books: Books, spending: Spending) -> Figures:
+    columns = ("data set", "budget", "delta", "spent", "left", "runs", "rounds", "open", "last charge (UTC)")
+    table = Figures(columns, title=f"What site {books.settings.name} has spent", words=frozenset({"last charge (UTC)"}))
     for item in spending.data_sets:
         last = max((run.last for run in item.runs), default="never")
         table.add_row(
@@ -193,7 +193,7 @@ def _overview(books: Books, spending: Spending) -> Table:
 
 def _entry_table(books: Books) -> Table:
     table = Table(title="Entries", title_justify="left")
-    table.add_column("", justify="right")
+    table.add_column("", justify="right", no_wrap=True)
     for column in ("time (UTC)", "kind", "data set", "federation, run", "round", "what", "hash"):
         table.add_column(column)
     for entry in books.entries:
@@ -209,7 +209,8 @@ def _entry_table(books: Books) -> Table:
                 describe(charge.mechanism),
             )
         row = (str(entry.sequence), _time(entry.body["time"]), entry.body["kind"], *what, entry.hash[:16])
-        table.add_row(*row)
+        # Text: what a server calls its run is no markup of ours.
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 

@@ -146,7 +146,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
 
 def _say_who_is_behind(directory: RunDirectory, record: RunRecord, progress: "TerminalProgress") -> None:
     for note in late_notes(directory.read_metrics()) if record.privacy or record.central else ():
-        progress.console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        progress.console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=False)
 
 
 def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:

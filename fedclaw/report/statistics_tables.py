@@ -8,9 +8,10 @@ from rich.table import Table
 
 from fedclaw.federation.statistics_release import Release
 from fedclaw.privacy.estimates import ColumnStatistics, Estimate
+from fedclaw.report.tables import Figures
 
 
-def statistics_tables(release: Release) -> Iterator[Table]:
+def statistics_tables(release: Release) -> Iterator[Table | Figures]:
     """Columns of numbers, columns of levels, labels and the cost by site; those that are empty are left out."""
     numbers = {name: column for name, column in release.statistics.columns.items() if not column.levels}
     levels = {name: column.levels for name, column in release.statistics.columns.items() if column.levels}
@@ -23,15 +24,13 @@ def statistics_tables(release: Release) -> Iterator[Table]:
     yield _cost(release)
 
 
-def _numbers(release: Release, columns: dict[str, ColumnStatistics]) -> Table:
+def _numbers(release: Release, columns: dict[str, ColumnStatistics]) -> Figures:
     quantiles = list(dict.fromkeys(key for column in columns.values() for key in column.quantiles))
     title = f"{shown(release.statistics.count)} training examples at {len(release.sites)} sites"
-    table = Table("column", title=title, title_justify="left")
-    for name in ("missing", "mean", "deviation", *(f"q{key}" for key in quantiles)):
-        table.add_column(name, justify="right")
+    table = Figures(("column", "missing", "mean", "deviation", *(f"q{key}" for key in quantiles)), title=title)
     for name, column in columns.items():
         table.add_row(
-            escape(name),
+            name,
             shown(column.missing_rate),
             shown(column.mean),
             shown(_deviation(column.variance)),
@@ -62,8 +61,8 @@ def _labels(counts: dict[str, Estimate]) -> Table:
 
 
 def _add_counts(table: Table, groups: list[tuple[tuple[str, ...], dict[str, Estimate]]]) -> None:
-    table.add_column("examples", justify="right")
-    table.add_column("share", justify="right")
+    table.add_column("examples", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
     for before, counts in groups:
         total = sum(count.value for count in counts.values())
         for name, count in counts.items():
@@ -71,11 +70,9 @@ def _add_counts(table: Table, groups: list[tuple[tuple[str, ...], dict[str, Esti
             table.add_row(*map(escape, before), escape(name), shown(count), share)
 
 
-def _cost(release: Release) -> Table:
+def _cost(release: Release) -> Figures:
     title = f"Cost by site: epsilon {release.epsilon:g}, delta {release.delta:g}, {release.unit}"
-    table = Table("site", title=title, title_justify="left")
-    for name in ("noise", "epsilon: this run", "lifetime", "left"):
-        table.add_column(name, justify="right")
+    table = Figures(("site", "noise", "epsilon: this run", "lifetime", "left"), title=title)
     for site, receipt in release.sites.items():
         table.add_row(
             site,

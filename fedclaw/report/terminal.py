@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
 from fedclaw.report.console import make_console
+from fedclaw.report.tables import Figures, parts_in_lines, shortened
 
 if TYPE_CHECKING:
     from fedclaw.federation.coordinator import Outcome, RoundReport
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MOST_SITES = 20
 """Rows of the table at the end."""
+_LONGEST_NAME = 40
 
 
 class TerminalProgress:
@@ -35,32 +36,39 @@ class TerminalProgress:
         )
         self._task = self._progress.add_task("training", total=1)
         self._priced = False
+        self._missing: dict[str, str] = {}
+        """Who did not take part in the round before, and why."""
 
     def started(self, record: RunRecord, first_round: int) -> None:
         """Announce the run."""
-        self.console.print(
-            f"run [bold]{record.run}[/]: {record.workload}, {record.strategy.name}, "
-            f"{record.rounds} rounds from {first_round}, {privacy_words(record)}"
+        self._say(
+            f"run {record.run}: {record.workload}, {record.strategy.name}, {record.rounds} rounds from {first_round}, "
+            f"{privacy_words(record)}"
         )
         self._progress.update(self._task, total=record.rounds, completed=first_round - 1)
         self._progress.start()
 
     def finished_round(self, report: "RoundReport") -> None:
-        """One line: who took part, what the model can do, what it cost."""
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+        """One line: who took part, what the model can do, what it cost. Who is missing is named when that is new."""
         spent = [item.receipt.epsilon_run for item in report.receipts.values()]
         known = [value for value in spent if value is not None]
         cost = f"epsilon <= {max(known):.3f}" if len(known) == len(spent) and known else "epsilon unbounded"
-        missing = [f"{declined.site} {declined.code}" for declined in report.declined]
-        missing += [f"{site} silent" for site in report.silent]
-        note = f"  [yellow]without {', '.join(missing)}[/]" if missing else ""
+        missing = {declined.site: declined.code for declined in report.declined}
+        missing |= dict.fromkeys(report.silent, "silent")
+        count, new = len(report.answered), [site for site in missing if self._missing.get(site) != missing[site]]
+        self._missing = missing
+        parts = [f"round {report.round:>3}/{report.rounds}", f"{count} of {count + len(missing)} sites"]
+        if not missing:
+            parts[-1] = f"{count} sites"
+        parts += [f"{name} {value:.4f}" for name, value in report.metrics.items()]
+        parts += [cost, f"{report.train_seconds + report.evaluate_seconds:.1f} s"]
+        parts += [f"without {shortened(site, _LONGEST_NAME)} ({missing[site]})" for site in new]
         self._progress.console.print(
-            f"round {report.round:>3}/{report.rounds}  {len(report.answered)} sites  {metrics}  {cost}  "
-            f"[dim]{report.train_seconds + report.evaluate_seconds:.1f} s[/]{note}"
+            parts_in_lines(parts, self.console.width), style="yellow" if new else "", markup=False
         )
         if report.price is not None and not self._priced:
             self._priced = True
-            self._progress.console.print(price_words(report.price))
+            self._say(price_words(report.price))
         self._progress.update(self._task, completed=report.round)
 
     def finished(self, outcome: "Outcome") -> None:
@@ -69,11 +77,15 @@ class TerminalProgress:
         self.console.print(receipt_table(outcome.receipts))
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()) or "none were permitted"
         if spent := central_words(outcome.directory.record()):
-            self.console.print(spent)
+            self._say(spent)
         if moved := bytes_words(outcome.directory):
-            self.console.print(moved)
-        self.console.print(f"federated evaluation: {metrics}")
-        self.console.print(f"model: {outcome.directory.model_path}", soft_wrap=True)
+            self._say(moved)
+        self._say(f"federated evaluation: {metrics}")
+        self.console.print(f"model: {outcome.directory.model_path}", soft_wrap=True, markup=False)
+
+    def _say(self, text: str) -> None:
+        """A sentence on lines of the terminal's width; what a site or a setting is called is text and nothing else."""
+        self._progress.console.print(text, markup=False, soft_wrap=False)
 
     def close(self) -> None:
         """Leave the terminal as it was, also after an error."""
@@ -126,19 +138,10 @@ def privacy_words(record: RunRecord) -> str:
     return ", ".join(words) or "without differential privacy"
 
 
-def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
+def receipt_table(receipts: dict[str, SiteReceipt]) -> Figures:
     """What the run cost each site; of very many, those that paid most."""
-    table = Table(title="Privacy spent, by site", title_justify="left")
-    for name, justify in (
-        ("site", "left"),
-        ("examples", "right"),
-        ("noise", "left"),
-        ("trusts", "left"),
-        ("epsilon: run", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("lifetime", "left", "delta", "rounds"):
-        table.add_column(name, justify="right")
+    columns = ("site", "examples", "noise", "trusts", "epsilon: run", "lifetime", "left", "delta", "rounds")
+    table = Figures(columns, title="Privacy spent, by site", words=frozenset({"noise", "trusts"}))
     dearest = sorted(receipts.items(), key=lambda item: (-_paid(item[1]), item[0]))
     for site, item in sorted(dearest[:MOST_SITES]):
         receipt = item.receipt
@@ -155,7 +158,6 @@ def receipt_table(receipts: dict[str, SiteReceipt]) -> Table:
         )
     if rest := [item for _, item in dearest[MOST_SITES:]]:
         table.caption = f"and {len(rest)} sites that paid no more than these; receipts.json has all"
-        table.caption_justify = "left"
     return table
 
 
