@@ -43,6 +43,7 @@ _WAY_OUT = (
     "; if a silent site will not come back, add sites.new_cohort=true to ask the sites that are connected then, at the "
     "price that those who answered may pay for the round again"
 )
+SILENT = "silent"
 MOST_REASONS = 20
 """Sites named in the line that ends a run."""
 MOST_OF_ALL = 0.9
@@ -290,6 +291,8 @@ class _Loop:
         self.came = came_of(saved)
         self.saved_at = time.monotonic()
         self.outweighing: set[str] = set()
+        self.missing: dict[str, str] = {}
+        """By site, why it did not answer the last question to it."""
         if not saved:
             self._checkpoint()
 
@@ -438,10 +441,7 @@ class _Loop:
         minimum, attempts = self._minimum(plan, pending), self.record.rules.attempts
         for attempt in range(1, attempts + 1):
             trained = self._exchange(plan, pending)
-            for declined in trained.declined:
-                log.warning("round %d: %s declined (%s): %s", plan.round, declined.site, declined.code, declined.reason)
-            if trained.silent:
-                log.warning("round %d: no answer from %s", plan.round, ", ".join(trained.silent))
+            self._say_who_is_missing(plan.round, trained)
             if len(trained.answered) >= minimum:
                 return trained
             if self._is_final(trained):
@@ -458,6 +458,18 @@ class _Loop:
             f"({_reasons(trained)}). {_settled(trained)} continue with resume={self.directory.root}"
             f"{_WAY_OUT if trained.silent else ''}"
         )
+
+    def _say_who_is_missing(self, number: int, trained: Trained) -> None:
+        """Each site once for each reason, until it has answered again."""
+        for site in trained.answered:
+            self.missing.pop(site, None)
+        for declined in trained.declined:
+            if self.missing.get(declined.site) != declined.code:
+                log.warning("round %d: %s declined (%s): %s", number, declined.site, declined.code, declined.reason)
+        silent = [site for site in trained.silent if self.missing.get(site) != SILENT]
+        if silent:
+            log.warning("round %d: no answer from %s", number, ", ".join(silent))
+        self.missing |= {item.site: item.code for item in trained.declined} | dict.fromkeys(trained.silent, SILENT)
 
     def _exchange(self, plan: Plan, pending: _Pending) -> Trained:
         cohort = self._willing(pending.nodes)

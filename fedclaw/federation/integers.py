@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_told: set[str] = set()
+"""Runs in which it was said that numbers were cut off."""
+
 RANGE_BESIDE_NOISE = (
     "value_range is for secure sums without noise by the sites, and here the sites bring noise: only one can be meant"
 )
@@ -53,15 +56,19 @@ class Noisy:
     shares: Shares
     unit: Unit
     examples: int | None = None
+    run: str = ""
 
     def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
         """(d,) integers modulo 2^32."""
         if self.unit == "site":
             return self.shares.encode(vector, source)
         encoded, beyond = self.shares.encode_sum(vector, source, self.examples)
-        if beyond:
+        if beyond and self.run not in _told:
+            _told.add(self.run)
             log.warning(
-                "%d of %d numbers of the update were too large for the secure sum and cut off", beyond, len(vector)
+                "%d of %d numbers of the update were too large for the secure sum and cut off; in further rounds of "
+                "this run that is not said again",
+                *(beyond, len(vector)),
             )
         return encoded
 
@@ -76,7 +83,7 @@ def integers_of(plan: Plan, examples: int | None = None) -> Integers:
     if central is not None and plan.noised_by_sites:
         if secure.value_range is not None:
             raise PrivacyError(RANGE_BESIDE_NOISE)
-        return Noisy(shares_of(plan, central, secure), central.unit, examples)
+        return Noisy(shares_of(plan, central, secure), central.unit, examples, plan.run)
     if secure.value_range is None:
         raise PrivacyError("secure aggregation without noise by the sites needs a range of values")
     return Nearest(secure.step, secure.value_range)

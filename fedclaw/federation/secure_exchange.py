@@ -16,6 +16,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Self, TypeVar
 
 import numpy as np
@@ -111,7 +112,7 @@ class Seats:
         dropouts = int(request.dropouts * count + 0.5)
         least = max(minimum, count - dropouts, 2)
         if request.corrupt > 0 and request.corrupt * count < 1:
-            log.info("secure.corrupt=%g of %d sites is less than one: none counts as corrupt", request.corrupt, count)
+            _say_none_is_corrupt(request.corrupt, count)
         return cls(tuple(sorted(names)), dropouts, int(request.corrupt * count), least)
 
     @property
@@ -150,6 +151,12 @@ class Seats:
             tolerated=self.tolerated,
             colluding=self.corrupt,
         )
+
+
+@cache
+def _say_none_is_corrupt(share: float, sites: int) -> None:
+    """Once, not in every round."""
+    log.info("secure.corrupt=%g of %d sites is less than one: none counts as corrupt", share, sites)
 
 
 class SecureExchange:

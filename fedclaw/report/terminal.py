@@ -37,7 +37,7 @@ class TerminalProgress:
         self._task = self._progress.add_task("training", total=1)
         self._priced = False
         self._missing: dict[str, str] = {}
-        """Who did not take part in the round before, and why."""
+        """Who did not take part when last asked, and why."""
 
     def started(self, record: RunRecord, first_round: int) -> None:
         """Announce the run."""
@@ -56,7 +56,7 @@ class TerminalProgress:
         missing = {declined.site: declined.code for declined in report.declined}
         missing |= dict.fromkeys(report.silent, "silent")
         count, new = len(report.answered), [site for site in missing if self._missing.get(site) != missing[site]]
-        self._missing = missing
+        self._missing = {site: why for site, why in self._missing.items() if site not in report.answered} | missing
         parts = [f"round {report.round:>3}/{report.rounds}", f"{count} of {count + len(missing)} sites"]
         if not missing:
             parts[-1] = f"{count} sites"

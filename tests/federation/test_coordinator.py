@@ -396,3 +396,27 @@ def test_so_it_has_within_one_process(tmp_path, record, sites):
             run(tmp_path / "run", record, sites)
         assert run_rounds(LocalGrid(sites, 5), directory, initial_parameters(record)).metrics
     run(tmp_path / "run", record, sites)
+
+
+def test_a_site_that_declines_is_told_of_once_until_it_answers(tmp_path, record, sites, caplog):
+    first, second, _ = sorted(sites)
+    sites[first].refusals = 8
+    outcome = run(tmp_path / "run", record.model_copy(update={"rounds": 6}), sites)
+    # A round asks twice, to train and to evaluate; in the fifth it takes part again.
+    assert [first in line["answered"] for line in outcome.directory.read_metrics()] == [False] * 4 + [True] * 2
+    sites[first].refusals, sites[second].refusals = 2, 0
+    run(tmp_path / "other", record.model_copy(update={"run": "run-2"}), sites)
+    said = [item.getMessage() for item in caplog.records if f"{first} declined" in item.getMessage()]
+    assert said == [f"round 1: {first} declined (budget): the budget is gone"] * 2, "once in each run"
+
+
+def test_a_silent_site_is_told_of_once(tmp_path, record, sites, caplog):
+    class Silent(LocalGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            return super().send_and_receive([m for m in messages if m.metadata.dst_node_id != gone], timeout=timeout)
+
+    grid = Silent(sites, 5)
+    gone = sorted(grid.get_node_ids())[0]
+    directory = RunDirectory.create(tmp_path / "run", record)
+    run_rounds(grid, directory, initial_parameters(directory.record()))
+    assert sum("no answer from" in item.getMessage() for item in caplog.records) == 1

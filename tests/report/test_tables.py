@@ -100,11 +100,17 @@ def test_a_rounds_line_breaks_between_its_figures(width):
 
 def test_who_is_missing_is_named_when_that_is_new():
     budget = {"declined": (Declined("east", "budget", "no"),)}
-    lines = told(report(1, **budget), report(2, **budget), report(3), report(4, **budget), report(5, silent=("east",)))
+    back = {"answered": ("north", "south", "east")}
+    lines = told(
+        *(report(number, **changes) for number, changes in enumerate((budget, budget, back, budget), 1)),
+        report(5, silent=("east",)),
+        report(6),
+        report(7, silent=("east",)),
+    )
     rounds = lines.split("round ")[1:]
-    assert ["without east (budget)" in text for text in rounds] == [True, False, False, True, False]
-    assert "without east (silent)" in rounds[4]
-    assert ["2 of 3 sites" in text for text in rounds] == [True, True, False, True, True]
+    assert ["without east (budget)" in text for text in rounds] == [True, False, False, True, False, False, False]
+    assert ["without east (silent)" in text for text in rounds] == [False] * 4 + [True, False, False]
+    assert ["2 of 3 sites" in text for text in rounds] == [True, True, False, True, True, False, True]
 
 
 def test_parts_longer_than_a_line_have_one_to_themselves():
