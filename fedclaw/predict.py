@@ -78,8 +78,10 @@ def main(arguments: Sequence[str]) -> None:
     if command.words:
         raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
     settings = compose_settings("predict", command.overrides, Settings)
-    if settings.output is not None and settings.output.suffix != ".csv":
+    if settings.output is not None and settings.output.suffix.lower() != ".csv":
         raise UsageError(f"output={settings.output}: predictions are written as CSV, name a file that ends in .csv")
+    if settings.output is not None and _same(settings.output, settings.input):
+        raise UsageError(f"output={settings.output}: this is the input; name another file")
     trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
     predictor = Predictor.open(settings.bundle, trust)
     if settings.constants is not None:
@@ -110,6 +112,11 @@ def main(arguments: Sequence[str]) -> None:
     if len(answers.rows.inputs) > SHOWN_ROWS:
         hidden = len(answers.rows.inputs) - SHOWN_ROWS
         console.print(f"and {hidden} more rows; output=FILE.csv writes all of them", markup=False)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are one file; not by the name, for on some systems ROWS.csv is rows.csv."""
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedclaw.errors import CompressionError, UsageError
+from fedclaw.errors import CompressionError, FedClawError, UsageError
 
 PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -73,11 +73,24 @@ def prune_to_fraction(model: nn.Module, input_shape: tuple[int, ...], fraction: 
 
     Raises:
         UsageError: torch-pruning is not installed, or `fraction` is not between 0 and 1.
-        CompressionError: the model cannot become that small; the message has the smallest that it can be.
+        CompressionError: the model cannot become that small (the message has the smallest that it can be), or its
+            architecture cannot be pruned.
     """
     if not 0 < fraction < 1:
         raise UsageError(f"fraction={fraction}: the share of parameters to keep lies between 0 and 1")
     pruning = _torch_pruning()
+    try:
+        return _pruned(pruning, model, input_shape, fraction)
+    except FedClawError:
+        raise
+    except Exception as error:  # torch-pruning raises whatever it meets in an architecture that it does not know
+        raise CompressionError(
+            f"this architecture cannot be pruned: torch-pruning does not understand one of its layers "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _pruned(pruning: ModuleType, model: nn.Module, input_shape: tuple[int, ...], fraction: float) -> Pruned:
     example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
     groups = _groups_of(pruning, model, example)
     before = count_parameters(model)

@@ -9,7 +9,7 @@
     threshold_data  labelled file of public data (no site's): from which probability on a model of two classes answers
                 the second one is chosen on it, where F1 is largest, and goes into the bundle
     model       auto | final | compressed   (auto: the compressed one if there is one)
-    tolerance   largest difference allowed, 1e-4
+    tolerance   largest difference allowed, 1e-4; of outputs beyond 10 also what float32 allows, 1e-5 of the largest
     output      where to, runs/NAME/bundle; overwrite=true replaces a bundle there
     quantise    true adds an 8-bit ONNX model
 
@@ -87,6 +87,7 @@ def export(settings: Settings, console: Console) -> None:
     with startup.loading("torch and ONNX"):
         from fedclaw.export.bundle import Request, export_bundle
         from fedclaw.export.card import threshold_in_words
+        from fedclaw.export.parity import allowed
         from fedclaw.export.source import load_source
     startup.next_step("no bundle was written, or it is as it was: give the same command again")
     source = load_source(directory, settings.model)
@@ -109,7 +110,7 @@ def export(settings: Settings, console: Console) -> None:
     for name, figures in sorted(manifest.parity.files.items()):
         console.print(
             f"parity    {name} differs from torch by {figures.max_abs_diff:.2g} on {figures.examples} "
-            f"{manifest.parity.inputs} inputs (allowed {manifest.parity.tolerance:g})",
+            f"{manifest.parity.inputs} inputs (allowed {allowed(figures, manifest.parity.tolerance):g})",
             markup=False,
         )
     if manifest.decision is not None:

@@ -224,9 +224,14 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _pretty(model: layout.Manifest | PrivacyStatement) -> str:
     plain = model.model_dump(mode="json")
-    if plain.get("decision", ...) is None:
-        # What is not in a bundle is not in its manifest: an older reader knows no such field.
-        del plain["decision"]
+    if isinstance(model, layout.Manifest):
+        # What is not there is not in the manifest: an older reader knows no such fields.
+        for fields, name in [
+            (plain, "decision"),
+            *((figures, "scale") for figures in plain["parity"]["files"].values()),
+        ]:
+            if fields[name] is None:
+                del fields[name]
     return json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedclaw.export.layout import Manifest
+from fedclaw.export.parity import allowed
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
 
@@ -87,7 +88,7 @@ def _model(source: Source, manifest: Manifest) -> str:
             (
                 f"{name} against torch",
                 f"differs by at most {figures.max_abs_diff:.2g} on {figures.examples} "
-                f"{manifest.parity.inputs} inputs (allowed: {manifest.parity.tolerance:g})",
+                f"{manifest.parity.inputs} inputs (allowed: {allowed(figures, manifest.parity.tolerance):g})",
             )
         )
     if manifest.decision is not None:

@@ -69,14 +69,14 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.Export
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write `program` as a .pt2 file."""
-    with quiet():
+    """Write `program` as a .pt2 file. Raises BundleError."""
+    with quiet(), _as_bundle_error("the model cannot be written as a torch.export program"):
         torch.export.save(program, path)
 
 
 def load_program(path: Path) -> nn.Module:
     """The module of a .pt2 file written by this process. A bundle from elsewhere has to be verified first."""
-    with quiet():
+    with quiet(), _as_bundle_error("the torch.export program cannot be read back"):
         return torch.export.load(path).module()
 
 
@@ -106,8 +106,10 @@ def save_onnx(program: torch.export.ExportedProgram, input_shape: tuple[int, ...
     assert exported is not None
     model = exported.model_proto
     _tidy(model)
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    with _as_bundle_error("the model cannot be written as ONNX"):
+        onnx.checker.check_model(model, full_check=True)
+        content = model.SerializeToString(deterministic=True)
+    path.write_bytes(content)
 
 
 @contextmanager
@@ -126,9 +128,20 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
+@contextmanager
+def _as_bundle_error(what: str) -> Iterator[None]:
+    """What torch's, onnx's and protobuf's own errors become: they have no common base, and say nothing to a user."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise BundleError(f"{what}: {_first_line(error)}") from error
+
+
 def torch_outputs(module: nn.Module, inputs: "np.ndarray[Any, np.dtype[np.float32]]") -> list[Any]:
-    """`module`'s two outputs for a batch, as numpy arrays."""
-    with torch.no_grad():
+    """`module`'s two outputs for a batch, as numpy arrays. Raises BundleError when the model fails on it."""
+    with torch.no_grad(), _as_bundle_error(f"the model fails on a batch of shape {inputs.shape}"):
         return [output.numpy() for output in module(torch.from_numpy(inputs))]
 
 

@@ -60,6 +60,8 @@ class ParityFigures(Frozen):
     max_abs_diff: float = Field(ge=0)
     examples: int = Field(ge=1)
     batch_sizes: tuple[int, ...]
+    scale: float | None = Field(default=None, ge=0)
+    """The largest absolute output of the torch model, where it is so large that the difference is measured by it."""
 
 
 InputKind = Literal["real", "synthetic"]

@@ -12,6 +12,7 @@ import math
 import mmap
 import multiprocessing
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -68,9 +69,12 @@ class Forked:
     """Processes that are forked when the first round is asked."""
 
     def __init__(self, trainer: Trainer, workers: int, largest_unit: int) -> None:
-        """Raises UsageError where processes cannot be forked."""
-        if "fork" not in multiprocessing.get_all_start_methods():
-            raise UsageError("runtime.workers: worker processes share their data by a fork, which this system lacks")
+        """Raises UsageError where processes cannot be forked; macOS's libraries do not survive a fork."""
+        if "fork" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+            lacks = "is not safe on macOS" if sys.platform == "darwin" else "this system lacks"
+            raise UsageError(
+                f"runtime.workers: worker processes share their data by a fork, which {lacks}; say runtime.workers=1"
+            )
         self._trainer = trainer
         self._count = workers
         self._largest = largest_unit

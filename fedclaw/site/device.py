@@ -1,12 +1,12 @@
 """Where a site computes, and with what precision and how many threads."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 
 from fedclaw.errors import UsageError
+from fedclaw.processors import usable
 
 SMALL_MODEL = 1_000_000
 """Parameters under which one thread is faster than several, and 32 bits faster than mixed precision."""
@@ -21,7 +21,7 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 def set_threads(parameters: int) -> None:
     """One thread for a small model: more only wait for one another (17 times slower beside a busy process)."""
-    torch.set_num_threads(1 if parameters < SMALL_MODEL else max(1, len(os.sched_getaffinity(0))))
+    torch.set_num_threads(1 if parameters < SMALL_MODEL else usable())
 
 
 def precision(device: torch.device, parameters: int, private: bool) -> AbstractContextManager[object]:

@@ -217,3 +217,42 @@ def test_threads_are_one_for_small_models_only():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(usual)
+
+
+class Attention(nn.Module):
+    """torch-pruning 1.6 meets a layer here that it takes for another."""
+
+    def __init__(self):
+        super().__init__()
+        self.spread = nn.Linear(1, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, inputs):
+        tokens = self.spread(inputs.unsqueeze(-1))
+        return self.head(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
+class Fussy(nn.Module):
+    """A forward pass that fails by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, inputs):
+        return self.head(inputs)[{}]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 2)),
+        Attention(),
+        Fussy(),
+    ],
+    ids=["weight-norm", "attention", "failing"],
+)
+def test_what_the_pruning_library_cannot_take_is_said_in_our_words(model):
+    with pytest.raises(CompressionError, match="cannot be pruned"):
+        prune_to_fraction(model, (6,), 0.5)

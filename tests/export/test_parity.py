@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+import torch
 
+from clients.tabular import Mlp
 from fedclaw.errors import BundleError
+from fedclaw.export import graph
 from fedclaw.export.parity import BATCH_SIZES, compare, require
+from fedclaw.export.runtime import open_session, run_session
 
 INPUTS = np.arange(20, dtype=np.float32).reshape(10, 2)
 
@@ -67,3 +71,41 @@ def test_a_lost_output_is_found():
 def test_no_inputs_are_refused():
     with pytest.raises(BundleError, match="no inputs"):
         compare(double, double, INPUTS[:0])
+
+
+def large(batch):
+    return [1e6 * batch.astype(np.float64)]
+
+
+def test_large_outputs_are_held_to_what_float32_has_digits_for():
+    """Raw units make logits of 10^7: a difference of 1 there is in the seventh digit."""
+    figures = compare(large, lambda batch: [large(batch)[0] + 1], INPUTS)
+    assert (figures.max_abs_diff, figures.scale) == (1, 1.9e7)
+    require(figures, 1e-4, "it")
+    with pytest.raises(BundleError, match=r"differs from the torch model by 191 on 10 inputs, allowed is 190"):
+        require(compare(large, lambda batch: [large(batch)[0] + 191], INPUTS), 1e-4, "it")
+
+
+def test_ordinary_outputs_are_held_to_the_tolerance_alone():
+    def small(batch):
+        return [batch / 2]
+
+    figures = compare(small, lambda batch: [small(batch)[0] + np.float32(2e-4)], INPUTS)
+    assert figures.scale is None
+    with pytest.raises(BundleError, match=r"allowed is 0\.0001"):
+        require(figures, 1e-4, "it")
+
+
+def test_a_model_of_raw_units_is_exported(tmp_path):
+    torch.manual_seed(0)
+    model = Mlp(2, (64, 32), 2).eval()
+    random = np.random.default_rng(0)
+    inputs = np.stack([random.normal(260_000, 90_000, 50), random.normal(60, 12, 50)], 1).astype(np.float32)
+    path = tmp_path / "model.onnx"
+    graph.save_onnx(graph.trace(model, (2,)), (2,), path)
+    session, reference = open_session(path.read_bytes(), "model.onnx", "export"), graph.Classifier(model).eval()
+    figures = compare(lambda batch: graph.torch_outputs(reference, batch), lambda b: run_session(session, b), inputs)
+    require(figures, 1e-4, "model.onnx")
+    other = graph.Classifier(Mlp(2, (64, 32), 2)).eval()
+    with pytest.raises(BundleError, match="differs from the torch model"):
+        require(compare(lambda b: graph.torch_outputs(other, b), lambda b: run_session(session, b), inputs), 1e-4, "it")

@@ -214,3 +214,14 @@ def test_a_bundle_of_a_weighted_schema(samples, home, tmp_path):
     run = samples.make_run(tmp_path / "own", "tabular", samples.table | {"target": target}, ModelSpec(name="logistic"))
     export_bundle(load_source(run), home.signer(), tmp_path / "bundle", Request())
     assert Predictor.open(tmp_path / "bundle").schema.class_weights == (1.0, 10.0)
+
+
+def test_the_input_is_never_written_over(command, table_bundle, tmp_path):
+    """On a system that does not tell ROWS.csv from rows.csv; shown here by a second name of the same file."""
+    path, other = tmp_path / "rows.csv", tmp_path / "ROWS.CSV"
+    path.write_text("age,smoker,ward\n61,yes,surgery\n")
+    other.hardlink_to(path)
+    result = command("fedclaw.predict", f"bundle={table_bundle}", f"input={path}", f"output={other}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "this is the input; name another file" in result.stderr
+    assert path.read_text().startswith("age,")

@@ -1,5 +1,6 @@
 """Where a site computes: checked on a CPU, and on CUDA where there is one."""
 
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -36,3 +37,16 @@ def test_one_thread_for_a_small_model():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_where_the_system_does_not_tell_which_processors_may_be_used(monkeypatch):
+    """macOS has no os.sched_getaffinity."""
+    before, asked = torch.get_num_threads(), []
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    set_threads(2 * SMALL_MODEL)
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    set_threads(2 * SMALL_MODEL)
+    assert asked == [3, 1]
+    assert torch.get_num_threads() == before
