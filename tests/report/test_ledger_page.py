@@ -1,7 +1,9 @@
 """The statement: whole in itself, well-formed, escaped, readable, and it says what the ledger says."""
 
 import re
-from html import unescape
+import shutil
+import subprocess
+from html import escape, unescape
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
@@ -220,3 +222,30 @@ def test_the_colours_can_be_told_apart(scheme: int) -> None:
         for text in ("ink", "quiet", "warn"):
             assert contrast(colour[text], colour[background]) >= 4.5, (text, background)
         assert contrast(colour["spent"], colour[background]) >= 3
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MEASURE = """<body style="margin:0">
+<iframe id="page" width="375" height="2000" style="border:0" srcdoc="{page}"></iframe>
+<pre id="wide"></pre><script>onload = () => {{
+  const whole = page.contentDocument.documentElement;
+  wide.textContent = "WIDE:" + (whole.scrollWidth - whole.clientWidth) + ":" + getComputedStyle(
+    page.contentDocument.querySelector(".figures dd")).whiteSpace + ":";
+}}</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed to draw the page")
+def test_a_phone_shows_all_of_it(tmp_path: Path) -> None:
+    """375 px wide: no name, however long, makes the page wider, and no figure is broken over two lines."""
+    site, data_set = "h" + "x" * 62, "ward" + "z" * 90
+    history = [Run("r" * 120, 2, federation="f" * 60, data_set=data_set), Run("s", 1, data_set=data_set)]
+    named = SITE.replace("hospital-north", site).replace("ward-4", data_set)
+    wrapper = tmp_path / "phone.html"
+    wrapper.write_text(MEASURE.format(page=escape(page_of(make_site(tmp_path / "site", history, named)))))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    drawn = subprocess.run(
+        [str(BROWSER), *options, "--dump-dom", str(wrapper)], capture_output=True, text=True, timeout=90, check=True
+    ).stdout
+    found = re.search(r"WIDE:(\d+):([a-z]+):</pre>", drawn)
+    assert found is not None, drawn[-500:]
+    assert (int(found[1]), found[2]) == (0, "nowrap")
