@@ -7,7 +7,8 @@
     python -m fedclaw.client site=PATH app=package.module:app   run a plain Flower ClientApp that the operator installed
 
 PATH holds site.yaml, the schema, the data, keys/ and federation.json (see python -m fedclaw.provision --help).
-    server=HOST:PORT   connect there instead of to the address in federation.json
+    server=HOST:PORT   connect there instead of to the address in federation.json; whatever leads there, the server
+                       proves that it is the one that federation.json names
 
 check writes nothing and works before the site is enrolled. It says what is left of each budget, how many cells of the
 data are missing, and what is wrong. Any of epsilon, delta, rounds, epochs or steps, batch_size, strategy_name and
@@ -23,9 +24,9 @@ import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator
 
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
@@ -33,6 +34,7 @@ from fedclaw.errors import UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.report.console import make_console
 from fedclaw.runtime.grpc.limits import Limits
+from fedclaw.security.names import check_address
 from fedclaw.security.site_home import SiteKeys
 from fedclaw.site.question import Question
 from fedclaw.site.settings import SiteSettings, load_site_settings, require_name
@@ -49,7 +51,7 @@ class ClientSettings(Frozen):
     """conf/client.yaml, checked."""
 
     site: Path
-    server: str | None = Field(default=None, pattern=r"^.+:\d+$")
+    server: Annotated[str, AfterValidator(check_address)] | None = None
     app: str | None = None
     node_config: dict[str, str | int | float | bool] = {}
     run_config: dict[str, str | int | float | bool] = {}

@@ -16,6 +16,8 @@ A site (its private key never leaves its own directory):
 More keys:
   days=90               init, approve, renew federation: how long new certificates are good
   seal=mlkem768-x25519  init: seal updates so that a future quantum computer cannot open them (default x25519)
+  addresses=[A,B]       init, renew federation: further names and IP addresses under which sites reach the server; its
+                        certificate is for them too, and stays so when it is renewed
   fingerprint=...       approve, request: refuse any key but the one that the other side read out (the site's key for
                         approve, the federation's CA for request)
   rotate=true           renew site: make a new key as well
@@ -62,6 +64,7 @@ class Settings(Frozen):
     site: str | None
     name: str | None
     address: str | None
+    addresses: tuple[str, ...]
     seal: SealSuite
     days: int = Field(ge=1, le=_MAX_DAYS)
     descriptor: Path | None
@@ -106,7 +109,8 @@ def _check_keys(word: str, command: _Command, given: set[str]) -> None:
 
 def _init(settings: Settings, console: Console) -> None:
     root = _path(settings.federation)
-    home = provisioning.initialise(root, _text(settings.name), _text(settings.address), settings.seal, settings.days)
+    name, address = _text(settings.name), _text(settings.address)
+    home = provisioning.initialise(root, name, address, settings.seal, settings.days, settings.addresses)
     console.print(f"Federation {home.name} is in {root} (keys are readable by you only; back them up).")
     console.print(f"CA fingerprint: {pki.fingerprint(pki.p384_key(home.ca, 'the CA'))}")
     console.print(f"Next: hand {root / DESCRIPTOR_FILE} to the sites and read the fingerprint to them;")
@@ -149,10 +153,12 @@ def _renew(settings: Settings, console: Console) -> None:
     if settings.federation is not None:
         if settings.rotate:
             raise UsageError("rotate=true is for sites; the federation's keys stay")
-        home = provisioning.renew_federation(_path(settings.federation), settings.days)
+        home = provisioning.renew_federation(_path(settings.federation), settings.days, settings.addresses or None)
         console.print(f"Server and release certificates of {home.name} are good for {settings.days} more days.")
         console.print("Next: restart the server; it reads its certificate when it starts.")
         return
+    if settings.addresses:
+        raise UsageError("addresses=[...] are the server's: renew federation=DIR takes them")
     root = _site_directory(settings)
     path = provisioning.renew_site(root, settings.rotate)
     console.print("The site goes on with its present certificate until the new one is installed.")
@@ -225,11 +231,13 @@ def _site_directory(settings: Settings) -> Path:
 
 
 _COMMANDS = {
-    "init": _Command(_init, frozenset({"federation", "name", "address"}), frozenset({"seal", "days"})),
+    "init": _Command(_init, frozenset({"federation", "name", "address"}), frozenset({"seal", "days", "addresses"})),
     "request": _Command(_request, frozenset({"site", "name", "descriptor"}), frozenset({"fingerprint"})),
     "approve": _Command(_approve, frozenset({"federation", "request"}), frozenset({"days", "fingerprint"})),
     "install": _Command(_install, frozenset({"site", "certificate"})),
-    "renew": _Command(_renew, frozenset(), frozenset({"days", "rotate"}), frozenset({"federation", "site"})),
+    "renew": _Command(
+        _renew, frozenset(), frozenset({"days", "rotate", "addresses"}), frozenset({"federation", "site"})
+    ),
     "revoke": _Command(_revoke, frozenset({"federation", "site"})),
     "show": _Command(_show, frozenset(), frozenset(), frozenset({"federation", "site"})),
 }

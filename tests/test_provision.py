@@ -16,6 +16,7 @@ from rich.console import Console
 from fedclaw.errors import FedClawError, ProvisionError, UsageError
 from fedclaw.provision import main
 from fedclaw.security.federation_home import FederationHome
+from fedclaw.security.pki import host_names, parse_certificate
 from fedclaw.security.provisioning import accept, approve, initialise, request_site
 from fedclaw.security.site_home import SiteKeys
 
@@ -290,3 +291,14 @@ def test_errors_are_fedclaw_errors(member: Path) -> None:
     (member / "b").write_text("a file where a directory should be")
     with pytest.raises(FedClawError, match="b"):
         run("request", "site=b", "name=b", "descriptor=heart/federation.json")
+
+
+def test_the_servers_further_addresses_are_given_and_kept(place: Path) -> None:
+    run(*INIT, "addresses=[10.0.0.5,server.internal]")
+    run("renew", "federation=heart")
+    names = host_names(parse_certificate((place / "heart" / "server.crt").read_bytes(), "it"))
+    assert {"127.0.0.1", "10.0.0.5", "server.internal"} <= set(names)
+    with pytest.raises(UsageError, match="renew federation=DIR takes them"):
+        run("renew", "site=a", "addresses=[x]")
+    with pytest.raises(UsageError, match="approve does not take addresses"):
+        run(*APPROVE, "addresses=[x]")

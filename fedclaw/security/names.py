@@ -39,6 +39,31 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def canonical_address(address: str) -> str:
+    """`address` with its host as certificates have it: lower case, IPv6 in its shortest form. Raises ValueError."""
+    host, port = split_address(address)
+    host = canonical_host(host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def canonical_host(host: str) -> str:
+    """The one way to write a host name or IP address: what TLS compares with the certificate letter by letter."""
+    ip = _ip_address(host)
+    return host.lower() if ip is None else ip.compressed
+
+
+def check_host(host: str) -> str:
+    """A host name or IP address that the server can be reached at, in its canonical form. Raises ValueError.
+
+    A port behind it is left away: a certificate knows none.
+    """
+    text = str(host)
+    if _ip_address(text) is None and (text.startswith("[") or text.count(":") == 1):
+        return canonical_host(split_address(text if not text.endswith("]") else f"{text}:1")[0])
+    split_address(f"[{text}]:1" if ":" in text else f"{text}:1")
+    return canonical_host(text)
+
+
 def check_address(address: str) -> str:
     """`address`, if a site can connect to it. Raises ValueError."""
     split_address(address)

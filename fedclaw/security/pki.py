@@ -135,9 +135,16 @@ def ca_name(federation: str) -> str:
     return f"{federation} federation CA"
 
 
-def issue_server(ca: x509.Certificate, ca_key: PrivateKey, key: PublicKey, host: str, days: int) -> x509.Certificate:
-    """A certificate for the server at `host` (a DNS name or IP address; loopback gets all its usual names)."""
-    hosts = [host, "localhost", "127.0.0.1", "::1"] if is_loopback(host) else [host]
+def issue_server(
+    ca: x509.Certificate, ca_key: PrivateKey, key: PublicKey, host: str, days: int, others: Sequence[str] = ()
+) -> x509.Certificate:
+    """A certificate for the server at `host` (a DNS name or IP address; loopback gets all its usual names).
+
+    `others` are further names and addresses under which sites reach it.
+    """
+    hosts = [host, *others]
+    if any(map(is_loopback, hosts)):
+        hosts += ["localhost", "127.0.0.1", "::1"]
     return _issue(ca, ca_key, key, host, Purpose.SERVER, [_general_name(item) for item in dict.fromkeys(hosts)], days)
 
 
@@ -268,6 +275,12 @@ def alternative_names(holder: x509.Certificate | x509.CertificateSigningRequest)
         return list(holder.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
     except x509.ExtensionNotFound:
         raise ValueError("it has no subject alternative name") from None
+
+
+def host_names(server: x509.Certificate) -> list[str]:
+    """The names and addresses that a server's certificate is for. Raises ValueError if it says none."""
+    names = alternative_names(server)
+    return [str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress)]
 
 
 def now() -> dt.datetime:

@@ -12,7 +12,7 @@ import fcntl
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from fedclaw.security import pki, seal
 from fedclaw.security.descriptor import DESCRIPTOR_FILE, Descriptor, encode_descriptor, load_descriptor
 from fedclaw.security.federation_home import FederationHome, save_seal_key
 from fedclaw.security.key_files import belongs, load_certificate, load_key, read_file, save_key
-from fedclaw.security.names import check_address, check_name, split_address
+from fedclaw.security.names import canonical_address, canonical_host, check_host, check_name, split_address
 from fedclaw.security.site_home import (
     NEXT_KEY,
     SITE_CERTIFICATE,
@@ -43,22 +43,28 @@ _LOCK = ".lock"
 
 
 def initialise(
-    root: Path, name: str, address: str, seal_suite: seal.SealSuite = "x25519", days: int = pki.LEAF_DAYS
+    root: Path,
+    name: str,
+    address: str,
+    seal_suite: seal.SealSuite = "x25519",
+    days: int = pki.LEAF_DAYS,
+    addresses: Sequence[str] = (),
 ) -> FederationHome:
     """Make a federation directory: CA, server and release certificates, seal key, descriptor, empty CRL.
 
-    The directory appears whole or not at all, and is readable by its owner only. Raises UsageError for a wrong name
+    The directory appears whole or not at all, and is readable by its owner only. `addresses` are further names and IP
+    addresses under which sites reach the server: its certificate is for them too. Raises UsageError for a wrong name
     or address, ProvisionError if `root` exists and holds anything.
     """
     _checked(check_name, name)
-    _checked(check_address, address)
+    address, others = _checked(canonical_address, address), [_checked(check_host, other) for other in addresses]
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise ProvisionError(f"{root} exists already; a federation is never overwritten, choose another directory")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
         try:
-            _fill(draft, name, address, seal_suite, days)
+            _fill(draft, name, address, others, seal_suite, days)
             draft.rename(root)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -175,16 +181,19 @@ def renew_site(site_root: Path, rotate: bool = False) -> Path:
     return site_root / SITE_REQUEST
 
 
-def renew_federation(root: Path, days: int = pki.LEAF_DAYS) -> FederationHome:
+def renew_federation(root: Path, days: int = pki.LEAF_DAYS, addresses: Sequence[str] | None = None) -> FederationHome:
     """New server and release certificates for the keys that are there. A running server takes them when it restarts.
 
-    Raises ProvisionError.
+    `addresses` are the further names and IP addresses that the server's is for; None: those that it is for now. Raises
+    UsageError for a wrong one, ProvisionError.
     """
+    given = None if addresses is None else [_checked(check_host, other) for other in addresses]
     with _coordinator(root) as (home, ca_key):
-        host, _ = split_address(home.descriptor.address)
+        host = canonical_host(split_address(home.descriptor.address)[0])
+        others = _present_names(root) if given is None else given
         server = load_key(root / home_files.SERVER_KEY, "the server's key").public_key()
         release = load_key(root / home_files.RELEASE_KEY, "the key that signs bundles").public_key()
-        server_certificate = pki.issue_server(home.ca, ca_key, server, host, days)
+        server_certificate = pki.issue_server(home.ca, ca_key, server, host, days, others)
         release_certificate = pki.issue_release(home.ca, ca_key, release, home.name, days)
         write_atomic(root / home_files.SERVER_CERTIFICATE, pki.pem_of(server_certificate))
         write_atomic(root / home_files.RELEASE_CERTIFICATE, pki.pem_of(release_certificate))
@@ -221,7 +230,7 @@ def site_certificate_path(federation_root: Path, name: str) -> Path:
     return federation_root / home_files.SITES / f"{check_name(name)}.crt"
 
 
-def _fill(root: Path, name: str, address: str, seal_suite: seal.SealSuite, days: int) -> None:
+def _fill(root: Path, name: str, address: str, others: Sequence[str], seal_suite: seal.SealSuite, days: int) -> None:
     ca_key, server_key, release_key = pki.new_key(), pki.new_key(), pki.new_key()
     ca = pki.new_ca(name, ca_key)
     seal_keys = seal.generate(seal_suite)
@@ -242,7 +251,9 @@ def _fill(root: Path, name: str, address: str, seal_suite: seal.SealSuite, days:
     save_seal_key(root / home_files.SEAL_KEY, seal_suite, seal_keys.private)
     public = {
         home_files.CA_CERTIFICATE: pki.pem_of(ca),
-        home_files.SERVER_CERTIFICATE: pki.pem_of(pki.issue_server(ca, ca_key, server_key.public_key(), host, days)),
+        home_files.SERVER_CERTIFICATE: pki.pem_of(
+            pki.issue_server(ca, ca_key, server_key.public_key(), host, days, others)
+        ),
         home_files.RELEASE_CERTIFICATE: pki.pem_of(pki.issue_release(ca, ca_key, release_key.public_key(), name, days)),
         home_files.REVOKED: pki.pem_of(pki.new_crl(ca, ca_key, (), 1)),
         DESCRIPTOR_FILE: encode_descriptor(descriptor, ca_key),
@@ -312,6 +323,14 @@ def _adopt_descriptor(site_root: Path, source: Path, descriptor: Descriptor) -> 
     write_atomic(target, read_file(source, "the federation descriptor"))
 
 
+def _present_names(root: Path) -> list[str]:
+    path = root / home_files.SERVER_CERTIFICATE
+    try:
+        return pki.host_names(load_certificate(path, "the server's certificate"))
+    except ValueError as error:
+        raise ProvisionError(f"{path}: {error}; give addresses=[...]") from None
+
+
 def _private_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
@@ -325,8 +344,8 @@ def _digits(fingerprint: str) -> str:
     return "".join(character for character in fingerprint.lower() if character.isalnum())
 
 
-def _checked(check: Callable[[str], str], value: str) -> None:
+def _checked(check: Callable[[str], str], value: str) -> str:
     try:
-        check(value)
+        return check(value)
     except ValueError as error:
         raise UsageError(str(error)) from None

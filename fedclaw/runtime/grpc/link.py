@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedclaw import __version__
-from fedclaw.errors import ConnectionRefused, ProvisionError, TransportError
+from fedclaw.errors import ConnectionRefused, ProvisionError, TransportError, UsageError
 from fedclaw.runtime.base import SiteHandler
 from fedclaw.runtime.flower import number_of
 from fedclaw.runtime.grpc import wire
@@ -23,9 +23,11 @@ from fedclaw.runtime.grpc.outbox import Entry, Outbox
 from fedclaw.runtime.grpc.pieces import Piece, read_piece
 from fedclaw.runtime.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+from fedclaw.runtime.grpc.route import dialled, proxy_of
 from fedclaw.runtime.grpc.sender import Sender
 from fedclaw.runtime.grpc.worker import Worker
 from fedclaw.security import pki
+from fedclaw.security.names import split_address
 from fedclaw.security.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
 
 log = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ class _Stream:
         except DecodeError:
             self.problem = TransportError("the server sent something that is not a frame of this protocol")
         except grpc.RpcError as error:
-            self.problem = TransportError(_describe(error))
+            self.problem = TransportError(self._link.describe(error))
         except Exception as error:
             log.exception("the stream failed")
             self.problem = TransportError(f"the stream failed: {type(error).__name__}")
@@ -99,10 +101,16 @@ class SiteLink:
         limits: Limits | None = None,
         address: str | None = None,
     ) -> None:
-        """`state` is the site's state directory (the outbox lies in it); `address` overrides the descriptor's."""
+        """`state` is the site's state directory (the outbox lies in it); `address` overrides the descriptor's.
+
+        Raises UsageError for an address that is none.
+        """
         self._keys = keys
         self._limits = limits or Limits()
-        self._address = address or keys.descriptor.address
+        try:
+            self._address, self._name = dialled(keys.descriptor.address, address)
+        except ValueError as error:
+            raise UsageError(f"server: {error}") from None
         self._outbox = Outbox(state / "outbox", self._limits)
         self._intake = Intake(self._limits.intake_bytes)
         self._lock = threading.Lock()
@@ -187,7 +195,7 @@ class SiteLink:
     def _connect_once(self, stop: threading.Event) -> tuple[bool, TransportError]:
         tls = self._keys.tls()
         credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
-        with grpc.secure_channel(self._address, credentials, wire.channel_options()) as channel:
+        with grpc.secure_channel(self._address, credentials, [*wire.channel_options(), *self._name]) as channel:
             stream = _Stream(self, channel)
             with self._lock:
                 self._stream = stream
@@ -208,7 +216,7 @@ class SiteLink:
             if stop.is_set():
                 return TransportError("the site is stopping")
             if not stream.welcomed and now - opened > self._limits.handshake + self._limits.silence:
-                return TransportError("no server answered")
+                return TransportError(f"no server answered{self._by_proxy()}")
             if stream.welcomed and now - stream.heard > self._heartbeat * self._limits.missed_heartbeats:
                 return TransportError("the server fell silent")
             if stream.welcomed and now - last >= self._heartbeat:
@@ -216,6 +224,25 @@ class SiteLink:
                 self._sequence += 1
                 stream.sender.post(wire.heartbeat(self._sequence))
         return stream.problem or TransportError("the stream ended")
+
+    def describe(self, error: grpc.RpcError) -> str:
+        """Why a connection failed, as far as this end can know."""
+        details = error.details() if hasattr(error, "details") else ""
+        proxy = proxy_of(self._address)
+        if proxy is not None and "Connection refused" in (details or ""):
+            return f"nobody listens at the proxy (connection refused){self._by_proxy()}"
+        stream = self._stream
+        return _describe(error) + ("" if stream is not None and stream.welcomed else self._by_proxy())
+
+    def _by_proxy(self) -> str:
+        if (proxy := proxy_of(self._address)) is None:
+            return ""
+        url, variable = proxy
+        host = split_address(self._address)[0]
+        return (
+            f"; the way there is through the proxy {url}, because the variable {variable} is set: have that proxy let "
+            f"it through, or add {host} to no_proxy"
+        )
 
     def _announce(self, entry: Entry) -> None:
         """Offer a stored reply now if there is a stream; else the server will ask again when there is."""
