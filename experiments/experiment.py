@@ -11,6 +11,7 @@ from experiments.partitions.dealing import deal_out
 from experiments.partitions.record import RECORD, write_record
 from experiments.settings import ExperimentSettings, SimulationRuntime, check_experiment, fewest
 from experiments.simulated import deal_in_memory, run_simulated, write_root
+from experiments.sweeps.identity import EXPERIMENT_FILE, identify
 from experiments.sweeps.resume import remember
 from fedclaw import startup
 from fedclaw.federation.coordinator import Observer, Outcome
@@ -49,6 +50,9 @@ def run_experiment(
     for name in kept:
         write_atomic(directory.root / name, (root / name).read_bytes())
     tracker = make_tracker(settings.tracking, directory, tags, kept)
+    if not (directory.root / EXPERIMENT_FILE).is_file():
+        identity = identify(settings.model_dump(mode="json"))
+        write_atomic(directory.root / EXPERIMENT_FILE, identity.model_dump_json(indent=2).encode())
     startup.next_step(f"continue with resume={directory.root}")
     observers: list[Observer] = [observer for observer in (progress, tracker) if observer]
     try:

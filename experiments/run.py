@@ -3,6 +3,7 @@
     python -m experiments.run strategy=fedprox privacy.epsilon=4
     python -m experiments.run -m strategy=fedavg,fedadam privacy.epsilon=2,8
     python -m experiments.run +experiment=digits_dp rounds=40
+    python -m experiments.run resume=runs/NAME        go on with a run that was stopped
     python -m experiments.run strategy=median attack=sign_flip attack.sites=1
 
 Every run leaves a directory under runs/, where partition.json and partition.png say who had which data, and an MLflow
@@ -22,6 +23,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from experiments.settings import ExperimentSettings
 from experiments.sweeps import PROGRAM
 from fedclaw import startup
 from fedclaw.cli import config_directory, run_hydra
@@ -50,4 +52,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    run_hydra(PROGRAM, "run", run)
+    run_hydra(PROGRAM, "run", ExperimentSettings, run)

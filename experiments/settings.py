@@ -47,6 +47,8 @@ class ExperimentSettings(RunSettings):
     fraction: float = Field(default=1.0, gt=0, le=1)
     runs: Path = Path("runs")
     run: str | None = None
+    resume: Path | None = None
+    """The directory of a run to go on with, which has its settings."""
     tracking: TrackingSettings = TrackingSettings()
 
 

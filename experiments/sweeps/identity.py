@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from fedclaw.files import sha256_file
 from fedclaw.frozen import Frozen
 
-IRRELEVANT = frozenset({"run", "runs", "tracking"}) | {
+IRRELEVANT = frozenset({"run", "runs", "resume", "tracking"}) | {
     f"runtime.{name}"
     for name in (
         *("workers", "mode", "save_every"),
@@ -21,6 +21,8 @@ IRRELEVANT = frozenset({"run", "runs", "tracking"}) | {
 """Settings of conf/run.yaml that no result depends on: names, places, and how fast. A new setting counts until it is
 listed here: to run something twice is better than to take one result for another."""
 _DIGITS = 12
+EXPERIMENT_FILE = "experiment.json"
+"""In a run's directory: its `Identity`."""
 
 
 class Identity(Frozen):

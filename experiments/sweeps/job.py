@@ -13,13 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from experiments.resumed import resumed
 from experiments.settings import ExperimentSettings, check_experiment
 from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
-from experiments.sweeps.identity import identify, is_relevant
+from experiments.sweeps.identity import EXPERIMENT_FILE, identify, is_relevant
 from fedclaw import startup
 from fedclaw.cli import describe_failure, report_failure, start_logging
-from fedclaw.errors import FedClawError
+from fedclaw.errors import FedClawError, UsageError
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
 from fedclaw.frozen import check_settings
@@ -28,8 +29,6 @@ from fedclaw.report.tracking import NO_TRACKING, known_run, make_tracker
 
 log = logging.getLogger(__name__)
 
-EXPERIMENT_FILE = "experiment.json"
-"""In the directory of a sweep's run: its `Identity`."""
 _FAILED = float("nan")
 """The objective of a run that failed: sweepers know it for what it is, and go on."""
 _HERE = "BasicLauncher"
@@ -46,10 +45,23 @@ def run_job(config: DictConfig) -> float:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
         if OmegaConf.is_missing(hydra.job, "num"):
-            return _objective(_run(check_settings(plain, ExperimentSettings)))
+            return _objective(_run_single(check_settings(plain, ExperimentSettings), list(hydra.overrides.task)))
         return _run_member(plain, console)
     except Exception as error:
         sys.exit(report_failure(PROGRAM, error, console))
+
+
+def _run_single(settings: ExperimentSettings, overrides: list[str]) -> dict[str, float]:
+    """A run by itself: a new one, or one to go on with."""
+    if settings.resume is None:
+        return _run(settings)
+    root = settings.resume
+    settings = resumed(settings, root, overrides)
+    directory = RunDirectory(root)
+    if directory.model_path.is_file():
+        make_console().print(f"run {root.name} is finished: {directory.model_path}", markup=False, soft_wrap=True)
+        return dict(directory.read_metrics()[-1]["metrics"])
+    return _run(settings, resume=True)
 
 
 def _run(settings: ExperimentSettings, **options: Any) -> dict[str, float]:
@@ -73,6 +85,8 @@ def _run_member(plain: dict[str, Any], console: Console) -> float:
     sweep.note(member)
     try:
         settings = check_settings(plain, ExperimentSettings)
+        if settings.resume is not None:
+            raise UsageError("resume= is of one run; a sweep goes on when its command is given again")
         name = run_name(settings, member.digest)
         root = settings.runs / name
         member = member.model_copy(update={"run": sweep.relative(root)})
