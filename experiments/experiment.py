@@ -51,8 +51,8 @@ def run_experiment(
         write_atomic(directory.root / name, (root / name).read_bytes())
     tracker = make_tracker(settings.tracking, directory, tags, kept)
     if not (directory.root / EXPERIMENT_FILE).is_file():
-        identity = identify(settings.model_dump(mode="json"))
-        write_atomic(directory.root / EXPERIMENT_FILE, identity.model_dump_json(indent=2).encode())
+        made = identify(settings.model_dump(mode="json"))
+        write_atomic(directory.root / EXPERIMENT_FILE, made.model_dump_json(indent=2).encode())
     startup.next_step(f"continue with resume={directory.root}")
     observers: list[Observer] = [observer for observer in (progress, tracker) if observer]
     try:

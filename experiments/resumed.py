@@ -35,7 +35,12 @@ def resumed(settings: ExperimentSettings, root: Path, overrides: Sequence[str]) 
         raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
     given = settings.model_dump(mode="json")
     # Its constants are in the run's own record.
-    plain: dict[str, Any] = {**given, **begun, **{name: str(value) for name, value in placed.items()}, "statistics": None}
+    plain: dict[str, Any] = {
+        **given,
+        **begun,
+        **{name: str(value) for name, value in placed.items()},
+        "statistics": None,
+    }
     if given["runtime"]["name"] == plain["runtime"]["name"]:
         plain["runtime"] = {**given["runtime"], **plain["runtime"]}
     return check_settings(plain, ExperimentSettings)

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,6 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -33,6 +34,8 @@ from fedclaw.frozen import S, check_settings
 from fedclaw.report.console import make_console
 
 log = logging.getLogger(__name__)
+
+_LIKE_A_NUMBER = re.compile(r"[-+]?[0-9][0-9_.eE+-]*|true|false|yes|no|on|off", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
-            composed = compose(config_name, overrides=with_plugins(overrides))
+            composed = compose(config_name, overrides=as_text(with_plugins(overrides), settings))
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise _wrong_configuration(error, config_name) from error
@@ -85,13 +88,13 @@ def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> 
     _run(module, lambda: body(arguments), console)
 
 
-def run_hydra(module: str, config_name: str, main: Callable[[], object]) -> NoReturn:
+def run_hydra(module: str, config_name: str, settings: type[BaseModel], main: Callable[[], object]) -> NoReturn:
     """Run an entry point that is a function of Hydra's, which can sweep, and exit as `run_main` does."""
     # Hydra prints its errors, in several lines, and exits with 1, unless it is asked to hand them on.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
     def body() -> None:
-        sys.argv[1:] = with_plugins(sys.argv[1:])
+        sys.argv[1:] = as_text(with_plugins(sys.argv[1:]), settings)
         try:
             main()
         except (HydraException, OmegaConfBaseException) as error:
@@ -202,6 +205,40 @@ def with_plugins(overrides: Sequence[str]) -> list[str]:
         if theirs:
             given = [re.sub(rf"^\+*(?={group}\.[^=]+=)", "++", override) for override in given]
     return given
+
+
+def as_text(overrides: Sequence[str], settings: type[BaseModel]) -> list[str]:
+    """`overrides`, with what looks like a number quoted where a setting is text or a path: run=2024 is a name."""
+    return [_quoted(override, settings) for override in overrides]
+
+
+def _quoted(override: str, settings: type[BaseModel]) -> str:
+    key, _, value = override.partition("=")
+    if not _LIKE_A_NUMBER.fullmatch(value) or not _is_text(settings, key.lstrip("+").split(".")):
+        return override
+    return f"{key}='{value}'"
+
+
+def _is_text(settings: type[BaseModel], steps: Sequence[str]) -> bool:
+    """Whether the setting takes text, and no number."""
+    named = {field.alias or name: field for name, field in settings.model_fields.items()}
+    field = named.get(steps[0])
+    if field is None:
+        return False
+    kinds = set(_kinds(field.annotation))
+    if len(steps) > 1:
+        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        return any(_is_text(kind, steps[1:]) for kind in below)
+    return bool(kinds & {str, Path}) and not kinds & {int, float, bool}
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The classes that a value may be of."""
+    parts = get_args(annotation)
+    if not parts or isinstance(annotation, type):
+        yield annotation
+    for part in parts:
+        yield from _kinds(part)
 
 
 def _wrong_configuration(error: HydraException | OmegaConfBaseException, config_name: str) -> UsageError:

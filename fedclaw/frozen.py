@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from reprlib import Repr
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fedclaw.catalogue import did_you_mean
 from fedclaw.errors import UsageError
 
 
@@ -18,6 +19,7 @@ class Frozen(BaseModel):
 S = TypeVar("S", bound=Frozen)
 
 _MOST_FIELDS = 10
+_TEXT = frozenset({"string_type", "path_type"})
 _SHORT = Repr()
 _SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 3, 8, 8, 8
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 60, 60, 60
@@ -28,12 +30,13 @@ def check_settings(plain: Any, settings: type[S]) -> S:
     try:
         return settings.model_validate(plain)
     except ValidationError as error:
-        raise UsageError(f"configuration: {explain(error, plain)}") from error
+        raise UsageError(f"configuration: {explain(error, plain, settings)}") from error
 
 
-def explain(error: ValidationError, plain: Any = None) -> str:
+def explain(error: ValidationError, plain: Any = None, settings: type[BaseModel] | None = None) -> str:
     """One line a person can act on: each wrong field by its path in `plain`, what it is and what it should be.
 
+    For a field that `settings` does not have, the nearest that it has; a number where text belongs is to be quoted.
     Of many wrong fields the first ten, and of long names and values the beginning: they may be a stranger's.
     """
     parts = []
@@ -42,10 +45,32 @@ def explain(error: ValidationError, plain: Any = None) -> str:
         where = ".".join(f"{step!s:.60}" for step in _path(item["loc"], plain))
         message = f"{item['msg'].removeprefix('Value error, '):.500}"
         given = "" if item["type"] in {"missing", "value_error"} else f" (given: {_given(item['input'])})"
+        if item["type"] in _TEXT and isinstance(item["input"], int | float):
+            kind = "yes or no" if isinstance(item["input"], bool) else "a number"
+            message, given = f"{_given(item['input'])} is read as {kind}; text like it is put in quotes", ""
+        elif item["type"] == "extra_forbidden":
+            given += did_you_mean(f"{item['loc'][-1]!s:.60}", _fields_at(settings, item["loc"][:-1]))
         parts.append(f"{where}: {message}{given}" if where else f"{message}{given}")
     if len(wrong) > _MOST_FIELDS:
         parts.append(f"and {len(wrong) - _MOST_FIELDS} more")
     return "; ".join(parts)
+
+
+def _fields_at(settings: type[BaseModel] | None, location: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields that there are at `location` in `settings`."""
+    models = [] if settings is None else [settings]
+    for step in location:
+        below = [field for model in models if (field := model.model_fields.get(str(step))) is not None]
+        # A step that is no field is an item's place, or the name of the one of several classes that it took.
+        models = [model for field in below for model in _models_in(field.annotation)] if below else models
+    return {field.alias or name for model in models for name, field in model.model_fields.items()}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
 
 
 def _given(value: Any) -> str:

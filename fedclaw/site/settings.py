@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from fedclaw.errors import UsageError
@@ -11,6 +10,7 @@ from fedclaw.file_format import Delimiter, FileFormat
 from fedclaw.frozen import Frozen, explain
 from fedclaw.privacy.policy import Policy
 from fedclaw.privacy.speed import StepSpeed
+from fedclaw.yaml_text import read_yaml
 
 SITE_FILE = "site.yaml"
 
@@ -62,14 +62,15 @@ def load_site_settings(root: Path) -> SiteSettings:
     """Read `root`/site.yaml, paths resolved. Raises UsageError naming the file and each wrong field."""
     path = root / SITE_FILE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        settings = SiteSettings.model_validate(content)
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; a site directory holds {SITE_FILE}, see the README") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        settings = SiteSettings.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"{path}: {explain(error)}") from error
+        raise UsageError(f"{path}: {explain(error, content, SiteSettings)}") from error
     files = {"train": root / settings.data.train, "test": settings.data.test and root / settings.data.test}
     data = settings.data.model_copy(update=files)
     return settings.model_copy(update={"schema_file": root / settings.schema_file, "data": data})
