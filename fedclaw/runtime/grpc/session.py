@@ -4,6 +4,7 @@ import threading
 import time
 from typing import Any
 
+from fedclaw.runtime.grpc.door import endpoint_of
 from fedclaw.runtime.grpc.peer import Peer
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 from fedclaw.runtime.grpc.sender import Sender
@@ -14,6 +15,7 @@ class Session:
 
     def __init__(self, peer: Peer, context: Any) -> None:
         self.peer = peer
+        self.endpoint = endpoint_of(context.peer())
         self.sender = Sender()
         self.opened = self.heard = time.monotonic()
         self.welcomed = False

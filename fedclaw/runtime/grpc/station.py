@@ -15,6 +15,7 @@ from fedclaw.errors import TransportError
 from fedclaw.federation.plan import RefusalCode
 from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.desk import Desk, Task
+from fedclaw.runtime.grpc.door import INTERVAL, Door
 from fedclaw.runtime.grpc.inbound import Arrivals, error_reply
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.runtime.grpc.memory import tune_allocator
@@ -64,6 +65,7 @@ class Station:
         self._sequence = 0
         self._server: Any = None
         self._ticker = threading.Thread(target=self._tick_for_ever, name="fedclaw-heartbeat", daemon=True)
+        self._watcher = threading.Thread(target=self._watch_the_door, name="fedclaw-door", daemon=True)
         self.port = 0
 
     def start(self) -> None:
@@ -91,6 +93,7 @@ class Station:
         self._server.start()
         self._arrivals.start()
         self._ticker.start()
+        self._watcher.start()
 
     def stop(self, *, finished: bool = False) -> None:
         """Hang up on everybody; if the run has `finished`, say so."""
@@ -100,8 +103,9 @@ class Station:
             session.close(farewell)
         if self._server is not None:
             self._server.stop(grace=0.5).wait()
-        if self._ticker.is_alive():
-            self._ticker.join()
+        for thread in (self._ticker, self._watcher):
+            if thread.is_alive():
+                thread.join()
         self._arrivals.stop()
 
     def connected(self) -> dict[int, str]:
@@ -306,7 +310,14 @@ class Station:
             self._survive(self._arrivals.drop_slow)
             self._survive(self._recall_expired)
 
-    def _survive(self, step: Callable[..., None], *arguments: Session) -> None:
+    def _watch_the_door(self) -> None:
+        crowd = Door(self.port, wire.held_strangers(self._limits), lambda text: self._event("refused", "", text))
+        while not self._stopping.wait(INTERVAL):
+            with self.changed:
+                peers = [session.endpoint for session in self._streams]
+            self._survive(crowd.look, frozenset(peer for peer in peers if peer is not None))
+
+    def _survive(self, step: Callable[..., None], *arguments: object) -> None:
         """One step of a heartbeat: a fault in it costs that step, and no other site its heartbeats."""
         try:
             step(*arguments)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedclaw.errors import TransportError
 from fedclaw.runtime.flower import Envelope
+from fedclaw.runtime.grpc import door
 from fedclaw.runtime.grpc.limits import MAX_FRAME_BYTES, MAX_METADATA_BYTES, WINDOW_BYTES, Limits
 from fedclaw.runtime.grpc.protocol import METHOD, SERVICE
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
@@ -38,6 +39,11 @@ def common_options() -> list[tuple[str, Any]]:
     ]
 
 
+def held_strangers(limits: Limits) -> int:
+    """Connections that the server holds of peers that have not said who they are."""
+    return 2 * limits.max_sites + 16
+
+
 def server_options(limits: Limits) -> list[tuple[str, Any]]:
     """What one connection, authenticated or not, may cost the server."""
     return [
@@ -47,7 +53,7 @@ def server_options(limits: Limits) -> list[tuple[str, Any]]:
         ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1000)),
         # A connection of no use is closed: one that finished TLS and then opened no stream.
         ("grpc.max_connection_idle_ms", int(limits.handshake * 1000)),
-        ("grpc.max_allowed_incoming_connections", 2 * limits.max_sites + 16),
+        ("grpc.max_allowed_incoming_connections", door.room(held_strangers(limits))),
         ("grpc.http2.max_ping_strikes", 2),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ]

@@ -2,13 +2,16 @@
 
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
 import pytest
 
-from fedclaw.runtime.grpc import wire
+from fedclaw.runtime.grpc import door, wire
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
 
 MIB = 1 << 20
@@ -127,6 +130,65 @@ def test_silent_peers_do_not_keep_a_site_out_for_long(kit, crowd):
     kit.link("site-a", grid.port)
     assert grid.wait_for_sites(1, 20) == ("site-a",)
     assert len(list(grid.send_and_receive([kit.message("site-a")], timeout=20))) == 1
+
+
+def test_six_hundred_half_open_connections_opened_again_and_again_keep_no_site_out_and_are_told_of(kit, crowd, caplog):
+    """By the default limits, from one address; each that is closed comes back at once."""
+    grid = kit.grid()
+    hello = client_hello(kit.federation.site("site-a").tls().ca)
+    peers = crowd(grid.port, 600, hello)
+    stop = threading.Event()
+
+    def again() -> None:
+        while not stop.wait(0.05):
+            for number, peer in enumerate(peers.peers):
+                if not is_open(peer):
+                    peer.close()
+                    with suppress(OSError):
+                        peers.peers[number] = socket.create_connection(("127.0.0.1", grid.port))
+                        peers.peers[number].sendall(hello)
+
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+    kit.until(lambda: "have not said who they are" in caplog.text, "it is told of")
+    assert "from 127.0.0.1" in caplog.text
+    for name in ("site-a", "site-b", "site-c"):
+        kit.link(name, grid.port)
+    assert len(grid.wait_for_sites(3, 20)) == 3
+    assert "next attempt" not in caplog.text, "each came in at its first knock"
+    assert len(list(grid.send_and_receive([kit.message("site-a")], timeout=20))) == 1
+    time.sleep(3 * kit.QUICK.handshake / 10)
+    assert len(grid.wait_for_sites(3, 1)) == 3, "who has said who it is stays"
+    stop.set()
+    thread.join()
+
+
+def test_the_oldest_of_the_busiest_address_go_first(monkeypatch):
+    sent_away, told = [], []
+    crowd = door.Door(9443, 3, told.append)
+    strangers = [door._Stranger(number, number, address) for number, address in enumerate("aaabba")]
+    monkeypatch.setattr(crowd, "_close", lambda stranger: sent_away.append(stranger.descriptor))
+    crowd._seen = {0: 5.0, 1: 1.0, 2: 2.0, 3: 0.0, 4: 9.0, 5: 3.0}
+    crowd._send_away(strangers, 3, now=100.0)
+    assert sent_away[:2] == [1, 2]
+    assert sent_away[2] in {3, 5}, "two of each are left, and the oldest of either goes"
+    assert len(told) == 1
+    assert "6 connections" in told[0]
+    crowd._send_away([door._Stranger(7, 0, "b")], 1, now=101.0)
+    assert len(told) == 1, "once a minute"
+
+
+@pytest.mark.parametrize(
+    ("peer", "endpoint"),
+    [
+        ("ipv4:127.0.0.1:5000", ("127.0.0.1", 5000)),
+        ("ipv6:%5B::1%5D:5000", ("::1", 5000)),
+        ("ipv6:[::ffff:10.0.0.1]:7", ("10.0.0.1", 7)),
+        ("unix:/some/where", None),
+    ],
+)
+def test_a_peer_of_grpc_as_an_endpoint(peer, endpoint):
+    assert door.endpoint_of(peer) == endpoint
 
 
 def test_streams_without_a_hello_give_up_their_places(kit):
