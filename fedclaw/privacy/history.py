@@ -4,7 +4,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Any
 
 from fedclaw.chain import GENESIS, link
@@ -41,6 +42,53 @@ class Reservation:
     fingerprint: str | None = None
     content: str | None = None
     hash: str = ""
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What a run has still to be charged when a charge of it is asked for: the whole run is agreed to, or refused."""
+
+    charges: int
+    """This one, and all that come after it, of the same mechanism."""
+    last: int
+    """The number of the run's last round."""
+    days: float
+    """The agreement holds for so long after each of its charges."""
+    partly: bool = False
+    """Whether the run may begin though it cannot be paid to its end; then nothing is agreed to."""
+
+
+@dataclass
+class Agreement:
+    """That a run will be paid to its end. It charges nothing by itself; what is left of it is not for others to spend.
+
+    It came with the run's first charge, is renewed by each, and ends with its last round, or when it expires.
+    """
+
+    mechanism: Mechanism
+    charges: int
+    """Still to come."""
+    rounds: int
+    """Still to come, by the number of the last charge's round; fewer if the run has passed this site over."""
+    last: int
+    days: float
+    renewed: datetime
+
+    @property
+    def outstanding(self) -> Mechanism | None:
+        """What is still to be charged; None: nothing."""
+        count = min(self.charges, self.rounds)
+        return replace(self.mechanism, steps=self.mechanism.steps * count) if count > 0 else None
+
+    def holds(self, now: datetime) -> bool:
+        """Whether it is good for another charge. By a clock that was set back by more than a day it is not."""
+        return self.charges > 0 and -timedelta(days=1) <= now - self.renewed <= timedelta(days=self.days)
+
+    def charge(self, round: int, mechanism: Mechanism | None, now: datetime) -> None:
+        """Take one charge off. Another mechanism is not what was agreed to: it ends the agreement."""
+        self.charges = self.charges - 1 if mechanism == self.mechanism else 0
+        self.rounds = max(0, self.last - round)
+        self.renewed = now
 
 
 @dataclass(frozen=True)
@@ -125,6 +173,8 @@ class Index:
         """By fingerprint, the data set that was charged for this content."""
         self.times: dict[str, list[str]] = {}
         """When each data set was charged (ISO 8601), each time no earlier than those before it."""
+        self.agreements: dict[tuple[str, str, str], Agreement] = {}
+        """By data set, federation and run, of runs that were agreed to."""
         self._readers = {"open": self._open, "reserve": self._reserve, "settle": self._settle, "again": self._again}
 
     def follow(self, sequence: int, body: str, digest: str) -> Entry:
@@ -182,6 +232,29 @@ class Index:
         self.lifetimes.setdefault(reservation.data_set, History()).add(reservation.mechanism)
         run = (reservation.data_set, reservation.federation, reservation.run)
         self.runs.setdefault(run, History()).add(reservation.mechanism)
+        self._agreed(run, reservation, datetime.fromisoformat(plain["time"]), plain.get("agreed"))
+
+    def _agreed(
+        self, run: tuple[str, str, str], charge: Reservation, now: datetime, terms: Mapping[str, Any] | None
+    ) -> None:
+        """Take up an agreement that came with `charge`, and take the charge off the one that its run has."""
+        if terms is not None and charge.mechanism is not None:
+            self.agreements[run] = Agreement(
+                charge.mechanism, int(terms["charges"]), 0, int(terms["last"]), float(terms["days"]), now
+            )
+        if (agreement := self.agreements.get(run)) is not None:
+            agreement.charge(charge.round, charge.mechanism, now)
+            if agreement.outstanding is None:
+                del self.agreements[run]
+
+    def promised(self, data_set: str, now: datetime, *, but: tuple[str, str]) -> list[Mechanism]:
+        """What runs of a data set, but that one federation's run, were agreed to and have still to be charged."""
+        return [
+            outstanding
+            for (name, *run), agreement in self.agreements.items()
+            if name == data_set and tuple(run) != but and agreement.holds(now)
+            if (outstanding := agreement.outstanding) is not None
+        ]
 
     def _settle(self, plain: Mapping[str, Any], _digest: str) -> None:
         settled = self.reservations[plain["reserve"]]

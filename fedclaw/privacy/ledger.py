@@ -6,6 +6,9 @@ crash between the two, at whatever instruction, can only over-count. A reservati
 attempt and content. One that is still open when the very same question is asked again is taken up again, because
 nothing of it has left the site, nor stays there; any other question is charged, whatever its message is called.
 
+A run is agreed to as a whole, or refused, before its first charge: the agreement is part of that charge's entry, and
+what is still to come of it is kept free of others until the run ends or the agreement expires.
+
 Durability. A rollback journal with synchronous=EXTRA: when `reserve` returns, the entry survives a power cut. Not
 WAL: it would need shared memory (no network file systems) and leave part of the ledger in a second file that a backup
 forgets; a commit a round costs nothing. BEGIN IMMEDIATE serialises processes: the budget is checked under the
@@ -35,6 +38,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -45,14 +49,24 @@ from pydantic import JsonValue
 from fedclaw.chain import GENESIS, canonical, link
 from fedclaw.errors import BudgetExceeded, LedgerError
 from fedclaw.privacy.accounting import Mechanism, event_to_json
-from fedclaw.privacy.history import LEDGER_VERSION, Budget, Entry, History, Index, Reservation
+from fedclaw.privacy.history import (
+    LEDGER_VERSION,
+    Budget,
+    Entry,
+    History,
+    Index,
+    Remaining,
+    Reservation,
+)
 from fedclaw.privacy.ledger_file import BUSY_SECONDS, FileWatch, blocking, connect_to_read, follow_all, make_private
 
-__all__ = ["Budget", "Entry", "Ledger", "Reservation", "describe"]
+__all__ = ["Budget", "Entry", "Ledger", "Remaining", "Reservation", "describe"]
 
 log = logging.getLogger(__name__)
 
 _MEMORY = ":memory:"
+MOST_AGREEMENTS = 16
+"""Unfinished runs that are agreed to on one data set: nobody can fill the ledger with promises."""
 _SCHEMA = (
     # AUTOINCREMENT remembers the largest number ever given, which shows a careless cut at the end.
     """CREATE TABLE IF NOT EXISTS entries (
@@ -132,6 +146,7 @@ class Ledger:
         budget: Budget,
         run_budget: Budget | None = None,
         content: str | None = None,
+        remaining: Remaining | None = None,
     ) -> Reservation:
         """Charge `mechanism` (None: training without privacy) before any of it is done; durable on return.
 
@@ -140,11 +155,14 @@ class Ledger:
         same key, is charged anew. Raises BudgetExceeded, with the figures, if everything ever charged to the data set
         and this would together exceed `budget`, or everything charged by this run and this exceed `run_budget`;
         LedgerError if the ledger is damaged.
+
+        With `remaining`, the whole run is agreed to with its first charge, or refused: what is still to come of it and
+        of all other runs that were agreed to has to be within the budget, too. The agreement is part of the charge.
         """
         with self._writing():
             if (waiting := self._waiting(key, federation, run, round, mechanism, content)) is not None:
                 return waiting
-            self._check_budgets(federation, run, mechanism, budget, run_budget)
+            agreed = self._check_budgets(federation, run, mechanism, budget, run_budget, remaining)
             entry = self._append(
                 kind="reserve",
                 data_set=self._data_set,
@@ -156,6 +174,7 @@ class Ledger:
                 mechanism=event_to_json(mechanism),
                 **({} if self._fingerprint is None else {"fingerprint": self._fingerprint}),
                 **({} if content is None else {"content": content}),
+                **({} if agreed is None else {"agreed": agreed}),
             )
             reservation = self._index.reservations[entry.sequence]
         self._tell()
@@ -174,10 +193,11 @@ class Ledger:
         mechanism: Mechanism | None,
         budget: Budget,
         run_budget: Budget | None = None,
+        remaining: Remaining | None = None,
     ) -> None:
         """Raise BudgetExceeded where `reserve` would, and write nothing."""
         with self._reading():
-            self._check_budgets(federation, run, mechanism, budget, run_budget)
+            self._check_budgets(federation, run, mechanism, budget, run_budget, remaining)
 
     def is_waiting(
         self,
@@ -318,13 +338,40 @@ class Ledger:
             )
 
     def _check_budgets(
-        self, federation: str, run: str, mechanism: Mechanism | None, budget: Budget, run_budget: Budget | None
-    ) -> None:
+        self,
+        federation: str,
+        run: str,
+        mechanism: Mechanism | None,
+        budget: Budget,
+        run_budget: Budget | None,
+        remaining: Remaining | None,
+    ) -> JsonValue:
+        """Raise BudgetExceeded if the charge is too much; else what it agrees to, None: nothing new."""
+        now = datetime.now(UTC)
+        name = (self._data_set, federation, run)
+        promised = self._index.promised(self._data_set, now, but=(federation, run))
+        agreement = self._index.agreements.get(name)
+        is_agreed = agreement is not None and agreement.mechanism == mechanism and agreement.holds(now)
+        asked, what, charges = mechanism, "the round", 1
+        if remaining is not None and mechanism is not None and not is_agreed and not remaining.partly:
+            charges = remaining.charges
+            asked = replace(mechanism, steps=mechanism.steps * charges)
+            what = f"the whole run, {charges} round(s) from here," if charges > 1 else what
         lifetime = self._index.lifetimes.get(self._data_set, History())
-        _check_budget("on this data set", lifetime, mechanism, budget)
+        _check_budget("on this data set", lifetime, what, asked, budget, promised)
+        limits = [budget.epsilon]
         if run_budget is not None:
-            spent_by_run = self._index.runs.get((self._data_set, federation, run), History())
-            _check_budget("by this run", spent_by_run, mechanism, run_budget)
+            spent_by_run = self._index.runs.get(name, History())
+            _check_budget("by this run", spent_by_run, what, asked, run_budget, [])
+            limits.append(run_budget.epsilon)
+        if remaining is None or charges == 1 or limits == [None] * len(limits):
+            return None
+        if len(promised) >= MOST_AGREEMENTS:
+            raise BudgetExceeded(
+                f"privacy budget: {len(promised)} runs that are not finished are agreed to on this data set; another "
+                "waits until one of them ends or its agreement expires"
+            )
+        return {"charges": charges, "last": remaining.last, "days": remaining.days}
 
     def _waiting(
         self, key: str, federation: str, run: str, round: int, mechanism: Mechanism | None, content: str | None
@@ -467,15 +514,23 @@ def describe(mechanism: Mechanism | None) -> str:
     )
 
 
-def _check_budget(where: str, history: History, mechanism: Mechanism | None, budget: Budget) -> None:
+def _check_budget(
+    where: str,
+    history: History,
+    what: str,
+    mechanism: Mechanism | None,
+    budget: Budget,
+    promised: list[Mechanism],
+) -> None:
     if budget.epsilon is None:
         return
-    after = history.epsilon(budget.delta, also=(mechanism,))
+    after = history.epsilon(budget.delta, also=(mechanism, *promised))
     if after > budget.epsilon:
         before = history.epsilon(budget.delta)
+        beside = f" beside {len(promised)} unfinished run(s) that are agreed to" if promised else ""
         raise BudgetExceeded(
             f"privacy budget: {_figure(before)} of epsilon {budget.epsilon:g} (delta {budget.delta:g}) is spent "
-            f"{where}; the round asked for {describe(mechanism)}, which would make it {_figure(after)}"
+            f"{where}; {what} asked for {describe(mechanism)}, which would make it {_figure(after)}{beside}"
         )
 
 

@@ -88,6 +88,13 @@ class Policy(Frozen):
     epsilon_per_run: float | None = Field(default=None, gt=0)
     """The largest epsilon that one run may ask for, and spend in all its rounds; null: whatever the budget allows."""
 
+    allow_part_of_a_run: bool = False
+    """Whether a run may begin here though what is left of the budget does not pay it to its end. Otherwise a run is
+    agreed to as a whole before its first charge, or refused, and what is still to come of it is kept free of others."""
+    agreement_days: float = Field(default=7.0, gt=0, le=365)
+    """A run that has been agreed to and asks for no round in so many days is agreed to no more: what it has not spent
+    is free again."""
+
     allow_training_without_privacy: bool = False
     """Whether a run may train without differential privacy. It spends the data set's budget without bound, so it
     goes together with epsilon: null only."""

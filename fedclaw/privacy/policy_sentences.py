@@ -13,6 +13,10 @@ def sentences(policy: Policy, data_set: str | None = None) -> list[str]:
         "for ever.",
         f"One run may ask for {_limit('epsilon ', own.epsilon_per_run, 'whatever the budget allows')}, "
         f"at a delta of at most {own.delta:g} and below one over the number of examples.",
+        "A run may begin though what is left of the budget does not pay it to its end."
+        if policy.allow_part_of_a_run
+        else "A run is agreed to as a whole, beside all unfinished ones, or refused before its first round; an "
+        f"agreement expires {policy.agreement_days:g} days after the last round.",
         *_privacy(policy),
         *_together(policy),
         f"A round may take {_limit('', policy.max_local_steps, 'any number of')} local steps.",

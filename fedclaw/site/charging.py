@@ -20,7 +20,7 @@ from fedclaw.federation.integers import distributed_mechanism, example_mechanism
 from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode, Trust
 from fedclaw.federation.receipts import central_receipt, clip_of, is_sampled
 from fedclaw.privacy.accounting import Mechanism, calibrate
-from fedclaw.privacy.ledger import Budget, Ledger, Reservation
+from fedclaw.privacy.ledger import Budget, Ledger, Remaining, Reservation
 from fedclaw.privacy.policy import Policy
 from fedclaw.runtime.records import serialised
 from fedclaw.site.frequency import check_charge, check_session
@@ -163,6 +163,16 @@ class Account:
         return Budget(epsilon=self.epsilon_per_run, delta=self.delta)
 
 
+def remaining_of(policy: Policy, plan: Plan) -> Remaining:
+    """What the run of `plan` has still to be charged, its present round included, if each round costs as much."""
+    return Remaining(
+        charges=max(1, plan.rounds - plan.round + 1),
+        last=plan.rounds,
+        days=policy.agreement_days,
+        partly=policy.allow_part_of_a_run,
+    )
+
+
 def reserve(
     site: Site,
     *,
@@ -172,11 +182,13 @@ def reserve(
     round: int,
     mechanism: Mechanism | None,
     account: Account | None = None,
+    remaining: Remaining | None = None,
 ) -> Reservation:
     """Charge the ledger, durably, before anything is computed. Raises Refusal when the budget is not enough, or when
     it is too early for another round.
 
-    `account` is that of the data that is used, the training data by default.
+    `account` is that of the data that is used, the training data by default; `remaining` what the run has still to be
+    charged there: it is agreed to or refused as a whole.
     """
     account = account or Account.training(site)
     with _refusing():
@@ -199,6 +211,7 @@ def reserve(
             content=asking.content,
             budget=account.budget,
             run_budget=account.run_budget,
+            remaining=remaining,
         )
 
 
@@ -211,13 +224,28 @@ def check_affordable(
     round: int,
     mechanism: Mechanism | None,
     account: Account | None = None,
+    remaining: Remaining | None = None,
 ) -> None:
     """Raise the Refusal that `reserve` would, and charge nothing: before what is done ahead of the charge."""
     account = account or Account.training(site)
     with _refusing():
         if not account.ledger.is_waiting(asking.key, federation, run, round, mechanism, asking.content):
             check_session(site.policy, account.ledger)
-            account.ledger.check_budgets(federation, run, mechanism, account.budget, account.run_budget)
+            account.ledger.check_budgets(federation, run, mechanism, account.budget, account.run_budget, remaining)
+
+
+def check_agreeable(site: Site, plan: Plan, mechanism: Mechanism | None) -> None:
+    """Raise the Refusal that the charge of `plan` would meet, and charge nothing: before the session it belongs to."""
+    account = Account.training(site)
+    with _refusing():
+        account.ledger.check_budgets(
+            plan.federation,
+            plan.run,
+            mechanism,
+            account.budget,
+            account.run_budget,
+            remaining_of(site.policy, plan),
+        )
 
 
 @contextmanager
@@ -229,8 +257,8 @@ def _refusing() -> Iterator[None]:
         # The ledger's figures (steps, sample rate, what is spent) tell how many examples there are: for the log.
         raise Refusal(
             RefusalCode.BUDGET,
-            "privacy budget: what is left of it at this site, for its data set or for this run, is not enough for "
-            "the round",
+            "privacy budget: what is left of it at this site, for its data set or for this run, beside what is agreed "
+            "to, is not enough for the rest of the run",
         ) from error
     except LedgerError as error:
         log.error("%s", error)

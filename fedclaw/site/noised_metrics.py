@@ -18,7 +18,7 @@ from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Ledger, Reservation
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.policy import DataSetBudget, Policy
-from fedclaw.site.charging import Account, Asking, check_affordable, reserve
+from fedclaw.site.charging import Account, Asking, check_affordable, remaining_of, reserve
 from fedclaw.site.site import Site
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,6 +47,7 @@ def check_payable(site: Site, plan: Plan, asking: Asking) -> None:
         round=plan.round,
         mechanism=metrics_mechanism(site.policy),
         account=_account(site),
+        remaining=remaining_of(site.policy, plan),
     )
 
 
@@ -62,6 +63,7 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
         round=plan.round,
         mechanism=mechanism,
         account=account,
+        remaining=remaining_of(site.policy, plan),
     )
     lifetime = ledger.spent(budget.delta)
     return charge, Receipt(

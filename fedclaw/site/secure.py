@@ -45,7 +45,7 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.statistics_policy import check_statistics
-from fedclaw.site.charging import Asking
+from fedclaw.site.charging import Asking, charge_of, check_agreeable
 from fedclaw.site.client_half import check_terms
 from fedclaw.site.frequency import check_session
 from fedclaw.site.site import Site, sent_arrays
@@ -140,6 +140,7 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
     try:
         if isinstance(asked, Plan):
             integers_of(asked)
+            check_agreeable(site, asked, charge_of(site, asked).mechanism)
         else:
             statistics_request.shares_of(asked)
     except PrivacyError as error:

@@ -27,6 +27,7 @@ from fedclaw.site.charging import (
     check_affordable,
     log_spending,
     receipt_of,
+    remaining_of,
     reserve,
 )
 from fedclaw.site.client_half import ClientHalf
@@ -91,6 +92,7 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
             run=plan.run,
             round=plan.round,
             mechanism=charge.mechanism,
+            remaining=remaining_of(site.policy, plan),
         )
         _run_steps(site, plan, charge, steps, model, half.correction(model, count))
     delta = (
@@ -118,6 +120,7 @@ def _prepare(site: Site, plan: Plan, charge: Charge, asking: Asking) -> None:
             run=plan.run,
             round=plan.round,
             mechanism=charge.mechanism,
+            remaining=remaining_of(site.policy, plan),
         )
         prepare(site, plan.preprocessing)
 

@@ -276,6 +276,8 @@ def test_every_field_of_a_policy_is_in_its_sentences():
         "delta": 1e-6,
         "budgets": {"north": {"epsilon": 3.0}},
         "epsilon_per_run": 2.0,
+        "allow_part_of_a_run": True,
+        "agreement_days": 30.0,
         "trust_server_noise": True,
         "assumed_dishonest": 0.25,
         "allow_data_dependent_preprocessing": True,
