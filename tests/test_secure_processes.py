@@ -50,7 +50,7 @@ def test_a_private_run_whose_updates_nobody_sees(deployment):
         spent = Ledger.open(site / "state" / "ledger.sqlite", site.name).spent(1e-3, run="test")
         assert receipt.epsilon_run == pytest.approx(spent)
         assert 0 < spent <= 4
-        stages = ["query.keys", "query.shares", "train", "query.consent", "query.unmask", "evaluate"]
+        stages = ["query.keys", "query.shares", "query.confirm", "train", "query.consent", "query.unmask", "evaluate"]
         assert kinds(site) == stages * 3
         journal = site / "state" / "unmasked.jsonl"
         assert len(journal.read_text().splitlines()) == 3

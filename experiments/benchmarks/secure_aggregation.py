@@ -107,9 +107,9 @@ def secure_sum(meter: Meter, parameters: Parameters, signers: dict[str, SiteKeys
         server = ServerSession(parameters, verifier)
     exchange_keys(meter, sites, server)
     with meter.working(SERVER):
-        deliveries = server.deliveries()
-    for number, (name, delivery) in list(enumerate(deliveries.items()))[lost:]:
-        arrived = meter.carry(name, delivery)
+        rosters = server.rosters()
+    for number, (name, roster) in list(enumerate(rosters.items()))[lost:]:
+        arrived = meter.carry(name, roster)
         vector = vector_of(parameters.length, number)
         with meter.working(name):
             message = sites[name].mask(vector, arrived)
@@ -124,7 +124,7 @@ def secure_sum(meter: Meter, parameters: Parameters, signers: dict[str, SiteKeys
 
 
 def exchange_keys(meter: Meter, sites: dict[str, SiteSession], server: ServerSession) -> None:
-    """The first two stages."""
+    """The stages before the vectors."""
     for name, site in sites.items():
         with meter.working(name):
             advertisement = site.advertise()
@@ -140,6 +140,18 @@ def exchange_keys(meter: Meter, sites: dict[str, SiteSession], server: ServerSes
         bundle = meter.carry(name, bundle)
         with meter.working(SERVER):
             server.add_shares(bundle)
+    with meter.working(SERVER):
+        deliveries = server.deliveries()
+    for name, delivery in deliveries.items():
+        brought = meter.carry(name, delivery)
+        with meter.working(name):
+            confirmation = sites[name].confirm(brought)
+        confirmation = meter.carry(name, confirmation)
+        with meter.working(SERVER):
+            server.add_confirmation(confirmation)
+    with meter.working(SERVER):
+        if server.accusations():
+            raise ValueError("an honest site was accused")
 
 
 def unmask(meter: Meter, sites: dict[str, SiteSession], server: ServerSession) -> None:

@@ -2,13 +2,16 @@
 
     query.keys      signed keys of each site              <- what is asked
     query.shares    encrypted shares for its neighbours   <- its neighbours' keys
-    (the question)  masked vector, receipt, ...           <- what is asked, its neighbours' shares
+    query.confirm   whose shares are none                 <- its neighbours' shares, and what proves them
+    query.dispute   what an accuser had of it             <- who accuses it (of those that are accused, if any)
+    (the question)  masked vector, receipt, ...           <- what is asked, whom to mask it with
     query.consent   signature over the survivors          <- the survivors
     query.unmask    shares of masks                       <- survivors, and the neighbours' signatures over them
 
 Each message holds what is asked, a `Plan` or a `StatisticsRequest` with its session (`secure`), and, in the record
-"secure", what the protocol says (`fedclaw.privacy.secure_aggregation.messages`). A site that does not answer a stage
-has dropped out; the others go on as long as they are enough.
+"secure", what the protocol says (`fedclaw.privacy.secure_aggregation.messages`). A site that does not answer a stage,
+or whose answer is wrong, has dropped out; the others go on as long as they are enough. Until the question itself is
+asked nobody has put anything into the sum: who lies before costs nobody anything.
 """
 
 import hashlib
@@ -26,15 +29,18 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError, UpdateError
 from fedclaw.federation.arrays import unpack_integers
-from fedclaw.federation.exchange import Answers, ask, hashed_arrays, part, questions, site_name
+from fedclaw.federation.exchange import Answers, Declined, ask, hashed_arrays, part, questions, site_name
 from fedclaw.federation.plan import Plan, SecureAggregation
 from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.statistics_request import StatisticsRequest
 from fedclaw.privacy.secure_aggregation import (
     Advertisement,
+    Confirmation,
     Consent,
     MaskedInput,
+    Opening,
     Parameters,
+    Roster,
     ServerSession,
     ShareBundle,
     Unmasking,
@@ -49,8 +55,9 @@ W = TypeVar("W", bound=Wire)
 
 log = logging.getLogger(__name__)
 
-KEYS, SHARES, CONSENT, UNMASK = "query.keys", "query.shares", "query.consent", "query.unmask"
-STAGES = (KEYS, SHARES, CONSENT, UNMASK)
+KEYS, SHARES, CONFIRM, DISPUTE = "query.keys", "query.shares", "query.confirm", "query.dispute"
+CONSENT, UNMASK = "query.consent", "query.unmask"
+STAGES = (KEYS, SHARES, CONFIRM, DISPUTE, CONSENT, UNMASK)
 SECURE, MASKED = "secure", "masked"
 STAGE_DEADLINE = 120.0
 """Seconds for a stage in which nobody trains, if the exchange's own deadline is not shorter."""
@@ -192,9 +199,13 @@ class SecureExchange:
         self._stage(KEYS, content, dict.fromkeys(self._nodes), self._protocol(Advertisement, session.add_advertisement))
         self._stage(SHARES, content, session.key_lists(), self._protocol(ShareBundle, session.add_shares))
         deliveries = session.deliveries()
+        self._stage(CONFIRM, content, deliveries, self._protocol(Confirmation, session.add_confirmation))
+        if accusations := session.accusations():
+            self._stage(DISPUTE, content, accusations, self._protocol(Opening, session.add_opening))
+        rosters = self._rosters()
         self.spent = True
         asked = Records({**content, **further})
-        self._ask(self._questions(kind, asked, deliveries), self._deadline, self._masked(accept))
+        self._ask(self._questions(kind, asked, rosters), self._deadline, self._masked(accept))
         survivors = session.survivor_list()
         everyone = dict.fromkeys(survivors.survivors, survivors)
         self._stage(CONSENT, content, everyone, self._protocol(Consent, session.add_consent))
@@ -202,10 +213,15 @@ class SecureExchange:
         before_unmasking()
         self.unmasking = True
         self._stage(UNMASK, content, requests, self._protocol(Unmasking, session.add_unmasking))
-        total = session.result()
-        if session.suspects:
-            log.warning("round %d: wrong shares of %s", self._round, ", ".join(session.suspects))
-        return total, tuple(survivors.survivors)
+        return session.result(), tuple(survivors.survivors)
+
+    def _rosters(self) -> dict[str, Roster]:
+        """Who is left, and masks with whom; whoever was found to have lied is named, enough being left or not."""
+        try:
+            return self._session.rosters()
+        finally:
+            excluded = self._session.excluded
+            self._outcome.declined += [Declined(site, "unusable", reason) for site, reason in excluded.items()]
 
     def _masked(self, accept: Callable[[str, RecordDict], None]) -> Callable[[str, RecordDict], None]:
         def take(site: str, content: RecordDict) -> None:

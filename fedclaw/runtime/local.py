@@ -1,6 +1,7 @@
 """Sites in this process: the same handlers, called directly."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from flwr.app import Message, RecordDict
 from flwr.supercore.run import Run
@@ -8,6 +9,9 @@ from flwr.supercore.run import Run
 from fedclaw.errors import TransportError
 from fedclaw.runtime.base import SiteHandler, StreamingGrid, measure
 from fedclaw.runtime.flower import assign_message_id, empty_run, number_of
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.secure_aggregation import Verifier
 
 
 class LocalGrid(StreamingGrid):
@@ -17,7 +21,9 @@ class LocalGrid(StreamingGrid):
     views that `fedclaw.federation.arrays.unpack` gives are read-only).
     """
 
-    def __init__(self, sites: Mapping[str, SiteHandler], run_id: int) -> None:
+    def __init__(self, sites: Mapping[str, SiteHandler], run_id: int, verifier: "Verifier | None" = None) -> None:
+        """`verifier` checks what sites sign, where there is an authority that has certified them."""
+        self._verifier = verifier
         self._sites = {number_of(name): (name, handler) for name, handler in sites.items()}
         self._run = empty_run(run_id)
         self._pushed: dict[str, Message] = {}
@@ -30,6 +36,11 @@ class LocalGrid(StreamingGrid):
     def run(self) -> Run:
         """Flower's run record."""
         return self._run
+
+    @property
+    def verifier(self) -> "Verifier | None":
+        """Who checks what sites sign."""
+        return self._verifier
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None

@@ -34,10 +34,15 @@ def open_sites(directories: Iterable[Path], federation: str) -> dict[str, SiteSe
 
 
 def local_grid(sites: Mapping[str, SiteHandler], run: str) -> LocalGrid:
-    """A grid over `sites` for the run of that name; this process is its server from now on."""
+    """A grid over `sites` for the run of that name; this process is its server from now on.
+
+    It believes the authority that `open_sites` made, as a server believes its federation's.
+    """
     run_id = number_of(run)
     assume_server_identity(run_id)
-    return LocalGrid(sites, run_id)
+    identities = (getattr(site, "secure", None) for site in sites.values())
+    verifier = next((known.verifier for known in identities if known is not None), None)
+    return LocalGrid(sites, run_id, verifier)
 
 
 def simulate(directory: RunDirectory, sites: Mapping[str, SiteHandler], observers: Sequence[Observer] = ()) -> Outcome:

@@ -20,7 +20,9 @@ from fedclaw.federation.integers import Integers, Nearest, integers_of
 from fedclaw.federation.plan import Plan, Refusal, RefusalCode
 from fedclaw.federation.postprocess import template
 from fedclaw.federation.secure_exchange import (
+    CONFIRM,
     CONSENT,
+    DISPUTE,
     KEYS,
     MASKED,
     SECURE,
@@ -34,7 +36,9 @@ from fedclaw.federation.secure_exchange import (
 from fedclaw.frozen import explain
 from fedclaw.privacy.policy_checks import check_plan
 from fedclaw.privacy.secure_aggregation import (
+    Accusations,
     KeyList,
+    Roster,
     Sessions,
     ShareDelivery,
     Signer,
@@ -93,21 +97,21 @@ def answer_masked(
 
 
 def masking(identity: SecureIdentity | None, asked: Asked, content: RecordDict) -> Mask:
-    """How a vector of integers is masked in the session that `asked` opened, for the shares in `content`.
+    """How a vector of integers is masked in the session that `asked` opened, with the peers in `content`.
 
-    Raises Refusal, before anything is paid for, if the site is in no such session or the shares are not such as it
-    needs; so does the mask itself.
+    Raises Refusal, before anything is paid for, if the site is in no such session or does not hold the shares of those
+    peers; so does the mask itself.
     """
     try:
         session = _session(_known(identity), asked)
-        delivery = ShareDelivery.unpack(_said(content))
-        session.check_delivery(delivery)
+        roster = Roster.unpack(_said(content))
+        session.check_roster(roster)
     except SecureAggregationError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
     def mask(vector: NDArray[np.uint32]) -> dict[str, ArrayRecord | ConfigRecord]:
         try:
-            masked = session.mask(vector, delivery)
+            masked = session.mask(vector, roster)
         except SecureAggregationError as error:
             raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
         return {MASKED: pack_integers(vector), SECURE: secure_record(masked)}
@@ -121,6 +125,8 @@ def _answer(site: Site, identity: SecureIdentity, asked: Asked, kind: str, conte
     session = _session(identity, asked)
     answers: dict[str, Callable[[], Wire]] = {
         SHARES: lambda: session.share(KeyList.unpack(_said(content))),
+        CONFIRM: lambda: session.confirm(ShareDelivery.unpack(_said(content))),
+        DISPUTE: lambda: session.open_for(Accusations.unpack(_said(content))),
         CONSENT: lambda: session.consent(SurvivorList.unpack(_said(content))),
         UNMASK: lambda: session.unmask(UnmaskRequest.unpack(_said(content))),
     }

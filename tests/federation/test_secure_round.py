@@ -9,14 +9,14 @@ from scipy.stats import chi2
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.federation import postprocess
+from fedclaw.federation import postprocess, secure_round
 from fedclaw.federation.arrays import flattened, pack, shapes_of, unflattened
 from fedclaw.federation.coordinator import drop_pending, run_rounds
 from fedclaw.federation.exchange import Outgoing, question, questions
 from fedclaw.federation.integers import integers_of
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining, Plan, PrivacyRequest, RefusalCode
 from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.secure_exchange import CONSENT, KEYS, SHARES, UNMASK
+from fedclaw.federation.secure_exchange import CONFIRM, CONSENT, KEYS, SHARES, UNMASK
 from fedclaw.federation.secure_round import session_of
 from fedclaw.federation.session import initial_parameters
 from fedclaw.federation.settings import SecureRequest
@@ -125,7 +125,7 @@ def test_a_site_cannot_scale_the_servers_noise_by_examples_that_have_no_weight(t
     assert name not in line["answered"]
 
 
-@pytest.mark.parametrize("stage", [KEYS, SHARES, "train", CONSENT, UNMASK])
+@pytest.mark.parametrize("stage", [KEYS, SHARES, CONFIRM, "train", CONSENT, UNMASK])
 def test_one_site_may_drop_out_at_any_stage(tmp_path, record, sites, stage):
     name = sorted(sites)[2]
     sites[name].silent_at = stage
@@ -138,7 +138,7 @@ def test_one_site_may_drop_out_at_any_stage(tmp_path, record, sites, stage):
     assert asked[asked.index(stage) + 1 :] in ([], ["evaluate"]), "it was asked again after it had dropped out"
 
 
-@pytest.mark.parametrize("stage", [KEYS, SHARES, "train", CONSENT])
+@pytest.mark.parametrize("stage", [KEYS, SHARES, CONFIRM, "train", CONSENT])
 def test_too_few_sites_make_no_sum_and_nothing_is_unmasked(tmp_path, record, sites, stage):
     for name in sorted(sites)[:3]:
         sites[name].silent_at = stage
@@ -146,7 +146,7 @@ def test_too_few_sites_make_no_sum_and_nothing_is_unmasked(tmp_path, record, sit
         run(tmp_path / "run", secure(record, rules=RoundRules(minimum=2, attempts=2)), sites)
     assert not any(UNMASK in flaky.asked for flaky in sites.values())
     paid = {name for name, flaky in sites.items() if flaky.site.ledger.rounds("run-1", "clinic")}
-    if stage in (KEYS, SHARES):
+    if stage in (KEYS, SHARES, CONFIRM):
         assert not paid
         assert "Nothing is lost" in str(failed.value)
     else:
@@ -166,7 +166,10 @@ class Certified(LocalGrid):
 @pytest.mark.parametrize("stage", [KEYS, CONSENT])
 @pytest.mark.parametrize("grid", [Certified, LocalGrid])
 def test_a_site_that_signs_falsely_is_left_out_where_the_server_can_tell(tmp_path, record, sites, stage, grid):
-    """Where it cannot, the other sites refuse to go on: the liar costs them the round."""
+    """Keys it cannot judge without the authority's certificate: the other sites refuse to go on, before they pay.
+
+    All that is signed later is signed by those keys, so that anybody can judge it.
+    """
     liar = sorted(sites)[2]
     honest = sites[liar].answer
 
@@ -179,14 +182,100 @@ def test_a_site_that_signs_falsely_is_left_out_where_the_server_can_tell(tmp_pat
 
     sites[liar].answer = answer
     directory = RunDirectory.create(tmp_path / "run", secure(record))
-    if grid is LocalGrid:
+    if grid is LocalGrid and stage == KEYS:
         with pytest.raises(RoundError):
             run_rounds(grid(sites, 5), directory, initial_parameters(record))
+        assert not any(flaky.site.ledger.rounds("run-1", "clinic") for flaky in sites.values())
         return
     run_rounds(grid(sites, 5), directory, initial_parameters(record))
     (line,) = directory.read_metrics()
     assert line["declined"] == {liar: "unusable"}
     assert (liar in line["answered"]) == (stage == CONSENT), "what it had masked before it lied is in the sum"
+
+
+class CriesGarbage(LocalGrid):
+    """A server that has the answers of one stage and says that they were none; it may take up old message ids."""
+
+    def __init__(self, sites, stage):
+        super().__init__(sites, 5)
+        self.stage, self.known, self.reuse, self.kinds = stage, {}, False, []
+
+    def send_and_receive(self, messages, *, timeout=None):
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        return iter([reply for reply in replies if reply.metadata.message_type != self.stage])
+
+    def _answer(self, message):
+        about = (message.metadata.dst_node_id, message.metadata.message_type)
+        self.kinds.append(message.metadata.message_type)
+        if self.reuse and about in self.known:
+            message.metadata.__dict__["_message_id"] = self.known[about]
+        self.known.setdefault(about, message.metadata.message_id)
+        return super()._answer(message)
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["new messages", "under the old messages' ids"])
+@pytest.mark.parametrize("stage", ["train", CONSENT, UNMASK])
+def test_a_server_that_cries_garbage_gets_no_second_sum_without_a_second_charge(sites, record, stage, reuse):
+    for flaky in sites.values():
+        flaky.site.policy = flaky.site.policy.model_copy(
+            update={"epsilon": 60.0, "allow_training_without_privacy": False}
+        )
+    private = secure(record, central=distributed("example", sample_rate=0.3), training=ONE_STEP, rounds=2)
+    outgoing, grid = Outgoing(initial_parameters(private)), CriesGarbage(sites, stage)
+    nodes = sorted(grid.get_node_ids())
+
+    def attempt():
+        plan = session_of(plan_of(private).model_copy(update={"cohort": 5}), sorted(sites), outgoing, private.secure, 2)
+        return secure_round.train(grid, nodes, plan, outgoing, 10)
+
+    def charged():
+        return [flaky.site.ledger.rounds("run-1") for flaky in sites.values()]
+
+    first = attempt()
+    assert (first.answered, charged()) == ([], [1] * 5)
+    grid.stage, grid.reuse, grid.kinds = None, reuse, []
+    second = attempt()
+    if stage == UNMASK:
+        assert second.answered == []
+        assert set(grid.kinds) == {KEYS}, "a round whose unmasking has begun was asked for more"
+        assert charged() == [1] * 5
+        assert any("has been unmasked before" in declined.reason for declined in second.declined)
+    elif second.answered:
+        assert charged() == [2] * 5, "a second sum of one charge"
+    else:
+        assert reuse, "an honest second attempt is trained, and paid, anew"
+
+
+def test_within_a_session_nothing_is_done_twice(sites, record):
+    """Every message of a sum is sent again, at once: the second is refused, and costs nothing."""
+    grid, refused = LocalGrid(sites, 5), []
+    answer = grid._answer
+
+    def twice(message):
+        reply = answer(message)
+        again = answer(message)
+        refused.append((message.metadata.message_type, again.has_error()))
+        return reply
+
+    grid._answer = twice
+    outgoing = Outgoing(initial_parameters(record))
+    asked = secure(record)
+    plan = session_of(plan_of(asked).model_copy(update={"cohort": 5}), sorted(sites), outgoing, asked.secure, 2)
+    trained = secure_round.train(grid, sorted(grid.get_node_ids()), plan, outgoing, 10)
+    assert {kind for kind, error in refused if not error} <= {KEYS}, "a session that is opened anew begins anew"
+    assert trained.answered == [], "the first session of each was closed by the second"
+    refused.clear()
+
+    def later(message):
+        return answer(message) if message.metadata.message_type == KEYS else twice(message)
+
+    grid._answer = later
+    plan = session_of(plan_of(asked).model_copy(update={"cohort": 5}), sorted(sites), outgoing, asked.secure, 2)
+    trained = secure_round.train(grid, sorted(grid.get_node_ids()), plan, outgoing, 10)
+    assert len(trained.answered) == 5
+    assert {kind for kind, _ in refused} == {SHARES, CONFIRM, "train", CONSENT, UNMASK}
+    assert all(error for _, error in refused)
+    assert {flaky.site.ledger.rounds("run-1") for flaky in sites.values()} == {1}
 
 
 def test_a_run_goes_on_after_a_failed_secure_round(tmp_path, record, sites):

@@ -4,7 +4,8 @@ Bell, Bonawitz, Gascon, Lepoint, Raykova 2020, "Secure Single-Server Aggregation
 on the protocol of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning". Each
 site adds to its vector (uint32, modulo 2^32) a mask of its own and one for each neighbour; the neighbours' cancel in
 the sum. The secrets behind the masks are shared among the neighbours, so that they can be recovered when sites drop
-out: the seed of the own mask of a site that stayed, the mask key of one that did not, never both.
+out: the seed of the own mask of a site that stayed, the mask key of one that did not, never both. Shares come with
+commitments (`dealing`), so that a wrong one is found before anybody pays, and its sender named by proof.
 
 `Parameters` say who takes part; `SiteSession` (opened by `Sessions`) and `ServerSession` are the two halves;
 `messages` is what goes between them. See `graph` for what is guaranteed against whom.
@@ -13,11 +14,15 @@ out: the seed of the own mask of a site that stayed, the mask key of one that di
 from fedclaw.privacy.secure_aggregation.graph import Topology, neighbours_needed
 from fedclaw.privacy.secure_aggregation.identity import CertificateVerifier, Signer, Verifier, local_identities
 from fedclaw.privacy.secure_aggregation.messages import (
+    Accusations,
     Advertisement,
     ConfigValue,
+    Confirmation,
     Consent,
     KeyList,
     MaskedInput,
+    Opening,
+    Roster,
     ShareBundle,
     ShareDelivery,
     SurvivorList,
@@ -30,13 +35,17 @@ from fedclaw.privacy.secure_aggregation.sessions import Sessions
 from fedclaw.privacy.secure_aggregation.site import SiteSession
 
 __all__ = [
+    "Accusations",
     "Advertisement",
     "CertificateVerifier",
     "ConfigValue",
+    "Confirmation",
     "Consent",
     "KeyList",
     "MaskedInput",
+    "Opening",
     "Parameters",
+    "Roster",
     "ServerSession",
     "ShareBundle",
     "ShareDelivery",

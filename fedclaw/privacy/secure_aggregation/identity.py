@@ -14,6 +14,9 @@ from fedclaw.security.seal import encode_key, generate
 from fedclaw.security.site_home import SiteKeys, check_site_certificate
 
 KEYS_PURPOSE = "secure aggregation keys"
+"""What a site's certificate key signs: the keys of a session. All else in it is signed by one of those."""
+SHARES_PURPOSE = "secure aggregation shares"
+ACCUSATION_PURPOSE = "secure aggregation accusation"
 SURVIVORS_PURPOSE = "secure aggregation survivors"
 
 MAX_CERTIFICATE = 8192
@@ -79,10 +82,20 @@ class CertificateVerifier:
 
 
 def keys_message(
-    parameters: Parameters, site: str, mask_public: bytes, share_public: bytes, seed_commitment: bytes
+    parameters: Parameters, site: str, mask_public: bytes, share_public: bytes, sign_public: bytes
 ) -> bytes:
     """What a site signs of its keys: with the digest, for one session under one set of parameters."""
-    return _statement(parameters, site, mask_public, share_public, seed_commitment)
+    return _statement(parameters, site, mask_public, share_public, sign_public)
+
+
+def shares_message(parameters: Parameters, dealer: str, holder: str, sealed: bytes, proof: bytes) -> bytes:
+    """What a dealer signs of the shares of one holder: what was sealed, and what it is checked by."""
+    return _statement(parameters, dealer, holder.encode(), sealed, proof)
+
+
+def accusation_message(parameters: Parameters, accuser: str, dealer: str, shares: bytes) -> bytes:
+    """What a holder signs when the shares that `dealer` signed for it, `shares_message`, are none."""
+    return _statement(parameters, accuser, dealer.encode(), shares)
 
 
 def survivors_message(parameters: Parameters, site: str, survivors: Sequence[str]) -> bytes:

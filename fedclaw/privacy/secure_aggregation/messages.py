@@ -3,7 +3,9 @@
 stage     site -> server              server -> site
 keys      Advertisement               (the parameters)
 shares    ShareBundle                 KeyList
-train     MaskedInput, and a vector   ShareDelivery
+confirm   Confirmation                ShareDelivery
+dispute   Opening                     Accusations     (only of those that were accused)
+train     MaskedInput, and a vector   Roster
 consent   Consent                     SurvivorList
 unmask    Unmasking                   UnmaskRequest
 """
@@ -16,26 +18,42 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.frozen import Frozen
+from fedclaw.privacy.secure_aggregation.curve import POINT_BYTES
+from fedclaw.privacy.secure_aggregation.dealing import COMMITMENT_BYTES, NUMBER_BYTES, PROOF_BYTES
 from fedclaw.privacy.secure_aggregation.identity import MAX_CERTIFICATE, MAX_SIGNATURE
-from fedclaw.privacy.secure_aggregation.keys import COMMITMENT_BYTES, PUBLIC_BYTES, SEALED_BYTES
+from fedclaw.privacy.secure_aggregation.keys import (
+    EPHEMERAL_BYTES,
+    PUBLIC_BYTES,
+    SEALED_BYTES,
+    SESSION_SIGNATURE_BYTES,
+)
 from fedclaw.privacy.secure_aggregation.parameters import MAX_SITES, Name, Session
 from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES
 
 ConfigValue = ConfigRecordValues
 
 Public = Annotated[bytes, Field(min_length=PUBLIC_BYTES, max_length=PUBLIC_BYTES)]
+Point = Annotated[bytes, Field(min_length=POINT_BYTES, max_length=POINT_BYTES)]
 Commitment = Annotated[bytes, Field(min_length=COMMITMENT_BYTES, max_length=COMMITMENT_BYTES)]
 Certificate = Annotated[bytes, Field(min_length=1, max_length=MAX_CERTIFICATE)]
 Signature = Annotated[bytes, Field(min_length=1, max_length=MAX_SIGNATURE)]
+SessionSignature = Annotated[bytes, Field(min_length=SESSION_SIGNATURE_BYTES, max_length=SESSION_SIGNATURE_BYTES)]
+Proof = Annotated[bytes, Field(min_length=PROOF_BYTES, max_length=PROOF_BYTES)]
+Numbers = Annotated[bytes, Field(min_length=NUMBER_BYTES, max_length=MAX_SITES * NUMBER_BYTES)]
+Ephemeral = Annotated[bytes, Field(min_length=EPHEMERAL_BYTES, max_length=EPHEMERAL_BYTES)]
 Sealed = Annotated[bytes, Field(min_length=SEALED_BYTES, max_length=SEALED_BYTES)]
 ShareValue = Annotated[bytes, Field(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
 
 Many = Field(max_length=MAX_SITES)
 Names = Annotated[tuple[Name, ...], Many]
 Publics = Annotated[tuple[Public, ...], Many]
+Points = Annotated[tuple[Point, ...], Many]
 Commitments = Annotated[tuple[Commitment, ...], Many]
+Proofs = Annotated[tuple[Proof, ...], Many]
+Ephemerals = Annotated[tuple[Ephemeral, ...], Many]
 Certificates = Annotated[tuple[Certificate, ...], Many]
 Signatures = Annotated[tuple[Signature, ...], Many]
+SessionSignatures = Annotated[tuple[SessionSignature, ...], Many]
 Sealeds = Annotated[tuple[Sealed, ...], Many]
 ShareValues = Annotated[tuple[ShareValue, ...], Many]
 
@@ -87,9 +105,9 @@ class Advertisement(Wire):
     """A site's public keys of this session, signed with the key of its certificate (PEM)."""
 
     site: Name
-    mask_public: Public
+    mask_public: Point
     share_public: Public
-    seed_commitment: Commitment
+    sign_public: Public
     certificate: Certificate
     signature: Signature
 
@@ -98,9 +116,9 @@ class KeyList(Wire):
     """The advertisements of a site's neighbours, as columns."""
 
     sites: Names
-    mask_publics: Publics
+    mask_publics: Points
     share_publics: Publics
-    seed_commitments: Commitments
+    sign_publics: Publics
     certificates: Certificates
     signatures: Signatures
 
@@ -113,7 +131,7 @@ class KeyList(Wire):
             sites=tuple(item.site for item in items),
             mask_publics=tuple(item.mask_public for item in items),
             share_publics=tuple(item.share_public for item in items),
-            seed_commitments=tuple(item.seed_commitment for item in items),
+            sign_publics=tuple(item.sign_public for item in items),
             certificates=tuple(item.certificate for item in items),
             signatures=tuple(item.signature for item in items),
         )
@@ -125,7 +143,7 @@ class KeyList(Wire):
             self.sites,
             self.mask_publics,
             self.share_publics,
-            self.seed_commitments,
+            self.sign_publics,
             self.certificates,
             self.signatures,
             strict=True,
@@ -136,40 +154,102 @@ class KeyList(Wire):
                 site=site,
                 mask_public=mask,
                 share_public=share,
-                seed_commitment=committed,
+                sign_public=sign,
                 certificate=certificate,
                 signature=signature,
             )
-            for site, mask, share, committed, certificate, signature in rows
+            for site, mask, share, sign, certificate, signature in rows
         )
 
     @classmethod
     def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("sites", "mask_publics", "share_publics", "seed_commitments", "certificates", "signatures"),)
+        return (("sites", "mask_publics", "share_publics", "sign_publics", "certificates", "signatures"),)
 
 
 class ShareBundle(Wire):
-    """What a site has for its neighbours: a share of its seed and one of its mask key, encrypted to each."""
+    """What a site has for its neighbours: a share of its seed and one of its mask key, encrypted to each.
+
+    And what proves them (`dealing`): a commitment for each holder, `own` for the site itself, and for each secret the
+    coefficients of a polynomial. The session key signs what each receiver will be shown (`identity.shares_message`).
+    """
 
     site: Name
+    own: Commitment
+    seed_proof: Numbers
+    key_proof: Numbers
+    nonce_public: Point
     receivers: Names
     sealed: Sealeds
+    commitments: Commitments
+    signatures: SessionSignatures
 
     @classmethod
     def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("receivers", "sealed"),)
+        return (("receivers", "sealed", "commitments", "signatures"),)
 
 
 class ShareDelivery(Wire):
-    """What a site's neighbours have for it."""
+    """What a site's neighbours have for it, and what it is checked by (`dealing.ShareProof`), signed by each."""
 
     receiver: Name
     senders: Names
     sealed: Sealeds
+    proofs: Proofs
+    signatures: SessionSignatures
 
     @classmethod
     def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("senders", "sealed"),)
+        return (("senders", "sealed", "proofs", "signatures"),)
+
+
+class Confirmation(Wire):
+    """Whose shares a site could not use: not signed by their sender; or signed, and not what was committed to.
+
+    An accusation is signed, for it is what the accused shows those shares upon (`Opening`), and shows nobody else's.
+    """
+
+    site: Name
+    unsigned: Names
+    accused: Names
+    signatures: SessionSignatures
+
+    @classmethod
+    def _columns(cls) -> tuple[tuple[str, ...], ...]:
+        return (("unsigned",), ("accused", "signatures"))
+
+
+class Accusations(Wire):
+    """Who says that what they had of the receiver are no shares."""
+
+    accusers: Names
+    signatures: SessionSignatures
+
+    @classmethod
+    def _columns(cls) -> tuple[tuple[str, ...], ...]:
+        return (("accusers", "signatures"),)
+
+
+class Opening(Wire):
+    """The keys (raw, X25519) that a site sealed the shares of its accusers with."""
+
+    site: Name
+    accusers: Names
+    keys: Ephemerals = Field(repr=False)
+
+    @classmethod
+    def _columns(cls) -> tuple[tuple[str, ...], ...]:
+        return (("accusers", "keys"),)
+
+
+class Roster(Wire):
+    """The neighbours with whom the receiver masks its vector: their shares are right, and its own with them."""
+
+    receiver: Name
+    peers: Names
+
+    @classmethod
+    def _columns(cls) -> tuple[tuple[str, ...], ...]:
+        return (("peers",),)
 
 
 class MaskedInput(Wire):
@@ -194,10 +274,10 @@ class SurvivorList(Wire):
 
 
 class Consent(Wire):
-    """A survivor's signature over the list of survivors."""
+    """A survivor's signature over the list of survivors, by its session key."""
 
     site: Name
-    signature: Signature
+    signature: SessionSignature
 
 
 class UnmaskRequest(Wire):
@@ -206,7 +286,7 @@ class UnmaskRequest(Wire):
     survivors: Names
     dropped: Names
     consenting: Names
-    signatures: Signatures
+    signatures: SessionSignatures
 
     @classmethod
     def _columns(cls) -> tuple[tuple[str, ...], ...]:

@@ -73,7 +73,7 @@ class Parameters(Frozen):
         """SHA-256 of all of it."""
         numbers = (self.round, self.threshold, self.neighbours, self.length, self.minimum, len(self.sites))
         texts = (self.session, self.federation, self.run, self.terms, *map(str, numbers), *self.sites)
-        return hashlib.sha256(framed(b"fedclaw secure sum v1", *(text.encode() for text in texts))).digest()
+        return hashlib.sha256(framed(b"fedclaw secure sum v2", *(text.encode() for text in texts))).digest()
 
     @property
     def colluding(self) -> int:

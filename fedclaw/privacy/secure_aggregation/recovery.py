@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.privacy.secure_aggregation import keys
+from fedclaw.privacy.secure_aggregation import curve, keys
+from fedclaw.privacy.secure_aggregation.dealing import Dealing, Secret
 from fedclaw.privacy.secure_aggregation.messages import Advertisement, Unmasking
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
 from fedclaw.privacy.secure_aggregation.shamir import Share, recover
@@ -11,20 +12,26 @@ from fedclaw.privacy.secure_aggregation.site import adds
 
 
 class Recovery:
-    """Shares of the survivors' seeds and of the dropped sites' mask keys."""
+    """Shares of the survivors' seeds and of the dropped sites' mask keys.
+
+    Each is checked against what its dealer committed to for its holder, who found it right when it came: a share that
+    does not fit is its holder's lie, and enough that fit give the secret.
+    """
 
     def __init__(
         self,
         parameters: Parameters,
         advertised: Mapping[str, Advertisement],
+        dealings: Mapping[str, Dealing],
         survivors: Collection[str],
         dropped: Collection[str],
     ) -> None:
         self.answered: set[str] = set()
         self.suspects: set[str] = set()
-        """Owners and holders of shares that do not fit: one of the two has lied."""
+        """Holders that gave a share which is not the one that they were dealt."""
         self._parameters = parameters
         self._advertised = advertised
+        self._dealings = dealings
         self._seeds: dict[str, list[Share]] = {site: [] for site in survivors}
         self._keys: dict[str, list[Share]] = {site: [] for site in dropped}
 
@@ -33,13 +40,16 @@ class Recovery:
         point = self._parameters.point(item.site)
         around = {item.site, *self._parameters.neighbours_of(item.site)}
         given = []
-        for owners, values, wanted in (
-            (item.seed_owners, item.seed_shares, self._seeds),
-            (item.key_owners, item.key_shares, self._keys),
-        ):
+        columns: tuple[tuple[Secret, tuple[str, ...], tuple[bytes, ...], dict[str, list[Share]]], ...] = (
+            ("seed", item.seed_owners, item.seed_shares, self._seeds),
+            ("key", item.key_owners, item.key_shares, self._keys),
+        )
+        for secret, owners, values, wanted in columns:
             if set(owners) != around.intersection(wanted):
                 raise SecureAggregationError(f"{item.site} did not give the shares that it was asked for")
-            given += [(wanted[owner], Share(point, value)) for owner, value in zip(owners, values, strict=True)]
+            for owner, value in zip(owners, values, strict=True):
+                self._check(item.site, owner, secret, value)
+                given.append((wanted[owner], Share(point, value)))
         for shares, share in given:
             shares.append(share)
         self.answered.add(item.site)
@@ -58,20 +68,24 @@ class Recovery:
         return added, subtracted
 
     def _seed(self, site: str) -> bytes:
-        committed = self._advertised[site].seed_commitment
-        return self._recovered(
-            site, self._seeds[site], lambda seed: keys.commitment(self._parameters, site, seed) == committed
-        )
+        return self._recovered(site, self._seeds[site], lambda _seed: True)
 
     def _mask_secret(self, site: str) -> bytes:
-        public = self._advertised[site].mask_public
-        return self._recovered(site, self._keys[site], lambda secret: keys.mask_public_of(secret) == public)
+        # Up to its sign, which no mask depends on: the first byte of a compressed point.
+        public = self._advertised[site].mask_public[1:]
+        return self._recovered(site, self._keys[site], lambda secret: keys.mask_public_of(secret)[1:] == public)
 
     def _recovered(self, site: str, shares: list[Share], is_right: keys.Check) -> bytes:
         try:
-            secret, wrong = recover(shares, self._parameters.threshold, is_right)
-        except SecureAggregationError as error:
+            return recover(shares, self._parameters.threshold, is_right, curve.ORDER)[0]
+        except (SecureAggregationError, ValueError) as error:
             raise SecureAggregationError(f"the masks of {site} cannot be taken off: {error}") from None
-        if wrong:
-            self.suspects |= {site, *(self._parameters.sites[point - 1] for point in wrong)}
-        return secret
+
+    def _check(self, holder: str, owner: str, secret: Secret, value: bytes) -> None:
+        """Raise SecureAggregationError for a share that `holder` was not dealt."""
+        proof = self._dealings[owner].proof_for(self._parameters, holder)
+        if not proof.fits(self._parameters, owner, holder, secret, int.from_bytes(value, "big")):
+            self.suspects.add(holder)
+            raise SecureAggregationError(
+                f"{holder} gave a share of {owner}'s {secret} that is not the one which {owner} dealt to it"
+            )

@@ -1,34 +1,49 @@
 """The server's half of a secure sum: it routes, adds up masked vectors as they come, and takes the masks off.
 
     add_advertisement* -> key_lists      -> add_shares*    -> deliveries
+    -> add_confirmation* -> accusations  -> add_opening*   -> rosters
     -> add_masked*     -> survivor_list  -> add_consent*   -> unmask_requests
     -> add_unmasking*  -> result
 
 Whoever has not answered when the next stage is opened has dropped out. An answer that is wrong is refused
 (SecureAggregationError, naming the site) and changes nothing: the site counts as one that did not answer. Opening a
 stage raises SecureAggregationError when too few are left, and then nothing more may be asked of anyone.
+
+Who sent shares that are none is found before anybody puts work into a vector, and by proof (`excluded`): what it signed
+for a neighbour, opened by the key that it sealed it with. What is wrong later, a signature or a share, shows by itself.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError
+from fedclaw.privacy.secure_aggregation import keys
+from fedclaw.privacy.secure_aggregation.dealing import Dealing, Shares, checked
 from fedclaw.privacy.secure_aggregation.identity import (
+    ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
+    SHARES_PURPOSE,
     SURVIVORS_PURPOSE,
     Verifier,
+    accusation_message,
     keys_message,
+    shares_message,
     survivors_message,
 )
 from fedclaw.privacy.secure_aggregation.masks import apply_masks, check_vector
 from fedclaw.privacy.secure_aggregation.messages import (
+    Accusations,
     Advertisement,
+    Confirmation,
     Consent,
     KeyList,
     MaskedInput,
+    Opening,
+    Roster,
     ShareBundle,
     ShareDelivery,
     SurvivorList,
@@ -43,23 +58,40 @@ from fedclaw.privacy.secure_aggregation.recovery import Recovery
 class _Stage(IntEnum):
     KEYS = 0
     SHARES = 1
-    MASKED = 2
-    CONSENT = 3
-    UNMASK = 4
-    DONE = 5
+    CONFIRM = 2
+    DISPUTE = 3
+    MASKED = 4
+    CONSENT = 5
+    UNMASK = 6
+    DONE = 7
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """What one site signed for one neighbour."""
+
+    sealed: bytes
+    signature: bytes
 
 
 class ServerSession:
     """The server in one session. Holds one vector, whatever the number of sites."""
 
     def __init__(self, parameters: Parameters, verifier: Verifier | None = None) -> None:
-        """`verifier`, if there is one, catches false signatures here, before a site that must believe them fails."""
+        """`verifier`, if there is one, catches false keys here, before they stop the sites that must believe them."""
         self.parameters = parameters
         self._verifier = verifier
         self._stage = _Stage.KEYS
         self._failed = False
         self._advertised: dict[str, Advertisement] = {}
-        self._bundles: dict[str, dict[str, bytes]] = {}
+        self._bundles: dict[str, dict[str, _Dealt]] = {}
+        self._dealings: dict[str, Dealing] = {}
+        self._confirmed: dict[str, Confirmation] = {}
+        self._accusers: dict[str, dict[str, bytes]] = {}
+        self._openings: dict[str, Opening] = {}
+        self._rostered: set[str] = set()
+        self.excluded: dict[str, str] = {}
+        """Sites that lied about shares, and what shows it: all of them after `rosters`."""
         self._masked: set[str] = set()
         self._sum: NDArray[np.uint32] | None = None
         self._consents: dict[str, bytes] = {}
@@ -75,20 +107,20 @@ class ServerSession:
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """Sites that gave a wrong share, or were given one: known after `result`."""
+        """Sites that gave another share than they were dealt."""
         return () if self._recovery is None else self._ordered(self._recovery.suspects)
 
     def add_advertisement(self, item: Advertisement) -> None:
         """A site's keys."""
         self._accept(item, item.site, _Stage.KEYS, self.parameters.sites, self._advertised)
-        if self._verifier is not None:
-            message = keys_message(
-                self.parameters, item.site, item.mask_public, item.share_public, item.seed_commitment
-            )
-            self._verifier.check(item.site, item.certificate, KEYS_PURPOSE, message, item.signature)
+        mine = {item.mask_public, item.share_public, item.sign_public}
         for other in self._advertised.values():
-            if {item.mask_public, item.share_public} & {other.mask_public, other.share_public}:
+            if mine & {other.mask_public, other.share_public, other.sign_public}:
                 raise SecureAggregationError(f"{item.site} advertised a key of {other.site}; the sites would refuse it")
+        message = keys_message(self.parameters, item.site, item.mask_public, item.share_public, item.sign_public)
+        if self._verifier is not None:
+            self._verifier.check(item.site, item.certificate, KEYS_PURPOSE, message, item.signature)
+        keys.check_publics(item.site, item.mask_public, item.share_public)
         self._advertised[item.site] = item
 
     def key_lists(self) -> dict[str, KeyList]:
@@ -101,14 +133,19 @@ class ServerSession:
         }
 
     def add_shares(self, item: ShareBundle) -> None:
-        """A site's encrypted shares for its neighbours."""
+        """A site's encrypted shares for its neighbours, with what proves that they are shares of its secrets."""
         self._accept(item, item.site, _Stage.SHARES, self._advertised, self._bundles)
         if set(item.receivers) != set(self._near(item.site, self._advertised)):
             raise SecureAggregationError(f"{item.site} has shares for others than its neighbours")
-        self._bundles[item.site] = dict(zip(item.receivers, item.sealed, strict=True))
+        commitments = {item.site: item.own, **dict(zip(item.receivers, item.commitments, strict=True))}
+        mask_public = self._advertised[item.site].mask_public
+        proofs = item.seed_proof, item.key_proof, item.nonce_public
+        self._dealings[item.site] = checked(self.parameters, item.site, mask_public, commitments, *proofs)
+        dealt = zip(item.receivers, item.sealed, item.signatures, strict=True)
+        self._bundles[item.site] = {receiver: _Dealt(*rest) for receiver, *rest in dealt}
 
     def deliveries(self) -> dict[str, ShareDelivery]:
-        """What to send to whom, together with the request for the vector."""
+        """What to send to whom, to be opened and checked."""
         alive = self._close(_Stage.SHARES, self._bundles, "sent shares")
         self._bundles = {site: self._bundles[site] for site in alive}
         return {
@@ -116,15 +153,70 @@ class ServerSession:
                 session=self.parameters.session,
                 receiver=site,
                 senders=(senders := self._near(site, alive)),
-                sealed=tuple(self._bundles[sender][site] for sender in senders),
+                sealed=tuple(self._bundles[sender][site].sealed for sender in senders),
+                proofs=tuple(self._dealings[sender].proof_for(self.parameters, site).pack() for sender in senders),
+                signatures=tuple(self._bundles[sender][site].signature for sender in senders),
             )
+            for site in alive
+        }
+
+    def add_confirmation(self, item: Confirmation) -> None:
+        """Whose shares a site found right, and whom it accuses of what."""
+        self._accept(item, item.site, _Stage.CONFIRM, self._bundles, self._confirmed)
+        near = self._near(item.site, self._bundles)
+        if strangers := {*item.unsigned, *item.accused}.difference(near):
+            raise SecureAggregationError(f"{item.site} complains of {sorted(strangers)[0]}, which sent it nothing")
+        if both := set(item.unsigned).intersection(item.accused):
+            raise SecureAggregationError(f"{item.site} says two things of {sorted(both)[0]}")
+        for accused, signature in zip(item.accused, item.signatures, strict=True):
+            message = accusation_message(self.parameters, item.site, accused, self._signed(accused, item.site))
+            public = self._advertised[item.site].sign_public
+            keys.check_signature(item.site, public, ACCUSATION_PURPOSE, message, signature)
+        self._confirmed[item.site] = item
+
+    def accusations(self) -> dict[str, Accusations]:
+        """What to send to whom: to each site that is accused, by whom. Often empty, and then nobody has to be asked.
+
+        Whether a dealer signed what it sent is settled here, between the two.
+        """
+        self._advance(_Stage.CONFIRM)
+        for site, item in self._confirmed.items():
+            for dealer in item.unsigned:
+                self._settle_signature(site, dealer)
+        for site, item in self._confirmed.items():
+            for accused, signature in zip(item.accused, item.signatures, strict=True):
+                if not {site, accused} & self.excluded.keys() and accused in self._confirmed:
+                    self._accusers.setdefault(accused, {})[site] = signature
+        return {
+            accused: Accusations(
+                session=self.parameters.session, accusers=tuple(accusers), signatures=tuple(accusers.values())
+            )
+            for accused, accusers in self._accusers.items()
+        }
+
+    def add_opening(self, item: Opening) -> None:
+        """The keys that show what the accusers of a site had of it."""
+        self._accept(item, item.site, _Stage.DISPUTE, self._accusers, self._openings)
+        if set(item.accusers) != set(self._accusers[item.site]):
+            raise SecureAggregationError(f"{item.site} has not shown what all of its accusers had")
+        self._openings[item.site] = item
+
+    def rosters(self) -> dict[str, Roster]:
+        """What to send to whom, together with the request for the vector: whom to mask it with."""
+        for accused, accusers in self._accusers.items():
+            self._settle(accused, accusers)
+        honest = {site for site in self._confirmed if site not in self.excluded}
+        alive = self._close(_Stage.DISPUTE, honest, "found each other's shares right")
+        self._rostered = set(alive)
+        return {
+            site: Roster(session=self.parameters.session, receiver=site, peers=self._near(site, alive))
             for site in alive
         }
 
     def add_masked(self, item: MaskedInput, vector: NDArray[np.uint32]) -> None:
         """Add a masked vector to the sum; it may be thrown away afterwards."""
-        self._accept(item, item.site, _Stage.MASKED, self._bundles, self._masked)
-        if set(item.peers) != set(self._near(item.site, self._bundles)):
+        self._accept(item, item.site, _Stage.MASKED, self._rostered, self._masked)
+        if set(item.peers) != set(self._near(item.site, self._rostered)):
             raise SecureAggregationError(f"{item.site} has not masked its vector with the neighbours it was told")
         check_vector(vector, self.parameters.length)
         if self._sum is None:
@@ -140,16 +232,15 @@ class ServerSession:
     def add_consent(self, item: Consent) -> None:
         """A survivor's signature over the survivors."""
         self._accept(item, item.site, _Stage.CONSENT, self._masked, self._consents)
-        if self._verifier is not None:
-            message = survivors_message(self.parameters, item.site, self.survivors)
-            certificate = self._advertised[item.site].certificate
-            self._verifier.check(item.site, certificate, SURVIVORS_PURPOSE, message, item.signature)
+        message = survivors_message(self.parameters, item.site, self.survivors)
+        public = self._advertised[item.site].sign_public
+        keys.check_signature(item.site, public, SURVIVORS_PURPOSE, message, item.signature)
         self._consents[item.site] = item.signature
 
     def unmask_requests(self) -> dict[str, UnmaskRequest]:
         """What to send to whom. Made only if enough sites consented that the answers can take every mask off."""
         willing = self._survive(_Stage.CONSENT, self._consents, "consented to the survivors")
-        self._recovery = Recovery(self.parameters, self._advertised, self.survivors, self._dropped)
+        self._recovery = Recovery(self.parameters, self._advertised, self._dealings, self.survivors, self._dropped)
         return {site: self._request(site) for site in willing}
 
     def add_unmasking(self, item: Unmasking) -> None:
@@ -184,7 +275,9 @@ class ServerSession:
     def _dropped(self) -> tuple[str, ...]:
         """Sites without a vector in the sum, whose masks with survivors are in it."""
         return tuple(
-            site for site in self._ordered(self._bundles) if site not in self._masked and self._near(site, self._masked)
+            site
+            for site in self._ordered(self._rostered)
+            if site not in self._masked and self._near(site, self._masked)
         )
 
     def _request(self, site: str) -> UnmaskRequest:
@@ -196,6 +289,42 @@ class ServerSession:
             consenting=consenting,
             signatures=tuple(self._consents[peer] for peer in consenting),
         )
+
+    def _signed(self, dealer: str, holder: str) -> bytes:
+        """What `dealer` has, or should have, signed of what it sent to `holder`."""
+        proof = self._dealings[dealer].proof_for(self.parameters, holder).pack()
+        return shares_message(self.parameters, dealer, holder, self._bundles[dealer][holder].sealed, proof)
+
+    def _settle_signature(self, holder: str, dealer: str) -> None:
+        """Exclude the dealer if it has not signed what it sent, or else the holder, who says so."""
+        public, signature = self._advertised[dealer].sign_public, self._bundles[dealer][holder].signature
+        try:
+            keys.check_signature(dealer, public, SHARES_PURPOSE, self._signed(dealer, holder), signature)
+        except SecureAggregationError:
+            self.excluded.setdefault(dealer, f"{dealer} has not signed the shares that it sent to {holder}")
+        else:
+            self.excluded.setdefault(holder, f"{holder} says that {dealer} has not signed its shares, and it has")
+
+    def _settle(self, accused: str, accusers: Mapping[str, bytes]) -> None:
+        """Exclude, of an accused site and its accusers, whoever the shares in question show to have lied."""
+        opening = self._openings.get(accused)
+        if opening is None:
+            self.excluded.setdefault(accused, f"{accused} has not shown the shares that {min(accusers)} says are none")
+            return
+        for accuser, key in zip(opening.accusers, opening.keys, strict=True):
+            if self._are_shares(accused, accuser, key):
+                self.excluded.setdefault(accuser, f"{accuser} says that {accused} sent it no shares, and it has")
+            else:
+                self.excluded.setdefault(accused, f"{accused} sent {accuser} what are no shares of its secrets")
+
+    def _are_shares(self, dealer: str, holder: str, key: bytes) -> bool:
+        """Whether what `dealer` sealed for `holder`, by `key`, is what it committed to."""
+        public, sealed = self._advertised[holder].share_public, self._bundles[dealer][holder].sealed
+        try:
+            shares = Shares.unpack(keys.reopened(self.parameters, dealer, holder, public, sealed, key))
+        except SecureAggregationError:
+            return False
+        return self._dealings[dealer].proof_for(self.parameters, holder).holds(self.parameters, dealer, holder, shares)
 
     def _near(self, site: str, among: Collection[str]) -> tuple[str, ...]:
         return tuple(peer for peer in self.parameters.neighbours_of(site) if peer in among)

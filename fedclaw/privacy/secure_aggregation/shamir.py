@@ -1,6 +1,7 @@
-"""Secret sharing (Shamir 1979, "How to Share a Secret") of 32-byte secrets over the integers modulo 2^256 + 297.
+"""Secret sharing (Shamir 1979, "How to Share a Secret") of 32-byte secrets over the integers modulo a prime.
 
-`threshold` shares of a secret recover it; fewer are independent of it. The modulus is the first prime above 2^256.
+`threshold` shares of a secret recover it; fewer are independent of it. The modulus is the first prime above
+2^256, under which every 32 bytes are a secret, unless another is given.
 """
 
 import math
@@ -44,11 +45,11 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[Share]:
     if not 1 <= threshold <= len(points) or len(set(points)) != len(points):
         raise SecureAggregationError(f"{len(points)} points cannot hold a secret that {threshold} of them recover")
     coefficients = [int.from_bytes(secret, "big"), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
-    return [Share(x, _evaluate(coefficients, x).to_bytes(SHARE_BYTES, "big")) for x in points]
+    return [Share(x, evaluate(coefficients, x).to_bytes(SHARE_BYTES, "big")) for x in points]
 
 
 def recover(
-    shares: Iterable[Share], threshold: int, is_right: Callable[[bytes], bool]
+    shares: Iterable[Share], threshold: int, is_right: Callable[[bytes], bool], prime: int = PRIME
 ) -> tuple[bytes, tuple[int, ...]]:
     """The secret that `is_right` accepts, and the x-coordinates of the shares that do not lie on its polynomial.
 
@@ -61,11 +62,11 @@ def recover(
         raise SecureAggregationError(f"{len(held)} shares are too few: {threshold} recover a secret")
     points = [(share.x, int.from_bytes(share.value, "big")) for share in held]
     for subset in islice(_subsets(points, threshold), _MAX_ATTEMPTS):
-        weights = _weights(subset)
-        value = _interpolate(subset, weights, 0)
+        weights = _weights(subset, prime)
+        value = _interpolate(subset, weights, 0, prime)
         if value >> (8 * SECRET_BYTES) == 0 and is_right(secret := value.to_bytes(SECRET_BYTES, "big")):
             others = (point for point in points if point not in subset)
-            return secret, tuple(x for x, y in others if _interpolate(subset, weights, x) != y)
+            return secret, tuple(x for x, y in others if _interpolate(subset, weights, x, prime) != y)
     raise SecureAggregationError(f"no {threshold} of {len(held)} shares fit together")
 
 
@@ -80,30 +81,31 @@ def _subsets(points: Sequence[Point], size: int) -> Iterator[Sequence[Point]]:
         yield draw.sample(points, size)
 
 
-def _evaluate(coefficients: Sequence[int], x: int) -> int:
+def evaluate(coefficients: Sequence[int], x: int, prime: int = PRIME) -> int:
+    """The value at `x` of the polynomial with these coefficients, from the constant term on."""
     value = 0
     for coefficient in reversed(coefficients):
-        value = (value * x + coefficient) % PRIME
+        value = (value * x + coefficient) % prime
     return value
 
 
-def _weights(points: Sequence[Point]) -> list[int]:
+def _weights(points: Sequence[Point], prime: int) -> list[int]:
     """y_j / prod_{i != j} (x_j - x_i) for each point j."""
     weights = []
     for x, y in points:
         under = 1
         for other, _ in points:
             if other != x:
-                under = under * (x - other) % PRIME
-        weights.append(y * pow(under, -1, PRIME) % PRIME)
+                under = under * (x - other) % prime
+        weights.append(y * pow(under, -1, prime) % prime)
     return weights
 
 
-def _interpolate(points: Sequence[Point], weights: Sequence[int], at: int) -> int:
+def _interpolate(points: Sequence[Point], weights: Sequence[int], at: int, prime: int) -> int:
     """The value at `at` of the polynomial through `points` (Lagrange): sum_j w_j prod_{i != j} (at - x_i)."""
     total, left = 0, 1
     # total and left are the sum and the product over the points so far; one more factor goes into either.
     for (x, _), weight in zip(points, weights, strict=True):
-        total = (total * (at - x) + weight * left) % PRIME
-        left = left * (at - x) % PRIME
+        total = (total * (at - x) + weight * left) % prime
+        left = left * (at - x) % prime
     return total

@@ -1,10 +1,16 @@
-"""A site's half of a secure sum: five stages, each once and in order, and no way to both secrets of a neighbour.
+"""A site's half of a secure sum: stages, each once and in order, and no way to both secrets of a neighbour.
 
-    advertise -> share -> mask -> consent -> unmask
+    advertise -> share -> confirm (-> open_for) -> mask -> consent -> unmask
 
 A call that is refused (SecureAggregationError) changes nothing and gives nothing away. What a site is told by the
-server it takes for a claim: keys count if their owner signed them, the list of survivors if enough neighbours signed
-the same.
+server it takes for a claim: keys count if their owner signed them, shares if they fit what their dealer has signed, the
+list of survivors if enough neighbours signed the same.
+
+Shares are opened, and checked, in `confirm`: before the site puts any work, or any of its budget, into a vector. Who
+sent something else is accused of it. An accused site shows, by the key that it sealed them with, the shares that the
+accuser had, and nothing that others had; who of the two has lied is then plain. It takes the accuser's signature, over
+what the accused has signed itself, so that a server alone gets no share in this way; and an accuser who lies gives
+away what it had itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -16,20 +22,29 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import keys
+from fedclaw.privacy.secure_aggregation.dealing import ShareProof, Shares, deal, packed
 from fedclaw.privacy.secure_aggregation.identity import (
+    ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
+    SHARES_PURPOSE,
     SURVIVORS_PURPOSE,
     Signer,
     Verifier,
+    accusation_message,
     keys_message,
+    shares_message,
     survivors_message,
 )
 from fedclaw.privacy.secure_aggregation.masks import apply_masks, check_vector
 from fedclaw.privacy.secure_aggregation.messages import (
+    Accusations,
     Advertisement,
+    Confirmation,
     Consent,
     KeyList,
     MaskedInput,
+    Opening,
+    Roster,
     ShareBundle,
     ShareDelivery,
     SurvivorList,
@@ -38,7 +53,7 @@ from fedclaw.privacy.secure_aggregation.messages import (
     Wire,
 )
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
-from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES, Share, split
+from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES
 from fedclaw.security import pki
 
 
@@ -47,10 +62,11 @@ class Stage(IntEnum):
 
     ADVERTISE = 0
     SHARE = 1
-    MASK = 2
-    CONSENT = 3
-    UNMASK = 4
-    CLOSED = 5
+    CONFIRM = 2
+    MASK = 3
+    CONSENT = 4
+    UNMASK = 5
+    CLOSED = 6
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,18 @@ class _Held:
     seed: bytes = field(repr=False)
     key: bytes | None = field(repr=False)
     """None for the site's own: its key it never gives away."""
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What a site signed for one neighbour, and the key that it sealed it with."""
+
+    signed: bytes = field(repr=False)
+    ephemeral: bytes = field(repr=False)
+
+
+class _NotShares(Exception):
+    """What a dealer has signed is no share of anything."""
 
 
 class SiteSession:
@@ -87,6 +115,7 @@ class SiteSession:
         self._keys = keys.SessionKeys()
         self._peers: dict[str, Advertisement] = {}
         self._held: dict[str, _Held] = {}
+        self._sent: dict[str, _Sent] = {}
         self._survivors: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
@@ -96,14 +125,14 @@ class SiteSession:
         """The site's public keys, signed."""
         self._expect(Stage.ADVERTISE)
         mask, share = self._keys.mask_public, self._keys.share_public
-        committed = keys.commitment(self.parameters, self.me, self._keys.seed)
-        message = keys_message(self.parameters, self.me, mask, share, committed)
+        sign = self._keys.sign_public
+        message = keys_message(self.parameters, self.me, mask, share, sign)
         advertisement = Advertisement(
             session=self.parameters.session,
             site=self.me,
             mask_public=mask,
             share_public=share,
-            seed_commitment=committed,
+            sign_public=sign,
             certificate=pki.pem_of(self._signer.certificate),
             signature=self._signer.sign(KEYS_PURPOSE, message),
         )
@@ -121,35 +150,96 @@ class SiteSession:
         peers = {item.site: item for item in neighbours.advertisements}
         self._are_neighbours(peers, "the list of keys")
         self._enough(peers, "advertised keys")
-        publics = [public for item in peers.values() for public in (item.mask_public, item.share_public)]
-        if len({*publics, self._keys.mask_public, self._keys.share_public}) != len(publics) + 2:
+        publics = [key for item in peers.values() for key in (item.mask_public, item.share_public, item.sign_public)]
+        mine = self._keys.mask_public, self._keys.share_public, self._keys.sign_public
+        if len({*publics, *mine}) != len(publics) + len(mine):
             raise SecureAggregationError("the list of keys has one public key twice")
         for item in peers.values():
             self._check_keys(item)
         bundle, own = self._shared(peers)
         self._peers = peers
         self._held = {self.me: own}
-        self.stage = Stage.MASK
+        self.stage = Stage.CONFIRM
         return bundle
 
-    def check_delivery(self, delivery: ShareDelivery) -> None:
-        """Whether `mask` would take `delivery`, before any work is put into a vector.
+    def confirm(self, delivery: ShareDelivery) -> Confirmation:
+        """Open the neighbours' shares and check them; whose are right is kept, the others are named.
 
-        Refused: shares that do not open, shares of strangers, and fewer than the threshold (this site included).
+        Refused: a delivery for another site, and shares of strangers or of sites whose keys were never shown.
         """
-        self._received(delivery)
-
-    def mask(self, vector: NDArray[np.uint32], delivery: ShareDelivery) -> MaskedInput:
-        """Mask `vector` in place, against the neighbours whose shares arrived; (length,) uint32.
-
-        Refused as by `check_delivery`, and a vector of another kind.
-        """
-        held = self._received(delivery)
-        check_vector(vector, self.parameters.length)
-        apply_masks(vector, *self._mask_keys(delivery.senders))
+        self._expect(Stage.CONFIRM)
+        self._belongs(delivery)
+        if delivery.receiver != self.me:
+            raise SecureAggregationError(f"shares for {delivery.receiver} were sent to {self.me}")
+        self._are_neighbours(delivery.senders, "the delivery of shares")
+        if unknown := set(delivery.senders).difference(self._peers):
+            raise SecureAggregationError(f"{_names(unknown)} sent shares, but no keys of theirs came to {self.me}")
+        held, unsigned, accused = {}, [], {}
+        for sender, *sent in zip(delivery.senders, delivery.sealed, delivery.proofs, delivery.signatures, strict=True):
+            try:
+                held[sender] = self._opened(sender, *sent)
+            except SecureAggregationError:
+                unsigned.append(sender)
+            except _NotShares:
+                shares = shares_message(self.parameters, sender, self.me, sent[0], sent[1])
+                accused[sender] = accusation_message(self.parameters, self.me, sender, shares)
         self._held |= held
+        self.stage = Stage.MASK
+        return Confirmation(
+            session=self.parameters.session,
+            site=self.me,
+            unsigned=tuple(unsigned),
+            accused=tuple(accused),
+            signatures=tuple(self._keys.sign(ACCUSATION_PURPOSE, message) for message in accused.values()),
+        )
+
+    def open_for(self, accusations: Accusations) -> Opening:
+        """The keys that sealed what the accusers had of this site; before it masks anything, and not afterwards.
+
+        Refused: accusers that this site sent nothing, and accusations that they have not signed.
+        """
+        if self.stage is not Stage.CONFIRM:
+            self._expect(Stage.MASK)
+        self._belongs(accusations)
+        for accuser, signature in zip(accusations.accusers, accusations.signatures, strict=True):
+            if accuser not in self._sent:
+                raise SecureAggregationError(f"{accuser} cannot accuse {self.me}, which sent it nothing")
+            message = accusation_message(self.parameters, accuser, self.me, self._sent[accuser].signed)
+            public = self._peers[accuser].sign_public
+            keys.check_signature(accuser, public, ACCUSATION_PURPOSE, message, signature)
+        return Opening(
+            session=self.parameters.session,
+            site=self.me,
+            accusers=accusations.accusers,
+            keys=tuple(self._sent[accuser].ephemeral for accuser in accusations.accusers),
+        )
+
+    def check_roster(self, roster: Roster) -> None:
+        """Whether `mask` would take `roster`, before any work is put into a vector.
+
+        Refused: peers whose shares this site does not hold, and fewer than the threshold (this site included).
+        """
+        self._expect(Stage.MASK)
+        self._belongs(roster)
+        if roster.receiver != self.me:
+            raise SecureAggregationError(f"the roster of {roster.receiver} was sent to {self.me}")
+        self._are_neighbours(roster.peers, "the roster")
+        if missing := set(roster.peers).difference(self._held):
+            raise SecureAggregationError(f"{self.me} holds no shares of {_names(missing)}")
+        self._enough(roster.peers, "have shared their secrets")
+
+    def mask(self, vector: NDArray[np.uint32], roster: Roster) -> MaskedInput:
+        """Mask `vector` in place, against the peers in `roster`; (length,) uint32.
+
+        Refused as by `check_roster`, and a vector of another kind.
+        """
+        self.check_roster(roster)
+        check_vector(vector, self.parameters.length)
+        apply_masks(vector, *self._mask_keys(roster.peers))
+        self._held = {site: held for site, held in self._held.items() if site == self.me or site in roster.peers}
+        self._sent = {}
         self.stage = Stage.CONSENT
-        return MaskedInput(session=self.parameters.session, site=self.me, peers=delivery.senders)
+        return MaskedInput(session=self.parameters.session, site=self.me, peers=roster.peers)
 
     def consent(self, listed: SurvivorList) -> Consent:
         """The site's signature over the survivors: it signs one list in a session, and no second.
@@ -174,7 +264,7 @@ class SiteSession:
         self._enough(near, "survived")
         message = survivors_message(self.parameters, self.me, listed.survivors)
         consent = Consent(
-            session=self.parameters.session, site=self.me, signature=self._signer.sign(SURVIVORS_PURPOSE, message)
+            session=self.parameters.session, site=self.me, signature=self._keys.sign(SURVIVORS_PURPOSE, message)
         )
         self._survivors = survivors
         self.stage = Stage.UNMASK
@@ -204,48 +294,46 @@ class SiteSession:
         self.stage = Stage.CLOSED
         self._keys.wipe()
         self._held = {}
+        self._sent = {}
         self._peers = {}
 
     def _shared(self, peers: Mapping[str, Advertisement]) -> tuple[ShareBundle, _Held]:
         """The bundle for `peers`, and the share of the site's seed that it keeps."""
-        holders = [self.me, *peers]
-        points = [self.parameters.point(holder) for holder in holders]
-        seeds = split(self._keys.seed, self.parameters.threshold, points)
-        secrets = split(self._keys.mask_secret, self.parameters.threshold, points)
-        shares = {holder: (seed, secret) for holder, seed, secret in zip(holders, seeds, secrets, strict=True)}
-        sealed = tuple(
-            self._keys.seal(
-                self.parameters, self.me, peer, item.share_public, shares[peer][0].value + shares[peer][1].value
-            )
-            for peer, item in peers.items()
+        shares, dealing = deal(self.parameters, self.me, [self.me, *peers], self._keys.dealt)
+        sealed, signatures = [], []
+        for peer, item in peers.items():
+            content = keys.seal(self.parameters, self.me, peer, item.share_public, shares[peer].pack())
+            proof = dealing.proof_for(self.parameters, peer).pack()
+            message = shares_message(self.parameters, self.me, peer, content.content, proof)
+            self._sent[peer] = _Sent(message, content.ephemeral)
+            sealed.append(content.content)
+            signatures.append(self._keys.sign(SHARES_PURPOSE, message))
+        bundle = ShareBundle(
+            session=self.parameters.session,
+            site=self.me,
+            own=dealing.commitments[self.me],
+            seed_proof=packed(dealing.seed_proof),
+            key_proof=packed(dealing.key_proof),
+            nonce_public=dealing.nonce_public,
+            receivers=tuple(peers),
+            sealed=tuple(sealed),
+            commitments=tuple(dealing.commitments[peer] for peer in peers),
+            signatures=tuple(signatures),
         )
-        bundle = ShareBundle(session=self.parameters.session, site=self.me, receivers=tuple(peers), sealed=sealed)
-        return bundle, _Held(shares[self.me][0].value, None)
+        return bundle, _Held(shares[self.me].seed.to_bytes(SHARE_BYTES, "big"), None)
 
-    def _received(self, delivery: ShareDelivery) -> dict[str, _Held]:
-        self._expect(Stage.MASK)
-        self._belongs(delivery)
-        if delivery.receiver != self.me:
-            raise SecureAggregationError(f"shares for {delivery.receiver} were sent to {self.me}")
-        self._are_neighbours(delivery.senders, "the delivery of shares")
-        self._enough(delivery.senders, "sent shares")
-        return {
-            sender: self._opened(sender, sealed)
-            for sender, sealed in zip(delivery.senders, delivery.sealed, strict=True)
-        }
-
-    def _opened(self, sender: str, sealed: bytes) -> _Held:
-        if sender not in self._peers:
-            raise SecureAggregationError(f"{sender} sent shares, but its keys were never shown to {self.me}")
-        plain = self._keys.open(self.parameters, self.me, sender, self._peers[sender].share_public, sealed)
-        held = _Held(plain[:SHARE_BYTES], plain[SHARE_BYTES:])
-        point = self.parameters.point(self.me)
-        for value in (plain[:SHARE_BYTES], plain[SHARE_BYTES:]):
-            try:
-                Share(point, value)
-            except SecureAggregationError:
-                raise SecureAggregationError(f"{sender} sent a malformed share to {self.me}") from None
-        return held
+    def _opened(self, sender: str, sealed: bytes, proof: bytes, signature: bytes) -> _Held:
+        """What `sender` has for this site. Raises SecureAggregationError if it has not signed it, _NotShares if it has
+        and should not have."""
+        message = shares_message(self.parameters, sender, self.me, sealed, proof)
+        keys.check_signature(sender, self._peers[sender].sign_public, SHARES_PURPOSE, message, signature)
+        try:
+            plain = Shares.unpack(self._keys.open(self.parameters, self.me, sender, sealed))
+        except SecureAggregationError:
+            raise _NotShares from None
+        if not ShareProof.unpack(proof).holds(self.parameters, sender, self.me, plain):
+            raise _NotShares
+        return _Held(plain.seed.to_bytes(SHARE_BYTES, "big"), plain.key.to_bytes(SHARE_BYTES, "big"))
 
     def _mask_keys(self, peers: Iterable[str]) -> tuple[list[bytes], list[bytes]]:
         """Keys of the masks to add and to subtract: of two sites, the one with the lower index adds."""
@@ -269,7 +357,8 @@ class SiteSession:
         )
 
     def _check_keys(self, item: Advertisement) -> None:
-        message = keys_message(self.parameters, item.site, item.mask_public, item.share_public, item.seed_commitment)
+        keys.check_publics(item.site, item.mask_public, item.share_public)
+        message = keys_message(self.parameters, item.site, item.mask_public, item.share_public, item.sign_public)
         self._verifier.check(item.site, item.certificate, KEYS_PURPOSE, message, item.signature)
 
     def _check_consents(self, request: UnmaskRequest) -> None:
@@ -281,7 +370,7 @@ class SiteSession:
         self._enough(consenting, "consented to these survivors")
         for site, signature in consenting.items():
             message = survivors_message(self.parameters, site, request.survivors)
-            self._verifier.check(site, self._peers[site].certificate, SURVIVORS_PURPOSE, message, signature)
+            keys.check_signature(site, self._peers[site].sign_public, SURVIVORS_PURPOSE, message, signature)
 
     def _expect(self, stage: Stage) -> None:
         if self.stage is Stage.CLOSED:

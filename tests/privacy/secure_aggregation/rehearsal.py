@@ -13,6 +13,7 @@ from fedclaw.privacy.secure_aggregation import (
     CertificateVerifier,
     KeyList,
     Parameters,
+    Roster,
     ServerSession,
     ShareDelivery,
     SiteSession,
@@ -27,7 +28,7 @@ from fedclaw.runtime.grpc.codec import decode, encode
 from fedclaw.security.site_home import SiteKeys
 
 FEDERATION = "heart"
-STAGES = ("keys", "shares", "masked", "consent", "unmask")
+STAGES = ("keys", "shares", "confirm", "masked", "consent", "unmask")
 """What a site can be the first not to answer."""
 
 M = TypeVar("M", bound=Wire)
@@ -35,8 +36,8 @@ M = TypeVar("M", bound=Wire)
 
 @lru_cache
 def identities() -> tuple[dict[str, SiteKeys], CertificateVerifier]:
-    """Twelve sites with real certificates of one CA."""
-    return local_identities(FEDERATION, [f"site-{letter}" for letter in "abcdefghijkl"])
+    """Thirteen sites with real certificates of one CA."""
+    return local_identities(FEDERATION, [f"site-{letter}" for letter in "abcdefghijklm"])
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -103,8 +104,16 @@ class Exchange:
                 self.server.add_shares(wired(self.sites[name].share(item)))
         return {name: wired(item) for name, item in self.server.deliveries().items()}
 
+    def rosters(self) -> dict[str, Roster]:
+        for name, delivery in self.shares().items():
+            if self.answers(name, "confirm"):
+                self.server.add_confirmation(wired(self.sites[name].confirm(delivery)))
+        for name, accusations in self.server.accusations().items():
+            self.server.add_opening(wired(self.sites[name].open_for(wired(accusations))))
+        return {name: wired(item) for name, item in self.server.rosters().items()}
+
     def masked(self) -> SurvivorList:
-        for name, item in self.shares().items():
+        for name, item in self.rosters().items():
             if self.answers(name, "masked"):
                 vector = self.vectors[name].copy()
                 message = self.sites[name].mask(vector, item)

@@ -8,10 +8,11 @@ import pytest
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import SurvivorList, Unmasking, UnmaskRequest, neighbours_needed
+from fedclaw.privacy.secure_aggregation.curve import ORDER
 from fedclaw.privacy.secure_aggregation.identity import SURVIVORS_PURPOSE, survivors_message
-from fedclaw.privacy.secure_aggregation.keys import commitment, mask_public_of
+from fedclaw.privacy.secure_aggregation.keys import mask_public_of
 from fedclaw.privacy.secure_aggregation.shamir import Share, recover
-from tests.privacy.secure_aggregation.rehearsal import Exchange, identities, names, parameters
+from tests.privacy.secure_aggregation.rehearsal import Exchange, names, parameters
 
 VICTIM, COLLUDING = "site-a", "site-c"
 TOLD_OF_ALL = ("site-a", "site-b")
@@ -24,7 +25,7 @@ def unmask_group(exchange: Exchange, group: tuple[str, ...], survivors: tuple[st
     listed = SurvivorList(session=session, survivors=survivors)
     consents = {name: exchange.sites[name].consent(listed).signature for name in group}
     message = survivors_message(given, COLLUDING, survivors)
-    consents[COLLUDING] = identities()[0][COLLUDING].sign(SURVIVORS_PURPOSE, message)
+    consents[COLLUDING] = exchange.sites[COLLUDING]._keys.sign(SURVIVORS_PURPOSE, message)
     answers = []
     for name in group:
         others = {site: signature for site, signature in consents.items() if site != name}
@@ -44,6 +45,7 @@ def test_a_threshold_too_low_for_the_collusion_gives_away_both_secrets() -> None
     assert exchange.parameters.colluding == 0
     exchange.masked()
     given, stolen = exchange.parameters, exchange.sites[COLLUDING]._held[VICTIM]
+    secret_seed = exchange.sites[VICTIM]._keys.seed
     advertised = exchange.server._advertised[VICTIM]
     point = given.point(COLLUDING)
     seeds = [Share(point, stolen.seed)]
@@ -53,8 +55,8 @@ def test_a_threshold_too_low_for_the_collusion_gives_away_both_secrets() -> None
     keys = [Share(point, stolen.key)]
     for answer in unmask_group(exchange, TOLD_WITHOUT_THE_VICTIM, names(5)[1:]):
         keys.append(Share(given.point(answer.site), answer.key_shares[answer.key_owners.index(VICTIM)]))
-    recover(seeds, 3, lambda seed: commitment(given, VICTIM, seed) == advertised.seed_commitment)
-    recover(keys, 3, lambda secret: mask_public_of(secret) == advertised.mask_public)
+    recover(seeds, 3, lambda seed: seed == secret_seed, ORDER)
+    recover(keys, 3, lambda secret: mask_public_of(secret) == advertised.mask_public, ORDER)
 
 
 def test_the_threshold_that_is_needed_gives_away_nothing() -> None:

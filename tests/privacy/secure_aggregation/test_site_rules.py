@@ -8,6 +8,7 @@ import pytest
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import KeyList, SiteSession, SurvivorList, UnmaskRequest, local_identities
 from fedclaw.privacy.secure_aggregation.identity import KEYS_PURPOSE, keys_message
+from fedclaw.privacy.secure_aggregation.keys import SessionKeys
 from fedclaw.privacy.secure_aggregation.site import Stage
 from fedclaw.security import pki
 from tests.privacy.secure_aggregation.rehearsal import FEDERATION, Exchange, identities, names, parameters, site_session
@@ -29,11 +30,12 @@ class TestKeys:
     def exchange(self) -> Exchange:
         return Exchange(parameters(4))
 
-    @pytest.mark.parametrize("column", ["mask_publics", "share_publics", "seed_commitments"])
+    @pytest.mark.parametrize("column", ["mask_publics", "share_publics", "sign_publics"])
     def test_keys_that_the_server_put_in_the_place_of_others(self, exchange: Exchange, column: str) -> None:
         items = exchange.keys()["site-a"]
+        stranger = site_session(parameters(4), "site-b").advertise()
         with pytest.raises(SecureAggregationError, match="signature of site-b"):
-            exchange.sites["site-a"].share(changed(items, "site-b", **{column: bytes(31) + b"\x09"}))
+            exchange.sites["site-a"].share(changed(items, "site-b", **{column: getattr(stranger, column[:-1])}))
         exchange.sites["site-a"].share(items)
 
     def test_a_server_with_a_ca_of_its_own(self, exchange: Exchange) -> None:
@@ -45,7 +47,7 @@ class TestKeys:
             "site-b",
             mask_publics=forged.mask_public,
             share_publics=forged.share_public,
-            seed_commitments=forged.seed_commitment,
+            sign_publics=forged.sign_public,
             certificates=forged.certificate,
             signatures=forged.signature,
         )
@@ -57,14 +59,15 @@ class TestKeys:
     def test_a_site_that_plays_another(self, exchange: Exchange) -> None:
         """Site c signs, with its own certificate, keys that are said to be of site b."""
         signer = identities()[0]["site-c"]
-        mask, share, committed = bytes(31) + b"\x08", bytes(31) + b"\x09", bytes(32)
-        message = keys_message(exchange.parameters, "site-b", mask, share, committed)
+        own = SessionKeys()
+        mask, share, sign = own.mask_public, own.share_public, own.sign_public
+        message = keys_message(exchange.parameters, "site-b", mask, share, sign)
         items = changed(
             exchange.keys()["site-a"],
             "site-b",
             mask_publics=mask,
             share_publics=share,
-            seed_commitments=committed,
+            sign_publics=sign,
             certificates=pki.pem_of(signer.certificate),
             signatures=signer.sign(KEYS_PURPOSE, message),
         )
@@ -82,7 +85,7 @@ class TestKeys:
             "site-b",
             mask_publics=old.mask_public,
             share_publics=old.share_public,
-            seed_commitments=old.seed_commitment,
+            sign_publics=old.sign_public,
             signatures=old.signature,
         )
         with pytest.raises(SecureAggregationError, match="signature of site-b"):
@@ -114,80 +117,33 @@ class TestKeys:
             exchange.sites["site-a"].share(changed(items, "site-b", mask_publics=items.mask_publics[1]))
 
 
-class TestShares:
-    @pytest.mark.parametrize("byte", [0, 40, 81])
-    def test_that_were_tampered_with(self, byte: int) -> None:
+class TestRoster:
+    def test_of_somebody_else(self) -> None:
         exchange = Exchange(parameters(4))
-        delivery = exchange.shares()["site-a"]
-        sealed = bytearray(delivery.sealed[0])
-        sealed[byte] ^= 1
-        vector = exchange.vectors["site-a"].copy()
-        spoilt = delivery.model_copy(update={"sealed": (bytes(sealed), *delivery.sealed[1:])})
-        with pytest.raises(SecureAggregationError, match="shares from site-b for site-a do not open"):
-            exchange.sites["site-a"].mask(vector, spoilt)
-        assert np.array_equal(vector, exchange.vectors["site-a"])
-        with pytest.raises(SecureAggregationError, match="shares from site-b for site-a do not open"):
-            exchange.sites["site-a"].check_delivery(spoilt)
-        exchange.sites["site-a"].check_delivery(delivery)
-        exchange.sites["site-a"].mask(vector, delivery)
+        rosters = exchange.rosters()
+        with pytest.raises(SecureAggregationError, match="roster of site-b was sent to site-a"):
+            exchange.sites["site-a"].mask(exchange.vectors["site-a"], rosters["site-b"])
 
-    def test_that_are_for_somebody_else(self) -> None:
+    def test_of_too_few_peers(self) -> None:
         exchange = Exchange(parameters(4))
-        deliveries = exchange.shares()
-        with pytest.raises(SecureAggregationError, match="shares for site-b were sent to site-a"):
-            exchange.sites["site-a"].mask(exchange.vectors["site-a"], deliveries["site-b"])
-        swapped = deliveries["site-b"].model_copy(
-            update={"receiver": "site-a", "senders": deliveries["site-a"].senders}
-        )
-        with pytest.raises(SecureAggregationError, match="do not open"):
-            exchange.sites["site-a"].mask(exchange.vectors["site-a"], swapped)
-
-    def test_whose_senders_are_exchanged(self) -> None:
-        exchange = Exchange(parameters(4))
-        delivery = exchange.shares()["site-a"]
-        first, second, *rest = delivery.sealed
-        with pytest.raises(SecureAggregationError, match="do not open"):
-            exchange.sites["site-a"].mask(
-                exchange.vectors["site-a"], delivery.model_copy(update={"sealed": (second, first, *rest)})
-            )
-
-    def test_that_come_back_to_their_sender(self) -> None:
-        """The two ends of a pair agree on one secret; what a seals for b must not open as what b sealed for a."""
-        exchange = Exchange(parameters(4))
-        delivery = exchange.shares()["site-a"]
-        reflected = exchange.server._bundles["site-a"]["site-b"]
-        with pytest.raises(SecureAggregationError, match="shares from site-b for site-a do not open"):
-            exchange.sites["site-a"].mask(
-                exchange.vectors["site-a"], delivery.model_copy(update={"sealed": (reflected, *delivery.sealed[1:])})
-            )
-
-    def test_of_too_few_neighbours(self) -> None:
-        exchange = Exchange(parameters(4))
-        delivery = exchange.shares()["site-a"]
-        few = delivery.model_copy(update={"senders": delivery.senders[:1], "sealed": delivery.sealed[:1]})
-        with pytest.raises(SecureAggregationError, match="only 2 sites around site-a sent shares"):
+        roster = exchange.rosters()["site-a"]
+        few = roster.model_copy(update={"peers": roster.peers[:1]})
+        with pytest.raises(SecureAggregationError, match="only 2 sites around site-a have shared their secrets"):
             exchange.sites["site-a"].mask(exchange.vectors["site-a"], few)
 
-    def test_of_a_site_whose_keys_were_not_shown(self) -> None:
-        exchange = Exchange(parameters(5))
-        items = exchange.keys()
-        lists = dict(items)
-        lists["site-a"] = KeyList.of(items["site-a"].session, items["site-a"].advertisements[1:])
-        bundles = {name: exchange.sites[name].share(lists[name]) for name in names(5)}
-        for name in names(5)[1:]:
-            exchange.server.add_shares(bundles[name])
-        exchange.server._bundles["site-a"] = dict(
-            zip(bundles["site-a"].receivers, bundles["site-a"].sealed, strict=True)
-        )
-        exchange.server._bundles["site-a"]["site-b"] = bundles["site-a"].sealed[0]
-        with pytest.raises(SecureAggregationError, match="site-b sent shares, but its keys were never shown"):
-            exchange.sites["site-a"].mask(exchange.vectors["site-a"], exchange.server.deliveries()["site-a"])
+    def test_with_a_peer_whose_shares_never_came(self) -> None:
+        exchange = Exchange(parameters(5), {"site-e": "shares"})
+        roster = exchange.rosters()["site-a"]
+        more = roster.model_copy(update={"peers": (*roster.peers, "site-e")})
+        with pytest.raises(SecureAggregationError, match="site-a holds no shares of site-e"):
+            exchange.sites["site-a"].check_roster(more)
+        exchange.sites["site-a"].mask(exchange.vectors["site-a"].copy(), roster)
 
     def test_a_vector_of_another_length(self) -> None:
         exchange = Exchange(parameters(4))
-        delivery = exchange.shares()["site-a"]
+        roster = exchange.rosters()["site-a"]
         with pytest.raises(SecureAggregationError, match="6 numbers, the sum is over 5"):
-            exchange.sites["site-a"].mask(np.zeros(6, np.uint32), delivery)
+            exchange.sites["site-a"].mask(np.zeros(6, np.uint32), roster)
 
 
 class TestSurvivors:

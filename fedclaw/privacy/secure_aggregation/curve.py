@@ -1,0 +1,54 @@
+"""The group of the mask keys: P-256 (FIPS 186-5, NIST SP 800-186), whose ECDH hands out x-coordinates alone.
+
+What a proof of a key needs beside that is one addition of public points, written out here; nothing secret enters it.
+"""
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+CURVE = ec.SECP256R1()
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+"""Of the group; a prime."""
+FIELD = 2**256 - 2**224 + 2**192 + 2**96 - 1
+"""The prime that coordinates are reduced by."""
+POINT_BYTES = 33
+"""A point, compressed."""
+
+
+def private_key(secret: int) -> ec.EllipticCurvePrivateKey:
+    """The key of the number `secret`. Raises ValueError outside of 1 .. ORDER - 1."""
+    return ec.derive_private_key(secret, CURVE)
+
+
+def encoded(public: ec.EllipticCurvePublicKey) -> bytes:
+    """(POINT_BYTES,)"""
+    return public.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
+
+
+def public_of(secret: int) -> bytes:
+    """`secret` times the generator, encoded."""
+    return encoded(private_key(secret).public_key())
+
+
+def point(data: bytes) -> ec.EllipticCurvePublicKey:
+    """The point that `data` encodes. Raises ValueError for none of the curve."""
+    return ec.EllipticCurvePublicKey.from_encoded_point(CURVE, data)
+
+
+def agreed(secret: int, public: bytes) -> bytes:
+    """The x-coordinate of `secret` times the point `public`, 32 bytes. Raises ValueError for a bad point or secret."""
+    return private_key(secret).exchange(ec.ECDH(), point(public))
+
+
+def proves(answer: int, nonce: bytes, challenge: int, public: bytes) -> bool:
+    """Whether answer G - R = +- challenge Y, for the points R = `nonce` and Y = `public`."""
+    try:
+        left = private_key(answer).public_key().public_numbers()
+        right = point(nonce).public_numbers()
+        expected = agreed(challenge, public)
+    except ValueError:
+        return False
+    if left.x == right.x:
+        return False
+    slope = (-right.y - left.y) * pow(right.x - left.x, -1, FIELD) % FIELD
+    return (slope * slope - left.x - right.x) % FIELD == int.from_bytes(expected, "big")

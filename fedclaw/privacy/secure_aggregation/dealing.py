@@ -1,0 +1,206 @@
+"""Shares that can be checked: by their holder when it gets them, and by the server when it is given them.
+
+A dealer shares its seed s and its mask key y by polynomials f of degree t - 1 over Z_q (`shamir`, q the order of P-256)
+and proves, without interaction, that all its shares of one secret lie on one such polynomial:
+
+    draw r, a polynomial of the same degree; commit to each holder's value:  c_i = H(r(x_i))
+    the challenge d = H(all c_i, ...) ; publish  z = r + d f  (t coefficients)
+    holder i, who has f(x_i), checks  c_i = H(z(x_i) - d f(x_i))
+
+Atapoor, Baghery, Cozzo, Pedersen 2023, "VSS from Distributed ZK Proofs and Applications" (ASIACRYPT 2023), the scheme
+from hash commitments; made non-interactive by Fiat and Shamir. z says nothing of f, whose values c_i hides as long as
+fewer than t of them are known (random oracle); shares that are not of one polynomial pass for one d in q. After that
+c_i binds holder i to f(x_i): who gives the server another value has lied, and nobody else can be to blame.
+
+That f(0) is the mask key of the dealer's public key Y is Schnorr's proof of the same challenge (Schnorr 1991,
+"Efficient Signature Generation by Smart Cards"): the dealer publishes R = r(0) G and z(0) G - R = d Y is checked, up
+to the sign of d Y, which no mask depends on (ECDH has the x-coordinate alone). The seed is whatever f(0) is.
+
+All of it grows with the number of neighbours, and not with the vector.
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Self
+
+from fedclaw.errors import SecureAggregationError
+from fedclaw.privacy.secure_aggregation import curve
+from fedclaw.privacy.secure_aggregation.curve import ORDER
+from fedclaw.privacy.secure_aggregation.parameters import Parameters, framed
+from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES, evaluate
+
+NUMBER_BYTES = 32
+"""An element of Z_q on the wire, big-endian."""
+COMMITMENT_BYTES = 64
+PROOF_BYTES = 3 * NUMBER_BYTES + COMMITMENT_BYTES
+
+Secret = Literal["seed", "key"]
+_KEY: Secret = "key"
+
+
+class Shares(NamedTuple):
+    """What one holder has of one dealer."""
+
+    seed: int
+    key: int
+
+    def pack(self) -> bytes:
+        """As it is sealed."""
+        return self.seed.to_bytes(SHARE_BYTES, "big") + self.key.to_bytes(SHARE_BYTES, "big")
+
+    @classmethod
+    def unpack(cls, plain: bytes) -> "Shares":
+        """Back from `pack`. Raises SecureAggregationError for values outside of the field."""
+        made = cls(int.from_bytes(plain[:SHARE_BYTES], "big"), int.from_bytes(plain[SHARE_BYTES:], "big"))
+        if len(plain) != 2 * SHARE_BYTES or max(made) >= ORDER:
+            raise SecureAggregationError("a share is malformed")
+        return made
+
+
+@dataclass(frozen=True)
+class ShareProof:
+    """What one holder checks its shares of one dealer by; the dealer signs it."""
+
+    challenge: int
+    seed_point: int
+    """z(x) of the seed's polynomial at the holder's x."""
+    key_point: int
+    commitment: bytes
+    """H(r(x)) for the seed, then for the key."""
+
+    def pack(self) -> bytes:
+        """(PROOF_BYTES,)"""
+        numbers = (self.challenge, self.seed_point, self.key_point)
+        return b"".join(number.to_bytes(NUMBER_BYTES, "big") for number in numbers) + self.commitment
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Self:
+        """Back from `pack`."""
+        challenge, seed_point, key_point = _numbers(packed[: 3 * NUMBER_BYTES])
+        return cls(challenge, seed_point, key_point, packed[3 * NUMBER_BYTES :])
+
+    def fits(self, parameters: Parameters, dealer: str, holder: str, secret: Secret, share: int) -> bool:
+        """Whether `share` is what `dealer` committed to for `holder`."""
+        of_key = secret == _KEY
+        point = self.key_point if of_key else self.seed_point
+        half = self.commitment[32:] if of_key else self.commitment[:32]
+        blind = (point - self.challenge * share) % ORDER
+        return share < ORDER and hmac.compare_digest(_commit(parameters, dealer, holder, secret, blind), half)
+
+    def holds(self, parameters: Parameters, dealer: str, holder: str, shares: Shares) -> bool:
+        """Whether both of `shares` are."""
+        pairs: tuple[tuple[Secret, int], ...] = (("seed", shares.seed), ("key", shares.key))
+        return all(self.fits(parameters, dealer, holder, secret, share) for secret, share in pairs)
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """What a dealer publishes: commitments by holder, the two polynomials z (coefficients from 0), and R."""
+
+    dealer: str
+    commitments: dict[str, bytes]
+    seed_proof: tuple[int, ...] = field(repr=False)
+    key_proof: tuple[int, ...] = field(repr=False)
+    nonce_public: bytes
+    challenge: int
+    _proofs: dict[str, ShareProof] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def proof_for(self, parameters: Parameters, holder: str) -> ShareProof:
+        """What `holder` checks its shares by. Raises KeyError for one that has none."""
+        if holder not in self._proofs:
+            x = parameters.point(holder)
+            points = evaluate(self.seed_proof, x, ORDER), evaluate(self.key_proof, x, ORDER)
+            self._proofs[holder] = ShareProof(self.challenge, *points, self.commitments[holder])
+        return self._proofs[holder]
+
+
+def deal(
+    parameters: Parameters, dealer: str, holders: Sequence[str], keys: "DealerKeys"
+) -> tuple[dict[str, Shares], Dealing]:
+    """Shares of both secrets by holder, and what proves them."""
+    seed, blind_seed = _polynomial(keys.seed, parameters), _polynomial(None, parameters)
+    key, blind_key = _polynomial(keys.mask_secret, parameters), _polynomial(None, parameters)
+    points = {holder: parameters.point(holder) for holder in holders}
+    shares = {holder: Shares(evaluate(seed, x, ORDER), evaluate(key, x, ORDER)) for holder, x in points.items()}
+    commitments = {
+        holder: _commit(parameters, dealer, holder, "seed", evaluate(blind_seed, x, ORDER))
+        + _commit(parameters, dealer, holder, "key", evaluate(blind_key, x, ORDER))
+        for holder, x in points.items()
+    }
+    nonce_public = curve.public_of(blind_key[0])
+    challenge = _challenge(parameters, dealer, keys.mask_public, nonce_public, commitments)
+    return shares, Dealing(
+        dealer,
+        commitments,
+        _blinded(blind_seed, challenge, seed),
+        _blinded(blind_key, challenge, key),
+        nonce_public,
+        challenge,
+    )
+
+
+class DealerKeys(NamedTuple):
+    """What is dealt, and the public key that the second secret belongs to."""
+
+    seed: int
+    mask_secret: int
+    mask_public: bytes
+
+
+def checked(
+    parameters: Parameters,
+    dealer: str,
+    mask_public: bytes,
+    commitments: dict[str, bytes],
+    seed_proof: bytes,
+    key_proof: bytes,
+    nonce_public: bytes,
+) -> Dealing:
+    """The dealing that was published. Raises SecureAggregationError, naming the dealer, for one that proves nothing."""
+    seed, key = _numbers(seed_proof), _numbers(key_proof)
+    if len(seed) != parameters.threshold or len(key) != parameters.threshold or max(*seed, *key) >= ORDER:
+        raise SecureAggregationError(f"{dealer} proves shares of another threshold than {parameters.threshold}")
+    challenge = _challenge(parameters, dealer, mask_public, nonce_public, commitments)
+    if not curve.proves(key[0], nonce_public, challenge, mask_public):
+        raise SecureAggregationError(f"{dealer} has not shared the key that it advertised")
+    return Dealing(dealer, commitments, seed, key, nonce_public, challenge)
+
+
+def packed(coefficients: Sequence[int]) -> bytes:
+    """Coefficients as they travel."""
+    return b"".join(number.to_bytes(NUMBER_BYTES, "big") for number in coefficients)
+
+
+def _numbers(data: bytes) -> tuple[int, ...]:
+    return tuple(
+        int.from_bytes(data[start : start + NUMBER_BYTES], "big") for start in range(0, len(data), NUMBER_BYTES)
+    )
+
+
+def _polynomial(secret: int | None, parameters: Parameters) -> list[int]:
+    """Random but for the constant term, if that is given; never 0 there."""
+    first = 1 + secrets.randbelow(ORDER - 1) if secret is None else secret
+    return [first, *(secrets.randbelow(ORDER) for _ in range(parameters.threshold - 1))]
+
+
+def _blinded(blind: Sequence[int], challenge: int, secret: Sequence[int]) -> tuple[int, ...]:
+    return tuple((r + challenge * f) % ORDER for r, f in zip(blind, secret, strict=True))
+
+
+def _commit(parameters: Parameters, dealer: str, holder: str, secret: Secret, blind: int) -> bytes:
+    names = (dealer, holder, secret)
+    value = blind.to_bytes(NUMBER_BYTES, "big")
+    parts = (b"fedclaw share commitment v1", parameters.digest, *(name.encode() for name in names), value)
+    return hashlib.sha256(framed(*parts)).digest()
+
+
+def _challenge(
+    parameters: Parameters, dealer: str, mask_public: bytes, nonce_public: bytes, commitments: dict[str, bytes]
+) -> int:
+    """From 1 below the order. Statistically 2^-128 from uniform, which 512 bits reduced are."""
+    held = (part for holder in sorted(commitments) for part in (holder.encode(), commitments[holder]))
+    parts = (b"fedclaw dealing v1", parameters.digest, dealer.encode(), mask_public, nonce_public, *held)
+    return 1 + int.from_bytes(hashlib.sha512(framed(*parts)).digest(), "big") % (ORDER - 1)
