@@ -203,6 +203,7 @@ class _Demo:
             "rounds": len(metrics),
             "accuracy": {
                 "federated": metrics[-1]["metrics"]["accuracy"],
+                "majority_class": (metrics[-1].get("majority") or {}).get("accuracy"),
                 "pooled": everything.metrics["accuracy"],
                 "local_mean": sum(alone) / len(alone),
             },

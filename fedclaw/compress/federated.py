@@ -168,7 +168,8 @@ def _ask(
 ) -> exchange.Evaluated:
     about = record.model_copy(update={"model": model, "distillation": None})
     plan = make_plan(about, make_strategy(about), record.rounds, len(nodes))
-    evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline)
+    labels = record.make_schema().labels
+    evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline, labels)
     evaluated.answered.sort()
     if "accuracy" not in evaluated.metrics:
         refused = "; ".join(f"{item.site}: {item.reason}" for item in evaluated.declined) or "nobody answered"

@@ -11,6 +11,7 @@ from fedclaw.export.layout import Manifest
 from fedclaw.export.parity import allowed
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
+from fedclaw.federation.learned import nothing_learned
 
 TO_BE_FILLED_IN = (
     "_To be filled in by the coordinator: what the model is for, for whom, and what it must not be used for. "
@@ -138,9 +139,31 @@ def _metrics(source: Source) -> str:
         return "No evaluation is on record for this run."
     text = (
         f"Of the model as trained, after round {line.get('round')}, on the sites' own test data "
-        f"({line.get('test_examples', '?')} examples, weighted mean over the sites):\n\n"
+        f"({line.get('test_examples', '?')} examples):\n\n"
     )
-    return text + _table(("Metric", "Value"), [(name, f"{value:.4f}") for name, value in sorted(values.items())])
+    over_sites: Mapping[str, Any] = line.get("over_sites") or {}
+    rows = []
+    for name, value in sorted(values.items()):
+        own = over_sites.get(name)
+        rows.append((name, f"{value:.4f}", f"{own['mean']:.4f}, {own['spread']:.4f}" if own else ""))
+        if name == "accuracy" and (majority := line.get("majority")):
+            rows.append((f"accuracy of always {majority['label']!r}", f"{majority['accuracy']:.4f}", ""))
+    head = ("Metric", "Of all test examples together", "Mean over the sites, spread")
+    parts = [text + _table(head, rows) if over_sites else text + _table(head[:2], [row[:2] for row in rows])]
+    if area := line.get("auroc"):
+        low, high = area["interval"]
+        parts.append(f"The AUROC is made of histograms: it lies in [{low:.4f}, {high:.4f}].")
+    if by_class := line.get("by_class"):
+        names = ("precision", "recall", "f1")
+        table = [(label, *(_figure(own.get(name)) for name in names)) for label, own in by_class.items()]
+        parts.append(_table(("Class", *names), table))
+    if warning := nothing_learned(line):
+        parts.append(f"**{_cell(warning[0].upper() + warning[1:])}.**")
+    return "\n\n".join(parts)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _compression(source: Source) -> str:
@@ -200,7 +223,7 @@ def _privacy(statement: PrivacyStatement) -> str:
 def _limits(manifest: Manifest, statement: PrivacyStatement) -> str:
     items = [
         "Probabilities are the softmax of the model's outputs; they have not been calibrated.",
-        "The metrics are means over the sites' test data; a single site, or a group of people, can fare worse. "
+        "The metrics are of the sites' test data taken together; a single site, or a group of people, can fare worse. "
         "No figures by group are on record.",
         "The model knows only the labels listed above and answers every input with one of them.",
         "Inputs must be prepared exactly as schema.json says.",

@@ -25,7 +25,9 @@ from fedclaw.federation.asynchronous import Buffer
 from fedclaw.federation.checkpoint import Checkpoint
 from fedclaw.federation.exchange import Declined, Evaluated, Trained
 from fedclaw.federation.global_model import GlobalModel
+from fedclaw.federation.learned import hopeless_noise, nothing_learned
 from fedclaw.federation.plan import CentralPrivacy, Plan
+from fedclaw.federation.pooled import Area
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.federation.secure_round import SecurelyTrained
@@ -73,12 +75,28 @@ class RoundReport:
     """Of the arrays of all answers that were added."""
     bytes_down: int = 0
     """Of the arrays that the sites of those answers trained from."""
+    over_sites: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Second figures: of each metric that is a ratio the mean over the sites, its spread, and how many they are."""
+    by_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """For more than two classes: precision, recall and F1 of each."""
+    area: Area | None = None
+    """The AUROC of all test examples together, where the sites sent histograms of scores."""
+    majority: tuple[str, float] | None = None
+    """The commonest class among the test examples and its share, where the sites said so."""
 
     def as_line(self) -> dict[str, Any]:
         """The round's line in the run's metrics, as plain values."""
         price = {} if self.price is None else {"noise_price": asdict(self.price)}
+        beside: dict[str, Any] = {"over_sites": {name: dict(values) for name, values in self.over_sites.items()}}
+        if self.by_class:
+            beside["by_class"] = {label: dict(values) for label, values in self.by_class.items()}
+        if self.area is not None:
+            beside["auroc"] = {"bound": self.area.bound, "interval": list(self.area.interval)}
+        if self.majority is not None:
+            beside["majority"] = {"label": self.majority[0], "accuracy": self.majority[1]}
         return {
             **price,
+            **beside,
             "metrics": dict(self.metrics),
             "test_examples": self.test_examples,
             "answered": list(self.answered),
@@ -240,6 +258,7 @@ def make_plan(
         weight_cap=record.weight_cap,
         personal=record.personal,
         metrics=record.metrics,
+        score_bins=record.score_bins,
         preprocessing=record.preprocessing,
     )
 
@@ -277,6 +296,7 @@ class _Loop:
         self.directory = directory
         self.record = directory.record()
         self.strategy = make_strategy(self.record)
+        self.labels = self.record.make_schema().labels
         self.buffer = Buffer(grid, self.strategy) if isinstance(self.strategy, Buffered) else None
         self.teacher = teacher
         self.observers = observers
@@ -293,6 +313,7 @@ class _Loop:
         self.outweighing: set[str] = set()
         self.missing: dict[str, str] = {}
         """By site, why it did not answer the last question to it."""
+        self.judged_noise = False
         if not saved:
             self._checkpoint()
 
@@ -306,6 +327,8 @@ class _Loop:
                 self._tell(report)
         self.directory.write_model(self.model.parameters)
         (self.directory.root / PENDING).unlink(missing_ok=True)
+        if (lines := self.directory.read_metrics()) and (warning := nothing_learned(lines[-1])):
+            log.warning("%s", warning)
         outcome = Outcome(self.directory, self.model.parameters, self._last_metrics(), self.receipts)
         for observer in self.observers:
             observer.finished(outcome)
@@ -349,6 +372,9 @@ class _Loop:
                     )
                 trained.receipts[site] = now.after(before)
         self.receipts.update(trained.receipts)
+        if not self.judged_noise and (warning := hopeless_noise(self.record, self.receipts, len(trained.answered))):
+            log.warning("%s", warning)
+        self.judged_noise = True
 
     def _awake(self, pending: _Pending, trained: Trained) -> list[int]:
         """Whom to ask for an evaluation: not who is silent, nor, but after the last round, who is still at work."""
@@ -379,7 +405,9 @@ class _Loop:
         return sorted({*self.grid.get_node_ids(), *pending.nodes})
 
     def _evaluate(self, plan: Plan, nodes: Sequence[int], trained: Trained, norm: float) -> RoundReport:
-        evaluated = exchange.evaluate(self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline)
+        evaluated = exchange.evaluate(
+            self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline, self.labels
+        )
         self._say_who_outweighs(evaluated)
         return self._write_line(plan.round, trained, evaluated, norm)
 
@@ -602,6 +630,10 @@ class _Loop:
             price=trained.price if isinstance(trained, SecurelyTrained) else None,
             bytes_up=trained.bytes_up,
             bytes_down=trained.bytes_down,
+            over_sites=evaluated.over_sites,
+            by_class=evaluated.by_class,
+            area=evaluated.area,
+            majority=evaluated.majority,
         )
 
 

@@ -22,8 +22,19 @@ from pydantic import ValidationError
 from fedclaw.errors import UpdateError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import Combine, UpdateStack, WeightedSum
-from fedclaw.federation.arrays import LARGEST, Arrays, pack, payload
-from fedclaw.federation.plan import MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting, weight_of
+from fedclaw.federation.arrays import LARGEST, Arrays, Form, pack, payload, unpack_wire
+from fedclaw.federation.plan import MAX_COLUMNS, MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting, weight_of
+from fedclaw.federation.pooled import (
+    COUNTS,
+    HITS,
+    NEEDED,
+    Area,
+    Pooled,
+    check_counts,
+    check_histograms,
+    histogram_shape,
+    ratio_of,
+)
 from fedclaw.federation.postprocess import Reader, as_sent
 from fedclaw.federation.receipts import LONGEST_RECEIPT, check_receipt
 from fedclaw.federation.run_directory import SiteReceipt
@@ -39,9 +50,13 @@ log = logging.getLogger(__name__)
 ARRAYS, PLAN, TEACHER, SENT, SUM = "arrays", "plan", "teacher", "sent", "sum"
 METRICS, RECEIPT, JSON = "metrics", "receipt", "json"
 WEIGHT, EXAMPLES = "weight", "examples"
+SCORES, SCORE_NOISE = "scores", "score_noise"
+"""The record of histograms of scores, and the deviation of the noise in each of their cells."""
 _ROUNDED = 1 + 1e-6
 MOST_LOSS = 1e6
 """Mean loss of an example: a model that is worse is none, and such a figure would be the whole mean."""
+MOST_NOISE = 1e9
+"""Deviation of the noise in a cell of a histogram: a site with more says nothing."""
 LONGEST_REASON = 300
 HEADER_BYTES = 4 << 20
 """What an answer has at most beside the arrays that the plan asks for: metrics, receipt, names."""
@@ -165,6 +180,12 @@ class Evaluated(Answers):
     weights: dict[str, float] = field(default_factory=dict)
     by_site: dict[str, int] = field(default_factory=dict)
     """Test examples that each site says it has."""
+    labels: tuple[str, ...] = ()
+    """Of the classes; without them neither counts nor histograms are read."""
+    score_bins: int | None = None
+    pooled: Pooled = field(default_factory=Pooled)
+    values: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    """By metric, each site's own and its examples, where it has cases for it."""
 
     def add(self, site: str, content: RecordDict) -> None:
         """Add weighted metrics."""
@@ -172,16 +193,94 @@ class Evaluated(Answers):
         check_weight(weight, examples, "examples")
         record = part(content.metric_records, METRICS)
         values = {name: _metric(record, name, examples) for name in self.wanted if name in record}
+        counts, scores = self._counts(record, examples), self._scores(content, record, examples)
+        if HITS in counts and abs(counts[HITS].sum() - values.get("accuracy", counts[HITS].sum())) > 1e-6 * examples:
+            raise UpdateError("the answer's accuracy is not that of the hits that it counts")
+        self.include(site, examples, values, counts)
+        if scores is not None:
+            self.pooled.add_histograms(*scores, examples)
+
+    def include(
+        self, site: str, examples: int, values: Mapping[str, float], counts: Mapping[str, NDArray[np.float64]]
+    ) -> None:
+        """Add what a site found on so many test examples: `values` are metric x examples, `counts` as in `Pooled`."""
         self.examples += examples
         self.by_site[site] = examples
+        self.pooled.add_counts(counts, examples)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+            self.weights[name] = self.weights.get(name, 0.0) + examples
+            own = {count: counts[count] for count in NEEDED.get(name, ()) if count in counts}
+            if len(own) < len(NEEDED.get(name, ())) or not own or ratio_of(name, own) is not None:
+                self.values.setdefault(name, []).append((value / examples, examples))
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Example-weighted means by name."""
-        return {name: total / self.weights[name] for name, total in self.sums.items()}
+        """By name: of all test examples together where every site of a figure sent what adds up to it, else the
+        example-weighted means. None of a ratio without cases."""
+        found = {}
+        ratios, area = self.pooled.ratios(), self.area
+        for name in self.sums.keys() | self.pooled.covered.keys():
+            if name == "auroc" and area is not None:
+                found[name] = area.value
+            elif name in NEEDED and self._is_pooled(name):
+                if name in ratios:
+                    found[name] = ratios[name]
+            elif name in self.sums:
+                found[name] = self.sums[name] / self.weights[name]
+        return {name: found[name] for name in self.wanted if name in found}
+
+    @property
+    def area(self) -> Area | None:
+        """The AUROC of all test examples together with its bound; None where not every site's histograms are in it."""
+        return self.pooled.area() if "auroc" in self.wanted and self._is_pooled("auroc") else None
+
+    @property
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """For more than two classes: the ratios of each."""
+        return self.pooled.by_class(self.labels) if len(self.labels) > 2 else {}
+
+    @property
+    def majority(self) -> tuple[str, float] | None:
+        """The commonest class of the test examples and its share: the accuracy of who always answers with it."""
+        return self.pooled.majority(self.labels) if self.labels else None
+
+    def _is_pooled(self, name: str) -> bool:
+        covered = self.pooled.covered.get(name, 0)
+        return covered > 0 and covered >= self.weights.get(name, 0.0)
+
+    @property
+    def over_sites(self) -> dict[str, dict[str, float]]:
+        """Second figures, of the metrics that are ratios: the example-weighted mean over the sites that have cases for
+        them, its standard deviation over the sites, and how many those are."""
+        found = {}
+        for name, own in self.values.items():
+            if name == "loss":
+                continue
+            values, examples = np.array([value for value, _ in own]), np.array([count for _, count in own], float)
+            mean = float(np.average(values, weights=examples))
+            spread = float(np.sqrt(np.average(np.square(values - mean), weights=examples)))
+            found[name] = {"mean": mean, "spread": spread, "sites": len(own)}
+        return found
+
+    def _counts(self, record: MetricRecord, examples: int) -> dict[str, NDArray[np.float64]]:
+        """The counts by class in an answer. Raises UpdateError for such as cannot be."""
+        found = {name: _numbers(record, name) for name in COUNTS if name in record} if self.labels else {}
+        return check_counts(found, len(self.labels), examples)
+
+    def _scores(
+        self, content: RecordDict, record: MetricRecord, examples: int
+    ) -> tuple[NDArray[np.float64], float] | None:
+        """The histograms in an answer and the deviation of their noise; None without. Raises UpdateError."""
+        shape = histogram_shape(len(self.labels), self.score_bins) if self.score_bins else None
+        if shape is None or SCORES not in content.array_records:
+            return None
+        deviation = _number(record, SCORE_NOISE)
+        if not 0 <= deviation <= MOST_NOISE:
+            raise UpdateError(f"the answer's {SCORE_NOISE!r} of {deviation:.4g} is not within 0 and {MOST_NOISE:g}")
+        form = Form(np.dtype(np.float64), shape)
+        arrays = unpack_wire(content.array_records[SCORES], {SCORES: form})
+        return check_histograms(arrays[SCORES], examples, deviation), deviation
 
 
 def train(
@@ -209,9 +308,10 @@ def evaluate(
     plan: Plan,
     parameters: Mapping[str, NDArray[np.float32]],
     deadline: float,
+    labels: Sequence[str] = (),
 ) -> Evaluated:
-    """Ask `nodes` to evaluate `parameters` on their own test data. `deadline` in seconds."""
-    evaluated = Evaluated(wanted=plan.metrics)
+    """Ask `nodes` to evaluate `parameters` on their own test data. `deadline` in seconds; `labels` are the classes'."""
+    evaluated = Evaluated(wanted=plan.metrics, labels=tuple(labels), score_bins=plan.score_bins)
     if isinstance(grid, CohortGrid):
         grid.evaluate_cohort(nodes, plan, parameters, evaluated)
         return evaluated
@@ -339,6 +439,15 @@ def _number(record: MetricRecord, name: str) -> float:
     if not abs(value) <= sys.float_info.max:
         raise UpdateError(f"the answer's {name!r} is no finite number")
     return float(value)
+
+
+def _numbers(record: MetricRecord, name: str) -> list[float]:
+    values = record.get(name)
+    if not isinstance(values, list) or len(values) > MAX_COLUMNS:
+        raise UpdateError(f"the answer's {name!r} is no list of numbers")
+    if not all(type(value) in (int, float) and abs(value) <= MOST_EXAMPLES for value in values):
+        raise UpdateError(f"the answer's {name!r} holds what is no number of examples")
+    return [float(value) for value in values]
 
 
 def _metric(record: MetricRecord, name: str, examples: int) -> float:

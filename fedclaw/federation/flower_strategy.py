@@ -87,7 +87,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Example-weighted means of what the sites permit; None when nobody evaluated."""
-        evaluated = Evaluated(wanted=self._record.metrics)
+        labels = self._record.make_schema().labels
+        evaluated = Evaluated(wanted=self._record.metrics, labels=labels, score_bins=self._record.score_bins)
         _take(evaluated, replies, server_round)
         return MetricRecord(dict(evaluated.metrics)) if evaluated.answered else None
 

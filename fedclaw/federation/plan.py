@@ -53,6 +53,9 @@ _LARGEST_NUMBER = 1e30
 METRICS = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
 """Names of the evaluation metrics; all but `loss` lie in [0, 1]."""
 
+SCORE_HISTOGRAM = "score_histogram"
+"""What a policy's clause calls the histograms of scores by class; no metric by itself."""
+
 
 MAX_SITES = 10_000_000
 """Sites of a federation, by anybody's word."""
@@ -363,6 +366,9 @@ class Plan(Frozen):
     weight_cap: int | None = Field(default=None, ge=1)
     """The largest weight, when `weighting` is `capped`."""
     metrics: tuple[Name, ...] = Field(default=METRICS, max_length=64)
+    score_bins: int | None = Field(default=None, ge=2, le=4096)
+    """Bins of the histograms of scores that the AUROC over all sites is made of (`fedclaw.federation.pooled`), where a
+    site's policy shares them; None: they are not asked for."""
     personal: tuple[ParameterName, ...] = Field(default=(), max_length=MAX_COLUMNS)
     """Parameters that never leave the sites: each uses its own in the place of what is sent. A site takes no others for
     its own than the strategy says of the model."""

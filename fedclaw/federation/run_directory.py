@@ -108,6 +108,7 @@ class RunRecord(Frozen):
     personal: tuple[str, ...] = ()
     """Parameters that the strategy leaves at the sites."""
     metrics: tuple[str, ...] = METRICS
+    score_bins: int | None = Field(default=None, ge=2, le=4096)
     preprocessing: str | None = None
     statistics: ReleaseUse | None = None
     """The federation's constants, for a schema that takes them."""

@@ -50,6 +50,7 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         "weighting": settings.weighting,
         "weight_cap": settings.weight_cap,
         "metrics": settings.metrics,
+        "score_bins": settings.score_bins if "auroc" in settings.metrics else None,
         "preprocessing": constants_from(settings.statistics, schema),
         "statistics": _used(settings.statistics),
         "rules": rules,

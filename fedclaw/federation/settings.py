@@ -68,6 +68,9 @@ class RunSettings(Frozen):
     weight_cap: int | None = Field(default=None, ge=1)
     """The largest weight, with weighting: capped."""
     metrics: tuple[str, ...] = METRICS
+    score_bins: int | None = Field(default=2048, ge=2, le=4096)
+    """Bins of the histograms of scores that the AUROC over all sites is made of, where sites share them; fewer where
+    they come with noise, which each bin adds; null: not asked for."""
     statistics: Path | None = None
     """A statistics.json, for a schema that says standardise: federated."""
 

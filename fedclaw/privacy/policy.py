@@ -11,7 +11,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from fedclaw.federation.plan import METRICS
+from fedclaw.federation.plan import METRICS, SCORE_HISTOGRAM
 from fedclaw.frozen import Frozen
 
 SAFE_METRICS = ("accuracy", "precision", "recall", "f1", "auroc")
@@ -21,9 +21,10 @@ is the signal that membership inference uses. Without `metrics_epsilon` none of 
 tell about the test set, so keep the test set apart from training data and do not let it be tiny
 (`minimum_test_examples`)."""
 
-NOISED_METRICS = ("loss", "accuracy")
-"""The metrics that can leave with noise: one test example moves their sum by at most a known bound. What it can move
-precision, recall, F1 and AUROC by depends on the other examples; they have no such bound."""
+NOISED_METRICS = ("loss", "accuracy", SCORE_HISTOGRAM)
+"""What can leave with noise: one test example moves its sum by at most a known bound. What it can move precision,
+recall, F1 and AUROC by depends on the other examples; they have no such bound. The AUROC that a server makes of
+histograms with noise on them does have one."""
 
 TEST = "/test"
 """What is put behind a data set's name for the name of its test data in the ledger. No data set's own name has a /."""
@@ -139,7 +140,11 @@ class Policy(Frozen):
     may not. The delta of a release, the cohort, who may ask and how often are bounded as they are for training."""
 
     metrics: tuple[str, ...] = SAFE_METRICS
-    """Evaluation metrics that may leave; see SAFE_METRICS for why loss is not among them by default."""
+    """Evaluation metrics that may leave; see SAFE_METRICS for why loss is not among them by default. With precision,
+    recall or f1 leave the counts by class that it is made of, so that the ratio can be taken over all sites' examples:
+    they follow from the metrics and the number of examples anyway. `score_histogram` lets the histograms of scores
+    leave that the AUROC over all sites is made of; they tell more than a figure does, so they are a clause of their
+    own, not there by default."""
     allow_metrics_of_own_models: bool = False
     """Whether metrics may leave of a model that is this site's own, in whole or in part, and was trained without noise:
     Ditto's, and what FedPer, FedRep or FedBN leave here when the noise is on the sum. They tell about the training
@@ -158,9 +163,10 @@ class Policy(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        unknown = sorted(set(self.metrics) - set(METRICS))
+        known = (*METRICS, SCORE_HISTOGRAM)
+        unknown = sorted(set(self.metrics) - set(known))
         if unknown:
-            raise ValueError(f"metrics: unknown {', '.join(unknown)}; known are {', '.join(METRICS)}")
+            raise ValueError(f"metrics: unknown {', '.join(unknown)}; known are {', '.join(known)}")
         training = [self.epsilon, *(own.epsilon for name, own in self.budgets.items() if not name.endswith(TEST))]
         if self.allow_training_without_privacy and training != [None] * len(training):
             raise ValueError(
@@ -239,7 +245,7 @@ def permissive(workload: str, strategy: str, delta: float) -> Policy:
         minimum_cohort=1,
         max_local_steps=None,
         max_update_mb=None,
-        metrics=METRICS,
+        metrics=(*METRICS, SCORE_HISTOGRAM),
         minimum_test_examples=1,
     )
 

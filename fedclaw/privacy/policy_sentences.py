@@ -1,5 +1,6 @@
 """What a policy allows, in plain sentences, for the operator who is responsible for it."""
 
+from fedclaw.federation.pooled import needed_for
 from fedclaw.privacy.policy import NOISED_METRICS, Combination, DataSetBudget, Policy, listed
 
 
@@ -112,6 +113,11 @@ def _metrics(policy: Policy) -> list[str]:
             "They may be of a model of this site's own that was trained without noise, which no epsilon covers."
         )
     if policy.metrics_epsilon is None:
+        if counts := needed_for(shared):
+            said.append(
+                f"With them leave the counts by class that they are made of ({', '.join(counts)}), so that each can be "
+                "worked out over all sites' test examples."
+            )
         said.append(
             "They leave as they are, without noise: over many rounds they tell about the test set, and no budget "
             "counts it."

@@ -1,7 +1,8 @@
 """A run, as a person at the terminal sees it."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -60,7 +61,7 @@ class TerminalProgress:
         parts = [f"round {report.round:>3}/{report.rounds}", f"{count} of {count + len(missing)} sites"]
         if not missing:
             parts[-1] = f"{count} sites"
-        parts += [f"{name} {value:.4f}" for name, value in report.metrics.items()]
+        parts += metric_words(report.metrics, report.majority and report.majority[1])
         parts += [cost, f"{report.train_seconds + report.evaluate_seconds:.1f} s"]
         parts += [f"without {shortened(site, _LONGEST_NAME)} ({missing[site]})" for site in new]
         self._progress.console.print(
@@ -75,12 +76,16 @@ class TerminalProgress:
         """The summary table."""
         self._progress.stop()
         self.console.print(receipt_table(outcome.receipts))
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()) or "none were permitted"
+        line = (outcome.directory.read_metrics() or [{}])[-1]
+        majority = (line.get("majority") or {}).get("accuracy")
+        metrics = ", ".join(metric_words(outcome.metrics, majority)) or "none were permitted"
         if spent := central_words(outcome.directory.record()):
             self._say(spent)
         if moved := bytes_words(outcome.directory):
             self._say(moved)
         self._say(f"federated evaluation: {metrics}")
+        for words in beside_words(line):
+            self._say(words)
         self.console.print(f"model: {outcome.directory.model_path}", soft_wrap=True, markup=False)
 
     def _say(self, text: str) -> None:
@@ -90,6 +95,26 @@ class TerminalProgress:
     def close(self) -> None:
         """Leave the terminal as it was, also after an error."""
         self._progress.stop()
+
+
+def metric_words(metrics: Mapping[str, float], majority: float | None) -> Iterator[str]:
+    """Each metric with its value, and beside the accuracy that of whoever always answers with the commonest class."""
+    for name, value in metrics.items():
+        yield f"{name} {value:.4f}" + (f" (majority class {majority:.4f})" if name == "accuracy" and majority else "")
+
+
+def beside_words(line: Mapping[str, Any]) -> Iterator[str]:
+    """What a round's line in the metrics says beside them: the AUROC's bound, and the means over the sites."""
+    if area := line.get("auroc"):
+        low, high = area["interval"]
+        yield f"auroc lies in [{low:.4f}, {high:.4f}] (bins and noise of the score histograms)"
+    means = [
+        f"{name} {values['mean']:.4f} +- {values['spread']:.4f}"
+        for name, values in (line.get("over_sites") or {}).items()
+        if values["sites"] > 1
+    ]
+    if means:
+        yield f"mean over sites, and spread: {', '.join(means)}"
 
 
 def bytes_words(directory: RunDirectory) -> str | None:

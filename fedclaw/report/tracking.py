@@ -379,10 +379,30 @@ def _values(line: Mapping[str, Any]) -> dict[str, float]:
     """What MLflow is told of a round, from its line in the run's metrics."""
     return {
         **line["metrics"],
+        **_beside(line),
         **{name: line[name] for name in (_ALWAYS, *_FIGURES) if name in line},
         "sites": float(len(line["answered"])),
         **{f"epsilon/{site}": value for site, value in line["epsilon"].items() if value is not None},
     }
+
+
+def _beside(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures beside a round's metrics: means over the sites, by class, the AUROC's bounds, the majority class."""
+    values: dict[str, float] = {}
+    for name, own in (line.get("over_sites") or {}).items():
+        values |= {f"over_sites/{name}": own["mean"], f"over_sites/{name}_spread": own["spread"]}
+    for label, own in (line.get("by_class") or {}).items():
+        values |= {f"class/{_label(label)}/{name}": value for name, value in own.items()}
+    if area := line.get("auroc"):
+        values |= {"auroc_low": area["interval"][0], "auroc_high": area["interval"][1]}
+    if majority := line.get("majority"):
+        values["majority_class"] = majority["accuracy"]
+    return values
+
+
+def _label(text: str) -> str:
+    """A class's name in letters that MLflow takes for a metric's."""
+    return re.sub(r"[^A-Za-z0-9_. -]", "_", text)[:100]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

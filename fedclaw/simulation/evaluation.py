@@ -8,14 +8,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedclaw.federation.exchange import Declined, Evaluated
-from fedclaw.federation.plan import ModelSpec, Plan, Refusal
+from fedclaw.federation.plan import SCORE_HISTOGRAM, ModelSpec, Plan, Refusal
+from fedclaw.federation.pooled import histogram_shape, histograms_of
 from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.strategy import PERSONAL
 from fedclaw.privacy.policy_checks import permitted_metrics
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State
 from fedclaw.simulation.trainer import load, loaded_model
-from fedclaw.site.evaluation import EVALUATION_BATCH
+from fedclaw.site.evaluation import EVALUATION_BATCH, counted
 
 WHOLE = "federation"
 """Who answers with the metrics of a test table that belongs to no client."""
@@ -76,17 +77,21 @@ def _add(
 ) -> None:
     count = len(targets)
     try:
-        wanted = permitted_metrics(federation.policy(plan), plan.metrics, count)
+        policy = federation.policy(plan)
+        wanted = permitted_metrics(policy, plan.metrics, count)
     except Refusal as refusal:
         evaluated.declined.append(Declined(name, refusal.code.name.lower(), refusal.reason))
         return
-    values = federation.workload.evaluate(logits, torch.from_numpy(targets))
+    labels = torch.from_numpy(targets)
+    values = federation.workload.evaluate(logits, labels)
     evaluated.answered.append(name)
-    evaluated.examples += count
-    for metric in wanted:
-        if metric in values:
-            evaluated.sums[metric] = evaluated.sums.get(metric, 0.0) + values[metric] * count
-            evaluated.weights[metric] = evaluated.weights.get(metric, 0.0) + count
+    found = {metric: values[metric] * count for metric in wanted if metric in values}
+    counts = counted(wanted, values, logits, labels)
+    evaluated.include(name, count, found, {kind: np.array(numbers, np.float64) for kind, numbers in counts.items()})
+    bins = plan.score_bins if SCORE_HISTOGRAM in policy.shared_metrics else None
+    if bins and histogram_shape(logits.shape[1], bins):
+        scores = histograms_of(logits.numpy().astype(np.float64), targets, bins)
+        evaluated.pooled.add_histograms(scores, 0.0, count)
 
 
 def _logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,22 @@
 """Evaluation metrics with noise: what one test example can add to a sum is bounded, so the sum can be private.
 
-Released is the vector of the permitted sums over the test set: correct answers (one example adds 0 or 1) and losses
-divided by the bound that each is cut off at (one example adds something in [0, 1]). Adding or removing one of the
-test examples moves k such sums by at most sqrt(k) in L2 norm, so N(0, (noise multiplier)^2 k) in each makes it one
+Released is the vector of the permitted sums over the test set: correct answers (one example adds 0 or 1), losses
+divided by the bound that each is cut off at (one example adds something in [0, 1]), and histograms of scores by class
+(one example adds 1 to one cell of each). Adding or removing one of the test examples moves k sums and histograms by at
+most sqrt(k) in L2 norm, so N(0, (noise multiplier)^2 k) in each makes it one
 Gaussian mechanism (Dwork, Roth 2014, appendix A), which the ledger accounts as such on the test data, NAME/test.
 Neighbouring: one test example more or less, while their number is public: it is sent as it is.
 """
 
 import json
+import math
 from collections.abc import Callable
 
 import torch
 
 from fedclaw.errors import LedgerError, PrivacyError
 from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode
+from fedclaw.federation.pooled import Doubles
 from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Ledger, Reservation
 from fedclaw.privacy.noise import GaussianSource
@@ -120,13 +123,32 @@ def _bounded_loss(bound: float, logits: torch.Tensor, targets: torch.Tensor, los
     return float(alone.double().nan_to_num(nan=bound, posinf=bound).clamp(0.0, bound).sum() / bound)
 
 
-def noised(policy: Policy, sums: dict[str, float], examples: int, source: GaussianSource) -> dict[str, float]:
+def deviation_of(policy: Policy, sums: int, histograms: int = 0) -> float:
+    """Of the noise in each number, where so many sums and histograms of scores leave together.
+
+    One example moves each sum by at most 1 and one cell of each histogram by 1, so all of them together by at most the
+    root of how many there are.
+    """
+    return metrics_mechanism(policy).noise_multiplier * math.sqrt(sums + histograms)
+
+
+def noised_histograms(histograms: Doubles, deviation: float, source: GaussianSource) -> Doubles:
+    """Histograms (classes, 2, B) with noise, as they may leave. Not cut off at 0, which would add up over the cells."""
+    (values,) = source.add_([torch.from_numpy(histograms)], deviation)
+    return values.numpy()
+
+
+def noised(
+    policy: Policy, sums: dict[str, float], examples: int, source: GaussianSource, histograms: int = 0
+) -> dict[str, float]:
     """What may leave of `bounded_sums` over so many examples: the same sums with noise, losses in their own unit.
 
-    Each is rounded to float32 and cut off at what it can be without noise, which costs nothing: it is done to the
-    noised value.
+    `histograms` is how many of scores leave beside them. Each sum is rounded to float32 and cut off at what it can be
+    without noise, which costs nothing: it is done to the noised value.
     """
-    deviation = metrics_mechanism(policy).noise_multiplier * len(sums) ** 0.5
+    if not sums:
+        return {}
+    deviation = deviation_of(policy, len(sums), histograms)
     (values,) = source.add_([torch.tensor(list(sums.values()), dtype=torch.float64)], deviation)
     return {
         name: min(max(value, 0.0), float(examples)) * (policy.metrics_loss_bound if name == "loss" else 1.0)
