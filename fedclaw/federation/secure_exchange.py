@@ -29,7 +29,16 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError, UpdateError
 from fedclaw.federation.arrays import unpack_integers
-from fedclaw.federation.exchange import Answers, Declined, ask, hashed_arrays, part, questions, site_name
+from fedclaw.federation.exchange import (
+    HEADER_BYTES,
+    Answers,
+    Declined,
+    ask,
+    hashed_arrays,
+    part,
+    questions,
+    site_name,
+)
 from fedclaw.federation.plan import Plan, SecureAggregation
 from fedclaw.federation.settings import SecureRequest
 from fedclaw.federation.statistics_request import StatisticsRequest
@@ -174,7 +183,10 @@ class SecureExchange:
         self._round = asked.round
         self._deadline = deadline
         self._nodes = {site_name(grid, node): node for node in nodes}
-        self._session = ServerSession(parameters_of(asked), grid.verifier if isinstance(grid, StreamingGrid) else None)
+        parameters = parameters_of(asked)
+        self._session = ServerSession(parameters, grid.verifier if isinstance(grid, StreamingGrid) else None)
+        # A masked number has four bytes; what a stage says beside it is as small as any header.
+        self._reply_bytes = HEADER_BYTES + 4 * parameters.length
         self._outcome = outcome
         self.spent = False
         """Whether sites had been asked for what costs them."""
@@ -246,6 +258,7 @@ class SecureExchange:
         messages, arrays = [], hashed_arrays(content)
         for site, item in said.items():
             own = Records(dict(content))
+            own.reply_bytes = self._reply_bytes
             if item is not None:
                 own[SECURE] = secure_record(item)
             messages += questions([self._nodes[site]], self._round, kind, own, self._deadline, arrays)

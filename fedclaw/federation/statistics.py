@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
 from fedclaw.federation import exchange
 from fedclaw.federation.arrays import unpack
-from fedclaw.federation.exchange import JSON, SUM, Answers, ask, part, receipt_text
+from fedclaw.federation.exchange import HEADER_BYTES, JSON, SUM, Answers, ask, part, receipt_text
 from fedclaw.federation.plan import MOST_EXAMPLES
 from fedclaw.federation.secure_exchange import Seats, SecureExchange
 from fedclaw.federation.settings import SecureRequest
@@ -111,7 +111,7 @@ def release_statistics(
     design = design_of(schema, request.columns, request.labels, request.bins)
     collected = Collected(total=np.zeros(design.dimension), asked=request, noise=_noise_of(request))
     if request.secure is None:
-        ask(grid, questions(nodes, request, deadline), deadline, collected)
+        ask(grid, questions(nodes, request, deadline, design.dimension), deadline, collected)
     else:
         _ask_securely(grid, nodes, request, deadline, collected)
     for declined in collected.declined:
@@ -188,12 +188,20 @@ def _ask_securely(
     collected.receipts = {site: receipts[site] for site in survivors}
 
 
-def questions(nodes: Sequence[int], request: StatisticsRequest, ttl: float) -> list[Message]:
-    """The same question to each of `nodes`, each with an identity of its own that only the question determines."""
-    return exchange.questions(nodes, ROUND, STATISTICS, _question(request), ttl)
+def questions(
+    nodes: Sequence[int], request: StatisticsRequest, ttl: float, numbers: int | None = None
+) -> list[Message]:
+    """The same question to each of `nodes`, each with an identity of its own that only the question determines.
+
+    An answer holds so many `numbers`; None: not known.
+    """
+    content = _question(request)
+    if numbers is not None:
+        content.reply_bytes = HEADER_BYTES + 4 * numbers
+    return exchange.questions(nodes, ROUND, STATISTICS, content, ttl)
 
 
-def _question(request: StatisticsRequest) -> RecordDict:
+def _question(request: StatisticsRequest) -> Records:
     return Records({REQUEST: ConfigRecord({JSON: request.model_dump_json()})})
 
 
