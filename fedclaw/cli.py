@@ -72,7 +72,7 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
             composed = compose(config_name, overrides=as_text(with_plugins(overrides), settings))
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise _wrong_configuration(error, config_name) from error
+        raise _wrong_configuration(error, config_name, overrides) from error
     checked = check_settings(plain, settings)
     startup.clear_line()
     return checked
@@ -98,7 +98,7 @@ def run_hydra(module: str, config_name: str, settings: type[BaseModel], main: Ca
         try:
             main()
         except (HydraException, OmegaConfBaseException) as error:
-            raise _wrong_configuration(error, config_name) from error
+            raise _wrong_configuration(error, config_name, sys.argv[1:]) from error
 
     _run(module, body, make_console(stderr=True))
 
@@ -241,7 +241,9 @@ def _kinds(annotation: Any) -> Iterator[Any]:
         yield from _kinds(part)
 
 
-def _wrong_configuration(error: HydraException | OmegaConfBaseException, config_name: str) -> UsageError:
+def _wrong_configuration(
+    error: HydraException | OmegaConfBaseException, config_name: str, overrides: Sequence[str]
+) -> UsageError:
     """What Hydra or OmegaConf found wrong with a command line, as FedClaw says it."""
     if isinstance(error, MissingMandatoryValue):
         return UsageError(f"{error.full_key}= is missing and has no default")
@@ -257,7 +259,7 @@ def _wrong_configuration(error: HydraException | OmegaConfBaseException, config_
         return UsageError(f"{group}={name}: there is none of that name{did_you_mean(name, known)}; there are: {there}")
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
-        near = did_you_mean(unknown[1], _keys(config_name))
+        near = did_you_mean(unknown[1], _keys(config_name, overrides))
         return UsageError(f"configuration: there is no setting {unknown[1]}{near}; see conf/ for those that there are")
     return UsageError(f"configuration: {_plain(text)}")
 
@@ -268,12 +270,13 @@ def _installed_beside(group: str) -> frozenset[str]:
     return frozenset(plugin_points(kind)) if kind else frozenset()
 
 
-def _keys(config_name: str) -> list[str]:
-    """Every setting of conf/<config_name>.yaml with its default groups, as it is written on the command line."""
+def _keys(config_name: str, overrides: Sequence[str]) -> list[str]:
+    """Every setting of conf/<config_name>.yaml with the groups that `overrides` choose, as on the command line."""
+    chosen = [override for override in overrides if (config_directory() / override.partition("=")[0]).is_dir()]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
-            plain = OmegaConf.to_container(compose(config_name), resolve=False)
+            plain = OmegaConf.to_container(compose(config_name, overrides=chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):
         return []
     return list(_paths(plain))
