@@ -108,8 +108,10 @@ def _secure(plan: Plan) -> SecureRequest | None:
         return None
     if secure.value_range is None:
         return SecureRequest()
-    largest = plan.weight_cap or secure.largest_weight or 1.0
-    return SecureRequest.model_construct(value_range=secure.value_range / largest, largest_weight=secure.largest_weight)
+    heaviest = plan.weight_cap or (secure.largest_weight if plan.weighting == "examples" else None) or 1.0
+    return SecureRequest.model_construct(
+        value_range=secure.value_range / heaviest, largest_weight=secure.largest_weight
+    )
 
 
 def check_combination(record: RunRecord, strategy: Strategy, model: "torch.nn.Module") -> None:

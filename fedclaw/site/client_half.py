@@ -139,7 +139,7 @@ def personal_parameters(site: Site, plan: Plan, parameters: Arrays) -> Arrays:
 
     Raises Refusal.
     """
-    strategy = _checked(site, plan)
+    strategy = _checked(plan, site.shell(plan.model))
     whole = strategy.personal_model
     found = site.states.find(plan.federation, plan.run) if whole or plan.personal else None
     mine = found.after.get(PERSONAL, {}) if found else {}
@@ -184,21 +184,22 @@ def check_terms(site: Site, plan: Plan) -> type[Strategy]:
     A server asks the same of a run that it makes (`fedclaw.federation.combinations`); here it is what a guarantee rests
     on, since nobody knows what a server has asked itself.
     """
-    strategy = _checked(site, plan)
-    if reason := refusal(Terms.of_plan(plan), strategy, site.shell(plan.model)):
+    shell = site.shell(plan.model)
+    strategy = _checked(plan, shell)
+    if reason := refusal(Terms.of_plan(plan), strategy, shell):
         raise Refusal(RefusalCode.STRATEGY, f"strategy {plan.strategy!r} {reason}")
     return type(strategy)
 
 
-def _checked(site: Site, plan: Plan) -> Strategy:
-    """The plan's strategy, after it has looked at its fields and at what is to stay here. Raises Refusal."""
+def _checked(plan: Plan, shell: torch.nn.Module) -> Strategy:
+    """The plan's strategy, after it has looked at its fields and at what of `shell` is to stay here. Raises Refusal."""
     try:
         strategy = strategy_of(plan)
     except (PluginError, UsageError) as error:
         raise Refusal(RefusalCode.STRATEGY, str(error)) from error
     except (KeyError, ValueError) as error:
         raise Refusal(RefusalCode.STRATEGY, f"the fields of strategy {plan.strategy!r} are wrong: {error}") from error
-    own = strategy.personal(site.shell(plan.model))
+    own = strategy.personal(shell)
     if own != frozenset(plan.personal):
         stays, called = listed(tuple(sorted(own)), "nothing"), listed(plan.personal, "nothing")
         raise Refusal(
