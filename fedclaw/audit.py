@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, require_paths, run_main, split
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.federation.early_checks import check_early
 from fedclaw.federation.run_directory import RoundRules
@@ -69,6 +69,8 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     if line.words:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
     settings = compose_settings("audit", line.overrides, Settings)
+    for site in settings.sites or ():
+        require_paths(sites=site)
     run = _run_settings(settings)
     check_early(run, None, RoundRules(minimum=1))
     with startup.loading("torch, Opacus and Flower"):

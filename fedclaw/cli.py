@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -78,6 +79,27 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
     return checked
 
 
+def require_paths(**paths: Path | None) -> None:
+    """Raise UsageError for a file or directory that was named on the command line and is not there; None: not named."""
+    for name, path in paths.items():
+        if path is not None and not path.expanduser().exists():
+            raise UsageError(f"{name}={path}: no such file or directory")
+
+
+@contextmanager
+def naming(**paths: Path | None) -> Iterator[None]:
+    """While what was named on the command line is opened: an error is a wrong use if that is not there at all.
+
+    It keeps its words, which say what to do. None: not named.
+    """
+    try:
+        yield
+    except FedClawError as error:
+        if any(path is not None and not path.expanduser().exists() for path in paths.values()):
+            error.exit_code = UsageError.exit_code
+        raise
+
+
 def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run an entry point and exit: help for --help, one line on stderr for whatever goes wrong."""
     arguments = sys.argv[1:]
@@ -139,9 +161,10 @@ def report_failure(module: str, error: BaseException, console: Console) -> int:
     if not isinstance(error, FedClawError):
         log.debug("%s", type(error).__name__, exc_info=error)
     console.print(f"{module}: {line}", style="bold red", markup=False)
-    if isinstance(error, UsageError):
+    code = error.exit_code if isinstance(error, FedClawError) else 1
+    if code == UsageError.exit_code:
         console.print(f"see {startup.see_help(module)}", style="dim", markup=False)
-    return error.exit_code if isinstance(error, FedClawError) else 1
+    return code
 
 
 def describe_failure(error: BaseException) -> str:

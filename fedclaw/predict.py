@@ -34,7 +34,7 @@ from pydantic import Field
 from rich.markup import escape
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
@@ -82,8 +82,10 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"output={settings.output}: predictions are written as CSV, name a file that ends in .csv")
     if settings.output is not None and _same(settings.output, settings.input):
         raise UsageError(f"output={settings.output}: this is the input; name another file")
-    trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
-    predictor = Predictor.open(settings.bundle, trust)
+    require_paths(input=settings.input, constants=settings.constants)
+    with naming(bundle=settings.bundle, federation=settings.federation):
+        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
+        predictor = Predictor.open(settings.bundle, trust)
     if settings.constants is not None:
         predictor.use_constants(settings.constants)
     predictor.read_as(settings.written)

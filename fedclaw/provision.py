@@ -36,7 +36,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.report.console import make_console
@@ -93,9 +93,20 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     settings = compose_settings("provision", line.overrides, Settings)
     _check_keys(word, command, {override.lstrip("+").partition("=")[0] for override in line.overrides})
     try:
-        command.run(settings, console or make_console())
+        with naming(**_read_by(word, settings)):
+            command.run(settings, console or make_console())
     except OSError as error:
         raise ProvisionError(f"{error.filename or word}: {error.strerror}") from error
+
+
+def _read_by(word: str, settings: Settings) -> dict[str, Path | None]:
+    """What the command reads, by its key: init and request make their directories, and revoke's site is a name."""
+    paths = {"descriptor": settings.descriptor, "request": settings.request, "certificate": settings.certificate}
+    if word != "init":
+        paths["federation"] = settings.federation
+    if word not in {"request", "revoke"} and settings.site is not None:
+        paths["site"] = Path(settings.site)
+    return paths
 
 
 def _check_keys(word: str, command: _Command, given: set[str]) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.federation.early_checks import check_early, run_name
 from fedclaw.federation.listening import ListenAddress
@@ -68,7 +68,8 @@ def main(arguments: Sequence[str]) -> None:
     if line.words:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
     settings = compose_settings("server", line.overrides, ServerSettings)
-    home = FederationHome.open(settings.federation)
+    with naming(federation=settings.federation):
+        home = FederationHome.open(settings.federation)
     if settings.app is not None:
         serve_app(settings, home, settings.app)
         return

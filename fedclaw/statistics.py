@@ -38,7 +38,7 @@ from pydantic import Field, field_validator
 from rich.console import Console
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.errors import DataError, RoundError, UsageError
 from fedclaw.federation.listening import ListenAddress
 from fedclaw.federation.run_directory import RUN_NAME, schema_digest
@@ -104,7 +104,8 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     if line.words:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
     settings = compose_settings("statistics", line.overrides, StatisticsSettings)
-    home = FederationHome.open(settings.federation)
+    with naming(federation=settings.federation):
+        home = FederationHome.open(settings.federation)
     schema = read_schema(settings.workload)
     run = settings.run or f"statistics-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     out = settings.out or settings.runs / run / "statistics.json"

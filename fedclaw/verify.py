@@ -23,7 +23,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.trust import load_trust
@@ -48,8 +48,10 @@ def main(arguments: Sequence[str]) -> None:
     named = [Path(word) for word in command.words] + ([settings.bundle] if settings.bundle else [])
     if len(named) != 1:
         raise UsageError("name one bundle: python -m fedclaw.verify BUNDLE")
-    trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
-    report(verify_bundle(named[0], trust), make_console())
+    with naming(bundle=named[0], federation=settings.federation):
+        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
+        verified = verify_bundle(named[0], trust)
+    report(verified, make_console())
 
 
 def report(verified: Verified, console: Console) -> None:

@@ -41,7 +41,7 @@ def one_line(done, code, *words):
 
 def test_mistakes_at_the_server(tmp_path):
     one_line(run_module("fedclaw.server"), 2, "federation")
-    one_line(run_module("fedclaw.server", f"federation={tmp_path / 'nowhere'}"), 1, "nowhere")
+    one_line(run_module("fedclaw.server", f"federation={tmp_path / 'nowhere'}"), 2, "nowhere")
     one_line(run_module("fedclaw.server", "federation=x", "strategy=fedbest"), 2, "fedbest")
     one_line(run_module("fedclaw.server", "federation=x", "rounds=many"), 2, "rounds", "'many'")
     one_line(run_module("fedclaw.server", "federation=x", "training.bath_size=3"), 2, "bath_size")

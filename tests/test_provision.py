@@ -99,7 +99,7 @@ def secret_lines(path: Path) -> list[str]:
         ((), 2, "give one command of init, request"),
         (("init", "--force"), 2, "unknown option --force"),
         (("init", "federation=heart"), 2, "init needs address=... name=..."),
-        (("approve", "federation=nothing", "request=x"), 1, "is not a federation directory"),
+        (("approve", "federation=nothing", "request=x"), 2, "is not a federation directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_code(tmp_path: Path, arguments: tuple[str, ...], code: int, line: str) -> None:

@@ -27,12 +27,13 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.compress.record import require_room
 from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.errors import UsageError
 from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.report.console import make_console
+from fedclaw.security.federation_home import FederationHome
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"unknown command {line.words[0]!r}; arguments are written key=value")
     settings = compose_settings("compress", line.overrides, CompressSettings)
     check_paths(settings)
+    if settings.federation is not None:
+        with naming(federation=settings.federation):
+            FederationHome.open(settings.federation)
     require_room(RunDirectory.open(settings.run), settings.overwrite)
     with startup.loading("torch and the pruning library"):
         from fedclaw.compress.stage import compress

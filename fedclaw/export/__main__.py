@@ -33,7 +33,7 @@ from pydantic import Field
 from rich.console import Console
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
 from fedclaw.compress.record import read_compressed
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.federation.run_directory import RunDirectory
@@ -71,16 +71,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def export(settings: Settings, console: Console) -> None:
     """Export by checked settings; says what it does on `console`."""
-    directory, home = RunDirectory.open(settings.run), FederationHome.open(settings.federation)
+    directory = RunDirectory.open(settings.run)
+    with naming(federation=settings.federation):
+        home = FederationHome.open(settings.federation)
     if home.name != (of := directory.record().federation):
         raise BundleError(
             f"{settings.run} is a run of the federation {of!r}, but {settings.federation} holds the keys of "
             f"{home.name!r}"
         )
-    if settings.inputs is not None and not settings.inputs.exists():
-        raise UsageError(f"inputs={settings.inputs}: no such file")
-    if settings.threshold_data is not None and not settings.threshold_data.exists():
-        raise UsageError(f"threshold_data={settings.threshold_data}: no such file")
+    require_paths(inputs=settings.inputs, threshold_data=settings.threshold_data)
     directory.require_whole()
     if settings.model == "compressed":
         read_compressed(directory)

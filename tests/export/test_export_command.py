@@ -49,7 +49,7 @@ def test_mistakes_get_one_clear_line(command, run, home, tmp_path):
     good = {"run": run, "federation": home.root}
     mistakes = [
         ({"run": tmp_path / "nowhere"}, 2, "is not a run directory"),
-        ({"federation": tmp_path / "nowhere"}, 1, "is not a federation directory"),
+        ({"federation": tmp_path / "nowhere"}, 2, "is not a federation directory"),
         ({"inputs": tmp_path / "missing.csv"}, 2, "missing.csv: no such file"),
         ({"tolerance": "-1"}, 2, "tolerance: Input should be greater than 0"),
         ({"model": "best"}, 2, "model: Input should be 'auto', 'final' or 'compressed'"),

@@ -139,8 +139,8 @@ def test_no_rows_is_an_error(table_bundle, tmp_path):
 
 MISTAKES = [
     (["bundle={b}"], 2, "input= is missing"),
-    (["bundle=nowhere", "input={i}"], 1, "nowhere is not a bundle"),
-    (["bundle={b}", "input=missing.csv"], 1, "missing.csv: no such file"),
+    (["bundle=nowhere", "input={i}"], 2, "nowhere is not a bundle"),
+    (["bundle={b}", "input=missing.csv"], 2, "missing.csv: no such file"),
     (["bundle={b}", "input={i}", "ca=missing.crt"], 2, "ca=missing.crt cannot be read"),
     (["bundle={b}", "input={i}", "output=table.xlsx"], 2, "name a file that ends in .csv"),
     (["bundle={b}", "input={i}", "colour=red"], 2, "colour"),

@@ -43,7 +43,7 @@ def test_checks_a_revocation_list(command, bundle, home):
     [
         ([], 2, "name one bundle"),
         (["a", "b"], 2, "name one bundle"),
-        (["nowhere"], 1, "nowhere is not a bundle: there is no such directory"),
+        (["nowhere"], 2, "nowhere is not a bundle: there is no such directory"),
         (["nowhere", "ca=missing.crt"], 2, "ca=missing.crt cannot be read"),
         (["nowhere", "ca=a", "federation=b"], 2, "not both"),
         (["nowhere", "expired=perhaps"], 2, "expired: Input should be 'accept' or 'refuse'"),
