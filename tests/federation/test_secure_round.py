@@ -1,6 +1,7 @@
 """Secure aggregation under the real loop and the real sites: the exact sum, drop-outs at every stage, and who pays."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -191,6 +192,63 @@ def test_a_site_that_signs_falsely_is_left_out_where_the_server_can_tell(tmp_pat
     (line,) = directory.read_metrics()
     assert line["declined"] == {liar: "unusable"}
     assert (liar in line["answered"]) == (stage == CONSENT), "what it had masked before it lied is in the sum"
+
+
+def put(reply, **changes):
+    """The protocol's part of a reply, written over."""
+    reply.content["secure"] = ConfigRecord({**dict(reply.content.config_records["secure"]), **changes})
+    return reply
+
+
+def noise_like(values):
+    return [os.urandom(len(value)) for value in values]
+
+
+LIES = {
+    "garbage in the place of shares": (SHARES, lambda said: {"sealed": noise_like(said["sealed"])}),
+    "shares for some": (
+        SHARES,
+        lambda said: {name: said[name][:-1] for name in ("receivers", "sealed", "commitments", "signatures")},
+    ),
+    "shares that prove nothing": (SHARES, lambda said: {"key_proof": os.urandom(len(said["key_proof"]))}),
+    "complaints of everybody": (CONFIRM, lambda _said: {"unsigned": ["hospital-north", "hospital-west"]}),
+    "a consent that is none": (CONSENT, lambda _said: {"signature": os.urandom(64)}),
+    "wrong shares": (UNMASK, lambda said: {"seed_shares": [v[:-1] + bytes([v[-1] ^ 1]) for v in said["seed_shares"]]}),
+    "shares in another order": (UNMASK, lambda said: {"seed_shares": said["seed_shares"][::-1]}),
+    "no shares": (UNMASK, lambda _said: {"seed_shares": [], "seed_owners": []}),
+    "another's name": (CONFIRM, lambda _said: {"site": "hospital-north"}),
+}
+
+
+@pytest.mark.parametrize(("stage", "lie"), LIES.values(), ids=LIES)
+def test_a_site_that_lies_in_a_stage_is_named_alone_and_the_round_goes_on(
+    tmp_path, record, sites, stage, lie, caplog: pytest.LogCaptureFixture
+):
+    liar = "hospital-east"
+    honest = sites[liar].answer
+
+    def answer(message):
+        reply = honest(message)
+        if message.metadata.message_type != stage or reply.has_error():
+            return reply
+        return put(reply, **lie(dict(reply.content.config_records["secure"])))
+
+    sites[liar].answer = answer
+    outcome = run(tmp_path / "run", secure(record), sites)
+    (line,) = outcome.directory.read_metrics()
+    assert line["declined"] == {liar: "unusable"}
+    (told,) = {text for text in caplog.messages if "declined" in text}
+    site, _, reason = told.partition(" declined (unusable): ")
+    assert site.endswith(liar)
+    assert liar in reason
+    paid = {name: flaky.site.ledger.rounds("run-1") for name, flaky in sites.items()}
+    before = stage in (SHARES, CONFIRM)
+    assert paid == {name: 0 if before and name == liar else 1 for name in sites}, "and nobody trained twice"
+    assert (liar in line["answered"]) is not before, "what it had masked before it lied is in the sum"
+    others = {key: flaky for key, flaky in sites.items() if key != liar or not before}
+    expected = run(tmp_path / "plain", record.model_copy(update={"run": "plain"}), others)
+    for key, array in expected.parameters.items():
+        np.testing.assert_allclose(outcome.parameters[key], array, rtol=0, atol=2e-6)
 
 
 class CriesGarbage(LocalGrid):
