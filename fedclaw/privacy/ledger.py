@@ -131,6 +131,26 @@ class Ledger:
             raise
         return ledger
 
+    @classmethod
+    def copied(cls, path: Path, data_set: str, fingerprint: str | None = None) -> Self:
+        """The ledger at `path` as it is now, in memory: what is charged to it is charged to the copy alone.
+
+        Raises LedgerError as `open` does.
+        """
+        connection = sqlite3.connect(_MEMORY, isolation_level=None, check_same_thread=False)
+        ledger = cls(connection, path, data_set, fingerprint)
+        try:
+            with closing(connect_to_read(path)) as disk:
+                disk.backup(connection)
+            ledger.verify()
+            ledger._compare_content()
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise LedgerError(f"privacy ledger {path}: {error}") from error
+            raise
+        return ledger
+
     @property
     def data_set(self) -> str:
         """The data set that this one is charged for."""

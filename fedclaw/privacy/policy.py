@@ -33,6 +33,10 @@ MAX_PRIVATE_STEPS = 1_000_000
 """Most steps of a private run in all its rounds, whatever a policy allows: the noise is calibrated for all of them
 together before the first, and what that takes grows with their number (seconds at this one)."""
 
+DEFAULT_DELTA = 1e-5
+"""The delta that a policy allows, and that a server asks for, unless told otherwise: below one over the examples of any
+site of up to 100,000. A test holds conf/ to it."""
+
 DataSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/test)?$")]
 
 
@@ -41,7 +45,7 @@ class DataSetBudget(Frozen):
 
     epsilon: float | None = Field(gt=0)
     """null: no limit."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: float = Field(default=DEFAULT_DELTA, gt=0, lt=1)
 
 
 class StatisticsAllowance(Frozen):
@@ -81,7 +85,7 @@ class Policy(Frozen):
     in yesterday's too, and a changed byte must not give their budget back. The ledger notes the SHA-256 of the content
     with each charge, so that an auditor sees when it changed. Data on other people gets another name, which is the
     operator's decision and responsibility; the very same content under another name is refused."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: float = Field(default=DEFAULT_DELTA, gt=0, lt=1)
     """The delta of the budget, and the largest delta that a run may ask for. Keep it well below 1 / examples."""
     budgets: dict[DataSetName, DataSetBudget] = {}
     """Budgets of single data sets by name, in place of `epsilon` and `delta`, both together; NAME/test is NAME's

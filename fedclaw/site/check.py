@@ -13,6 +13,7 @@ from fedclaw.errors import FedClawError, UsageError
 from fedclaw.federation.plan import Refusal
 from fedclaw.federation.registry import STRATEGIES, WORKLOADS, installed
 from fedclaw.privacy.history import Budget, Index
+from fedclaw.privacy.ledger import Ledger
 from fedclaw.privacy.policy import TEST, Policy
 from fedclaw.privacy.policy_sentences import sentences
 from fedclaw.privacy.spending import DataSetSpending
@@ -49,7 +50,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Checked:
-    """A site as `examine` found it. `service` has a ledger in memory; `books` are None before the first charge."""
+    """A site as `examine` found it. `service` has a copy of the ledger; `books` are None before the first charge."""
 
     settings: SiteSettings
     findings: Findings
@@ -159,7 +160,7 @@ def _books(root: Path, settings: SiteSettings, service: SiteService, findings: F
         check_books(books)
         findings.warnings += losses(books.index)
         spent = {item.name: item for item in books.spending().data_sets}
-        findings.attempt(lambda: _content(books.index, settings, service, findings))
+        findings.attempt(lambda: _copy(root, books.index, service, findings))
     elif outbound_file(root).exists():
         with OutboundLog(outbound_file(root), read_only=True) as outbound:
             # The ledger may have been removed; then what left tells that it was there.
@@ -187,14 +188,17 @@ def _spent(item: DataSetSpending, *, served: bool) -> str:
     )
 
 
-def _content(index: Index, settings: SiteSettings, service: SiteService, findings: Findings) -> None:
-    name, content = settings.data_set, service.data.fingerprint
+def _copy(root: Path, index: Index, service: SiteService, findings: Findings) -> None:
+    """Give the service a copy of the site's ledger. Raises what the client would that opens it."""
+    name, content = service.ledger.data_set, service.data.fingerprint
     owner = index.owners.get(content, name)
     if owner != name:
         raise UsageError(
             f"the training data has been charged as the data set {owner!r}, so its budget cannot begin again as "
             f"{name!r}; write data.name: {owner} into site.yaml"
         )
+    service.ledger.close()
+    service.ledger = Ledger.copied(ledger_file(root), name, content)
     if index.contents.get(name, content) != content:
         findings.facts.append(f"data set {name}: its content has changed since it was last charged; the budget goes on")
 

@@ -17,7 +17,7 @@ from fedclaw.federation.secure_exchange import STAGES
 from fedclaw.federation.statistics_request import REQUEST, STATISTICS, StatisticsRequest
 from fedclaw.frozen import explain
 from fedclaw.privacy.policy_checks import check_request
-from fedclaw.site.charging import ABOUT, CHARGE, RUN, Asking
+from fedclaw.site.charging import ABOUT, CHARGE, RUN, Asking, Charge
 from fedclaw.site.data import check_constants
 from fedclaw.site.evaluation import answer_evaluation
 from fedclaw.site.noised_metrics import charged_ledger
@@ -25,7 +25,7 @@ from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.secure import SecureIdentity, answer_masked, answer_stage, masking
 from fedclaw.site.site import Site
 from fedclaw.site.statistics import answer_statistics, request_of
-from fedclaw.site.training_task import answer_training
+from fedclaw.site.training_task import answer_training, begun
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,17 @@ class SiteService(Site):
         else:
             raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
         return _about(answer, plan.run)
+
+    def begin(self, message: Message) -> Charge:
+        """Do all that comes before training when `message` asks for it, the charge included, and no more.
+
+        For a site whose ledger is a copy: what would happen if a server asked. Raises the Refusal that it would get.
+        """
+        plan = _plan_of(message)
+        self._check(plan)
+        check_constants(self, plan.preprocessing)
+        with begun(self, plan, message.content, Asking(message)) as ready:
+            return ready.charge
 
     def _train(self, plan: Plan, message: Message) -> RecordDict:
         asking = Asking(message)

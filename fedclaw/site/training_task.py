@@ -1,6 +1,7 @@
 """How a site answers a request to train: policy, reservation, one round of local steps, the update and its receipt."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode
 from fedclaw.federation.receipts import is_sampled
 from fedclaw.federation.strategy import PERSONAL
 from fedclaw.federation.update import SiteContext, Update
+from fedclaw.privacy.ledger import Reservation
 from fedclaw.privacy.policy_checks import check_plan
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
 from fedclaw.site.charging import (
@@ -71,8 +73,22 @@ def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
     }
 
 
-def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> LocalUpdate:
-    """Train as `plan` asks, under a reservation for `asking`. Raises Refusal before anything is paid for."""
+@dataclass(frozen=True)
+class Begun:
+    """A round of training that nothing keeps from beginning: checked, ready, and paid for."""
+
+    half: ClientHalf
+    start: Arrays
+    model: torch.nn.Module
+    charge: Charge
+    loss: Loss
+    steps: StepTaker
+    reservation: Reservation
+
+
+@contextmanager
+def begun(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> Iterator[Begun]:
+    """All that comes before the first step, the charge last. Raises Refusal before anything is paid for."""
     sent = sent_arrays(content, ARRAYS)
     size, examples = sum(array.size for array in sent.values()), len(site.data.train)
     check_plan(site.policy, plan, examples=examples, parameters=size)
@@ -83,7 +99,7 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
     set_threads(size)
     charge = charge_of(site, plan)
     _prepare(site, plan, charge, asking)
-    loss, count = _loss(site, plan, content), plan.training.local_steps(examples)
+    loss = _loss(site, plan, content)
     with _steps(site, plan, charge, model, loss) as steps:
         reservation = reserve(
             site,
@@ -94,6 +110,22 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
             mechanism=charge.mechanism,
             remaining=remaining_of(site.policy, plan),
         )
+        yield Begun(half, start, model, charge, loss, steps, reservation)
+
+
+def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> LocalUpdate:
+    """Train as `plan` asks, under a reservation for `asking`. Raises Refusal before anything is paid for."""
+    with begun(site, plan, content, asking) as ready:
+        examples = len(site.data.train)
+        half, start, model, charge, loss, steps = (
+            ready.half,
+            ready.start,
+            ready.model,
+            ready.charge,
+            ready.loss,
+            ready.steps,
+        )
+        count = plan.training.local_steps(examples)
         _run_steps(site, plan, charge, steps, model, half.correction(model, count))
     delta = (
         _step_taken(steps, model, plan)
@@ -104,10 +136,10 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
     personal = _personal(site, plan, half, model, start, loss)
     whole = Update({**finished.delta, **finished.extras}, 1.0, examples)
     update = postprocess.at_site(whole, plan, SiteContext(site.source, half.before))
-    half.remember(finished, personal, update.state, reservation.hash)
+    half.remember(finished, personal, update.state, ready.reservation.hash)
     receipt = receipt_of(site, plan, charge)
     log_spending(plan, receipt)
-    return LocalUpdate(update, receipt, reservation.hash)
+    return LocalUpdate(update, receipt, ready.reservation.hash)
 
 
 def _prepare(site: Site, plan: Plan, charge: Charge, asking: Asking) -> None:

@@ -23,9 +23,11 @@ def test_two_rounds_of_which_only_one_can_be_paid(asker, site):
     """The issue's case: most is spent, and a run asks for more than is left."""
     assert not asker.ask(run="before", rounds=1, privacy=greedy(5.5)).has_error()
     spent = site.ledger.spent(1e-3)
-    refused(asker.ask(run="two", rounds=2, privacy=greedy(5)))
+    refused(asker.ask(run="two", rounds=2, privacy=greedy(3.5)))
     assert site.ledger.spent(1e-3) == spent
-    assert not asker.ask(run="small", rounds=2, privacy=greedy(0.5)).has_error()
+    site.policy = site.policy.model_copy(update={"allow_part_of_a_run": True})
+    assert not asker.ask(run="two", rounds=2, privacy=greedy(3.5)).has_error(), "the first of them can be paid"
+    refused(asker.ask(run="two", round=2, rounds=2, privacy=greedy(3.5)))
 
 
 def test_two_runs_that_together_are_too_much(asker, root):

@@ -5,15 +5,19 @@ import socket
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from fedclaw import client
 from fedclaw.errors import DataError, FedClawError, LedgerError, ProvisionError, UsageError
-from fedclaw.federation.plan import PrivacyRequest
+from fedclaw.federation.exchange import Outgoing, question
+from fedclaw.federation.plan import PrivacyRequest, RefusalCode
+from fedclaw.federation.registry import strategy_class
 from fedclaw.privacy.policy import Policy
 from fedclaw.privacy.policy_sentences import sentences
 from fedclaw.security import pki, provisioning
+from fedclaw.site.settings import load_site_settings
 from tests.conftest import run_module
 from tests.site.conftest import Asker
 
@@ -242,12 +246,107 @@ def test_what_a_run_would_cost_is_what_it_then_costs(root, said):
     spent = asker.site.ledger.spent(1e-3)
     asker.site.ledger.close()
     assert f"epsilon {spent:.3f} would be spent on the data set in all, and {6 - spent:.3f} would be left" in text
-    more = said("epsilon=5.5", "rounds=4", "epochs=1", "batch_size=16", "cohort=3")
-    (most,) = re.findall(r"accepted for (\d) of its 4 rounds; then the budget is not enough", more)
-    asker = Asker(root)
+    question = ("epsilon=5.5", "rounds=4", "epochs=1", "batch_size=16", "cohort=3")
     greedy = {"run": "greedy", "privacy": PrivacyRequest(epsilon=5.5, delta=1e-3, max_grad_norm=1)}
+    refusal = said(*question)
+    assert "Such a run would be refused: privacy budget" in refusal
+    assert "the whole run, 4 round(s) from here" in refusal, "to its operator the site says why"
+    asker = Asker(root)
+    assert RefusalCode(asker.ask(identity="greedy", **greedy).error.code) is RefusalCode.BUDGET
+    asker.site.ledger.close()
+    change(root, allow_part_of_a_run=True)
+    (most,) = re.findall(r"accepted for (\d) of its 4 rounds; then the budget is not enough", said(*question))
+    asker = Asker(root)
     taken = [not asker.ask(round=number, identity=f"greedy-{number}", **greedy).has_error() for number in range(1, 5)]
     assert sum(taken) == int(most) > 0
+
+
+def allow(root, *strategies):
+    change(root, strategies=["fedavg", *strategies])
+
+
+def test_content_that_was_charged_under_another_name_lets_no_run_in(root, said):
+    asker = Asker(root)
+    asker.ask()
+    asker.site.ledger.close()
+    rename(root, "ward-9")
+    text = said("epsilon=1")
+    assert "Such a run would be refused: the client does not start" in text
+    assert "accepted" not in text
+
+
+def test_a_combination_that_the_site_refuses_is_refused_when_asked_about(root, said):
+    allow(root, "qfedavg", "scaffold", "fedper", "ditto")
+    assert "would be refused: strategy 'qfedavg'" in said("epsilon=1", "strategy_name=qfedavg")
+    assert "would be accepted" in said("epsilon=1", "strategy_name=scaffold"), "what a server would tell is made up"
+    asker = Asker(root)
+    for name in ("fedavg", "scaffold", "qfedavg", "ditto"):
+        said_so = "would be accepted" in said("epsilon=1", f"strategy_name={name}", "cohort=3", "rounds=4")
+        assert said_so == takes(asker, name), name
+
+
+def takes(asker, name):
+    """Whether the site takes part when a server asks for that strategy."""
+    strategy = strategy_class(name)()
+    model = {"fields": dict(strategy.client_fields()), "settings": strategy.model_dump(mode="json")}
+    plan = asker.plan.model_copy(
+        update={
+            "run": name,
+            "strategy": name,
+            "strategy_fields": model["fields"],
+            "strategy_settings": model["settings"],
+            "privacy": PrivacyRequest(epsilon=1, delta=1e-3, max_grad_norm=1),
+        }
+    )
+    zeros = {key: np.zeros_like(value) for key, value in asker.parameters.items()}
+    told = dict.fromkeys(strategy.told, zeros)
+    return not asker.ask(content=question(plan, Outgoing(asker.parameters, sent=told))).has_error()
+
+
+def test_an_unfinished_run_is_counted_when_another_is_asked_about(root, said):
+    asker = Asker(root)
+    asker.ask(privacy=PrivacyRequest(epsilon=5, delta=1e-3, max_grad_norm=1))
+    asker.site.ledger.close()
+    before = files(root)
+    assert "beside 1 unfinished run" in said("epsilon=5", "rounds=4")
+    assert "would be accepted" in said("epsilon=0.5", "rounds=4")
+    assert files(root) == before
+
+
+def test_a_round_too_many_a_day_is_told(root, said):
+    change(root, rounds_per_day=1)
+    asker = Asker(root)
+    asker.ask()
+    asker.site.ledger.close()
+    assert "Such a run would be refused: asked too often" in said("epsilon=1")
+
+
+def test_the_delta_that_a_server_asks_for_is_told_where_it_is_another(root, said):
+    assert "asks for 1e-05." in said("epsilon=1")
+    assert "asks for" not in said("epsilon=1", "delta=1e-5")
+    change(root, delta=1e-6)
+    assert "asks for 1e-05, which is refused here." in said("epsilon=1")
+
+
+def test_defaults_do_not_refuse_each_other(root, said):
+    """A policy of the three lines that have to be written, and a server that is told nothing."""
+    site = yaml.safe_load((root / "site.yaml").read_text())
+    site["policy"] = {"workloads": ["tabular"], "strategies": ["fedavg"], "epsilon": 8.0}
+    (root / "site.yaml").write_text(yaml.safe_dump(site))
+    conf = Path(client.__file__).parents[1] / "conf"
+    asked = {name: yaml.safe_load((conf / f"{name}.yaml").read_text()) for name in CONFIGURED}
+    policy = load_site_settings(root).policy
+    for name, values in asked.items():
+        assert float(values["delta"]) <= policy.delta, name
+        assert float(values["epsilon"]) <= policy.epsilon, name
+    privacy = PrivacyRequest(**asked["privacy/dp"])
+    assert "would be accepted" in said(f"epsilon={privacy.epsilon}", "rounds=20")
+    assert "would be accepted" in said(f"epsilon={privacy.epsilon}", f"delta={privacy.delta}", "rounds=20")
+    asker = Asker(root)
+    assert not asker.ask(rounds=20, privacy=privacy).has_error()
+
+
+CONFIGURED = ("privacy/dp", "central/example", "central/site", "statistics")
 
 
 def test_a_run_is_refused_as_it_would_be(root, said):
