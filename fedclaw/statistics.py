@@ -15,6 +15,10 @@ before anything leaves it, scaled by the bounds that the schema declares (range:
   secure           none: each site adds all the noise that it needs by itself, and trusts nobody; secagg: their sum
                    alone is seen, with noise that all of them add together, so that it has far less of it. Set
                    secure.largest_weight to a number of training examples that no site exceeds
+  scores           a run's directory, RUNS/NAME: in place of columns and labels, how its model of two classes scores
+                   the training rows, by label (scores_bins of them); a policy has to say statistics: {scores: true}.
+                   export threshold_statistics=FILE then chooses the threshold of its answers by it
+  scores_model     final or compressed: which of that run's models
   run              the name that sites charge it to; with the same again, asked of as many, no site pays twice
   out              the file to write; null: RUNS/RUN/statistics.json
 
@@ -30,9 +34,10 @@ if __name__ == "__main__":
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from rich.console import Console
@@ -44,11 +49,15 @@ from fedclaw.federation.listening import ListenAddress
 from fedclaw.federation.run_directory import RUN_NAME, schema_digest
 from fedclaw.federation.settings import SecureRequest, WorkloadChoice
 from fedclaw.frozen import Frozen, check_settings
-from fedclaw.privacy.statistics import MAX_BINS
+from fedclaw.privacy.statistics import MAX_BINS, MAX_SCORE_BINS
 from fedclaw.report.console import make_console
 from fedclaw.runtime.grpc.limits import Limits
 from fedclaw.security.federation_home import FederationHome
 from fedclaw.workload import Schema
+
+if TYPE_CHECKING:
+    from fedclaw.federation.arrays import Arrays
+    from fedclaw.federation.statistics_request import ScoreQuestion
 
 log = logging.getLogger("fedclaw.statistics")
 
@@ -74,6 +83,9 @@ class StatisticsSettings(Frozen):
     labels: bool = True
     bins: int = Field(default=64, ge=0, le=MAX_BINS)
     quantiles: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    scores: Path | None = None
+    scores_model: Literal["final", "compressed"] = "final"
+    scores_bins: int = Field(default=33, ge=3, le=MAX_SCORE_BINS)
     secure: SecureRequest | None = None
     runs: Path = Path("runs")
     run: str | None = None
@@ -111,12 +123,55 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     out = settings.out or settings.runs / run / "statistics.json"
     if out.exists():
         raise UsageError(f"{out} exists already; choose another run= or out=")
+    if settings.scores is not None:
+        if settings.secure is not None:
+            raise UsageError("scores= is asked for openly, with each site's own noise: leave secure= out")
+        _check_scored(settings, home, schema)
+        serve(settings, home, schema, (), run, out, console or make_console())
+        return
     try:
         columns = settings.columns or tuple(column.name for column in schema.statistic_columns())
         design_of(schema, columns, settings.labels, settings.bins)
     except DataError as error:
         raise UsageError(f"{settings.workload.schema_file}: {error}") from error
     serve(settings, home, schema, columns, run, out, console or make_console())
+
+
+def _check_scored(settings: StatisticsSettings, home: FederationHome, schema: Schema) -> None:
+    """Raise UsageError for a run whose model cannot be asked about, before anything heavy is loaded."""
+    from fedclaw.federation.run_directory import RunDirectory
+
+    assert settings.scores is not None
+    record = RunDirectory.open(settings.scores).record()
+    if record.federation != home.name or record.schema_text != schema.to_json():
+        raise UsageError(f"scores={settings.scores}: a run of another federation, or with another schema")
+    if len(schema.labels) != 2:
+        raise UsageError(f"scores= is for two classes, and the schema has {len(schema.labels)}")
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The model whose scores are asked for."""
+
+    question: "ScoreQuestion"
+    parameters: "Arrays"
+
+
+def _scored(settings: StatisticsSettings) -> _Scored | None:
+    if settings.scores is None:
+        return None
+    from fedclaw.compress.record import read_compressed
+    from fedclaw.federation.run_directory import RunDirectory
+    from fedclaw.federation.statistics_request import ScoreQuestion
+
+    directory = RunDirectory.open(settings.scores)
+    directory.require_whole()
+    record = directory.record()
+    spec, parameters = record.model, directory.read_model()
+    if settings.scores_model == "compressed":
+        compression, parameters = read_compressed(directory)
+        spec = compression.model
+    return _Scored(ScoreQuestion(model=spec, bins=settings.scores_bins, preprocessing=record.preprocessing), parameters)
 
 
 def serve(
@@ -136,6 +191,8 @@ def serve(
         from fedclaw.report.statistics_tables import statistics_tables
         from fedclaw.runtime.flower import assume_server_identity, number_of
         from fedclaw.runtime.grpc import GrpcGrid
+
+        scored = _scored(settings)
     startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")
     run_id = number_of(run)
     assume_server_identity(run_id)
@@ -161,8 +218,9 @@ def serve(
                 "workload": settings.workload.name,
                 "schema_digest": schema_digest(schema.to_json()),
                 "columns": columns,
-                "labels": settings.labels,
-                "bins": settings.bins,
+                "labels": settings.labels and scored is None,
+                "bins": 0 if scored else settings.bins,
+                "scores": scored.question if scored else None,
                 "epsilon": settings.epsilon,
                 "delta": settings.delta,
             },
@@ -172,7 +230,10 @@ def serve(
             design = design_of(schema, columns, settings.labels, settings.bins)
             request = with_session(request, names, settings.secure, design.dimension, sites.minimum)
         release = release_statistics(
-            grid, nodes, schema, request, settings.quantiles, minimum=sites.minimum, deadline=sites.deadline
+            *(grid, nodes, schema, request, settings.quantiles),
+            minimum=sites.minimum,
+            deadline=sites.deadline,
+            parameters=scored.parameters if scored else None,
         )
     write_release(out, release)
     for table in statistics_tables(release):

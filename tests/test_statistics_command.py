@@ -5,15 +5,21 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from experiments.processes import free_port
 from fedclaw import statistics as command
 from fedclaw.errors import FedClawError
+from fedclaw.federation.plan import ModelSpec
+from fedclaw.federation.registry import schema_class
+from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
 from fedclaw.security import provisioning
 from fedclaw.site.books import check_site, site_spending
 from tests.conftest import FEDERATION, Command, Deployment, run_module
 from tests.made_tables import make_sites
+from tests.samples import receipt, run_record
 
 
 @pytest.fixture
@@ -77,6 +83,70 @@ def test_statistics_are_made_charged_once_and_used(deployed: Deployment) -> None
         (data_set,) = site_spending(site).data_sets
         spent = {run.run: (run.charges, run.open) for run in data_set.runs}
         assert spent == {"first": (1, 0), "masked": (1, 0), "test": (1, 0)}
+
+
+def trained(deployed: Deployment) -> RunDirectory:
+    """A finished run of a logistic model, made without training, of the deployed sites' schema and federation."""
+    schema = schema_class("tabular").parse(deployed.schema.read_text(), "schema.yaml")
+    record = run_record(
+        run="run-1",
+        federation=FEDERATION,
+        schema_text=schema.to_json(),
+        preprocessing=schema.shared_constants({}),
+        model=ModelSpec(name="binary_logistic"),
+    )
+    directory = RunDirectory.create(deployed.runs / "run-1", record)
+    # Dose decides, and half of its weight is lost in the bias: at one half hardly anybody is called positive.
+    weights = np.zeros((1, *schema.input_shape), np.float32)
+    weights[0, 0] = 20
+    directory.write_model({"head.weight": weights, "head.bias": np.full(1, -6, np.float32)})
+    directory.append_metrics(2, {"metrics": {"accuracy": 0.5}, "test_examples": 400})
+    directory.write_receipts({name: SiteReceipt(examples=200, receipt=receipt()) for name in ("east", "north")})
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_scores_of_the_training_rows_choose_the_threshold_that_a_bundle_carries(deployed: Deployment) -> None:
+    for directory in deployed.sites:
+        site = yaml.safe_load((directory / "site.yaml").read_text())
+        site["policy"]["statistics"] = {"epsilon": 2, "scores": True}
+        (directory / "site.yaml").write_text(yaml.safe_dump(site))
+    run = trained(deployed)
+    clients = [deployed.client(index) for index in range(2)]
+    done = statistics(deployed, f"scores={run.root}")
+    assert done.code == 0, done.errors
+    assert "Cost by site" in done.output
+    path = deployed.runs / "first" / "statistics.json"
+    exported = run_module(
+        "fedclaw.export", f"run={run.root}", f"federation={deployed.federation}", f"threshold_statistics={path}"
+    )
+    assert exported.code == 0, exported.errors
+    decision = json.loads((run.root / "bundle" / "bundle.json").read_text())["decision"]
+    assert decision["chosen_on"] == "training data, by statistics"
+    assert decision["threshold"] < 0.45
+    assert decision["value"] > decision["value_at_half"] + 0.1
+    private = json.loads((run.root / "bundle" / "privacy.json").read_text())
+    assert private["threshold"] == {"run": "first", "epsilon": 2.0, "delta": 1e-4}
+    assert private["overall"]["epsilon"] == pytest.approx(4.0), "2 of the training and 2 of the scores"
+    for client in clients:
+        assert client.stop() == 143
+    for directory in deployed.sites:
+        check_site(directory)
+        (data_set,) = site_spending(directory).data_sets
+        assert {charged.run: charged.charges for charged in data_set.runs} == {"first": 1}
+
+
+def test_scores_of_what_is_no_such_run(deployed: Deployment) -> None:
+    run = trained(deployed)
+    code, line = refused(deployed, f"scores={run.root}", "secure=secagg", "secure.largest_weight=500")
+    assert code == 2
+    assert "leave secure= out" in line
+    schema = deployed.schema.read_text()
+    code, line = refused(deployed, f"scores={run.root}", schema=schema.replace("15000", "16000"))
+    assert code == 2
+    assert "another federation, or with another schema" in line
+    assert refused(deployed, "scores=nowhere", schema=schema)[0] in {1, 2}
 
 
 def refused(deployed: Deployment, *arguments: str, schema: str | None = None) -> tuple[int, str]:

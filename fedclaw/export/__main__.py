@@ -8,6 +8,8 @@
                 without it, inputs made from the schema
     threshold_data  labelled file of public data (no site's): from which probability on a model of two classes answers
                 the second one is chosen on it, where F1 is largest, and goes into the bundle
+    threshold_statistics  in its place, a statistics.json of python -m fedclaw.statistics scores=runs/NAME, which the
+                sites' ledgers were charged for: the threshold then comes of their training rows
     model       auto | final | compressed   (auto: the compressed one if there is one)
     tolerance   largest difference allowed, 1e-4; of outputs beyond 10 also what float32 allows, 1e-5 of the largest
     output      where to, runs/NAME/bundle; overwrite=true replaces a bundle there
@@ -53,6 +55,7 @@ class Settings(Frozen):
     federation: Path
     inputs: Path | None
     threshold_data: Path | None
+    threshold_statistics: Path | None
     model: Literal["auto", "final", "compressed"]
     tolerance: float = Field(gt=0)
     output: Path | None
@@ -79,7 +82,13 @@ def export(settings: Settings, console: Console) -> None:
             f"{settings.run} is a run of the federation {of!r}, but {settings.federation} holds the keys of "
             f"{home.name!r}"
         )
-    require_paths(inputs=settings.inputs, threshold_data=settings.threshold_data)
+    require_paths(
+        inputs=settings.inputs,
+        threshold_data=settings.threshold_data,
+        threshold_statistics=settings.threshold_statistics,
+    )
+    if settings.threshold_data is not None and settings.threshold_statistics is not None:
+        raise UsageError("threshold_data= and threshold_statistics= are two ways of choosing; give one")
     directory.require_whole()
     if settings.model == "compressed":
         read_compressed(directory)
@@ -88,7 +97,9 @@ def export(settings: Settings, console: Console) -> None:
         from fedclaw.export.card import threshold_in_words
         from fedclaw.export.parity import allowed
         from fedclaw.export.source import load_source
+        from fedclaw.federation.statistics_release import read_release
     startup.next_step("no bundle was written, or it is as it was: give the same command again")
+    scores = None if settings.threshold_statistics is None else read_release(settings.threshold_statistics)
     source = load_source(directory, settings.model)
     inputs = None if settings.inputs is None else source.schema.read_inputs(settings.inputs)
     public = None
@@ -98,7 +109,7 @@ def export(settings: Settings, console: Console) -> None:
                 "threshold_data= needs inputs that are the same everywhere, and the schema standardises by site"
             )
         public = source.schema.read_examples(settings.threshold_data)
-    request = Request(settings.tolerance, inputs, settings.quantise, settings.overwrite, settings.seed, public)
+    request = Request(settings.tolerance, inputs, settings.quantise, settings.overwrite, settings.seed, public, scores)
     target = settings.output or settings.run / "bundle"
     with console.status("exporting") as status:
         verified = export_bundle(

@@ -22,7 +22,9 @@ from fedclaw.export.quantise import quantise
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
-from fedclaw.export.threshold import choose_threshold
+from fedclaw.export.threshold import choose_threshold, threshold_of_release
+from fedclaw.federation.run_directory import ReleaseUse
+from fedclaw.federation.statistics_release import Release
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
 from fedclaw.workload import Floats, Table
 
@@ -53,6 +55,8 @@ class Request:
     seed: int = 0
     public: Table | None = None
     """Labelled examples that no site holds, on which the threshold of a model of two classes is chosen."""
+    scores: Release | None = None
+    """Or the sites' statistics of how the model scores their training rows."""
 
 
 def export_bundle(
@@ -66,7 +70,7 @@ def export_bundle(
     """
     graph.require_exporter()
     _check_target(target, request.overwrite)
-    if request.public is not None and len(source.schema.labels) != 2:
+    if (request.public is not None or request.scores is not None) and len(source.schema.labels) != 2:
         raise BundleError(f"a threshold is for two classes, and the schema has {len(source.schema.labels)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -97,6 +101,8 @@ def _fill(staging: Path, source: Source, signer: Signer, request: Request, progr
         progress("quantising to 8 bits")
         quantised = quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs)
     decision = None if request.public is None else _decision(staging, request.public)
+    if request.scores is not None:
+        decision = threshold_of_release(request.scores, graph.parameters_of(source.model))
     classes = len(source.schema.labels)
     manifest = layout.Manifest(
         federation=source.record.federation,
@@ -118,7 +124,7 @@ def _fill(staging: Path, source: Source, signer: Signer, request: Request, progr
         quantised=quantised,
         decision=decision,
     )
-    _write_texts(staging, source, manifest, signer)
+    _write_texts(staging, source, manifest, signer, request.scores)
 
 
 def _decision(staging: Path, public: Table) -> layout.Decision:
@@ -156,7 +162,9 @@ def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) ->
     return figures
 
 
-def _write_texts(staging: Path, source: Source, manifest: layout.Manifest, signer: Signer) -> None:
+def _write_texts(
+    staging: Path, source: Source, manifest: layout.Manifest, signer: Signer, scores: Release | None = None
+) -> None:
     statement = state(
         source.receipts,
         source.record.privacy,
@@ -164,6 +172,7 @@ def _write_texts(staging: Path, source: Source, manifest: layout.Manifest, signe
         source.data_dependent,
         source.record.central,
         source.record.statistics,
+        ReleaseUse(run=scores.run, epsilon=scores.epsilon, delta=scores.delta) if scores else None,
     )
     authority = signature.parse_certificate(signer.ca_pem, "the federation's CA certificate")
     texts = {
@@ -224,6 +233,8 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _pretty(model: layout.Manifest | PrivacyStatement) -> str:
     plain = model.model_dump(mode="json")
+    if plain.get("threshold", ...) is None:
+        del plain["threshold"]
     if isinstance(model, layout.Manifest):
         # What is not there is not in the manifest: an older reader knows no such fields.
         for fields, name in [

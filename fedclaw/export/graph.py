@@ -139,6 +139,11 @@ def _as_bundle_error(what: str) -> Iterator[None]:
         raise BundleError(f"{what}: {_first_line(error)}") from error
 
 
+def parameters_of(model: nn.Module) -> "dict[str, np.ndarray[Any, np.dtype[np.float32]]]":
+    """The model's parameters by name, as they are sent to sites."""
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+
 def torch_outputs(module: nn.Module, inputs: "np.ndarray[Any, np.dtype[np.float32]]") -> list[Any]:
     """`module`'s two outputs for a batch, as numpy arrays. Raises BundleError when the model fails on it."""
     with torch.no_grad(), _as_bundle_error(f"the model fails on a batch of shape {inputs.shape}"):

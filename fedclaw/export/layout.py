@@ -99,6 +99,8 @@ class Decision(Frozen):
     examples: int = Field(ge=1)
     content: str | None = None
     """SHA-256 of the public file."""
+    release: str | None = None
+    """The name under which sites charged the statistics."""
 
 
 class Manifest(Frozen):

@@ -118,6 +118,8 @@ class PrivacyStatement(Frozen):
     """The noise on the sum that it asked for."""
     statistics: ReleaseUse | None = None
     """The release that the preprocessing constants come from; `overall` counts it."""
+    threshold: ReleaseUse | None = None
+    """The release of the model's scores that the threshold of its answers comes from; `overall` counts it."""
     compression: str
     unit: str = UNIT
     holds_against: str = AGAINST
@@ -141,6 +143,7 @@ def state(
     data_dependent: bool = False,
     central: CentralPrivacy | None = None,
     statistics: ReleaseUse | None = None,
+    threshold: ReleaseUse | None = None,
 ) -> PrivacyStatement:
     """The statement for a model that came out of `runs`.
 
@@ -154,10 +157,10 @@ def state(
     guarantee = _guarantee(len(sites), len(exposed), complete)
     overall = None
     if guarantee == "every site":
-        further = (statistics.epsilon, statistics.delta) if statistics else (0.0, 0.0)
+        further = [release for release in (statistics, threshold) if release is not None]
         overall = Bound(
-            epsilon=max(site.epsilon or 0.0 for site in sites) + further[0],
-            delta=max(site.delta for site in sites) + further[1],
+            epsilon=max(site.epsilon or 0.0 for site in sites) + sum(release.epsilon for release in further),
+            delta=max(site.delta for site in sites) + sum(release.delta for release in further),
         )
     return PrivacyStatement(
         guarantee=guarantee,
@@ -173,6 +176,7 @@ def state(
         requested=requested,
         requested_central=central,
         statistics=statistics,
+        threshold=threshold,
         compression=compression,
     )
 

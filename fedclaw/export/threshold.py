@@ -7,10 +7,16 @@ charged for it, nor the test data, whose metrics would flatter the model afterwa
 Legend: N examples.
 """
 
-import numpy as np
+from collections.abc import Mapping
 
-from fedclaw.errors import BundleError
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.errors import BundleError, DataError
 from fedclaw.export.layout import Decision
+from fedclaw.federation.statistics_release import Release
+from fedclaw.federation.statistics_scores import SCORES, edges, parameters_digest
+from fedclaw.privacy.estimates import ENOUGH
 from fedclaw.workload import Floats, Labels, Table
 
 LEAST_OF_A_CLASS = 5
@@ -39,6 +45,36 @@ def choose_threshold(positive: Floats, table: Table) -> Decision:
         chosen_on="public data",
         examples=len(labels),
         content=table.content,
+    )
+
+
+def threshold_of_release(release: Release, parameters: Mapping[str, NDArray[np.float32]]) -> Decision:
+    """The threshold that a release of a model's scores over the sites' training rows gives: noised counts, no row.
+
+    Raises DataError for a release of something else, BundleError when the noise leaves too little of a class.
+    """
+    scores = release.scores
+    if scores is None:
+        raise DataError("the statistics hold no scores; make them with python -m fedclaw.statistics scores=RUNS/NAME")
+    if scores.model != parameters_digest(parameters):
+        raise DataError("the scores are of another model; make them with scores= this run, and its scores_model=")
+    told = release.statistics.columns[SCORES].levels
+    no, yes = (np.array([told[f"{label}/{number}"].value for number in range(scores.bins)]) for label in scores.labels)
+    error = max(estimate.error for estimate in told.values())
+    least = max(float(LEAST_OF_A_CLASS), ENOUGH * error * float(np.sqrt(scores.bins)))
+    if min(no.sum(), yes.sum()) < least:
+        raise BundleError("the noise of the statistics leaves too little of a class to choose a threshold by")
+    # Above edge k are the bins from k + 1 on.
+    hits, given = (np.cumsum(counts[::-1])[::-1][1:] for counts in (yes, yes + no))
+    values = np.clip(2 * hits / np.maximum(given + yes.sum(), least), 0, 1)
+    best, half = int(np.argmax(values)), int(np.argmin(np.abs(edges(scores.bins))))
+    return Decision(
+        threshold=float(1 / (1 + np.exp(-edges(scores.bins)[best]))),
+        value=float(values[best]),
+        value_at_half=float(values[half]),
+        chosen_on="training data, by statistics",
+        examples=max(1, round(release.statistics.count.value)),
+        release=release.run,
     )
 
 

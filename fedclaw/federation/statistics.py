@@ -16,12 +16,12 @@ from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
 from fedclaw.federation import exchange
-from fedclaw.federation.arrays import unpack
-from fedclaw.federation.exchange import HEADER_BYTES, JSON, SUM, Answers, ask, part, receipt_text
+from fedclaw.federation.arrays import Arrays, pack, unpack
+from fedclaw.federation.exchange import ARRAYS, HEADER_BYTES, JSON, SUM, Answers, ask, part, receipt_text
 from fedclaw.federation.plan import MOST_EXAMPLES
 from fedclaw.federation.secure_exchange import Seats, SecureExchange
 from fedclaw.federation.settings import SecureRequest
-from fedclaw.federation.statistics_release import Release, make_release
+from fedclaw.federation.statistics_release import Release, ScoresOf, make_release
 from fedclaw.federation.statistics_request import (
     REQUEST,
     ROUND,
@@ -29,14 +29,15 @@ from fedclaw.federation.statistics_request import (
     VECTOR,
     StatisticsReceipt,
     StatisticsRequest,
-    design_of,
+    design_for,
     noise_of,
     shares_of,
 )
+from fedclaw.federation.statistics_scores import SCORES, parameters_digest
 from fedclaw.frozen import explain
 from fedclaw.privacy.distributed import WRAP, Shares
-from fedclaw.privacy.estimates import estimate
-from fedclaw.privacy.statistics import Doubles
+from fedclaw.privacy.estimates import Estimate, Statistics, estimate
+from fedclaw.privacy.statistics import Design, Doubles
 from fedclaw.runtime.records import Records
 from fedclaw.workload import Schema
 
@@ -102,16 +103,20 @@ def release_statistics(
     *,
     minimum: int,
     deadline: float,
+    parameters: Arrays | None = None,
 ) -> Release:
     """Ask `nodes` for the statistics that `request` names, within `deadline` seconds, and read their sum.
+
+    `parameters` are those of the model whose scores are asked for.
 
     Raises DataError for a request that the schema does not allow, before anybody is asked, and RoundError if fewer than
     `minimum` sites answer.
     """
-    design = design_of(schema, request.columns, request.labels, request.bins)
+    design = design_for(schema, request)
     collected = Collected(total=np.zeros(design.dimension), asked=request, noise=_noise_of(request))
     if request.secure is None:
-        ask(grid, questions(nodes, request, deadline, design.dimension), deadline, collected)
+        messages = questions(nodes, request, deadline, design.dimension, parameters)
+        ask(grid, messages, deadline, collected)
     else:
         _ask_securely(grid, nodes, request, deadline, collected)
     for declined in collected.declined:
@@ -124,7 +129,22 @@ def release_statistics(
             f"{_OPENLY if request.secure is None else _SECURELY}"
         )
     statistics = estimate(design, collected.total, collected.deviation, probabilities if request.bins else ())
-    return make_release(request, collected.receipts, collected.shares, statistics)
+    scores = None
+    if request.scores is not None:
+        scores = ScoresOf(
+            model=parameters_digest(parameters or {}),
+            bins=request.scores.bins,
+            labels=(schema.labels[0], schema.labels[1]),
+        )
+    return make_release(request, collected.receipts, collected.shares, statistics, scores)
+
+
+def _unclipped(statistics: Statistics, design: Design, total: Doubles) -> Statistics:
+    """With the counts of scores as they came: were those under 0 put back to it, sums of them would be too large."""
+    block, column = design.blocks["levels", SCORES], statistics.columns[SCORES]
+    values = zip(column.levels.items(), total[block.where] / block.weight, strict=True)
+    levels = {name: Estimate(value=float(value), error=told.error) for (name, told), value in values}
+    return statistics.model_copy(update={"columns": {SCORES: column.model_copy(update={"levels": levels})}})
 
 
 def with_session(
@@ -189,13 +209,19 @@ def _ask_securely(
 
 
 def questions(
-    nodes: Sequence[int], request: StatisticsRequest, ttl: float, numbers: int | None = None
+    nodes: Sequence[int],
+    request: StatisticsRequest,
+    ttl: float,
+    numbers: int | None = None,
+    parameters: Arrays | None = None,
 ) -> list[Message]:
     """The same question to each of `nodes`, each with an identity of its own that only the question determines.
 
-    An answer holds so many `numbers`; None: not known.
+    An answer holds so many `numbers`; None: not known. `parameters` are those of the model whose scores are asked for.
     """
     content = _question(request)
+    if parameters is not None:
+        content[ARRAYS] = pack(parameters)
     if numbers is not None:
         content.reply_bytes = HEADER_BYTES + 4 * numbers
     return exchange.questions(nodes, ROUND, STATISTICS, content, ttl)

@@ -40,6 +40,15 @@ class ReleaseMechanism(Frozen):
     """That of the noise in the sum."""
 
 
+class ScoresOf(Frozen):
+    """Whose scores the figures are of."""
+
+    model: str
+    """SHA-256 of the model's parameters."""
+    bins: int = Field(ge=3)
+    labels: tuple[str, str]
+
+
 class Release(Frozen):
     """statistics.json."""
 
@@ -58,6 +67,8 @@ class Release(Frozen):
     sites: dict[str, StatisticsReceipt]
     """Who is in it, with what its ledger then said."""
     statistics: Statistics
+    scores: ScoresOf | None = None
+    """Of a histogram of a model's scores."""
 
 
 def make_release(
@@ -65,6 +76,7 @@ def make_release(
     receipts: Mapping[str, StatisticsReceipt],
     shares: Shares | None,
     statistics: Statistics,
+    scores: ScoresOf | None = None,
 ) -> Release:
     """The release of `statistics` that came of what the sites with these receipts sent; `shares` of a secure sum."""
     return Release(
@@ -78,6 +90,7 @@ def make_release(
         mechanism=_mechanism(request, receipts, shares),
         sites=dict(sorted(receipts.items())),
         statistics=statistics,
+        scores=scores,
     )
 
 
@@ -103,7 +116,11 @@ def _mechanism(
 
 def write_release(path: Path, release: Release) -> None:
     """Write statistics.json, whole or not at all."""
-    write_atomic(path, (json.dumps(release.model_dump(mode="json"), indent=2) + "\n").encode())
+    plain = release.model_dump(mode="json")
+    if release.scores is None:
+        # As a release was before there were scores: an older reader knows no such field.
+        del plain["scores"]
+    write_atomic(path, (json.dumps(plain, indent=2) + "\n").encode())
 
 
 def read_release(path: Path) -> Release:

@@ -2,7 +2,7 @@
 
     {"request": ConfigRecord {"json": StatisticsRequest}}
 
-and a site that takes part answers
+with scores asked for also {"arrays": ArrayRecord of the model's parameters}, and a site that takes part answers
 
     {"sum": ArrayRecord {"statistics": its noised vector (d,), float32}, "receipt": ConfigRecord {"json":
      StatisticsReceipt}, "about": ConfigRecord {"run"}}
@@ -16,26 +16,29 @@ The vector is that of `fedclaw.privacy.statistics.Design`, which both sides make
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fedclaw.errors import DataError, PrivacyError
 from fedclaw.federation.integers import RANGE_BESIDE_NOISE
 from fedclaw.federation.plan import (
     MAX_COLUMNS,
+    MAX_CONSTANTS,
     MAX_SITES,
     Digest,
     Epsilon,
     Head,
+    ModelSpec,
     Name,
     ParameterName,
     SecureAggregation,
 )
+from fedclaw.federation.statistics_scores import score_design
 from fedclaw.frozen import Frozen
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.privacy.distributed import Shares, share_noise
-from fedclaw.privacy.statistics import MAX_BINS, Design
+from fedclaw.privacy.statistics import MAX_BINS, MAX_SCORE_BINS, Design
 from fedclaw.workload import Schema
 
 STATISTICS_VERSION = 1
@@ -47,6 +50,15 @@ REQUEST, VECTOR = "request", "statistics"
 
 ROUND = 0
 """What stands for the round where one is named: statistics have none."""
+
+
+class ScoreQuestion(Frozen):
+    """How a model of two classes scores the rows (`fedclaw.federation.statistics_scores`), parameters sent along."""
+
+    model: ModelSpec
+    bins: int = Field(default=33, ge=3, le=MAX_SCORE_BINS)
+    preprocessing: str | None = Field(default=None, max_length=MAX_CONSTANTS)
+    """The federation's constants, of a schema that takes them."""
 
 
 class StatisticsRequest(Frozen):
@@ -72,10 +84,27 @@ class StatisticsRequest(Frozen):
     secure: SecureAggregation | None = None
     """Secure aggregation, in which each site adds a share of the noise; None: each site adds all that it needs."""
 
+    scores: ScoreQuestion | None = None
+    """In place of columns and labels."""
+
     @property
     def round(self) -> int:
         """Statistics have none."""
         return ROUND
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without scores a request is what it was before there were any: a site that knows of none reads it."""
+        fields: dict[str, Any] = plain(self)
+        if fields.get("scores", ...) is None:
+            del fields["scores"]
+        return fields
+
+    @model_validator(mode="after")
+    def _alone(self) -> Self:
+        if self.scores is not None and (self.columns or self.labels or self.bins or self.secure is not None):
+            raise ValueError("scores are asked for alone: without columns, labels, bins and a secure sum")
+        return self
 
     @model_validator(mode="after")
     def _once(self) -> Self:
@@ -94,6 +123,13 @@ def design_of(schema: Schema, columns: Sequence[str], labels: bool, bins: int) -
         listed = ", ".join(known) or "no columns"
         raise DataError(f"the schema has no column {unknown[0]!r} for statistics; it has {listed:.300}")
     return Design([known[name] for name in columns], schema.labels if labels else (), bins)
+
+
+def design_for(schema: Schema, request: StatisticsRequest) -> Design:
+    """The design of what `request` asks for. Raises DataError for what the schema does not have."""
+    if request.scores is not None:
+        return score_design(schema.labels, request.scores.bins)
+    return design_of(schema, request.columns, request.labels, request.bins)
 
 
 def noise_of(epsilon: float, delta: float) -> float:

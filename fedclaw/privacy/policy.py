@@ -52,6 +52,8 @@ class StatisticsAllowance(Frozen):
     """That statistics of the training data may be asked for, and the most that one release of them may cost."""
 
     epsilon: float = Field(gt=0)
+    scores: bool = False
+    """Whether that may also be a histogram of how a model that the server sends scores the training rows, by label."""
 
 
 class Combination(Frozen):

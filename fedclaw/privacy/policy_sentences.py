@@ -99,6 +99,7 @@ def _statistics(policy: Policy) -> str:
     return (
         "Statistics of the training data (counts, means, variances, quantiles, missing rates, label counts) leave with "
         f"noise added here: each release may cost at most epsilon {policy.statistics.epsilon:g} of the same budget."
+        + (" So may a histogram of how a model scores the training rows." if policy.statistics.scores else "")
     )
 
 

@@ -20,6 +20,11 @@ def check_statistics(policy: Policy, request: StatisticsRequest, examples: int) 
     _check_who(policy, request)
     if policy.statistics is None:
         raise Refusal(RefusalCode.STATISTICS, "statistics were asked for; this site's policy does not allow them")
+    if request.scores is not None and not policy.statistics.scores:
+        raise Refusal(
+            RefusalCode.STATISTICS,
+            "how a model scores the training rows was asked for; this site's policy does not say statistics: scores",
+        )
     if policy.require_secure_aggregation and request.secure is None:
         raise Refusal(
             RefusalCode.SECURE_AGGREGATION,

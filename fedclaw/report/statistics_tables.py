@@ -15,6 +15,9 @@ def statistics_tables(release: Release) -> Iterator[Table | Figures]:
     """Columns of numbers, columns of levels, labels and the cost by site; those that are empty are left out."""
     numbers = {name: column for name, column in release.statistics.columns.items() if not column.levels}
     levels = {name: column.levels for name, column in release.statistics.columns.items() if column.levels}
+    if release.scores is not None:
+        # Bins are for a threshold, not for the eye.
+        levels = {}
     if numbers:
         yield _numbers(release, numbers)
     if levels:

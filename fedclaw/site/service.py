@@ -137,7 +137,7 @@ class SiteService(Site):
             answer = answer_stage(self, self.secure, request, kind, content)
         elif kind == STATISTICS:
             mask = masking(self.secure, request, content) if request.secure else None
-            answer = answer_statistics(self, request, Asking(message), mask)
+            answer = answer_statistics(self, request, Asking(message), mask, content)
         else:
             raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
         return _about(answer, request.run)

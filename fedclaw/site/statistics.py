@@ -16,41 +16,46 @@ from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
 from fedclaw.federation.arrays import pack
-from fedclaw.federation.exchange import JSON, RECEIPT, SUM
+from fedclaw.federation.exchange import ARRAYS, JSON, RECEIPT, SUM
 from fedclaw.federation.plan import Refusal, RefusalCode, SecureAggregation
 from fedclaw.federation.statistics_request import (
     REQUEST,
     ROUND,
     VECTOR,
+    ScoreQuestion,
     StatisticsReceipt,
     StatisticsRequest,
-    design_of,
+    design_for,
     noise_of,
     shares_of,
 )
+from fedclaw.federation.statistics_scores import score_records
 from fedclaw.frozen import explain
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.statistics import Design, Doubles
+from fedclaw.privacy.statistics import Design, Doubles, Records
 from fedclaw.privacy.statistics_policy import check_statistics
 from fedclaw.site.charging import ABOUT, CHARGE, Asking, reserve
-from fedclaw.site.data import files_of, fingerprint, require_same
+from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.secure import Mask
-from fedclaw.site.site import Site
+from fedclaw.site.site import Site, sent_arrays
 from fedclaw.workload import Floats
 
 log = logging.getLogger(__name__)
 
 
-def answer_statistics(site: Site, request: StatisticsRequest, asking: Asking, mask: Mask | None = None) -> RecordDict:
+def answer_statistics(
+    site: Site, request: StatisticsRequest, asking: Asking, mask: Mask | None = None, content: RecordDict | None = None
+) -> RecordDict:
     """The noised vector, masked by `mask` if the request has a secure sum, with its receipt.
 
-    Raises Refusal before anything is paid for.
+    `content` holds the parameters of the model whose scores are asked for. Raises Refusal before anything is paid for.
     """
     check_statistics(site.policy, request, len(site.data.train))
     design = _design(site, request)
     files_of(site.data)
+    model = _scored(site, request.scores, content or RecordDict()) if request.scores else None
     noise = _noise(site, request, design)
     charge = reserve(
         site,
@@ -60,7 +65,11 @@ def answer_statistics(site: Site, request: StatisticsRequest, asking: Asking, ma
         round=ROUND,
         mechanism=noise.mechanism,
     )
-    vector = statistics_vector(site, design)
+    vector = (
+        statistics_vector(site, design)
+        if request.scores is None or model is None
+        else design.vector([scores_of(site, request.scores, model)])
+    )
     if mask is None:
         left: dict[str, ArrayRecord | ConfigRecord] = {
             SUM: pack({VECTOR: noised(vector, noise.mechanism.noise_multiplier, site.source)})
@@ -97,6 +106,32 @@ def statistics_vector(site: Site, design: Design) -> Doubles:
     vector = design.vector(site.workload.schema.records(train))
     require_same(train, site.data.fingerprint, fingerprint(train))
     return vector
+
+
+def _scored(site: Site, asked: ScoreQuestion, content: RecordDict) -> torch.nn.Module:
+    """The model whose scores are asked for; nothing of it depends on data. Raises Refusal."""
+    check_constants(site, asked.preprocessing)
+    if site.workload.schema.data_dependent:
+        raise Refusal(
+            RefusalCode.STATISTICS,
+            "scores were asked for, and the schema standardises by this site's own statistics: one row would move the "
+            "scores of all, which no noise for one covers",
+        )
+    return site.model(asked.model, sent_arrays(content, ARRAYS)).eval()
+
+
+def scores_of(site: Site, asked: ScoreQuestion, model: torch.nn.Module) -> Records:
+    """In which cell each training row is, under any parameters whatever. Raises Refusal or DataError.
+
+    Row by row, though that is slower: in a batch, how the products of one row are rounded depends on how many rows
+    there are, so that a row more could carry others over the edge of a bin, and one example would count for many.
+    """
+    prepare(site, asked.preprocessing)
+    inputs, targets = site.on_device("train", site.data.train)
+    with torch.no_grad():
+        logits = torch.cat([model(row) for row in torch.split(inputs, 1)]).double().cpu().numpy()
+    with np.errstate(invalid="ignore"):
+        return score_records(logits[:, 1] - logits[:, 0], targets.cpu().numpy(), asked.bins)
 
 
 def noised(vector: Doubles, deviation: float, source: GaussianSource) -> Floats:
@@ -143,7 +178,7 @@ def _check_sum(site: Site, secure: SecureAggregation, design: Design) -> None:
 
 def _design(site: Site, request: StatisticsRequest) -> Design:
     try:
-        return design_of(site.workload.schema, request.columns, request.labels, request.bins)
+        return design_for(site.workload.schema, request)
     except DataError as error:
         raise Refusal(RefusalCode.SCHEMA, str(error)) from error
 
