@@ -247,6 +247,8 @@ def _show(console: Console, summary: dict[str, Any], spent: dict[str, dict[str, 
     accuracy, compression, export = summary["accuracy"], summary["compression"], summary["export"]
     table.add_section()
     table.add_row("accuracy, federated", f"{accuracy['federated']:.3f} after {summary['rounds']} rounds")
+    if accuracy["majority_class"] is not None:
+        table.add_row("accuracy, majority class", f"{accuracy['majority_class']:.3f} (always the commonest answer)")
     table.add_row("accuracy, each site alone", f"{accuracy['local_mean']:.3f} (mean, same budget, same test data)")
     distance = accuracy["pooled"] - accuracy["federated"]
     table.add_row(

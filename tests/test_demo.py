@@ -20,14 +20,15 @@ def test_the_demo(tmp_path, scenario, budget):
         assert set(site) == {"name", "examples", "epsilon", "delta"}
         assert 0 < site["epsilon"] <= budget
     accuracy, compression = summary["accuracy"], summary["compression"]
-    assert set(accuracy) == {"federated", "pooled", "local_mean"}
+    assert set(accuracy) == {"federated", "majority_class", "pooled", "local_mean"}
     assert accuracy["federated"] >= accuracy["local_mean"]
+    assert accuracy["federated"] > accuracy["majority_class"] > 0
     assert set(compression) == {"parameters_before", "parameters_after", "accuracy_before", "accuracy_after"}
     assert compression["parameters_after"] < 0.4 * compression["parameters_before"]
     assert set(summary["export"]) == {"onnx_max_abs_diff", "bundle", "verified"}
     assert summary["export"]["verified"] is True
     assert summary["export"]["onnx_max_abs_diff"] < 1e-4
-    for line in ("accuracy, pooled", "What to try next"):
+    for line in ("accuracy, pooled", "accuracy, majority class", "What to try next"):
         assert line in done.output
     assert (output / "predictions.csv").exists()
 
