@@ -131,6 +131,23 @@ def test_a_factor_that_float32_has_no_number_for_does_not_round_up(mode: Mode, s
         assert float(rounded(model).norm()) == pytest.approx(3 * steps.sensitivity, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_steps_keep_the_bound_too() -> None:
+    """What is compiled has a clipping formula of its own. One shape: compiling takes long."""
+    for size in (1e18, 4.1e35, 3e37):
+        model = nn.Linear(6, 1, bias=False)
+        inputs, targets = torch.randn(5, 6), torch.zeros(5, dtype=torch.int64)
+        for loud in (1.0, 1e9, 1e-30, math.inf):
+            inputs[0] = loud
+            with taker(model, "compiled", 1e-6, 1000.0, loss=steep(size)) as steps:
+                steps.gradients(inputs, targets)
+                there = exact(steps)
+                steps.gradients(inputs[1:], targets[1:])
+                assert steps.way == "compiled"
+                assert float((there - exact(steps)).norm()) <= steps.sensitivity
+
+
 @pytest.mark.parametrize("mode", WAYS)
 def test_a_sum_of_a_million_is_as_exact_as_a_sum_of_one(mode: Mode) -> None:
     """In float32 such a sum has a unit in the last place of a sixteenth of the bound."""
