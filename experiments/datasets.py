@@ -19,6 +19,7 @@ if __name__ == "__main__":
     begin("experiments.datasets", __doc__)
 
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,13 @@ def site_names(count: int) -> tuple[str, ...]:
     return (SITE_NAMES + more)[:count]
 
 
+def names_of(source: Source, count: int) -> tuple[str, ...]:
+    """Of `count` sites: what the data calls them, as far as that is a site's name, or made-up ones."""
+    own = tuple(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] for name in source.site_names or ())
+    usable = len(own) == count and len(set(own)) == count and all(own)
+    return own if usable else site_names(count)
+
+
 def write_sites(
     root: Path, settings: DatasetSettings, policy: SitePolicy, partition: PartitionSettings = USUAL
 ) -> tuple[Path, ...]:
@@ -94,7 +102,7 @@ def write_sites(
     labelled = public[count:]
     _write_table(root / "public" / "labelled", source, source.inputs[labelled], source.targets[labelled])
     directories = []
-    for client, name in enumerate(site_names(settings.sites)):
+    for client, name in enumerate(names_of(source, settings.sites)):
         directory = root / "sites" / name
         files = _write_data(directory / "data", dealt, client)
         _write_yaml(directory / "schema.yaml", schema)
@@ -126,7 +134,7 @@ def _write_table(stem: Path, source: Source, inputs: NDArray[Any], targets: NDAr
     path = stem.with_suffix(".csv")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(source.features if targets is None else [*source.features, "diagnosis"])
+        writer.writerow(source.features if targets is None else [*source.features, source.target])
         for row, numbers in enumerate(inputs):
             values: Sequence[Any] = [repr(float(value)) for value in numbers]
             writer.writerow(values if targets is None else [*values, source.labels[targets[row]]])

@@ -4,9 +4,10 @@ import hashlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from experiments.attacks.federation import simulate_attacked
-from experiments.datasets import SitePolicy, site_names, write_sites
+from experiments.datasets import SitePolicy, names_of, write_sites
 from experiments.partitions.dealing import deal_out
 from experiments.partitions.record import RECORD, write_record
 from experiments.settings import ExperimentSettings, SimulationRuntime, check_experiment, fewest
@@ -24,6 +25,7 @@ from fedclaw.report.tracking import make_tracker
 from fedclaw.runtime.ray import RaySettings, simulate_on_ray
 from fedclaw.simulation import simulated
 from fedclaw.site.in_process import open_sites, simulate
+from fedclaw.site.settings import load_site_settings
 
 FEDERATION = "experiments"
 
@@ -37,17 +39,18 @@ def run_experiment(
     `quiet` one shows no rounds.
     """
     check_experiment(settings)
-    dealt = None
+    dealt, root = None, cast(Path | None, None)
     if isinstance(settings.runtime, SimulationRuntime):
         dealt = deal_in_memory(settings.dataset, settings.partition, settings.runtime)
         identity = f"{settings.dataset.model_dump_json()} {settings.partition.model_dump_json()} {len(dealt.shares)}"
         root = write_root(dealt, settings.runs, identity)
     else:
-        root = _data(settings)
+        root = _data(settings) if settings.sites is None else None
     directory = _open_run(settings, root, 0 if dealt is None else len(dealt.shares), resume=resume)
     progress = None if quiet else TerminalProgress()
-    kept = [name for name in RECORD if (root / name).is_file()]
+    kept = [name for name in RECORD if root is not None and (root / name).is_file()]
     for name in kept:
+        assert root is not None
         write_atomic(directory.root / name, (root / name).read_bytes())
     tracker = make_tracker(settings.tracking, directory, tags, kept)
     if not (directory.root / EXPERIMENT_FILE).is_file():
@@ -58,7 +61,7 @@ def run_experiment(
     try:
         if dealt is not None and isinstance(settings.runtime, SimulationRuntime):
             return run_simulated(directory, dealt, settings.runtime, observers, settings.attack)
-        directories = sorted((root / "sites").iterdir())
+        directories = list(settings.sites or ()) if root is None else sorted((root / "sites").iterdir())
         if isinstance(settings.runtime, RaySettings):
             return simulate_on_ray(directory, directories, settings.runtime, observers)
         sites = open_sites(directories, FEDERATION)
@@ -75,18 +78,25 @@ def run_experiment(
             progress.close()
 
 
-def _open_run(settings: ExperimentSettings, root: Path, simulated_clients: int, *, resume: bool) -> RunDirectory:
+def _open_run(settings: ExperimentSettings, root: Path | None, simulated_clients: int, *, resume: bool) -> RunDirectory:
     """A new run's directory, or that of the run of that name. `simulated_clients`: 0 with sites."""
     if resume and settings.run and (settings.runs / settings.run / "run.json").is_file():
         directory = RunDirectory.open(settings.runs / settings.run)
         directory.check()
         return directory
-    choice = settings.workload.model_copy(update={"schema_file": root / "schema.yaml"})
+    schema = _agreed(settings) if root is None else root / "schema.yaml"
+    choice = settings.workload.model_copy(update={"schema_file": schema})
     rules = RoundRules(minimum=fewest(settings, simulated_clients), fraction=settings.fraction)
     record = make_record(settings.model_copy(update={"workload": choice}), FEDERATION, settings.run, rules)
     if isinstance(settings.runtime, SimulationRuntime):
         record = simulated(record, settings.runtime, simulated_clients)
     return RunDirectory.create(settings.runs / record.run, record)
+
+
+def _agreed(settings: ExperimentSettings) -> Path:
+    """The schema file of site directories: what the command names, or the first site's."""
+    assert settings.sites
+    return settings.workload.schema_file or load_site_settings(settings.sites[0]).schema_file
 
 
 def _data(settings: ExperimentSettings) -> Path:
@@ -104,7 +114,7 @@ def _data(settings: ExperimentSettings) -> Path:
         with tempfile.TemporaryDirectory(dir=root.parent) as draft:
             write_sites(Path(draft) / "sites", settings.dataset, policy, settings.partition)
             dealt = deal_out(settings.dataset, settings.partition)
-            write_record(dealt.describe(site_names(settings.dataset.sites)), Path(draft) / "sites")
+            write_record(dealt.describe(names_of(dealt.source, settings.dataset.sites)), Path(draft) / "sites")
             _place(Path(draft) / "sites", root)
     return root
 

@@ -3,6 +3,8 @@
     python -m experiments.run strategy=fedprox privacy.epsilon=4
     python -m experiments.run -m strategy=fedavg,fedadam privacy.epsilon=2,8
     python -m experiments.run +experiment=digits_dp rounds=40
+    python -m experiments.run dataset=csv data=table.csv sites=hospital privacy=none
+    python -m experiments.run sites=[sites/hospital-north,sites/hospital-east]
     python -m experiments.run resume=runs/NAME        go on with a run that was stopped
     python -m experiments.run strategy=median attack=sign_flip attack.sites=1
 

@@ -1,13 +1,14 @@
 """conf/run.yaml, checked: what `experiments.run` can be told, and what can be wrong with it before torch is loaded."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from experiments.attacks.settings import AttackSettings, NoAttack
 from experiments.partitions.settings import PartitionSettings
-from experiments.sources import DatasetSettings
+from experiments.sources import DatasetSettings, count_sites
 from fedclaw.errors import UsageError
 from fedclaw.federation.early_checks import check_terms
 from fedclaw.federation.registry import strategy_class
@@ -18,6 +19,7 @@ from fedclaw.frozen import Frozen
 from fedclaw.report.tracking import TrackingSettings, check_reachable
 from fedclaw.runtime.ray.settings import RaySettings, require_ray
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
+from fedclaw.site.settings import load_site_settings
 
 
 class SitesRuntime(Frozen):
@@ -47,9 +49,35 @@ class ExperimentSettings(RunSettings):
     fraction: float = Field(default=1.0, gt=0, le=1)
     runs: Path = Path("runs")
     run: str | None = None
+    data: Path | None = None
+    """Data of one's own: `dataset.data`."""
+    sites: tuple[Path, ...] | None = None
+    """Directories of sites, whose data, schema and policy are taken as they are. As a number or a name it is what
+    `dataset.sites` or `dataset.site_column` says."""
     resume: Path | None = None
     """The directory of a run to go on with, which has its settings."""
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, plain: Any) -> Any:
+        """data= and sites= of the command line, put where they belong."""
+        if not isinstance(plain, dict) or not isinstance(plain.get("dataset"), dict):
+            return plain
+        dataset, sites = dict(plain["dataset"]), plain.get("sites")
+        changed: dict[str, Any] = {"data": None}
+        if plain.get("data") is not None:
+            dataset["data"] = plain["data"]
+        if isinstance(sites, int):
+            dataset["sites"] = sites
+        elif isinstance(sites, str):
+            dataset["site_column"] = sites
+        if isinstance(sites, int | str):
+            changed["sites"] = None
+        if dataset.get("site_column") is not None and str(dataset.get("data")) != "None":
+            dataset["sites"] = count_sites(Path(str(dataset["data"])), str(dataset["site_column"]))
+            changed["partition"] = {"name": "natural"}
+        return {**plain, **changed, "dataset": dataset}
 
 
 def check_experiment(settings: ExperimentSettings) -> None:
@@ -58,7 +86,9 @@ def check_experiment(settings: ExperimentSettings) -> None:
         raise UsageError("attack: hostile sites need to know of each other; take runtime=sites or runtime=simulation")
     if isinstance(settings.runtime, RaySettings):
         require_ray()
-    if settings.workload.name != settings.dataset.workload:
+    if settings.sites is not None:
+        _check_directories(settings, settings.sites)
+    elif settings.workload.name != settings.dataset.workload:
         wanted = f"dataset={settings.dataset.name} is for workload={settings.dataset.workload}"
         raise UsageError(f"workload={settings.workload.name}: {wanted}; choose another of the two")
     if isinstance(settings.runtime, SimulationRuntime):
@@ -67,13 +97,23 @@ def check_experiment(settings: ExperimentSettings) -> None:
     check_reachable(settings.tracking)
 
 
+def _check_directories(settings: ExperimentSettings, sites: Sequence[Path]) -> None:
+    if not sites:
+        raise UsageError("sites= is empty: give directories of sites, or leave it out")
+    if isinstance(settings.runtime, SimulationRuntime):
+        raise UsageError("sites= are directories, and runtime=simulation deals in memory; take runtime=sites")
+    for site in sites:
+        if (of := load_site_settings(site).workload) != settings.workload.name:
+            raise UsageError(f"{site} is a site of workload={of}, not of workload={settings.workload.name}")
+
+
 def fewest(settings: ExperimentSettings, simulated_clients: int | None = None) -> int:
     """Answers that make a round: one, or all that are asked for, where a strategy looks at each, or counts them.
 
     `simulated_clients`: how many were dealt; None: as many as are asked for.
     """
     strategy = strategy_class(str(settings.strategy.get("name")))
-    clients = settings.dataset.sites
+    clients = settings.dataset.sites if settings.sites is None else len(settings.sites)
     if isinstance(settings.runtime, SimulationRuntime):
         clients = simulated_clients or settings.runtime.clients or clients
     asked = round(settings.fraction * clients)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -257,7 +257,7 @@ def _is_text(settings: type[BaseModel], steps: Sequence[str]) -> bool:
 
 def _kinds(annotation: Any) -> Iterator[Any]:
     """The classes that a value may be of."""
-    parts = get_args(annotation)
+    parts = () if get_origin(annotation) in (tuple, list, dict) else get_args(annotation)
     if not parts or isinstance(annotation, type):
         yield annotation
     for part in parts:

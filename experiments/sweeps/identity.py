@@ -20,6 +20,8 @@ IRRELEVANT = frozenset({"run", "runs", "resume", "tracking"}) | {
 }
 """Settings of conf/run.yaml that no result depends on: names, places, and how fast. A new setting counts until it is
 listed here: to run something twice is better than to take one result for another."""
+_SINCE = frozenset({"data", "sites"})
+"""Settings that came later: without a value a run is the one that it was before there were any."""
 _DIGITS = 12
 EXPERIMENT_FILE = "experiment.json"
 """In a run's directory: its `Identity`."""
@@ -52,7 +54,7 @@ def _relevant(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {
         name: _relevant(value, f"{prefix}{name}.") if isinstance(value, Mapping) else value
         for name, value in settings.items()
-        if is_relevant(f"{prefix}{name}")
+        if is_relevant(f"{prefix}{name}") and not (value is None and f"{prefix}{name}" in _SINCE)
     }
 
 

@@ -1,0 +1,136 @@
+"""Data of one's own in experiments: a table whose column names the sites, a directory of images, site directories."""
+
+import csv
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from experiments.datasets import SitePolicy, write_sites
+from experiments.experiment import run_experiment
+from experiments.partitions.natural import Natural
+from experiments.settings import ExperimentSettings, check_experiment
+from experiments.sources import DatasetSettings, load_source
+from experiments.sweeps.identity import digest_of, identify
+from fedclaw.cli import compose_settings
+from fedclaw.errors import DataError, UsageError
+from fedclaw.federation.run_directory import RunDirectory
+
+TINY = ("tracking=none", "privacy=none", "rounds=1", "training.steps=1", "training.epochs=null")
+
+
+@pytest.fixture
+def table(tmp_path):
+    path, generator = tmp_path / "table.csv", random.Random(1)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["age", "ward", "hospital", "died"])
+        for number in range(120):
+            age = generator.randint(20, 90)
+            ward, hospital = ("icu", "er")[number % 2], ("St. Anna", "Charité", "North")[number % 3]
+            writer.writerow([age, ward, hospital, "yes" if age > 55 else "no"])
+    return path
+
+
+def settings_of(*overrides):
+    return compose_settings("run", overrides, ExperimentSettings)
+
+
+def test_a_column_names_the_sites(table, tmp_path):
+    source = load_source(DatasetSettings(name="csv", data=table, site_column="hospital", sites=3))
+    assert source.features == ("age", "ward=er", "ward=icu")
+    assert source.labels == ("no", "yes")
+    assert source.inputs[0].tolist()[1:] == [0.0, 1.0]
+    settings = settings_of(*TINY, "dataset=csv", f"data={table}", "sites=hospital", f"runs={tmp_path}/runs", "run=x")
+    assert settings.partition == Natural()
+    outcome = run_experiment(settings, quiet=True)
+    assert set(outcome.receipts) == {"charit", "north", "st-anna"}
+
+
+def test_sites_take_rows_of_their_own_hospital_alone(table, tmp_path):
+    dataset = DatasetSettings(name="csv", data=table, site_column="hospital", sites=3, test=0)
+    directories = write_sites(tmp_path / "out", dataset, SitePolicy(epsilon=1.0, delta=1e-3), Natural())
+    ages = {row["age"]: set() for row in csv.DictReader(table.open())}
+    for row in csv.DictReader(table.open()):
+        ages[row["age"]].add(row["hospital"])
+    for directory, hospital in zip(directories, ("Charité", "North", "St. Anna"), strict=True):
+        rows = list(csv.DictReader((directory / "data" / "train.csv").open()))
+        assert rows
+        assert all(hospital in ages[str(int(float(row["age"])))] for row in rows)
+
+
+@pytest.mark.parametrize("runtime", ["sites", "simulation"])
+def test_a_number_of_sites_is_dealt_to(table, tmp_path, runtime):
+    words = ("dataset=csv", f"data={table}", "sites=2", "dataset.target=ward", f"runtime={runtime}")
+    settings = settings_of(*TINY, *words, f"runs={tmp_path}/runs", "run=x")
+    assert len(run_experiment(settings, quiet=True).receipts) == 2
+
+
+def test_a_directory_of_images(tmp_path):
+    generator = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    words = ("dataset=images", "workload=vision", f"data={tmp_path / 'images'}", "sites=2", "partition=iid")
+    outcome = run_experiment(settings_of(*TINY, *words, f"runs={tmp_path}/runs", "run=x"), quiet=True)
+    assert outcome.directory.record().make_schema().labels == ("cat", "dog")
+    Image.fromarray(np.zeros((9, 8), np.uint8)).save(tmp_path / "images" / "dog" / "other.png")
+    with pytest.raises(DataError, match=r"other\.png is of another size"):
+        load_source(DatasetSettings(name="images", data=tmp_path / "images"))
+
+
+def test_directories_of_sites_are_taken_as_they_are(tmp_path):
+    policy = SitePolicy(epsilon=None, delta=1e-5, allow_training_without_privacy=True, minimum_cohort=1)
+    directories = write_sites(tmp_path / "out", DatasetSettings(name="breast_cancer", sites=2), policy)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    where = f"sites=[{','.join(map(str, directories))}]"
+    outcome = run_experiment(settings_of(*TINY, where, f"runs={tmp_path}/runs", "run=x"), quiet=True)
+    assert set(outcome.receipts) == {directory.name for directory in directories}
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert RunDirectory.open(tmp_path / "runs" / "x").model_path.is_file()
+    with pytest.raises(UsageError, match="deals in memory"):
+        check_experiment(settings_of(*TINY, where, "runtime=simulation"))
+    with pytest.raises(UsageError, match="is a site of workload=tabular"):
+        check_experiment(settings_of(*TINY, where, "workload=vision"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("dataset=csv",), "dataset=csv needs data=PATH"),
+        (("dataset=csv", "data=nowhere.csv"), "there is no such file"),
+        (("dataset=csv", "data=TABLE", "sites=hospitl"), "has no such column; did you mean hospital?"),
+        (("data=TABLE",), "data is for dataset=csv or dataset=images"),
+    ],
+)
+def test_what_is_wrong_with_it_is_told(table, words, message):
+    with pytest.raises((UsageError, ValidationError), match=message.replace("?", r"\?")):
+        settings_of(*(word.replace("TABLE", str(table)) for word in words))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [("icu", "", "row 1: no value in column 'ward'"), ("age,", "ward,", "different names"), ("20,", "20,9,", "cells")],
+)
+def test_a_table_that_cannot_be_used_says_where(table, old, new, message):
+    text = table.read_text()
+    table.write_text(text.replace(old, new, 1) if old in text else text + "1,2,3,4,5\n")
+    with pytest.raises(DataError, match=message):
+        load_source(DatasetSettings(name="csv", data=table))
+
+
+def test_runs_of_the_shipped_sets_keep_their_digests_and_other_content_has_another(table):
+    dumped = DatasetSettings(name="digits").model_dump(mode="json")
+    assert set(dumped) == {"name", "sites", "public", "test", "seed", "synthetic"}
+    settings = settings_of(*TINY).model_dump(mode="json")
+    relevant = identify(settings).configuration
+    assert not {"data", "sites", "resume"} & set(relevant)
+    own = DatasetSettings(name="csv", data=table)
+    before = digest_of(own.model_dump(mode="json"))
+    assert DatasetSettings.model_validate(own.model_dump(mode="json")) == own
+    table.write_text(table.read_text().replace("icu", "ICU", 1))
+    assert digest_of(own.model_dump(mode="json")) != before
