@@ -107,7 +107,7 @@ def test_the_command_describes_and_plots(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("partition=nobody",), "partition/nobody"),
+        (("partition=nobody",), "partition=nobody"),
         (("partition.alpha=0",), "partition.alpha"),
         (("partition=shards", "partition.shards=0"), "partition.shards"),
         (("partition=quantity", "partition.law=linear"), "partition.law"),
