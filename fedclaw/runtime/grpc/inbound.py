@@ -41,8 +41,10 @@ log = logging.getLogger(__name__)
 
 _CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_STALLED: RefusalCode.SLOW}
 
-_PATIENCE = 2.0
-"""Seconds that a reply waits for memory, and in which one that arrives is at its end if it counts as fast."""
+_PATIENCE = 10.0
+"""Seconds that a reply waits at most for its Accept."""
+_SOON = 2.0
+"""Seconds in which a reply is at its end, at its rate, if it counts as fast."""
 _PRESUMED = 0.25
 """Seconds for which a reply counts as fast before its rate is known."""
 _LOOK_AGAIN = 0.05
@@ -64,6 +66,8 @@ class _Arrival:
     spool: IO[bytes] | None = None
     """The sealed pieces for which there was no memory, one after the other, in a file without a name."""
     received: int = 0
+    to_disk: bool = False
+    """When it began there was no memory for all of it."""
     in_memory: int = 0
     """Bytes of it that `stream` has opened."""
     complete: bool = False
@@ -90,10 +94,10 @@ class _Arrival:
 
     def is_fast(self, now: float) -> bool:
         """Whether it will be whole, and gone, before it pays to make room for others."""
-        if self.complete or self.spool is not None or self.session is None:
+        if self.complete or self.to_disk or self.spool is not None or self.session is None:
             return False
         age = now - self.began
-        return age < _PRESUMED or self.received * (age + _PATIENCE) >= self.offer.size * age
+        return age < _PRESUMED or self.received * (age + _SOON) >= self.offer.size * age
 
     def forfeits(self, now: float) -> str | None:
         """What is wrong with its rate, if it could not have arrived in all the time of its question."""
@@ -224,7 +228,7 @@ class Arrivals:
 
     def _take(self, session: Session, arrival: _Arrival, stream: OpenStream, chunk: Piece) -> None:
         try:
-            if arrival.spool is None and self._charge(arrival, len(chunk.data)):
+            if not arrival.to_disk and arrival.spool is None and self._charge(arrival, len(chunk.data)):
                 stream.feed(chunk.data)
             else:
                 self._spool(arrival, chunk)
@@ -361,6 +365,7 @@ class Arrivals:
             if not self._may_begin(arrival, now):
                 return None
             del self._waiting[identity]
+            arrival.to_disk = now >= self._no_disk_until and not self._fits(arrival, now)
             self._admitted[identity] = arrival
             arrival.began, arrival.mark = now, (now, 0)
             return arrival
@@ -371,11 +376,17 @@ class Arrivals:
             # What is begun now has to end in memory.
             used = sum(other.cost for other in others)
             return not used or used + arrival.cost <= self._limits.inbound_bytes
-        fast = [other for other in others if other.is_fast(now)]
-        if not fast or now - arrival.offered >= _PATIENCE:
-            return True
-        used = sum(other.cost for other in fast) + sum(other.memory for other in others if other not in fast)
-        return used + arrival.cost <= self._limits.inbound_bytes
+        patient = now - arrival.offered < _PATIENCE and any(other.is_fast(now) for other in others)
+        return not patient or self._fits(arrival, now)
+
+    def _fits(self, arrival: _Arrival, now: float) -> bool:
+        """Whether memory has room for all of it, beside what others take and what the fast ones are about to."""
+        used = sum(
+            other.cost if other.is_fast(now) else other.memory
+            for other in self._admitted.values()
+            if other is not arrival
+        )
+        return not used or used + arrival.cost <= self._limits.inbound_bytes
 
     def _charge(self, arrival: _Arrival, more: int) -> bool:
         """Take memory for that many bytes of it, if there is any; alone, it may have all that it needs."""
@@ -418,7 +429,7 @@ class Arrivals:
     def _pace(self) -> None:
         """What is due by time alone, and what is on disk. A fault in it costs nobody else anything."""
         while not self._stopping:
-            self._due.wait(_LOOK_AGAIN if self._waiting else None)
+            self._due.wait(_LOOK_AGAIN if self._waiting or self._on_disk else None)
             self._due.clear()
             try:
                 while not self._stopping and (arrival := self._next_spooled()) is not None:
@@ -427,18 +438,25 @@ class Arrivals:
             except Exception:
                 log.exception("the server failed on a reply that waited")
 
+    @property
+    def _on_disk(self) -> bool:
+        """Whether a whole reply waits there for memory."""
+        with self._lock:
+            return any(arrival.complete and not arrival.in_turn for arrival in self._admitted.values())
+
     def _next_spooled(self) -> _Arrival | None:
         """The next reply on disk, if memory has room for it beside those that wait for their reader."""
         with self._lock:
-            complete = [arrival for arrival in self._admitted.values() if arrival.complete]
-            used = sum(arrival.cost for arrival in complete if arrival.in_turn)
-            for arrival in complete:
-                if not arrival.in_turn:
-                    if used and used + arrival.cost > self._limits.inbound_bytes:
-                        return None
-                    arrival.in_turn = True
-                    return arrival
-        return None
+            now, admitted = time.monotonic(), self._admitted.values()
+            arrival = next((one for one in admitted if one.complete and not one.in_turn), None)
+            if arrival is None:
+                return None
+            # One at least goes on, however much a slow one holds; what is fast or waits for its reader is soon gone.
+            soon = any(one.is_fast(now) if not one.complete else one.in_turn for one in admitted)
+            if soon and not self._fits(arrival, now):
+                return None
+            arrival.in_turn = True
+            return arrival
 
     def _read_back(self, arrival: _Arrival) -> None:
         session, task = arrival.session, arrival.task
