@@ -41,12 +41,12 @@ log = logging.getLogger(__name__)
 
 _CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_STALLED: RefusalCode.SLOW}
 
-_PATIENCE = 10.0
+_PATIENCE = 4.0
 """Seconds that a reply waits at most for its Accept."""
-_SOON = 2.0
+_SOON = 1.0
 """Seconds in which a reply is at its end, at its rate, if it counts as fast."""
-_PRESUMED = 0.25
-"""Seconds for which a reply counts as fast before its rate is known."""
+_PRESUMED = 0.5
+"""Seconds for which a reply that memory could hold counts as fast before its rate is known."""
 _LOOK_AGAIN = 0.05
 _DISK_REST = 30.0
 """Seconds for which nothing is written to a disk that refused."""
@@ -92,12 +92,13 @@ class _Arrival:
         """Bytes of memory that it takes now."""
         return self.cost if self.complete and self.in_turn else self.in_memory
 
-    def is_fast(self, now: float) -> bool:
-        """Whether it will be whole, and gone, before it pays to make room for others."""
+    def is_fast(self, now: float, room: int) -> bool:
+        """Whether it will be whole, and gone, before it pays to make room for others in `room` bytes of memory."""
         if self.complete or self.to_disk or self.spool is not None or self.session is None:
             return False
         age = now - self.began
-        return age < _PRESUMED or self.received * (age + _SOON) >= self.offer.size * age
+        presumed = age < _PRESUMED and self.cost <= room
+        return presumed or self.received * (age + _SOON) >= self.offer.size * age
 
     def forfeits(self, now: float) -> str | None:
         """What is wrong with its rate, if it could not have arrived in all the time of its question."""
@@ -376,13 +377,16 @@ class Arrivals:
             # What is begun now has to end in memory.
             used = sum(other.cost for other in others)
             return not used or used + arrival.cost <= self._limits.inbound_bytes
-        patient = now - arrival.offered < _PATIENCE and any(other.is_fast(now) for other in others)
+        patient = now - arrival.offered < _PATIENCE and any(self._is_fast(other, now) for other in others)
         return not patient or self._fits(arrival, now)
+
+    def _is_fast(self, arrival: _Arrival, now: float) -> bool:
+        return arrival.is_fast(now, self._limits.inbound_bytes)
 
     def _fits(self, arrival: _Arrival, now: float) -> bool:
         """Whether memory has room for all of it, beside what others take and what the fast ones are about to."""
         used = sum(
-            other.cost if other.is_fast(now) else other.memory
+            other.cost if self._is_fast(other, now) else other.memory
             for other in self._admitted.values()
             if other is not arrival
         )
@@ -452,7 +456,7 @@ class Arrivals:
             if arrival is None:
                 return None
             # One at least goes on, however much a slow one holds; what is fast or waits for its reader is soon gone.
-            soon = any(one.is_fast(now) if not one.complete else one.in_turn for one in admitted)
+            soon = any(self._is_fast(one, now) if not one.complete else one.in_turn for one in admitted)
             if soon and not self._fits(arrival, now):
                 return None
             arrival.in_turn = True
