@@ -56,6 +56,8 @@ class Remaining:
     """The agreement holds for so long after each of its charges."""
     partly: bool = False
     """Whether the run may begin though it cannot be paid to its end; then nothing is agreed to."""
+    purpose: str = ""
+    """What of the run it is; each purpose is agreed to apart."""
 
 
 @dataclass
@@ -173,8 +175,8 @@ class Index:
         """By fingerprint, the data set that was charged for this content."""
         self.times: dict[str, list[str]] = {}
         """When each data set was charged (ISO 8601), each time no earlier than those before it."""
-        self.agreements: dict[tuple[str, str, str], Agreement] = {}
-        """By data set, federation and run, of runs that were agreed to."""
+        self.agreements: dict[tuple[str, str, str, str], Agreement] = {}
+        """By data set, federation, run and purpose, of runs that were agreed to."""
         self._readers = {"open": self._open, "reserve": self._reserve, "settle": self._settle, "again": self._again}
 
     def follow(self, sequence: int, body: str, digest: str) -> Entry:
@@ -232,10 +234,11 @@ class Index:
         self.lifetimes.setdefault(reservation.data_set, History()).add(reservation.mechanism)
         run = (reservation.data_set, reservation.federation, reservation.run)
         self.runs.setdefault(run, History()).add(reservation.mechanism)
-        self._agreed(run, reservation, datetime.fromisoformat(plain["time"]), plain.get("agreed"))
+        purpose = (*run, str(plain.get("purpose", "")))
+        self._agreed(purpose, reservation, datetime.fromisoformat(plain["time"]), plain.get("agreed"))
 
     def _agreed(
-        self, run: tuple[str, str, str], charge: Reservation, now: datetime, terms: Mapping[str, Any] | None
+        self, run: tuple[str, str, str, str], charge: Reservation, now: datetime, terms: Mapping[str, Any] | None
     ) -> None:
         """Take up an agreement that came with `charge`, and take the charge off the one that its run has."""
         if terms is not None and charge.mechanism is not None:
@@ -247,8 +250,8 @@ class Index:
             if agreement.outstanding is None:
                 del self.agreements[run]
 
-    def promised(self, data_set: str, now: datetime, *, but: tuple[str, str]) -> list[Mechanism]:
-        """What runs of a data set, but that one federation's run, were agreed to and have still to be charged."""
+    def promised(self, data_set: str, now: datetime, *, but: tuple[str, str, str]) -> list[Mechanism]:
+        """What was agreed to on a data set, but for that federation, run and purpose, and has still to be charged."""
         return [
             outstanding
             for (name, *run), agreement in self.agreements.items()

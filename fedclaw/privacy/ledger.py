@@ -195,6 +195,7 @@ class Ledger:
                 **({} if self._fingerprint is None else {"fingerprint": self._fingerprint}),
                 **({} if content is None else {"content": content}),
                 **({} if agreed is None else {"agreed": agreed}),
+                **({"purpose": remaining.purpose} if remaining is not None and remaining.purpose else {}),
             )
             reservation = self._index.reservations[entry.sequence]
         self._tell()
@@ -368,9 +369,9 @@ class Ledger:
     ) -> JsonValue:
         """Raise BudgetExceeded if the charge is too much; else what it agrees to, None: nothing new."""
         now = datetime.now(UTC)
-        name = (self._data_set, federation, run)
-        promised = self._index.promised(self._data_set, now, but=(federation, run))
-        agreement = self._index.agreements.get(name)
+        purpose = remaining.purpose if remaining is not None else ""
+        promised = self._index.promised(self._data_set, now, but=(federation, run, purpose))
+        agreement = self._index.agreements.get((self._data_set, federation, run, purpose))
         is_agreed = agreement is not None and agreement.mechanism == mechanism and agreement.holds(now)
         asked, what, charges = mechanism, "the round", 1
         if remaining is not None and mechanism is not None and not is_agreed and not remaining.partly:
@@ -381,7 +382,7 @@ class Ledger:
         _check_budget("on this data set", lifetime, what, asked, budget, promised)
         limits = [budget.epsilon]
         if run_budget is not None:
-            spent_by_run = self._index.runs.get(name, History())
+            spent_by_run = self._index.runs.get((self._data_set, federation, run), History())
             _check_budget("by this run", spent_by_run, what, asked, run_budget, [])
             limits.append(run_budget.epsilon)
         if remaining is None or charges == 1 or limits == [None] * len(limits):

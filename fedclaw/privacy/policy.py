@@ -158,6 +158,10 @@ class Policy(Frozen):
     is allowed, they may."""
     minimum_test_examples: int = Field(default=10, ge=1)
     """Metrics of a smaller test set stay here: with a handful of examples they tell about single ones."""
+    maximum_shared_test_rows: float = Field(default=0.0, ge=0, le=1)
+    """Share of the test rows that may have the values and the label of a training row. With more, metrics leave with
+    noise alone (`metrics_epsilon`), charged to the training data: what they tell, they tell of training examples. Raise
+    it where different people have the same row, as in a table of few categories."""
     metrics_epsilon: float | None = Field(default=None, gt=0)
     """What one evaluation may cost each test example: with it, metrics leave with Gaussian noise, those of
     NOISED_METRICS alone, and the cost is charged to the test data (NAME/test) in the site's ledger. null: as they are.

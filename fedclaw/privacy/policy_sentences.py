@@ -113,6 +113,10 @@ def _metrics(policy: Policy) -> list[str]:
         said.append(
             "They may be of a model of this site's own that was trained without noise, which no epsilon covers."
         )
+    said.append(
+        f"Of test rows that are training rows, {policy.maximum_shared_test_rows:.4g} of all may be taken for held out; "
+        "with more, metrics stay here, or are charged to the training data where they leave with noise."
+    )
     if policy.metrics_epsilon is None:
         if counts := needed_for(shared):
             said.append(

@@ -163,13 +163,17 @@ class Account:
         return Budget(epsilon=self.epsilon_per_run, delta=self.delta)
 
 
-def remaining_of(policy: Policy, plan: Plan) -> Remaining:
-    """What the run of `plan` has still to be charged, its present round included, if each round costs as much."""
+def remaining_of(policy: Policy, plan: Plan, purpose: str = "") -> Remaining:
+    """What the run of `plan` has still to be charged, its present round included, if each round costs as much.
+
+    What is charged for different purposes (training, or evaluation with noise) is agreed to apart.
+    """
     return Remaining(
         charges=max(1, plan.rounds - plan.round + 1),
         last=plan.rounds,
         days=policy.agreement_days,
         partly=policy.allow_part_of_a_run,
+        purpose=purpose,
     )
 
 

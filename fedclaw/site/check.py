@@ -28,6 +28,7 @@ from fedclaw.site.ledger_mark import check_mark
 from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, require_name
+from fedclaw.site.shared_rows import note
 
 
 @dataclass
@@ -132,6 +133,8 @@ def _contradictions(policy: Policy, service: SiteService, federation: str | None
         warn(f"delta {policy.delta:g} is not below one over the number of training examples; it protects nobody")
     if test is not None and len(test) < policy.minimum_test_examples:
         warn("the test data has fewer examples than minimum_test_examples: no metrics leave")
+    if test is not None and (told := note(policy, service.shared_test_rows, len(test))):
+        warn(told)
     if service.workload.schema.data_dependent and not policy.allow_data_dependent_preprocessing:
         warn("the schema standardises by this site's own statistics, which the policy does not allow to private runs")
 

@@ -30,6 +30,7 @@ from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings
+from fedclaw.site.shared_rows import note
 from fedclaw.site.site import SiteData
 from fedclaw.site.state import SiteStates
 from fedclaw.workload import Schema
@@ -97,6 +98,8 @@ def open_service(
         )
         if durable:
             _compare_books(root, service)
+            if data.test is not None and (told := note(service.policy, service.shared_test_rows, len(data.test))):
+                log.warning("%s", told)
         opened.pop_all()
     return service
 

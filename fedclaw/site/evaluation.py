@@ -46,6 +46,11 @@ def answer_evaluation(
     parameters = personal_parameters(site, plan, sent_arrays(content, ARRAYS))
     model = site.model(plan.model, parameters).eval()
     noise = site.policy.metrics_epsilon is not None and bool(wanted or bins)
+    if not noise and not site.is_tested_on_held_out_data:
+        raise Refusal(
+            RefusalCode.METRICS,
+            "this site's test data is not held out from its training data, so its metrics do not leave as they are",
+        )
     if not noise:
         check_evaluation(site.policy, outbound)
     elif not is_prepared(site, plan.preprocessing):

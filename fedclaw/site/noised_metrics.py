@@ -50,14 +50,14 @@ def check_payable(site: Site, plan: Plan, asking: Asking) -> None:
         round=plan.round,
         mechanism=metrics_mechanism(site.policy),
         account=_account(site),
-        remaining=remaining_of(site.policy, plan),
+        remaining=remaining_of(site.policy, plan, "metrics"),
     )
 
 
 def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation, Receipt]:
     """Charge one evaluation to the test data, durably, before it is done, and say what it cost. Raises Refusal."""
     account = _account(site)
-    mechanism, budget, ledger = metrics_mechanism(site.policy), _budget(site.policy), account.ledger
+    mechanism, budget, ledger = metrics_mechanism(site.policy), account.budget, account.ledger
     charge = reserve(
         site,
         asking=asking,
@@ -66,7 +66,7 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
         round=plan.round,
         mechanism=mechanism,
         account=account,
-        remaining=remaining_of(site.policy, plan),
+        remaining=remaining_of(site.policy, plan, "metrics"),
     )
     lifetime = ledger.spent(budget.delta)
     return charge, Receipt(
@@ -88,7 +88,9 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
 
 
 def _account(site: Site) -> Account:
-    """That of the test data."""
+    """That of the test data; of the training data, where the test data holds rows of it."""
+    if not site.is_tested_on_held_out_data:
+        return Account.training(site)
     if site.test_ledger is None:
         raise LedgerError("metrics are to be noised, and the test data has no ledger")
     budget = _budget(site.policy)

@@ -16,6 +16,7 @@ from fedclaw.privacy.policy import Policy
 from fedclaw.privacy.policy_checks import check_size
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.site.settings import DataFiles
+from fedclaw.site.shared_rows import are_held_out, shared_rows
 from fedclaw.site.state import SiteStates
 from fedclaw.workload import Table, Workload
 
@@ -56,6 +57,8 @@ class Site:
     """What strategies remember here from round to round."""
     preprocessing: str | None = field(default=None, init=False, repr=False)
     """The federation's constants that the tables are standardised by, if the schema takes any and they have come."""
+    shared_test_rows: int = field(default=0, init=False)
+    """Test rows that are training rows, in the data that the site began with: no server's constants change it."""
     _models: OrderedDict[str, torch.nn.Module] = field(default_factory=OrderedDict, init=False, repr=False)
     """Warm models, the least recently used one first."""
     _tensors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -73,6 +76,15 @@ class Site:
             raise Refusal(RefusalCode.MODEL, str(error)) from error
         check_size(self.policy, sum(parameter.numel() for parameter in shell.parameters()))
         return shell
+
+    def __post_init__(self) -> None:
+        self.shared_test_rows = shared_rows(self.data.train, self.data.test)
+
+    @property
+    def is_tested_on_held_out_data(self) -> bool:
+        """Whether metrics of the test data tell nothing that the training data's budget protects."""
+        test = self.data.test
+        return test is None or are_held_out(self.policy, self.shared_test_rows, len(test))
 
     def model(self, spec: ModelSpec, parameters: Arrays, role: str = "student") -> torch.nn.Module:
         """A warm model of `spec` with these parameters in it; takes no more memory than what arrived did.

@@ -117,14 +117,8 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
     """Train as `plan` asks, under a reservation for `asking`. Raises Refusal before anything is paid for."""
     with begun(site, plan, content, asking) as ready:
         examples = len(site.data.train)
-        half, start, model, charge, loss, steps = (
-            ready.half,
-            ready.start,
-            ready.model,
-            ready.charge,
-            ready.loss,
-            ready.steps,
-        )
+        half, start, model, charge = ready.half, ready.start, ready.model, ready.charge
+        loss, steps = ready.loss, ready.steps
         count = plan.training.local_steps(examples)
         _run_steps(site, plan, charge, steps, model, half.correction(model, count))
     delta = (

@@ -389,6 +389,7 @@ def test_every_field_of_a_policy_is_in_its_sentences():
         "metrics": ["f1"],
         "allow_metrics_of_own_models": True,
         "minimum_test_examples": 33,
+        "maximum_shared_test_rows": 0.25,
         "metrics_epsilon": 0.7,
         "metrics_budget": {"epsilon": 3.0},
         "metrics_loss_bound": 9.0,
