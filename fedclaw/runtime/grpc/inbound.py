@@ -75,6 +75,8 @@ class _Arrival:
     """Complete: whether it lies in memory, or is being read into it."""
     offered: float = field(default_factory=time.monotonic)
     began: float = 0.0
+    earlier: tuple[float, int] = (0.0, 0)
+    """Of other offers in answer to the same task: when the first was accepted, and what came of them all."""
     mark: tuple[float, int] = (0.0, 0)
     """When its rate was last found good, and what had arrived by then."""
     site: str = ""
@@ -102,17 +104,14 @@ class _Arrival:
 
     def forfeits(self, now: float) -> str | None:
         """What is wrong with its rate, if it could not have arrived in all the time of its question."""
-        whole, age = self.task.expires - self.task.asked, now - self.began
-        if (
-            self.complete
-            or not self.began
-            or age < whole / _FAIR_SHARE
-            or self.received * whole >= self.offer.size * age
-        ):
+        first, before = self.earlier
+        whole, age = self.task.expires - self.task.asked, now - (first or self.began)
+        received = before + self.received
+        if self.complete or not self.began or age < whole / _FAIR_SHARE or received * whole >= self.offer.size * age:
             return None
         return (
-            f"its reply of {self.offer.size} bytes came at {self.received / age:.0f} bytes/s: {self.received} bytes "
-            f"had arrived when its {whole:.0f} s were over"
+            f"its reply of {self.offer.size} bytes came at {received / age:.0f} bytes/s: {received} bytes had arrived "
+            f"when its {whole:.0f} s were over"
         )
 
     def close(self) -> None:
@@ -199,8 +198,13 @@ class Arrivals:
             self._resume(session, held)
             return
         with self._lock:
+            earlier = (0.0, 0)
+            if (former := self._admitted.get(identity)) is not None:
+                # Who offers another reply again and again is judged by all that came.
+                first, before = former.earlier
+                earlier = (first or former.began, before + former.received)
             self._drop(identity)
-            self._waiting[identity] = _Arrival(task, offer, session, site=session.peer.site)
+            self._waiting[identity] = _Arrival(task, offer, session, site=session.peer.site, earlier=earlier)
         self._admit()
         # What has to wait is sent again when its turn comes; until then it takes no memory here.
         with self._lock:

@@ -196,6 +196,21 @@ def test_a_site_that_began_late_at_a_good_rate_is_not_set_aside(kit):
     assert grid.set_aside() == {}
 
 
+def test_a_site_that_offers_another_reply_every_moment_is_judged_by_all_that_came(kit):
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-a"], timeout=3.0)
+    task = site.raw.hear("offer").offer
+    for number in range(8):
+        site.stamp = bytes([number])
+        site.reply(task, 8 * MIB)
+        site.accepted()
+        time.sleep(0.35)
+    thread.join(60)
+    assert found["site-a"].error.code == RefusalCode.SLOW
+    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+
+
 def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit):
     grid = kit.grid(limits(kit, stall=0.5, least_rate=10 * MIB))
     site = uploader(kit, grid, "site-a")

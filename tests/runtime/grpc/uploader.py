@@ -13,6 +13,7 @@ class Uploader:
 
     def __init__(self, raw: RawSite, keys: SiteKeys) -> None:
         self.name, self.keys, self.raw = keys.site_name, keys, raw
+        self.stamp = b"stamp"
         self.raw.enter()
 
     def offer(self, size: int, *, content: bytes | None = None, header: bytes | None = None) -> None:
@@ -37,7 +38,7 @@ class Uploader:
             envelope=envelope,
             size=sum(map(len, self.pieces)),
             plain_size=sealed.plain_size,
-            stamp=b"stamp",
+            stamp=self.stamp,
             seal_header=sealed.header if header is None else header,
         )
         self.raw.say(pb.Frame(offer=made))
