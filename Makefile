@@ -34,13 +34,14 @@ format: $(VENV)/.dev ## let ruff sort and format
 protocol: $(VENV)/.dev ## generate the gRPC code from the .proto files
 	$(BIN)/python -m fedclaw.runtime.grpc.protocol.generate
 
-benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale
+benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale, startup
 	$(BIN)/python -m experiments.benchmarks.exchange
 	$(BIN)/python -m experiments.benchmarks.aggregation
 	$(BIN)/python -m experiments.benchmarks.dp_step
 	$(BIN)/python -m experiments.benchmarks.secure_aggregation
 	$(BIN)/python -m experiments.benchmarks.simulation
 	$(BIN)/python -m experiments.benchmarks.scale
+	$(BIN)/python -m experiments.benchmarks.startup
 
 heart-disease: $(VENV)/.demo ## FLamby's heart-disease table and beyond (DATA=directory of the four UCI files)
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.heart_disease data=$(DATA)

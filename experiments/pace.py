@@ -19,7 +19,7 @@ class Pace:
     known: Sequence[float] = ()
     """Seconds that each finished run took; none: `usual` is taken."""
     usual: float = 1.0
-    """Seconds that one run takes on one core of a small machine, measured when this was written."""
+    """About how many seconds one run takes on one core of a small machine: a guess until some are done."""
     done: int = field(default=0, init=False)
     began: float = field(default_factory=time.monotonic, init=False)
 
@@ -28,7 +28,7 @@ class Pace:
         text = f"{self.total} runs, of which {self.total - self.left} are done"
         if self.left:
             seconds = self.left * (fmean(self.known) if self.known else self.usual) / min(self.workers, self.left)
-            source = "as fast as those that are done" if self.known else "as fast as where this was measured"
+            source = "by those that are done" if self.known else "at a first guess"
             processes = "1 process" if self.workers == 1 else f"{self.workers} processes"
             text += f"; the other {self.left} take about {duration(seconds)} in {processes}, {source}"
         self.console.print(text, markup=False)

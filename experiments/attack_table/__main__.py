@@ -1,7 +1,7 @@
 """Attack x strategy: accuracy, accuracy under attack, and the backdoor's success: docs/strategies/robust.md.
 
     python -m experiments.attack_table                 run what is not done yet, then write page, plot and JSON;
-                                                       it says first how long that takes (all of it: hours)
+                                                       it says first how long that takes (all: an hour of one core)
     python -m experiments.attack_table page            write page and plot again from robust.json
     python -m experiments.attack_table seeds=1 output=try runs=try/runs
 

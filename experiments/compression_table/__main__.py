@@ -23,7 +23,7 @@ from fedclaw.files import write_atomic
 from fedclaw.report.console import make_console
 
 _USUAL_SECONDS = 8.0
-"""Of one run with the settings of conf/compression_table.yaml, on one core."""
+"""Of one run; a guess."""
 
 
 def main(arguments: Sequence[str]) -> None:

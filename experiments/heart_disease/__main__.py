@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 NAME = "heart_disease"
 _USUAL_SECONDS = 5.0
-"""Of one cell with the settings of conf/heart_disease.yaml, on one core."""
+"""Of one cell; a guess."""
 
 
 def main(arguments: Sequence[str]) -> None:
