@@ -13,9 +13,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedclaw.errors import UpdateError
 from fedclaw.federation import postprocess
 from fedclaw.federation.aggregate import combination
-from fedclaw.federation.arrays import LARGEST, pack, pack_wire, shapes_of, unpack
+from fedclaw.federation.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack
+from fedclaw.federation.compression.encoded import encoder_of, layout
+from fedclaw.federation.compression.request import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
 from fedclaw.federation.coordinator import make_strategy
 from fedclaw.federation.exchange import Trained
 from fedclaw.federation.plan import LocalTraining, Plan
@@ -216,3 +219,33 @@ def test_numbers_that_would_overflow_a_mean_are_refused_where_they_come_from(val
     assert [item.site for item in trained.declined] == ["0", "1"]
     mean = postprocess.at_server(trained.total.take(), asked, shapes_of(TEMPLATE)).arrays
     assert all(np.isfinite(array).all() for array in mean.values())
+
+
+FORMS = (
+    HalfPrecision(method="fp16"),
+    Quantisation(method="int8"),
+    Quantisation(method="int4"),
+    TopK(method="topk", fraction=0.2),
+    PowerSgd(method="powersgd", rank=2),
+)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.method)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_bytes_of_a_compressed_update_are_refused_or_stand_for_numbers(form: Compression, data: st.DataObject) -> None:
+    """Scales of NaN, positions that are not there, factors of 1e38: whatever the bytes of each array are."""
+    template = {"w": np.zeros((8, 6), np.float32), "b": np.zeros(40, np.float32)}
+    asked = plan_of(run_record(privacy=None, compression=form))
+    encoder = encoder_of(asked)
+    assert encoder is not None
+    trained, wire = Trained.under(asked, template), {}
+    for name, kind in layout(encoder, shapes_of(postprocess.template(template, asked))).items():
+        content = data.draw(st.binary(min_size=1, max_size=8)) * kind.nbytes
+        wire[name] = np.frombuffer(content[: kind.nbytes], kind.dtype).reshape(kind.shape)
+    try:
+        arrays, _ = trained.read(pack_wire(wire))
+        trained.total.add(arrays, 10.0, 10)
+    except UpdateError:
+        assert not any(array.any() for array in trained.total.arrays.values())
+    assert all(all_within(array) for array in trained.total.arrays.values())

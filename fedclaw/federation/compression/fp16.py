@@ -41,5 +41,6 @@ class Fp16(Encoder):
         for name in shapes:
             exponent = float(finite(name + _EXPONENT, wire[name + _EXPONENT])[0])
             values = finite(name, wire[name]).astype(np.float32)
-            arrays[name] = np.ldexp(values, int(np.clip(exponent, -_LARGEST, _LARGEST)))
+            with np.errstate(over="ignore"):
+                arrays[name] = np.ldexp(values, int(np.clip(exponent, -_LARGEST, _LARGEST)))
         return arrays
