@@ -167,6 +167,8 @@ class GrpcGrid(StreamingGrid):
                     # Asking for the next one is how the reader says that it is done with this one.
                     self._desk.read(reply)
                     reply = None
+            if deadline is not None:
+                self._station.judge(ids)
             self._end(ids)
             for task, text in self._station.late(ids):
                 yield error_reply(task, RefusalCode.SLOW, text)

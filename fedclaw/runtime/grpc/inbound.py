@@ -103,9 +103,9 @@ class _Arrival:
         return presumed or self.received * (age + _SOON) >= self.offer.size * age
 
     def forfeits(self, now: float) -> str | None:
-        """What is wrong with its rate, if it could not have arrived in all the time of its question."""
+        """What is wrong with its rate, if it could not have arrived in all the time that its question had."""
         first, before = self.earlier
-        whole, age = self.task.expires - self.task.asked, now - (first or self.began)
+        whole, age = min(self.task.expires, now) - self.task.asked, now - (first or self.began)
         received = before + self.received
         if self.complete or not self.began or age < whole / _FAIR_SHARE or received * whole >= self.offer.size * age:
             return None
@@ -263,14 +263,21 @@ class Arrivals:
         """Those replies were read, or are not wanted any more; others may come."""
         now = time.monotonic()
         with self._lock:
+            self.judge([key for key in ids if (one := self._admitted.get(key)) and one.task.expires <= now])
             for identity in ids:
-                arrival = self._admitted.get(identity)
-                if arrival is not None and arrival.task.expires <= now and (slow := arrival.forfeits(now)) is not None:
-                    self._note_late(arrival, slow)
                 self._drop(identity)
                 self._waiting.pop(identity, None)
         self._admit()
         self._due.set()
+
+    def judge(self, ids: Collection[str]) -> None:
+        """The time of those questions is over: who is still sending is late, if it is its rate that is to blame."""
+        now = time.monotonic()
+        with self._lock:
+            for identity in ids:
+                arrival = self._admitted.get(identity)
+                if arrival is not None and (slow := arrival.forfeits(now)) is not None:
+                    self._note_late(arrival, slow)
 
     def detach(self, session: Session) -> None:
         """The stream is gone; what has arrived by it is kept for resumption."""

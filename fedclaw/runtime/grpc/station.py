@@ -141,6 +141,10 @@ class Station:
             session.sender.withdraw(identity)
             session.sender.post(wire.refuse(pb.REASON_RECALLED, "nobody waits for it any more", identity))
 
+    def judge(self, ids: Collection[str]) -> None:
+        """The time of those questions is over: who is still sending its reply is late, if its rate is to blame."""
+        self._arrivals.judge(ids)
+
     def late(self, ids: Collection[str]) -> list[tuple[Task, str]]:
         """Those of `ids` whose reply was given up because it came too slowly, and how slowly. Told once."""
         return self._arrivals.late(ids)

@@ -183,6 +183,19 @@ def test_a_liar_within_the_bound_delays_nobody_and_is_named_by_its_rate(kit, cap
     assert list(grid.set_aside()) == [kit.number_of("site-liar")]
 
 
+def test_a_liar_is_named_by_its_rate_at_the_readers_deadline_too(kit):
+    """Whoever waits may have less patience than the question lives."""
+    grid = kit.grid(limits(kit))
+    liar = uploader(kit, grid, "site-a")
+    stream = grid.send_and_receive([kit.message("site-a", ttl=3600.0)], timeout=2.0)
+    liar.offer(200 * MIB)
+    liar.accepted()
+    liar.send(0, 1)
+    (reply,) = stream
+    assert reply.error.code == RefusalCode.SLOW
+    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+
+
 def test_a_site_that_began_late_at_a_good_rate_is_not_set_aside(kit):
     grid = kit.grid(limits(kit))
     site = uploader(kit, grid, "site-a")
