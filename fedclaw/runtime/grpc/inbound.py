@@ -75,6 +75,8 @@ class _Arrival:
     """Complete: whether it lies in memory, or is being read into it."""
     offered: float = field(default_factory=time.monotonic)
     began: float = 0.0
+    left: float = 0.0
+    """Without a session: when it went."""
     earlier: tuple[float, int] = (0.0, 0)
     """Of other offers in answer to the same task: when the first was accepted, and what came of them all."""
     mark: tuple[float, int] = (0.0, 0)
@@ -105,7 +107,9 @@ class _Arrival:
     def forfeits(self, now: float) -> str | None:
         """What is wrong with its rate, if it could not have arrived in all the time that its question had."""
         first, before = self.earlier
-        whole, age = min(self.task.expires, now) - self.task.asked, now - (first or self.began)
+        # A site that went away is judged by the time until then: a crash is no bad rate, and going away no excuse.
+        until = now if self.session is not None else self.left
+        whole, age = min(self.task.expires, now) - self.task.asked, until - (first or self.began)
         received = before + self.received
         if self.complete or not self.began or age < whole / _FAIR_SHARE or received * whole >= self.offer.size * age:
             return None
@@ -286,7 +290,7 @@ class Arrivals:
                 del self._waiting[identity]
             for arrival in self._admitted.values():
                 if arrival.session is session and not arrival.complete:
-                    arrival.session = None
+                    arrival.session, arrival.left = None, time.monotonic()
         self._admit()
 
     def drop_slow(self) -> None:

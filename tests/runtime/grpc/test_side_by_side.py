@@ -196,6 +196,22 @@ def test_a_liar_is_named_by_its_rate_at_the_readers_deadline_too(kit):
     assert list(grid.set_aside()) == [kit.number_of("site-a")]
 
 
+@pytest.mark.parametrize(("after", "named"), [(0.1, False), (1.5, True)])
+def test_a_site_that_breaks_off_is_judged_by_the_time_until_then(kit, after, named):
+    """A crash at the begin is no bad rate; to hang up before the deadline is no excuse."""
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-a"], timeout=2.5)
+    site.offer(32 * MIB)
+    site.accepted()
+    site.send(0, 1)
+    time.sleep(after)
+    site.raw.close()
+    thread.join(60)
+    assert [reply.error.code for reply in found.values()] == [RefusalCode.SLOW] * named
+    assert list(grid.set_aside()) == [kit.number_of("site-a")] * named
+
+
 def test_a_site_that_began_late_at_a_good_rate_is_not_set_aside(kit):
     grid = kit.grid(limits(kit))
     site = uploader(kit, grid, "site-a")
