@@ -7,6 +7,8 @@ from statistics import fmean
 
 from rich.console import Console
 
+from fedclaw.progress import duration
+
 
 @dataclass
 class Pace:
@@ -40,12 +42,3 @@ class Pace:
         if rest := self.left - self.done:
             line += f"; about {duration((time.monotonic() - self.began) / self.done * rest)} left"
         self.console.print(line, markup=False)
-
-
-def duration(seconds: float) -> str:
-    """For a person: 20 s, 7 min, 3.5 h."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 90 * 60:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h"

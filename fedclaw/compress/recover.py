@@ -19,6 +19,7 @@ from fedclaw.compress.measure import threads_for
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.settings import Recovery
 from fedclaw.errors import CompressionError
+from fedclaw.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def train(
     first = best.agreement
     optimizer = torch.optim.Adam(model.parameters(), lr=recovery.learning_rate)
     scheduler = _scheduler(optimizer, recovery)
-    step = 0
+    step, progress = 0, Progress(log, "recovery, steps", recovery.steps)
     with threads_for(count_parameters(model)):
         for step, rows in enumerate(_batches(count, recovery, seed, held[0].device), start=1):
             model.train()
@@ -145,6 +146,7 @@ def train(
                 )
             if best.offer(model, step) >= recovery.patience:
                 break
+            progress.done(step)
     log.info("recovery: %d steps, agreement %.4f -> %.4f (step %d)", step, first, best.agreement, best.step)
     model.load_state_dict(best.state)
     return Recovered(model.eval(), first, best.agreement, step)

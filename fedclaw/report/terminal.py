@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
@@ -31,6 +31,8 @@ class TerminalProgress:
             BarColumn(),
             TextColumn("{task.completed}/{task.total} rounds"),
             TimeElapsedColumn(),
+            TextColumn("[dim]left[/]"),
+            TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
             transient=True,

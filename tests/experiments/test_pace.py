@@ -6,9 +6,10 @@ from rich.console import Console
 
 from experiments.attack_table.settings import TableSettings as AttackSettings
 from experiments.compression_table.settings import TableSettings as CompressionSettings
-from experiments.pace import Pace, duration
+from experiments.pace import Pace
 from experiments.privacy_table.settings import TableSettings as PrivacySettings
 from fedclaw.cli import compose_settings
+from fedclaw.progress import duration
 
 
 def told(**values):

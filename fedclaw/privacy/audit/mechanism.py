@@ -13,6 +13,7 @@ when the known signal is taken away for independent Gaussian noise, of which eve
 of them in each answer, so that a scale that is a few per cent too small is seen within a few answers.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from fedclaw.privacy.audit.bounds import LARGEST_EPSILON, gaussian_epsilon, gues
 from fedclaw.privacy.audit.canary import coins
 from fedclaw.privacy.audit.findings import Finding
 from fedclaw.privacy.audit.probe import Probe, guaranteed
+from fedclaw.progress import Progress
+
+log = logging.getLogger(__name__)
 
 _ALMOST_ONE = 1 - 1e-12
 _COMPARED = 1 << 17
@@ -85,7 +89,9 @@ def enough_trials(probe: Probe, alarm: float, most: int) -> int:
 def run_trials(probe: Probe, count: int) -> Trials:
     """Release `count` times, each with the canary in or out by the toss of a coin."""
     present, scores, squares, degrees = coins(count), np.empty(count), 0.0, 0
+    progress = Progress(log, f"releases, {probe.label}", count)
     for trial, there in enumerate(present):
+        progress.done(trial)
         released = probe.release(bool(there))
         scores[trial] = released @ probe.direction
         rest = released - scores[trial] * probe.direction
