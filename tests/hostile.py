@@ -39,9 +39,10 @@ def wary_site(root: Path | None = None, **policy: Any) -> SiteService:
     """One whose policy wants differential privacy, and takes the server's word for noise on the sum."""
     assume_server_identity(1)
     generator = np.random.default_rng(3)
-    table = Table(generator.normal(size=(20, 3)).astype(np.float32), (np.arange(20) % 2).astype(np.int64))
+    labels = (np.arange(20) % 2).astype(np.int64)
+    table, test = (Table(generator.normal(size=(20, 3)).astype(np.float32), labels) for _ in range(2))
     rules = {"allow_training_without_privacy": False, "trust_server_noise": True, "epsilon": 100.0, "delta": 1e-5}
-    return service("a", SmallNets(3), table, test=table, root=root, **{**rules, **policy})
+    return service("a", SmallNets(3), table, test=test, root=root, **{**rules, **policy})
 
 
 def plan_for(site: SiteService, strategy: str, model: str = "parted", **changes: Any) -> Plan:
