@@ -17,7 +17,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from fedclaw.federation.plan import ModelSpec
+from fedclaw.federation.plan import ModelSpec, Name
 from fedclaw.frozen import Frozen
 
 ONNX = "model.onnx"
@@ -107,9 +107,9 @@ class Manifest(Frozen):
     """bundle.json."""
 
     format_version: Literal[1] = 1
-    federation: str
-    run: str
-    workload: str
+    federation: Name
+    run: Name
+    workload: Name
     variant: Literal["final", "compressed"]
     model: ModelSpec
     parameters: int = Field(ge=1)

@@ -46,8 +46,6 @@ _WAY_OUT = (
     "price that those who answered may pay for the round again"
 )
 SILENT = "silent"
-MOST_REASONS = 20
-"""Sites named in the line that ends a run."""
 MOST_OF_ALL = 0.9
 """Share of all test examples above which a site's word is nearly the whole figure, so that this is said."""
 LOOK_AGAIN = 0.2
@@ -646,10 +644,5 @@ def _settled(trained: Trained) -> str:
 
 
 def _reasons(trained: Trained) -> str:
-    """Why each site that did not train did not; of very many the first."""
-    reasons = [f"{declined.site}: {declined.reason}" for declined in trained.declined]
-    if isinstance(trained, SecurelyTrained) and trained.failure:
-        reasons.insert(0, trained.failure)
-    reasons += [f"{site}: no answer in time" for site in trained.silent]
-    more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
-    return "; ".join([*reasons[:MOST_REASONS], *more])
+    """Why each site that did not train did not."""
+    return exchange.reasons_of(trained, trained.failure if isinstance(trained, SecurelyTrained) else None)

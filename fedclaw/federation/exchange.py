@@ -58,6 +58,8 @@ MOST_LOSS = 1e6
 MOST_NOISE = 1e9
 """Deviation of the noise in a cell of a histogram: a site with more says nothing."""
 LONGEST_REASON = 300
+MOST_REASONS = 20
+"""Sites named in the line that ends a run."""
 HEADER_BYTES = 4 << 20
 """What an answer has at most beside the arrays that the plan asks for: metrics, receipt, names."""
 
@@ -472,6 +474,15 @@ def receipt_text(content: RecordDict) -> str:
     if not isinstance(text, str) or len(text) > LONGEST_RECEIPT:
         raise UpdateError(f"the privacy receipt is malformed: it is no text of at most {LONGEST_RECEIPT} characters")
     return text
+
+
+def reasons_of(answers: Answers, failure: str | None = None) -> str:
+    """`failure`, and why each site that gave no usable answer did not; of very many the first."""
+    reasons = [failure] if failure else []
+    reasons += [f"{declined.site}: {declined.reason}" for declined in answers.declined]
+    reasons += [f"{site}: no answer in time" for site in answers.silent]
+    more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []
+    return "; ".join([*reasons[:MOST_REASONS], *more])
 
 
 def _words(reason: str | None) -> str:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
 from fedclaw.federation import exchange
 from fedclaw.federation.arrays import Arrays, pack, unpack
-from fedclaw.federation.exchange import ARRAYS, HEADER_BYTES, JSON, SUM, Answers, ask, part, receipt_text
+from fedclaw.federation.exchange import ARRAYS, HEADER_BYTES, JSON, SUM, Answers, ask, part, reasons_of, receipt_text
 from fedclaw.federation.plan import MOST_EXAMPLES
 from fedclaw.federation.secure_exchange import Seats, SecureExchange
 from fedclaw.federation.settings import SecureRequest
@@ -266,6 +266,4 @@ def _receipt(content: RecordDict) -> StatisticsReceipt:
 
 
 def _reasons(collected: Collected) -> str:
-    reasons = [collected.failure] if collected.failure else []
-    reasons += [f"{declined.site}: {declined.reason}" for declined in collected.declined]
-    return "; ".join([*reasons, *(f"{site}: no answer in time" for site in collected.silent)]) or "nobody was asked"
+    return reasons_of(collected, collected.failure) or "nobody was asked"

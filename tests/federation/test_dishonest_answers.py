@@ -13,7 +13,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UpdateError
 from fedclaw.export.statement import Receipts, state
 from fedclaw.federation.coordinator import run_rounds
-from fedclaw.federation.exchange import LONGEST_REASON, Declined, Evaluated
+from fedclaw.federation.exchange import LONGEST_REASON, Declined, Evaluated, reasons_of
 from fedclaw.federation.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.federation.receipts import check_receipt
 from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
@@ -52,7 +52,7 @@ LIES = {
 
 
 class Liar:
-    """A real site; `lies` change the receipts that it sends, by round, and `figures` its evaluations."""
+    """A real site; `lies` change the receipts that it sends, by round, and `figures` stand for its evaluations."""
 
     def __init__(self, site, lies=None, figures=None):
         self.site, self.lies, self.figures = site, lies or {}, figures or {}
@@ -64,8 +64,7 @@ class Liar:
             told = json.loads(reply.content["receipt"]["json"]) | self.lies.get(round, {})
             reply.content["receipt"] = ConfigRecord({"json": json.dumps(told)})
         elif reply.has_content() and round in self.figures:
-            record = dict(reply.content["metrics"]) | self.figures[round]
-            reply.content["metrics"] = MetricRecord(record)
+            reply.content["metrics"] = MetricRecord(self.figures[round])
         return reply
 
     def release(self, *_):
@@ -202,7 +201,7 @@ def declined_of(evaluated: Evaluated, site: str, figures) -> list[Declined]:
 
 def test_a_site_that_claims_nearly_all_test_examples_is_named_once(tmp_path, sites, caplog):
     name = sorted(sites)[0]
-    many = {"examples": 10**9, "weight": 1e9}
+    many = {"examples": 10**9, "weight": 1e9, "accuracy": 0.0}
     sites[name] = Liar(sites[name], figures={1: many, 2: many})
     run(tmp_path / "run", record_of(sites, rounds=2, privacy=None), sites)
     said = [record.getMessage() for record in caplog.records if "nearly its own" in record.getMessage()]
@@ -241,3 +240,11 @@ def test_what_an_honest_site_says_of_any_mechanism_is_believed(sites):
 def test_a_receipt_is_kept_with_an_example_count_that_can_be():
     with pytest.raises(ValueError, match="examples"):
         SiteReceipt(examples=10**15, receipt=receipt())
+
+
+def test_a_line_names_twenty_sites_however_many_lie():
+    answers = Evaluated(declined=[Declined(f"site-{n}", "unusable", "r" * LONGEST_REASON) for n in range(1000)])
+    told = reasons_of(answers, "no sum")
+    assert told.startswith("no sum; site-0: ")
+    assert told.endswith("; and 981 more")
+    assert len(told) < 20 * 2 * LONGEST_REASON
