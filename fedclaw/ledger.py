@@ -49,7 +49,7 @@ from fedclaw.privacy.ledger import describe
 from fedclaw.privacy.spending import DataSetSpending, Spending
 from fedclaw.report.console import make_console
 from fedclaw.report.tables import Figures
-from fedclaw.site.books import Books, check_books, losses, open_books
+from fedclaw.site.books import Books, agreements, check_books, losses, open_books
 
 STATEMENT_FILE = "privacy-statement.html"
 BEGIN_AGAIN = "begin-again"
@@ -111,6 +111,8 @@ def _show(settings: Settings, books: Books, console: Console) -> None:
     console.print(f"{spending.entries} entries, head {spending.head}", markup=False)
     if settings.entries:
         console.print(_entry_table(books), soft_wrap=False)
+    for sentence in agreements(books.index):
+        console.print(sentence, markup=False)
     for sentence in losses(books.index):
         console.print(f"! {sentence}", style="bold red", markup=False)
     if problem is not None:

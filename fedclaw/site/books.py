@@ -9,6 +9,7 @@ head that is kept elsewhere: the coordinator's run directory and the privacy sta
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from fedclaw.errors import LedgerError, UsageError
@@ -70,6 +71,18 @@ def losses(index: Index) -> list[str]:
         f"{'an unknown number of' if loss.entries is None else f'the {loss.entries}'} entries had counted until then "
         "and are not in it was spent all the same, and no figure here has it"
         for loss in index.losses
+    ]
+
+
+def agreements(index: Index, now: datetime | None = None) -> list[str]:
+    """In sentences: which unfinished runs are agreed to, so that what they have still to be charged is kept free."""
+    now = now or datetime.now(UTC)
+    return [
+        f"data set {data_set}: run {run} of federation {federation} is agreed to{f' ({purpose})' if purpose else ''}: "
+        f"up to {min(agreement.charges, agreement.rounds)} more round(s), kept free of others until "
+        f"{agreement.renewed + timedelta(days=agreement.days):%Y-%m-%d %H:%M} UTC"
+        for (data_set, federation, run, purpose), agreement in index.agreements.items()
+        if agreement.holds(now)
     ]
 
 

@@ -20,7 +20,7 @@ from fedclaw.privacy.spending import DataSetSpending
 from fedclaw.security import pki
 from fedclaw.security.descriptor import DESCRIPTOR_FILE, load_descriptor
 from fedclaw.security.site_home import SITE_CERTIFICATE, SITE_KEY, SiteKeys, renew_advice
-from fedclaw.site.books import Books, check, check_books, losses, open_books
+from fedclaw.site.books import Books, agreements, check, check_books, losses, open_books
 from fedclaw.site.directory import open_service
 from fedclaw.site.frequency import charge_times, check_frequency, evaluation_times, is_limited
 from fedclaw.site.layout import ledger_file, outbound_file
@@ -175,6 +175,8 @@ def _books(root: Path, settings: SiteSettings, service: SiteService, findings: F
         unspent = DataSetSpending(name, Budget(budget.epsilon, budget.delta), 0.0, (), ())
         spent.setdefault(name, unspent)
     findings.facts += [_spent(item, served=item.name in served) for item in spent.values()]
+    if opened:
+        findings.facts += agreements(opened[0].index)
     if opened and is_limited(policy):
         _next_round(policy, opened[0], findings)
 

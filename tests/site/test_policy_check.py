@@ -308,6 +308,7 @@ def test_an_unfinished_run_is_counted_when_another_is_asked_about(root, said):
     asker.ask(privacy=PrivacyRequest(epsilon=5, delta=1e-3, max_grad_norm=1))
     asker.site.ledger.close()
     before = files(root)
+    assert "run run-1 of federation clinic is agreed to: up to 3 more round(s), kept free of others until" in said()
     assert "beside 1 unfinished run" in said("epsilon=5", "rounds=4")
     assert "would be accepted" in said("epsilon=0.5", "rounds=4")
     assert files(root) == before
