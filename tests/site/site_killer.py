@@ -5,8 +5,8 @@ Started by test_reservations.py as a process of its own: it forks for each place
     python site_killer.py DIRECTORY
 
 The site goes through a round as its client does (`fedclaw.runtime.grpc.worker`): charge, training, the state staged,
-the answer sealed and stored, the charge settled, the state committed, a line in the outbound log. It dies before and
-after each commit of the ledger, each flush and each rename. Then the same question is asked again.
+the answer sealed and stored, the charge settled, the state committed, a line in the outbound log. It dies before each
+commit of the ledger, each flush and each rename, and so after the one before. Then the same question is asked again.
 """
 
 import math
@@ -106,7 +106,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 def die_at(place: int) -> Callable[[], None]:
-    """Die at the `place`-th moment before or after a durable step of this process, once what is returned was called."""
+    """Die before the `place`-th durable step of this process, once what is returned was called."""
     count = -1_000_000
 
     def ready() -> None:
@@ -122,9 +122,7 @@ def die_at(place: int) -> Callable[[], None]:
     def watched(step: Callable) -> Callable:
         def call(*arguments, **options):
             moment()
-            result = step(*arguments, **options)
-            moment()
-            return result
+            return step(*arguments, **options)
 
         return call
 
