@@ -165,7 +165,7 @@ class Opener:
         return f"Opener({self._suite!r})"
 
     def open(self, header: Buffer, binding: Binding, plain_size: int) -> "OpenStream":
-        """Start opening a message of `plain_size` bytes, as its sender claims; memory for it is reserved here.
+        """Start opening a message of `plain_size` bytes, as its sender claims; memory for it is taken with the first.
 
         The caller bounds `plain_size` first. Raises SealError if the header was not sealed to this key
         under `binding`.
@@ -195,8 +195,7 @@ class OpenStream:
         self._size = plain_size
         self._count = segment_count(plain_size)
         self._index = 0
-        # numpy.empty, not bytearray: pages are touched when a segment has really arrived, and never zeroed.
-        self._plain: memoryview = np.empty(plain_size, dtype=np.uint8).data
+        self._plain = memoryview(b"")
         self._failed = False
 
     def feed(self, segment: Buffer) -> None:
@@ -212,6 +211,9 @@ class OpenStream:
             raise SealError(
                 f"segment {index + 1} of {self._count} has {len(segment)} bytes instead of {expected + TAG}"
             )
+        if index == 0:
+            # Not before something came; numpy.empty, not bytearray: pages are touched as segments really arrive.
+            self._plain = np.empty(self._size, dtype=np.uint8).data
         target = self._plain[start : start + expected]
         try:
             self._cipher.decrypt_into(_nonce(index, index + 1 == self._count), segment, self._aad, target)
