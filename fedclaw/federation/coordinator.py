@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.errors import CheckpointError, RoundError, UpdateError
+from fedclaw.errors import CheckpointError, PluginError, RoundError, UpdateError
 from fedclaw.federation import checkpoint, exchange, postprocess, secure_round
 from fedclaw.federation.aggregate import WeightedSum, combination
 from fedclaw.federation.arrays import Arrays, shapes_of
@@ -261,6 +261,17 @@ def make_plan(
     )
 
 
+def _labels(record: RunRecord) -> tuple[str, ...]:
+    """The classes' names, by which counts are pooled; none where the run's workload is not installed beside the server.
+
+    The rounds themselves need no workload: figures of classes are then left out.
+    """
+    try:
+        return tuple(record.make_schema().labels)
+    except PluginError:
+        return ()
+
+
 def run_rounds(
     grid: Grid,
     directory: RunDirectory,
@@ -294,7 +305,7 @@ class _Loop:
         self.directory = directory
         self.record = directory.record()
         self.strategy = make_strategy(self.record)
-        self.labels = self.record.make_schema().labels
+        self.labels = _labels(self.record)
         self.buffer = Buffer(grid, self.strategy) if isinstance(self.strategy, Buffered) else None
         self.teacher = teacher
         self.observers = observers
