@@ -5,7 +5,7 @@ holds a reservation before the first gradient), and writes down what leaves (the
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from pydantic import ValidationError
@@ -29,6 +29,9 @@ from fedclaw.site.training_task import answer_training, begun
 
 log = logging.getLogger(__name__)
 
+MOST_TOLD = 100
+"""Refusals of one run that a site remembers having logged."""
+
 
 @dataclass
 class SiteService(Site):
@@ -37,15 +40,17 @@ class SiteService(Site):
     outbound: OutboundLog | None = None
     secure: SecureIdentity | None = None
     """Without one the site takes no part in secure aggregation."""
+    _told: tuple[str, set[str]] = field(default=("", set()), init=False, repr=False)
+    """The run of the last refusal, and what was logged of that run's refusals."""
 
     def answer(self, message: Message) -> Message:
         """Train or evaluate as asked, or refuse with a reason; never raises for a bad request."""
         try:
             return Message(self._answer(message), reply_to=message)
         except Refusal as refusal:
-            detail = str(refusal.__cause__ or "")
-            log.warning("refused: %s%s", refusal.reason, "" if detail in refusal.reason else f" ({detail})")
-            return _error(refusal, message)
+            reply = _error(refusal, message)
+            self._tell(refusal, _run_name(message, reply))
+            return reply
         except Exception:
             log.exception("the task failed")
             return _error(
@@ -81,6 +86,17 @@ class SiteService(Site):
                 receipt=receipt,
                 refused=reply.has_error(),
             )
+
+    def _tell(self, refusal: Refusal, run: str) -> None:
+        """Log a refusal: as a warning once in a run, since the same may follow in each round; then for debugging."""
+        detail = str(refusal.__cause__ or "")
+        text = refusal.reason if detail in refusal.reason else f"{refusal.reason} ({detail})"
+        last, told = self._told
+        if run != last or len(told) >= MOST_TOLD:
+            told = set()
+            self._told = (run, told)
+        log.log(logging.DEBUG if text in told else logging.WARNING, "refused: %s", text)
+        told.add(text)
 
     def _spoiled(self, message: Message) -> None:
         """The question is answered with an error. If it was paid for, that is used up, and nothing of it is kept.

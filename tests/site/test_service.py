@@ -414,3 +414,11 @@ def test_the_operator_may_choose_how_a_private_step_is_worked_out(root, caplog):
     assert not asker.ask().has_error()
     assert asker.site.speed.mode == "opacus"
     assert "bookkeeping" not in caplog.text
+
+
+def test_a_refusal_is_logged_once_in_a_run_and_answered_each_time(asker, caplog):
+    for number in (1, 2, 3):
+        assert "a round of 1 site(s)" in refused(asker.ask(round=number, cohort=1), RefusalCode.COHORT)
+    refused(asker.ask(round=3, cohort=1, run="another"), RefusalCode.COHORT)
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert sum("a round of 1 site(s)" in message for message in warned) == 2
