@@ -3,14 +3,16 @@
 A dealer shares its seed s and its mask key y by polynomials f of degree t - 1 over Z_q (`shamir`, q the order of P-256)
 and proves, without interaction, that all its shares of one secret lie on one such polynomial:
 
-    draw r, a polynomial of the same degree; commit to each holder's value:  c_i = H(r(x_i))
+    draw r, a polynomial of the same degree; commit to each holder's two values:  c_i = H(r(x_i), f(x_i))
     the challenge d = H(all c_i, ...) ; publish  z = r + d f  (t coefficients)
-    holder i, who has f(x_i), checks  c_i = H(z(x_i) - d f(x_i))
+    holder i, who has f(x_i), checks  c_i = H(z(x_i) - d f(x_i), f(x_i))
 
 Atapoor, Baghery, Cozzo, Pedersen 2023, "VSS from Distributed ZK Proofs and Applications" (ASIACRYPT 2023), the scheme
 from hash commitments; made non-interactive by Fiat and Shamir. z says nothing of f, whose values c_i hides as long as
-fewer than t of them are known (random oracle); shares that are not of one polynomial pass for one d in q. After that
-c_i binds holder i to f(x_i): who gives the server another value has lied, and nobody else can be to blame.
+fewer than t of them are known (random oracle). The share is in c_i, and so in the challenge: were r(x_i) there alone, a
+dealer that knows d could choose any z, and for each holder the share that fits it. So shares that are not of one
+polynomial pass for one d in q. After that c_i binds holder i to f(x_i): who gives the server another value has lied,
+and nobody else can be to blame.
 
 That f(0) is the mask key of the dealer's public key Y is Schnorr's proof of the same challenge (Schnorr 1991,
 "Efficient Signature Generation by Smart Cards"): the dealer publishes R = r(0) G and z(0) G - R = d Y is checked, up
@@ -69,7 +71,7 @@ class ShareProof:
     """z(x) of the seed's polynomial at the holder's x."""
     key_point: int
     commitment: bytes
-    """H(r(x)) for the seed, then for the key."""
+    """H(r(x), f(x)) for the seed, then for the key."""
 
     def pack(self) -> bytes:
         """(PROOF_BYTES,)"""
@@ -88,7 +90,7 @@ class ShareProof:
         point = self.key_point if of_key else self.seed_point
         half = self.commitment[32:] if of_key else self.commitment[:32]
         blind = (point - self.challenge * share) % ORDER
-        return share < ORDER and hmac.compare_digest(_commit(parameters, dealer, holder, secret, blind), half)
+        return share < ORDER and hmac.compare_digest(_commit(parameters, dealer, holder, secret, blind, share), half)
 
     def holds(self, parameters: Parameters, dealer: str, holder: str, shares: Shares) -> bool:
         """Whether both of `shares` are."""
@@ -126,8 +128,8 @@ def deal(
     points = {holder: parameters.point(holder) for holder in holders}
     shares = {holder: Shares(evaluate(seed, x, ORDER), evaluate(key, x, ORDER)) for holder, x in points.items()}
     commitments = {
-        holder: _commit(parameters, dealer, holder, "seed", evaluate(blind_seed, x, ORDER))
-        + _commit(parameters, dealer, holder, "key", evaluate(blind_key, x, ORDER))
+        holder: _commit(parameters, dealer, holder, "seed", evaluate(blind_seed, x, ORDER), shares[holder].seed)
+        + _commit(parameters, dealer, holder, "key", evaluate(blind_key, x, ORDER), shares[holder].key)
         for holder, x in points.items()
     }
     nonce_public = curve.public_of(blind_key[0])
@@ -190,10 +192,10 @@ def _blinded(blind: Sequence[int], challenge: int, secret: Sequence[int]) -> tup
     return tuple((r + challenge * f) % ORDER for r, f in zip(blind, secret, strict=True))
 
 
-def _commit(parameters: Parameters, dealer: str, holder: str, secret: Secret, blind: int) -> bytes:
+def _commit(parameters: Parameters, dealer: str, holder: str, secret: Secret, blind: int, share: int) -> bytes:
     names = (dealer, holder, secret)
-    value = blind.to_bytes(NUMBER_BYTES, "big")
-    parts = (b"fedclaw share commitment v1", parameters.digest, *(name.encode() for name in names), value)
+    values = (number.to_bytes(NUMBER_BYTES, "big") for number in (blind, share))
+    parts = (b"fedclaw share commitment v2", parameters.digest, *(name.encode() for name in names), *values)
     return hashlib.sha256(framed(*parts)).digest()
 
 

@@ -114,6 +114,8 @@ class ServerSession:
         """A site's keys."""
         self._accept(item, item.site, _Stage.KEYS, self.parameters.sites, self._advertised)
         mine = {item.mask_public, item.share_public, item.sign_public}
+        if len(mine) < 3:
+            raise SecureAggregationError(f"{item.site} advertised one key for two uses; the sites would refuse it")
         for other in self._advertised.values():
             if mine & {other.mask_public, other.share_public, other.sign_public}:
                 raise SecureAggregationError(f"{item.site} advertised a key of {other.site}; the sites would refuse it")

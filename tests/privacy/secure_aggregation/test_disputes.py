@@ -12,7 +12,15 @@ from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import Accusations, Confirmation, KeyList, ShareBundle
 from fedclaw.privacy.secure_aggregation import keys as session_keys
 from fedclaw.privacy.secure_aggregation.curve import ORDER, public_of
-from fedclaw.privacy.secure_aggregation.dealing import DealerKeys, Shares, deal, packed
+from fedclaw.privacy.secure_aggregation.dealing import (
+    DealerKeys,
+    Dealing,
+    Shares,
+    _challenge,
+    _commit,
+    deal,
+    packed,
+)
 from fedclaw.privacy.secure_aggregation.identity import (
     ACCUSATION_PURPOSE,
     SHARES_PURPOSE,
@@ -117,6 +125,37 @@ def off_the_polynomial(exchange: Disputed, bundle: ShareBundle) -> ShareBundle:
     return dealt_again(exchange, bundle, change)
 
 
+def chosen_afterwards(exchange: Disputed, bundle: ShareBundle) -> ShareBundle:
+    """Blinds on no polynomial, the challenge, then any z that fits the key, and each share such that it fits z.
+
+    What a dealer can do whose shares are not in the challenge: it drops out later, and nobody can take off its masks.
+    """
+    site = exchange.sites[LIAR]
+    given, keys = site.parameters, site._keys.dealt
+    holders = (LIAR, *bundle.receivers)
+    blinds = {holder: [1 + secrets.randbelow(ORDER - 1) for _ in range(2)] for holder in holders}
+    guesses = {holder: [1 + secrets.randbelow(ORDER - 1) for _ in range(2)] for holder in holders}
+    commitments = {
+        holder: _commit(given, LIAR, holder, "seed", blinds[holder][0], guesses[holder][0])
+        + _commit(given, LIAR, holder, "key", blinds[holder][1], guesses[holder][1])
+        for holder in holders
+    }
+    nonce = 1 + secrets.randbelow(ORDER - 1)
+    d = _challenge(given, LIAR, keys.mask_public, public_of(nonce), commitments)
+    z_seed = [secrets.randbelow(ORDER) for _ in range(given.threshold)]
+    z_key = [(nonce + d * keys.mask_secret) % ORDER, *z_seed[1:]]
+
+    def share(z: list[int], holder: str, blind: int) -> int:
+        return (evaluate(z, given.point(holder), ORDER) - blind) * pow(d, -1, ORDER) % ORDER
+
+    shares = {
+        holder: Shares(*(share(z, holder, b) for z, b in zip((z_seed, z_key), blinds[holder], strict=True)))
+        for holder in holders
+    }
+    dealing = Dealing(LIAR, commitments, tuple(z_seed), tuple(z_key), public_of(nonce), d)
+    return dealt_again(exchange, bundle, lambda _shares, _dealing: (shares, dealing))
+
+
 def another_key(exchange: Disputed, bundle: ShareBundle) -> ShareBundle:
     """A perfect sharing, of a key that is not the one which it has advertised."""
     site = exchange.sites[LIAR]
@@ -170,6 +209,7 @@ LIES = {
     "garbage and other keys": ({"shares": garbage, "dispute": other_keys}, "what are no shares"),
     "one wrong share": ({"shares": one_wrong}, "site-c sent site-a what are no shares"),
     "shares of no polynomial": ({"shares": off_the_polynomial}, "what are no shares"),
+    "shares chosen after the challenge": ({"shares": chosen_afterwards}, "what are no shares"),
     "another key than its own": ({"shares": another_key}, "has not shared the key that it advertised"),
     "another threshold": ({"shares": short_polynomial}, "shares of another threshold"),
     "a signature that is none": ({"shares": unsigned}, "has not signed the shares that it sent to site-a"),

@@ -8,8 +8,17 @@ from hypothesis import strategies as st
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import ServerSession
 from fedclaw.privacy.secure_aggregation.graph import least_threshold
+from fedclaw.privacy.secure_aggregation.keys import SessionKeys
 from fedclaw.privacy.secure_aggregation.masks import BLOCK
 from tests.privacy.secure_aggregation.rehearsal import STAGES, Exchange, names, parameters, site_session
+
+
+class _OneKey(SessionKeys):
+    """Signs, so it says, with the key that shares are sealed to."""
+
+    @property
+    def sign_public(self) -> bytes:
+        return self.share_public
 
 
 @st.composite
@@ -177,6 +186,18 @@ class TestTheServerRefuses:
         copied = exchange.sites["site-b"].advertise().model_copy(update={"share_public": item.mask_public})
         with pytest.raises(SecureAggregationError, match="site-b advertised a key of site-a"):
             server.add_advertisement(copied)
+
+    def test_one_key_for_two_uses(self) -> None:
+        """Its neighbours would refuse it, and with it all that they are told: nobody would be left."""
+        exchange = Exchange(parameters(4))
+        site = exchange.sites["site-b"]
+        site._keys = _OneKey()
+        for name in ("site-a", "site-c", "site-d"):
+            exchange.server.add_advertisement(exchange.sites[name].advertise())
+        with pytest.raises(SecureAggregationError, match="site-b advertised one key for two uses"):
+            exchange.server.add_advertisement(site.advertise())
+        for name, item in exchange.server.key_lists().items():
+            exchange.sites[name].share(item)
 
     def test_a_false_consent(self) -> None:
         exchange = Exchange(parameters(3))
