@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from fedclaw.errors import CheckpointError, PluginError, RoundError, UpdateError
 from fedclaw.federation import checkpoint, exchange, postprocess, secure_round
@@ -134,6 +134,9 @@ class Outcome:
 
 class Came(Frozen):
     """What a round's exchange came to, in the round's checkpoint: its line in the metrics is written after it."""
+
+    model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
+    """A model that overflows has an infinite update, and its round counts."""
 
     answered: tuple[str, ...]
     declined: tuple[tuple[str, str, str], ...] = ()
