@@ -8,6 +8,7 @@ head that is kept elsewhere: the coordinator's run directory and the privacy sta
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedclaw.privacy.history import Budget, Entry, Index
 from fedclaw.privacy.ledger_file import read_ledger
 from fedclaw.privacy.spending import Spending, spending_of
 from fedclaw.site.layout import ledger_file, outbound_file
-from fedclaw.site.ledger_mark import check_mark
+from fedclaw.site.ledger_mark import LedgerMark, check_known, check_mark, read_mark
 from fedclaw.site.outbound import OutboundEntry, OutboundLog
 from fedclaw.site.settings import SiteSettings, load_site_settings
 
@@ -31,6 +32,8 @@ class Books:
     entries: tuple[Entry, ...]
     index: Index
     outbound: tuple[OutboundEntry, ...]
+    mark: LedgerMark | None
+    """What was known of the ledger before it was read; None: nothing, or it cannot be read."""
 
     def spending(self) -> Spending:
         """What was spent, and what is left by the site's policy. Lists the site's present data set even uncharged."""
@@ -51,12 +54,14 @@ def open_books(root: Path) -> Books:
     if not root.is_dir():
         raise UsageError(f"the site directory {root} does not exist")
     settings = load_site_settings(root)
-    # The log first: what left before it was read has been charged before.
-    outbound = _read_outbound(outbound_file(root))
+    # The log and the mark first: what left, or was charged, before they were read is in the ledger.
+    outbound, mark = _read_outbound(outbound_file(root)), None
+    with suppress(LedgerError):
+        mark = read_mark(root)
     if not ledger_file(root).exists():
         check_mark(root, None)
     entries, index = read_ledger(ledger_file(root))
-    return Books(root, settings, entries, index, outbound)
+    return Books(root, settings, entries, index, outbound, mark)
 
 
 def site_spending(root: Path) -> Spending:
@@ -89,7 +94,9 @@ def agreements(index: Index, now: datetime | None = None) -> list[str]:
 def check_books(books: Books) -> None:
     """Raise LedgerError unless the ledger has all that left, and is the one that was begun here (`check_mark`)."""
     check(books.index, books.outbound)
-    check_mark(books.root, books.index)
+    if books.mark is None:
+        read_mark(books.root)
+    check_known(books.root, books.mark, books.index)
 
 
 def check_site(root: Path) -> None:

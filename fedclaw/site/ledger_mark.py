@@ -74,7 +74,11 @@ def check_mark(root: Path, index: Index | None) -> None:
     """Raise LedgerError unless `index`, the site's ledger (None: there is none), is the one that was begun here, and no
     older than when it was last charged. A site that never began one passes, and so does one from before there were
     marks."""
-    mark = read_mark(root)
+    check_known(root, read_mark(root), index)
+
+
+def check_known(root: Path, mark: LedgerMark | None, index: Index | None) -> None:
+    """The same for a mark that was read before the ledger was: where a client runs, both have moved on since."""
     if mark is None:
         return
     path = ledger_file(root)

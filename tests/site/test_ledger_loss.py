@@ -10,7 +10,7 @@ from fedclaw.federation.plan import Receipt, RefusalCode
 from fedclaw.ledger import main
 from fedclaw.report.console import make_console
 from fedclaw.site.begin_again import begin_again
-from fedclaw.site.books import open_books
+from fedclaw.site.books import check_books, open_books
 from fedclaw.site.check import examine
 from fedclaw.site.directory import only_client
 from fedclaw.site.settings import load_site_settings
@@ -129,6 +129,21 @@ def test_a_site_that_was_killed_between_charge_and_mark_starts(stopped, root):
     close(asker)
     (root / "ledger.json").write_bytes(old)
     assert not Asker(root).ask(round=4).has_error()
+
+
+def test_books_that_were_read_while_the_client_is_charged_are_whole(root):
+    asker = Asker(root)
+    asker.ask(round=1)
+    books = open_books(root)
+    asker.ask(round=2)
+    check_books(books)
+
+
+def test_a_damaged_mark_is_told_beside_the_figures(stopped, root, capsys):
+    (root / "ledger.json").write_text("{}")
+    said = told(root, "show", capsys=capsys)
+    assert "5 entries" in said
+    assert "cannot be read" in said
 
 
 def test_nothing_is_trained_when_the_mark_cannot_be_written(root, monkeypatch):
