@@ -21,4 +21,5 @@ class StepSpeed(Frozen):
     """`auto` takes what is fastest for the model, the batch and the number of steps ahead. A way that cannot take
     the model (bookkeeping), or lacks a C++ compiler (compiled), gives way to the next one, with a line in the log."""
     chunk_size: int | None = Field(default=None, ge=1)
-    """Examples worked on together, at most, which bounds memory; None: as many as the processor's cache takes."""
+    """Examples worked on together, at most (2 and 3 are taken for 4), which bounds memory; None: as many as the
+    processor's cache takes."""

@@ -13,9 +13,10 @@ Floating point. Norms, factors and sums are float64, and a clipped gradient keep
 (`fedclaw.privacy.gradients.clipping`), so that one example moves the sum before noise (`exact`) by at most the
 sensitivity, at batches of up to ten million examples, whatever the parameters are; noise is added to that sum, and
 what is rounded to float32 is the noisy one. Without noise of its own, `.grad` is the rounded sum: one example moves it
-by up to 2^-23 of the sum's own norm more. The gradients themselves are float32: that the kernels work out one example's
-gradient alike whatever else is in the batch is what torch does on a CPU for batches of two or more (measured with
-MKL and oneDNN, not promised by them), so an example that is alone is handed over in company.
+by up to 2^-23 of the sum's own norm more. The gradients themselves are float32: one example's has to come out alike
+whatever else is in the batch and wherever it stands there, for parameters can be such that rounding is all that is left
+of it. On a CPU torch does that (measured with MKL, whose promise it is, and oneDNN) where MKL is told to
+(`fedclaw.environment`) and the number of rows is a multiple of COMPANY, so chunks are filled up to one.
 
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """
@@ -33,6 +34,9 @@ from fedclaw.privacy.gradients.choice import choose, instead
 from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Unsuited, trainable
 from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
+
+COMPANY = 4
+"""Rows that are worked out together are a multiple of it: then each comes out as in any other such number of rows."""
 
 
 class StepTaker(Protocol):
@@ -181,7 +185,7 @@ class PrivateGradients:
             self._unchecked = False
         start = 0
         while start < len(inputs):
-            size = self._speed.chunk_size or way.chunk_size
+            size = _whole(self._speed.chunk_size or way.chunk_size)
             end = start + size
             try:
                 rows, labels, padding = _in_company(inputs[start:end], targets[start:end], size)
@@ -257,13 +261,23 @@ class _Sums:
         return self._rounded
 
 
-def _in_company(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A chunk of at most `size` examples, and how many of them are padding at its end.
+def _whole(size: int) -> int:
+    """How many examples a chunk has, so that all chunks are filled up alike: a multiple of COMPANY, or one."""
+    return max(size - size % COMPANY, COMPANY) if size > 1 else 1
 
-    With one row matrix products go another way, with other rounding, than with more. Were an example alone only where
-    another was not sampled, that one would move its gradient; and with weights that leave little but rounding, turn it.
-    Where chunks have one example each, all are alone.
+
+def _in_company(inputs: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A chunk of at most `size` examples, filled up with its last one, and how many of them are padding at its end.
+
+    How many rows there are decides which way matrix products go, and each rounds otherwise. Were it another way only
+    where an example was not sampled, that one would move the others' gradients; and with weights that leave little but
+    rounding, turn them. Where chunks have one example each, all are alone.
     """
-    if len(inputs) != 1 or size == 1:
+    padding = -len(inputs) % COMPANY
+    if padding == 0 or size == 1:
         return inputs, targets, 0
-    return inputs.expand(2, *inputs.shape[1:]).contiguous(), targets.expand(2, *targets.shape[1:]).contiguous(), 1
+    return _filled(inputs, padding), _filled(targets, padding), padding
+
+
+def _filled(rows: torch.Tensor, padding: int) -> torch.Tensor:
+    return torch.cat([rows, rows[-1:].expand(padding, *rows.shape[1:])])

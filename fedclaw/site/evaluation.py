@@ -24,6 +24,7 @@ from fedclaw.site.noised_metrics import (
     pay_for_metrics,
 )
 from fedclaw.site.outbound import OutboundLog
+from fedclaw.site.outputs import one_by_one
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.workload import Table
 
@@ -59,7 +60,8 @@ def answer_evaluation(
     test = site.data.test or test
     if noise:
         charge, receipt = pay_for_metrics(site, plan, asking)
-        logits, targets = _logits(site, model, test)
+        inputs, targets = site.on_device("test", test)
+        logits = one_by_one(model, inputs)
         sums = bounded_sums(site.policy, wanted, logits, targets, site.workload.loss)
         scores = histograms_of(*_numbers(logits, targets), bins) if bins else None
         count = 0 if scores is None else len(scores)

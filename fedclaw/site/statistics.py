@@ -38,6 +38,7 @@ from fedclaw.privacy.statistics import Design, Doubles, Records
 from fedclaw.privacy.statistics_policy import check_statistics
 from fedclaw.site.charging import ABOUT, CHARGE, Asking, reserve
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
+from fedclaw.site.outputs import one_by_one
 from fedclaw.site.secure import Mask
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.workload import Floats
@@ -128,8 +129,7 @@ def scores_of(site: Site, asked: ScoreQuestion, model: torch.nn.Module) -> Recor
     """
     prepare(site, asked.preprocessing)
     inputs, targets = site.on_device("train", site.data.train)
-    with torch.no_grad():
-        logits = torch.cat([model(row) for row in torch.split(inputs, 1)]).double().cpu().numpy()
+    logits = one_by_one(model, inputs).double().cpu().numpy()
     with np.errstate(invalid="ignore"):
         return score_records(logits[:, 1] - logits[:, 0], targets.cpu().numpy(), asked.bins)
 

@@ -159,3 +159,14 @@ def test_what_counts_as_held_out():
     some = policy.model_copy(update={"maximum_shared_test_rows": 0.1})
     assert are_held_out(some, 1, 10)
     assert not are_held_out(some, 2, 10)
+
+
+def test_metrics_with_noise_are_of_rows_by_themselves(root):
+    """In a batch, how one row is rounded can depend on the others: one example would count for many."""
+    change(root, **NOISED)
+    asker = Asker(root)
+    sizes = set()
+    model = asker.site.model(asker.model, asker.parameters)
+    model.register_forward_hook(lambda _model, inputs, _outputs: sizes.add(len(inputs[0])))
+    assert not asker.ask("evaluate").has_error()
+    assert sizes == {1}
