@@ -39,7 +39,11 @@ from fedclaw.security.seal import SEGMENT, TAG, Binding, Opener, OpenStream, seg
 
 log = logging.getLogger(__name__)
 
-_CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_STALLED: RefusalCode.SLOW}
+_CODES = {
+    pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE,
+    pb.REASON_STALLED: RefusalCode.SLOW,
+    pb.REASON_UNAVAILABLE: RefusalCode.FAILED,
+}
 
 _PATIENCE = 4.0
 """Seconds that a reply waits at most for its Accept."""
@@ -101,7 +105,8 @@ class _Arrival:
         if self.complete or self.to_disk or self.spool is not None or self.session is None:
             return False
         age = now - self.began
-        presumed = age < _PRESUMED and self.cost <= room
+        # Of one offer to a task; another in its place has to show its rate.
+        presumed = age < _PRESUMED and self.cost <= room and not self.earlier[0]
         return presumed or self.received * (age + _SOON) >= self.offer.size * age
 
     def forfeits(self, now: float) -> str | None:
@@ -203,7 +208,7 @@ class Arrivals:
             return
         with self._lock:
             earlier = (0.0, 0)
-            if (former := self._admitted.get(identity)) is not None:
+            if (former := self._admitted.get(identity) or self._waiting.get(identity)) is not None:
                 # Who offers another reply again and again is judged by all that came.
                 first, before = former.earlier
                 earlier = (first or former.began, before + former.received)
@@ -245,7 +250,9 @@ class Arrivals:
             if arrival.received < arrival.offer.size:
                 return
             if arrival.spool is not None:
-                arrival.in_turn, arrival.complete = False, True
+                with self._lock:
+                    # Its stream may end at this very moment; whole, it is read all the same.
+                    arrival.session, arrival.in_turn, arrival.complete = session, False, True
                 self._due.set()
                 return
             arrival.complete = True
@@ -256,6 +263,9 @@ class Arrivals:
             self._fail(session, arrival.task, pb.REASON_MALFORMED, str(error))
         except OSError as error:
             self._put_back(session, arrival, error)
+        except Exception:
+            self._give_up(session, arrival.task)
+            raise
 
     def _open(self, session: Session, arrival: _Arrival, stream: OpenStream) -> None:
         """All of it has been fed. Raises SealError, TransportError."""
@@ -490,6 +500,9 @@ class Arrivals:
             self._fail(session, task, pb.REASON_MALFORMED, str(error))
         except OSError as error:
             self._put_back(session, arrival, error)
+        except Exception:
+            self._give_up(session, task)
+            raise
         finally:
             arrival.close()
 
@@ -532,6 +545,10 @@ class Arrivals:
         code = _CODES.get(reason, RefusalCode.MALFORMED)
         self._desk.finish(task, error_reply(task, code, f"the reply was refused: {text}"))
         self.forget([identity])
+
+    def _give_up(self, session: Session, task: Task) -> None:
+        """A fault of the server's own: what the reply holds is free for others, and whoever waits for it is told."""
+        self._fail(session, task, pb.REASON_UNAVAILABLE, "the server failed on it")
 
     def _say_no(self, session: Session, reason: pb.Reason, text: str, identity: str) -> None:
         log.warning("refused a reply of %s (%s): %s", session.peer.site, wire.reason_name(reason), text)

@@ -29,6 +29,8 @@ from fedclaw.security.federation_home import FederationHome
 log = logging.getLogger(__name__)
 
 _SPARE_STREAMS = 8
+_STREAMS_OF_A_SITE = 3
+"""That have no place yet, or none any more: no site takes those of others."""
 _CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_UNANSWERED: RefusalCode.FAILED}
 
 OnEvent = Callable[[str, str, str], None]
@@ -161,13 +163,22 @@ class Station:
             yield wire.refuse(error.reason, str(error)).SerializeToString()
             return
         session = Session(peer, context)
-        with self.changed:
-            self._streams.add(session)
+        self._enter(session)
         threading.Thread(target=self._read, args=(session, requests), name=f"fedclaw-{peer.site}", daemon=True).start()
         try:
             yield from session.sender.frames()
         finally:
             self._detach(session)
+
+    def _enter(self, session: Session) -> None:
+        """One more stream. Beside the one with its place a site may have a few; of more, the oldest are ended."""
+        node_id = session.peer.node_id
+        with self.changed:
+            self._streams.add(session)
+            seated = self._sessions.get(node_id)
+            own = [one for one in self._streams if one.peer.node_id == node_id and one is not seated]
+        for surplus in sorted(own, key=lambda one: one.opened)[:-_STREAMS_OF_A_SITE]:
+            surplus.abort()
 
     def _read(self, session: Session, requests: Iterator[bytes]) -> None:
         try:

@@ -200,6 +200,18 @@ def test_streams_without_a_hello_give_up_their_places(kit):
     assert len(list(grid.send_and_receive([kit.message("site-a")], timeout=20))) == 1
 
 
+def test_one_sites_streams_take_no_other_sites_place(kit):
+    """However many it opens, and without a word on them."""
+    grid = kit.grid(limits(kit, handshake=60, max_sites=2, missed_heartbeats=400))
+    kit.raw("site-b", grid.port).enter()
+    for _ in range(20):
+        kit.raw("site-b", grid.port)
+    kit.link("site-a", grid.port)
+    kit.until(lambda: set(grid.wait_for_sites(2, 1)) == {"site-a", "site-b"}, "both have their places")
+    assert len(list(grid.send_and_receive([kit.message("site-a")], timeout=20))) == 1
+    kit.until(lambda: len(grid._station._streams) <= 2 + 3, "the rest are gone")
+
+
 def test_a_site_too_many_is_told_so_and_comes_in_when_another_leaves(kit, caplog):
     grid = kit.grid(limits(kit, max_sites=2))
     first = kit.link("site-a", grid.port)

@@ -10,6 +10,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedclaw.federation.plan import RefusalCode
+from fedclaw.runtime.grpc import inbound as inbound_module
 from fedclaw.runtime.grpc import wire
 from fedclaw.runtime.grpc.codec import encode
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
@@ -238,6 +239,81 @@ def test_a_site_that_offers_another_reply_every_moment_is_judged_by_all_that_cam
     thread.join(60)
     assert found["site-a"].error.code == RefusalCode.SLOW
     assert list(grid.set_aside()) == [kit.number_of("site-a")]
+
+
+def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(kit):
+    """Each of its offers would be taken for a fast one, for whose end the others wait."""
+    grid = kit.grid(limits(kit, inbound_bytes=6 * MIB))
+    liar, honest = uploader(kit, grid, "site-liar"), uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-liar", "site-a"], timeout=5.0)
+    liar.offer(6 * MIB)
+    liar.accepted()
+    liar.send(0, 3)
+    honest.offer(0, content=arrays(4))
+    honest.accepted()
+    kit.until(lambda: any(one.to_disk for one in grid._station._arrivals._admitted.values()), "there is no memory")
+
+    def promise() -> None:
+        number = 0
+        while thread.is_alive():
+            number += 1
+            liar.stamp = str(number).encode()
+            liar.reply(liar.task, 6 * MIB)
+            time.sleep(0.1)
+
+    promises = threading.Thread(target=promise, daemon=True)
+    promises.start()
+    liar.accepted()
+    honest.send(0, len(honest.pieces))
+    thread.join(60)
+    promises.join()
+    assert found["site-a"].has_content()
+
+
+def test_a_reply_on_disk_whose_site_goes_as_its_last_piece_comes_is_read_all_the_same(kit, monkeypatch):
+    grid = kit.grid(limits(kit, inbound_bytes=MIB))
+    sites = [uploader(kit, grid, name) for name in ("site-a", "site-b")]
+    arrivals = grid._station._arrivals
+    spool = arrivals._spool
+
+    def gone_meanwhile(arrival, chunk) -> None:
+        spool(arrival, chunk)
+        if arrival.received + len(chunk.data) == arrival.offer.size:
+            arrivals.detach(arrival.session)
+
+    monkeypatch.setattr(arrivals, "_spool", gone_meanwhile)
+    thread, found = asked(kit, grid, ["site-a", "site-b"], timeout=10.0)
+    for site in sites:
+        site.offer(0, content=arrays(4))
+        site.accepted()
+        site.send(0, 3)
+    for site in sites:
+        site.send(3, len(site.pieces) - 3)
+    thread.join(60)
+    assert sorted(found) == ["site-a", "site-b"]
+    assert all(reply.has_content() for reply in found.values())
+
+
+@pytest.mark.parametrize("inbound", [64, 1])
+def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inbound):
+    """In memory and on disk: what it held is free for others at once, and whoever waits for it is told."""
+    grid = kit.grid(limits(kit, inbound_bytes=inbound * MIB))
+    sites = [uploader(kit, grid, name) for name in ("site-a", "site-b")]
+
+    def no_memory(_body):
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(inbound_module, "decode", no_memory)
+    thread, found = asked(kit, grid, ["site-a", "site-b"])
+    for site in sites:
+        site.offer(0, content=arrays(4))
+        site.accepted()
+        site.send(0, 3)
+    for site in sites:
+        site.send(3, len(site.pieces) - 3)
+    thread.join(30)
+    assert [reply.error.code for reply in found.values()] == [RefusalCode.FAILED] * 2
+    assert grid._station._arrivals.held_bytes() == 0
 
 
 def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit):
