@@ -68,9 +68,10 @@ class Intake:
         """Nobody wants that task any more. Whether it was on its way."""
         return self._partials.pop(transfer_id, None) is not None
 
-    def holds(self, transfer_id: str) -> bool:
-        """Whether that task is on its way."""
-        return transfer_id in self._partials
+    def holds(self, transfer_id: str, size: int) -> bool:
+        """Whether that task, of `size` bytes, is on its way."""
+        held = self._partials.get(transfer_id)
+        return held is not None and len(held.buffer) == size
 
     def add(self, chunk: Piece) -> Arrived | None:
         """The next piece; the task when it is whole. Raises TransportError, and the task is dropped."""

@@ -329,8 +329,10 @@ class SiteLink:
             self._say_no(stream, pb.REASON_MALFORMED, str(error), identity)
 
     def _has_room(self, offer: pb.Offer) -> bool:
-        if self._intake.holds(offer.transfer_id):
+        if self._intake.holds(offer.transfer_id, offer.size):
             return True
+        # Of another size it is another task, and has to find room like any.
+        self._intake.drop(offer.transfer_id)
         return self._worker.has_room() and self._intake.has_room(offer.size, self._limits.queued_tasks)
 
     def chunk(self, stream: _Stream, chunk: Piece) -> None:

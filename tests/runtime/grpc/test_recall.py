@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fedclaw.runtime.grpc.codec import encode
 from fedclaw.runtime.grpc.intake import Intake
 from fedclaw.runtime.grpc.pieces import Piece
 from fedclaw.runtime.grpc.protocol import link_pb2 as pb
+from fedclaw.runtime.grpc.sender import Sender
 
 MIB = 1 << 20
 
@@ -70,6 +72,20 @@ def test_partly_received_tasks_expire_by_themselves_and_their_number_and_size_ar
     time.sleep(0.06)
     assert intake.has_room(20 * MIB, tasks=1), "a single one larger than the room comes alone"
     assert intake.add(Piece("a", 0, b"x")) is None
+
+
+def test_a_task_offered_again_as_a_larger_one_takes_no_more_than_the_room_there_is(kit):
+    """Small ones first, then, under the same names, large ones: their sizes count as those of any others do."""
+    running = kit.link("site-a", kit.grid().port, limits=kit.QUICK.model_copy(update={"intake_bytes": 10 * MIB}))
+    link, stream = running.link, SimpleNamespace(sender=Sender())
+    for size in (1, 6 * MIB):
+        for name in "abcd":
+            link._offered(stream, task(kit, name, size=size))
+    held = [len(partial.buffer) for partial in link._intake._partials.values()]
+    assert sum(held) <= 10 * MIB
+    assert max(held) == 6 * MIB
+    said = [frame.refuse.reason for frame in stream.sender._control if frame.WhichOneof("body") == "refuse"]
+    assert said == [pb.REASON_BUSY] * 3
 
 
 def test_a_recalled_task_that_waits_is_never_begun_and_may_be_asked_again(kit):
