@@ -100,7 +100,7 @@ def _account(site: Site) -> Account:
 def charged_ledger(site: Site, receipt: str) -> Ledger:
     """The ledger that an answer with this receipt (JSON) was charged to: a message's name may stand in either."""
     noised = json.loads(receipt).get("mechanism") == "metrics"
-    return site.test_ledger if noised and site.test_ledger is not None else site.ledger
+    return _account(site).ledger if noised and site.test_ledger is not None else site.ledger
 
 
 def bounded_sums(

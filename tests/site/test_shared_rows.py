@@ -8,6 +8,7 @@ from fedclaw.federation.plan import PrivacyRequest, Receipt, RefusalCode
 from fedclaw.privacy.policy import Policy
 from fedclaw.site.books import open_books
 from fedclaw.site.check import examine
+from fedclaw.site.directory import open_service
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.shared_rows import are_held_out, note, shared_rows
 from fedclaw.workload import Table
@@ -170,3 +171,15 @@ def test_metrics_with_noise_are_of_rows_by_themselves(root):
     model.register_forward_hook(lambda _model, inputs, _outputs: sizes.add(len(inputs[0])))
     assert not asker.ask("evaluate").has_error()
     assert sizes == {1}
+
+
+def test_a_site_in_memory_settles_what_its_training_data_was_charged(root):
+    """There the two data sets have a ledger each."""
+    change(root, **NOISED)
+    one_row(root)
+    asker = Asker(root)
+    asker.site = open_service(root, asker.settings, "clinic", durable=False)
+    assert not asker.ask("evaluate").has_error()
+    ledger = asker.site.ledger
+    assert ledger.spent(1e-3) > 0
+    assert [entry.body["kind"] for entry in ledger.entries()] == ["open", "reserve", "settle"]
