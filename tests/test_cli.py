@@ -152,7 +152,7 @@ def test_a_path_that_cannot_be_used_is_one_line(deployment, tmp_path):
     one_line(run_module("fedclaw.server", *new, f"runs={afile}", "run=x"), 1, f"{afile}: File exists")
     one_line(
         run_module("fedclaw.server", *new, f"runs={afile}", "run=x", "tracking=none"),
-        *(1, f"{afile / 'x' / 'run.json'}: Not a directory"),
+        *(1, f"{afile / 'x'}: Not a directory"),
     )
     one_line(run_module("experiments.datasets", "output=/proc/x"), 1, "/proc/x: No such file or directory")
     site = tmp_path / "other"
