@@ -10,6 +10,7 @@ import pytest
 
 from fedclaw.federation import central, integers
 from fedclaw.privacy import distributed
+from fedclaw.privacy import noise as noise_module
 from fedclaw.privacy.audit.findings import conclude
 from fedclaw.privacy.audit.options import AuditOptions
 from fedclaw.privacy.audit.run import audit_run, probe_mechanisms
@@ -139,7 +140,7 @@ def test_one_seed_at_different_places_of_its_stream_is_flagged(subject):
 
 @pytest.mark.parametrize("mode", ["central-site", "central-example"])
 def test_the_same_noise_in_every_round_is_flagged(subject, monkeypatch, mode):
-    monkeypatch.setattr(central, "GaussianSource", partial(GaussianSource, insecure_fixed_key_for_tests=bytes(32)))
+    monkeypatch.setattr(noise_module, "GaussianSource", partial(GaussianSource, insecure_fixed_key_for_tests=bytes(32)))
     assert "shared noise" in flagged(audited(subject(mode)))
 
 
