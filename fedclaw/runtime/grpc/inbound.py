@@ -57,6 +57,7 @@ _DISK_REST = 30.0
 _FAIR_SHARE = 4
 """A reply that has been arriving for less than this part of its question's time is not judged by its rate."""
 _REMEMBERED = 4096
+_IDLE_OFFERS = 256
 
 
 @dataclass
@@ -184,10 +185,11 @@ class Arrivals:
             return [item for identity in ids if (item := self._late.pop(identity, None)) is not None]
 
     def offered(self, session: Session, offer: pb.Offer) -> None:
-        """A site has a reply."""
+        """A site has a reply. Raises TransportError for one offer too many that changes nothing."""
         identity, node_id = offer.transfer_id, session.peer.node_id
         task = self._desk.find(node_id, identity)
         if task is None:
+            _count_idle(session)
             if self._desk.was_answered(node_id, identity):
                 session.sender.post(wire.done(identity))
             else:
@@ -204,6 +206,8 @@ class Arrivals:
         with self._lock:
             held = self._admitted.get(identity)
         if held is not None and held.offer.stamp == offer.stamp and held.offer.size == offer.size:
+            if held.session is session:
+                _count_idle(session)
             self._resume(session, held)
             return
         with self._lock:
@@ -553,6 +557,13 @@ class Arrivals:
     def _say_no(self, session: Session, reason: pb.Reason, text: str, identity: str) -> None:
         log.warning("refused a reply of %s (%s): %s", session.peer.site, wire.reason_name(reason), text)
         session.sender.post(wire.refuse(reason, text, identity))
+
+
+def _count_idle(session: Session) -> None:
+    """Each is answered, and told of in the log: a stream may have some of them, by accident, and no more."""
+    session.idle_offers += 1
+    if session.idle_offers > _IDLE_OFFERS:
+        raise TransportError(f"more than {_IDLE_OFFERS} offers of replies that are not asked for, or on their way")
 
 
 def _fed_from_disk(arrival: _Arrival) -> OpenStream:

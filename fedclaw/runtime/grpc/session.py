@@ -19,6 +19,8 @@ class Session:
         self.sender = Sender()
         self.opened = self.heard = time.monotonic()
         self.welcomed = False
+        self.idle_offers = 0
+        """Offers of replies that were not asked for, or are on their way by this stream already."""
         self.closed_at: float | None = None
         self._context = context
         self._lock = threading.Lock()

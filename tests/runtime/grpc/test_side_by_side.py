@@ -355,6 +355,25 @@ def test_hundreds_of_waiting_replies_with_bad_seals_are_refused_one_by_one(kit):
     assert site.raw.channel is not None
 
 
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_a_stream_of_idle_offers_is_ended_and_fills_no_log(kit, caplog, asked_for):
+    """Of replies that nobody asked for, or of one that is on its way: each was answered and logged, for ever."""
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    asked(kit, grid, ["site-a"])
+    site.offer(0, content=arrays(4))
+    site.accepted()
+    site.send(0, 1)
+    offer = pb.Offer()
+    offer.CopyFrom(site.made)
+    if not asked_for:
+        offer.transfer_id = "nobody-asked"
+    for _ in range(3000):
+        site.raw.say(pb.Frame(offer=offer))
+    kit.until(lambda: not grid._station.connected(), "its stream is ended")
+    assert len([line for line in caplog.messages if "site-a" in line]) < 400
+
+
 def test_offers_with_a_swollen_header_or_identifier_are_not_kept(kit):
     grid = kit.grid(limits(kit))
     site = uploader(kit, grid, "site-a")

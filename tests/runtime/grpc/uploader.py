@@ -33,7 +33,7 @@ class Uploader:
         envelope = pb.Envelope()
         envelope.CopyFrom(asked)
         envelope.reply_to_message_id = asked.message_id
-        made = pb.Offer(
+        self.made = pb.Offer(
             transfer_id=self.task.transfer_id,
             envelope=envelope,
             size=sum(map(len, self.pieces)),
@@ -41,7 +41,7 @@ class Uploader:
             stamp=self.stamp,
             seal_header=sealed.header if header is None else header,
         )
-        self.raw.say(pb.Frame(offer=made))
+        self.raw.say(pb.Frame(offer=self.made))
 
     def accepted(self) -> int:
         return self.raw.hear("accept").accept.offset
