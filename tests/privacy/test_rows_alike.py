@@ -62,6 +62,22 @@ def test_one_example_less_moves_the_sum_by_its_own_gradient(mode, width, chunk):
         assert (whole - sums(model, rest, speed)).norm() <= 1
 
 
+@pytest.mark.parametrize("mode", ["vmap", "bookkeeping", "opacus"])
+def test_how_many_there_are_turns_no_gradient(mode):
+    """What goes back to a layer is c times the sum of what the answers' gradients are, which is 0 but for rounding."""
+    torch.manual_seed(0)
+    model, rows = Mlp(13, (2,), 3), rows_of(13)
+    with torch.no_grad():
+        model.hidden[0].weight.mul_(1e-12)
+        model.hidden[0].bias.fill_(1e-10)
+        model.head.weight.fill_(1e10)
+        model.head.bias.copy_(torch.randn(3))
+    speed = StepSpeed(mode=mode)
+    for count in (61, 49, 41, 25):
+        moved = sums(model, rows[:count], speed) - sums(model, rows[: count - 1], speed)
+        assert moved.norm() <= 1
+
+
 @pytest.mark.parametrize("layers", [(30, 64, 2), (13, 16, 2), (30, 1, 2)])
 def test_few_examples_are_worked_out_as_many_are(layers):
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ class OpacusHooks:
         self._loss = loss
         self._clip = clip
         self._parameters = trainable(model)
-        self._hooked: GradSampleModule | None = GradSampleModule(model, batch_first=True, loss_reduction="mean")
+        self._hooked: GradSampleModule | None = GradSampleModule(model, batch_first=True, loss_reduction="sum")
 
     @property
     def chunk_size(self) -> int:
@@ -45,7 +45,10 @@ class OpacusHooks:
         """See ClippedSums."""
         assert self._hooked is not None
         try:
-            self._loss(inputs, self._hooked(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            loss = self._loss(inputs, self._hooked(inputs), targets)
+            # Times the number of examples, the gradient of the mean is that of the examples' own losses: not a share of
+            # it by their number, which would round otherwise with each more.
+            loss.backward(loss.new_full((), len(inputs)))  # type: ignore[no-untyped-call]
             used, samples = [], []
             for total, parameter in zip(totals, self._parameters, strict=True):
                 sample: torch.Tensor | None = getattr(parameter, "grad_sample", None)
