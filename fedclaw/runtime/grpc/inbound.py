@@ -360,14 +360,13 @@ class Arrivals:
             return
         self._admitting.now = True
         try:
-            while (arrival := self._next_admitted()) is not None:
-                self._accept(arrival)
+            while (admitted := self._next_admitted()) is not None:
+                self._accept(*admitted)
         finally:
             self._admitting.now = False
 
-    def _accept(self, arrival: _Arrival) -> None:
-        session, task, offer = arrival.session, arrival.task, arrival.offer
-        assert session is not None
+    def _accept(self, arrival: _Arrival, session: Session) -> None:
+        task, offer = arrival.task, arrival.offer
         binding = Binding(
             federation=self._federation,
             run_id=task.envelope.run_id,
@@ -386,19 +385,22 @@ class Arrivals:
         else:
             session.sender.post(wire.accept(offer.transfer_id, 0))
 
-    def _next_admitted(self) -> _Arrival | None:
+    def _next_admitted(self) -> tuple[_Arrival, Session] | None:
+        """Whose turn has come, and by which stream it was offered, which may end at any moment."""
         now = time.monotonic()
         with self._lock:
             if not self._waiting:
                 return None
             identity, arrival = next(iter(self._waiting.items()))
+            session = arrival.session
+            assert session is not None, "what waits has a stream"
             if not self._may_begin(arrival, now):
                 return None
             del self._waiting[identity]
             arrival.to_disk = now >= self._no_disk_until and not self._fits(arrival, now)
             self._admitted[identity] = arrival
             arrival.began, arrival.mark = now, (now, 0)
-            return arrival
+            return arrival, session
 
     def _may_begin(self, arrival: _Arrival, now: float) -> bool:
         others = self._admitted.values()

@@ -294,6 +294,35 @@ def test_a_reply_on_disk_whose_site_goes_as_its_last_piece_comes_is_read_all_the
     assert all(reply.has_content() for reply in found.values())
 
 
+def test_a_site_that_goes_as_its_turn_comes_may_come_back_and_nobody_else_is_hung_up_on(kit, monkeypatch, caplog):
+    """Its turn may come on the thread of another site's stream."""
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    arrivals = grid._station._arrivals
+    next_admitted, gone = arrivals._next_admitted, []
+
+    def gone_meanwhile():
+        found = next_admitted()
+        if found is not None and not gone:
+            gone.append(found)
+            arrivals.detach(grid._station._sessions[kit.number_of("site-a")])
+        return found
+
+    monkeypatch.setattr(arrivals, "_next_admitted", gone_meanwhile)
+    thread, found = asked(kit, grid, ["site-a"], timeout=10.0)
+    site.offer(0, content=arrays(4))
+    kit.until(lambda: gone, "its turn has come")
+    again = kit.raw("site-a", grid.port)
+    again.enter()
+    again.say(pb.Frame(offer=site.made))
+    site.raw = again
+    assert site.accepted() == 0
+    site.send(0, len(site.pieces))
+    thread.join(60)
+    assert found["site-a"].has_content()
+    assert "failed" not in caplog.text
+
+
 @pytest.mark.parametrize("inbound", [64, 1])
 def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inbound):
     """In memory and on disk: what it held is free for others at once, and whoever waits for it is told."""
