@@ -3,10 +3,51 @@
 Legend: N examples, C classes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
 from fedclaw.errors import CompressionError
+
+
+def distilled(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets_loss: Callable[[torch.Tensor], torch.Tensor],
+    temperature: float,
+    weight: float,
+) -> torch.Tensor:
+    """`distillation_loss`, whose gradient for one example does not depend on how many there are, not by a rounding.
+
+    `targets_loss` makes the workload's mean loss of the student's logits (N, C). The factors of the two parts are put
+    on each example's gradient, behind the division by N: N (1 - weight) / N is not (1 - weight), and with parameters
+    that leave nothing but rounding, one example more would turn the gradients of the others.
+    """
+    scale = weight * temperature**2
+    divergence = _divergence(_times(student_logits, scale), teacher_logits, temperature) / max(len(student_logits), 1)
+    own = targets_loss(_times(student_logits, 1 - weight))
+    value = scale * divergence.detach() + (1 - weight) * own.detach()
+    return value + (divergence - divergence.detach()) + (own - own.detach())
+
+
+def _divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(teacher_T || student_T), summed over the batch."""
+    if student_logits.shape != teacher_logits.shape:
+        raise CompressionError(
+            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
+            f"{tuple(teacher_logits.shape)}; both must score the same examples and classes"
+        )
+    student_log = functional.log_softmax(student_logits / temperature, dim=-1)
+    teacher_log = functional.log_softmax(teacher_logits.detach() / temperature, dim=-1)
+    divergence: torch.Tensor = functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
+    return divergence
+
+
+def _times(logits: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same logits, `factor` times whose gradient goes back."""
+    constant = logits.detach()
+    return constant + factor * (logits - constant)
 
 
 def distillation_loss(
@@ -34,14 +75,7 @@ def distillation_loss(
     Raises:
         CompressionError: the shapes differ, or there is no targets_loss although weight < 1.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise CompressionError(
-            f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
-            f"{tuple(teacher_logits.shape)}; both must score the same examples and classes"
-        )
-    student_log = functional.log_softmax(student_logits / temperature, dim=-1)
-    teacher_log = functional.log_softmax(teacher_logits.detach() / temperature, dim=-1)
-    divergence = functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
+    divergence = _divergence(student_logits, teacher_logits, temperature)
     soft = divergence * (weight * temperature**2 / max(len(student_logits), 1))
     if targets_loss is not None:
         return soft + (1.0 - weight) * targets_loss

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedclaw.compress.distil import distillation_loss
+from fedclaw.compress.distil import distilled
 from fedclaw.errors import PrivacyError
 from fedclaw.federation import postprocess
 from fedclaw.federation.arrays import Arrays, pack_wire
@@ -267,7 +267,9 @@ def _loss(site: Site, plan: Plan, content: RecordDict) -> Loss:
     def loss(inputs: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             soft = teacher(inputs)
-        return distillation_loss(outputs, soft, site.workload.loss(outputs, targets), wanted.temperature, wanted.weight)
+        return distilled(
+            outputs, soft, lambda logits: site.workload.loss(logits, targets), wanted.temperature, wanted.weight
+        )
 
     return loss
 

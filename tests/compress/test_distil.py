@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fedclaw.compress.distil import distillation_loss
+from fedclaw.compress.distil import distillation_loss, distilled
 from fedclaw.errors import CompressionError
 
 
@@ -72,3 +72,25 @@ def test_wrong_use_is_refused():
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 4), None, 1.0, 1.0)
     with pytest.raises(CompressionError, match="needs the loss on targets"):
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), None, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(("temperature", "weight"), [(2.0, 0.7), (1.0, 0.0), (3.0, 1.0)])
+def test_the_form_for_clipping_is_the_same_loss(temperature, weight):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn((5, 3), generator=generator, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+
+    def own(logits):
+        return torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1]))
+
+    expected = distillation_loss(student, teacher, own(student), temperature, weight)
+    got = distilled(student, teacher, own, temperature, weight)
+    torch.testing.assert_close(got, expected)
+    gradients = (torch.autograd.grad(loss, student)[0] for loss in (got, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_form_for_clipping_takes_an_empty_batch():
+    student = torch.zeros((0, 3), requires_grad=True)
+    distilled(student, torch.zeros((0, 3)), lambda logits: logits.sum(), 2.0, 0.7).backward()
+    assert student.grad is not None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from clients.tabular import Mlp
+from fedclaw.compress.distil import distilled
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
@@ -36,11 +37,20 @@ def rows_of(width):
     return torch.randn(ROWS, width, generator=torch.Generator().manual_seed(1))
 
 
-def sums(model, rows, speed):
+def plain(_inputs, outputs, targets):
+    return cross_entropy(outputs, targets)
+
+
+def from_a_teacher(_inputs, outputs, targets):
+    soft = torch.tensor([0.3, 0.9, -0.5]).expand(len(outputs), 3)
+    return distilled(outputs, soft, lambda logits: cross_entropy(logits, targets), 1.0, 0.3)
+
+
+def sums(model, rows, speed, loss=plain):
     """The clipped sum of the rows' gradients before noise, with a bound of 1."""
     with PrivateGradients(
         model,
-        lambda _inputs, outputs, targets: cross_entropy(outputs, targets),
+        loss,
         max_grad_norm=1.0,
         noise_multiplier=0.0,
         expected_batch_size=1.0,
@@ -63,18 +73,19 @@ def test_one_example_less_moves_the_sum_by_its_own_gradient(mode, width, chunk):
 
 
 @pytest.mark.parametrize("mode", ["vmap", "bookkeeping", "opacus"])
-def test_how_many_there_are_turns_no_gradient(mode):
+@pytest.mark.parametrize("loss", [plain, from_a_teacher])
+def test_how_many_there_are_turns_no_gradient(mode, loss):
     """What goes back to a layer is c times the sum of what the answers' gradients are, which is 0 but for rounding."""
     torch.manual_seed(0)
     model, rows = Mlp(13, (2,), 3), rows_of(13)
     with torch.no_grad():
-        model.hidden[0].weight.mul_(1e-12)
+        model.hidden[0].weight.mul_(1e-11)
         model.hidden[0].bias.fill_(1e-10)
         model.head.weight.fill_(1e10)
         model.head.bias.copy_(torch.randn(3))
     speed = StepSpeed(mode=mode)
     for count in (61, 49, 41, 25):
-        moved = sums(model, rows[:count], speed) - sums(model, rows[: count - 1], speed)
+        moved = sums(model, rows[:count], speed, loss) - sums(model, rows[: count - 1], speed, loss)
         assert moved.norm() <= 1
 
 
