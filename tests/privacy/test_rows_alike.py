@@ -102,6 +102,24 @@ def test_few_examples_are_worked_out_as_many_are(layers):
         assert torch.equal(seen[-1][:count], whole[:count])
 
 
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_several_threads_work_it_out_alike(chunk):
+    torch.manual_seed(0)
+    usual, speed = torch.get_num_threads(), StepSpeed(mode="bookkeeping", chunk_size=chunk)
+    model, rows, seen = nn.Sequential(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10)), rows_of(784), []
+    torch.set_num_threads(4)
+    try:
+        model[2].register_forward_hook(lambda _layer, _inputs, outputs: seen.append(outputs.detach()))
+        sums(model, rows, speed)
+        expected = seen[-1] if chunk is None else torch.cat(seen[-ROWS // chunk :])
+        for count in (1, 3, 4, 8):
+            sums(model, rows[:count], speed)
+            assert torch.equal(seen[-1][:count], expected[:count])
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(usual)
+
+
 @pytest.mark.parametrize("width", [13, 30])
 def test_a_row_by_itself_is_the_same_wherever_it_stands(width):
     model, rows = rounding(width).eval(), rows_of(width)
