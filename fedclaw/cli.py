@@ -79,10 +79,18 @@ def compose_settings(config_name: str, overrides: Sequence[str], settings: type[
     return checked
 
 
+def expanded(path: Path) -> Path:
+    """`path` with a leading ~ as the home directory that it names; as it is where it names none (a file may be ~so)."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def require_paths(**paths: Path | None) -> None:
     """Raise UsageError for a file or directory that was named on the command line and is not there; None: not named."""
     for name, path in paths.items():
-        if path is not None and not path.expanduser().exists():
+        if path is not None and not expanded(path).exists():
             raise UsageError(f"{name}={path}: no such file or directory")
 
 
@@ -95,7 +103,7 @@ def naming(**paths: Path | None) -> Iterator[None]:
     try:
         yield
     except FedClawError as error:
-        if any(path is not None and not path.expanduser().exists() for path in paths.values()):
+        if any(path is not None and not expanded(path).exists() for path in paths.values()):
             error.exit_code = UsageError.exit_code
         raise
 

@@ -36,7 +36,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, naming, run_main, split
+from fedclaw.cli import compose_settings, expanded, naming, run_main, split
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.frozen import Frozen
 from fedclaw.report.console import make_console
@@ -228,7 +228,7 @@ def _two_lines(fingerprint: str) -> str:
 def _path(path: Path | None) -> Path:
     if path is None:
         raise UsageError("a file or directory is given as null")
-    return path.expanduser()
+    return expanded(path)
 
 
 def _text(text: str | None) -> str:

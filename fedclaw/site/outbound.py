@@ -21,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from flwr.app import MessageType
 from pydantic import Field, JsonValue, ValidationError
 
 from fedclaw.chain import GENESIS, canonical, link
@@ -30,6 +29,9 @@ from fedclaw.files import PRIVATE_MODE, append_all, sync_directory
 from fedclaw.frozen import Frozen, explain
 
 log = logging.getLogger(__name__)
+
+EVALUATE = "evaluate"
+"""Flower's MessageType.EVALUATE, as it stands in a line: who reads the log has no need of Flower."""
 
 _BLOCK = 1 << 20
 
@@ -61,7 +63,7 @@ class OutboundEntry(Frozen):
     @property
     def is_free_evaluation(self) -> bool:
         """Whether it answers an evaluation at no cost: sent again counts once, what was charged is in the ledger."""
-        return self.kind == MessageType.EVALUATE and not (self.resent or self.refused or self.receipt is not None)
+        return self.kind == EVALUATE and not (self.resent or self.refused or self.receipt is not None)
 
 
 class OutboundLog:

@@ -50,7 +50,7 @@ def test_recovery_on_public_inputs(run, digits, trained):
     with torch.no_grad():
         metrics = workload.evaluate(model(torch.from_numpy(table.inputs)), torch.from_numpy(table.targets))
     assert metrics["accuracy"] == record.accuracy_after
-    assert sorted(path.name for path in run.root.iterdir()) == ["compressed", "model.npz", "run.json"]
+    assert sorted(path.name for path in run.root.iterdir()) == ["compressed", "model.npz", "run.json", "run.lock"]
 
 
 def test_recovery_on_synthetic_inputs(run):

@@ -39,8 +39,8 @@ def test_the_next_command_works_as_pasted(command, run, home, tmp_path, monkeypa
     monkeypatch.chdir(place)
     line = verify_command(Path(name), Path(f"{name} home") / "ca.crt")
     done = command(*shlex.split(line)[2:])
-    # Read as it was meant: the bundle by its name, after the CA.
-    assert done.returncode == 1
+    # Read as it was meant, the bundle by its name, after the CA: there is none of that name.
+    assert done.returncode == 2
     assert name in done.stderr
     assert "ca=" not in done.stderr
 
