@@ -118,7 +118,7 @@ def test_it_says_against_whom_it_does_not_hold(tmp_path: Path) -> None:
     for trust, words in (("server", "not hold against the federation's server"), ("aggregation", "sites are honest")):
         receipt = {**(books.outbound[0].receipt or {}), "trust": trust, "unit": "site"}
         line = books.outbound[0].model_copy(update={"receipt": receipt})
-        text = render(type(books)(root, books.settings, books.entries, books.index, (line,)))
+        text = render(type(books)(root, books.settings, books.entries, books.index, (line,), books.mark))
         assert words in text_of(parsed(text)).partition("By which run")[0]
         assert "hides this site's whole contribution" in text_of(parsed(text))
     assert "not hold against" not in page_of(root)
@@ -137,7 +137,7 @@ def test_no_page_on_books_that_do_not_fit(tmp_path: Path) -> None:
     make_site(tmp_path / "other", [Run("spring", 2)])
     other = open_books(tmp_path / "other")
     with pytest.raises(LedgerError, match="line 1 of the outbound log"):
-        render(type(books)(root, books.settings, other.entries, other.index, books.outbound))
+        render(type(books)(root, books.settings, other.entries, other.index, books.outbound, other.mark))
 
 
 def test_no_limit_is_said(tmp_path: Path) -> None:
