@@ -36,7 +36,7 @@ def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schem
             f"no clients plug-in is called {name!r}{did_you_mean(name, known)}; installed: {', '.join(sorted(known))}"
         )
     strategy = check_settings(chosen.settings, strategy_class(chosen.name))
-    record = check_settings(_fields(settings, run_name(run), schema, chosen, rules), RunRecord)
+    record = check_settings(_stand_in(settings, run_name(run), schema, chosen, rules), RunRecord)
     try:
         check_numbers(record.training, record.privacy, record.central, record.weight_cap)
     except ValueError as error:
@@ -78,28 +78,35 @@ def _read(path: Path) -> str:
         raise DataError(f"the schema file {path} is not text in UTF-8 ({error.reason}, byte {error.start})") from error
 
 
-def _fields(
+def _stand_in(
     settings: RunSettings, run: str, schema: Schema | None, strategy: StrategyRecord, rules: RoundRules
 ) -> dict[str, Any]:
-    """Of a record that is as good as the run's own for whoever asks neither for its model nor for its noise."""
+    """The fields of a record that is as good as the run's own for whoever asks neither for its model nor its noise."""
     choice, central = settings.workload, settings.central
     return {
+        **given_fields(settings),
         "run": run,
         "federation": "",
-        "workload": choice.name,
         "schema_text": "" if schema is None else schema.to_json(),
         "model": {"name": choice.model.name or "unbuilt", "args": choice.model.args or {}},
         "strategy": strategy,
+        "central": None if central is None else CentralPrivacy(**central.model_dump(), noise_multiplier=1.0),
+        "preprocessing": None if schema is None else constants_from(settings.statistics, schema),
+        "rules": rules,
+    }
+
+
+def given_fields(settings: RunSettings) -> dict[str, Any]:
+    """The fields of a run's record that are in its settings as they are."""
+    return {
+        "workload": settings.workload.name,
         "rounds": settings.rounds,
         "training": settings.training,
         "privacy": settings.privacy,
-        "central": None if central is None else CentralPrivacy(**central.model_dump(), noise_multiplier=1.0),
         "secure": settings.secure,
         "compression": settings.compression,
         "weighting": settings.weighting,
         "weight_cap": settings.weight_cap,
         "metrics": settings.metrics,
-        "preprocessing": None if schema is None else constants_from(settings.statistics, schema),
-        "rules": rules,
         "seed": settings.seed,
     }

@@ -27,7 +27,7 @@ from fedclaw.federation.plan import MAX_COLUMNS, MOST_EXAMPLES, Plan, Receipt, R
 from fedclaw.federation.pooled import (
     COUNTS,
     HITS,
-    NEEDED,
+    RATIOS,
     Area,
     Pooled,
     check_counts,
@@ -208,12 +208,12 @@ class Evaluated(Answers):
         """Add what a site found on so many test examples: `values` are metric x examples, `counts` as in `Pooled`."""
         self.examples += examples
         self.by_site[site] = examples
-        self.pooled.add_counts(counts, examples)
+        if counts:
+            self.pooled.add_counts(counts, examples)
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.weights[name] = self.weights.get(name, 0.0) + examples
-            own = {count: counts[count] for count in NEEDED.get(name, ()) if count in counts}
-            if len(own) < len(NEEDED.get(name, ())) or not own or ratio_of(name, own) is not None:
+            if name not in RATIOS or not counts or ratio_of(name, counts) is not None:
                 self.values.setdefault(name, []).append((value / examples, examples))
 
     @property
@@ -222,15 +222,15 @@ class Evaluated(Answers):
         example-weighted means. None of a ratio without cases."""
         found = {}
         ratios, area = self.pooled.ratios(), self.area
-        for name in self.sums.keys() | self.pooled.covered.keys():
+        for name in self.wanted:
             if name == "auroc" and area is not None:
                 found[name] = area.value
-            elif name in NEEDED and self._is_pooled(name):
+            elif name in RATIOS and self._is_pooled(name):
                 if name in ratios:
                     found[name] = ratios[name]
             elif name in self.sums:
                 found[name] = self.sums[name] / self.weights[name]
-        return {name: found[name] for name in self.wanted if name in found}
+        return found
 
     @property
     def area(self) -> Area | None:
@@ -248,7 +248,7 @@ class Evaluated(Answers):
         return self.pooled.majority(self.labels) if self.labels else None
 
     def _is_pooled(self, name: str) -> bool:
-        covered = self.pooled.covered.get(name, 0)
+        covered = self.pooled.scored if name == "auroc" else self.pooled.counted
         return covered > 0 and covered >= self.weights.get(name, 0.0)
 
     @property
@@ -266,9 +266,10 @@ class Evaluated(Answers):
         return found
 
     def _counts(self, record: MetricRecord, examples: int) -> dict[str, NDArray[np.float64]]:
-        """The counts by class in an answer. Raises UpdateError for such as cannot be."""
+        """The counts by class in an answer, all of them or none. Raises UpdateError for such as cannot be."""
         found = {name: _numbers(record, name) for name in COUNTS if name in record} if self.labels else {}
-        return check_counts(found, len(self.labels), examples)
+        counts = check_counts(found, len(self.labels), examples)
+        return counts if len(counts) == len(COUNTS) else {}
 
     def _scores(
         self, content: RecordDict, record: MetricRecord, examples: int

@@ -29,9 +29,9 @@ Labels = NDArray[np.int64]
 
 HITS, GIVEN, ASKED = "hits", "given", "asked"
 COUNTS = (HITS, GIVEN, ASKED)
-NEEDED: Mapping[str, tuple[str, ...]] = {"precision": COUNTS, "recall": COUNTS, "f1": COUNTS}
-"""The counts that each ratio is made of, which leave where it may. Over more than two classes a mean of any of them is
-over the classes that occur, so that it needs all three."""
+RATIOS = ("precision", "recall", "f1")
+"""What is made of the counts, which leave where one of these may. Over more than two classes a mean of any of them is
+over the classes that occur, so that each needs all three counts."""
 BINS = 2048
 MOST_CELLS = 1 << 18
 """Of the histograms of all classes together; with more classes than that allows, none are made."""
@@ -57,46 +57,40 @@ class Area:
 
 @dataclass
 class Pooled:
-    """Sums over sites. Counts of a kind that some site did not send cover the others' examples only."""
+    """Sums over sites. What some site did not send covers the others' examples only."""
 
-    counts: dict[str, dict[str, Doubles]] = field(default_factory=dict)
-    """By ratio, the sums of its counts (C,), over the sites that sent them all."""
+    counts: dict[str, Doubles] = field(default_factory=dict)
+    """The sums of `COUNTS` (C,) over the sites that sent them; empty if none did."""
+    counted: int = 0
+    """Examples of those sites."""
     histograms: Doubles | None = None
     """(classes, 2, B): of examples that are not of a class, and that are."""
     variance: float = 0.0
     """Of the noise in each cell."""
-    covered: dict[str, int] = field(default_factory=dict)
-    """By metric, the examples of the sites whose counts or histograms are in it."""
+    scored: int = 0
+    """Examples of the sites whose histograms are in it."""
 
     def add_counts(self, counts: Mapping[str, Doubles], examples: int) -> None:
-        """Add one site's, of so many examples."""
-        for ratio, names in NEEDED.items():
-            if all(name in counts for name in names):
-                held = self.counts.setdefault(ratio, {name: np.zeros_like(counts[name]) for name in names})
-                for name in names:
-                    held[name] = held[name] + counts[name]
-                self.covered[ratio] = self.covered.get(ratio, 0) + examples
+        """Add one site's `COUNTS`, of so many examples."""
+        self.counts = {name: self.counts.get(name, 0.0) + counts[name] for name in COUNTS}
+        self.counted += examples
 
     def add_histograms(self, histograms: Doubles, deviation: float, examples: int) -> None:
         """Add one site's, of so many examples, with noise of that deviation in each cell."""
-        self.covered["auroc"] = self.covered.get("auroc", 0) + examples
+        self.scored += examples
         self.histograms = histograms.copy() if self.histograms is None else self.histograms + histograms
         self.variance += deviation**2
 
     def ratios(self) -> dict[str, float]:
         """Of the last class for two classes, else the means over the classes that occur; none without cases."""
-        found = {}
-        for ratio, counts in self.counts.items():
-            value = ratio_of(ratio, counts)
-            if value is not None:
-                found[ratio] = value
-        return found
+        found = {ratio: ratio_of(ratio, self.counts) for ratio in RATIOS} if self.counts else {}
+        return {ratio: value for ratio, value in found.items() if value is not None}
 
     def by_class(self, labels: Sequence[str]) -> dict[str, dict[str, float]]:
         """The ratios of each class that has cases."""
         table: dict[str, dict[str, float]] = {}
-        for ratio, counts in self.counts.items():
-            parts, wholes = _parts(ratio, counts)
+        for ratio in RATIOS if self.counts else ():
+            parts, wholes = _parts(ratio, self.counts)
             for label, part, whole in zip(labels, parts, wholes, strict=True):
                 if whole > 0:
                     table.setdefault(label, {})[ratio] = float(part / whole)
@@ -104,7 +98,7 @@ class Pooled:
 
     def majority(self, labels: Sequence[str]) -> tuple[str, float] | None:
         """The commonest class and its share of the test examples, from what the sites said of them; None: nothing."""
-        asked = next((counts[ASKED] for counts in self.counts.values() if ASKED in counts), None)
+        asked = self.counts.get(ASKED)
         if asked is None or not asked.sum():
             return None
         return labels[int(asked.argmax())], float(asked.max() / asked.sum())
@@ -125,7 +119,7 @@ def counts_of(predicted: Labels, targets: Labels, classes: int) -> dict[str, Lab
 
 def needed_for(metrics: Sequence[str]) -> tuple[str, ...]:
     """The counts that these metrics are made of."""
-    return tuple(name for name in COUNTS if any(name in NEEDED.get(metric, ()) for metric in metrics))
+    return COUNTS if set(metrics) & set(RATIOS) else ()
 
 
 def ratio_of(ratio: str, counts: Mapping[str, Doubles]) -> float | None:
@@ -178,11 +172,10 @@ def histograms_of(logits: Doubles, targets: Labels, bins: int) -> Doubles:
 
 def log_odds(logits: Doubles, c: int) -> Doubles:
     """(N,) log p - log (1 - p) of class c: ranks as p does, and does not saturate with it."""
-    others = np.delete(logits, c, axis=1)
+    from scipy.special import logsumexp
+
     with np.errstate(invalid="ignore"):
-        most = others.max(axis=1)
-        rest: Doubles = most + np.log(np.exp(others - most[:, None]).sum(axis=1))
-        odds: Doubles = logits[:, c] - rest
+        odds: Doubles = logits[:, c] - logsumexp(np.delete(logits, c, axis=1), axis=1)
     return odds
 
 

@@ -10,7 +10,7 @@ from fedclaw.errors import PluginError, PrivacyError, RoundError, UsageError
 from fedclaw.federation.arrays import Arrays
 from fedclaw.federation.combinations import check_combination
 from fedclaw.federation.coordinator import drop_pending, make_strategy, pending_cohort
-from fedclaw.federation.early_checks import chosen_strategy, read_schema, run_name
+from fedclaw.federation.early_checks import chosen_strategy, given_fields, read_schema, run_name
 from fedclaw.federation.plan import CentralPrivacy, ModelSpec, check_numbers
 from fedclaw.federation.registry import workload_class
 from fedclaw.federation.run_directory import ReleaseUse, RoundRules, RunDirectory, RunRecord
@@ -35,26 +35,17 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
     if choice.model.name is not None:
         model = ModelSpec(name=choice.model.name, args=choice.model.args or {})
     fields = {
+        **given_fields(settings),
         "run": name,
         "federation": federation,
-        "workload": choice.name,
         "schema_text": schema.to_json(),
         "model": model,
         "strategy": chosen_strategy(settings),
-        "rounds": settings.rounds,
-        "training": settings.training,
-        "privacy": settings.privacy,
         "central": None if settings.central is None else calibrated(settings.central, settings.rounds),
-        "secure": settings.secure,
-        "compression": settings.compression,
-        "weighting": settings.weighting,
-        "weight_cap": settings.weight_cap,
-        "metrics": settings.metrics,
         "score_bins": settings.score_bins if "auroc" in settings.metrics else None,
         "preprocessing": constants_from(settings.statistics, schema),
         "statistics": _used(settings.statistics),
         "rules": rules,
-        "seed": settings.seed,
     }
     record = check_settings(fields, RunRecord)
     try:

@@ -36,13 +36,13 @@ import math
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from pydantic import JsonValue
 
@@ -78,11 +78,8 @@ _SCHEMA = (
 )
 
 
-class Witness(Protocol):
-    """Who knows, apart from the ledger's file, how far it has come."""
-
-    def note(self, index: Index) -> None:
-        """Keep the head of a ledger that has just been charged, durably. Raises LedgerError if that fails."""
+Witness = Callable[[Index], None]
+"""Keeps, apart from the ledger's file, the head of a ledger that has just been charged, durably. Raises LedgerError."""
 
 
 class Ledger:
@@ -408,7 +405,7 @@ class Ledger:
         with self._lock:
             # Empty only after a failed write of another thread, whose entry it is to tell.
             if self.witness is not None and self._index.sequence:
-                self.witness.note(self._index)
+                self.witness(self._index)
 
     def _settle(self, key: str, charge: str) -> None:
         sequence = self._index.charges.get(charge, 0)

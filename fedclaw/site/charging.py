@@ -23,7 +23,7 @@ from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Budget, Ledger, Remaining, Reservation
 from fedclaw.privacy.policy import Policy
 from fedclaw.runtime.records import serialised
-from fedclaw.site.frequency import check_charge, check_session
+from fedclaw.site.frequency import check_charge, is_limited
 from fedclaw.site.site import Site
 
 log = logging.getLogger(__name__)
@@ -177,65 +177,70 @@ def remaining_of(policy: Policy, plan: Plan, purpose: str = "") -> Remaining:
     )
 
 
-def reserve(
-    site: Site,
-    *,
-    asking: Asking,
-    federation: str,
-    run: str,
-    round: int,
-    mechanism: Mechanism | None,
-    account: Account | None = None,
-    remaining: Remaining | None = None,
-) -> Reservation:
-    """Charge the ledger, durably, before anything is computed. Raises Refusal when the budget is not enough, or when
-    it is too early for another round.
+@dataclass(frozen=True)
+class Due:
+    """What one question is charged before it is answered."""
 
-    `account` is that of the data that is used, the training data by default; `remaining` what the run has still to be
-    charged there: it is agreed to or refused as a whole.
-    """
-    account = account or Account.training(site)
-    with _refusing():
-        check_charge(
-            site.policy,
-            account.ledger,
-            key=asking.key,
-            federation=federation,
-            run=run,
-            round=round,
-            mechanism=mechanism,
-            content=asking.content,
+    asking: Asking
+    federation: str
+    run: str
+    round: int
+    mechanism: Mechanism | None
+    account: Account
+    """That of the data that is used."""
+    remaining: Remaining | None = None
+    """What the run has still to be charged there: it is agreed to or refused as a whole."""
+
+    @classmethod
+    def of_plan(
+        cls, site: Site, plan: Plan, asking: Asking, mechanism: Mechanism | None, account: Account, purpose: str = ""
+    ) -> "Due":
+        """For a round of `plan`."""
+        remaining = remaining_of(site.policy, plan, purpose)
+        return cls(asking, plan.federation, plan.run, plan.round, mechanism, account, remaining)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a reservation is open for this very question, which `reserve` would take up."""
+        return self.account.ledger.is_waiting(
+            self.asking.key, self.federation, self.run, self.round, self.mechanism, self.asking.content
         )
+
+
+def reserve(site: Site, due: Due) -> Reservation:
+    """Charge the ledger, durably, before anything is computed. Raises Refusal when the budget is not enough, or when
+    it is too early for another round."""
+    account = due.account
+    with _refusing():
+        _check_frequency(site, due)
         return account.ledger.reserve(
-            asking.key,
-            federation=federation,
-            run=run,
-            round=round,
-            mechanism=mechanism,
-            content=asking.content,
+            due.asking.key,
+            federation=due.federation,
+            run=due.run,
+            round=due.round,
+            mechanism=due.mechanism,
+            content=due.asking.content,
             budget=account.budget,
             run_budget=account.run_budget,
-            remaining=remaining,
+            remaining=due.remaining,
         )
 
 
-def check_affordable(
-    site: Site,
-    *,
-    asking: Asking,
-    federation: str,
-    run: str,
-    round: int,
-    mechanism: Mechanism | None,
-    account: Account | None = None,
-    remaining: Remaining | None = None,
-) -> None:
+def check_affordable(site: Site, due: Due) -> None:
     """Raise the Refusal that `reserve` would, and charge nothing: before what is done ahead of the charge."""
-    account = account or Account.training(site)
+    account = due.account
     with _refusing():
-        if not account.ledger.is_waiting(asking.key, federation, run, round, mechanism, asking.content):
-            check_session(site.policy, account.ledger)
-            account.ledger.check_budgets(federation, run, mechanism, account.budget, account.run_budget, remaining)
+        _check_frequency(site, due)
+        if not due.is_waiting:
+            account.ledger.check_budgets(
+                due.federation, due.run, due.mechanism, account.budget, account.run_budget, due.remaining
+            )
+
+
+def _check_frequency(site: Site, due: Due) -> None:
+    """What takes up a charge again, because the very same question was asked before, is no new round."""
+    if is_limited(site.policy) and not due.is_waiting:
+        check_charge(site.policy, due.account.ledger)
 
 
 def check_agreeable(site: Site, plan: Plan, mechanism: Mechanism | None) -> None:

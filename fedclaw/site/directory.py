@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from fedclaw.errors import DataError, UsageError
@@ -25,7 +26,7 @@ from fedclaw.site.data import load_data
 from fedclaw.site.device import choose_device
 from fedclaw.site.layout import ledger_file, outbound_file, strategy_directory
 from fedclaw.site.layout import state_directory as state_directory
-from fedclaw.site.ledger_mark import MarkKeeper, check_mark, write_mark
+from fedclaw.site.ledger_mark import check_mark, write_mark
 from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
@@ -124,7 +125,7 @@ def _compare_books(root: Path, service: SiteService) -> None:
         log.warning("%s", sentence)
     for ledger in (service.ledger, service.test_ledger):
         if ledger is not None:
-            ledger.witness = MarkKeeper(root)
+            ledger.witness = partial(write_mark, root)
 
 
 def _secure_identity(state: Path, keys: SiteKeys) -> SecureIdentity:

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from fedclaw.federation.plan import Refusal, RefusalCode
-from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.history import Entry
 from fedclaw.privacy.ledger import Ledger
 from fedclaw.privacy.policy import Policy
@@ -27,27 +26,11 @@ _WRITTEN_TO = timedelta(seconds=1)
 # The books cut times to whole seconds: what they note may have been so much later.
 
 
-def check_charge(
-    policy: Policy,
-    ledger: Ledger,
-    *,
-    key: str,
-    federation: str,
-    run: str,
-    round: int,
-    mechanism: Mechanism | None,
-    content: str | None,
-) -> None:
-    """Raise a Refusal with code FREQUENCY if it is too early for this charge to the ledger's data set.
+def check_charge(policy: Policy, ledger: Ledger) -> None:
+    """Raise a Refusal with code FREQUENCY if it is too early for another charge to the ledger's data set.
 
-    What would take up a charge again, because the very same question was asked before, is no new round.
+    For a question of several stages before the first: none that was broken off can be taken up again.
     """
-    if is_limited(policy) and not ledger.is_waiting(key, federation, run, round, mechanism, content):
-        check_frequency(policy, ledger.charge_times(_needed(policy)))
-
-
-def check_session(policy: Policy, ledger: Ledger) -> None:
-    """The same for a question of several stages, before the first: none that was broken off can be taken up again."""
     if is_limited(policy):
         check_frequency(policy, ledger.charge_times(_needed(policy)))
 

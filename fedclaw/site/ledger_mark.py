@@ -48,17 +48,6 @@ def read_mark(root: Path) -> LedgerMark | None:
         ) from error
 
 
-class MarkKeeper:
-    """Keeps the mark of the site at `root` up to its ledger."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def note(self, index: Index) -> None:
-        """The ledger has just been charged: note its head, durably. Raises LedgerError if that cannot be done."""
-        write_mark(self._root, index)
-
-
 def write_mark(root: Path, index: Index) -> None:
     """Say that the ledger at `root` is `index`. Durable on return. Raises LedgerError if it cannot be written."""
     now = datetime.now(UTC).isoformat(timespec="seconds")

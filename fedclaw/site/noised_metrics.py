@@ -21,7 +21,7 @@ from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Ledger, Reservation
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.policy import DataSetBudget, Policy
-from fedclaw.site.charging import Account, Asking, check_affordable, remaining_of, reserve
+from fedclaw.site.charging import Account, Asking, Due, check_affordable, reserve
 from fedclaw.site.site import Site
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -42,32 +42,14 @@ def metrics_mechanism(policy: Policy) -> Mechanism:
 
 def check_payable(site: Site, plan: Plan, asking: Asking) -> None:
     """Raise the Refusal that `pay_for_metrics` would, and charge nothing."""
-    check_affordable(
-        site,
-        asking=asking,
-        federation=plan.federation,
-        run=plan.run,
-        round=plan.round,
-        mechanism=metrics_mechanism(site.policy),
-        account=_account(site),
-        remaining=remaining_of(site.policy, plan, "metrics"),
-    )
+    check_affordable(site, _due(site, plan, asking))
 
 
 def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation, Receipt]:
     """Charge one evaluation to the test data, durably, before it is done, and say what it cost. Raises Refusal."""
-    account = _account(site)
-    mechanism, budget, ledger = metrics_mechanism(site.policy), account.budget, account.ledger
-    charge = reserve(
-        site,
-        asking=asking,
-        federation=plan.federation,
-        run=plan.run,
-        round=plan.round,
-        mechanism=mechanism,
-        account=account,
-        remaining=remaining_of(site.policy, plan, "metrics"),
-    )
+    due, mechanism = _due(site, plan, asking), metrics_mechanism(site.policy)
+    budget, ledger = due.account.budget, due.account.ledger
+    charge = reserve(site, due)
     lifetime = ledger.spent(budget.delta)
     return charge, Receipt(
         mechanism="metrics",
@@ -85,6 +67,10 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
         ledger_head=ledger.head(),
         ledger_losses=ledger.losses(),
     )
+
+
+def _due(site: Site, plan: Plan, asking: Asking) -> Due:
+    return Due.of_plan(site, plan, asking, metrics_mechanism(site.policy), _account(site), "metrics")
 
 
 def _account(site: Site) -> Account:

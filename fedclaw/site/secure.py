@@ -51,7 +51,7 @@ from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.statistics_policy import check_statistics
 from fedclaw.site.charging import Asking, charge_of, check_agreeable
 from fedclaw.site.client_half import check_terms
-from fedclaw.site.frequency import check_session
+from fedclaw.site.frequency import check_charge
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.training_task import about, train_locally
 
@@ -142,7 +142,7 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
         check_terms(site, asked)
     else:
         check_statistics(site.policy, asked, len(site.data.train))
-    check_session(site.policy, site.ledger)
+    check_charge(site.policy, site.ledger)
     try:
         if isinstance(asked, Plan):
             integers_of(asked)

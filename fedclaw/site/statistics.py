@@ -36,7 +36,7 @@ from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.statistics import Design, Doubles, Records
 from fedclaw.privacy.statistics_policy import check_statistics
-from fedclaw.site.charging import ABOUT, CHARGE, Asking, reserve
+from fedclaw.site.charging import ABOUT, CHARGE, Account, Asking, Due, reserve
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.outputs import one_by_one
 from fedclaw.site.secure import Mask
@@ -58,14 +58,8 @@ def answer_statistics(
     files_of(site.data)
     model = _scored(site, request.scores, content or RecordDict()) if request.scores else None
     noise = _noise(site, request, design)
-    charge = reserve(
-        site,
-        asking=asking,
-        federation=request.federation,
-        run=request.run,
-        round=ROUND,
-        mechanism=noise.mechanism,
-    )
+    due = Due(asking, request.federation, request.run, ROUND, noise.mechanism, Account.training(site))
+    charge = reserve(site, due)
     vector = (
         statistics_vector(site, design)
         if request.scores is None or model is None

@@ -23,13 +23,14 @@ from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, p
 from fedclaw.site.charging import (
     ABOUT,
     CHARGE,
+    Account,
     Asking,
     Charge,
+    Due,
     charge_of,
     check_affordable,
     log_spending,
     receipt_of,
-    remaining_of,
     reserve,
 )
 from fedclaw.site.client_half import ClientHalf
@@ -98,19 +99,11 @@ def begun(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> Iterat
     model = site.model(plan.model, start)
     set_threads(size)
     charge = charge_of(site, plan)
-    _prepare(site, plan, charge, asking)
+    due = Due.of_plan(site, plan, asking, charge.mechanism, Account.training(site))
+    _prepare(site, plan, due)
     loss = _loss(site, plan, content)
     with _steps(site, plan, charge, model, loss) as steps:
-        reservation = reserve(
-            site,
-            asking=asking,
-            federation=plan.federation,
-            run=plan.run,
-            round=plan.round,
-            mechanism=charge.mechanism,
-            remaining=remaining_of(site.policy, plan),
-        )
-        yield Begun(half, start, model, charge, loss, steps, reservation)
+        yield Begun(half, start, model, charge, loss, steps, reserve(site, due))
 
 
 def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> LocalUpdate:
@@ -136,18 +129,10 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
     return LocalUpdate(update, receipt, ready.reservation.hash)
 
 
-def _prepare(site: Site, plan: Plan, charge: Charge, asking: Asking) -> None:
+def _prepare(site: Site, plan: Plan, due: Due) -> None:
     """Standardise by the plan's constants. New ones take all data to be read, so every reason to refuse comes first."""
     if not is_prepared(site, plan.preprocessing):
-        check_affordable(
-            site,
-            asking=asking,
-            federation=plan.federation,
-            run=plan.run,
-            round=plan.round,
-            mechanism=charge.mechanism,
-            remaining=remaining_of(site.policy, plan),
-        )
+        check_affordable(site, due)
         prepare(site, plan.preprocessing)
 
 
