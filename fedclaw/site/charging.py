@@ -23,7 +23,7 @@ from fedclaw.privacy.accounting import Mechanism, calibrate
 from fedclaw.privacy.ledger import Budget, Ledger, Remaining, Reservation
 from fedclaw.privacy.policy import Policy
 from fedclaw.runtime.records import serialised
-from fedclaw.site.frequency import check_charge, is_limited
+from fedclaw.site.frequency import check_charge
 from fedclaw.site.site import Site
 
 log = logging.getLogger(__name__)
@@ -212,7 +212,9 @@ def reserve(site: Site, due: Due) -> Reservation:
     it is too early for another round."""
     account = due.account
     with _refusing():
-        _check_frequency(site, due)
+        # What takes up a charge again, because the very same question was asked before, is no new round.
+        if not due.is_waiting:
+            check_charge(site.policy, account.ledger)
         return account.ledger.reserve(
             due.asking.key,
             federation=due.federation,
@@ -230,17 +232,11 @@ def check_affordable(site: Site, due: Due) -> None:
     """Raise the Refusal that `reserve` would, and charge nothing: before what is done ahead of the charge."""
     account = due.account
     with _refusing():
-        _check_frequency(site, due)
         if not due.is_waiting:
+            check_charge(site.policy, account.ledger)
             account.ledger.check_budgets(
                 due.federation, due.run, due.mechanism, account.budget, account.run_budget, due.remaining
             )
-
-
-def _check_frequency(site: Site, due: Due) -> None:
-    """What takes up a charge again, because the very same question was asked before, is no new round."""
-    if is_limited(site.policy) and not due.is_waiting:
-        check_charge(site.policy, due.account.ledger)
 
 
 def check_agreeable(site: Site, plan: Plan, mechanism: Mechanism | None) -> None:

@@ -19,9 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 from flwr.app import Error, Message
 
@@ -29,6 +27,7 @@ from fedclaw.errors import SealError, TransportError
 from fedclaw.federation.plan import RefusalCode
 from fedclaw.runtime.flower import SERVER_NODE_ID, Envelope, rebuild
 from fedclaw.runtime.grpc import wire
+from fedclaw.runtime.grpc.arrival import Arrival
 from fedclaw.runtime.grpc.codec import Content, decode
 from fedclaw.runtime.grpc.desk import Desk, Task
 from fedclaw.runtime.grpc.limits import Limits
@@ -47,88 +46,11 @@ _CODES = {
 
 _PATIENCE = 4.0
 """Seconds that a reply waits at most for its Accept."""
-_SOON = 1.0
-"""Seconds in which a reply is at its end, at its rate, if it counts as fast."""
-_PRESUMED = 0.5
-"""Seconds for which a reply that memory could hold counts as fast before its rate is known."""
 _LOOK_AGAIN = 0.05
 _DISK_REST = 30.0
 """Seconds for which nothing is written to a disk that refused."""
-_FAIR_SHARE = 4
-"""A reply that has been arriving for less than this part of its question's time is not judged by its rate."""
 _REMEMBERED = 4096
 _IDLE_OFFERS = 256
-
-
-@dataclass
-class _Arrival:
-    """One reply from its offer to its reader. Its pieces come from one thread; `lock` guards a change of session."""
-
-    task: Task
-    offer: pb.Offer
-    session: Session | None
-    stream: OpenStream | None = None
-    spool: IO[bytes] | None = None
-    """The sealed pieces for which there was no memory, one after the other, in a file without a name."""
-    received: int = 0
-    to_disk: bool = False
-    """When it began there was no memory for all of it."""
-    in_memory: int = 0
-    """Bytes of it that `stream` has opened."""
-    complete: bool = False
-    in_turn: bool = True
-    """Complete: whether it lies in memory, or is being read into it."""
-    offered: float = field(default_factory=time.monotonic)
-    began: float = 0.0
-    left: float = 0.0
-    """Without a session: when it went."""
-    earlier: tuple[float, int] = (0.0, 0)
-    """Of other offers in answer to the same task: when the first was accepted, and what came of them all."""
-    mark: tuple[float, int] = (0.0, 0)
-    """When its rate was last found good, and what had arrived by then."""
-    site: str = ""
-    gone: bool = False
-    """It was dropped; whoever works on it lets go of what it holds."""
-    lock: Any = field(default_factory=threading.RLock)
-
-    @property
-    def cost(self) -> int:
-        """Bytes of memory that it takes when it is whole."""
-        return int(self.offer.plain_size)
-
-    @property
-    def memory(self) -> int:
-        """Bytes of memory that it takes now."""
-        return self.cost if self.complete and self.in_turn else self.in_memory
-
-    def is_fast(self, now: float, room: int) -> bool:
-        """Whether it will be whole, and gone, before it pays to make room for others in `room` bytes of memory."""
-        if self.complete or self.to_disk or self.spool is not None or self.session is None:
-            return False
-        age = now - self.began
-        # Of one offer to a task; another in its place has to show its rate.
-        presumed = age < _PRESUMED and self.cost <= room and not self.earlier[0]
-        return presumed or self.received * (age + _SOON) >= self.offer.size * age
-
-    def forfeits(self, now: float) -> str | None:
-        """What is wrong with its rate, if it could not have arrived in all the time that its question had."""
-        first, before = self.earlier
-        # A site that went away is judged by the time until then: a crash is no bad rate, and going away no excuse.
-        until = now if self.session is not None else self.left
-        whole, age = min(self.task.expires, now) - self.task.asked, until - (first or self.began)
-        received = before + self.received
-        if self.complete or not self.began or age < whole / _FAIR_SHARE or received * whole >= self.offer.size * age:
-            return None
-        return (
-            f"its reply of {self.offer.size} bytes came at {received / age:.0f} bytes/s: {received} bytes had arrived "
-            f"when its {whole:.0f} s were over"
-        )
-
-    def close(self) -> None:
-        """Let go of what it holds."""
-        self.stream = None
-        if self.spool is not None:
-            self.spool.close()
 
 
 class Arrivals:
@@ -145,8 +67,8 @@ class Arrivals:
         self._directory = directory
         self._lock = threading.RLock()
         self._due = threading.Event()
-        self._admitted: dict[str, _Arrival] = {}
-        self._waiting: OrderedDict[str, _Arrival] = OrderedDict()
+        self._admitted: dict[str, Arrival] = {}
+        self._waiting: OrderedDict[str, Arrival] = OrderedDict()
         self._late: OrderedDict[str, tuple[Task, str]] = OrderedDict()
         self._set_aside: dict[int, str] = {}
         self._no_disk_until = 0.0
@@ -217,7 +139,7 @@ class Arrivals:
                 first, before = former.earlier
                 earlier = (first or former.began, before + former.received)
             self._drop(identity)
-            self._waiting[identity] = _Arrival(task, offer, session, site=session.peer.site, earlier=earlier)
+            self._waiting[identity] = Arrival(task, offer, session, site=session.peer.site, earlier=earlier)
         self._admit()
         # What has to wait is sent again when its turn comes; until then it takes no memory here.
         with self._lock:
@@ -244,7 +166,7 @@ class Arrivals:
             if arrival.gone:
                 arrival.close()
 
-    def _take(self, session: Session, arrival: _Arrival, stream: OpenStream, chunk: Piece) -> None:
+    def _take(self, session: Session, arrival: Arrival, stream: OpenStream, chunk: Piece) -> None:
         try:
             if not arrival.to_disk and arrival.spool is None and self._charge(arrival, len(chunk.data)):
                 stream.feed(chunk.data)
@@ -271,7 +193,7 @@ class Arrivals:
             self._give_up(session, arrival.task)
             raise
 
-    def _open(self, session: Session, arrival: _Arrival, stream: OpenStream) -> None:
+    def _open(self, session: Session, arrival: Arrival, stream: OpenStream) -> None:
         """All of it has been fed. Raises SealError, TransportError."""
         content = decode(stream.finish())
         arrival.stream = None
@@ -343,7 +265,7 @@ class Arrivals:
         if (envelope.reply_to_message_id, envelope.run_id) != (asked.message_id, asked.run_id):
             raise TransportError("the offer's envelope is not of a reply to this task")
 
-    def _resume(self, session: Session, held: _Arrival) -> None:
+    def _resume(self, session: Session, held: Arrival) -> None:
         """The site is back, with the very reply of which a part is here."""
         with held.lock:
             held.session, held.mark = session, (time.monotonic(), held.received)
@@ -365,7 +287,7 @@ class Arrivals:
         finally:
             self._admitting.now = False
 
-    def _accept(self, arrival: _Arrival, session: Session) -> None:
+    def _accept(self, arrival: Arrival, session: Session) -> None:
         task, offer = arrival.task, arrival.offer
         binding = Binding(
             federation=self._federation,
@@ -385,7 +307,7 @@ class Arrivals:
         else:
             session.sender.post(wire.accept(offer.transfer_id, 0))
 
-    def _next_admitted(self) -> tuple[_Arrival, Session] | None:
+    def _next_admitted(self) -> tuple[Arrival, Session] | None:
         """Whose turn has come, and by which stream it was offered, which may end at any moment."""
         now = time.monotonic()
         with self._lock:
@@ -402,7 +324,7 @@ class Arrivals:
             arrival.began, arrival.mark = now, (now, 0)
             return arrival, session
 
-    def _may_begin(self, arrival: _Arrival, now: float) -> bool:
+    def _may_begin(self, arrival: Arrival, now: float) -> bool:
         others = self._admitted.values()
         if now < self._no_disk_until:
             # What is begun now has to end in memory.
@@ -411,10 +333,10 @@ class Arrivals:
         patient = now - arrival.offered < _PATIENCE and any(self._is_fast(other, now) for other in others)
         return not patient or self._fits(arrival, now)
 
-    def _is_fast(self, arrival: _Arrival, now: float) -> bool:
+    def _is_fast(self, arrival: Arrival, now: float) -> bool:
         return arrival.is_fast(now, self._limits.inbound_bytes)
 
-    def _fits(self, arrival: _Arrival, now: float) -> bool:
+    def _fits(self, arrival: Arrival, now: float) -> bool:
         """Whether memory has room for all of it, beside what others take and what the fast ones are about to."""
         used = sum(
             other.cost if self._is_fast(other, now) else other.memory
@@ -423,7 +345,7 @@ class Arrivals:
         )
         return not used or used + arrival.cost <= self._limits.inbound_bytes
 
-    def _charge(self, arrival: _Arrival, more: int) -> bool:
+    def _charge(self, arrival: Arrival, more: int) -> bool:
         """Take memory for that many bytes of it, if there is any; alone, it may have all that it needs."""
         with self._lock:
             others = sum(other.memory for other in self._admitted.values() if other is not arrival)
@@ -432,7 +354,7 @@ class Arrivals:
             arrival.in_memory += more
             return True
 
-    def _spool(self, arrival: _Arrival, chunk: Piece) -> None:
+    def _spool(self, arrival: Arrival, chunk: Piece) -> None:
         """Put a piece on disk as it is. Raises SealError for one that is no segment, OSError."""
         expected = min(SEGMENT, arrival.cost - arrival.received // (SEGMENT + TAG) * SEGMENT) + TAG
         if len(chunk.data) != expected:
@@ -448,7 +370,7 @@ class Arrivals:
         while view:
             view = view[arrival.spool.write(view) :]
 
-    def _put_back(self, session: Session, arrival: _Arrival, error: OSError) -> None:
+    def _put_back(self, session: Session, arrival: Arrival, error: OSError) -> None:
         """There is no disk for it: it is asked for again when there is memory."""
         self._no_disk_until = time.monotonic() + _DISK_REST
         place = self._directory or tempfile.gettempdir()
@@ -479,7 +401,7 @@ class Arrivals:
         with self._lock:
             return any(arrival.complete and not arrival.in_turn for arrival in self._admitted.values())
 
-    def _next_spooled(self) -> _Arrival | None:
+    def _next_spooled(self) -> Arrival | None:
         """The next reply on disk, if memory has room for it beside those that wait for their reader."""
         with self._lock:
             now, admitted = time.monotonic(), self._admitted.values()
@@ -493,13 +415,13 @@ class Arrivals:
             arrival.in_turn = True
             return arrival
 
-    def _read_back(self, arrival: _Arrival) -> None:
+    def _read_back(self, arrival: Arrival) -> None:
         session, task = arrival.session, arrival.task
         assert session is not None
         try:
             with arrival.lock:
                 if not arrival.gone:
-                    self._open(session, arrival, _fed_from_disk(arrival))
+                    self._open(session, arrival, arrival.read_back())
         except SealError as error:
             self._fail(session, task, pb.REASON_SEAL, str(error))
         except TransportError as error:
@@ -522,14 +444,14 @@ class Arrivals:
                 finally:
                     arrival.lock.release()
 
-    def _finish(self, session: Session, arrival: _Arrival, content: Content) -> None:
+    def _finish(self, session: Session, arrival: Arrival, content: Content) -> None:
         identity = arrival.offer.transfer_id
         reply = rebuild(_reply_envelope(arrival.task, wire.envelope_from_proto(arrival.offer.envelope)), content)
         if not self._desk.finish(arrival.task, reply):
             self.forget([identity])
         session.sender.post(wire.done(identity))
 
-    def _note_late(self, arrival: _Arrival, text: str) -> None:
+    def _note_late(self, arrival: Arrival, text: str) -> None:
         self._late[arrival.task.envelope.message_id] = (arrival.task, text)
         while len(self._late) > _REMEMBERED:
             self._late.popitem(last=False)
@@ -566,21 +488,6 @@ def _count_idle(session: Session) -> None:
     session.idle_offers += 1
     if session.idle_offers > _IDLE_OFFERS:
         raise TransportError(f"more than {_IDLE_OFFERS} offers of replies that are not asked for, or on their way")
-
-
-def _fed_from_disk(arrival: _Arrival) -> OpenStream:
-    """The stream with what lay on disk as well. Raises SealError, OSError."""
-    assert arrival.stream is not None
-    assert arrival.spool is not None
-    arrival.spool.seek(0)
-    left = arrival.offer.size - arrival.in_memory
-    while left:
-        segment = arrival.spool.read(min(left, SEGMENT + TAG))
-        if not segment:
-            raise OSError("what was written is not there any more")
-        arrival.stream.feed(segment)
-        left -= len(segment)
-    return arrival.stream
 
 
 def error_reply(task: Task, code: int, reason: str) -> Message:
