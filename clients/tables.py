@@ -184,6 +184,19 @@ def read_blocks(
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def read_header(path: Path, written: FileFormat) -> list[str]:
+    """The names in the header of a CSV file, '' for a column without. Raises DataError for what is no text."""
+    try:
+        with path.open("rb") as file:
+            lines = _text(_Hashed(file, Content()), written)
+            for _ in range(written.title_lines):
+                next(lines, None)
+            _, header = next(_Records(lines, written.delimiter or ","), (0, []))
+    except (UnicodeError, csv.Error, zlib.error, EOFError, OSError) as error:
+        raise DataError(f"{path}: the header cannot be read: {error}") from error
+    return [normal(name) for name in header]
+
+
 def is_parquet(path: Path) -> bool:
     """Whether `path` is read as Parquet."""
     return path.suffix.lower() in {".parquet", ".pq"}

@@ -15,6 +15,7 @@ from fedclaw.federation.registry import strategy_class
 from fedclaw.federation.run_directory import RoundRules
 from fedclaw.federation.settings import RunSettings
 from fedclaw.federation.strategy import Buffered
+from fedclaw.file_format import FileFormat
 from fedclaw.frozen import Frozen
 from fedclaw.report.tracking import TrackingSettings, check_reachable
 from fedclaw.runtime.ray.settings import RaySettings, require_ray
@@ -75,7 +76,8 @@ class ExperimentSettings(RunSettings):
         if isinstance(sites, int | str):
             changed["sites"] = None
         if dataset.get("site_column") is not None and str(dataset.get("data")) != "None":
-            dataset["sites"] = count_sites(Path(str(dataset["data"])), str(dataset["site_column"]))
+            written = FileFormat.model_validate(dataset.get("written") or {})
+            dataset["sites"] = count_sites(Path(str(dataset["data"])), str(dataset["site_column"]), written)
             changed["partition"] = {"name": "natural"}
         return {**plain, **changed, "dataset": dataset}
 

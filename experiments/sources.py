@@ -1,8 +1,7 @@
 """Where experiments' examples come from: scikit-learn's sets, images that are made, or data of one's own."""
 
-import csv
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -11,9 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from clients.columns import numbers
+from clients.table_definition import MISSING
+from clients.tables import DELIMITERS, Content, Wanted, read_blocks, read_header
+from clients.values import DecimalMark, Markers, number_of
 from experiments.synthetic_images import SyntheticImages, make_images
 from fedclaw.catalogue import did_you_mean
 from fedclaw.errors import DataError
+from fedclaw.file_format import FileFormat
 from fedclaw.files import sha256_file
 from fedclaw.frozen import Frozen
 from fedclaw.workload import Floats
@@ -40,6 +44,10 @@ class DatasetSettings(Frozen):
     """csv: the column to predict; null: the last one."""
     site_column: str | None = None
     """csv: the column that says where a row is from; it is no input."""
+    identifiers: tuple[str, ...] | None = None
+    """csv: columns that say which row is which; they are no inputs."""
+    written: FileFormat | None = None
+    """csv: how the file is written; null: with commas and decimal points, in UTF-8."""
 
     @property
     def workload(self) -> str:
@@ -88,8 +96,9 @@ class DatasetSettings(Frozen):
 
 
 _OWN = ("csv", "images")
-_OWN_SETTINGS = ("data", "target", "site_column")
+_OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "written")
 _FEWEST_ROWS, _MOST_LEVELS = 20, 100
+_MARKERS = Markers(MISSING)
 _IMAGES = frozenset({".png", ".jpg", ".jpeg"})
 
 
@@ -147,10 +156,9 @@ def schema_of(source: Source, public: NDArray[np.int64]) -> dict[str, Any]:
             "mean": [round(float(scaled.mean()), 4)],
             "std": [round(float(scaled.std()), 4)],
         }
-    centers, scales = inputs.mean(axis=0), inputs.std(axis=0)
     columns = [
-        {"name": name, "kind": "numeric", "center": _short(center), "scale": _short(scale)}
-        for name, center, scale in zip(source.features, centers, scales, strict=True)
+        {"name": name, "kind": "numeric", **_constants(values[~np.isnan(values)])}
+        for name, values in zip(source.features, inputs.T, strict=True)
     ]
     return {"columns": columns, "target": {"name": source.target, "labels": list(source.labels)}}
 
@@ -174,7 +182,14 @@ def standardised(source: Source, schema: Mapping[str, Any], inputs: NDArray[Any]
     centers = np.array([column["center"] for column in schema["columns"]])
     scales = np.array([column["scale"] for column in schema["columns"]])
     table: Floats = ((inputs - centers) / scales).astype(np.float32)
+    table[np.isnan(table)] = 0.0
     return table
+
+
+def _constants(known: NDArray[np.float64]) -> dict[str, float]:
+    """Of a column's known values; those of one that is unknown or never changes leave it as it is."""
+    scale = _short(float(known.std())) if len(known) else 0.0
+    return {"center": _short(float(known.mean())) if len(known) else 0.0, "scale": scale or 1.0}
 
 
 def _short(value: float) -> float:
@@ -182,35 +197,31 @@ def _short(value: float) -> float:
 
 
 def load_table(settings: DatasetSettings) -> Source:
-    """A CSV file with a header: columns of numbers as they are, others as one column of 0 and 1 for each value.
+    """A CSV file with a header: columns of numbers as they are, NaN where the cell says 'not known'; others as one
+    column of 0 and 1 for each value. Columns without a name, an index that was written with the table, are left out.
 
-    Raises DataError naming the column and the first row that has no value there, or a column that is not there.
+    Raises DataError naming the file, and the column or row that cannot be used.
     """
-    path = settings.origin
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        header, rows = [name.strip() for name in next(reader, [])], [row for row in reader if row]
-    if len(rows) < _FEWEST_ROWS or len(set(header)) != len(header):
-        raise DataError(f"{path}: a table has a header of different names, and at least {_FEWEST_ROWS} rows")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(header):
-            raise DataError(f"{path}, row {number}: {len(row)} cells, and the header has {len(header)}")
-    columns = {name: [row[at].strip() for row in rows] for at, name in enumerate(header)}
-    target = settings.target or header[-1]
-    for name in (target, *([settings.site_column] if settings.site_column else [])):
+    path, written = settings.origin, settings.written or FileFormat()
+    columns = read_table(path, written)
+    target, identifiers = settings.target or list(columns)[-1], settings.identifiers or ()
+    used = (target, *([settings.site_column] if settings.site_column else []))
+    for name in (*used, *identifiers):
         if name not in columns:
             raise DataError(f"{path}: there is no column {name!r}{did_you_mean(name, columns)}")
-    for name, cells in columns.items():
-        if "" in cells:
-            raise DataError(
-                f"{path}, row {cells.index('') + 1}: no value in column {name!r}; fill it in, or give the sites "
-                "directories of their own, whose schema says what is missing: sites=[DIR,...]"
-            )
+    for name in used:
+        if "" in columns[name]:
+            raise DataError(f"{path}, row {columns[name].index('') + 1}: no value in column {name!r}; fill it in")
     labels, targets = np.unique(columns.pop(target), return_inverse=True)
     if len(labels) < 2:
         raise DataError(f"{path}: column {target!r} has one value alone, so there is nothing to learn")
     sites = None if settings.site_column is None else np.unique(columns.pop(settings.site_column), return_inverse=True)
-    features = {name: values for column, cells in columns.items() for name, values in _numbers(column, cells)}
+    features = {
+        name: values
+        for column, cells in columns.items()
+        if column not in identifiers
+        for name, values in _numbers(path, column, cells, written.decimal)
+    }
     if not features:
         raise DataError(f"{path}: there is no column to predict {target!r} from")
     return Source(
@@ -225,18 +236,44 @@ def load_table(settings: DatasetSettings) -> Source:
     )
 
 
-def _numbers(column: str, cells: list[str]) -> list[tuple[str, NDArray[np.float64]]]:
-    """A column's numbers, or what stands for its words."""
-    try:
-        numbers = np.array([float(cell) for cell in cells])
-    except ValueError:
-        numbers = np.full(1, np.nan)
-    if np.isfinite(numbers).all():
-        return [(column, numbers)]
-    levels, member = np.unique(cells, return_inverse=True)
+def read_table(path: Path, written: FileFormat) -> dict[str, list[str]]:
+    """The cells of a CSV file by the names in its header. Raises DataError."""
+    names = tuple(filter(None, read_header(path, written)))
+    if len(names) == 1 and (found := next((mark for mark in DELIMITERS if mark in names[0]), None)):
+        raise DataError(
+            f'{path}: written with {DELIMITERS[found]} between the cells? dataset.written.delimiter="{found}"'
+        )
+    if not names or len(set(names)) != len(names):
+        raise DataError(f"{path}: a table has a header of different names")
+    columns: dict[str, list[str]] = {name: [] for name in names}
+    for block in read_blocks(path, written, Wanted(required=names, ignore_others=True), Content()):
+        if block.ragged:
+            raise DataError(f"{path}: {next(iter(block.ragged.values()))}")
+        for name in names:
+            columns[name] += map(str, block.columns[name])
+    if len(columns[names[0]]) < _FEWEST_ROWS:
+        raise DataError(f"{path}: a table to deal out has at least {_FEWEST_ROWS} rows")
+    return columns
+
+
+def _numbers(path: Path, column: str, cells: Sequence[str], mark: DecimalMark) -> list[tuple[str, NDArray[np.float64]]]:
+    """A column's numbers, or what stands for its words. Raises DataError for one that is neither."""
+    values, bad = numbers(cells, _MARKERS, mark)
+    if not bad.any():
+        if np.isnan(values).all():
+            raise DataError(f"{path}: column {column!r} has no value in any row; leave it out")
+        return [(column, values)]
+    known = [cell for cell in cells if not _MARKERS.holds(cell, mark)]
+    if sum(number_of(cell, mark) is not None for cell in known) > len(known) / 2:
+        row = int(np.flatnonzero(bad)[0])
+        raise DataError(f"{path}, row {row + 1}, column {column!r}: {cells[row]!r} is no number, and most others are")
+    levels = sorted(set(known))
     if len(levels) > _MOST_LEVELS:
-        raise DataError(f"column {column!r} has {len(levels)} different words: is it a name or a number of a row?")
-    return [(f"{column}={level}", (member == at).astype(np.float64)) for at, level in enumerate(levels)]
+        raise DataError(
+            f"{path}: column {column!r} has {len(levels)} different words; if they say which row is which, leave "
+            f"it out by dataset.identifiers=[{column}]"
+        )
+    return [(f"{column}={level}", np.array([float(cell == level) for cell in cells])) for level in levels]
 
 
 def load_images(settings: DatasetSettings) -> Source:
@@ -278,14 +315,14 @@ def content_digest(origin: Path) -> str:
     return digest.hexdigest()
 
 
-def count_sites(table: Path, column: str) -> int:
+def count_sites(table: Path, column: str, written: FileFormat) -> int:
     """How many values the column has in the CSV file. Raises ValueError if there is no such file or column."""
     if not table.is_file():
         raise ValueError(f"data={table}: there is no such file")
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        header = [name.strip() for name in next(reader, [])]
-        if column not in header:
-            raise ValueError(f"sites={column}: {table} has no such column{did_you_mean(column, header)}")
-        at = header.index(column)
-        return len({row[at].strip() for row in reader if len(row) > at})
+    try:
+        columns = read_table(table, written)
+    except DataError as error:
+        raise ValueError(str(error)) from error
+    if column not in columns:
+        raise ValueError(f"sites={column}: {table} has no such column{did_you_mean(column, columns)}")
+    return len(set(columns[column]))

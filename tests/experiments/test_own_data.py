@@ -49,6 +49,18 @@ def test_a_column_names_the_sites(table, tmp_path):
     assert set(outcome.receipts) == {"charit", "north", "st-anna"}
 
 
+def test_a_column_that_says_which_row_is_which_is_no_input(table):
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(["pid," + lines[0], *(f"P-{i},{line}" for i, line in enumerate(lines[1:]))]) + "\n")
+    said = r"'pid' has 120 different words; .* leave it out by dataset\.identifiers=\[pid\]"
+    with pytest.raises(DataError, match=said):
+        load_source(DatasetSettings(name="csv", data=table))
+    source = load_source(DatasetSettings(name="csv", data=table, identifiers=("pid",), site_column="hospital", sites=3))
+    assert source.features == ("age", "ward=er", "ward=icu")
+    with pytest.raises(DataError, match="no column 'pit'; did you mean pid"):
+        load_source(DatasetSettings(name="csv", data=table, identifiers=("pit",)))
+
+
 def test_sites_take_rows_of_their_own_hospital_alone(table, tmp_path):
     dataset = DatasetSettings(name="csv", data=table, site_column="hospital", sites=3, test=0)
     directories = write_sites(tmp_path / "out", dataset, SitePolicy(epsilon=1.0, delta=1e-3), Natural())
@@ -59,6 +71,27 @@ def test_sites_take_rows_of_their_own_hospital_alone(table, tmp_path):
         rows = list(csv.DictReader((directory / "data" / "train.csv").open()))
         assert rows
         assert all(hospital in ages[str(int(float(row["age"])))] for row in rows)
+
+
+@pytest.mark.parametrize("runtime", ["sites", "simulation"])
+def test_cells_that_are_not_known_an_index_and_a_site_s_own_way_of_writing(table, tmp_path, runtime):
+    """A table as pandas writes it for a country of decimal commas, with gaps, and a word that is rare."""
+    rows = list(csv.DictReader(table.open()))
+    lines = [";age;ward;dose;died"]
+    for number, row in enumerate(rows):
+        age, dose = "NA" if number % 7 == 0 else row["age"], f"{number}".replace("9", "") or "1"
+        ward = "" if number % 5 == 0 else "rare" if number == 1 else row["ward"]
+        lines.append(f"{number};{age};{ward};{dose},5;{row['died']}")
+    table.write_text("\n".join(lines) + "\n", encoding="latin-1")
+    words = ('dataset.written={delimiter:";",decimal:",",encoding:latin-1}', "sites=2", f"runtime={runtime}")
+    settings = settings_of(*TINY, "dataset=csv", f"data={table}", *words, f"runs={tmp_path}/runs", "run=x")
+    source = load_source(settings.dataset)
+    assert source.features == ("age", "ward=er", "ward=icu", "ward=rare", "dose")
+    assert np.isnan(source.inputs[::7, 0]).all()
+    assert np.isnan(source.inputs[:, 0]).sum() == len(source.inputs[::7])
+    assert source.inputs[::5, 1:4].sum() == 0
+    assert source.inputs[1].tolist()[1:] == [0.0, 0.0, 1.0, 1.5]
+    assert len(run_experiment(settings, quiet=True).receipts) == 2
 
 
 @pytest.mark.parametrize("runtime", ["sites", "simulation"])
@@ -114,11 +147,17 @@ def test_what_is_wrong_with_it_is_told(table, words, message):
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
-    [("icu", "", "row 1: no value in column 'ward'"), ("age,", "ward,", "different names"), ("20,", "20,9,", "cells")],
+    [
+        (",yes\n", ",\n", "no value in column 'died'"),
+        ("age,", "ward,", "different names"),
+        ("20,", "20,9,", "cells"),
+        ("\n7", "\nabout 7", "is no number, and most others are"),
+        (",", ";", "written with a semicolon between the cells"),
+    ],
 )
 def test_a_table_that_cannot_be_used_says_where(table, old, new, message):
     text = table.read_text()
-    table.write_text(text.replace(old, new, 1) if old in text else text + "1,2,3,4,5\n")
+    table.write_text(text.replace(old, new, -1 if old == "," else 1) if old in text else text + "1,2,3,4,5\n")
     with pytest.raises(DataError, match=message):
         load_source(DatasetSettings(name="csv", data=table))
 
