@@ -32,7 +32,7 @@ format: $(VENV)/.dev ## let ruff sort and format
 	$(BIN)/ruff format .
 
 protocol: $(VENV)/.dev ## generate the gRPC code from the .proto files
-	$(BIN)/python -m fedclaw.runtime.grpc.protocol.generate
+	$(BIN)/python -m fedclaw.transport.grpc.protocol.generate
 
 benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale, startup
 	$(BIN)/python -m experiments.benchmarks.exchange

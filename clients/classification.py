@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from clients import metrics
 from fedclaw.errors import PluginError
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.frozen import Frozen, explain
-from fedclaw.workload import Workload
+from fedclaw.learning.workload import Workload
+from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.protocol.plan import ModelSpec
 
 A = TypeVar("A", bound=Frozen)
 

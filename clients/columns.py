@@ -26,8 +26,8 @@ from pydantic import AfterValidator, Field, model_validator
 from clients.definitions import Text, distinct, sized
 from clients.tables import Block, Faults
 from clients.values import Cell, DecimalMark, Declared, Markers
-from fedclaw.frozen import Frozen
 from fedclaw.privacy.statistics import StatisticColumn
+from fedclaw.protocol.frozen import Frozen
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from clients.values import repeated
 from fedclaw.errors import DataError
-from fedclaw.frozen import Frozen, explain
+from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.yaml_text import RepeatedKeyError, WrittenFloat, WrittenInt, read_yaml, written
 
 MAX_SCHEMA_BYTES = 32 * 2**20

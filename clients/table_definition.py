@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 
 from clients.columns import AnyColumn, Categorical, Numeric, Unseen
 from clients.definitions import Labels, Text, Weights, as_text, distinct, sized, weights_of
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
 MAX_FEATURES = 100_000

@@ -15,7 +15,7 @@ from clients.moments import Moments
 from clients.tables import Block, Faults
 from clients.values import Markers
 from fedclaw.errors import DataError
-from fedclaw.workload import Floats
+from fedclaw.learning.workload import Floats
 
 IN_OWN_UNITS = 10.0
 """A feature that is larger than this and has neither center nor scale was probably never scaled."""

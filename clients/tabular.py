@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from clients.classification import Classification, built, known
 from fedclaw.errors import PluginError
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import ModelSpec
 
 MAX_WIDTH = 8192
 MAX_LAYERS = 16

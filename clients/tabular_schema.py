@@ -66,9 +66,9 @@ from clients.tables import Block, Content, Faults, Wanted, read_blocks
 from clients.values import Declared, shown_cell
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
-from fedclaw.frozen import Frozen
+from fedclaw.learning.workload import Floats, Labels, Rows, Schema, Table
 from fedclaw.privacy.statistics import Records, StatisticColumn
-from fedclaw.workload import Floats, Labels, Rows, Schema, Table
+from fedclaw.protocol.frozen import Frozen
 
 SMALLEST_SCALE = 1e-6
 """Least deviation of the federation's constants, in halves of a column's range."""

@@ -8,8 +8,8 @@ from torch import nn
 
 from clients.classification import Classification, built, known
 from fedclaw.errors import PluginError
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import ModelSpec
 
 MAX_CHANNELS = 1024
 MAX_BLOCKS = 8

@@ -31,8 +31,8 @@ from clients.definitions import Labels, Weights, canonical_json, parse_definitio
 from clients.images import Shape, image_files, pixels_of, read_archive, read_image, targets_of
 from clients.values import normal
 from fedclaw.errors import DataError
-from fedclaw.frozen import Frozen
-from fedclaw.workload import Floats, Rows, Schema, Table
+from fedclaw.learning.workload import Floats, Rows, Schema, Table
+from fedclaw.protocol.frozen import Frozen
 
 MAX_SIDE = 8192
 MAX_VALUES = 2**26

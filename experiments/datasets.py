@@ -36,10 +36,10 @@ from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, Source, pixels, schema_of
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
-from fedclaw.federation.registry import STRATEGIES, installed
-from fedclaw.frozen import Frozen
-from fedclaw.privacy.policy import SAFE_METRICS
+from fedclaw.learning.registry import STRATEGIES, installed
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
+from fedclaw.site.policy.policy import SAFE_METRICS
 from fedclaw.site.settings import SITE_FILE
 
 SITE_NAMES = ("hospital-north", "hospital-east", "hospital-south", "hospital-west")

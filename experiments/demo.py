@@ -31,14 +31,14 @@ from experiments.sources import DatasetSettings
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
-from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
-from fedclaw.site.books import site_spending
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.site.journal.reconciliation import site_spending
 
 if TYPE_CHECKING:
-    from fedclaw.federation.coordinator import Outcome
+    from fedclaw.server.coordinator import Outcome
 
 FEDERATION = "demo"
 MARKER = ".fedclaw-demo"
@@ -176,7 +176,7 @@ class _Demo:
         self.console.rule("6. For comparison: every site alone, and everything pooled", align="left")
         with startup.loading("torch, Opacus and Flower"):
             from experiments.simulate import local_only, pooled
-            from fedclaw.site.in_process import open_sites
+            from fedclaw.transport.in_process import open_sites
         sites = open_sites(directories, FEDERATION)
         root = self.root / "runs" / "baselines"
         record = directory.record()

@@ -15,17 +15,17 @@ from experiments.simulated import deal_in_memory, run_simulated, write_root
 from experiments.sweeps.identity import EXPERIMENT_FILE, identify
 from experiments.sweeps.resume import remember
 from fedclaw import startup
-from fedclaw.federation.coordinator import Observer, Outcome
-from fedclaw.federation.plan import METRICS
-from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.session import make_record
 from fedclaw.files import write_atomic
+from fedclaw.protocol.plan import METRICS
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import make_tracker
-from fedclaw.runtime.ray import RaySettings, simulate_on_ray
+from fedclaw.server.coordinator import Observer, Outcome
+from fedclaw.server.run_directory import RoundRules, RunDirectory
+from fedclaw.server.session import make_record
 from fedclaw.simulation import simulated
-from fedclaw.site.in_process import open_sites, simulate
 from fedclaw.site.settings import load_site_settings
+from fedclaw.transport.in_process import open_sites, simulate
+from fedclaw.transport.ray import RaySettings, simulate_on_ray
 
 FEDERATION = "experiments"
 

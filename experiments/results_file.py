@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen, explain
+from fedclaw.protocol.frozen import Frozen, explain
 
 
 class ResultsFile(Frozen):

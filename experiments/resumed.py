@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from experiments.settings import ExperimentSettings
 from experiments.sweeps.identity import EXPERIMENT_FILE, Identity, is_relevant
 from fedclaw.errors import CheckpointError, UsageError
-from fedclaw.federation.run_directory import RunDirectory, RunRecord
-from fedclaw.frozen import check_settings, explain
+from fedclaw.protocol.frozen import check_settings, explain
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 
 def resumed(settings: ExperimentSettings, root: Path, overrides: Sequence[str]) -> ExperimentSettings:

@@ -10,17 +10,17 @@ from experiments.attacks.settings import AttackSettings, NoAttack
 from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, count_sites
 from fedclaw.errors import UsageError
-from fedclaw.federation.early_checks import check_terms
-from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.run_directory import RoundRules
-from fedclaw.federation.settings import RunSettings
-from fedclaw.federation.strategy import Buffered
 from fedclaw.file_format import FileFormat
-from fedclaw.frozen import Frozen
+from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.strategy import Buffered
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.tracking import TrackingSettings, check_reachable
-from fedclaw.runtime.ray.settings import RaySettings, require_ray
+from fedclaw.server.early_checks import check_terms
+from fedclaw.server.run_directory import RoundRules
+from fedclaw.server.settings import RunSettings
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.site.settings import load_site_settings
+from fedclaw.transport.ray.settings import RaySettings, require_ray
 
 
 class SitesRuntime(Frozen):

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedclaw.federation.coordinator import Outcome
-from fedclaw.federation.plan import PrivacyRequest
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord
-from fedclaw.privacy.ledger import Ledger
-from fedclaw.site.in_process import simulate
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import PrivacyRequest
+from fedclaw.server.coordinator import Outcome
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
-from fedclaw.workload import Table
+from fedclaw.transport.in_process import simulate
 
 
 def local_only(record: RunRecord, sites: Mapping[str, SiteService], root: Path) -> dict[str, Outcome]:

@@ -11,10 +11,10 @@ from experiments.partitions.record import write_record
 from experiments.partitions.settings import PartitionSettings
 from experiments.settings import SimulationRuntime
 from experiments.sources import DatasetSettings
-from fedclaw.federation.coordinator import Observer, Outcome
-from fedclaw.federation.registry import workload_class
-from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
+from fedclaw.learning.registry import workload_class
+from fedclaw.server.coordinator import Observer, Outcome
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, simulate_cohorts
 
 MOST_PLOTTED = 1000

@@ -19,8 +19,8 @@ from fedclaw.catalogue import did_you_mean
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 from fedclaw.files import sha256_file
-from fedclaw.frozen import Frozen
-from fedclaw.workload import Floats
+from fedclaw.learning.workload import Floats
+from fedclaw.protocol.frozen import Frozen
 
 
 class DatasetSettings(Frozen):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 _SHAPES = 3
 """Smooth shapes of a label."""

@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "fedclaw.export",
     "verify": "fedclaw.verify",
     "predict": "fedclaw.predict",
-    "ray": "fedclaw.runtime.ray",
+    "ray": "fedclaw.transport.ray",
 }
 _WITH_PLUGINS = frozenset({"server", "audit", "ray"})
 _WRONG_USE = 2

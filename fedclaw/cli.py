@@ -31,7 +31,7 @@ from rich.logging import RichHandler
 from fedclaw import startup
 from fedclaw.catalogue import STRATEGIES, WORKLOADS, did_you_mean, plugin_points
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.frozen import S, check_settings
+from fedclaw.protocol.frozen import S, check_settings
 from fedclaw.report.console import make_console
 
 log = logging.getLogger(__name__)

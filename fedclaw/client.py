@@ -31,16 +31,16 @@ from pydantic import AfterValidator
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
-from fedclaw.frozen import Frozen
+from fedclaw.identity.names import check_address
+from fedclaw.identity.site_home import SiteKeys
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
-from fedclaw.runtime.grpc.limits import Limits
-from fedclaw.security.names import check_address
-from fedclaw.security.site_home import SiteKeys
-from fedclaw.site.question import Question
+from fedclaw.site.preflight.question import Question
 from fedclaw.site.settings import SiteSettings, load_site_settings, require_name
+from fedclaw.transport.grpc.limits import Limits
 
 if TYPE_CHECKING:
-    from fedclaw.runtime.base import SiteHandler
+    from fedclaw.transport.base import SiteHandler
 
 log = logging.getLogger("fedclaw.client")
 
@@ -81,8 +81,8 @@ def check(overrides: Sequence[str]) -> None:
     _require_directory(settings.site)
     site = load_site_settings(settings.site)
     with startup.loading(_LIBRARIES):
-        from fedclaw.site.check import examine
-        from fedclaw.site.what_if import what_if
+        from fedclaw.site.preflight.check import examine
+        from fedclaw.site.preflight.what_if import what_if
     checked = examine(settings.site, site)
     console, findings = make_console(), checked.findings
     for fact in findings.facts:
@@ -108,8 +108,8 @@ def serve(settings: ClientSettings) -> None:
     site = load_site_settings(settings.site) if settings.app is None else None
     keys = _keys(settings, site)
     with startup.loading(_LIBRARIES):
-        from fedclaw.runtime.grpc import SiteLink
         from fedclaw.site.directory import only_client, state_directory
+        from fedclaw.transport.grpc import SiteLink
     startup.next_step("start it again with the same command; what is asked meanwhile waits at the server")
     with only_client(settings.site):
         handler = _handler(settings, site, keys)
@@ -129,8 +129,8 @@ def _handler(settings: ClientSettings, site: SiteSettings | None, keys: SiteKeys
     if site is None:
         from flwr.clientapp import ClientApp
 
-        from fedclaw.runtime.flower import number_of
-        from fedclaw.runtime.grpc.apps import ClientAppHandler, load_app
+        from fedclaw.transport.grpc.apps import ClientAppHandler, load_app
+        from fedclaw.transport.message_identity import number_of
 
         app = load_app(settings.app or "", ClientApp)
         return ClientAppHandler(app, number_of(keys.site_name), settings.node_config, settings.run_config)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 Delimiter = Literal[",", ";", "\t", "|"]
 

@@ -43,13 +43,13 @@ from rich.text import Text
 from fedclaw.cli import CommandLine, compose_settings, run_main, split
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
-from fedclaw.frozen import Frozen
-from fedclaw.privacy.history import Entry
-from fedclaw.privacy.ledger import describe
-from fedclaw.privacy.spending import DataSetSpending, Spending
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
 from fedclaw.report.tables import Figures
-from fedclaw.site.books import Books, agreements, check_books, losses, open_books
+from fedclaw.site.journal.history import Entry
+from fedclaw.site.journal.ledger import describe
+from fedclaw.site.journal.reconciliation import Books, agreements, check_books, losses, open_books
+from fedclaw.site.journal.spending import DataSetSpending, Spending
 
 STATEMENT_FILE = "privacy-statement.html"
 BEGIN_AGAIN = "begin-again"
@@ -238,7 +238,7 @@ def _plain(spending: Spending) -> dict[str, Any]:
 
 
 def _begin_again(settings: Settings, console: Console) -> None:
-    from fedclaw.site.begin_again import begin_again
+    from fedclaw.site.journal.begin_again import begin_again
 
     if settings.reason is None:
         raise UsageError('begin-again needs reason="…": what happened to the ledger; it is kept for ever')

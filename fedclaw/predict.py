@@ -40,9 +40,9 @@ from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
 from fedclaw.file_format import Delimiter, FileFormat
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
+from fedclaw.learning.workload import Floats, Labels, Rows
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
-from fedclaw.workload import Floats, Labels, Rows
 
 SHOWN_ROWS = 50
 

@@ -38,14 +38,14 @@ from rich.table import Table
 
 from fedclaw.cli import compose_settings, expanded, naming, run_main, split
 from fedclaw.errors import ProvisionError, UsageError
-from fedclaw.frozen import Frozen
+from fedclaw.identity import federation_home, pki, provisioning
+from fedclaw.identity.descriptor import DESCRIPTOR_FILE
+from fedclaw.identity.overview import Entry, Overview, State, federation_overview, site_overview
+from fedclaw.identity.seal import SealSuite
+from fedclaw.identity.site_home import SiteKeys
+from fedclaw.identity.site_request import read_request
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
-from fedclaw.security import federation_home, pki, provisioning
-from fedclaw.security.descriptor import DESCRIPTOR_FILE
-from fedclaw.security.overview import Entry, Overview, State, federation_overview, site_overview
-from fedclaw.security.seal import SealSuite
-from fedclaw.security.site_home import SiteKeys
-from fedclaw.security.site_request import read_request
 
 _MAX_DAYS = 398
 _STYLES: dict[State, str] = {

@@ -45,19 +45,19 @@ from rich.console import Console
 from fedclaw import startup
 from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.errors import DataError, RoundError, UsageError
-from fedclaw.federation.listening import ListenAddress
-from fedclaw.federation.run_directory import RUN_NAME, schema_digest
-from fedclaw.federation.settings import SecureRequest, WorkloadChoice
-from fedclaw.frozen import Frozen, check_settings
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.learning.workload import Schema
 from fedclaw.privacy.statistics import MAX_BINS, MAX_SCORE_BINS
+from fedclaw.protocol.frozen import Frozen, check_settings
 from fedclaw.report.console import make_console
-from fedclaw.runtime.grpc.limits import Limits
-from fedclaw.security.federation_home import FederationHome
-from fedclaw.workload import Schema
+from fedclaw.server.listening import ListenAddress
+from fedclaw.server.run_directory import RUN_NAME, schema_digest
+from fedclaw.server.settings import SecureRequest, WorkloadChoice
+from fedclaw.transport.grpc.limits import Limits
 
 if TYPE_CHECKING:
-    from fedclaw.federation.arrays import Arrays
-    from fedclaw.federation.statistics_request import ScoreQuestion
+    from fedclaw.protocol.arrays import Arrays
+    from fedclaw.protocol.statistics import ScoreQuestion
 
 log = logging.getLogger("fedclaw.statistics")
 
@@ -109,8 +109,8 @@ class StatisticsSettings(Frozen):
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Ask for statistics as the command line says. Raises FedClawError."""
-    from fedclaw.federation.early_checks import read_schema
-    from fedclaw.federation.statistics_request import design_of
+    from fedclaw.protocol.statistics import design_of
+    from fedclaw.server.early_checks import read_schema
 
     line = split(arguments)
     if line.words:
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
 
 def _check_scored(settings: StatisticsSettings, home: FederationHome, schema: Schema) -> None:
     """Raise UsageError for a run whose model cannot be asked about, before anything heavy is loaded."""
-    from fedclaw.federation.run_directory import RunDirectory
+    from fedclaw.server.run_directory import RunDirectory
 
     assert settings.scores is not None
     record = RunDirectory.open(settings.scores).record()
@@ -161,8 +161,8 @@ def _scored(settings: StatisticsSettings) -> _Scored | None:
     if settings.scores is None:
         return None
     from fedclaw.compress.record import read_compressed
-    from fedclaw.federation.run_directory import RunDirectory
-    from fedclaw.federation.statistics_request import ScoreQuestion
+    from fedclaw.protocol.statistics import ScoreQuestion
+    from fedclaw.server.run_directory import RunDirectory
 
     directory = RunDirectory.open(settings.scores)
     directory.require_whole()
@@ -185,12 +185,12 @@ def serve(
 ) -> None:
     """Listen, wait for the sites, ask those that are connected, and write what they say to `out`."""
     with startup.loading("torch and Flower"):
-        from fedclaw.federation.statistics import release_statistics, with_session
-        from fedclaw.federation.statistics_release import write_release
-        from fedclaw.federation.statistics_request import StatisticsRequest, design_of
+        from fedclaw.protocol.statistics import StatisticsRequest, design_of
         from fedclaw.report.statistics_tables import statistics_tables
-        from fedclaw.runtime.flower import assume_server_identity, number_of
-        from fedclaw.runtime.grpc import GrpcGrid
+        from fedclaw.server.statistics import release_statistics, with_session
+        from fedclaw.server.statistics_release import write_release
+        from fedclaw.transport.grpc import GrpcGrid
+        from fedclaw.transport.message_identity import assume_server_identity, number_of
 
         scored = _scored(settings)
     startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")

@@ -27,7 +27,7 @@ from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.trust import load_trust
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
 
 

@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.compression.request import RandomK
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.compression import RandomK
 from strategies.norm_bounding import within
 from strategies.robust import RobustStrategy, Updates, distances_to, gram, weighted_sum
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.combinations import Terms
-    from fedclaw.federation.strategy import Turnout
+    from fedclaw.learning.compatibility import Terms
+    from fedclaw.learning.strategy import Turnout
 
 CENTRE = "centre"
 """The kind of the server's state: the last round's combined update."""

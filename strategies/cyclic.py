@@ -9,12 +9,12 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fedclaw.federation.strategy import Strategy
+from fedclaw.learning.strategy import Strategy
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.combinations import Terms
+    from fedclaw.learning.compatibility import Terms
 
 
 class Cyclic(Strategy):

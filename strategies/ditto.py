@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedclaw.federation.strategy import StepContext, Strategy
+from fedclaw.learning.strategy import StepContext, Strategy
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.combinations import Terms
+    from fedclaw.learning.compatibility import Terms
 
 
 class Ditto(Strategy):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedclaw.federation.strategy import Strategy
+from fedclaw.learning.strategy import Strategy
 
 if TYPE_CHECKING:
     import torch

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedclaw.federation.strategy import Strategy
+from fedclaw.learning.strategy import Strategy
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fedclaw.federation.combinations import Terms
+    from fedclaw.learning.compatibility import Terms
 
 
 class FedBN(Strategy):

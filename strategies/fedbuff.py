@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedclaw.federation.strategy import Buffered
+from fedclaw.learning.strategy import Buffered
 
 if TYPE_CHECKING:
     import torch

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
+from fedclaw.learning.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import LocalTraining
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.combinations import Terms
+    from fedclaw.learning.compatibility import Terms
 
 NORM = "~accumulated"
 SCALE = 1024.0

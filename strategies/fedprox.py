@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedclaw.federation.strategy import StepContext, Strategy
+from fedclaw.learning.strategy import StepContext, Strategy
 
 if TYPE_CHECKING:
     import torch

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fedclaw.federation.strategy import StepContext
+from fedclaw.learning.strategy import StepContext
 from strategies.heads import SharedBody
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.combinations import Terms
+    from fedclaw.learning.compatibility import Terms
 
 
 class FedRep(SharedBody):

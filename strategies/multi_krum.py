@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.federation.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays
 from strategies.krum import scores
 from strategies.robust import HostileCount, Updates, mean_of, squared_distances
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.federation.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays
 from strategies.robust import Floats, RobustStrategy, Updates, distances_to, gram, weighted_sum
 
 

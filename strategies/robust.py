@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.errors import UpdateError
-from fedclaw.federation.strategy import Strategy
+from fedclaw.learning.strategy import Strategy
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.federation.combinations import Terms
+    from fedclaw.learning.compatibility import Terms
 
 _CHUNK = 1 << 20
 """Numbers that are worked on at a time: 8 MiB in float64, whatever n and d are."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.federation.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays
 from strategies.robust import HostileCount, Updates, columns
 
 

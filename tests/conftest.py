@@ -14,7 +14,7 @@ import pytest
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.processes import free_port
-from fedclaw.security import provisioning
+from fedclaw.identity import provisioning
 
 FEDERATION = "clinic"
 PATIENCE = 90.0

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
-from fedclaw.federation.coordinator import make_plan, make_strategy
-from fedclaw.federation.exchange import Outgoing, question, questions
-from fedclaw.federation.plan import CentralPrivacy, LocalTraining, ModelSpec, Plan, PrivacyRequest, SecureAggregation
-from fedclaw.runtime.flower import assume_server_identity
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec, Plan, PrivacyRequest, SecureAggregation
+from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.exchange import Outgoing, question, questions
 from fedclaw.site.service import SiteService
-from fedclaw.workload import Table
+from fedclaw.transport.message_identity import assume_server_identity
 from tests.least_squares import asked, service
 from tests.small_nets import SmallNets, first
 

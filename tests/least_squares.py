@@ -16,20 +16,20 @@ from flwr.app import Message
 from torch import nn
 
 from fedclaw.errors import DataError
-from fedclaw.federation.coordinator import Outcome, run_rounds
-from fedclaw.federation.plan import LocalTraining, ModelSpec
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
-from fedclaw.privacy.ledger import Ledger
-from fedclaw.privacy.policy import Policy
+from fedclaw.learning.workload import Floats, Schema, Table, Workload
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
-from fedclaw.runtime.base import SiteHandler
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.site.in_process import local_grid
+from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.server.coordinator import Outcome, run_rounds
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.site.journal.ledger import Ledger
+from fedclaw.site.policy.policy import Policy
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
 from fedclaw.site.state import SiteStates
-from fedclaw.workload import Floats, Schema, Table, Workload
+from fedclaw.transport.base import SiteHandler
+from fedclaw.transport.in_process import local_grid
+from fedclaw.transport.local import LocalGrid
 from tests.samples import run_record
 
 PLACE = "place"

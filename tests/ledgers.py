@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedclaw.privacy.accounting import Mechanism
-from fedclaw.privacy.ledger import Budget, Ledger
-from fedclaw.site.outbound import OutboundLog
+from fedclaw.site.journal.ledger import Budget, Ledger
+from fedclaw.site.journal.outbound import OutboundLog
 
 SITE = """
 name: hospital-north

@@ -25,21 +25,21 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclaw.federation.arrays import pack
-from fedclaw.federation.central import WITHIN
-from fedclaw.federation.exchange import ARRAYS, JSON, METRICS, PLAN, RECEIPT, SENT, SUM, questions
-from fedclaw.federation.plan import PLAN_VERSION, ModelSpec, Plan, Refusal, RefusalCode
-from fedclaw.federation.registry import STRATEGIES, installed, strategy_class
-from fedclaw.federation.secure_exchange import KEYS
-from fedclaw.federation.strategy import PERSONAL
+from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
+from fedclaw.learning.strategy import PERSONAL
+from fedclaw.learning.workload import Table
+from fedclaw.privacy.mechanisms.server_noise import WITHIN
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
-from fedclaw.runtime.flower import assume_server_identity
-from fedclaw.site.charging import Asking
+from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.plan import PLAN_VERSION, ModelSpec, Plan, Refusal, RefusalCode
+from fedclaw.server.exchange import ARRAYS, JSON, METRICS, PLAN, RECEIPT, SENT, SUM, questions
+from fedclaw.server.secure_exchange import KEYS
+from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
-from fedclaw.site.training_task import about, train_locally
-from fedclaw.workload import Table
+from fedclaw.site.training import about, train_locally
+from fedclaw.transport.message_identity import assume_server_identity
 from tests.least_squares import FEDERATION, service
 from tests.small_nets import SmallNets
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fedclaw.federation.coordinator import make_plan, make_strategy
-from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, Receipt
-from fedclaw.federation.run_directory import RoundRules, RunRecord, StrategyRecord
+from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, Receipt
+from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.run_directory import RoundRules, RunRecord, StrategyRecord
 
 
 def run_record(**changes: Any) -> RunRecord:

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from clients.classification import Classification
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.coordinator import Outcome, make_strategy
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.run_directory import RunRecord
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server.coordinator import Outcome, make_strategy
+from fedclaw.server.run_directory import RunRecord
 from fedclaw.site.service import SiteService
-from fedclaw.workload import Table
 from tests.least_squares import Bowls, asked, play, service
 
 HIDDEN = 2

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from fedclaw.audit import main
+from fedclaw.audit.__main__ import main
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.privacy.noise import GaussianSource
+from tests.audit.conftest import SCHEMA
 from tests.conftest import run_module
-from tests.privacy.audit.conftest import SCHEMA
 
 QUICK = (
     "workload.model.name=logistic",

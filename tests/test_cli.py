@@ -13,8 +13,8 @@ import pytest
 from experiments.processes import free_port
 from fedclaw.cli import compose_settings, config_directory, split
 from fedclaw.errors import UsageError
-from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
-from fedclaw.server import ServerSettings
+from fedclaw.server.__main__ import ServerSettings
+from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from tests.conftest import environment, run_module
 from tests.samples import receipt, run_record
 
@@ -235,7 +235,7 @@ def test_nothing_below_the_entry_points_needs_hydra():
 import importlib, sys
 for name in ("federation.session", "report.terminal", "report.tracking", "site.directory", "runtime.grpc"):
     importlib.import_module(f"fedclaw.{name}")
-from fedclaw.federation.coordinator import make_strategy
+from fedclaw.server.coordinator import make_strategy
 from types import SimpleNamespace as Record
 make_strategy(Record(strategy=Record(name="fedavg", settings={})))
 assert not {"hydra", "omegaconf", "fedclaw.cli"} & set(sys.modules), sys.modules.keys()

@@ -7,8 +7,8 @@ from sklearn.datasets import load_breast_cancer, load_digits
 
 from experiments.datasets import SitePolicy, write_sites
 from experiments.sources import DatasetSettings
-from fedclaw.federation.registry import schema_class
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.learning.registry import schema_class
+from fedclaw.server.run_directory import RunDirectory
 from tests.conftest import run_module
 
 

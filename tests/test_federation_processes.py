@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from experiments.datasets import SitePolicy
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.privacy.ledger import Ledger
-from fedclaw.site.outbound import OutboundLog
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.site.journal.ledger import Ledger
+from fedclaw.site.journal.outbound import OutboundLog
 from tests.conftest import deploy
 
 SLOW_ROUNDS = ("training.epochs=null", "training.steps=800", "training.batch_size=16")

@@ -13,8 +13,8 @@ from rich.console import Console
 from fedclaw import ledger
 from fedclaw.cli import split
 from fedclaw.errors import FedClawError, LedgerError, UsageError
-from fedclaw.privacy.ledger import Ledger
-from fedclaw.site.books import check, open_books, site_spending
+from fedclaw.site.journal.ledger import Ledger
+from fedclaw.site.journal.reconciliation import check, open_books, site_spending
 from tests.conftest import run_module
 from tests.ledgers import ROUND, UNLIMITED, Run, make_site
 

@@ -5,9 +5,9 @@ import importlib
 import pytest
 
 from fedclaw.cli import report_failure
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.identity import provisioning
 from fedclaw.report.console import make_console
-from fedclaw.security import provisioning
+from fedclaw.server.run_directory import RunDirectory
 from tests.samples import run_record
 
 PROVISION, LEDGER = "fedclaw.provision", "fedclaw.ledger"

@@ -11,7 +11,7 @@ import pytest
 from fedclaw.__main__ import COMMANDS
 from fedclaw.catalogue import STRATEGIES, WORKLOADS, plugin_points
 from fedclaw.cli import compose_settings
-from fedclaw.server import ServerSettings
+from fedclaw.server.__main__ import ServerSettings
 from tests.conftest import environment, run_module
 
 SIGN = '''"""The sign of the mean (only a made-up strategy).
@@ -21,7 +21,7 @@ Not imported for help.
 import torch
 from pydantic import Field
 from typing import ClassVar
-from fedclaw.federation.strategy import Strategy
+from fedclaw.learning.strategy import Strategy
 
 
 class FedSign(Strategy):
@@ -38,7 +38,7 @@ WARDS = '''"""Wards: a made-up workload of another package."""
 from typing import ClassVar
 from clients.tabular import TabularWorkload
 from clients.tabular_schema import TabularSchema
-from fedclaw.federation.plan import ModelSpec
+from fedclaw.protocol.plan import ModelSpec
 
 
 class WardSchema(TabularSchema):
@@ -163,7 +163,7 @@ def test_a_workload_of_another_package_has_its_own_model(outsider, deployment):
     new = (f"federation={deployment.federation}", f"workload.schema_file={deployment.schema}", "tracking=none")
     program = (
         "import sys; from fedclaw.cli import compose_settings; from fedclaw.server import ServerSettings; "
-        "from fedclaw.federation.session import make_record; from fedclaw.federation.run_directory import RoundRules; "
+        "from fedclaw.server.session import make_record; from fedclaw.server.run_directory import RoundRules; "
         "settings = compose_settings('server', sys.argv[1:], ServerSettings); "
         "print(make_record(settings, 'f', 'x', RoundRules()).model.name)"
     )

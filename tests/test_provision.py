@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from fedclaw.errors import FedClawError, ProvisionError, UsageError
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.identity.pki import host_names, parse_certificate
+from fedclaw.identity.provisioning import accept, approve, initialise, request_site
+from fedclaw.identity.site_home import SiteKeys
 from fedclaw.provision import main
-from fedclaw.security.federation_home import FederationHome
-from fedclaw.security.pki import host_names, parse_certificate
-from fedclaw.security.provisioning import accept, approve, initialise, request_site
-from fedclaw.security.site_home import SiteKeys
 
 INIT = ("init", "federation=heart", "name=heart", "address=127.0.0.1:9443")
 REQUEST = ("request", "site=a", "name=hospital-a", "descriptor=heart/federation.json")
@@ -122,7 +122,7 @@ def test_killed_init_leaves_no_half_federation(tmp_path: Path) -> None:
     """Killed without warning while it writes: the directory is absent, and the next init succeeds."""
     script = (
         "import os, pathlib\n"
-        "from fedclaw.security import provisioning\n"
+        "from fedclaw.identity import provisioning\n"
         "provisioning.save_seal_key = lambda *_: os.kill(os.getpid(), 9)\n"
         "provisioning.initialise(pathlib.Path('heart'), 'heart', '127.0.0.1:1')\n"
     )

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from experiments.datasets import SitePolicy
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.privacy.ledger import Ledger
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.site.journal.ledger import Ledger
 from tests.conftest import deploy
 
 DISTRIBUTED = (

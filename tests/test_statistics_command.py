@@ -12,11 +12,11 @@ import yaml
 from experiments.processes import free_port
 from fedclaw import statistics as command
 from fedclaw.errors import FedClawError
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.registry import schema_class
-from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
-from fedclaw.security import provisioning
-from fedclaw.site.books import check_site, site_spending
+from fedclaw.identity import provisioning
+from fedclaw.learning.registry import schema_class
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server.run_directory import RunDirectory, SiteReceipt
+from fedclaw.site.journal.reconciliation import check_site, site_spending
 from tests.conftest import FEDERATION, Command, Deployment, run_module
 from tests.made_tables import make_sites
 from tests.samples import receipt, run_record

@@ -20,17 +20,17 @@ from experiments.partitions.settings import PartitionSettings
 from experiments.simulated import federation_of
 from experiments.sources import DatasetSettings
 from fedclaw.errors import RoundError
-from fedclaw.federation import checkpoint
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.coordinator import make_strategy
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.registry import workload_class
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.learning.registry import workload_class
+from fedclaw.learning.workload import Floats, Table, Workload
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server import checkpoint
+from fedclaw.server.coordinator import make_strategy
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulated
-from fedclaw.workload import Floats, Table, Workload
 
 FEDERATION = "attack-table"
 _SPEED = SimulationSettings(mode="many", save_every=0)

@@ -9,7 +9,7 @@ from experiments.attack_table.cells import CellResult, Store
 from experiments.attack_table.settings import TableSettings, attacks, make_cell
 from experiments.results_file import ResultsFile
 from fedclaw.errors import UsageError
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 
 class Entry(Frozen):

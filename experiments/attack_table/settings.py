@@ -10,9 +10,9 @@ from experiments.attacks.settings import AttackSettings, NoAttack
 from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from experiments.sweeps.identity import digest_of
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.settings import WorkloadChoice
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.server.settings import WorkloadChoice
 
 
 class TableSettings(Frozen):

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.frozen import Frozen
-from fedclaw.workload import Table
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.frozen import Frozen
 
 Vector = NDArray[np.float64]
 Knowledge = Literal["hostile", "all"]

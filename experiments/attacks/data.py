@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from experiments.attacks.base import Attack, Round, Vector
-from fedclaw.workload import Floats, Table
+from fedclaw.learning.workload import Floats, Table
 
 
 class LabelFlip(Attack):

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from experiments.attacks.base import Attack, Round, Vector
 from fedclaw.errors import UsageError
-from fedclaw.federation.arrays import pack, unpack
-from fedclaw.federation.exchange import SUM, weights_in
+from fedclaw.protocol.arrays import pack, unpack
+from fedclaw.server.exchange import SUM, weights_in
 from fedclaw.site.service import SiteService
 
 LARGEST = 1e30
@@ -41,7 +41,7 @@ class Gang:
 
 
 class HostileSite:
-    """A `SiteService` with an attack. Implements `fedclaw.runtime.base.SiteHandler`.
+    """A `SiteService` with an attack. Implements `fedclaw.transport.base.SiteHandler`.
 
     `prepare` has the site train, and tells its gang; `answer` then sends what the attack makes of that. Its policy, its
     ledger and all that is not an update are those of the real site.

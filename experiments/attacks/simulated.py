@@ -10,13 +10,13 @@ from experiments.attacks.base import Attack, Round, Vector
 from experiments.attacks.federation import check_attack, hostile_names
 from experiments.attacks.hostile import LARGEST
 from fedclaw.errors import UsageError
-from fedclaw.federation.coordinator import Observer, Outcome
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.learning.workload import Table
+from fedclaw.server.coordinator import Observer, Outcome
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts
 from fedclaw.simulation.job import Answer, State
 from fedclaw.simulation.job import Round as Asked
 from fedclaw.simulation.workers import Crew
-from fedclaw.workload import Table
 
 
 class HostileCrew:

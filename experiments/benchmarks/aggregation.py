@@ -31,10 +31,10 @@ from experiments.benchmarks.bare import CHUNK, FLOOD_CHUNKS, bare_stream
 from experiments.benchmarks.loopback import LIMITS, RUN_ID, process, provision
 from experiments.benchmarks.report import report
 from fedclaw.errors import TransportError
-from fedclaw.federation.aggregate import WeightedSum
-from fedclaw.federation.arrays import Arrays, pack, unpack
-from fedclaw.runtime.grpc import GrpcGrid
-from fedclaw.security.federation_home import FederationHome
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.protocol.arrays import Arrays, pack, unpack
+from fedclaw.server.aggregate import WeightedSum
+from fedclaw.transport.grpc import GrpcGrid
 
 SITES = 16
 UPDATE_MB = 40

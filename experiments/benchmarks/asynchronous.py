@@ -27,16 +27,16 @@ from flwr.app import Message, MessageType
 from experiments.benchmarks.report import report
 from experiments.datasets import SitePolicy, write_sites
 from experiments.sources import DatasetSettings
-from fedclaw.federation import checkpoint
-from fedclaw.federation.coordinator import RoundReport, run_rounds
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
-from fedclaw.federation.session import initial_parameters
-from fedclaw.runtime.base import SiteHandler
-from fedclaw.runtime.flower import assume_server_identity, number_of
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.site.in_process import open_sites
-from fedclaw.workload import Table, Workload
+from fedclaw.learning.workload import Table, Workload
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.server import checkpoint
+from fedclaw.server.coordinator import RoundReport, run_rounds
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.server.session import initial_parameters
+from fedclaw.transport.base import SiteHandler
+from fedclaw.transport.in_process import open_sites
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assume_server_identity, number_of
 
 FEDERATION = "benchmark"
 SITES = 4

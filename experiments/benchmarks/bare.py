@@ -22,10 +22,10 @@ from typing import Any
 import grpc
 
 from experiments.benchmarks.loopback import process
-from fedclaw.runtime.grpc import wire
-from fedclaw.runtime.grpc.memory import tune_allocator
-from fedclaw.security.federation_home import FederationHome
-from fedclaw.security.site_home import SiteKeys
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.identity.site_home import SiteKeys
+from fedclaw.transport.grpc import wire
+from fedclaw.transport.grpc.memory import tune_allocator
 
 PATH = "/benchmark.Bare/Stream"
 CHUNK = 1 << 20

@@ -18,14 +18,14 @@ from torch.nn import functional
 from experiments.partitions.in_memory import in_memory
 from experiments.partitions.labels import Dirichlet
 from experiments.sources import DatasetSettings
-from fedclaw.federation.coordinator import Observer
-from fedclaw.federation.plan import LocalTraining, ModelSpec
-from fedclaw.federation.registry import schema_class, workload_class
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.learning.registry import schema_class, workload_class
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining, ModelSpec
 from fedclaw.report.tracking import TrackingSettings, make_tracker
+from fedclaw.server.coordinator import Observer
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 from fedclaw.simulation.settings import Mode
-from fedclaw.workload import Table
 
 CLIENTS, ASKED, EPOCHS, BATCH, RATE = 100, 20, 2, 8, 0.1
 PIXELS, LABELS = 64, 10

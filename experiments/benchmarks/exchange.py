@@ -28,9 +28,9 @@ from experiments.benchmarks.bare import bare_stream
 from experiments.benchmarks.loopback import LIMITS, RUN_ID, process, provision
 from experiments.benchmarks.report import report
 from fedclaw.errors import TransportError
-from fedclaw.federation.arrays import pack
-from fedclaw.runtime.grpc import GrpcGrid
-from fedclaw.security.federation_home import FederationHome
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.protocol.arrays import pack
+from fedclaw.transport.grpc import GrpcGrid
 
 PARAMETERS = 6000
 ARRAYS = 6

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
-from fedclaw.federation.arrays import pack
-from fedclaw.runtime.grpc import Limits, SiteLink
-from fedclaw.security import provisioning
-from fedclaw.security.federation_home import FederationHome
-from fedclaw.security.site_home import SiteKeys
+from fedclaw.identity import provisioning
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.identity.site_home import SiteKeys
+from fedclaw.protocol.arrays import pack
+from fedclaw.transport.grpc import Limits, SiteLink
 
 RUN_ID = 1
 LIMITS = Limits(backoff_first=0.1, backoff_longest=1.0)

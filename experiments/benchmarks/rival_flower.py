@@ -95,7 +95,7 @@ def run_flower(job: "Job", rounds: int, seed: int = 0) -> float:
     Raises UsageError without Ray (`pip install 'fedclaw[ray]'`). It listens on loopback only, for the time of the run.
     """
     from experiments.benchmarks.digits import ASKED, BATCH, CLIENTS, EPOCHS, RATE
-    from fedclaw.runtime.ray import RaySettings, require_ray
+    from fedclaw.transport.ray import RaySettings, require_ray
 
     require_ray()
     settings = RaySettings(cpus=2)

@@ -26,13 +26,13 @@ import torch
 
 from clients.vision import VisionWorkload
 from experiments.benchmarks.report import report
-from fedclaw.federation.aggregate import WeightedSum
-from fedclaw.federation.coordinator import Outcome, RoundReport
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.registry import schema_class
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.learning.registry import schema_class
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.server.aggregate import WeightedSum
+from fedclaw.server.coordinator import Outcome, RoundReport
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
-from fedclaw.workload import Table
 
 CLIENTS, ASKED, EXAMPLES, ROUNDS = 10_000, 100, 10, 200
 UPDATES, NUMBERS = 1000, 1_000_000

@@ -39,6 +39,7 @@ from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from experiments.benchmarks.report import report
+from fedclaw.identity.site_home import SiteKeys
 from fedclaw.privacy.secure_aggregation import (
     CertificateVerifier,
     Parameters,
@@ -48,8 +49,7 @@ from fedclaw.privacy.secure_aggregation import (
     neighbours_needed,
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
-from fedclaw.runtime.grpc.codec import encode
-from fedclaw.security.site_home import SiteKeys
+from fedclaw.transport.grpc.codec import encode
 
 SITES = 20
 NUMBERS = 10_000_000

@@ -10,12 +10,12 @@ from pydantic import Field, ValidationError
 
 from experiments.compression_table.settings import Cell
 from experiments.datasets import SitePolicy, write_sites
-from fedclaw.federation.plan import METRICS
-from fedclaw.federation.run_directory import RoundRules, RunDirectory
-from fedclaw.federation.session import make_record
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
-from fedclaw.site.in_process import open_sites, simulate
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import METRICS
+from fedclaw.server.run_directory import RoundRules, RunDirectory
+from fedclaw.server.session import make_record
+from fedclaw.transport.in_process import open_sites, simulate
 
 FEDERATION = "experiments"
 _POLICY = SitePolicy(epsilon=None, delta=1e-5, allow_training_without_privacy=True, metrics=METRICS)

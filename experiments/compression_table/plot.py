@@ -6,8 +6,8 @@ from typing import Any
 
 from experiments.compression_table.results import Row
 from experiments.compression_table.settings import TableSettings
-from fedclaw.federation.compression.request import Compression, TopK
 from fedclaw.files import write_atomic
+from fedclaw.protocol.compression import Compression, TopK
 
 _COLOURS = {
     None: "#000000",

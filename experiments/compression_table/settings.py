@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 
 from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
-from fedclaw.federation.compression.request import Compression
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.settings import RunSettings, WorkloadChoice
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.compression import Compression
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.server.settings import RunSettings, WorkloadChoice
 
 
 class TaskSettings(Frozen):

@@ -18,10 +18,10 @@ from experiments.heart_disease.training import (
     open_federation,
     train,
 )
-from fedclaw.federation.coordinator import Outcome
-from fedclaw.federation.plan import Trust
-from fedclaw.frozen import Frozen
-from fedclaw.workload import Table
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import Trust
+from fedclaw.server.coordinator import Outcome
 
 
 class Spending(Frozen):

@@ -11,7 +11,7 @@ from experiments.heart_disease.published import PUBLISHED
 from experiments.heart_disease.search import SearchResult
 from experiments.heart_disease.settings import Cell, Method, Placement, PrivateMethod
 from experiments.results_file import ResultsFile
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 TableName = Literal["published", "shared", "private"]
 

@@ -27,7 +27,7 @@ from experiments.heart_disease.settings import (
 )
 from experiments.workers import in_workers
 from fedclaw.errors import UsageError
-from fedclaw.frozen import Frozen, explain
+from fedclaw.protocol.frozen import Frozen, explain
 
 
 class Tried(Frozen):

@@ -9,9 +9,9 @@ from pydantic import Field, JsonValue
 
 from experiments.heart_disease.sites import Standardise
 from fedclaw.errors import UsageError
-from fedclaw.federation.plan import LocalTraining, Weighting
-from fedclaw.federation.settings import SecureRequest
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import LocalTraining, Weighting
+from fedclaw.server.settings import SecureRequest
 
 Who = Literal["federation", "pooled", "each", "first"]
 """Who trains: the hospitals together; one site with everybody's rows; each hospital by itself, tested on its own rows;

@@ -9,19 +9,19 @@ from pathlib import Path
 from experiments.heart_disease.prepare import Hospitals
 from experiments.heart_disease.settings import Budget, Cell
 from experiments.heart_disease.sites import HospitalPolicy, write_hospitals, write_pooled
-from fedclaw.federation.coordinator import Outcome
-from fedclaw.federation.plan import PrivacyRequest
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, schema_digest
-from fedclaw.federation.session import make_record
-from fedclaw.federation.settings import CentralRequest, ModelChoice, RunSettings, WorkloadChoice
-from fedclaw.federation.statistics import release_statistics, with_session
-from fedclaw.federation.statistics_release import write_release
-from fedclaw.federation.statistics_request import StatisticsRequest, design_of
 from fedclaw.privacy.accounting import Mechanism, calibrate, epsilon_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.site.in_process import local_grid, open_sites, simulate
+from fedclaw.protocol.plan import PrivacyRequest
+from fedclaw.protocol.statistics import StatisticsRequest, design_of
+from fedclaw.server.coordinator import Outcome
+from fedclaw.server.run_directory import RoundRules, RunDirectory, schema_digest
+from fedclaw.server.session import make_record
+from fedclaw.server.settings import CentralRequest, ModelChoice, RunSettings, WorkloadChoice
+from fedclaw.server.statistics import release_statistics, with_session
+from fedclaw.server.statistics_release import write_release
 from fedclaw.site.service import SiteService
+from fedclaw.transport.in_process import local_grid, open_sites, simulate
+from fedclaw.transport.local import LocalGrid
 
 FEDERATION = "heart-disease"
 TRAINING_RUN, STATISTICS_RUN = "training", "statistics"

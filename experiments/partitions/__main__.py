@@ -26,7 +26,7 @@ from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.errors import UsageError
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
 
 SHOWN = 20

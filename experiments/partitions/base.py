@@ -15,7 +15,7 @@ from pydantic import Field
 
 from experiments.partitions.transforms import Transform
 from fedclaw.errors import UsageError
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 Indices = NDArray[np.int64]
 Inputs = NDArray[Any]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from experiments.partitions.base import Indices, Partition
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 

@@ -10,8 +10,8 @@ from experiments.partitions.dealing import Dealt, deal_out
 from experiments.partitions.description import Description
 from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, schema_of, standardised
-from fedclaw.federation.registry import schema_class
-from fedclaw.workload import Floats, Schema, Table
+from fedclaw.learning.registry import schema_class
+from fedclaw.learning.workload import Floats, Schema, Table
 
 _BLOCK = 4096
 """Rows that are standardised at a time, so that no second copy of the data is made on the way."""

@@ -13,17 +13,17 @@ from pydantic import Field, ValidationError
 
 from experiments.datasets import write_sites
 from experiments.privacy_table.settings import Cell, digest
-from fedclaw.federation.coordinator import Outcome
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord
-from fedclaw.federation.session import make_record
-from fedclaw.federation.settings import RunSettings
+from fedclaw.audit.options import AuditOptions
+from fedclaw.audit.run import audit_run
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
-from fedclaw.privacy.audit.options import AuditOptions
-from fedclaw.privacy.audit.run import audit_run
-from fedclaw.site.in_process import open_sites, simulate
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.server.coordinator import Outcome
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.server.session import make_record
+from fedclaw.server.settings import RunSettings
 from fedclaw.site.service import SiteService
+from fedclaw.transport.in_process import open_sites, simulate
 
 FEDERATION = "experiments"
 

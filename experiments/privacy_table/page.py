@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from experiments.datasets import site_names
 from experiments.privacy_table.results import Results, Row
 from experiments.privacy_table.settings import Placement, PlacementSettings, TaskSettings
-from fedclaw.federation.run_directory import RoundRules
-from fedclaw.federation.secure_exchange import Seats
+from fedclaw.server.run_directory import RoundRules
+from fedclaw.server.secure_exchange import Seats
 
 _NOISE: dict[Placement, str] = {
     "none": "none",

@@ -8,7 +8,7 @@ from experiments.privacy_table.cells import AuditResult, CellResult, Store
 from experiments.privacy_table.settings import Placement, TableSettings, rows
 from experiments.results_file import ResultsFile
 from fedclaw.errors import UsageError
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 
 class Row(Frozen):

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 from experiments.datasets import SitePolicy
 from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
-from fedclaw.federation.plan import LocalTraining, PrivacyRequest, Unit
-from fedclaw.federation.settings import CentralRequest, RunSettings, SecureRequest, WorkloadChoice
-from fedclaw.frozen import Frozen
-from fedclaw.privacy.audit.options import AuditOptions
+from fedclaw.audit.options import AuditOptions
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import LocalTraining, PrivacyRequest, Unit
+from fedclaw.server.settings import CentralRequest, RunSettings, SecureRequest, WorkloadChoice
 
 Placement = Literal["none", "local", "central", "distributed", "site"]
 """Who adds the noise: nobody; each site to its own steps; the server to the sum; all sites together, in shares. `site`:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from experiments.sweeps.results import RunResult
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 _SEED = "seed"
 SCORE, LOSS = "accuracy", "loss"

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen, explain
+from fedclaw.protocol.frozen import Frozen, explain
 
 R = TypeVar("R", bound=Frozen)
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from fedclaw.files import sha256_file
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 IRRELEVANT = frozenset({"run", "runs", "resume", "tracking"}) | {
     f"runtime.{name}"

@@ -21,11 +21,11 @@ from experiments.sweeps.identity import EXPERIMENT_FILE, identify, is_relevant
 from fedclaw import startup
 from fedclaw.cli import describe_failure, report_failure, start_logging
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.files import write_atomic
-from fedclaw.frozen import check_settings
+from fedclaw.protocol.frozen import check_settings
 from fedclaw.report.console import make_console
 from fedclaw.report.tracking import NO_TRACKING, known_run, make_tracker
+from fedclaw.server.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def _conclude(
 
     The process may have ended between the two; and a run is the child of the sweep that used it last.
     """
-    from fedclaw.federation.coordinator import Outcome
+    from fedclaw.server.coordinator import Outcome
 
     if (tracker := make_tracker(settings.tracking, directory, tags)) is not None:
         tracker.catch_up(Outcome(directory, directory.read_model(), metrics, directory.read_receipts()))

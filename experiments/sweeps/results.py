@@ -4,9 +4,9 @@ from typing import Any
 
 from experiments.sweeps.directory import Member, SweepDirectory
 from experiments.sweeps.wire import bytes_up
-from fedclaw.federation.run_directory import RunDirectory, RunRecord
-from fedclaw.frozen import Frozen
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 _NO_WORD = (
     "it has not finished: it is still running, or its process ended without a word; the same command continues it"

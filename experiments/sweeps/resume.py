@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedclaw.federation import checkpoint
-from fedclaw.federation.coordinator import make_plan, make_strategy
-from fedclaw.federation.exchange import Outgoing
-from fedclaw.federation.plan import Plan
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.federation.secure_round import session_of
-from fedclaw.privacy.ledger import Budget
-from fedclaw.site.charging import charge_of
+from fedclaw.protocol.plan import Plan
+from fedclaw.server import checkpoint
+from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.exchange import Outgoing
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.secure_round import session_of
+from fedclaw.site.journal.ledger import Budget
+from fedclaw.site.privacy_budget import charge_of
 from fedclaw.site.service import SiteService
 from fedclaw.site.state import SiteStates
 

@@ -31,9 +31,9 @@ from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.compress.record import require_room
 from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.errors import UsageError
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.identity.federation_home import FederationHome
 from fedclaw.report.console import make_console
-from fedclaw.security.federation_home import FederationHome
+from fedclaw.server.run_directory import RunDirectory
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -19,15 +19,15 @@ from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import Teacher, arrays_of, load_arrays
 from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on
 from fedclaw.errors import CompressionError, RoundError, UsageError
-from fedclaw.federation import exchange
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.coordinator import Observer, make_plan, make_strategy, run_rounds
-from fedclaw.federation.plan import CentralPrivacy, Distillation, ModelSpec, PrivacyRequest
-from fedclaw.federation.run_directory import RunDirectory, RunRecord
-from fedclaw.federation.session import calibrated, wait_for_cohort
-from fedclaw.federation.settings import CentralRequest
-from fedclaw.runtime.flower import assume_server_identity, number_of
-from fedclaw.security.federation_home import FederationHome
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import CentralPrivacy, Distillation, ModelSpec, PrivacyRequest
+from fedclaw.server import exchange
+from fedclaw.server.coordinator import Observer, make_plan, make_strategy, run_rounds
+from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.session import calibrated, wait_for_cohort
+from fedclaw.server.settings import CentralRequest
+from fedclaw.transport.message_identity import assume_server_identity, number_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def recover_at_sites(
 
     Raises UsageError for a federation that is not the run's, RoundError when too few sites come.
     """
-    from fedclaw.runtime.grpc import GrpcGrid, Limits
+    from fedclaw.transport.grpc import GrpcGrid, Limits
 
     assert settings.federation is not None
     home = FederationHome.open(settings.federation)

@@ -15,7 +15,7 @@ from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import Teacher
 from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on, evaluate
 from fedclaw.errors import CompressionError, UsageError
-from fedclaw.workload import Table
+from fedclaw.learning.workload import Table
 
 
 def recover_by_proxy(

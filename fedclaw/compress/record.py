@@ -9,11 +9,11 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from fedclaw.errors import CheckpointError, UsageError
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.run_directory import RunDirectory, arrays_to_npz, npz_to_arrays
 from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
-from fedclaw.frozen import Frozen, explain
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server.run_directory import RunDirectory, arrays_to_npz, npz_to_arrays
 
 MODEL, RECORD = "model.npz", "compression.json"
 _LEFTOVER, _REPLACED = ".compressed.", "old"
@@ -33,7 +33,7 @@ class Side(Frozen):
     latency_ms: dict[str, float]
     """Median of a forward pass by batch size; CPU, one thread."""
     metrics: dict[str, float]
-    """What `Compression.accuracy_measure` says, by the names of `fedclaw.federation.plan.METRICS`."""
+    """What `Compression.accuracy_measure` says, by the names of `fedclaw.protocol.plan.METRICS`."""
 
 
 class Control(Frozen):

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedclaw.compress.distil import distillation_loss
 from fedclaw.compress.measure import threads_for
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.settings import Recovery
 from fedclaw.errors import CompressionError
+from fedclaw.learning.distillation import distillation_loss
 from fedclaw.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.listening import ListenAddress
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.server.listening import ListenAddress
 
 
 class Recovery(Frozen):

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedclaw.errors import CheckpointError, CompressionError
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.files import sha256_file
-from fedclaw.workload import Workload
+from fedclaw.learning.workload import Workload
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 REBUILD_TOLERANCE = 1e-5
 """Largest difference of logits, relative to their size, between a pruned model and the one built from its spec."""

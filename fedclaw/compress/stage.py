@@ -13,8 +13,8 @@ from fedclaw.compress.record import Compression, Side, require_room, write_compr
 from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.compress.source import Teacher, arrays_of, load_teacher
 from fedclaw.compress.student import Outcome, Student, make_student
-from fedclaw.federation.coordinator import Observer
-from fedclaw.federation.run_directory import RunDirectory, arrays_to_npz
+from fedclaw.server.coordinator import Observer
+from fedclaw.server.run_directory import RunDirectory, arrays_to_npz
 
 log = logging.getLogger(__name__)
 

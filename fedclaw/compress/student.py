@@ -11,8 +11,8 @@ from fedclaw.compress.record import Measure, ProxyReport, SitesReport
 from fedclaw.compress.recover import predict_logits
 from fedclaw.compress.source import Teacher, rebuild
 from fedclaw.errors import CompressionError
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.workload import Table, Workload
+from fedclaw.learning.workload import Table, Workload
+from fedclaw.protocol.plan import ModelSpec
 
 
 @dataclass(frozen=True)

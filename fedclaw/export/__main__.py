@@ -38,11 +38,11 @@ from fedclaw import startup
 from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
 from fedclaw.compress.record import read_compressed
 from fedclaw.errors import BundleError, UsageError
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.frozen import Frozen
+from fedclaw.identity.federation_home import CA_CERTIFICATE, FederationHome
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.console import make_console
 from fedclaw.report.late import late_notes
-from fedclaw.security.federation_home import CA_CERTIFICATE, FederationHome
+from fedclaw.server.run_directory import RunDirectory
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
 """Paths that neither Hydra nor a shell reads as anything else."""
@@ -97,7 +97,7 @@ def export(settings: Settings, console: Console) -> None:
         from fedclaw.export.card import threshold_in_words
         from fedclaw.export.parity import allowed
         from fedclaw.export.source import load_source
-        from fedclaw.federation.statistics_release import read_release
+        from fedclaw.server.statistics_release import read_release
     startup.next_step("no bundle was written, or it is as it was: give the same command again")
     scores = None if settings.threshold_statistics is None else read_release(settings.threshold_statistics)
     source = load_source(directory, settings.model)

@@ -23,10 +23,10 @@ from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
 from fedclaw.export.threshold import choose_threshold, threshold_of_release
-from fedclaw.federation.run_directory import ReleaseUse
-from fedclaw.federation.statistics_release import Release
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
-from fedclaw.workload import Floats, Table
+from fedclaw.learning.workload import Floats, Table
+from fedclaw.server.run_directory import ReleaseUse
+from fedclaw.server.statistics_release import Release
 
 SYNTHETIC_EXAMPLES = 256
 VERSIONED = ("fedclaw", "torch", "onnx", "onnxscript", "onnxruntime", "opacus", "flwr", "numpy")

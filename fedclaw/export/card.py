@@ -11,7 +11,7 @@ from fedclaw.export.layout import Manifest
 from fedclaw.export.parity import allowed
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
-from fedclaw.federation.learned import nothing_learned
+from fedclaw.server.learned import nothing_learned
 
 TO_BE_FILLED_IN = (
     "_To be filled in by the coordinator: what the model is for, for whom, and what it must not be used for. "

@@ -29,7 +29,7 @@ from fedclaw.export.layout import (
     UNSIGNED,
     Manifest,
 )
-from fedclaw.frozen import explain
+from fedclaw.protocol.frozen import explain
 
 LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,99})$")
 SMALL = 1 << 20

@@ -17,8 +17,8 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
-from fedclaw.federation.plan import ModelSpec, Name
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import ModelSpec, Name
 
 ONNX = "model.onnx"
 QUANTISED = "model-int8.onnx"

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedclaw.errors import BundleError
 from fedclaw.export.layout import ParityFigures
-from fedclaw.workload import Floats
+from fedclaw.learning.workload import Floats
 
 Forward = Callable[[Floats], Sequence[Floats]]
 """A batch (n, *D) to its outputs, each (n, C)."""

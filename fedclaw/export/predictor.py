@@ -13,9 +13,9 @@ from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import MANIFEST, ONNX, PROBABILITIES, SCHEMA
 from fedclaw.export.runtime import open_session, run_session
-from fedclaw.federation.registry import schema_class
 from fedclaw.file_format import FileFormat
-from fedclaw.workload import Floats, Labels, Rows, Schema
+from fedclaw.learning.registry import schema_class
+from fedclaw.learning.workload import Floats, Labels, Rows, Schema
 
 BATCH = 256
 SHOWN_REASONS = 3

@@ -16,7 +16,7 @@ from fedclaw.errors import BundleError, UsageError
 from fedclaw.export.graph import quiet
 from fedclaw.export.layout import INPUT, ONNX, QUANTISED, QuantisedFigures
 from fedclaw.export.runtime import open_session, run_session
-from fedclaw.workload import Floats
+from fedclaw.learning.workload import Floats
 
 CALIBRATION_BATCH = 64
 

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedclaw.errors import BundleError
 from fedclaw.export.layout import CA_CERTIFICATE, DIGESTS, MANIFEST, RELEASE_CERTIFICATE, SIGNATURE
-from fedclaw.security import pki
+from fedclaw.identity import pki
 
 CLOCK_SKEW = timedelta(minutes=5)
 UNUSABLE = (

@@ -12,10 +12,10 @@ from torch import nn
 from fedclaw.compress.record import RECORD, Compression, SitesReport, read_compressed
 from fedclaw.errors import BundleError
 from fedclaw.export.statement import Receipts
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.files import sha256_file
-from fedclaw.workload import Schema
+from fedclaw.learning.workload import Schema
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 
 @dataclass(frozen=True)

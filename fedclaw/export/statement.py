@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedclaw.federation.plan import CentralPrivacy, CentralReceipt, PrivacyRequest
-from fedclaw.federation.run_directory import ReleaseUse, SiteReceipt
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt, PrivacyRequest
+from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
 
 UNIT = (
     "One training example of one site (example-level, add-or-remove-one neighbours). For a site with differential "

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.layout import Decision
-from fedclaw.federation.statistics_release import Release
-from fedclaw.federation.statistics_scores import SCORES, edges, parameters_digest
+from fedclaw.learning.statistics_scores import SCORES, edges, parameters_digest
+from fedclaw.learning.workload import Floats, Labels, Table
 from fedclaw.privacy.estimates import ENOUGH
-from fedclaw.workload import Floats, Labels, Table
+from fedclaw.server.statistics_release import Release
 
 LEAST_OF_A_CLASS = 5
 """With fewer examples of a class than this, a threshold is an accident."""

@@ -22,7 +22,7 @@ def load_trust(
     if ca is not None:
         authority = _read(ca, "ca")
     elif federation is not None:
-        from fedclaw.security.descriptor import load_descriptor
+        from fedclaw.identity.descriptor import load_descriptor
 
         path = federation / DESCRIPTOR if federation.is_dir() else federation
         authority = load_descriptor(path).ca_certificate.encode()

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.discrete_gaussian import DiscreteGaussian
-from fedclaw.privacy.encoding import Encoding, Vector, rounded_norm_squared
+from fedclaw.privacy.fixed_point import Encoding, Vector, rounded_norm_squared
 
 if TYPE_CHECKING:
     from fedclaw.privacy.noise import GaussianSource

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.frozen import Frozen
 from fedclaw.privacy.statistics import Design, Doubles, Kind, StatisticColumn
+from fedclaw.protocol.frozen import Frozen
 
 ENOUGH = 3.0
 """Standard errors that the number of known values has to be away from 0 for anything to be divided by it."""

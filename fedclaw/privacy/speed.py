@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 Mode = Literal["auto", "opacus", "vmap", "compiled", "bookkeeping"]
 """How each example's gradient is clipped; see `fedclaw.privacy.gradients`."""

@@ -1,6 +1,6 @@
 """The ways of taking a local step: what is left in the parameters' `.grad` when a batch has been seen.
 
-The training loop is the same for all (`fedclaw.site.training`): it asks a step taker for gradients, lets the
+The training loop is the same for all (`fedclaw.learning.step_loop`): it asks a step taker for gradients, lets the
 strategy correct them, and lets an optimiser move. Differential privacy is one way of taking a step.
 
 Formal guarantee of `PrivateGradients`. Unit: one example; neighbouring: add or remove one. Over batches from

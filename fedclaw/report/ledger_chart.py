@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from html import escape
 
-from fedclaw.privacy.spending import Point
+from fedclaw.site.journal.spending import Point
 
 _WIDTH, _HEIGHT = 480.0, 250.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 12.0, 24.0, 34.0

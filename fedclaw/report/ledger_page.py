@@ -13,10 +13,10 @@ from importlib.resources import files
 from typing import Any
 
 from fedclaw import __version__
-from fedclaw.privacy.spending import DataSetSpending, RunSpending, Spending, epsilon_over_time
 from fedclaw.report import ledger_chart
 from fedclaw.report.ledger_words import NOT_COVERED, counted, factor, meaning, protection, provided, rounded, work
-from fedclaw.site.books import Books, check_books, losses
+from fedclaw.site.journal.reconciliation import Books, check_books, losses
+from fedclaw.site.journal.spending import DataSetSpending, RunSpending, Spending, epsilon_over_time
 from fedclaw.site.layout import ledger_file
 
 _CHART_POINTS = 40

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from fedclaw.privacy.accounting import Mechanism
-from fedclaw.privacy.ledger import describe
-from fedclaw.privacy.spending import DataSetSpending, RunSpending
+from fedclaw.site.journal.ledger import describe
+from fedclaw.site.journal.spending import DataSetSpending, RunSpending
 
 _LARGEST_IN_WORDS = 20.0
 

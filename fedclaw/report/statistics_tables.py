@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from fedclaw.federation.statistics_release import Release
 from fedclaw.privacy.estimates import ColumnStatistics, Estimate
 from fedclaw.report.tables import Figures
+from fedclaw.server.statistics_release import Release
 
 
 def statistics_tables(release: Release) -> Iterator[Table | Figures]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedclaw.federation.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
 from fedclaw.report.console import make_console
 from fedclaw.report.tables import Figures, parts_in_lines, shortened
+from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 
 if TYPE_CHECKING:
-    from fedclaw.federation.coordinator import Outcome, RoundReport
     from fedclaw.privacy.distributed import Price
+    from fedclaw.server.coordinator import Outcome, RoundReport
 
 MOST_SITES = 20
 """Rows of the table at the end."""

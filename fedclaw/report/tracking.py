@@ -16,14 +16,14 @@ from urllib.request import getproxies, proxy_bypass
 from pydantic import ValidationError
 
 from fedclaw.errors import CheckpointError, TransportError, UsageError
-from fedclaw.federation.run_directory import RunDirectory, RunRecord
 from fedclaw.files import write_atomic
-from fedclaw.frozen import Frozen, explain
+from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from fedclaw.federation.coordinator import Outcome, RoundReport
+    from fedclaw.server.coordinator import Outcome, RoundReport
 
 log = logging.getLogger(__name__)
 

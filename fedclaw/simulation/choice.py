@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.plan import LocalTraining
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.simulation.batched import FoldedModel, Loss, NotStackable
 from fedclaw.simulation.engines import Build, Engine, PlainModel, VmapModel
-from fedclaw.simulation.folded import FoldedModel, Loss, NotStackable
 from fedclaw.simulation.loop import take_plain_steps
 from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
 from fedclaw.simulation.settings import Mode
-from fedclaw.workload import Table
 
 log = logging.getLogger(__name__)
 

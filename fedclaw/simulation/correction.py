@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedclaw.federation.strategy import StepContext, Strategy, is_overridden
+from fedclaw.learning.strategy import StepContext, Strategy, is_overridden
 from fedclaw.simulation.job import Round, State
 from fedclaw.simulation.layout import Layout
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from fedclaw.simulation.folded import FoldedModel, Loss
+from fedclaw.simulation.batched import FoldedModel, Loss
 from fedclaw.simulation.layout import Layout
 from fedclaw.simulation.packing import Packing
 from fedclaw.simulation.stacked.convolution import CHANNELS_LAST

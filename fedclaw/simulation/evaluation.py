@@ -7,16 +7,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclaw.federation.exchange import Declined, Evaluated
-from fedclaw.federation.plan import SCORE_HISTOGRAM, ModelSpec, Plan, Refusal
-from fedclaw.federation.pooled import histogram_shape, histograms_of
-from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.strategy import PERSONAL
-from fedclaw.privacy.policy_checks import permitted_metrics
+from fedclaw.learning.pooled import histogram_shape, histograms_of
+from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.strategy import PERSONAL
+from fedclaw.protocol.plan import SCORE_HISTOGRAM, ModelSpec, Plan, Refusal
+from fedclaw.server.exchange import Declined, Evaluated
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State
 from fedclaw.simulation.trainer import load, loaded_model
 from fedclaw.site.evaluation import EVALUATION_BATCH, counted
+from fedclaw.site.policy.checks import permitted_metrics
 
 WHOLE = "federation"
 """Who answers with the metrics of a test table that belongs to no client."""

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.plan import Plan
-from fedclaw.privacy.policy import Policy, permissive
-from fedclaw.workload import Table, Workload
+from fedclaw.learning.workload import Table, Workload
+from fedclaw.protocol.plan import Plan
+from fedclaw.site.policy.policy import Policy, permissive
 
 Rows = NDArray[np.int64]
 

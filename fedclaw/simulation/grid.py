@@ -9,19 +9,19 @@ from flwr.supercore.run import Run
 from numpy.typing import NDArray
 
 from fedclaw.errors import RoundError, TransportError, UpdateError
-from fedclaw.federation import postprocess
-from fedclaw.federation.aggregate import UpdateStack
-from fedclaw.federation.arrays import shapes_of
-from fedclaw.federation.exchange import Declined, Evaluated, Outgoing, Trained
-from fedclaw.federation.plan import Plan, Refusal
-from fedclaw.federation.update import Update
-from fedclaw.runtime.base import CohortGrid
-from fedclaw.runtime.flower import empty_run, number_of
+from fedclaw.learning import postprocess
+from fedclaw.learning.update import Update
+from fedclaw.protocol.arrays import shapes_of
+from fedclaw.protocol.plan import Plan, Refusal
+from fedclaw.server.aggregate import UpdateStack
+from fedclaw.server.exchange import Declined, Evaluated, Outgoing, Trained
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.evaluation import Evaluator
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, shaped, units_of
 from fedclaw.simulation.workers import Crew
+from fedclaw.transport.base import CohortGrid
+from fedclaw.transport.message_identity import empty_run, number_of
 
 
 class SimulationGrid(CohortGrid):

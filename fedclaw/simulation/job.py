@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.plan import LocalTraining, Plan
 from fedclaw.privacy.accounting import Mechanism
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import LocalTraining, Plan
 
 State = dict[str, Arrays]
 """What a client remembers of a run, by kind."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedclaw.federation.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays
 
 
 @dataclass(frozen=True)

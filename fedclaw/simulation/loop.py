@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fedclaw.federation.plan import LocalTraining
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.simulation.batched import FoldedModel
 from fedclaw.simulation.engines import Engine
-from fedclaw.simulation.folded import FoldedModel
 from fedclaw.simulation.optimizers import row_optimizer
 from fedclaw.simulation.packing import Packing
 

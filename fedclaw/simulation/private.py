@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fedclaw.federation.plan import Plan
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, without_overflow
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.simulation.folded import FoldedModel, NotStackable
+from fedclaw.protocol.plan import Plan
+from fedclaw.simulation.batched import FoldedModel, NotStackable
 from fedclaw.simulation.packing import Packing, Rows
 from fedclaw.simulation.stacked.product import StackedLinear
 from fedclaw.simulation.stacked.stack import StackedLayer

@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
-from fedclaw.federation import checkpoint
-from fedclaw.federation.arrays import shapes_of
-from fedclaw.federation.coordinator import PENDING, Observer, Outcome, came_of, make_plan, make_strategy, run_rounds
-from fedclaw.federation.receipts import is_sampled
-from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.run_directory import RunDirectory, RunRecord, Simulated
-from fedclaw.federation.session import initial_parameters
+from fedclaw.learning.registry import strategy_class
+from fedclaw.privacy.mechanisms.receipts import is_sampled
+from fedclaw.protocol.arrays import shapes_of
+from fedclaw.server import checkpoint
+from fedclaw.server.coordinator import PENDING, Observer, Outcome, came_of, make_plan, make_strategy, run_rounds
+from fedclaw.server.run_directory import RunDirectory, RunRecord, Simulated
+from fedclaw.server.session import initial_parameters
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.choice import Way, choose
 from fedclaw.simulation.federation import SimulatedFederation

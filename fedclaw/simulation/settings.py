@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedclaw.errors import UsageError
-from fedclaw.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen
 
 Mode = Literal["auto", "one", "many"]
 

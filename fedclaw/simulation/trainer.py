@@ -9,21 +9,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclaw.compress.distil import distillation_loss
-from fedclaw.federation import postprocess
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.plan import ModelSpec, Plan
-from fedclaw.federation.receipts import is_sampled
-from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.strategy import PERSONAL, RoundContext, Strategy, as_arrays, finish_round, is_overridden
-from fedclaw.federation.update import SiteContext, Update
+from fedclaw.learning import postprocess
+from fedclaw.learning.distillation import distillation_loss
+from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, finish_round, is_overridden
+from fedclaw.learning.update import SiteContext, Update
+from fedclaw.privacy.mechanisms.receipts import is_sampled
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import ModelSpec, Plan
+from fedclaw.simulation.batched import FoldedModel, Loss
 from fedclaw.simulation.choice import Way, make_engine
 from fedclaw.simulation.correction import Correction
 from fedclaw.simulation.engines import Engine, PlainModel
 from fedclaw.simulation.federation import SimulatedFederation
-from fedclaw.simulation.folded import FoldedModel, Loss
 from fedclaw.simulation.job import Answer, Round, State, flat
 from fedclaw.simulation.loop import take_plain_steps
 from fedclaw.simulation.optimizers import row_optimizer

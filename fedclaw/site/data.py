@@ -7,11 +7,11 @@ import hashlib
 from pathlib import Path
 
 from fedclaw.errors import DataError
-from fedclaw.federation.plan import Refusal, RefusalCode
 from fedclaw.files import sha256_file
+from fedclaw.learning.workload import Schema, Table
+from fedclaw.protocol.plan import Refusal, RefusalCode
 from fedclaw.site.settings import DataFiles
 from fedclaw.site.site import Site, SiteData
-from fedclaw.workload import Schema, Table
 
 
 def load_data(files: DataFiles, schema: Schema, train: Table | None = None) -> SiteData:

@@ -1,7 +1,7 @@
 """A site's directory, opened: settings, data, ledger and log as one service.
 
 site.yaml  schema file  data files  keys/  federation.json        what the operator put there
-ledger.json        that a ledger was begun: see `fedclaw.site.ledger_mark`
+ledger.json        that a ledger was begun: see `fedclaw.site.journal.ledger_mark`
 state/ledger.sqlite  state/outbound.jsonl  state/outbox/  state/strategy/          what the client keeps there
 """
 
@@ -14,27 +14,27 @@ from functools import partial
 from pathlib import Path
 
 from fedclaw.errors import DataError, UsageError
-from fedclaw.federation.registry import schema_class, workload_class
-from fedclaw.federation.run_directory import schema_digest
 from fedclaw.files import PRIVATE_MODE, write_atomic
-from fedclaw.privacy.ledger import Ledger
-from fedclaw.privacy.policy import TEST
+from fedclaw.identity.site_home import SiteKeys
+from fedclaw.learning.registry import schema_class, workload_class
+from fedclaw.learning.workload import Schema
 from fedclaw.privacy.secure_aggregation import CertificateVerifier, Sessions
-from fedclaw.security.site_home import SiteKeys
-from fedclaw.site.books import check, check_site, losses
+from fedclaw.server.run_directory import schema_digest
 from fedclaw.site.data import load_data
 from fedclaw.site.device import choose_device
+from fedclaw.site.journal.ledger import Ledger
+from fedclaw.site.journal.ledger_mark import check_mark, write_mark
+from fedclaw.site.journal.outbound import OutboundLog
+from fedclaw.site.journal.reconciliation import check, check_site, losses
 from fedclaw.site.layout import ledger_file, outbound_file, strategy_directory
 from fedclaw.site.layout import state_directory as state_directory
-from fedclaw.site.ledger_mark import check_mark, write_mark
-from fedclaw.site.outbound import OutboundLog
+from fedclaw.site.policy.policy import TEST
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings
 from fedclaw.site.shared_rows import note
 from fedclaw.site.site import SiteData
 from fedclaw.site.state import SiteStates
-from fedclaw.workload import Schema
 
 log = logging.getLogger(__name__)
 

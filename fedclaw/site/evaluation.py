@@ -6,15 +6,13 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedclaw.federation.arrays import pack_wire
-from fedclaw.federation.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, WEIGHT
-from fedclaw.federation.plan import SCORE_HISTOGRAM, Plan, Refusal, RefusalCode
-from fedclaw.federation.pooled import Doubles, Labels, counts_of, histogram_shape, histograms_of, needed_for
-from fedclaw.privacy.policy_checks import permitted_metrics
-from fedclaw.site.charging import ABOUT, CHARGE, Asking
-from fedclaw.site.client_half import personal_parameters
+from fedclaw.learning.pooled import Doubles, Labels, counts_of, histogram_shape, histograms_of, needed_for
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.arrays import pack_wire
+from fedclaw.protocol.plan import SCORE_HISTOGRAM, Plan, Refusal, RefusalCode
+from fedclaw.server.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, WEIGHT
 from fedclaw.site.data import is_prepared, prepare
-from fedclaw.site.frequency import check_evaluation
+from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import (
     bounded_sums,
     check_payable,
@@ -23,10 +21,12 @@ from fedclaw.site.noised_metrics import (
     noised_histograms,
     pay_for_metrics,
 )
-from fedclaw.site.outbound import OutboundLog
 from fedclaw.site.outputs import one_by_one
+from fedclaw.site.policy.checks import permitted_metrics
+from fedclaw.site.policy.rate_limit import check_evaluation
+from fedclaw.site.privacy_budget import ABOUT, CHARGE, Asking
 from fedclaw.site.site import Site, sent_arrays
-from fedclaw.workload import Table
+from fedclaw.site.strategy_client import personal_parameters
 
 EVALUATION_BATCH = 4096
 
@@ -38,7 +38,7 @@ def answer_evaluation(
 
     Where the policy has metrics noised they are paid for first, as `asking` names the question, and a receipt goes with
     them; else `outbound` tells how often there was one. With precision, recall or f1 go the counts by class that they
-    are made of; with a clause of its own, the histograms of scores (`fedclaw.federation.pooled`).
+    are made of; with a clause of its own, the histograms of scores (`fedclaw.learning.pooled`).
     """
     test = site.data.test
     if test is None:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 
 from fedclaw.errors import LedgerError, PrivacyError
-from fedclaw.federation.plan import Plan, Receipt, Refusal, RefusalCode
-from fedclaw.federation.pooled import Doubles
+from fedclaw.learning.pooled import Doubles
 from fedclaw.privacy.accounting import Mechanism, calibrate
-from fedclaw.privacy.ledger import Ledger, Reservation
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.policy import DataSetBudget, Policy
-from fedclaw.site.charging import Account, Asking, Due, check_affordable, reserve
+from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
+from fedclaw.site.journal.ledger import Ledger, Reservation
+from fedclaw.site.policy.policy import DataSetBudget, Policy
+from fedclaw.site.privacy_budget import Account, Asking, Due, check_affordable, reserve
 from fedclaw.site.site import Site
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -13,28 +13,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, SecureAggregationError
-from fedclaw.federation import statistics_request
-from fedclaw.federation.arrays import flattened, pack_integers
-from fedclaw.federation.exchange import ARRAYS
-from fedclaw.federation.integers import Integers, Nearest, integers_of
-from fedclaw.federation.plan import Plan, Refusal, RefusalCode
-from fedclaw.federation.postprocess import template
-from fedclaw.federation.secure_exchange import (
-    CONFIRM,
-    CONSENT,
-    DISPUTE,
-    KEYS,
-    MASKED,
-    SECURE,
-    SHARES,
-    UNMASK,
-    Asked,
-    digest_of,
-    parameters_of,
-    secure_record,
-)
-from fedclaw.frozen import explain
-from fedclaw.privacy.policy_checks import check_plan
+from fedclaw.learning.postprocess import template
+from fedclaw.privacy.mechanisms.shared_noise import Integers, Nearest, integers_of
 from fedclaw.privacy.secure_aggregation import (
     Accusations,
     KeyList,
@@ -48,12 +28,32 @@ from fedclaw.privacy.secure_aggregation import (
     Verifier,
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
-from fedclaw.privacy.statistics_policy import check_statistics
-from fedclaw.site.charging import Asking, charge_of, check_agreeable
-from fedclaw.site.client_half import check_terms
-from fedclaw.site.frequency import check_charge
+from fedclaw.protocol import statistics
+from fedclaw.protocol.arrays import flattened, pack_integers
+from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
+from fedclaw.server.exchange import ARRAYS
+from fedclaw.server.secure_exchange import (
+    CONFIRM,
+    CONSENT,
+    DISPUTE,
+    KEYS,
+    MASKED,
+    SECURE,
+    SHARES,
+    UNMASK,
+    Asked,
+    digest_of,
+    parameters_of,
+    secure_record,
+)
+from fedclaw.site.policy.checks import check_plan
+from fedclaw.site.policy.rate_limit import check_charge
+from fedclaw.site.policy.statistics import check_statistics
+from fedclaw.site.privacy_budget import Asking, charge_of, check_agreeable
 from fedclaw.site.site import Site, sent_arrays
-from fedclaw.site.training_task import about, train_locally
+from fedclaw.site.strategy_client import check_terms
+from fedclaw.site.training import about, train_locally
 
 Mask = Callable[[NDArray[np.uint32]], dict[str, ArrayRecord | ConfigRecord]]
 """Masks a vector (d,), in place, and returns the records that leave."""
@@ -148,7 +148,7 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
             integers_of(asked)
             check_agreeable(site, asked, charge_of(site, asked).mechanism)
         else:
-            statistics_request.shares_of(asked)
+            statistics.shares_of(asked)
     except PrivacyError as error:
         raise SecureAggregationError(str(error)) from error
     try:

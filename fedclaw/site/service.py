@@ -11,21 +11,21 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from pydantic import ValidationError
 
 from fedclaw.errors import LedgerError
-from fedclaw.federation.exchange import JSON, PLAN, RECEIPT
-from fedclaw.federation.plan import PLAN_VERSION, Plan, Refusal, RefusalCode
-from fedclaw.federation.secure_exchange import STAGES
-from fedclaw.federation.statistics_request import REQUEST, STATISTICS, StatisticsRequest
-from fedclaw.frozen import explain
-from fedclaw.privacy.policy_checks import check_request
-from fedclaw.site.charging import ABOUT, CHARGE, RUN, Asking, Charge
+from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.plan import PLAN_VERSION, Plan, Refusal, RefusalCode
+from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
+from fedclaw.server.exchange import JSON, PLAN, RECEIPT
+from fedclaw.server.secure_exchange import STAGES
 from fedclaw.site.data import check_constants
 from fedclaw.site.evaluation import answer_evaluation
+from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import charged_ledger
-from fedclaw.site.outbound import OutboundLog
+from fedclaw.site.policy.checks import check_request
+from fedclaw.site.privacy_budget import ABOUT, CHARGE, RUN, Asking, Charge
 from fedclaw.site.secure import SecureIdentity, answer_masked, answer_stage, masking
 from fedclaw.site.site import Site
 from fedclaw.site.statistics import answer_statistics, request_of
-from fedclaw.site.training_task import answer_training, begun
+from fedclaw.site.training import answer_training, begun
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ MOST_TOLD = 100
 
 @dataclass
 class SiteService(Site):
-    """A site that answers messages. Implements `fedclaw.runtime.base.SiteHandler`."""
+    """A site that answers messages. Implements `fedclaw.transport.base.SiteHandler`."""
 
     outbound: OutboundLog | None = None
     secure: SecureIdentity | None = None

@@ -7,9 +7,9 @@ from pydantic import Field, ValidationError
 
 from fedclaw.errors import UsageError
 from fedclaw.file_format import Delimiter, FileFormat
-from fedclaw.frozen import Frozen, explain
-from fedclaw.privacy.policy import Policy
 from fedclaw.privacy.speed import StepSpeed
+from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.site.policy.policy import Policy
 from fedclaw.yaml_text import read_yaml
 
 SITE_FILE = "site.yaml"

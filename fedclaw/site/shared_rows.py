@@ -11,8 +11,8 @@ import secrets
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.privacy.policy import Policy
-from fedclaw.workload import Table
+from fedclaw.learning.workload import Table
+from fedclaw.site.policy.policy import Policy
 
 _BLOCK = 1 << 22
 """Numbers that are digested at a time."""

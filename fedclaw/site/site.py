@@ -8,17 +8,17 @@ import torch
 from flwr.app import RecordDict
 
 from fedclaw.errors import FedClawError, PluginError
-from fedclaw.federation.arrays import Arrays, all_finite, unpack
-from fedclaw.federation.plan import ModelSpec, Refusal, RefusalCode
-from fedclaw.privacy.ledger import Ledger
+from fedclaw.learning.workload import Table, Workload
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.policy import Policy
-from fedclaw.privacy.policy_checks import check_size
 from fedclaw.privacy.speed import StepSpeed
+from fedclaw.protocol.arrays import Arrays, all_finite, unpack
+from fedclaw.protocol.plan import ModelSpec, Refusal, RefusalCode
+from fedclaw.site.journal.ledger import Ledger
+from fedclaw.site.policy.checks import check_size
+from fedclaw.site.policy.policy import Policy
 from fedclaw.site.settings import DataFiles
 from fedclaw.site.shared_rows import are_held_out, shared_rows
 from fedclaw.site.state import SiteStates
-from fedclaw.workload import Table, Workload
 
 WARM_MODELS = 3
 """Models kept between messages: a student, its teacher, and one that is evaluated beside them."""

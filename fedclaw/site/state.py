@@ -22,13 +22,13 @@ from typing import Literal
 import numpy as np
 
 from fedclaw.errors import CheckpointError
-from fedclaw.federation.arrays import Arrays
-from fedclaw.federation.compression.request import Compression
-from fedclaw.federation.plan import ModelSpec, Plan, Unit, Weighting
-from fedclaw.federation.run_directory import arrays_to_npz, npz_to_arrays
-from fedclaw.federation.strategy import Strategy
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
-from fedclaw.frozen import Frozen
+from fedclaw.learning.strategy import Strategy
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.compression import Compression
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import ModelSpec, Plan, Unit, Weighting
+from fedclaw.server.run_directory import arrays_to_npz, npz_to_arrays
 
 State = Mapping[str, Arrays]
 """By kind, arrays by parameter name."""

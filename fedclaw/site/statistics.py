@@ -15,10 +15,16 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
-from fedclaw.federation.arrays import pack
-from fedclaw.federation.exchange import ARRAYS, JSON, RECEIPT, SUM
-from fedclaw.federation.plan import Refusal, RefusalCode, SecureAggregation
-from fedclaw.federation.statistics_request import (
+from fedclaw.learning.statistics_scores import score_records
+from fedclaw.learning.workload import Floats
+from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.distributed import Shares
+from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.statistics import Design, Doubles, Records
+from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.plan import Refusal, RefusalCode, SecureAggregation
+from fedclaw.protocol.statistics import (
     REQUEST,
     ROUND,
     VECTOR,
@@ -29,19 +35,13 @@ from fedclaw.federation.statistics_request import (
     noise_of,
     shares_of,
 )
-from fedclaw.federation.statistics_scores import score_records
-from fedclaw.frozen import explain
-from fedclaw.privacy.accounting import Mechanism
-from fedclaw.privacy.distributed import Shares
-from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.statistics import Design, Doubles, Records
-from fedclaw.privacy.statistics_policy import check_statistics
-from fedclaw.site.charging import ABOUT, CHARGE, Account, Asking, Due, reserve
+from fedclaw.server.exchange import ARRAYS, JSON, RECEIPT, SUM
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.outputs import one_by_one
+from fedclaw.site.policy.statistics import check_statistics
+from fedclaw.site.privacy_budget import ABOUT, CHARGE, Account, Asking, Due, reserve
 from fedclaw.site.secure import Mask
 from fedclaw.site.site import Site, sent_arrays
-from fedclaw.workload import Floats
 
 log = logging.getLogger(__name__)
 

@@ -1,50 +1,275 @@
-"""The one epoch loop: batches, a way of taking gradients, the strategy's correction, a step."""
+"""How a site answers a request to train: policy, reservation, one round of local steps, the update and its receipt."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.privacy.steps import StepTaker
+from fedclaw.errors import PrivacyError
+from fedclaw.learning import postprocess
+from fedclaw.learning.distillation import distilled
+from fedclaw.learning.step_loop import Correction, make_optimizer, train
+from fedclaw.learning.strategy import PERSONAL
+from fedclaw.learning.update import SiteContext, Update
+from fedclaw.privacy.mechanisms.receipts import is_sampled
+from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
+from fedclaw.protocol.arrays import Arrays, pack_wire
+from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
+from fedclaw.server.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
+from fedclaw.site.data import is_prepared, prepare
+from fedclaw.site.device import precision, set_threads
+from fedclaw.site.journal.ledger import Reservation
+from fedclaw.site.policy.checks import check_plan
+from fedclaw.site.privacy_budget import (
+    ABOUT,
+    CHARGE,
+    Account,
+    Asking,
+    Charge,
+    Due,
+    charge_of,
+    check_affordable,
+    log_spending,
+    receipt_of,
+    reserve,
+)
+from fedclaw.site.site import Site, sent_arrays
+from fedclaw.site.strategy_client import ClientHalf
 
-Correction = Callable[[Sequence[torch.Tensor], int], None]
-"""Changes the parameters' `.grad` in place before a step, whose number (from 0) it is told; sees no data."""
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(inputs, outputs, targets) -> mean loss."""
 
 
-def make_optimizer(parameters: Sequence[torch.Tensor], training: LocalTraining) -> torch.optim.Optimizer:
-    """The local optimiser of a plan."""
-    if training.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, foreach=True)
-    return torch.optim.SGD(
+@dataclass(frozen=True)
+class LocalUpdate:
+    """What a round of training left at the site: ready to leave, and paid for."""
+
+    update: Update
+    receipt: Receipt
+    charge: str
+    """The hash of its charge in the ledger."""
+
+
+def answer_training(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> RecordDict:
+    """The weighted delta of one round, with its receipt. Raises Refusal before anything is paid for."""
+    local = train_locally(site, plan, content, asking)
+    # Rounded once, after all that a site does to it.
+    leaving = {
+        name: array.astype(np.float32) if array.dtype == np.float64 else array
+        for name, array in local.update.leaving.items()
+    }
+    return RecordDict({SUM: pack_wire(leaving), **about(local)})
+
+
+def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
+    """The records that go with an update, in whatever form it leaves."""
+    update = local.update
+    return {
+        METRICS: MetricRecord({WEIGHT: update.weight, EXAMPLES: update.examples}),
+        RECEIPT: ConfigRecord({JSON: local.receipt.model_dump_json()}),
+        ABOUT: ConfigRecord({CHARGE: local.charge}),
+    }
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A round of training that nothing keeps from beginning: checked, ready, and paid for."""
+
+    half: ClientHalf
+    start: Arrays
+    model: torch.nn.Module
+    charge: Charge
+    loss: Loss
+    steps: StepTaker
+    reservation: Reservation
+
+
+@contextmanager
+def begun(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> Iterator[Begun]:
+    """All that comes before the first step, the charge last. Raises Refusal before anything is paid for."""
+    sent = sent_arrays(content, ARRAYS)
+    size, examples = sum(array.size for array in sent.values()), len(site.data.train)
+    check_plan(site.policy, plan, examples=examples, parameters=size)
+    _check_preprocessing(site, plan)
+    half = ClientHalf.open(site, plan, content)
+    start = half.own(sent)
+    model = site.model(plan.model, start)
+    set_threads(size)
+    charge = charge_of(site, plan)
+    due = Due.of_plan(site, plan, asking, charge.mechanism, Account.training(site))
+    _prepare(site, plan, due)
+    loss = _loss(site, plan, content)
+    with _steps(site, plan, charge, model, loss) as steps:
+        yield Begun(half, start, model, charge, loss, steps, reserve(site, due))
+
+
+def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> LocalUpdate:
+    """Train as `plan` asks, under a reservation for `asking`. Raises Refusal before anything is paid for."""
+    with begun(site, plan, content, asking) as ready:
+        examples = len(site.data.train)
+        half, start, model, charge = ready.half, ready.start, ready.model, ready.charge
+        loss, steps = ready.loss, ready.steps
+        count = plan.training.local_steps(examples)
+        _run_steps(site, plan, charge, steps, model, half.correction(model, count))
+    delta = (
+        _step_taken(steps, model, plan)
+        if isinstance(steps, PrivateGradients) and _is_noised_later(plan)
+        else _delta(model, start)
+    )
+    finished = half.finish(delta, count, lambda: _training_loss(site, plan, start, loss))
+    personal = _personal(site, plan, half, model, start, loss)
+    whole = Update({**finished.delta, **finished.extras}, 1.0, examples)
+    update = postprocess.at_site(whole, plan, SiteContext(site.source, half.before))
+    half.remember(finished, personal, update.state, ready.reservation.hash)
+    receipt = receipt_of(site, plan, charge)
+    log_spending(plan, receipt)
+    return LocalUpdate(update, receipt, ready.reservation.hash)
+
+
+def _prepare(site: Site, plan: Plan, due: Due) -> None:
+    """Standardise by the plan's constants. New ones take all data to be read, so every reason to refuse comes first."""
+    if not is_prepared(site, plan.preprocessing):
+        check_affordable(site, due)
+        prepare(site, plan.preprocessing)
+
+
+def _check_preprocessing(site: Site, plan: Plan) -> None:
+    """Constants made from all training examples are outside of what epsilon covers: the operator has to know."""
+    covered = not site.workload.schema.data_dependent or site.policy.allow_data_dependent_preprocessing
+    if (plan.privacy is not None or plan.central is not None) and not covered:
+        raise Refusal(
+            RefusalCode.PRIVACY_REQUIRED,
+            "the schema standardises by the site's own statistics, which epsilon does not cover; agree on "
+            "constants in the schema, or have the site's policy allow it",
+        )
+
+
+def _steps(site: Site, plan: Plan, charge: Charge, model: torch.nn.Module, loss: Loss) -> StepTaker:
+    """The way of taking a step that the plan asks for, before anything is paid for."""
+    if not is_sampled(plan):
+        return PlainGradients(model, loss)
+    rate, noise = _sampling(plan, charge)
+    asked = plan.privacy.max_grad_norm if plan.privacy else plan.central.clip if plan.central else 0.0
+    try:
+        return PrivateGradients(
+            model,
+            loss,
+            max_grad_norm=asked,
+            noise_multiplier=noise,
+            expected_batch_size=rate * len(site.data.train),
+            source=site.source,
+            speed=site.speed,
+            steps_ahead=plan.training.local_steps(len(site.data.train)),
+        )
+    except PrivacyError as error:
+        raise Refusal(RefusalCode.MODEL, str(error)) from error
+
+
+def _sampling(plan: Plan, charge: Charge) -> tuple[float, float]:
+    """Poisson rate and the noise multiplier of the site's own noise; none where others add it to the sum."""
+    if plan.privacy is not None:
+        assert charge.mechanism is not None
+        return charge.mechanism.sample_rate, charge.mechanism.noise_multiplier
+    assert plan.central is not None
+    return plan.central.sample_rate, 0.0
+
+
+def _run_steps(
+    site: Site, plan: Plan, charge: Charge, steps: StepTaker, model: torch.nn.Module, correction: Correction
+) -> None:
+    """Train `model`, which holds what the round begins with, for one round of `plan`."""
+    examples = len(site.data.train)
+    count = plan.training.local_steps(examples)
+    parameters = list(model.parameters())
+    if is_sampled(plan):
+        batches = poisson_batches(examples, _sampling(plan, charge)[0], count, site.source)
+    else:
+        batches = shuffled_batches(examples, plan.training.batch_size, count, site.source)
+    inputs, targets = site.on_device("train", site.data.train)
+    train(
+        steps,
+        batches,
+        inputs,
+        targets,
+        make_optimizer(parameters, plan.training),
         parameters,
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        foreach=True,
+        correction=_nothing if _is_noised_later(plan) else correction,
+        precision=precision(site.device, sum(p.numel() for p in parameters), is_sampled(plan)),
     )
 
 
-def train(
-    steps: StepTaker,
-    batches: Iterable[torch.Tensor],
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[torch.Tensor],
-    correction: Correction,
-    precision: AbstractContextManager[object] | None = None,
-) -> int:
-    """Take one step for each batch of row indices, an empty one too, and return how many were taken.
+def _is_noised_later(plan: Plan) -> bool:
+    """Whether a gradient still waits for its noise, whose bound no correction may change."""
+    return plan.central is not None and plan.central.unit == "example"
 
-    inputs (N, *D) and targets (N,) lie on the model's device. The correction comes after the step taker has
-    clipped and noised, so it is post-processing.
+
+def _nothing(_parameters: Sequence[torch.Tensor], _step: int) -> None:
+    """No correction."""
+
+
+def _personal(site: Site, plan: Plan, half: ClientHalf, model: torch.nn.Module, start: Arrays, loss: Loss) -> Arrays:
+    """The parameters that stay: of `model`, as it was trained, or a whole model of the site's own, trained now.
+
+    The latter takes its steps without noise, whatever the plan asks for: nothing of it leaves but the metrics that the
+    site's policy permits.
     """
-    taken = 0
-    with precision or nullcontext():
-        for rows in batches:
-            steps.gradients(inputs[rows], targets[rows])
-            correction(parameters, taken)
-            optimizer.step()
-            taken += 1
-    return taken
+    trained = {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.named_parameters()}
+    if not half.strategy.personal_model:
+        return {name: trained[name] for name in plan.personal if name in trained}
+    examples, count = len(site.data.train), plan.training.local_steps(len(site.data.train))
+    own = site.model(plan.model, {**start, **half.before.get(PERSONAL, {})}, role="personal")
+    parameters = list(own.parameters())
+    inputs, targets = site.on_device("train", site.data.train)
+    train(
+        PlainGradients(own, loss),
+        shuffled_batches(examples, plan.training.batch_size, count, site.source),
+        inputs,
+        targets,
+        make_optimizer(parameters, plan.training),
+        parameters,
+        correction=half.personal_correction(own, start, count),
+    )
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in own.named_parameters()}
+
+
+def _training_loss(site: Site, plan: Plan, start: Arrays, loss: Loss) -> float:
+    """The mean loss over the training data of the parameters that the round began with."""
+    model = site.model(plan.model, start, role="start").eval()
+    inputs, targets = site.on_device("train", site.data.train)
+    with torch.no_grad():
+        return float(loss(inputs, model(inputs), targets))
+
+
+def _loss(site: Site, plan: Plan, content: RecordDict) -> Loss:
+    if plan.distillation is None:
+        return lambda _inputs, outputs, targets: site.workload.loss(outputs, targets)
+    wanted = plan.distillation
+    teacher = site.model(wanted.teacher, sent_arrays(content, TEACHER), role="teacher").eval().requires_grad_(False)
+
+    def loss(inputs: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            soft = teacher(inputs)
+        return distilled(
+            outputs, soft, lambda logits: site.workload.loss(logits, targets), wanted.temperature, wanted.weight
+        )
+
+    return loss
+
+
+def _delta(model: torch.nn.Module, start: Arrays) -> Arrays:
+    """parameters - start, float32 by name."""
+    return {name: parameter.detach().cpu().numpy() - start[name] for name, parameter in model.named_parameters()}
+
+
+def _step_taken(steps: PrivateGradients, model: torch.nn.Module, plan: Plan) -> Arrays:
+    """The one plain step, from its gradient, float64 by name.
+
+    As the difference of two sets of parameters it would be rounded to what they can hold, and as float32 to 2^-24 of
+    itself: one example could move it by more than its gradient was clipped to.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    rate = plan.training.learning_rate
+    return {name: (exact * -rate).cpu().numpy() for name, exact in zip(names, steps.exact, strict=True)}

@@ -10,7 +10,7 @@ from clients.tabular import TabularWorkload
 from clients.tabular_schema import TabularSchema
 from clients.vision_schema import VisionSchema
 from fedclaw.errors import DataError
-from fedclaw.federation.plan import ModelSpec
+from fedclaw.protocol.plan import ModelSpec
 
 
 def workload(**target: object) -> TabularWorkload:

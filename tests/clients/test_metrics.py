@@ -14,7 +14,7 @@ from sklearn import metrics as oracle
 from clients import metrics
 from clients.vision import VisionWorkload
 from clients.vision_schema import VisionSchema
-from fedclaw.federation.plan import METRICS
+from fedclaw.protocol.plan import METRICS
 
 
 @st.composite

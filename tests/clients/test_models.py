@@ -16,8 +16,8 @@ from clients.tabular_schema import TabularSchema
 from clients.vision import VisionWorkload
 from clients.vision_schema import VisionSchema
 from fedclaw.errors import PluginError
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.workload import Workload
+from fedclaw.learning.workload import Workload
+from fedclaw.protocol.plan import ModelSpec
 
 TABLE = """
 columns:

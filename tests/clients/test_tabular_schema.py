@@ -269,7 +269,7 @@ def test_schemas_work_without_torch() -> None:
     """Prediction loads schemas where no torch is installed."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from fedclaw.federation.registry import schema_class\n"
+        "from fedclaw.learning.registry import schema_class\n"
         "assert schema_class('tabular').name == 'tabular' and schema_class('vision').name == 'vision'\n"
         "assert 'PIL' not in sys.modules and 'pyarrow' not in sys.modules"
     )

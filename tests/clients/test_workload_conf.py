@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.registry import schema_class, workload_class
+from fedclaw.learning.registry import schema_class, workload_class
+from fedclaw.protocol.plan import ModelSpec
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "workload"
 SCHEMAS = {

@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits
 
 from clients.tabular import TabularWorkload
 from clients.tabular_schema import TabularSchema
-from fedclaw.federation.plan import LocalTraining, ModelSpec, PrivacyRequest
-from fedclaw.federation.run_directory import RunDirectory, RunRecord, StrategyRecord
+from fedclaw.protocol.plan import LocalTraining, ModelSpec, PrivacyRequest
+from fedclaw.server.run_directory import RunDirectory, RunRecord, StrategyRecord
 
 
 @dataclass(frozen=True)

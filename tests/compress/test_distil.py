@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fedclaw.compress.distil import distillation_loss, distilled
 from fedclaw.errors import CompressionError
+from fedclaw.learning.distillation import distillation_loss, distilled
 
 
 def test_value_by_hand():

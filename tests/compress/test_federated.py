@@ -17,19 +17,19 @@ from fedclaw.compress.stage import compress
 from fedclaw.compress.student import make_student
 from fedclaw.compress.table import before_after, notes
 from fedclaw.errors import CompressionError, RoundError, UsageError
-from fedclaw.federation.run_directory import RunDirectory, schema_digest
-from fedclaw.federation.session import calibrated
-from fedclaw.federation.settings import CentralRequest
-from fedclaw.privacy.ledger import Ledger
-from fedclaw.privacy.policy import Policy
-from fedclaw.runtime.flower import assume_server_identity
-from fedclaw.runtime.grpc import Limits, SiteLink
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.security.provisioning import accept, approve, initialise, request_site
-from fedclaw.security.site_home import SiteKeys
+from fedclaw.identity.provisioning import accept, approve, initialise, request_site
+from fedclaw.identity.site_home import SiteKeys
+from fedclaw.learning.workload import Table
+from fedclaw.server.run_directory import RunDirectory, schema_digest
+from fedclaw.server.session import calibrated
+from fedclaw.server.settings import CentralRequest
+from fedclaw.site.journal.ledger import Ledger
+from fedclaw.site.policy.policy import Policy
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
-from fedclaw.workload import Table
+from fedclaw.transport.grpc import Limits, SiteLink
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assume_server_identity
 
 NAMES = ("north", "south", "west")
 EPSILON = 30.0

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fedclaw.compress import recover, stage
-from fedclaw.compress.distil import distillation_loss
 from fedclaw.compress.record import read_compressed
 from fedclaw.compress.recover import Recovery
 from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import load_arrays
 from fedclaw.compress.stage import compress
 from fedclaw.errors import CheckpointError, CompressionError, UsageError
+from fedclaw.learning.distillation import distillation_loss
 
 FRACTION = 0.25
 

@@ -18,15 +18,15 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.partitions.labels import Dirichlet
 from fedclaw.cli import config_directory
 from fedclaw.errors import UsageError
-from fedclaw.federation.coordinator import run_rounds
-from fedclaw.federation.exchange import METRICS, RECEIPT, SUM
-from fedclaw.federation.plan import LocalTraining, ModelSpec
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
-from fedclaw.federation.session import initial_parameters
-from fedclaw.federation.settings import SecureRequest
-from fedclaw.runtime.flower import assume_server_identity, number_of
-from fedclaw.site.in_process import open_sites, simulate
-from fedclaw.workload import Table
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.exchange import METRICS, RECEIPT, SUM
+from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.server.session import initial_parameters
+from fedclaw.server.settings import SecureRequest
+from fedclaw.transport.in_process import open_sites, simulate
+from fedclaw.transport.message_identity import assume_server_identity, number_of
 from tests.samples import run_record
 
 SITES = 7

@@ -16,7 +16,7 @@ from experiments.sources import DatasetSettings, load_source
 from experiments.sweeps.identity import digest_of, identify
 from fedclaw.cli import compose_settings
 from fedclaw.errors import DataError, UsageError
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.server.run_directory import RunDirectory
 
 TINY = ("tracking=none", "privacy=none", "rounds=1", "training.steps=1", "training.epochs=null")
 

@@ -11,7 +11,7 @@ from experiments.partitions.natural import Natural
 from experiments.partitions.sizes import Iid
 from experiments.sources import DatasetSettings
 from experiments.synthetic_images import SyntheticImages, make_images
-from fedclaw.federation.registry import schema_class
+from fedclaw.learning.registry import schema_class
 
 SMALL = SyntheticImages(examples=1500, writers=3)
 CASES = [

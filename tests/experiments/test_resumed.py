@@ -8,7 +8,7 @@ from experiments.settings import ExperimentSettings
 from experiments.sweeps.identity import EXPERIMENT_FILE
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.server.run_directory import RunDirectory
 from tests.conftest import run_module
 
 TINY = ("tracking=none", "privacy=none", "rounds=3", "training.steps=2", "training.epochs=null", "seed=3")

@@ -13,11 +13,11 @@ from experiments.attacks.updates import SignFlip
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.partitions.labels import Dirichlet
 from fedclaw.errors import UsageError
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
-from fedclaw.site.in_process import open_sites
-from fedclaw.workload import Table
+from fedclaw.transport.in_process import open_sites
 from tests.samples import run_record
 
 SETTINGS = SimulationSettings(mode="many")

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from experiments.sweep import main as make_again
 from experiments.sweeps.directory import SweepDirectory
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.server.run_directory import RunDirectory
 from tests.conftest import Background, run_module
 
 SMALL = ("rounds=2", "dataset.sites=2", "workload.model.name=logistic")

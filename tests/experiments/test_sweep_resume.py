@@ -7,8 +7,8 @@ import pytest
 from experiments.experiment import run_experiment
 from experiments.settings import ExperimentSettings
 from experiments.sweeps.resume import remember
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.site.in_process import open_sites
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.transport.in_process import open_sites
 
 PRIVATE = {"epsilon": 4.0, "delta": 1e-5, "max_grad_norm": 1.0}
 IN_SHARES = {"unit": "example", "noise_by": "sites", "epsilon": 4.0, "delta": 1e-5, "clip": 1.0, "sample_rate": 0.5}

@@ -22,11 +22,11 @@ import fedclaw.verify as verify_command
 from fedclaw.cli import run_main
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.source import Source, load_source
-from fedclaw.federation.plan import LocalTraining, ModelSpec
-from fedclaw.federation.registry import schema_class, workload_class
-from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
-from fedclaw.security.federation_home import FederationHome
-from fedclaw.security.provisioning import initialise
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.identity.provisioning import initialise
+from fedclaw.learning.registry import schema_class, workload_class
+from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from tests.samples import receipt, run_record
 
 FEDERATION = "test-federation"

@@ -14,8 +14,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedclaw.errors import BundleError
 from fedclaw.export import layout, signature
 from fedclaw.export.check import SMALL, Trust, verify_bundle
-from fedclaw.security import pki
-from fedclaw.security.federation_home import Signer
+from fedclaw.identity import pki
+from fedclaw.identity.federation_home import Signer
 
 EVERY_FILE = sorted(layout.REQUIRED | layout.UNSIGNED)
 

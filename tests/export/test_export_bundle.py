@@ -14,10 +14,10 @@ from fedclaw.export import graph, layout
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import load_source
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.registry import schema_class
-from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
 from fedclaw.files import sha256_file
+from fedclaw.learning.registry import schema_class
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 
 
 @pytest.fixture(params=["table", "image"])

@@ -9,9 +9,9 @@ from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.layout import MANIFEST, SCHEMA
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
-from fedclaw.federation.plan import ModelSpec
-from fedclaw.federation.registry import schema_class
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.learning.registry import schema_class
+from fedclaw.protocol.plan import ModelSpec
+from fedclaw.server.run_directory import RunDirectory
 
 ROWS = "age,smoker,ward\n70,yes,medicine\n?,NA,\n40,F,surgery\n"
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from fedclaw.export.statement import Receipts, state
-from fedclaw.federation.plan import CentralPrivacy
-from fedclaw.federation.run_directory import ReleaseUse, SiteReceipt
+from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
 
 
 def training(by_site):

@@ -21,7 +21,7 @@ from fedclaw.privacy.accounting import (
     event_of,
     event_to_json,
 )
-from fedclaw.privacy.policy import MAX_PRIVATE_STEPS
+from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS
 
 MECHANISMS = st.builds(
     Mechanism,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy import renyi
 from fedclaw.privacy.accounting import SMALLEST_NOISE, Mechanism, calibrate, epsilon_of, event_from_json, event_to_json
-from fedclaw.privacy.history import History
+from fedclaw.site.journal.history import History
 
 DELTA = 1e-5
 RATES = st.sampled_from([0.003, 0.02, 0.1, 0.5, 1.0])

@@ -24,7 +24,7 @@ from fedclaw.privacy.distributed import (
     with_noise,
     wrap_probability,
 )
-from fedclaw.privacy.encoding import Encoding
+from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.noise import GaussianSource
 
 DELTA = 1e-5

@@ -16,10 +16,16 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import PrivacyError
-from fedclaw.federation import postprocess
-from fedclaw.federation.central import clip_to, moved, sensitivity
-from fedclaw.federation.integers import Noisy
-from fedclaw.federation.plan import (
+from fedclaw.learning import postprocess
+from fedclaw.learning.update import Update
+from fedclaw.privacy.distributed import share_noise
+from fedclaw.privacy.fixed_point import Encoding
+from fedclaw.privacy.mechanisms.server_noise import clip_to, moved, sensitivity
+from fedclaw.privacy.mechanisms.shared_noise import Noisy
+from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.speed import Mode, StepSpeed
+from fedclaw.privacy.steps import PrivateGradients
+from fedclaw.protocol.plan import (
     LARGEST_CLIP,
     SMALLEST_CLIP,
     AdaptiveClip,
@@ -27,13 +33,7 @@ from fedclaw.federation.plan import (
     PrivacyRequest,
     RefusalCode,
 )
-from fedclaw.federation.update import Update
-from fedclaw.privacy.distributed import share_noise
-from fedclaw.privacy.encoding import Encoding
-from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.speed import Mode, StepSpeed
-from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.simulation.folded import FoldedModel
+from fedclaw.simulation.batched import FoldedModel
 from fedclaw.simulation.packing import pack
 from fedclaw.simulation.private import PrivateStep, Sampling
 from tests.privacy.wire import WireSite, sgd
@@ -330,7 +330,7 @@ def test_a_sum_that_leaves_in_integers_was_never_rounded_to_float32(wire, monkey
     """What one example adds to a sum of many is in its last digits."""
     kept = []
     monkeypatch.setattr(
-        "fedclaw.site.training_task.postprocess.at_site",
+        "fedclaw.site.training.postprocess.at_site",
         lambda update, plan, context: kept.append(update) or postprocess.Weighting().at_site(update, plan, context),
     )
     wire.leaves(training=sgd(1, 16), privacy=None, central=EXAMPLE)

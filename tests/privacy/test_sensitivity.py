@@ -7,7 +7,7 @@ it, with an example as loud as can be: a bound that nothing comes near would hid
 import numpy as np
 import pytest
 
-from fedclaw.federation.plan import CentralPrivacy, PrivacyRequest
+from fedclaw.protocol.plan import CentralPrivacy, PrivacyRequest
 from tests.privacy.wire import NAMES, WEIGHTINGS, WireSite, emptied, loud, reaches, sgd, weight_of
 
 CLIP = 0.5
@@ -24,7 +24,7 @@ def wire(tmp_path):
 @pytest.fixture
 def no_noise(monkeypatch):
     """Local noise off: every multiplier is calibrated to zero."""
-    monkeypatch.setattr("fedclaw.site.charging.calibrate", lambda *_: 0.0)
+    monkeypatch.setattr("fedclaw.site.privacy_budget.calibrate", lambda *_: 0.0)
 
 
 @pytest.fixture

@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import PrivacyError, UsageError
-from fedclaw.frozen import check_settings
 from fedclaw.privacy.gradients import choice
 from fedclaw.privacy.gradients.choice import WAYS, made
 from fedclaw.privacy.gradients.interface import Clip, trainable
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
+from fedclaw.protocol.frozen import check_settings
 
 EAGER: tuple[Mode, ...] = ("opacus", "vmap", "bookkeeping")
 SPEEDS = [StepSpeed(mode=mode, chunk_size=chunk) for mode in (*EAGER, "auto") for chunk in (None, 1, 3)]

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from fedclaw.federation.arrays import unpack
-from fedclaw.federation.plan import LocalTraining, ModelSpec, Receipt
+from fedclaw.learning.workload import Table
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.workload import Table
+from fedclaw.protocol.arrays import unpack
+from fedclaw.protocol.plan import LocalTraining, ModelSpec, Receipt
 from tests.site.conftest import Asker
 
 CAP = 100

@@ -12,11 +12,11 @@ from xml.etree import ElementTree
 import pytest
 
 from fedclaw.errors import LedgerError
-from fedclaw.privacy.spending import Point
 from fedclaw.report import ledger_chart
 from fedclaw.report.ledger_page import render
 from fedclaw.report.ledger_words import certainty, factor, meaning, rounded
-from fedclaw.site.books import open_books
+from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.journal.spending import Point
 from tests.ledgers import HISTORY, SITE, Run, make_site
 
 

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 import pytest
 from rich.console import Console
 
-from fedclaw.federation.statistics_release import Release, ReleaseMechanism
-from fedclaw.federation.statistics_request import StatisticsReceipt
 from fedclaw.privacy.estimates import ColumnStatistics, Estimate, Statistics
+from fedclaw.protocol.statistics import StatisticsReceipt
 from fedclaw.report.statistics_tables import shown, statistics_tables
+from fedclaw.server.statistics_release import Release, ReleaseMechanism
 
 
 def figure(value, error=1.0):

@@ -7,11 +7,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fedclaw.federation.coordinator import RoundReport
-from fedclaw.federation.exchange import Declined
-from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.report.tables import Figures, parts_in_lines, shortened
 from fedclaw.report.terminal import TerminalProgress, receipt_table
+from fedclaw.server.coordinator import RoundReport
+from fedclaw.server.exchange import Declined
+from fedclaw.server.run_directory import SiteReceipt
 from tests.samples import receipt
 
 WIDTHS = [200, 132, 100, 80, 60, 40, 30]

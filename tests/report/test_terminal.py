@@ -4,8 +4,8 @@ from io import StringIO
 
 from rich.console import Console
 
-from fedclaw.federation.run_directory import SiteReceipt
 from fedclaw.report.terminal import MOST_SITES, receipt_table
+from fedclaw.server.run_directory import SiteReceipt
 from tests.samples import receipt
 
 

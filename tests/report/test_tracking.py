@@ -16,10 +16,10 @@ from mlflow import MlflowClient
 
 from experiments.processes import free_port
 from fedclaw.errors import CheckpointError, TransportError
-from fedclaw.federation.coordinator import Outcome, RoundReport
-from fedclaw.federation.run_directory import RunDirectory, SiteReceipt
 from fedclaw.report import tracking
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
+from fedclaw.server.coordinator import Outcome, RoundReport
+from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from tests.samples import receipt, run_record
 
 RECEIPT = receipt(epsilon_run=1.5)

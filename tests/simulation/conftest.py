@@ -8,11 +8,11 @@ import pytest
 
 from clients.tabular import TabularWorkload
 from clients.vision import VisionWorkload
-from fedclaw.federation.plan import LocalTraining, ModelSpec
-from fedclaw.federation.registry import schema_class
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.learning.registry import schema_class
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
-from fedclaw.workload import Table
 
 SIZES = (31, 4, 17, 9, 8, 22, 5, 13, 16, 7)
 MODELS = {

@@ -2,7 +2,7 @@
 
 import json
 
-from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.server.run_directory import RunDirectory
 from tests.conftest import run_module
 
 ARGUMENTS = (

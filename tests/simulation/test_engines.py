@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.plan import LocalTraining
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining
 from fedclaw.simulation.choice import agrees, choose
 from fedclaw.simulation.job import units_of
 from fedclaw.simulation.layout import Layout
 from fedclaw.simulation.packing import pack, shuffled
-from fedclaw.workload import Table
 
 
 def mean_loss(_inputs, outputs, targets):

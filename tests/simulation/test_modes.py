@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.federation.coordinator import make_plan, make_strategy
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
-from fedclaw.privacy.ledger import Ledger
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
 from fedclaw.simulation import SimulationSettings
-from fedclaw.site.in_process import simulate
+from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
-from fedclaw.workload import Table
+from fedclaw.transport.in_process import simulate
 from tests.simulation.conftest import SIZES, make_federation, make_record
 
 

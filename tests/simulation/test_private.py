@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.federation.plan import CentralPrivacy, LocalTraining, PrivacyRequest
-from fedclaw.federation.run_directory import RunDirectory
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
+from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulationSettings
-from fedclaw.simulation.folded import FoldedModel
+from fedclaw.simulation.batched import FoldedModel
 from fedclaw.simulation.packing import pack
 from fedclaw.simulation.private import PrivateStep, Sampling
-from fedclaw.site.in_process import simulate
+from fedclaw.transport.in_process import simulate
 from tests.simulation.conftest import MODELS, make_federation, make_record
 from tests.simulation.test_modes import identical, largest_difference, real_sites
 

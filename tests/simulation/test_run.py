@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.federation import checkpoint
-from fedclaw.federation.plan import LocalTraining, PrivacyRequest
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
-from fedclaw.federation.settings import SecureRequest
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import LocalTraining, PrivacyRequest
+from fedclaw.server import checkpoint
+from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.server.settings import SecureRequest
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 from fedclaw.simulation.grid import SimulationGrid
-from fedclaw.workload import Table
 from tests.crashes import Crash
 from tests.simulation.conftest import deal, make_federation, make_record
 from tests.simulation.test_modes import identical

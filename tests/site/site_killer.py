@@ -4,7 +4,7 @@ Started by test_reservations.py as a process of its own: it forks for each place
 
     python site_killer.py DIRECTORY
 
-The site goes through a round as its client does (`fedclaw.runtime.grpc.worker`): charge, training, the state staged,
+The site goes through a round as its client does (`fedclaw.transport.grpc.worker`): charge, training, the state staged,
 the answer sealed and stored, the charge settled, the state committed, a line in the outbound log. It dies before each
 commit of the ledger, each flush and each rename, and so after the one before. Then the same question is asked again.
 """
@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedclaw.federation.plan import LocalTraining
-from fedclaw.federation.registry import strategy_class
-from fedclaw.runtime.flower import envelope_of
-from fedclaw.runtime.grpc import Limits
-from fedclaw.runtime.grpc.outbox import Entry, Outbox
-from fedclaw.runtime.grpc.worker import Worker
-from fedclaw.security import seal
+from fedclaw.identity import seal
+from fedclaw.learning.registry import strategy_class
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.transport.grpc import Limits
+from fedclaw.transport.grpc.outbox import Entry, Outbox
+from fedclaw.transport.grpc.worker import Worker
+from fedclaw.transport.message_identity import envelope_of
 from tests.site.conftest import Asker
 
 KEYS = seal.generate("x25519")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from fedclaw.federation.plan import PrivacyRequest, RefusalCode, SecureAggregation
-from fedclaw.federation.secure_exchange import KEYS
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
+from fedclaw.protocol.plan import PrivacyRequest, RefusalCode, SecureAggregation
+from fedclaw.server.secure_exchange import KEYS
 from fedclaw.site.secure import SecureIdentity
 from tests.site.conftest import Asker
 

@@ -13,8 +13,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fedclaw.federation.registry import strategy_class
-from fedclaw.federation.strategy import Strategy, is_overridden
+from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.strategy import Strategy, is_overridden
 from tests.neighbours import COMPRESSIONS, MECHANISMS, WEIGHTINGS, Asked, Coupled, complaints, left_of, open_site
 from tests.neighbours import strategies as installed_strategies
 

@@ -7,9 +7,9 @@ import pytest
 from flwr.app import Message
 
 from fedclaw.errors import CheckpointError
-from fedclaw.federation.arrays import unpack
-from fedclaw.federation.compression.request import TopK
-from fedclaw.federation.plan import RefusalCode
+from fedclaw.protocol.arrays import unpack
+from fedclaw.protocol.compression import TopK
+from fedclaw.protocol.plan import RefusalCode
 from fedclaw.site.service import SiteService
 from fedclaw.site.state import SiteStates
 from tests.hostile import DP, SITE, ask, wary_site

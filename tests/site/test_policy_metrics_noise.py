@@ -8,8 +8,8 @@ import torch
 
 from fedclaw.privacy.accounting import epsilon_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.policy import Policy
 from fedclaw.site.noised_metrics import bounded_sums, metrics_mechanism, noised
+from fedclaw.site.policy.policy import Policy
 
 EXAMPLES, CLASSES = 1000, 3
 TRIALS = 4000

@@ -5,8 +5,8 @@ import yaml
 
 from experiments.datasets import SitePolicy
 from fedclaw.errors import LedgerError
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.site.books import open_books
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.site.journal.reconciliation import open_books
 from tests.conftest import deploy
 
 pytestmark = pytest.mark.slow

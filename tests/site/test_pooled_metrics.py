@@ -10,21 +10,21 @@ from rich.console import Console
 
 from clients.metrics import classification
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from fedclaw.federation.arrays import unpack_wire
-from fedclaw.federation.coordinator import run_rounds
-from fedclaw.federation.exchange import SCORE_NOISE, SCORES, Form
-from fedclaw.federation.plan import METRICS, SCORE_HISTOGRAM, LocalTraining, RefusalCode
-from fedclaw.federation.pooled import COUNTS
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.federation.session import initial_parameters
-from fedclaw.privacy.policy import SAFE_METRICS, DataSetBudget
+from fedclaw.learning.pooled import COUNTS
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.arrays import unpack_wire
+from fedclaw.protocol.plan import METRICS, SCORE_HISTOGRAM, LocalTraining, RefusalCode
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import _values
-from fedclaw.runtime.flower import assume_server_identity
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.site.in_process import open_sites
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.exchange import SCORE_NOISE, SCORES, Form
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.session import initial_parameters
 from fedclaw.site.noised_metrics import metrics_mechanism
-from fedclaw.workload import Table
+from fedclaw.site.policy.policy import SAFE_METRICS, DataSetBudget
+from fedclaw.transport.in_process import open_sites
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assume_server_identity
 from tests.samples import run_record
 
 BINS = 32

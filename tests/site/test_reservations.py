@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message
 
-from fedclaw.federation.arrays import unpack
-from fedclaw.federation.plan import LocalTraining, RefusalCode
+from fedclaw.protocol.arrays import unpack
+from fedclaw.protocol.plan import LocalTraining, RefusalCode
 from tests.conftest import environment
 from tests.site.conftest import Asker
 
@@ -132,7 +132,7 @@ def test_a_ledger_of_before_has_open_charges_that_no_question_takes_up(asker, ro
 
 
 def unlimited():
-    from fedclaw.privacy.ledger import Budget
+    from fedclaw.site.journal.ledger import Budget
 
     return Budget(None, 1e-3)
 

@@ -8,10 +8,10 @@ import pytest
 from flwr.app import Message
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.coordinator import make_plan, make_strategy, run_rounds
-from fedclaw.federation.exchange import Outgoing, question, questions
-from fedclaw.federation.plan import (
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.learning.workload import Table
+from fedclaw.privacy.secure_aggregation.graph import complete_graph, neighbours_needed
+from fedclaw.protocol.plan import (
     CentralPrivacy,
     LocalTraining,
     ModelSpec,
@@ -19,14 +19,14 @@ from fedclaw.federation.plan import (
     RefusalCode,
     SecureAggregation,
 )
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.federation.secure_exchange import KEYS
-from fedclaw.federation.settings import SecureRequest
-from fedclaw.privacy.secure_aggregation.graph import complete_graph, neighbours_needed
-from fedclaw.runtime.flower import assume_server_identity
-from fedclaw.runtime.local import LocalGrid
+from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
+from fedclaw.server.exchange import Outgoing, question, questions
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.secure_exchange import KEYS
+from fedclaw.server.settings import SecureRequest
 from fedclaw.site.service import SiteService
-from fedclaw.workload import Table
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assume_server_identity
 from tests.least_squares import asked, identified, service
 from tests.small_nets import SmallNets, first
 

@@ -11,10 +11,10 @@ import yaml
 from flwr.app import ConfigRecord, Error, RecordDict
 
 from fedclaw.errors import LedgerError
-from fedclaw.federation.arrays import pack, unpack
-from fedclaw.federation.plan import Distillation, LocalTraining, ModelSpec, PrivacyRequest, Receipt, RefusalCode
-from fedclaw.runtime.flower import envelope_of, rebuild
-from fedclaw.site.outbound import OutboundLog
+from fedclaw.protocol.arrays import pack, unpack
+from fedclaw.protocol.plan import Distillation, LocalTraining, ModelSpec, PrivacyRequest, Receipt, RefusalCode
+from fedclaw.site.journal.outbound import OutboundLog
+from fedclaw.transport.message_identity import envelope_of, rebuild
 from tests.site.conftest import Asker
 
 
@@ -247,7 +247,7 @@ def test_an_unreachable_epsilon_is_refused_without_figures_of_the_site(asker):
 
 def test_a_plan_that_would_keep_the_site_busy_for_ever_is_refused(asker, monkeypatch):
     """One small message must not hang a site in the calibration of its noise."""
-    monkeypatch.setattr("fedclaw.site.charging.calibrate", lambda *_: pytest.fail("the noise was calibrated"))
+    monkeypatch.setattr("fedclaw.site.privacy_budget.calibrate", lambda *_: pytest.fail("the noise was calibrated"))
     forever = LocalTraining(steps=9_000, batch_size=16, learning_rate=0.1)
     refused(asker.ask(rounds=10**8), RefusalCode.MALFORMED)
     refused(asker.ask(rounds=100_000, training=forever), RefusalCode.LOCAL_STEPS)

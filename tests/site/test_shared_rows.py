@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import yaml
 
-from fedclaw.federation.plan import PrivacyRequest, Receipt, RefusalCode
-from fedclaw.privacy.policy import Policy
-from fedclaw.site.books import open_books
-from fedclaw.site.check import examine
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.plan import PrivacyRequest, Receipt, RefusalCode
 from fedclaw.site.directory import open_service
+from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.policy.policy import Policy
+from fedclaw.site.preflight.check import examine
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.shared_rows import are_held_out, note, shared_rows
-from fedclaw.workload import Table
 from tests.site.conftest import Asker
 
 NOISED = {"metrics": ["accuracy"], "metrics_epsilon": 0.5, "metrics_budget": {"epsilon": 3.0, "delta": 1e-3}}

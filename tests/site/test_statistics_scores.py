@@ -8,20 +8,20 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.threshold import threshold_of_release
-from fedclaw.federation.arrays import pack, unpack
-from fedclaw.federation.plan import ModelSpec, RefusalCode
-from fedclaw.federation.statistics import release_statistics
-from fedclaw.federation.statistics_release import read_release, write_release
-from fedclaw.federation.statistics_request import STATISTICS, ScoreQuestion, StatisticsRequest, design_for
-from fedclaw.federation.statistics_scores import SPAN, edges
-from fedclaw.privacy.policy import StatisticsAllowance
-from fedclaw.privacy.policy_sentences import sentences
-from fedclaw.runtime.flower import assign_message_id, assume_server_identity
-from fedclaw.runtime.local import LocalGrid
+from fedclaw.learning.statistics_scores import SPAN, edges
+from fedclaw.protocol.arrays import pack, unpack
+from fedclaw.protocol.plan import ModelSpec, RefusalCode
+from fedclaw.protocol.statistics import STATISTICS, ScoreQuestion, StatisticsRequest, design_for
+from fedclaw.server.statistics import release_statistics
+from fedclaw.server.statistics_release import read_release, write_release
 from fedclaw.site.directory import open_service
-from fedclaw.site.in_process import open_sites
+from fedclaw.site.policy.policy import StatisticsAllowance
+from fedclaw.site.policy.sentences import sentences
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.statistics import scores_of
+from fedclaw.transport.in_process import open_sites
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assign_message_id, assume_server_identity
 from tests.made_tables import make_sites
 
 BINS = 9

@@ -6,11 +6,11 @@ import torch
 from pydantic import ValidationError
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.plan import CentralPrivacy
-from fedclaw.federation.run_directory import RoundRules
-from fedclaw.federation.settings import SecureRequest
-from fedclaw.runtime.flower import number_of
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.server.run_directory import RoundRules
+from fedclaw.server.settings import SecureRequest
+from fedclaw.transport.message_identity import number_of
 from strategies.cyclic import Cyclic
 from tests.crashes import server_dies
 from tests.least_squares import Bowl, asked, bottom, bowls, place, play

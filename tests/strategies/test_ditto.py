@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.arrays import unpack
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.plan import CentralPrivacy
-from fedclaw.federation.strategy import PERSONAL, StepContext
-from fedclaw.runtime.local import LocalGrid
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.learning.strategy import PERSONAL, StepContext
+from fedclaw.protocol.arrays import unpack
+from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.transport.local import LocalGrid
 from strategies.ditto import Ditto
 from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, PLACE, Bowl, asked, bottom, bowls, place, play

@@ -7,17 +7,17 @@ import pytest
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.federation import exchange
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.coordinator import make_plan, make_strategy, run_rounds
-from fedclaw.federation.exchange import Outgoing
-from fedclaw.federation.plan import CentralPrivacy, LocalTraining
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, StrategyRecord
-from fedclaw.federation.session import initial_parameters
-from fedclaw.federation.settings import SecureRequest
-from fedclaw.runtime.flower import assume_server_identity, number_of
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.site.in_process import open_sites
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
+from fedclaw.server import exchange
+from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
+from fedclaw.server.exchange import Outgoing
+from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.server.session import initial_parameters
+from fedclaw.server.settings import SecureRequest
+from fedclaw.transport.in_process import open_sites
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assume_server_identity, number_of
 from strategies.fedbuff import FedBuff
 from tests.samples import run_record
 

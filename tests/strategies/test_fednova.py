@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.arrays import unpack
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.plan import CentralPrivacy, LocalTraining, PrivacyRequest
-from fedclaw.federation.run_directory import RoundRules
-from fedclaw.federation.settings import SecureRequest
-from fedclaw.federation.strategy import RoundContext, StepContext, Turnout
-from fedclaw.runtime.local import LocalGrid
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.learning.strategy import RoundContext, StepContext, Turnout
+from fedclaw.protocol.arrays import unpack
+from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.server.run_directory import RoundRules
+from fedclaw.server.settings import SecureRequest
+from fedclaw.transport.local import LocalGrid
 from strategies.fednova import FedNova, accumulated
 from tests.least_squares import PLACE, Bowl, Sampled, asked, bottom, bowls, identified, place, play
 

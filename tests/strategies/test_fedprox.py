@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fedclaw.federation.strategy import StepContext
+from fedclaw.learning.strategy import StepContext
 from strategies.fedavg import FedAvg
 from strategies.fedprox import FedProx
 

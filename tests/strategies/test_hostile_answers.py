@@ -14,18 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclaw.errors import UpdateError
-from fedclaw.federation import postprocess
-from fedclaw.federation.aggregate import combination
-from fedclaw.federation.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack
-from fedclaw.federation.compression.encoded import encoder_of, layout
-from fedclaw.federation.compression.request import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
-from fedclaw.federation.coordinator import make_strategy
-from fedclaw.federation.exchange import Trained
-from fedclaw.federation.plan import LocalTraining, Plan
-from fedclaw.federation.registry import STRATEGIES, installed, strategy_class
-from fedclaw.federation.run_directory import StrategyRecord
-from fedclaw.federation.strategy import Strategy
-from fedclaw.runtime.flower import assume_server_identity
+from fedclaw.learning import postprocess
+from fedclaw.learning.compression.encoded import encoder_of, layout
+from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
+from fedclaw.learning.strategy import Strategy
+from fedclaw.protocol.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack
+from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
+from fedclaw.protocol.plan import LocalTraining, Plan
+from fedclaw.server.aggregate import combination
+from fedclaw.server.coordinator import make_strategy
+from fedclaw.server.exchange import Trained
+from fedclaw.server.run_directory import StrategyRecord
+from fedclaw.transport.message_identity import assume_server_identity
 from tests.samples import plan_of, receipt, run_record
 
 SITES = 13

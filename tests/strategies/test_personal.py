@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from fedclaw.errors import UsageError
-from fedclaw.federation.arrays import unpack
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.plan import CentralPrivacy, LocalTraining, ModelSpec
-from fedclaw.federation.run_directory import RunDirectory
-from fedclaw.federation.strategy import PERSONAL, StepContext
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.workload import Table
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.learning.strategy import PERSONAL, StepContext
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.arrays import unpack
+from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.transport.local import LocalGrid
 from strategies.fedbn import FedBN
 from strategies.fedper import FedPer
 from strategies.fedrep import FedRep

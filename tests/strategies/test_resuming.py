@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedclaw.federation.registry import strategy_class
+from fedclaw.learning.registry import strategy_class
 from strategies.adaptive import Yogi
 
 NAMES = ("fedadagrad", "fedadam", "fedavg", "fedavgm", "fedprox", "fedyogi")

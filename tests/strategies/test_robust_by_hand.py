@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedclaw.errors import UpdateError
-from fedclaw.federation.strategy import Turnout
+from fedclaw.learning.strategy import Turnout
 from strategies.bulyan import Bulyan, selection
 from strategies.centred_clipping import CENTRE, CentredClipping
 from strategies.krum import Krum

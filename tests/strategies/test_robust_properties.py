@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from fedclaw.federation.aggregate import UpdateStack, combination
+from fedclaw.server.aggregate import UpdateStack, combination
 from strategies.bulyan import Bulyan
 from strategies.centred_clipping import CENTRE, CentredClipping
 from strategies.krum import Krum

@@ -7,17 +7,17 @@ from torch import nn
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.federation import checkpoint
-from fedclaw.federation.combinations import check_combination
-from fedclaw.federation.compression.request import RandomK
-from fedclaw.federation.coordinator import make_strategy, run_rounds
-from fedclaw.federation.plan import CentralPrivacy, LocalTraining
-from fedclaw.federation.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
-from fedclaw.federation.session import initial_parameters
-from fedclaw.federation.settings import SecureRequest
-from fedclaw.runtime.flower import assume_server_identity
-from fedclaw.runtime.local import LocalGrid
-from fedclaw.site.in_process import open_sites
+from fedclaw.learning.compatibility import check_combination
+from fedclaw.protocol.compression import RandomK
+from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
+from fedclaw.server import checkpoint
+from fedclaw.server.coordinator import make_strategy, run_rounds
+from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.server.session import initial_parameters
+from fedclaw.server.settings import SecureRequest
+from fedclaw.transport.in_process import open_sites
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assume_server_identity
 from strategies.centred_clipping import CENTRE
 from tests.crashes import server_dies
 from tests.samples import run_record

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedclaw.federation.strategy import Strategy
+from fedclaw.learning.strategy import Strategy
 from strategies.fedadagrad import FedAdagrad
 from strategies.fedadam import FedAdam
 from strategies.fedavg import FedAvg

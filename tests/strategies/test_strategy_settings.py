@@ -6,8 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fedclaw.federation.plan import LocalTraining, ModelSpec, Plan
-from fedclaw.federation.registry import STRATEGIES, installed, strategy_class
+from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
+from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan
 
 NAMES = tuple(sorted(installed(STRATEGIES)))
 CONF = Path(__file__).resolve().parents[2] / "conf" / "strategy"

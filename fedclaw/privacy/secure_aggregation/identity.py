@@ -7,11 +7,11 @@ from typing import Protocol
 from cryptography import x509
 
 from fedclaw.errors import ProvisionError, SecureAggregationError
+from fedclaw.identity import pki
+from fedclaw.identity.descriptor import Descriptor
+from fedclaw.identity.seal import encode_key, generate
+from fedclaw.identity.site_home import SiteKeys, check_site_certificate
 from fedclaw.privacy.secure_aggregation.parameters import MAX_SITES, Parameters, framed
-from fedclaw.security import pki
-from fedclaw.security.descriptor import Descriptor
-from fedclaw.security.seal import encode_key, generate
-from fedclaw.security.site_home import SiteKeys, check_site_certificate
 
 KEYS_PURPOSE = "secure aggregation keys"
 """What a site's certificate key signs: the keys of a session. All else in it is signed by one of those."""

@@ -17,7 +17,6 @@ from flwr.app import ConfigRecordValues
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.frozen import Frozen
 from fedclaw.privacy.secure_aggregation.curve import POINT_BYTES
 from fedclaw.privacy.secure_aggregation.dealing import COMMITMENT_BYTES, NUMBER_BYTES, PROOF_BYTES
 from fedclaw.privacy.secure_aggregation.identity import MAX_CERTIFICATE, MAX_SIGNATURE
@@ -29,6 +28,7 @@ from fedclaw.privacy.secure_aggregation.keys import (
 )
 from fedclaw.privacy.secure_aggregation.parameters import MAX_SITES, Name, Session
 from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES
+from fedclaw.protocol.frozen import Frozen
 
 ConfigValue = ConfigRecordValues
 

@@ -6,9 +6,9 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from fedclaw.frozen import Frozen
+from fedclaw.identity.names import check_name
 from fedclaw.privacy.secure_aggregation.graph import Graph, least_threshold
-from fedclaw.security.names import check_name
+from fedclaw.protocol.frozen import Frozen
 
 MAX_SITES = 4096
 MAX_LENGTH = 1 << 31

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError
+from fedclaw.identity import pki
 from fedclaw.privacy.secure_aggregation import keys
 from fedclaw.privacy.secure_aggregation.dealing import ShareProof, Shares, deal, packed
 from fedclaw.privacy.secure_aggregation.identity import (
@@ -54,7 +55,6 @@ from fedclaw.privacy.secure_aggregation.messages import (
 )
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
 from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES
-from fedclaw.security import pki
 
 
 class Stage(IntEnum):

@@ -9,6 +9,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedclaw.identity.site_home import SiteKeys
 from fedclaw.privacy.secure_aggregation import (
     CertificateVerifier,
     KeyList,
@@ -24,8 +25,7 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.graph import least_threshold
 from fedclaw.privacy.secure_aggregation.messages import Wire
-from fedclaw.runtime.grpc.codec import decode, encode
-from fedclaw.security.site_home import SiteKeys
+from fedclaw.transport.grpc.codec import decode, encode
 
 FEDERATION = "heart"
 STAGES = ("keys", "shares", "confirm", "masked", "consent", "unmask")

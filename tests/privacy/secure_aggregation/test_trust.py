@@ -5,11 +5,11 @@ import datetime as dt
 import pytest
 
 from fedclaw.errors import ProvisionError, SecureAggregationError
+from fedclaw.identity import pki
+from fedclaw.identity.provisioning import accept, approve, initialise, request_site
+from fedclaw.identity.site_home import SiteKeys
 from fedclaw.privacy.secure_aggregation import CertificateVerifier, ServerSession, SiteSession, local_identities
 from fedclaw.privacy.secure_aggregation.identity import KEYS_PURPOSE, SURVIVORS_PURPOSE
-from fedclaw.security import pki
-from fedclaw.security.provisioning import accept, approve, initialise, request_site
-from fedclaw.security.site_home import SiteKeys
 from tests.privacy.secure_aggregation.rehearsal import identities, parameters
 
 MESSAGE = b"the survivors are a, b and c"

@@ -1,0 +1,93 @@
+"""A canary that is loud, and a blank in its place: what the adversary plants to see one bit.
+
+Under a saturated softmax the gradient of an example with the label that the model is sure of is zero, and that of the
+same input with another label is as large as one likes. So the server chooses parameters (its right: it sends them) that
+are the initial ones times a factor, at which the model is sure of everything. A data set of blanks then has no
+gradient at all, and a canary among them has one whose direction the adversary knows: whatever else is in an update is
+noise.
+"""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedclaw.audit.subject import load
+from fedclaw.errors import PrivacyError
+from fedclaw.learning.workload import Floats, Labels, Table, Workload
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import ModelSpec
+
+LOUD = 20.0
+"""How far over the clipping bound a canary's gradient is."""
+
+_SILENT = 1e-4
+# A blank's gradient over the clipping bound.
+_FACTORS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+_CANDIDATES = 16
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A row (1, *D) with its loud and its silent label, the parameters at which they are that, and the direction
+    (d,), of length 1, into which one step from there moves the parameters."""
+
+    parameters: Arrays
+    inputs: Floats
+    loud: Labels
+    silent: Labels
+    direction: NDArray[np.float64]
+
+    def rows(self, count: int, present: int) -> Table:
+        """`count` rows, of which the first `present` are canaries and the others blanks."""
+        inputs = np.repeat(self.inputs, count, axis=0)
+        return Table(inputs, np.concatenate([np.repeat(self.loud, present), np.repeat(self.silent, count - present)]))
+
+
+def make_canary(
+    workload: Workload, spec: ModelSpec, parameters: Arrays, clip: float, generator: np.random.Generator
+) -> Canary:
+    """A canary for this model with gradients of LOUD x `clip` at least. Raises PrivacyError when none is found."""
+    model = workload.build(spec)
+    inputs = workload.schema.synthetic_inputs(_CANDIDATES, generator)
+    for factor in _FACTORS:
+        scaled = {name: np.float32(factor) * array for name, array in parameters.items()}
+        load(model, scaled)
+        for row in np.float32(factor) * inputs[:, None]:
+            found = _canary(workload, model, scaled, row, clip)
+            if found is not None:
+                return found
+    raise PrivacyError(
+        f"no input makes model {spec.name!r} loud enough for a canary: its loss is not that of a classifier that can "
+        "be sure of itself"
+    )
+
+
+def gradient(workload: Workload, model: torch.nn.Module, inputs: Floats, targets: Labels) -> NDArray[np.float64]:
+    """The gradient of the mean loss over (inputs, targets) by all parameters, (d,): plain automatic differentiation."""
+    loss = workload.loss(model(torch.from_numpy(inputs)), torch.from_numpy(targets))
+    parts = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    flat = [
+        torch.zeros(parameter.numel()) if part is None else part.reshape(-1)
+        for part, parameter in zip(parts, model.parameters(), strict=True)
+    ]
+    return torch.cat(flat).double().numpy()
+
+
+def coins(count: int) -> NDArray[np.bool_]:
+    """Fair coins from the operating system's cryptographic source; not from the sources that are audited."""
+    bits = np.unpackbits(np.frombuffer(os.urandom(-(-count // 8)), np.uint8))
+    return bits[:count].astype(np.bool_)
+
+
+def _canary(workload: Workload, model: torch.nn.Module, parameters: Arrays, row: Floats, clip: float) -> Canary | None:
+    with torch.no_grad():
+        logits = model(torch.from_numpy(row))
+    silent, loud = (choice.numpy() for choice in (logits.argmax(dim=1), logits.argmin(dim=1)))
+    signal, rest = (gradient(workload, model, row, label) for label in (loud, silent))
+    norm = float(np.linalg.norm(signal))
+    if not (np.isfinite(norm) and norm >= LOUD * clip and np.linalg.norm(rest) <= _SILENT * clip):
+        return None
+    return Canary(parameters, row, loud, silent, -signal / norm)

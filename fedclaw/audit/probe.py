@@ -1,0 +1,221 @@
+"""One mechanism at a time, with nothing in it but a canary: what leaves is the canary, or not, and noise.
+
+A probe runs the code of the configuration under the conditions in which its guarantee is tight: one step, every
+example in the batch, all data blank but for one canary that reaches the clipping bound. Its noise is calibrated by the
+code that is audited to the very epsilon that the run claims. What leaves is given in units of the sensitivity that the
+definition of the mechanism has, worked out here once more: the canary moves it by 1 into a known direction, and its
+noise has to have the deviation that epsilon asks for.
+
+Legend: d trainable parameters.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.audit.canary import Canary, make_canary
+from fedclaw.audit.subject import Subject, ask, flat, unspent
+from fedclaw.errors import PrivacyError
+from fedclaw.learning import postprocess
+from fedclaw.privacy.accounting import calibrate
+from fedclaw.protocol.arrays import shapes_of
+from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
+from fedclaw.server.run_directory import RunRecord
+from fedclaw.server.session import initial_parameters
+from fedclaw.server.settings import RunSettings
+from fedclaw.site.service import SiteService
+
+ROWS = 4
+"""Examples of a probed site, where their number does not matter."""
+
+MOST_COMPARED = 8
+"""Sites whose noises are compared with one another, each pair by itself."""
+
+_RATE = 1.0
+# The learning rate of a probe: it cancels out.
+
+
+class Probe(ABC):
+    """A mechanism with one bit of input."""
+
+    label: str
+    """Whose noise it is, for people."""
+    epsilon: float
+    delta: float
+    counted: float = 1.0
+    """Share of the noise's variance at the wire that the claim counts on: there may be more than it needs."""
+    shares: int = 1
+    """Parties that each bring a part of the noise."""
+
+    @property
+    @abstractmethod
+    def direction(self) -> NDArray[np.float64]:
+        """Where the canary moves the release to, (d,), of length 1."""
+
+    @abstractmethod
+    def release(self, present: bool) -> NDArray[np.float64]:
+        """What the adversary sees, (d,), in units of the sensitivity, with or without the canary."""
+
+    def echoes(self) -> Mapping[str, NDArray[np.float64]]:
+        """Releases without a canary, by where they come from, whose noises must not resemble one another."""
+        return {f"mean {number}": self.release(False) for number in (1, 2)}
+
+
+@dataclass
+class LocalProbe(Probe):
+    """DP-SGD at one site; unit: one example."""
+
+    record: RunRecord
+    site: SiteService
+    others: Mapping[str, SiteService]
+    """All sites with blanks alone, for what sites must not have in common."""
+    canary: Canary
+
+    def __post_init__(self) -> None:
+        asked = self.record.privacy
+        if asked is None:
+            raise PrivacyError("there is no local noise to probe")
+        self.label, self.epsilon, self.delta = f"local noise, {self.site.name}", asked.epsilon, asked.delta
+        self._clip = asked.max_grad_norm
+        self._blank = self.others[self.site.name]
+
+    @property
+    def direction(self) -> NDArray[np.float64]:
+        """See Probe."""
+        return self.canary.direction
+
+    def release(self, present: bool) -> NDArray[np.float64]:
+        """The answer of the site."""
+        return self._answer(self.site if present else self._blank)
+
+    def echoes(self) -> Mapping[str, NDArray[np.float64]]:
+        """Two answers to the same question of every site, or of the first MOST_COMPARED."""
+        asked = list(self.others.items())[:MOST_COMPARED]
+        first = {f"{name}, answer 1": self._answer(site) for name, site in asked}
+        return first | {f"{name}, answer 2": self._answer(site) for name, site in asked}
+
+    def _answer(self, site: SiteService) -> NDArray[np.float64]:
+        trained, _ = ask({site.name: unspent(site)}, self.record, self.canary.parameters)
+        update = trained.total.take()
+        # delta = -rate (clipped sum + noise) / examples; one example adds `clip` to the sum.
+        return flat(update.arrays, self.canary.parameters) / update.weight * (ROWS / (_RATE * self._clip))
+
+
+@dataclass
+class CentralProbe(Probe):
+    """Noise on the mean over the sites; the canary is at the heaviest site, or is that site."""
+
+    record: RunRecord
+    sites: Mapping[str, SiteService]
+    """All sites with blanks alone."""
+    heavy: SiteService
+    """The heaviest of them, with the canary."""
+    canary: Canary
+
+    def __post_init__(self) -> None:
+        self._central = _central(self.record)
+        unit = {"example": "one example", "site": "one site"}[self._central.unit]
+        by = {"server": "the server's noise", "sites": "the sites' noise"}[self._central.noise_by]
+        self.label = f"{by} on the mean, unit {unit}, canary at {self.heavy.name}"
+        self.epsilon, self.delta = self._central.epsilon, self._central.delta
+        self._scale = sensitivity(self.record, [len(site.data.train) for site in self.sites.values()])
+
+    @property
+    def direction(self) -> NDArray[np.float64]:
+        """See Probe."""
+        return self.canary.direction
+
+    def release(self, present: bool) -> NDArray[np.float64]:
+        """The mean that the server's optimiser sees."""
+        sites = {**self.sites, self.heavy.name: self.heavy} if present else self.sites
+        unspent_sites = {name: unspent(site) for name, site in sites.items()}
+        trained, plan = ask(unspent_sites, self.record, self.canary.parameters)
+        if plan.secure is not None:
+            honest = len(sites) - plan.secure.tolerated - plan.secure.colluding
+            self.counted, self.shares = honest / len(sites), len(sites)
+        mean = postprocess.at_server(trained.total.take(), plan, shapes_of(self.canary.parameters))
+        return flat(mean.arrays, self.canary.parameters) / self._scale
+
+
+def probes(subject: Subject, generator: np.random.Generator) -> list[Probe]:
+    """A probe for each mechanism of the configuration whose guarantee can be probed."""
+    found: list[Probe] = []
+    if subject.settings.privacy is not None:
+        found.append(local_probe(subject, _heaviest(subject), generator))
+    if subject.settings.central is not None:
+        found.append(central_probe(subject, generator))
+    return found
+
+
+def local_probe(subject: Subject, name: str, generator: np.random.Generator) -> LocalProbe:
+    """A probe of the local noise at the site called `name`."""
+    record = subject.record(_one_step(subject.settings, {"central": None, "secure": None}))
+    assert record.privacy is not None
+    canary = _canary(subject, record, record.privacy.max_grad_norm, generator)
+    blank, loud = canary.rows(ROWS, 0), canary.rows(ROWS, 1)
+    blanks = {other: subject.dressed(other, blank) for other in subject.sites}
+    return LocalProbe(record, subject.dressed(name, loud), blanks, canary)
+
+
+def central_probe(subject: Subject, generator: np.random.Generator) -> CentralProbe:
+    """A probe of the noise on the mean; the server's is added to the same sum with secure aggregation or without."""
+    asked = subject.settings.central
+    assert asked is not None
+    # Everybody asked and everything sampled: the sample rate is then 1, and the calibration knows it.
+    changed: dict[str, object] = {"privacy": None, "central": asked.model_copy(update={"sample_rate": 1.0})}
+    if asked.noise_by == "server":
+        changed["secure"] = None
+    record = subject.record(_one_step(subject.settings, changed))
+    central = _central(record)
+    canary = _canary(subject, record, central.clip, generator)
+    name, whole = _heaviest(subject), central.unit == "site"
+    own_size = whole and record.weighting != "uniform"
+    data = {other: canary.rows(len(site.data.train) if own_size else ROWS, 0) for other, site in subject.sites.items()}
+    loud = canary.rows(len(data[name]), len(data[name]) if whole else 1)
+    blanks = {other: subject.dressed(other, rows) for other, rows in data.items()}
+    return CentralProbe(record, blanks, subject.dressed(name, loud), canary)
+
+
+def sensitivity(record: RunRecord, examples: list[int]) -> float:
+    """How far one unit may move the mean over sites with so many `examples` each, by the definition of the mechanism.
+
+    Deliberately not the code that makes the noise: it is what that code is compared with.
+    """
+    central = _central(record)
+    if central.unit == "example":
+        return record.training.learning_rate * central.clip / (central.sample_rate * sum(examples))
+    weights = {
+        "examples": examples,
+        "uniform": [1] * len(examples),
+        "capped": [min(count, record.weight_cap or count) for count in examples],
+    }[record.weighting]
+    return central.clip * max(weights) / sum(weights)
+
+
+def guaranteed(epsilon: float, delta: float) -> float:
+    """The deviation of noise, in units of the sensitivity, with which one step keeps (epsilon, delta)."""
+    return calibrate(epsilon, delta, 1.0, 1)
+
+
+def _one_step(settings: RunSettings, changed: Mapping[str, object]) -> RunSettings:
+    training = LocalTraining(steps=1, batch_size=ROWS, learning_rate=_RATE)
+    # What compresses an update comes after the noise, or leaves numbers out: the whole update tells more.
+    return settings.model_copy(update={"rounds": 1, "training": training, "compression": None, **changed})
+
+
+def _canary(subject: Subject, record: RunRecord, clip: float, generator: np.random.Generator) -> Canary:
+    workload = next(iter(subject.sites.values())).workload
+    return make_canary(workload, record.model, initial_parameters(record), clip, generator)
+
+
+def _heaviest(subject: Subject) -> str:
+    return max(subject.sites, key=lambda name: len(subject.sites[name].data.train))
+
+
+def _central(record: RunRecord) -> CentralPrivacy:
+    if record.central is None:
+        raise PrivacyError("there is no noise on the mean to probe")
+    return record.central

@@ -1,0 +1,124 @@
+"""One audit from its settings to its report."""
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+
+from fedclaw.audit.findings import AuditReport, Finding, conclude
+from fedclaw.audit.mechanism import enough_trials, examine, run_trials
+from fedclaw.audit.membership import Claim, membership, one_run
+from fedclaw.audit.options import AuditOptions
+from fedclaw.audit.probe import probes
+from fedclaw.audit.subject import Subject
+from fedclaw.audit.training_run import attacked_run, toss
+from fedclaw.server.settings import RunSettings
+from fedclaw.site.device import set_threads
+from fedclaw.site.service import SiteService
+
+log = logging.getLogger(__name__)
+
+_NO_CLAIM_DELTA = 1e-5
+
+
+def audit_run(
+    settings: RunSettings, sites: Mapping[str, SiteService], options: AuditOptions | None = None
+) -> AuditReport:
+    """Attack and measure what `settings` claim, at `sites`. Raises UsageError or PrivacyError if that cannot be done.
+
+    The sites' ledgers, policies and logs are neither read nor written. What the attacks find out is made from the
+    sites' data without noise: a report on real data stays where the data is.
+    """
+    with _quietly():
+        return _audit(Subject(settings, sites), options or AuditOptions())
+
+
+def _audit(subject: Subject, chosen: AuditOptions) -> AuditReport:
+    settings, began = subject.settings, time.monotonic()
+    generator = np.random.default_rng(secrets.randbits(128))
+    findings = probe_mechanisms(subject, chosen, generator)
+    claim = claim_of(settings)
+    notes = _notes(settings, chosen, claim is not None)
+    if claim is not None:
+        findings += attack_run(subject, claim, chosen, generator)
+    asked = settings.privacy or settings.central
+    return conclude(
+        findings,
+        epsilon=asked.epsilon if asked else None,
+        delta=asked.delta if asked else _NO_CLAIM_DELTA,
+        confidence=chosen.confidence,
+        alarm=chosen.alarm,
+        notes=notes,
+        seconds=time.monotonic() - began,
+    )
+
+
+def claim_of(settings: RunSettings) -> Claim | None:
+    """What a whole run claims for single examples; None if its unit is a site."""
+    if settings.privacy is not None:
+        return Claim("the run, local noise", settings.privacy.epsilon, settings.privacy.delta)
+    if settings.central is None:
+        return Claim("the run, no privacy claimed", None, _NO_CLAIM_DELTA)
+    if settings.central.unit == "site":
+        return None
+    return Claim("the run, noise on the mean", settings.central.epsilon, settings.central.delta)
+
+
+def probe_mechanisms(subject: Subject, options: AuditOptions, generator: np.random.Generator) -> list[Finding]:
+    """What each mechanism of the configuration lets through by itself. Raises PrivacyError."""
+    findings: list[Finding] = []
+    for probe in probes(subject, generator):
+        count = enough_trials(probe, options.alarm / 10, options.trials)
+        log.info("probing, %d releases: %s", count, probe.label)
+        findings += examine(probe, run_trials(probe, count))
+    return findings
+
+
+def attack_run(subject: Subject, claim: Claim, options: AuditOptions, generator: np.random.Generator) -> list[Finding]:
+    """What a whole run of the configuration tells about single examples. Raises PrivacyError."""
+    rounds = min(subject.settings.rounds, options.attacked_rounds or subject.settings.rounds)
+    tossed = toss(subject, options.canaries, options.examples, generator)
+    log.info("attacking a run of %d rounds with %d canaries", rounds, options.canaries)
+    set_threads(0)
+    shown = attacked_run(subject, tossed, rounds)
+    planted, own = shown.planted, ~shown.planted
+    found = [
+        one_run(claim, shown.by_gradient[planted], shown.present[planted], "gradients"),
+        one_run(claim, shown.by_loss[planted], shown.present[planted], "loss"),
+    ]
+    for scores, how in ((shown.by_loss, "loss"), (shown.by_gradient, "gradients")):
+        attack = membership(claim, scores[own], shown.present[own], generator, how)
+        found += [attack] if attack is not None else []
+    return found
+
+
+def _notes(settings: RunSettings, options: AuditOptions, attacked: bool) -> tuple[str, ...]:
+    notes = []
+    if not attacked:
+        notes.append(
+            "The unit is a site, of which there are few: whole runs were not attacked, the mechanism was probed with a "
+            "whole site as the canary."
+        )
+    elif options.attacked_rounds is not None and options.attacked_rounds < settings.rounds:
+        notes.append(
+            f"The attacked run had {options.attacked_rounds} of {settings.rounds} rounds, with the noise that keeps so "
+            "many within the same epsilon."
+        )
+    return tuple(notes)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What sites and the server tell their operators of each round is of no interest in thousands of them."""
+    loggers = [logging.getLogger(name) for name in ("fedclaw.site", "fedclaw.server")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,190 @@
+"""A whole run of the configuration, with examples that are in it or not by the toss of a coin, and how they show.
+
+Two kinds of examples are tossed for: planted canaries (inputs from the schema alone, labels at random, so that nothing
+but memory explains a small loss) and the sites' own examples. The run is the real one: the server's loop, the sites'
+code, their noise. What the adversary sees of it depends on whom the guarantee trusts: with noise of the site's own,
+every answer of every site; with noise on the mean, every global model.
+
+Legend: E examples that were tossed for, d trainable parameters.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Message, MessageType
+from numpy.typing import NDArray
+
+from fedclaw.audit.canary import coins, gradient
+from fedclaw.audit.contributions import contributions
+from fedclaw.audit.subject import Subject, flat, load
+from fedclaw.errors import PrivacyError
+from fedclaw.learning.workload import Table, Workload
+from fedclaw.protocol.arrays import Arrays, unpack
+from fedclaw.server.exchange import ARRAYS, METRICS, SUM, WEIGHT
+from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.session import initial_parameters
+from fedclaw.transport.base import SiteHandler
+from fedclaw.transport.in_process import simulate
+
+_COORDINATES = 1 << 13
+# Of the gradients that the adversary looks at: memory is examples x coordinates.
+
+Observer = Callable[[Arrays, NDArray[np.float64] | None], None]
+"""(global parameters, the site's delta (d,), or None where it left under a mask) of one round."""
+
+
+@dataclass(frozen=True)
+class Tossed:
+    """Examples at one site: `table` (E rows), which were in (E,), and which were planted (E,)."""
+
+    table: Table
+    present: NDArray[np.bool_]
+    planted: NDArray[np.bool_]
+
+    def training(self) -> Table:
+        """What the site trains on."""
+        return Table(self.table.inputs[self.present], self.table.targets[self.present])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How the examples of all sites show after the run; larger scores are for being in it."""
+
+    present: NDArray[np.bool_]
+    planted: NDArray[np.bool_]
+    by_loss: NDArray[np.float64]
+    """The initial model's loss minus the final model's, (E,)."""
+    by_gradient: NDArray[np.float64]
+    """How much of what the adversary saw move the example's gradient explains, summed over the rounds, (E,)."""
+
+
+class Tap:
+    """A site whose answers are listened to. Implements `fedclaw.transport.base.SiteHandler`."""
+
+    def __init__(self, site: SiteHandler, observer: Observer) -> None:
+        self._site = site
+        self._observer = observer
+
+    def answer(self, message: Message) -> Message:
+        """The site's answer. Raises PrivacyError when it is a refusal: there is nothing to audit then."""
+        reply = self._site.answer(message)
+        if message.metadata.message_type == MessageType.TRAIN:
+            if reply.has_error():
+                raise PrivacyError(f"the configuration cannot be audited: a site declined: {reply.error.reason}")
+            parameters = unpack(message.content.array_records[ARRAYS])
+            self._observer(parameters, _delta(reply, parameters))
+        return reply
+
+    def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
+        """Passed on to the site."""
+        self._site.release(message, reply, size, digest)
+
+
+def _delta(reply: Message, parameters: Arrays) -> NDArray[np.float64] | None:
+    if SUM not in reply.content.array_records:
+        return None
+    weight = reply.content.metric_records[METRICS][WEIGHT]
+    assert isinstance(weight, int | float)
+    return flat(unpack(reply.content.array_records[SUM]), parameters) / weight
+
+
+def toss(subject: Subject, canaries: int, examples: int, generator: np.random.Generator) -> dict[str, Tossed]:
+    """`canaries` dealt out to the sites, and up to `examples` of each site's own, each in or out by a coin."""
+    tossed = {}
+    shares = np.array_split(np.arange(canaries), len(subject.sites))
+    for share, (name, site) in zip(shares, subject.sites.items(), strict=True):
+        own = generator.permutation(len(site.data.train))[:examples]
+        planted = site.workload.schema.synthetic_inputs(len(share), generator)
+        labels = generator.integers(len(site.workload.schema.labels), size=len(share))
+        table = Table(
+            np.concatenate([planted, site.data.train.inputs[own]]),
+            np.concatenate([labels, site.data.train.targets[own]]),
+        )
+        present = coins(len(table))
+        # A site trains on something: the first row that came up tails everywhere has no say in the audit's outcome.
+        if not present.any():
+            present[-1] = True
+        tossed[name] = Tossed(table, present, np.arange(len(table)) < len(share))
+    return tossed
+
+
+def attacked_run(subject: Subject, tossed: Mapping[str, Tossed], rounds: int) -> Shown:
+    """Run `rounds` rounds of the configuration on what was tossed, and score every example."""
+    settings = subject.settings.model_copy(update={"rounds": rounds})
+    if settings.central is None:
+        # Noise of the site's own trusts nobody: the adversary sees every answer, as without secure aggregation.
+        settings = settings.model_copy(update={"secure": None})
+    record = subject.record(settings)
+    adversary = _Adversary(next(iter(subject.sites.values())).workload, record)
+    everybody = Tossed(
+        Table(
+            np.concatenate([item.table.inputs for item in tossed.values()]),
+            np.concatenate([item.table.targets for item in tossed.values()]),
+        ),
+        np.concatenate([item.present for item in tossed.values()]),
+        np.concatenate([item.planted for item in tossed.values()]),
+    )
+    sums = {name: np.zeros(len(item.table)) for name, item in tossed.items()}
+    models: list[Arrays] = []
+    first_site = next(iter(tossed))
+
+    def listening(name: str) -> Observer:
+        def observe(parameters: Arrays, moved: NDArray[np.float64] | None) -> None:
+            if record.central is None and moved is not None:
+                sums[name] += adversary.contributions(parameters, moved, tossed[name].table)
+            elif name == first_site:
+                models.append({key: array.copy() for key, array in parameters.items()})
+
+        return observe
+
+    taps = {name: Tap(subject.dressed(name, item.training()), listening(name)) for name, item in tossed.items()}
+    with tempfile.TemporaryDirectory() as root:
+        final = simulate(RunDirectory.create(Path(root) / record.run, record), taps).parameters
+    by_gradient = np.concatenate(list(sums.values()))
+    for before, after in pairwise([*models, final]):
+        moved = flat(after, before) - flat(before, before)
+        by_gradient += adversary.contributions(before, moved, everybody.table)
+    gained = adversary.losses(initial_parameters(record), everybody.table) - adversary.losses(final, everybody.table)
+    return Shown(everybody.present, everybody.planted, gained, by_gradient)
+
+
+class _Adversary:
+    """Somebody with a copy of the model, the clipping bound, and every example that was tossed for."""
+
+    def __init__(self, workload: Workload, record: RunRecord) -> None:
+        self._workload = workload
+        self._model = workload.build(record.model)
+        self._clip = math.inf
+        if record.privacy is not None:
+            self._clip = record.privacy.max_grad_norm
+        elif record.central is not None and record.central.unit == "example":
+            self._clip = record.central.clip
+        numbers = sum(parameter.numel() for parameter in self._model.parameters())
+        chosen = np.random.default_rng(0).permutation(numbers)[:_COORDINATES]
+        self._coordinates = np.sort(chosen)
+
+    def losses(self, parameters: Arrays, table: Table) -> NDArray[np.float64]:
+        """The loss of each example by itself, (E,)."""
+        load(self._model, parameters)
+        with torch.no_grad():
+            logits = self._model(torch.from_numpy(table.inputs))
+            targets = torch.from_numpy(table.targets)
+            each = [self._workload.loss(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
+        return torch.stack(each).double().numpy()
+
+    def contributions(self, parameters: Arrays, moved: NDArray[np.float64], table: Table) -> NDArray[np.float64]:
+        """How much of what moved (d,) each example explains, (E,), to first order: by gradients at `parameters`."""
+        load(self._model, parameters)
+        gradients = np.empty((len(table), len(self._coordinates)))
+        for row in range(len(table)):
+            rows = slice(row, row + 1)
+            pull = gradient(self._workload, self._model, table.inputs[rows], table.targets[rows])
+            norm = float(np.linalg.norm(pull))
+            gradients[row] = -pull[self._coordinates] * min(1.0, self._clip / norm if norm else 1.0)
+        return contributions(gradients, moved[self._coordinates])

@@ -1,0 +1,179 @@
+"""The coordinator's federation directory: what the server and the export read of it."""
+
+import logging
+import threading
+from pathlib import Path
+from typing import Final
+
+from cryptography import x509
+from pydantic import Field, ValidationError
+
+from fedclaw.errors import ProvisionError, SealError
+from fedclaw.files import PRIVATE_MODE, write_atomic
+from fedclaw.identity import pki
+from fedclaw.identity.descriptor import DESCRIPTOR_FILE, Descriptor, load_descriptor
+from fedclaw.identity.key_files import belongs, load_certificate, load_key, read_file, read_private
+from fedclaw.identity.seal import Opener, SealSuite, decode_key, encode_key, public_of
+from fedclaw.protocol.frozen import Frozen
+
+logger = logging.getLogger(__name__)
+
+CA_CERTIFICATE: Final = "ca.crt"
+CA_KEY: Final = "ca.key"
+SERVER_CERTIFICATE: Final = "server.crt"
+SERVER_KEY: Final = "server.key"
+SEAL_KEY: Final = "seal.key"
+RELEASE_CERTIFICATE: Final = "release.crt"
+RELEASE_KEY: Final = "release.key"
+REVOKED: Final = "revoked.crl"
+SITES: Final = "sites"
+
+# ca.key is not among them: a running server does not need it, and it may be kept elsewhere.
+_NEEDED = (
+    (CA_CERTIFICATE, "the CA's certificate"),
+    (SERVER_CERTIFICATE, "the server's certificate"),
+    (SERVER_KEY, "the server's key"),
+    (SEAL_KEY, "the key that updates are sealed to"),
+    (RELEASE_CERTIFICATE, "the certificate of the key that signs bundles"),
+    (RELEASE_KEY, "the key that signs bundles"),
+    (REVOKED, "the list of revoked sites"),
+)
+
+
+class _SealKeyFile(Frozen):
+    suite: SealSuite
+    private_key: str = Field(repr=False)
+
+
+class Signer:
+    """Signs bundles with the federation's release key."""
+
+    def __init__(self, key: pki.PrivateKey, certificate_pem: bytes, ca_pem: bytes) -> None:
+        self._key = key
+        self.certificate_pem = certificate_pem
+        self.ca_pem = ca_pem
+
+    def sign(self, content: bytes) -> bytes:
+        """ECDSA P-384 with SHA-384 over `content`, DER (what `openssl dgst -sha384 -verify` checks)."""
+        return self._key.sign(content, pki.ECDSA)
+
+
+class FederationHome:
+    """A federation directory that has been opened and checked; keys are read when they are asked for."""
+
+    def __init__(self, root: Path, descriptor: Descriptor) -> None:
+        self.root = root
+        self.descriptor = descriptor
+        self.ca = descriptor.ca
+        self._revocations = _Revocations(root / REVOKED, self.ca)
+
+    @classmethod
+    def open(cls, path: Path) -> "FederationHome":
+        """Check the directory's files and descriptor. Raises ProvisionError naming what is missing or wrong."""
+        if not path.is_dir():
+            raise ProvisionError(
+                f"{path} is not a federation directory; make one with: "
+                f"python -m fedclaw.provision init federation={path} name=NAME address=HOST:PORT"
+            )
+        descriptor = load_descriptor(path / DESCRIPTOR_FILE)
+        for file, what in _NEEDED:
+            if not (path / file).is_file():
+                raise ProvisionError(f"{path / file} is missing: {what}; restore it from a backup")
+        home = cls(path, descriptor)
+        if load_certificate(path / CA_CERTIFICATE, "the CA's certificate") != home.ca:
+            raise ProvisionError(f"{path / CA_CERTIFICATE} is not the CA that {path / DESCRIPTOR_FILE} names")
+        home._revocations.load()
+        return home
+
+    @property
+    def name(self) -> str:
+        """The federation's name."""
+        return self.descriptor.name
+
+    def __repr__(self) -> str:
+        return f"FederationHome({str(self.root)!r})"
+
+    def tls(self) -> pki.TlsIdentity:
+        """The server's end of a connection. Raises ProvisionError, with the command to run when it has expired."""
+        certificate, key = self._leaf(SERVER_CERTIFICATE, SERVER_KEY, pki.Purpose.SERVER)
+        return pki.TlsIdentity(pki.pem_of(certificate), pki.key_pem(key), pki.pem_of(self.ca))
+
+    def signer(self) -> Signer:
+        """The key that signs bundles. Raises ProvisionError."""
+        certificate, key = self._leaf(RELEASE_CERTIFICATE, RELEASE_KEY, pki.Purpose.RELEASE)
+        return Signer(key, pki.pem_of(certificate), pki.pem_of(self.ca))
+
+    def opener(self) -> Opener:
+        """Opens sealed updates. Raises ProvisionError if the key is not the one in the descriptor."""
+        path = self.root / SEAL_KEY
+        content = read_private(path, "the key that updates are sealed to")
+        try:
+            stored = _SealKeyFile.model_validate_json(content)
+            private = decode_key(stored.private_key)
+            public = public_of(stored.suite, private)
+        except (ValidationError, SealError):
+            # No detail: it could quote the key.
+            raise ProvisionError(f"{path} is damaged; restore it from a backup") from None
+        if (stored.suite, encode_key(public)) != (self.descriptor.seal_suite, self.descriptor.seal_public_key):
+            raise ProvisionError(f"{path} is not the key that sites seal to by {self.root / DESCRIPTOR_FILE}")
+        return Opener(stored.suite, private)
+
+    def is_revoked(self, serial: int) -> bool:
+        """Whether the certificate with that serial number is revoked, by revoked.crl as it is now.
+
+        Raises ProvisionError if the list is missing, damaged or not signed by the CA: never "nobody is revoked".
+        """
+        return self._revocations.contains(serial)
+
+    def _leaf(
+        self, certificate_file: str, key_file: str, purpose: pki.Purpose
+    ) -> tuple[x509.Certificate, pki.PrivateKey]:
+        path = self.root / certificate_file
+        renew = f"run: python -m fedclaw.provision renew federation={self.root}"
+        certificate = load_certificate(path, f"the {purpose.name.lower()} certificate")
+        pki.check_leaf(certificate, self.ca, purpose, str(path), renew)
+        key = load_key(self.root / key_file, f"the {purpose.name.lower()} key")
+        if not belongs(certificate, key):
+            raise ProvisionError(f"{path} is not for the key in {self.root / key_file}; {renew}")
+        return certificate, key
+
+
+def save_seal_key(path: Path, suite: SealSuite, private_key: bytes) -> None:
+    """Write the private seal key so that only its owner can read it."""
+    stored = _SealKeyFile(suite=suite, private_key=encode_key(private_key))
+    write_atomic(path, stored.model_dump_json().encode() + b"\n", PRIVATE_MODE)
+
+
+class _Revocations:
+    """The serial numbers in a CRL file, read again whenever the file has changed."""
+
+    def __init__(self, path: Path, ca: x509.Certificate) -> None:
+        self._path = path
+        self._ca = ca
+        self._lock = threading.Lock()
+        self._stamp: tuple[int, int, int] | None = None
+        self._serials: frozenset[int] = frozenset()
+
+    def contains(self, serial: int) -> bool:
+        self.load()
+        return serial in self._serials
+
+    def load(self) -> None:
+        with self._lock:
+            stamp = self._stat()
+            if stamp == self._stamp:
+                return
+            self._stamp = None
+            crl = pki.parse_crl(read_file(self._path, "the list of revoked sites"), self._ca, str(self._path))
+            self._serials = frozenset(item.serial_number for item in crl)
+            self._stamp = stamp
+            logger.debug("read %s: %d certificates are revoked", self._path, len(self._serials))
+
+    def _stat(self) -> tuple[int, int, int]:
+        try:
+            status = self._path.stat()
+        except OSError:
+            raise ProvisionError(
+                f"{self._path} is missing: the list of revoked sites; restore it from a backup"
+            ) from None
+        return status.st_mtime_ns, status.st_size, status.st_ino

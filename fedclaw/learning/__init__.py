@@ -1,0 +1,1 @@
+"""What is learned and how: strategies, tasks, the step loop, postprocessors, update compression."""

@@ -1,0 +1,88 @@
+"""The postprocessor of the methods whose form of an update is each site's own, and how their answers are opened.
+
+The site's last step, after clipping, noise and weighting: with local noise it is post-processing, which costs nothing.
+An answer is opened when it arrives, before it is added, so the sum is the usual one.
+
+What a strategy adds to an update (control variates, normalisers) travels as it is: it has to add up exactly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from fedclaw.learning.compression.encoder import Encoder, broken
+from fedclaw.learning.compression.feedback import ERROR, WARM, add_memory, remembered, to_remember
+from fedclaw.learning.compression.fp16 import Fp16
+from fedclaw.learning.compression.powersgd import LowRank
+from fedclaw.learning.compression.stochastic import Stochastic
+from fedclaw.learning.compression.topk import LargestK
+from fedclaw.learning.update import Postprocessor, SiteContext, Update, is_extra
+from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire, all_finite, shapes_of
+from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, TopK
+from fedclaw.protocol.plan import Plan
+
+T = TypeVar("T")
+
+
+def encoder_of(plan: Plan) -> Encoder | None:
+    """What makes a site's own form of an update; None: it travels as it is summed."""
+    match plan.compression:
+        case HalfPrecision():
+            return Fp16()
+        case Quantisation(method=method, block=block):
+            return Stochastic(8 if method == "int8" else 4, block)
+        case TopK(fraction=fraction):
+            return LargestK(fraction)
+        case PowerSgd(rank=rank):
+            return LowRank(rank)
+        case _:
+            return None
+
+
+class SiteEncoding(Postprocessor):
+    """Leaves the update as the server will read it, and beside it the form that travels."""
+
+    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
+        """Encode the update and what was not sent before. One that is not finite leaves as one that says so."""
+        if (encoder := encoder_of(plan)) is None:
+            return update
+        own, extras = _parts(update.arrays)
+        feedback = bool(getattr(plan.compression, "feedback", False))
+        if feedback:
+            add_memory(own, remembered(context.state, ERROR, plan))
+        shapes = shapes_of(own)
+        if not all(all_finite(array) for array in own.values()):
+            return replace(update, encoded={**broken(encoder.layout(shapes)), **extras})
+        encoded = encoder.encode(own, context.source, remembered(context.state, WARM, plan))
+        read = encoder.decode(encoded.wire, shapes)
+        error = {name: np.subtract(own[name], read[name], out=own[name]) for name in own} if feedback else {}
+        return replace(
+            update,
+            arrays={**read, **extras},
+            encoded={**encoded.wire, **extras},
+            state={**update.state, **to_remember({ERROR: error, WARM: encoded.warm}, plan)},
+        )
+
+    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+        """Nothing: each answer was opened when it came."""
+        return total
+
+
+def layout(encoder: Encoder, shapes: Shapes) -> dict[str, Form]:
+    """The arrays that an answer has to have, for an update of these shapes."""
+    own, extras = _parts(shapes)
+    return {**encoder.layout(own), **{name: Form(np.dtype(np.float32), shape) for name, shape in extras.items()}}
+
+
+def opened(encoder: Encoder, wire: Wire, shapes: Shapes) -> Arrays:
+    """The update of these shapes that `wire`, of their layout, stands for. Raises UpdateError if it stands for none."""
+    own, extras = _parts(shapes)
+    return {**encoder.decode(wire, own), **{name: wire[name] for name in extras}}
+
+
+def _parts(items: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
+    """What belongs to the parameters, and what to that which was added to them."""
+    own = {name: item for name, item in items.items() if not is_extra(name)}
+    return own, {name: item for name, item in items.items() if is_extra(name)}

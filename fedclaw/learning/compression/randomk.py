@@ -1,0 +1,90 @@
+"""Random-k: the numbers at k positions of each tensor, drawn anew each round and the same at every site.
+
+The positions follow from the plan, so they need not travel, and since all sites send the same ones, the sum of what
+they send is what their sum would send: the vector is only shorter. Secure aggregation masks it like any other, and
+leaving numbers out enlarges no norm, so noise on the sum is made for it as for the whole. That is why it is the first
+thing to happen at a site, before the clipping, and the last at the server.
+
+Without feedback the server multiplies by d / k, so that the mean over the positions is the update itself (Stich,
+Cordonnier, Jaggi 2018, definition 2.1, made unbiased); the variance is d / k - 1 times its square. With feedback it
+does not, and what was not sent waits at the site.
+"""
+
+import hashlib
+import math
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.learning.compression.encoder import kept
+from fedclaw.learning.compression.feedback import ERROR, add_memory, remembered, to_remember
+from fedclaw.learning.update import Postprocessor, SiteContext, Update, is_extra
+from fedclaw.protocol.arrays import Arrays, Shapes, all_finite
+from fedclaw.protocol.compression import RandomK
+from fedclaw.protocol.plan import Plan
+
+
+class SharedPositions(Postprocessor):
+    """Each tensor becomes the (k,) numbers that its plan's positions hold; what else a site adds stays whole."""
+
+    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
+        """Pick the numbers that are sent, of the update and what was not sent before."""
+        request = plan.compression
+        if not isinstance(request, RandomK):
+            return update
+        own = {name: array for name, array in update.arrays.items() if not is_extra(name)}
+        memory = remembered(context.state, ERROR, plan) if request.feedback else {}
+        add_memory(own, memory)
+        chosen = {name: positions(request, plan.round, name, array.size) for name, array in own.items()}
+        sent = {name: array.reshape(-1)[chosen[name]] for name, array in own.items()}
+        if not request.feedback or not all(all_finite(array) for array in own.values()):
+            return replace(update, arrays={**update.arrays, **sent})
+        for name, array in own.items():
+            array.reshape(-1)[chosen[name]] = 0
+        state = {**update.state, **to_remember({ERROR: own}, plan)}
+        return replace(update, arrays={**update.arrays, **sent}, state=state)
+
+    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+        """Put the numbers back in their places, zeros in the others."""
+        request = plan.compression
+        if not isinstance(request, RandomK):
+            return total
+        arrays = {
+            name: array if is_extra(name) else _spread(request, plan.round, name, array, shapes[name])
+            for name, array in total.arrays.items()
+        }
+        return replace(total, arrays=arrays)
+
+
+def shortened(arrays: Arrays, plan: Plan) -> Arrays:
+    """The arrays of an update's shapes as they are summed: as they are, or the first numbers of each."""
+    request = plan.compression
+    if not isinstance(request, RandomK):
+        return arrays
+    return {
+        name: array if is_extra(name) else np.zeros(kept(request.fraction, array.size), np.float32)
+        for name, array in arrays.items()
+    }
+
+
+def positions(request: RandomK, round: int, name: str, numbers: int) -> NDArray[np.int64]:
+    """The ascending positions (k,) of the tensor `name` that are sent in `round`.
+
+    Philox's plain output is the same in every release of numpy; so is which of its numbers are the smallest.
+    """
+    count = kept(request.fraction, numbers)
+    if count == numbers:
+        return np.arange(numbers)
+    key = hashlib.sha256(f"randk|{request.seed}|{round}|{name}".encode()).digest()[:16]
+    draws = np.random.Philox(key=int.from_bytes(key, "big")).random_raw(numbers)
+    return np.sort(np.argpartition(draws, count - 1)[:count])
+
+
+def _spread(
+    request: RandomK, round: int, name: str, sent: NDArray[np.float32], shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    whole = np.zeros(math.prod(shape), np.float32)
+    scale = 1.0 if request.feedback else whole.size / max(sent.size, 1)
+    whole[positions(request, round, name, whole.size)] = sent * np.float32(scale)
+    return whole.reshape(shape)

@@ -1,0 +1,136 @@
+"""What happens to an update between local training and the step: ordered postprocessors, each in two halves.
+
+The site applies its halves in order to its own update; the server applies the other halves in reverse to the sum. A
+postprocessor sees an update, the plan, randomness, and what it kept of the last update, never a model or data, so it is
+post-processing under differential privacy; what it changes about sensitivity is its own to say.
+
+Random positions come before the clipping, so that what is clipped is what is sent; a form of its own, in fewer bytes,
+is the last thing that a site makes of an update, and the server opens it before it adds it (`reader`).
+
+What clips at the site knows the sensitivity, so the same postprocessor makes the noise at the server. Masking comes
+after all of these and is not one of them: it is an exchange of its own (`fedclaw.server.secure_round`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord
+from numpy.typing import NDArray
+
+from fedclaw.errors import UpdateError
+from fedclaw.learning.compression.encoded import SiteEncoding, encoder_of, layout, opened
+from fedclaw.learning.compression.randomk import SharedPositions, shortened
+from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.update import Postprocessor, SiteContext, Update
+from fedclaw.privacy.mechanisms.server_noise import WITHIN, CentralNoise
+from fedclaw.protocol.arrays import Arrays, Shapes, all_finite, payload, shapes_of, unpack, unpack_wire
+from fedclaw.protocol.plan import Plan
+
+_BESIDE = 1024
+"""Bytes of an array's header, padding and description, at most."""
+
+Reader = Callable[[ArrayRecord], tuple[Arrays, int]]
+"""Opens what a site sent: its weighted update, and how many bytes it came in. Raises UpdateError."""
+
+
+class Weighting(Postprocessor):
+    """Sum of weight x delta at the sites, divided by the sum of weights at the server (McMahan et al. 2017, alg. 1).
+
+    Where sites are asked at random under central privacy, the divisor is what is expected of them, not what came:
+    the divisor must not depend on who was asked (McMahan, Ramage, Talwar, Zhang 2018, section 3, the estimator with
+    a fixed denominator).
+    """
+
+    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
+        """Multiply by the site's weight."""
+        weight = plan.weight(update.examples)
+        for array in update.arrays.values():
+            np.multiply(array, array.dtype.type(weight), out=array)
+        return replace(update, weight=weight, heaviest=weight)
+
+    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+        """Divide by the sum of weights."""
+        fixed = plan.central.expected_sites if plan.central else None
+        divisor = total.weight if fixed is None else fixed
+        if divisor <= 0:
+            raise UpdateError("no update was added, so there is no mean")
+        for name, array in total.arrays.items():
+            np.divide(array, array.dtype.type(divisor), out=array)
+            if not all_finite(array):
+                raise UpdateError(f"the updates' sum overflowed in parameter {name!r}: a site sent absurd values")
+        return replace(total, weight=1.0, heaviest=total.heaviest / divisor, divisor=divisor)
+
+
+PIPELINE: tuple[Postprocessor, ...] = (SharedPositions(), CentralNoise(), Weighting(), SiteEncoding())
+"""In the order in which a site applies them."""
+
+
+def at_site(update: Update, plan: Plan, context: SiteContext) -> Update:
+    """What leaves a site (`Update.leaving`), what the server adds of it (`arrays`), and what the site keeps (`state`).
+
+    Whoever answers for a site without a message adds `arrays` as they are.
+    """
+    for postprocessor in PIPELINE:
+        update = postprocessor.at_site(update, plan, context)
+    return update
+
+
+def at_server(total: Update, plan: Plan, shapes: Shapes) -> Update:
+    """What the server's optimiser steps along; `shapes` are those of the global parameters."""
+    for postprocessor in reversed(PIPELINE):
+        total = postprocessor.at_server(total, plan, shapes)
+    return total
+
+
+def template(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Arrays:
+    """Arrays, by name, of the shapes that updates under `plan` are summed in: its parameters', and what a site adds.
+
+    Raises PluginError for a strategy that is not installed.
+    """
+    arrays = {name: array for name, array in parameters.items() if name not in plan.personal}
+    arrays = shortened(arrays | strategy_class(plan.strategy).extras(arrays), plan)
+    if plan.central and plan.central.adaptive:
+        arrays[WITHIN] = np.zeros(1, np.float32)
+    return arrays
+
+
+def precision(plan: Plan) -> type[np.floating[Any]]:
+    """The type in which a server adds updates: float64 where its own noise comes after the sum, as the roundings of all
+    the others would differ by who is in it."""
+    return np.float64 if plan.central is not None and plan.central.noise_by == "server" else np.float32
+
+
+def sum_of(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> dict[str, NDArray[Any]]:
+    """Arrays as `template` has them, in the type of the sum."""
+    return {name: array.astype(precision(plan), copy=False) for name, array in template(parameters, plan).items()}
+
+
+def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:
+    """What opens the answers of the sites that were asked with `plan` and `parameters`. Raises PluginError."""
+    if (encoder := encoder_of(plan)) is None:
+        return as_sent
+    shapes = shapes_of(template(parameters, plan))
+    expected = layout(encoder, shapes)
+
+    def read(record: ArrayRecord) -> tuple[Arrays, int]:
+        return opened(encoder, unpack_wire(record, expected), shapes), sum(form.nbytes for form in expected.values())
+
+    return read
+
+
+def answer_bytes(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> int:
+    """What the arrays of an answer to `plan` and `parameters` take as a message. Raises PluginError."""
+    arrays = template(parameters, plan)
+    encoder = None if plan.secure else encoder_of(plan)
+    sizes = {name: array.nbytes for name, array in arrays.items()}
+    if encoder is not None:
+        sizes = {name: form.nbytes for name, form in layout(encoder, shapes_of(arrays)).items()}
+    return sum(size + len(name) + _BESIDE for name, size in sizes.items())
+
+
+def as_sent(record: ArrayRecord) -> tuple[Arrays, int]:
+    """A `Reader` of updates that travel as they are summed."""
+    arrays = unpack(record)
+    return arrays, payload(arrays)

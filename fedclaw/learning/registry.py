@@ -1,0 +1,53 @@
+"""Finds plug-ins by name among the installed packages' entry points; never by an import path from elsewhere."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+from fedclaw.catalogue import STRATEGIES as STRATEGIES
+from fedclaw.catalogue import WORKLOADS as WORKLOADS
+from fedclaw.catalogue import did_you_mean, plugin_points
+from fedclaw.errors import PluginError
+from fedclaw.learning.workload import Schema, Workload
+
+if TYPE_CHECKING:
+    from fedclaw.learning.strategy import Strategy
+
+SCHEMAS = "fedclaw.schemas"
+
+T = TypeVar("T")
+
+
+def installed(group: str) -> frozenset[str]:
+    """Names of the plug-ins of one kind."""
+    return frozenset(plugin_points(group))
+
+
+def _load(group: str, name: str, base: type[T]) -> type[T]:
+    found = plugin_points(group)
+    if name not in found:
+        near, known = did_you_mean(name, found), ", ".join(sorted(found)) or "none"
+        raise PluginError(f"no {group.rpartition('.')[2]} plug-in is called {name!r}{near}; installed: {known}")
+    try:
+        plugin = found[name].load()
+    except Exception as error:  # what its author did not foresee is nothing that a user could act on
+        what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise PluginError(f"the plug-in {name!r} ({found[name].value}) cannot be imported: {what}") from error
+    if not (isinstance(plugin, type) and issubclass(plugin, base)):
+        raise PluginError(f"the plug-in {name!r} ({found[name].value}) is not a {base.__name__}")
+    return plugin
+
+
+def strategy_class(name: str) -> "type[Strategy]":
+    """The installed strategy of that name. Raises PluginError."""
+    from fedclaw.learning.strategy import Strategy
+
+    return _load(STRATEGIES, name, Strategy)  # type: ignore[type-abstract]
+
+
+def workload_class(name: str) -> type[Workload]:
+    """The installed workload of that name. Raises PluginError."""
+    return _load(WORKLOADS, name, Workload)  # type: ignore[type-abstract]
+
+
+def schema_class(name: str) -> type[Schema]:
+    """The installed schema reader of that workload. Raises PluginError."""
+    return _load(SCHEMAS, name, Schema)  # type: ignore[type-abstract]

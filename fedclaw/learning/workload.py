@@ -1,0 +1,214 @@
+"""The seam between the framework and a workload (tabular, vision, ...): two abstract classes.
+
+A `Schema` is read from a small file that the federation agrees on; it turns a site's raw files, or the rows that
+somebody wants predicted, into arrays. It needs numpy only, so that prediction runs without torch and does exactly
+what training did. A `Workload` adds the model, the loss and the metrics, as pure functions.
+
+Legend: N examples, C classes, D input shape without the batch.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.errors import DataError
+from fedclaw.file_format import FileFormat
+from fedclaw.privacy.statistics import Records, StatisticColumn
+from fedclaw.protocol.plan import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Examples ready for a model: inputs (N, *D) float32 and class indices (N,) int64."""
+
+    inputs: Floats
+    targets: Labels
+    content: str | None = None
+    """SHA-256 of the one file that this was read from, of the very bytes that were read."""
+    notes: tuple[str, ...] = ()
+    """What was seen while reading that the site's operator should know; it may count, so it never leaves the site."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs to predict, one by one: a bad row costs nobody else an answer."""
+
+    inputs: Floats
+    """(N, *D); of a refused row, without meaning."""
+    refused: Mapping[int, str]
+    """Why a row gets no answer, by its number from 0."""
+    identifiers: Mapping[str, Sequence[str]]
+    """What the file says of which row is which, by column, (N,) each."""
+
+    @property
+    def answered(self) -> NDArray[np.int64]:
+        """Numbers of the rows that get an answer, from 0."""
+        return np.array([row for row in range(len(self.inputs)) if row not in self.refused], np.int64)
+
+
+class Schema(ABC):
+    """What the federation agreed on: inputs, target, and how raw values become numbers. numpy only."""
+
+    name: ClassVar[str]
+    """The workload's name, the same as in the plan."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, text: str, origin: str) -> Self:
+        """Read a schema (YAML, or the JSON of `to_json`). Raises DataError that names `origin` and the field."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """Canonical JSON: the same schema gives the same text. Goes into bundles; sites compare its SHA-256."""
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """D."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> tuple[str, ...]:
+        """Names of the C classes, in the order of the model's outputs."""
+
+    @property
+    def class_weights(self) -> tuple[float, ...] | None:
+        """How much an example of each of the C classes counts in the loss; None: all the same."""
+        return None
+
+    @abstractmethod
+    def read_examples(self, path: Path) -> Table:
+        """Read labelled data. Raises DataError naming file, row (1-based, header not counted) and column."""
+
+    @abstractmethod
+    def read_inputs(self, path: Path) -> Floats:
+        """Read unlabelled data, (N, *D); a target column, if there is one, is ignored. Raises DataError."""
+
+    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+        """Read data to predict, row by row: what is wrong with a row is said of that row alone.
+
+        `identifiers` are columns to hand through, beside those that the schema names. Raises DataError for a file that
+        cannot be read as a whole.
+        """
+        if identifiers:
+            raise DataError(f"{path}: data of the workload {self.name} has no columns to hand through")
+        return Rows(self.read_inputs(path), {}, {})
+
+    def notes(self, table: Table) -> tuple[str, ...]:
+        """What the site's operator should know of labelled data, in sentences without a full stop.
+
+        They may count private data, so they are for the site's own eyes, never to be sent.
+        """
+        return table.notes
+
+    def written_as(self, written: FileFormat) -> Self:
+        """This schema for files that are written like that; what is agreed on, and the digest, stay the same.
+
+        Raises DataError where files have no such form.
+        """
+        if written != FileFormat():
+            raise DataError(
+                f"files of the workload {self.name} have no delimiter, decimal mark, encoding or title lines"
+            )
+        return self
+
+    @abstractmethod
+    def describe_inputs(self) -> Mapping[str, Any]:
+        """JSON-able description of the model's input tensor and of every preprocessing constant."""
+
+    @property
+    def data_dependent(self) -> bool:
+        """True if an example's inputs depend on other examples: then epsilon does not cover the preprocessing."""
+        return False
+
+    def fit(self, path: Path) -> Self:
+        """This schema with the constants that it takes from a site's training data, if any. Raises DataError."""
+        return self
+
+    def fit_examples(self, path: Path) -> tuple[Self, Table]:
+        """What `fit` and then `provisional` give, and the labelled data as they read it. Raises DataError."""
+        fitted = self.fit(path)
+        return fitted, fitted.provisional().read_examples(path)
+
+    def constants_json(self) -> str | None:
+        """The constants that `fit` found, which never leave the site; None for a schema that takes none."""
+        return None
+
+    def with_constants(self, text: str, origin: str) -> Self:
+        """This schema with the constants that `constants_json` gave. Raises DataError that names `origin`."""
+        raise DataError(f"{origin}: the schema takes no constants of a site's own; leave them out")
+
+    @property
+    def needs_constants(self) -> bool:
+        """True if constants that the federation agrees on are still to be put in; it reads no data before."""
+        return False
+
+    def shared_constants(self, moments: Mapping[str, tuple[float, float]]) -> str:
+        """The constants that the federation agrees on, for `with_constants`, from mean and variance by column.
+
+        Raises DataError if this schema takes none.
+        """
+        raise DataError("the schema takes no constants of the federation's")
+
+    def provisional(self) -> Self:
+        """This schema with constants made of itself alone where the federation's are still to come; else itself."""
+        return self
+
+    def statistic_columns(self) -> tuple[StatisticColumn, ...]:
+        """The columns that statistics can be asked about; none where examples have no columns."""
+        return ()
+
+    def records(self, path: Path) -> Iterator[Records]:
+        """The labelled data in `path`, in parts: every statistic column as it is, and labels. Raises DataError."""
+        yield Records({}, self.read_examples(path).targets)
+
+    @abstractmethod
+    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
+        """(count, *D) made from the schema alone (ranges, levels): never from a site's data."""
+
+
+class Workload(ABC):
+    """Model, loss and metrics for one schema: pure functions, no hidden state."""
+
+    name: ClassVar[str]
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+
+    @abstractmethod
+    def default_model(self) -> ModelSpec:
+        """The model used when the configuration names none."""
+
+    @abstractmethod
+    def build(self, spec: ModelSpec) -> "torch.nn.Module":
+        """A fresh model, (N, *D) -> logits (N, C), without batch statistics. Raises PluginError for a wrong spec.
+
+        A site builds it under `torch.device("meta")` first, where it must cost no memory, and for real only if
+        names and shapes of its parameters are those that arrived.
+        """
+
+    @abstractmethod
+    def spec_of(self, model: "torch.nn.Module") -> ModelSpec:
+        """The spec that builds a model of exactly this model's (possibly pruned) shapes: build(spec_of(m)) fits m."""
+
+    @abstractmethod
+    def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """Mean loss over the batch, a scalar; 0 with a zero gradient for an empty batch."""
+
+    @abstractmethod
+    def evaluate(self, logits: "torch.Tensor", targets: "torch.Tensor") -> dict[str, float]:
+        """Metrics of a test set by the names in `fedclaw.protocol.plan.METRICS`; undefined ones are left out."""

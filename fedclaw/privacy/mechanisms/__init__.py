@@ -1,0 +1,1 @@
+"""How an answer may leave a site, one mechanism a file."""

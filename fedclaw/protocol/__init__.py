@@ -1,0 +1,1 @@
+"""What crosses the wire: plans, questions, receipts, refusals, arrays. Frozen values."""

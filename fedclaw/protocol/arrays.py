@@ -1,0 +1,178 @@
+"""Named float arrays on the wire and back, without a copy where none is needed.
+
+Flower's `Array` holds the bytes of a .npy file. Reading them through `np.load` copies; here they are viewed.
+"""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from fedclaw.errors import UpdateError
+
+if TYPE_CHECKING:
+    from flwr.app import Array, ArrayRecord
+
+Arrays = dict[str, NDArray[np.float32]]
+"""Parameters, or anything of their shapes, by state-dict name; float32."""
+
+Wire = dict[str, NDArray[Any]]
+"""Arrays in the form in which they travel, by name."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of arrays, by name."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Type and shape of an array that travels."""
+
+    dtype: "np.dtype[Any]"
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What its numbers take."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+S = TypeVar("S", bound=np.generic)
+
+_STYPE = "numpy.ndarray"
+_VECTOR = "vector"
+_LONGEST_HEADER = 4096
+
+
+def pack(arrays: Mapping[str, NDArray[np.float32]]) -> "ArrayRecord":
+    """`arrays` as a Flower record, one copy of each."""
+    return pack_wire({name: array.astype(np.float32, copy=False) for name, array in arrays.items()})
+
+
+def pack_wire(arrays: Mapping[str, NDArray[Any]]) -> "ArrayRecord":
+    """The same for arrays of any number type."""
+    from flwr.app import ArrayRecord
+
+    return ArrayRecord({name: _packed(array) for name, array in arrays.items()})
+
+
+def _packed(array: NDArray[Any]) -> "Array":
+    from flwr.app import Array
+
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(contiguous))
+    data = b"".join((header.getvalue(), contiguous.data))
+    return Array(dtype=str(contiguous.dtype), shape=tuple(contiguous.shape), stype=_STYPE, data=data)
+
+
+def pack_integers(vector: NDArray[np.uint32]) -> "ArrayRecord":
+    """A flat vector (d,) of integers as a Flower record."""
+    return pack_wire({_VECTOR: vector})
+
+
+def unpack_integers(record: "ArrayRecord") -> NDArray[np.uint32]:
+    """A read-only view of what `pack_integers` packed. Raises UpdateError for anything else."""
+    if set(record) != {_VECTOR}:
+        raise UpdateError(f"the masked answer holds arrays {', '.join(record)}, expected {_VECTOR}")
+    return _view(_VECTOR, record[_VECTOR], np.dtype(np.uint32))
+
+
+def unpack(record: "ArrayRecord") -> Arrays:
+    """Read-only views of a record's arrays. Raises UpdateError for anything but well-formed float32."""
+    return {name: _view(name, array, np.dtype(np.float32)) for name, array in record.items()}
+
+
+def unpack_wire(record: "ArrayRecord", layout: Mapping[str, Form]) -> Wire:
+    """Read-only views of a record's arrays. Raises UpdateError unless they are those of `layout`, type and shape."""
+    if record.keys() != layout.keys():
+        odd = sorted(set(record.keys()) ^ set(layout.keys()))
+        raise UpdateError(f"the update's arrays are not those that were asked for; missing or unknown: {_few(odd)}")
+    wire = {name: _view(name, array, layout[name].dtype) for name, array in record.items()}
+    for name, array in wire.items():
+        if array.shape != layout[name].shape:
+            raise UpdateError(f"array {name!r} has shape {array.shape}, expected {layout[name].shape}")
+    return wire
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def shapes_of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of `arrays`, by name."""
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def payload(arrays: Mapping[str, NDArray[Any]]) -> int:
+    """Bytes of the arrays' numbers."""
+    return sum(array.nbytes for array in arrays.values())
+
+
+def flattened(arrays: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
+    """All arrays one after the other, in the order of their names: (d,)."""
+    return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])
+
+
+def unflattened(
+    vector: NDArray[np.floating[Any]], shapes: Shapes, precision: type[np.floating[Any]] = np.float32
+) -> Arrays:
+    """The arrays (of type `precision`) of these names and shapes that `flattened` made `vector` (d,) of."""
+    arrays: Arrays = {}
+    start = 0
+    for name in sorted(shapes):
+        size = math.prod(shapes[name])
+        arrays[name] = vector[start : start + size].astype(precision, copy=False).reshape(shapes[name])
+        start += size
+    return arrays
+
+
+def _view(name: str, array: "Array", expected: np.dtype[S]) -> NDArray[S]:
+    from fedclaw.protocol.records import serialised
+
+    if array.stype != _STYPE:
+        raise UpdateError(f"array {name!r} is serialised as {array.stype!r}, expected {_STYPE!r}")
+    data = serialised(array)
+    head = io.BytesIO(data[:_LONGEST_HEADER])
+    try:
+        version = npy.read_magic(head)
+        if version != (1, 0):
+            raise ValueError(f"unsupported .npy version {version}")
+        shape, fortran, dtype = npy.read_array_header_1_0(head)
+        if dtype != expected or fortran:
+            raise ValueError(f"expected C-ordered {expected}, got {dtype}")
+        values = np.frombuffer(data, dtype=expected, offset=head.tell())
+        return values.reshape(shape)
+    except ValueError as error:
+        raise UpdateError(f"array {name!r} cannot be read: {error}") from error
+
+
+LARGEST = 2.0**100
+"""No number of an update, times its weight, is larger: 2^27 of them still add up to a float32."""
+
+
+def all_within(array: NDArray[np.float32], largest: float = LARGEST) -> bool:
+    """Whether all is finite and at most `largest` (which is above 2^64) in size; mostly one pass without a temporary.
+
+    A sum of squares below infinity in float32 has no element above 2^64.
+    """
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.dot(flat, flat)):
+            return True
+        size = np.abs(flat)
+        return bool(np.isfinite(size).all() and (size <= largest).all())
+
+
+def all_finite(array: NDArray[np.float32]) -> bool:
+    """Whether every element is finite; mostly one pass without a temporary.
+
+    A sum of squares is finite only if no element is NaN or infinite; if it is not, an honest overflow is told apart.
+    """
+    flat = array.reshape(-1)
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all())

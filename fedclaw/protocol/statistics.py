@@ -1,0 +1,172 @@
+"""What a server asks a site for statistics, and what it pays for: a message of type `query.statistics` holds
+
+    {"request": ConfigRecord {"json": StatisticsRequest}}
+
+with scores asked for also {"arrays": ArrayRecord of the model's parameters}, and a site that takes part answers
+
+    {"sum": ArrayRecord {"statistics": its noised vector (d,), float32}, "receipt": ConfigRecord {"json":
+     StatisticsReceipt}, "about": ConfigRecord {"run"}}
+
+Under secure aggregation the exchange has further stages (`fedclaw.server.secure_exchange`), and the answer has
+{"masked": ArrayRecord (one flat uint32 vector)} in place of the sum.
+
+The vector is that of `fedclaw.privacy.statistics.Design`, which both sides make from the schema and the request.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from fedclaw.errors import DataError, PrivacyError
+from fedclaw.learning.statistics_scores import score_design
+from fedclaw.learning.workload import Schema
+from fedclaw.privacy.accounting import calibrate
+from fedclaw.privacy.distributed import Shares, share_noise
+from fedclaw.privacy.mechanisms.shared_noise import RANGE_BESIDE_NOISE
+from fedclaw.privacy.statistics import MAX_BINS, MAX_SCORE_BINS, Design
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import (
+    MAX_COLUMNS,
+    MAX_CONSTANTS,
+    MAX_SITES,
+    Digest,
+    Epsilon,
+    Head,
+    ModelSpec,
+    Name,
+    ParameterName,
+    SecureAggregation,
+)
+
+STATISTICS_VERSION = 1
+
+STATISTICS = "query.statistics"
+"""The type of the message."""
+
+REQUEST, VECTOR = "request", "statistics"
+
+ROUND = 0
+"""What stands for the round where one is named: statistics have none."""
+
+
+class ScoreQuestion(Frozen):
+    """How a model of two classes scores the rows (`fedclaw.learning.statistics_scores`), parameters sent along."""
+
+    model: ModelSpec
+    bins: int = Field(default=33, ge=3, le=MAX_SCORE_BINS)
+    preprocessing: str | None = Field(default=None, max_length=MAX_CONSTANTS)
+    """The federation's constants, of a schema that takes them."""
+
+
+class StatisticsRequest(Frozen):
+    """The frozen question. Its JSON is deterministic: the same question again is answered from a site's outbox."""
+
+    version: int = STATISTICS_VERSION
+    federation: Name
+    run: Name
+    """The name under which sites charge it."""
+    cohort: int = Field(ge=1, le=MAX_SITES)
+    """Number of sites asked, by the server's own word."""
+    workload: Name
+    schema_digest: Digest
+    columns: tuple[ParameterName, ...] = Field(max_length=MAX_COLUMNS)
+    """Columns of the schema, by name, in its order."""
+    labels: bool = True
+    """Whether to count the labels."""
+    bins: int = Field(default=64, ge=0, le=MAX_BINS)
+    """Bins of each number's histogram, from which quantiles are read; 0: none, and less noise in means."""
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    """What the release may cost a site, for one example being there or not."""
+    secure: SecureAggregation | None = None
+    """Secure aggregation, in which each site adds a share of the noise; None: each site adds all that it needs."""
+
+    scores: ScoreQuestion | None = None
+    """In place of columns and labels."""
+
+    @property
+    def round(self) -> int:
+        """Statistics have none."""
+        return ROUND
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without scores a request is what it was before there were any: a site that knows of none reads it."""
+        fields: dict[str, Any] = plain(self)
+        if fields.get("scores", ...) is None:
+            del fields["scores"]
+        return fields
+
+    @model_validator(mode="after")
+    def _alone(self) -> Self:
+        if self.scores is not None and (self.columns or self.labels or self.bins or self.secure is not None):
+            raise ValueError("scores are asked for alone: without columns, labels, bins and a secure sum")
+        return self
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if repeated := sorted(name for name, count in Counter(self.columns).items() if count > 1):
+            raise ValueError(f"columns: {', '.join(map(repr, repeated))} more than once")
+        return self
+
+
+def design_of(schema: Schema, columns: Sequence[str], labels: bool, bins: int) -> Design:
+    """The vector's design, from the schema and a request's fields.
+
+    Raises DataError for a column that the schema does not have, or for which it declares no bounds.
+    """
+    known = {column.name: column for column in schema.statistic_columns()}
+    if unknown := [name for name in columns if name not in known]:
+        listed = ", ".join(known) or "no columns"
+        raise DataError(f"the schema has no column {unknown[0]!r} for statistics; it has {listed:.300}")
+    return Design([known[name] for name in columns], schema.labels if labels else (), bins)
+
+
+def design_for(schema: Schema, request: StatisticsRequest) -> Design:
+    """The design of what `request` asks for. Raises DataError for what the schema does not have."""
+    if request.scores is not None:
+        return score_design(schema.labels, request.scores.bins)
+    return design_of(schema, request.columns, request.labels, request.bins)
+
+
+def noise_of(epsilon: float, delta: float) -> float:
+    """The noise multiplier that keeps one release within epsilon and delta. Raises PrivacyError when none does."""
+    return calibrate(epsilon, delta, 1.0, 1)
+
+
+def shares_of(request: StatisticsRequest) -> Shares:
+    """Each site's share of the noise in a secure sum. Raises PrivacyError when the request's figures allow none."""
+    secure = request.secure
+    assert secure is not None
+    if secure.value_range is not None:
+        raise PrivacyError(RANGE_BESIDE_NOISE)
+    return share_noise(
+        1.0,
+        secure.length,
+        len(secure.sites),
+        noise_of(request.epsilon, request.delta),
+        tolerated=secure.tolerated,
+        colluding=secure.colluding,
+        step=secure.step,
+    )
+
+
+class StatisticsReceipt(Frozen):
+    """What the answer cost a site, as its ledger has it. Unit: one example, there or not."""
+
+    mechanism: Literal["statistics"] = "statistics"
+    unit: Literal["example"] = "example"
+    trust: Literal["nobody", "aggregation"] = "nobody"
+    """Noise of the site's own, added before anything leaves; or shares of all sites in a secure sum."""
+    noise_multiplier: float = Field(gt=0, lt=math.inf)
+    """Standard deviation of the noise in each coordinate that the ledger counts; the vector's sensitivity is 1."""
+    delta: float = Field(gt=0, lt=1)
+    epsilon_run: Epsilon | None
+    epsilon_lifetime: Epsilon | None
+    """Spent on this data set by everything so far; None: unbounded."""
+    epsilon_left: Epsilon | None
+    """Budget minus lifetime; None: there is no budget."""
+    ledger_head: Head

@@ -1,0 +1,73 @@
+"""A model that learned nothing is called that: against always answering with the commonest class, and by its noise."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.server.run_directory import RunRecord, SiteReceipt
+
+_RANKS_WELL = 0.7
+_LEAST_SIGNAL = 3.0
+# Standard deviations. Below, not even gradients that all point one way can be told from the noise.
+
+
+def nothing_learned(line: Mapping[str, Any]) -> str | None:
+    """The warning for a round's line in the metrics whose model does not beat its majority class; None: it does, or
+    the sites did not say how common the classes are."""
+    majority, metrics = line.get("majority"), line.get("metrics") or {}
+    accuracy = metrics.get("accuracy")
+    if not majority or accuracy is None or accuracy > majority["accuracy"]:
+        return None
+    words = (
+        f"the model does not beat the majority class: its accuracy is {accuracy:.4f}, and whoever always answers "
+        f"{majority['label']!r} has {majority['accuracy']:.4f}"
+    )
+    if (auroc := metrics.get("auroc", 0.0)) >= _RANKS_WELL:
+        return (
+            f"{words}; it ranks better than that (AUROC {auroc:.4f}): another decision threshold may be what it lacks"
+        )
+    return f"{words}; by this measure it has learned nothing"
+
+
+def hopeless_noise(record: RunRecord, receipts: Mapping[str, SiteReceipt], sites: int) -> str | None:
+    """The warning for a run whose noise drowns whatever there is to learn; None: it does not.
+
+    A run's steps move the model by at most the clipping bound each, and by that only if the gradients of all examples
+    point one way at every step; of the noise's own path, its deviation in that one direction is compared with the sum.
+    """
+    found = [signal for signal in _signals(record, list(receipts.values()), sites) if signal < _LEAST_SIGNAL]
+    if not found:
+        return None
+    return (
+        f"with this noise nothing can be learned: even if all gradients pointed one way, {record.rounds} rounds would "
+        f"move the model by {max(found):.2g} standard deviations of the noise; take a larger epsilon, more examples or "
+        "sites, larger batches or more rounds"
+    )
+
+
+def _signals(record: RunRecord, receipts: Sequence[SiteReceipt], sites: int) -> list[float]:
+    """The largest possible signal by the noise in its direction, over the whole run; empty without noise."""
+    central = record.central
+    if record.privacy is not None:
+        noised = [item for item in receipts if item.receipt.mechanism == "dp-sgd" and item.receipt.noise_multiplier > 0]
+        if not noised or len(noised) < len(receipts):
+            return []
+        # A mean of K sites' paths: signals add up to at most K of the best one's, deviations to the root of K.
+        best = max(_of_one(item, record.rounds) for item in noised)
+        return [best * math.sqrt(len(noised))]
+    if central is not None:
+        return [_of_the_sum(central, receipts, record.rounds, sites)]
+    return []
+
+
+def _of_one(item: SiteReceipt, rounds: int) -> float:
+    """Of T steps on samples of B: T C against sqrt(T) z C / B."""
+    receipt = item.receipt
+    return receipt.sample_rate * item.examples * math.sqrt(receipt.steps * rounds) / receipt.noise_multiplier
+
+
+def _of_the_sum(central: CentralPrivacy, receipts: Sequence[SiteReceipt], rounds: int, sites: int) -> float:
+    """Of T rounds whose sum is over so many units: T m C against sqrt(T) z C."""
+    units = sum(item.examples for item in receipts) if central.unit == "example" else sites
+    return central.sample_rate * units * math.sqrt(rounds) / central.update_noise_multiplier

@@ -1,0 +1,406 @@
+"""What a run leaves at the coordinator: its record, checkpoints, metrics, receipts and the final model."""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+
+from fedclaw.errors import CheckpointError, RunInUse, UsageError
+from fedclaw.files import append_all, replacing, write_atomic
+from fedclaw.learning.workload import Schema, Workload
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.compression import Compression, check_compression
+from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.protocol.plan import (
+    METRICS,
+    MOST_EXAMPLES,
+    CentralPrivacy,
+    Distillation,
+    LocalTraining,
+    ModelSpec,
+    PrivacyRequest,
+    Receipt,
+    Weighting,
+    check_privacy,
+)
+from fedclaw.server.settings import SecureRequest
+
+LOCK = "run.lock"
+"""Held by the process that is at work on a run; the file stays."""
+
+_HELD: set[Path] = set()
+_HELD_LOCK = threading.Lock()
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
+
+
+class StrategyRecord(Frozen):
+    """A strategy by name and the settings it ran with."""
+
+    name: str
+    settings: dict[str, JsonValue] = {}
+
+
+class RoundRules(Frozen):
+    """When a round counts. None of these touches what a site computes or pays."""
+
+    minimum: int = Field(default=2, ge=1)
+    """Sites that must have trained for a round to count."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the connected sites asked in a round, sampled anew each time."""
+    deadline: float = Field(default=600.0, gt=0)
+    """Seconds that a site has to answer."""
+    attempts: int = Field(default=3, ge=1)
+    """How often the same question is asked before the run stops; a site that has answered pays nothing again."""
+
+
+class Simulated(Frozen):
+    """What is different in a run whose clients were simulated (`fedclaw.simulation`): nobody pays for a lost round."""
+
+    clients: int = Field(ge=1)
+    save_every: float = Field(default=0.0, ge=0)
+    """Least seconds between two checkpoints; what came after the last one is computed again by a run that goes on."""
+    repeatable_noise: bool = False
+    """For research only: noise and Poisson samples were made from the run's seed, and so guarantee nothing."""
+
+
+class ReleaseUse(Frozen):
+    """The release of federated statistics that a run's preprocessing comes from, and what it cost each site."""
+
+    run: str
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class RunRecord(Frozen):
+    """What was asked for, written once when the run begins. `schema_text` is the schema's canonical JSON."""
+
+    version: int = 1
+    run: str
+    federation: str
+    workload: str
+    schema_text: str
+    model: ModelSpec
+    strategy: StrategyRecord
+    rounds: int = Field(ge=1)
+    training: LocalTraining
+    privacy: PrivacyRequest | None
+    central: CentralPrivacy | None = None
+    secure: SecureRequest | None = None
+    distillation: Distillation | None = None
+    compression: Compression | None = None
+    weighting: Weighting = "examples"
+    weight_cap: int | None = Field(default=None, ge=1)
+    """The largest weight, with weighting: capped."""
+    personal: tuple[str, ...] = ()
+    """Parameters that the strategy leaves at the sites."""
+    metrics: tuple[str, ...] = METRICS
+    score_bins: int | None = Field(default=None, ge=2, le=4096)
+    preprocessing: str | None = None
+    statistics: ReleaseUse | None = None
+    """The federation's constants, for a schema that takes them."""
+    rules: RoundRules = RoundRules()
+    simulated: Simulated | None = None
+    """None: a run with sites."""
+    seed: int = 0
+    created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        secure = self.secure is not None
+        check_privacy(self.training, self.privacy, self.central, secure, self.weighting, self.weight_cap)
+        check_compression(self.compression, central=self.central is not None, secure=secure)
+        return self
+
+    @property
+    def schema_digest(self) -> str:
+        """SHA-256 of the schema: sites with another schema refuse."""
+        return schema_digest(self.schema_text)
+
+    def make_schema(self) -> Schema:
+        """The run's schema, with the federation's constants if it takes any; needs no torch."""
+        from fedclaw.learning.registry import schema_class
+
+        origin = f"the record of run {self.run}"
+        schema = schema_class(self.workload).parse(self.schema_text, origin)
+        return schema if self.preprocessing is None else schema.with_constants(self.preprocessing, origin)
+
+    def make_workload(self) -> Workload:
+        """The run's workload, with its schema."""
+        from fedclaw.learning.registry import workload_class
+
+        return workload_class(self.workload)(self.make_schema())
+
+
+def schema_digest(schema_text: str) -> str:
+    """SHA-256 (hexadecimal) of a schema's canonical JSON."""
+    return hashlib.sha256(schema_text.encode()).hexdigest()
+
+
+class SiteReceipt(Frozen):
+    """The last receipt of a site, and how many training examples it trained on."""
+
+    examples: int = Field(ge=0, le=MOST_EXAMPLES)
+    receipt: Receipt
+
+    def after(self, before: "SiteReceipt | None") -> "SiteReceipt":
+        """What is kept of a site that said `before` earlier in the same run: nothing in it gets better."""
+        return self if before is None else self.model_copy(update={"receipt": self.receipt.after(before.receipt)})
+
+
+_RECEIPTS = TypeAdapter(dict[str, SiteReceipt])
+
+
+class _MetricsLine(BaseModel):
+    """What every reader of metrics.jsonl relies on; the other fields are for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    round: int = Field(ge=1)
+    metrics: dict[str, float]
+
+
+class RunDirectory:
+    """runs/<run>/: run.json, checkpoint-NNNN.ckpt, metrics.jsonl, receipts.json, model.npz, compressed/, run.lock."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._newest_line: int | None = None
+        """Round of the last line of metrics.jsonl; None: it has not been looked at."""
+        self._holds = False
+
+    @classmethod
+    def create(cls, root: Path, record: RunRecord) -> "RunDirectory":
+        """Begin a run. Raises UsageError when the directory already holds one."""
+        directory = cls(root)
+        with directory.held():
+            directory.require_new()
+            write_atomic(directory._record_path, record.model_dump_json(indent=2).encode())
+        return directory
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else writes to the run as long as the block lasts. Raises RunInUse when somebody does already.
+
+        A lock of the operating system's, which ends with the process, however it ends; reading needs none. The object
+        that holds the run may hold it again.
+        """
+        if self._holds:
+            yield
+            return
+        with _locked(self.root):
+            self._holds = True
+            try:
+                yield
+            finally:
+                self._holds = False
+
+    def require_new(self) -> None:
+        """Raise UsageError when the directory already holds a run."""
+        if self._record_path.exists():
+            raise UsageError(
+                f"{self.root} already holds a run; continue it with resume={self.root} or choose another run name"
+            )
+
+    @classmethod
+    def open(cls, root: Path) -> "RunDirectory":
+        """A run that was begun. Raises UsageError when `root` is not one."""
+        directory = cls(root)
+        if not directory._record_path.is_file():
+            raise UsageError(f"{root} is not a run directory: it has no run.json (a run is a directory like runs/NAME)")
+        return directory
+
+    @property
+    def _record_path(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def model_path(self) -> Path:
+        """The final global parameters."""
+        return self.root / "model.npz"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON line a round."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def compressed(self) -> Path:
+        """What the compression stage left, if it ran."""
+        return self.root / "compressed"
+
+    def record(self) -> RunRecord:
+        """The run's record. Raises CheckpointError when it is damaged."""
+        return _read_model(self._record_path, RunRecord)
+
+    def workload(self) -> Workload:
+        """The run's workload, with its schema."""
+        return self.record().make_workload()
+
+    def schema(self) -> Schema:
+        """The run's schema; needs no torch."""
+        return self.record().make_schema()
+
+    def write_model(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+        """Write the final global parameters."""
+        with replacing(self.model_path) as file:
+            write_npz(file, parameters)
+
+    def read_model(self) -> Arrays:
+        """The final global parameters. Raises CheckpointError when the run has not finished or the file is damaged."""
+        if not self.model_path.is_file():
+            raise CheckpointError(
+                f"{self.root} has no model.npz: the run has not finished; continue it with resume={self.root}"
+            )
+        with self.model_path.open("rb") as file:
+            return read_npz(file, self.model_path)
+
+    def require_whole(self) -> None:
+        """Raise UsageError for a run whose model is not whole at the server, to be compressed or exported."""
+        if personal := self.record().personal:
+            raise UsageError(
+                f"{self.root} holds no whole model: {', '.join(personal)} never left the sites "
+                f"(strategy {self.record().strategy.name!r}) and are at its sites; export a run of a strategy that "
+                "shares all parameters"
+            )
+
+    def append_metrics(self, round_number: int, values: Mapping[str, Any], *, durable: bool = True) -> None:
+        """Add a line for `round_number`; a line of the same or a later round (before a resume) is replaced.
+
+        On disk on return if it is to be `durable`.
+        """
+        line = json.dumps({"round": round_number, **values}) + "\n"
+        newest, self._newest_line = self._newest_line, None
+        # Until the line is written nothing is known: after a failure the next one is written with the whole file.
+        if newest is not None and newest < round_number:
+            with self.metrics_path.open("ab", buffering=0) as file:
+                append_all(file.fileno(), line.encode(), durable=durable)
+        else:
+            kept = [json.dumps(line) + "\n" for line in self.read_metrics() if line["round"] < round_number]
+            write_atomic(self.metrics_path, "".join([*kept, line]).encode())
+        self._newest_line = round_number
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rounds so far, in order. Raises CheckpointError when the file is damaged.
+
+        A last line without an end was being written when the process stopped: it does not count.
+        """
+        if not self.metrics_path.is_file():
+            return []
+        lines = _read_text(self.metrics_path).split("\n")[:-1]
+        return [self._metrics_line(number, line) for number, line in enumerate(lines, 1)]
+
+    def _metrics_line(self, number: int, text: str) -> dict[str, Any]:
+        try:
+            _MetricsLine.model_validate_json(text)
+        except ValidationError as error:
+            raise CheckpointError(f"{self.metrics_path} is damaged in line {number}: {explain(error)}") from error
+        line: dict[str, Any] = json.loads(text)
+        return line
+
+    def write_receipts(self, receipts: Mapping[str, SiteReceipt]) -> None:
+        """Replace the last receipt of every site, by site name, a line each: there may be very many."""
+        lines = (
+            f"  {json.dumps(name)}: {json.dumps(receipt.model_dump(mode='json'))}"
+            for name, receipt in sorted(receipts.items())
+        )
+        write_atomic(self.root / "receipts.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+    def read_receipts(self) -> dict[str, SiteReceipt]:
+        """The last receipt of every site that ever trained in this run, by site name. Raises CheckpointError."""
+        path = self.root / "receipts.json"
+        if not path.is_file():
+            return {}
+        try:
+            return _RECEIPTS.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
+
+    def check(self) -> None:
+        """Read what a run goes on with, before a site is asked for anything. Raises CheckpointError."""
+        self.record()
+        self.read_receipts()
+        self.read_metrics()
+
+
+def arrays_to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """`arrays` as the bytes of an uncompressed .npz file."""
+    buffer = io.BytesIO()
+    write_npz(buffer, arrays)
+    return buffer.getvalue()
+
+
+def npz_to_arrays(content: bytes, origin: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file. Raises CheckpointError naming `origin` when it is not one."""
+    return read_npz(io.BytesIO(content), origin)
+
+
+def write_npz(file: IO[bytes] | io.RawIOBase, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write `arrays` to `file` as an uncompressed .npz archive, a part of one array after the other."""
+    np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_npz(file: IO[bytes] | io.RawIOBase, origin: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of the .npz archive in `file`. Raises CheckpointError naming `origin` when it is none."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise CheckpointError(f"{origin} is damaged: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    # A lock of fcntl's belongs to the process, and forked workers do not inherit it: they may outlive a server that was
+    # killed. Within a process the set below keeps order, and nothing else opens the file, for closing it would unlock.
+    path = (root / LOCK).resolve()
+    with _HELD_LOCK:
+        if path in _HELD:
+            raise RunInUse(f"{root} is being run already, in this process; end that run first")
+        _HELD.add(path)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read(200).decode("ascii", "replace").strip() or "another process"
+                raise RunInUse(
+                    f"{root} is being run by {holder}: two at once would ask the sites for different rounds under one "
+                    "name; wait until it has ended, or stop it"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode("ascii", "replace"))
+            file.flush()
+            yield
+    finally:
+        with _HELD_LOCK:
+            _HELD.discard(path)
+
+
+def _read_model(path: Path, model: type[RunRecord]) -> RunRecord:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error

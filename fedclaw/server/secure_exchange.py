@@ -1,0 +1,306 @@
+"""One sum over sites that the server never sees the parts of: the stages of SecAgg+ over a Flower Grid.
+
+    query.keys      signed keys of each site              <- what is asked
+    query.shares    encrypted shares for its neighbours   <- its neighbours' keys
+    query.confirm   whose shares are none                 <- its neighbours' shares, and what proves them
+    query.dispute   what an accuser had of it             <- who accuses it (of those that are accused, if any)
+    (the question)  masked vector, receipt, ...           <- what is asked, whom to mask it with
+    query.consent   signature over the survivors          <- the survivors
+    query.unmask    shares of masks                       <- survivors, and the neighbours' signatures over them
+
+Each message holds what is asked, a `Plan` or a `StatisticsRequest` with its session (`secure`), and, in the record
+"secure", what the protocol says (`fedclaw.privacy.secure_aggregation.messages`). A site that does not answer a stage,
+or whose answer is wrong, has dropped out; the others go on as long as they are enough. Until the question itself is
+asked nobody has put anything into the sum: who lies before costs nobody anything.
+"""
+
+import hashlib
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Self, TypeVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedclaw.errors import SecureAggregationError, UpdateError
+from fedclaw.privacy.secure_aggregation import (
+    Advertisement,
+    Confirmation,
+    Consent,
+    MaskedInput,
+    Opening,
+    Parameters,
+    Roster,
+    ServerSession,
+    ShareBundle,
+    Unmasking,
+    neighbours_needed,
+)
+from fedclaw.privacy.secure_aggregation.graph import complete_graph
+from fedclaw.privacy.secure_aggregation.messages import Wire
+from fedclaw.protocol.arrays import unpack_integers
+from fedclaw.protocol.plan import Plan, SecureAggregation
+from fedclaw.protocol.records import Records, serialised
+from fedclaw.protocol.statistics import StatisticsRequest
+from fedclaw.server.exchange import (
+    HEADER_BYTES,
+    Answers,
+    Declined,
+    ask,
+    hashed_arrays,
+    part,
+    questions,
+    site_name,
+)
+from fedclaw.server.settings import SecureRequest
+from fedclaw.transport.base import StreamingGrid
+
+W = TypeVar("W", bound=Wire)
+
+log = logging.getLogger(__name__)
+
+KEYS, SHARES, CONFIRM, DISPUTE = "query.keys", "query.shares", "query.confirm", "query.dispute"
+CONSENT, UNMASK = "query.consent", "query.unmask"
+STAGES = (KEYS, SHARES, CONFIRM, DISPUTE, CONSENT, UNMASK)
+SECURE, MASKED = "secure", "masked"
+STAGE_DEADLINE = 120.0
+"""Seconds for a stage in which nobody trains, if the exchange's own deadline is not shorter."""
+
+Asked = Plan | StatisticsRequest
+
+
+def parameters_of(asked: Asked) -> Parameters:
+    """What sites and server agree on, from what is asked. Raises ValidationError if that is not safe.
+
+    The sites sign a digest of all of it with their keys: each counts on the others' noise, so no server may tell them
+    different things.
+    """
+    secure = asked.secure
+    assert secure is not None
+    return Parameters(
+        session=secure.session,
+        federation=asked.federation,
+        run=asked.run,
+        round=asked.round,
+        sites=secure.sites,
+        threshold=secure.threshold,
+        neighbours=secure.neighbours,
+        length=secure.length,
+        minimum=secure.minimum,
+        terms=hashlib.sha256(asked.model_dump_json().encode()).hexdigest(),
+    )
+
+
+@dataclass
+class _Stage(Answers):
+    """One stage: what each answer is handed to."""
+
+    accept: Callable[[str, RecordDict], None] = lambda _site, _content: None
+
+    def add(self, site: str, content: RecordDict) -> None:
+        """Hand an answer over; a site whose answer the protocol rejects has dropped out."""
+        try:
+            self.accept(site, content)
+        except SecureAggregationError as error:
+            raise UpdateError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Seats:
+    """The sites of a sum, and how many of them may be lost to it."""
+
+    sites: tuple[str, ...]
+    dropouts: int
+    corrupt: int
+    """Sites that may tell the server all they know, and whose noise is not counted."""
+    least: int
+    """Survivors without whom there is no sum."""
+
+    @classmethod
+    def of(cls, names: Sequence[str], request: SecureRequest, minimum: int) -> Self:
+        """Seats for the sites `names` as the settings ask."""
+        count = len(names)
+        dropouts = int(request.dropouts * count + 0.5)
+        least = max(minimum, count - dropouts, 2)
+        if request.corrupt > 0 and request.corrupt * count < 1:
+            _say_none_is_corrupt(request.corrupt, count)
+        return cls(tuple(sorted(names)), dropouts, int(request.corrupt * count), least)
+
+    @property
+    def tolerated(self) -> int:
+        """Drop-outs after which there is a sum, and enough noise in it."""
+        return len(self.sites) - self.least
+
+    def session(
+        self,
+        length: int,
+        step: float,
+        *,
+        value_range: float | None = None,
+        largest_weight: float | None = None,
+        content: str = "",
+    ) -> SecureAggregation:
+        """A fresh session over these sites. Raises SecureAggregationError when none is safe.
+
+        Noise by the sites (no `value_range`) counts on all of them being in one sum: only the complete graph promises
+        that against a server that chooses who drops out.
+        """
+        topology = neighbours_needed(len(self.sites), self.dropouts, self.corrupt)
+        if value_range is None:
+            topology = complete_graph(len(self.sites), self.corrupt)
+        return SecureAggregation(
+            session=secrets.token_hex(16),
+            sites=self.sites,
+            threshold=topology.threshold,
+            neighbours=topology.neighbours,
+            minimum=self.least,
+            length=length,
+            step=step,
+            value_range=value_range,
+            largest_weight=largest_weight,
+            content=content,
+            tolerated=self.tolerated,
+            colluding=self.corrupt,
+        )
+
+
+@cache
+def _say_none_is_corrupt(share: float, sites: int) -> None:
+    """Once, not in every round."""
+    log.info("secure.corrupt=%g of %d sites is less than one: none counts as corrupt", share, sites)
+
+
+class SecureExchange:
+    """One attempt at one sum, over `nodes`. What sites say of themselves, and how long it takes, goes to `outcome`."""
+
+    def __init__(self, grid: Grid, nodes: Sequence[int], asked: Asked, deadline: float, outcome: Answers) -> None:
+        self._grid = grid
+        self._round = asked.round
+        self._deadline = deadline
+        self._nodes = {site_name(grid, node): node for node in nodes}
+        parameters = parameters_of(asked)
+        self._session = ServerSession(parameters, grid.verifier if isinstance(grid, StreamingGrid) else None)
+        # A masked number has four bytes; what a stage says beside it is as small as any header.
+        self._reply_bytes = HEADER_BYTES + 4 * parameters.length
+        self._outcome = outcome
+        self.spent = False
+        """Whether sites had been asked for what costs them."""
+        self.unmasking = False
+        """Whether sites had been asked for what takes the masks off, which they give once."""
+
+    def sum(
+        self,
+        kind: str,
+        content: RecordDict,
+        further: Mapping[str, ArrayRecord],
+        accept: Callable[[str, RecordDict], None],
+        before_unmasking: Callable[[], None] = lambda: None,
+    ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
+        """The sum modulo 2^32 of what the survivors masked, and who they are.
+
+        `content` is what is asked and goes with every message, `further` goes with the question itself, which is of
+        type `kind`. Each answer to that is handed to `accept` first, which may raise UpdateError. Raises
+        SecureAggregationError if there is no sum.
+        """
+        session = self._session
+        self._stage(KEYS, content, dict.fromkeys(self._nodes), self._protocol(Advertisement, session.add_advertisement))
+        self._stage(SHARES, content, session.key_lists(), self._protocol(ShareBundle, session.add_shares))
+        deliveries = session.deliveries()
+        self._stage(CONFIRM, content, deliveries, self._protocol(Confirmation, session.add_confirmation))
+        if accusations := session.accusations():
+            self._stage(DISPUTE, content, accusations, self._protocol(Opening, session.add_opening))
+        rosters = self._rosters()
+        self.spent = True
+        asked = Records({**content, **further})
+        self._ask(self._questions(kind, asked, rosters), self._deadline, self._masked(accept))
+        survivors = session.survivor_list()
+        everyone = dict.fromkeys(survivors.survivors, survivors)
+        self._stage(CONSENT, content, everyone, self._protocol(Consent, session.add_consent))
+        requests = session.unmask_requests()
+        before_unmasking()
+        self.unmasking = True
+        self._stage(UNMASK, content, requests, self._protocol(Unmasking, session.add_unmasking))
+        return session.result(), tuple(survivors.survivors)
+
+    def _rosters(self) -> dict[str, Roster]:
+        """Who is left, and masks with whom; whoever was found to have lied is named, enough being left or not."""
+        try:
+            return self._session.rosters()
+        finally:
+            excluded = self._session.excluded
+            self._outcome.declined += [Declined(site, "unusable", reason) for site, reason in excluded.items()]
+
+    def _masked(self, accept: Callable[[str, RecordDict], None]) -> Callable[[str, RecordDict], None]:
+        def take(site: str, content: RecordDict) -> None:
+            item = MaskedInput.unpack(_said(content))
+            self._match(site, item)
+            vector = unpack_integers(part(content.array_records, MASKED))
+            accept(site, content)
+            self._session.add_masked(item, vector)
+
+        return take
+
+    def _stage(
+        self,
+        kind: str,
+        content: RecordDict,
+        said: Mapping[str, Wire | None],
+        accept: Callable[[str, RecordDict], None],
+    ) -> None:
+        self._ask(self._questions(kind, content, said), min(self._deadline, STAGE_DEADLINE), accept)
+
+    def _questions(self, kind: str, content: RecordDict, said: Mapping[str, Wire | None]) -> list[Message]:
+        messages, arrays = [], hashed_arrays(content)
+        for site, item in said.items():
+            own = Records(dict(content))
+            own.reply_bytes = self._reply_bytes
+            if item is not None:
+                own[SECURE] = secure_record(item)
+            messages += questions([self._nodes[site]], self._round, kind, own, self._deadline, arrays)
+        return messages
+
+    def _ask(self, messages: Sequence[Message], deadline: float, accept: Callable[[str, RecordDict], None]) -> None:
+        stage = _Stage(accept=accept)
+        ask(self._grid, messages, deadline, stage)
+        outcome = self._outcome
+        outcome.seconds += stage.seconds
+        outcome.declined += stage.declined
+        outcome.silent = sorted({*outcome.silent, *stage.silent})
+
+    def _protocol(self, kind: type[W], add: Callable[[W], None]) -> Callable[[str, RecordDict], None]:
+        def accept(site: str, content: RecordDict) -> None:
+            item = kind.unpack(_said(content))
+            self._match(site, item)
+            add(item)
+
+        return accept
+
+    def _match(self, site: str, item: Wire) -> None:
+        """A site speaks for itself: its name is the one that its connection has."""
+        if getattr(item, "site", site) != site:
+            raise SecureAggregationError(f"{site} answered as {getattr(item, 'site', '')}")
+
+
+def digest_of(records: Mapping[str, ArrayRecord]) -> str:
+    """SHA-256 of arrays by their records' names and their own."""
+    digest = hashlib.sha256()
+    for key, record in sorted(records.items()):
+        for name, array in sorted(record.items()):
+            data = serialised(array)
+            digest.update(f"{key}/{name}/{len(data)}|".encode())
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def secure_record(item: Wire) -> ConfigRecord:
+    """What the protocol says, as a record."""
+    return ConfigRecord(item.pack())
+
+
+def _said(content: RecordDict) -> Mapping[str, object]:
+    return dict(part(content.config_records, SECURE))

@@ -1,0 +1,185 @@
+"""A round of training whose updates the server never sees: one secure sum (`fedclaw.server.secure_exchange`).
+
+A new attempt is a new session in which the sites train, and pay, anew: a second sum over the same updates and other
+survivors would give away the difference.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import MessageType, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
+from fedclaw.learning import postprocess
+from fedclaw.learning.update import Update
+from fedclaw.privacy.distributed import Price, choose_step
+from fedclaw.privacy.fixed_point import Encoding, nearest_step
+from fedclaw.privacy.mechanisms.receipts import check_receipt
+from fedclaw.privacy.mechanisms.server_noise import unit_bound
+from fedclaw.privacy.mechanisms.shared_noise import shares_of
+from fedclaw.protocol.arrays import shapes_of, unflattened
+from fedclaw.protocol.plan import Plan
+from fedclaw.server.aggregate import WeightedSum
+from fedclaw.server.exchange import Outgoing, Trained, check_weight, question, receipt_in, weights_in
+from fedclaw.server.run_directory import SiteReceipt
+from fedclaw.server.secure_exchange import Seats, SecureExchange, digest_of
+from fedclaw.server.settings import SecureRequest
+
+log = logging.getLogger(__name__)
+
+_ROUNDING = 1e-3
+
+
+@dataclass
+class SecurelyTrained(Trained):
+    """The sum of the survivors' vectors. `spent` tells whether sites had been asked to train when it failed."""
+
+    spent: bool = False
+    unmasking: bool = False
+    """Whether they had been asked to unmask, which they do once for a round."""
+    failure: str | None = None
+    price: Price | None = None
+    """What the sites' noise costs beside a trusted server's, where they bring it."""
+
+
+def session_of(
+    plan: Plan,
+    names: Sequence[str],
+    outgoing: Outgoing,
+    request: SecureRequest,
+    minimum: int,
+) -> Plan:
+    """`plan` with a fresh session over the sites `names`, which all begin with `outgoing`.
+
+    Raises UsageError when no safe session exists for them.
+    """
+    seats = Seats.of(names, request, minimum)
+    length = sum(array.size for array in postprocess.template(outgoing.parameters, plan).values())
+    content = digest_of(question(plan, outgoing).array_records)
+    try:
+        step, value_range = _scale(plan, request, length, len(names), seats.tolerated, seats.corrupt)
+        largest = request.largest_weight if value_range is not None else None
+        secure = seats.session(length, step, value_range=value_range, largest_weight=largest, content=content)
+    except (SecureAggregationError, PrivacyError) as error:
+        raise UsageError(f"secure: {error}") from error
+    return plan.model_validate({**plan.model_dump(), "secure": secure})
+
+
+def price_of(plan: Plan) -> Price | None:
+    """What noise by the sites costs the sum of `plan`, which has a session; None where the server brings it, or none.
+
+    Raises PrivacyError if the plan's numbers do not add up.
+    """
+    central, secure = plan.central, plan.secure
+    if central is None or secure is None or central.noise_by == "server":
+        return None
+    return shares_of(plan, central, secure).price
+
+
+def _scale(
+    plan: Plan, request: SecureRequest, length: int, sites: int, tolerated: int, colluding: int
+) -> tuple[float, float | None]:
+    """The step, and the range of values where there is no noise by the sites."""
+    central = plan.central
+    if central is None or central.noise_by == "server":
+        largest = plan.weight_cap or (request.largest_weight if plan.weighting == "examples" else 1.0)
+        if largest is None:
+            raise UsageError(
+                "secure.largest_weight is not set: with weighting=examples, say how many examples no site exceeds"
+            )
+        value_range = request.value_range * largest
+        step = nearest_step(value_range, sites)
+        _check_rounding(plan, step, length)
+        return step, value_range
+    bound, z = unit_bound(plan, central), central.noise_multiplier
+    return choose_step(bound, length, sites, z, honest=sites - tolerated - colluding), None
+
+
+def _check_rounding(plan: Plan, step: float, length: int) -> None:
+    """The server's noise is made for the bound before rounding: what rounding may add to it has to be next to nothing.
+
+    To the nearest step, it moves two vectors of d numbers apart by at most sqrt(d) steps more.
+    """
+    central = plan.central
+    if central is not None and step * math.sqrt(length) > _ROUNDING * unit_bound(plan, central):
+        raise UsageError(
+            f"secure: steps of {step:.3g} are too coarse for noise by the server on updates of {length} numbers; set a "
+            "smaller secure.value_range or secure.largest_weight, or let the sites bring the noise (central.noise_by)"
+        )
+
+
+def train(
+    grid: Grid,
+    nodes: Sequence[int],
+    plan: Plan,
+    outgoing: Outgoing,
+    deadline: float,
+    before_unmasking: Callable[[], None] = lambda: None,
+) -> SecurelyTrained:
+    """Ask `nodes` to train by `plan`, which has a session, and learn the sum of their answers and nothing else.
+
+    `before_unmasking` is called at the point from which the round cannot be asked again. A sum that cannot be made is
+    no error: nobody has `answered` then, and `failure` says why.
+    """
+    return _Round(grid, nodes, plan, outgoing, deadline).run(before_unmasking)
+
+
+class _Round:
+    def __init__(self, grid: Grid, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, deadline: float) -> None:
+        self._plan = plan
+        self._template = postprocess.template(outgoing.parameters, plan)
+        self._asked = question(plan, outgoing)
+        self._weights: dict[str, tuple[float, int]] = {}
+        self._receipts: dict[str, SiteReceipt] = {}
+        self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=price_of(plan))
+        self._outgoing = outgoing.nbytes
+        self._exchange = SecureExchange(grid, nodes, plan, deadline, self._result)
+
+    def run(self, before_unmasking: Callable[[], None]) -> SecurelyTrained:
+        result = self._result
+        further = dict(self._asked.array_records)
+        try:
+            asked = question(self._plan)
+            total, survivors = self._exchange.sum(MessageType.TRAIN, asked, further, self._accept, before_unmasking)
+            self._finish(total, survivors)
+        except SecureAggregationError as error:
+            log.warning("round %d: %s", self._plan.round, error)
+            result.failure = str(error)
+            result.answered = []
+        result.receipts = self._receipts
+        result.spent = self._exchange.spent
+        result.unmasking = self._exchange.unmasking
+        return result
+
+    def _accept(self, site: str, content: RecordDict) -> None:
+        weight, examples = weights_in(content)
+        check_weight(weight, examples, self._plan.weighting, self._plan.weight_cap)
+        receipt = receipt_in(content)
+        check_receipt(receipt, self._plan, examples)
+        self._receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
+        self._weights[site] = weight, examples
+
+    def _finish(self, total: NDArray[np.uint32], survivors: Sequence[str]) -> None:
+        secure = self._plan.secure
+        assert secure is not None
+        arrays = unflattened(
+            Encoding(secure.step).decode(total), shapes_of(self._template), postprocess.precision(self._plan)
+        )
+        weights = [self._weights[site] for site in survivors]
+        self._result.total.restore(
+            Update(
+                arrays,
+                weight=sum(weight for weight, _ in weights),
+                examples=sum(examples for _, examples in weights),
+                heaviest=max(weight for weight, _ in weights),
+            ),
+            len(survivors),
+        )
+        self._result.answered = list(survivors)
+        self._result.bytes_up = len(survivors) * total.nbytes
+        self._result.bytes_down = len(survivors) * self._outgoing

@@ -1,0 +1,88 @@
+"""What determines a run, as conf/ says it. Imports nothing heavy: a wrong setting is told at once."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue, field_validator
+
+from fedclaw.protocol.compression import Compression
+from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.plan import METRICS, AdaptiveClip, LocalTraining, PrivacyRequest, Unit, Weighting
+
+
+class ModelChoice(Frozen):
+    """conf/workload/*.yaml: model. A null name takes the workload's default model."""
+
+    name: str | None = None
+    args: dict[str, JsonValue] | None = None
+
+
+class WorkloadChoice(Frozen):
+    """conf/workload/*.yaml."""
+
+    name: str
+    schema_file: Path | None = None
+    model: ModelChoice = ModelChoice()
+
+
+class CentralRequest(Frozen):
+    """conf/central/*.yaml: noise on the sum over the sites. What each field means: `plan.CentralPrivacy`."""
+
+    unit: Unit
+    noise_by: Literal["server", "sites"]
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    clip: float = Field(gt=0)
+    sample_rate: float = Field(default=1.0, gt=0, le=1)
+    adaptive: AdaptiveClip | None = None
+
+
+class SecureRequest(Frozen):
+    """conf/secure/*.yaml: secure aggregation of the updates."""
+
+    dropouts: float = Field(default=0.2, ge=0, lt=0.5)
+    """Share of a round's sites that may drop out of it and leave a sum, with all its noise."""
+    corrupt: float = Field(default=0.2, ge=0, lt=0.5)
+    """Share of the sites that may tell the server all they know; what the others send stays hidden."""
+    value_range: float = Field(default=8.0, gt=0)
+    """Without noise by the sites: a coordinate of weight x delta / largest weight beyond it is cut off."""
+    largest_weight: float | None = Field(default=None, ge=1)
+    """With weighting: examples, a weight that no site exceeds: it sets what one integer stands for."""
+
+
+class RunSettings(Frozen):
+    """What determines a run, whatever carries its messages."""
+
+    workload: WorkloadChoice
+    strategy: dict[str, JsonValue]
+    """The strategy's name, and its own settings beside it."""
+    training: LocalTraining
+    privacy: PrivacyRequest | None
+    central: CentralRequest | None = None
+    secure: SecureRequest | None = None
+    compression: Compression | None = None
+    rounds: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    weighting: Weighting = "examples"
+    weight_cap: int | None = Field(default=None, ge=1)
+    """The largest weight, with weighting: capped."""
+    metrics: tuple[str, ...] = METRICS
+    score_bins: int | None = Field(default=2048, ge=2, le=4096)
+    """Bins of the histograms of scores that the AUROC over all sites is made of, where sites share them; fewer where
+    they come with noise, which each bin adds; null: not asked for."""
+    statistics: Path | None = None
+    """A statistics.json, for a schema that says standardise: federated."""
+
+    @field_validator("privacy", "central", "secure", "compression", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        """privacy=none, and its like, is a group of nulls; everything else must be complete."""
+        return None if isinstance(value, Mapping) and all(item is None for item in value.values()) else value
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := sorted(set(value) - set(METRICS)):
+            raise ValueError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(METRICS)}")
+        return value

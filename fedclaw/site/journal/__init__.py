@@ -1,0 +1,1 @@
+"""A site's books: the privacy ledger, the outbound log, and how one is held against the other."""

@@ -1,0 +1,143 @@
+"""A site's books read together, without writing to them: its budget, its privacy ledger, its outbound log.
+
+The ledger's own chain shows any change but one: entries cut off its end, or an older copy put back. What left the site
+shows that. Each answer that carried a privacy receipt is a line of the outbound log, under the name that its charge has
+in the ledger, and its receipt names the ledger's head of that moment. Who puts back both files at once is found by a
+head that is kept elsewhere: the coordinator's run directory and the privacy statement of each bundle hold them.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from fedclaw.errors import LedgerError, UsageError
+from fedclaw.site.journal.history import Budget, Entry, Index
+from fedclaw.site.journal.ledger_file import read_ledger
+from fedclaw.site.journal.ledger_mark import LedgerMark, check_known, check_mark, read_mark
+from fedclaw.site.journal.outbound import OutboundEntry, OutboundLog
+from fedclaw.site.journal.spending import Spending, spending_of
+from fedclaw.site.layout import ledger_file, outbound_file
+from fedclaw.site.settings import SiteSettings, load_site_settings
+
+
+@dataclass(frozen=True)
+class Books:
+    """Both books of the site at `root`, each verified by its own chain, and its settings."""
+
+    root: Path
+    settings: SiteSettings
+    entries: tuple[Entry, ...]
+    index: Index
+    outbound: tuple[OutboundEntry, ...]
+    mark: LedgerMark | None
+    """What was known of the ledger before it was read; None: nothing, or it cannot be read."""
+
+    def spending(self) -> Spending:
+        """What was spent, and what is left by the site's policy. Lists the site's present data set even uncharged."""
+        return spending_of(self.entries, self.index, self.budget, [self.settings.data_set])
+
+    def budget(self, data_set: str) -> Budget:
+        """The budget of a data set by the site's policy."""
+        budget = self.settings.policy.budget_of(data_set)
+        return Budget(epsilon=budget.epsilon, delta=budget.delta)
+
+
+def open_books(root: Path) -> Books:
+    """Read a site's books. A client may be running.
+
+    Raises UsageError if `root` is no site directory, and LedgerError if there is no ledger, or naming the first bad
+    entry of it or line of the outbound log.
+    """
+    if not root.is_dir():
+        raise UsageError(f"the site directory {root} does not exist")
+    settings = load_site_settings(root)
+    # The log and the mark first: what left, or was charged, before they were read is in the ledger.
+    outbound, mark = _read_outbound(outbound_file(root)), None
+    with suppress(LedgerError):
+        mark = read_mark(root)
+    if not ledger_file(root).exists():
+        check_mark(root, None)
+    entries, index = read_ledger(ledger_file(root))
+    return Books(root, settings, entries, index, outbound, mark)
+
+
+def site_spending(root: Path) -> Spending:
+    """What the ledger of the site at `root` says was spent, and what is left. Raises as `open_books` does."""
+    return open_books(root).spending()
+
+
+def losses(index: Index) -> list[str]:
+    """In sentences: that, and when, entries were lost and the site went on at its operator's word."""
+    return [
+        f"on {loss.time} the ledger was begun again after a loss, by the operator's word: {loss.reason}; what "
+        f"{'an unknown number of' if loss.entries is None else f'the {loss.entries}'} entries had counted until then "
+        "and are not in it was spent all the same, and no figure here has it"
+        for loss in index.losses
+    ]
+
+
+def agreements(index: Index, now: datetime | None = None) -> list[str]:
+    """In sentences: which unfinished runs are agreed to, so that what they have still to be charged is kept free."""
+    now = now or datetime.now(UTC)
+    return [
+        f"data set {data_set}: run {run} of federation {federation} is agreed to{f' ({purpose})' if purpose else ''}: "
+        f"up to {min(agreement.charges, agreement.rounds)} more round(s), kept free of others until "
+        f"{agreement.renewed + timedelta(days=agreement.days):%Y-%m-%d %H:%M} UTC"
+        for (data_set, federation, run, purpose), agreement in index.agreements.items()
+        if agreement.holds(now)
+    ]
+
+
+def check_books(books: Books) -> None:
+    """Raise LedgerError unless the ledger has all that left, and is the one that was begun here (`check_mark`)."""
+    check(books.index, books.outbound)
+    if books.mark is None:
+        read_mark(books.root)
+    check_known(books.root, books.mark, books.index)
+
+
+def check_site(root: Path) -> None:
+    """Raise LedgerError if the ledger of the site at `root` lacks what its outbound log shows to have left."""
+    check(read_ledger(ledger_file(root))[1], _read_outbound(outbound_file(root)))
+
+
+def check(index: Index, outbound: Sequence[OutboundEntry]) -> None:
+    """Raise LedgerError, naming the line of the outbound log, unless the ledger has all that left.
+
+    Each line with a receipt needs its ledger head in the chain, and each answer a settled charge of its own under its
+    message's name; the same answer sent again, which has the same digest, needs no other.
+    """
+    settled = Counter(reservation.key for reservation in index.reservations.values())
+    for (_, key), waiting in index.open.items():
+        settled[key] -= len(waiting)
+    left: defaultdict[str, set[str]] = defaultdict(set)
+    for line in outbound:
+        if line.receipt is None:
+            continue
+        head = line.receipt.get("ledger_head")
+        if head is not None and head not in index.heads:
+            raise LedgerError(
+                f"{_named(line)} says that the privacy ledger's head was {head}, which is not in this ledger of "
+                f"{index.sequence} entries: later ones were cut off, or an old copy was put back; do not train on "
+                "until it is explained or the newest backup is restored"
+            )
+        left[line.message_id].add(line.digest)
+        if len(left[line.message_id]) > settled[line.message_id]:
+            raise LedgerError(
+                f"{_named(line)} left under the name {line.message_id!r}, for which this privacy ledger has "
+                f"{settled[line.message_id]} settled charge(s); do not train on until it is explained"
+            )
+
+
+def _named(line: OutboundEntry) -> str:
+    return f"line {line.sequence} of the outbound log (run {line.run}, round {line.round}, {line.time})"
+
+
+def _read_outbound(path: Path) -> tuple[OutboundEntry, ...]:
+    if not path.exists():
+        return ()
+    with OutboundLog(path, read_only=True) as log:
+        return log.entries()

@@ -1,0 +1,1 @@
+"""What a run would cost a site and whether it would be refused, answered by the site itself beforehand."""

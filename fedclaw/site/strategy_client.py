@@ -1,0 +1,238 @@
+"""The client half of a strategy, for one round at one site: its contexts, and what the site remembers for it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from flwr.app import RecordDict
+
+from fedclaw.errors import PluginError, UsageError
+from fedclaw.learning.compatibility import Terms, refusal, strategy_of
+from fedclaw.learning.compression import feedback
+from fedclaw.learning.step_loop import Correction
+from fedclaw.learning.strategy import (
+    PERSONAL,
+    Finished,
+    RoundContext,
+    StepContext,
+    Strategy,
+    as_arrays,
+    finish_round,
+)
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
+from fedclaw.server.exchange import ARRAYS, SENT, by_kind
+from fedclaw.site.policy.policy import listed
+from fedclaw.site.site import Site, sent_arrays
+from fedclaw.site.state import Provenance, State
+
+
+@dataclass(frozen=True)
+class ClientHalf:
+    """What one round of `plan` at `site` needs of the plan's strategy. Made by `open`; raises nothing afterwards."""
+
+    site: Site
+    plan: Plan
+    strategy: type[Strategy]
+    sent: Mapping[str, Arrays]
+    before: State
+    """What the site begins the round with."""
+
+    @classmethod
+    def open(cls, site: Site, plan: Plan, content: RecordDict) -> "ClientHalf":
+        """Raises Refusal, before anything is paid for, for a strategy, fields or combination that cannot be right."""
+        strategy, sent = check_terms(site, plan), _sent(content)
+        _check_sent(strategy, sent, sent_arrays(content, ARRAYS), plan)
+        return cls(
+            site=site,
+            plan=plan,
+            strategy=strategy,
+            sent=sent,
+            before=_begin(site, plan, Provenance.of(plan, strategy)),
+        )
+
+    def own(self, parameters: Arrays) -> Arrays:
+        """`parameters` as they were sent, with the site's own in the place of those that never leave it."""
+        mine = self.before.get(PERSONAL, {})
+        return {
+            name: mine.get(name, array) if name in self.plan.personal else array for name, array in parameters.items()
+        }
+
+    def correction(self, model: torch.nn.Module, steps: int) -> Correction:
+        """The strategy's, for `steps` local steps of `model`, which holds what the round begins with."""
+        return self._corrected(self.strategy.correct, model, _tensors(model), steps)
+
+    def personal_correction(self, model: torch.nn.Module, start: Arrays, steps: int) -> Correction:
+        """The same for the site's own model, beside the global parameters `start`."""
+        device = self.site.device
+        origin = [torch.tensor(start[name], device=device) for name, _ in model.named_parameters()]
+        return self._corrected(self.strategy.correct_personal, model, origin, steps)
+
+    def finish(self, delta: Arrays, steps: int, loss: Callable[[], float]) -> Finished:
+        """What leaves of `delta`, by parameter name, and what the site remembers."""
+        shared = {name: array for name, array in delta.items() if name not in self.plan.personal}
+        state = {kind: as_arrays(self.before, kind, shared) for kind in self.strategy.kept}
+        plan = self.plan
+        context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.sent, state)
+        return finish_round(self.strategy, shared, context)
+
+    def remember(self, finished: Finished, personal: Arrays, further: State, charge: str) -> None:
+        """Have the strategy's state, the parameters of `personal`, and `further` state ready for the rounds to come.
+
+        They are kept when the answer that was charged as `charge` is about to leave (`SiteStates.commit`).
+        """
+        state = {**finished.state, **({PERSONAL: personal} if personal else {}), **further}
+        plan, made = self.plan, Provenance.of(self.plan, self.strategy)
+        self.site.states.stage(plan.federation, plan.run, plan.round, state, charge, made, self.before)
+
+    def _corrected(
+        self,
+        correct: Callable[[Sequence[torch.Tensor], StepContext], None],
+        model: torch.nn.Module,
+        start: Sequence[torch.Tensor],
+        steps: int,
+    ) -> Correction:
+        names = [name for name, _ in model.named_parameters()]
+        like = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
+        sent = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in self.sent.items()}
+        kept = {kind: as_arrays(self.before, kind, like) for kind in self.strategy.kept}
+        state = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in kept.items()}
+        personal = [name in self.plan.personal for name in names]
+        fields, rate = self.plan.strategy_fields, self.plan.training.learning_rate
+
+        def apply(parameters: Sequence[torch.Tensor], step: int) -> None:
+            correct(parameters, StepContext(fields, start, sent, state, step, steps, rate, personal))
+
+        return apply
+
+    def _aligned(self, arrays: Arrays, names: Sequence[str]) -> list[torch.Tensor]:
+        return [torch.tensor(arrays[name], device=self.site.device) for name in names]
+
+
+def _begin(site: Site, plan: Plan, made: Provenance) -> State:
+    """What the site begins a round under `made` with. Raises Refusal if it was made under anything else.
+
+    A memory of compression alone says itself what it belongs to, and begins anew.
+    """
+    found = site.states.find(plan.federation, plan.run)
+    if found is None or plan.round <= 1:
+        return {}
+    if found.made == made or (found.made is None and plan.privacy is None and plan.central is None):
+        return found.beginning(plan.round)
+    if found.after.keys() <= feedback.KINDS:
+        return {}
+    raise Refusal(RefusalCode.STRATEGY, _mixed(plan, found.made, made))
+
+
+def _mixed(plan: Plan, found: Provenance | None, asked: Provenance | None) -> str:
+    remedy = "a run keeps to what it began with: begin another"
+    if found is None:
+        return (
+            f"what this site keeps of run {plan.run!r} was kept by an earlier version, which did not note what noise "
+            f"covers it, so no private round begins with it; {remedy}"
+        )
+    return f"what this site keeps of run {plan.run!r} was made under {found}; now it is asked under {asked}; {remedy}"
+
+
+def personal_parameters(site: Site, plan: Plan, parameters: Arrays) -> Arrays:
+    """The parameters that the site is evaluated with: those sent, with its own in the place of what it keeps.
+
+    Raises Refusal.
+    """
+    strategy = _checked(plan, site.shell(plan.model))
+    whole = strategy.personal_model
+    found = site.states.find(plan.federation, plan.run) if whole or plan.personal else None
+    mine = found.after.get(PERSONAL, {}) if found else {}
+    if found is None or not mine:
+        return parameters
+    _check_own(site, plan, found.made)
+    return {
+        name: own if (whole or name in plan.personal) and (own := mine.get(name, array)).shape == array.shape else array
+        for name, array in parameters.items()
+    }
+
+
+def _check_own(site: Site, plan: Plan, made: Provenance | None) -> None:
+    """Raise Refusal unless metrics of a model with what this site keeps for its own may leave.
+
+    What a training example did to parameters that no noise covers, it does to their metrics, and noise on those is made
+    for test examples.
+    """
+    if made is not None and (made.strategy, made.model, set(made.personal)) != (
+        plan.strategy,
+        plan.model,
+        set(plan.personal),
+    ):
+        raise Refusal(
+            RefusalCode.STRATEGY,
+            f"what this site keeps of run {plan.run!r} was made under {made}, and is not to be evaluated as strategy "
+            f"{plan.strategy!r}, model {plan.model.name!r}",
+        )
+    policy = site.policy
+    if policy.allow_training_without_privacy or policy.allow_metrics_of_own_models or (made and made.covers_own):
+        return
+    raise Refusal(
+        RefusalCode.METRICS,
+        "metrics of a model were asked for that is this site's own, at least in part, and was trained without noise; "
+        "this site shares metrics of models that its privacy covers (allow_metrics_of_own_models)",
+    )
+
+
+def check_terms(site: Site, plan: Plan) -> type[Strategy]:
+    """The plan's strategy, if what `plan` asks to be trained can be right with it. Raises Refusal.
+
+    A server asks the same of a run that it makes (`fedclaw.learning.compatibility`); here it is what a guarantee rests
+    on, since nobody knows what a server has asked itself.
+    """
+    shell = site.shell(plan.model)
+    strategy = _checked(plan, shell)
+    if reason := refusal(Terms.of_plan(plan), strategy, shell):
+        raise Refusal(RefusalCode.STRATEGY, f"strategy {plan.strategy!r} {reason}")
+    return type(strategy)
+
+
+def _checked(plan: Plan, shell: torch.nn.Module) -> Strategy:
+    """The plan's strategy, after it has looked at its fields and at what of `shell` is to stay here. Raises Refusal."""
+    try:
+        strategy = strategy_of(plan)
+    except (PluginError, UsageError) as error:
+        raise Refusal(RefusalCode.STRATEGY, str(error)) from error
+    except (KeyError, ValueError) as error:
+        raise Refusal(RefusalCode.STRATEGY, f"the fields of strategy {plan.strategy!r} are wrong: {error}") from error
+    own = strategy.personal(shell)
+    if own != frozenset(plan.personal):
+        stays, called = listed(tuple(sorted(own)), "nothing"), listed(plan.personal, "nothing")
+        raise Refusal(
+            RefusalCode.STRATEGY,
+            f"strategy {plan.strategy!r} leaves {stays} of model {plan.model.name!r} at the sites, and the plan calls "
+            f"{called} personal",
+        )
+    return strategy
+
+
+def _sent(content: RecordDict) -> dict[str, Arrays]:
+    if SENT not in content.array_records:
+        return {}
+    try:
+        return by_kind(sent_arrays(content, SENT))
+    except ValueError as error:
+        raise Refusal(RefusalCode.MALFORMED, f"the record {SENT!r} cannot be read: {error}") from error
+
+
+def _check_sent(strategy: type[Strategy], sent: Mapping[str, Arrays], parameters: Arrays, plan: Plan) -> None:
+    """Raise Refusal unless there is an array for each parameter that is trained together, of each kind it needs."""
+    expected = {name: array.shape for name, array in parameters.items() if name not in plan.personal}
+    for kind in strategy.told:
+        if {name: array.shape for name, array in sent.get(kind, {}).items()} != expected:
+            raise Refusal(
+                RefusalCode.STRATEGY,
+                f"strategy {plan.strategy!r} needs the server's {kind!r} for each parameter, and what came is not that",
+            )
+
+
+def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def _zeros(like: Arrays) -> Arrays:
+    return as_arrays({}, "", like)

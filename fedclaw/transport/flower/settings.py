@@ -1,0 +1,83 @@
+"""What a run on Flower's runtimes is told, and the directory that it leaves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedclaw import startup
+from fedclaw.errors import UsageError
+from fedclaw.report.tracking import MlflowTracker, TrackingSettings, check_reachable, make_tracker
+from fedclaw.server.early_checks import check_early
+from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.settings import RunSettings
+from fedclaw.server.sites_settings import SitesSettings
+
+if TYPE_CHECKING:
+    from fedclaw.server.coordinator import Observer
+
+
+class FlowerSettings(RunSettings):
+    """conf/flower_app.yaml, checked."""
+
+    federation: str
+    runs: Path
+    run: str | None = None
+    resume: Path | None = None
+    sites: SitesSettings = SitesSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+
+def open_run(settings: FlowerSettings) -> RunDirectory:
+    """The run's directory: one to go on with, or a new one. Raises FedClawError for settings that cannot be run."""
+    if settings.resume is not None:
+        directory = RunDirectory.open(settings.resume)
+        directory.check()
+        record = directory.record()
+        if record.federation != settings.federation:
+            raise UsageError(
+                f"{settings.resume} is a run of federation {record.federation!r}, not of {settings.federation!r}"
+            )
+        return directory
+    _refuse_secure(settings.secure is not None)
+    check_early(settings, settings.run, settings.sites.rules())
+    check_reachable(settings.tracking)
+    with startup.loading("torch and Flower"):
+        from fedclaw.server.session import make_record
+    record = make_record(settings, settings.federation, settings.run, settings.sites.rules())
+    check(record)
+    return RunDirectory.create(settings.runs / record.run, record)
+
+
+def check(record: RunRecord) -> None:
+    """Raise UsageError for a run that Flower's runtimes cannot carry."""
+    _refuse_secure(record.secure is not None)
+    if record.distillation is not None:
+        raise UsageError("a recovery with a teacher belongs to python -m fedclaw.compress")
+
+
+def _refuse_secure(secure: bool) -> None:
+    if secure:
+        raise UsageError(
+            "secure aggregation keeps a round's keys in the site's memory from one message to the next, and on "
+            "Flower's runtimes the next message may meet another process; run it with python -m fedclaw.server"
+        )
+
+
+@contextmanager
+def observed(directory: RunDirectory, tracking: TrackingSettings) -> Iterator["list[Observer]"]:
+    """Who watches the run in `directory`: the terminal, and MLflow if it is asked for, which hears of a failure."""
+    from fedclaw.report.terminal import TerminalProgress
+
+    startup.next_step(f"continue with resume={directory.root}")
+    progress = TerminalProgress()
+    tracker: MlflowTracker | None = None
+    try:
+        tracker = make_tracker(tracking, directory)
+        yield [progress, tracker] if tracker else [progress]
+    except BaseException as error:
+        if tracker:
+            tracker.failed(error)
+        raise
+    finally:
+        progress.close()

@@ -1,0 +1,131 @@
+"""A FedClaw run as a Flower strategy, for a plain Flower ServerApp on any Flower runtime.
+
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = FlowerStrategy(record)
+        strategy.start(grid, pack(initial), num_rounds=record.rounds)
+
+The sites are FedClaw sites and refuse, train and pay as always. What is lost is what Flower's loop does not have:
+answers are held until all are there, a round that found too few sites is not asked again, and a run cannot be
+resumed. What takes more than one question and one answer a round is refused: secure aggregation, sites asked at random,
+a clipping bound that moves, a teacher. For all those there is `fedclaw.server.coordinator.run_rounds`.
+"""
+
+import logging
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
+
+from fedclaw.errors import UsageError
+from fedclaw.learning import postprocess
+from fedclaw.learning.strategy import Turnout
+from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
+from fedclaw.server import exchange
+from fedclaw.server.aggregate import combination
+from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.exchange import Answers, Evaluated, Trained
+from fedclaw.server.global_model import GlobalModel
+from fedclaw.server.run_directory import RunRecord
+
+log = logging.getLogger(__name__)
+
+
+class FlowerStrategy(AbstractFlowerStrategy):
+    """Asks what `record` says of all connected nodes, and steps by its strategy's server half.
+
+    Raises UsageError for a record that Flower's loop cannot run as it says.
+    """
+
+    def __init__(self, record: RunRecord) -> None:
+        if beyond := _beyond_flower(record):
+            raise UsageError(f"Flower's own loop has no {beyond}; run it with python -m fedclaw.server")
+        self._record = record
+        self._strategy = make_strategy(record)
+        self._model: GlobalModel | None = None
+        self._memory: dict[str, Arrays] = {}
+        self._asked = 0
+        self._weights: dict[str, float] = {}
+        self.trained: Trained | None = None
+        """The last round's answers, with the sites' receipts."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's question to every node. `config` is not used: the plan says it all."""
+        if self._model is None:
+            self._model = GlobalModel(unpack(arrays), self._strategy)
+            shared = {name: a for name, a in self._model.parameters.items() if name not in self._record.personal}
+            self._memory = self._strategy.server_state(shared)
+        return self._questions(server_round, MessageType.TRAIN, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
+        model = self._started()
+        plan = make_plan(self._record, self._strategy, server_round, 1)
+        self.trained = trained = Trained.under(plan, model.parameters, combination(self._strategy, self._memory))
+        _take(trained, replies, server_round)
+        if len(trained.answered) < self._record.rules.minimum:
+            log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
+            return None, None
+        summed = trained.total.take()
+        self._weights.update({site: plan.weight(item.examples) for site, item in trained.receipts.items()})
+        turnout = Turnout.of(summed.weight, len(trained.answered), self._asked, self._weights.values())
+        mean = postprocess.at_server(summed, plan, shapes_of(model.parameters)).arrays
+        norm = model.step(self._strategy.absorb(mean, self._memory, turnout))
+        return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The evaluation's question to every node."""
+        return self._questions(server_round, MessageType.EVALUATE, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Example-weighted means of what the sites permit; None when nobody evaluated."""
+        labels = self._record.make_schema().labels
+        evaluated = Evaluated(wanted=self._record.metrics, labels=labels, score_bins=self._record.score_bins)
+        _take(evaluated, replies, server_round)
+        return MetricRecord(dict(evaluated.metrics)) if evaluated.answered else None
+
+    def summary(self) -> None:
+        """One line in the log."""
+        log.info("%s over %d rounds: run %s", self._record.strategy.name, self._record.rounds, self._record.run)
+
+    def _questions(self, server_round: int, kind: str, grid: Grid) -> list[Message]:
+        nodes = sorted(grid.get_node_ids())
+        plan = make_plan(self._record, self._strategy, server_round, len(nodes))
+        self._asked = len(nodes)
+        sent = self._strategy.sent(self._memory) if kind == MessageType.TRAIN else {}
+        outgoing = exchange.Outgoing(self._started().parameters, sent=sent)
+        return exchange.questions(nodes, plan.round, kind, exchange.question(plan, outgoing))
+
+    def _started(self) -> GlobalModel:
+        assert self._model is not None, "Flower configures a round before it aggregates it"
+        return self._model
+
+
+def _beyond_flower(record: RunRecord) -> str | None:
+    """What `record` needs of a loop that Flower's does not have."""
+    central = record.central
+    if make_strategy(record).choose(1, [0, 1], record.seed) is not None:
+        return f"strategy that chooses whom a round asks ({record.strategy.name})"
+    if record.secure is not None:
+        return "secure aggregation"
+    if central is not None and central.unit == "site" and central.sample_rate < 1:
+        return "sites asked at random, which central.sample_rate counts on"
+    if central is not None and central.adaptive is not None:
+        return "adaptive clipping bound (central.adaptive)"
+    return "teacher for a distillation" if record.distillation is not None else None
+
+
+def _take(answers: Answers, replies: Iterable[Message], server_round: int) -> None:
+    for reply in replies:
+        answers.take(str(reply.metadata.src_node_id), reply)
+    for declined in answers.declined:
+        log.warning("round %d: node %s declined (%s): %s", server_round, declined.site, declined.code, declined.reason)

@@ -1,0 +1,21 @@
+"""The deployment runtime: one long-lived, mutually authenticated gRPC stream per site, opened by the site."""
+
+from typing import TYPE_CHECKING
+
+from fedclaw.lazy import on_demand
+
+if TYPE_CHECKING:
+    from fedclaw.transport.grpc.grid import GrpcGrid
+    from fedclaw.transport.grpc.limits import Limits
+    from fedclaw.transport.grpc.link import SiteLink
+
+__getattr__ = on_demand(
+    __name__,
+    {
+        "GrpcGrid": "fedclaw.transport.grpc.grid",
+        "Limits": "fedclaw.transport.grpc.limits",
+        "SiteLink": "fedclaw.transport.grpc.link",
+    },
+)
+
+__all__ = ["GrpcGrid", "Limits", "SiteLink"]

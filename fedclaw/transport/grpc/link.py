@@ -1,0 +1,378 @@
+"""The site's end: one stream to the server, opened by the site, kept up for ever."""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fedclaw import __version__
+from fedclaw.errors import ConnectionRefused, ProvisionError, TransportError, UsageError
+from fedclaw.identity import pki
+from fedclaw.identity.names import split_address
+from fedclaw.identity.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
+from fedclaw.transport.base import SiteHandler
+from fedclaw.transport.grpc import wire
+from fedclaw.transport.grpc.intake import Intake
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.memory import tune_allocator
+from fedclaw.transport.grpc.outbox import Entry, Outbox
+from fedclaw.transport.grpc.pieces import Piece, read_piece
+from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
+from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.grpc.route import dialled, proxy_of
+from fedclaw.transport.grpc.sender import Sender
+from fedclaw.transport.grpc.worker import Worker
+from fedclaw.transport.message_identity import number_of
+
+log = logging.getLogger(__name__)
+
+NOBODY = "nobody listens there (connection refused)"
+_GLANCE = 0.1
+_LEAST_HEARTBEAT = 0.05
+"""Seconds: a server cannot make a site beat faster."""
+_LONGEST_DOUBLING = 16
+
+
+class RunFinished(TransportError):
+    """The server said that its run has come to its end."""
+
+
+class _Stream:
+    """One connection, from dialling to its end."""
+
+    def __init__(self, link: "SiteLink", channel: Any) -> None:
+        self.sender = Sender()
+        self.heard = time.monotonic()
+        self.welcomed = False
+        self.ended = threading.Event()
+        self.problem: TransportError | None = None
+        self._link = link
+        call = channel.stream_stream(wire.PATH)
+        self.sender.post(wire.hello(PROTOCOL_VERSION, f"fedclaw {__version__}"))
+        self._responses = call(self.sender.frames())
+        threading.Thread(target=self._read, name="fedclaw-read", daemon=True).start()
+
+    def cancel(self) -> None:
+        """Hang up."""
+        self.sender.close()
+        self._responses.cancel()
+
+    def _read(self) -> None:
+        try:
+            self._read_all(self._responses)
+            self.problem = TransportError("the server ended the stream")
+        except TransportError as error:
+            self.problem = error
+        except DecodeError:
+            self.problem = TransportError("the server sent something that is not a frame of this protocol")
+        except grpc.RpcError as error:
+            self.problem = TransportError(self._link.describe(error))
+        except Exception as error:
+            log.exception("the stream failed")
+            self.problem = TransportError(f"the stream failed: {type(error).__name__}")
+        finally:
+            self.sender.close()
+            self.ended.set()
+
+    def _read_all(self, responses: Iterable[bytes]) -> None:
+        for raw in responses:
+            self.heard = time.monotonic()
+            piece = read_piece(raw) if self.welcomed else None
+            if piece is not None:
+                self._link.chunk(self, piece)
+            else:
+                self._link.handle(self, pb.Frame.FromString(raw))
+
+
+class SiteLink:
+    """Connects a site's handler to its federation's server and keeps it connected."""
+
+    def __init__(
+        self,
+        keys: SiteKeys,
+        handler: SiteHandler,
+        state: Path,
+        limits: Limits | None = None,
+        address: str | None = None,
+    ) -> None:
+        """`state` is the site's state directory (the outbox lies in it); `address` overrides the descriptor's.
+
+        Raises UsageError for an address that is none.
+        """
+        self._keys = keys
+        self._limits = limits or Limits()
+        try:
+            self._address, self._name = dialled(keys.descriptor.address, address)
+        except ValueError as error:
+            raise UsageError(f"server: {error}") from None
+        self._outbox = Outbox(state / "outbox", self._limits)
+        self._intake = Intake(self._limits.intake_bytes)
+        self._lock = threading.Lock()
+        self._stream: _Stream | None = None
+        self._sequence = 0
+        self._told: set[str] = set()
+        """What has been said of there being no connection, since there was one."""
+        self._heartbeat = self._limits.heartbeat
+        self._worker = Worker(
+            handler,
+            self._outbox,
+            keys.sealer(),
+            keys.descriptor.name,
+            keys.site_name,
+            self._limits,
+            self._announce,
+            self._give_up,
+        )
+
+    @property
+    def node_id(self) -> int:
+        """The number under which Flower knows this site."""
+        return number_of(self._keys.site_name)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server has welcomed the present connection."""
+        stream = self._stream
+        return stream is not None and stream.welcomed and not stream.ended.is_set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Connect, serve and reconnect until `stop` is set.
+
+        Raises ConnectionRefused when the server will not have this site for good, or when the site's certificate is
+        not valid (any more): a server ends such a connection without a word, so the site has to say why.
+        """
+        tune_allocator()
+        self._worker.start()
+        failures = 0
+        try:
+            while not stop.is_set():
+                self._check_certificate()
+                welcomed, problem = self._connect_once(stop)
+                if isinstance(problem, ConnectionRefused):
+                    raise problem
+                if stop.is_set():
+                    return
+                failures = 0 if welcomed else min(failures + 1, _LONGEST_DOUBLING)
+                delay = self._delay(failures)
+                self._say(problem, welcomed, delay)
+                stop.wait(delay)
+        finally:
+            self._worker.stop()
+
+    def _check_certificate(self) -> None:
+        origin = f"the certificate of site {self._keys.site_name!r}, {self._keys.root / SITE_CERTIFICATE},"
+        try:
+            pki.check_dates(self._keys.certificate, origin, f"{renew_advice(self._keys.root)}, then start again")
+        except ProvisionError as error:
+            raise ConnectionRefused(str(error)) from error
+
+    def _delay(self, failures: int) -> float:
+        """Exponential with jitter: sites that lost the same server do not come back in the same instant."""
+        mean, longest = self._limits.backoff_first * float(2**failures), self._limits.backoff_longest
+        spread = random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, hides nothing
+        return min(mean * spread, longest * (spread + 1.5) / 3)
+
+    def _say(self, problem: TransportError, welcomed: bool, delay: float) -> None:
+        """Why there is no connection, once for each reason until there is one again; a run's end is no trouble."""
+        if welcomed:
+            self._told.clear()
+        if isinstance(problem, RunFinished):
+            log.info("run finished: the server has ended; this site waits for the next one")
+            self._told.add(NOBODY)
+        elif str(problem) not in self._told:
+            self._told.add(str(problem))
+            log.warning(
+                "%s: %s; next attempt in %.1f s, and again every %g s at most",
+                *(self._address, problem, delay, self._limits.backoff_longest),
+            )
+
+    def _connect_once(self, stop: threading.Event) -> tuple[bool, TransportError]:
+        tls = self._keys.tls()
+        credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+        with grpc.secure_channel(self._address, credentials, [*wire.channel_options(), *self._name]) as channel:
+            stream = _Stream(self, channel)
+            with self._lock:
+                self._stream = stream
+            try:
+                problem = self._watch(stream, stop)
+            finally:
+                with self._lock:
+                    self._stream = None
+                stream.cancel()
+                stream.ended.wait(self._limits.handshake)
+        return stream.welcomed, stream.problem if isinstance(stream.problem, ConnectionRefused) else problem
+
+    def _watch(self, stream: _Stream, stop: threading.Event) -> TransportError:
+        """Heartbeats, until the stream or the site ends."""
+        opened = last = time.monotonic()
+        while not stream.ended.wait(min(_GLANCE, self._heartbeat)):
+            now = time.monotonic()
+            if stop.is_set():
+                return TransportError("the site is stopping")
+            if not stream.welcomed and now - opened > self._limits.handshake + self._limits.silence:
+                return TransportError(f"no server answered{self._by_proxy()}")
+            if stream.welcomed and now - stream.heard > self._heartbeat * self._limits.missed_heartbeats:
+                return TransportError("the server fell silent")
+            if stream.welcomed and now - last >= self._heartbeat:
+                last = now
+                self._sequence += 1
+                stream.sender.post(wire.heartbeat(self._sequence))
+        return stream.problem or TransportError("the stream ended")
+
+    def describe(self, error: grpc.RpcError) -> str:
+        """Why a connection failed, as far as this end can know."""
+        details = error.details() if hasattr(error, "details") else ""
+        proxy = proxy_of(self._address)
+        if proxy is not None and "Connection refused" in (details or ""):
+            return f"nobody listens at the proxy (connection refused){self._by_proxy()}"
+        stream = self._stream
+        return _describe(error) + ("" if stream is not None and stream.welcomed else self._by_proxy())
+
+    def _by_proxy(self) -> str:
+        if (proxy := proxy_of(self._address)) is None:
+            return ""
+        url, variable = proxy
+        host = split_address(self._address)[0]
+        return (
+            f"; the way there is through the proxy {url}, because the variable {variable} is set: have that proxy let "
+            f"it through, or add {host} to no_proxy"
+        )
+
+    def _announce(self, entry: Entry) -> None:
+        """Offer a stored reply now if there is a stream; else the server will ask again when there is."""
+        with self._lock:
+            stream = self._stream
+        if stream is not None and stream.welcomed:
+            stream.sender.offer(entry.outgoing())
+
+    def _give_up(self, message_id: str, text: str) -> None:
+        """Tell the server that a task has no answer; without a stream it will ask again."""
+        with self._lock:
+            stream = self._stream
+        if stream is not None and stream.welcomed:
+            stream.sender.post(wire.refuse(pb.REASON_UNANSWERED, text, message_id))
+
+    def handle(self, stream: _Stream, frame: pb.Frame) -> None:
+        """One frame of the server. Raises TransportError if it breaks the protocol or refuses the site."""
+        wire.check_frame(frame)
+        kind = frame.WhichOneof("body")
+        if kind == "refuse" and not frame.refuse.transfer_id:
+            self._connection_refused(frame.refuse)
+        elif not stream.welcomed:
+            if kind != "welcome":
+                raise TransportError("the server's first frame is not a welcome")
+            self._welcome(stream, frame.welcome)
+        elif kind == "offer":
+            self._offered(stream, frame.offer)
+        elif kind == "chunk":
+            chunk = frame.chunk
+            self.chunk(stream, Piece(chunk.transfer_id, chunk.offset, chunk.data))
+        elif kind == "accept":
+            stream.sender.start(frame.accept.transfer_id, frame.accept.offset)
+        elif kind == "done":
+            stream.sender.withdraw(frame.done.transfer_id)
+        elif kind == "refuse" and frame.refuse.reason == pb.REASON_RECALLED:
+            self._recalled(stream, frame.refuse.transfer_id)
+        elif kind == "refuse":
+            self._reply_refused(stream, frame.refuse)
+        elif kind != "heartbeat":
+            raise TransportError(f"unexpected frame: {kind}")
+
+    def _connection_refused(self, refusal: pb.Refuse) -> None:
+        if refusal.reason == pb.REASON_FINISHED:
+            raise RunFinished("the run has finished")
+        text = f"the server refused this site ({wire.reason_name(refusal.reason)}): {wire.printable(refusal.text)}"
+        raise (ConnectionRefused if refusal.reason in wire.FOR_GOOD else TransportError)(text)
+
+    def _welcome(self, stream: _Stream, welcome: pb.Welcome) -> None:
+        mine = (self._keys.descriptor.name, self._keys.site_name)
+        if welcome.protocol != PROTOCOL_VERSION:
+            raise ConnectionRefused(f"the server speaks protocol {welcome.protocol}, this site {PROTOCOL_VERSION}")
+        if (welcome.federation, welcome.site) != mine:
+            raise ConnectionRefused(f"the server is of another federation: {wire.printable(welcome.federation)!r}")
+        if not 0 < welcome.heartbeat < float("inf"):
+            raise TransportError("the server's heartbeat is not a time")
+        self._heartbeat = max(_LEAST_HEARTBEAT, min(self._limits.heartbeat, welcome.heartbeat))
+        self._worker.max_reply_bytes = min(self._limits.max_message_bytes, welcome.max_message_bytes)
+        stream.welcomed = True
+        log.info("connected to %s as %s", self._address, self._keys.site_name)
+        if (trouble := wire.clock_trouble(welcome.clock)) is not None:
+            log.warning(
+                "this machine's clock is %s the server's; set right the wrong one: certificates are judged by it",
+                trouble,
+            )
+
+    def _offered(self, stream: _Stream, offer: pb.Offer) -> None:
+        identity, limit = offer.transfer_id, self._limits.max_message_bytes
+        if offer.size > limit:
+            text = f"the task is oversized: {offer.size} bytes, limit {limit}"
+            self._say_no(stream, pb.REASON_OVERSIZED, text, identity)
+            return
+        try:
+            envelope, left = wire.task_of(offer)
+            expires = time.monotonic() + left
+            if self._worker.holds(envelope, expires):
+                stream.sender.post(wire.done(identity))
+            elif not self._has_room(offer):
+                self._say_no(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
+            elif (offset := self._intake.begin(offer, envelope, expires)) == 0 and offer.inline:
+                self.chunk(stream, Piece(identity, 0, offer.inline))
+            else:
+                stream.sender.post(wire.accept(identity, offset))
+        except TransportError as error:
+            self._say_no(stream, pb.REASON_MALFORMED, str(error), identity)
+
+    def _has_room(self, offer: pb.Offer) -> bool:
+        if self._intake.holds(offer.transfer_id, offer.size):
+            return True
+        # Of another size it is another task, and has to find room like any.
+        self._intake.drop(offer.transfer_id)
+        return self._worker.has_room() and self._intake.has_room(offer.size, self._limits.queued_tasks)
+
+    def chunk(self, stream: _Stream, chunk: Piece) -> None:
+        """A piece of a task."""
+        try:
+            task = self._intake.add(chunk)
+        except TransportError as error:
+            self._say_no(stream, pb.REASON_MALFORMED, str(error), chunk.transfer_id)
+            return
+        if task is not None:
+            self._worker.submit(task.message, task.expires)
+            stream.sender.post(wire.done(chunk.transfer_id))
+
+    def _reply_refused(self, stream: _Stream, refusal: pb.Refuse) -> None:
+        outgoing = stream.sender.withdraw(refusal.transfer_id)
+        text = wire.printable(refusal.text)
+        log.warning("the server refused a reply (%s): %s", wire.reason_name(refusal.reason), text)
+        if refusal.reason == pb.REASON_STALLED and outgoing is not None:
+            stream.sender.offer(outgoing)
+
+    def _recalled(self, stream: _Stream, identity: str) -> None:
+        """Nobody waits for that task. What has not begun is dropped; what is under way ends, for it is paid for."""
+        stream.sender.withdraw(identity)
+        if self._intake.drop(identity) or self._worker.drop(identity):
+            log.info("the server has recalled a task that had not begun")
+
+    def _say_no(self, stream: _Stream, reason: pb.Reason, text: str, identity: str) -> None:
+        log.warning("refused a task (%s): %s", wire.reason_name(reason), text)
+        stream.sender.post(wire.refuse(reason, text, identity))
+
+
+def _describe(error: grpc.RpcError) -> str:
+    code = error.code().name.lower().replace("_", " ") if hasattr(error, "code") else "error"
+    details = error.details() if hasattr(error, "details") else ""
+    if "Connection refused" in (details or ""):
+        return NOBODY
+    if "failed to connect" in (details or "") and "Socket closed" in (details or ""):
+        # All that TLS 1.3 lets a client see of a server that does not take its certificate.
+        return (
+            "the server ended the connection before it began: it is full, or does not take this site's certificate "
+            "(expired by the server's clock, or of another federation)"
+        )
+    return f"{code}: {wire.printable(details or 'the stream broke')}"

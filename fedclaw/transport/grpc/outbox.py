@@ -1,0 +1,322 @@
+"""A site's sealed replies on disk, from before their first byte leaves until newer tasks make them useless.
+
+A file is the sealed bytes followed by a trailer that says whose they are. It appears by rename, so it is whole or not
+there. So what was stored survives the process being killed at any moment, `kill -9` included. A reply of up to
+FLUSHED_BYTES also survives the machine losing power, as far as the disk keeps its word: the file is flushed, renamed,
+and then its directory is flushed, before a byte of it leaves. A file that was damaged all the same is recognised (its
+digest is checked before it is sent after a restart) and its task is then done, and paid for, anew.
+
+Why larger replies are not flushed. Measured on a virtual machine's disk (ext4, medians), the two flushes cost 0.4 ms
+for a reply of 24 kB, 0.9 ms for 1 MB, 2 ms for 4 MB, 23 ms for 40 MB and 0.2 s for 400 MB, while sealing, hashing and
+storing take 0.4, 2.7, 7, 40 and 370 ms: up to some megabytes a flush is lost in the rest, beyond it takes as long as
+half of all the work, in every round, against an accident that costs one round.
+"""
+
+import hashlib
+import logging
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Error
+from google.protobuf.message import DecodeError
+
+from fedclaw.errors import TransportError
+from fedclaw.files import PRIVATE_MODE, sync_directory, write_all
+from fedclaw.identity.seal import SEGMENT, TAG, Sealed
+from fedclaw.transport.grpc import wire
+from fedclaw.transport.grpc.codec import decode
+from fedclaw.transport.grpc.limits import INLINE_BYTES, Limits
+from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.grpc.sender import Outgoing
+from fedclaw.transport.message_identity import Envelope
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".sealed"
+_MAGIC = b"FCO1"
+_TAIL = 4 + len(_MAGIC)
+_CHUNK = SEGMENT + TAG
+"""A chunk of a reply is one segment of its seal."""
+FLUSHED_BYTES = 8 << 20
+"""Replies up to this size survive a power cut."""
+_HASH_AHEAD = 4
+_SMALL = 4 * _CHUNK
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored reply. `size` and `digest` are of what leaves: the seal's header and the sealed bytes."""
+
+    path: Path
+    task: Envelope
+    reply: Envelope
+    header: bytes
+    body_size: int
+    plain_size: int
+    digest: str
+    summary: bytes
+    """The reply without its arrays, encoded."""
+    is_refusal: bool
+    """Whether the reply is an error instead of an answer."""
+    stored: float
+
+    @property
+    def size(self) -> int:
+        """Bytes that leave the site."""
+        return len(self.header) + self.body_size
+
+    def read(self, offset: int) -> list[bytes]:
+        """The chunk at `offset`, in one buffer. Raises OSError if the file is gone."""
+        with self.path.open("rb", buffering=0) as file:
+            return [os.pread(file.fileno(), min(_CHUNK, self.body_size - offset), offset)]
+
+    def outgoing(self) -> Outgoing:
+        """Ready to be offered to the server."""
+        offer = pb.Offer(
+            transfer_id=self.task.message_id,
+            envelope=wire.envelope_to_proto(self.reply),
+            size=self.body_size,
+            stamp=bytes.fromhex(self.digest),
+            seal_header=self.header,
+            plain_size=self.plain_size,
+        )
+        if self.body_size <= INLINE_BYTES:
+            # A file that is gone is found missing when its chunks are asked for.
+            with suppress(OSError):
+                offer.inline = b"".join(self.read(0))
+        return Outgoing(offer, self.read)
+
+    def is_intact(self) -> bool:
+        """Whether the file still holds what was stored."""
+        digest = hashlib.sha256(self.header)
+        try:
+            for offset in range(0, self.body_size, _CHUNK):
+                digest.update(b"".join(self.read(offset)))
+        except OSError:
+            return False
+        return digest.hexdigest() == self.digest
+
+
+class Outbox:
+    """The stored replies of one site. One thread stores and prunes; others may call `find` meanwhile."""
+
+    def __init__(self, directory: Path, limits: Limits) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        sync_directory(directory.parent)
+        self._directory = directory
+        self._limits = limits
+        for leftover in directory.glob(".*.part"):
+            leftover.unlink(missing_ok=True)
+        found = [entry for path in directory.glob(f"*{_SUFFIX}") if (entry := _load(path)) is not None]
+        self._entries = {entry.task.message_id: entry for entry in sorted(found, key=lambda entry: entry.stored)}
+        self._unchecked = set(self._entries)
+        self._spare: Path | None = None
+        self._lock = threading.RLock()
+
+    def find(self, task: Envelope) -> Entry | None:
+        """The stored reply to that very task; one from before a restart is checked against its digest first.
+
+        A refusal is not kept for a second time of asking: it cost nothing, and its cause may be gone.
+        """
+        with self._lock:
+            return self._find(task)
+
+    def _find(self, task: Envelope) -> Entry | None:
+        entry = self._entries.get(task.message_id)
+        if entry is None or (entry.task.run_id, entry.task.group_id) != (task.run_id, task.group_id):
+            return None
+        if entry.is_refusal:
+            self._drop(entry)
+            return None
+        if task.message_id in self._unchecked:
+            if not entry.is_intact():
+                log.error("%s is damaged and dropped; its task will be done again", entry.path)
+                self._drop(entry)
+                return None
+            self._unchecked.discard(task.message_id)
+        return entry
+
+    def store(self, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
+        """Write a whole sealed reply, then give it its name; up to FLUSHED_BYTES it survives a power cut from then on.
+
+        Raises TransportError if the disk will not have it.
+        """
+        path = self._directory / (hashlib.sha256(task.message_id.encode()).hexdigest()[:40] + _SUFFIX)
+        try:
+            entry = self._write(path, task, reply, sealed, summary)
+        except OSError as error:
+            raise TransportError(f"cannot store a reply in {self._directory}: {error.strerror}") from error
+        with self._lock:
+            self._entries.pop(task.message_id, None)
+            self._entries[task.message_id] = entry
+            self._unchecked.discard(task.message_id)
+        return entry
+
+    def _write(self, path: Path, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
+        descriptor, temporary = self._blank()
+        try:
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                os.fchmod(file.fileno(), PRIVATE_MODE)
+                body_size, digest = _copy(sealed, file.fileno())
+                trailer = pb.Spooled(
+                    task=wire.envelope_to_proto(task),
+                    reply=wire.envelope_to_proto(reply),
+                    seal_header=sealed.header,
+                    size=body_size,
+                    plain_size=sealed.plain_size,
+                    digest=digest,
+                    summary=summary,
+                ).SerializeToString()
+                write_all(file.fileno(), trailer + len(trailer).to_bytes(4, "big") + _MAGIC)
+                file.truncate(file.tell())
+                flushed = body_size <= FLUSHED_BYTES
+                if flushed:
+                    os.fsync(file.fileno())
+            _publish(Path(temporary), path, flushed)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return Entry(
+            path,
+            task,
+            reply,
+            sealed.header,
+            body_size,
+            sealed.plain_size,
+            digest,
+            summary,
+            isinstance(decode(summary), Error),
+            time.time(),
+        )
+
+    def _blank(self) -> tuple[int, str]:
+        """A file to write over, and its name: a new one, or one that was pruned (its pages need not be found again)."""
+        if self._spare is not None:
+            spare, self._spare = self._spare, None
+            with suppress(OSError):
+                return os.open(spare, os.O_WRONLY | os.O_NOFOLLOW), str(spare)
+        return tempfile.mkstemp(dir=self._directory, suffix=".part", prefix=".")
+
+    def prune(self, newest: Entry) -> None:
+        """Keep the newest few of this run, others by age, and all within the outbox's size; never drop `newest`."""
+        with self._lock:
+            self._prune(newest)
+
+    def _prune(self, newest: Entry) -> None:
+        others = [entry for entry in self._entries.values() if entry is not newest]
+        same_run = [entry for entry in others if entry.task.run_id == newest.task.run_id]
+        oldest = time.time() - self._limits.outbox_age
+        doomed = same_run[: max(0, len(same_run) + 1 - self._limits.outbox_replies)]
+        doomed += [entry for entry in others if entry.task.run_id != newest.task.run_id and entry.stored < oldest]
+        for entry in doomed:
+            self._retire(entry)
+        total = sum(entry.size for entry in self._entries.values())
+        for entry in list(self._entries.values()):
+            if total <= self._limits.outbox_bytes or entry is newest:
+                break
+            total -= entry.size
+            self._drop(entry)
+
+    def _retire(self, entry: Entry) -> None:
+        """Drop an entry, but keep one file of this kind to write the next reply into."""
+        if self._spare is None:
+            spare = self._directory / ".spare.part"
+            with suppress(OSError):
+                entry.path.replace(spare)
+                self._spare = spare
+        self._drop(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        self._entries.pop(entry.task.message_id, None)
+        self._unchecked.discard(entry.task.message_id)
+        with suppress(OSError):
+            entry.path.unlink()
+
+
+def _publish(temporary: Path, path: Path, flushed: bool) -> None:
+    """Give a file its name; a flushed one for good. Raises OSError, and then neither name is there."""
+    temporary.replace(path)
+    if not flushed:
+        return
+    try:
+        sync_directory(path.parent)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _load(path: Path) -> Entry | None:
+    """The entry in a file, its trailer checked; a file without one is removed."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            length = os.fstat(file.fileno()).st_size
+            tail = os.pread(file.fileno(), _TAIL, max(0, length - _TAIL))
+            size = int.from_bytes(tail[:4], "big")
+            if tail[4:] != _MAGIC or size > length - _TAIL:
+                raise DecodeError("no trailer")
+            spooled = pb.Spooled.FromString(os.pread(file.fileno(), size, length - _TAIL - size))
+            if spooled.size != length - _TAIL - size:
+                raise DecodeError("cut off")
+            stored = os.fstat(file.fileno()).st_mtime
+        task, reply = wire.envelope_from_proto(spooled.task), wire.envelope_from_proto(spooled.reply)
+        is_refusal = isinstance(decode(spooled.summary), Error)
+    except (OSError, DecodeError, TransportError):
+        log.error("%s is damaged and dropped; its task will be done again", path)
+        path.unlink(missing_ok=True)
+        return None
+    return Entry(
+        path,
+        task,
+        reply,
+        spooled.seal_header,
+        spooled.size,
+        spooled.plain_size,
+        spooled.digest,
+        spooled.summary,
+        is_refusal,
+        stored,
+    )
+
+
+def _copy(sealed: Sealed, descriptor: int) -> tuple[int, str]:
+    """Write all segments; returns their size and the digest over header and segments."""
+    digest = hashlib.sha256(sealed.header)
+    written = 0
+    for segment in (
+        _hashed_beside(sealed.segments, digest) if sealed.size > _SMALL else _hashed(sealed.segments, digest)
+    ):
+        write_all(descriptor, segment)
+        written += len(segment)
+    return written, digest.hexdigest()
+
+
+def _hashed(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    for segment in segments:
+        digest.update(segment)
+        yield segment
+
+
+def _hashed_beside(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
+    """The same with the hashing on a second core: it takes longer than sealing and writing together."""
+    todo: queue.Queue[bytes | None] = queue.Queue(_HASH_AHEAD)
+
+    def work() -> None:
+        while (segment := todo.get()) is not None:
+            digest.update(segment)
+
+    worker = threading.Thread(target=work, name="fedclaw-digest")
+    worker.start()
+    try:
+        for segment in segments:
+            todo.put(segment)
+            yield segment
+    finally:
+        todo.put(None)
+        worker.join()

@@ -1,0 +1,64 @@
+"""Who is at the other end: the certificate of the TLS connection, never what the peer says of itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography import x509
+
+from fedclaw.errors import ProvisionError, TransportError
+from fedclaw.identity import pki
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.identity.site_home import check_site_certificate
+from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.message_identity import number_of
+
+
+class NotAdmitted(TransportError):
+    """This peer may not be connected, or not any more; `reason` is what it is told."""
+
+    def __init__(self, reason: pb.Reason, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A site by its certificate. `node_id` is Flower's number for it."""
+
+    site: str
+    serial: int
+    certificate: x509.Certificate
+
+    @property
+    def node_id(self) -> int:
+        """The site's number, the same in every run."""
+        return number_of(self.site)
+
+
+def peer_of(context: Any, home: FederationHome) -> Peer:
+    """The peer of a gRPC call, checked. Raises NotAdmitted."""
+    chain = context.auth_context().get("x509_pem_cert")
+    if not chain:
+        raise NotAdmitted(pb.REASON_IDENTITY, "the connection has no client certificate")
+    try:
+        certificate = pki.parse_certificate(chain[0], "the client certificate")
+        site = check_site_certificate(
+            certificate, home.descriptor, "the client certificate", "renew it", expired_ok=True
+        )
+    except ProvisionError as error:
+        raise NotAdmitted(pb.REASON_IDENTITY, str(error)) from error
+    peer = Peer(site, certificate.serial_number, certificate)
+    check_standing(peer, home)
+    return peer
+
+
+def check_standing(peer: Peer, home: FederationHome) -> None:
+    """Raises NotAdmitted if the certificate has expired or is revoked, or if that cannot be known."""
+    try:
+        revoked = home.is_revoked(peer.serial)
+    except ProvisionError as error:
+        raise NotAdmitted(pb.REASON_UNAVAILABLE, "the server cannot read its list of revoked sites") from error
+    if revoked:
+        raise NotAdmitted(pb.REASON_REVOKED, f"the certificate of site {peer.site!r} is revoked; ask the coordinator")
+    if pki.days_left(peer.certificate) < 0:
+        raise NotAdmitted(pb.REASON_EXPIRED, f"the certificate of site {peer.site!r} has expired; renew it")

@@ -1,0 +1,139 @@
+"""The sending half of a stream: control frames first, then chunks of the transfers that were accepted.
+
+gRPC asks for the next frame when it has room for it, so nothing piles up here: a chunk is read from its
+source at the moment it leaves.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from fedclaw.errors import TransportError
+from fedclaw.transport.grpc.pieces import Buffer, write_piece
+from fedclaw.transport.grpc.protocol import link_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_MAX_CONTROL_FRAMES = 4096
+_MOMENT = 0.001
+"""Seconds left of a task whose time is over: zero would say that it was not told."""
+_NOTHING = pb.Frame(heartbeat=pb.Heartbeat()).SerializeToString()
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """Something to send: `offer` announces it, `read(offset)` gives the chunk that begins there, as buffers.
+
+    `expires`, of a task, is when nobody waits for its reply any more, on this process's monotonic clock.
+    """
+
+    offer: pb.Offer
+    read: Callable[[int], Sequence[Buffer]]
+    expires: float | None = None
+
+    @property
+    def transfer_id(self) -> str:
+        """The id under which both ends know it."""
+        return self.offer.transfer_id
+
+
+@dataclass
+class _Running:
+    outgoing: Outgoing
+    offset: int
+
+
+class Sender:
+    """Frames of one stream, in the order they leave. Safe to use from several threads; `frames` from one."""
+
+    def __init__(self) -> None:
+        self._wake = threading.Condition()
+        self._control: deque[pb.Frame] = deque()
+        self._offered: dict[str, Outgoing] = {}
+        self._running: deque[_Running] = deque()
+        self._closed = False
+
+    def post(self, frame: pb.Frame) -> None:
+        """Send `frame` before any chunk. A peer that reads nothing while it makes us speak loses the stream."""
+        with self._wake:
+            if len(self._control) >= _MAX_CONTROL_FRAMES:
+                self._closed = True
+            elif not self._closed:
+                self._control.append(frame)
+            self._wake.notify()
+
+    def offer(self, outgoing: Outgoing) -> None:
+        """Announce a transfer; nothing happens if it is announced or under way already."""
+        with self._wake:
+            if outgoing.transfer_id in self._offered:
+                return
+            self._offered[outgoing.transfer_id] = outgoing
+        frame = pb.Frame(offer=outgoing.offer)
+        if outgoing.expires is not None:
+            frame.offer.seconds_left = max(outgoing.expires - time.monotonic(), _MOMENT)
+        self.post(frame)
+
+    def start(self, transfer_id: str, offset: int) -> None:
+        """The peer accepted. Raises TransportError for an offset outside the transfer."""
+        with self._wake:
+            outgoing = self._offered.get(transfer_id)
+            if outgoing is None:
+                return
+            if offset >= outgoing.offer.size:
+                raise TransportError(f"the peer accepted from byte {offset} of {outgoing.offer.size}")
+            self._forget_running(transfer_id)
+            self._running.append(_Running(outgoing, offset))
+            self._wake.notify()
+
+    def withdraw(self, transfer_id: str) -> Outgoing | None:
+        """Nothing more of that transfer is sent. Returns it if it had been offered."""
+        with self._wake:
+            self._forget_running(transfer_id)
+            return self._offered.pop(transfer_id, None)
+
+    def close(self, last: pb.Frame | None = None) -> None:
+        """End the stream after `last`; chunks that wait are dropped, control frames are not."""
+        with self._wake:
+            if last is not None and not self._closed:
+                self._control.append(last)
+            self._closed = True
+            self._wake.notify()
+
+    def frames(self) -> Iterator[bytes]:
+        """What leaves, serialised, until `close`."""
+        while (frame := self._next()) is not None:
+            yield frame
+
+    def _next(self) -> bytes | None:
+        with self._wake:
+            while not (self._control or self._running or self._closed):
+                self._wake.wait()
+            if self._control:
+                return self._control.popleft().SerializeToString()
+            if self._closed:
+                return None
+            running = self._running.popleft()
+            offset = running.offset
+            outgoing = running.outgoing
+        # Read outside the lock: it may touch the disk.
+        try:
+            data = outgoing.read(offset)
+        except OSError as error:
+            log.error("a message that was being sent cannot be read any more: %s", error)
+            self.withdraw(outgoing.transfer_id)
+            return _NOTHING
+        with self._wake:
+            running.offset += sum(map(len, data))
+            unfinished = running.offset < outgoing.offer.size
+            if unfinished and outgoing.transfer_id in self._offered and not self._is_running(outgoing.transfer_id):
+                self._running.append(running)
+        return write_piece(outgoing.transfer_id, offset, data)
+
+    def _is_running(self, transfer_id: str) -> bool:
+        return any(item.outgoing.transfer_id == transfer_id for item in self._running)
+
+    def _forget_running(self, transfer_id: str) -> None:
+        self._running = deque(item for item in self._running if item.outgoing.transfer_id != transfer_id)

@@ -1,0 +1,371 @@
+"""The server's end of all streams: who may connect, who is there, what they say."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fedclaw.errors import TransportError
+from fedclaw.identity.federation_home import FederationHome
+from fedclaw.protocol.plan import RefusalCode
+from fedclaw.transport.grpc import wire
+from fedclaw.transport.grpc.desk import Desk, Task
+from fedclaw.transport.grpc.door import INTERVAL, Door
+from fedclaw.transport.grpc.inbound import Arrivals, error_reply
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.memory import tune_allocator
+from fedclaw.transport.grpc.peer import NotAdmitted, Peer, check_standing, peer_of
+from fedclaw.transport.grpc.pieces import Piece, read_piece
+from fedclaw.transport.grpc.protocol import METHOD, PROTOCOL_VERSION, SERVICE
+from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.grpc.session import Session
+
+log = logging.getLogger(__name__)
+
+_SPARE_STREAMS = 8
+_STREAMS_OF_A_SITE = 3
+"""That have no place yet, or none any more: no site takes those of others."""
+_CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_UNANSWERED: RefusalCode.FAILED}
+
+OnEvent = Callable[[str, str, str], None]
+"""Told (kind, site, text); kind is joined, left or refused. Called from the server's threads."""
+
+
+class Station:
+    """A gRPC server with one stream per site."""
+
+    def __init__(
+        self,
+        home: FederationHome,
+        address: str,
+        run_id: int,
+        desk: Desk,
+        limits: Limits,
+        on_event: OnEvent,
+        spool: Path | None = None,
+    ) -> None:
+        """`spool` is where replies lie for which there is no memory; None: in the temporary directory."""
+        self.changed = threading.Condition()
+        self._home = home
+        self._address = address
+        self._run_id = run_id
+        self._desk = desk
+        self._limits = limits
+        self._on_event = on_event
+        self._arrivals = Arrivals(home.name, home.opener(), desk, limits, spool)
+        self._sessions: dict[int, Session] = {}
+        self._streams: set[Session] = set()
+        self._names: dict[int, str] = {}
+        self._away: dict[int, float] = {}
+        self._stopping = threading.Event()
+        self._sequence = 0
+        self._server: Any = None
+        self._ticker = threading.Thread(target=self._tick_for_ever, name="fedclaw-heartbeat", daemon=True)
+        self._watcher = threading.Thread(target=self._watch_the_door, name="fedclaw-door", daemon=True)
+        self.port = 0
+
+    def start(self) -> None:
+        """Listen. Raises TransportError if the address is not to be had."""
+        tune_allocator()
+        streams = self._limits.max_sites + _SPARE_STREAMS
+        self._server = grpc.server(
+            ThreadPoolExecutor(streams, thread_name_prefix="fedclaw-stream"),
+            options=wire.server_options(self._limits),
+            maximum_concurrent_rpcs=streams,
+        )
+        # Frames pass as bytes: they are parsed in _read, where a malformed one gets an answer.
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
+        tls = self._home.tls()
+        credentials = grpc.ssl_server_credentials(
+            [(tls.key, tls.certificate)], root_certificates=tls.ca, require_client_auth=True
+        )
+        try:
+            self.port = self._server.add_secure_port(self._address, credentials)
+        except RuntimeError as error:
+            raise TransportError(
+                f"cannot listen on {self._address}: the address is taken or not this machine's"
+            ) from error
+        self._server.start()
+        self._arrivals.start()
+        self._ticker.start()
+        self._watcher.start()
+
+    def stop(self, *, finished: bool = False) -> None:
+        """Hang up on everybody; if the run has `finished`, say so."""
+        self._stopping.set()
+        farewell = wire.refuse(pb.REASON_FINISHED, "the run has finished") if finished else None
+        for session in list(self._streams):
+            session.close(farewell)
+        if self._server is not None:
+            self._server.stop(grace=0.5).wait()
+        for thread in (self._ticker, self._watcher):
+            if thread.is_alive():
+                thread.join()
+        self._arrivals.stop()
+
+    def connected(self) -> dict[int, str]:
+        """Names of the sites that are there, by node id."""
+        with self.changed:
+            return {node_id: session.peer.site for node_id, session in self._sessions.items()}
+
+    def site_name(self, node_id: int) -> str | None:
+        """The name of a site that has ever been connected."""
+        with self.changed:
+            return self._names.get(node_id)
+
+    def away(self, node_id: int) -> float:
+        """Seconds since that site was last there; 0 if it is there, infinite if it never was."""
+        with self.changed:
+            if node_id in self._sessions:
+                return 0.0
+            return time.monotonic() - self._away[node_id] if node_id in self._away else float("inf")
+
+    def dispatch(self, task: Task) -> None:
+        """Offer `task` to its site, now if it is there, else when it comes."""
+        with self.changed:
+            session = self._sessions.get(task.node_id)
+        if session is not None:
+            session.sender.offer(task.outgoing)
+
+    def recall(self, task: Task) -> None:
+        """Stop sending `task`, and tell its site that nobody waits for it."""
+        with self.changed:
+            session = self._sessions.get(task.node_id)
+        if session is not None:
+            identity = task.outgoing.transfer_id
+            session.sender.withdraw(identity)
+            session.sender.post(wire.refuse(pb.REASON_RECALLED, "nobody waits for it any more", identity))
+
+    def judge(self, ids: Collection[str]) -> None:
+        """The time of those questions is over: who is still sending its reply is late, if its rate is to blame."""
+        self._arrivals.judge(ids)
+
+    def late(self, ids: Collection[str]) -> list[tuple[Task, str]]:
+        """Those of `ids` whose reply was given up because it came too slowly, and how slowly. Told once."""
+        return self._arrivals.late(ids)
+
+    def set_aside(self) -> Mapping[int, str]:
+        """Nodes not to be asked again, and why: they sent more than was asked for, or too slowly."""
+        return self._arrivals.set_aside()
+
+    def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        try:
+            peer = peer_of(context, self._home)
+        except NotAdmitted as error:
+            self._event("refused", "", f"{wire.printable(context.peer())}: {error}")
+            yield wire.refuse(error.reason, str(error)).SerializeToString()
+            return
+        session = Session(peer, context)
+        self._enter(session)
+        threading.Thread(target=self._read, args=(session, requests), name=f"fedclaw-{peer.site}", daemon=True).start()
+        try:
+            yield from session.sender.frames()
+        finally:
+            self._detach(session)
+
+    def _enter(self, session: Session) -> None:
+        """One more stream. Beside the one with its place a site may have a few; of more, the oldest are ended."""
+        node_id = session.peer.node_id
+        with self.changed:
+            self._streams.add(session)
+            seated = self._sessions.get(node_id)
+            own = [one for one in self._streams if one.peer.node_id == node_id and one is not seated]
+        for surplus in sorted(own, key=lambda one: one.opened)[:-_STREAMS_OF_A_SITE]:
+            surplus.abort()
+
+    def _read(self, session: Session, requests: Iterator[bytes]) -> None:
+        try:
+            for raw in requests:
+                session.touch()
+                piece = read_piece(raw) if session.welcomed else None
+                if piece is not None:
+                    self._arrivals.chunk(session, piece)
+                else:
+                    self._handle(session, pb.Frame.FromString(raw))
+        except NotAdmitted as error:
+            self._refuse(session, error)
+        except (TransportError, DecodeError) as error:
+            text = str(error) if isinstance(error, TransportError) else "not a frame of this protocol"
+            self._refuse(session, NotAdmitted(pb.REASON_PROTOCOL, text))
+        except grpc.RpcError as error:
+            log.debug("stream of %s ended: %s", session.peer.site, error)
+        except Exception:
+            # A fault of the server's own: it costs this stream, and no other.
+            log.exception("the stream of %s failed", session.peer.site)
+            session.close(wire.refuse(pb.REASON_UNAVAILABLE, "the server failed on this stream"))
+        finally:
+            session.close()
+
+    def _handle(self, session: Session, frame: pb.Frame) -> None:
+        wire.check_frame(frame)
+        kind = frame.WhichOneof("body")
+        if not session.welcomed:
+            if kind != "hello":
+                raise TransportError("the first frame is not a hello")
+            self._welcome(session, frame.hello)
+        elif kind == "chunk":
+            chunk = frame.chunk
+            self._arrivals.chunk(session, Piece(chunk.transfer_id, chunk.offset, chunk.data))
+        elif kind == "offer":
+            self._arrivals.offered(session, frame.offer)
+        elif kind == "accept":
+            session.sender.start(frame.accept.transfer_id, frame.accept.offset)
+        elif kind == "done":
+            self._delivered(session, frame.done.transfer_id)
+        elif kind == "refuse":
+            self._refused_by_site(session, frame.refuse)
+        elif kind != "heartbeat":
+            raise TransportError(f"unexpected frame: {kind}")
+
+    def _welcome(self, session: Session, hello: pb.Hello) -> None:
+        peer = session.peer
+        if hello.protocol != PROTOCOL_VERSION:
+            text = (
+                f"this server speaks protocol {PROTOCOL_VERSION}, the site {hello.protocol}; install the same version"
+            )
+            raise NotAdmitted(pb.REASON_VERSION, text)
+        welcome = pb.Welcome(
+            protocol=PROTOCOL_VERSION,
+            federation=self._home.name,
+            site=peer.site,
+            node_id=peer.node_id,
+            run_id=self._run_id,
+            max_message_bytes=self._limits.max_message_bytes,
+            heartbeat=self._limits.heartbeat,
+            clock=time.time(),
+        )
+        if (trouble := wire.clock_trouble(hello.clock)) is not None:
+            log.warning("this server's clock is %s that of %s; one of them is wrong", trouble, peer.site)
+        replaced = self._seat(session, pb.Frame(welcome=welcome))
+        if replaced is not None:
+            text = f"another connection of site {peer.site!r} has taken this one's place"
+            log.warning(text)
+            self._arrivals.detach(replaced)
+            replaced.close(wire.refuse(pb.REASON_REPLACED, text))
+        else:
+            self._event("joined", peer.site, wire.printable(hello.software))
+        for task in self._desk.open_of(peer.node_id):
+            session.sender.offer(task.outgoing)
+
+    def _seat(self, session: Session, welcome: pb.Frame) -> Session | None:
+        """Welcome a site and give it its place; returns the session that had it. Raises NotAdmitted if all are taken.
+
+        In one piece: nothing may be sent to the site before the welcome.
+        """
+        peer = session.peer
+        with self.changed:
+            if session not in self._streams:
+                # Nobody would ever take a place back from a stream that has ended.
+                raise NotAdmitted(pb.REASON_UNAVAILABLE, "it hung up before it was welcomed")
+            replaced = self._sessions.get(peer.node_id)
+            if replaced is None and len(self._sessions) >= self._limits.max_sites:
+                text = f"this server serves {self._limits.max_sites} sites at one time, and they are all here"
+                raise NotAdmitted(pb.REASON_UNAVAILABLE, text)
+            session.welcomed = True
+            session.sender.post(welcome)
+            self._sessions[peer.node_id] = session
+            self._names[peer.node_id] = peer.site
+            self.changed.notify_all()
+        return replaced
+
+    def _delivered(self, session: Session, transfer_id: str) -> None:
+        task = self._desk.find(session.peer.node_id, transfer_id)
+        if session.sender.withdraw(transfer_id) is not None and task is not None:
+            task.delivered = True
+
+    def _refused_by_site(self, session: Session, refusal: pb.Refuse) -> None:
+        task = self._desk.find(session.peer.node_id, refusal.transfer_id)
+        if task is None:
+            return
+        on_its_way = session.sender.withdraw(refusal.transfer_id) is not None
+        if not on_its_way and refusal.reason != pb.REASON_UNANSWERED:
+            return
+        text = f"the site refused the task ({wire.reason_name(refusal.reason)}): {wire.printable(refusal.text)}"
+        log.warning("%s: %s", session.peer.site, text)
+        self._desk.finish(task, error_reply(task, _CODES.get(refusal.reason, RefusalCode.MALFORMED), text))
+
+    def _refuse(self, session: Session, error: NotAdmitted) -> None:
+        self._event("refused", session.peer.site, str(error))
+        session.close(wire.refuse(error.reason, str(error)))
+
+    def _detach(self, session: Session) -> None:
+        node_id = session.peer.node_id
+        self._arrivals.detach(session)
+        with self.changed:
+            self._streams.discard(session)
+            gone = self._sessions.get(node_id) is session
+            if gone:
+                del self._sessions[node_id]
+                self._away[node_id] = time.monotonic()
+                self.changed.notify_all()
+        if gone and not self._stopping.is_set():
+            self._event("left", session.peer.site, "the stream ended")
+        with self._desk.changed:
+            self._desk.changed.notify_all()
+
+    def _event(self, kind: str, site: str, text: str) -> None:
+        level = logging.WARNING if kind == "refused" else logging.INFO
+        log.log(level, "%s %s: %s", site or "a peer", kind, text)
+        self._on_event(kind, site, text)
+
+    def _tick_for_ever(self) -> None:
+        while not self._stopping.wait(self._limits.heartbeat):
+            self._sequence += 1
+            with self.changed:
+                sessions = list(self._streams)
+            for session in sessions:
+                self._survive(self._check, session)
+            self._survive(self._arrivals.drop_slow)
+            self._survive(self._recall_expired)
+
+    def _watch_the_door(self) -> None:
+        crowd = Door(self.port, wire.held_strangers(self._limits), lambda text: self._event("refused", "", text))
+        while not self._stopping.wait(INTERVAL):
+            with self.changed:
+                peers = [session.endpoint for session in self._streams]
+            self._survive(crowd.look, frozenset(peer for peer in peers if peer is not None))
+
+    def _survive(self, step: Callable[..., None], *arguments: object) -> None:
+        """One step of a heartbeat: a fault in it costs that step, and no other site its heartbeats."""
+        try:
+            step(*arguments)
+        except Exception:
+            log.exception("a heartbeat failed")
+
+    def _recall_expired(self) -> None:
+        for task in self._desk.withdraw(self._desk.expired()):
+            self.recall(task)
+
+    def _check(self, session: Session) -> None:
+        """One heartbeat of one stream: its certificate, its silence, and a sign of life from us."""
+        now = time.monotonic()
+        limits = self._limits
+        if session.closed_at is not None:
+            if now - session.closed_at > limits.handshake:
+                session.abort()
+            return
+        try:
+            check_standing(session.peer, self._home)
+        except NotAdmitted as error:
+            if error.reason != pb.REASON_UNAVAILABLE:
+                self._strike_off(session.peer)
+            self._refuse(session, error)
+            return
+        silent = limits.silence if session.welcomed else limits.handshake
+        if now - session.heard > silent:
+            self._event("refused", session.peer.site, f"nothing was heard from it for {silent:g} s")
+            session.close(wire.refuse(pb.REASON_SILENT, "no heartbeat"))
+            session.abort()
+        elif session.welcomed:
+            session.sender.post(wire.heartbeat(self._sequence))
+
+    def _strike_off(self, peer: Peer) -> None:
+        """A site that was thrown out will not answer: nobody waits for it."""
+        self._desk.withdraw([task.envelope.message_id for task in self._desk.open_of(peer.node_id)])

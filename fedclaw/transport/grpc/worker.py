@@ -1,0 +1,202 @@
+"""A site's work: one task after the other on a thread of its own, so that the stream stays alive meanwhile.
+
+The order that nothing may change: the handler answers, the answer is encoded, sealed and stored in the outbox;
+then the handler releases it; only then may a byte of it leave. A task whose reply is stored is never handed to
+the handler again.
+"""
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from flwr.app import Error, Message
+
+from fedclaw.errors import FedClawError, TransportError
+from fedclaw.identity.seal import Binding, Sealer
+from fedclaw.protocol.plan import RefusalCode
+from fedclaw.transport.base import SiteHandler
+from fedclaw.transport.grpc.codec import Encoded, decode, encode, without_arrays
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.outbox import Entry, Outbox
+from fedclaw.transport.message_identity import Envelope, envelope_of, rebuild
+
+log = logging.getLogger(__name__)
+
+_NO_ANSWER = "the site could not keep or release its answer, so nothing leaves; its operator finds why in its log"
+
+
+class Worker:
+    """Turns tasks into stored, released replies and hands those to `announce`.
+
+    A task to which there will be no reply goes to `give_up`, with a sentence for the server.
+    """
+
+    def __init__(
+        self,
+        handler: SiteHandler,
+        outbox: Outbox,
+        sealer: Sealer,
+        federation: str,
+        site: str,
+        limits: Limits,
+        announce: Callable[[Entry], None],
+        give_up: Callable[[str, str], None] = lambda _message_id, _text: None,
+    ) -> None:
+        self._handler = handler
+        self._outbox = outbox
+        self._sealer = sealer
+        self._federation = federation
+        self._site = site
+        self._limits = limits
+        self._announce = announce
+        self._give_up = give_up
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(self._lock)
+        self._waiting: OrderedDict[str, tuple[Message, float]] = OrderedDict()
+        self._current: str | None = None
+        self._stopping = False
+        self._released: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="fedclaw-work", daemon=True)
+        self.max_reply_bytes = limits.max_message_bytes
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self, patience: float = 1.0) -> None:
+        """Take no further task. One under way is left to end by itself; it is a daemon thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        self._thread.join(patience)
+
+    def holds(self, task: Envelope, expires: float) -> bool:
+        """Whether the task is queued, under way, or answered in the outbox; then it is not needed again.
+
+        A stored reply is announced once more. A queued task is then waited for until `expires`.
+        """
+        with self._lock:
+            identity = task.message_id
+            if identity == self._current:
+                return True
+            if identity in self._waiting:
+                self._waiting[identity] = (self._waiting[identity][0], expires)
+                return True
+            entry = self._outbox.find(task)
+            if entry is None:
+                return False
+            if identity in self._released:
+                self._announce(entry)
+            else:
+                # Its content is not needed: only its reply is asked for.
+                self.submit(rebuild(task, Error(0)), expires)
+            return True
+
+    def has_room(self) -> bool:
+        """Whether one more task may wait."""
+        now = time.monotonic()
+        with self._lock:
+            for identity in [key for key, (_, expires) in self._waiting.items() if expires <= now]:
+                self._expired(identity)
+                del self._waiting[identity]
+            return len(self._waiting) < self._limits.queued_tasks
+
+    def submit(self, task: Message, expires: float) -> None:
+        """Queue a task that `holds` does not know; at `expires`, on the monotonic clock, it is dropped."""
+        with self._wake:
+            self._waiting[task.metadata.message_id] = (task, expires)
+            self._wake.notify_all()
+
+    def drop(self, message_id: str) -> bool:
+        """Nobody waits for that task any more. Whether it was still queued, which it no longer is."""
+        with self._lock:
+            return self._waiting.pop(message_id, None) is not None
+
+    def _next(self) -> tuple[Message, float] | None:
+        with self._wake:
+            self._current = None
+            while not self._waiting and not self._stopping:
+                self._wake.wait()
+            if self._stopping:
+                return None
+            self._current, found = self._waiting.popitem(last=False)
+            return found
+
+    def _work(self) -> None:
+        while (found := self._next()) is not None:
+            task, expires = found
+            identity = task.metadata.message_id
+            try:
+                self._do(task, expires)
+            except FedClawError as error:
+                log.error("task %s is left unanswered: %s", identity, error)
+                self._give_up(identity, _NO_ANSWER)
+            except Exception:
+                log.exception("task %s is left unanswered", identity)
+                self._give_up(identity, _NO_ANSWER)
+            # Not held while the next one is waited for.
+            del task, found
+
+    def _expired(self, identity: str) -> None:
+        log.warning("task %s expired before its turn", identity)
+
+    def _do(self, task: Message, expires: float) -> None:
+        envelope = envelope_of(task)
+        with self._lock:
+            entry = self._outbox.find(envelope)
+        if entry is not None:
+            reply = rebuild(entry.reply, decode(entry.summary))
+        elif task.has_error():
+            log.warning(
+                "the stored reply to task %s is gone; it waits until the server asks again", envelope.message_id
+            )
+            return
+        elif expires <= time.monotonic():
+            self._expired(envelope.message_id)
+            return
+        else:
+            reply = self._answer(task)
+            entry = self._store(envelope, reply)
+        self._handler.release(task, reply, entry.size, entry.digest)
+        with self._lock:
+            self._released.add(envelope.message_id)
+            self._current = None
+        self._announce(entry)
+        # Last, because removing large files takes its time and nobody waits for it here.
+        with self._lock:
+            self._outbox.prune(entry)
+
+    def _answer(self, task: Message) -> Message:
+        try:
+            return self._handler.answer(task)
+        except Exception:
+            # The handler promised not to raise. The server learns that it failed, and not how.
+            log.exception("the site failed on task %s", task.metadata.message_id)
+            return Message(Error(RefusalCode.FAILED, "the site failed on this task"), reply_to=task)
+
+    def _store(self, task: Envelope, reply: Message) -> Entry:
+        content = reply.content if reply.has_content() else reply.error
+        try:
+            body = encode(content)
+            if body.size > self.max_reply_bytes:
+                text = f"the reply has {body.size} bytes, the limit is {self.max_reply_bytes}"
+                raise TransportError(text)
+        except TransportError as error:
+            log.error("the reply to task %s cannot be sent: %s", task.message_id, error)
+            content = Error(RefusalCode.UPDATE_SIZE, str(error))
+            body = encode(content)
+        return self._seal(task, envelope_of(reply), body, encode(without_arrays(content)))
+
+    def _seal(self, task: Envelope, reply: Envelope, body: Encoded, summary: Encoded) -> Entry:
+        binding = Binding(
+            federation=self._federation,
+            run_id=task.run_id,
+            group_id=task.group_id,
+            message_id=task.message_id,
+            site=self._site,
+        )
+        sealed = self._sealer.seal(body.parts, binding)
+        # Not under the lock: a slow disk must not keep the thread that reads the stream from its heartbeats.
+        return self._outbox.store(task, reply, sealed, b"".join(summary.parts))

@@ -1,0 +1,88 @@
+"""What names a question: a digest of all of it, made once for all who are asked."""
+
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.server import exchange
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.exchange import hashed_arrays, questions
+from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.session import initial_parameters
+from fedclaw.server.settings import SecureRequest
+from fedclaw.transport.in_process import open_sites
+from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.message_identity import assume_server_identity
+from tests.samples import run_record
+
+LARGE = 10_000
+"""Bytes; in the model below only the first layer's weights are more."""
+
+
+class Counting:
+    """SHA-256 that counts how often something large goes into it."""
+
+    def __init__(self, seen, inner=None):
+        self.seen, self.inner = seen, inner or hashlib.sha256()
+
+    def update(self, data):
+        if len(bytes(data)) > LARGE:
+            self.seen.append(len(bytes(data)))
+        self.inner.update(data)
+
+    def copy(self):
+        return Counting(self.seen, self.inner.copy())
+
+    def hexdigest(self):
+        return self.inner.hexdigest()
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Sizes of the large things that were hashed into questions' names."""
+    found = []
+
+    def sha256(data=b""):
+        digest = Counting(found)
+        digest.update(data)
+        return digest
+
+    monkeypatch.setattr(exchange, "hashlib", SimpleNamespace(sha256=sha256))
+    return found
+
+
+@pytest.mark.parametrize("secure", [None, SecureRequest(dropouts=0.2, corrupt=0.0, largest_weight=1000)], ids=str)
+def test_the_model_is_hashed_once_for_all_sites(tmp_path, seen, secure):
+    """One round, five sites: once for what they train from, once for what they evaluate."""
+    assume_server_identity(5)
+    policy = SitePolicy(epsilon=None, delta=1e-3, allow_training_without_privacy=True)
+    directories = write_sites(tmp_path / "sites", DatasetSettings(name="breast_cancer", sites=5), policy)
+    sites = open_sites(directories, "clinic")
+    record = run_record(
+        schema_text=next(iter(sites.values())).workload.schema.to_json(),
+        model=ModelSpec(name="mlp", args={"hidden": [128]}),
+        rounds=1,
+        training=LocalTraining(steps=1, batch_size=8, learning_rate=0.1),
+        privacy=None,
+        secure=secure,
+    )
+    directory = RunDirectory.create(tmp_path / "run", record)
+    outcome = run_rounds(LocalGrid(sites, 5), directory, initial_parameters(record))
+    assert len(directory.read_metrics()[0]["answered"]) == 5
+    assert outcome.metrics
+    assert len(seen) == 2
+
+
+def test_a_name_is_the_same_wherever_the_hashing_began_and_another_for_anything_else():
+    content = RecordDict({"arrays": pack({"w": np.ones(3, np.float32)}), "plan": ConfigRecord({"json": "{}"})})
+    other = RecordDict({"arrays": content["arrays"], "plan": ConfigRecord({"json": "{} "})})
+    (whole,) = questions([1], 1, "train", content)
+    (shared,) = questions([1], 1, "train", content, arrays=hashed_arrays(other))
+    (another,) = questions([1], 1, "train", other, arrays=hashed_arrays(other))
+    assert whole.metadata.message_id == shared.metadata.message_id != another.metadata.message_id

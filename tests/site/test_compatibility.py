@@ -1,0 +1,160 @@
+"""What a site refuses of a plan that an honest server would not have made, before it pays."""
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+
+from fedclaw.errors import PluginError
+from fedclaw.learning.strategy import Finished, RoundContext, finish_round
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import ModelSpec, RefusalCode
+from fedclaw.site.service import SiteService
+from strategies.fedavg import FedAvg
+from strategies.qfedavg import QFedAvg
+from tests.hostile import DP, EXAMPLE, ONE_STEP, SITE, SOME_STEPS, ask, central, session, wary_site
+from tests.least_squares import identified
+
+
+@pytest.fixture
+def site() -> SiteService:
+    return wary_site()
+
+
+def refused(reply: Message, site: SiteService, code: RefusalCode = RefusalCode.STRATEGY) -> str:
+    assert reply.has_error(), "the site took part"
+    assert RefusalCode(reply.error.code) is code, reply.error.reason
+    assert site.ledger.rounds("run-1") == 0, "it was paid for"
+    assert not site.states.newest("clinic", "run-1")
+    return reply.error.reason
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "reason"),
+    [
+        ("qfedavg", {}, "which no noise covers"),
+        ("qfedavg", {"privacy": None, "central": SITE, "weighting": "uniform"}, "more than updates"),
+        ("scaffold", {"privacy": None, "central": EXAMPLE, "training": ONE_STEP}, "more than updates"),
+        ("fednova", {"privacy": None, "central": SITE}, "more than updates"),
+        ("ditto", {"privacy": None, "central": SITE}, "second model at each site"),
+        ("feddyn", {"privacy": None, "central": SITE}, "remembers at each site"),
+        ("fedper", {"privacy": None, "central": EXAMPLE, "training": ONE_STEP}, "trains without noise"),
+        ("fedbn", {"privacy": None, "central": EXAMPLE, "training": ONE_STEP, "model": "normed"}, "without noise"),
+        ("fedrep", {"privacy": None, "central": EXAMPLE, "training": ONE_STEP}, "one step a round"),
+        ("median", {"privacy": None, "central": SITE}, "takes no mean"),
+        ("median", {"secure": session(), "kind": "query.keys"}, "has to see every update by itself"),
+        ("fedbuff", {"privacy": None, "central": SITE}, "discounts late answers"),
+        ("cyclic", {"privacy": None, "central": SITE}, "asks one site a round"),
+        ("cyclic", {"secure": session(), "kind": "query.keys"}, "a secure sum of one"),
+        ("fedper", {"settings": {"head": [""]}}, "does not part into both"),
+        ("feddyn", {"settings": {"alpha": 100.0}}, "leaps over"),
+    ],
+)
+def test_a_combination_that_no_honest_server_asks_for_is_refused_before_it_is_paid(
+    site: SiteService, strategy: str, changes: dict, reason: str
+) -> None:
+    identified({"a": site})
+    assert reason in refused(ask(site, strategy, **changes), site)
+
+
+def test_it_is_refused_at_the_first_stage_of_a_secure_sum_too(site: SiteService) -> None:
+    identified({"a": site})
+    by_sites = central("example", "sites")
+    changes = {"privacy": None, "central": by_sites, "training": ONE_STEP, "secure": session()}
+    for strategy, reason in (("scaffold", "more than updates"), ("fedper", "trains without noise")):
+        for kind in ("query.keys", "train"):
+            reply = ask(site, strategy, kind, **changes)
+            if kind == "query.keys":
+                assert reason in refused(reply, site)
+            else:
+                refused(reply, site, RefusalCode.SECURE_AGGREGATION)
+    assert not ask(site, "fedavg", "query.keys", **changes).has_error()
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("strategy", "personal"),
+    [("fedavg", ("head.weight",)), ("ditto", ("head.bias",)), ("fedper", ()), ("fedper", ("body.weight",))],
+)
+def test_what_a_plan_calls_personal_is_what_the_strategy_says(
+    site: SiteService, kind: str, strategy: str, personal: tuple[str, ...]
+) -> None:
+    assert "personal" in refused(ask(site, strategy, kind, personal=personal), site)
+    assert not ask(site, strategy).has_error(), "as the strategy says"
+
+
+def test_what_is_refused_is_judged_by_the_settings_that_are_used(site: SiteService) -> None:
+    """A setting that is sent as a field, and another that the site is told to judge by."""
+    changes = {"strategy_fields": {"alpha": 100.0}, "strategy_settings": {"alpha": 0.1}}
+    assert "do not follow from the settings" in refused(ask(site, "feddyn", **changes), site)
+    assert "leaps over" in refused(ask(site, "feddyn", **changes | {"strategy_settings": {}}), site)
+    assert "beta" in refused(ask(site, "feddyn", strategy_settings={"beta": 1}), site)
+
+
+def test_what_somebody_elses_strategy_refuses_a_site_refuses(site: SiteService, monkeypatch) -> None:
+    seen = []
+
+    def refuse(self, terms, model):
+        seen.append((terms.privacy, terms.rules.minimum >= terms.rounds, sorted(dict(model.named_parameters()))))
+        return "counts on a clipping norm of 2" if terms.privacy and terms.privacy.max_grad_norm != 2 else None
+
+    monkeypatch.setattr(FedAvg, "refuse", refuse)
+    assert "clipping norm of 2" in refused(ask(site, "fedavg"), site)
+    assert seen == [(DP, True, ["body.weight", "head.bias", "head.weight"])]
+    assert not ask(site, "fedavg", privacy=DP.model_copy(update={"max_grad_norm": 2.0})).has_error()
+
+
+def test_a_step_that_waits_for_its_noise_is_not_for_a_strategy_to_change(site: SiteService, monkeypatch) -> None:
+    how = {"privacy": None, "central": EXAMPLE, "training": ONE_STEP}
+    monkeypatch.setattr(FedAvg, "finish", classmethod(lambda _cls, delta, _context: Finished(delta)))
+    assert "makes more of a site's step" in refused(ask(site, "fedavg", **how), site)
+    monkeypatch.undo()
+    assert not ask(site, "fedavg", **how).has_error()
+
+
+def finishing(monkeypatch, site: SiteService, finish) -> None:
+    """What a strategy returns beyond what it declares leaves nothing and keeps nothing."""
+    monkeypatch.setattr(FedAvg, "finish", classmethod(lambda _cls, delta, context: finish(delta, context)))
+    reply = ask(site, "fedavg")
+    assert reply.has_error()
+    assert RefusalCode(reply.error.code) is RefusalCode.FAILED
+    assert not site.states.newest("clinic", "run-1")
+
+
+def test_what_a_strategy_does_not_declare_does_not_leave(site: SiteService, monkeypatch, caplog) -> None:
+    one = np.ones(1, np.float32)
+    for finish, reason in (
+        (lambda delta, _: Finished({**delta, "loss": one}), "delta that finish returned"),
+        (lambda delta, _: Finished(dict(list(delta.items())[1:])), "delta that finish returned"),
+        (lambda delta, _: Finished(delta, extras={"~loss": one}), "extras that finish returned"),
+        (lambda delta, _: Finished(delta, state={"loss": {}}), "keeps 'loss'"),
+        (lambda delta, _: Finished(delta, state={"personal": delta}), "keeps 'personal'"),
+        (lambda delta, _: Finished({n: a.astype(np.float64) for n, a in delta.items()}), "float32"),
+        (lambda delta, context: Finished({n: a * context.loss() for n, a in delta.items()}), "uses_training_loss"),
+    ):
+        finishing(monkeypatch, site, finish)
+        assert reason in caplog.text
+        caplog.clear()
+        monkeypatch.undo()
+    assert not ask(site, "fedavg").has_error()
+
+
+def test_a_training_loss_is_for_those_that_declare_it() -> None:
+    def delta() -> Arrays:
+        return {"w": np.ones(2, np.float32)}
+
+    context = RoundContext({"q": 1.0}, SOME_STEPS, 3, lambda: 2.0)
+    left = finish_round(QFedAvg, delta(), context)
+    assert left.delta["w"].tolist() == [2, 2]
+    assert set(left.extras) == {"~curvature"}
+
+    class Untold(QFedAvg):
+        uses_training_loss = False
+
+    with pytest.raises(PluginError, match="does not declare uses_training_loss"):
+        finish_round(Untold, delta(), context)
+
+
+def test_the_model_that_a_strategy_is_asked_about_takes_no_memory(site: SiteService) -> None:
+    shell = site.shell(ModelSpec(name="parted"))
+    assert {parameter.device for parameter in shell.parameters()} == {torch.device("meta")}

@@ -1,0 +1,461 @@
+"""One site's reply costs no other site anything: not its place, not its time, not the server's memory."""
+
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+
+from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.records import Records
+from fedclaw.transport.grpc import inbound as inbound_module
+from fedclaw.transport.grpc import wire
+from fedclaw.transport.grpc.codec import encode
+from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from tests.transport.grpc.uploader import Uploader
+
+MIB = 1 << 20
+
+
+def uploader(kit, grid, name: str) -> Uploader:
+    return Uploader(kit.raw(name, grid.port), kit.federation.site(name))
+
+
+def arrays(mebibytes: int) -> bytes:
+    values = np.arange(mebibytes * MIB // 4, dtype=np.float32)
+    return b"".join(encode(RecordDict({"sum": ArrayRecord({"w": Array(values)})})).parts)
+
+
+def asked(kit, grid, names, *, timeout=60.0, body=None):
+    """The replies to one question to `names`, gathered beside the test; join the thread to have them all."""
+    ttl = {"ttl": timeout}
+    messages = [kit.message(name, body or kit.content(), **ttl) for name in names]
+    found: dict[str, object] = {}
+    stream = grid.send_and_receive(messages, timeout=timeout)
+
+    def gather() -> None:
+        for reply in stream:
+            found[grid.site_name(reply.metadata.src_node_id)] = reply
+
+    thread = threading.Thread(target=gather, daemon=True)
+    thread.start()
+    return thread, found
+
+
+def limits(kit, **changed):
+    """Of a server that hears of the sites of these tests only when they have something to say."""
+    return kit.QUICK.model_copy(update={"missed_heartbeats": 400, **changed})
+
+
+def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(kit):
+    """None has sent its last piece before each has sent all the others."""
+    grid = kit.grid(limits(kit, inbound_bytes=64 * MIB))
+    names = [f"site-{letter}" for letter in "abcd"]
+    sites = [uploader(kit, grid, name) for name in names]
+    thread, found = asked(kit, grid, names)
+    body = arrays(40)
+    for site in sites:
+        site.offer(0, content=body)
+    assert [site.accepted() for site in sites] == [0] * 4
+    held = []
+    for first in range(40):
+        for site in sites:
+            site.send(first, 1)
+        held.append(grid._station._arrivals.held_bytes())
+    for site in sites:
+        site.send(40, len(site.pieces) - 40)
+    thread.join(60)
+    assert sorted(found) == names
+    for reply in found.values():
+        values = reply.content["sum"]["w"].numpy()
+        assert (values.size, values[-1]) == (10 * MIB, 10 * MIB - 1)
+    assert max(held) <= 64 * MIB
+    kit.until(lambda: grid._station._arrivals.held_bytes() == 0, "all memory is free again")
+
+
+def test_what_waits_on_disk_has_no_name_there_and_is_gone_after_it_was_read(kit, tmp_path):
+    grid = kit.grid(limits(kit, inbound_bytes=MIB))
+    grid._station._arrivals._directory = tmp_path
+    names = ["site-a", "site-b"]
+    sites = [uploader(kit, grid, name) for name in names]
+    thread, found = asked(kit, grid, names)
+    for site in sites:
+        site.offer(0, content=arrays(4))
+        site.accepted()
+        site.send(0, 3)
+
+    def open_there() -> list[str]:
+        links = []
+        for entry in Path("/proc/self/fd").iterdir():
+            with suppress(OSError):
+                links.append(str(entry.readlink()))
+        return [link for link in links if link.startswith(str(tmp_path))]
+
+    kit.until(lambda: len(open_there()) == 1, "one of the two has gone to disk")
+    assert all(link.endswith("(deleted)") for link in open_there())
+    assert list(tmp_path.iterdir()) == []
+    for site in sites:
+        site.send(3, len(site.pieces) - 3)
+    thread.join(60)
+    assert sorted(found) == names
+    kit.until(lambda: open_there() == [], "nothing is left")
+
+
+def test_a_withdrawn_reply_leaves_neither_memory_nor_disk_behind(kit):
+    grid = kit.grid(limits(kit, inbound_bytes=MIB))
+    site = uploader(kit, grid, "site-a")
+    thread, _ = asked(kit, grid, ["site-a"], timeout=2.5)
+    site.offer(0, content=arrays(8))
+    site.accepted()
+    site.send(0, 6)
+    thread.join(60)
+    arrivals = grid._station._arrivals
+    kit.until(lambda: not arrivals._admitted and not arrivals._waiting, "nothing is held")
+
+
+@pytest.mark.parametrize("spool_bytes", [0, 2 * MIB])
+def test_a_full_disk_brings_replies_one_after_the_other_and_loses_none(kit, caplog, spool_bytes):
+    grid = kit.grid(limits(kit, inbound_bytes=MIB, spool_bytes=spool_bytes))
+    names = ["site-a", "site-b", "site-c"]
+
+    class Large(kit.Echo):
+        def answer(self, message):
+            reply = super().answer(message)
+            reply.content["more"] = ArrayRecord({"w": Array(np.arange(2 * MIB, dtype=np.float32))})
+            return reply
+
+    for name in names:
+        kit.link(name, grid.port, Large())
+    grid.wait_for_sites(3, 20)
+    gate = threading.Event()
+    arrivals = grid._station._arrivals
+    real = arrivals._charge
+    # All three begin before one has ended, as on a slow line.
+    arrivals._charge = lambda arrival, more: real(arrival, more) and (gate.wait(0.1) or True)
+    thread, found = asked(kit, grid, names)
+    thread.join(60)
+    assert sorted(found) == names
+    assert all(reply.has_content() for reply in found.values())
+
+
+def test_a_reply_larger_than_its_question_can_yield_is_refused_by_its_offer_and_its_site_set_aside(kit, caplog):
+    grid = kit.grid(limits(kit))
+    liar = uploader(kit, grid, "site-a")
+    kit.link("site-b", grid.port)
+    grid.wait_for_sites(2, 20)
+    body = Records(dict(kit.content()))
+    body.reply_bytes = 4096
+    thread, found = asked(kit, grid, ["site-a", "site-b"], body=body)
+    liar.offer(2 * MIB)
+    assert liar.refusal().reason == pb.REASON_OVERSIZED
+    thread.join(60)
+    assert found["site-a"].error.code == RefusalCode.UPDATE_SIZE
+    assert "limit 4096" in found["site-a"].error.reason
+    assert found["site-b"].has_content()
+    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+    assert "site-a is not asked again in this run" in caplog.text
+
+
+def test_a_liar_within_the_bound_delays_nobody_and_is_named_by_its_rate(kit, caplog):
+    """It promises as much as the question allows, and sends a piece now and then: the honest are through meanwhile."""
+    grid = kit.grid(limits(kit, inbound_bytes=24 * MIB))
+    liar = uploader(kit, grid, "site-liar")
+    honest = [uploader(kit, grid, name) for name in ("site-a", "site-b", "site-c")]
+    thread, found = asked(kit, grid, ["site-liar", "site-a", "site-b", "site-c"], timeout=6.0)
+    liar.offer(24 * MIB)
+    liar.accepted()
+    liar.send(0, 1)
+    for site in honest:
+        site.offer(0, content=arrays(8))
+        site.accepted()
+        site.send(0, len(site.pieces))
+    for number in range(1, 4):
+        kit.until(lambda: len(found) == 3, "the honest ones are through while the liar has hardly begun")
+        liar.send(number, 1)
+    thread.join(60)
+    assert found.keys() == {"site-liar", "site-a", "site-b", "site-c"}
+    assert all(found[site.name].has_content() for site in honest)
+    error = found["site-liar"].error
+    assert error.code == RefusalCode.SLOW
+    assert "bytes/s" in error.reason
+    assert list(grid.set_aside()) == [kit.number_of("site-liar")]
+
+
+def test_a_liar_is_named_by_its_rate_at_the_readers_deadline_too(kit):
+    """Whoever waits may have less patience than the question lives."""
+    grid = kit.grid(limits(kit))
+    liar = uploader(kit, grid, "site-a")
+    stream = grid.send_and_receive([kit.message("site-a", ttl=3600.0)], timeout=2.0)
+    liar.offer(200 * MIB)
+    liar.accepted()
+    liar.send(0, 1)
+    (reply,) = stream
+    assert reply.error.code == RefusalCode.SLOW
+    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+
+
+@pytest.mark.parametrize(("after", "named"), [(0.1, False), (1.5, True)])
+def test_a_site_that_breaks_off_is_judged_by_the_time_until_then(kit, after, named):
+    """A crash at the begin is no bad rate; to hang up before the deadline is no excuse."""
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-a"], timeout=2.5)
+    site.offer(32 * MIB)
+    site.accepted()
+    site.send(0, 1)
+    time.sleep(after)
+    site.raw.close()
+    thread.join(60)
+    assert [reply.error.code for reply in found.values()] == [RefusalCode.SLOW] * named
+    assert list(grid.set_aside()) == [kit.number_of("site-a")] * named
+
+
+def test_a_site_that_began_late_at_a_good_rate_is_not_set_aside(kit):
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-a"], timeout=2.0)
+    time.sleep(1.7)
+    site.offer(0, content=arrays(8))
+    site.accepted()
+    site.send(0, 4)
+    thread.join(60)
+    assert found == {}
+    assert grid.set_aside() == {}
+
+
+def test_a_site_that_offers_another_reply_every_moment_is_judged_by_all_that_came(kit):
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-a"], timeout=3.0)
+    task = site.raw.hear("offer").offer
+    for number in range(8):
+        site.stamp = bytes([number])
+        site.reply(task, 8 * MIB)
+        site.accepted()
+        time.sleep(0.35)
+    thread.join(60)
+    assert found["site-a"].error.code == RefusalCode.SLOW
+    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+
+
+def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(kit):
+    """Each of its offers would be taken for a fast one, for whose end the others wait."""
+    grid = kit.grid(limits(kit, inbound_bytes=6 * MIB))
+    liar, honest = uploader(kit, grid, "site-liar"), uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-liar", "site-a"], timeout=5.0)
+    liar.offer(6 * MIB)
+    liar.accepted()
+    liar.send(0, 3)
+    honest.offer(0, content=arrays(4))
+    honest.accepted()
+    kit.until(lambda: any(one.to_disk for one in grid._station._arrivals._admitted.values()), "there is no memory")
+
+    def promise() -> None:
+        number = 0
+        while thread.is_alive():
+            number += 1
+            liar.stamp = str(number).encode()
+            liar.reply(liar.task, 6 * MIB)
+            time.sleep(0.1)
+
+    promises = threading.Thread(target=promise, daemon=True)
+    promises.start()
+    liar.accepted()
+    honest.send(0, len(honest.pieces))
+    thread.join(60)
+    promises.join()
+    assert found["site-a"].has_content()
+
+
+def test_a_reply_on_disk_whose_site_goes_as_its_last_piece_comes_is_read_all_the_same(kit, monkeypatch):
+    grid = kit.grid(limits(kit, inbound_bytes=MIB))
+    sites = [uploader(kit, grid, name) for name in ("site-a", "site-b")]
+    arrivals = grid._station._arrivals
+    spool = arrivals._spool
+
+    def gone_meanwhile(arrival, chunk) -> None:
+        spool(arrival, chunk)
+        if arrival.received + len(chunk.data) == arrival.offer.size:
+            arrivals.detach(arrival.session)
+
+    monkeypatch.setattr(arrivals, "_spool", gone_meanwhile)
+    thread, found = asked(kit, grid, ["site-a", "site-b"], timeout=10.0)
+    for site in sites:
+        site.offer(0, content=arrays(4))
+        site.accepted()
+        site.send(0, 3)
+    for site in sites:
+        site.send(3, len(site.pieces) - 3)
+    thread.join(60)
+    assert sorted(found) == ["site-a", "site-b"]
+    assert all(reply.has_content() for reply in found.values())
+
+
+def test_a_site_that_goes_as_its_turn_comes_may_come_back_and_nobody_else_is_hung_up_on(kit, monkeypatch, caplog):
+    """Its turn may come on the thread of another site's stream."""
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    arrivals = grid._station._arrivals
+    next_admitted, gone = arrivals._next_admitted, []
+
+    def gone_meanwhile():
+        found = next_admitted()
+        if found is not None and not gone:
+            gone.append(found)
+            arrivals.detach(grid._station._sessions[kit.number_of("site-a")])
+        return found
+
+    monkeypatch.setattr(arrivals, "_next_admitted", gone_meanwhile)
+    thread, found = asked(kit, grid, ["site-a"], timeout=10.0)
+    site.offer(0, content=arrays(4))
+    kit.until(lambda: gone, "its turn has come")
+    again = kit.raw("site-a", grid.port)
+    again.enter()
+    again.say(pb.Frame(offer=site.made))
+    site.raw = again
+    assert site.accepted() == 0
+    site.send(0, len(site.pieces))
+    thread.join(60)
+    assert found["site-a"].has_content()
+    assert "failed" not in caplog.text
+
+
+@pytest.mark.parametrize("inbound", [64, 1])
+def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inbound):
+    """In memory and on disk: what it held is free for others at once, and whoever waits for it is told."""
+    grid = kit.grid(limits(kit, inbound_bytes=inbound * MIB))
+    sites = [uploader(kit, grid, name) for name in ("site-a", "site-b")]
+
+    def no_memory(_body):
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(inbound_module, "decode", no_memory)
+    thread, found = asked(kit, grid, ["site-a", "site-b"])
+    for site in sites:
+        site.offer(0, content=arrays(4))
+        site.accepted()
+        site.send(0, 3)
+    for site in sites:
+        site.send(3, len(site.pieces) - 3)
+    thread.join(30)
+    assert [reply.error.code for reply in found.values()] == [RefusalCode.FAILED] * 2
+    assert grid._station._arrivals.held_bytes() == 0
+
+
+def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit):
+    grid = kit.grid(limits(kit, stall=0.5, least_rate=10 * MIB))
+    site = uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-a"])
+    site.offer(8 * MIB)
+    site.accepted()
+    site.send(0, 1)
+    thread.join(30)
+    assert found["site-a"].error.code == RefusalCode.SLOW
+    assert "the least is" in found["site-a"].error.reason
+    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+
+
+def test_hundreds_of_waiting_replies_with_bad_seals_are_refused_one_by_one(kit):
+    """They wait behind one that holds what memory there is; each refusal made room for the next, ever deeper."""
+    grid = kit.grid(limits(kit, inbound_bytes=MIB, spool_bytes=0))
+    arrivals = grid._station._arrivals
+    site = uploader(kit, grid, "site-a")
+    messages = [kit.message("site-a", group=str(number)) for number in range(500)]
+    found: list[object] = []
+    stream = grid.send_and_receive(messages, timeout=60)
+    # As if the disk had just been found full: a reply is begun only if memory has room for all of it.
+    arrivals._no_disk_until = time.monotonic() + 3600
+    tasks = [site.raw.hear("offer").offer for _ in messages]
+    site.reply(tasks[0], MIB)
+    pieces = site.pieces
+    site.accepted()
+    for task in tasks[1:]:
+        site.reply(task, 100, header=b"bad seal")
+    kit.until(lambda: len(arrivals._waiting) == len(messages) - 1, "all others wait")
+    site.task, site.pieces = tasks[0], pieces
+    site.send(0, 1)
+    for reply in stream:
+        found.append(reply)
+    assert len(found) == len(messages)
+    assert all(reply.has_error() for reply in found)
+    assert site.raw.channel is not None
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_a_stream_of_idle_offers_is_ended_and_fills_no_log(kit, caplog, asked_for):
+    """Of replies that nobody asked for, or of one that is on its way: each was answered and logged, for ever."""
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    asked(kit, grid, ["site-a"])
+    site.offer(0, content=arrays(4))
+    site.accepted()
+    site.send(0, 1)
+    offer = pb.Offer()
+    offer.CopyFrom(site.made)
+    if not asked_for:
+        offer.transfer_id = "nobody-asked"
+    for _ in range(3000):
+        site.raw.say(pb.Frame(offer=offer))
+    kit.until(lambda: not grid._station.connected(), "its stream is ended")
+    assert len([line for line in caplog.messages if "site-a" in line]) < 400
+
+
+def test_offers_with_a_swollen_header_or_identifier_are_not_kept(kit):
+    grid = kit.grid(limits(kit))
+    site = uploader(kit, grid, "site-a")
+    thread, found = asked(kit, grid, ["site-a"])
+    site.offer(100, header=bytes(MIB))
+    assert site.refusal().reason == pb.REASON_MALFORMED
+    thread.join(30)
+    assert found["site-a"].error.code == RefusalCode.MALFORMED
+    site.raw.say(wire.done("x" * MIB))
+    assert site.refusal().reason == pb.REASON_PROTOCOL
+
+
+@pytest.mark.slow
+def test_200_mb_of_junk_at_a_piece_every_8_s_slow_the_honest_by_a_fifth_at_most(kit):
+    """Three upload 40 MB each, seven times beside the liar and seven without it; the least of the last one's times."""
+    grid = kit.grid(limits(kit, heartbeat=1.0))
+    names = ("site-a", "site-b", "site-c")
+
+    class Heavy(kit.Echo):
+        def answer(self, message):
+            return Message(RecordDict({"sum": ArrayRecord({"w": Array(update)})}), reply_to=message)
+
+    update = np.ones(10_000_000, np.float32)
+    for name in names:
+        kit.link(name, grid.port, Heavy())
+    liar = uploader(kit, grid, "site-liar")
+    grid.wait_for_sites(4, 30)
+
+    def seconds() -> float:
+        began = time.monotonic()
+        replies = list(grid.send_and_receive([kit.message(name, group=str(began)) for name in names], timeout=120))
+        assert len(replies) == 3
+        return time.monotonic() - began
+
+    seconds()
+    alone = min(seconds() for _ in range(7))
+    thread, found = asked(kit, grid, ["site-liar"], timeout=60.0)
+    liar.offer(200_000_000)
+    liar.accepted()
+    stop = threading.Event()
+
+    def trickle() -> None:
+        for number in range(len(liar.pieces)):
+            liar.send(number, 1)
+            if stop.wait(8):
+                return
+
+    trickling = threading.Thread(target=trickle)
+    trickling.start()
+    beside = min(seconds() for _ in range(7))
+    thread.join(90)
+    stop.set()
+    trickling.join()
+    assert beside <= 1.2 * alone, (beside, alone)
+    assert found["site-liar"].error.code == RefusalCode.SLOW
+    assert list(grid.set_aside()) == [kit.number_of("site-liar")]
