@@ -14,18 +14,20 @@ help: ## list the targets
 demo: $(VENV)/.demo ## four organisations train, compress and export one model (WORKLOAD=tabular|vision)
 	$(BIN)/python -m experiments.demo scenario=$(WORKLOAD)
 
-test: $(VENV)/.dev ## ruff, mypy and the test suite
+test: $(VENV)/.dev ## ruff, mypy, import-linter and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(VENV)/.dev ## the tests that take long
 	$(BIN)/python -m pytest -m slow --timeout 900
 
-lint: $(VENV)/.dev ## ruff and mypy alone
+lint: $(VENV)/.dev ## ruff, mypy and import-linter alone
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.dev ## let ruff sort and format
 	$(BIN)/ruff check --fix .

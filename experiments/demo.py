@@ -30,10 +30,10 @@ from experiments.processes import Processes, free_port
 from experiments.sources import DatasetSettings
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.site.journal.reconciliation import site_spending
 

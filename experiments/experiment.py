@@ -17,10 +17,11 @@ from experiments.sweeps.resume import remember
 from fedclaw import startup
 from fedclaw.files import write_atomic
 from fedclaw.protocol.plan import METRICS
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import make_tracker
 from fedclaw.server.coordinator import Observer, Outcome
-from fedclaw.server.run_directory import RoundRules, RunDirectory
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.simulation import simulated
 from fedclaw.site.settings import load_site_settings

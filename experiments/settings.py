@@ -14,9 +14,9 @@ from fedclaw.file_format import FileFormat
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.report.tracking import TrackingSettings, check_reachable
 from fedclaw.server.early_checks import check_terms
-from fedclaw.server.run_directory import RoundRules
 from fedclaw.server.settings import RunSettings
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.site.settings import load_site_settings

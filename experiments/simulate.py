@@ -7,8 +7,9 @@ import numpy as np
 
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import PrivacyRequest
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import Outcome
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData

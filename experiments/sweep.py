@@ -14,8 +14,8 @@ from pathlib import Path
 from experiments.sweeps.directory import SweepDirectory
 from experiments.sweeps.report import write_report
 from fedclaw.cli import run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
-from fedclaw.report.console import make_console
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -30,9 +30,9 @@ from rich.logging import RichHandler
 
 from fedclaw import startup
 from fedclaw.catalogue import STRATEGIES, WORKLOADS, did_you_mean, plugin_points
+from fedclaw.console import make_console
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.protocol.frozen import S, check_settings
-from fedclaw.report.console import make_console
 
 log = logging.getLogger(__name__)
 

@@ -30,11 +30,11 @@ from pydantic import AfterValidator
 
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.identity.names import check_address
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 from fedclaw.site.preflight.question import Question
 from fedclaw.site.settings import SiteSettings, load_site_settings, require_name
 from fedclaw.transport.grpc.limits import Limits
@@ -129,8 +129,8 @@ def _handler(settings: ClientSettings, site: SiteSettings | None, keys: SiteKeys
     if site is None:
         from flwr.clientapp import ClientApp
 
+        from fedclaw.protocol.message_identity import number_of
         from fedclaw.transport.grpc.apps import ClientAppHandler, load_app
-        from fedclaw.transport.message_identity import number_of
 
         app = load_app(settings.app or "", ClientApp)
         return ClientAppHandler(app, number_of(keys.site_name), settings.node_config, settings.run_config)

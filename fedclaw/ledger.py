@@ -41,10 +41,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedclaw.cli import CommandLine, compose_settings, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 from fedclaw.report.tables import Figures
 from fedclaw.site.journal.history import Entry
 from fedclaw.site.journal.ledger import describe

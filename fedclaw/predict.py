@@ -35,6 +35,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
@@ -42,7 +43,6 @@ from fedclaw.file_format import Delimiter, FileFormat
 from fedclaw.files import write_atomic
 from fedclaw.learning.workload import Floats, Labels, Rows
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 
 SHOWN_ROWS = 50
 

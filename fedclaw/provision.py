@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedclaw.cli import compose_settings, expanded, naming, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.identity import federation_home, pki, provisioning
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE
@@ -45,7 +46,6 @@ from fedclaw.identity.seal import SealSuite
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.identity.site_request import read_request
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 
 _MAX_DAYS = 398
 _STYLES: dict[State, str] = {

@@ -44,15 +44,16 @@ from rich.console import Console
 
 from fedclaw import startup
 from fedclaw.cli import compose_settings, naming, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import DataError, RoundError, UsageError
 from fedclaw.identity.federation_home import FederationHome
-from fedclaw.learning.workload import Schema
-from fedclaw.privacy.statistics import MAX_BINS, MAX_SCORE_BINS
+from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.protocol.frozen import Frozen, check_settings
-from fedclaw.report.console import make_console
+from fedclaw.protocol.statistics import MAX_BINS, MAX_SCORE_BINS
+from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.listening import ListenAddress
-from fedclaw.server.run_directory import RUN_NAME, schema_digest
-from fedclaw.server.settings import SecureRequest, WorkloadChoice
+from fedclaw.server.run_directory import RUN_NAME
+from fedclaw.server.settings import WorkloadChoice
 from fedclaw.transport.grpc.limits import Limits
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class StatisticsSettings(Frozen):
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Ask for statistics as the command line says. Raises FedClawError."""
-    from fedclaw.protocol.statistics import design_of
+    from fedclaw.learning.statistics import design_of
     from fedclaw.server.early_checks import read_schema
 
     line = split(arguments)
@@ -185,12 +186,13 @@ def serve(
 ) -> None:
     """Listen, wait for the sites, ask those that are connected, and write what they say to `out`."""
     with startup.loading("torch and Flower"):
-        from fedclaw.protocol.statistics import StatisticsRequest, design_of
+        from fedclaw.learning.statistics import design_of
+        from fedclaw.protocol.message_identity import assume_server_identity, number_of
+        from fedclaw.protocol.statistics import StatisticsRequest
         from fedclaw.report.statistics_tables import statistics_tables
         from fedclaw.server.statistics import release_statistics, with_session
         from fedclaw.server.statistics_release import write_release
         from fedclaw.transport.grpc import GrpcGrid
-        from fedclaw.transport.message_identity import assume_server_identity, number_of
 
         scored = _scored(settings)
     startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")

@@ -24,11 +24,11 @@ from typing import Literal
 from rich.console import Console
 
 from fedclaw.cli import compose_settings, naming, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.trust import load_trust
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 
 
 class Settings(Frozen):

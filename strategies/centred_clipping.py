@@ -19,8 +19,8 @@ from strategies.robust import RobustStrategy, Updates, distances_to, gram, weigh
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.compatibility import Terms
     from fedclaw.learning.strategy import Turnout
+    from fedclaw.protocol.terms import Terms
 
 CENTRE = "centre"
 """The kind of the server's state: the last round's combined update."""

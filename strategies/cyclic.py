@@ -14,7 +14,7 @@ from fedclaw.learning.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.compatibility import Terms
+    from fedclaw.protocol.terms import Terms
 
 
 class Cyclic(Strategy):

@@ -18,7 +18,7 @@ from fedclaw.protocol.arrays import Arrays
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.compatibility import Terms
+    from fedclaw.protocol.terms import Terms
 
 MOVED, EVERYONE = "moved", "everyone"
 

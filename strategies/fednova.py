@@ -20,7 +20,7 @@ from fedclaw.protocol.plan import LocalTraining
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.compatibility import Terms
+    from fedclaw.protocol.terms import Terms
 
 NORM = "~accumulated"
 SCALE = 1024.0

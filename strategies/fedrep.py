@@ -15,7 +15,7 @@ from strategies.heads import SharedBody
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.compatibility import Terms
+    from fedclaw.protocol.terms import Terms
 
 
 class FedRep(SharedBody):

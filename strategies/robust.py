@@ -21,7 +21,7 @@ from fedclaw.learning.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.compatibility import Terms
+    from fedclaw.protocol.terms import Terms
 
 _CHUNK = 1 << 20
 """Numbers that are worked on at a time: 8 MiB in float64, whatever n and d are."""

@@ -7,11 +7,11 @@ import numpy as np
 from flwr.app import Message
 
 from fedclaw.learning.workload import Table
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec, Plan, PrivacyRequest, SecureAggregation
+from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.server.coordinator import make_plan, make_strategy
-from fedclaw.server.exchange import Outgoing, question, questions
 from fedclaw.site.service import SiteService
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.least_squares import asked, service
 from tests.small_nets import SmallNets, first
 

@@ -32,14 +32,14 @@ from fedclaw.privacy.mechanisms.server_noise import WITHIN
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.message_identity import assume_server_identity
+from fedclaw.protocol.messages import ARRAYS, JSON, KEYS, METRICS, PLAN, RECEIPT, SENT, SUM
 from fedclaw.protocol.plan import PLAN_VERSION, ModelSpec, Plan, Refusal, RefusalCode
-from fedclaw.server.exchange import ARRAYS, JSON, METRICS, PLAN, RECEIPT, SENT, SUM, questions
-from fedclaw.server.secure_exchange import KEYS
+from fedclaw.protocol.questions import questions
 from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.training import about, train_locally
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.least_squares import FEDERATION, service
 from tests.small_nets import SmallNets
 

@@ -3,8 +3,9 @@
 from typing import Any
 
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, Receipt
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.coordinator import make_plan, make_strategy
-from fedclaw.server.run_directory import RoundRules, RunRecord, StrategyRecord
+from fedclaw.server.run_directory import RunRecord
 
 
 def run_record(**changes: Any) -> RunRecord:

@@ -5,8 +5,8 @@ import importlib
 import pytest
 
 from fedclaw.cli import report_failure
+from fedclaw.console import make_console
 from fedclaw.identity import provisioning
-from fedclaw.report.console import make_console
 from fedclaw.server.run_directory import RunDirectory
 from tests.samples import run_record
 

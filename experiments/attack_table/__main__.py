@@ -25,9 +25,9 @@ from experiments.pace import Pace
 from experiments.workers import in_workers
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
-from fedclaw.report.console import make_console
 
 if TYPE_CHECKING:
     from experiments.attack_table.results import Results

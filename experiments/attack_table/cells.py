@@ -21,15 +21,16 @@ from experiments.simulated import federation_of
 from experiments.sources import DatasetSettings
 from fedclaw.errors import RoundError
 from fedclaw.files import write_atomic
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.registry import workload_class
 from fedclaw.learning.workload import Floats, Table, Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import make_strategy
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.terms import check_combination
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulated
 
 FEDERATION = "attack-table"

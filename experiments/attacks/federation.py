@@ -9,13 +9,13 @@ from flwr.app import Message, MessageType
 from experiments.attacks.base import Attack
 from experiments.attacks.hostile import Gang, HostileSite
 from fedclaw.errors import UsageError
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.server.coordinator import Observer, Outcome, run_rounds
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.service import SiteService
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 
 
 class AttackedGrid(LocalGrid):

@@ -28,15 +28,16 @@ from experiments.benchmarks.report import report
 from experiments.datasets import SitePolicy, write_sites
 from experiments.sources import DatasetSettings
 from fedclaw.learning.workload import Table, Workload
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import RoundReport, run_rounds
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 
 FEDERATION = "benchmark"
 SITES = 4

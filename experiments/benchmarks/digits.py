@@ -21,9 +21,10 @@ from experiments.sources import DatasetSettings
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.report.tracking import TrackingSettings, make_tracker
 from fedclaw.server.coordinator import Observer
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 from fedclaw.simulation.settings import Mode
 

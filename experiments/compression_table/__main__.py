@@ -18,9 +18,9 @@ from experiments.compression_table.settings import TableSettings, cells
 from experiments.pace import Pace
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
-from fedclaw.report.console import make_console
 
 _USUAL_SECONDS = 8.0
 """Of one run; a guess."""

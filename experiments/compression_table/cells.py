@@ -13,7 +13,8 @@ from experiments.datasets import SitePolicy, write_sites
 from fedclaw.files import write_atomic
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import METRICS
-from fedclaw.server.run_directory import RoundRules, RunDirectory
+from fedclaw.protocol.terms import RoundRules
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.transport.in_process import open_sites, simulate
 

@@ -9,12 +9,15 @@ from pathlib import Path
 from experiments.heart_disease.prepare import Hospitals
 from experiments.heart_disease.settings import Budget, Cell
 from experiments.heart_disease.sites import HospitalPolicy, write_hospitals, write_pooled
+from fedclaw.learning.statistics import design_of
+from fedclaw.learning.workload import schema_digest
 from fedclaw.privacy.accounting import Mechanism, calibrate, epsilon_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.plan import PrivacyRequest
-from fedclaw.protocol.statistics import StatisticsRequest, design_of
+from fedclaw.protocol.statistics import StatisticsRequest
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import Outcome
-from fedclaw.server.run_directory import RoundRules, RunDirectory, schema_digest
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import CentralRequest, ModelChoice, RunSettings, WorkloadChoice
 from fedclaw.server.statistics import release_statistics, with_session

@@ -25,9 +25,9 @@ from experiments.partitions.record import write_record
 from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 
 SHOWN = 20
 """Clients that the terminal shows; the file has all."""

@@ -24,9 +24,9 @@ from experiments.privacy_table.settings import TableSettings, rows
 from experiments.workers import in_workers
 from fedclaw import startup
 from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
-from fedclaw.report.console import make_console
 
 if TYPE_CHECKING:
     from experiments.privacy_table.cells import Store

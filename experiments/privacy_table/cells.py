@@ -18,8 +18,9 @@ from fedclaw.audit.run import audit_run
 from fedclaw.files import write_atomic
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import Outcome
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.service import SiteService

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from experiments.datasets import site_names
 from experiments.privacy_table.results import Results, Row
 from experiments.privacy_table.settings import Placement, PlacementSettings, TaskSettings
-from fedclaw.server.run_directory import RoundRules
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.secure_exchange import Seats
 
 _NOISE: dict[Placement, str] = {

@@ -17,9 +17,9 @@ from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overr
 from experiments.sweeps.identity import digest_of, identify, is_relevant
 from experiments.sweeps.parent import Parent, make_parent
 from fedclaw.cli import report_failure, start_logging
+from fedclaw.console import make_console
 from fedclaw.descendants import end_all
 from fedclaw.protocol.frozen import check_settings
-from fedclaw.report.console import make_console
 from fedclaw.report.tracking import TrackingSettings
 
 _begun: list[Parent] = []

@@ -20,10 +20,10 @@ from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
 from experiments.sweeps.identity import EXPERIMENT_FILE, identify, is_relevant
 from fedclaw import startup
 from fedclaw.cli import describe_failure, report_failure, start_logging
+from fedclaw.console import make_console
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.files import write_atomic
 from fedclaw.protocol.frozen import check_settings
-from fedclaw.report.console import make_console
 from fedclaw.report.tracking import NO_TRACKING, known_run, make_tracker
 from fedclaw.server.run_directory import RunDirectory
 

@@ -39,11 +39,11 @@ from fedclaw import startup
 from fedclaw.audit.findings import AuditReport, Check
 from fedclaw.audit.options import AuditOptions
 from fedclaw.cli import compose_settings, require_paths, run_main, split
+from fedclaw.console import make_console
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
-from fedclaw.report.console import make_console
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.early_checks import check_early
-from fedclaw.server.run_directory import RoundRules
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.settings import load_site_settings
 

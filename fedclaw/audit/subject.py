@@ -19,10 +19,12 @@ from fedclaw.learning.workload import Table
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.questions import Outgoing
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server import exchange, secure_round
 from fedclaw.server.coordinator import make_plan, make_strategy
 from fedclaw.server.exchange import Trained
-from fedclaw.server.run_directory import RoundRules, RunRecord
+from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters, make_record
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.journal.ledger import Ledger
@@ -126,7 +128,7 @@ def ask(sites: Mapping[str, SiteService], record: RunRecord, parameters: Arrays)
     """One round's exchange with `sites`, by the server's own code. Raises PrivacyError when a site declines."""
     plan = make_plan(record, make_strategy(record), 1, len(sites), record.central)
     grid = local_grid(sites, record.run)
-    nodes, outgoing = list(grid.get_node_ids()), exchange.Outgoing(parameters)
+    nodes, outgoing = list(grid.get_node_ids()), Outgoing(parameters)
     if record.secure is None:
         trained = exchange.train(grid, nodes, plan, outgoing, _DEADLINE)
     else:

@@ -26,7 +26,7 @@ from fedclaw.audit.subject import Subject, flat, load
 from fedclaw.errors import PrivacyError
 from fedclaw.learning.workload import Table, Workload
 from fedclaw.protocol.arrays import Arrays, unpack
-from fedclaw.server.exchange import ARRAYS, METRICS, SUM, WEIGHT
+from fedclaw.protocol.messages import ARRAYS, METRICS, SUM, WEIGHT
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.base import SiteHandler

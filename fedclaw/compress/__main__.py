@@ -30,9 +30,9 @@ from fedclaw import startup
 from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.compress.record import require_room
 from fedclaw.compress.settings import CompressSettings, check_paths
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.identity.federation_home import FederationHome
-from fedclaw.report.console import make_console
 from fedclaw.server.run_directory import RunDirectory
 
 

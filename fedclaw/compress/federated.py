@@ -21,13 +21,13 @@ from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.plan import CentralPrivacy, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.server import exchange
 from fedclaw.server.coordinator import Observer, make_plan, make_strategy, run_rounds
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated, wait_for_cohort
 from fedclaw.server.settings import CentralRequest
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 
 log = logging.getLogger(__name__)
 

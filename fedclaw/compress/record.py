@@ -8,12 +8,13 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.plan import ModelSpec
-from fedclaw.server.run_directory import RunDirectory, arrays_to_npz, npz_to_arrays
+from fedclaw.server.run_directory import RunDirectory
 
 MODEL, RECORD = "model.npz", "compression.json"
 _LEFTOVER, _REPLACED = ".compressed.", "old"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fedclaw.array_files import arrays_to_npz
 from fedclaw.compress.measure import LATENCY_BATCHES, compare_latency, multiply_adds
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
 from fedclaw.compress.prune import count_parameters
@@ -14,7 +15,7 @@ from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.compress.source import Teacher, arrays_of, load_teacher
 from fedclaw.compress.student import Outcome, Student, make_student
 from fedclaw.server.coordinator import Observer
-from fedclaw.server.run_directory import RunDirectory, arrays_to_npz
+from fedclaw.server.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

@@ -37,10 +37,10 @@ from rich.console import Console
 from fedclaw import startup
 from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
 from fedclaw.compress.record import read_compressed
+from fedclaw.console import make_console
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.identity.federation_home import CA_CERTIFICATE, FederationHome
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.report.console import make_console
 from fedclaw.report.late import late_notes
 from fedclaw.server.run_directory import RunDirectory
 

@@ -16,108 +16,23 @@ What may leave under which noise, and why:
                           and one example would move every gradient of that round, sampled in it or not
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from fedclaw.errors import PluginError, UsageError
+from fedclaw.errors import PluginError
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered, Strategy, is_overridden
-from fedclaw.learning.update import is_extra
-from fedclaw.protocol.compression import Compression, RandomK, TopK
+from fedclaw.protocol.compression import RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.protocol.plan import (
-    CentralPrivacy,
-    Distillation,
-    LocalTraining,
-    ModelSpec,
     Plan,
-    PrivacyRequest,
-    Weighting,
 )
-from fedclaw.server.run_directory import RoundRules, RunRecord, StrategyRecord
-from fedclaw.server.settings import SecureRequest
+from fedclaw.protocol.terms import Terms
+from fedclaw.protocol.update import is_extra
 
 if TYPE_CHECKING:
     import torch
-
-_MANY = RoundRules(minimum=10**9)
-"""Of a plan's `Terms`: how many answers a round needs is the server's to see to, and touches nothing at a site."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What is asked of the sites in every round of a run, as far as a record and a plan both say it."""
-
-    strategy: StrategyRecord
-    model: ModelSpec
-    rounds: int
-    training: LocalTraining
-    privacy: PrivacyRequest | None
-    central: CentralPrivacy | None
-    secure: SecureRequest | None
-    distillation: Distillation | None
-    compression: Compression | None
-    weighting: Weighting
-    weight_cap: int | None
-    rules: RoundRules
-    """At a site, which is not told them, such as no round has too few answers for."""
-
-    @classmethod
-    def of_run(cls, record: RunRecord) -> "Terms":
-        """Those of a run that is made."""
-        return cls(
-            strategy=record.strategy,
-            model=record.model,
-            rounds=record.rounds,
-            training=record.training,
-            privacy=record.privacy,
-            central=record.central,
-            secure=record.secure,
-            distillation=record.distillation,
-            compression=record.compression,
-            weighting=record.weighting,
-            weight_cap=record.weight_cap,
-            rules=record.rules,
-        )
-
-    @classmethod
-    def of_plan(cls, plan: Plan) -> "Terms":
-        """Those that a site is asked under."""
-        return cls(
-            strategy=StrategyRecord(name=plan.strategy, settings=plan.strategy_settings),
-            model=plan.model,
-            rounds=plan.rounds,
-            training=plan.training,
-            privacy=plan.privacy,
-            central=plan.central,
-            secure=_secure(plan),
-            distillation=plan.distillation,
-            compression=plan.compression,
-            weighting=plan.weighting,
-            weight_cap=plan.weight_cap,
-            rules=_MANY,
-        )
-
-
-def _secure(plan: Plan) -> SecureRequest | None:
-    """What the session of `plan` was made from, as far as it says."""
-    secure = plan.secure
-    if secure is None:
-        return None
-    if secure.value_range is None:
-        return SecureRequest()
-    heaviest = plan.weight_cap or (secure.largest_weight if plan.weighting == "examples" else None) or 1.0
-    return SecureRequest.model_construct(
-        value_range=secure.value_range / heaviest, largest_weight=secure.largest_weight
-    )
-
-
-def check_combination(record: RunRecord, strategy: Strategy, model: "torch.nn.Module") -> None:
-    """Raise UsageError for a run of `record` with `strategy` and `model` that could not do what it promises."""
-    if reason := refusal(Terms.of_run(record), strategy, model):
-        raise UsageError(f"strategy {strategy.name!r} {reason}")
 
 
 def refusal(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str | None:

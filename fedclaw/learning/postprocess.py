@@ -23,10 +23,11 @@ from fedclaw.errors import UpdateError
 from fedclaw.learning.compression.encoded import SiteEncoding, encoder_of, layout, opened
 from fedclaw.learning.compression.randomk import SharedPositions, shortened
 from fedclaw.learning.registry import strategy_class
-from fedclaw.learning.update import Postprocessor, SiteContext, Update
 from fedclaw.privacy.mechanisms.server_noise import WITHIN, CentralNoise
+from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Shapes, all_finite, payload, shapes_of, unpack, unpack_wire
 from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.update import Update
 
 _BESIDE = 1024
 """Bytes of an array's header, padding and description, at most."""

@@ -28,7 +28,7 @@ from fedclaw.protocol.plan import LocalTraining
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.compatibility import Terms
+    from fedclaw.protocol.terms import Terms
 
 PERSONAL = "personal"
 """The kind of a site's state that holds parameters which it uses in place of the ones that are sent."""

@@ -7,6 +7,7 @@ what training did. A `Workload` adds the model, the loss and the metrics, as pur
 Legend: N examples, C classes, D input shape without the batch.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,3 +213,8 @@ class Workload(ABC):
     @abstractmethod
     def evaluate(self, logits: "torch.Tensor", targets: "torch.Tensor") -> dict[str, float]:
         """Metrics of a test set by the names in `fedclaw.protocol.plan.METRICS`; undefined ones are left out."""
+
+
+def schema_digest(schema_text: str) -> str:
+    """SHA-256 (hexadecimal) of a schema's canonical JSON."""
+    return hashlib.sha256(schema_text.encode()).hexdigest()

@@ -48,8 +48,6 @@ Kind = Literal["count", "labels", "missing", "levels", "value", "square", "bins"
 STEPS = 1 << 20
 """Steps from the middle of a column's bounds to either end."""
 
-MAX_BINS = 4096
-MAX_SCORE_BINS = 512
 _CHUNK = 1 << 16
 # Examples worked on at a time; as many squares of STEPS add up without leaving 64 bits.
 _MARGIN = 1 - 2.0**-40

@@ -7,8 +7,9 @@ owner only. Flower's `Array` wants its data as `bytes` of its own; the one made 
 message until somebody asks for that.
 """
 
+import hashlib
 import io
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -56,6 +57,17 @@ _LONGEST_HEADER = 4096
 def serialised(array: Array) -> bytes | memoryview:
     """The bytes of `array` as they are, without a copy."""
     return array.view if isinstance(array, ViewedArray) else array.data
+
+
+def digest_of(records: Mapping[str, ArrayRecord]) -> str:
+    """SHA-256 of arrays by their records' names and their own."""
+    digest = hashlib.sha256()
+    for key, record in sorted(records.items()):
+        for name, array in sorted(record.items()):
+            data = serialised(array)
+            digest.update(f"{key}/{name}/{len(data)}|".encode())
+            digest.update(data)
+    return digest.hexdigest()
 
 
 class Records(RecordDict):

@@ -15,18 +15,10 @@ The vector is that of `fedclaw.privacy.statistics.Design`, which both sides make
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from fedclaw.errors import DataError, PrivacyError
-from fedclaw.learning.statistics_scores import score_design
-from fedclaw.learning.workload import Schema
-from fedclaw.privacy.accounting import calibrate
-from fedclaw.privacy.distributed import Shares, share_noise
-from fedclaw.privacy.mechanisms.shared_noise import RANGE_BESIDE_NOISE
-from fedclaw.privacy.statistics import MAX_BINS, MAX_SCORE_BINS, Design
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import (
     MAX_COLUMNS,
@@ -48,12 +40,15 @@ STATISTICS = "query.statistics"
 
 REQUEST, VECTOR = "request", "statistics"
 
+MAX_BINS = 4096
+MAX_SCORE_BINS = 512
+
 ROUND = 0
 """What stands for the round where one is named: statistics have none."""
 
 
 class ScoreQuestion(Frozen):
-    """How a model of two classes scores the rows (`fedclaw.learning.statistics_scores`), parameters sent along."""
+    """How a model of two classes scores the rows (`fedclaw.learning.score_statistics`), parameters sent along."""
 
     model: ModelSpec
     bins: int = Field(default=33, ge=3, le=MAX_SCORE_BINS)
@@ -111,47 +106,6 @@ class StatisticsRequest(Frozen):
         if repeated := sorted(name for name, count in Counter(self.columns).items() if count > 1):
             raise ValueError(f"columns: {', '.join(map(repr, repeated))} more than once")
         return self
-
-
-def design_of(schema: Schema, columns: Sequence[str], labels: bool, bins: int) -> Design:
-    """The vector's design, from the schema and a request's fields.
-
-    Raises DataError for a column that the schema does not have, or for which it declares no bounds.
-    """
-    known = {column.name: column for column in schema.statistic_columns()}
-    if unknown := [name for name in columns if name not in known]:
-        listed = ", ".join(known) or "no columns"
-        raise DataError(f"the schema has no column {unknown[0]!r} for statistics; it has {listed:.300}")
-    return Design([known[name] for name in columns], schema.labels if labels else (), bins)
-
-
-def design_for(schema: Schema, request: StatisticsRequest) -> Design:
-    """The design of what `request` asks for. Raises DataError for what the schema does not have."""
-    if request.scores is not None:
-        return score_design(schema.labels, request.scores.bins)
-    return design_of(schema, request.columns, request.labels, request.bins)
-
-
-def noise_of(epsilon: float, delta: float) -> float:
-    """The noise multiplier that keeps one release within epsilon and delta. Raises PrivacyError when none does."""
-    return calibrate(epsilon, delta, 1.0, 1)
-
-
-def shares_of(request: StatisticsRequest) -> Shares:
-    """Each site's share of the noise in a secure sum. Raises PrivacyError when the request's figures allow none."""
-    secure = request.secure
-    assert secure is not None
-    if secure.value_range is not None:
-        raise PrivacyError(RANGE_BESIDE_NOISE)
-    return share_noise(
-        1.0,
-        secure.length,
-        len(secure.sites),
-        noise_of(request.epsilon, request.delta),
-        tolerated=secure.tolerated,
-        colluding=secure.colluding,
-        step=secure.step,
-    )
 
 
 class StatisticsReceipt(Frozen):

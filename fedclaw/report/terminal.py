@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedclaw.console import make_console
 from fedclaw.privacy.accounting import Mechanism, epsilon_of
-from fedclaw.report.console import make_console
 from fedclaw.report.tables import Figures, parts_in_lines, shortened
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 

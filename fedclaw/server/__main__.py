@@ -113,10 +113,10 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
         _say_who_is_behind(directory, record, progress)
         return
     with startup.loading(_LIBRARIES):
+        from fedclaw.protocol.message_identity import assume_server_identity, number_of
         from fedclaw.server.coordinator import Observer, run_rounds
         from fedclaw.server.session import initial_parameters, wait_for_cohort
         from fedclaw.transport.grpc import GrpcGrid
-        from fedclaw.transport.message_identity import assume_server_identity, number_of
     tracker: MlflowTracker | None = None
     run_id = number_of(record.run)
     assume_server_identity(run_id)
@@ -155,9 +155,9 @@ def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:
     with startup.loading("Flower"):
         from flwr.serverapp import ServerApp
 
+        from fedclaw.protocol.message_identity import assume_server_identity, number_of
         from fedclaw.transport.grpc import GrpcGrid
         from fedclaw.transport.grpc.apps import load_app, run_server_app
-        from fedclaw.transport.message_identity import assume_server_identity, number_of
     server_app = load_app(app, ServerApp)
     run_id = number_of(f"{home.name}/{app}")
     assume_server_identity(run_id)

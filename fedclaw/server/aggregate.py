@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.update import Update
 from fedclaw.protocol.arrays import Arrays, all_within
+from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
     from fedclaw.learning.strategy import Strategy

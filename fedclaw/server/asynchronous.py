@@ -19,7 +19,8 @@ from flwr.serverapp import Grid
 
 from fedclaw.learning.strategy import Buffered
 from fedclaw.protocol.plan import Plan
-from fedclaw.server.exchange import Outgoing, Trained, question, questions, site_name
+from fedclaw.protocol.questions import Outgoing, questions
+from fedclaw.server.exchange import Trained, site_name, training_question
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Buffer:
 
     def _ask(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing) -> None:
         idle = [node for node in nodes if node not in self._in_flight and node not in self._asked]
-        messages = questions(idle, plan.round, MessageType.TRAIN, question(plan, outgoing))
+        messages = questions(idle, plan.round, MessageType.TRAIN, training_question(plan, outgoing))
         for message, identity in zip(messages, self._grid.push_messages(messages), strict=True):
             self._in_flight[message.metadata.dst_node_id] = _Asked(identity, plan.round)
         self._asked.update(idle)

@@ -28,16 +28,17 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, shapes_of
 from fedclaw.protocol.frozen import Frozen, check_settings
 from fedclaw.protocol.plan import CentralPrivacy, Plan
+from fedclaw.protocol.questions import Outgoing
 from fedclaw.server import checkpoint, exchange, secure_round
 from fedclaw.server.aggregate import WeightedSum, combination
 from fedclaw.server.asynchronous import Buffer
 from fedclaw.server.checkpoint import Checkpoint
 from fedclaw.server.exchange import Declined, Evaluated, Trained
 from fedclaw.server.global_model import GlobalModel
+from fedclaw.server.grids import StreamingGrid
 from fedclaw.server.learned import hopeless_noise, nothing_learned
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.server.secure_round import SecurelyTrained
-from fedclaw.transport.base import StreamingGrid
 
 log = logging.getLogger(__name__)
 
@@ -514,7 +515,7 @@ class _Loop:
 
     def _exchange(self, plan: Plan, pending: _Pending) -> Trained:
         cohort = self._willing(pending.nodes)
-        outgoing = exchange.Outgoing(self.model.parameters, self.teacher, self.strategy.sent(self.memory))
+        outgoing = Outgoing(self.model.parameters, self.teacher, self.strategy.sent(self.memory))
         deadline = self.record.rules.deadline
         if self.buffer is not None:
             return self.buffer.train(plan, cohort, outgoing, deadline)

@@ -7,14 +7,16 @@ from typing import Any
 
 from fedclaw.catalogue import WORKLOADS, did_you_mean, plugin_points
 from fedclaw.errors import DataError, PluginError, UsageError
-from fedclaw.learning.compatibility import Terms, early_refusal
+from fedclaw.learning.compatibility import early_refusal
 from fedclaw.learning.registry import schema_class, strategy_class
 from fedclaw.learning.workload import Schema
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.protocol.plan import CentralPrivacy, check_numbers
-from fedclaw.server.run_directory import RUN_NAME, RoundRules, RunRecord, StrategyRecord
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.server.run_directory import RUN_NAME, RunRecord
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from fedclaw.server.statistics_release import constants_from
+from fedclaw.server.terms import terms_of
 
 
 def check_early(settings: RunSettings, run: str | None, rules: RoundRules) -> Schema:
@@ -41,7 +43,7 @@ def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schem
         check_numbers(record.training, record.privacy, record.central, record.weight_cap)
     except ValueError as error:
         raise UsageError(f"configuration: {error}") from error
-    if reason := early_refusal(Terms.of_run(record), strategy):
+    if reason := early_refusal(terms_of(record), strategy):
         raise UsageError(f"strategy {strategy.name!r} {reason}")
 
 

@@ -4,7 +4,6 @@ Questions have deterministic identities (a digest of what is asked of whom), so 
 asks the same question and a site answers it from its outbox instead of training, and paying, again.
 """
 
-import hashlib
 import logging
 import sys
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -34,24 +33,19 @@ from fedclaw.learning.pooled import (
 )
 from fedclaw.learning.postprocess import Reader, as_sent
 from fedclaw.privacy.mechanisms.receipts import LONGEST_RECEIPT, check_receipt
-from fedclaw.protocol.arrays import LARGEST, Arrays, Form, pack, payload, unpack_wire
+from fedclaw.protocol.arrays import LARGEST, Form, unpack_wire
 from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.messages import EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, SUM, WEIGHT
 from fedclaw.protocol.plan import MAX_COLUMNS, MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting, weight_of
-from fedclaw.protocol.records import Records
+from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.server.aggregate import Combine, UpdateStack, WeightedSum
+from fedclaw.server.grids import CohortGrid, StreamingGrid
 from fedclaw.server.run_directory import SiteReceipt
-from fedclaw.transport.base import CohortGrid, StreamingGrid
-from fedclaw.transport.message_identity import assign_message_id
 
 R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
-ARRAYS, PLAN, TEACHER, SENT, SUM = "arrays", "plan", "teacher", "sent", "sum"
-METRICS, RECEIPT, JSON = "metrics", "receipt", "json"
-WEIGHT, EXAMPLES = "weight", "examples"
-SCORES, SCORE_NOISE = "scores", "score_noise"
-"""The record of histograms of scores, and the deviation of the noise in each of their cells."""
 _ROUNDED = 1 + 1e-6
 MOST_LOSS = 1e6
 """Mean loss of an example: a model that is worse is none, and such a figure would be the whole mean."""
@@ -60,24 +54,6 @@ MOST_NOISE = 1e9
 LONGEST_REASON = 300
 MOST_REASONS = 20
 """Sites named in the line that ends a run."""
-HEADER_BYTES = 4 << 20
-"""What an answer has at most beside the arrays that the plan asks for: metrics, receipt, names."""
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """The arrays that go out with a plan, float32 by parameter name."""
-
-    parameters: Mapping[str, NDArray[np.float32]]
-    teacher: Mapping[str, NDArray[np.float32]] | None = None
-    """Of the model that a plan distils from."""
-    sent: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
-    """By kind, what the strategy's server half tells its client half (`fedclaw.learning.strategy`)."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of all arrays that go to one site."""
-        return payload(self.parameters) + payload(self.teacher or {}) + sum(map(payload, self.sent.values()))
 
 
 @dataclass(frozen=True)
@@ -299,10 +275,15 @@ def train(
     if isinstance(grid, CohortGrid):
         grid.train_cohort(nodes, plan, outgoing, trained)
     else:
-        asked = questions(nodes, plan.round, MessageType.TRAIN, question(plan, outgoing), deadline)
+        asked = questions(nodes, plan.round, MessageType.TRAIN, training_question(plan, outgoing), deadline)
         ask(grid, asked, deadline, trained)
     trained.bytes_down = outgoing.nbytes * len(trained.answered)
     return trained
+
+
+def training_question(plan: Plan, outgoing: Outgoing) -> RecordDict:
+    """The question to train by `plan`, with what its answer takes at most. Raises PluginError."""
+    return question(plan, outgoing, postprocess.answer_bytes(outgoing.parameters, plan))
 
 
 def evaluate(
@@ -323,55 +304,6 @@ def evaluate(
     return evaluated
 
 
-def question(plan: Plan, outgoing: Outgoing | None = None) -> RecordDict:
-    """What is asked: the plan, and what goes with it."""
-    content = Records({PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
-    content.reply_bytes = HEADER_BYTES
-    if outgoing is None:
-        return content
-    content.reply_bytes += postprocess.answer_bytes(outgoing.parameters, plan)
-    content[ARRAYS] = pack(outgoing.parameters)
-    if outgoing.teacher is not None:
-        content[TEACHER] = pack(outgoing.teacher)
-    if outgoing.sent:
-        content[SENT] = pack(
-            {f"{kind}/{name}": a for kind, arrays in outgoing.sent.items() for name, a in arrays.items()}
-        )
-    return content
-
-
-def by_kind(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
-    """What was sent of a strategy's state, from its record's arrays. Raises ValueError for a name without a kind."""
-    found: dict[str, Arrays] = {}
-    for label, array in arrays.items():
-        kind, slash, name = label.partition("/")
-        if not slash:
-            raise ValueError(f"{label!r} has no kind")
-        found.setdefault(kind, {})[name] = array
-    return found
-
-
-def questions(
-    nodes: Sequence[int],
-    round: int,
-    kind: str,
-    content: RecordDict,
-    ttl: float | None = None,
-    arrays: "hashlib._Hash | None" = None,
-) -> list[Message]:
-    """The same question to each of `nodes`; all messages share one content. `ttl` in seconds.
-
-    `arrays` is what `hashed_arrays` made of the content's arrays, where they also go to other nodes.
-    """
-    digest = _digest(content, arrays or hashed_arrays(content))
-    messages = []
-    for node in nodes:
-        message = Message(content, dst_node_id=node, message_type=kind, group_id=str(round), ttl=ttl)
-        assign_message_id(message, hashlib.sha256(f"{kind}|{node}|{digest}".encode()).hexdigest()[:32])
-        messages.append(message)
-    return messages
-
-
 def site_name(grid: Grid, node_id: int) -> str:
     """The certified name where the runtime knows one, else the node's number."""
     return grid.site_name(node_id) if isinstance(grid, StreamingGrid) else str(node_id)
@@ -389,24 +321,6 @@ def ask(grid: Grid, messages: Sequence[Message], deadline: float, answers: Answe
             answers.take(site, reply)
     answers.silent = sorted(waiting.values())
     answers.seconds = time.monotonic() - began
-
-
-def hashed_arrays(content: RecordDict) -> "hashlib._Hash":
-    """The beginning of the digest of a question: its parameters, which are large and mostly the same for all nodes."""
-    digest = hashlib.sha256()
-    for key, record in sorted(content.array_records.items()):
-        for name, array in record.items():
-            digest.update(f"{key}/{name}/{array.shape}|".encode())
-            digest.update(array.data)
-    return digest
-
-
-def _digest(content: RecordDict, arrays: "hashlib._Hash") -> str:
-    """SHA-256 of everything that is asked: parameters, plan, and what a protocol says."""
-    digest = arrays.copy()
-    for key, values in sorted(content.config_records.items()):
-        digest.update(f"{key}|{sorted(values.items())}|".encode())
-    return digest.hexdigest()
 
 
 def weights_in(content: RecordDict) -> tuple[float, int]:

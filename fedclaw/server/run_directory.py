@@ -1,8 +1,6 @@
 """What a run leaves at the coordinator: its record, checkpoints, metrics, receipts and the final model."""
 
 import fcntl
-import hashlib
-import io
 import json
 import os
 import re
@@ -12,15 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from fedclaw.array_files import read_npz, write_npz
 from fedclaw.errors import CheckpointError, RunInUse, UsageError
 from fedclaw.files import append_all, replacing, write_atomic
-from fedclaw.learning.workload import Schema, Workload
+from fedclaw.learning.workload import Schema, Workload, schema_digest
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.compression import Compression, check_compression
 from fedclaw.protocol.frozen import Frozen, explain
@@ -36,7 +35,7 @@ from fedclaw.protocol.plan import (
     Weighting,
     check_privacy,
 )
-from fedclaw.server.settings import SecureRequest
+from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 
 LOCK = "run.lock"
 """Held by the process that is at work on a run; the file stays."""
@@ -45,26 +44,6 @@ _HELD: set[Path] = set()
 _HELD_LOCK = threading.Lock()
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-
-
-class StrategyRecord(Frozen):
-    """A strategy by name and the settings it ran with."""
-
-    name: str
-    settings: dict[str, JsonValue] = {}
-
-
-class RoundRules(Frozen):
-    """When a round counts. None of these touches what a site computes or pays."""
-
-    minimum: int = Field(default=2, ge=1)
-    """Sites that must have trained for a round to count."""
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    """Share of the connected sites asked in a round, sampled anew each time."""
-    deadline: float = Field(default=600.0, gt=0)
-    """Seconds that a site has to answer."""
-    attempts: int = Field(default=3, ge=1)
-    """How often the same question is asked before the run stops; a site that has answered pays nothing again."""
 
 
 class Simulated(Frozen):
@@ -143,11 +122,6 @@ class RunRecord(Frozen):
         from fedclaw.learning.registry import workload_class
 
         return workload_class(self.workload)(self.make_schema())
-
-
-def schema_digest(schema_text: str) -> str:
-    """SHA-256 (hexadecimal) of a schema's canonical JSON."""
-    return hashlib.sha256(schema_text.encode()).hexdigest()
 
 
 class SiteReceipt(Frozen):
@@ -334,32 +308,6 @@ class RunDirectory:
         self.record()
         self.read_receipts()
         self.read_metrics()
-
-
-def arrays_to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """`arrays` as the bytes of an uncompressed .npz file."""
-    buffer = io.BytesIO()
-    write_npz(buffer, arrays)
-    return buffer.getvalue()
-
-
-def npz_to_arrays(content: bytes, origin: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file. Raises CheckpointError naming `origin` when it is not one."""
-    return read_npz(io.BytesIO(content), origin)
-
-
-def write_npz(file: IO[bytes] | io.RawIOBase, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write `arrays` to `file` as an uncompressed .npz archive, a part of one array after the other."""
-    np.savez(file, allow_pickle=False, **arrays)
-
-
-def read_npz(file: IO[bytes] | io.RawIOBase, origin: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of the .npz archive in `file`. Raises CheckpointError naming `origin` when it is none."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except Exception as error:  # zipfile, zlib and numpy each have their own
-        raise CheckpointError(f"{origin} is damaged: {' '.join(str(error).split())}") from error
 
 
 @contextmanager

@@ -14,7 +14,6 @@ or whose answer is wrong, has dropped out; the others go on as long as they are 
 asked nobody has put anything into the sum: who lies before costs nobody anything.
 """
 
-import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,6 @@ from fedclaw.privacy.secure_aggregation import (
     Consent,
     MaskedInput,
     Opening,
-    Parameters,
     Roster,
     ServerSession,
     ShareBundle,
@@ -43,57 +41,22 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.graph import complete_graph
 from fedclaw.privacy.secure_aggregation.messages import Wire
+from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import unpack_integers
-from fedclaw.protocol.plan import Plan, SecureAggregation
-from fedclaw.protocol.records import Records, serialised
-from fedclaw.protocol.statistics import StatisticsRequest
-from fedclaw.server.exchange import (
-    HEADER_BYTES,
-    Answers,
-    Declined,
-    ask,
-    hashed_arrays,
-    part,
-    questions,
-    site_name,
-)
-from fedclaw.server.settings import SecureRequest
-from fedclaw.transport.base import StreamingGrid
+from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, HEADER_BYTES, KEYS, MASKED, SECURE, SHARES, UNMASK
+from fedclaw.protocol.plan import SecureAggregation
+from fedclaw.protocol.questions import Asked, hashed_arrays, questions
+from fedclaw.protocol.records import Records
+from fedclaw.protocol.terms import SecureRequest
+from fedclaw.server.exchange import Answers, Declined, ask, part, site_name
+from fedclaw.server.grids import StreamingGrid
 
 W = TypeVar("W", bound=Wire)
 
 log = logging.getLogger(__name__)
 
-KEYS, SHARES, CONFIRM, DISPUTE = "query.keys", "query.shares", "query.confirm", "query.dispute"
-CONSENT, UNMASK = "query.consent", "query.unmask"
-STAGES = (KEYS, SHARES, CONFIRM, DISPUTE, CONSENT, UNMASK)
-SECURE, MASKED = "secure", "masked"
 STAGE_DEADLINE = 120.0
 """Seconds for a stage in which nobody trains, if the exchange's own deadline is not shorter."""
-
-Asked = Plan | StatisticsRequest
-
-
-def parameters_of(asked: Asked) -> Parameters:
-    """What sites and server agree on, from what is asked. Raises ValidationError if that is not safe.
-
-    The sites sign a digest of all of it with their keys: each counts on the others' noise, so no server may tell them
-    different things.
-    """
-    secure = asked.secure
-    assert secure is not None
-    return Parameters(
-        session=secure.session,
-        federation=asked.federation,
-        run=asked.run,
-        round=asked.round,
-        sites=secure.sites,
-        threshold=secure.threshold,
-        neighbours=secure.neighbours,
-        length=secure.length,
-        minimum=secure.minimum,
-        terms=hashlib.sha256(asked.model_dump_json().encode()).hexdigest(),
-    )
 
 
 @dataclass
@@ -260,7 +223,7 @@ class SecureExchange:
             own = Records(dict(content))
             own.reply_bytes = self._reply_bytes
             if item is not None:
-                own[SECURE] = secure_record(item)
+                own[SECURE] = ConfigRecord(item.pack())
             messages += questions([self._nodes[site]], self._round, kind, own, self._deadline, arrays)
         return messages
 
@@ -284,22 +247,6 @@ class SecureExchange:
         """A site speaks for itself: its name is the one that its connection has."""
         if getattr(item, "site", site) != site:
             raise SecureAggregationError(f"{site} answered as {getattr(item, 'site', '')}")
-
-
-def digest_of(records: Mapping[str, ArrayRecord]) -> str:
-    """SHA-256 of arrays by their records' names and their own."""
-    digest = hashlib.sha256()
-    for key, record in sorted(records.items()):
-        for name, array in sorted(record.items()):
-            data = serialised(array)
-            digest.update(f"{key}/{name}/{len(data)}|".encode())
-            digest.update(data)
-    return digest.hexdigest()
-
-
-def secure_record(item: Wire) -> ConfigRecord:
-    """What the protocol says, as a record."""
-    return ConfigRecord(item.pack())
 
 
 def _said(content: RecordDict) -> Mapping[str, object]:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
 from fedclaw.learning import postprocess
-from fedclaw.learning.update import Update
 from fedclaw.privacy.distributed import Price, choose_step
 from fedclaw.privacy.fixed_point import Encoding, nearest_step
 from fedclaw.privacy.mechanisms.receipts import check_receipt
@@ -24,11 +23,14 @@ from fedclaw.privacy.mechanisms.server_noise import unit_bound
 from fedclaw.privacy.mechanisms.shared_noise import shares_of
 from fedclaw.protocol.arrays import shapes_of, unflattened
 from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.questions import Outgoing, question
+from fedclaw.protocol.records import digest_of
+from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.update import Update
 from fedclaw.server.aggregate import WeightedSum
-from fedclaw.server.exchange import Outgoing, Trained, check_weight, question, receipt_in, weights_in
+from fedclaw.server.exchange import Trained, check_weight, receipt_in, training_question, weights_in
 from fedclaw.server.run_directory import SiteReceipt
-from fedclaw.server.secure_exchange import Seats, SecureExchange, digest_of
-from fedclaw.server.settings import SecureRequest
+from fedclaw.server.secure_exchange import Seats, SecureExchange
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +135,7 @@ class _Round:
     def __init__(self, grid: Grid, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, deadline: float) -> None:
         self._plan = plan
         self._template = postprocess.template(outgoing.parameters, plan)
-        self._asked = question(plan, outgoing)
+        self._asked = training_question(plan, outgoing)
         self._weights: dict[str, tuple[float, int]] = {}
         self._receipts: dict[str, SiteReceipt] = {}
         self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=price_of(plan))

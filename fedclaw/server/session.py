@@ -7,17 +7,18 @@ from typing import Protocol
 import torch
 
 from fedclaw.errors import PluginError, PrivacyError, RoundError, UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.registry import workload_class
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.protocol.plan import CentralPrivacy, ModelSpec, check_numbers
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import drop_pending, make_strategy, pending_cohort
 from fedclaw.server.early_checks import chosen_strategy, given_fields, read_schema, run_name
-from fedclaw.server.run_directory import ReleaseUse, RoundRules, RunDirectory, RunRecord
+from fedclaw.server.run_directory import ReleaseUse, RunDirectory, RunRecord
 from fedclaw.server.settings import CentralRequest, RunSettings
 from fedclaw.server.statistics_release import constants_from, read_release
+from fedclaw.server.terms import check_combination
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from pydantic import Field, JsonValue, field_validator
 from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import METRICS, AdaptiveClip, LocalTraining, PrivacyRequest, Unit, Weighting
+from fedclaw.protocol.terms import SecureRequest
 
 
 class ModelChoice(Frozen):
@@ -36,19 +37,6 @@ class CentralRequest(Frozen):
     clip: float = Field(gt=0)
     sample_rate: float = Field(default=1.0, gt=0, le=1)
     adaptive: AdaptiveClip | None = None
-
-
-class SecureRequest(Frozen):
-    """conf/secure/*.yaml: secure aggregation of the updates."""
-
-    dropouts: float = Field(default=0.2, ge=0, lt=0.5)
-    """Share of a round's sites that may drop out of it and leave a sum, with all its noise."""
-    corrupt: float = Field(default=0.2, ge=0, lt=0.5)
-    """Share of the sites that may tell the server all they know; what the others send stays hidden."""
-    value_range: float = Field(default=8.0, gt=0)
-    """Without noise by the sites: a coordinate of weight x delta / largest weight beyond it is cut off."""
-    largest_weight: float | None = Field(default=None, ge=1)
-    """With weighting: examples, a weight that no site exceeds: it sets what one integer stands for."""
 
 
 class RunSettings(Frozen):

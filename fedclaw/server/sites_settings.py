@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from fedclaw.errors import UsageError
-from fedclaw.server.run_directory import RoundRules
+from fedclaw.protocol.terms import RoundRules
 
 
 class SitesSettings(RoundRules):

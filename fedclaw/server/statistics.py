@@ -15,30 +15,23 @@ from flwr.serverapp import Grid
 from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
-from fedclaw.learning.statistics_scores import SCORES, parameters_digest
+from fedclaw.learning.score_statistics import SCORES, parameters_digest
+from fedclaw.learning.statistics import design_for
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.distributed import WRAP, Shares
 from fedclaw.privacy.estimates import Estimate, Statistics, estimate
+from fedclaw.privacy.mechanisms.statistics import noise_of, shares_of
 from fedclaw.privacy.statistics import Design, Doubles
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
 from fedclaw.protocol.plan import MOST_EXAMPLES
+from fedclaw.protocol.questions import questions
 from fedclaw.protocol.records import Records
-from fedclaw.protocol.statistics import (
-    REQUEST,
-    ROUND,
-    STATISTICS,
-    VECTOR,
-    StatisticsReceipt,
-    StatisticsRequest,
-    design_for,
-    noise_of,
-    shares_of,
-)
-from fedclaw.server import exchange
-from fedclaw.server.exchange import ARRAYS, HEADER_BYTES, JSON, SUM, Answers, ask, part, reasons_of, receipt_text
+from fedclaw.protocol.statistics import REQUEST, ROUND, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.terms import SecureRequest
+from fedclaw.server.exchange import Answers, ask, part, reasons_of, receipt_text
 from fedclaw.server.secure_exchange import Seats, SecureExchange
-from fedclaw.server.settings import SecureRequest
 from fedclaw.server.statistics_release import Release, ScoresOf, make_release
 
 log = logging.getLogger(__name__)
@@ -115,7 +108,7 @@ def release_statistics(
     design = design_for(schema, request)
     collected = Collected(total=np.zeros(design.dimension), asked=request, noise=_noise_of(request))
     if request.secure is None:
-        messages = questions(nodes, request, deadline, design.dimension, parameters)
+        messages = statistics_questions(nodes, request, deadline, design.dimension, parameters)
         ask(grid, messages, deadline, collected)
     else:
         _ask_securely(grid, nodes, request, deadline, collected)
@@ -208,7 +201,7 @@ def _ask_securely(
     collected.receipts = {site: receipts[site] for site in survivors}
 
 
-def questions(
+def statistics_questions(
     nodes: Sequence[int],
     request: StatisticsRequest,
     ttl: float,
@@ -224,7 +217,7 @@ def questions(
         content[ARRAYS] = pack(parameters)
     if numbers is not None:
         content.reply_bytes = HEADER_BYTES + 4 * numbers
-    return exchange.questions(nodes, ROUND, STATISTICS, content, ttl)
+    return questions(nodes, ROUND, STATISTICS, content, ttl)
 
 
 def _question(request: StatisticsRequest) -> Records:

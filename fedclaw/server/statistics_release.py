@@ -11,13 +11,12 @@ from pydantic import Field, ValidationError
 
 from fedclaw.errors import DataError, UsageError
 from fedclaw.files import write_atomic
-from fedclaw.learning.workload import Schema
+from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.estimates import Statistics, moments_of
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.plan import Trust
 from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest
-from fedclaw.server.run_directory import schema_digest
 
 UNIT = "one training example of one site, there or not (add or remove one)"
 

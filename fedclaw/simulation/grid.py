@@ -10,18 +10,19 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import RoundError, TransportError, UpdateError
 from fedclaw.learning import postprocess
-from fedclaw.learning.update import Update
 from fedclaw.protocol.arrays import shapes_of
+from fedclaw.protocol.message_identity import empty_run, number_of
 from fedclaw.protocol.plan import Plan, Refusal
+from fedclaw.protocol.questions import Outgoing
+from fedclaw.protocol.update import Update
 from fedclaw.server.aggregate import UpdateStack
-from fedclaw.server.exchange import Declined, Evaluated, Outgoing, Trained
+from fedclaw.server.exchange import Declined, Evaluated, Trained
+from fedclaw.server.grids import CohortGrid
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.evaluation import Evaluator
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, shaped, units_of
 from fedclaw.simulation.workers import Crew
-from fedclaw.transport.base import CohortGrid
-from fedclaw.transport.message_identity import empty_run, number_of
 
 
 class SimulationGrid(CohortGrid):

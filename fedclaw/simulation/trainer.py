@@ -13,12 +13,13 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distillation_loss
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, finish_round, is_overridden
-from fedclaw.learning.update import SiteContext, Update
 from fedclaw.privacy.mechanisms.receipts import is_sampled
 from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec, Plan
+from fedclaw.protocol.update import Update
 from fedclaw.simulation.batched import FoldedModel, Loss
 from fedclaw.simulation.choice import Way, make_engine
 from fedclaw.simulation.correction import Correction

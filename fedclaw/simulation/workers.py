@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import FedClawError, RoundError, UsageError
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.plan import Plan
-from fedclaw.server.run_directory import arrays_to_npz, npz_to_arrays
 from fedclaw.simulation.job import Answer, Round, State, flat, shaped
 from fedclaw.simulation.trainer import Trainer
 

@@ -17,9 +17,8 @@ from fedclaw.errors import DataError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.learning.registry import schema_class, workload_class
-from fedclaw.learning.workload import Schema
+from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.secure_aggregation import CertificateVerifier, Sessions
-from fedclaw.server.run_directory import schema_digest
 from fedclaw.site.data import load_data
 from fedclaw.site.device import choose_device
 from fedclaw.site.journal.ledger import Ledger

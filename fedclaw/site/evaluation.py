@@ -9,8 +9,19 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from fedclaw.learning.pooled import Doubles, Labels, counts_of, histogram_shape, histograms_of, needed_for
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import pack_wire
+from fedclaw.protocol.messages import (
+    ABOUT,
+    ARRAYS,
+    CHARGE,
+    EXAMPLES,
+    JSON,
+    METRICS,
+    RECEIPT,
+    SCORE_NOISE,
+    SCORES,
+    WEIGHT,
+)
 from fedclaw.protocol.plan import SCORE_HISTOGRAM, Plan, Refusal, RefusalCode
-from fedclaw.server.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, WEIGHT
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import (
@@ -24,7 +35,7 @@ from fedclaw.site.noised_metrics import (
 from fedclaw.site.outputs import one_by_one
 from fedclaw.site.policy.checks import permitted_metrics
 from fedclaw.site.policy.rate_limit import check_evaluation
-from fedclaw.site.privacy_budget import ABOUT, CHARGE, Asking
+from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.strategy_client import personal_parameters
 

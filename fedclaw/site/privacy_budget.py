@@ -28,10 +28,6 @@ from fedclaw.site.site import Site
 
 log = logging.getLogger(__name__)
 
-ABOUT, RUN, CHARGE = "about", "run", "charge"
-"""The record of a reply that says what it belongs to, the run and the hash of its charge in the ledger: after a restart
-it is all that the site has of the question."""
-
 
 @dataclass(frozen=True)
 class Asking:

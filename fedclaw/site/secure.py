@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from fedclaw.errors import PrivacyError, SecureAggregationError
 from fedclaw.learning.postprocess import template
 from fedclaw.privacy.mechanisms.shared_noise import Integers, Nearest, integers_of
+from fedclaw.privacy.mechanisms.statistics import shares_of
 from fedclaw.privacy.secure_aggregation import (
     Accusations,
     KeyList,
@@ -28,25 +29,13 @@ from fedclaw.privacy.secure_aggregation import (
     Verifier,
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
-from fedclaw.protocol import statistics
+from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import flattened, pack_integers
 from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.messages import ARRAYS, CONFIRM, CONSENT, DISPUTE, KEYS, MASKED, SECURE, SHARES, UNMASK
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
-from fedclaw.server.exchange import ARRAYS
-from fedclaw.server.secure_exchange import (
-    CONFIRM,
-    CONSENT,
-    DISPUTE,
-    KEYS,
-    MASKED,
-    SECURE,
-    SHARES,
-    UNMASK,
-    Asked,
-    digest_of,
-    parameters_of,
-    secure_record,
-)
+from fedclaw.protocol.questions import Asked
+from fedclaw.protocol.records import digest_of
 from fedclaw.site.policy.checks import check_plan
 from fedclaw.site.policy.rate_limit import check_charge
 from fedclaw.site.policy.statistics import check_statistics
@@ -73,7 +62,7 @@ def answer_stage(
 ) -> RecordDict:
     """The site's part in a stage in which it works nothing out from its data. Raises Refusal."""
     try:
-        return RecordDict({SECURE: secure_record(_answer(site, _known(identity), asked, kind, content))})
+        return RecordDict({SECURE: ConfigRecord(_answer(site, _known(identity), asked, kind, content).pack())})
     except SecureAggregationError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
@@ -114,7 +103,7 @@ def masking(identity: SecureIdentity | None, asked: Asked, content: RecordDict) 
             masked = session.mask(vector, roster)
         except SecureAggregationError as error:
             raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
-        return {MASKED: pack_integers(vector), SECURE: secure_record(masked)}
+        return {MASKED: pack_integers(vector), SECURE: ConfigRecord(masked.pack())}
 
     return mask
 
@@ -148,7 +137,7 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
             integers_of(asked)
             check_agreeable(site, asked, charge_of(site, asked).mechanism)
         else:
-            statistics.shares_of(asked)
+            shares_of(asked)
     except PrivacyError as error:
         raise SecureAggregationError(str(error)) from error
     try:

@@ -12,16 +12,15 @@ from pydantic import ValidationError
 
 from fedclaw.errors import LedgerError
 from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN, RECEIPT, RUN, STAGES
 from fedclaw.protocol.plan import PLAN_VERSION, Plan, Refusal, RefusalCode
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
-from fedclaw.server.exchange import JSON, PLAN, RECEIPT
-from fedclaw.server.secure_exchange import STAGES
 from fedclaw.site.data import check_constants
 from fedclaw.site.evaluation import answer_evaluation
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import charged_ledger
 from fedclaw.site.policy.checks import check_request
-from fedclaw.site.privacy_budget import ABOUT, CHARGE, RUN, Asking, Charge
+from fedclaw.site.privacy_budget import Asking, Charge
 from fedclaw.site.secure import SecureIdentity, answer_masked, answer_stage, masking
 from fedclaw.site.site import Site
 from fedclaw.site.statistics import answer_statistics, request_of

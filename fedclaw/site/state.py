@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import CheckpointError
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
 from fedclaw.learning.strategy import Strategy
@@ -28,7 +29,6 @@ from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import ModelSpec, Plan, Unit, Weighting
-from fedclaw.server.run_directory import arrays_to_npz, npz_to_arrays
 
 State = Mapping[str, Arrays]
 """By kind, arrays by parameter name."""

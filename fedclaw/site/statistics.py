@@ -15,31 +15,23 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
-from fedclaw.learning.statistics_scores import score_records
+from fedclaw.learning.score_statistics import score_records
+from fedclaw.learning.statistics import design_for
 from fedclaw.learning.workload import Floats
 from fedclaw.privacy.accounting import Mechanism
 from fedclaw.privacy.distributed import Shares
+from fedclaw.privacy.mechanisms.statistics import noise_of, shares_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.statistics import Design, Doubles, Records
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.messages import ABOUT, ARRAYS, CHARGE, JSON, RECEIPT, SUM
 from fedclaw.protocol.plan import Refusal, RefusalCode, SecureAggregation
-from fedclaw.protocol.statistics import (
-    REQUEST,
-    ROUND,
-    VECTOR,
-    ScoreQuestion,
-    StatisticsReceipt,
-    StatisticsRequest,
-    design_for,
-    noise_of,
-    shares_of,
-)
-from fedclaw.server.exchange import ARRAYS, JSON, RECEIPT, SUM
+from fedclaw.protocol.statistics import REQUEST, ROUND, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.outputs import one_by_one
 from fedclaw.site.policy.statistics import check_statistics
-from fedclaw.site.privacy_budget import ABOUT, CHARGE, Account, Asking, Due, reserve
+from fedclaw.site.privacy_budget import Account, Asking, Due, reserve
 from fedclaw.site.secure import Mask
 from fedclaw.site.site import Site, sent_arrays
 

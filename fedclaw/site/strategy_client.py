@@ -7,7 +7,7 @@ import torch
 from flwr.app import RecordDict
 
 from fedclaw.errors import PluginError, UsageError
-from fedclaw.learning.compatibility import Terms, refusal, strategy_of
+from fedclaw.learning.compatibility import refusal, strategy_of
 from fedclaw.learning.compression import feedback
 from fedclaw.learning.step_loop import Correction
 from fedclaw.learning.strategy import (
@@ -20,8 +20,10 @@ from fedclaw.learning.strategy import (
     finish_round,
 )
 from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.messages import ARRAYS, SENT
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
-from fedclaw.server.exchange import ARRAYS, SENT, by_kind
+from fedclaw.protocol.questions import by_kind
+from fedclaw.protocol.terms import Terms
 from fedclaw.site.policy.policy import listed
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.state import Provenance, State

@@ -13,19 +13,18 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distilled
 from fedclaw.learning.step_loop import Correction, make_optimizer, train
 from fedclaw.learning.strategy import PERSONAL
-from fedclaw.learning.update import SiteContext, Update
 from fedclaw.privacy.mechanisms.receipts import is_sampled
+from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
 from fedclaw.protocol.arrays import Arrays, pack_wire
+from fedclaw.protocol.messages import ABOUT, ARRAYS, CHARGE, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
-from fedclaw.server.exchange import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
+from fedclaw.protocol.update import Update
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.journal.ledger import Reservation
 from fedclaw.site.policy.checks import check_plan
 from fedclaw.site.privacy_budget import (
-    ABOUT,
-    CHARGE,
     Account,
     Asking,
     Charge,

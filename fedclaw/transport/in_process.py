@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.server.coordinator import Observer, Outcome, run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
@@ -14,7 +15,6 @@ from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 
 
 def open_sites(directories: Iterable[Path], federation: str) -> dict[str, SiteService]:

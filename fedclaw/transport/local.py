@@ -7,8 +7,9 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.run import Run
 
 from fedclaw.errors import TransportError
-from fedclaw.transport.base import SiteHandler, StreamingGrid, measure
-from fedclaw.transport.message_identity import assign_message_id, empty_run, number_of
+from fedclaw.protocol.message_identity import assign_message_id, empty_run, number_of
+from fedclaw.server.grids import StreamingGrid
+from fedclaw.transport.base import SiteHandler, measure
 
 if TYPE_CHECKING:
     from fedclaw.privacy.secure_aggregation import Verifier

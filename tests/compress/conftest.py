@@ -13,7 +13,8 @@ from sklearn.datasets import load_digits
 from clients.tabular import TabularWorkload
 from clients.tabular_schema import TabularSchema
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, PrivacyRequest
-from fedclaw.server.run_directory import RunDirectory, RunRecord, StrategyRecord
+from fedclaw.protocol.terms import StrategyRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 
 @dataclass(frozen=True)

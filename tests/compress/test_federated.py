@@ -19,8 +19,9 @@ from fedclaw.compress.table import before_after, notes
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.provisioning import accept, approve, initialise, request_site
 from fedclaw.identity.site_home import SiteKeys
-from fedclaw.learning.workload import Table
-from fedclaw.server.run_directory import RunDirectory, schema_digest
+from fedclaw.learning.workload import Table, schema_digest
+from fedclaw.protocol.message_identity import assume_server_identity
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated
 from fedclaw.server.settings import CentralRequest
 from fedclaw.site.journal.ledger import Ledger
@@ -29,7 +30,6 @@ from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
 from fedclaw.transport.grpc import Limits, SiteLink
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 
 NAMES = ("north", "south", "west")
 EPSILON = 30.0

@@ -19,14 +19,14 @@ from experiments.partitions.labels import Dirichlet
 from fedclaw.cli import config_directory
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
+from fedclaw.protocol.messages import METRICS, RECEIPT, SUM
 from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.exchange import METRICS, RECEIPT, SUM
-from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
 from fedclaw.transport.in_process import open_sites, simulate
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 from tests.samples import run_record
 
 SITES = 7

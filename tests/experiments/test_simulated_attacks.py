@@ -15,7 +15,8 @@ from experiments.partitions.labels import Dirichlet
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining
-from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 from fedclaw.transport.in_process import open_sites
 from tests.samples import run_record

@@ -5,15 +5,15 @@ from itertools import product
 import pytest
 from torch import nn
 
-from fedclaw.learning.compatibility import Terms, refusal, strategy_of
+from fedclaw.learning.compatibility import refusal, strategy_of
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, Plan, PrivacyRequest
+from fedclaw.protocol.questions import Outgoing
+from fedclaw.protocol.terms import RoundRules, SecureRequest, Terms
 from fedclaw.server.coordinator import make_plan
-from fedclaw.server.exchange import Outgoing
-from fedclaw.server.run_directory import RoundRules
 from fedclaw.server.secure_round import session_of
-from fedclaw.server.settings import SecureRequest
+from fedclaw.server.terms import terms_of
 from tests.hostile import EXAMPLE, ONE_STEP, SITE
 from tests.least_squares import asked
 from tests.small_nets import SmallNets, first
@@ -49,7 +49,7 @@ def test_a_site_refuses_no_run_that_a_server_makes(name: str) -> None:
         record = record.model_copy(update={"model": record.model.model_copy(update={"name": model_name})})
         model = SmallNets(3).build(record.model)
         strategy = strategy_class(name).model_validate(record.strategy.settings)
-        if refusal(Terms.of_run(record), strategy, model):
+        if refusal(terms_of(record), strategy, model):
             continue
         record = record.model_copy(update={"personal": tuple(sorted(strategy.personal(model)))})
         plan = make_plan(record, strategy, 1, len(SITES))
@@ -71,5 +71,5 @@ def test_noise_of_the_sites_is_judged_at_both_ends() -> None:
     )
     strategy, model = strategy_class("fedavg")(), SmallNets(3).build(record.model)
     plan = session_of(make_plan(record, strategy, 1, 6), SITES, Outgoing(first("parted", 3)), SecureRequest(), 6)
-    assert refusal(Terms.of_run(record), strategy, model) is None
+    assert refusal(terms_of(record), strategy, model) is None
     assert of(strategy, model, plan) is None

@@ -14,8 +14,9 @@ from fedclaw.errors import UpdateError
 from fedclaw.learning.pooled import BINS, Pooled, area_of, counts_of, edges, histograms_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import pack_wire
+from fedclaw.protocol.messages import SCORE_NOISE, SCORES
 from fedclaw.protocol.plan import METRICS, SCORE_HISTOGRAM, PrivacyRequest
-from fedclaw.server.exchange import SCORE_NOISE, SCORES, Evaluated
+from fedclaw.server.exchange import Evaluated
 from fedclaw.server.learned import hopeless_noise, nothing_learned
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.site.noised_metrics import deviation_of, metrics_mechanism, noised_histograms

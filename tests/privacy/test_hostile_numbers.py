@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
-from fedclaw.learning.update import Update
 from fedclaw.privacy.distributed import share_noise
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.server_noise import clip_to, moved, sensitivity
@@ -33,6 +32,7 @@ from fedclaw.protocol.plan import (
     PrivacyRequest,
     RefusalCode,
 )
+from fedclaw.protocol.update import Update
 from fedclaw.simulation.batched import FoldedModel
 from fedclaw.simulation.packing import pack
 from fedclaw.simulation.private import PrivateStep, Sampling

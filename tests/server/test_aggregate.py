@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning import postprocess
-from fedclaw.learning.update import Postprocessor, SiteContext, Update
 from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan
+from fedclaw.protocol.update import Update
 from fedclaw.server.aggregate import WeightedSum
 
 TEMPLATE = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}

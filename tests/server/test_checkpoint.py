@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedclaw.array_files import arrays_to_npz
 from fedclaw.errors import CheckpointError
 from fedclaw.server import checkpoint
 from fedclaw.server.checkpoint import Checkpoint
 from fedclaw.server.global_model import GlobalModel
-from fedclaw.server.run_directory import RunDirectory, arrays_to_npz
+from fedclaw.server.run_directory import RunDirectory
 from strategies.fedadam import FedAdam
 from strategies.fedavg import FedAvg
 

@@ -10,16 +10,16 @@ from flwr.app import Error, Message
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import CheckpointError, PluginError, RoundError, RunInUse, UsageError
-from fedclaw.learning.compatibility import check_combination
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest, RefusalCode
+from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import PENDING, drop_pending, make_strategy, run_rounds
-from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
+from fedclaw.server.terms import check_combination
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from strategies.fedavg import FedAvg
 from tests.conftest import environment
 from tests.crashes import Crash, server_dies

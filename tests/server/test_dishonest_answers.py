@@ -13,6 +13,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UpdateError
 from fedclaw.export.statement import Receipts, state
 from fedclaw.privacy.mechanisms.receipts import check_receipt
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.exchange import LONGEST_REASON, Declined, Evaluated, reasons_of
@@ -22,7 +23,6 @@ from fedclaw.site.privacy_budget import Books as LedgerBooks
 from fedclaw.site.privacy_budget import charge_for, receipt_for
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.samples import plan_of, receipt, run_record
 
 LIES = {

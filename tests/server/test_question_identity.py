@@ -8,17 +8,17 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from fedclaw.protocol import questions as questions_module
 from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, ModelSpec
-from fedclaw.server import exchange
+from fedclaw.protocol.questions import hashed_arrays, questions
+from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.exchange import hashed_arrays, questions
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.samples import run_record
 
 LARGE = 10_000
@@ -53,7 +53,7 @@ def seen(monkeypatch):
         digest.update(data)
         return digest
 
-    monkeypatch.setattr(exchange, "hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr(questions_module, "hashlib", SimpleNamespace(sha256=sha256))
     return found
 
 

@@ -3,9 +3,9 @@
 import pytest
 from flwr.app import Message
 
+from fedclaw.protocol.messages import HEADER_BYTES
 from fedclaw.protocol.records import Records
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.exchange import HEADER_BYTES
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.grpc.codec import encode

@@ -16,18 +16,18 @@ from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.shared_noise import integers_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack, shapes_of, unflattened
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
+from fedclaw.protocol.messages import CONFIRM, CONSENT, KEYS, SHARES, UNMASK
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, Plan, PrivacyRequest, RefusalCode
+from fedclaw.protocol.questions import Outgoing, question, questions
+from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.server import secure_round
 from fedclaw.server.coordinator import drop_pending, run_rounds
-from fedclaw.server.exchange import Outgoing, question, questions
-from fedclaw.server.run_directory import RoundRules, RunDirectory
-from fedclaw.server.secure_exchange import CONFIRM, CONSENT, KEYS, SHARES, UNMASK
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.secure_round import session_of
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 from tests.samples import plan_of, run_record
 
 STEPS = LocalTraining(steps=3, batch_size=1000, learning_rate=0.2)

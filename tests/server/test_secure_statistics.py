@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 
 from fedclaw.errors import RoundError, UsageError
+from fedclaw.learning.statistics import design_of
 from fedclaw.privacy.estimates import estimate
-from fedclaw.protocol.statistics import STATISTICS, design_of, noise_of
-from fedclaw.server.settings import SecureRequest
+from fedclaw.privacy.mechanisms.statistics import noise_of
+from fedclaw.protocol.message_identity import assume_server_identity
+from fedclaw.protocol.statistics import STATISTICS
+from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.statistics import release_statistics, with_session
 from fedclaw.site.statistics import statistics_vector
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.made_tables import make_sites
 from tests.server.test_statistics import QUANTILES, request_for, schema_of
 

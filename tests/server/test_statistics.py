@@ -7,17 +7,19 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import DataError, RoundError, UsageError
+from fedclaw.learning.workload import schema_digest
 from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, PrivacyRequest
 from fedclaw.protocol.statistics import StatisticsRequest
-from fedclaw.server.run_directory import RoundRules, RunDirectory, schema_digest
+from fedclaw.protocol.terms import RoundRules
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings, WorkloadChoice
-from fedclaw.server.statistics import questions, release_statistics
+from fedclaw.server.statistics import release_statistics, statistics_questions
 from fedclaw.server.statistics_release import constants_from, read_release, write_release
 from fedclaw.transport.in_process import open_sites, simulate
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.made_tables import make_sites
 
 QUANTILES = (0.25, 0.5, 0.75)
@@ -108,7 +110,7 @@ def test_a_release_says_what_it_cost_and_whom_and_comes_back_from_its_file(sites
 
 def test_the_same_question_has_the_same_identity_and_another_run_another(sites):
     def identities(**changes):
-        messages = questions([1, 2], request_for(sites, **changes), 10)
+        messages = statistics_questions([1, 2], request_for(sites, **changes), 10)
         return [message.metadata.message_id for message in messages]
 
     assert identities() == identities()
@@ -139,7 +141,7 @@ def test_answers_that_cannot_be_added_are_left_out(sites):
     (name, honest), *_ = sites.items()
     assume_server_identity(1)
     grid = LocalGrid({name: honest}, 1)
-    (good,) = grid.send_and_receive(questions(list(grid.get_node_ids()), request_for(sites), 10))
+    (good,) = grid.send_and_receive(statistics_questions(list(grid.get_node_ids()), request_for(sites), 10))
     receipt = good.content["receipt"]
     size = good.content["sum"]["statistics"].shape[0]
 

@@ -11,7 +11,8 @@ from clients.vision import VisionWorkload
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining, ModelSpec
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 
 SIZES = (31, 4, 17, 9, 8, 22, 5, 13, 16, 7)

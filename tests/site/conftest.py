@@ -8,11 +8,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest
 from fedclaw.site.directory import open_service
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
-from fedclaw.transport.message_identity import assign_message_id, assume_server_identity
 
 
 class Asker:

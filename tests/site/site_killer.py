@@ -24,11 +24,11 @@ import torch
 
 from fedclaw.identity import seal
 from fedclaw.learning.registry import strategy_class
+from fedclaw.protocol.message_identity import envelope_of
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.transport.grpc import Limits
 from fedclaw.transport.grpc.outbox import Entry, Outbox
 from fedclaw.transport.grpc.worker import Worker
-from fedclaw.transport.message_identity import envelope_of
 from tests.site.conftest import Asker
 
 KEYS = seal.generate("x25519")

@@ -3,8 +3,8 @@
 import pytest
 
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
+from fedclaw.protocol.messages import KEYS
 from fedclaw.protocol.plan import PrivacyRequest, RefusalCode, SecureAggregation
-from fedclaw.server.secure_exchange import KEYS
 from fedclaw.site.secure import SecureIdentity
 from tests.site.conftest import Asker
 

@@ -9,13 +9,13 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import DataError
 from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, RefusalCode
 from fedclaw.site import data as site_data
 from fedclaw.site.data import prepare
 from fedclaw.site.directory import open_service
 from fedclaw.site.policy.policy import DataSetBudget
 from fedclaw.site.settings import load_site_settings
-from fedclaw.transport.message_identity import assign_message_id, assume_server_identity
 from tests.made_tables import make_sites
 
 MOMENTS = {"dose": (5000.0, 3000.0**2), "age": (50.0, 144.0)}

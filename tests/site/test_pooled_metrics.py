@@ -13,18 +13,19 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.learning.pooled import COUNTS
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import unpack_wire
+from fedclaw.protocol.message_identity import assume_server_identity
+from fedclaw.protocol.messages import SCORE_NOISE, SCORES
 from fedclaw.protocol.plan import METRICS, SCORE_HISTOGRAM, LocalTraining, RefusalCode
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import _values
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.exchange import SCORE_NOISE, SCORES, Form
+from fedclaw.server.exchange import Form
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.noised_metrics import metrics_mechanism
 from fedclaw.site.policy.policy import SAFE_METRICS, DataSetBudget
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.samples import run_record
 
 BINS = 32

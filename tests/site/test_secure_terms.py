@@ -8,9 +8,10 @@ import pytest
 from flwr.app import Message
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.workload import Table
 from fedclaw.privacy.secure_aggregation.graph import complete_graph, neighbours_needed
+from fedclaw.protocol.message_identity import assume_server_identity
+from fedclaw.protocol.messages import KEYS
 from fedclaw.protocol.plan import (
     CentralPrivacy,
     LocalTraining,
@@ -19,14 +20,13 @@ from fedclaw.protocol.plan import (
     RefusalCode,
     SecureAggregation,
 )
+from fedclaw.protocol.questions import Outgoing, question, questions
+from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
-from fedclaw.server.exchange import Outgoing, question, questions
 from fedclaw.server.run_directory import RunDirectory
-from fedclaw.server.secure_exchange import KEYS
-from fedclaw.server.settings import SecureRequest
+from fedclaw.server.terms import check_combination
 from fedclaw.site.service import SiteService
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.least_squares import asked, identified, service
 from tests.small_nets import SmallNets, first
 

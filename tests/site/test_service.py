@@ -12,9 +12,9 @@ from flwr.app import ConfigRecord, Error, RecordDict
 
 from fedclaw.errors import LedgerError
 from fedclaw.protocol.arrays import pack, unpack
+from fedclaw.protocol.message_identity import envelope_of, rebuild
 from fedclaw.protocol.plan import Distillation, LocalTraining, ModelSpec, PrivacyRequest, Receipt, RefusalCode
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.transport.message_identity import envelope_of, rebuild
 from tests.site.conftest import Asker
 
 

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
+from fedclaw.learning.statistics import design_of
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import unpack
+from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity, envelope_of, rebuild
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.protocol.statistics import STATISTICS, StatisticsReceipt, StatisticsRequest, design_of
+from fedclaw.protocol.statistics import STATISTICS, StatisticsReceipt, StatisticsRequest
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.reconciliation import check as check_books
 from fedclaw.site.journal.reconciliation import open_books
 from fedclaw.site.policy.sentences import sentences
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.statistics import statistics_vector
-from fedclaw.transport.message_identity import assign_message_id, assume_server_identity, envelope_of, rebuild
 from tests.made_tables import make_sites
 
 COLUMNS = ("dose", "age", "smoker", "ward")

@@ -8,10 +8,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.threshold import threshold_of_release
-from fedclaw.learning.statistics_scores import SPAN, edges
+from fedclaw.learning.score_statistics import SPAN, edges
+from fedclaw.learning.statistics import design_for
 from fedclaw.protocol.arrays import pack, unpack
+from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
 from fedclaw.protocol.plan import ModelSpec, RefusalCode
-from fedclaw.protocol.statistics import STATISTICS, ScoreQuestion, StatisticsRequest, design_for
+from fedclaw.protocol.statistics import STATISTICS, ScoreQuestion, StatisticsRequest
 from fedclaw.server.statistics import release_statistics
 from fedclaw.server.statistics_release import read_release, write_release
 from fedclaw.site.directory import open_service
@@ -21,7 +23,6 @@ from fedclaw.site.settings import load_site_settings
 from fedclaw.site.statistics import scores_of
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assign_message_id, assume_server_identity
 from tests.made_tables import make_sites
 
 BINS = 9

@@ -6,11 +6,10 @@ import torch
 from pydantic import ValidationError
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.learning.compatibility import check_combination
+from fedclaw.protocol.message_identity import number_of
 from fedclaw.protocol.plan import CentralPrivacy
-from fedclaw.server.run_directory import RoundRules
-from fedclaw.server.settings import SecureRequest
-from fedclaw.transport.message_identity import number_of
+from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.server.terms import check_combination
 from strategies.cyclic import Cyclic
 from tests.crashes import server_dies
 from tests.least_squares import Bowl, asked, bottom, bowls, place, play

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.server.terms import check_combination
 from fedclaw.transport.local import LocalGrid
 from strategies.ditto import Ditto
 from tests.crashes import server_dies

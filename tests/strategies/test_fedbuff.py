@@ -7,17 +7,17 @@ import pytest
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.learning.compatibility import check_combination
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
+from fedclaw.protocol.questions import Outgoing
+from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import exchange
 from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
-from fedclaw.server.exchange import Outgoing
-from fedclaw.server.run_directory import RoundRules, RunDirectory, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
+from fedclaw.server.terms import check_combination
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 from strategies.fedbuff import FedBuff
 from tests.samples import run_record
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.strategy import RoundContext, StepContext, Turnout
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
-from fedclaw.server.run_directory import RoundRules
-from fedclaw.server.settings import SecureRequest
+from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.server.terms import check_combination
 from fedclaw.transport.local import LocalGrid
 from strategies.feddyn import FedDyn
 from tests.crashes import server_dies

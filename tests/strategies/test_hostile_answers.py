@@ -20,12 +20,12 @@ from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.protocol.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack
 from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, Plan
+from fedclaw.protocol.terms import StrategyRecord
 from fedclaw.server.aggregate import combination
 from fedclaw.server.coordinator import make_strategy
 from fedclaw.server.exchange import Trained
-from fedclaw.server.run_directory import StrategyRecord
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.samples import plan_of, receipt, run_record
 
 SITES = 13

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.terms import check_combination
 from fedclaw.transport.local import LocalGrid
 from strategies.fedbn import FedBN
 from strategies.fedper import FedPer

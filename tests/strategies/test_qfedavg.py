@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.strategy import RoundContext, Turnout
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.server.terms import check_combination
 from strategies.qfedavg import QFedAvg
 from tests.least_squares import Bowl, asked, bowls, place, play
 

@@ -7,17 +7,17 @@ from torch import nn
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.protocol.compression import RandomK
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
+from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import make_strategy, run_rounds
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
+from fedclaw.server.terms import check_combination
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from strategies.centred_clipping import CENTRE
 from tests.crashes import server_dies
 from tests.samples import run_record

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.strategy import RoundContext, StepContext, Turnout
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
-from fedclaw.server.run_directory import RoundRules
-from fedclaw.server.settings import SecureRequest
+from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.server.terms import check_combination
 from fedclaw.transport.local import LocalGrid
 from strategies.scaffold import Scaffold
 from tests.crashes import server_dies

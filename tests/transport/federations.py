@@ -19,15 +19,16 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.processes import free_port
 from fedclaw.identity import provisioning
 from fedclaw.identity.site_home import SiteKeys
+from fedclaw.protocol.message_identity import assume_server_identity, number_of
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.run_directory import RoundRules, RunDirectory, RunRecord
+from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters, make_record
 from fedclaw.site.directory import open_service
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower.server import read_settings
 from fedclaw.transport.grpc import GrpcGrid, SiteLink
 from fedclaw.transport.in_process import open_sites, simulate
-from fedclaw.transport.message_identity import assume_server_identity, number_of
 from fedclaw.transport.ray import RaySettings, simulate_on_ray
 from tests.conftest import environment
 

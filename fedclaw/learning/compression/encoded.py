@@ -18,10 +18,11 @@ from fedclaw.learning.compression.fp16 import Fp16
 from fedclaw.learning.compression.powersgd import LowRank
 from fedclaw.learning.compression.stochastic import Stochastic
 from fedclaw.learning.compression.topk import LargestK
-from fedclaw.learning.update import Postprocessor, SiteContext, Update, is_extra
+from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire, all_finite, shapes_of
 from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, TopK
 from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.update import Update, is_extra
 
 T = TypeVar("T")
 

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from fedclaw.learning.compression.encoder import kept
 from fedclaw.learning.compression.feedback import ERROR, add_memory, remembered, to_remember
-from fedclaw.learning.update import Postprocessor, SiteContext, Update, is_extra
+from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Shapes, all_finite
 from fedclaw.protocol.compression import RandomK
 from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.update import Update, is_extra
 
 
 class SharedPositions(Postprocessor):

@@ -21,9 +21,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.learning.update import Postprocessor, SiteContext, Update
+from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Shapes
 from fedclaw.protocol.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, CentralPrivacy, Plan
+from fedclaw.protocol.update import Update
 
 WITHIN = "fedclaw.within_clip"
 """The array beside the parameters that counts who stayed within an adaptive bound: +1/2 or -1/2 a site."""

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from fedclaw.identity.names import check_name
 from fedclaw.privacy.secure_aggregation.graph import Graph, least_threshold
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.questions import Asked
 
 MAX_SITES = 4096
 MAX_LENGTH = 1 << 31
@@ -96,3 +97,25 @@ class Parameters(Frozen):
 def framed(*parts: bytes) -> bytes:
     """Each part after its length: different parts never give the same bytes."""
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def parameters_of(asked: Asked) -> Parameters:
+    """What sites and server agree on, from what is asked. Raises ValidationError if that is not safe.
+
+    The sites sign a digest of all of it with their keys: each counts on the others' noise, so no server may tell them
+    different things.
+    """
+    secure = asked.secure
+    assert secure is not None
+    return Parameters(
+        session=secure.session,
+        federation=asked.federation,
+        run=asked.run,
+        round=asked.round,
+        sites=secure.sites,
+        threshold=secure.threshold,
+        neighbours=secure.neighbours,
+        length=secure.length,
+        minimum=secure.minimum,
+        terms=hashlib.sha256(asked.model_dump_json().encode()).hexdigest(),
+    )

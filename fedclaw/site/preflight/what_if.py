@@ -15,14 +15,14 @@ from flwr.app import Message, MessageType
 from fedclaw.errors import FedClawError
 from fedclaw.learning.registry import strategy_class
 from fedclaw.privacy.accounting import Mechanism
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, Plan, PrivacyRequest, Refusal
-from fedclaw.server.exchange import Outgoing, question, questions
+from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.site.journal.history import History
 from fedclaw.site.policy.policy import DEFAULT_DELTA
 from fedclaw.site.preflight.check import Checked
 from fedclaw.site.preflight.question import Question
 from fedclaw.site.service import SiteService
-from fedclaw.transport.message_identity import assume_server_identity
 
 _CONSTANTS = "those that the federation agreed on"
 

@@ -13,8 +13,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedclaw.cli import start_logging
+from fedclaw.console import make_console
 from fedclaw.errors import UsageError
-from fedclaw.report.console import make_console
 from fedclaw.transport.flower import NAME
 from fedclaw.transport.flower.place import Place, say_name
 

@@ -11,9 +11,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedclaw.errors import TransportError
-from fedclaw.transport.base import StreamingGrid
+from fedclaw.protocol.message_identity import SILENT, assign_message_id, envelope_of, number_of, rebuild
+from fedclaw.server.grids import StreamingGrid
 from fedclaw.transport.flower import IDENTITY, NAME, NOTE, SITE
-from fedclaw.transport.message_identity import SILENT, assign_message_id, envelope_of, number_of, rebuild
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from flwr.app import Context, UserConfigValue
 from flwr.serverapp import Grid, ServerApp
 
 from fedclaw.cli import compose_settings, start_logging
+from fedclaw.console import make_console
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.report.console import make_console
 from fedclaw.transport.flower.rounds import Waiting, run_over
 from fedclaw.transport.flower.settings import FlowerSettings, observed, open_run
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import FedClawError, UsageError
+from fedclaw.protocol.message_identity import envelope_of, expires_at, rebuild
 from fedclaw.site.directory import only_client, open_service, state_directory
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
@@ -23,7 +24,6 @@ from fedclaw.transport.base import measure
 from fedclaw.transport.flower import IDENTITY, NOTE
 from fedclaw.transport.flower.answers import Answers, for_flower
 from fedclaw.transport.flower.place import Place, failure
-from fedclaw.transport.message_identity import envelope_of, expires_at, rebuild
 
 log = logging.getLogger(__name__)
 

@@ -24,6 +24,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning import postprocess
 from fedclaw.learning.strategy import Turnout
 from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
+from fedclaw.protocol.questions import Outgoing, questions
 from fedclaw.server import exchange
 from fedclaw.server.aggregate import combination
 from fedclaw.server.coordinator import make_plan, make_strategy
@@ -102,8 +103,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
         plan = make_plan(self._record, self._strategy, server_round, len(nodes))
         self._asked = len(nodes)
         sent = self._strategy.sent(self._memory) if kind == MessageType.TRAIN else {}
-        outgoing = exchange.Outgoing(self._started().parameters, sent=sent)
-        return exchange.questions(nodes, plan.round, kind, exchange.question(plan, outgoing))
+        outgoing = Outgoing(self._started().parameters, sent=sent)
+        return questions(nodes, plan.round, kind, exchange.training_question(plan, outgoing))
 
     def _started(self) -> GlobalModel:
         assert self._model is not None, "Flower configures a round before it aggregates it"

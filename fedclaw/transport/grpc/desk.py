@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
+from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc.sender import Outgoing
-from fedclaw.transport.message_identity import Envelope
 
 _REMEMBERED = 4096
 

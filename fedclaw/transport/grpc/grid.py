@@ -13,9 +13,16 @@ from flwr.app import Message, RecordDict
 from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.privacy.secure_aggregation import CertificateVerifier
+from fedclaw.protocol.message_identity import (
+    assign_message_id,
+    assume_server_identity,
+    empty_run,
+    envelope_of,
+    expires_at,
+)
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.protocol.records import Records
-from fedclaw.transport.base import StreamingGrid
+from fedclaw.server.grids import StreamingGrid
 from fedclaw.transport.grpc import wire
 from fedclaw.transport.grpc.codec import Encoded, encode
 from fedclaw.transport.grpc.desk import Desk, Task
@@ -24,13 +31,6 @@ from fedclaw.transport.grpc.limits import CHUNK_BYTES, INLINE_BYTES, Limits
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Outgoing
 from fedclaw.transport.grpc.station import Station
-from fedclaw.transport.message_identity import (
-    assign_message_id,
-    assume_server_identity,
-    empty_run,
-    envelope_of,
-    expires_at,
-)
 
 log = logging.getLogger(__name__)
 

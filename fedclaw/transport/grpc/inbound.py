@@ -25,6 +25,7 @@ from flwr.app import Error, Message
 
 from fedclaw.errors import SealError, TransportError
 from fedclaw.identity.seal import SEGMENT, TAG, Binding, Opener, OpenStream, segment_count
+from fedclaw.protocol.message_identity import SERVER_NODE_ID, Envelope, rebuild
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc import wire
 from fedclaw.transport.grpc.arrival import Arrival
@@ -34,7 +35,6 @@ from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.pieces import Piece
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.session import Session
-from fedclaw.transport.message_identity import SERVER_NODE_ID, Envelope, rebuild
 
 log = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import numpy as np
 from flwr.app import Error, Message
 
 from fedclaw.errors import TransportError
+from fedclaw.protocol.message_identity import Envelope, rebuild
 from fedclaw.transport.grpc import wire
 from fedclaw.transport.grpc.codec import decode
 from fedclaw.transport.grpc.pieces import Piece
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.message_identity import Envelope, rebuild
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fedclaw.errors import ConnectionRefused, ProvisionError, TransportError, Us
 from fedclaw.identity import pki
 from fedclaw.identity.names import split_address
 from fedclaw.identity.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
+from fedclaw.protocol.message_identity import number_of
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.grpc import wire
 from fedclaw.transport.grpc.intake import Intake
@@ -28,7 +29,6 @@ from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.route import dialled, proxy_of
 from fedclaw.transport.grpc.sender import Sender
 from fedclaw.transport.grpc.worker import Worker
-from fedclaw.transport.message_identity import number_of
 
 log = logging.getLogger(__name__)
 

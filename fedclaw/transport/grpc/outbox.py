@@ -30,12 +30,12 @@ from google.protobuf.message import DecodeError
 from fedclaw.errors import TransportError
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_all
 from fedclaw.identity.seal import SEGMENT, TAG, Sealed
+from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import wire
 from fedclaw.transport.grpc.codec import decode
 from fedclaw.transport.grpc.limits import INLINE_BYTES, Limits
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Outgoing
-from fedclaw.transport.message_identity import Envelope
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from fedclaw.errors import ProvisionError, TransportError
 from fedclaw.identity import pki
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import check_site_certificate
+from fedclaw.protocol.message_identity import number_of
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.message_identity import number_of
 
 
 class NotAdmitted(TransportError):

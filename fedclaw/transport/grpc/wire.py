@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from fedclaw.errors import TransportError
+from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import door
 from fedclaw.transport.grpc.limits import MAX_FRAME_BYTES, MAX_METADATA_BYTES, WINDOW_BYTES, Limits
 from fedclaw.transport.grpc.protocol import METHOD, SERVICE
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.message_identity import Envelope
 
 PATH = f"/{SERVICE}/{METHOD}"
 

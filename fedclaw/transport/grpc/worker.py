@@ -15,12 +15,12 @@ from flwr.app import Error, Message
 
 from fedclaw.errors import FedClawError, TransportError
 from fedclaw.identity.seal import Binding, Sealer
+from fedclaw.protocol.message_identity import Envelope, envelope_of, rebuild
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.grpc.codec import Encoded, decode, encode, without_arrays
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.outbox import Entry, Outbox
-from fedclaw.transport.message_identity import Envelope, envelope_of, rebuild
 
 log = logging.getLogger(__name__)
 

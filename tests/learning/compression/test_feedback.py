@@ -7,12 +7,13 @@ from scipy.stats import chi2
 from fedclaw.learning import postprocess
 from fedclaw.learning.compression.feedback import ERROR, WARM
 from fedclaw.learning.compression.randomk import positions
-from fedclaw.learning.update import SiteContext, Update
 from fedclaw.privacy.mechanisms.server_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.compression import PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.protocol.update import Update
 from fedclaw.server.aggregate import WeightedSum
 from tests.samples import plan_of, run_record
 

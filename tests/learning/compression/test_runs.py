@@ -7,7 +7,6 @@ import torch
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
-from fedclaw.learning.compatibility import check_combination
 from fedclaw.learning.compression.encoder import kept
 from fedclaw.learning.compression.randomk import positions
 from fedclaw.learning.compression.stochastic import Stochastic
@@ -16,17 +15,19 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack_wire, payload
 from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec, PrivacyRequest
+from fedclaw.protocol.terms import SecureRequest
 from fedclaw.report.terminal import bytes_words
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import RunSettings, SecureRequest
+from fedclaw.server.settings import RunSettings
+from fedclaw.server.terms import check_combination
 from fedclaw.site.directory import open_service
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from strategies.fedavg import FedAvg
 from tests.samples import plan_of, run_record
 from tests.site.conftest import Asker

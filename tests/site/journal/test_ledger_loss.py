@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
+from fedclaw.console import make_console
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.ledger import main
 from fedclaw.protocol.plan import Receipt, RefusalCode
-from fedclaw.report.console import make_console
 from fedclaw.site.directory import only_client
 from fedclaw.site.journal.begin_again import begin_again
 from fedclaw.site.journal.reconciliation import check_books, open_books

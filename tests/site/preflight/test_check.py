@@ -14,7 +14,7 @@ from fedclaw.errors import DataError, FedClawError, LedgerError, ProvisionError,
 from fedclaw.identity import pki, provisioning
 from fedclaw.learning.registry import strategy_class
 from fedclaw.protocol.plan import PrivacyRequest, RefusalCode
-from fedclaw.server.exchange import Outgoing, question
+from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.policy.sentences import sentences
 from fedclaw.site.settings import load_site_settings

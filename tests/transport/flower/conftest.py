@@ -20,8 +20,8 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid import InMemoryGrid
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from fedclaw.protocol.message_identity import assume_server_identity, empty_run
 from fedclaw.transport.flower.client import app
-from fedclaw.transport.message_identity import assume_server_identity, empty_run
 
 HEARTBEAT = 3600.0
 RUN = 11

@@ -5,12 +5,12 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from fedclaw.protocol.arrays import pack, unpack
-from fedclaw.server.run_directory import RoundRules
+from fedclaw.protocol.message_identity import number_of
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.transport.flower.client import app
 from fedclaw.transport.flower.strategy import FlowerStrategy
 from fedclaw.transport.grpc.apps import ClientAppHandler
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import number_of
 from tests.samples import run_record
 from tests.site.conftest import Asker
 

@@ -8,10 +8,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedclaw.errors import RoundError, UsageError
+from fedclaw.protocol.message_identity import number_of
 from fedclaw.protocol.plan import PrivacyRequest, RefusalCode
-from fedclaw.server.run_directory import RoundRules, RunDirectory
+from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
 from fedclaw.site.directory import read_schema
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
@@ -21,7 +22,6 @@ from fedclaw.transport.flower import NOTE, SITE
 from fedclaw.transport.flower import rounds as flower_rounds
 from fedclaw.transport.flower.grid import NamedGrid
 from fedclaw.transport.flower.rounds import Waiting, run_over
-from fedclaw.transport.message_identity import number_of
 from tests.samples import run_record
 
 PRIVACY = PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1)

@@ -7,15 +7,15 @@ from flwr.app import ConfigRecord
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.protocol.arrays import pack, unpack
+from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, LocalTraining
+from fedclaw.protocol.terms import SecureRequest, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.run_directory import RunDirectory, StrategyRecord
+from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.settings import SecureRequest
 from fedclaw.transport.flower.strategy import FlowerStrategy
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from fedclaw.transport.message_identity import assume_server_identity
 from tests.samples import run_record
 
 

@@ -15,9 +15,9 @@ from fedclaw.errors import FedClawError
 from fedclaw.identity import provisioning
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
+from fedclaw.protocol.message_identity import number_of
 from fedclaw.transport.grpc import GrpcGrid, Limits, SiteLink, wire
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.message_identity import number_of
 
 RUN_ID = 77
 QUICK = Limits(heartbeat=0.15, backoff_first=0.05, backoff_longest=0.2, handshake=5)

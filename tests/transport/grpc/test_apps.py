@@ -16,9 +16,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedclaw.errors import UsageError
+from fedclaw.protocol.message_identity import Envelope, rebuild
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc.apps import ClientAppHandler, load_app, run_server_app
-from fedclaw.transport.message_identity import Envelope, rebuild
 
 HERE = Path(__file__).resolve().parent
 

@@ -8,9 +8,9 @@ from cryptography.hazmat.primitives import serialization
 from flwr.app import Message, RecordDict
 
 from fedclaw.errors import ConnectionRefused, SecureAggregationError, TransportError
+from fedclaw.protocol.message_identity import assign_message_id, empty_run
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc import Limits
-from fedclaw.transport.message_identity import assign_message_id, empty_run
 
 
 def test_a_reply_comes_back_from_every_site_with_the_same_content(kit):

@@ -11,10 +11,10 @@ from flwr.app import Error, RecordDict
 
 from fedclaw.errors import TransportError
 from fedclaw.identity import seal
+from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import Limits
 from fedclaw.transport.grpc.codec import encode
 from fedclaw.transport.grpc.outbox import Entry, Outbox
-from fedclaw.transport.message_identity import Envelope
 
 KEYS = seal.generate("x25519")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedclaw.errors import TransportError
+from fedclaw.protocol.message_identity import assign_message_id, expires_at, rebuild
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc import wire
 from fedclaw.transport.grpc.codec import encode
@@ -15,7 +16,6 @@ from fedclaw.transport.grpc.intake import Intake
 from fedclaw.transport.grpc.pieces import Piece
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Sender
-from fedclaw.transport.message_identity import assign_message_id, expires_at, rebuild
 
 MIB = 1 << 20
 

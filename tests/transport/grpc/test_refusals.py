@@ -13,12 +13,12 @@ from fedclaw.errors import ConnectionRefused
 from fedclaw.identity import provisioning
 from fedclaw.identity.seal import Binding
 from fedclaw.identity.site_home import SiteKeys
+from fedclaw.protocol.message_identity import envelope_of
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc import SiteLink, wire
 from fedclaw.transport.grpc.codec import encode
 from fedclaw.transport.grpc.pieces import write_piece
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.message_identity import envelope_of
 
 
 def dial(port: int, ca: bytes, key: bytes | None = None, certificate: bytes | None = None) -> grpc.StatusCode:

@@ -1,17 +1,15 @@
-"""An update on its way, and what may happen to it: the two halves of a postprocessor."""
+"""An update on its way: what a site makes of its training, or a sum of such."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from fedclaw.protocol.arrays import Arrays, Shapes, payload
-from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.arrays import Arrays, payload
 
 if TYPE_CHECKING:
-    from fedclaw.privacy.noise import GaussianSource
+    pass
 
 
 @dataclass(frozen=True)
@@ -44,31 +42,6 @@ class Update:
     def payload(self) -> int:
         """Bytes of the arrays that leave the site."""
         return payload(self.leaving)
-
-
-@dataclass(frozen=True)
-class SiteContext:
-    """What a site hands to its postprocessors beside the update and the plan: none of its data."""
-
-    source: "GaussianSource"
-    """Randomness that nobody else knows."""
-    state: Mapping[str, Arrays] = field(default_factory=dict)
-    """By kind, what the site kept from its last update in this run."""
-
-
-class Postprocessor(ABC):
-    """One kind of processing. Either half may change the update's arrays in place and return them."""
-
-    @abstractmethod
-    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
-        """Before the update leaves. What the site is to keep goes into `Update.state`."""
-
-    @abstractmethod
-    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
-        """After all updates were added. Raises UpdateError when the sum cannot be used.
-
-        `shapes` are those of the global parameters.
-        """
 
 
 def is_extra(name: str) -> bool:

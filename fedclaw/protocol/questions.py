@@ -1,0 +1,105 @@
+"""Questions as messages: what goes out with a plan, and the identity that a question has.
+
+The identity is a digest of what is asked of whom. A resumed or repeated round therefore asks the same question, and a
+site answers it from its outbox instead of training, and paying, again.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+
+from fedclaw.protocol.arrays import Arrays, pack, payload
+from fedclaw.protocol.message_identity import assign_message_id
+from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, PLAN, SENT, TEACHER
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.records import Records
+from fedclaw.protocol.statistics import StatisticsRequest
+
+Asked = Plan | StatisticsRequest
+"""What a secure sum can be over the answers to."""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """The arrays that go out with a plan, float32 by parameter name."""
+
+    parameters: Mapping[str, NDArray[np.float32]]
+    teacher: Mapping[str, NDArray[np.float32]] | None = None
+    """Of the model that a plan distils from."""
+    sent: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
+    """By kind, what the strategy's server half tells its client half (`fedclaw.learning.strategy`)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays that go to one site."""
+        return payload(self.parameters) + payload(self.teacher or {}) + sum(map(payload, self.sent.values()))
+
+
+def question(plan: Plan, outgoing: Outgoing | None = None, answer_bytes: int = 0) -> RecordDict:
+    """What is asked: the plan, and what goes with it. `answer_bytes` is what the arrays of an answer take."""
+    content = Records({PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
+    content.reply_bytes = HEADER_BYTES + answer_bytes
+    if outgoing is None:
+        return content
+    content[ARRAYS] = pack(outgoing.parameters)
+    if outgoing.teacher is not None:
+        content[TEACHER] = pack(outgoing.teacher)
+    if outgoing.sent:
+        content[SENT] = pack(
+            {f"{kind}/{name}": a for kind, arrays in outgoing.sent.items() for name, a in arrays.items()}
+        )
+    return content
+
+
+def by_kind(arrays: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
+    """What was sent of a strategy's state, from its record's arrays. Raises ValueError for a name without a kind."""
+    found: dict[str, Arrays] = {}
+    for label, array in arrays.items():
+        kind, slash, name = label.partition("/")
+        if not slash:
+            raise ValueError(f"{label!r} has no kind")
+        found.setdefault(kind, {})[name] = array
+    return found
+
+
+def questions(
+    nodes: Sequence[int],
+    round: int,
+    kind: str,
+    content: RecordDict,
+    ttl: float | None = None,
+    arrays: "hashlib._Hash | None" = None,
+) -> list[Message]:
+    """The same question to each of `nodes`; all messages share one content. `ttl` in seconds.
+
+    `arrays` is what `hashed_arrays` made of the content's arrays, where they also go to other nodes.
+    """
+    digest = _digest(content, arrays or hashed_arrays(content))
+    messages = []
+    for node in nodes:
+        message = Message(content, dst_node_id=node, message_type=kind, group_id=str(round), ttl=ttl)
+        assign_message_id(message, hashlib.sha256(f"{kind}|{node}|{digest}".encode()).hexdigest()[:32])
+        messages.append(message)
+    return messages
+
+
+def hashed_arrays(content: RecordDict) -> "hashlib._Hash":
+    """The beginning of the digest of a question: its parameters, which are large and mostly the same for all nodes."""
+    digest = hashlib.sha256()
+    for key, record in sorted(content.array_records.items()):
+        for name, array in record.items():
+            digest.update(f"{key}/{name}/{array.shape}|".encode())
+            digest.update(array.data)
+    return digest
+
+
+def _digest(content: RecordDict, arrays: "hashlib._Hash") -> str:
+    """SHA-256 of everything that is asked: parameters, plan, and what a protocol says."""
+    digest = arrays.copy()
+    for key, values in sorted(content.config_records.items()):
+        digest.update(f"{key}|{sorted(values.items())}|".encode())
+    return digest.hexdigest()
