@@ -10,8 +10,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedclaw.protocol import message_identity
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.transport import message_identity
 
 ENVELOPE = message_identity.Envelope(
     run_id=3,
