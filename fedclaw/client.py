@@ -109,11 +109,11 @@ def serve(settings: ClientSettings) -> None:
     keys = _keys(settings, site)
     with startup.loading(_LIBRARIES):
         from fedclaw.site.directory import only_client, state_directory
-        from fedclaw.transport.grpc import SiteLink
+        from fedclaw.transport.grpc import SiteConnection
     startup.next_step("start it again with the same command; what is asked meanwhile waits at the server")
     with only_client(settings.site):
         handler = _handler(settings, site, keys)
-        link = SiteLink(keys, handler, state_directory(settings.site), settings.limits, address=settings.server)
+        link = SiteConnection(keys, handler, state_directory(settings.site), settings.limits, address=settings.server)
         log.info("site %s serves federation %s", keys.site_name, keys.descriptor.name)
         link.run(threading.Event())
 

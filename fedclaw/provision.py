@@ -41,7 +41,7 @@ from fedclaw.console import make_console
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.identity import federation_home, pki, provisioning
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE
-from fedclaw.identity.overview import Entry, Overview, State, federation_overview, site_overview
+from fedclaw.identity.overview import KeyStatus, Overview, State, federation_overview, site_overview
 from fedclaw.identity.seal import SealSuite
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.identity.site_request import read_request
@@ -213,7 +213,7 @@ def _print_overview(overview: Overview, console: Console) -> None:
             console.print(_warning(entry), style="yellow", markup=False)
 
 
-def _warning(entry: Entry) -> str:
+def _warning(entry: KeyStatus) -> str:
     if entry.days is None:
         return f"{entry.name} has no certificate for its key yet: {entry.remedy}"
     when = f"expires in {entry.days:.0f} days" if entry.days > 0 else "has expired"

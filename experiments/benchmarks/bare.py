@@ -24,8 +24,8 @@ import grpc
 from experiments.benchmarks.loopback import process
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.memory import tune_allocator
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.allocator import tune_allocator
 
 PATH = "/benchmark.Bare/Stream"
 CHUNK = 1 << 20
@@ -77,7 +77,7 @@ def bare_stream(home: FederationHome, site: Path) -> Iterator[BareStream]:
     tune_allocator()
     stream = BareStream()
     tls = home.tls()
-    server = grpc.server(ThreadPoolExecutor(2), options=wire.common_options())
+    server = grpc.server(ThreadPoolExecutor(2), options=frames.common_options())
     handler = grpc.stream_stream_rpc_method_handler(stream.handle)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("benchmark.Bare", {"Stream": handler}),))
     credentials = grpc.ssl_server_credentials([(tls.key, tls.certificate)], tls.ca, require_client_auth=True)
@@ -105,7 +105,7 @@ def main(port: str, site: str) -> None:
     credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
     flood = [bytes(CHUNK)] * FLOOD_CHUNKS
     answers: queue.Queue[list[bytes] | None] = queue.Queue()
-    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, wire.common_options()) as channel:
+    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, frames.common_options()) as channel:
         call = channel.stream_stream(PATH, request_serializer=None, response_deserializer=None)
         try:
             for payload in call(_answers(answers.get)):

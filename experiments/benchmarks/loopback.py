@@ -27,7 +27,7 @@ from fedclaw.identity import provisioning
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.arrays import pack
-from fedclaw.transport.grpc import Limits, SiteLink
+from fedclaw.transport.grpc import Limits, SiteConnection
 
 RUN_ID = 1
 LIMITS = Limits(backoff_first=0.1, backoff_longest=1.0)
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     for directory in directories:
         keys = SiteKeys.open(Path(directory))
         handler = InstantSite(int(update_bytes))
-        link = SiteLink(keys, handler, Path(directory) / "state", LIMITS, f"127.0.0.1:{port}")
+        link = SiteConnection(keys, handler, Path(directory) / "state", LIMITS, f"127.0.0.1:{port}")
         threads.append(threading.Thread(target=link.run, args=(stop,), daemon=True))
     for thread in threads:
         thread.start()

@@ -49,7 +49,7 @@ from fedclaw.privacy.secure_aggregation import (
     neighbours_needed,
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
-from fedclaw.transport.grpc.codec import encode
+from fedclaw.transport.grpc.message_codec import encode
 
 SITES = 20
 NUMBERS = 10_000_000

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from fedclaw.site.service import SiteService
 
 
-class Settings(RunSettings, AuditOptions):
+class AuditSettings(RunSettings, AuditOptions):
     """conf/audit.yaml, checked."""
 
     sites: tuple[Path, ...] | None
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     line = split(arguments)
     if line.words:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
-    settings = compose_settings("audit", line.overrides, Settings)
+    settings = compose_settings("audit", line.overrides, AuditSettings)
     for site in settings.sites or ():
         require_paths(sites=site)
     run = _run_settings(settings)
@@ -104,7 +104,7 @@ def show(report: AuditReport, console: Console, *, real: bool) -> None:
         console.print(sentence, markup=False)
 
 
-def _run_settings(settings: Settings) -> RunSettings:
+def _run_settings(settings: AuditSettings) -> RunSettings:
     """The run's own settings; without a schema file, with that of the first site. Raises UsageError."""
     run = RunSettings.model_construct(**{name: getattr(settings, name) for name in RunSettings.model_fields})
     if settings.sites is None:
@@ -119,7 +119,7 @@ def _run_settings(settings: Settings) -> RunSettings:
     return run
 
 
-def _sites(settings: Settings, run: RunSettings) -> Mapping[str, "SiteService"]:
+def _sites(settings: AuditSettings, run: RunSettings) -> Mapping[str, "SiteService"]:
     """The sites whose data is used. Raises UsageError or DataError."""
     from fedclaw.audit.subject import FEDERATION, synthetic_sites
     from fedclaw.transport.in_process import open_sites

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from fedclaw.compress.record import SitesReport
 from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import Teacher, arrays_of, load_arrays
-from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on
+from fedclaw.compress.student import Accuracies, Student, StudentOutcome, compare_on
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.arrays import Arrays
@@ -36,7 +36,7 @@ DIRECTORY = "distillation"
 
 def recover_at_sites(
     settings: CompressSettings, teacher: Teacher, student: Student, observers: Sequence[Observer] = ()
-) -> Outcome:
+) -> StudentOutcome:
     """Listen as the federation's server, wait for the sites, and recover the student there.
 
     Raises UsageError for a federation that is not the run's, RoundError when too few sites come.
@@ -62,7 +62,7 @@ def recover_at_sites(
 
 def recover_by_rounds(
     grid: Grid, settings: CompressSettings, teacher: Teacher, student: Student, observers: Sequence[Observer] = ()
-) -> Outcome:
+) -> StudentOutcome:
     """Train the student with the teacher beside it at the sites of `grid`; compare them there or on public data.
 
     Raises RoundError when too few sites take part; begun again it goes on from its last checkpoint.
@@ -91,7 +91,7 @@ def recover_by_rounds(
         rounds=record.rounds,
         epsilon={site: item.receipt.epsilon_run for site, item in sorted(outcome.receipts.items())},
     )
-    return Outcome(model.eval(), accuracies, report)
+    return StudentOutcome(model.eval(), accuracies, report)
 
 
 def distillation_record(settings: CompressSettings, teacher: Teacher, student: Student) -> RunRecord:

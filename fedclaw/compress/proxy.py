@@ -13,14 +13,14 @@ from fedclaw.compress.record import Control, ProxyReport
 from fedclaw.compress.recover import Recovered, Split, agreement, distil, predict_logits, split_inputs, train
 from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import Teacher
-from fedclaw.compress.student import Accuracies, Outcome, Student, compare_on, evaluate
+from fedclaw.compress.student import Accuracies, Student, StudentOutcome, compare_on, evaluate
 from fedclaw.errors import CompressionError, UsageError
 from fedclaw.learning.workload import Table
 
 
 def recover_by_proxy(
     settings: CompressSettings, teacher: Teacher, student: Student, inputs: torch.Tensor, origin: str
-) -> Outcome:
+) -> StudentOutcome:
     """Distil the teacher into the student on public or synthetic inputs (N, *D). Raises FedClawError.
 
     Without an evaluation file the accuracies are agreements with the teacher; the teacher's own is then 1.
@@ -44,8 +44,8 @@ def recover_by_proxy(
         controls=controls,
     )
     if table is not None:
-        return Outcome(recovered.model, compare_on(table, teacher, student, recovered.model), report)
-    return Outcome(recovered.model, _agreements(split, recovered), report)
+        return StudentOutcome(recovered.model, compare_on(table, teacher, student, recovered.model), report)
+    return StudentOutcome(recovered.model, _agreements(split, recovered), report)
 
 
 def proxy_inputs(settings: CompressSettings, teacher: Teacher) -> tuple[torch.Tensor, str]:

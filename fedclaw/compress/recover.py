@@ -16,7 +16,7 @@ from torch import nn
 
 from fedclaw.compress.measure import threads_for
 from fedclaw.compress.prune import count_parameters
-from fedclaw.compress.settings import Recovery
+from fedclaw.compress.settings import RecoverySettings
 from fedclaw.errors import CompressionError
 from fedclaw.learning.distillation import distillation_loss
 from fedclaw.progress import Progress
@@ -78,7 +78,7 @@ def split_inputs(teacher: nn.Module, inputs: torch.Tensor, held_out: float, seed
     return Split(shuffled[held:], logits[held:], shuffled[:held], logits[:held])
 
 
-def distil(student: nn.Module, teacher: nn.Module, split: Split, recovery: Recovery, seed: int) -> Recovered:
+def distil(student: nn.Module, teacher: nn.Module, split: Split, recovery: RecoverySettings, seed: int) -> Recovered:
     """A copy of `student` that imitates the teacher's logits; deterministic for a seed on one device.
 
     Mixing inputs and asking the teacher about the mixture makes few inputs go further: Beyer et al. 2022,
@@ -108,7 +108,7 @@ def train(
     count: int,
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor],
     held: tuple[torch.Tensor, torch.Tensor],
-    recovery: Recovery,
+    recovery: RecoverySettings,
     seed: int,
 ) -> Recovered:
     """Train a copy of `student` with Adam and keep what agrees best with the held-out logits on the way.
@@ -152,7 +152,7 @@ def train(
     return Recovered(model.eval(), first, best.agreement, step)
 
 
-def _batches(count: int, recovery: Recovery, seed: int, device: torch.device) -> Iterator[torch.Tensor]:
+def _batches(count: int, recovery: RecoverySettings, seed: int, device: torch.device) -> Iterator[torch.Tensor]:
     """Row numbers (B,) for each step, every row once before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     left = recovery.steps
@@ -162,7 +162,7 @@ def _batches(count: int, recovery: Recovery, seed: int, device: torch.device) ->
         left -= len(batches)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, recovery: Recovery) -> torch.optim.lr_scheduler.LRScheduler:
+def _scheduler(optimizer: torch.optim.Optimizer, recovery: RecoverySettings) -> torch.optim.lr_scheduler.LRScheduler:
     if recovery.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recovery.steps)
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

@@ -10,7 +10,7 @@ from fedclaw.protocol.frozen import Frozen
 from fedclaw.server.listening import ListenAddress
 
 
-class Recovery(Frozen):
+class RecoverySettings(Frozen):
     """How a pruned model is trained at the coordinator."""
 
     temperature: float = Field(default=2.0, gt=0)
@@ -66,7 +66,7 @@ class CompressSettings(Frozen):
     """Labelled public training data, used by the control without a teacher only."""
     controls: bool = False
     """Also train the two controls: without a teacher (needs `labelled`), and the same net from scratch."""
-    recovery: Recovery = Recovery()
+    recovery: RecoverySettings = RecoverySettings()
     federation: Path | None = None
     """The coordinator's federation directory; needed in federated mode."""
     address: ListenAddress | None = None

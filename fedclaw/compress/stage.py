@@ -13,7 +13,7 @@ from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import Compression, Side, require_room, write_compressed
 from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.compress.source import Teacher, arrays_of, load_teacher
-from fedclaw.compress.student import Outcome, Student, make_student
+from fedclaw.compress.student import Student, StudentOutcome, make_student
 from fedclaw.server.coordinator import Observer
 from fedclaw.server.run_directory import RunDirectory
 
@@ -41,7 +41,7 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
     return record
 
 
-def _record(settings: CompressSettings, teacher: Teacher, student: Student, outcome: Outcome) -> Compression:
+def _record(settings: CompressSettings, teacher: Teacher, student: Student, outcome: StudentOutcome) -> Compression:
     accuracies = outcome.accuracies
     inputs = torch.randn(max(LATENCY_BATCHES), *teacher.input_shape, generator=torch.Generator().manual_seed(0))
     latency = compare_latency(teacher.model, outcome.model, inputs, settings.latency_repeats)

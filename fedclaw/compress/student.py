@@ -37,7 +37,7 @@ class Accuracies:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudentOutcome:
     """What either way of recovery ends with; the model is on the CPU."""
 
     model: nn.Module

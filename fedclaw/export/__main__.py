@@ -48,7 +48,7 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
 """Paths that neither Hydra nor a shell reads as anything else."""
 
 
-class Settings(Frozen):
+class ExportSettings(Frozen):
     """conf/export.yaml."""
 
     run: Path
@@ -69,10 +69,10 @@ def main(arguments: Sequence[str]) -> None:
     command = split(arguments)
     if command.words:
         raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
-    export(compose_settings("export", command.overrides, Settings), make_console())
+    export(compose_settings("export", command.overrides, ExportSettings), make_console())
 
 
-def export(settings: Settings, console: Console) -> None:
+def export(settings: ExportSettings, console: Console) -> None:
     """Export by checked settings; says what it does on `console`."""
     directory = RunDirectory.open(settings.run)
     with naming(federation=settings.federation):

@@ -34,7 +34,7 @@ DIRECTORY_MODE = 0o755
 THRESHOLD_BATCH = 256
 
 
-class Signer(Protocol):
+class BundleSigner(Protocol):
     """The federation's release key, as `FederationHome.signer()` gives it."""
 
     certificate_pem: bytes
@@ -60,7 +60,11 @@ class Request:
 
 
 def export_bundle(
-    source: Source, signer: Signer, target: Path, request: Request, progress: Callable[[str], None] = lambda _: None
+    source: Source,
+    signer: BundleSigner,
+    target: Path,
+    request: Request,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Verified:
     """Export `source`, compare, state, sign, and leave the bundle at `target`, verified against the signer's CA.
 
@@ -86,7 +90,9 @@ def export_bundle(
     return Verified(**{**vars(verified), "path": target})
 
 
-def _fill(staging: Path, source: Source, signer: Signer, request: Request, progress: Callable[[str], None]) -> None:
+def _fill(
+    staging: Path, source: Source, signer: BundleSigner, request: Request, progress: Callable[[str], None]
+) -> None:
     inputs, kind = _parity_inputs(source, request)
     shape = source.schema.input_shape
     progress("tracing the model")
@@ -163,7 +169,7 @@ def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) ->
 
 
 def _write_texts(
-    staging: Path, source: Source, manifest: layout.Manifest, signer: Signer, scores: Release | None = None
+    staging: Path, source: Source, manifest: layout.Manifest, signer: BundleSigner, scores: Release | None = None
 ) -> None:
     statement = state(
         source.receipts,
@@ -203,7 +209,7 @@ def _compression_cost(source: Source) -> str:
     )
 
 
-def _sign(staging: Path, signer: Signer) -> None:
+def _sign(staging: Path, signer: BundleSigner) -> None:
     names = sorted(path.name for path in staging.iterdir())
     for name in names:
         (staging / name).chmod(PUBLIC_MODE)

@@ -55,7 +55,7 @@ class Verified:
 
     path: Path
     manifest: Manifest
-    signer: signature.Signer
+    signer: signature.VerifiedSigner
     pinned: bool
     expired: bool
     files: tuple[str, ...]
@@ -131,7 +131,7 @@ def _require_complete(names: frozenset[str], listed: Mapping[str, str]) -> None:
 
 def _check_certificates(
     contents: Mapping[str, bytes], trust: Trust
-) -> tuple[x509.Certificate, x509.Certificate, signature.Signer]:
+) -> tuple[x509.Certificate, x509.Certificate, signature.VerifiedSigner]:
     release = signature.parse_certificate(contents[RELEASE_CERTIFICATE], RELEASE_CERTIFICATE)
     authority = signature.parse_certificate(contents[CA_CERTIFICATE], CA_CERTIFICATE)
     if trust.authority is not None:

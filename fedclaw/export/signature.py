@@ -35,7 +35,7 @@ UNUSABLE = (
 
 
 @dataclass(frozen=True)
-class Signer:
+class VerifiedSigner:
     """Who signed, as the certificates have it."""
 
     name: str
@@ -62,7 +62,7 @@ def parse_certificate(pem: bytes, origin: str) -> x509.Certificate:
     return certificates[0]
 
 
-def check_chain(release: x509.Certificate, authority: x509.Certificate) -> Signer:
+def check_chain(release: x509.Certificate, authority: x509.Certificate) -> VerifiedSigner:
     """Check that `release` is a code-signing certificate issued by `authority`. Raises BundleError."""
     try:
         authority.verify_directly_issued_by(authority)
@@ -80,7 +80,7 @@ def check_chain(release: x509.Certificate, authority: x509.Certificate) -> Signe
     key = authority.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise BundleError(f"{CA_CERTIFICATE} does not hold an ECDSA key")
-    return Signer(_name(release), fingerprint(authority), pki.fingerprint(key), release.not_valid_after_utc)
+    return VerifiedSigner(_name(release), fingerprint(authority), pki.fingerprint(key), release.not_valid_after_utc)
 
 
 def check_federation(release: x509.Certificate, federation: str) -> None:

@@ -45,7 +45,7 @@ class _SealKeyFile(Frozen):
     private_key: str = Field(repr=False)
 
 
-class Signer:
+class ReleaseSigner:
     """Signs bundles with the federation's release key."""
 
     def __init__(self, key: pki.PrivateKey, certificate_pem: bytes, ca_pem: bytes) -> None:
@@ -98,10 +98,10 @@ class FederationHome:
         certificate, key = self._leaf(SERVER_CERTIFICATE, SERVER_KEY, pki.Purpose.SERVER)
         return pki.TlsIdentity(pki.pem_of(certificate), pki.key_pem(key), pki.pem_of(self.ca))
 
-    def signer(self) -> Signer:
+    def signer(self) -> ReleaseSigner:
         """The key that signs bundles. Raises ProvisionError."""
         certificate, key = self._leaf(RELEASE_CERTIFICATE, RELEASE_KEY, pki.Purpose.RELEASE)
-        return Signer(key, pki.pem_of(certificate), pki.pem_of(self.ca))
+        return ReleaseSigner(key, pki.pem_of(certificate), pki.pem_of(self.ca))
 
     def opener(self) -> Opener:
         """Opens sealed updates. Raises ProvisionError if the key is not the one in the descriptor."""

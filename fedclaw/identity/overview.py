@@ -24,7 +24,7 @@ State = Literal["valid", "expires soon", "expired", "revoked", "waiting"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class KeyStatus:
     """One key with its certificate. `days` until it expires; None while a request waits for its certificate."""
 
     role: Role
@@ -43,7 +43,7 @@ class Overview:
 
     descriptor: Descriptor
     ca_fingerprint: str
-    entries: tuple[Entry, ...]
+    entries: tuple[KeyStatus, ...]
 
 
 def federation_overview(root: Path) -> Overview:
@@ -86,8 +86,8 @@ def site_overview(root: Path) -> Overview:
     return Overview(descriptor, _ca_fingerprint(descriptor), (entry,))
 
 
-def _waiting(name: str, key: pki.PrivateKey, remedy: str) -> Entry:
-    return Entry("site", name, pki.fingerprint(key.public_key()), None, "", "waiting", remedy)
+def _waiting(name: str, key: pki.PrivateKey, remedy: str) -> KeyStatus:
+    return KeyStatus("site", name, pki.fingerprint(key.public_key()), None, "", "waiting", remedy)
 
 
 def _entry(
@@ -96,7 +96,7 @@ def _entry(
     certificate: x509.Certificate,
     revoked: bool,
     remedy: str,
-) -> Entry:
+) -> KeyStatus:
     days = pki.days_left(certificate)
     state: State = "valid"
     if revoked:
@@ -108,7 +108,7 @@ def _entry(
     else:
         remedy = ""
     fingerprint = pki.fingerprint(pki.p384_key(certificate, name))
-    return Entry(role, name, fingerprint, days, f"{certificate.not_valid_after_utc:%Y-%m-%d}", state, remedy)
+    return KeyStatus(role, name, fingerprint, days, f"{certificate.not_valid_after_utc:%Y-%m-%d}", state, remedy)
 
 
 def _ca_fingerprint(descriptor: Descriptor) -> str:

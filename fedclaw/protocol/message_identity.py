@@ -1,7 +1,7 @@
-"""The one file that touches Flower's internals: message identity and metadata.
+"""Message identity and metadata: the only file that uses Flower's internals.
 
 `Message(...)` reads process-wide identities that Flower's own executables set, and offers no public way to
-rebuild a message that came over another wire. Checked by tests/transport/test_flower_internals.py.
+rebuild a message that came over another wire. Checked by tests/protocol/test_flower_internals.py.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ SILENT = frozenset([ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVA
 
 @dataclass(frozen=True)
 class Envelope:
-    """What travels beside a message's content. Times in seconds, `created_at` since the epoch."""
+    """A message's metadata. Times are in seconds, `created_at` since the epoch."""
 
     run_id: int
     message_id: str
@@ -35,24 +35,24 @@ class Envelope:
 
 
 def number_of(name: str) -> int:
-    """A stable positive 63-bit number for a run's or site's name (Flower counts runs and nodes by number)."""
+    """A stable positive 63-bit number for the name of a run or a site (Flower identifies both by number)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1 or 1
 
 
 def assume_server_identity(run_id: int) -> None:
-    """Let `Message(...)` be constructed in this process, as the server of `run_id`."""
+    """Make this process the server of `run_id`, so that `Message(...)` can be constructed in it."""
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = SERVER_NODE_ID
     TaskIdentity.task_id = SERVER_NODE_ID
 
 
 def empty_run(run_id: int) -> Run:
-    """Flower's run record for a run that Flower's own services know nothing of."""
+    """Flower's run record for a run that Flower's own services do not know."""
     return Run.create_empty(run_id)
 
 
 def envelope_of(message: Message) -> Envelope:
-    """The message's metadata, ready for the wire."""
+    """The message's metadata."""
     meta = message.metadata
     return Envelope(
         run_id=meta.run_id,
@@ -94,5 +94,5 @@ def assign_message_id(message: Message, message_id: str | None = None) -> str:
 
 
 def expires_at(message: Message) -> float:
-    """Seconds since the epoch after which nobody waits for a reply to `message`."""
+    """When nobody waits for a reply to `message` any more, in seconds since the epoch."""
     return float(message.metadata.created_at + message.metadata.ttl)

@@ -16,7 +16,7 @@ from fedclaw.protocol.arrays import Arrays, pack, payload
 from fedclaw.protocol.message_identity import assign_message_id
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, PLAN, SENT, TEACHER
 from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.records import Records
+from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.statistics import StatisticsRequest
 
 Asked = Plan | StatisticsRequest
@@ -41,7 +41,7 @@ class Outgoing:
 
 def question(plan: Plan, outgoing: Outgoing | None = None, answer_bytes: int = 0) -> RecordDict:
     """What is asked: the plan, and what goes with it. `answer_bytes` is what the arrays of an answer take."""
-    content = Records({PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
+    content = MessageRecords({PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
     content.reply_bytes = HEADER_BYTES + answer_bytes
     if outgoing is None:
         return content

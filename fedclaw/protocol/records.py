@@ -70,7 +70,7 @@ def digest_of(records: Mapping[str, ArrayRecord]) -> str:
     return digest.hexdigest()
 
 
-class Records(RecordDict):
+class MessageRecords(RecordDict):
     """A RecordDict in everything but how its views by kind are made.
 
     `reply_bytes`, of a question, is what its answer has at most, header and all; None: not known. It never leaves.

@@ -587,7 +587,7 @@ class _Loop:
 
     def _willing(self, nodes: Sequence[int]) -> list[int]:
         """Without those whose answers cost the others too much in this run: what they sent, or how slowly."""
-        aside = self.grid.set_aside() if isinstance(self.grid, StreamingGrid) else {}
+        aside = self.grid.excluded_nodes() if isinstance(self.grid, StreamingGrid) else {}
         return [node for node in nodes if node not in aside]
 
     def _shared(self) -> Arrays:

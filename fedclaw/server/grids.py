@@ -18,37 +18,37 @@ if TYPE_CHECKING:
 
 
 class StreamingGrid(Grid):
-    """A Grid that hands out replies as they arrive instead of collecting them.
+    """A Grid that yields replies as they arrive instead of collecting them.
 
-    `send_and_receive` pushes its messages before it returns, then yields each reply once; it ends when all have
-    answered or when `timeout` seconds have passed. A site that is away may come back until then; without a timeout
-    it ends when no site that still owes a reply has been reachable for a while.
+    `send_and_receive` sends its messages before it returns, then yields each reply once. It ends when all sites have
+    answered, or after `timeout` seconds; a disconnected site may come back until then. Without a timeout it ends when
+    all sites that have not answered have been unreachable for a while.
     """
 
     @abstractmethod
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Push `messages`, then yield replies in order of arrival."""
+        """Send `messages`, then yield replies in order of arrival."""
 
     @abstractmethod
     def site_name(self, node_id: int) -> str:
-        """The site's name as its certificate (or the simulation) has it."""
+        """The site's name, from its certificate or the simulation."""
 
-    def set_aside(self) -> Mapping[int, str]:
-        """Nodes that the runtime advises not to ask again in this run, and why: what they sent cost too much."""
+    def excluded_nodes(self) -> Mapping[int, str]:
+        """Nodes not to ask again in this run, and why: they sent more than was asked for, or too slowly."""
         return {}
 
     @property
     def verifier(self) -> "Verifier | None":
-        """Who checks what sites sign; None where there is no authority at hand that has certified them."""
+        """Checks the sites' signatures; None where no authority has certified the sites."""
         return None
 
 
 class CohortGrid(StreamingGrid):
-    """A Grid that answers for a whole cohort at once, without messages: a simulation."""
+    """A simulation's Grid: it answers for a whole cohort at once, without messages."""
 
     @abstractmethod
     def train_cohort(self, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, trained: "Trained") -> None:
-        """Train as `plan` asks, and put into `trained` what the answers of `nodes` would."""
+        """Train as `plan` asks, and add to `trained` what the replies of `nodes` would add."""
 
     @abstractmethod
     def evaluate_cohort(

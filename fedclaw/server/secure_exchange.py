@@ -46,7 +46,7 @@ from fedclaw.protocol.arrays import unpack_integers
 from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, HEADER_BYTES, KEYS, MASKED, SECURE, SHARES, UNMASK
 from fedclaw.protocol.plan import SecureAggregation
 from fedclaw.protocol.questions import Asked, hashed_arrays, questions
-from fedclaw.protocol.records import Records
+from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.exchange import Answers, Declined, ask, part, site_name
 from fedclaw.server.grids import StreamingGrid
@@ -179,7 +179,7 @@ class SecureExchange:
             self._stage(DISPUTE, content, accusations, self._protocol(Opening, session.add_opening))
         rosters = self._rosters()
         self.spent = True
-        asked = Records({**content, **further})
+        asked = MessageRecords({**content, **further})
         self._ask(self._questions(kind, asked, rosters), self._deadline, self._masked(accept))
         survivors = session.survivor_list()
         everyone = dict.fromkeys(survivors.survivors, survivors)
@@ -220,7 +220,7 @@ class SecureExchange:
     def _questions(self, kind: str, content: RecordDict, said: Mapping[str, Wire | None]) -> list[Message]:
         messages, arrays = [], hashed_arrays(content)
         for site, item in said.items():
-            own = Records(dict(content))
+            own = MessageRecords(dict(content))
             own.reply_bytes = self._reply_bytes
             if item is not None:
                 own[SECURE] = ConfigRecord(item.pack())

@@ -27,7 +27,7 @@ from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
 from fedclaw.protocol.plan import MOST_EXAMPLES
 from fedclaw.protocol.questions import questions
-from fedclaw.protocol.records import Records
+from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.statistics import REQUEST, ROUND, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.exchange import Answers, ask, part, reasons_of, receipt_text
@@ -220,8 +220,8 @@ def statistics_questions(
     return questions(nodes, ROUND, STATISTICS, content, ttl)
 
 
-def _question(request: StatisticsRequest) -> Records:
-    return Records({REQUEST: ConfigRecord({JSON: request.model_dump_json()})})
+def _question(request: StatisticsRequest) -> MessageRecords:
+    return MessageRecords({REQUEST: ConfigRecord({JSON: request.model_dump_json()})})
 
 
 def _noise_of(request: StatisticsRequest) -> float:

@@ -1,32 +1,29 @@
-"""What a site offers a transport."""
+"""The interface of a site, as a transport uses it."""
 
 import hashlib
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from flwr.app import ArrayRecord, Message
 
 from fedclaw.protocol.records import serialised
 
-if TYPE_CHECKING:
-    pass
-
 
 class SiteHandler(Protocol):
-    """A site, as a runtime sees it."""
+    """A site, as a transport sees it."""
 
     def answer(self, message: Message) -> Message:
-        """Do what `message` asks and return the reply; never raises for a bad request."""
+        """The reply to `message`. A bad request is answered with an error, never raised."""
 
     def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
-        """Called when the reply to `message` is durable at the site and before its first byte leaves.
+        """Called when the reply to `message` is durable at the site, before its first byte leaves.
 
-        `size` is in bytes and `digest` the SHA-256 (hexadecimal) of what leaves. Called again, with the same
-        arguments, when the same reply is sent again after a restart. If it raises, nothing is sent.
+        `size` is the number of bytes that leave, `digest` their SHA-256 (hexadecimal). Called again with the same
+        arguments when the same reply is sent again after a restart. If it raises, nothing is sent.
         """
 
 
 def measure(reply: Message) -> tuple[int, str]:
-    """Bytes and SHA-256 of the arrays in a reply, for a runtime that does not seal."""
+    """Size in bytes and SHA-256 (hexadecimal) of the arrays in a reply, for a transport that does not seal."""
     digest, size = hashlib.sha256(), 0
     if reply.has_content():
         for record in reply.content.values():

@@ -1,4 +1,4 @@
-"""The real server loop and the real site code in one process: sites as objects instead of processes."""
+"""Runs the real server loop and the real site code in one process."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +18,9 @@ from fedclaw.transport.local import LocalGrid
 
 
 def open_sites(directories: Iterable[Path], federation: str) -> dict[str, SiteService]:
-    """The sites in `directories` by name, each with an empty ledger in memory and a certificate of its own.
+    """The sites in `directories` by name, each with an empty ledger in memory and its own certificate.
 
-    What a site would tell its operator is not shown: here they are many, in one terminal.
+    The sites' informational log is silenced, because all of them share one terminal.
     """
     logging.getLogger("fedclaw.site").setLevel(logging.WARNING)
     services = {}
@@ -34,9 +34,9 @@ def open_sites(directories: Iterable[Path], federation: str) -> dict[str, SiteSe
 
 
 def local_grid(sites: Mapping[str, SiteHandler], run: str) -> LocalGrid:
-    """A grid over `sites` for the run of that name; this process is its server from now on.
+    """A grid over `sites` for the run of that name. From now on this process is the run's server.
 
-    It believes the authority that `open_sites` made, as a server believes its federation's.
+    It trusts the authority that `open_sites` created, as a server trusts its federation's.
     """
     run_id = number_of(run)
     assume_server_identity(run_id)

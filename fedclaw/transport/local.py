@@ -1,4 +1,4 @@
-"""Sites in this process: the same handlers, called directly."""
+"""A Grid over sites in this process: it calls their handlers directly."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class LocalGrid(StreamingGrid):
-    """A Grid over `sites`, by name; a reply is computed when it is asked for, one at a time.
+    """A Grid over `sites`, by name. Each reply is computed when it is read, one at a time.
 
-    Nothing is copied: a handler sees the very arrays that the server packed, and must not write to them (the
-    views that `fedclaw.protocol.arrays.unpack` gives are read-only).
+    Nothing is copied: a handler gets the very arrays that the server packed, and must not write to them (the views
+    that `fedclaw.protocol.arrays.unpack` returns are read-only).
     """
 
     def __init__(self, sites: Mapping[str, SiteHandler], run_id: int, verifier: "Verifier | None" = None) -> None:
-        """`verifier` checks what sites sign, where there is an authority that has certified them."""
+        """`verifier` checks the sites' signatures, if an authority has certified the sites."""
         self._verifier = verifier
         self._sites = {number_of(name): (name, handler) for name, handler in sites.items()}
         self._run = empty_run(run_id)
         self._pushed: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
-        """Take over Flower's run record."""
+        """Set Flower's run record."""
         self._run = run
 
     @property
@@ -40,7 +40,7 @@ class LocalGrid(StreamingGrid):
 
     @property
     def verifier(self) -> "Verifier | None":
-        """Who checks what sites sign."""
+        """Checks the sites' signatures."""
         return self._verifier
 
     def create_message(
@@ -50,11 +50,11 @@ class LocalGrid(StreamingGrid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """All sites are always there."""
+        """All sites; they are always connected."""
         return list(self._sites)
 
     def site_name(self, node_id: int) -> str:
-        """The name that the site was given."""
+        """The site's name. Raises TransportError for an unknown node."""
         return self._site(node_id)[0]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -68,11 +68,11 @@ class LocalGrid(StreamingGrid):
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Have the sites answer."""
+        """Let the sites answer, and return their replies."""
         return [self._answer(self._pushed.pop(identity)) for identity in message_ids if identity in self._pushed]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Answers one after another, each computed when the caller asks for it; `timeout` never strikes."""
+        """Replies one after another, each computed when the caller asks for it. `timeout` has no effect."""
         identities = list(self.push_messages(messages))
         return (self._answer(self._pushed.pop(identity)) for identity in identities)
 

@@ -28,7 +28,7 @@ from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
-from fedclaw.transport.grpc import Limits, SiteLink
+from fedclaw.transport.grpc import Limits, SiteConnection
 from fedclaw.transport.local import LocalGrid
 
 NAMES = ("north", "south", "west")
@@ -196,7 +196,7 @@ def connected(sites, tmp_path):
     for name, service in sites.items():
         root = tmp_path / name
         accept(root, approve(home.root, request_site(root, home.root / "federation.json", name)))
-        link = SiteLink(SiteKeys.open(root), service, root / "state", Limits())
+        link = SiteConnection(SiteKeys.open(root), service, root / "state", Limits())
         threads.append(threading.Thread(target=link.run, args=(stop,)))
         threads[-1].start()
     yield home

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedclaw.compress.recover import Recovery, agreement, distil, predict_logits, split_inputs, train
+from fedclaw.compress.recover import RecoverySettings, agreement, distil, predict_logits, split_inputs, train
 from fedclaw.errors import CompressionError
 
 INPUTS = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,7 @@ def test_the_best_model_is_kept_not_the_last(teacher):
     def ruin(model, rows):
         return model(INPUTS[rows]).pow(2).mean()
 
-    recovered = train(teacher, 60, ruin, held, Recovery(steps=1000, patience=120, learning_rate=0.1), seed=0)
+    recovered = train(teacher, 60, ruin, held, RecoverySettings(steps=1000, patience=120, learning_rate=0.1), seed=0)
     assert recovered.agreement == recovered.agreement_before == 1.0
     assert torch.equal(recovered.model.weight, teacher.weight)
     assert recovered.steps == 150  # looked at every 50 steps: 150 is the first that is 120 after the best
@@ -37,7 +37,7 @@ def test_every_row_comes_once_before_any_comes_again(teacher):
         return model(INPUTS[rows]).mean()
 
     held = INPUTS[:5], torch.zeros(5, 3)
-    train(teacher, 10, note, held, Recovery(steps=7, batch_size=4), seed=0)
+    train(teacher, 10, note, held, RecoverySettings(steps=7, batch_size=4), seed=0)
     assert [len(rows) for rows in seen] == [4, 4, 2, 4, 4, 2, 4]
     for epoch in (seen[:3], seen[3:6]):
         assert sorted(row for rows in epoch for row in rows) == list(range(10))
@@ -58,7 +58,7 @@ def test_a_linear_teacher_is_learnt_exactly(teacher):
     student = nn.Linear(4, 3)
     split = split_inputs(teacher, INPUTS, 0.2, seed=0)
     for mix in (True, False):
-        recovered = distil(student, teacher, split, Recovery(steps=600, learning_rate=0.05, mix=mix), seed=0)
+        recovered = distil(student, teacher, split, RecoverySettings(steps=600, learning_rate=0.05, mix=mix), seed=0)
         expected, got = (torch.softmax(predict_logits(model, INPUTS), 1) for model in (teacher, recovered.model))
         torch.testing.assert_close(got, expected, atol=0.02, rtol=0)
         assert recovered.agreement > recovered.agreement_before
@@ -79,7 +79,7 @@ def test_mixtures_are_scored_by_the_teacher():
     middle = torch.linspace(-0.3, 0.3, 30)[:, None]
     found = {}
     for mix in (True, False):
-        asked = Recovery(steps=400, learning_rate=0.02, mix=mix)
+        asked = RecoverySettings(steps=400, learning_rate=0.02, mix=mix)
         recovered = distil(student, Between(), split, asked, seed=0)
         found[mix] = agreement(predict_logits(recovered.model, middle), predict_logits(Between(), middle))
     assert found[True] == 1.0

@@ -8,7 +8,7 @@ import torch
 
 from fedclaw.compress import recover, stage
 from fedclaw.compress.record import read_compressed
-from fedclaw.compress.recover import Recovery
+from fedclaw.compress.recover import RecoverySettings
 from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import load_arrays
 from fedclaw.compress.stage import compress
@@ -54,7 +54,7 @@ def test_recovery_on_public_inputs(run, digits, trained):
 
 
 def test_recovery_on_synthetic_inputs(run):
-    record = compress(settings_for(run, synthetic=800, recovery=Recovery(steps=400)))
+    record = compress(settings_for(run, synthetic=800, recovery=RecoverySettings(steps=400)))
     assert record.accuracy_measure == "agreement with the teacher"
     assert record.accuracy_before == 1.0
     assert record.accuracy_after == record.recovery.agreement_after
@@ -71,7 +71,7 @@ def test_recovery_fails_without_the_teachers_knowledge(run, digits, monkeypatch,
             teacher = teacher[torch.randperm(len(teacher), generator=generator)]
         return distillation_loss(student, teacher, *rest)
 
-    how = Recovery(steps=800, learning_rate=0.01, mix=mix)
+    how = RecoverySettings(steps=800, learning_rate=0.01, mix=mix)
     asked = settings_for(run, inputs=digits.public, evaluation=digits.test, recovery=how)
     sound = compress(asked)
     assert sound.accuracy_after >= sound.accuracy_before - 0.05
@@ -81,11 +81,11 @@ def test_recovery_fails_without_the_teachers_knowledge(run, digits, monkeypatch,
 
 
 def test_same_seed_same_model(run, digits):
-    first = compress(settings_for(run, inputs=digits.public, seed=3, recovery=Recovery(steps=100)))
+    first = compress(settings_for(run, inputs=digits.public, seed=3, recovery=RecoverySettings(steps=100)))
     _, one = read_compressed(run)
-    again = compress(settings_for(run, inputs=digits.public, seed=3, recovery=Recovery(steps=100)))
+    again = compress(settings_for(run, inputs=digits.public, seed=3, recovery=RecoverySettings(steps=100)))
     _, two = read_compressed(run)
-    compress(settings_for(run, inputs=digits.public, seed=4, recovery=Recovery(steps=100)))
+    compress(settings_for(run, inputs=digits.public, seed=4, recovery=RecoverySettings(steps=100)))
     _, other = read_compressed(run)
     assert first.recovery == again.recovery
     assert all(np.array_equal(one[name], two[name]) for name in one)
@@ -93,7 +93,7 @@ def test_same_seed_same_model(run, digits):
 
 
 def test_a_smaller_model_replaces_a_larger_one(run, digits):
-    quick = {"inputs": digits.public, "recovery": Recovery(steps=1)}
+    quick = {"inputs": digits.public, "recovery": RecoverySettings(steps=1)}
     large = compress(settings_for(run, fraction=0.5, **quick))
     (run.compressed / "stray").write_text("")
     small = compress(settings_for(run, fraction=0.2, **quick))
@@ -103,14 +103,14 @@ def test_a_smaller_model_replaces_a_larger_one(run, digits):
 
 
 def test_a_failed_compression_leaves_the_old_result(run, digits):
-    kept = compress(settings_for(run, inputs=digits.public, recovery=Recovery(steps=1)))
+    kept = compress(settings_for(run, inputs=digits.public, recovery=RecoverySettings(steps=1)))
     with pytest.raises(CompressionError, match="diverged"):
-        compress(settings_for(run, inputs=digits.public, recovery=Recovery(steps=50, learning_rate=1e30)))
+        compress(settings_for(run, inputs=digits.public, recovery=RecoverySettings(steps=50, learning_rate=1e30)))
     assert read_compressed(run)[0] == kept
 
 
 def test_an_earlier_result_is_replaced_only_on_demand_and_not_worked_for(run, digits, monkeypatch):
-    quick = {"inputs": digits.public, "recovery": Recovery(steps=1)}
+    quick = {"inputs": digits.public, "recovery": RecoverySettings(steps=1)}
     kept = compress(settings_for(run, overwrite=False, **quick))
     monkeypatch.setattr(stage, "load_teacher", None)
     with pytest.raises(UsageError, match="already holds a result; pass overwrite=true"):
@@ -119,7 +119,7 @@ def test_an_earlier_result_is_replaced_only_on_demand_and_not_worked_for(run, di
 
 
 def test_an_earlier_result_survives_a_kill_between_the_renames(run, digits):
-    kept = compress(settings_for(run, inputs=digits.public, recovery=Recovery(steps=1)))
+    kept = compress(settings_for(run, inputs=digits.public, recovery=RecoverySettings(steps=1)))
     limbo = run.root / ".compressed.abc"
     limbo.mkdir()
     run.compressed.rename(limbo / "old")
@@ -136,7 +136,7 @@ def test_controls(run, digits):
             evaluation=digits.test,
             labelled=digits.train,
             controls=True,
-            recovery=Recovery(steps=800, learning_rate=0.01),
+            recovery=RecoverySettings(steps=800, learning_rate=0.01),
         )
     )
     tuned, scratch = record.recovery.controls
@@ -150,7 +150,7 @@ def test_too_small_a_fraction_names_the_smallest(run):
     with pytest.raises(CompressionError, match=r"cannot be pruned to 0\.001") as caught:
         compress(settings_for(run, fraction=0.001))
     smallest = float(re.search(r"fraction=([0-9.]+)", str(caught.value))[1])
-    record = compress(settings_for(run, fraction=smallest, synthetic=20, recovery=Recovery(steps=1)))
+    record = compress(settings_for(run, fraction=smallest, synthetic=20, recovery=RecoverySettings(steps=1)))
     assert record.model.args["hidden"] == [1, 1]
 
 
@@ -176,7 +176,7 @@ def test_reading_what_is_not_there(run):
 
 
 def test_reading_what_is_damaged(run, digits):
-    compress(settings_for(run, inputs=digits.public, recovery=Recovery(steps=1)))
+    compress(settings_for(run, inputs=digits.public, recovery=RecoverySettings(steps=1)))
     (run.compressed / "compression.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"compression\.json is damaged"):
         read_compressed(run)

@@ -15,7 +15,7 @@ from fedclaw.errors import BundleError
 from fedclaw.export import layout, signature
 from fedclaw.export.check import SMALL, Trust, verify_bundle
 from fedclaw.identity import pki
-from fedclaw.identity.federation_home import Signer
+from fedclaw.identity.federation_home import ReleaseSigner
 
 EVERY_FILE = sorted(layout.REQUIRED | layout.UNSIGNED)
 
@@ -66,7 +66,7 @@ def make_signer(purpose=ExtendedKeyUsageOID.CODE_SIGNING, uri=RELEASE_URI, ca=Tr
     extensions = [x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri)])]
     extensions += [x509.ExtendedKeyUsage([purpose])] if purpose else []
     extensions += [x509.BasicConstraints(ca=leaf_ca, path_length=None)]
-    return Signer(key, issue("old release", key, "old CA", ca_key, extensions, **dates), authority)
+    return ReleaseSigner(key, issue("old release", key, "old CA", ca_key, extensions, **dates), authority)
 
 
 def date(bundle, moment):
@@ -230,7 +230,7 @@ def test_a_certificate_damaged_anywhere_is_a_bundle_error(home, which):
 def test_the_servers_key_must_not_sign_bundles(bundle, home):
     key = load_pem_private_key((home.root / "server.key").read_bytes(), None)
     certificate = (home.root / "server.crt").read_bytes()
-    sign(bundle, Signer(key, certificate, home.signer().ca_pem))
+    sign(bundle, ReleaseSigner(key, certificate, home.signer().ca_pem))
     with pytest.raises(BundleError, match=r"release\.crt is not a code-signing certificate"):
         verify_bundle(bundle)
 

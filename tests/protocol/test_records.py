@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 
-from fedclaw.protocol.records import Records, ViewedArray, serialised
+from fedclaw.protocol.records import MessageRecords, ViewedArray, serialised
 
 
 def viewed(values: np.ndarray) -> ViewedArray:
@@ -19,7 +19,7 @@ def test_using_the_views_leaves_nothing_for_the_cycle_collector():
     gc.collect()
     gc.disable()
     try:
-        records = Records({"a": ArrayRecord({"w": viewed(np.zeros(3))}), "m": MetricRecord({"n": 1})})
+        records = MessageRecords({"a": ArrayRecord({"w": viewed(np.zeros(3))}), "m": MetricRecord({"n": 1})})
         assert records.array_records["a"]["w"].shape == (3,)
         assert records.metric_records["m"]["n"] == 1
         assert len(records.config_records) == 0
@@ -31,7 +31,7 @@ def test_using_the_views_leaves_nothing_for_the_cycle_collector():
 
 
 def test_views_by_kind_write_through_and_check():
-    records = Records({"m": MetricRecord({"n": 1})})
+    records = MessageRecords({"m": MetricRecord({"n": 1})})
     records.config_records["c"] = ConfigRecord({"x": "y"})
     assert records["c"]["x"] == "y"
     assert list(records.metric_records) == ["m"]

@@ -13,7 +13,7 @@ from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.transport.grpc import GrpcGrid, Limits, SiteLink
+from fedclaw.transport.grpc import GrpcGrid, Limits, SiteConnection
 from fedclaw.transport.in_process import open_sites
 from tests.samples import run_record
 
@@ -74,7 +74,9 @@ def federation(tmp_path):
             root = tmp_path / name
             accept(root, approve(home.root, request_site(root, home.root / "federation.json", name)))
             paced = Paced(site, pace, slow=name == slow)
-            link = SiteLink(SiteKeys.open(root), paced, root / "state", Limits(), address=f"127.0.0.1:{grid.port}")
+            link = SiteConnection(
+                SiteKeys.open(root), paced, root / "state", Limits(), address=f"127.0.0.1:{grid.port}"
+            )
             threads.append(threading.Thread(target=link.run, args=(stop,)))
             threads[-1].start()
         grid.wait_for_sites(3, 30)

@@ -4,11 +4,11 @@ import pytest
 from flwr.app import Message
 
 from fedclaw.protocol.messages import HEADER_BYTES
-from fedclaw.protocol.records import Records
+from fedclaw.protocol.records import MessageRecords
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.transport.grpc.codec import encode
+from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.local import LocalGrid
 from tests.learning.compression.test_runs import METHODS, SECURE, directories, record, sites, with_
 
@@ -25,7 +25,7 @@ class Measuring(LocalGrid):
 
     def _answer(self, message: Message) -> Message:
         reply = super()._answer(message)
-        assert isinstance(message.content, Records)
+        assert isinstance(message.content, MessageRecords)
         assert message.content.reply_bytes is not None
         if reply.has_content():
             size = encode(reply.content).size

@@ -27,7 +27,7 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.protocol.message_identity import envelope_of
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.transport.grpc import Limits
-from fedclaw.transport.grpc.outbox import Entry, Outbox
+from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 from fedclaw.transport.grpc.worker import Worker
 from tests.site.conftest import Asker
 
@@ -60,7 +60,7 @@ def ask(root: Path, round: int, ready: Callable[[], None] = lambda: None) -> Ask
     full = LocalTraining(steps=2, batch_size=10_000, learning_rate=0.5)
     strategy = {"strategy": "feddyn", "strategy_fields": {"alpha": 0.1}}
     message = asker.message(identity=f"round-{round}", round=round, privacy=None, training=full, **strategy)
-    announced: queue.Queue[Entry] = queue.Queue()
+    announced: queue.Queue[StoredReply] = queue.Queue()
     sealer = seal.Sealer("x25519", KEYS.public)
     outbox = Outbox(root / "state" / "outbox", Limits())
     worker = Worker(asker.site, outbox, sealer, "clinic", "hospital-north", Limits(), announced.put)

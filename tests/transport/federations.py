@@ -27,7 +27,7 @@ from fedclaw.server.session import initial_parameters, make_record
 from fedclaw.site.directory import open_service
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower.server import read_settings
-from fedclaw.transport.grpc import GrpcGrid, SiteLink
+from fedclaw.transport.grpc import GrpcGrid, SiteConnection
 from fedclaw.transport.in_process import open_sites, simulate
 from fedclaw.transport.ray import RaySettings, simulate_on_ray
 from tests.conftest import environment
@@ -105,7 +105,7 @@ def grpc(root: Path, sites: tuple[Path, ...]) -> Iterator[Run]:
 def _linked(site: Path, port: int) -> Iterator[None]:
     keys = SiteKeys.open(site)
     service = open_service(site, load_site_settings(site), FEDERATION, keys=keys)
-    link, stop = SiteLink(keys, service, site / "state", address=f"127.0.0.1:{port}"), threading.Event()
+    link, stop = SiteConnection(keys, service, site / "state", address=f"127.0.0.1:{port}"), threading.Event()
     thread = threading.Thread(target=link.run, args=(stop,))
     thread.start()
     try:

@@ -43,7 +43,7 @@ Secret = Literal["seed", "key"]
 _KEY: Secret = "key"
 
 
-class Shares(NamedTuple):
+class SecretShares(NamedTuple):
     """What one holder has of one dealer."""
 
     seed: int
@@ -54,7 +54,7 @@ class Shares(NamedTuple):
         return self.seed.to_bytes(SHARE_BYTES, "big") + self.key.to_bytes(SHARE_BYTES, "big")
 
     @classmethod
-    def unpack(cls, plain: bytes) -> "Shares":
+    def unpack(cls, plain: bytes) -> "SecretShares":
         """Back from `pack`. Raises SecureAggregationError for values outside of the field."""
         made = cls(int.from_bytes(plain[:SHARE_BYTES], "big"), int.from_bytes(plain[SHARE_BYTES:], "big"))
         if len(plain) != 2 * SHARE_BYTES or max(made) >= ORDER:
@@ -92,7 +92,7 @@ class ShareProof:
         blind = (point - self.challenge * share) % ORDER
         return share < ORDER and hmac.compare_digest(_commit(parameters, dealer, holder, secret, blind, share), half)
 
-    def holds(self, parameters: Parameters, dealer: str, holder: str, shares: Shares) -> bool:
+    def holds(self, parameters: Parameters, dealer: str, holder: str, shares: SecretShares) -> bool:
         """Whether both of `shares` are."""
         pairs: tuple[tuple[Secret, int], ...] = (("seed", shares.seed), ("key", shares.key))
         return all(self.fits(parameters, dealer, holder, secret, share) for secret, share in pairs)
@@ -121,12 +121,12 @@ class Dealing:
 
 def deal(
     parameters: Parameters, dealer: str, holders: Sequence[str], keys: "DealerKeys"
-) -> tuple[dict[str, Shares], Dealing]:
+) -> tuple[dict[str, SecretShares], Dealing]:
     """Shares of both secrets by holder, and what proves them."""
     seed, blind_seed = _polynomial(keys.seed, parameters), _polynomial(None, parameters)
     key, blind_key = _polynomial(keys.mask_secret, parameters), _polynomial(None, parameters)
     points = {holder: parameters.point(holder) for holder in holders}
-    shares = {holder: Shares(evaluate(seed, x, ORDER), evaluate(key, x, ORDER)) for holder, x in points.items()}
+    shares = {holder: SecretShares(evaluate(seed, x, ORDER), evaluate(key, x, ORDER)) for holder, x in points.items()}
     commitments = {
         holder: _commit(parameters, dealer, holder, "seed", evaluate(blind_seed, x, ORDER), shares[holder].seed)
         + _commit(parameters, dealer, holder, "key", evaluate(blind_key, x, ORDER), shares[holder].key)

@@ -36,7 +36,7 @@ Check = Callable[[bytes], bool]
 """Whether a recovered secret is the one that was shared."""
 
 
-class Sealed(NamedTuple):
+class SealedShares(NamedTuple):
     """What goes to one receiver, and the private key (raw) that opens it beside the receiver's own."""
 
     content: bytes
@@ -112,7 +112,7 @@ class SessionKeys:
         self._sign = Ed25519PrivateKey.generate()
 
 
-def seal(parameters: Parameters, sender: str, receiver: str, receiver_public: bytes, plain: bytes) -> Sealed:
+def seal(parameters: Parameters, sender: str, receiver: str, receiver_public: bytes, plain: bytes) -> SealedShares:
     """`plain`, which `receiver` opens, as from `sender` in this session. Raises SecureAggregationError for a bad key.
 
     The ephemeral key is each receiver's own: to show what one was sent shows nothing of what others were.
@@ -121,7 +121,7 @@ def seal(parameters: Parameters, sender: str, receiver: str, receiver_public: by
     public = ephemeral.public_key().public_bytes_raw()
     shared = _agree(ephemeral, receiver_public, receiver)
     key, context = _cipher_key(parameters, sender, receiver, public, shared)
-    return Sealed(public + AESGCM(key).encrypt(_NONCE, plain, context), ephemeral.private_bytes_raw())
+    return SealedShares(public + AESGCM(key).encrypt(_NONCE, plain, context), ephemeral.private_bytes_raw())
 
 
 def reopened(

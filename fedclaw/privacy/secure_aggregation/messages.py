@@ -41,7 +41,7 @@ SessionSignature = Annotated[bytes, Field(min_length=SESSION_SIGNATURE_BYTES, ma
 Proof = Annotated[bytes, Field(min_length=PROOF_BYTES, max_length=PROOF_BYTES)]
 Numbers = Annotated[bytes, Field(min_length=NUMBER_BYTES, max_length=MAX_SITES * NUMBER_BYTES)]
 Ephemeral = Annotated[bytes, Field(min_length=EPHEMERAL_BYTES, max_length=EPHEMERAL_BYTES)]
-Sealed = Annotated[bytes, Field(min_length=SEALED_BYTES, max_length=SEALED_BYTES)]
+SealedBytes = Annotated[bytes, Field(min_length=SEALED_BYTES, max_length=SEALED_BYTES)]
 ShareValue = Annotated[bytes, Field(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
 
 Many = Field(max_length=MAX_SITES)
@@ -54,7 +54,7 @@ Ephemerals = Annotated[tuple[Ephemeral, ...], Many]
 Certificates = Annotated[tuple[Certificate, ...], Many]
 Signatures = Annotated[tuple[Signature, ...], Many]
 SessionSignatures = Annotated[tuple[SessionSignature, ...], Many]
-Sealeds = Annotated[tuple[Sealed, ...], Many]
+Sealeds = Annotated[tuple[SealedBytes, ...], Many]
 ShareValues = Annotated[tuple[ShareValue, ...], Many]
 
 

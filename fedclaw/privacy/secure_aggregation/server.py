@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import keys
-from fedclaw.privacy.secure_aggregation.dealing import Dealing, Shares, checked
+from fedclaw.privacy.secure_aggregation.dealing import Dealing, SecretShares, checked
 from fedclaw.privacy.secure_aggregation.identity import (
     ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
@@ -323,7 +323,7 @@ class ServerSession:
         """Whether what `dealer` sealed for `holder`, by `key`, is what it committed to."""
         public, sealed = self._advertised[holder].share_public, self._bundles[dealer][holder].sealed
         try:
-            shares = Shares.unpack(keys.reopened(self.parameters, dealer, holder, public, sealed, key))
+            shares = SecretShares.unpack(keys.reopened(self.parameters, dealer, holder, public, sealed, key))
         except SecureAggregationError:
             return False
         return self._dealings[dealer].proof_for(self.parameters, holder).holds(self.parameters, dealer, holder, shares)

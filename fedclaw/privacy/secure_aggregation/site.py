@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from fedclaw.errors import SecureAggregationError
 from fedclaw.identity import pki
 from fedclaw.privacy.secure_aggregation import keys
-from fedclaw.privacy.secure_aggregation.dealing import ShareProof, Shares, deal, packed
+from fedclaw.privacy.secure_aggregation.dealing import SecretShares, ShareProof, deal, packed
 from fedclaw.privacy.secure_aggregation.identity import (
     ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
@@ -328,7 +328,7 @@ class SiteSession:
         message = shares_message(self.parameters, sender, self.me, sealed, proof)
         keys.check_signature(sender, self._peers[sender].sign_public, SHARES_PURPOSE, message, signature)
         try:
-            plain = Shares.unpack(self._keys.open(self.parameters, self.me, sender, sealed))
+            plain = SecretShares.unpack(self._keys.open(self.parameters, self.me, sender, sealed))
         except SecureAggregationError:
             raise _NotShares from None
         if not ShareProof.unpack(proof).holds(self.parameters, sender, self.me, plain):

@@ -5,12 +5,12 @@
 
 Flower numbers its nodes anew each time they connect, gives each message an identity of its own, and may answer each
 message in another process. FedClaw's rounds need names that last and questions that are the same when they are asked
-again. So a site says its name when it is first met (`NAME`), and every question carries the identity that FedClaw
-gave it (`NOTE`); under it the site pays, keeps its answer, and gives the same answer again at no further cost.
+again. So a new node is asked for its site's name (`NAME_QUERY`), and every question carries the identity that FedClaw
+gave it (in the record `FLOWER_RECORD`). Under it the site pays, stores its answer, and repeats it at no cost.
 """
 
-NAME = "query.name"
-"""Message type: who are you? Answered with the site's name in the record `NOTE`, without opening its data."""
-NOTE = "flower"
-"""The configuration record that travels beside a question or an answer."""
+NAME_QUERY = "query.name"
+"""Message type that asks for a site's name; answered in `FLOWER_RECORD`, without opening the site's data."""
+FLOWER_RECORD = "flower"
+"""The configuration record that is added to a question or an answer on Flower's runtimes."""
 IDENTITY, SITE = "identity", "site"

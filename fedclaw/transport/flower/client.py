@@ -1,8 +1,8 @@
 """A FedClaw site as a Flower ClientApp, for Flower's own runtimes.
 
-`app` is what a SuperNode is given: the site's directory and the federation's name come from the node's
-configuration, which its operator writes (`--node-config 'site="PATH" federation="NAME"'`). The site refuses, pays
-and logs as it always does. What Flower's transport does not have is the seal: what leaves can be read by the SuperLink.
+A SuperNode runs `app`. The site's directory and the federation's name come from the node's configuration, which its
+operator writes (`--node-config 'site="PATH" federation="NAME"'`). The site refuses, pays and logs as always. But
+Flower's transport has no seal: the SuperLink can read what leaves.
 """
 
 import logging
@@ -15,27 +15,27 @@ from flwr.clientapp import ClientApp
 from fedclaw.cli import start_logging
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
-from fedclaw.transport.flower import NAME
-from fedclaw.transport.flower.place import Place, say_name
+from fedclaw.transport.flower import NAME_QUERY
+from fedclaw.transport.flower.site_location import SiteLocation, say_name
 
 log = logging.getLogger(__name__)
 
 
-def client_app(place_of: Callable[[Context], Place]) -> ClientApp:
-    """A ClientApp that answers with the site that `place_of` finds for the node.
+def client_app(location_of: Callable[[Context], SiteLocation]) -> ClientApp:
+    """A ClientApp that answers as the site that `location_of` returns for the node.
 
-    The app can be sent to another process if `place_of` can: what is opened belongs to the process that answers.
+    The app can be sent to another process if `location_of` can: each process opens the site's files itself.
     """
     made = ClientApp()
 
     def respond(message: Message, context: Context) -> Message:
-        place = place_of(context)
-        if message.metadata.message_type == NAME:
-            return say_name(place, message)
-        # Brings torch with it, which takes seconds: not for a name.
+        location = location_of(context)
+        if message.metadata.message_type == NAME_QUERY:
+            return say_name(location, message)
+        # Imports torch, which takes seconds, so not to answer with a name.
         from fedclaw.transport.flower.site import answer_at
 
-        return answer_at(place, message)
+        return answer_at(location, message)
 
     made.train()(respond)
     made.evaluate()(respond)
@@ -43,16 +43,16 @@ def client_app(place_of: Callable[[Context], Place]) -> ClientApp:
     return made
 
 
-def configured_place(context: Context) -> Place:
-    """The place that the node's configuration names. Raises UsageError."""
+def configured_location(context: Context) -> SiteLocation:
+    """The location that the node's configuration names. Raises UsageError."""
     if not logging.getLogger("fedclaw").handlers:
         start_logging(make_console(stderr=True))
     try:
-        return Place(Path(str(context.node_config["site"])), str(context.node_config["federation"]))
+        return SiteLocation(Path(str(context.node_config["site"])), str(context.node_config["federation"]))
     except KeyError as error:
         message = f"the node's configuration lacks {error}; give site=PATH and federation=NAME"
         log.error("%s", message)
         raise UsageError(message) from error
 
 
-app = client_app(configured_place)
+app = client_app(configured_location)

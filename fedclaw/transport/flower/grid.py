@@ -1,4 +1,4 @@
-"""A stock Flower Grid with what FedClaw's rounds need: names, identities that last, and replies as they come."""
+"""Adds to a stock Flower Grid what FedClaw's rounds need: site names, lasting identities, replies as they arrive."""
 
 import logging
 import math
@@ -13,21 +13,21 @@ from flwr.supercore.run import Run
 from fedclaw.errors import TransportError
 from fedclaw.protocol.message_identity import SILENT, assign_message_id, envelope_of, number_of, rebuild
 from fedclaw.server.grids import StreamingGrid
-from fedclaw.transport.flower import IDENTITY, NAME, NOTE, SITE
+from fedclaw.transport.flower import FLOWER_RECORD, IDENTITY, NAME_QUERY, SITE
 
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN = 0.2
-"""Seconds between two looks for replies; each is a request to the SuperLink."""
+"""Seconds between two polls for replies; each is a request to the SuperLink."""
 INTRODUCTION = 60.0
-"""Seconds that a new node is given to say its name before the round begins without it."""
+"""Seconds that a new node has to give its name before the round begins without it."""
 _PATIENCE = 5
-"""So many times as long its word is listened for; then it is asked again."""
+"""After this many times `INTRODUCTION` a node is asked for its name again."""
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question under way: the identity that FedClaw gave it, and the site that it went to."""
+    """A message that has been sent: FedClaw's identity of it, and the site that it went to."""
 
     identity: str
     site: int
@@ -36,8 +36,8 @@ class _Asked:
 class NamedGrid(StreamingGrid):
     """`grid` with nodes numbered by their sites' names, as on FedClaw's own runtimes.
 
-    A name is what the node's site says of itself. Flower vouches for a node's key at most, never for a name: of two
-    connected nodes with one name the newer is asked, and that is logged. A node that does not say a name takes no part.
+    A node's name is the one that its site gives. Flower authenticates a node's key at most, never a name: of two
+    connected nodes with one name the newer is asked, and that is logged. A node that gives no name takes no part.
     """
 
     def __init__(self, grid: Grid, look_again: float = LOOK_AGAIN, introduction: float = INTRODUCTION) -> None:
@@ -50,7 +50,7 @@ class NamedGrid(StreamingGrid):
         self._met: dict[int, float] = {}
         """When each of Flower's nodes was asked for its name."""
         self._introducing: dict[str, int] = {}
-        """Flower's nodes by the message that asked for their names, as long as they owe it."""
+        """Flower's nodes by the id of the message that asks for their name, until they answer."""
         self._pending: dict[str, _Asked] = {}
 
     def set_run(self, run: Run) -> None:
@@ -69,13 +69,13 @@ class NamedGrid(StreamingGrid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The connected sites, by the numbers of their names. Waits for new nodes to say theirs."""
+        """The connected sites, by the numbers of their names. Waits for new nodes to give theirs."""
         present = set(self._grid.get_node_ids())
         self._introduce(sorted(present - self._met.keys()))
         return [site for site, node in self._nodes.items() if node in present]
 
     def site_name(self, node_id: int) -> str:
-        """The name that the site gave itself. Raises TransportError for a number that no site has had."""
+        """The name that the site gave. Raises TransportError for an unknown number."""
         if node_id not in self._names:
             raise TransportError(f"no site has node id {node_id}; known: {sorted(self._names.values())}")
         return self._names[node_id]
@@ -88,9 +88,9 @@ class NamedGrid(StreamingGrid):
         return tuple(sorted(self._names[site] for site in present))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Hand the messages to Flower; returns FedClaw's identities of all of them.
+        """Pass the messages to Flower. Returns FedClaw's identities of all of them.
 
-        A site that is not connected, or that has not said its name since the server began, does not hear of it.
+        A site that is not connected, or has not given its name since the server started, is left out.
         """
         identities, pushed = [], {}
         for message in messages:
@@ -105,7 +105,7 @@ class NamedGrid(StreamingGrid):
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that have come to the messages of these identities, whichever time they were asked."""
+        """The replies that have arrived to messages of these identities, however often they were sent."""
         wanted = set(message_ids)
         carriers = [carrier for carrier, asked in self._pending.items() if asked.identity in wanted]
         replies = []
@@ -116,7 +116,7 @@ class NamedGrid(StreamingGrid):
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Push `messages`, then yield replies as they are found; ends when no more can come or at `timeout`."""
+        """Send `messages`, then yield replies as they arrive. Ends when none is left, or after `timeout` seconds."""
         return self._replies(set(self.push_messages(messages)), math.inf if timeout is None else timeout)
 
     def _replies(self, waiting: set[str], timeout: float) -> Iterator[Message]:
@@ -134,22 +134,22 @@ class NamedGrid(StreamingGrid):
 
     def _for_flower(self, message: Message, asked: _Asked) -> Message:
         meta = message.metadata
-        content = RecordDict({**message.content, NOTE: ConfigRecord({IDENTITY: asked.identity})})
+        content = RecordDict({**message.content, FLOWER_RECORD: ConfigRecord({IDENTITY: asked.identity})})
         return Message(content, self._nodes[asked.site], meta.message_type, ttl=meta.ttl, group_id=meta.group_id)
 
     def _is_lost(self, reply: Message, asked: _Asked) -> bool:
-        """Whether it is Flower that speaks, of a node that went away: no answer, and asking again may help."""
+        """Whether the reply is Flower's own error for a node that went away, so that asking again may help."""
         if not reply.has_error() or reply.error.code not in SILENT:
             return False
         log.warning("%s was not reached (%s)", self._names[asked.site], reply.error.reason)
         return True
 
-    def _introduce(self, strangers: list[int]) -> None:
-        """Ask `strangers` for their names, and wait as long as somebody may still be about to say one."""
-        questions = [Message(RecordDict(), node, NAME, ttl=_PATIENCE * self._introduction) for node in strangers]
+    def _introduce(self, nodes: list[int]) -> None:
+        """Ask `nodes` for their names, and wait for those that may still give one."""
+        questions = [Message(RecordDict(), node, NAME_QUERY, ttl=_PATIENCE * self._introduction) for node in nodes]
         taken = set(self._grid.push_messages(questions)) if questions else set()
         now = time.monotonic()
-        for node, question in zip(strangers, questions, strict=True):
+        for node, question in zip(nodes, questions, strict=True):
             self._met[node] = now
             if question.metadata.message_id in taken:
                 self._introducing[question.metadata.message_id] = node
@@ -168,7 +168,7 @@ class NamedGrid(StreamingGrid):
             # It went away, or needs longer to start than anybody listened: to be asked again.
             del self._met[node]
             return
-        name = None if reply.has_error() else reply.content.config_records.get(NOTE, ConfigRecord()).get(SITE)
+        name = None if reply.has_error() else reply.content.config_records.get(FLOWER_RECORD, ConfigRecord()).get(SITE)
         if not isinstance(name, str) or not name:
             reason = f"{reply.error.code}: {reply.error.reason}" if reply.has_error() else "it answers something else"
             log.warning("node %d does not say which site it is and takes no part (%s)", node, reason)
@@ -180,7 +180,7 @@ class NamedGrid(StreamingGrid):
 
 
 def _from_flower(reply: Message, asked: _Asked) -> Message:
-    """The reply as FedClaw's own runtimes would have brought it."""
+    """The reply as FedClaw's own transports deliver it."""
     content: RecordDict | Error = reply.error if reply.has_error() else reply.content
     envelope = replace(envelope_of(reply), src_node_id=asked.site, reply_to_message_id=asked.identity)
     return rebuild(envelope, content)

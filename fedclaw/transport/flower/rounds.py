@@ -1,4 +1,4 @@
-"""FedClaw's rounds over a stock Flower Grid: plans, checkpoints, resumption, evaluation and receipts as ever."""
+"""Runs FedClaw's rounds over a stock Flower Grid, with plans, checkpoints, resumption, evaluation and receipts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from fedclaw.transport.flower.settings import check
 
 @dataclass(frozen=True)
 class Waiting:
-    """Whom to wait for before the first round: so many sites (None: as many as a round needs), so many seconds."""
+    """How many sites to wait for before the first round (None: as many as a round needs), and for how many seconds."""
 
     sites: int | None = None
     seconds: float = 600
     new_cohort: bool = False
-    """Ask the round in flight of whoever has come; see `fedclaw.server.coordinator.drop_pending`."""
+    """Repeat a round in flight with the sites that are connected; see `fedclaw.server.coordinator.drop_pending`."""
 
     @classmethod
     def of(cls, sites: SitesSettings) -> "Waiting":
-        """As the settings say."""
+        """The values in the settings."""
         return cls(sites.wait_for, sites.wait, sites.new_cohort)
 
 
@@ -35,9 +35,9 @@ def run_over(
     observers: Sequence[Observer] = (),
     look_again: float = LOOK_AGAIN,
 ) -> Outcome:
-    """Run, or go on with, the run in `directory` over Flower's `grid`, looking for replies every `look_again` seconds.
+    """Run or resume the run in `directory` over Flower's `grid`, polling for replies every `look_again` seconds.
 
-    Raises UsageError for a run that Flower's runtimes cannot carry, and RoundError as `run_rounds` does.
+    Raises UsageError for a run that Flower's runtimes do not support, and RoundError as `run_rounds` does.
     """
     record = directory.record()
     check(record)

@@ -14,8 +14,8 @@ own name ("" leaves one at its default); what TOML cannot say stands in `setting
     flwr run . --run-config 'rounds=20'
     flwr run . --run-config 'resume="/srv/fedclaw/runs/NAME"'       go on with a run that was interrupted
 
-The app runs on the SuperLink's machine, in whatever directory Flower gives it, so paths are absolute. What is lost
-beside FedClaw's own server: mutual TLS, the seal on the updates, and secure aggregation (which is refused).
+The app runs on the SuperLink's machine, in a directory that Flower chooses, so paths are absolute. What FedClaw's own
+server has and this has not: mutual TLS, the seal on the updates, and secure aggregation (which is refused).
 """
 
 import logging
@@ -34,7 +34,7 @@ from fedclaw.transport.flower.settings import FlowerSettings, observed, open_run
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings"
-"""The key of the run's configuration that holds further settings, as a command line has them."""
+"""The key of the run's configuration that holds further settings, written as on a command line."""
 
 app = ServerApp()
 
@@ -74,7 +74,7 @@ def read_settings(run_config: Mapping[str, UserConfigValue]) -> FlowerSettings:
 
 
 def _word(value: UserConfigValue) -> str:
-    """A value of the run's configuration in the grammar of an override."""
+    """A value of the run's configuration, written as in an override."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

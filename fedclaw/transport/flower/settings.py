@@ -1,4 +1,4 @@
-"""What a run on Flower's runtimes is told, and the directory that it leaves."""
+"""Settings of a run on Flower's runtimes, and its directory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ class FlowerSettings(RunSettings):
 
 
 def open_run(settings: FlowerSettings) -> RunDirectory:
-    """The run's directory: one to go on with, or a new one. Raises FedClawError for settings that cannot be run."""
+    """The run's directory: a new one, or the one to resume. Raises FedClawError for settings that cannot be run."""
     if settings.resume is not None:
         directory = RunDirectory.open(settings.resume)
         directory.check()
@@ -50,7 +50,7 @@ def open_run(settings: FlowerSettings) -> RunDirectory:
 
 
 def check(record: RunRecord) -> None:
-    """Raise UsageError for a run that Flower's runtimes cannot carry."""
+    """Raises UsageError for a run that Flower's runtimes do not support."""
     _refuse_secure(record.secure is not None)
     if record.distillation is not None:
         raise UsageError("a recovery with a teacher belongs to python -m fedclaw.compress")
@@ -66,7 +66,7 @@ def _refuse_secure(secure: bool) -> None:
 
 @contextmanager
 def observed(directory: RunDirectory, tracking: TrackingSettings) -> Iterator["list[Observer]"]:
-    """Who watches the run in `directory`: the terminal, and MLflow if it is asked for, which hears of a failure."""
+    """The observers of the run in `directory`: the terminal and, if configured, MLflow, which records a failure."""
     from fedclaw.report.terminal import TerminalProgress
 
     startup.next_step(f"continue with resume={directory.root}")

@@ -1,8 +1,8 @@
-"""A site's directory that answers Flower's messages, in whatever process Flower happens to ask.
+"""Answers Flower's messages from a site's directory, in whatever process Flower asks.
 
-Everything that has to last is in the directory: the ledger, the outbound log, what strategies remember, and the
-answers that were given. Any number of processes may answer for a site, one at a time (the directory's lock), and each
-sees what the others have paid and said.
+All that lasts is in the directory: the ledger, the outbound log, the strategies' state, and the answers given. Any
+number of processes may answer for a site, one at a time (by the directory's lock); each sees what the others have
+paid and answered.
 """
 
 import logging
@@ -21,40 +21,40 @@ from fedclaw.site.directory import only_client, open_service, state_directory
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.base import measure
-from fedclaw.transport.flower import IDENTITY, NOTE
-from fedclaw.transport.flower.answers import Answers, for_flower
-from fedclaw.transport.flower.place import Place, failure
+from fedclaw.transport.flower import FLOWER_RECORD, IDENTITY
+from fedclaw.transport.flower.answer_store import AnswerStore, for_flower
+from fedclaw.transport.flower.site_location import SiteLocation, failure
 
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN = 0.05
 OPEN_SITES = 16
-"""Sites whose data a process keeps in memory between two messages."""
+"""How many sites a process keeps open, with their data, between two messages."""
 
 
-_open: OrderedDict[Place, SiteService] = OrderedDict()
+_open: OrderedDict[SiteLocation, SiteService] = OrderedDict()
 
 
-def answer_at(place: Place, message: Message) -> Message:
-    """What the site at `place` answers; a failure is a refusal whose reason is in the site's log.
+def answer_at(location: SiteLocation, message: Message) -> Message:
+    """The answer of the site at `location`. A failure becomes an error reply; its reason is in the site's log.
 
-    Returns only what may leave: it is stored, settled in the ledger and in the outbound log.
+    What is returned may leave: it is stored, settled in the ledger and entered in the outbound log.
     """
     try:
-        with _turn(place.root, expires_at(message)):
-            return _answer(place, message)
+        with _turn(location.root, expires_at(message)):
+            return _answer(location, message)
     except FedClawError as error:
         log.error("%s", error)
     except Exception:
         log.exception("the site failed to answer")
-    _forget(place)
+    _forget(location)
     return failure(message)
 
 
-def _answer(place: Place, message: Message) -> Message:
+def _answer(location: SiteLocation, message: Message) -> Message:
     asked = _question(message)
-    answers = Answers(state_directory(place.root) / "answers")
-    site = _service(place)
+    answers = AnswerStore(state_directory(location.root) / "answers")
+    site = _service(location)
     stored = answers.find(asked.metadata.message_id)
     reply = site.answer(asked) if stored is None else Message(stored, reply_to=asked)
     if stored is None and reply.has_content():
@@ -66,26 +66,26 @@ def _answer(place: Place, message: Message) -> Message:
 
 
 def _question(message: Message) -> Message:
-    """The question as FedClaw asked it: under its own identity, without the note that brought that here."""
-    content = RecordDict({name: record for name, record in message.content.items() if name != NOTE})
-    note = message.content.config_records.get(NOTE, ConfigRecord())
+    """The question as FedClaw asked it: under its own identity, without the record that carried it."""
+    content = RecordDict({name: record for name, record in message.content.items() if name != FLOWER_RECORD})
+    note = message.content.config_records.get(FLOWER_RECORD, ConfigRecord())
     identity = str(note.get(IDENTITY, "")) or message.metadata.message_id
     return rebuild(replace(envelope_of(message), message_id=identity), content)
 
 
-def _service(place: Place) -> SiteService:
-    """The opened site. Its ledger and its log follow by themselves what other processes write to theirs."""
-    if place not in _open:
-        _open[place] = open_service(place.root, load_site_settings(place.root), place.federation)
-    _open.move_to_end(place)
+def _service(location: SiteLocation) -> SiteService:
+    """The opened site. Its ledger and its log follow what other processes write."""
+    if location not in _open:
+        _open[location] = open_service(location.root, load_site_settings(location.root), location.federation)
+    _open.move_to_end(location)
     while len(_open) > OPEN_SITES:
         _close(_open.popitem(last=False)[1])
-    return _open[place]
+    return _open[location]
 
 
-def _forget(place: Place) -> None:
-    """Open the site anew for the next message."""
-    if (site := _open.pop(place, None)) is not None:
+def _forget(location: SiteLocation) -> None:
+    """Close the site; the next message opens it anew."""
+    if (site := _open.pop(location, None)) is not None:
         _close(site)
 
 
@@ -99,9 +99,9 @@ def _close(site: SiteService) -> None:
 
 @contextmanager
 def _turn(root: Path, end: float) -> Iterator[None]:
-    """Hold the site's directory, waiting for who holds it until `end`, in seconds since the epoch.
+    """Hold the lock of the site's directory, waiting for it until `end`, in seconds since the epoch.
 
-    Raises UsageError after that: nobody waits for the answer any more.
+    Raises UsageError after that, when nobody waits for the answer any more.
     """
     with ExitStack() as held:
         waited = False

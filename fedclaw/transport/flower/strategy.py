@@ -7,10 +7,10 @@
         strategy = FlowerStrategy(record)
         strategy.start(grid, pack(initial), num_rounds=record.rounds)
 
-The sites are FedClaw sites and refuse, train and pay as always. What is lost is what Flower's loop does not have:
-answers are held until all are there, a round that found too few sites is not asked again, and a run cannot be
-resumed. What takes more than one question and one answer a round is refused: secure aggregation, sites asked at random,
-a clipping bound that moves, a teacher. For all those there is `fedclaw.server.coordinator.run_rounds`.
+The sites are FedClaw sites and refuse, train and pay as always. What Flower's loop does not have is lost: answers are
+held until all have arrived, a round with too few sites is not repeated, and a run cannot be resumed. What takes more
+than one question and one answer a round is refused: secure aggregation, sites sampled at random, an adaptive clipping
+bound, a teacher. For those there is `fedclaw.server.coordinator.run_rounds`.
 """
 
 import logging
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class FlowerStrategy(AbstractFlowerStrategy):
-    """Asks what `record` says of all connected nodes, and steps by its strategy's server half.
+    """Asks all connected nodes as `record` says, and steps with the server half of its strategy.
 
     Raises UsageError for a record that Flower's loop cannot run as it says.
     """
@@ -56,7 +56,7 @@ class FlowerStrategy(AbstractFlowerStrategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The round's question to every node. `config` is not used: the plan says it all."""
+        """The round's question to every node. `config` is not used: the plan has it all."""
         if self._model is None:
             self._model = GlobalModel(unpack(arrays), self._strategy)
             shared = {name: a for name, a in self._model.parameters.items() if name not in self._record.personal}

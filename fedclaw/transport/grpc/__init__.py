@@ -7,15 +7,15 @@ from fedclaw.lazy import on_demand
 if TYPE_CHECKING:
     from fedclaw.transport.grpc.grid import GrpcGrid
     from fedclaw.transport.grpc.limits import Limits
-    from fedclaw.transport.grpc.link import SiteLink
+    from fedclaw.transport.grpc.site_connection import SiteConnection
 
 __getattr__ = on_demand(
     __name__,
     {
         "GrpcGrid": "fedclaw.transport.grpc.grid",
         "Limits": "fedclaw.transport.grpc.limits",
-        "SiteLink": "fedclaw.transport.grpc.link",
+        "SiteConnection": "fedclaw.transport.grpc.site_connection",
     },
 )
 
-__all__ = ["GrpcGrid", "Limits", "SiteLink"]
+__all__ = ["GrpcGrid", "Limits", "SiteConnection"]

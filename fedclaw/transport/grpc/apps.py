@@ -1,4 +1,4 @@
-"""Plain Flower apps on this runtime: a ServerApp on a grid, a ClientApp as a site. Neither knows of FedClaw."""
+"""Runs plain Flower apps, which know nothing of FedClaw: a ServerApp on a grid, a ClientApp as a site."""
 
 import importlib
 import logging
@@ -19,9 +19,9 @@ A = TypeVar("A")
 
 
 def load_app(reference: str, kind: type[A]) -> A:
-    """The object that "module:attribute" names, which the operator typed; never called with a name from the wire.
+    """The object named by "module:attribute". Only for names that the operator typed, never for names from the wire.
 
-    Raises UsageError in one line when there is no such thing, or it is not a `kind`.
+    Raises UsageError if it does not exist or is not a `kind`.
     """
     module_name, colon, attribute = reference.partition(":")
     if not (module_name and colon and attribute):
@@ -39,7 +39,7 @@ def load_app(reference: str, kind: type[A]) -> A:
 
 
 def run_server_app(server_app: ServerApp, grid: Grid, run_config: Config) -> None:
-    """Run a ServerApp to its end. Whatever it raises passes through."""
+    """Run a ServerApp to its end. Its exceptions pass through."""
     context = Context(
         run_id=grid.run.run_id, node_id=0, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
@@ -47,7 +47,7 @@ def run_server_app(server_app: ServerApp, grid: Grid, run_config: Config) -> Non
 
 
 class ClientAppHandler:
-    """A ClientApp as a site: a `SiteHandler`. Its context's state lasts as long as the process, per run."""
+    """A `SiteHandler` that answers with a ClientApp. Each run has a context, which lasts as long as the process."""
 
     def __init__(self, client_app: ClientApp, node_id: int, node_config: Config, run_config: Config) -> None:
         self._app = client_app
@@ -57,7 +57,7 @@ class ClientAppHandler:
         self._contexts: dict[int, Context] = {}
 
     def answer(self, message: Message) -> Message:
-        """The app's reply. An exception stays in this site's log; the server learns only that there was one."""
+        """The app's reply. An exception is logged at the site; the server only learns that there was one."""
         context = self._context(message.metadata.run_id)
         try:
             reply = self._app(message, context)
@@ -68,7 +68,7 @@ class ClientAppHandler:
         return reply
 
     def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
-        """A plain app keeps no record of what leaves beyond the log."""
+        """Log what leaves; a plain app keeps no other record."""
         kind = message.metadata.message_type
         outcome = "error" if reply.has_error() else "reply"
         log.info("%s to a %s message leaves: %d bytes, sha256 %s", outcome, kind, size, digest[:16])

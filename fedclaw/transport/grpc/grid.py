@@ -1,4 +1,4 @@
-"""Flower's `Grid` on the server's end of the streams."""
+"""Flower's `Grid` over the server's gRPC connections."""
 
 import logging
 import time
@@ -21,16 +21,16 @@ from fedclaw.protocol.message_identity import (
     expires_at,
 )
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.protocol.records import Records
+from fedclaw.protocol.records import MessageRecords
 from fedclaw.server.grids import StreamingGrid
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.codec import Encoded, encode
-from fedclaw.transport.grpc.desk import Desk, Task
-from fedclaw.transport.grpc.inbound import error_reply
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.connection_manager import ConnectionManager
 from fedclaw.transport.grpc.limits import CHUNK_BYTES, INLINE_BYTES, Limits
+from fedclaw.transport.grpc.message_codec import EncodedMessage, encode
+from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.grpc.sender import Outgoing
-from fedclaw.transport.grpc.station import Station
+from fedclaw.transport.grpc.reply_receiver import error_reply
+from fedclaw.transport.grpc.sender import OutgoingTransfer
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +38,10 @@ _LOOK_AGAIN = 1.0
 
 
 class GrpcGrid(StreamingGrid):
-    """Sites over mutually authenticated gRPC. A context manager: it listens from `with` to its end.
+    """Sites over mutually authenticated gRPC. A context manager: it listens while the `with` block runs.
 
-    Message identity: a message that carries an id keeps it, so that a repeated question is recognised by the site;
-    any other gets a random one when it is pushed.
+    A message that carries an id keeps it, so that a site recognises a repeated request. Any other message gets a
+    random id when it is pushed.
     """
 
     def __init__(
@@ -56,43 +56,45 @@ class GrpcGrid(StreamingGrid):
     ) -> None:
         """`address` is "host:port" to listen on (default: the descriptor's; port 0: a free one, see `port`).
 
-        `on_event(kind, site, text)` hears of sites that joined, left or were refused. `spool` is a directory on a disk
-        for replies that memory does not hold (default: the federation's). Raises ProvisionError.
+        `on_event(kind, site, text)` is called when a site joins, leaves or is refused. `spool` is the directory for
+        replies that memory does not hold (default: the federation's). Raises ProvisionError.
         """
         self._limits = limits or Limits()
         self._run = empty_run(run_id)
-        self._desk = Desk(self._limits.gone)
+        self._pending = PendingRequests(self._limits.gone)
         self._verifier = CertificateVerifier(home.descriptor)
         where = address or home.descriptor.address
-        self._station = Station(home, where, run_id, self._desk, self._limits, on_event, spool or home.root)
+        self._connections = ConnectionManager(
+            home, where, run_id, self._pending, self._limits, on_event, spool or home.root
+        )
         assume_server_identity(run_id)
 
     def __enter__(self) -> Self:
-        self._station.start()
+        self._connections.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._station.stop(finished=kind is None)
+        self._connections.stop(finished=kind is None)
 
     @property
     def verifier(self) -> CertificateVerifier:
-        """By the federation's CA. Whom it has revoked is no longer connected."""
+        """Checks certificates against the federation's CA. Revoked sites are not connected."""
         return self._verifier
 
     @property
     def port(self) -> int:
-        """The port that is listened on."""
-        return self._station.port
+        """The port that the server listens on."""
+        return self._connections.port
 
     @property
     def run(self) -> Any:
-        """Flower's record of the run; only its id means something here."""
+        """Flower's record of the run. Only its id is used."""
         return self._run
 
     def set_run(self, run: Any) -> None:
-        """Raises TransportError: the run is what the grid was made for."""
+        """Raises TransportError for any run but the one that the grid was made for."""
         if run.run_id != self._run.run_id:
             raise TransportError(f"this grid serves run {self._run.run_id}, not {run.run_id}")
         self._run = run
@@ -105,52 +107,52 @@ class GrpcGrid(StreamingGrid):
 
     def get_node_ids(self) -> Iterable[int]:
         """The sites that are connected now."""
-        return sorted(self._station.connected())
+        return sorted(self._connections.connected())
 
     def site_name(self, node_id: int) -> str:
-        """The certified name of a site that is or was connected; its number in words if it never was."""
-        return self._station.site_name(node_id) or f"node {node_id}"
+        """The certified name of a site that is or was connected; `node N` for any other."""
+        return self._connections.site_name(node_id) or f"node {node_id}"
 
-    def set_aside(self) -> Mapping[int, str]:
+    def excluded_nodes(self) -> Mapping[int, str]:
         """See StreamingGrid."""
-        return self._station.set_aside()
+        return self._connections.excluded_nodes()
 
     def wait_for_sites(self, count: int, timeout: float) -> tuple[str, ...]:
-        """Names of the connected sites, once there are `count` of them or `timeout` seconds have passed."""
+        """Names of the connected sites, as soon as there are `count` of them or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        with self._station.changed:
-            while len(self._station.connected()) < count and (left := deadline - time.monotonic()) > 0:
-                self._station.changed.wait(left)
-        return tuple(sorted(self._station.connected().values()))
+        with self._connections.changed:
+            while len(self._connections.connected()) < count and (left := deadline - time.monotonic()) > 0:
+                self._connections.changed.wait(left)
+        return tuple(sorted(self._connections.connected().values()))
 
     def push_messages(self, messages: Iterable[Message]) -> Sequence[str]:
-        """Ask; returns the messages' ids. A content that is sent to many sites is encoded once.
+        """Send `messages` and return their ids. Content that goes to many sites is encoded once.
 
-        A reply larger than its content's `Records.reply_bytes` is refused. Raises TransportError for a message of
-        another run, or larger than the limit.
+        A reply larger than its request's `MessageRecords.reply_bytes` is refused. Raises TransportError for a message
+        of another run, or one larger than the limit.
         """
-        bodies: dict[int, tuple[RecordDict, Encoded, bytes]] = {}
-        tasks = [self._task(message, bodies) for message in messages]
-        for task in tasks:
-            self._desk.add(task)
-        for task in tasks:
-            self._station.dispatch(task)
-        return [task.envelope.message_id for task in tasks]
+        bodies: dict[int, tuple[RecordDict, EncodedMessage, bytes]] = {}
+        requests = [self._request(message, bodies) for message in messages]
+        for request in requests:
+            self._pending.add(request)
+        for request in requests:
+            self._connections.dispatch(request)
+        return [request.envelope.message_id for request in requests]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Sequence[Message]:
-        """The replies to `message_ids` that have arrived and were not handed out yet."""
+        """The replies to `message_ids` that have arrived and were not returned before."""
         wanted = frozenset(message_ids)
         replies = []
-        while (reply := self._desk.take(wanted)) is not None:
-            self._desk.read(reply)
+        while (reply := self._pending.take(wanted)) is not None:
+            self._pending.read(reply)
             replies.append(reply)
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Ask now, then yield replies in order of arrival (see StreamingGrid for when it ends).
+        """Send now, then yield replies in order of arrival (see StreamingGrid for when it ends).
 
-        A disconnected site may come back until `timeout`. Without a timeout it is waited for until it has been away
-        for `Limits.gone` seconds. A reply that had to be refused, or that came too slowly, appears as an error.
+        A disconnected site may come back until `timeout`; without a timeout, until it has been away for `Limits.gone`
+        seconds. A reply that was refused, or came too slowly, is yielded as an error.
         """
         began = time.monotonic()
         ids = frozenset(self.push_messages(messages))
@@ -159,45 +161,45 @@ class GrpcGrid(StreamingGrid):
     def _replies(self, ids: frozenset[str], deadline: float | None) -> Iterator[Message]:
         try:
             while True:
-                reply = self._desk.take(ids)
+                reply = self._pending.take(ids)
                 if reply is None and not self._wait(ids, deadline):
                     break
                 if reply is not None:
                     yield reply
-                    # Asking for the next one is how the reader says that it is done with this one.
-                    self._desk.read(reply)
+                    # By asking for the next reply the reader says that it is done with this one.
+                    self._pending.read(reply)
                     reply = None
             if deadline is not None:
-                self._station.judge(ids)
+                self._connections.record_late(ids)
             self._end(ids)
-            for task, text in self._station.late(ids):
-                yield error_reply(task, RefusalCode.SLOW, text)
+            for request, text in self._connections.take_late(ids):
+                yield error_reply(request, RefusalCode.SLOW, text)
         finally:
             self._end(ids)
 
     def _end(self, ids: frozenset[str]) -> None:
-        for task in self._desk.withdraw(ids):
-            self._station.recall(task)
+        for request in self._pending.cancel(ids):
+            self._connections.recall(request)
 
     def _wait(self, ids: frozenset[str], deadline: float | None) -> bool:
-        """Wait for a change. False when there is nothing left to wait for."""
-        with self._desk.changed:
-            if self._desk.ready(ids):
+        """Wait for a change. Returns False when there is nothing left to wait for."""
+        with self._pending.changed:
+            if self._pending.has_reply(ids):
                 return True
-            owing = self._desk.owing(ids)
+            unanswered = self._pending.unanswered(ids)
             if deadline is None:
-                owing = [task for task in owing if self._reachable(task)]
+                unanswered = [request for request in unanswered if self._reachable(request)]
             left = _LOOK_AGAIN if deadline is None else deadline - time.monotonic()
-            if not owing or left <= 0:
+            if not unanswered or left <= 0:
                 return False
-            self._desk.changed.wait(min(left, _LOOK_AGAIN))
+            self._pending.changed.wait(min(left, _LOOK_AGAIN))
             return True
 
-    def _reachable(self, task: Task) -> bool:
-        away = min(self._station.away(task.node_id), time.monotonic() - task.asked)
-        return away < self._limits.gone
+    def _reachable(self, request: PendingRequest) -> bool:
+        seconds_away = min(self._connections.seconds_away(request.node_id), time.monotonic() - request.asked)
+        return seconds_away < self._limits.gone
 
-    def _task(self, message: Message, bodies: dict[int, tuple[RecordDict, Encoded, bytes]]) -> Task:
+    def _request(self, message: Message, bodies: dict[int, tuple[RecordDict, EncodedMessage, bytes]]) -> PendingRequest:
         if message.metadata.run_id != self._run.run_id:
             raise TransportError(f"the message belongs to run {message.metadata.run_id}, not {self._run.run_id}")
         assign_message_id(message)
@@ -210,12 +212,12 @@ class GrpcGrid(StreamingGrid):
             raise TransportError(f"the message has {body.size} bytes, the limit is {self._limits.max_message_bytes}")
         envelope = envelope_of(message)
         offer = pb.Offer(
-            transfer_id=envelope.message_id, envelope=wire.envelope_to_proto(envelope), size=body.size, stamp=stamp
+            transfer_id=envelope.message_id, envelope=frames.envelope_to_proto(envelope), size=body.size, stamp=stamp
         )
         if body.size <= INLINE_BYTES:
             offer.inline = b"".join(body.read(0, INLINE_BYTES))
         now = time.monotonic()
         expires = now + expires_at(message) - time.time()
-        outgoing = Outgoing(offer, lambda offset: body.read(offset, CHUNK_BYTES), expires)
-        most = content.reply_bytes if isinstance(content, Records) else None
-        return Task(envelope, outgoing, asked=now, expires=expires, reply_bytes=most)
+        outgoing = OutgoingTransfer(offer, lambda offset: body.read(offset, CHUNK_BYTES), expires)
+        most = content.reply_bytes if isinstance(content, MessageRecords) else None
+        return PendingRequest(envelope, outgoing, asked=now, expires=expires, reply_bytes=most)

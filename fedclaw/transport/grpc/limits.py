@@ -1,4 +1,4 @@
-"""The numbers that bound what a peer can cost: bytes, seconds, counts."""
+"""Limits on what a peer can cost: bytes, seconds, counts."""
 
 from pydantic import Field
 
@@ -7,62 +7,61 @@ from fedclaw.protocol.frozen import Frozen
 MIB = 1 << 20
 
 MAX_FRAME_BYTES = 2 * MIB
-"""Hard limit of gRPC on one frame; a frame above it never reaches this code."""
+"""gRPC's limit on one frame. A larger frame never reaches this code."""
 
 MAX_METADATA_BYTES = 16 * 1024
 """Hard limit on the HTTP/2 headers of a connection."""
 
 WINDOW_BYTES = MIB
-"""What gRPC takes from a peer before this code has asked for it: of each site that is sending, so that many small ones
-add up to less than a few large ones. A line of 50 ms there and back carries 20 MB/s with it."""
+"""Bytes that gRPC reads ahead from each peer. With it, a line with a round trip of 50 ms carries 20 MB/s."""
 
 CHUNK_BYTES = MIB // 4
-"""Bytes of a task that travel in one frame; of a reply it is one segment of the seal, 1 MiB and its tag."""
+"""Bytes of a task in one frame. A frame of a reply holds one segment of the seal instead: 1 MiB and its tag."""
 
 INLINE_BYTES = MIB // 8
-"""A message up to this size travels within its offer: two round trips fewer."""
+"""A message up to this size travels inside its offer, which saves a round trip."""
 
 
 class Limits(Frozen):
-    """What a server or a site lets its peers cost it. Times in seconds, sizes in bytes."""
+    """What a server or a site lets its peers cost. Times are in seconds, sizes in bytes."""
 
     max_message_bytes: int = Field(default=1024 * MIB, gt=0)
     """The largest content of one message, in either direction."""
     inbound_bytes: int = Field(default=64 * MIB, gt=0)
-    """Memory for replies that the server receives or holds for their reader, charged as bytes arrive; what comes beyond
-    it goes to disk, sealed as it is. A reply larger than this is read from there by itself."""
+    """Memory for replies that arrive or wait to be read, charged as bytes arrive. What exceeds it goes to disk, sealed.
+    A reply larger than this is read from there alone."""
     spool_bytes: int = Field(default=65536 * MIB, ge=0)
-    """Disk that the server takes for them. Without any, replies wait for memory, one after the other."""
+    """Disk for replies that exceed `inbound_bytes`. With 0 they wait for memory, one after the other."""
     intake_bytes: int = Field(default=2048 * MIB, gt=0)
-    """Tasks that a site receives at one time. A single one larger than this comes alone."""
+    """Bytes of tasks that a site receives at one time. A larger task is received alone."""
     max_sites: int = Field(default=256, gt=0)
-    """Connections that the server serves at one time."""
+    """Sites that the server serves at one time."""
     heartbeat: float = Field(default=10.0, gt=0)
     """Time between two heartbeats, and between two checks of a connected site's certificate."""
     missed_heartbeats: int = Field(default=3, ge=2)
-    """A peer that was silent for this many heartbeats is given up."""
+    """A peer that is silent for this many heartbeats is disconnected."""
     handshake: float = Field(default=10.0, gt=0)
-    """Time for TLS, and again for the first frame."""
+    """Time for the TLS handshake, and again for the first frame."""
     stall: float = Field(default=60.0, gt=0)
     """Seconds over which the rate of a reply is measured against `least_rate`."""
     least_rate: float = Field(default=4096.0, ge=0)
-    """Bytes per second: a reply that comes more slowly is given up, and its site not asked again in the run."""
+    """Bytes per second. A slower reply is given up, and its site not asked again in the run."""
     gone: float = Field(default=120.0, gt=0)
-    """Only without a timeout: a site away for so long is no longer waited for. A reply that nobody reads is kept for so
-    long at least."""
+    """Without a timeout, a site that is away for longer is no longer waited for. An unread reply is kept at least this
+    long."""
     backoff_first: float = Field(default=0.5, gt=0)
-    """Mean wait of a site before its first attempt to reconnect; doubles with each one that fails."""
+    """Mean wait of a site before it first tries to reconnect. Doubles with each failed attempt."""
     backoff_longest: float = Field(default=10.0, gt=0)
-    """No wait is longer: a site is there within seconds of its server's return."""
+    """The longest wait between two attempts to reconnect."""
     queued_tasks: int = Field(default=8, gt=0)
-    """Tasks that a site lets wait behind the one it works on."""
+    """Tasks that a site queues behind the one it works on."""
     outbox_replies: int = Field(default=4, gt=0)
-    """Replies of one run that a site's outbox keeps."""
+    """Replies of one run that a site keeps in its outbox."""
     outbox_bytes: int = Field(default=4096 * MIB, gt=0)
     outbox_age: float = Field(default=7 * 24 * 3600.0, gt=0)
-    """Replies of other runs are kept for so long."""
+    """How long replies of other runs are kept."""
 
     @property
     def silence(self) -> float:
-        """Seconds without a frame after which a peer is given up."""
+        """Seconds without a frame after which a peer is disconnected."""
         return self.heartbeat * self.missed_heartbeats

@@ -1,4 +1,4 @@
-"""A site's sealed replies on disk, from before their first byte leaves until newer tasks make them useless.
+"""A site's sealed replies on disk, from before their first byte leaves until newer replies replace them.
 
 A file is the sealed bytes followed by a trailer that says whose they are. It appears by rename, so it is whole or not
 there. So what was stored survives the process being killed at any moment, `kill -9` included. A reply of up to
@@ -31,11 +31,11 @@ from fedclaw.errors import TransportError
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_all
 from fedclaw.identity.seal import SEGMENT, TAG, Sealed
 from fedclaw.protocol.message_identity import Envelope
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.codec import decode
+from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.limits import INLINE_BYTES, Limits
+from fedclaw.transport.grpc.message_codec import decode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.grpc.sender import Outgoing
+from fedclaw.transport.grpc.sender import OutgoingTransfer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _SUFFIX = ".sealed"
 _MAGIC = b"FCO1"
 _TAIL = 4 + len(_MAGIC)
 _CHUNK = SEGMENT + TAG
-"""A chunk of a reply is one segment of its seal."""
+"""A chunk of a reply is one segment of the seal."""
 FLUSHED_BYTES = 8 << 20
 """Replies up to this size survive a power cut."""
 _HASH_AHEAD = 4
@@ -51,7 +51,7 @@ _SMALL = 4 * _CHUNK
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredReply:
     """One stored reply. `size` and `digest` are of what leaves: the seal's header and the sealed bytes."""
 
     path: Path
@@ -62,9 +62,9 @@ class Entry:
     plain_size: int
     digest: str
     summary: bytes
-    """The reply without its arrays, encoded."""
+    """The encoded reply without its arrays."""
     is_refusal: bool
-    """Whether the reply is an error instead of an answer."""
+    """Whether the reply is an error."""
     stored: float
 
     @property
@@ -77,21 +77,21 @@ class Entry:
         with self.path.open("rb", buffering=0) as file:
             return [os.pread(file.fileno(), min(_CHUNK, self.body_size - offset), offset)]
 
-    def outgoing(self) -> Outgoing:
-        """Ready to be offered to the server."""
+    def outgoing(self) -> OutgoingTransfer:
+        """The transfer to offer to the server."""
         offer = pb.Offer(
             transfer_id=self.task.message_id,
-            envelope=wire.envelope_to_proto(self.reply),
+            envelope=frames.envelope_to_proto(self.reply),
             size=self.body_size,
             stamp=bytes.fromhex(self.digest),
             seal_header=self.header,
             plain_size=self.plain_size,
         )
         if self.body_size <= INLINE_BYTES:
-            # A file that is gone is found missing when its chunks are asked for.
+            # If the file is gone, that shows when its chunks are read.
             with suppress(OSError):
                 offer.inline = b"".join(self.read(0))
-        return Outgoing(offer, self.read)
+        return OutgoingTransfer(offer, self.read)
 
     def is_intact(self) -> bool:
         """Whether the file still holds what was stored."""
@@ -105,7 +105,7 @@ class Entry:
 
 
 class Outbox:
-    """The stored replies of one site. One thread stores and prunes; others may call `find` meanwhile."""
+    """The stored replies of one site. One thread stores and prunes; others may call `find` at the same time."""
 
     def __init__(self, directory: Path, limits: Limits) -> None:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -120,15 +120,15 @@ class Outbox:
         self._spare: Path | None = None
         self._lock = threading.RLock()
 
-    def find(self, task: Envelope) -> Entry | None:
-        """The stored reply to that very task; one from before a restart is checked against its digest first.
+    def find(self, task: Envelope) -> StoredReply | None:
+        """The stored reply to that very task, or None. After a restart its digest is checked first.
 
-        A refusal is not kept for a second time of asking: it cost nothing, and its cause may be gone.
+        A refusal is dropped when its task is asked again: it cost nothing, and its cause may be gone.
         """
         with self._lock:
             return self._find(task)
 
-    def _find(self, task: Envelope) -> Entry | None:
+    def _find(self, task: Envelope) -> StoredReply | None:
         entry = self._entries.get(task.message_id)
         if entry is None or (entry.task.run_id, entry.task.group_id) != (task.run_id, task.group_id):
             return None
@@ -143,10 +143,10 @@ class Outbox:
             self._unchecked.discard(task.message_id)
         return entry
 
-    def store(self, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
-        """Write a whole sealed reply, then give it its name; up to FLUSHED_BYTES it survives a power cut from then on.
+    def store(self, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> StoredReply:
+        """Write a sealed reply, then give the file its name. Up to FLUSHED_BYTES it then survives a power cut.
 
-        Raises TransportError if the disk will not have it.
+        Raises TransportError if it cannot be written.
         """
         path = self._directory / (hashlib.sha256(task.message_id.encode()).hexdigest()[:40] + _SUFFIX)
         try:
@@ -159,15 +159,15 @@ class Outbox:
             self._unchecked.discard(task.message_id)
         return entry
 
-    def _write(self, path: Path, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> Entry:
+    def _write(self, path: Path, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> StoredReply:
         descriptor, temporary = self._blank()
         try:
             with os.fdopen(descriptor, "wb", buffering=0) as file:
                 os.fchmod(file.fileno(), PRIVATE_MODE)
                 body_size, digest = _copy(sealed, file.fileno())
                 trailer = pb.Spooled(
-                    task=wire.envelope_to_proto(task),
-                    reply=wire.envelope_to_proto(reply),
+                    task=frames.envelope_to_proto(task),
+                    reply=frames.envelope_to_proto(reply),
                     seal_header=sealed.header,
                     size=body_size,
                     plain_size=sealed.plain_size,
@@ -183,7 +183,7 @@ class Outbox:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        return Entry(
+        return StoredReply(
             path,
             task,
             reply,
@@ -197,19 +197,19 @@ class Outbox:
         )
 
     def _blank(self) -> tuple[int, str]:
-        """A file to write over, and its name: a new one, or one that was pruned (its pages need not be found again)."""
+        """A file to write to, and its name: a new one, or a pruned one, whose pages are allocated already."""
         if self._spare is not None:
             spare, self._spare = self._spare, None
             with suppress(OSError):
                 return os.open(spare, os.O_WRONLY | os.O_NOFOLLOW), str(spare)
         return tempfile.mkstemp(dir=self._directory, suffix=".part", prefix=".")
 
-    def prune(self, newest: Entry) -> None:
-        """Keep the newest few of this run, others by age, and all within the outbox's size; never drop `newest`."""
+    def prune(self, newest: StoredReply) -> None:
+        """Drop old replies: of this run all but the newest few, others by age, any beyond the size; never `newest`."""
         with self._lock:
             self._prune(newest)
 
-    def _prune(self, newest: Entry) -> None:
+    def _prune(self, newest: StoredReply) -> None:
         others = [entry for entry in self._entries.values() if entry is not newest]
         same_run = [entry for entry in others if entry.task.run_id == newest.task.run_id]
         oldest = time.time() - self._limits.outbox_age
@@ -224,8 +224,8 @@ class Outbox:
             total -= entry.size
             self._drop(entry)
 
-    def _retire(self, entry: Entry) -> None:
-        """Drop an entry, but keep one file of this kind to write the next reply into."""
+    def _retire(self, entry: StoredReply) -> None:
+        """Drop an entry, but keep one such file to write the next reply to."""
         if self._spare is None:
             spare = self._directory / ".spare.part"
             with suppress(OSError):
@@ -233,7 +233,7 @@ class Outbox:
                 self._spare = spare
         self._drop(entry)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: StoredReply) -> None:
         self._entries.pop(entry.task.message_id, None)
         self._unchecked.discard(entry.task.message_id)
         with suppress(OSError):
@@ -241,7 +241,7 @@ class Outbox:
 
 
 def _publish(temporary: Path, path: Path, flushed: bool) -> None:
-    """Give a file its name; a flushed one for good. Raises OSError, and then neither name is there."""
+    """Rename a file to its name, durably if it was flushed. Raises OSError; then neither name exists."""
     temporary.replace(path)
     if not flushed:
         return
@@ -252,8 +252,8 @@ def _publish(temporary: Path, path: Path, flushed: bool) -> None:
         raise
 
 
-def _load(path: Path) -> Entry | None:
-    """The entry in a file, its trailer checked; a file without one is removed."""
+def _load(path: Path) -> StoredReply | None:
+    """The stored reply in a file, or None. A damaged file is removed."""
     try:
         with path.open("rb", buffering=0) as file:
             length = os.fstat(file.fileno()).st_size
@@ -265,13 +265,13 @@ def _load(path: Path) -> Entry | None:
             if spooled.size != length - _TAIL - size:
                 raise DecodeError("cut off")
             stored = os.fstat(file.fileno()).st_mtime
-        task, reply = wire.envelope_from_proto(spooled.task), wire.envelope_from_proto(spooled.reply)
+        task, reply = frames.envelope_from_proto(spooled.task), frames.envelope_from_proto(spooled.reply)
         is_refusal = isinstance(decode(spooled.summary), Error)
     except (OSError, DecodeError, TransportError):
         log.error("%s is damaged and dropped; its task will be done again", path)
         path.unlink(missing_ok=True)
         return None
-    return Entry(
+    return StoredReply(
         path,
         task,
         reply,
@@ -286,7 +286,7 @@ def _load(path: Path) -> Entry | None:
 
 
 def _copy(sealed: Sealed, descriptor: int) -> tuple[int, str]:
-    """Write all segments; returns their size and the digest over header and segments."""
+    """Write all segments; returns their size and the digest of header and segments."""
     digest = hashlib.sha256(sealed.header)
     written = 0
     for segment in (
@@ -304,7 +304,7 @@ def _hashed(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[byte
 
 
 def _hashed_beside(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
-    """The same with the hashing on a second core: it takes longer than sealing and writing together."""
+    """The same, hashing on a second core: hashing takes longer than sealing and writing together."""
     todo: queue.Queue[bytes | None] = queue.Queue(_HASH_AHEAD)
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Who is at the other end: the certificate of the TLS connection, never what the peer says of itself."""
+"""The identity of a peer: taken from its TLS certificate, never from what it says of itself."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 
 class NotAdmitted(TransportError):
-    """This peer may not be connected, or not any more; `reason` is what it is told."""
+    """This peer may not connect, or may not stay connected. `reason` is sent to it."""
 
     def __init__(self, reason: pb.Reason, text: str) -> None:
         super().__init__(text)
@@ -23,7 +23,7 @@ class NotAdmitted(TransportError):
 
 @dataclass(frozen=True)
 class Peer:
-    """A site by its certificate. `node_id` is Flower's number for it."""
+    """A site, identified by its certificate. `node_id` is Flower's number for it."""
 
     site: str
     serial: int
@@ -36,7 +36,7 @@ class Peer:
 
 
 def peer_of(context: Any, home: FederationHome) -> Peer:
-    """The peer of a gRPC call, checked. Raises NotAdmitted."""
+    """The peer of a gRPC call. Raises NotAdmitted if its certificate is not that of an admitted site."""
     chain = context.auth_context().get("x509_pem_cert")
     if not chain:
         raise NotAdmitted(pb.REASON_IDENTITY, "the connection has no client certificate")
@@ -53,7 +53,7 @@ def peer_of(context: Any, home: FederationHome) -> Peer:
 
 
 def check_standing(peer: Peer, home: FederationHome) -> None:
-    """Raises NotAdmitted if the certificate has expired or is revoked, or if that cannot be known."""
+    """Raises NotAdmitted if the certificate has expired or is revoked, or if that cannot be checked."""
     try:
         revoked = home.is_revoked(peer.serial)
     except ProvisionError as error:

@@ -1,7 +1,7 @@
-"""The sending half of a stream: control frames first, then chunks of the transfers that were accepted.
+"""The sending half of a stream: control frames first, then chunks of accepted transfers.
 
-gRPC asks for the next frame when it has room for it, so nothing piles up here: a chunk is read from its
-source at the moment it leaves.
+gRPC asks for the next frame when it has room for it, so nothing piles up here: each chunk is read from its source only
+when it leaves.
 """
 
 import logging
@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedclaw.errors import TransportError
-from fedclaw.transport.grpc.pieces import Buffer, write_piece
+from fedclaw.transport.grpc.chunk_codec import Buffer, encode_chunk
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 _MAX_CONTROL_FRAMES = 4096
 _MOMENT = 0.001
-"""Seconds left of a task whose time is over: zero would say that it was not told."""
+"""Seconds left, as sent for a task whose time is over: zero would mean that it is unknown."""
 _NOTHING = pb.Frame(heartbeat=pb.Heartbeat()).SerializeToString()
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """Something to send: `offer` announces it, `read(offset)` gives the chunk that begins there, as buffers.
+class OutgoingTransfer:
+    """A message to send: `offer` announces it, `read(offset)` returns the chunk that begins there, as buffers.
 
-    `expires`, of a task, is when nobody waits for its reply any more, on this process's monotonic clock.
+    For a task, nobody waits for its reply after `expires`, on this process's monotonic clock.
     """
 
     offer: pb.Offer
@@ -36,28 +36,28 @@ class Outgoing:
 
     @property
     def transfer_id(self) -> str:
-        """The id under which both ends know it."""
+        """The id that both ends use for it."""
         return self.offer.transfer_id
 
 
 @dataclass
 class _Running:
-    outgoing: Outgoing
+    outgoing: OutgoingTransfer
     offset: int
 
 
 class Sender:
-    """Frames of one stream, in the order they leave. Safe to use from several threads; `frames` from one."""
+    """The frames of one stream, in the order in which they leave. Safe for several threads; `frames` for one."""
 
     def __init__(self) -> None:
         self._wake = threading.Condition()
         self._control: deque[pb.Frame] = deque()
-        self._offered: dict[str, Outgoing] = {}
+        self._offered: dict[str, OutgoingTransfer] = {}
         self._running: deque[_Running] = deque()
         self._closed = False
 
     def post(self, frame: pb.Frame) -> None:
-        """Send `frame` before any chunk. A peer that reads nothing while it makes us speak loses the stream."""
+        """Send a control frame before any chunk. A peer that makes us send but does not read loses the stream."""
         with self._wake:
             if len(self._control) >= _MAX_CONTROL_FRAMES:
                 self._closed = True
@@ -65,8 +65,8 @@ class Sender:
                 self._control.append(frame)
             self._wake.notify()
 
-    def offer(self, outgoing: Outgoing) -> None:
-        """Announce a transfer; nothing happens if it is announced or under way already."""
+    def offer(self, outgoing: OutgoingTransfer) -> None:
+        """Announce a transfer, unless it is announced already."""
         with self._wake:
             if outgoing.transfer_id in self._offered:
                 return
@@ -77,7 +77,7 @@ class Sender:
         self.post(frame)
 
     def start(self, transfer_id: str, offset: int) -> None:
-        """The peer accepted. Raises TransportError for an offset outside the transfer."""
+        """The peer has accepted: send from `offset` on. Raises TransportError for an offset outside the transfer."""
         with self._wake:
             outgoing = self._offered.get(transfer_id)
             if outgoing is None:
@@ -88,14 +88,14 @@ class Sender:
             self._running.append(_Running(outgoing, offset))
             self._wake.notify()
 
-    def withdraw(self, transfer_id: str) -> Outgoing | None:
-        """Nothing more of that transfer is sent. Returns it if it had been offered."""
+    def withdraw(self, transfer_id: str) -> OutgoingTransfer | None:
+        """Stop sending that transfer. Returns it if it had been offered."""
         with self._wake:
             self._forget_running(transfer_id)
             return self._offered.pop(transfer_id, None)
 
     def close(self, last: pb.Frame | None = None) -> None:
-        """End the stream after `last`; chunks that wait are dropped, control frames are not."""
+        """End the stream after the control frames and `last`. Chunks that wait are dropped."""
         with self._wake:
             if last is not None and not self._closed:
                 self._control.append(last)
@@ -103,7 +103,7 @@ class Sender:
             self._wake.notify()
 
     def frames(self) -> Iterator[bytes]:
-        """What leaves, serialised, until `close`."""
+        """The frames to send, serialised, until `close`."""
         while (frame := self._next()) is not None:
             yield frame
 
@@ -130,7 +130,7 @@ class Sender:
             unfinished = running.offset < outgoing.offer.size
             if unfinished and outgoing.transfer_id in self._offered and not self._is_running(outgoing.transfer_id):
                 self._running.append(running)
-        return write_piece(outgoing.transfer_id, offset, data)
+        return encode_chunk(outgoing.transfer_id, offset, data)
 
     def _is_running(self, transfer_id: str) -> bool:
         return any(item.outgoing.transfer_id == transfer_id for item in self._running)

@@ -1,8 +1,7 @@
-"""A site's work: one task after the other on a thread of its own, so that the stream stays alive meanwhile.
+"""A site's worker: handles one task after the other on its own thread, so that the stream stays alive meanwhile.
 
-The order that nothing may change: the handler answers, the answer is encoded, sealed and stored in the outbox;
-then the handler releases it; only then may a byte of it leave. A task whose reply is stored is never handed to
-the handler again.
+The order is fixed. The handler answers; the answer is encoded, sealed and stored in the outbox; the handler releases
+it; only then may a byte of it leave. A task whose reply is stored is never handed to the handler again.
 """
 
 import logging
@@ -18,9 +17,9 @@ from fedclaw.identity.seal import Binding, Sealer
 from fedclaw.protocol.message_identity import Envelope, envelope_of, rebuild
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.base import SiteHandler
-from fedclaw.transport.grpc.codec import Encoded, decode, encode, without_arrays
 from fedclaw.transport.grpc.limits import Limits
-from fedclaw.transport.grpc.outbox import Entry, Outbox
+from fedclaw.transport.grpc.message_codec import EncodedMessage, decode, encode, without_arrays
+from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +27,9 @@ _NO_ANSWER = "the site could not keep or release its answer, so nothing leaves; 
 
 
 class Worker:
-    """Turns tasks into stored, released replies and hands those to `announce`.
+    """Turns tasks into stored, released replies, and passes them to `announce`.
 
-    A task to which there will be no reply goes to `give_up`, with a sentence for the server.
+    For a task that will have no reply, `give_up` is called with its id and a sentence for the server.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class Worker:
         federation: str,
         site: str,
         limits: Limits,
-        announce: Callable[[Entry], None],
+        announce: Callable[[StoredReply], None],
         give_up: Callable[[str, str], None] = lambda _message_id, _text: None,
     ) -> None:
         self._handler = handler
@@ -62,20 +61,20 @@ class Worker:
         self.max_reply_bytes = limits.max_message_bytes
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, patience: float = 1.0) -> None:
-        """Take no further task. One under way is left to end by itself; it is a daemon thread."""
+        """Take no further task. The current one ends by itself, on a daemon thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify_all()
         self._thread.join(patience)
 
     def holds(self, task: Envelope, expires: float) -> bool:
-        """Whether the task is queued, under way, or answered in the outbox; then it is not needed again.
+        """Whether the task is queued, being worked on, or answered; then its content is not needed again.
 
-        A stored reply is announced once more. A queued task is then waited for until `expires`.
+        A stored reply is announced once more. A queued task now expires at `expires`.
         """
         with self._lock:
             identity = task.message_id
@@ -90,12 +89,12 @@ class Worker:
             if identity in self._released:
                 self._announce(entry)
             else:
-                # Its content is not needed: only its reply is asked for.
+                # Without its content: only its stored reply is needed.
                 self.submit(rebuild(task, Error(0)), expires)
             return True
 
     def has_room(self) -> bool:
-        """Whether one more task may wait."""
+        """Whether one more task may be queued."""
         now = time.monotonic()
         with self._lock:
             for identity in [key for key, (_, expires) in self._waiting.items() if expires <= now]:
@@ -104,13 +103,13 @@ class Worker:
             return len(self._waiting) < self._limits.queued_tasks
 
     def submit(self, task: Message, expires: float) -> None:
-        """Queue a task that `holds` does not know; at `expires`, on the monotonic clock, it is dropped."""
+        """Queue a task that `holds` does not know. It is dropped at `expires`, on the monotonic clock."""
         with self._wake:
             self._waiting[task.metadata.message_id] = (task, expires)
             self._wake.notify_all()
 
     def drop(self, message_id: str) -> bool:
-        """Nobody waits for that task any more. Whether it was still queued, which it no longer is."""
+        """Remove that task from the queue. Returns whether it was there."""
         with self._lock:
             return self._waiting.pop(message_id, None) is not None
 
@@ -136,7 +135,7 @@ class Worker:
             except Exception:
                 log.exception("task %s is left unanswered", identity)
                 self._give_up(identity, _NO_ANSWER)
-            # Not held while the next one is waited for.
+            # Do not keep it in memory while waiting for the next one.
             del task, found
 
     def _expired(self, identity: str) -> None:
@@ -164,7 +163,7 @@ class Worker:
             self._released.add(envelope.message_id)
             self._current = None
         self._announce(entry)
-        # Last, because removing large files takes its time and nobody waits for it here.
+        # Last, because removing large files takes time and nobody waits for it.
         with self._lock:
             self._outbox.prune(entry)
 
@@ -172,11 +171,11 @@ class Worker:
         try:
             return self._handler.answer(task)
         except Exception:
-            # The handler promised not to raise. The server learns that it failed, and not how.
+            # The handler should not raise. The server learns that it failed, not why.
             log.exception("the site failed on task %s", task.metadata.message_id)
             return Message(Error(RefusalCode.FAILED, "the site failed on this task"), reply_to=task)
 
-    def _store(self, task: Envelope, reply: Message) -> Entry:
+    def _store(self, task: Envelope, reply: Message) -> StoredReply:
         content = reply.content if reply.has_content() else reply.error
         try:
             body = encode(content)
@@ -189,7 +188,7 @@ class Worker:
             body = encode(content)
         return self._seal(task, envelope_of(reply), body, encode(without_arrays(content)))
 
-    def _seal(self, task: Envelope, reply: Envelope, body: Encoded, summary: Encoded) -> Entry:
+    def _seal(self, task: Envelope, reply: Envelope, body: EncodedMessage, summary: EncodedMessage) -> StoredReply:
         binding = Binding(
             federation=self._federation,
             run_id=task.run_id,
@@ -198,5 +197,5 @@ class Worker:
             site=self._site,
         )
         sealed = self._sealer.seal(body.parts, binding)
-        # Not under the lock: a slow disk must not keep the thread that reads the stream from its heartbeats.
+        # Not under the lock: a slow disk must not hold up the thread that reads the stream.
         return self._outbox.store(task, reply, sealed, b"".join(summary.parts))

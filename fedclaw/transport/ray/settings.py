@@ -1,4 +1,4 @@
-"""How much of a machine, or of a cluster, a simulation takes."""
+"""The resources of a machine, or of a cluster, that a simulation takes."""
 
 import os
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ LOOPBACK = "127.0.0.1"
 
 
 class RaySettings(Frozen):
-    """conf/runtime/ray.yaml: what Ray is asked for. It changes how long a run takes, and nothing else about it."""
+    """conf/runtime/ray.yaml: the resources that Ray is asked for. They change how long a run takes, nothing else."""
 
     name: Literal["ray"] = "ray"
     address: str | None = None
@@ -25,10 +25,10 @@ class RaySettings(Frozen):
     gpus_per_site: float = Field(default=0.0, ge=0)
     """GPUs, or a share of one, for one site at work."""
     object_store: int | None = Field(default=None, ge=80 << 20)
-    """Bytes of shared memory for what travels; null: Ray's choice. Not with an address."""
+    """Bytes of shared memory for messages; null: Ray's choice. Not with an address."""
 
     def prepare(self) -> None:
-        """Before Ray is imported: keep a cluster of this machine alone off the network, for Ray knows no password.
+        """Call before Ray is imported. Keeps a cluster of this machine alone off the network: Ray has no password.
 
         Ray turns a loopback address into the machine's own, unless it is told that there are no clusters here.
         """
@@ -36,7 +36,7 @@ class RaySettings(Frozen):
             os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
     def backend(self) -> dict[str, Any]:
-        """Flower's name for all this."""
+        """Flower's configuration of its backend."""
         return {
             "client_resources": {"num_cpus": self.cpus_per_site, "num_gpus": self.gpus_per_site},
             "init_args": {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": True, **self._init()},
@@ -50,6 +50,6 @@ class RaySettings(Frozen):
 
 
 def require_ray() -> None:
-    """Raise UsageError unless the extra `ray` is installed."""
+    """Raises UsageError unless the extra `ray` is installed."""
     if find_spec("ray") is None:
         raise UsageError("the runtime ray needs the package ray: pip install 'fedclaw[ray]'")

@@ -1,9 +1,9 @@
 """One run on Flower's simulation engine: FedClaw's rounds on this machine, its sites in Ray's actors.
 
-Flower hands a node's message to whichever actor is idle, so nothing of a site may live in an actor: each simulated site
-gets a directory of its own (`sites/` in the run's directory), with its ledger, its log and its answers, which point to
-the given site's data. What a run has cost is then in the files, whoever answered, and a run can be resumed. On a
-cluster these directories, and the data, lie on a file system that all machines see and that locks files (NFS 4 does).
+Flower passes a node's message to whichever actor is idle, so nothing of a site may live in an actor. Each simulated
+site has its own directory (in `sites/` of the run's directory) with its ledger, log and answers, and a site.yaml that
+points to the given site's data. So what a run has cost is in the files, whoever answered, and a run can be resumed. On
+a cluster these directories and the data are on a file system that all machines see and that locks files (NFS 4 does).
 """
 
 import logging
@@ -22,14 +22,14 @@ from fedclaw.server.coordinator import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.site.settings import SITE_FILE, load_site_settings
 from fedclaw.transport.flower.client import client_app
-from fedclaw.transport.flower.place import Place
 from fedclaw.transport.flower.rounds import Waiting, run_over
 from fedclaw.transport.flower.settings import check
+from fedclaw.transport.flower.site_location import SiteLocation
 from fedclaw.transport.ray.settings import RaySettings, require_ray
 
 SITES = "sites"
 LOOK_AGAIN = 0.02
-"""Seconds between two looks for replies; here they lie in this process's memory."""
+"""Seconds between two polls for replies, which are in this process's memory."""
 
 
 def simulate_on_ray(
@@ -39,19 +39,19 @@ def simulate_on_ray(
     observers: Sequence[Observer] = (),
     waiting: Waiting | None = None,
 ) -> Outcome:
-    """Run, or go on with, the run in `directory` over the sites whose directories are given.
+    """Run or resume the run in `directory` over the sites whose directories are given.
 
     The given directories are only read. All sites are waited for, if `waiting` says no number. Raises UsageError
-    without the extra `ray`, or for a run that Flower's runtimes cannot carry, and RoundError as `run_rounds` does.
+    without the extra `ray`, or for a run that Flower's runtimes do not support, and RoundError as `run_rounds` does.
     """
     record = directory.record()
     check(record)
     require_ray()
-    places = tuple(Place(own_directory(directory.root / SITES, site), record.federation) for site in sites)
-    if not places:
+    locations = tuple(SiteLocation(own_directory(directory.root / SITES, site), record.federation) for site in sites)
+    if not locations:
         raise UsageError("there is no site to simulate")
     settings, waiting = settings or RaySettings(), waiting or Waiting()
-    waiting = waiting if waiting.sites else replace(waiting, sites=len(places))
+    waiting = waiting if waiting.sites else replace(waiting, sites=len(locations))
     settings.prepare()
     # Imports Ray, and Flower's engine with it: not before it is needed.
     from flwr.simulation import run_simulation
@@ -67,20 +67,20 @@ def simulate_on_ray(
 
     run_simulation(
         server_app,
-        client_app(partial(place_of, places)),
-        len(places),
+        client_app(partial(location_of, locations)),
+        len(locations),
         backend_config=settings.backend(),
     )
     return outcomes[0]
 
 
-def place_of(places: tuple[Place, ...], context: Context) -> Place:
-    """The simulated site that a node is: Flower counts its nodes."""
-    return places[int(context.node_config["partition-id"])]
+def location_of(locations: tuple[SiteLocation, ...], context: Context) -> SiteLocation:
+    """The simulated site of a node: Flower numbers its nodes."""
+    return locations[int(context.node_config["partition-id"])]
 
 
 def own_directory(parent: Path, source: Path) -> Path:
-    """A directory for one run's books of the site at `source`, whose site.yaml points to that site's files."""
+    """A directory for one run's ledger and logs of the site at `source`; its site.yaml points to that site's files."""
     settings = load_site_settings(source.resolve())
     root = parent.resolve() / settings.name
     root.mkdir(parents=True, exist_ok=True, mode=0o700)

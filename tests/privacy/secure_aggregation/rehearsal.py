@@ -25,7 +25,7 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.graph import least_threshold
 from fedclaw.privacy.secure_aggregation.messages import Wire
-from fedclaw.transport.grpc.codec import decode, encode
+from fedclaw.transport.grpc.message_codec import decode, encode
 
 FEDERATION = "heart"
 STAGES = ("keys", "shares", "confirm", "masked", "consent", "unmask")

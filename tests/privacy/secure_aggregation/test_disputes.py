@@ -15,7 +15,7 @@ from fedclaw.privacy.secure_aggregation.curve import ORDER, public_of
 from fedclaw.privacy.secure_aggregation.dealing import (
     DealerKeys,
     Dealing,
-    Shares,
+    SecretShares,
     _challenge,
     _commit,
     deal,
@@ -84,7 +84,7 @@ def garbage(exchange: Disputed, bundle: ShareBundle) -> ShareBundle:
 def one_wrong(exchange: Disputed, bundle: ShareBundle) -> ShareBundle:
     """Well sealed for all, and for one neighbour another share than was committed to."""
     site = exchange.sites[LIAR]
-    plain = Shares(1 + secrets.randbelow(ORDER - 1), 5).pack()
+    plain = SecretShares(1 + secrets.randbelow(ORDER - 1), 5).pack()
     victim = bundle.receivers[0]
     made = session_keys.seal(site.parameters, LIAR, victim, site._peers[victim].share_public, plain)
     site._sent[victim] = type(site._sent[victim])(site._sent[victim].signed, made.ephemeral)
@@ -120,7 +120,7 @@ def dealt_again(exchange: Disputed, bundle: ShareBundle, change: Callable[[dict,
 
 def off_the_polynomial(exchange: Disputed, bundle: ShareBundle) -> ShareBundle:
     def change(shares: dict, dealing: object) -> tuple:
-        return {holder: Shares(share.seed, (share.key + 1) % ORDER) for holder, share in shares.items()}, dealing
+        return {holder: SecretShares(share.seed, (share.key + 1) % ORDER) for holder, share in shares.items()}, dealing
 
     return dealt_again(exchange, bundle, change)
 
@@ -149,7 +149,7 @@ def chosen_afterwards(exchange: Disputed, bundle: ShareBundle) -> ShareBundle:
         return (evaluate(z, given.point(holder), ORDER) - blind) * pow(d, -1, ORDER) % ORDER
 
     shares = {
-        holder: Shares(*(share(z, holder, b) for z, b in zip((z_seed, z_key), blinds[holder], strict=True)))
+        holder: SecretShares(*(share(z, holder, b) for z, b in zip((z_seed, z_key), blinds[holder], strict=True)))
         for holder in holders
     }
     dealing = Dealing(LIAR, commitments, tuple(z_seed), tuple(z_key), public_of(nonce), d)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedclaw.transport.flower import site as flower_site
-from fedclaw.transport.flower.answers import Answers
-from fedclaw.transport.flower.place import Place
+from fedclaw.transport.flower.answer_store import AnswerStore
+from fedclaw.transport.flower.site_location import SiteLocation
 from tests.site.conftest import Asker
 
 
@@ -30,14 +30,14 @@ def test_a_failed_answer_leaves_no_file_open(root, monkeypatch, cause):
     asker = Asker(root)
     message = asker.message()
     asker.site.ledger.close()
-    place = Place(root, asker.site.federation)
+    location = SiteLocation(root, asker.site.federation)
     if cause == "the answer cannot be stored":
-        monkeypatch.setattr(Answers, "store", no_room)
+        monkeypatch.setattr(AnswerStore, "store", no_room)
     else:
-        assert not flower_site.answer_at(place, message).has_error()
-        flower_site._forget(place)
+        assert not flower_site.answer_at(location, message).has_error()
+        flower_site._forget(location)
         damage(root)
     open_before = len(open_in(root))
     for _ in range(3):
-        assert flower_site.answer_at(place, message).has_error()
+        assert flower_site.answer_at(location, message).has_error()
     assert len(open_in(root)) == open_before

@@ -18,7 +18,7 @@ from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.layout import ledger_file
 from fedclaw.site.settings import load_site_settings
-from fedclaw.transport.flower import NOTE, SITE
+from fedclaw.transport.flower import FLOWER_RECORD, SITE
 from fedclaw.transport.flower import rounds as flower_rounds
 from fedclaw.transport.flower.grid import NamedGrid
 from fedclaw.transport.flower.rounds import Waiting, run_over
@@ -114,7 +114,7 @@ def test_a_node_that_says_no_name_takes_no_part(fleet, sites, caplog):
 
     @nameless.query("name")
     def answer(message, context):
-        return Message(RecordDict({NOTE: ConfigRecord({SITE: 5})}), reply_to=message)
+        return Message(RecordDict({FLOWER_RECORD: ConfigRecord({SITE: 5})}), reply_to=message)
 
     fleet.join(sites[0], nameless)
     fleet.join(sites[1])

@@ -9,7 +9,7 @@ from flwr.serverapp import ServerApp
 
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
-from fedclaw.transport.grpc import GrpcGrid, Limits, SiteLink
+from fedclaw.transport.grpc import GrpcGrid, Limits, SiteConnection
 from fedclaw.transport.grpc.apps import ClientAppHandler, load_app, run_server_app
 
 LIMITS = Limits(heartbeat=0.5, backoff_first=0.05, backoff_longest=0.2)
@@ -27,7 +27,7 @@ def site(directory: str, address: str, step: str, examples: str) -> None:
     keys = SiteKeys.open(Path(directory))
     app = load_app("plain_flower_app:client_app", ClientApp)
     handler = ClientAppHandler(app, 1, {"step": float(step), "examples": int(examples)}, {})
-    SiteLink(keys, handler, Path(directory) / "state", LIMITS, address).run(threading.Event())
+    SiteConnection(keys, handler, Path(directory) / "state", LIMITS, address).run(threading.Event())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fedclaw.identity import provisioning
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import number_of
-from fedclaw.transport.grpc import GrpcGrid, Limits, SiteLink, wire
+from fedclaw.transport.grpc import GrpcGrid, Limits, SiteConnection, frames
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 RUN_ID = 77
@@ -68,9 +68,9 @@ class Echo:
 
 
 class Running:
-    """A SiteLink on its own thread."""
+    """A SiteConnection on its own thread."""
 
-    def __init__(self, link: SiteLink) -> None:
+    def __init__(self, link: SiteConnection) -> None:
         self.link = link
         self.error: FedClawError | None = None
         self._stop = threading.Event()
@@ -100,8 +100,10 @@ class RawSite:
     def __init__(self, keys: SiteKeys, port: int) -> None:
         tls = keys.tls()
         credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
-        self.channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, wire.channel_options())
-        call = self.channel.stream_stream(wire.PATH, request_serializer=None, response_deserializer=pb.Frame.FromString)
+        self.channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, frames.channel_options())
+        call = self.channel.stream_stream(
+            frames.PATH, request_serializer=None, response_deserializer=pb.Frame.FromString
+        )
         self._out: queue.Queue[bytes | None] = queue.Queue()
         self.responses = call(iter(self._out.get, None))
 
@@ -118,7 +120,7 @@ class RawSite:
         raise AssertionError(f"the stream ended before a {kind} frame")
 
     def enter(self) -> None:
-        self.say(wire.hello(1, "test"))
+        self.say(frames.hello(1, "test"))
         self.hear("welcome")
 
     def close(self) -> None:
@@ -178,7 +180,7 @@ class Kit:
     ) -> Running:
         keys = keys or self.federation.site(name)
         state = state or self.scratch / f"state-{name}"
-        running = Running(SiteLink(keys, handler or Echo(), state, limits, f"127.0.0.1:{port}"))  # type: ignore[arg-type]
+        running = Running(SiteConnection(keys, handler or Echo(), state, limits, f"127.0.0.1:{port}"))  # type: ignore[arg-type]
         self._closing.append(running.stop)
         return running
 

@@ -21,11 +21,12 @@ from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc.apps import ClientAppHandler, load_app, run_server_app
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 
 
 @contextmanager
 def process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)])}
     command = [sys.executable, str(HERE / "app_process.py"), *arguments]
     started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:

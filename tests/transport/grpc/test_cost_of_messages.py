@@ -17,10 +17,10 @@ from fedclaw.errors import TransportError
 from fedclaw.learning.compression.stochastic import Stochastic
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.compression import Quantisation
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.codec import ALIGNMENT, MAGIC, MAX_ITEMS, MAX_NUMBERS, decode, encode
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.chunk_codec import decode_chunk, encode_chunk
 from fedclaw.transport.grpc.limits import MAX_FRAME_BYTES
-from fedclaw.transport.grpc.pieces import read_piece, write_piece
+from fedclaw.transport.grpc.message_codec import ALIGNMENT, MAGIC, MAX_ITEMS, MAX_NUMBERS, decode, encode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 KINDS = [field.name for field in pb.Frame.DESCRIPTOR.fields]
@@ -100,11 +100,11 @@ def ends(federation, tmp_path_factory):
     running = kit.link("site-cost", grid.port, limits=patient)
     grid.wait_for_sites(1, 20)
     kit.until(lambda: running.link.connected, "the site has its welcome")
-    (session,) = grid._station._sessions.values()
+    (session,) = grid._connections._sessions.values()
     stream = running.link._stream
     # Nothing that is posted here leaves: the test looks at what it costs to take, not at what follows from it.
     yield {
-        "server": lambda frame: grid._station._handle(session, frame),
+        "server": lambda frame: grid._connections._handle(session, frame),
         "site": lambda frame: running.link.handle(stream, frame),
     }
     kit.close()
@@ -119,7 +119,7 @@ def test_a_frame_costs_no_more_than_in_proportion_to_its_bytes(ends, end, kind, 
     raw = field(number, body)
 
     def take() -> None:
-        if read_piece(raw) is None:
+        if decode_chunk(raw) is None:
             frame = pb.Frame.FromString(raw)
             ends[end](frame)
 
@@ -130,7 +130,7 @@ def test_a_frame_costs_no_more_than_in_proportion_to_its_bytes(ends, end, kind, 
 def test_two_mebibytes_of_repeated_fields_are_left_to_protobuf(filler):
     body = filler * (MAX_FRAME_BYTES // 2 - 8)
     raw = field(pb.Frame.CHUNK_FIELD_NUMBER, body)
-    cost = Cost(lambda: read_piece(raw))
+    cost = Cost(lambda: decode_chunk(raw))
     assert cost.calls < 100
     assert cost.memory < MAX_FRAME_BYTES // 2
     assert cost.result is None
@@ -138,11 +138,11 @@ def test_two_mebibytes_of_repeated_fields_are_left_to_protobuf(filler):
 
 def test_a_chunk_as_we_write_it_is_still_read_without_a_copy():
     data = bytes(range(256)) * 4096
-    raw = write_piece("an-id", 7, [data])
-    cost = Cost(lambda: read_piece(raw))
+    raw = encode_chunk("an-id", 7, [data])
+    cost = Cost(lambda: decode_chunk(raw))
     assert (cost.result.transfer_id, cost.result.offset, bytes(cost.result.data)) == ("an-id", 7, data)
     assert cost.memory < 10_000
-    assert read_piece(write_piece("an-id", 0, [b""])).offset == 0
+    assert decode_chunk(encode_chunk("an-id", 0, [b""])).offset == 0
 
 
 def message(header: bytes, data: bytes = b"") -> bytes:
@@ -261,7 +261,7 @@ def test_a_server_cannot_make_a_site_beat_faster_than_its_own_least(kit):
 
 
 def test_the_longest_identifier_is_said_back_and_a_longer_one_ends_the_stream(kit):
-    wire.check_frame(wire.done("x" * 256))
-    for frame in (wire.done("x" * 257), wire.accept("x" * 257, 0), wire.refuse(pb.REASON_BUSY, "no", "x" * 257)):
+    frames.check_frame(frames.done("x" * 256))
+    for frame in (frames.done("x" * 257), frames.accept("x" * 257, 0), frames.refuse(pb.REASON_BUSY, "no", "x" * 257)):
         with pytest.raises(TransportError, match="identifier"):
-            wire.check_frame(frame)
+            frames.check_frame(frame)

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from fedclaw.transport.grpc import door, wire
+from fedclaw.transport.grpc import connection_limiter, frames
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 MIB = 1 << 20
@@ -165,16 +165,16 @@ def test_six_hundred_half_open_connections_opened_again_and_again_keep_no_site_o
 
 def test_the_oldest_of_the_busiest_address_go_first(monkeypatch):
     sent_away, told = [], []
-    crowd = door.Door(9443, 3, told.append)
-    strangers = [door._Stranger(number, number, address) for number, address in enumerate("aaabba")]
+    crowd = connection_limiter.ConnectionLimiter(9443, 3, told.append)
+    strangers = [connection_limiter._Unidentified(number, number, address) for number, address in enumerate("aaabba")]
     monkeypatch.setattr(crowd, "_close", lambda stranger: sent_away.append(stranger.descriptor))
     crowd._seen = {0: 5.0, 1: 1.0, 2: 2.0, 3: 0.0, 4: 9.0, 5: 3.0}
-    crowd._send_away(strangers, 3, now=100.0)
+    crowd._close_oldest(strangers, 3, now=100.0)
     assert sent_away[:2] == [1, 2]
     assert sent_away[2] in {3, 5}, "two of each are left, and the oldest of either goes"
     assert len(told) == 1
     assert "6 connections" in told[0]
-    crowd._send_away([door._Stranger(7, 0, "b")], 1, now=101.0)
+    crowd._close_oldest([connection_limiter._Unidentified(7, 0, "b")], 1, now=101.0)
     assert len(told) == 1, "once a minute"
 
 
@@ -188,7 +188,7 @@ def test_the_oldest_of_the_busiest_address_go_first(monkeypatch):
     ],
 )
 def test_a_peer_of_grpc_as_an_endpoint(peer, endpoint):
-    assert door.endpoint_of(peer) == endpoint
+    assert connection_limiter.endpoint_of(peer) == endpoint
 
 
 def test_streams_without_a_hello_give_up_their_places(kit):
@@ -209,7 +209,7 @@ def test_one_sites_streams_take_no_other_sites_place(kit):
     kit.link("site-a", grid.port)
     kit.until(lambda: set(grid.wait_for_sites(2, 1)) == {"site-a", "site-b"}, "both have their places")
     assert len(list(grid.send_and_receive([kit.message("site-a")], timeout=20))) == 1
-    kit.until(lambda: len(grid._station._streams) <= 2 + 3, "the rest are gone")
+    kit.until(lambda: len(grid._connections._streams) <= 2 + 3, "the rest are gone")
 
 
 def test_a_site_too_many_is_told_so_and_comes_in_when_another_leaves(kit, caplog):
@@ -279,8 +279,8 @@ def test_a_site_that_sends_headers_without_end_is_cut_off(kit):
     tls = kit.federation.site("site-a").tls()
     credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
     with grpc.secure_channel(f"127.0.0.1:{grid.port}", credentials) as channel:
-        call = channel.stream_stream(wire.PATH)(
-            iter([wire.hello(1, "test").SerializeToString()]), metadata=[("x", "y" * 64 * 1024)]
+        call = channel.stream_stream(frames.PATH)(
+            iter([frames.hello(1, "test").SerializeToString()]), metadata=[("x", "y" * 64 * 1024)]
         )
         with pytest.raises(grpc.RpcError) as failure:
             list(call)

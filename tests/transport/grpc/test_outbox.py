@@ -13,8 +13,8 @@ from fedclaw.errors import TransportError
 from fedclaw.identity import seal
 from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import Limits
-from fedclaw.transport.grpc.codec import encode
-from fedclaw.transport.grpc.outbox import Entry, Outbox
+from fedclaw.transport.grpc.message_codec import encode
+from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 
 KEYS = seal.generate("x25519")
 
@@ -25,7 +25,7 @@ def task(number: int, run: int = 1) -> Envelope:
 
 def store(
     outbox: Outbox, number: int, run: int = 1, size: int = 1000, content: RecordDict | Error | None = None
-) -> Entry:
+) -> StoredReply:
     asked = task(number, run)
     binding = seal.Binding("f", run, asked.group_id, asked.message_id, "s")
     sealed = seal.Sealer("x25519", KEYS.public).seal([bytes(size)], binding)

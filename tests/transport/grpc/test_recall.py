@@ -10,12 +10,12 @@ import pytest
 from fedclaw.errors import TransportError
 from fedclaw.protocol.message_identity import assign_message_id, expires_at, rebuild
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.codec import encode
-from fedclaw.transport.grpc.intake import Intake
-from fedclaw.transport.grpc.pieces import Piece
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.chunk_codec import Chunk
+from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Sender
+from fedclaw.transport.grpc.task_reassembler import TaskReassembler
 
 MIB = 1 << 20
 
@@ -35,9 +35,9 @@ def task(kit, identity: str, *, size: int = 4, seconds_left: float = 60.0, creat
     return pb.Offer(transfer_id=identity, envelope=envelope, size=size, stamp=b"stamp", seconds_left=seconds_left)
 
 
-def begin(intake: Intake, offer: pb.Offer) -> int:
-    envelope, left = wire.task_of(offer)
-    return intake.begin(offer, envelope, time.monotonic() + left)
+def begin(reassembler: TaskReassembler, offer: pb.Offer) -> int:
+    envelope, left = frames.task_of(offer)
+    return reassembler.begin(offer, envelope, time.monotonic() + left)
 
 
 def slow_downloads(kit, grid, count: int) -> None:
@@ -53,25 +53,25 @@ def test_a_site_answers_after_more_rounds_with_a_missed_download_than_it_has_roo
     echo = kit.Echo()
     running = kit.link("site-a", grid.port, echo, limits=kit.QUICK.model_copy(update={"queued_tasks": 2}))
     grid.wait_for_sites(1, 20)
-    intake = running.link._intake
-    real, intake.add = intake.add, lambda _chunk: None  # As on a line on which nothing gets through in time.
+    reassembler = running.link._reassembler
+    real, reassembler.add = reassembler.add, lambda _chunk: None  # As on a line on which nothing gets through in time.
     slow_downloads(kit, grid, 4)
-    intake.add = real
-    kit.until(lambda: not intake._partials, "a recall has reached the site for each of them")
+    reassembler.add = real
+    kit.until(lambda: not reassembler._partials, "a recall has reached the site for each of them")
     (reply,) = grid.send_and_receive([kit.message("site-a")], timeout=20)
     assert reply.has_content()
     assert len(echo.asked) == 1
 
 
 def test_partly_received_tasks_expire_by_themselves_and_their_number_and_size_are_bounded(kit):
-    intake = Intake(room=10 * MIB)
-    begin(intake, task(kit, "a", size=6 * MIB, seconds_left=0.05))
-    assert intake.has_room(4 * MIB, tasks=2)
-    assert not intake.has_room(5 * MIB, tasks=2)
-    assert not intake.has_room(1, tasks=1)
+    reassembler = TaskReassembler(room=10 * MIB)
+    begin(reassembler, task(kit, "a", size=6 * MIB, seconds_left=0.05))
+    assert reassembler.has_room(4 * MIB, tasks=2)
+    assert not reassembler.has_room(5 * MIB, tasks=2)
+    assert not reassembler.has_room(1, tasks=1)
     time.sleep(0.06)
-    assert intake.has_room(20 * MIB, tasks=1), "a single one larger than the room comes alone"
-    assert intake.add(Piece("a", 0, b"x")) is None
+    assert reassembler.has_room(20 * MIB, tasks=1), "a single one larger than the room comes alone"
+    assert reassembler.add(Chunk("a", 0, b"x")) is None
 
 
 def test_a_task_offered_again_as_a_larger_one_takes_no_more_than_the_room_there_is(kit):
@@ -80,8 +80,8 @@ def test_a_task_offered_again_as_a_larger_one_takes_no_more_than_the_room_there_
     link, stream = running.link, SimpleNamespace(sender=Sender())
     for size in (1, 6 * MIB):
         for name in "abcd":
-            link._offered(stream, task(kit, name, size=size))
-    held = [len(partial.buffer) for partial in link._intake._partials.values()]
+            link._on_offer(stream, task(kit, name, size=size))
+    held = [len(partial.buffer) for partial in link._reassembler._partials.values()]
     assert sum(held) <= 10 * MIB
     assert max(held) == 6 * MIB
     said = [frame.refuse.reason for frame in stream.sender._control if frame.WhichOneof("body") == "refuse"]
@@ -115,10 +115,10 @@ def test_replies_that_nobody_reads_expire(kit):
     kit.link("site-a", grid.port)
     grid.wait_for_sites(1, 20)
     (identity,) = grid.push_messages([kit.message("site-a", kit.content(500_000), ttl=0.3)])
-    kit.until(lambda: grid._desk.ready([identity]), "the reply is there")
-    assert grid._station._arrivals.held_bytes() > 0
-    kit.until(lambda: not grid._desk.ready([identity]), "it has expired")
-    kit.until(lambda: grid._station._arrivals.held_bytes() == 0, "and takes no memory any more")
+    kit.until(lambda: grid._pending.has_reply([identity]), "the reply is there")
+    assert grid._connections._replies.held_bytes() > 0
+    kit.until(lambda: not grid._pending.has_reply([identity]), "it has expired")
+    kit.until(lambda: grid._connections._replies.held_bytes() == 0, "and takes no memory any more")
     assert list(grid.pull_messages([identity])) == []
 
 
@@ -159,22 +159,22 @@ def test_a_site_whose_clock_is_an_hour_ahead_answers_and_both_ends_name_the_cloc
 
 def test_the_time_of_a_task_is_what_is_left_of_it_whatever_the_clocks_say(kit):
     offer = task(kit, "a", seconds_left=20.0, created_at=time.time() - 7200)
-    envelope, left = wire.task_of(offer)
+    envelope, left = frames.task_of(offer)
     assert left == 20.0
     assert expires_at(rebuild(envelope, kit.content())) == pytest.approx(time.time() + 20.0, abs=1)
     older = task(kit, "a", seconds_left=0.0, created_at=time.time() - 50)
-    assert wire.task_of(older)[1] == pytest.approx(10.0, abs=1), "a server of before says it by its clock"
-    assert wire.task_of(task(kit, "a", seconds_left=1e9))[1] == 60.0, "no longer than the message lives"
+    assert frames.task_of(older)[1] == pytest.approx(10.0, abs=1), "a server of before says it by its clock"
+    assert frames.task_of(task(kit, "a", seconds_left=1e9))[1] == 60.0, "no longer than the message lives"
     for wrong in (float("nan"), float("inf"), -1.0):
         with pytest.raises(TransportError):
-            wire.task_of(task(kit, "a", seconds_left=wrong))
+            frames.task_of(task(kit, "a", seconds_left=wrong))
 
 
 @pytest.mark.parametrize(("ahead", "said"), [(400.0, "400 s behind"), (-400.0, "400 s ahead of"), (30.0, None)])
 def test_a_wrong_clock_is_named(ahead, said):
-    assert wire.clock_trouble(time.time() + ahead) == said
-    assert wire.clock_trouble(0.0) is None
-    assert wire.clock_trouble(float("nan")) is None
+    assert frames.clock_trouble(time.time() + ahead) == said
+    assert frames.clock_trouble(0.0) is None
+    assert frames.clock_trouble(float("nan")) is None
 
 
 def test_the_heartbeats_go_on_after_one_that_fails(kit, caplog):
@@ -183,8 +183,8 @@ def test_the_heartbeats_go_on_after_one_that_fails(kit, caplog):
     running = kit.link("site-a", grid.port)
     kit.link("site-b", grid.port)
     grid.wait_for_sites(2, 20)
-    station = grid._station
-    real, failures = station._check, []
+    connections = grid._connections
+    real, failures = connections._check, []
 
     def fails_once(session) -> None:
         if session.peer.site == "site-a" and len(failures) < 3:
@@ -192,11 +192,11 @@ def test_the_heartbeats_go_on_after_one_that_fails(kit, caplog):
             raise RuntimeError("nobody has thought of this")
         real(session)
 
-    station._check = fails_once
+    connections._check = fails_once
     kit.until(lambda: len(failures) == 3, "it has failed three times")
-    assert station._ticker.is_alive()
-    before = station._sequence
-    kit.until(lambda: station._sequence > before + 3, "heartbeats go on")
+    assert connections._ticker.is_alive()
+    before = connections._sequence
+    kit.until(lambda: connections._sequence > before + 3, "heartbeats go on")
     assert running.link.connected
     assert "a heartbeat failed" in caplog.text
     assert set(grid.wait_for_sites(2, 20)) == {"site-a", "site-b"}
@@ -206,10 +206,10 @@ def test_the_arrays_of_a_task_are_as_sent(kit):
     """What is rebuilt under the site's clock is the same message but for its times."""
     body = kit.content(10)
     raw = b"".join(encode(body).parts)
-    intake = Intake(room=MIB)
+    reassembler = TaskReassembler(room=MIB)
     offer = task(kit, "a", size=len(raw), created_at=1.0)
-    assert begin(intake, offer) == 0
-    arrived = intake.add(Piece("a", 0, raw))
+    assert begin(reassembler, offer) == 0
+    arrived = reassembler.add(Chunk("a", 0, raw))
     assert arrived is not None
     np.testing.assert_array_equal(arrived.message.content["arrays"]["w"].numpy(), body["arrays"]["w"].numpy())
     assert arrived.message.metadata.message_id == "a"

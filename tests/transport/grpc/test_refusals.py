@@ -15,17 +15,17 @@ from fedclaw.identity.seal import Binding
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import envelope_of
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.transport.grpc import SiteLink, wire
-from fedclaw.transport.grpc.codec import encode
-from fedclaw.transport.grpc.pieces import write_piece
+from fedclaw.transport.grpc import SiteConnection, frames
+from fedclaw.transport.grpc.chunk_codec import encode_chunk
+from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 
 def dial(port: int, ca: bytes, key: bytes | None = None, certificate: bytes | None = None) -> grpc.StatusCode:
     """Open the stream as a peer with these credentials and say hello; the status it ends with."""
     credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, wire.channel_options()) as channel:
-        call = channel.stream_stream(wire.PATH)(iter([wire.hello(1, "test").SerializeToString()]))
+    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, frames.channel_options()) as channel:
+        call = channel.stream_stream(frames.PATH)(iter([frames.hello(1, "test").SerializeToString()]))
         with pytest.raises(grpc.RpcError) as failure:
             next(call)
     return failure.value.code()
@@ -104,8 +104,8 @@ def test_tls_1_2_is_refused_and_1_3_works(kit, tmp_path):
 
 def test_plaintext_is_refused(kit):
     grid = kit.grid()
-    with grpc.insecure_channel(f"127.0.0.1:{grid.port}", wire.channel_options()) as channel:
-        call = channel.stream_stream(wire.PATH)(iter([wire.hello(1, "test").SerializeToString()]))
+    with grpc.insecure_channel(f"127.0.0.1:{grid.port}", frames.channel_options()) as channel:
+        call = channel.stream_stream(frames.PATH)(iter([frames.hello(1, "test").SerializeToString()]))
         with pytest.raises(grpc.RpcError) as failure:
             next(call)
     assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -146,7 +146,7 @@ def test_a_damaged_revocation_list_lets_nobody_in(tmp_path, kit):
     grid = kit.grid()
     (tmp_path / "federation" / "revoked.crl").write_text("nothing")
     raw = kit.raw("site-a", grid.port)
-    raw.say(wire.hello(1, "test"))
+    raw.say(frames.hello(1, "test"))
     assert next(iter(raw.responses)).refuse.reason == pb.REASON_UNAVAILABLE
     assert keys.site_name == "site-a"
 
@@ -154,7 +154,7 @@ def test_a_damaged_revocation_list_lets_nobody_in(tmp_path, kit):
 def test_an_unknown_protocol_version_is_refused_clearly(kit):
     grid = kit.grid()
     raw = kit.raw("site-a", grid.port)
-    raw.say(wire.hello(99, "from the future"))
+    raw.say(frames.hello(99, "from the future"))
     refusal = next(iter(raw.responses)).refuse
     assert refusal.reason == pb.REASON_VERSION
     assert refusal.text == "this server speaks protocol 1, the site 99; install the same version"
@@ -164,9 +164,9 @@ def test_an_unknown_protocol_version_is_refused_clearly(kit):
     "frames",
     [
         [b"\xff\xff not protobuf"],
-        [wire.accept("x", 0)],
-        [wire.hello(1, "test"), wire.hello(1, "test")],
-        [wire.hello(1, "test"), b"\x3a\x05"],
+        [frames.accept("x", 0)],
+        [frames.hello(1, "test"), frames.hello(1, "test")],
+        [frames.hello(1, "test"), b"\x3a\x05"],
     ],
     ids=["garbage", "no hello", "two hellos", "cut off chunk"],
 )
@@ -189,7 +189,7 @@ def test_a_frame_above_grpcs_limit_ends_only_that_stream(kit):
     tls = kit.federation.site("site-a").tls()
     credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
     with grpc.secure_channel(f"127.0.0.1:{grid.port}", credentials) as channel:
-        call = channel.stream_stream(wire.PATH)(iter([wire.hello(1, "t").SerializeToString(), bytes(3 << 20)]))
+        call = channel.stream_stream(frames.PATH)(iter([frames.hello(1, "t").SerializeToString(), bytes(3 << 20)]))
         with pytest.raises(grpc.RpcError) as failure:
             list(call)
     assert failure.value.code() in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
@@ -205,7 +205,7 @@ class Forger:
 
     def take_task(self) -> pb.Offer:
         offer = self.raw.hear("offer").offer
-        self.raw.say(wire.done(offer.transfer_id))
+        self.raw.say(frames.done(offer.transfer_id))
         return offer
 
     def sealed(self, body: bytes, task: pb.Offer, **changed):
@@ -288,7 +288,7 @@ def test_a_replayed_reply_is_refused(kit):
     recorded = forger.sealed(content, task)
     forger.offer(task, recorded[0], len(recorded[1]), recorded[2])
     forger.raw.hear("accept")
-    forger.raw.say(write_piece(task.transfer_id, 0, [recorded[1]]))
+    forger.raw.say(encode_chunk(task.transfer_id, 0, [recorded[1]]))
     forger.raw.hear("done")
     assert next(honest).has_content()
 
@@ -308,7 +308,7 @@ def test_a_duplicate_reply_is_confirmed_and_delivered_once(kit):
     header, body, plain = forger.sealed(b"".join(encode(kit.content()).parts), task)
     forger.offer(task, header, len(body), plain)
     forger.raw.hear("accept")
-    forger.raw.say(write_piece(task.transfer_id, 0, [body]))
+    forger.raw.say(encode_chunk(task.transfer_id, 0, [body]))
     assert forger.raw.hear("done").done.transfer_id == task.transfer_id
 
     forger.offer(task, header, len(body), plain)
@@ -323,7 +323,7 @@ def test_a_tampered_segment_is_refused(forged):
     header, body, plain = forger.sealed(b"x" * 100, task)
     forger.offer(task, header, len(body), plain)
     forger.raw.hear("accept")
-    forger.raw.say(write_piece(task.transfer_id, 0, [body[:-1] + bytes([body[-1] ^ 1])]))
+    forger.raw.say(encode_chunk(task.transfer_id, 0, [body[:-1] + bytes([body[-1] ^ 1])]))
     assert forger.refusal().reason == pb.REASON_SEAL
     assert outcome(grid, replies).code == RefusalCode.MALFORMED
 
@@ -334,7 +334,7 @@ def test_a_well_sealed_reply_that_is_nonsense_is_refused(forged):
     header, body, plain = forger.sealed(b"nonsense" * 20, task)
     forger.offer(task, header, len(body), plain)
     forger.raw.hear("accept")
-    forger.raw.say(write_piece(task.transfer_id, 0, [body]))
+    forger.raw.say(encode_chunk(task.transfer_id, 0, [body]))
     assert forger.refusal().reason == pb.REASON_MALFORMED
     assert "not a FedClaw message" in outcome(grid, replies).reason
 
@@ -354,7 +354,7 @@ def test_an_offer_of_a_reply_that_was_not_asked_of_this_site_is_refused(kit):
     kit.federation.site("site-b")
     message = kit.message("site-b")
     grid.push_messages([message])
-    task = pb.Offer(transfer_id=message.metadata.message_id, envelope=wire.envelope_to_proto(envelope_of(message)))
+    task = pb.Offer(transfer_id=message.metadata.message_id, envelope=frames.envelope_to_proto(envelope_of(message)))
     header, body, plain = forger.sealed(b"x", task)
     forger.offer(task, header, len(body), plain)
     assert forger.refusal().reason == pb.REASON_NOT_ASKED
@@ -363,7 +363,7 @@ def test_an_offer_of_a_reply_that_was_not_asked_of_this_site_is_refused(kit):
 def test_a_server_of_another_federation_is_not_served(kit, tmp_path):
     other = type(kit.federation)(tmp_path)
     grid = kit.grid()
-    link = SiteLink(other.site("site-a"), kit.Echo(), tmp_path / "state", kit.QUICK, f"127.0.0.1:{grid.port}")
+    link = SiteConnection(other.site("site-a"), kit.Echo(), tmp_path / "state", kit.QUICK, f"127.0.0.1:{grid.port}")
     stop = threading.Event()
     thread = threading.Thread(target=link.run, args=(stop,), daemon=True)
     thread.start()

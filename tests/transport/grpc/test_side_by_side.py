@@ -10,10 +10,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.protocol.records import Records
-from fedclaw.transport.grpc import inbound as inbound_module
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.codec import encode
+from fedclaw.protocol.records import MessageRecords
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc import reply_receiver as receiver_module
+from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from tests.transport.grpc.uploader import Uploader
 
@@ -64,7 +64,7 @@ def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(k
     for first in range(40):
         for site in sites:
             site.send(first, 1)
-        held.append(grid._station._arrivals.held_bytes())
+        held.append(grid._connections._replies.held_bytes())
     for site in sites:
         site.send(40, len(site.pieces) - 40)
     thread.join(60)
@@ -73,12 +73,12 @@ def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(k
         values = reply.content["sum"]["w"].numpy()
         assert (values.size, values[-1]) == (10 * MIB, 10 * MIB - 1)
     assert max(held) <= 64 * MIB
-    kit.until(lambda: grid._station._arrivals.held_bytes() == 0, "all memory is free again")
+    kit.until(lambda: grid._connections._replies.held_bytes() == 0, "all memory is free again")
 
 
 def test_what_waits_on_disk_has_no_name_there_and_is_gone_after_it_was_read(kit, tmp_path):
     grid = kit.grid(limits(kit, inbound_bytes=MIB))
-    grid._station._arrivals._directory = tmp_path
+    grid._connections._replies._buffers.directory = tmp_path
     names = ["site-a", "site-b"]
     sites = [uploader(kit, grid, name) for name in names]
     thread, found = asked(kit, grid, names)
@@ -112,8 +112,8 @@ def test_a_withdrawn_reply_leaves_neither_memory_nor_disk_behind(kit):
     site.accepted()
     site.send(0, 6)
     thread.join(60)
-    arrivals = grid._station._arrivals
-    kit.until(lambda: not arrivals._admitted and not arrivals._waiting, "nothing is held")
+    receiver = grid._connections._replies
+    kit.until(lambda: not receiver._buffers.accepted and not receiver._buffers.waiting, "nothing is held")
 
 
 @pytest.mark.parametrize("spool_bytes", [0, 2 * MIB])
@@ -131,10 +131,10 @@ def test_a_full_disk_brings_replies_one_after_the_other_and_loses_none(kit, capl
         kit.link(name, grid.port, Large())
     grid.wait_for_sites(3, 20)
     gate = threading.Event()
-    arrivals = grid._station._arrivals
-    real = arrivals._charge
+    receiver = grid._connections._replies
+    real = receiver._buffers.charge
     # All three begin before one has ended, as on a slow line.
-    arrivals._charge = lambda arrival, more: real(arrival, more) and (gate.wait(0.1) or True)
+    receiver._buffers.charge = lambda reply, more: real(reply, more) and (gate.wait(0.1) or True)
     thread, found = asked(kit, grid, names)
     thread.join(60)
     assert sorted(found) == names
@@ -146,7 +146,7 @@ def test_a_reply_larger_than_its_question_can_yield_is_refused_by_its_offer_and_
     liar = uploader(kit, grid, "site-a")
     kit.link("site-b", grid.port)
     grid.wait_for_sites(2, 20)
-    body = Records(dict(kit.content()))
+    body = MessageRecords(dict(kit.content()))
     body.reply_bytes = 4096
     thread, found = asked(kit, grid, ["site-a", "site-b"], body=body)
     liar.offer(2 * MIB)
@@ -155,7 +155,7 @@ def test_a_reply_larger_than_its_question_can_yield_is_refused_by_its_offer_and_
     assert found["site-a"].error.code == RefusalCode.UPDATE_SIZE
     assert "limit 4096" in found["site-a"].error.reason
     assert found["site-b"].has_content()
-    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+    assert list(grid.excluded_nodes()) == [kit.number_of("site-a")]
     assert "site-a is not asked again in this run" in caplog.text
 
 
@@ -181,7 +181,7 @@ def test_a_liar_within_the_bound_delays_nobody_and_is_named_by_its_rate(kit, cap
     error = found["site-liar"].error
     assert error.code == RefusalCode.SLOW
     assert "bytes/s" in error.reason
-    assert list(grid.set_aside()) == [kit.number_of("site-liar")]
+    assert list(grid.excluded_nodes()) == [kit.number_of("site-liar")]
 
 
 def test_a_liar_is_named_by_its_rate_at_the_readers_deadline_too(kit):
@@ -194,7 +194,7 @@ def test_a_liar_is_named_by_its_rate_at_the_readers_deadline_too(kit):
     liar.send(0, 1)
     (reply,) = stream
     assert reply.error.code == RefusalCode.SLOW
-    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+    assert list(grid.excluded_nodes()) == [kit.number_of("site-a")]
 
 
 @pytest.mark.parametrize(("after", "named"), [(0.1, False), (1.5, True)])
@@ -210,7 +210,7 @@ def test_a_site_that_breaks_off_is_judged_by_the_time_until_then(kit, after, nam
     site.raw.close()
     thread.join(60)
     assert [reply.error.code for reply in found.values()] == [RefusalCode.SLOW] * named
-    assert list(grid.set_aside()) == [kit.number_of("site-a")] * named
+    assert list(grid.excluded_nodes()) == [kit.number_of("site-a")] * named
 
 
 def test_a_site_that_began_late_at_a_good_rate_is_not_set_aside(kit):
@@ -223,7 +223,7 @@ def test_a_site_that_began_late_at_a_good_rate_is_not_set_aside(kit):
     site.send(0, 4)
     thread.join(60)
     assert found == {}
-    assert grid.set_aside() == {}
+    assert grid.excluded_nodes() == {}
 
 
 def test_a_site_that_offers_another_reply_every_moment_is_judged_by_all_that_came(kit):
@@ -238,7 +238,7 @@ def test_a_site_that_offers_another_reply_every_moment_is_judged_by_all_that_cam
         time.sleep(0.35)
     thread.join(60)
     assert found["site-a"].error.code == RefusalCode.SLOW
-    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+    assert list(grid.excluded_nodes()) == [kit.number_of("site-a")]
 
 
 def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(kit):
@@ -251,7 +251,10 @@ def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(ki
     liar.send(0, 3)
     honest.offer(0, content=arrays(4))
     honest.accepted()
-    kit.until(lambda: any(one.to_disk for one in grid._station._arrivals._admitted.values()), "there is no memory")
+    kit.until(
+        lambda: any(one.memory_was_short for one in grid._connections._replies._buffers.accepted.values()),
+        "there is no memory",
+    )
 
     def promise() -> None:
         number = 0
@@ -273,15 +276,15 @@ def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(ki
 def test_a_reply_on_disk_whose_site_goes_as_its_last_piece_comes_is_read_all_the_same(kit, monkeypatch):
     grid = kit.grid(limits(kit, inbound_bytes=MIB))
     sites = [uploader(kit, grid, name) for name in ("site-a", "site-b")]
-    arrivals = grid._station._arrivals
-    spool = arrivals._spool
+    receiver = grid._connections._replies
+    spool = receiver._buffers.spool
 
-    def gone_meanwhile(arrival, chunk) -> None:
-        spool(arrival, chunk)
-        if arrival.received + len(chunk.data) == arrival.offer.size:
-            arrivals.detach(arrival.session)
+    def gone_meanwhile(reply, chunk) -> None:
+        spool(reply, chunk)
+        if reply.received + len(chunk.data) == reply.offer.size:
+            receiver.on_disconnect(reply.session)
 
-    monkeypatch.setattr(arrivals, "_spool", gone_meanwhile)
+    monkeypatch.setattr(receiver._buffers, "spool", gone_meanwhile)
     thread, found = asked(kit, grid, ["site-a", "site-b"], timeout=10.0)
     for site in sites:
         site.offer(0, content=arrays(4))
@@ -298,17 +301,17 @@ def test_a_site_that_goes_as_its_turn_comes_may_come_back_and_nobody_else_is_hun
     """Its turn may come on the thread of another site's stream."""
     grid = kit.grid(limits(kit))
     site = uploader(kit, grid, "site-a")
-    arrivals = grid._station._arrivals
-    next_admitted, gone = arrivals._next_admitted, []
+    receiver = grid._connections._replies
+    accept_next, gone = receiver._buffers.accept_next, []
 
     def gone_meanwhile():
-        found = next_admitted()
+        found = accept_next()
         if found is not None and not gone:
             gone.append(found)
-            arrivals.detach(grid._station._sessions[kit.number_of("site-a")])
+            receiver.on_disconnect(grid._connections._sessions[kit.number_of("site-a")])
         return found
 
-    monkeypatch.setattr(arrivals, "_next_admitted", gone_meanwhile)
+    monkeypatch.setattr(receiver._buffers, "accept_next", gone_meanwhile)
     thread, found = asked(kit, grid, ["site-a"], timeout=10.0)
     site.offer(0, content=arrays(4))
     kit.until(lambda: gone, "its turn has come")
@@ -332,7 +335,7 @@ def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inb
     def no_memory(_body):
         raise MemoryError("no memory is left")
 
-    monkeypatch.setattr(inbound_module, "decode", no_memory)
+    monkeypatch.setattr(receiver_module, "decode", no_memory)
     thread, found = asked(kit, grid, ["site-a", "site-b"])
     for site in sites:
         site.offer(0, content=arrays(4))
@@ -342,7 +345,7 @@ def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inb
         site.send(3, len(site.pieces) - 3)
     thread.join(30)
     assert [reply.error.code for reply in found.values()] == [RefusalCode.FAILED] * 2
-    assert grid._station._arrivals.held_bytes() == 0
+    assert grid._connections._replies.held_bytes() == 0
 
 
 def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit):
@@ -355,26 +358,26 @@ def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit
     thread.join(30)
     assert found["site-a"].error.code == RefusalCode.SLOW
     assert "the least is" in found["site-a"].error.reason
-    assert list(grid.set_aside()) == [kit.number_of("site-a")]
+    assert list(grid.excluded_nodes()) == [kit.number_of("site-a")]
 
 
 def test_hundreds_of_waiting_replies_with_bad_seals_are_refused_one_by_one(kit):
     """They wait behind one that holds what memory there is; each refusal made room for the next, ever deeper."""
     grid = kit.grid(limits(kit, inbound_bytes=MIB, spool_bytes=0))
-    arrivals = grid._station._arrivals
+    receiver = grid._connections._replies
     site = uploader(kit, grid, "site-a")
     messages = [kit.message("site-a", group=str(number)) for number in range(500)]
     found: list[object] = []
     stream = grid.send_and_receive(messages, timeout=60)
     # As if the disk had just been found full: a reply is begun only if memory has room for all of it.
-    arrivals._no_disk_until = time.monotonic() + 3600
+    receiver._buffers.no_disk_until = time.monotonic() + 3600
     tasks = [site.raw.hear("offer").offer for _ in messages]
     site.reply(tasks[0], MIB)
     pieces = site.pieces
     site.accepted()
     for task in tasks[1:]:
         site.reply(task, 100, header=b"bad seal")
-    kit.until(lambda: len(arrivals._waiting) == len(messages) - 1, "all others wait")
+    kit.until(lambda: len(receiver._buffers.waiting) == len(messages) - 1, "all others wait")
     site.task, site.pieces = tasks[0], pieces
     site.send(0, 1)
     for reply in stream:
@@ -399,7 +402,7 @@ def test_a_stream_of_idle_offers_is_ended_and_fills_no_log(kit, caplog, asked_fo
         offer.transfer_id = "nobody-asked"
     for _ in range(3000):
         site.raw.say(pb.Frame(offer=offer))
-    kit.until(lambda: not grid._station.connected(), "its stream is ended")
+    kit.until(lambda: not grid._connections.connected(), "its stream is ended")
     assert len([line for line in caplog.messages if "site-a" in line]) < 400
 
 
@@ -411,7 +414,7 @@ def test_offers_with_a_swollen_header_or_identifier_are_not_kept(kit):
     assert site.refusal().reason == pb.REASON_MALFORMED
     thread.join(30)
     assert found["site-a"].error.code == RefusalCode.MALFORMED
-    site.raw.say(wire.done("x" * MIB))
+    site.raw.say(frames.done("x" * MIB))
     assert site.refusal().reason == pb.REASON_PROTOCOL
 
 
@@ -458,4 +461,4 @@ def test_200_mb_of_junk_at_a_piece_every_8_s_slow_the_honest_by_a_fifth_at_most(
     trickling.join()
     assert beside <= 1.2 * alone, (beside, alone)
     assert found["site-liar"].error.code == RefusalCode.SLOW
-    assert list(grid.set_aside()) == [kit.number_of("site-liar")]
+    assert list(grid.excluded_nodes()) == [kit.number_of("site-liar")]

@@ -6,22 +6,22 @@ import pytest
 
 from experiments.processes import free_port
 from fedclaw.transport.grpc import Limits
-from fedclaw.transport.grpc.link import SiteLink
+from fedclaw.transport.grpc.site_connection import SiteConnection
 
-LOGGER = "fedclaw.transport.grpc.link"
+LOGGER = "fedclaw.transport.grpc.site_connection"
 
 
 @pytest.fixture
 def tries(monkeypatch):
     """How often sites have tried to connect."""
     made = []
-    connect = SiteLink._connect_once
+    connect = SiteConnection._connect_once
 
     def counting(self, stop):
         made.append(1)
         return connect(self, stop)
 
-    monkeypatch.setattr(SiteLink, "_connect_once", counting)
+    monkeypatch.setattr(SiteConnection, "_connect_once", counting)
     return made
 
 
@@ -63,6 +63,6 @@ def test_a_server_that_is_gone_is_told_of_once_until_it_is_back(kit, tries, capl
 
 def test_no_site_waits_longer_than_ten_seconds(kit):
     keys = kit.federation.site("site-a")
-    link = SiteLink(keys, kit.Echo(), kit.scratch / "state", Limits())
+    link = SiteConnection(keys, kit.Echo(), kit.scratch / "state", Limits())
     assert max(link._delay(failures) for failures in range(17) for _ in range(50)) <= 10
     assert len({link._delay(16) for _ in range(20)}) > 1, "sites do not come back in the same instant"

@@ -2,8 +2,8 @@
 
 from fedclaw.identity.seal import SEGMENT, TAG, Binding
 from fedclaw.identity.site_home import SiteKeys
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.pieces import write_piece
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.chunk_codec import encode_chunk
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from tests.transport.grpc.conftest import RawSite
 
@@ -23,7 +23,7 @@ class Uploader:
     def reply(self, task: pb.Offer, size: int, *, content: bytes | None = None, header: bytes | None = None) -> None:
         """Offer a reply to `task`: `content`, or `size` bytes of nothing; `header` in the place of the true one."""
         self.task = task
-        self.raw.say(wire.done(self.task.transfer_id))
+        self.raw.say(frames.done(self.task.transfer_id))
         asked = self.task.envelope
         binding = Binding(
             self.keys.descriptor.name, asked.run_id, asked.group_id, asked.message_id, self.keys.site_name
@@ -48,7 +48,7 @@ class Uploader:
 
     def send(self, first: int, count: int) -> None:
         for number in range(first, first + count):
-            self.raw.say(write_piece(self.task.transfer_id, number * (SEGMENT + TAG), [self.pieces[number]]))
+            self.raw.say(encode_chunk(self.task.transfer_id, number * (SEGMENT + TAG), [self.pieces[number]]))
 
     def refusal(self) -> pb.Refuse:
         for frame in self.raw.responses:

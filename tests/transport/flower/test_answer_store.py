@@ -8,14 +8,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedclaw.protocol.arrays import pack, unpack
-from fedclaw.transport.flower.answers import KEPT, Answers, for_flower
+from fedclaw.transport.flower.answer_store import KEPT, AnswerStore, for_flower
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 @pytest.fixture
 def answers(tmp_path):
-    return Answers(tmp_path / "answers")
+    return AnswerStore(tmp_path / "answers")
 
 
 def answer(number=0):

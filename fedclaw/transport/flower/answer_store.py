@@ -1,10 +1,10 @@
-"""The answers that a site has given on Flower's runtimes, kept so that a question asked again gets the same answer.
+"""A site's answers on Flower's runtimes, stored so that a repeated question gets the same answer at no further cost.
 
-Flower has no outbox: a reply that is lost on the way is lost. An answer is therefore stored at the site, under the
-question's identity, before it is paid for as released and before a byte of it leaves; another process that is asked
-the same question finds it there. Without it, a question asked twice would be trained, and paid for, twice.
+Flower has no outbox: a lost reply is lost. So an answer is stored at the site, under the question's identity, before
+it is settled as released and before a byte of it leaves. Any process that is asked the same question finds it there;
+without it, a question asked twice would be trained, and paid for, twice.
 
-A file holds the answer as `fedclaw.transport.grpc.codec` encodes it, mode 0600: it is what leaves the site in any case.
+A file holds the answer as `fedclaw.transport.grpc.message_codec` encodes it, with mode 0600.
 """
 
 import hashlib
@@ -15,23 +15,23 @@ from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedclaw.errors import TransportError
 from fedclaw.files import PRIVATE_MODE, write_atomic
-from fedclaw.transport.grpc.codec import decode, encode
+from fedclaw.transport.grpc.message_codec import decode, encode
 
 log = logging.getLogger(__name__)
 
 KEPT = 8
-"""Answers: four rounds of one run, or one round of four runs."""
+"""Answers kept: four rounds of one run (train and evaluate), or one round of four runs."""
 _SUFFIX = ".answer"
 
 
-class Answers:
-    """The newest answers of one site, in `directory`. Whoever uses it holds the site's lock."""
+class AnswerStore:
+    """The newest answers of one site, in `directory`. Its user holds the site's lock."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def find(self, identity: str) -> RecordDict | None:
-        """The answer given under that identity; a damaged one is dropped, and its question answered, and paid, anew."""
+        """The answer to that question, or None. A damaged one is removed; its question is paid for anew."""
         path = self._path(identity)
         try:
             content = decode(path.read_bytes())
@@ -44,7 +44,7 @@ class Answers:
         return content if isinstance(content, RecordDict) else None
 
     def store(self, identity: str, answer: RecordDict) -> None:
-        """Keep `answer`, durable on return, and the newest others. Raises OSError if the disk will not have it."""
+        """Store `answer`, durable on return, and remove the oldest ones. Raises OSError if it cannot be written."""
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomic(self._path(identity), b"".join(encode(answer).parts), PRIVATE_MODE)
         stored = sorted(self._directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
@@ -56,7 +56,7 @@ class Answers:
 
 
 def for_flower(content: RecordDict) -> RecordDict:
-    """`content` of Flower's own classes alone: Flower rebuilds an object by the name of its class."""
+    """`content` made of Flower's own classes only: Flower rebuilds an object by the name of its class."""
     return RecordDict(
         {
             name: ArrayRecord({key: _plain(array) for key, array in record.items()})

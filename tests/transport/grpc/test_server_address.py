@@ -9,8 +9,8 @@ from fedclaw.identity import pki, provisioning
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.names import canonical_address, check_host
 from fedclaw.identity.site_home import SiteKeys
-from fedclaw.transport.grpc import GrpcGrid, SiteLink
-from fedclaw.transport.grpc.route import dialled, proxy_of
+from fedclaw.transport.grpc import GrpcGrid, SiteConnection
+from fedclaw.transport.grpc.server_address import channel_target, proxy_for
 from tests.transport.grpc.conftest import Running
 
 
@@ -23,7 +23,7 @@ def enrolled(root, address: str, **settings) -> tuple[FederationHome, SiteKeys]:
 
 def connects(kit, home, keys, listen: str, dial: str) -> bool:
     with GrpcGrid(home, address=listen, run_id=kit.RUN_ID, limits=kit.QUICK) as grid:
-        link = SiteLink(keys, kit.Echo(), kit.scratch / "state", kit.QUICK, dial.format(port=grid.port))
+        link = SiteConnection(keys, kit.Echo(), kit.scratch / "state", kit.QUICK, dial.format(port=grid.port))
         running = Running(link)
         try:
             return grid.wait_for_sites(1, 10) == ("site-a",)
@@ -43,7 +43,7 @@ def test_another_federations_server_is_no_server_of_ours_whatever_leads_to_it(ki
     theirs, _ = enrolled(tmp_path / "theirs", "203.0.113.7:9443")
     _, keys = enrolled(tmp_path, "203.0.113.7:9443")
     with GrpcGrid(theirs, address="127.0.0.1:0", run_id=kit.RUN_ID, limits=kit.QUICK) as grid:
-        running = Running(SiteLink(keys, kit.Echo(), kit.scratch / "state", kit.QUICK, f"127.0.0.1:{grid.port}"))
+        running = Running(SiteConnection(keys, kit.Echo(), kit.scratch / "state", kit.QUICK, f"127.0.0.1:{grid.port}"))
         kit.until(lambda: "next attempt" in caplog.text, "the site has given up on it")
         assert list(grid.get_node_ids()) == []
         running.stop()
@@ -96,7 +96,7 @@ def test_one_way_to_write_an_address(written, canonical):
 
 def test_an_override_that_is_no_address_is_a_users_mistake(kit):
     with pytest.raises(UsageError, match="server: 'nonsense' is not HOST:PORT"):
-        SiteLink(kit.federation.site("site-a"), kit.Echo(), kit.scratch / "state", kit.QUICK, "nonsense")
+        SiteConnection(kit.federation.site("site-a"), kit.Echo(), kit.scratch / "state", kit.QUICK, "nonsense")
 
 
 @pytest.fixture
@@ -129,14 +129,14 @@ def test_a_server_that_is_down_is_still_called_that_without_a_proxy(kit, caplog,
 
 def test_a_host_that_is_exempt_takes_no_proxy(monkeypatch, no_proxies):
     monkeypatch.setenv("https_proxy", "proxy.example.org:3128")
-    assert proxy_of("fl.example.org:1") == ("http://proxy.example.org:3128", "https_proxy")
+    assert proxy_for("fl.example.org:1") == ("http://proxy.example.org:3128", "https_proxy")
     monkeypatch.setenv("no_proxy", "localhost, example.org")
-    assert proxy_of("fl.example.org:1") is None
-    assert proxy_of("fl.example.com:1") is not None
+    assert proxy_for("fl.example.org:1") is None
+    assert proxy_for("fl.example.com:1") is not None
 
 
 def test_the_name_that_is_checked_is_the_descriptors(no_proxies):
-    assert dialled("FL.Example.org:9443", "10.0.0.5:1") == (
+    assert channel_target("FL.Example.org:9443", "10.0.0.5:1") == (
         "10.0.0.5:1",
         [("grpc.ssl_target_name_override", "fl.example.org")],
     )

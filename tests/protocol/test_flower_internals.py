@@ -1,4 +1,4 @@
-"""Fails when Flower changes something that fedclaw/transport/message_identity.py relies on: look at that file then."""
+"""Fails when Flower changes something that fedclaw/protocol/message_identity.py relies on: look at that file then."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""The site's end: one stream to the server, opened by the site, kept up for ever."""
+"""A site's connection to its server: one stream, opened by the site, and opened again whenever it breaks."""
 
 import logging
 import random
@@ -18,24 +18,24 @@ from fedclaw.identity.names import split_address
 from fedclaw.identity.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
 from fedclaw.protocol.message_identity import number_of
 from fedclaw.transport.base import SiteHandler
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.intake import Intake
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.allocator import tune_allocator
+from fedclaw.transport.grpc.chunk_codec import Chunk, decode_chunk
 from fedclaw.transport.grpc.limits import Limits
-from fedclaw.transport.grpc.memory import tune_allocator
-from fedclaw.transport.grpc.outbox import Entry, Outbox
-from fedclaw.transport.grpc.pieces import Piece, read_piece
+from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.grpc.route import dialled, proxy_of
 from fedclaw.transport.grpc.sender import Sender
+from fedclaw.transport.grpc.server_address import channel_target, proxy_for
+from fedclaw.transport.grpc.task_reassembler import TaskReassembler
 from fedclaw.transport.grpc.worker import Worker
 
 log = logging.getLogger(__name__)
 
-NOBODY = "nobody listens there (connection refused)"
+NOTHING_LISTENS = "nobody listens there (connection refused)"
 _GLANCE = 0.1
 _LEAST_HEARTBEAT = 0.05
-"""Seconds: a server cannot make a site beat faster."""
+"""Seconds: a server cannot make a site send heartbeats faster."""
 _LONGEST_DOUBLING = 16
 
 
@@ -44,17 +44,17 @@ class RunFinished(TransportError):
 
 
 class _Stream:
-    """One connection, from dialling to its end."""
+    """One stream, from its connection attempt to its end."""
 
-    def __init__(self, link: "SiteLink", channel: Any) -> None:
+    def __init__(self, connection: "SiteConnection", channel: Any) -> None:
         self.sender = Sender()
         self.heard = time.monotonic()
         self.welcomed = False
         self.ended = threading.Event()
         self.problem: TransportError | None = None
-        self._link = link
-        call = channel.stream_stream(wire.PATH)
-        self.sender.post(wire.hello(PROTOCOL_VERSION, f"fedclaw {__version__}"))
+        self._connection = connection
+        call = channel.stream_stream(frames.PATH)
+        self.sender.post(frames.hello(PROTOCOL_VERSION, f"fedclaw {__version__}"))
         self._responses = call(self.sender.frames())
         threading.Thread(target=self._read, name="fedclaw-read", daemon=True).start()
 
@@ -72,7 +72,7 @@ class _Stream:
         except DecodeError:
             self.problem = TransportError("the server sent something that is not a frame of this protocol")
         except grpc.RpcError as error:
-            self.problem = TransportError(self._link.describe(error))
+            self.problem = TransportError(self._connection.describe(error))
         except Exception as error:
             log.exception("the stream failed")
             self.problem = TransportError(f"the stream failed: {type(error).__name__}")
@@ -83,15 +83,15 @@ class _Stream:
     def _read_all(self, responses: Iterable[bytes]) -> None:
         for raw in responses:
             self.heard = time.monotonic()
-            piece = read_piece(raw) if self.welcomed else None
+            piece = decode_chunk(raw) if self.welcomed else None
             if piece is not None:
-                self._link.chunk(self, piece)
+                self._connection.on_chunk(self, piece)
             else:
-                self._link.handle(self, pb.Frame.FromString(raw))
+                self._connection.on_frame(self, pb.Frame.FromString(raw))
 
 
-class SiteLink:
-    """Connects a site's handler to its federation's server and keeps it connected."""
+class SiteConnection:
+    """Connects a site's handler to its federation's server, and reconnects."""
 
     def __init__(
         self,
@@ -103,21 +103,21 @@ class SiteLink:
     ) -> None:
         """`state` is the site's state directory (the outbox lies in it); `address` overrides the descriptor's.
 
-        Raises UsageError for an address that is none.
+        Raises UsageError for a malformed address.
         """
         self._keys = keys
         self._limits = limits or Limits()
         try:
-            self._address, self._name = dialled(keys.descriptor.address, address)
+            self._address, self._name = channel_target(keys.descriptor.address, address)
         except ValueError as error:
             raise UsageError(f"server: {error}") from None
         self._outbox = Outbox(state / "outbox", self._limits)
-        self._intake = Intake(self._limits.intake_bytes)
+        self._reassembler = TaskReassembler(self._limits.intake_bytes)
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
         self._sequence = 0
-        self._told: set[str] = set()
-        """What has been said of there being no connection, since there was one."""
+        self._logged_reasons: set[str] = set()
+        """Reasons for having no connection that were logged since the last one."""
         self._heartbeat = self._limits.heartbeat
         self._worker = Worker(
             handler,
@@ -126,8 +126,8 @@ class SiteLink:
             keys.descriptor.name,
             keys.site_name,
             self._limits,
-            self._announce,
-            self._give_up,
+            self._offer_reply,
+            self._report_unanswered,
         )
 
     @property
@@ -137,15 +137,15 @@ class SiteLink:
 
     @property
     def connected(self) -> bool:
-        """Whether the server has welcomed the present connection."""
+        """Whether the server has welcomed the current stream."""
         stream = self._stream
         return stream is not None and stream.welcomed and not stream.ended.is_set()
 
     def run(self, stop: threading.Event) -> None:
         """Connect, serve and reconnect until `stop` is set.
 
-        Raises ConnectionRefused when the server will not have this site for good, or when the site's certificate is
-        not valid (any more): a server ends such a connection without a word, so the site has to say why.
+        Raises ConnectionRefused when the server refuses this site for good, or when the site's certificate is not
+        valid: a server closes such a connection without a reason, so the site has to give it.
         """
         tune_allocator()
         self._worker.start()
@@ -160,7 +160,7 @@ class SiteLink:
                     return
                 failures = 0 if welcomed else min(failures + 1, _LONGEST_DOUBLING)
                 delay = self._delay(failures)
-                self._say(problem, welcomed, delay)
+                self._log_outage(problem, welcomed, delay)
                 stop.wait(delay)
         finally:
             self._worker.stop()
@@ -173,20 +173,20 @@ class SiteLink:
             raise ConnectionRefused(str(error)) from error
 
     def _delay(self, failures: int) -> float:
-        """Exponential with jitter: sites that lost the same server do not come back in the same instant."""
+        """Seconds to wait: exponential, with jitter, so that sites do not all reconnect at the same moment."""
         mean, longest = self._limits.backoff_first * float(2**failures), self._limits.backoff_longest
         spread = random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, hides nothing
         return min(mean * spread, longest * (spread + 1.5) / 3)
 
-    def _say(self, problem: TransportError, welcomed: bool, delay: float) -> None:
-        """Why there is no connection, once for each reason until there is one again; a run's end is no trouble."""
+    def _log_outage(self, problem: TransportError, welcomed: bool, delay: float) -> None:
+        """Log why there is no connection, once per reason until there is one again. A run's end is no warning."""
         if welcomed:
-            self._told.clear()
+            self._logged_reasons.clear()
         if isinstance(problem, RunFinished):
             log.info("run finished: the server has ended; this site waits for the next one")
-            self._told.add(NOBODY)
-        elif str(problem) not in self._told:
-            self._told.add(str(problem))
+            self._logged_reasons.add(NOTHING_LISTENS)
+        elif str(problem) not in self._logged_reasons:
+            self._logged_reasons.add(str(problem))
             log.warning(
                 "%s: %s; next attempt in %.1f s, and again every %g s at most",
                 *(self._address, problem, delay, self._limits.backoff_longest),
@@ -195,7 +195,7 @@ class SiteLink:
     def _connect_once(self, stop: threading.Event) -> tuple[bool, TransportError]:
         tls = self._keys.tls()
         credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
-        with grpc.secure_channel(self._address, credentials, [*wire.channel_options(), *self._name]) as channel:
+        with grpc.secure_channel(self._address, credentials, [*frames.channel_options(), *self._name]) as channel:
             stream = _Stream(self, channel)
             with self._lock:
                 self._stream = stream
@@ -209,33 +209,33 @@ class SiteLink:
         return stream.welcomed, stream.problem if isinstance(stream.problem, ConnectionRefused) else problem
 
     def _watch(self, stream: _Stream, stop: threading.Event) -> TransportError:
-        """Heartbeats, until the stream or the site ends."""
+        """Send heartbeats until the stream or the site ends; returns why it ended."""
         opened = last = time.monotonic()
         while not stream.ended.wait(min(_GLANCE, self._heartbeat)):
             now = time.monotonic()
             if stop.is_set():
                 return TransportError("the site is stopping")
             if not stream.welcomed and now - opened > self._limits.handshake + self._limits.silence:
-                return TransportError(f"no server answered{self._by_proxy()}")
+                return TransportError(f"no server answered{self._proxy_hint()}")
             if stream.welcomed and now - stream.heard > self._heartbeat * self._limits.missed_heartbeats:
                 return TransportError("the server fell silent")
             if stream.welcomed and now - last >= self._heartbeat:
                 last = now
                 self._sequence += 1
-                stream.sender.post(wire.heartbeat(self._sequence))
+                stream.sender.post(frames.heartbeat(self._sequence))
         return stream.problem or TransportError("the stream ended")
 
     def describe(self, error: grpc.RpcError) -> str:
-        """Why a connection failed, as far as this end can know."""
+        """Why a connection failed, as far as this end can tell."""
         details = error.details() if hasattr(error, "details") else ""
-        proxy = proxy_of(self._address)
+        proxy = proxy_for(self._address)
         if proxy is not None and "Connection refused" in (details or ""):
-            return f"nobody listens at the proxy (connection refused){self._by_proxy()}"
+            return f"nobody listens at the proxy (connection refused){self._proxy_hint()}"
         stream = self._stream
-        return _describe(error) + ("" if stream is not None and stream.welcomed else self._by_proxy())
+        return _describe(error) + ("" if stream is not None and stream.welcomed else self._proxy_hint())
 
-    def _by_proxy(self) -> str:
-        if (proxy := proxy_of(self._address)) is None:
+    def _proxy_hint(self) -> str:
+        if (proxy := proxy_for(self._address)) is None:
             return ""
         url, variable = proxy
         host = split_address(self._address)[0]
@@ -244,23 +244,23 @@ class SiteLink:
             f"it through, or add {host} to no_proxy"
         )
 
-    def _announce(self, entry: Entry) -> None:
-        """Offer a stored reply now if there is a stream; else the server will ask again when there is."""
+    def _offer_reply(self, entry: StoredReply) -> None:
+        """Offer a stored reply, if there is a stream; if not, the server asks again when there is."""
         with self._lock:
             stream = self._stream
         if stream is not None and stream.welcomed:
             stream.sender.offer(entry.outgoing())
 
-    def _give_up(self, message_id: str, text: str) -> None:
-        """Tell the server that a task has no answer; without a stream it will ask again."""
+    def _report_unanswered(self, message_id: str, text: str) -> None:
+        """Tell the server that no reply to a task will come; without a stream it asks again."""
         with self._lock:
             stream = self._stream
         if stream is not None and stream.welcomed:
-            stream.sender.post(wire.refuse(pb.REASON_UNANSWERED, text, message_id))
+            stream.sender.post(frames.refuse(pb.REASON_UNANSWERED, text, message_id))
 
-    def handle(self, stream: _Stream, frame: pb.Frame) -> None:
-        """One frame of the server. Raises TransportError if it breaks the protocol or refuses the site."""
-        wire.check_frame(frame)
+    def on_frame(self, stream: _Stream, frame: pb.Frame) -> None:
+        """Handle a frame of the server. Raises TransportError if it breaks the protocol or refuses the site."""
+        frames.check_frame(frame)
         kind = frame.WhichOneof("body")
         if kind == "refuse" and not frame.refuse.transfer_id:
             self._connection_refused(frame.refuse)
@@ -269,16 +269,16 @@ class SiteLink:
                 raise TransportError("the server's first frame is not a welcome")
             self._welcome(stream, frame.welcome)
         elif kind == "offer":
-            self._offered(stream, frame.offer)
+            self._on_offer(stream, frame.offer)
         elif kind == "chunk":
             chunk = frame.chunk
-            self.chunk(stream, Piece(chunk.transfer_id, chunk.offset, chunk.data))
+            self.on_chunk(stream, Chunk(chunk.transfer_id, chunk.offset, chunk.data))
         elif kind == "accept":
             stream.sender.start(frame.accept.transfer_id, frame.accept.offset)
         elif kind == "done":
             stream.sender.withdraw(frame.done.transfer_id)
         elif kind == "refuse" and frame.refuse.reason == pb.REASON_RECALLED:
-            self._recalled(stream, frame.refuse.transfer_id)
+            self._on_recall(stream, frame.refuse.transfer_id)
         elif kind == "refuse":
             self._reply_refused(stream, frame.refuse)
         elif kind != "heartbeat":
@@ -287,92 +287,92 @@ class SiteLink:
     def _connection_refused(self, refusal: pb.Refuse) -> None:
         if refusal.reason == pb.REASON_FINISHED:
             raise RunFinished("the run has finished")
-        text = f"the server refused this site ({wire.reason_name(refusal.reason)}): {wire.printable(refusal.text)}"
-        raise (ConnectionRefused if refusal.reason in wire.FOR_GOOD else TransportError)(text)
+        text = f"the server refused this site ({frames.reason_name(refusal.reason)}): {frames.printable(refusal.text)}"
+        raise (ConnectionRefused if refusal.reason in frames.FOR_GOOD else TransportError)(text)
 
     def _welcome(self, stream: _Stream, welcome: pb.Welcome) -> None:
         mine = (self._keys.descriptor.name, self._keys.site_name)
         if welcome.protocol != PROTOCOL_VERSION:
             raise ConnectionRefused(f"the server speaks protocol {welcome.protocol}, this site {PROTOCOL_VERSION}")
         if (welcome.federation, welcome.site) != mine:
-            raise ConnectionRefused(f"the server is of another federation: {wire.printable(welcome.federation)!r}")
+            raise ConnectionRefused(f"the server is of another federation: {frames.printable(welcome.federation)!r}")
         if not 0 < welcome.heartbeat < float("inf"):
             raise TransportError("the server's heartbeat is not a time")
         self._heartbeat = max(_LEAST_HEARTBEAT, min(self._limits.heartbeat, welcome.heartbeat))
         self._worker.max_reply_bytes = min(self._limits.max_message_bytes, welcome.max_message_bytes)
         stream.welcomed = True
         log.info("connected to %s as %s", self._address, self._keys.site_name)
-        if (trouble := wire.clock_trouble(welcome.clock)) is not None:
+        if (trouble := frames.clock_trouble(welcome.clock)) is not None:
             log.warning(
                 "this machine's clock is %s the server's; set right the wrong one: certificates are judged by it",
                 trouble,
             )
 
-    def _offered(self, stream: _Stream, offer: pb.Offer) -> None:
+    def _on_offer(self, stream: _Stream, offer: pb.Offer) -> None:
         identity, limit = offer.transfer_id, self._limits.max_message_bytes
         if offer.size > limit:
             text = f"the task is oversized: {offer.size} bytes, limit {limit}"
-            self._say_no(stream, pb.REASON_OVERSIZED, text, identity)
+            self._refuse_task(stream, pb.REASON_OVERSIZED, text, identity)
             return
         try:
-            envelope, left = wire.task_of(offer)
+            envelope, left = frames.task_of(offer)
             expires = time.monotonic() + left
             if self._worker.holds(envelope, expires):
-                stream.sender.post(wire.done(identity))
+                stream.sender.post(frames.done(identity))
             elif not self._has_room(offer):
-                self._say_no(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
-            elif (offset := self._intake.begin(offer, envelope, expires)) == 0 and offer.inline:
-                self.chunk(stream, Piece(identity, 0, offer.inline))
+                self._refuse_task(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
+            elif (offset := self._reassembler.begin(offer, envelope, expires)) == 0 and offer.inline:
+                self.on_chunk(stream, Chunk(identity, 0, offer.inline))
             else:
-                stream.sender.post(wire.accept(identity, offset))
+                stream.sender.post(frames.accept(identity, offset))
         except TransportError as error:
-            self._say_no(stream, pb.REASON_MALFORMED, str(error), identity)
+            self._refuse_task(stream, pb.REASON_MALFORMED, str(error), identity)
 
     def _has_room(self, offer: pb.Offer) -> bool:
-        if self._intake.holds(offer.transfer_id, offer.size):
+        if self._reassembler.holds(offer.transfer_id, offer.size):
             return True
-        # Of another size it is another task, and has to find room like any.
-        self._intake.drop(offer.transfer_id)
-        return self._worker.has_room() and self._intake.has_room(offer.size, self._limits.queued_tasks)
+        # Of another size it is another task, which needs room of its own.
+        self._reassembler.drop(offer.transfer_id)
+        return self._worker.has_room() and self._reassembler.has_room(offer.size, self._limits.queued_tasks)
 
-    def chunk(self, stream: _Stream, chunk: Piece) -> None:
-        """A piece of a task."""
+    def on_chunk(self, stream: _Stream, chunk: Chunk) -> None:
+        """Handle a chunk of a task."""
         try:
-            task = self._intake.add(chunk)
+            task = self._reassembler.add(chunk)
         except TransportError as error:
-            self._say_no(stream, pb.REASON_MALFORMED, str(error), chunk.transfer_id)
+            self._refuse_task(stream, pb.REASON_MALFORMED, str(error), chunk.transfer_id)
             return
         if task is not None:
             self._worker.submit(task.message, task.expires)
-            stream.sender.post(wire.done(chunk.transfer_id))
+            stream.sender.post(frames.done(chunk.transfer_id))
 
     def _reply_refused(self, stream: _Stream, refusal: pb.Refuse) -> None:
         outgoing = stream.sender.withdraw(refusal.transfer_id)
-        text = wire.printable(refusal.text)
-        log.warning("the server refused a reply (%s): %s", wire.reason_name(refusal.reason), text)
+        text = frames.printable(refusal.text)
+        log.warning("the server refused a reply (%s): %s", frames.reason_name(refusal.reason), text)
         if refusal.reason == pb.REASON_STALLED and outgoing is not None:
             stream.sender.offer(outgoing)
 
-    def _recalled(self, stream: _Stream, identity: str) -> None:
-        """Nobody waits for that task. What has not begun is dropped; what is under way ends, for it is paid for."""
+    def _on_recall(self, stream: _Stream, identity: str) -> None:
+        """Nobody waits for that task. If it has not begun it is dropped; if it has, it ends, for it is paid for."""
         stream.sender.withdraw(identity)
-        if self._intake.drop(identity) or self._worker.drop(identity):
+        if self._reassembler.drop(identity) or self._worker.drop(identity):
             log.info("the server has recalled a task that had not begun")
 
-    def _say_no(self, stream: _Stream, reason: pb.Reason, text: str, identity: str) -> None:
-        log.warning("refused a task (%s): %s", wire.reason_name(reason), text)
-        stream.sender.post(wire.refuse(reason, text, identity))
+    def _refuse_task(self, stream: _Stream, reason: pb.Reason, text: str, identity: str) -> None:
+        log.warning("refused a task (%s): %s", frames.reason_name(reason), text)
+        stream.sender.post(frames.refuse(reason, text, identity))
 
 
 def _describe(error: grpc.RpcError) -> str:
     code = error.code().name.lower().replace("_", " ") if hasattr(error, "code") else "error"
     details = error.details() if hasattr(error, "details") else ""
     if "Connection refused" in (details or ""):
-        return NOBODY
+        return NOTHING_LISTENS
     if "failed to connect" in (details or "") and "Socket closed" in (details or ""):
-        # All that TLS 1.3 lets a client see of a server that does not take its certificate.
+        # All that a TLS 1.3 client sees when a server does not accept its certificate.
         return (
             "the server ended the connection before it began: it is full, or does not take this site's certificate "
             "(expired by the server's clock, or of another federation)"
         )
-    return f"{code}: {wire.printable(details or 'the stream broke')}"
+    return f"{code}: {frames.printable(details or 'the stream broke')}"

@@ -1,7 +1,7 @@
-"""Chunk frames without the copies that protobuf's own classes make of their data.
+"""Encodes and decodes chunk frames without the copies that protobuf's classes make of the data.
 
-What is written here is exactly the Frame{chunk} of link.proto, data last; what is read here is that form. Anything
-else that is a valid frame (fields in another order, a foreign implementation) is left to protobuf.
+The bytes are exactly the Frame{chunk} of link.proto, with `data` last. Valid frames in any other form (fields in
+another order, another implementation) are left to protobuf.
 """
 
 from collections.abc import Sequence
@@ -20,30 +20,30 @@ _LONGEST_ID = 256
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A chunk; `data` may be a view into the frame it came in."""
+class Chunk:
+    """A part of a transfer. `data` may be a view into the frame that it came in."""
 
     transfer_id: str
     offset: int
     data: Buffer
 
 
-def write_piece(transfer_id: str, offset: int, data: Sequence[Buffer]) -> bytes:
-    """The frame of a chunk whose data is the concatenation of `data`: one copy."""
+def encode_chunk(transfer_id: str, offset: int, data: Sequence[Buffer]) -> bytes:
+    """The frame of a chunk whose data is the concatenation of `data`. Copies once."""
     size = sum(map(len, data))
     head = pb.Chunk(transfer_id=transfer_id, offset=offset).SerializeToString() + bytes([_DATA]) + _varint(size)
     return b"".join((bytes([_FRAME_CHUNK]), _varint(len(head) + size), head, *data))
 
 
-def read_piece(raw: bytes) -> Piece | None:
-    """The chunk in a frame; None if the frame is anything else, or laid out in another way."""
+def decode_chunk(raw: bytes) -> Chunk | None:
+    """The chunk in a frame; None for any other frame, or a chunk in another form."""
     if not raw or raw[0] != _FRAME_CHUNK:
         return None
     length, at = read_varint(raw, 1)
     if at + length != len(raw):
         return None
     transfer_id, offset = b"", 0
-    # Each once and in this order, as write_piece has them: nobody makes a loop of ours run by repeating them.
+    # Each field once and in the order of encode_chunk: a peer cannot make us loop by repeating them.
     if raw[at : at + 1] == bytes([_TRANSFER_ID]):
         size, at = read_varint(raw, at + 1)
         transfer_id, at = raw[at : at + size], at + size
@@ -55,7 +55,7 @@ def read_piece(raw: bytes) -> Piece | None:
     if at + size != len(raw):
         return None
     try:
-        return Piece(transfer_id.decode(), offset, memoryview(raw)[at:])
+        return Chunk(transfer_id.decode(), offset, memoryview(raw)[at:])
     except UnicodeDecodeError:
         return None
 
@@ -70,7 +70,7 @@ def _varint(value: int) -> bytes:
 
 
 def read_varint(raw: bytes, at: int) -> tuple[int, int]:
-    """Value and position after it; a value that cannot be right ends outside `raw`."""
+    """The value and the position after it. For an invalid varint that position is outside `raw`."""
     value = 0
     for shift, byte in enumerate(raw[at : at + _LONGEST_VARINT]):
         value |= (byte & 0x7F) << 7 * shift

@@ -1,4 +1,4 @@
-"""How a site reaches its server: under which name, and whether a proxy stands in between."""
+"""How a site reaches its server: at which address, under which certified name, and through which proxy."""
 
 import os
 from typing import Any
@@ -8,22 +8,22 @@ from fedclaw.identity.names import canonical_address, canonical_host, split_addr
 
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _EXEMPT = ("no_grpc_proxy", "no_proxy")
-"""The variables that gRPC reads, in its order; in lower case only."""
+"""The environment variables that gRPC reads, in its order; lower case only."""
 
 
-def dialled(descriptor_address: str, given: str | None) -> tuple[str, list[tuple[str, Any]]]:
-    """The address to connect to, and the channel's options for it. Raises ValueError for one that is none.
+def channel_target(descriptor_address: str, given: str | None) -> tuple[str, list[tuple[str, Any]]]:
+    """The address to connect to, and the channel options for it. Raises ValueError for a malformed address.
 
-    Whatever way leads to it, the server proves that it is the federation's own, by its CA, and the one that the
-    descriptor names, which is in its certificate always: `given` may be an address that is not.
+    At any address the server has to show a certificate of the federation's CA for the name in the descriptor.
+    `given`, if there is one, replaces the descriptor's address; it need not be in the certificate.
     """
     name = canonical_host(split_address(descriptor_address)[0])
     address = canonical_address(given or descriptor_address)
     return address, [("grpc.ssl_target_name_override", name)]
 
 
-def proxy_of(address: str) -> tuple[str, str] | None:
-    """The proxy that gRPC takes on its way to `address`, and the variable that says so; no name or password of it."""
+def proxy_for(address: str) -> tuple[str, str] | None:
+    """The proxy that gRPC uses for `address`, without user and password, and the variable that names it; or None."""
     found = next(((name, value) for name in _PROXIES if (value := os.environ.get(name))), None)
     if found is None:
         return None

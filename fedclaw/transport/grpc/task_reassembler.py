@@ -1,4 +1,4 @@
-"""Tasks on their way in to a site: collected chunk by chunk, kept across a broken connection, then decoded."""
+"""Puts tasks together at a site, chunk by chunk, across broken connections, and decodes them."""
 
 import time
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from flwr.app import Error, Message
 
 from fedclaw.errors import TransportError
 from fedclaw.protocol.message_identity import Envelope, rebuild
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.codec import decode
-from fedclaw.transport.grpc.pieces import Piece
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.chunk_codec import Chunk
+from fedclaw.transport.grpc.message_codec import decode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """A whole task. `expires`, on the monotonic clock, is when nobody waits for its reply any more."""
+class ReceivedTask:
+    """A complete task. After `expires`, on the monotonic clock, nobody waits for its reply."""
 
     message: Message
     expires: float
@@ -31,33 +31,33 @@ class _Partial:
     received: int = 0
 
 
-class Intake:
-    """Partly received tasks of one site, by transfer id. Used by the reading thread alone."""
+class TaskReassembler:
+    """The partly received tasks of one site, by transfer id. For use by the reading thread only."""
 
     def __init__(self, room: int) -> None:
-        """`room` is how many bytes of tasks may be on their way at one time; a single larger one comes alone."""
+        """`room` is how many bytes of tasks may arrive at one time; a larger one arrives alone."""
         self._room = room
         self._partials: dict[str, _Partial] = {}
 
     def begin(self, offer: pb.Offer, envelope: Envelope, expires: float) -> int:
-        """Get ready for a task; returns the offset from which it is still missing. Raises TransportError.
+        """Prepare to receive a task. Returns the offset of its first missing byte. Raises TransportError.
 
-        `envelope` is the offer's by this machine's clock; at `expires`, on the monotonic one, the task is forgotten.
+        `envelope` is the offer's, by this machine's clock. After `expires`, on the monotonic clock, it is dropped.
         """
         if envelope.message_id != offer.transfer_id or not offer.transfer_id or offer.size == 0:
             raise TransportError("the offer's envelope is not of this task")
-        wire.check_offer(offer)
+        frames.check_offer(offer)
         held = self._partials.get(offer.transfer_id)
         if held is not None and held.stamp == offer.stamp and len(held.buffer) == offer.size:
             held.envelope, held.expires = envelope, expires
             return held.received
-        # numpy.empty: memory is touched, and so taken, only as bytes arrive.
+        # numpy.empty does not touch the memory, so it is taken only as bytes arrive.
         buffer = np.empty(offer.size, dtype=np.uint8).data
         self._partials[offer.transfer_id] = _Partial(envelope, expires, offer.stamp, buffer)
         return 0
 
     def has_room(self, size: int, tasks: int) -> bool:
-        """Whether one more task of `size` bytes may come beside those on their way, which are `tasks` at most."""
+        """Whether one more task of `size` bytes may arrive, with at most `tasks` arriving at one time."""
         now = time.monotonic()
         for identity in [key for key, partial in self._partials.items() if partial.expires <= now]:
             del self._partials[identity]
@@ -65,16 +65,16 @@ class Intake:
         return len(self._partials) < tasks and (not used or used + size <= self._room)
 
     def drop(self, transfer_id: str) -> bool:
-        """Nobody wants that task any more. Whether it was on its way."""
+        """Forget that task. Returns whether it was arriving."""
         return self._partials.pop(transfer_id, None) is not None
 
     def holds(self, transfer_id: str, size: int) -> bool:
-        """Whether that task, of `size` bytes, is on its way."""
+        """Whether that task, of `size` bytes, is arriving."""
         held = self._partials.get(transfer_id)
         return held is not None and len(held.buffer) == size
 
-    def add(self, chunk: Piece) -> Arrived | None:
-        """The next piece; the task when it is whole. Raises TransportError, and the task is dropped."""
+    def add(self, chunk: Chunk) -> ReceivedTask | None:
+        """Add the next chunk; returns the task once complete. A wrong chunk drops it and raises TransportError."""
         partial = self._partials.get(chunk.transfer_id)
         if partial is None:
             return None
@@ -90,4 +90,4 @@ class Intake:
         content = decode(partial.buffer)
         if isinstance(content, Error):
             raise TransportError("the task has no content")
-        return Arrived(rebuild(partial.envelope, content), partial.expires)
+        return ReceivedTask(rebuild(partial.envelope, content), partial.expires)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedclaw.errors import TransportError
-from fedclaw.transport.grpc.codec import decode, encode, without_arrays
+from fedclaw.transport.grpc.message_codec import decode, encode, without_arrays
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 DTYPES = ["bool", "int8", "uint16", "int64", "uint64", "float16", "float32", "float64", "complex64"]

@@ -1,4 +1,4 @@
-"""How the C library hands out memory to the threads of a server or a site."""
+"""Settings of the C library's memory allocator for the many threads and large frames of a server or a site."""
 
 import ctypes
 import logging
@@ -21,7 +21,7 @@ _SETTINGS = {
 
 
 def tune_allocator() -> None:
-    """Let large frames reuse memory, where the C library is glibc; elsewhere nothing happens."""
+    """Let large frames reuse memory, if the C library is glibc; otherwise do nothing."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

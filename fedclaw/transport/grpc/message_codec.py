@@ -1,8 +1,7 @@
-"""A message's content as bytes and back: a small header, then the arrays' data as it is.
+"""Encodes a message's content as bytes and decodes it: a small header, then the data of the arrays unchanged.
 
-Encoding makes no copy of an array: what comes out is a list of buffers. Decoding trusts nothing: every length,
-count, type and .npy header is checked before a record is made of it. Nothing here can run code: no pickle, and
-no dtype that holds objects.
+Encoding copies no array: the result is a list of buffers. Decoding trusts nothing: every length, count, type and
+.npy header is checked before a record is made. Nothing here can run code: no pickle, no dtype that holds objects.
 """
 
 import io
@@ -17,8 +16,8 @@ from google.protobuf.message import DecodeError
 from numpy.lib import format as npy
 
 from fedclaw.errors import TransportError
-from fedclaw.protocol.records import Records, ViewedArray, serialised
-from fedclaw.transport.grpc.pieces import read_varint
+from fedclaw.protocol.records import MessageRecords, ViewedArray, serialised
+from fedclaw.transport.grpc.chunk_codec import read_varint
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 Content = RecordDict | Error
@@ -46,14 +45,14 @@ V = TypeVar("V")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A content's bytes as the buffers they are made of; `size` is their sum."""
+class EncodedMessage:
+    """A message's bytes as a sequence of buffers; `size` is the number of bytes in all of them."""
 
     parts: tuple[bytes | memoryview, ...]
     size: int
 
     def read(self, offset: int, length: int) -> list[memoryview]:
-        """Up to `length` bytes from `offset`, as views of the buffers they lie in."""
+        """Up to `length` bytes from `offset`, as views of the buffers."""
         found: list[memoryview] = []
         for part in self.parts:
             if length == 0:
@@ -68,8 +67,8 @@ class Encoded:
         return found
 
 
-def encode(content: Content) -> Encoded:
-    """`content` as buffers. Raises TransportError for what cannot travel."""
+def encode(content: Content) -> EncodedMessage:
+    """Encode `content`. Raises TransportError for content that cannot travel."""
     header = pb.Content()
     data: list[bytes | memoryview] = []
     if isinstance(content, Error):
@@ -84,7 +83,7 @@ def encode(content: Content) -> Encoded:
     if len(raw) > _MAX_HEADER:
         raise TransportError(f"the message's records other than arrays take {len(raw)} bytes, limit {_MAX_HEADER}")
     parts = (MAGIC + len(raw).to_bytes(4, "big") + raw + _padding(_PREFIX + len(raw)), *data)
-    return Encoded(parts, sum(map(len, parts)))
+    return EncodedMessage(parts, sum(map(len, parts)))
 
 
 def decode(buffer: bytes | bytearray | memoryview) -> Content:
@@ -123,19 +122,19 @@ _HOLDS: Mapping[str, Mapping[int, tuple[str, bool]]] = {
     "ValueItem": {3: ("ScalarList", False)},
     "ScalarList": {1: ("", False)},
 }
-"""By message and number of a field: the message in it, empty where nothing below counts; whether it is an item."""
+"""By message and field number: the message inside (empty where nothing below counts), and whether it is an item."""
 _ITEM_TAG = b"\x0a"
 _NOTHING = ("", False)
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 _LONG = 0x80
-"""From here on a byte of a number says that another follows."""
+"""A varint's byte of at least this value is followed by another."""
 
 
 def check_items(header: bytes) -> None:
-    """Raises TransportError for a header of more items than a message has; none of them is built to find out.
+    """Raises TransportError for a header with too many items, without building any of them.
 
-    Every item, and every number of a list, begins with one same byte, so few of those are few items. Only a header with
-    many is walked, and no further than to what it may have.
+    Every item, and every number of a list, begins with the same byte, so few such bytes mean few items. Only a header
+    with many is walked, and no further than to the limit.
     """
     if header.count(_ITEM_TAG) <= MAX_ITEMS:
         return
@@ -168,7 +167,7 @@ def check_items(header: bytes) -> None:
 
 
 def _extent(raw: bytes, wire_type: int, at: int) -> tuple[int, int]:
-    """Bytes of a number's value, and where it begins. Raises TransportError for a field of no known form."""
+    """Size of a number's value in bytes, and its position. Raises TransportError for an unknown wire type."""
     if wire_type == _VARINT:
         return 0, read_varint(raw, at)[1]
     sizes = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}
@@ -177,7 +176,7 @@ def _extent(raw: bytes, wire_type: int, at: int) -> tuple[int, int]:
 
 
 def without_arrays(content: Content) -> Content:
-    """A shallow copy of `content` that lacks its array records."""
+    """A shallow copy of `content` without its array records."""
     if isinstance(content, Error):
         return content
     return RecordDict({name: item for name, item in content.items() if not isinstance(item, ArrayRecord)})
@@ -225,7 +224,7 @@ def _scalar(name: str, value: Plain) -> pb.Scalar:
 
 
 def _decode_records(records: pb.Records, body: memoryview) -> RecordDict:
-    content = Records()
+    content = MessageRecords()
     for record in records.items:
         _expect(record.name not in content, f"two records are called {record.name!r}")
         kind = record.WhichOneof("kind")
@@ -277,7 +276,7 @@ def _plain(name: str, scalar: pb.Scalar) -> Plain:
 
 
 def _check_array(name: str, dtype: str, shape: tuple[int, ...], stype: str, data: memoryview) -> None:
-    """Raise TransportError unless `data` is a .npy file of exactly this dtype and shape."""
+    """Raises TransportError unless `data` is a .npy file of exactly this dtype and shape."""
     _expect(stype == _NPY, f"array {name!r} is serialised as {stype!r}; only {_NPY!r} travels")
     _expect(dtype in _DTYPES, f"array {name!r} has dtype {dtype!r}, which does not travel")
     header, nbytes = _npy_header(dtype, shape)
@@ -288,7 +287,7 @@ def _check_array(name: str, dtype: str, shape: tuple[int, ...], stype: str, data
 
 @lru_cache(maxsize=4096)
 def _npy_header(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, int]:
-    """The .npy header that numpy writes for a C-ordered little-endian array, and the bytes of its elements."""
+    """The .npy header that numpy writes for a C-ordered little-endian array, and the size of its data in bytes."""
     out = io.BytesIO()
     descr = npy.dtype_to_descr(np.dtype(dtype))
     npy.write_array_header_1_0(out, {"descr": descr, "fortran_order": False, "shape": shape})
@@ -299,7 +298,7 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, int]:
 
 
 def _check_unusual_npy(name: str, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
-    """The same check for a header written another way (Fortran order, other padding)."""
+    """The same check for a header in another form (Fortran order, other padding)."""
     head = io.BytesIO(data[:4096])
     try:
         version = npy.read_magic(head)
@@ -321,7 +320,7 @@ def _padding(size: int) -> bytes:
 
 
 def _after_padding(view: memoryview, size: int) -> memoryview:
-    """What follows the first `size` bytes and their padding, which has to be there."""
+    """What follows the first `size` bytes and their padding. Raises TransportError if the padding is wrong."""
     end = size + -size % ALIGNMENT
     _expect(len(view) >= end and not any(view[size:end]), "the padding of its parts is not as it should be")
     return view[end:]

@@ -1,4 +1,4 @@
-"""The server's end of all streams: who may connect, who is there, what they say."""
+"""The server's gRPC connections: admits sites, reads their frames, sends heartbeats."""
 
 import logging
 import threading
@@ -14,51 +14,51 @@ from google.protobuf.message import DecodeError
 from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.transport.grpc import wire
-from fedclaw.transport.grpc.desk import Desk, Task
-from fedclaw.transport.grpc.door import INTERVAL, Door
-from fedclaw.transport.grpc.inbound import Arrivals, error_reply
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.allocator import tune_allocator
+from fedclaw.transport.grpc.chunk_codec import Chunk, decode_chunk
+from fedclaw.transport.grpc.connection_limiter import INTERVAL, ConnectionLimiter
 from fedclaw.transport.grpc.limits import Limits
-from fedclaw.transport.grpc.memory import tune_allocator
 from fedclaw.transport.grpc.peer import NotAdmitted, Peer, check_standing, peer_of
-from fedclaw.transport.grpc.pieces import Piece, read_piece
+from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
 from fedclaw.transport.grpc.protocol import METHOD, PROTOCOL_VERSION, SERVICE
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.grpc.reply_receiver import ReplyReceiver, error_reply
 from fedclaw.transport.grpc.session import Session
 
 log = logging.getLogger(__name__)
 
 _SPARE_STREAMS = 8
 _STREAMS_OF_A_SITE = 3
-"""That have no place yet, or none any more: no site takes those of others."""
+"""Streams of one site beside its active one, so that no site takes the streams of others."""
 _CODES = {pb.REASON_OVERSIZED: RefusalCode.UPDATE_SIZE, pb.REASON_UNANSWERED: RefusalCode.FAILED}
 
 OnEvent = Callable[[str, str, str], None]
-"""Told (kind, site, text); kind is joined, left or refused. Called from the server's threads."""
+"""Called with (kind, site, text), from the server's threads; kind is joined, left or refused."""
 
 
-class Station:
-    """A gRPC server with one stream per site."""
+class ConnectionManager:
+    """A gRPC server with one active stream per site. `changed` is notified when a site joins or leaves."""
 
     def __init__(
         self,
         home: FederationHome,
         address: str,
         run_id: int,
-        desk: Desk,
+        pending: PendingRequests,
         limits: Limits,
         on_event: OnEvent,
         spool: Path | None = None,
     ) -> None:
-        """`spool` is where replies lie for which there is no memory; None: in the temporary directory."""
+        """`spool` is the directory for replies that memory does not hold; None: the temporary directory."""
         self.changed = threading.Condition()
         self._home = home
         self._address = address
         self._run_id = run_id
-        self._desk = desk
+        self._pending = pending
         self._limits = limits
         self._on_event = on_event
-        self._arrivals = Arrivals(home.name, home.opener(), desk, limits, spool)
+        self._replies = ReplyReceiver(home.name, home.opener(), pending, limits, spool)
         self._sessions: dict[int, Session] = {}
         self._streams: set[Session] = set()
         self._names: dict[int, str] = {}
@@ -66,17 +66,17 @@ class Station:
         self._stopping = threading.Event()
         self._sequence = 0
         self._server: Any = None
-        self._ticker = threading.Thread(target=self._tick_for_ever, name="fedclaw-heartbeat", daemon=True)
-        self._watcher = threading.Thread(target=self._watch_the_door, name="fedclaw-door", daemon=True)
+        self._ticker = threading.Thread(target=self._heartbeat_loop, name="fedclaw-heartbeat", daemon=True)
+        self._watcher = threading.Thread(target=self._limit_connections, name="fedclaw-connections", daemon=True)
         self.port = 0
 
     def start(self) -> None:
-        """Listen. Raises TransportError if the address is not to be had."""
+        """Listen. Raises TransportError if the address is taken or not this machine's."""
         tune_allocator()
         streams = self._limits.max_sites + _SPARE_STREAMS
         self._server = grpc.server(
             ThreadPoolExecutor(streams, thread_name_prefix="fedclaw-stream"),
-            options=wire.server_options(self._limits),
+            options=frames.server_options(self._limits),
             maximum_concurrent_rpcs=streams,
         )
         # Frames pass as bytes: they are parsed in _read, where a malformed one gets an answer.
@@ -93,14 +93,14 @@ class Station:
                 f"cannot listen on {self._address}: the address is taken or not this machine's"
             ) from error
         self._server.start()
-        self._arrivals.start()
+        self._replies.start()
         self._ticker.start()
         self._watcher.start()
 
     def stop(self, *, finished: bool = False) -> None:
-        """Hang up on everybody; if the run has `finished`, say so."""
+        """Close all streams; if the run has `finished`, tell the sites."""
         self._stopping.set()
-        farewell = wire.refuse(pb.REASON_FINISHED, "the run has finished") if finished else None
+        farewell = frames.refuse(pb.REASON_FINISHED, "the run has finished") if finished else None
         for session in list(self._streams):
             session.close(farewell)
         if self._server is not None:
@@ -108,75 +108,75 @@ class Station:
         for thread in (self._ticker, self._watcher):
             if thread.is_alive():
                 thread.join()
-        self._arrivals.stop()
+        self._replies.stop()
 
     def connected(self) -> dict[int, str]:
-        """Names of the sites that are there, by node id."""
+        """Names of the connected sites, by node id."""
         with self.changed:
             return {node_id: session.peer.site for node_id, session in self._sessions.items()}
 
     def site_name(self, node_id: int) -> str | None:
-        """The name of a site that has ever been connected."""
+        """The name of a site that is or was connected; None for any other."""
         with self.changed:
             return self._names.get(node_id)
 
-    def away(self, node_id: int) -> float:
-        """Seconds since that site was last there; 0 if it is there, infinite if it never was."""
+    def seconds_away(self, node_id: int) -> float:
+        """Seconds since that site was last connected: 0 while it is, infinite if it never was."""
         with self.changed:
             if node_id in self._sessions:
                 return 0.0
             return time.monotonic() - self._away[node_id] if node_id in self._away else float("inf")
 
-    def dispatch(self, task: Task) -> None:
-        """Offer `task` to its site, now if it is there, else when it comes."""
+    def dispatch(self, request: PendingRequest) -> None:
+        """Offer `request` to its site now; if the site is not connected, when it connects."""
         with self.changed:
-            session = self._sessions.get(task.node_id)
+            session = self._sessions.get(request.node_id)
         if session is not None:
-            session.sender.offer(task.outgoing)
+            session.sender.offer(request.outgoing)
 
-    def recall(self, task: Task) -> None:
-        """Stop sending `task`, and tell its site that nobody waits for it."""
+    def recall(self, request: PendingRequest) -> None:
+        """Stop sending `request`, and tell its site that nobody waits for the reply."""
         with self.changed:
-            session = self._sessions.get(task.node_id)
+            session = self._sessions.get(request.node_id)
         if session is not None:
-            identity = task.outgoing.transfer_id
+            identity = request.outgoing.transfer_id
             session.sender.withdraw(identity)
-            session.sender.post(wire.refuse(pb.REASON_RECALLED, "nobody waits for it any more", identity))
+            session.sender.post(frames.refuse(pb.REASON_RECALLED, "nobody waits for it any more", identity))
 
-    def judge(self, ids: Collection[str]) -> None:
-        """The time of those questions is over: who is still sending its reply is late, if its rate is to blame."""
-        self._arrivals.judge(ids)
+    def record_late(self, ids: Collection[str]) -> None:
+        """See ReplyReceiver."""
+        self._replies.record_late(ids)
 
-    def late(self, ids: Collection[str]) -> list[tuple[Task, str]]:
-        """Those of `ids` whose reply was given up because it came too slowly, and how slowly. Told once."""
-        return self._arrivals.late(ids)
+    def take_late(self, ids: Collection[str]) -> list[tuple[PendingRequest, str]]:
+        """See ReplyReceiver."""
+        return self._replies.take_late(ids)
 
-    def set_aside(self) -> Mapping[int, str]:
-        """Nodes not to be asked again, and why: they sent more than was asked for, or too slowly."""
-        return self._arrivals.set_aside()
+    def excluded_nodes(self) -> Mapping[int, str]:
+        """See ReplyReceiver."""
+        return self._replies.excluded_nodes()
 
     def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         try:
             peer = peer_of(context, self._home)
         except NotAdmitted as error:
-            self._event("refused", "", f"{wire.printable(context.peer())}: {error}")
-            yield wire.refuse(error.reason, str(error)).SerializeToString()
+            self._event("refused", "", f"{frames.printable(context.peer())}: {error}")
+            yield frames.refuse(error.reason, str(error)).SerializeToString()
             return
         session = Session(peer, context)
-        self._enter(session)
+        self._register(session)
         threading.Thread(target=self._read, args=(session, requests), name=f"fedclaw-{peer.site}", daemon=True).start()
         try:
             yield from session.sender.frames()
         finally:
             self._detach(session)
 
-    def _enter(self, session: Session) -> None:
-        """One more stream. Beside the one with its place a site may have a few; of more, the oldest are ended."""
+    def _register(self, session: Session) -> None:
+        """Add a stream. Beside its active one a site may have a few; of any more, the oldest are ended."""
         node_id = session.peer.node_id
         with self.changed:
             self._streams.add(session)
-            seated = self._sessions.get(node_id)
-            own = [one for one in self._streams if one.peer.node_id == node_id and one is not seated]
+            active = self._sessions.get(node_id)
+            own = [one for one in self._streams if one.peer.node_id == node_id and one is not active]
         for surplus in sorted(own, key=lambda one: one.opened)[:-_STREAMS_OF_A_SITE]:
             surplus.abort()
 
@@ -184,9 +184,9 @@ class Station:
         try:
             for raw in requests:
                 session.touch()
-                piece = read_piece(raw) if session.welcomed else None
+                piece = decode_chunk(raw) if session.welcomed else None
                 if piece is not None:
-                    self._arrivals.chunk(session, piece)
+                    self._replies.on_chunk(session, piece)
                 else:
                     self._handle(session, pb.Frame.FromString(raw))
         except NotAdmitted as error:
@@ -199,12 +199,12 @@ class Station:
         except Exception:
             # A fault of the server's own: it costs this stream, and no other.
             log.exception("the stream of %s failed", session.peer.site)
-            session.close(wire.refuse(pb.REASON_UNAVAILABLE, "the server failed on this stream"))
+            session.close(frames.refuse(pb.REASON_UNAVAILABLE, "the server failed on this stream"))
         finally:
             session.close()
 
     def _handle(self, session: Session, frame: pb.Frame) -> None:
-        wire.check_frame(frame)
+        frames.check_frame(frame)
         kind = frame.WhichOneof("body")
         if not session.welcomed:
             if kind != "hello":
@@ -212,9 +212,9 @@ class Station:
             self._welcome(session, frame.hello)
         elif kind == "chunk":
             chunk = frame.chunk
-            self._arrivals.chunk(session, Piece(chunk.transfer_id, chunk.offset, chunk.data))
+            self._replies.on_chunk(session, Chunk(chunk.transfer_id, chunk.offset, chunk.data))
         elif kind == "offer":
-            self._arrivals.offered(session, frame.offer)
+            self._replies.on_offer(session, frame.offer)
         elif kind == "accept":
             session.sender.start(frame.accept.transfer_id, frame.accept.offset)
         elif kind == "done":
@@ -241,28 +241,29 @@ class Station:
             heartbeat=self._limits.heartbeat,
             clock=time.time(),
         )
-        if (trouble := wire.clock_trouble(hello.clock)) is not None:
+        if (trouble := frames.clock_trouble(hello.clock)) is not None:
             log.warning("this server's clock is %s that of %s; one of them is wrong", trouble, peer.site)
-        replaced = self._seat(session, pb.Frame(welcome=welcome))
+        replaced = self._activate(session, pb.Frame(welcome=welcome))
         if replaced is not None:
             text = f"another connection of site {peer.site!r} has taken this one's place"
             log.warning(text)
-            self._arrivals.detach(replaced)
-            replaced.close(wire.refuse(pb.REASON_REPLACED, text))
+            self._replies.on_disconnect(replaced)
+            replaced.close(frames.refuse(pb.REASON_REPLACED, text))
         else:
-            self._event("joined", peer.site, wire.printable(hello.software))
-        for task in self._desk.open_of(peer.node_id):
-            session.sender.offer(task.outgoing)
+            self._event("joined", peer.site, frames.printable(hello.software))
+        for request in self._pending.open_for(peer.node_id):
+            session.sender.offer(request.outgoing)
 
-    def _seat(self, session: Session, welcome: pb.Frame) -> Session | None:
-        """Welcome a site and give it its place; returns the session that had it. Raises NotAdmitted if all are taken.
+    def _activate(self, session: Session, welcome: pb.Frame) -> Session | None:
+        """Send the welcome and make this the site's active session. Returns the session that it replaces.
 
-        In one piece: nothing may be sent to the site before the welcome.
+        Under one lock, because nothing may be sent to the site before the welcome. Raises NotAdmitted if the server
+        is full.
         """
         peer = session.peer
         with self.changed:
             if session not in self._streams:
-                # Nobody would ever take a place back from a stream that has ended.
+                # A stream that has ended would stay active for ever.
                 raise NotAdmitted(pb.REASON_UNAVAILABLE, "it hung up before it was welcomed")
             replaced = self._sessions.get(peer.node_id)
             if replaced is None and len(self._sessions) >= self._limits.max_sites:
@@ -276,28 +277,28 @@ class Station:
         return replaced
 
     def _delivered(self, session: Session, transfer_id: str) -> None:
-        task = self._desk.find(session.peer.node_id, transfer_id)
-        if session.sender.withdraw(transfer_id) is not None and task is not None:
-            task.delivered = True
+        request = self._pending.find(session.peer.node_id, transfer_id)
+        if session.sender.withdraw(transfer_id) is not None and request is not None:
+            request.delivered = True
 
     def _refused_by_site(self, session: Session, refusal: pb.Refuse) -> None:
-        task = self._desk.find(session.peer.node_id, refusal.transfer_id)
-        if task is None:
+        request = self._pending.find(session.peer.node_id, refusal.transfer_id)
+        if request is None:
             return
         on_its_way = session.sender.withdraw(refusal.transfer_id) is not None
         if not on_its_way and refusal.reason != pb.REASON_UNANSWERED:
             return
-        text = f"the site refused the task ({wire.reason_name(refusal.reason)}): {wire.printable(refusal.text)}"
+        text = f"the site refused the task ({frames.reason_name(refusal.reason)}): {frames.printable(refusal.text)}"
         log.warning("%s: %s", session.peer.site, text)
-        self._desk.finish(task, error_reply(task, _CODES.get(refusal.reason, RefusalCode.MALFORMED), text))
+        self._pending.finish(request, error_reply(request, _CODES.get(refusal.reason, RefusalCode.MALFORMED), text))
 
     def _refuse(self, session: Session, error: NotAdmitted) -> None:
         self._event("refused", session.peer.site, str(error))
-        session.close(wire.refuse(error.reason, str(error)))
+        session.close(frames.refuse(error.reason, str(error)))
 
     def _detach(self, session: Session) -> None:
         node_id = session.peer.node_id
-        self._arrivals.detach(session)
+        self._replies.on_disconnect(session)
         with self.changed:
             self._streams.discard(session)
             gone = self._sessions.get(node_id) is session
@@ -307,44 +308,46 @@ class Station:
                 self.changed.notify_all()
         if gone and not self._stopping.is_set():
             self._event("left", session.peer.site, "the stream ended")
-        with self._desk.changed:
-            self._desk.changed.notify_all()
+        with self._pending.changed:
+            self._pending.changed.notify_all()
 
     def _event(self, kind: str, site: str, text: str) -> None:
         level = logging.WARNING if kind == "refused" else logging.INFO
         log.log(level, "%s %s: %s", site or "a peer", kind, text)
         self._on_event(kind, site, text)
 
-    def _tick_for_ever(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._stopping.wait(self._limits.heartbeat):
             self._sequence += 1
             with self.changed:
                 sessions = list(self._streams)
             for session in sessions:
-                self._survive(self._check, session)
-            self._survive(self._arrivals.drop_slow)
-            self._survive(self._recall_expired)
+                self._guarded(self._check, session)
+            self._guarded(self._replies.drop_slow)
+            self._guarded(self._recall_expired)
 
-    def _watch_the_door(self) -> None:
-        crowd = Door(self.port, wire.held_strangers(self._limits), lambda text: self._event("refused", "", text))
+    def _limit_connections(self) -> None:
+        limiter = ConnectionLimiter(
+            self.port, frames.unidentified_connections(self._limits), lambda text: self._event("refused", "", text)
+        )
         while not self._stopping.wait(INTERVAL):
             with self.changed:
                 peers = [session.endpoint for session in self._streams]
-            self._survive(crowd.look, frozenset(peer for peer in peers if peer is not None))
+            self._guarded(limiter.enforce, frozenset(peer for peer in peers if peer is not None))
 
-    def _survive(self, step: Callable[..., None], *arguments: object) -> None:
-        """One step of a heartbeat: a fault in it costs that step, and no other site its heartbeats."""
+    def _guarded(self, step: Callable[..., None], *arguments: object) -> None:
+        """Run one step of a heartbeat. Its failure costs no other site its heartbeats."""
         try:
             step(*arguments)
         except Exception:
             log.exception("a heartbeat failed")
 
     def _recall_expired(self) -> None:
-        for task in self._desk.withdraw(self._desk.expired()):
-            self.recall(task)
+        for request in self._pending.cancel(self._pending.expired()):
+            self.recall(request)
 
     def _check(self, session: Session) -> None:
-        """One heartbeat of one stream: its certificate, its silence, and a sign of life from us."""
+        """One heartbeat of one stream: check its certificate and its silence, and send ours."""
         now = time.monotonic()
         limits = self._limits
         if session.closed_at is not None:
@@ -355,17 +358,17 @@ class Station:
             check_standing(session.peer, self._home)
         except NotAdmitted as error:
             if error.reason != pb.REASON_UNAVAILABLE:
-                self._strike_off(session.peer)
+                self._cancel_requests_of(session.peer)
             self._refuse(session, error)
             return
         silent = limits.silence if session.welcomed else limits.handshake
         if now - session.heard > silent:
             self._event("refused", session.peer.site, f"nothing was heard from it for {silent:g} s")
-            session.close(wire.refuse(pb.REASON_SILENT, "no heartbeat"))
+            session.close(frames.refuse(pb.REASON_SILENT, "no heartbeat"))
             session.abort()
         elif session.welcomed:
-            session.sender.post(wire.heartbeat(self._sequence))
+            session.sender.post(frames.heartbeat(self._sequence))
 
-    def _strike_off(self, peer: Peer) -> None:
-        """A site that was thrown out will not answer: nobody waits for it."""
-        self._desk.withdraw([task.envelope.message_id for task in self._desk.open_of(peer.node_id)])
+    def _cancel_requests_of(self, peer: Peer) -> None:
+        """An expelled site will not answer: stop waiting for it."""
+        self._pending.cancel([request.envelope.message_id for request in self._pending.open_for(peer.node_id)])

@@ -1,9 +1,9 @@
-"""Connections that have not become a site's stream: how many are held, and whose go first.
+"""Limits the connections whose peers have not identified themselves, so that they cannot keep sites out.
 
-gRPC counts an unfinished handshake like a site, and hangs up on whoever comes when its number is full: some hundred
-peers that open a connection and say nothing would keep every site out. So gRPC may hold many more than there are sites,
-and here those that have not said who they are are held to a number: of the address that has most of them, the oldest
-are closed. A site needs a moment for its handshake, and is not among the oldest of the busiest address.
+gRPC counts an unfinished handshake like a site, and refuses whoever comes once its maximum is reached: some hundred
+peers that open a connection and stay silent would keep every site out. So gRPC's maximum is far above the number of
+sites, and the unidentified connections are limited here: beyond the limit, the oldest of the address that has most of
+them are closed. A site takes a moment for its handshake, so its connection is not among the oldest.
 """
 
 import ipaddress
@@ -22,21 +22,21 @@ from urllib.parse import unquote
 
 log = logging.getLogger(__name__)
 
-STRANGERS = 4096
-"""Connections above what is held that may come between two looks."""
+HEADROOM = 4096
+"""Connections above the limit that may come between two checks."""
 INTERVAL = 0.5
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 _RESERVE = 512
-"""Files that are left for everything else."""
+"""File descriptors left for everything else."""
 _OPEN_FILES = Path("/dev/fd")
-_TOLD_EVERY = 60.0
+_REPORT_EVERY = 60.0
 
 Endpoint = tuple[str, int]
 
 
 def room(held: int) -> int:
-    """Connections that gRPC may hold so that `held` strangers are no siege; asks for as many open files."""
-    wanted = held + STRANGERS
+    """gRPC's maximum of connections for a limit of `held`; asks the system for as many open files."""
+    wanted = held + HEADROOM
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + _RESERVE:
         most = wanted + _RESERVE if hard == resource.RLIM_INFINITY else min(hard, wanted + _RESERVE)
@@ -47,7 +47,7 @@ def room(held: int) -> int:
 
 
 def endpoint_of(peer: str) -> Endpoint | None:
-    """Address and port in what gRPC calls a peer ("ipv4:127.0.0.1:5000"); None for a peer without."""
+    """Address and port of a peer as gRPC names it ("ipv4:127.0.0.1:5000"); None for a peer without."""
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
     try:
         return _plain(host.strip("[]")), int(port)
@@ -56,25 +56,25 @@ def endpoint_of(peer: str) -> Endpoint | None:
 
 
 @dataclass(frozen=True)
-class _Stranger:
+class _Unidentified:
     descriptor: int
     inode: int
     address: str
 
 
-class Door:
-    """Who stands at the port `port`."""
+class ConnectionLimiter:
+    """Limits the unidentified connections to `port`."""
 
     def __init__(self, port: int, held: int, told: Callable[[str], None]) -> None:
-        """`held` strangers may stand there; `told` hears, now and then, that some were sent away."""
+        """`held` of them are kept; `told` is called, once a minute at most, when some are closed."""
         self._port = port
         self._held = held
         self._told = told
         self._seen: dict[int, float] = {}
-        self._said = -_TOLD_EVERY
+        self._said = -_REPORT_EVERY
 
-    def look(self, known: Collection[Endpoint]) -> None:
-        """Close the oldest of the strangers above the number that is held; `known` are the peers with a stream."""
+    def enforce(self, known: Collection[Endpoint]) -> None:
+        """Close the oldest unidentified connections above the limit; `known` are the peers that have a stream."""
         try:
             descriptors = [int(name) for name in os.listdir(_OPEN_FILES)]  # noqa: PTH208 - the numbers, not the files
         except (OSError, ValueError):
@@ -82,30 +82,30 @@ class Door:
         if len(descriptors) <= self._held:
             self._seen.clear()
             return
-        strangers = [found for descriptor in descriptors if (found := self._stranger(descriptor, known)) is not None]
+        found = [one for descriptor in descriptors if (one := self._unidentified(descriptor, known)) is not None]
         now = time.monotonic()
-        self._seen = {stranger.inode: self._seen.get(stranger.inode, now) for stranger in strangers}
-        if len(strangers) > self._held:
-            self._send_away(strangers, len(strangers) - self._held, now)
+        self._seen = {connection.inode: self._seen.get(connection.inode, now) for connection in found}
+        if len(found) > self._held:
+            self._close_oldest(found, len(found) - self._held, now)
 
-    def _send_away(self, strangers: list[_Stranger], count: int, now: float) -> None:
-        crowds = Counter(stranger.address for stranger in strangers)
+    def _close_oldest(self, found: list[_Unidentified], count: int, now: float) -> None:
+        crowds = Counter(connection.address for connection in found)
         address, most = crowds.most_common(1)[0]
-        if now - self._said >= _TOLD_EVERY:
+        if now - self._said >= _REPORT_EVERY:
             self._said = now
             self._told(
-                f"{len(strangers)} connections have not said who they are, {most} of them from {address}; {self._held} "
+                f"{len(found)} connections have not said who they are, {most} of them from {address}; {self._held} "
                 "are held, and the oldest of the rest are closed"
             )
-        strangers.sort(key=lambda stranger: self._seen[stranger.inode])
+        found.sort(key=lambda connection: self._seen[connection.inode])
         for _ in range(count):
             crowd = crowds.most_common(1)[0][0]
-            oldest = next(stranger for stranger in strangers if stranger.address == crowd)
-            strangers.remove(oldest)
+            oldest = next(connection for connection in found if connection.address == crowd)
+            found.remove(oldest)
             crowds[crowd] -= 1
             self._close(oldest)
 
-    def _stranger(self, descriptor: int, known: Collection[Endpoint]) -> _Stranger | None:
+    def _unidentified(self, descriptor: int, known: Collection[Endpoint]) -> _Unidentified | None:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISSOCK(status.st_mode):
@@ -118,17 +118,17 @@ class Door:
             # It was closed meanwhile, or it is the socket that listens.
             return None
         address = _plain(host)
-        return None if (address, port) in known else _Stranger(descriptor, status.st_ino, address)
+        return None if (address, port) in known else _Unidentified(descriptor, status.st_ino, address)
 
-    def _close(self, stranger: _Stranger) -> None:
-        with suppress(OSError), socket.socket(fileno=os.dup(stranger.descriptor)) as copy:
+    def _close(self, connection: _Unidentified) -> None:
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.descriptor)) as copy:
             # The number may belong to another file by now; the copy is looked at, and only the copy is used.
-            if os.fstat(copy.fileno()).st_ino == stranger.inode:
+            if os.fstat(copy.fileno()).st_ino == connection.inode:
                 copy.shutdown(socket.SHUT_RDWR)
 
 
 def _plain(host: str) -> str:
-    """An address as both sides write it: IPv4 within IPv6 as IPv4. Raises ValueError."""
+    """An address in one spelling: IPv4 within IPv6 as IPv4. Raises ValueError."""
     found = ipaddress.ip_address(host.partition("%")[0])
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
     return str(mapped or found)

@@ -1,4 +1,4 @@
-"""Frames: what the two ends of a stream say to each other, and gRPC's settings on both."""
+"""The frames that the two ends of a stream exchange, checks on them, and gRPC's options on both ends."""
 
 import math
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 from fedclaw.errors import TransportError
 from fedclaw.protocol.message_identity import Envelope
-from fedclaw.transport.grpc import door
+from fedclaw.transport.grpc import connection_limiter
 from fedclaw.transport.grpc.limits import MAX_FRAME_BYTES, MAX_METADATA_BYTES, WINDOW_BYTES, Limits
 from fedclaw.transport.grpc.protocol import METHOD, SERVICE
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
@@ -22,11 +22,11 @@ _MAX_TEXT = 500
 _MAX_STAMP = 64
 _MAX_SEAL_HEADER = 4096
 _CLOCK_SKEW = 60.0
-"""Seconds that two clocks may be apart before somebody is told."""
+"""Seconds that two clocks may differ before a warning."""
 
 
 def common_options() -> list[tuple[str, Any]]:
-    """gRPC channel arguments of both ends."""
+    """gRPC options of both ends."""
     return [
         ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
         ("grpc.max_send_message_length", MAX_FRAME_BYTES),
@@ -39,13 +39,13 @@ def common_options() -> list[tuple[str, Any]]:
     ]
 
 
-def held_strangers(limits: Limits) -> int:
-    """Connections that the server holds of peers that have not said who they are."""
+def unidentified_connections(limits: Limits) -> int:
+    """How many connections of peers that have not identified themselves the server keeps."""
     return 2 * limits.max_sites + 16
 
 
 def server_options(limits: Limits) -> list[tuple[str, Any]]:
-    """What one connection, authenticated or not, may cost the server."""
+    """gRPC options of the server: what one connection, authenticated or not, may cost it."""
     return [
         *common_options(),
         ("grpc.so_reuseport", 0),
@@ -53,19 +53,19 @@ def server_options(limits: Limits) -> list[tuple[str, Any]]:
         ("grpc.server_handshake_timeout_ms", int(limits.handshake * 1000)),
         # A connection of no use is closed: one that finished TLS and then opened no stream.
         ("grpc.max_connection_idle_ms", int(limits.handshake * 1000)),
-        ("grpc.max_allowed_incoming_connections", door.room(held_strangers(limits))),
+        ("grpc.max_allowed_incoming_connections", connection_limiter.room(unidentified_connections(limits))),
         ("grpc.http2.max_ping_strikes", 2),
         ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ]
 
 
 def channel_options() -> list[tuple[str, Any]]:
-    """A site makes a new channel for each attempt and keeps the time between them itself."""
+    """gRPC options of a site, which opens a new channel for each attempt and times the attempts itself."""
     return [*common_options(), ("grpc.use_local_subchannel_pool", 1)]
 
 
 def envelope_to_proto(envelope: Envelope) -> pb.Envelope:
-    """Ready to go into an Offer."""
+    """The protobuf form, for an Offer."""
     return pb.Envelope(
         run_id=envelope.run_id,
         message_id=envelope.message_id,
@@ -100,9 +100,9 @@ def envelope_from_proto(wire: pb.Envelope) -> Envelope:
 
 
 def task_of(offer: pb.Offer) -> tuple[Envelope, float]:
-    """The envelope of an offered task by this machine's clock, and the seconds for which its reply is waited for.
+    """The envelope of an offered task by this machine's clock, and the seconds that the server waits for its reply.
 
-    A server of before `seconds_left` says it by its own clock alone, which is then believed. Raises TransportError.
+    A server older than `seconds_left` gives its own clock's time only; then that is used. Raises TransportError.
     """
     envelope = envelope_from_proto(offer.envelope)
     if not offer.seconds_left:
@@ -114,14 +114,14 @@ def task_of(offer: pb.Offer) -> tuple[Envelope, float]:
 
 
 def check_frame(frame: pb.Frame) -> None:
-    """Raises TransportError for a frame whose identifier is longer than any of ours: it would be said back."""
+    """Raises TransportError for a frame with a longer identifier than ours have: we would send it back."""
     body = getattr(frame, frame.WhichOneof("body") or "", None)
     if len(getattr(body, "transfer_id", "")) > _MAX_ID:
         raise TransportError(f"an identifier is longer than {_MAX_ID} characters")
 
 
 def check_offer(offer: pb.Offer) -> None:
-    """Raises TransportError for an offer whose parts are longer than they can be: it is kept until its turn comes."""
+    """Raises TransportError for an offer with parts longer than ours: it is kept until its turn comes."""
     if not 0 < len(offer.stamp) <= _MAX_STAMP or len(offer.seal_header) > _MAX_SEAL_HEADER:
         raise TransportError("the offer's stamp or seal is not of a length that they have")
     if offer.inline and len(offer.inline) != offer.size:
@@ -134,7 +134,7 @@ def hello(version: int, software: str) -> pb.Frame:
 
 
 def clock_trouble(theirs: float) -> str | None:
-    """How far our clock is from `theirs` (seconds since the epoch, said just now; 0: not said), if it is too far."""
+    """How far our clock is from `theirs` (seconds since the epoch, now; 0: unknown), in words; None if it is close."""
     if not theirs or not math.isfinite(theirs):
         return None
     ahead = time.time() - theirs
@@ -144,27 +144,27 @@ def clock_trouble(theirs: float) -> str | None:
 
 
 def heartbeat(sequence: int) -> pb.Frame:
-    """A sign of life."""
+    """Shows that this end is alive."""
     return pb.Frame(heartbeat=pb.Heartbeat(sequence=sequence))
 
 
 def accept(transfer_id: str, offset: int) -> pb.Frame:
-    """Send that transfer, from `offset` on."""
+    """Asks the peer to send that transfer from `offset` on."""
     return pb.Frame(accept=pb.Accept(transfer_id=transfer_id, offset=offset))
 
 
 def done(transfer_id: str) -> pb.Frame:
-    """That transfer has arrived whole."""
+    """Confirms that the transfer has arrived completely."""
     return pb.Frame(done=pb.Done(transfer_id=transfer_id))
 
 
 def refuse(reason: pb.Reason, text: str, transfer_id: str = "") -> pb.Frame:
-    """No, to a transfer or (without an id) to the connection."""
+    """Refuses a transfer or, without an id, the connection."""
     return pb.Frame(refuse=pb.Refuse(reason=reason, text=text[:_MAX_TEXT], transfer_id=transfer_id))
 
 
 def reason_name(reason: int) -> str:
-    """REASON_NOT_ASKED as `not asked`; a number nobody knows as itself."""
+    """`not asked` for REASON_NOT_ASKED; `reason N` for an unknown number."""
     try:
         return pb.Reason.Name(reason).removeprefix("REASON_").lower().replace("_", " ")
     except ValueError:
@@ -172,5 +172,5 @@ def reason_name(reason: int) -> str:
 
 
 def printable(text: str) -> str:
-    """A peer's words on one line, without control characters, cut to a sane length."""
+    """A peer's text on one line, without control characters, cut to a sane length."""
     return "".join(letter if letter.isprintable() else " " for letter in text[:_MAX_TEXT])

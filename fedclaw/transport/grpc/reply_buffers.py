@@ -1,0 +1,160 @@
+"""Where the bytes of incoming replies are kept: in memory up to a limit, then on disk; the rest wait their turn.
+
+Memory is charged as bytes arrive, never as they are promised. So a site that promises much and sends little takes
+nothing from others. When memory is full, chunks are written to disk sealed, as they came, and opened from there one
+reply after the other as the reader takes them. So a slow reader costs disk, not memory.
+
+While memory is short but the replies under way are fast, the next one waits for its Accept, `_PATIENCE` seconds at
+most: receiving one after the other in memory is then faster than all at once through the disk.
+"""
+
+import logging
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+from fedclaw.errors import SealError
+from fedclaw.identity.seal import SEGMENT, TAG
+from fedclaw.transport.grpc.chunk_codec import Chunk
+from fedclaw.transport.grpc.incoming_reply import IncomingReply
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.session import Session
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 4.0
+"""Seconds that an offered reply waits for its Accept at most."""
+_DISK_REST = 30.0
+"""Seconds without a write after a disk that refused one."""
+
+
+class ReplyBuffers:
+    """The replies that wait or arrive, by message id, and the memory and disk that they take.
+
+    `lock` guards both collections; methods take it themselves unless they say that the caller holds it.
+    """
+
+    def __init__(self, limits: Limits, directory: Path | None) -> None:
+        """`directory` is on the disk for what memory does not hold; None: the temporary directory."""
+        self.lock = threading.RLock()
+        self.waiting: OrderedDict[str, IncomingReply] = OrderedDict()
+        """Offered and not accepted yet, oldest first."""
+        self.accepted: dict[str, IncomingReply] = {}
+        """Arriving, or complete and not read yet."""
+        self.directory = directory
+        self.no_disk_until = 0.0
+        """Until then, on the monotonic clock, nothing is written to disk."""
+        self._limits = limits
+
+    def memory(self) -> int:
+        """Bytes of memory that replies take now."""
+        with self.lock:
+            return sum(reply.memory for reply in self.accepted.values())
+
+    def accept_next(self) -> tuple[IncomingReply, Session] | None:
+        """Move the oldest waiting reply to the accepted ones, if it may begin.
+
+        Returns it with the session that offered it, which may end at any moment.
+        """
+        now = time.monotonic()
+        with self.lock:
+            if not self.waiting:
+                return None
+            identity, reply = next(iter(self.waiting.items()))
+            session = reply.session
+            assert session is not None, "a waiting reply has a session"
+            if not self._may_begin(reply, now):
+                return None
+            del self.waiting[identity]
+            reply.memory_was_short = now >= self.no_disk_until and not self._fits(reply, now)
+            self.accepted[identity] = reply
+            reply.accepted_at, reply.rate_checkpoint = now, (now, 0)
+            return reply, session
+
+    def charge(self, reply: IncomingReply, more: int) -> bool:
+        """Take memory for `more` bytes of `reply`. False if there is none; a reply that is alone takes all it needs."""
+        with self.lock:
+            others = sum(other.memory for other in self.accepted.values() if other is not reply)
+            if others and others + reply.opened + more > self._limits.inbound_bytes:
+                return False
+            reply.opened += more
+            return True
+
+    def spool(self, reply: IncomingReply, chunk: Chunk) -> None:
+        """Write a chunk to disk as it is. Raises SealError for a chunk that is not one sealed segment, OSError."""
+        expected = min(SEGMENT, reply.full_memory - reply.received // (SEGMENT + TAG) * SEGMENT) + TAG
+        if len(chunk.data) != expected:
+            raise SealError(f"a segment has {len(chunk.data)} bytes instead of {expected}")
+        if reply.spool is None:
+            # An unnamed file: nobody else can open it, and it disappears with this process, however that ends.
+            reply.spool = tempfile.TemporaryFile(buffering=0, dir=self.directory)  # noqa: SIM115 - closed with it
+        with self.lock:
+            used = sum(other.received for other in self.accepted.values() if other.spool is not None)
+        if used + expected > self._limits.spool_bytes:
+            raise OSError(f"replies take {used} bytes of disk already, the limit is {self._limits.spool_bytes}")
+        view = memoryview(chunk.data)
+        while view:
+            view = view[reply.spool.write(view) :]
+
+    def disk_failed(self, error: OSError) -> None:
+        """A write failed: replies come through memory, one after the other, for a while."""
+        self.no_disk_until = time.monotonic() + _DISK_REST
+        place = self.directory or tempfile.gettempdir()
+        log.error(
+            "there is no room on disk for replies that wait, in %s: %s; they come one after the other now", place, error
+        )
+
+    def any_on_disk(self) -> bool:
+        """Whether a complete reply waits on disk for memory."""
+        with self.lock:
+            return any(reply.complete and not reply.in_memory for reply in self.accepted.values())
+
+    def load_next(self) -> IncomingReply | None:
+        """The next complete reply on disk, if memory has room for it beside the ones that wait to be read."""
+        with self.lock:
+            now, accepted = time.monotonic(), self.accepted.values()
+            reply = next((one for one in accepted if one.complete and not one.in_memory), None)
+            if reply is None:
+                return None
+            # One at least goes on, however much a slow one holds; what is fast or waits to be read is gone soon.
+            soon = any(self._is_fast(one, now) if not one.complete else one.in_memory for one in accepted)
+            if soon and not self._fits(reply, now):
+                return None
+            reply.in_memory = True
+            return reply
+
+    def drop(self, identity: str) -> None:
+        """Forget an accepted reply. It is closed, unless somebody is at work on it, who then closes it.
+
+        The caller holds the lock.
+        """
+        if (reply := self.accepted.pop(identity, None)) is not None:
+            reply.dropped = True
+            if reply.lock.acquire(blocking=False):
+                try:
+                    reply.close()
+                finally:
+                    reply.lock.release()
+
+    def _may_begin(self, reply: IncomingReply, now: float) -> bool:
+        others = self.accepted.values()
+        if now < self.no_disk_until:
+            # What begins now has to end in memory.
+            used = sum(other.full_memory for other in others)
+            return not used or used + reply.full_memory <= self._limits.inbound_bytes
+        patient = now - reply.offered_at < _PATIENCE and any(self._is_fast(other, now) for other in others)
+        return not patient or self._fits(reply, now)
+
+    def _is_fast(self, reply: IncomingReply, now: float) -> bool:
+        return reply.is_fast(now, self._limits.inbound_bytes)
+
+    def _fits(self, reply: IncomingReply, now: float) -> bool:
+        """Whether memory has room for all of it, beside what others take and what the fast ones are about to take."""
+        used = sum(
+            other.full_memory if self._is_fast(other, now) else other.memory
+            for other in self.accepted.values()
+            if other is not reply
+        )
+        return not used or used + reply.full_memory <= self._limits.inbound_bytes
