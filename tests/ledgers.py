@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.ledger import Budget, Ledger
 from fedclaw.site.journal.outbound import OutboundLog
 
@@ -17,7 +17,7 @@ data: {train: data/train.csv, name: ward-4}
 policy: {workloads: [tabular], strategies: [fedavg], epsilon: 8.0, delta: 1.0e-3}
 """
 UNLIMITED = Budget(None, 1e-3)
-ROUND = Mechanism(0.08, 1.5, 13)
+ROUND = NoiseEvent(0.08, 1.5, 13)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Run:
     federation: str = "heart"
     data_set: str = "ward-4"
     fingerprint: str = "ab" * 32
-    mechanism: Mechanism | None = ROUND
+    mechanism: NoiseEvent | None = ROUND
     kept: frozenset[int] = frozenset()
 
 

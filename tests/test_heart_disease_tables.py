@@ -17,7 +17,7 @@ from experiments.heart_disease.settings import HeartSettings, cells
 from experiments.heart_disease.training import left_for_training
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
-from fedclaw.privacy.accounting import Mechanism, calibrate, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, calibrate, epsilon_of
 
 
 def settings_for(root, *more):
@@ -103,8 +103,8 @@ def test_a_private_run_learns_within_its_budget(tmp_path, placement):
 def test_what_is_left_for_training_is_all_that_the_budget_has():
     for rate, steps in ((1.0, 10), (0.1, 50)):
         left = left_for_training(5.0, 1e-3, 1.0, rate, steps)
-        release = Mechanism(1.0, calibrate(1.0, 1e-3, 1.0, 1), 1)
-        together = epsilon_of([release, Mechanism(rate, calibrate(left, 1e-3, rate, steps), steps)], 1e-3)
+        release = NoiseEvent(1.0, calibrate(1.0, 1e-3, 1.0, 1), 1)
+        together = epsilon_of([release, NoiseEvent(rate, calibrate(left, 1e-3, rate, steps), steps)], 1e-3)
         assert 4.9 < together <= 5.0
         assert 4.0 < left < 5.0, "composed, not added up"
 

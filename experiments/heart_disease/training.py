@@ -11,7 +11,7 @@ from experiments.heart_disease.settings import Budget, Cell
 from experiments.heart_disease.sites import HospitalPolicy, write_hospitals, write_pooled
 from fedclaw.learning.statistics import design_of
 from fedclaw.learning.workload import schema_digest
-from fedclaw.privacy.accounting import Mechanism, calibrate, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, calibrate, epsilon_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.plan import PrivacyRequest
 from fedclaw.protocol.statistics import StatisticsRequest
@@ -162,10 +162,10 @@ def left_for_training(budget: float, delta: float, spent: float, rate: float, st
 
     Composed as the ledger does, not by adding epsilons, within a thousandth and from the safe side.
     """
-    release = Mechanism(1.0, calibrate(spent, delta, 1.0, 1), 1)
+    release = NoiseEvent(1.0, calibrate(spent, delta, 1.0, 1), 1)
 
     def fits(noise: float) -> bool:
-        return epsilon_of([release, Mechanism(rate, noise, steps)], delta) <= budget
+        return epsilon_of([release, NoiseEvent(rate, noise, steps)], delta) <= budget
 
     low = high = calibrate(budget, delta, rate, steps)
     while not fits(high):
@@ -173,4 +173,4 @@ def left_for_training(budget: float, delta: float, spent: float, rate: float, st
     while high / low > 1.001:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return epsilon_of([Mechanism(rate, high, steps)], delta)
+    return epsilon_of([NoiseEvent(rate, high, steps)], delta)

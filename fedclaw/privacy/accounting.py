@@ -57,8 +57,8 @@ Family = Literal["gaussian", "discrete"]
 
 
 @dataclass(frozen=True)
-class Mechanism:
-    """What was run: `steps` Poisson-sampled mechanisms of one family.
+class NoiseEvent:
+    """What was run, as a ledger counts it: `steps` Poisson-sampled mechanisms of one family.
 
     `sample_rate` is q in (0, 1], `noise_multiplier` the standard deviation of the noise over the sensitivity (for
     family "discrete" the effective one), `steps` the steps or rounds taken. Raises PrivacyError for values outside
@@ -96,7 +96,7 @@ class Mechanism:
         return float(1 / (2 * Fraction(self.noise_multiplier) ** 2))
 
 
-def event_of(mechanism: Mechanism | None) -> "dp_accounting.DpEvent":
+def event_of(mechanism: NoiseEvent | None) -> "dp_accounting.DpEvent":
     """The mechanism in dp_accounting's vocabulary; None is training without privacy."""
     import dp_accounting
 
@@ -111,12 +111,12 @@ def event_of(mechanism: Mechanism | None) -> "dp_accounting.DpEvent":
     return dp_accounting.SelfComposedDpEvent(step, mechanism.steps)
 
 
-def event_to_json(mechanism: Mechanism | None) -> dict[str, JsonValue]:
+def event_to_json(mechanism: NoiseEvent | None) -> dict[str, JsonValue]:
     """`event_of(mechanism)` as JSON: each event by its class name, its fields by theirs."""
     return _plain(event_of(mechanism))
 
 
-def event_from_json(plain: Mapping[str, Any]) -> Mechanism | None:
+def event_from_json(plain: Mapping[str, Any]) -> NoiseEvent | None:
     """The mechanism that `event_to_json` wrote. Raises PrivacyError for any other event."""
     try:
         if plain == {"event": "NonPrivateDpEvent"}:
@@ -126,7 +126,7 @@ def event_from_json(plain: Mapping[str, Any]) -> Mechanism | None:
         family: Family = "gaussian" if event["event"] == "GaussianDpEvent" else "discrete"
         fields = event["fields"]
         noise = float(fields["noise_multiplier"]) if family == "gaussian" else _multiplier_of(float(fields["rho"]))
-        mechanism = Mechanism(float(rate), noise, int(count), family)
+        mechanism = NoiseEvent(float(rate), noise, int(count), family)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise PrivacyError(f"this version of FedClaw cannot account for the mechanism {plain!r:.200}") from error
     if event_to_json(mechanism) != plain:
@@ -138,10 +138,10 @@ def _multiplier_of(rho: float) -> float:
     """The noise multiplier whose rho this is, to the last bit; one nearby if there is none."""
     noise = math.sqrt(1 / (2 * rho))
     nearby = (noise, math.nextafter(noise, 0), math.nextafter(noise, math.inf))
-    return next((near for near in nearby if Mechanism(1.0, near, 1, "discrete").rho == rho), noise)
+    return next((near for near in nearby if NoiseEvent(1.0, near, 1, "discrete").rho == rho), noise)
 
 
-def epsilon_of(mechanisms: Iterable[Mechanism], delta: float) -> float:
+def epsilon_of(mechanisms: Iterable[NoiseEvent], delta: float) -> float:
     """The epsilon at `delta` of all `mechanisms` together, in any order; infinite if one has no noise.
 
     Never below the true epsilon. For Gaussian mechanisms it is above it by some tenths of a per cent; where `delta` is
@@ -156,7 +156,7 @@ def epsilon_of(mechanisms: Iterable[Mechanism], delta: float) -> float:
     for mechanism in mechanisms:
         if mechanism.steps:
             steps[mechanism.sample_rate, mechanism.noise_multiplier, mechanism.family] += mechanism.steps
-    groups = [Mechanism(rate, noise, count, family) for (rate, noise, family), count in sorted(steps.items())]
+    groups = [NoiseEvent(rate, noise, count, family) for (rate, noise, family), count in sorted(steps.items())]
     gaussian = tuple(group for group in groups if group.family == "gaussian")
     discrete = tuple(group for group in groups if group.family == "discrete")
     if not discrete:
@@ -178,7 +178,7 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int, fami
         raise PrivacyError(f"epsilon is a number above 0, not {epsilon}")
 
     def cost(noise: float) -> float:
-        return epsilon_of([Mechanism(sample_rate, noise, steps, family)], delta)
+        return epsilon_of([NoiseEvent(sample_rate, noise, steps, family)], delta)
 
     if cost(SMALLEST_NOISE) <= epsilon:
         return SMALLEST_NOISE
@@ -221,7 +221,7 @@ def _narrow(cost: Callable[[float], float], epsilon: float, low: float, high: fl
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(groups: tuple[Mechanism, ...], delta: float) -> float:
+def _epsilon(groups: tuple[NoiseEvent, ...], delta: float) -> float:
     if not groups:
         return 0.0
     if any(group.noise_multiplier < SMALLEST_NOISE for group in groups):
@@ -237,7 +237,7 @@ def _epsilon(groups: tuple[Mechanism, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=128)
-def _distribution(group: Mechanism, interval: float) -> Any:
+def _distribution(group: NoiseEvent, interval: float) -> Any:
     """The privacy loss distribution of one group, on a grid of `interval`."""
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -258,7 +258,7 @@ def _step_distribution(rate: float, noise: float, interval: float) -> Any:
     )
 
 
-def _interval(groups: tuple[Mechanism, ...]) -> float:
+def _interval(groups: tuple[NoiseEvent, ...]) -> float:
     """A power of two: fine against one step's loss, and coarse enough for the number of points to stay bounded."""
     variance, count, width = 0.0, 0, 0.0
     for group in groups:
@@ -275,7 +275,7 @@ def _interval(groups: tuple[Mechanism, ...]) -> float:
     return 2.0 ** math.floor(math.log2(fine)) if fine > coarse else 2.0 ** math.ceil(math.log2(coarse))
 
 
-def _renyi_epsilon(groups: tuple[Mechanism, ...], delta: float) -> float:
+def _renyi_epsilon(groups: tuple[NoiseEvent, ...], delta: float) -> float:
     total = np.zeros_like(renyi.ORDERS)
     for group in groups:
         total += group.steps * renyi.sampled_curve(group.sample_rate, group.rho)
@@ -287,7 +287,7 @@ def _renyi_bracket(epsilon: float, delta: float, rate: float, steps: int, family
     low, high = math.log(SMALLEST_NOISE), math.log(LARGEST_NOISE)
     while high - low > 0.05:
         middle = (low + high) / 2
-        if _renyi_epsilon((Mechanism(rate, math.exp(middle), steps, family),), delta) <= epsilon:
+        if _renyi_epsilon((NoiseEvent(rate, math.exp(middle), steps, family),), delta) <= epsilon:
             high = middle
         else:
             low = middle

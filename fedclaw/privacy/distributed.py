@@ -10,7 +10,7 @@ zero), or one part of a site's sum (`encode_sum`; neighbouring: a part of L2 nor
 If at least `honest` sites that keep their noise to themselves are in the sum, then, towards everybody, the server
 included, it is a function of a Gaussian mechanism with `noise_multiplier` (`gaussian_multiplier` says why), and it is
 rho-concentrated differentially private, rho = 1 / (2 noise_multiplier^2), as the paper proves it. So it may be
-accounted as a `Mechanism` of family "gaussian" or "discrete"; the first gives the smaller epsilon. What is computed
+accounted as a `NoiseEvent` of family "gaussian" or "discrete"; the first gives the smaller epsilon. What is computed
 from the sum is post-processing, reduction modulo 2^32 too; more sites than `honest` only add independent noise. To be
 added to delta: 2^-64 a sum for parts of sums (rounding, see `encode_sum`), and the distance of
 `fedclaw.privacy.discrete_gaussian`, 2^-100 a number.

@@ -1,6 +1,6 @@
 """How fast a private step is; never how private it is.
 
-Settings that a guarantee rests on (clip, noise, rate) are in the plan and in `Mechanism`; nothing here reaches either.
+Settings that a guarantee rests on (clip, noise, rate) are in the plan and in `NoiseEvent`; nothing here reaches either.
 Whatever stands here, the step leaves the same clipped sum up to rounding, with the same noise on it.
 """
 

@@ -3,7 +3,7 @@
     v = sum over examples x of phi(x),        ||phi(x)|| <= 1 in the L2 norm,
 
 so that adding or removing one example moves v by at most 1, whatever the example holds. Gaussian noise of standard
-deviation z in every coordinate is then one Gaussian mechanism with the noise multiplier z: Mechanism(1.0, z, 1).
+deviation z in every coordinate is then one Gaussian mechanism with the noise multiplier z: NoiseEvent(1.0, z, 1).
 Everything that is read off the noised v, or off a sum of several sites', is post-processing: means, variances,
 quantiles, rates (`fedclaw.privacy.estimates`).
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.ledger import describe
 from fedclaw.site.journal.spending import DataSetSpending, RunSpending
 
@@ -101,7 +101,7 @@ def certainty(epsilon: float) -> str:
     return f"{math.ceil(share * 1000) / 10:g}%" if share < 0.999 else "more than 99.9%"
 
 
-def work(mechanism: Mechanism | None) -> str:
+def work(mechanism: NoiseEvent | None) -> str:
     """What one kind of charge was for."""
     if mechanism is None:
         return "Without differential privacy."

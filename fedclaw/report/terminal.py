@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedclaw.console import make_console
-from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.report.tables import Figures, parts_in_lines, shortened
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 
@@ -136,7 +136,7 @@ def central_words(record: RunRecord) -> str | None:
     if central is None or central.noise_by == "sites":
         # What the sites' shares come to is in their receipts.
         return None
-    spent = epsilon_of([Mechanism(central.sample_rate, central.noise_multiplier, record.rounds)], central.delta)
+    spent = epsilon_of([NoiseEvent(central.sample_rate, central.noise_multiplier, record.rounds)], central.delta)
     return (
         f"noise on the sum, by the server, unit {central.unit}: epsilon {spent:.3f} at delta {central.delta:g}, "
         "towards everybody but the server"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import LocalTraining, Plan
 
@@ -42,7 +42,7 @@ class Round:
     """Names and shapes of what an update has, in the order in which they lie in an answer."""
     single: bool
     """Whether every update is wanted by itself."""
-    mechanisms: Mapping[int, Mechanism | None]
+    mechanisms: Mapping[int, NoiseEvent | None]
     """By number of examples, what a client that has so many is charged."""
 
 

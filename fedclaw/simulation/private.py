@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, without_overflow
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
@@ -33,7 +33,7 @@ class Sampling:
     source: GaussianSource
 
     @classmethod
-    def of(cls, plan: Plan, mechanism: Mechanism | None, examples: int, source: GaussianSource) -> "Sampling":
+    def of(cls, plan: Plan, mechanism: NoiseEvent | None, examples: int, source: GaussianSource) -> "Sampling":
         """What `plan` asks of a client with so many examples, which is charged `mechanism`."""
         if plan.privacy is not None:
             assert mechanism is not None

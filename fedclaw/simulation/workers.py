@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import FedClawError, RoundError, UsageError
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.plan import Plan
 from fedclaw.simulation.job import Answer, Round, State, flat, shaped
@@ -245,7 +245,7 @@ class _Worker:
             arrays[name] = shaped(self.outgoing[start : start + size], shapes)
             start += size
         sent = {name.removeprefix("sent/"): own for name, own in arrays.items() if name.startswith("sent/")}
-        mechanisms = {int(size): Mechanism(**found) if found else None for size, found in head["mechanisms"].items()}
+        mechanisms = {int(size): NoiseEvent(**found) if found else None for size, found in head["mechanisms"].items()}
         plan = Plan.model_validate_json(head["plan"])
         return Round(plan, arrays["parameters"], arrays.get("teacher"), sent, self.template, self.single, mechanisms)
 

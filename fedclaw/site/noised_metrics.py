@@ -16,7 +16,7 @@ import torch
 
 from fedclaw.errors import LedgerError, PrivacyError
 from fedclaw.learning.pooled import Doubles
-from fedclaw.privacy.accounting import Mechanism, calibrate
+from fedclaw.privacy.accounting import NoiseEvent, calibrate
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
 from fedclaw.site.journal.ledger import Ledger, Reservation
@@ -28,7 +28,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits, targets) -> mean loss of a batch."""
 
 
-def metrics_mechanism(policy: Policy) -> Mechanism:
+def metrics_mechanism(policy: Policy) -> NoiseEvent:
     """One evaluation, as the ledger counts it. Raises Refusal when no noise makes it cost so little."""
     assert policy.metrics_epsilon is not None
     try:
@@ -37,7 +37,7 @@ def metrics_mechanism(policy: Policy) -> Mechanism:
         raise Refusal(
             RefusalCode.METRICS, "this site's policy allows metrics so little that no noise is enough"
         ) from error
-    return Mechanism(sample_rate=1.0, noise_multiplier=noise, steps=1)
+    return NoiseEvent(sample_rate=1.0, noise_multiplier=noise, steps=1)
 
 
 def check_payable(site: Site, plan: Plan, asking: Asking) -> None:

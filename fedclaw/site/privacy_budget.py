@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedclaw.errors import BudgetExceeded, LedgerError, PrivacyError
-from fedclaw.privacy.accounting import Mechanism, calibrate
+from fedclaw.privacy.accounting import NoiseEvent, calibrate
 from fedclaw.privacy.mechanisms.receipts import central_receipt, clip_of, is_sampled
 from fedclaw.privacy.mechanisms.shared_noise import distributed_mechanism, example_mechanism
 from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode, Trust
@@ -66,7 +66,7 @@ class Charge:
     """One round's mechanism as the ledger has it (None: no noise that counts), and whom it trusts."""
 
     kind: Literal["dp-sgd", "central", "distributed", "none"]
-    mechanism: Mechanism | None
+    mechanism: NoiseEvent | None
     trust: Trust
 
 
@@ -103,7 +103,7 @@ def charge_for(policy: Policy, examples: int, plan: Plan) -> Charge:
     return Charge("central", example_mechanism(central, central.noise_multiplier), "server")
 
 
-def _distributed(plan: Plan) -> Mechanism:
+def _distributed(plan: Plan) -> NoiseEvent:
     if plan.secure is None:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, "noise by the sites hides nothing without secure aggregation")
     try:
@@ -112,12 +112,12 @@ def _distributed(plan: Plan) -> Mechanism:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
 
-def local_mechanism(site: Site, plan: Plan) -> Mechanism | None:
+def local_mechanism(site: Site, plan: Plan) -> NoiseEvent | None:
     """One round's DP-SGD: noise calibrated so that all rounds of the run together spend the epsilon asked."""
     return _local_mechanism(len(site.data.train), plan)
 
 
-def _local_mechanism(examples: int, plan: Plan) -> Mechanism | None:
+def _local_mechanism(examples: int, plan: Plan) -> NoiseEvent | None:
     if plan.privacy is None:
         return None
     rate = min(1.0, plan.training.batch_size / examples)
@@ -130,7 +130,7 @@ def _local_mechanism(examples: int, plan: Plan) -> Mechanism | None:
             f"no noise keeps what was asked for within epsilon {plan.privacy.epsilon:g} at delta "
             f"{plan.privacy.delta:g}; ask for fewer rounds or steps, smaller batches or a larger epsilon",
         ) from error
-    return Mechanism(sample_rate=rate, noise_multiplier=noise, steps=steps)
+    return NoiseEvent(sample_rate=rate, noise_multiplier=noise, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Due:
     federation: str
     run: str
     round: int
-    mechanism: Mechanism | None
+    mechanism: NoiseEvent | None
     account: Account
     """That of the data that is used."""
     remaining: Remaining | None = None
@@ -189,7 +189,7 @@ class Due:
 
     @classmethod
     def of_plan(
-        cls, site: Site, plan: Plan, asking: Asking, mechanism: Mechanism | None, account: Account, purpose: str = ""
+        cls, site: Site, plan: Plan, asking: Asking, mechanism: NoiseEvent | None, account: Account, purpose: str = ""
     ) -> "Due":
         """For a round of `plan`."""
         remaining = remaining_of(site.policy, plan, purpose)
@@ -235,7 +235,7 @@ def check_affordable(site: Site, due: Due) -> None:
             )
 
 
-def check_agreeable(site: Site, plan: Plan, mechanism: Mechanism | None) -> None:
+def check_agreeable(site: Site, plan: Plan, mechanism: NoiseEvent | None) -> None:
     """Raise the Refusal that the charge of `plan` would meet, and charge nothing: before the session it belongs to."""
     account = Account.training(site)
     with _refusing():
@@ -317,7 +317,7 @@ def _rate(examples: int, plan: Plan) -> float:
     return min(1.0, plan.training.batch_size / examples)
 
 
-def _accountant(mechanism: Mechanism | None) -> Literal["pld", "rdp", "none"]:
+def _accountant(mechanism: NoiseEvent | None) -> Literal["pld", "rdp", "none"]:
     if mechanism is None:
         return "none"
     return "pld" if mechanism.family == "gaussian" else "rdp"

@@ -18,7 +18,7 @@ from fedclaw.errors import DataError, PrivacyError
 from fedclaw.learning.score_statistics import score_records
 from fedclaw.learning.statistics import design_for
 from fedclaw.learning.workload import Floats
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.mechanisms.statistics import noise_of, shares_of
 from fedclaw.privacy.noise import GaussianSource
@@ -131,7 +131,7 @@ def noised(vector: Doubles, deviation: float, source: GaussianSource) -> Floats:
 class _Noise:
     """What the ledger is charged, and this site's share of it in a secure sum."""
 
-    mechanism: Mechanism
+    mechanism: NoiseEvent
     shares: Shares | None
 
 
@@ -139,12 +139,12 @@ def _noise(site: Site, request: StatisticsRequest, design: Design) -> _Noise:
     """The noise that keeps the request's epsilon. Raises Refusal when none does."""
     try:
         if request.secure is None:
-            return _Noise(Mechanism(1.0, noise_of(request.epsilon, request.delta), 1), None)
+            return _Noise(NoiseEvent(1.0, noise_of(request.epsilon, request.delta), 1), None)
         _check_sum(site, request.secure, design)
         shares = shares_of(request)
     except PrivacyError as error:
         raise Refusal(RefusalCode.EPSILON, f"statistics: {error}") from error
-    return _Noise(Mechanism(1.0, shares.noise_multiplier, 1), shares)
+    return _Noise(NoiseEvent(1.0, shares.noise_multiplier, 1), shares)
 
 
 def _check_sum(site: Site, secure: SecureAggregation, design: Design) -> None:

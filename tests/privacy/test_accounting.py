@@ -14,7 +14,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import (
     LARGEST_NOISE,
     SMALLEST_NOISE,
-    Mechanism,
+    NoiseEvent,
     calibrate,
     epsilon_of,
     event_from_json,
@@ -24,7 +24,7 @@ from fedclaw.privacy.accounting import (
 from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS
 
 MECHANISMS = st.builds(
-    Mechanism,
+    NoiseEvent,
     sample_rate=st.sampled_from([0.003, 0.02, 0.1, 0.5, 1.0]),
     noise_multiplier=st.floats(0.7, 6.0),
     steps=st.integers(1, 2000),
@@ -41,7 +41,7 @@ def exact_gaussian(noise: float, delta: float) -> float:
     return brentq(excess, 0, 600)
 
 
-def reference(mechanisms: list[Mechanism], delta: float, interval: float = 4e-4) -> float:
+def reference(mechanisms: list[NoiseEvent], delta: float, interval: float = 4e-4) -> float:
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
     for mechanism in mechanisms:
         accountant.compose(event_of(mechanism))
@@ -49,27 +49,27 @@ def reference(mechanisms: list[Mechanism], delta: float, interval: float = 4e-4)
 
 
 def test_published_figure() -> None:
-    assert epsilon_of([Mechanism(0.02, 1.1, 1500)], 1e-5) == pytest.approx(4.02, abs=0.005)
+    assert epsilon_of([NoiseEvent(0.02, 1.1, 1500)], 1e-5) == pytest.approx(4.02, abs=0.005)
 
 
 @pytest.mark.parametrize("noise", [0.2, 1.0, 5.0])
 def test_one_gaussian_against_the_exact_formula(noise: float) -> None:
     exact = exact_gaussian(noise, 1e-5)
-    assert exact * (1 - 1e-9) <= epsilon_of([Mechanism(1.0, noise, 1)], 1e-5) <= exact * 1.005
+    assert exact * (1 - 1e-9) <= epsilon_of([NoiseEvent(1.0, noise, 1)], 1e-5) <= exact * 1.005
 
 
 def test_full_batches_compose_like_one_gaussian_with_less_noise() -> None:
-    assert epsilon_of([Mechanism(1.0, 10.0, 100)], 1e-6) == pytest.approx(exact_gaussian(1.0, 1e-6), rel=0.005)
+    assert epsilon_of([NoiseEvent(1.0, 10.0, 100)], 1e-6) == pytest.approx(exact_gaussian(1.0, 1e-6), rel=0.005)
 
 
-def opacus(accountant: PRVAccountant | RDPAccountant, *mechanisms: Mechanism) -> Any:
+def opacus(accountant: PRVAccountant | RDPAccountant, *mechanisms: NoiseEvent) -> Any:
     accountant.history = [(each.noise_multiplier, each.sample_rate, each.steps) for each in mechanisms]
     return accountant
 
 
 @settings(max_examples=8, deadline=None)
 @given(MECHANISMS, st.sampled_from([1e-3, 1e-5, 1e-6]))
-def test_between_the_fine_pld_and_renyi(mechanism: Mechanism, delta: float) -> None:
+def test_between_the_fine_pld_and_renyi(mechanism: NoiseEvent, delta: float) -> None:
     epsilon = epsilon_of([mechanism], delta)
     fine = reference([mechanism], delta, min(4e-4, mechanism.sample_rate / mechanism.noise_multiplier / 25))
     assert fine * (1 - 1e-4) <= epsilon <= fine * 1.01 + 1e-4
@@ -78,7 +78,7 @@ def test_between_the_fine_pld_and_renyi(mechanism: Mechanism, delta: float) -> N
 
 @settings(max_examples=8, deadline=None)
 @given(MECHANISMS, st.sampled_from([1e-3, 1e-5, 1e-6]))
-def test_agrees_with_prv_within_the_errors_that_it_states(mechanism: Mechanism, delta: float) -> None:
+def test_agrees_with_prv_within_the_errors_that_it_states(mechanism: NoiseEvent, delta: float) -> None:
     error = 0.01
     prv = opacus(PRVAccountant(), mechanism)._get_dprv(eps_error=error, delta_error=delta / 1000)
     lower, _, upper = prv.compute_epsilon(delta, delta / 1000, error)
@@ -87,7 +87,7 @@ def test_agrees_with_prv_within_the_errors_that_it_states(mechanism: Mechanism, 
 
 @settings(max_examples=2, deadline=None)
 @given(MECHANISMS, MECHANISMS)
-def test_two_mechanisms_agree_with_prv_and_renyi(first: Mechanism, second: Mechanism) -> None:
+def test_two_mechanisms_agree_with_prv_and_renyi(first: NoiseEvent, second: NoiseEvent) -> None:
     epsilon = epsilon_of([first, second], 1e-5)
     prv = opacus(PRVAccountant(), first, second)._get_dprv(eps_error=0.02, delta_error=1e-8)
     lower, _, upper = prv.compute_epsilon(1e-5, 1e-8, 0.02)
@@ -96,33 +96,33 @@ def test_two_mechanisms_agree_with_prv_and_renyi(first: Mechanism, second: Mecha
 
 
 def test_mixtures_compose_in_any_order_and_grouping() -> None:
-    parts = [Mechanism(0.1, 2.0, 50), Mechanism(0.02, 1.1, 500), Mechanism(1.0, 20.0, 10), Mechanism(0.1, 2.0, 50)]
+    parts = [NoiseEvent(0.1, 2.0, 50), NoiseEvent(0.02, 1.1, 500), NoiseEvent(1.0, 20.0, 10), NoiseEvent(0.1, 2.0, 50)]
     whole = epsilon_of(parts, 1e-5)
     assert whole == epsilon_of(reversed(parts), 1e-5)
-    assert whole == epsilon_of([Mechanism(0.1, 2.0, 100), *parts[1:3]], 1e-5)
+    assert whole == epsilon_of([NoiseEvent(0.1, 2.0, 100), *parts[1:3]], 1e-5)
     assert (fine := reference(parts, 1e-5)) * (1 - 1e-3) <= whole <= fine * 1.01
     assert whole > max(epsilon_of([part], 1e-5) for part in parts)
 
 
 def test_extremes() -> None:
     assert epsilon_of([], 1e-5) == 0
-    assert epsilon_of([Mechanism(0.5, 1.0, 0)], 1e-5) == 0
-    assert epsilon_of([Mechanism(0.5, 0.0, 1)], 1e-5) == math.inf
-    assert epsilon_of([Mechanism(0.5, 0.0, 1), Mechanism(0.5, 9.0, 1)], 1e-5) == math.inf
-    assert epsilon_of([Mechanism(1e-7, 1e4, 1)], 1e-5) == pytest.approx(0, abs=1e-9)
-    assert 1e4 < epsilon_of([Mechanism(1.0, SMALLEST_NOISE, 100_000)], 1e-5) < math.inf
-    assert 1e4 < epsilon_of([Mechanism(0.9, SMALLEST_NOISE, 100_000)], 1e-5) < math.inf
+    assert epsilon_of([NoiseEvent(0.5, 1.0, 0)], 1e-5) == 0
+    assert epsilon_of([NoiseEvent(0.5, 0.0, 1)], 1e-5) == math.inf
+    assert epsilon_of([NoiseEvent(0.5, 0.0, 1), NoiseEvent(0.5, 9.0, 1)], 1e-5) == math.inf
+    assert epsilon_of([NoiseEvent(1e-7, 1e4, 1)], 1e-5) == pytest.approx(0, abs=1e-9)
+    assert 1e4 < epsilon_of([NoiseEvent(1.0, SMALLEST_NOISE, 100_000)], 1e-5) < math.inf
+    assert 1e4 < epsilon_of([NoiseEvent(0.9, SMALLEST_NOISE, 100_000)], 1e-5) < math.inf
 
 
 def test_a_delta_below_the_distributions_is_bounded_by_renyi() -> None:
-    tiny = epsilon_of([Mechanism(0.02, 1.1, 1500)], 1e-20)
-    assert epsilon_of([Mechanism(0.02, 1.1, 1500)], 1e-9) < tiny < math.inf
+    tiny = epsilon_of([NoiseEvent(0.02, 1.1, 1500)], 1e-20)
+    assert epsilon_of([NoiseEvent(0.02, 1.1, 1500)], 1e-9) < tiny < math.inf
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
 def test_a_delta_outside_its_range_is_refused(delta: float) -> None:
     with pytest.raises(PrivacyError, match="delta lies in"):
-        epsilon_of([Mechanism(0.5, 1.0, 1)], delta)
+        epsilon_of([NoiseEvent(0.5, 1.0, 1)], delta)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_delta_outside_its_range_is_refused(delta: float) -> None:
 )
 def test_impossible_mechanisms_are_refused(values: tuple[float, float, int]) -> None:
     with pytest.raises(PrivacyError):
-        Mechanism(*values)
+        NoiseEvent(*values)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_calibration_is_enough_and_one_per_cent_less_is_not(
     epsilon: float, delta: float, rate: float, steps: int
 ) -> None:
     noise = calibrate(epsilon, delta, rate, steps)
-    assert epsilon_of([Mechanism(rate, noise, steps)], delta) <= epsilon
-    assert epsilon_of([Mechanism(rate, noise / 1.01, steps)], delta) > epsilon
+    assert epsilon_of([NoiseEvent(rate, noise, steps)], delta) <= epsilon
+    assert epsilon_of([NoiseEvent(rate, noise / 1.01, steps)], delta) > epsilon
 
 
 def test_calibration_does_not_go_below_the_floor() -> None:
@@ -167,7 +167,7 @@ def test_an_unreachable_epsilon_is_one_clear_error() -> None:
 
 
 @given(MECHANISMS)
-def test_events_survive_json(mechanism: Mechanism) -> None:
+def test_events_survive_json(mechanism: NoiseEvent) -> None:
     assert event_from_json(event_to_json(mechanism)) == mechanism
 
 

@@ -13,29 +13,29 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy import renyi
-from fedclaw.privacy.accounting import SMALLEST_NOISE, Mechanism, calibrate, epsilon_of, event_from_json, event_to_json
+from fedclaw.privacy.accounting import SMALLEST_NOISE, NoiseEvent, calibrate, epsilon_of, event_from_json, event_to_json
 from fedclaw.site.journal.history import History
 
 DELTA = 1e-5
 RATES = st.sampled_from([0.003, 0.02, 0.1, 0.5, 1.0])
 DISCRETE = st.builds(
-    Mechanism,
+    NoiseEvent,
     sample_rate=RATES,
     noise_multiplier=st.floats(0.7, 8.0),
     steps=st.integers(1, 1000),
     family=st.just("discrete"),
 )
-GAUSSIAN = st.builds(Mechanism, sample_rate=RATES, noise_multiplier=st.floats(0.7, 8.0), steps=st.integers(1, 1000))
+GAUSSIAN = st.builds(NoiseEvent, sample_rate=RATES, noise_multiplier=st.floats(0.7, 8.0), steps=st.integers(1, 1000))
 
 
 @given(st.floats(SMALLEST_NOISE, 1e100), st.floats(1e-9, 1.0), st.integers(0, 10**9))
 def test_discrete_events_survive_json_to_the_last_bit(noise: float, rate: float, steps: int) -> None:
-    mechanism = Mechanism(rate, noise, steps, "discrete")
+    mechanism = NoiseEvent(rate, noise, steps, "discrete")
     assert event_from_json(json.loads(json.dumps(event_to_json(mechanism)))) == mechanism
 
 
 def test_a_discrete_event_is_a_poisson_sampled_concentrated_one() -> None:
-    event = event_to_json(Mechanism(0.25, 2.0, 7, "discrete"))
+    event = event_to_json(NoiseEvent(0.25, 2.0, 7, "discrete"))
     step = {"event": "ZCDpEvent", "fields": {"rho": 0.125, "xi": 0.0}}
     sampled = {"event": "PoissonSampledDpEvent", "fields": {"sampling_probability": 0.25, "event": step}}
     assert event == {"event": "SelfComposedDpEvent", "fields": {"event": sampled, "count": 7}}
@@ -45,8 +45,8 @@ def test_ledgers_of_before_the_families_are_read() -> None:
     step = {"event": "GaussianDpEvent", "fields": {"noise_multiplier": 1.5}}
     sampled = {"event": "PoissonSampledDpEvent", "fields": {"sampling_probability": 0.1, "event": step}}
     old = {"event": "SelfComposedDpEvent", "fields": {"event": sampled, "count": 3}}
-    assert event_from_json(old) == Mechanism(0.1, 1.5, 3)
-    assert event_to_json(Mechanism(0.1, 1.5, 3)) == old
+    assert event_from_json(old) == NoiseEvent(0.1, 1.5, 3)
+    assert event_to_json(NoiseEvent(0.1, 1.5, 3)) == old
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_ledgers_of_before_the_families_are_read() -> None:
     [{"rho": 0.0}, {"rho": -1.0}, {"rho": math.nan}, {"rho": math.inf}, {"rho": 0.5, "xi": 0.1}, {"xi": 0.0}, {}],
 )
 def test_concentrated_events_that_are_nobodys_are_refused(fields: dict[str, float]) -> None:
-    plain = json.loads(json.dumps(event_to_json(Mechanism(0.25, 2.0, 7, "discrete"))))
+    plain = json.loads(json.dumps(event_to_json(NoiseEvent(0.25, 2.0, 7, "discrete"))))
     plain["fields"]["event"]["fields"]["event"]["fields"] = {"xi": 0.0} | fields if "rho" in fields else fields
     with pytest.raises(PrivacyError):
         event_from_json(plain)
@@ -63,18 +63,18 @@ def test_concentrated_events_that_are_nobodys_are_refused(fields: dict[str, floa
 @pytest.mark.parametrize("noise", [0.0, SMALLEST_NOISE / 2, 1e101])
 def test_discrete_noise_outside_its_range_is_refused(noise: float) -> None:
     with pytest.raises(PrivacyError, match="noise multiplier of a discrete mechanism"):
-        Mechanism(0.5, noise, 1, "discrete")
+        NoiseEvent(0.5, noise, 1, "discrete")
 
 
 def test_a_family_has_a_name() -> None:
     with pytest.raises(PrivacyError, match="gaussian or discrete"):
-        Mechanism(0.5, 1.0, 1, "laplace")  # type: ignore[arg-type]
+        NoiseEvent(0.5, 1.0, 1, "laplace")  # type: ignore[arg-type]
 
 
 @settings(max_examples=12, deadline=None)
 @given(DISCRETE, st.sampled_from([1e-3, 1e-5, 1e-9]))
-def test_never_below_the_gaussian_of_the_same_multiplier(mechanism: Mechanism, delta: float) -> None:
-    gaussian = Mechanism(mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps)
+def test_never_below_the_gaussian_of_the_same_multiplier(mechanism: NoiseEvent, delta: float) -> None:
+    gaussian = NoiseEvent(mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps)
     assert epsilon_of([mechanism], delta) >= epsilon_of([gaussian], delta) * (1 - 1e-9)
 
 
@@ -94,7 +94,7 @@ def test_never_below_the_privacy_loss_of_a_discrete_gaussian(
         .self_compose(steps)
         .get_epsilon_for_delta(DELTA)
     )
-    assert epsilon_of([Mechanism(rate, sigma / sensitivity, steps, "discrete")], DELTA) >= exact
+    assert epsilon_of([NoiseEvent(rate, sigma / sensitivity, steps, "discrete")], DELTA) >= exact
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.9, 1.0])
@@ -135,14 +135,14 @@ def test_tiny_rates_keep_their_digits() -> None:
 
 def test_the_price_of_renyi_accounting_is_moderate() -> None:
     for rate, noise, steps in ((1.0, 2.0, 1), (1.0, 10.0, 50), (0.1, 2.0, 300), (0.02, 1.1, 1500)):
-        gaussian = epsilon_of([Mechanism(rate, noise, steps)], DELTA)
-        assert epsilon_of([Mechanism(rate, noise, steps, "discrete")], DELTA) < gaussian * 1.15
+        gaussian = epsilon_of([NoiseEvent(rate, noise, steps)], DELTA)
+        assert epsilon_of([NoiseEvent(rate, noise, steps, "discrete")], DELTA) < gaussian * 1.15
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(GAUSSIAN, min_size=1, max_size=2), st.lists(DISCRETE, min_size=1, max_size=2))
 def test_mixed_histories_cost_more_than_either_half_and_no_more_than_their_sum(
-    gaussian: list[Mechanism], discrete: list[Mechanism]
+    gaussian: list[NoiseEvent], discrete: list[NoiseEvent]
 ) -> None:
     both = epsilon_of([*gaussian, *discrete], DELTA)
     assert both == epsilon_of([*reversed(discrete), *gaussian], DELTA)
@@ -162,15 +162,15 @@ def test_mixed_histories_are_never_below_their_joint_privacy_loss(steps: tuple[i
         )
         .get_epsilon_for_delta(DELTA)
     )
-    mixed = [Mechanism(0.3, 2.0, steps[0]), Mechanism(0.5, 1.5, steps[1], "discrete")]
+    mixed = [NoiseEvent(0.3, 2.0, steps[0]), NoiseEvent(0.5, 1.5, steps[1], "discrete")]
     assert joint <= epsilon_of(mixed, DELTA) <= joint * 1.6
 
 
 def test_no_noise_anywhere_is_infinite() -> None:
-    discrete = Mechanism(0.5, 2.0, 3, "discrete")
-    assert epsilon_of([discrete, Mechanism(0.5, 0.0, 1)], DELTA) == math.inf
-    assert epsilon_of([discrete, Mechanism(0.5, 0.0, 0)], DELTA) == epsilon_of([discrete], DELTA)
-    assert epsilon_of([Mechanism(0.5, 2.0, 0, "discrete")], DELTA) == 0
+    discrete = NoiseEvent(0.5, 2.0, 3, "discrete")
+    assert epsilon_of([discrete, NoiseEvent(0.5, 0.0, 1)], DELTA) == math.inf
+    assert epsilon_of([discrete, NoiseEvent(0.5, 0.0, 0)], DELTA) == epsilon_of([discrete], DELTA)
+    assert epsilon_of([NoiseEvent(0.5, 2.0, 0, "discrete")], DELTA) == 0
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,14 @@ def test_no_noise_anywhere_is_infinite() -> None:
 )
 def test_calibration_of_discrete_noise(epsilon: float, rate: float, steps: int) -> None:
     noise = calibrate(epsilon, DELTA, rate, steps, "discrete")
-    assert epsilon_of([Mechanism(rate, noise, steps, "discrete")], DELTA) <= epsilon
-    assert epsilon_of([Mechanism(rate, noise / 1.01, steps, "discrete")], DELTA) > epsilon
+    assert epsilon_of([NoiseEvent(rate, noise, steps, "discrete")], DELTA) <= epsilon
+    assert epsilon_of([NoiseEvent(rate, noise / 1.01, steps, "discrete")], DELTA) > epsilon
     assert noise >= calibrate(epsilon, DELTA, rate, steps) * 0.999
 
 
 def test_a_history_keeps_the_families_apart() -> None:
     history = History()
-    for mechanism in (Mechanism(1.0, 4.0, 3), Mechanism(1.0, 4.0, 2, "discrete"), Mechanism(1.0, 4.0, 1)):
+    for mechanism in (NoiseEvent(1.0, 4.0, 3), NoiseEvent(1.0, 4.0, 2, "discrete"), NoiseEvent(1.0, 4.0, 1)):
         history.add(mechanism)
-    assert history.epsilon(DELTA) == epsilon_of([Mechanism(1.0, 4.0, 4), Mechanism(1.0, 4.0, 2, "discrete")], DELTA)
-    assert history.epsilon(DELTA) > epsilon_of([Mechanism(1.0, 4.0, 6)], DELTA)
+    assert history.epsilon(DELTA) == epsilon_of([NoiseEvent(1.0, 4.0, 4), NoiseEvent(1.0, 4.0, 2, "discrete")], DELTA)
+    assert history.epsilon(DELTA) > epsilon_of([NoiseEvent(1.0, 4.0, 6)], DELTA)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.accounting import Mechanism, calibrate, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, calibrate, epsilon_of
 from fedclaw.privacy.distributed import (
     INFLATION,
     WRAP,
@@ -210,7 +210,7 @@ def test_never_below_the_exact_epsilon_of_a_sum_in_one_dimension(sigma, shares, 
     without, there = shifted(summed_probabilities(sigma, shares), shift)
     sampled = (1 - rate) * without + rate * there
     multiplier = effective_multiplier(sigma, shares, shift, 1)
-    accounted = epsilon_of([Mechanism(rate, multiplier, 1, "discrete")], DELTA)
+    accounted = epsilon_of([NoiseEvent(rate, multiplier, 1, "discrete")], DELTA)
     assert accounted >= exact_epsilon(without, sampled, DELTA)
     if rate == 1 and closeness(sigma, shares) < 1e-6:
         assert accounted <= exact_epsilon(without, there, DELTA) * 1.35
@@ -222,9 +222,9 @@ def test_a_sum_costs_no_more_than_the_gaussian_behind_it_and_hardly_less(sigma, 
     without, there = shifted(summed_probabilities(sigma, shares), shift)
     sampled = (1 - rate) * without + rate * there
     exact = exact_epsilon(without, sampled, DELTA)
-    accounted = epsilon_of([Mechanism(rate, gaussian_multiplier(sigma, shares, shift), 1)], DELTA)
+    accounted = epsilon_of([NoiseEvent(rate, gaussian_multiplier(sigma, shares, shift), 1)], DELTA)
     assert exact <= accounted
-    plain = epsilon_of([Mechanism(rate, math.sqrt(shares) * sigma / shift, 1)], DELTA)
+    plain = epsilon_of([NoiseEvent(rate, math.sqrt(shares) * sigma / shift, 1)], DELTA)
     assert plain * 0.97 < exact
 
 
@@ -322,7 +322,7 @@ def server_noise(clip, dimension, rounds, epsilon):
 def shared_noise(clip, dimension, rounds, epsilon):
     """(vectors) -> their sum with every site's share of the noise, ten drop-outs tolerated."""
     shares = share_noise(clip, dimension, SITES, calibrate(epsilon, DELTA, 1.0, rounds), tolerated=10)
-    assert epsilon_of([Mechanism(1.0, shares.noise_multiplier, rounds)], DELTA) <= epsilon
+    assert epsilon_of([NoiseEvent(1.0, shares.noise_multiplier, rounds)], DELTA) <= epsilon
     return lambda vectors, draws: summed(shares, vectors, draws)
 
 

@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning import postprocess
-from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.shared_noise import integers_of
 from fedclaw.privacy.noise import GaussianSource
@@ -412,7 +412,7 @@ def test_a_site_charges_the_noise_that_is_really_added_and_trusts_enough_of_the_
             "pld",
         )
         assert receipt.noise_multiplier >= 1.2
-        expected = epsilon_of([Mechanism(0.3, receipt.noise_multiplier, 2)], 1e-3)
+        expected = epsilon_of([NoiseEvent(0.3, receipt.noise_multiplier, 2)], 1e-3)
         assert receipt.epsilon_run == pytest.approx(expected)
     prices = [line["noise_price"] for line in outcome.directory.read_metrics()]
     assert len(prices) == 2

@@ -9,7 +9,7 @@ import math
 from typing import Literal
 
 from fedclaw.errors import PrivacyError, UpdateError
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.shared_noise import distributed_mechanism, example_mechanism
 from fedclaw.protocol.plan import NO_LEDGER, CentralReceipt, Plan, Receipt, Trust
 
@@ -102,7 +102,7 @@ def _mechanism(kind: Kind, plan: Plan, examples: int) -> dict[str, object]:
     return {"sample_rate": mechanism.sample_rate, "noise_multiplier": mechanism.noise_multiplier}
 
 
-def _on_the_sum(kind: Kind, plan: Plan) -> Mechanism:
+def _on_the_sum(kind: Kind, plan: Plan) -> NoiseEvent:
     assert plan.central is not None
     if kind == "distributed":
         return distributed_mechanism(plan)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.distributed import Shares, share_noise
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.server_noise import unit_bound
@@ -102,7 +102,7 @@ def shares_of(plan: Plan, central: CentralPrivacy, secure: SecureAggregation) ->
     )
 
 
-def distributed_mechanism(plan: Plan) -> Mechanism:
+def distributed_mechanism(plan: Plan) -> NoiseEvent:
     """What one round under distributed noise costs, from the shares that the sites really add. Raises PrivacyError.
 
     The sum is a function of one Gaussian mechanism (`fedclaw.privacy.distributed.gaussian_multiplier`).
@@ -113,7 +113,7 @@ def distributed_mechanism(plan: Plan) -> Mechanism:
     return example_mechanism(central, shares_of(plan, central, secure).noise_multiplier)
 
 
-def example_mechanism(central: CentralPrivacy, noise_multiplier: float) -> Mechanism:
+def example_mechanism(central: CentralPrivacy, noise_multiplier: float) -> NoiseEvent:
     """What a round with noise on the sum costs an example, by its multiplier for the unit that it was made for.
 
     Unit `site`: two data sets that differ in one example give two updates within the clipping bound, which may lie
@@ -121,5 +121,5 @@ def example_mechanism(central: CentralPrivacy, noise_multiplier: float) -> Mecha
     That a site is asked only now and then is not counted, as its books hold only the rounds that asked it.
     """
     if central.unit == "example":
-        return Mechanism(central.sample_rate, noise_multiplier, 1)
-    return Mechanism(1.0, noise_multiplier / 2, 1)
+        return NoiseEvent(central.sample_rate, noise_multiplier, 1)
+    return NoiseEvent(1.0, noise_multiplier / 2, 1)

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from fedclaw.errors import LedgerError, PrivacyError
-from fedclaw.privacy.accounting import Family, Mechanism, epsilon_of, event_from_json
+from fedclaw.privacy.accounting import Family, NoiseEvent, epsilon_of, event_from_json
 from fedclaw.protocol.chain import GENESIS, link
 
 LEDGER_VERSION = 1
@@ -38,7 +38,7 @@ class Reservation:
     federation: str
     run: str
     round: int
-    mechanism: Mechanism | None
+    mechanism: NoiseEvent | None
     fingerprint: str | None = None
     content: str | None = None
     hash: str = ""
@@ -67,7 +67,7 @@ class Agreement:
     It came with the run's first charge, is renewed by each, and ends with its last round, or when it expires.
     """
 
-    mechanism: Mechanism
+    mechanism: NoiseEvent
     charges: int
     """Still to come."""
     rounds: int
@@ -77,7 +77,7 @@ class Agreement:
     renewed: datetime
 
     @property
-    def outstanding(self) -> Mechanism | None:
+    def outstanding(self) -> NoiseEvent | None:
         """What is still to be charged; None: nothing."""
         count = min(self.charges, self.rounds)
         return replace(self.mechanism, steps=self.mechanism.steps * count) if count > 0 else None
@@ -86,7 +86,7 @@ class Agreement:
         """Whether it is good for another charge. By a clock that was set back by more than a day it is not."""
         return self.charges > 0 and -timedelta(days=1) <= now - self.renewed <= timedelta(days=self.days)
 
-    def charge(self, round: int, mechanism: Mechanism | None, now: datetime) -> None:
+    def charge(self, round: int, mechanism: NoiseEvent | None, now: datetime) -> None:
         """Take one charge off. Another mechanism is not what was agreed to: it ends the agreement."""
         self.charges = self.charges - 1 if mechanism == self.mechanism else 0
         self.rounds = max(0, self.last - round)
@@ -125,7 +125,7 @@ class History:
     charges: int = 0
     unbounded: bool = False
 
-    def add(self, mechanism: Mechanism | None) -> None:
+    def add(self, mechanism: NoiseEvent | None) -> None:
         """Take up one more charge."""
         self.charges += 1
         if mechanism is None:
@@ -139,15 +139,15 @@ class History:
         self.charges += other.charges
         self.unbounded |= other.unbounded
 
-    def epsilon(self, delta: float, also: tuple[Mechanism | None, ...] = ()) -> float:
+    def epsilon(self, delta: float, also: tuple[NoiseEvent | None, ...] = ()) -> float:
         """Epsilon at `delta` of all charges, and of `also`; infinite if one of them had no privacy."""
         further = [mechanism for mechanism in also if mechanism is not None]
         if self.unbounded or len(further) < len(also):
             return math.inf
         return epsilon_of([*self._mechanisms(), *further], delta)
 
-    def _mechanisms(self) -> Iterator[Mechanism]:
-        return (Mechanism(rate, noise, steps, family) for (rate, noise, family), steps in self.steps.items())
+    def _mechanisms(self) -> Iterator[NoiseEvent]:
+        return (NoiseEvent(rate, noise, steps, family) for (rate, noise, family), steps in self.steps.items())
 
 
 class Index:
@@ -250,7 +250,7 @@ class Index:
             if agreement.outstanding is None:
                 del self.agreements[run]
 
-    def promised(self, data_set: str, now: datetime, *, but: tuple[str, str, str]) -> list[Mechanism]:
+    def promised(self, data_set: str, now: datetime, *, but: tuple[str, str, str]) -> list[NoiseEvent]:
         """What was agreed to on a data set, but for that federation, run and purpose, and has still to be charged."""
         return [
             outstanding

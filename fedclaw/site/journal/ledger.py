@@ -48,7 +48,7 @@ from typing import Self
 from pydantic import JsonValue
 
 from fedclaw.errors import BudgetExceeded, LedgerError
-from fedclaw.privacy.accounting import Mechanism, event_to_json
+from fedclaw.privacy.accounting import NoiseEvent, event_to_json
 from fedclaw.protocol.chain import GENESIS, canonical, link
 from fedclaw.site.journal.history import (
     LEDGER_VERSION,
@@ -167,7 +167,7 @@ class Ledger:
         federation: str,
         run: str,
         round: int,
-        mechanism: Mechanism | None,
+        mechanism: NoiseEvent | None,
         budget: Budget,
         run_budget: Budget | None = None,
         content: str | None = None,
@@ -216,7 +216,7 @@ class Ledger:
         self,
         federation: str,
         run: str,
-        mechanism: Mechanism | None,
+        mechanism: NoiseEvent | None,
         budget: Budget,
         run_budget: Budget | None = None,
         remaining: Remaining | None = None,
@@ -231,7 +231,7 @@ class Ledger:
         federation: str,
         run: str,
         round: int,
-        mechanism: Mechanism | None,
+        mechanism: NoiseEvent | None,
         content: str | None = None,
     ) -> bool:
         """Whether `reserve` would take up a reservation that is open for this very question."""
@@ -367,7 +367,7 @@ class Ledger:
         self,
         federation: str,
         run: str,
-        mechanism: Mechanism | None,
+        mechanism: NoiseEvent | None,
         budget: Budget,
         run_budget: Budget | None,
         remaining: Remaining | None,
@@ -400,7 +400,7 @@ class Ledger:
         return {"charges": charges, "last": remaining.last, "days": remaining.days}
 
     def _waiting(
-        self, key: str, federation: str, run: str, round: int, mechanism: Mechanism | None, content: str | None
+        self, key: str, federation: str, run: str, round: int, mechanism: NoiseEvent | None, content: str | None
     ) -> Reservation | None:
         asked = (federation, run, round, mechanism, self._fingerprint, content)
         for sequence in self._index.open.get((self._data_set, key), []):
@@ -530,7 +530,7 @@ class Ledger:
         return f"privacy ledger {self._path}"
 
 
-def describe(mechanism: Mechanism | None) -> str:
+def describe(mechanism: NoiseEvent | None) -> str:
     """A mechanism in words, as it stands in messages to the site's operator."""
     if mechanism is None:
         return "training without privacy"
@@ -544,9 +544,9 @@ def _check_budget(
     where: str,
     history: History,
     what: str,
-    mechanism: Mechanism | None,
+    mechanism: NoiseEvent | None,
     budget: Budget,
-    promised: list[Mechanism],
+    promised: list[NoiseEvent],
 ) -> None:
     if budget.epsilon is None:
         return

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.history import Budget, Entry, History, Index, Reservation
 from fedclaw.site.journal.ledger_file import read_ledger
 
@@ -34,7 +34,7 @@ class RunSpending:
     last: str
     epsilon: float
     """Of this run alone, at the budget's delta; infinite if a round had no differential privacy."""
-    mechanisms: tuple[Mechanism | None, ...]
+    mechanisms: tuple[NoiseEvent | None, ...]
     """What was charged, equal mechanisms as one with all their steps; None: without privacy."""
 
 
@@ -198,8 +198,8 @@ def _run(charges: Sequence[Charge], epsilon: float) -> RunSpending:
     )
 
 
-def _together(mechanisms: Iterable[Mechanism | None]) -> tuple[Mechanism | None, ...]:
-    steps: Counter[Mechanism | None] = Counter()
+def _together(mechanisms: Iterable[NoiseEvent | None]) -> tuple[NoiseEvent | None, ...]:
+    steps: Counter[NoiseEvent | None] = Counter()
     for mechanism in mechanisms:
         steps[mechanism and replace(mechanism, steps=0)] += mechanism.steps if mechanism else 0
     return tuple(mechanism and replace(mechanism, steps=count) for mechanism, count in steps.items())

@@ -14,7 +14,7 @@ from flwr.app import Message, MessageType
 
 from fedclaw.errors import FedClawError
 from fedclaw.learning.registry import strategy_class
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, Plan, PrivacyRequest, Refusal
 from fedclaw.protocol.questions import Outgoing, question, questions
@@ -116,7 +116,7 @@ def _delta(site: SiteService, asked: Question) -> list[str]:
     ]
 
 
-def _cost(checked: Checked, plan: Plan, one_round: Mechanism, history: History) -> list[str]:
+def _cost(checked: Checked, plan: Plan, one_round: NoiseEvent, history: History) -> list[str]:
     policy = checked.service.policy
 
     def after(rounds: int) -> float:
@@ -148,7 +148,7 @@ def _cost(checked: Checked, plan: Plan, one_round: Mechanism, history: History) 
     return said
 
 
-def _times(one_round: Mechanism, rounds: int) -> Mechanism:
+def _times(one_round: NoiseEvent, rounds: int) -> NoiseEvent:
     return replace(one_round, steps=one_round.steps * rounds)
 
 

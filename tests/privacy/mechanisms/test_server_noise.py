@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.learning import postprocess
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.server_noise import clip_to, moved
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.postprocessor import SiteContext
@@ -327,7 +327,7 @@ def test_hiding_a_site_hides_an_example_half_as_well(sites, record):
     setting = central(noise_multiplier=3.0)
     plan = plan_of(record.model_copy(update={"central": setting}))
     site = next(iter(sites.values()))
-    assert charge_of(site, plan).mechanism == Mechanism(1.0, 1.5, 1)
+    assert charge_of(site, plan).mechanism == NoiseEvent(1.0, 1.5, 1)
     ones, others = (
         postprocess.at_site(Update({"w": np.full(4, value, np.float32)}, 1.0, 1), plan, CONTEXT).arrays["w"]
         for value in (9.0, -9.0)

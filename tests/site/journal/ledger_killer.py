@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.ledger import Budget, Ledger
 
-ROUND = Mechanism(0.1, 2.0, 10)
+ROUND = NoiseEvent(0.1, 2.0, 10)
 UNLIMITED = Budget(None, 1e-5)
 DONE = 0
 TRACE_ME, NEXT_CALL, SET_OPTIONS = 0, 24, 0x4200

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from fedclaw.errors import BudgetExceeded
-from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.site.journal.ledger import MOST_AGREEMENTS, Budget, Ledger, Remaining
 
-ROUND = Mechanism(0.1, 2.0, 10)
+ROUND = NoiseEvent(0.1, 2.0, 10)
 DELTA = 1e-5
 
 
-def cost(rounds: int, mechanism: Mechanism = ROUND) -> float:
-    return epsilon_of([Mechanism(mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps * rounds)], DELTA)
+def cost(rounds: int, mechanism: NoiseEvent = ROUND) -> float:
+    return epsilon_of([NoiseEvent(mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps * rounds)], DELTA)
 
 
 def budget_of(rounds: int) -> Budget:
@@ -62,7 +62,7 @@ def test_what_is_agreed_to_is_kept_free_of_others(ledger: Ledger) -> None:
     with pytest.raises(BudgetExceeded, match="beside 1 unfinished run"):
         ask(ledger, "b", 1, 5, budget_of(10))
     with pytest.raises(BudgetExceeded, match="beside 1 unfinished run"):
-        ledger.reserve("statistics", "f", "s", 0, Mechanism(1.0, 0.9, 1), budget_of(10))
+        ledger.reserve("statistics", "f", "s", 0, NoiseEvent(1.0, 0.9, 1), budget_of(10))
     ask(ledger, "b", 1, 4, budget_of(10))
     with pytest.raises(BudgetExceeded):
         ask(ledger, "c", 1, 1, budget_of(10))
@@ -126,7 +126,7 @@ def test_another_data_set_has_agreements_of_its_own(tmp_path: Path) -> None:
 def test_terms_that_change_are_agreed_to_anew_or_refused(ledger: Ledger) -> None:
     """A server cannot widen what was agreed to under a run's name."""
     ask(ledger, "a", 1, 4, budget_of(6))
-    louder = Mechanism(0.1, 1.0, 10)
+    louder = NoiseEvent(0.1, 1.0, 10)
     with pytest.raises(BudgetExceeded, match="the whole run, 3"):
         ask(ledger, "a", 2, 4, budget_of(6), louder)
     ask(ledger, "b", 1, 2, budget_of(6))
@@ -141,7 +141,7 @@ def test_quieter_terms_take_the_place_of_what_was_agreed_to(ledger: Ledger) -> N
     ask(ledger, "a", 1, 8, budget_of(10))
     with pytest.raises(BudgetExceeded):
         ask(ledger, "b", 1, 5, budget_of(10))
-    ask(ledger, "a", 2, 3, budget_of(10), Mechanism(0.1, 2.5, 10))
+    ask(ledger, "a", 2, 3, budget_of(10), NoiseEvent(0.1, 2.5, 10))
     ask(ledger, "b", 1, 5, budget_of(10))
 
 
@@ -175,7 +175,7 @@ def test_part_of_a_run_at_the_operators_word(ledger: Ledger) -> None:
 
 def test_promises_are_bounded_in_number(ledger: Ledger) -> None:
     """Tiny runs of many names do not fill the ledger with promises; one that ends makes room."""
-    budget, tiny = budget_of(1000), Mechanism(0.1, 50.0, 1)
+    budget, tiny = budget_of(1000), NoiseEvent(0.1, 50.0, 1)
     for number in range(MOST_AGREEMENTS):
         ask(ledger, f"run-{number}", 1, 2, budget, tiny)
     with pytest.raises(BudgetExceeded, match="waits until one of them ends"):

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from fedclaw.errors import BudgetExceeded, LedgerError
-from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.protocol import chain
 from fedclaw.site.journal.ledger import Budget, Ledger, Reservation
 
-ROUND = Mechanism(0.1, 2.0, 10)
+ROUND = NoiseEvent(0.1, 2.0, 10)
 DELTA = 1e-5
 WIDE = Budget(epsilon=100.0, delta=DELTA)
 
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "ledger.sqlite"
 
 
-def reserve(ledger: Ledger, key: str, mechanism: Mechanism | None = ROUND, **fields: object) -> Reservation:
+def reserve(ledger: Ledger, key: str, mechanism: NoiseEvent | None = ROUND, **fields: object) -> Reservation:
     values = {"federation": "hospitals", "run": "run-1", "round": 1, "budget": WIDE, **fields}
     return ledger.reserve(key, mechanism=mechanism, **values)
 
@@ -86,8 +86,8 @@ def test_a_settled_key_is_charged_anew() -> None:
         assert ledger.spent(DELTA) == pytest.approx(cost(2))
 
 
-@pytest.mark.parametrize("other", [Mechanism(0.1, 2.0, 11), Mechanism(0.1, 1.9, 10), Mechanism(0.2, 2.0, 10), None])
-def test_another_mechanism_under_the_same_key_is_charged_anew(other: Mechanism | None) -> None:
+@pytest.mark.parametrize("other", [NoiseEvent(0.1, 2.0, 11), NoiseEvent(0.1, 1.9, 10), NoiseEvent(0.2, 2.0, 10), None])
+def test_another_mechanism_under_the_same_key_is_charged_anew(other: NoiseEvent | None) -> None:
     unlimited = Budget(None, DELTA)
     with Ledger.open(":memory:", "data") as ledger:
         reserve(ledger, "a")
@@ -143,7 +143,7 @@ def test_settling_twice_is_settling_once_and_settling_nothing_is_an_error() -> N
 def test_settling_settles_the_newest_reservation() -> None:
     with Ledger.open(":memory:", "data") as ledger:
         older = reserve(ledger, "a")
-        newer = reserve(ledger, "a", Mechanism(0.1, 3.0, 10))
+        newer = reserve(ledger, "a", NoiseEvent(0.1, 3.0, 10))
         ledger.settle("a")
         assert reserve(ledger, "a") == older
         assert reserve(ledger, "a", newer.mechanism).attempt == 3
@@ -161,7 +161,7 @@ def test_the_budget_is_never_exceeded_and_the_message_has_the_figures() -> None:
         assert "10 steps at sample rate 0.1 with noise multiplier 2" in str(caught.value)
         assert ledger.spent(DELTA) == pytest.approx(cost(3))
         assert kinds(ledger) == ["open", *["reserve"] * 3]
-        reserve(ledger, "d", Mechanism(0.1, 200.0, 10), budget=budget)
+        reserve(ledger, "d", NoiseEvent(0.1, 200.0, 10), budget=budget)
 
 
 def test_a_budget_exactly_met_is_not_exceeded() -> None:
@@ -402,13 +402,13 @@ def test_threads_take_turns(path: Path) -> None:
 RACER = """
 import sys
 from fedclaw.errors import BudgetExceeded
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.ledger import Budget, Ledger
 ledger = Ledger.open(sys.argv[1], "data")
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    ledger.reserve(sys.argv[2], federation="f", run="r", round=1, mechanism=Mechanism(0.1, 2.0, 10),
+    ledger.reserve(sys.argv[2], federation="f", run="r", round=1, mechanism=NoiseEvent(0.1, 2.0, 10),
                    budget=Budget(float(sys.argv[3]), 1e-5))
     print("won", flush=True)
 except BudgetExceeded:
@@ -442,13 +442,13 @@ def test_of_two_processes_racing_for_the_last_bit_of_budget_one_wins(path: Path)
 
 SPENDER = """
 import sys
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.ledger import Budget, Ledger
 ledger = Ledger.open(sys.argv[1], "data")
 number = 0
 while True:
     key = f"{sys.argv[2]}-{number}"
-    ledger.reserve(key, federation="f", run="r", round=number, mechanism=Mechanism(0.1, 2.0, 10),
+    ledger.reserve(key, federation="f", run="r", round=number, mechanism=NoiseEvent(0.1, 2.0, 10),
                    budget=Budget(None, 1e-5))
     print("reserved", key, flush=True)
     if number % 2:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedclaw.errors import LedgerError
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.ledger import Budget, Ledger
 from fedclaw.site.journal.ledger_file import read_ledger
 from tests.conftest import environment
@@ -24,7 +24,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def reserve(ledger: Ledger, key: str) -> None:
-    ledger.reserve(key, federation="f", run="r", round=1, mechanism=Mechanism(0.1, 2.0, 10), budget=UNLIMITED)
+    ledger.reserve(key, federation="f", run="r", round=1, mechanism=NoiseEvent(0.1, 2.0, 10), budget=UNLIMITED)
 
 
 def test_reading_gives_what_the_ledger_gives(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.site.journal.ledger import Ledger
 from tests.conftest import environment
 
@@ -29,7 +29,7 @@ def test_kill_nine_at_every_place_loses_nothing(tmp_path: Path, how: str, least:
 RUN = """
 import sys
 from fedclaw.errors import BudgetExceeded
-from fedclaw.privacy.accounting import Mechanism
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.ledger import Budget, Ledger
 path, run, epsilon = sys.argv[1:]
 ledger = Ledger.open(path, "data")
@@ -40,7 +40,7 @@ try:
         if number <= 3:
             sys.stdin.readline()
         key = f"{run}-{number}"
-        ledger.reserve(key, federation="f", run=run, round=number, mechanism=Mechanism(0.1, 2.0, 10),
+        ledger.reserve(key, federation="f", run=run, round=number, mechanism=NoiseEvent(0.1, 2.0, 10),
                        budget=Budget(float(epsilon), 1e-5))
         print(key, flush=True)
         ledger.settle(key)
@@ -52,7 +52,7 @@ ROUNDS = 30
 
 
 def cost(rounds: int) -> float:
-    return epsilon_of([Mechanism(0.1, 2.0, 10 * rounds)], 1e-5)
+    return epsilon_of([NoiseEvent(0.1, 2.0, 10 * rounds)], 1e-5)
 
 
 def begin(path: Path, run: str) -> "subprocess.Popen[str]":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclaw.privacy.accounting import Mechanism, epsilon_of
+from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.site.journal.history import Budget
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.ledger_file import read_ledger
@@ -45,7 +45,7 @@ def test_what_was_spent_by_whom(path: Path) -> None:
     runs = [(run.federation, run.run, run.rounds, run.open) for run in ward.runs]
     assert runs == [("heart", "spring", 4, 0), ("heart", "summer", 3, 1), ("icu", "summer", 2, 0)]
     assert [run.epsilon for run in ward.runs] == [pytest.approx(cost(rounds)) for rounds in (4, 3, 2)]
-    assert ward.runs[0].mechanisms == (Mechanism(0.08, 1.5, 4 * 13),)
+    assert ward.runs[0].mechanisms == (NoiseEvent(0.08, 1.5, 4 * 13),)
     assert ward.run("summer", "icu") == ward.runs[2]
     assert ward.run("summer", "banks") is None
     assert [(use.fingerprint, use.charges) for use in ward.contents] == [("ab" * 32, 4), ("cd" * 32, 5)]
