@@ -2,7 +2,12 @@
 
 import importlib
 import logging
+import os
+import sys
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfigValue
@@ -21,12 +26,15 @@ A = TypeVar("A")
 def load_app(reference: str, kind: type[A]) -> A:
     """The object named by "module:attribute". Only for names that the operator typed, never for names from the wire.
 
+    The module's first part is looked for in the current directory and then among all that is installed. What else the
+    app imports from the current directory is found there if nothing installed has its name.
     Raises UsageError if it does not exist or is not a `kind`.
     """
     module_name, colon, attribute = reference.partition(":")
     if not (module_name and colon and attribute):
         raise UsageError(f"app={reference!r} is not of the form module:attribute")
     try:
+        _import_here(module_name.partition(".")[0])
         module = importlib.import_module(module_name)
     except Exception as error:
         text = " ".join(str(error).split())
@@ -36,6 +44,22 @@ def load_app(reference: str, kind: type[A]) -> A:
         found = "does not exist" if app is None else f"is a {type(app).__name__}"
         raise UsageError(f"app={reference}: {attribute} {found}, expected a {kind.__name__}")
     return app
+
+
+def _import_here(package: str) -> None:
+    """Import the package or module of that name from the current directory, if it is there."""
+    here = str(Path.cwd())
+    if here not in map(os.path.realpath, sys.path):
+        sys.path.append(here)
+    spec = PathFinder.find_spec(package, [here])
+    if package in sys.modules or spec is None or spec.loader is None:
+        return
+    sys.modules[package] = module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[package]
+        raise
 
 
 def run_server_app(server_app: ServerApp, grid: Grid, run_config: Config) -> None:
