@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
-from clients import metrics
+from fedclaw.clients import metrics
 from fedclaw.errors import PluginError
 from fedclaw.learning.workload import Workload
 from fedclaw.protocol.frozen import Frozen, explain
@@ -38,7 +38,7 @@ class Classification(Workload):
         return counted.sum() / max(targets.shape[0], 1)
 
     def evaluate(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
-        """Loss, accuracy, precision, recall, f1, auroc; which definitions and when left out: `clients.metrics`."""
+        """Loss, accuracy, precision, recall, f1, auroc; which definitions and when left out: `metrics`."""
         return metrics.classification(
             logits.detach().cpu().numpy().astype(np.float64),
             targets.detach().cpu().numpy().astype(np.int64),

@@ -8,7 +8,7 @@
 A value that is no level is a bad cell (`unseen: refuse_row`), missing (`missing`), or the level 'other', which is added
 behind the others if it is not among them (`other`): in training as in prediction.
 
-When two cells are the same value is in `clients.values`. A cell that a column does not allow is told to `Faults`, and
+When two cells are the same value is in `values`. A cell that a column does not allow is told to `Faults`, and
 stands for a missing one until whoever reads the table has looked at them.
 
 Legend: N rows of a block, F features of a column, L levels, K numeric columns.
@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
-from clients.definitions import Text, distinct, sized
-from clients.tables import Block, Faults
-from clients.values import Cell, DecimalMark, Declared, Markers
+from fedclaw.clients.definitions import Text, distinct, sized
+from fedclaw.clients.tables import Block, Faults
+from fedclaw.clients.values import Cell, DecimalMark, Declared, Markers
 from fedclaw.privacy.statistics import StatisticColumn
 from fedclaw.protocol.frozen import Frozen
 

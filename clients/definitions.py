@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from clients.values import repeated
+from fedclaw.clients.values import repeated
 from fedclaw.errors import DataError
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.yaml_text import RepeatedKeyError, WrittenFloat, WrittenInt, read_yaml, written

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.definitions import shown
-from clients.values import Declared
+from fedclaw.clients.definitions import shown
+from fedclaw.clients.values import Declared
 from fedclaw.errors import DataError
 
 Shape = tuple[int, int, int]

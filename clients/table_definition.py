@@ -1,11 +1,11 @@
-"""The content of a table's schema file, checked; what it means is in `clients.tabular_schema`."""
+"""The content of a table's schema file, checked; what it means is in `tabular_schema`."""
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from clients.columns import AnyColumn, Categorical, Numeric, Unseen
-from clients.definitions import Labels, Text, Weights, as_text, distinct, sized, weights_of
+from fedclaw.clients.columns import AnyColumn, Categorical, Numeric, Unseen
+from fedclaw.clients.definitions import Labels, Text, Weights, as_text, distinct, sized, weights_of
 from fedclaw.protocol.frozen import Frozen
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clients.columns import Column, Doubles, Flags, Numeric, NumericColumns, Rules
-from clients.definitions import shown
-from clients.moments import Moments
-from clients.tables import Block, Faults
-from clients.values import Markers
+from fedclaw.clients.columns import Column, Doubles, Flags, Numeric, NumericColumns, Rules
+from fedclaw.clients.definitions import shown
+from fedclaw.clients.moments import Moments
+from fedclaw.clients.tables import Block, Faults
+from fedclaw.clients.values import Markers
 from fedclaw.errors import DataError
 from fedclaw.learning.workload import Floats
 

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from clients.definitions import shown
-from clients.values import Cell, DecimalMark, normal, number_of, repeated
+from fedclaw.clients.definitions import shown
+from fedclaw.clients.values import Cell, DecimalMark, normal, number_of, repeated
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 

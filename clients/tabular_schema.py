@@ -16,10 +16,10 @@ A schema file, which all sites of a federation share:
 
 `target` takes `weights: {malignant: 10}` too: how much an example counts in the loss, by label, 1 if not stated.
 
-How each kind of column becomes numbers, missing cells included, is in `clients.columns`. The target may not be missing.
+How each kind of column becomes numbers, missing cells included, is in `columns`. The target may not be missing.
 `missing` can be given to one column, and then holds there alone.
 
-A value means the same however it is written (`clients.values`): 1, 1.0 and Parquet's integer 1 are one level, text is
+A value means the same however it is written (`values`): 1, 1.0 and Parquet's integer 1 are one level, text is
 compared after Unicode normalisation, an empty cell and Parquet's null are one thing. YAML's numbers are the text that
 they were written as (`fedclaw.yaml_text`): the level 001 is called 001.
 
@@ -57,13 +57,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
-from clients.definitions import canonical_json, parse_definition, shown, weights_of
-from clients.moments import Moments
-from clients.table_definition import TableDefinition
-from clients.table_reading import Encoder, MissingCells, Seen, Values
-from clients.tables import Block, Content, Faults, Wanted, read_blocks
-from clients.values import Declared, shown_cell
+from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
+from fedclaw.clients.definitions import canonical_json, parse_definition, shown, weights_of
+from fedclaw.clients.moments import Moments
+from fedclaw.clients.table_definition import TableDefinition
+from fedclaw.clients.table_reading import Encoder, MissingCells, Seen, Values
+from fedclaw.clients.tables import Block, Content, Faults, Wanted, read_blocks
+from fedclaw.clients.values import Declared, shown_cell
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 from fedclaw.learning.workload import Floats, Labels, Rows, Schema, Table

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from clients.classification import Classification, built, known
+from fedclaw.clients.classification import Classification, built, known
 from fedclaw.errors import PluginError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import ModelSpec

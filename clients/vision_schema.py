@@ -27,9 +27,9 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from clients.definitions import Labels, Weights, canonical_json, parse_definition, shown, weights_of
-from clients.images import Shape, image_files, pixels_of, read_archive, read_image, targets_of
-from clients.values import normal
+from fedclaw.clients.definitions import Labels, Weights, canonical_json, parse_definition, shown, weights_of
+from fedclaw.clients.images import Shape, image_files, pixels_of, read_archive, read_image, targets_of
+from fedclaw.clients.values import normal
 from fedclaw.errors import DataError
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
 from fedclaw.protocol.frozen import Frozen

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from clients.columns import numbers
-from clients.table_definition import MISSING
-from clients.tables import DELIMITERS, Content, Wanted, read_blocks, read_header
-from clients.values import DecimalMark, Markers, number_of
 from experiments.synthetic_images import SyntheticImages, make_images
 from fedclaw.catalogue import did_you_mean
+from fedclaw.clients.columns import numbers
+from fedclaw.clients.table_definition import MISSING
+from fedclaw.clients.tables import DELIMITERS, Content, Wanted, read_blocks, read_header
+from fedclaw.clients.values import DecimalMark, Markers, number_of
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 from fedclaw.files import sha256_file

@@ -43,7 +43,7 @@ def is_command(main: object) -> bool:
         package = str(spec.name).partition(".")[0]
         return package in _COMMANDS and str(spec.origin).startswith(os.path.join(_HOME, package) + os.sep)  # noqa: PTH118
     if file is not None:
-        return os.path.basename(file) == "fedclaw"  # noqa: PTH119
+        return os.path.basename(str(file)) == "fedclaw"  # noqa: PTH119
     # Python is still looking for the module, and imports the packages that it lies in: sys.argv is ["-m", *arguments].
     if sys.argv[:1] != ["-m"] or len(sys.orig_argv) <= len(sys.argv):
         return False

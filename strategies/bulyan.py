@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.protocol.arrays import Arrays
-from strategies.krum import scores
-from strategies.robust import Floats, HostileCount, Updates, columns, squared_distances
+from fedclaw.strategies.krum import scores
+from fedclaw.strategies.robust import Floats, HostileCount, Updates, columns, squared_distances
 
 
 class Bulyan(HostileCount):

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.compression import RandomK
-from strategies.norm_bounding import within
-from strategies.robust import RobustStrategy, Updates, distances_to, gram, weighted_sum
+from fedclaw.strategies.norm_bounding import within
+from fedclaw.strategies.robust import RobustStrategy, Updates, distances_to, gram, weighted_sum
 
 if TYPE_CHECKING:
     import torch

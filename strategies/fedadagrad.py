@@ -35,7 +35,7 @@ class FedAdagrad(Strategy):
         """The paper's: with beta1 = 0 torch's Adagrad, given tau as its epsilon and tau^2 as its first accumulator."""
         import torch
 
-        from strategies.adaptive import AdagradWithMomentum
+        from fedclaw.strategies.adaptive import AdagradWithMomentum
 
         if self.beta1 == 0:
             return torch.optim.Adagrad(

@@ -47,7 +47,7 @@ class FedAdam(Strategy):
         """torch's Adam with tau as its epsilon, or the paper's; two buffers a parameter either way."""
         import torch
 
-        from strategies.adaptive import UncorrectedAdam
+        from fedclaw.strategies.adaptive import UncorrectedAdam
 
         betas = (self.beta1, self.beta2)
         if self.bias_correction:

@@ -6,7 +6,7 @@ Arivazhagan, Aggarwal, Singh, Choudhary 2019, "Federated Learning with Personali
 
 from typing import ClassVar
 
-from strategies.heads import SharedBody
+from fedclaw.strategies.heads import SharedBody
 
 
 class FedPer(SharedBody):

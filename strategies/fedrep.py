@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fedclaw.learning.strategy import StepContext
-from strategies.heads import SharedBody
+from fedclaw.strategies.heads import SharedBody
 
 if TYPE_CHECKING:
     import torch

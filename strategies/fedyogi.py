@@ -36,7 +36,7 @@ class FedYogi(Strategy):
 
     def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
         """Yogi; its state is two buffers a parameter."""
-        from strategies.adaptive import Yogi
+        from fedclaw.strategies.adaptive import Yogi
 
         return Yogi(
             parameters,

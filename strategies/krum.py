@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.protocol.arrays import Arrays
-from strategies.robust import Floats, HostileCount, Updates, mean_of, squared_distances
+from fedclaw.strategies.robust import Floats, HostileCount, Updates, mean_of, squared_distances
 
 
 class Krum(HostileCount):

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.protocol.arrays import Arrays
-from strategies.krum import scores
-from strategies.robust import HostileCount, Updates, mean_of, squared_distances
+from fedclaw.strategies.krum import scores
+from fedclaw.strategies.robust import HostileCount, Updates, mean_of, squared_distances
 
 
 class MultiKrum(HostileCount):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.protocol.arrays import Arrays
-from strategies.robust import RobustStrategy, Updates, columns, weighted_sum
+from fedclaw.strategies.robust import RobustStrategy, Updates, columns, weighted_sum
 
 
 class NormBounding(RobustStrategy):

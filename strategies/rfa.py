@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.protocol.arrays import Arrays
-from strategies.robust import Floats, RobustStrategy, Updates, distances_to, gram, weighted_sum
+from fedclaw.strategies.robust import Floats, RobustStrategy, Updates, distances_to, gram, weighted_sum
 
 
 class Rfa(RobustStrategy):

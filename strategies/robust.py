@@ -1,6 +1,6 @@
 """What the strategies share that hold against sites which send whatever they like: they see every update by itself.
 
-All of them ignore example weights but RFA (`strategies.rfa`), and that one knows none but those that the run caps:
+All of them ignore example weights but RFA (`rfa`), and that one knows none but those that the run caps:
 nobody can check how many examples a site really has, and a weight that a site may choose would give it any share of a
 weighted result.
 

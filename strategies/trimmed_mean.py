@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.protocol.arrays import Arrays
-from strategies.robust import HostileCount, Updates, columns
+from fedclaw.strategies.robust import HostileCount, Updates, columns
 
 
 class TrimmedMean(HostileCount):

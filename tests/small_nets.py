@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clients.classification import Classification
+from fedclaw.clients.classification import Classification
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec

@@ -36,8 +36,8 @@ class FedSign(Strategy):
 '''
 WARDS = '''"""Wards: a made-up workload of another package."""
 from typing import ClassVar
-from clients.tabular import TabularWorkload
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients.tabular import TabularWorkload
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.protocol.plan import ModelSpec
 
 
@@ -127,7 +127,7 @@ def test_a_slip_is_told_with_what_comes_nearest(arguments, words):
 def test_a_strategy_of_another_package_is_listed_and_not_imported(outsider):
     program = (
         "import sys; from fedclaw.__main__ import overview; print(overview()); "
-        "assert not {'theirs', 'torch', 'strategies', 'clients'} & set(sys.modules)"
+        "assert not {'theirs', 'torch', 'fedclaw.strategies', 'fedclaw.clients'} & set(sys.modules)"
     )
     done = with_outsider(outsider, program)
     assert done.returncode == 0, done.stderr
@@ -162,7 +162,7 @@ def test_a_strategy_of_another_package_has_its_own_defaults_and_settings(outside
 def test_a_workload_of_another_package_has_its_own_model(outsider, deployment):
     new = (f"federation={deployment.federation}", f"workload.schema_file={deployment.schema}", "tracking=none")
     program = (
-        "import sys; from fedclaw.cli import compose_settings; from fedclaw.server import ServerSettings; "
+        "import sys; from fedclaw.cli import compose_settings; from fedclaw.server.__main__ import ServerSettings; "
         "from fedclaw.server.session import make_record; from fedclaw.server.run_directory import RoundRules; "
         "settings = compose_settings('server', sys.argv[1:], ServerSettings); "
         "print(make_record(settings, 'f', 'x', RoundRules()).model.name)"

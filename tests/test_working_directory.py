@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,7 +98,7 @@ def test_help_imports_nothing_of_the_current_directory(hostile, module):
     assert (done.code, done.errors) == (0, "")
 
 
-@pytest.mark.parametrize("module", COMMANDS.values())
+@pytest.mark.parametrize("module", ["fedclaw.server", "fedclaw.provision", "fedclaw.transport.ray"])
 def test_a_wrong_use_imports_nothing_of_the_current_directory(hostile, module):
     done = hostile.run(module, "nonsense=1", "privacy=x")
     assert done.code == 2, done.errors
@@ -173,7 +175,7 @@ def lead_a_life(place: Hostile, prefix: str) -> None:
         run = ("workload.model.name=logistic", "run=x", "rounds=2", "privacy.epsilon=4", "privacy.delta=1e-3")
         steps = [
             ("server", *known, *run),
-            ("statistics", *known[:2], "epsilon=0.5", "delta=1e-4", "output=statistics.json"),
+            ("statistics", *known[:2], "epsilon=0.5", "delta=1e-4", "out=statistics.json"),
         ]
         for step in steps:
             done = place.run(f"{prefix}{step[0]}", *step[1:])
@@ -193,3 +195,40 @@ def lead_a_life(place: Hostile, prefix: str) -> None:
 @pytest.mark.slow
 def test_a_federation_lives_in_a_hostile_directory(hostile):
     lead_a_life(hostile, "fedclaw.")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment of its own in which FedClaw is installed from its wheel, beside the libraries of this one."""
+    place = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(place), str(ROOT))
+    subprocess.run([*pip, *build], check=True, timeout=PATIENCE)
+    venv.create(place / "env", with_pip=False)
+    python = place / "env" / "bin" / "python"
+    (built,) = place.glob("*.whl")
+    words = [*pip, "--python", str(python), "install", "--no-index", "--no-deps", str(built)]
+    subprocess.run(words, check=True, timeout=PATIENCE)
+    (packages,) = (place / "env").glob("lib/python*/site-packages")
+    # As the last entry: what is installed from the wheel comes before the editable install that may be there.
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python.parent
+
+
+def test_a_wheel_has_one_name_at_its_top_and_the_plug_ins_in_it(wheel, hostile):
+    (packages,) = wheel.parent.glob("lib/python*/site-packages")
+    assert {entry.name for entry in packages.iterdir() if "-" not in entry.name} == {"fedclaw", "libraries.pth"}
+    del hostile.variables["PYTHONPATH"]
+    hostile.program = (str(wheel / "python"), "-m")
+    assert "  fedavgm " in hostile.run("fedclaw", "--help").output
+    assert hostile.run("fedclaw.server", "nonsense=1").code == 2
+    where = "import fedclaw.strategies.fedavg as it; print(it.__file__)"
+    done = subprocess.run([wheel / "python", "-c", where], capture_output=True, text=True, cwd="/", check=True)
+    assert Path(done.stdout.strip()) == packages / "fedclaw" / "strategies" / "fedavg.py"
+
+
+@pytest.mark.slow
+def test_a_federation_lives_in_a_hostile_directory_with_the_wheel(wheel, hostile):
+    del hostile.variables["PYTHONPATH"]
+    hostile.program = (str(wheel / "fedclaw"),)
+    lead_a_life(hostile, "")

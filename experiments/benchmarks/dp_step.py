@@ -38,8 +38,8 @@ from torch import nn
 from torch.nn import functional
 from torch.profiler import profile
 
-from clients.tabular import Mlp
-from clients.vision import Cnn, CnnArguments
+from fedclaw.clients.tabular import Mlp
+from fedclaw.clients.vision import Cnn, CnnArguments
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker

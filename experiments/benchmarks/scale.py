@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clients.vision import VisionWorkload
 from experiments.benchmarks.report import report
+from fedclaw.clients.vision import VisionWorkload
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from clients.tabular import TabularWorkload
-from clients.tabular_schema import TabularSchema
-from clients.vision_schema import VisionSchema
+from fedclaw.clients.tabular import TabularWorkload
+from fedclaw.clients.tabular_schema import TabularSchema
+from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.errors import DataError
 from fedclaw.protocol.plan import ModelSpec
 

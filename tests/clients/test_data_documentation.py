@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from clients.table_definition import TableDefinition
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients.table_definition import TableDefinition
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.site.settings import DataFiles
 from fedclaw.yaml_text import read_yaml
 

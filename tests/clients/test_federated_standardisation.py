@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.tabular_schema import TabularSchema
-from clients.vision_schema import VisionSchema
+from fedclaw.clients.tabular_schema import TabularSchema
+from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.errors import DataError
 
 SCHEMA = """

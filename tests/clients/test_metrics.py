@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics as oracle
 
-from clients import metrics
-from clients.vision import VisionWorkload
-from clients.vision_schema import VisionSchema
+from fedclaw.clients import metrics
+from fedclaw.clients.vision import VisionWorkload
+from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.protocol.plan import METRICS
 
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from clients import tables
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients import tables
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 
 SCHEMA = """

@@ -11,10 +11,10 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from clients.tabular import TabularWorkload
-from clients.tabular_schema import TabularSchema
-from clients.vision import VisionWorkload
-from clients.vision_schema import VisionSchema
+from fedclaw.clients.tabular import TabularWorkload
+from fedclaw.clients.tabular_schema import TabularSchema
+from fedclaw.clients.vision import VisionWorkload
+from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.errors import PluginError
 from fedclaw.learning.workload import Workload
 from fedclaw.protocol.plan import ModelSpec

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 

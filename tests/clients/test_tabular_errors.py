@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 
 SCHEMA = """

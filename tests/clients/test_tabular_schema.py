@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from clients import tables
-from clients.moments import Moments
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients import tables
+from fedclaw.clients.moments import Moments
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 
 SCHEMA = """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 

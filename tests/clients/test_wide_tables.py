@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from clients import tables
-from clients.table_definition import MAX_FEATURES
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients import tables
+from fedclaw.clients.table_definition import MAX_FEATURES
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 from fedclaw.files import sha256_file
 from fedclaw.site.data import load_data
@@ -94,7 +94,7 @@ def test_blocks_of_a_wide_table_have_few_rows(tmp_path: Path, monkeypatch: pytes
             seen.append(block.rows)
             yield block
 
-    monkeypatch.setattr("clients.tabular_schema.read_blocks", recorded)
+    monkeypatch.setattr("fedclaw.clients.tabular_schema.read_blocks", recorded)
     assert len(schema_of(1000).read_examples(path)) == 10
     assert seen == [1] * 10
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 from sklearn.datasets import load_digits
 
-from clients.tabular import TabularWorkload
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients.tabular import TabularWorkload
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, PrivacyRequest
 from fedclaw.protocol.terms import StrategyRecord
 from fedclaw.server.run_directory import RunDirectory, RunRecord

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clients.tabular import TabularWorkload
-from clients.tabular_schema import TabularSchema
-from clients.vision import VisionWorkload
-from clients.vision_schema import VisionSchema
+from fedclaw.clients.tabular import TabularWorkload
+from fedclaw.clients.tabular_schema import TabularSchema
+from fedclaw.clients.vision import VisionWorkload
+from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.compress.measure import compare_latency, multiply_adds, threads_for
 from fedclaw.compress.prune import count_parameters, prune_to_fraction
 from fedclaw.compress.source import rebuild

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from clients.tabular import Mlp
+from fedclaw.clients.tabular import Mlp
 from fedclaw.errors import BundleError
 from fedclaw.export import graph
 from fedclaw.export.parity import BATCH_SIZES, compare, require

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clients.tabular_schema import TabularSchema
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export import layout
 from fedclaw.export.bundle import Request, export_bundle

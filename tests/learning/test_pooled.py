@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from clients import metrics
+from fedclaw.clients import metrics
 from fedclaw.errors import UpdateError
 from fedclaw.learning.pooled import BINS, Pooled, area_of, counts_of, edges, histograms_of
 from fedclaw.privacy.noise import GaussianSource

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from clients.tabular import Mlp
+from fedclaw.clients.tabular import Mlp
 from fedclaw.learning.distillation import distilled
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed

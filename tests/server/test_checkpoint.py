@@ -14,8 +14,8 @@ from fedclaw.server import checkpoint
 from fedclaw.server.checkpoint import Checkpoint
 from fedclaw.server.global_model import GlobalModel
 from fedclaw.server.run_directory import RunDirectory
-from strategies.fedadam import FedAdam
-from strategies.fedavg import FedAvg
+from fedclaw.strategies.fedadam import FedAdam
+from fedclaw.strategies.fedavg import FedAvg
 
 PARAMETERS = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32([1, -1])}
 

@@ -18,9 +18,9 @@ from fedclaw.server.coordinator import PENDING, drop_pending, make_strategy, run
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.fedavg import FedAvg
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from strategies.fedavg import FedAvg
 from tests.conftest import environment
 from tests.crashes import Crash, server_dies
 from tests.samples import run_record

@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from clients.tabular import TabularWorkload
-from clients.vision import VisionWorkload
+from fedclaw.clients.tabular import TabularWorkload
+from fedclaw.clients.vision import VisionWorkload
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining, ModelSpec

@@ -10,8 +10,8 @@ from fedclaw.learning.strategy import Finished, RoundContext, finish_round
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec, RefusalCode
 from fedclaw.site.service import SiteService
-from strategies.fedavg import FedAvg
-from strategies.qfedavg import QFedAvg
+from fedclaw.strategies.fedavg import FedAvg
+from fedclaw.strategies.qfedavg import QFedAvg
 from tests.hostile import DP, EXAMPLE, ONE_STEP, SITE, SOME_STEPS, ask, central, session, wary_site
 from tests.least_squares import identified
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from clients.metrics import classification
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from fedclaw.clients.metrics import classification
 from fedclaw.learning.pooled import COUNTS
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import unpack_wire

@@ -11,8 +11,8 @@ from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.ditto import Ditto
 from fedclaw.transport.local import LocalGrid
-from strategies.ditto import Ditto
 from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, PLACE, Bowl, asked, bottom, bowls, place, play
 

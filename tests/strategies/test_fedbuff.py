@@ -16,9 +16,9 @@ from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.fedbuff import FedBuff
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from strategies.fedbuff import FedBuff
 from tests.samples import run_record
 
 FULL_BATCH = LocalTraining(steps=1, batch_size=10_000, learning_rate=0.5)

@@ -12,8 +12,8 @@ from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
 from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.feddyn import FedDyn
 from fedclaw.transport.local import LocalGrid
-from strategies.feddyn import FedDyn
 from tests.crashes import server_dies
 from tests.least_squares import PLACE, Bowl, Sampled, asked, bottom, bowls, identified, place, play
 

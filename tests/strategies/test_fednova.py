@@ -12,8 +12,8 @@ from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.fednova import FedNova, accumulated
 from fedclaw.transport.local import LocalGrid
-from strategies.fednova import FedNova, accumulated
 from tests.least_squares import PLACE, Bowl, Sampled, asked, bottom, bowls, identified, place, play
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedclaw.learning.strategy import StepContext
-from strategies.fedavg import FedAvg
-from strategies.fedprox import FedProx
+from fedclaw.strategies.fedavg import FedAvg
+from fedclaw.strategies.fedprox import FedProx
 
 
 def parameter(values: list[float], gradient: list[float] | None) -> torch.Tensor:

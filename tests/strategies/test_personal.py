@@ -14,10 +14,10 @@ from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.fedbn import FedBN
+from fedclaw.strategies.fedper import FedPer
+from fedclaw.strategies.fedrep import FedRep
 from fedclaw.transport.local import LocalGrid
-from strategies.fedbn import FedBN
-from strategies.fedper import FedPer
-from strategies.fedrep import FedRep
 from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, asked
 from tests.small_nets import SmallNets, first, nets, own_labels, own_scales, record_of, run

@@ -10,7 +10,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import RoundContext, Turnout
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.server.terms import check_combination
-from strategies.qfedavg import QFedAvg
+from fedclaw.strategies.qfedavg import QFedAvg
 from tests.least_squares import Bowl, asked, bowls, place, play
 
 HALF = LocalTraining(steps=1, batch_size=8, learning_rate=0.5)

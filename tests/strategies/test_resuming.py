@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclaw.learning.registry import strategy_class
-from strategies.adaptive import Yogi
+from fedclaw.strategies.adaptive import Yogi
 
 NAMES = ("fedadagrad", "fedadam", "fedavg", "fedavgm", "fedprox", "fedyogi")
 

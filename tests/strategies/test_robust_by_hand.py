@@ -5,15 +5,15 @@ import pytest
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning.strategy import Turnout
-from strategies.bulyan import Bulyan, selection
-from strategies.centred_clipping import CENTRE, CentredClipping
-from strategies.krum import Krum
-from strategies.median import Median
-from strategies.multi_krum import MultiKrum
-from strategies.norm_bounding import NormBounding
-from strategies.rfa import Rfa
-from strategies.robust import RobustStrategy, squared_distances
-from strategies.trimmed_mean import TrimmedMean
+from fedclaw.strategies.bulyan import Bulyan, selection
+from fedclaw.strategies.centred_clipping import CENTRE, CentredClipping
+from fedclaw.strategies.krum import Krum
+from fedclaw.strategies.median import Median
+from fedclaw.strategies.multi_krum import MultiKrum
+from fedclaw.strategies.norm_bounding import NormBounding
+from fedclaw.strategies.rfa import Rfa
+from fedclaw.strategies.robust import RobustStrategy, squared_distances
+from fedclaw.strategies.trimmed_mean import TrimmedMean
 
 
 def combined(strategy: RobustStrategy, rows: list, weights: list[float] | None = None) -> list[float]:

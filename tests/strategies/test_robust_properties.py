@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from fedclaw.server.aggregate import UpdateStack, combination
-from strategies.bulyan import Bulyan
-from strategies.centred_clipping import CENTRE, CentredClipping
-from strategies.krum import Krum
-from strategies.median import Median
-from strategies.multi_krum import MultiKrum
-from strategies.norm_bounding import NormBounding
-from strategies.rfa import Rfa
-from strategies.robust import RobustStrategy, columns
-from strategies.trimmed_mean import TrimmedMean
+from fedclaw.strategies.bulyan import Bulyan
+from fedclaw.strategies.centred_clipping import CENTRE, CentredClipping
+from fedclaw.strategies.krum import Krum
+from fedclaw.strategies.median import Median
+from fedclaw.strategies.multi_krum import MultiKrum
+from fedclaw.strategies.norm_bounding import NormBounding
+from fedclaw.strategies.rfa import Rfa
+from fedclaw.strategies.robust import RobustStrategy, columns
+from fedclaw.strategies.trimmed_mean import TrimmedMean
 
 Vector = np.ndarray
 HOSTILE = 2
@@ -164,7 +164,7 @@ def test_what_all_sites_add_is_added(name: str, seed: int) -> None:
 def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weights = drawn(3, 12, 50)
     whole = apply(MADE[name](), rows, weights)
-    monkeypatch.setattr("strategies.robust._CHUNK", 36)
+    monkeypatch.setattr("fedclaw.strategies.robust._CHUNK", 36)
     assert len(list(columns(rows))) == 17
     assert np.allclose(apply(MADE[name](), rows, weights), whole, rtol=1e-6, atol=1e-6)
 

@@ -16,9 +16,9 @@ from fedclaw.server.coordinator import make_strategy, run_rounds
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.centred_clipping import CENTRE
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
-from strategies.centred_clipping import CENTRE
 from tests.crashes import server_dies
 from tests.samples import run_record
 

@@ -10,8 +10,8 @@ from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.server.terms import check_combination
+from fedclaw.strategies.scaffold import Scaffold
 from fedclaw.transport.local import LocalGrid
-from strategies.scaffold import Scaffold
 from tests.crashes import server_dies
 from tests.least_squares import PLACE, Bowl, asked, bottom, bowls, identified, place, play
 

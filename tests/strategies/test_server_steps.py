@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fedclaw.learning.strategy import Strategy
-from strategies.fedadagrad import FedAdagrad
-from strategies.fedadam import FedAdam
-from strategies.fedavg import FedAvg
-from strategies.fedavgm import FedAvgM
-from strategies.fedprox import FedProx
-from strategies.fedyogi import FedYogi
+from fedclaw.strategies.fedadagrad import FedAdagrad
+from fedclaw.strategies.fedadam import FedAdam
+from fedclaw.strategies.fedavg import FedAvg
+from fedclaw.strategies.fedavgm import FedAvgM
+from fedclaw.strategies.fedprox import FedProx
+from fedclaw.strategies.fedyogi import FedYogi
 
 Site = tuple[float, list[float]]
 """A site's weight and its parameter delta."""
