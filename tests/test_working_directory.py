@@ -223,7 +223,8 @@ def test_a_wheel_has_one_name_at_its_top_and_the_plug_ins_in_it(wheel, hostile):
     assert "  fedavgm " in hostile.run("fedclaw", "--help").output
     assert hostile.run("fedclaw.server", "nonsense=1").code == 2
     where = "import fedclaw.strategies.fedavg as it; print(it.__file__)"
-    done = subprocess.run([wheel / "python", "-c", where], capture_output=True, text=True, cwd="/", check=True)
+    words, variables = [wheel / "python", "-c", where], hostile.variables
+    done = subprocess.run(words, capture_output=True, text=True, cwd="/", env=variables, check=True)
     assert Path(done.stdout.strip()) == packages / "fedclaw" / "strategies" / "fedavg.py"
 
 
