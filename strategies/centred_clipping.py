@@ -19,7 +19,7 @@ from fedclaw.strategies.robust import RobustStrategy, Updates, distances_to, gra
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.learning.strategy import Turnout
+    from fedclaw.learning.strategy import Participation
     from fedclaw.protocol.terms import Terms
 
 CENTRE = "centre"
@@ -72,7 +72,7 @@ class CentredClipping(RobustStrategy):
         combined: Updates = weighted_sum(updates, at) + centre * np.float32(1 - at.sum())
         return combined
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], turnout: "Turnout") -> Arrays:
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: "Participation") -> Arrays:
         """Remember what the round came to as the next one's centre."""
         state[CENTRE] = {name: array.copy() for name, array in mean.items()}
         return mean

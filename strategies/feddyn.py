@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
+from fedclaw.learning.strategy import Finished, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ class FedDyn(Strategy):
             EVERYONE: {EVERYONE: np.ones(1, np.float32)},
         }
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], turnout: Turnout) -> Arrays:
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The mean delta - h / alpha."""
-        everyone = np.float32(turnout.everyone)
+        everyone = np.float32(participation.everyone)
         state[EVERYONE] = {EVERYONE: np.full(1, everyone, np.float32)}
         for name, total in state[MOVED].items():
-            total += np.float32(turnout.weight) * mean[name]
+            total += np.float32(participation.weight) * mean[name]
             mean[name] += total / everyone
         return mean
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
+from fedclaw.learning.strategy import Finished, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import LocalTraining
 
@@ -61,7 +61,7 @@ class FedNova(Strategy):
         """`mu`, for both parts of the client half."""
         return {"mu": self.mu}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], turnout: Turnout) -> Arrays:
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The mean of the normalised deltas times that of |a_i|."""
         tau = mean.pop(NORM)[0] * np.float32(SCALE)
         return {name: np.multiply(array, tau, out=array) for name, array in mean.items()}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, RoundContext, Strategy, Turnout
+from fedclaw.learning.strategy import Finished, Participation, RoundContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class QFedAvg(Strategy):
         """`q`, for `finish`."""
         return {"q": self.q}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], turnout: Turnout) -> Arrays:
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The ratio of the two means; L is in both."""
         curvature = mean.pop(CURVATURE)[0]
         return {name: np.divide(array, curvature, out=array) for name, array in mean.items()}

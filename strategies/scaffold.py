@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, RoundContext, StepContext, Strategy, Turnout
+from fedclaw.learning.strategy import Finished, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ class Scaffold(Strategy):
         everyone = state[EVERYONE][EVERYONE][0]
         return {CONTROL: {name: array / everyone for name, array in state[CONTROL].items()}}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], turnout: Turnout) -> Arrays:
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The mean delta; what came with it goes into c."""
         for name, total in state[CONTROL].items():
-            total += np.float32(turnout.weight) * mean.pop(EXTRA + name)
-        state[EVERYONE] = {EVERYONE: np.full(1, turnout.everyone, np.float32)}
+            total += np.float32(participation.weight) * mean.pop(EXTRA + name)
+        state[EVERYONE] = {EVERYONE: np.full(1, participation.everyone, np.float32)}
         return mean
 
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:

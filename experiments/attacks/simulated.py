@@ -14,26 +14,26 @@ from fedclaw.learning.workload import Table
 from fedclaw.server.coordinator import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts
+from fedclaw.simulation.executors import Executor
 from fedclaw.simulation.job import Answer, State
 from fedclaw.simulation.job import Round as Asked
-from fedclaw.simulation.workers import Crew
 
 
-class HostileCrew:
-    """Those who train, some of whom send what an attack makes of it. Implements `fedclaw.simulation.workers.Crew`.
+class HostileExecutor:
+    """An `Executor` some of whose clients send what an attack makes of their updates.
 
-    Holds a round's updates all at once, whatever the strategy: the hostile clients answer when they know what they can.
+    Holds all updates of a round at once, whatever the strategy: hostile clients answer when they know what they can.
     """
 
-    def __init__(self, crew: Crew, attack: Attack, hostile: Sequence[int], seed: int) -> None:
-        self._crew, self._attack, self._hostile = crew, attack, frozenset(hostile)
+    def __init__(self, executor: Executor, attack: Attack, hostile: Sequence[int], seed: int) -> None:
+        self._executor, self._attack, self._hostile = executor, attack, frozenset(hostile)
         self._generators = {client: np.random.default_rng([seed, number]) for number, client in enumerate(hostile)}
 
     def train(self, round: Asked, units: Sequence[Sequence[int]], memory: Mapping[int, State]) -> Iterator[Answer]:
-        """See Crew."""
+        """See Executor."""
         answers = [
             replace(answer, numbers=answer.numbers[: len(answer.clients)].copy())
-            for answer in self._crew.train(replace(round, single=True), units, memory)
+            for answer in self._executor.train(replace(round, single=True), units, memory)
         ]
         if self._attack.forges:
             self._forge(answers)
@@ -41,8 +41,8 @@ class HostileCrew:
             yield answer if round.single else replace(answer, numbers=answer.numbers.sum(axis=0, keepdims=True))
 
     def close(self) -> None:
-        """See Crew."""
-        self._crew.close()
+        """See Executor."""
+        self._executor.close()
 
     def _forge(self, answers: Sequence[Answer]) -> None:
         """Change the hostile clients' rows."""
@@ -86,7 +86,7 @@ def simulate_attacked_cohorts(
         _poisoned(federation, attack, hostile, record.seed),
         settings,
         observers,
-        around=lambda crew: HostileCrew(crew, attack, hostile, record.seed),
+        around=lambda executor: HostileExecutor(executor, attack, hostile, record.seed),
     )
 
 

@@ -90,7 +90,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Turnout:
+class Participation:
     """How much of the federation the mean of a round stands for."""
 
     weight: float
@@ -100,7 +100,7 @@ class Turnout:
     Exact as soon as every site has answered once."""
 
     @classmethod
-    def of(cls, weight: float, answered: int, connected: int, known: Collection[float]) -> "Turnout":
+    def of(cls, weight: float, answered: int, connected: int, known: Collection[float]) -> "Participation":
         """Of a mean of `answered` sites, when `connected` are there and those of the weights `known` ever answered."""
         heard, number = (sum(known), len(known)) if len(known) >= answered else (weight, answered)
         return cls(weight, heard * max(1.0, connected / number) if number else weight)
@@ -162,7 +162,7 @@ class Strategy(Frozen, ABC):
         """What of the server's state goes to the sites with a question to train, by kind."""
         return {}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], turnout: Turnout) -> Arrays:
+    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The delta (by parameter name) that the optimiser steps along, from the weighted mean of what the sites sent.
 
         `mean` holds their deltas and extras. May change `mean` and `state` in place.

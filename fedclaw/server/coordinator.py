@@ -22,7 +22,7 @@ from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.learning import postprocess
 from fedclaw.learning.pooled import Area
 from fedclaw.learning.registry import strategy_class
-from fedclaw.learning.strategy import Buffered, Strategy, Turnout
+from fedclaw.learning.strategy import Buffered, Participation, Strategy
 from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, shapes_of
@@ -466,17 +466,19 @@ class _Loop:
     def _step(self, plan: Plan, trained: Trained, pending: _Pending) -> float:
         try:
             summed = trained.total.take()
-            turnout = self._turnout(plan, trained, summed.weight, pending)
+            participation = self._participation(plan, trained, summed.weight, pending)
             mean = postprocess.at_server(summed, plan, shapes_of(self.model.parameters))
             self.clip = mean.clip or self.clip
-            return self.model.step(self.strategy.absorb(mean.arrays, self.memory, turnout))
+            return self.model.step(self.strategy.absorb(mean.arrays, self.memory, participation))
         except UpdateError as error:
             raise RoundError(f"round {plan.round} of run {plan.run}: {error}") from error
 
-    def _turnout(self, plan: Plan, trained: Trained, weight: float, pending: _Pending) -> Turnout:
+    def _participation(self, plan: Plan, trained: Trained, weight: float, pending: _Pending) -> Participation:
         heard = {**self.receipts, **trained.receipts}.values()
         connected = max(pending.connected, len(pending.nodes))
-        return Turnout.of(weight, len(trained.answered), connected, [plan.weight(item.examples) for item in heard])
+        return Participation.of(
+            weight, len(trained.answered), connected, [plan.weight(item.examples) for item in heard]
+        )
 
     def _train(self, plan: Plan, pending: _Pending) -> Trained:
         """Ask until enough sites have answered; the same question each time, so nobody pays twice."""

@@ -15,28 +15,28 @@ import numpy as np
 import torch
 
 from fedclaw.errors import UsageError
+from fedclaw.learning.stacked.batched import BatchedModel, Loss, NotStackable
+from fedclaw.learning.stacked.engines import Build, Engine, PlainModel, VmapModel
+from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining
-from fedclaw.simulation.batched import FoldedModel, Loss, NotStackable
-from fedclaw.simulation.engines import Build, Engine, PlainModel, VmapModel
 from fedclaw.simulation.loop import take_plain_steps
-from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
 from fedclaw.simulation.settings import Mode
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["folded", "vmap", "plain"]
-_STACKABLE: tuple[Kind, ...] = ("folded", "vmap")
+Kind = Literal["batched", "vmap", "plain"]
+_STACKABLE: tuple[Kind, ...] = ("batched", "vmap")
 _CLIENTS, _ROWS = 3, 2
 _SAME_GRADIENT = 1e-3
 _PROBES, _PROBE_STEPS = 3, 2
 SPARE = 40
-"""Rows that may be filled up to save a segment of a folded model; found by trying with small models."""
+"""Rows that may be filled up to save a segment of a batched model; found by trying with small models."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a run's clients are trained."""
+class Choice:
+    """How the clients of a run are trained: many at once or one at a time, and by which engine."""
 
     many: bool
     kind: Kind
@@ -44,13 +44,13 @@ class Way:
     @property
     def spare(self) -> int:
         """Rows that may be filled up."""
-        return SPARE if self.kind == "folded" else 0
+        return SPARE if self.kind == "batched" else 0
 
 
 def make_engine(kind: Kind, build: Build, loss: Loss) -> Engine:
     """A fresh engine. Raises NotStackable."""
-    if kind == "folded":
-        return FoldedModel(build(), loss)
+    if kind == "batched":
+        return BatchedModel(build(), loss)
     return VmapModel(build(), loss) if kind == "vmap" else PlainModel(build(), loss)
 
 
@@ -64,50 +64,60 @@ def choose(
     *,
     elementwise: bool,
     private: bool,
-) -> Way:
-    """The way for clients with these `shares`; see `fedclaw.simulation.settings` for `mode`.
+) -> Choice:
+    """The engine for clients with these `shares`; see `fedclaw.simulation.settings` for `mode`.
 
     `elementwise`: whether the strategy can correct many clients' gradients at once. Raises UsageError if mode=many is
     asked for and cannot be had.
     """
     found = next((kind for kind in _STACKABLE if agrees(kind, build, loss, table)), None)
     stackable = [] if found is None else [found]
-    alone = Way(False, "plain")
-    ways = [alone] + [Way(False, "folded")] * ("folded" in stackable and not private)
-    usable = [kind for kind in stackable if kind == "folded" or not private]
+    alone = Choice(False, "plain")
+    choices = [alone] + [Choice(False, "batched")] * ("batched" in stackable and not private)
+    usable = [kind for kind in stackable if kind == "batched" or not private]
     if mode == "one" or not usable or not elementwise:
         if mode == "many" and (not usable or not elementwise):
             reason = "its strategy corrects clients one by one" if usable else "its model can only be trained by itself"
             raise UsageError(f"runtime.mode=many: {reason}; take mode=one or mode=auto")
-        return _fastest(ways, build, loss, table, training, shares)
-    together = Way(True, usable[0])
+        return _fastest(choices, build, loss, table, training, shares)
+    together = Choice(True, usable[0])
     if mode == "many":
         return together
-    return _fastest([*ways, together], build, loss, table, training, shares)
+    return _fastest([*choices, together], build, loss, table, training, shares)
 
 
 def _fastest(
-    ways: Sequence[Way], build: Build, loss: Loss, table: Table, training: LocalTraining, shares: Sequence[Rows]
-) -> Way:
-    """The fastest of `ways` at a few steps of clients with these `shares`."""
-    if len(ways) == 1:
-        return ways[0]
+    choices: Sequence[Choice],
+    build: Build,
+    loss: Loss,
+    table: Table,
+    training: LocalTraining,
+    shares: Sequence[Rows],
+) -> Choice:
+    """The fastest of `choices` at a few steps of clients with these `shares`."""
+    if len(choices) == 1:
+        return choices[0]
     shapes = tuple(parameter.shape for parameter in build().parameters())
-    key = (*ways, shapes, table.inputs.shape[1:], training, len(shares), max(map(len, shares)))
+    key = (*choices, shapes, table.inputs.shape[1:], training, len(shares), max(map(len, shares)))
     if key not in _known:
-        _known[key] = _measured(ways, build, loss, table, training, shares)
+        _known[key] = _measured(choices, build, loss, table, training, shares)
     return _known[key]
 
 
-_known: dict[tuple[object, ...], Way] = {}
+_known: dict[tuple[object, ...], Choice] = {}
 # What was fastest, by models and clients of these shapes.
 
 
 def _measured(
-    ways: Sequence[Way], build: Build, loss: Loss, table: Table, training: LocalTraining, shares: Sequence[Rows]
-) -> Way:
-    seconds = {way: _seconds(way, build, loss, table, training, shares) for way in ways}
-    best = min(seconds, key=lambda way: seconds[way])
+    choices: Sequence[Choice],
+    build: Build,
+    loss: Loss,
+    table: Table,
+    training: LocalTraining,
+    shares: Sequence[Rows],
+) -> Choice:
+    seconds = {choice: _seconds(choice, build, loss, table, training, shares) for choice in choices}
+    best = min(seconds, key=lambda choice: seconds[choice])
     log.info(
         "simulation: %s, by %s (%.3g s against %.3g s a unit)",
         "many clients at once" if best.many else "one client at a time",
@@ -129,7 +139,7 @@ def agrees(kind: Kind, build: Build, loss: Loss, table: Table) -> bool:
             start = {name: value.detach().numpy() for name, value in build().named_parameters()}
             stack = engine.layout.row(start).expand(len(parts), -1).clone()
             stack.add_(torch.randn_like(stack), alpha=0.01)
-            (packing,) = pack([[part] for part in parts], SPARE if kind == "folded" else 0)
+            (packing,) = pack([[part] for part in parts], SPARE if kind == "batched" else 0)
             found = torch.zeros_like(stack)
             engine.bind(stack, found)
             engine.gradients(packing, *_examples(table, packing))
@@ -158,16 +168,16 @@ def _examples(table: Table, packing: Packing) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _seconds(
-    way: Way, build: Build, loss: Loss, table: Table, training: LocalTraining, shares: Sequence[Rows]
+    choice: Choice, build: Build, loss: Loss, table: Table, training: LocalTraining, shares: Sequence[Rows]
 ) -> float:
     """Of processor time for a few steps of clients with these shares, after one that warms up."""
     generator = np.random.default_rng(0)
     batches = [shuffled(share, training, generator)[:_PROBE_STEPS] for share in shares]
     batches.sort(key=len, reverse=True)
     with torch.random.fork_rng(devices=[]):
-        engine = make_engine(way.kind, build, loss)
+        engine = make_engine(choice.kind, build, loss)
         start = engine.layout.row({name: value.detach().numpy() for name, value in build().named_parameters()})
-        groups = [batches] if way.many else [[own] for own in batches]
+        groups = [batches] if choice.many else [[own] for own in batches]
         stack, gradients = torch.zeros(2, len(groups[0]), len(start))
         engine.bind(stack, gradients)
         best = float("inf")
@@ -175,7 +185,7 @@ def _seconds(
             began = time.thread_time()
             for group in groups:
                 stack.copy_(start.expand_as(stack))
-                steps = pack(group, way.spare)
+                steps = pack(group, choice.spare)
                 take_plain_steps(engine, steps, training, stack, gradients, lambda packing: _examples(table, packing))
             best = min(best, time.thread_time() - began)
     return best

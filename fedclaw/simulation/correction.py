@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedclaw.learning.stacked.layout import Layout
 from fedclaw.learning.strategy import StepContext, Strategy, is_overridden
 from fedclaw.simulation.job import Round, State
-from fedclaw.simulation.layout import Layout
 
 Correct = Callable[[Sequence[torch.Tensor], StepContext], None]
 

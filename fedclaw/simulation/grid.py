@@ -20,17 +20,17 @@ from fedclaw.server.exchange import Declined, Evaluated, Trained
 from fedclaw.server.grids import CohortGrid
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.evaluation import Evaluator
+from fedclaw.simulation.executors import Executor
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, shaped, units_of
-from fedclaw.simulation.workers import Crew
 
 
 class SimulationGrid(CohortGrid):
     """Client k is node k + 1."""
 
-    def __init__(self, federation: SimulatedFederation, crew: Crew, accounts: Accounts, run: str) -> None:
+    def __init__(self, federation: SimulatedFederation, executor: Executor, accounts: Accounts, run: str) -> None:
         self._federation = federation
-        self._crew = crew
+        self._executor = executor
         self._accounts = accounts
         self._evaluator = Evaluator(federation)
         self._run = empty_run(number_of(run))
@@ -56,7 +56,7 @@ class SimulationGrid(CohortGrid):
         round = Round(plan, outgoing.parameters, outgoing.teacher, outgoing.sent, template, single, mechanisms)
         sizes = [self._federation.examples(client) for client in clients]
         units = units_of(clients, sizes, plan.training, shapes_of(outgoing.parameters).values())
-        for answer in self._crew.train(round, units, self._memory):
+        for answer in self._executor.train(round, units, self._memory):
             self._take(round, answer, trained)
         trained.answered.sort()
         self._give_receipts(plan, parameters, trained)
@@ -73,7 +73,7 @@ class SimulationGrid(CohortGrid):
 
     def close(self) -> None:
         """End the worker processes."""
-        self._crew.close()
+        self._executor.close()
 
     def _take(self, round: Round, answer: Answer, trained: Trained) -> None:
         if answer.clients and not round.single:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fedclaw.learning.stacked.batched import BatchedModel
+from fedclaw.learning.stacked.engines import Engine
+from fedclaw.learning.stacked.optimizers import row_optimizer
+from fedclaw.learning.stacked.packing import Packing
 from fedclaw.protocol.plan import LocalTraining
-from fedclaw.simulation.batched import FoldedModel
-from fedclaw.simulation.engines import Engine
-from fedclaw.simulation.optimizers import row_optimizer
-from fedclaw.simulation.packing import Packing
 
 Examples = Callable[[Packing], tuple[torch.Tensor, torch.Tensor]]
 """The inputs (N, *D) and targets (N, ...) of a step."""
@@ -29,7 +29,7 @@ def take_plain_steps(
 
     Where a step is nothing but the gradient times the learning rate, it is taken as the gradient is made.
     """
-    if change is None and training.optimizer == "sgd" and not training.momentum and isinstance(engine, FoldedModel):
+    if change is None and training.optimizer == "sgd" and not training.momentum and isinstance(engine, BatchedModel):
         decay = 1.0 - training.learning_rate * training.weight_decay
         for packing in packings:
             engine.descend(packing, *examples(packing), training.learning_rate, decay)

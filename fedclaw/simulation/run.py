@@ -16,13 +16,13 @@ from fedclaw.server.coordinator import PENDING, Observer, Outcome, came_of, make
 from fedclaw.server.run_directory import RunDirectory, RunRecord, Simulated
 from fedclaw.server.session import initial_parameters
 from fedclaw.simulation.accounts import Accounts
-from fedclaw.simulation.choice import Way, choose
+from fedclaw.simulation.choice import Choice, choose
+from fedclaw.simulation.executors import Executor, ProcessPoolExecutor, SerialExecutor
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.grid import SimulationGrid
 from fedclaw.simulation.job import UNIT, units_of
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.simulation.trainer import Trainer, make_loss
-from fedclaw.simulation.workers import Alone, Crew, Forked
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def simulate_cohorts(
     observers: Sequence[Observer] = (),
     *,
     teacher: Mapping[str, NDArray[np.float32]] | None = None,
-    around: Callable[[Crew], Crew] = lambda crew: crew,
+    around: Callable[[Executor], Executor] = lambda executor: executor,
 ) -> Outcome:
     """Run, or go on with, the run in `directory`, whose record `simulated` made, over simulated clients.
 
@@ -100,17 +100,19 @@ def _grid(
     directory: RunDirectory,
     initial: Mapping[str, NDArray[np.float32]],
     teacher: Mapping[str, NDArray[np.float32]] | None,
-    around: Callable[[Crew], Crew],
+    around: Callable[[Executor], Executor],
 ) -> SimulationGrid:
     assert record.simulated is not None
-    way = _way(record, federation, settings, initial, teacher)
-    trainer = Trainer(federation, way, record.seed, repeatable_noise=record.simulated.repeatable_noise)
-    crew: Crew = Alone(trainer) if settings.workers == 1 else Forked(trainer, settings.workers, UNIT)
+    choice = _engine_choice(record, federation, settings, initial, teacher)
+    trainer = Trainer(federation, choice, record.seed, repeatable_noise=record.simulated.repeatable_noise)
+    executor: Executor = (
+        SerialExecutor(trainer) if settings.workers == 1 else ProcessPoolExecutor(trainer, settings.workers, UNIT)
+    )
     accounts = Accounts(federation)
     numbers = {federation.name(client): client for client in range(len(federation))}
     for answered in _rounds_before(directory):
         accounts.took_part(numbers[name] for name in answered if name in numbers)
-    return SimulationGrid(federation, around(crew), accounts, record.run)
+    return SimulationGrid(federation, around(executor), accounts, record.run)
 
 
 def _rounds_before(directory: RunDirectory) -> Iterator[Sequence[str]]:
@@ -127,13 +129,13 @@ def _rounds_before(directory: RunDirectory) -> Iterator[Sequence[str]]:
         yield came.answered
 
 
-def _way(
+def _engine_choice(
     record: RunRecord,
     federation: SimulatedFederation,
     settings: SimulationSettings,
     initial: Mapping[str, NDArray[np.float32]],
     teacher: Mapping[str, NDArray[np.float32]] | None,
-) -> Way:
+) -> Choice:
     strategy = make_strategy(record)
     plan = make_plan(record, strategy, 1, len(federation), record.central)
     size = max(record.rules.minimum, round(record.rules.fraction * len(federation)))

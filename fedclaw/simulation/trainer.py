@@ -12,6 +12,11 @@ from torch import nn
 from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distillation_loss
 from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.stacked.batched import BatchedModel, Loss
+from fedclaw.learning.stacked.engines import Engine, PlainModel
+from fedclaw.learning.stacked.optimizers import row_optimizer
+from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
+from fedclaw.learning.stacked.private import PrivateStep, Sampling
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, finish_round, is_overridden
 from fedclaw.privacy.mechanisms.receipts import is_sampled
 from fedclaw.privacy.noise import GaussianSource
@@ -20,16 +25,11 @@ from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec, Plan
 from fedclaw.protocol.update import Update
-from fedclaw.simulation.batched import FoldedModel, Loss
-from fedclaw.simulation.choice import Way, make_engine
+from fedclaw.simulation.choice import Choice, make_engine
 from fedclaw.simulation.correction import Correction
-from fedclaw.simulation.engines import Engine, PlainModel
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, flat
 from fedclaw.simulation.loop import take_plain_steps
-from fedclaw.simulation.optimizers import row_optimizer
-from fedclaw.simulation.packing import Packing, Rows, pack, shuffled
-from fedclaw.simulation.private import PrivateStep, Sampling
 from fedclaw.simulation.streams import generator_of, noise_of
 
 
@@ -49,9 +49,9 @@ class Prepared:
 class Trainer:
     """One process's. What it computes depends on the round, the unit and the seed alone."""
 
-    def __init__(self, federation: SimulatedFederation, way: Way, seed: int, *, repeatable_noise: bool) -> None:
+    def __init__(self, federation: SimulatedFederation, choice: Choice, seed: int, *, repeatable_noise: bool) -> None:
         self._federation = federation
-        self._way = way
+        self._choice = choice
         self._memory: Mapping[int, State] = {}
         self._seed = seed
         self._repeatable = repeatable_noise
@@ -68,7 +68,7 @@ class Trainer:
         prepared = self._prepare(round)
         answer = Answer(np.zeros((len(unit) if round.single else 1, _numbers(round)), np.float32))
         plain, total = self._is_plain_sum(prepared), torch.zeros(len(prepared.start))
-        for group in [list(unit)] if self._way.many else [[client] for client in unit]:
+        for group in [list(unit)] if self._choice.many else [[client] for client in unit]:
             stack, steps = self._train(prepared, group)
             if plain:
                 total.add_(self._weighted(prepared, group, stack, answer))
@@ -94,8 +94,8 @@ class Trainer:
         engine, holder = self._engine(plan.model)
         holder[0] = loss = make_loss(self._federation, plan, round.teacher)
         private = None
-        if is_sampled(plan) and self._way.many:
-            assert isinstance(engine, FoldedModel)
+        if is_sampled(plan) and self._choice.many:
+            assert isinstance(engine, BatchedModel)
             private = self._private(engine)
         self._prepared = Prepared(
             round=round,
@@ -113,7 +113,7 @@ class Trainer:
             holder: list[Loss] = [lambda _inputs, outputs, _targets: outputs.sum()]
             with torch.random.fork_rng(devices=[]):
                 engine = make_engine(
-                    self._way.kind,
+                    self._choice.kind,
                     lambda: self._federation.workload.build(spec),
                     lambda inputs, outputs, targets: holder[0](inputs, outputs, targets),
                 )
@@ -123,7 +123,7 @@ class Trainer:
     def _state(self, client: int) -> State:
         return self._memory.get(client, {})
 
-    def _private(self, engine: FoldedModel) -> PrivateStep:
+    def _private(self, engine: BatchedModel) -> PrivateStep:
         before = self._prepared
         kept = before.private if before is not None and before.engine is engine else None
         return kept or PrivateStep(engine)
@@ -146,16 +146,16 @@ class Trainer:
         self._put_personal(prepared, group, stack)
         samplings = self._samplings(prepared.round, group) if is_sampled(plan) else []
         batches = self._batches(plan, group, samplings)
-        packings = pack(batches, self._way.spare)
+        packings = pack(batches, self._choice.spare)
         correction = Correction.of(
             prepared.strategy, prepared.round, engine.layout, [self._state(client) for client in group]
         )
         if _is_noised_later(plan):
             correction = correction.without()
-        if not isinstance(engine, FoldedModel):
+        if not isinstance(engine, BatchedModel):
             torch.manual_seed(int(generator_of(self._seed, plan.round, group[0]).integers(2**63)))
         if not samplings:
-            change = None if correction.correct is None else partial(correction.apply, alone=not self._way.many)
+            change = None if correction.correct is None else partial(correction.apply, alone=not self._choice.many)
             take_plain_steps(engine, packings, plan.training, stack, gradients, self._examples, change)
         elif prepared.private is None:
             self._private_steps(prepared, samplings[0], packings, stack, gradients, correction)

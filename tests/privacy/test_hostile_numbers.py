@@ -17,6 +17,9 @@ from torch.nn import functional
 
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
+from fedclaw.learning.stacked.batched import BatchedModel
+from fedclaw.learning.stacked.packing import pack
+from fedclaw.learning.stacked.private import PrivateStep, Sampling
 from fedclaw.privacy.distributed import share_noise
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.server_noise import clip_to, moved, sensitivity
@@ -33,9 +36,6 @@ from fedclaw.protocol.plan import (
     RefusalCode,
 )
 from fedclaw.protocol.update import Update
-from fedclaw.simulation.batched import FoldedModel
-from fedclaw.simulation.packing import pack
-from fedclaw.simulation.private import PrivateStep, Sampling
 from tests.privacy.wire import WireSite, sgd
 
 WAYS: tuple[Mode, ...] = ("opacus", "vmap", "bookkeeping")
@@ -198,7 +198,7 @@ def test_a_bound_that_float32_has_no_numbers_for_is_refused(bad: float) -> None:
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_the_stacked_formula_of_a_simulation_keeps_the_bound(bound: float, loud: float) -> None:
     model, _ = network("mlp")
-    engine = FoldedModel(model, cross_entropy)
+    engine = BatchedModel(model, cross_entropy)
     start = {name: value.detach().numpy() * np.float32(1e9) for name, value in model.named_parameters()}
     inputs, targets = torch.randn(12, 6), torch.randint(0, 3, (12,))
     inputs[0] *= loud

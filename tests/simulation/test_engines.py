@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import UsageError
+from fedclaw.learning.stacked.layout import Layout
+from fedclaw.learning.stacked.packing import pack, shuffled
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.simulation.choice import agrees, choose
 from fedclaw.simulation.job import units_of
-from fedclaw.simulation.layout import Layout
-from fedclaw.simulation.packing import pack, shuffled
 
 
 def mean_loss(_inputs, outputs, targets):
@@ -88,7 +88,7 @@ def table():
 @pytest.mark.parametrize(
     ("model", "loss", "kinds"),
     [
-        (Strided, mean_loss, {"folded", "vmap"}),
+        (Strided, mean_loss, {"batched", "vmap"}),
         (Shared, mean_loss, {"vmap"}),
         (Dropped, mean_loss, set()),
         (Mixing, mean_loss, set()),
@@ -99,8 +99,8 @@ def test_only_what_gives_the_plain_gradient_is_believed(table, model, loss, kind
     if model is Mixing:
         # Mapped over clients, each batch is one client's: that is right even so.
         kinds = {"vmap"} if agrees("vmap", model, loss, table) else set()
-        assert not agrees("folded", model, loss, table)
-    assert {kind for kind in ("folded", "vmap") if agrees(kind, model, loss, table)} == kinds
+        assert not agrees("batched", model, loss, table)
+    assert {kind for kind in ("batched", "vmap") if agrees(kind, model, loss, table)} == kinds
 
 
 def test_a_model_that_cannot_be_stacked_is_trained_by_itself(table):

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedclaw.learning.stacked.batched import BatchedModel
+from fedclaw.learning.stacked.packing import pack
+from fedclaw.learning.stacked.private import PrivateStep, Sampling
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulationSettings
-from fedclaw.simulation.batched import FoldedModel
-from fedclaw.simulation.packing import pack
-from fedclaw.simulation.private import PrivateStep, Sampling
 from fedclaw.transport.in_process import simulate
 from tests.simulation.conftest import MODELS, make_federation, make_record
 from tests.simulation.test_modes import identical, largest_difference, real_sites
@@ -25,7 +25,7 @@ def stacked_step(federation, kind, batches, noise, bound=0.3):
     """Gradients (K, D) of clients with parameters of their own, and those parameters, by one stacked step."""
     workload = federation.workload
     torch.manual_seed(1)
-    engine = FoldedModel(workload.build(MODELS[kind]), lambda _, outputs, targets: workload.loss(outputs, targets))
+    engine = BatchedModel(workload.build(MODELS[kind]), lambda _, outputs, targets: workload.loss(outputs, targets))
     start = {name: value.detach().numpy() for name, value in workload.build(MODELS[kind]).named_parameters()}
     stack = engine.layout.row(start).expand(len(batches), -1).clone()
     stack.add_(torch.randn_like(stack), alpha=0.1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.strategy import RoundContext, StepContext, Turnout
+from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
 from fedclaw.protocol.terms import RoundRules, SecureRequest
@@ -47,8 +47,8 @@ def test_the_server_by_hand() -> None:
     # Two of four equal sites: h / alpha = -1/2 * 4 = -2, the step is 4 + 2 = 6; then all: -2 - 1 = -3, 1 + 3 = 4.
     strategy = FedDyn()
     state = strategy.server_state({"w": array(0.0)})
-    assert strategy.absorb({"w": array(4.0)}, state, Turnout(2.0, 4.0))["w"].tolist() == [6.0]
-    assert strategy.absorb({"w": array(1.0)}, state, Turnout(4.0, 4.0))["w"].tolist() == [4.0]
+    assert strategy.absorb({"w": array(4.0)}, state, Participation(2.0, 4.0))["w"].tolist() == [6.0]
+    assert strategy.absorb({"w": array(1.0)}, state, Participation(4.0, 4.0))["w"].tolist() == [4.0]
 
 
 def algorithm_1(sites, cohorts, rounds, steps, rate, alpha, weights):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.strategy import RoundContext, StepContext, Turnout
+from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
@@ -63,7 +63,7 @@ def test_both_halves_by_hand() -> None:
         finished = FedNova.finish({"w": array(delta)}, context)
         sent.append({**finished.delta, **finished.extras})
     mean = {name: (sent[0][name] + 3 * sent[1][name]) / 4 for name in sent[0]}
-    step = FedNova().absorb(mean, {}, Turnout(4.0, 4.0))
+    step = FedNova().absorb(mean, {}, Participation(4.0, 4.0))
     assert {name: values.tolist() for name, values in step.items()} == {"w": [2.75 * 1.75]}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.strategy import RoundContext, Turnout
+from fedclaw.learning.strategy import Participation, RoundContext
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.server.terms import check_combination
 from fedclaw.strategies.qfedavg import QFedAvg
@@ -36,7 +36,7 @@ def test_two_sites_of_unequal_weight_by_hand() -> None:
     # q = 1: losses 1 and 4, deltas 1 and -1, weights 1 and 3. D / L = 1 and -4; h / L = 2 + 1 = 3 and 2 + 4 = 6.
     sites = [sent(1.0, array(1.0), 1.0), sent(1.0, array(-1.0), 4.0)]
     mean = {name: (sites[0][name] + 3 * sites[1][name]) / 4 for name in sites[0]}
-    step = QFedAvg().absorb(mean, {}, Turnout(4.0, 4.0))
+    step = QFedAvg().absorb(mean, {}, Participation(4.0, 4.0))
     assert step["w"].tolist() == pytest.approx([(1 - 12) / (3 + 18)])
 
 

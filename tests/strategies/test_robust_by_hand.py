@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.strategy import Turnout
+from fedclaw.learning.strategy import Participation
 from fedclaw.strategies.bulyan import Bulyan, selection
 from fedclaw.strategies.centred_clipping import CENTRE, CentredClipping
 from fedclaw.strategies.krum import Krum
@@ -125,7 +125,7 @@ def test_centred_clipping_begins_where_the_last_round_ended() -> None:
     strategy = CentredClipping(radius=1)
     state = strategy.server_state({"a": np.zeros(1, np.float32), "b": np.zeros((1, 1), np.float32)})
     first = strategy.combine(np.array([[3, 0], [-0.5, 0]], np.float32), np.ones(2), state)
-    mean = strategy.absorb({"a": first[:1], "b": first[1:].reshape(1, 1)}, state, Turnout(2, 2))
+    mean = strategy.absorb({"a": first[:1], "b": first[1:].reshape(1, 1)}, state, Participation(2, 2))
     mean["a"] *= 0  # the optimiser overwrites what it is given
     assert {name: array.tolist() for name, array in state[CENTRE].items()} == {"a": [0.25], "b": [[0]]}
     # 4 and -0.5 away from (0.25, 0): (1 - 0.5) / 2 further

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.learning.strategy import RoundContext, StepContext, Turnout
+from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
@@ -48,10 +48,10 @@ def test_the_servers_control_follows_the_sites_that_answered() -> None:
     strategy = Scaffold()
     state = strategy.server_state({"w": array(0.0)})
     assert strategy.sent(state)["control"]["w"].tolist() == [0.0]
-    delta = strategy.absorb({"w": array(3.0), "~w": array(4.0)}, state, Turnout(2.0, 8.0))
+    delta = strategy.absorb({"w": array(3.0), "~w": array(4.0)}, state, Participation(2.0, 8.0))
     assert {name: values.tolist() for name, values in delta.items()} == {"w": [3.0]}
     assert strategy.sent(state)["control"]["w"].tolist() == [1.0]
-    strategy.absorb({"w": array(0.0), "~w": array(-2.0)}, state, Turnout(4.0, 8.0))
+    strategy.absorb({"w": array(0.0), "~w": array(-2.0)}, state, Participation(4.0, 8.0))
     assert strategy.sent(state)["control"]["w"].tolist() == [0.0]
 
 
@@ -204,10 +204,10 @@ def test_noise_on_the_sum_is_refused() -> None:
     check_combination(asked("scaffold", rounds=1), Scaffold(), torch.nn.Linear(1, 1))
 
 
-def test_turnout() -> None:
-    exact = Turnout.of(3.0, 2, 5, [1.0, 2.0, 3.0, 4.0, 5.0])
+def test_participation() -> None:
+    exact = Participation.of(3.0, 2, 5, [1.0, 2.0, 3.0, 4.0, 5.0])
     assert (exact.weight, exact.everyone, exact.share) == (3.0, 15.0, 0.2)
-    assert Turnout.of(3.0, 2, 4, [1.0, 2.0]).everyone == 6.0, "two are unknown, taken for 1.5 each"
-    assert Turnout.of(3.0, 2, 1, [1.0, 2.0, 3.0]).everyone == 6.0, "those that are away now count"
-    assert Turnout.of(2.0, 2, 8, []).share == 0.25
-    assert Turnout.of(0.0, 0, 0, []).share == 0.0
+    assert Participation.of(3.0, 2, 4, [1.0, 2.0]).everyone == 6.0, "two are unknown, taken for 1.5 each"
+    assert Participation.of(3.0, 2, 1, [1.0, 2.0, 3.0]).everyone == 6.0, "those that are away now count"
+    assert Participation.of(2.0, 2, 8, []).share == 0.25
+    assert Participation.of(0.0, 0, 0, []).share == 0.0

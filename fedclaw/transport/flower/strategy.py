@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 
 from fedclaw.errors import UsageError
 from fedclaw.learning import postprocess
-from fedclaw.learning.strategy import Turnout
+from fedclaw.learning.strategy import Participation
 from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
 from fedclaw.protocol.questions import Outgoing, questions
 from fedclaw.server import exchange
@@ -76,9 +76,9 @@ class FlowerStrategy(AbstractFlowerStrategy):
             return None, None
         summed = trained.total.take()
         self._weights.update({site: plan.weight(item.examples) for site, item in trained.receipts.items()})
-        turnout = Turnout.of(summed.weight, len(trained.answered), self._asked, self._weights.values())
+        participation = Participation.of(summed.weight, len(trained.answered), self._asked, self._weights.values())
         mean = postprocess.at_server(summed, plan, shapes_of(model.parameters)).arrays
-        norm = model.step(self._strategy.absorb(mean, self._memory, turnout))
+        norm = model.step(self._strategy.absorb(mean, self._memory, participation))
         return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
 
     def configure_evaluate(

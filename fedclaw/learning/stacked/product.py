@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedclaw.simulation.packing import Segment
-from fedclaw.simulation.stacked.stack import Stack, StackedLayer
+from fedclaw.learning.stacked.packing import Segment
+from fedclaw.learning.stacked.stack import Stack, StackedLayer
 
 
 @dataclass(frozen=True)

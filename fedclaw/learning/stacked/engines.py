@@ -1,6 +1,6 @@
 """Ways of getting the gradients of clients that each have parameters of their own.
 
-`FoldedModel` (see `folded`) is the fastest for models that it takes, for many clients and for one. Others are mapped
+`BatchedModel` (see `batched`) is the fastest for models that it takes, for many clients and for one. Others are mapped
 over clients by torch.func where that works (`VmapModel`), or taken one client at a time (`PlainModel`), which always
 does.
 """
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from fedclaw.simulation.batched import FoldedModel, Loss
-from fedclaw.simulation.layout import Layout
-from fedclaw.simulation.packing import Packing
-from fedclaw.simulation.stacked.convolution import CHANNELS_LAST
+from fedclaw.learning.stacked.batched import BatchedModel, Loss
+from fedclaw.learning.stacked.convolution import CHANNELS_LAST
+from fedclaw.learning.stacked.layout import Layout
+from fedclaw.learning.stacked.packing import Packing
 
 Build = Callable[[], nn.Module]
 """A fresh model."""
@@ -100,4 +100,4 @@ class VmapModel:
                 change[own].copy_(found[name])
 
 
-__all__ = ["Build", "Engine", "FoldedModel", "PlainModel", "VmapModel"]
+__all__ = ["Build", "Engine", "BatchedModel", "PlainModel", "VmapModel"]

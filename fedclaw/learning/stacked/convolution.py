@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedclaw.simulation.stacked.product import Product
-from fedclaw.simulation.stacked.stack import Stack, StackedLayer
+from fedclaw.learning.stacked.product import Product
+from fedclaw.learning.stacked.stack import Stack, StackedLayer
 
 CHANNELS_LAST = (0, 2, 3, 1)
 _BENCHES_KEPT = 64

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
+from fedclaw.learning.stacked.batched import BatchedModel, NotStackable
+from fedclaw.learning.stacked.packing import Packing, Rows
+from fedclaw.learning.stacked.product import StackedLinear
+from fedclaw.learning.stacked.stack import StackedLayer
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, without_overflow
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.plan import Plan
-from fedclaw.simulation.batched import FoldedModel, NotStackable
-from fedclaw.simulation.packing import Packing, Rows
-from fedclaw.simulation.stacked.product import StackedLinear
-from fedclaw.simulation.stacked.stack import StackedLayer
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Sampling:
 class PrivateStep:
     """Noised gradients of many clients at once."""
 
-    def __init__(self, engine: FoldedModel) -> None:
+    def __init__(self, engine: BatchedModel) -> None:
         """Raises NotStackable for a layer without a rule, PrivacyError for a model that mixes examples."""
         checks.check_model(engine.model)
         self._engine = engine

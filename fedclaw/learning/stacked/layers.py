@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from fedclaw.simulation.stacked.convolution import StackedConvolution
-from fedclaw.simulation.stacked.normalisation import StackedNormalisation
-from fedclaw.simulation.stacked.product import StackedLinear
-from fedclaw.simulation.stacked.stack import Stack, StackedLayer
+from fedclaw.learning.stacked.convolution import StackedConvolution
+from fedclaw.learning.stacked.normalisation import StackedNormalisation
+from fedclaw.learning.stacked.product import StackedLinear
+from fedclaw.learning.stacked.stack import Stack, StackedLayer
 
 
 def stacked(module: nn.Module, places: tuple[int, ...], stack: Stack) -> StackedLayer | None:

@@ -1,6 +1,6 @@
 """A model run on the examples of many clients as one batch, each example with its own client's parameters.
 
-Goes for models whose parameters all belong to layers that have a stacked form (`fedclaw.simulation.stacked`), each
+Goes for models whose parameters all belong to layers that have a stacked form (`fedclaw.learning.stacked`), each
 called once in a forward pass, and that treat examples separately; with a loss that is a mean over examples. Whether a
 model is one is not believed but compared, on examples, with the plain gradient of each client (`choice.agrees`).
 """
@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import FedClawError
-from fedclaw.simulation.layout import Layout
-from fedclaw.simulation.packing import Packing
-from fedclaw.simulation.stacked.layers import stacked
-from fedclaw.simulation.stacked.stack import Stack, StackedLayer, Through
+from fedclaw.learning.stacked.layers import stacked
+from fedclaw.learning.stacked.layout import Layout
+from fedclaw.learning.stacked.packing import Packing
+from fedclaw.learning.stacked.stack import Stack, StackedLayer, Through
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs, outputs, targets) -> mean loss."""
@@ -25,7 +25,7 @@ class NotStackable(FedClawError):
     """A model cannot be trained for many clients at once in this way. Its text says why."""
 
 
-class FoldedModel:
+class BatchedModel:
     """See the module. `layout` says how parameters lie in a row of the stack."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:

@@ -1,4 +1,4 @@
-"""Who trains: this process, or processes forked from it that share its memory.
+"""Executors of a round: this process, or a pool of processes forked from it that share its memory.
 
 A worker inherits the clients' data by the fork, so it is held once, and lives as long as the run. A round's parameters
 and the answers lie in memory that all share; what else passes between processes is small, and JSON, but for what the
@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Crew(Protocol):
-    """Trains units of a round."""
+class Executor(Protocol):
+    """Trains the units of a round."""
 
     def train(self, round: Round, units: Sequence[Sequence[int]], memory: Mapping[int, State]) -> Iterator[Answer]:
         """The units' answers, in the order of the units; an answer's numbers are good until the next one is asked for.
@@ -47,26 +47,26 @@ class Crew(Protocol):
         """
 
     def close(self) -> None:
-        """Nothing is asked any more."""
+        """End the worker processes; nothing is asked any more."""
 
 
-class Alone:
-    """This process alone."""
+class SerialExecutor:
+    """Trains in this process."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
     def train(self, round: Round, units: Sequence[Sequence[int]], memory: Mapping[int, State]) -> Iterator[Answer]:
-        """See Crew."""
+        """See Executor."""
         for unit in units:
             yield self._trainer.answer(round, unit, memory)
 
     def close(self) -> None:
-        """See Crew."""
+        """See Executor."""
 
 
-class Forked:
-    """Processes that are forked when the first round is asked."""
+class ProcessPoolExecutor:
+    """Trains in processes that are forked when the first round is asked."""
 
     def __init__(self, trainer: Trainer, workers: int, largest_unit: int) -> None:
         """Raises UsageError where processes cannot be forked; macOS's libraries do not survive a fork."""
@@ -83,7 +83,7 @@ class Forked:
         self._outgoing = self._slots = np.zeros(0, np.float32)
 
     def train(self, round: Round, units: Sequence[Sequence[int]], memory: Mapping[int, State]) -> Iterator[Answer]:
-        """See Crew."""
+        """See Executor."""
         groups = {"parameters": round.parameters, **({"teacher": round.teacher} if round.teacher else {})}
         groups |= {f"sent/{kind}": arrays for kind, arrays in round.sent.items()}
         shapes: dict[str, Shapes] = {name: shapes_of(arrays) for name, arrays in groups.items()}
@@ -98,7 +98,7 @@ class Forked:
         return self._dispatch(head, units, memory)
 
     def close(self) -> None:
-        """See Crew."""
+        """See Executor."""
         for link in self._links:
             link.close()
         for process in self._processes:

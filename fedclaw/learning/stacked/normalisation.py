@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedclaw.simulation.packing import Segment
-from fedclaw.simulation.stacked.stack import Stack, StackedLayer
+from fedclaw.learning.stacked.packing import Segment
+from fedclaw.learning.stacked.stack import Stack, StackedLayer
 
 
 class StackedNormalisation(StackedLayer):

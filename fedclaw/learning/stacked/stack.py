@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedclaw.simulation.packing import Packing, Segment
+from fedclaw.learning.stacked.packing import Packing, Segment
 
 
 @dataclass
