@@ -19,6 +19,7 @@ from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.settings import RecoverySettings
 from fedclaw.errors import CompressionError
 from fedclaw.learning.distillation import distillation_loss
+from fedclaw.learning.step_loop import ModelSteps, take_steps
 from fedclaw.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -129,24 +130,34 @@ def train(
     first = best.agreement
     optimizer = torch.optim.Adam(model.parameters(), lr=recovery.learning_rate)
     scheduler = _scheduler(optimizer, recovery)
-    step, progress = 0, Progress(log, "recovery, steps", recovery.steps)
+    progress, value = Progress(log, "recovery, steps", recovery.steps), torch.zeros(())
+
+    def gradients(rows: torch.Tensor) -> None:
+        nonlocal value
+        model.train()
+        optimizer.zero_grad()
+        value = loss(model, rows)
+        value.backward()  # type: ignore[no-untyped-call]
+
+    def update() -> None:
+        optimizer.step()
+        scheduler.step()
+
+    def stop(step: int) -> bool:
+        if step % CHECK_EVERY and step < recovery.steps:
+            return False
+        if not torch.isfinite(value):
+            raise CompressionError(
+                "recovery diverged: the loss is no longer finite; try a smaller recovery.learning_rate"
+            )
+        if best.offer(model, step) >= recovery.patience:
+            return True
+        progress.done(step)
+        return False
+
     with threads_for(count_parameters(model)):
-        for step, rows in enumerate(_batches(count, recovery, seed, held[0].device), start=1):
-            model.train()
-            optimizer.zero_grad()
-            value = loss(model, rows)
-            value.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step()
-            if step % CHECK_EVERY and step < recovery.steps:
-                continue
-            if not torch.isfinite(value):
-                raise CompressionError(
-                    "recovery diverged: the loss is no longer finite; try a smaller recovery.learning_rate"
-                )
-            if best.offer(model, step) >= recovery.patience:
-                break
-            progress.done(step)
+        batches = _batches(count, recovery, seed, held[0].device)
+        step = take_steps(batches, ModelSteps(gradients, list(model.parameters()), update), stop=stop)
     log.info("recovery: %d steps, agreement %.4f -> %.4f (step %d)", step, first, best.agreement, best.step)
     model.load_state_dict(best.state)
     return Recovered(model.eval(), first, best.agreement, step)

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,9 +19,10 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.stacked.batched import BatchedModel, Loss, NotStackable
 from fedclaw.learning.stacked.engines import Build, Engine, PlainModel, VmapModel
 from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
+from fedclaw.learning.stacked.steps import plain_steps
+from fedclaw.learning.step_loop import take_steps
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining
-from fedclaw.simulation.loop import take_plain_steps
 from fedclaw.simulation.settings import Mode
 
 log = logging.getLogger(__name__)
@@ -185,7 +187,7 @@ def _seconds(
             began = time.thread_time()
             for group in groups:
                 stack.copy_(start.expand_as(stack))
-                steps = pack(group, choice.spare)
-                take_plain_steps(engine, steps, training, stack, gradients, lambda packing: _examples(table, packing))
+                steps = plain_steps(engine, training, stack, gradients, partial(_examples, table), corrected=False)
+                take_steps(pack(group, choice.spare), steps)
             best = min(best, time.thread_time() - began)
     return best

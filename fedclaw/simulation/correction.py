@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.learning.stacked.layout import Layout
+from fedclaw.learning.step_loop import Correction as StepCorrection
 from fedclaw.learning.strategy import StepContext, Strategy, is_overridden
 from fedclaw.simulation.job import Round, State
 
@@ -59,10 +60,19 @@ class Correction:
         """None at all: where a gradient still waits for its noise, whose bound nothing may change."""
         return replace(self, correct=None)
 
-    def apply(self, stack: torch.Tensor, gradients: torch.Tensor, step: int, steps: int, *, alone: bool) -> None:
-        """To rows (k, D) of gradients, before step `step` of `steps`. `alone`: one client, its tensors as they are."""
+    def of_rows(self, steps: int, *, alone: bool) -> StepCorrection | None:
+        """What the step loop calls on rows (k, D), of `steps` steps; None: there is nothing to correct.
+
+        `alone`: the strategy sees one client, its tensors as they are.
+        """
         if self.correct is None:
-            return
+            return None
+        return lambda rows, step: self._apply(rows[0], step, steps, alone=alone)
+
+    def _apply(self, stack: torch.Tensor, step: int, steps: int, *, alone: bool) -> None:
+        gradients = stack.grad
+        assert self.correct is not None
+        assert gradients is not None
         parameters = self.layout.views(stack)
         changes = self.layout.views(gradients)
         state = {kind: [own[: len(stack)] for own in tensors] for kind, tensors in self.state.items()}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,9 +13,11 @@ from fedclaw.learning.distillation import distillation_loss
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.stacked.batched import BatchedModel, Loss
 from fedclaw.learning.stacked.engines import Engine, PlainModel
-from fedclaw.learning.stacked.optimizers import row_optimizer
 from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.private import PrivateStep, Sampling
+from fedclaw.learning.stacked.steps import RowSteps, plain_steps
+from fedclaw.learning.step_loop import Correction as StepCorrection
+from fedclaw.learning.step_loop import take_steps
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, finish_round, is_overridden
 from fedclaw.privacy.mechanisms.receipts import is_sampled
 from fedclaw.privacy.noise import GaussianSource
@@ -29,7 +30,6 @@ from fedclaw.simulation.choice import Choice, make_engine
 from fedclaw.simulation.correction import Correction
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, flat
-from fedclaw.simulation.loop import take_plain_steps
 from fedclaw.simulation.streams import generator_of, noise_of
 
 
@@ -154,13 +154,11 @@ class Trainer:
             correction = correction.without()
         if not isinstance(engine, BatchedModel):
             torch.manual_seed(int(generator_of(self._seed, plan.round, group[0]).integers(2**63)))
-        if not samplings:
-            change = None if correction.correct is None else partial(correction.apply, alone=not self._choice.many)
-            take_plain_steps(engine, packings, plan.training, stack, gradients, self._examples, change)
-        elif prepared.private is None:
-            self._private_steps(prepared, samplings[0], packings, stack, gradients, correction)
+        corrected = correction.of_rows(len(packings), alone=not self._choice.many)
+        if samplings:
+            self._private_steps(prepared, samplings, packings, stack, gradients, corrected)
         else:
-            self._stacked_private_steps(prepared, samplings, packings, stack, gradients, correction)
+            self._plain_steps(prepared, packings, stack, gradients, corrected)
         if _is_noised_later(plan):
             # The one plain step from its gradient: as a difference of parameters it would be rounded to those.
             stack.copy_(prepared.start.expand_as(stack)).add_(gradients, alpha=-plan.training.learning_rate)
@@ -189,35 +187,44 @@ class Trainer:
             for client, share in zip(group, shares, strict=True)
         ]
 
-    def _stacked_private_steps(
+    def _plain_steps(
+        self,
+        prepared: Prepared,
+        packings: Sequence[Packing],
+        stack: torch.Tensor,
+        gradients: torch.Tensor,
+        correct: StepCorrection | None,
+    ) -> None:
+        """All steps of a stack without privacy."""
+        engine, training = prepared.engine, prepared.round.plan.training
+        steps = plain_steps(engine, training, stack, gradients, self._examples, corrected=correct is not None)
+        take_steps(packings, steps, correct)
+
+    def _private_steps(
         self,
         prepared: Prepared,
         samplings: Sequence[Sampling],
         packings: Sequence[Packing],
         stack: torch.Tensor,
         gradients: torch.Tensor,
-        correction: Correction,
+        correct: StepCorrection | None,
     ) -> None:
-        """All steps of a stack with differential privacy."""
-        assert prepared.private is not None
-        optimizer = row_optimizer(prepared.round.plan.training)
-        for step, packing in enumerate(packings):
-            own, changes = stack[: packing.clients], gradients[: packing.clients]
-            prepared.private.gradients(packing, *self._examples(packing), changes, samplings)
-            correction.apply(own, changes, step, len(packings), alone=False)
-            optimizer.step(own, changes)
-
-    def _private_steps(
-        self,
-        prepared: Prepared,
-        sampling: Sampling,
-        packings: Sequence[Packing],
-        stack: torch.Tensor,
-        gradients: torch.Tensor,
-        correction: Correction,
-    ) -> None:
-        """The same for one client, by the code that a site has."""
-        engine, optimizer = prepared.engine, row_optimizer(prepared.round.plan.training)
+        """The same with differential privacy: many clients at once, or one by the code that a site has."""
+        training = prepared.round.plan.training
+        if prepared.private is not None:
+            private = prepared.private
+            take_steps(
+                packings,
+                RowSteps(
+                    lambda packing: private.gradients(packing, *self._examples(packing), gradients, samplings),
+                    training,
+                    stack,
+                    gradients,
+                ),
+                correct,
+            )
+            return
+        engine, (sampling,) = prepared.engine, samplings
         assert isinstance(engine, PlainModel)
         with PrivateGradients(
             engine.model,
@@ -229,13 +236,14 @@ class Trainer:
             steps_ahead=len(packings),
         ) as taker:
             views = [view[0] for view in engine.layout.views(gradients)]
-            for step, packing in enumerate(packings):
+
+            def write(packing: Packing) -> None:
                 taker.gradients(*self._examples(packing))
                 for view, parameter in zip(views, engine.model.parameters(), strict=True):
                     assert parameter.grad is not None
                     view.copy_(parameter.grad)
-                correction.apply(stack, gradients, step, len(packings), alone=True)
-                optimizer.step(stack, gradients)
+
+            take_steps(packings, RowSteps(write, training, stack, gradients), correct)
 
     def _examples(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
         return self._inputs.index_select(0, packing.rows), self._targets.index_select(0, packing.rows)
@@ -315,8 +323,8 @@ class Trainer:
         generator = generator_of(self._seed, round.plan.round, client + len(self._federation))
         batches = shuffled(self._federation.share(client), round.plan.training, generator)
         correction = Correction.of_personal(prepared.strategy, round, engine.layout, [self._state(client)])
-        change = partial(correction.apply, alone=True)
-        take_plain_steps(engine, pack([batches]), round.plan.training, row, gradients, self._examples, change)
+        packings = pack([batches])
+        self._plain_steps(prepared, packings, row, gradients, correction.of_rows(len(packings), alone=True))
         return engine.layout.arrays(row[0])
 
     def _training_loss(self, prepared: Prepared, client: int) -> float:

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distilled
-from fedclaw.learning.step_loop import Correction, make_optimizer, train
+from fedclaw.learning.step_loop import Correction, ModelSteps, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.receipts import is_sampled
 from fedclaw.privacy.postprocessor import SiteContext
@@ -187,26 +187,24 @@ def _run_steps(
         batches = poisson_batches(examples, _sampling(plan, charge)[0], count, site.source)
     else:
         batches = shuffled_batches(examples, plan.training.batch_size, count, site.source)
+    with precision(site.device, sum(p.numel() for p in parameters), is_sampled(plan)):
+        take_steps(
+            batches,
+            _model_steps(site, plan, steps, parameters),
+            None if _is_noised_later(plan) else correction,
+        )
+
+
+def _model_steps(site: Site, plan: Plan, taker: StepTaker, parameters: Sequence[torch.Tensor]) -> ModelSteps:
+    """Steps on the site's training data by the local optimiser of the plan."""
     inputs, targets = site.on_device("train", site.data.train)
-    train(
-        steps,
-        batches,
-        inputs,
-        targets,
-        make_optimizer(parameters, plan.training),
-        parameters,
-        correction=_nothing if _is_noised_later(plan) else correction,
-        precision=precision(site.device, sum(p.numel() for p in parameters), is_sampled(plan)),
-    )
+    optimizer = make_optimizer(parameters, plan.training)
+    return ModelSteps(lambda rows: taker.gradients(inputs[rows], targets[rows]), parameters, optimizer.step)
 
 
 def _is_noised_later(plan: Plan) -> bool:
     """Whether a gradient still waits for its noise, whose bound no correction may change."""
     return plan.central is not None and plan.central.unit == "example"
-
-
-def _nothing(_parameters: Sequence[torch.Tensor], _step: int) -> None:
-    """No correction."""
 
 
 def _personal(site: Site, plan: Plan, half: ClientHalf, model: torch.nn.Module, start: Arrays, loss: Loss) -> Arrays:
@@ -220,16 +218,10 @@ def _personal(site: Site, plan: Plan, half: ClientHalf, model: torch.nn.Module, 
         return {name: trained[name] for name in plan.personal if name in trained}
     examples, count = len(site.data.train), plan.training.local_steps(len(site.data.train))
     own = site.model(plan.model, {**start, **half.before.get(PERSONAL, {})}, role="personal")
-    parameters = list(own.parameters())
-    inputs, targets = site.on_device("train", site.data.train)
-    train(
-        PlainGradients(own, loss),
+    take_steps(
         shuffled_batches(examples, plan.training.batch_size, count, site.source),
-        inputs,
-        targets,
-        make_optimizer(parameters, plan.training),
-        parameters,
-        correction=half.personal_correction(own, start, count),
+        _model_steps(site, plan, PlainGradients(own, loss), list(own.parameters())),
+        half.personal_correction(own, start, count),
     )
     return {name: parameter.detach().cpu().numpy().copy() for name, parameter in own.named_parameters()}
 

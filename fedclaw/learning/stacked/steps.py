@@ -1,0 +1,82 @@
+"""Local steps of a stack of clients: rows of parameters (K, D), one a client, that move together.
+
+Clients drop off the end of a stack when they have finished, so a step moves the first k rows. Legend as in `layout`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fedclaw.learning.stacked.batched import BatchedModel
+from fedclaw.learning.stacked.engines import Engine
+from fedclaw.learning.stacked.optimizers import row_optimizer
+from fedclaw.learning.stacked.packing import Packing
+from fedclaw.learning.step_loop import Steps
+from fedclaw.protocol.plan import LocalTraining
+
+Examples = Callable[[Packing], tuple[torch.Tensor, torch.Tensor]]
+"""The inputs (N, *D) and targets (N, ...) of a step."""
+
+
+class RowSteps:
+    """Steps by an optimiser on rows, which a correction sees as one parameter (k, D)."""
+
+    def __init__(
+        self,
+        write: Callable[[Packing], None],
+        training: LocalTraining,
+        stack: torch.Tensor,
+        gradients: torch.Tensor,
+    ) -> None:
+        """`write` leaves the gradients of a step's clients in the first rows of `gradients` (K, D)."""
+        self._write = write
+        self._optimizer = row_optimizer(training)
+        self._stack = stack
+        self._gradients = gradients
+        self._moving = stack[:0]
+        self._changes = gradients[:0]
+
+    def gradients(self, batch: Packing) -> Sequence[torch.Tensor]:
+        """See Steps."""
+        if len(self._moving) != batch.clients:
+            self._moving, self._changes = self._stack[: batch.clients], self._gradients[: batch.clients]
+            self._moving.grad = self._changes
+        self._write(batch)
+        return (self._moving,)
+
+    def update(self) -> None:
+        """See Steps."""
+        self._optimizer.step(self._moving, self._changes)
+
+
+class DescendingSteps:
+    """Steps that are nothing but the gradient times the learning rate, taken as each gradient is made."""
+
+    def __init__(self, engine: BatchedModel, training: LocalTraining, examples: Examples) -> None:
+        self._engine = engine
+        self._rate = training.learning_rate
+        self._decay = 1.0 - training.learning_rate * training.weight_decay
+        self._examples = examples
+
+    def gradients(self, batch: Packing) -> Sequence[torch.Tensor]:
+        """See Steps. There are none left to be corrected."""
+        self._engine.descend(batch, *self._examples(batch), self._rate, self._decay)
+        return ()
+
+    def update(self) -> None:
+        """See Steps."""
+
+
+def plain_steps(
+    engine: Engine,
+    training: LocalTraining,
+    stack: torch.Tensor,
+    gradients: torch.Tensor,
+    examples: Examples,
+    *,
+    corrected: bool,
+) -> Steps[Packing]:
+    """Steps without privacy of rows (K, D) that `engine` is bound to; `corrected`: whether a correction follows."""
+    if not corrected and training.optimizer == "sgd" and not training.momentum and isinstance(engine, BatchedModel):
+        return DescendingSteps(engine, training, examples)
+    return RowSteps(lambda packing: engine.gradients(packing, *examples(packing)), training, stack, gradients)
