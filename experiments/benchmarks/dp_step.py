@@ -106,7 +106,7 @@ def make_steps(
         steps[mode] = make_step(taker, model, inputs, targets)
         for _ in range(3):
             steps[mode]()
-        ways[mode] = str(taker.way)
+        ways[mode] = str(taker.engine)
     return steps, ways
 
 

@@ -18,7 +18,7 @@ class StepSpeed(Frozen):
     """How the clipped sum of a private step is worked out."""
 
     mode: Mode = "auto"
-    """`auto` takes what is fastest for the model, the batch and the number of steps ahead. A way that cannot take
+    """`auto` takes what is fastest for the model, the batch and the number of steps ahead. An engine that cannot take
     the model (bookkeeping), or lacks a C++ compiler (compiled), gives way to the next one, with a line in the log."""
     chunk_size: int | None = Field(default=None, ge=1)
     """Examples worked on together, at most (2 and 3 are taken for 4), which bounds memory; None: as many as the

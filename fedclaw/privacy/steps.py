@@ -93,9 +93,9 @@ class PrivateGradients:
 
     gradient = (sum_i g_i min(1, C / ||g_i||) + N(0, (noise_multiplier C)^2)) / expected_batch_size, C = max_grad_norm
 
-    The clipped sum is worked out in the way that `speed` asks for (`fedclaw.privacy.gradients`), the noise comes from
-    `source`. An example whose gradient is not finite, or has a norm beyond float32, counts as zero: one that overflows
-    must not decide by itself whether the whole update is usable. The gradients' memory is the same at every step.
+    The clipped sum comes from the engine that `speed` asks for (`fedclaw.privacy.gradients`), the noise from `source`.
+    An example whose gradient is not finite, or has a norm beyond float32, counts as zero: one that overflows must not
+    decide by itself whether the whole update is usable. The gradients' memory is the same at every step.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class PrivateGradients:
         self._sums = _Sums(self._parameters)
         self._unchecked = True
         self._closed = False
-        self._way: ClippedSums | None = None
+        self._engine: ClippedSums | None = None
 
     @property
     def sensitivity(self) -> float:
@@ -148,9 +148,9 @@ class PrivateGradients:
         return self._sums.exact
 
     @property
-    def way(self) -> str | None:
-        """The name of the way in which clipped sums are worked out; None before the first example."""
-        return None if self._way is None else self._way.name
+    def engine(self) -> str | None:
+        """The name of the engine that works out clipped sums; None before the first example."""
+        return None if self._engine is None else self._engine.name
 
     def gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """See StepTaker. Raises PrivacyError if closed, or if the loss or the model couples examples."""
@@ -168,8 +168,8 @@ class PrivateGradients:
     def close(self) -> None:
         """See StepTaker."""
         self._closed = True
-        if self._way is not None:
-            self._way.close()
+        if self._engine is not None:
+            self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -180,37 +180,37 @@ class PrivateGradients:
         self.close()
 
     def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        way = self._way or self._begin(inputs, targets)
-        with _threads_for(self._speed.chunk_size or way.chunk_size) as company:
-            self._add_chunks(way, inputs, targets, company)
+        engine = self._engine or self._begin(inputs, targets)
+        with _threads_for(self._speed.chunk_size or engine.chunk_size) as company:
+            self._add_chunks(engine, inputs, targets, company)
 
-    def _add_chunks(self, way: ClippedSums, inputs: torch.Tensor, targets: torch.Tensor, company: int) -> None:
+    def _add_chunks(self, engine: ClippedSums, inputs: torch.Tensor, targets: torch.Tensor, company: int) -> None:
         if self._unchecked and len(inputs) > 1:
-            with way.paused():
+            with engine.paused():
                 checks.check_separate(self._model, self._loss, inputs[: checks.PROBE], targets[: checks.PROBE])
             self._unchecked = False
         start = 0
         while start < len(inputs):
-            size = _whole(self._speed.chunk_size or way.chunk_size, company)
+            size = _whole(self._speed.chunk_size or engine.chunk_size, company)
             end = start + size
             try:
                 rows, labels, padding = _in_company(inputs[start:end], targets[start:end], size, company)
-                way.add(self._sums.exact, rows, labels, fresh=start == 0, padding=padding)
+                engine.add(self._sums.exact, rows, labels, fresh=start == 0, padding=padding)
             except Unsuited as reason:
-                way = self._replace(way, reason)
+                engine = self._replace(engine, reason)
                 continue
             start = end
 
     def _begin(self, inputs: torch.Tensor, targets: torch.Tensor) -> ClippedSums:
-        self._way = choose(
+        self._engine = choose(
             self._speed, self._model, self._loss, self._clip, inputs, targets, steps_ahead=self._steps_ahead
         )
-        return self._way
+        return self._engine
 
-    def _replace(self, way: ClippedSums, reason: Unsuited) -> ClippedSums:
-        way.close()
-        self._way = instead(way.name, reason, self._model, self._loss, self._clip)
-        return self._way
+    def _replace(self, engine: ClippedSums, reason: Unsuited) -> ClippedSums:
+        engine.close()
+        self._engine = instead(engine.name, reason, self._model, self._loss, self._clip)
+        return self._engine
 
 
 def poisson_batches(count: int, q: float, steps: int, source: GaussianSource) -> Iterator[torch.Tensor]:

@@ -38,7 +38,7 @@ from fedclaw.protocol.plan import (
 from fedclaw.protocol.update import Update
 from tests.privacy.wire import WireSite, sgd
 
-WAYS: tuple[Mode, ...] = ("opacus", "vmap", "bookkeeping")
+ENGINES: tuple[Mode, ...] = ("opacus", "vmap", "bookkeeping")
 BOUNDS = [SMALLEST_CLIP, 1.0, LARGEST_CLIP]
 FLOAT32 = 2.0**-23
 """How much further apart two sums are when both are rounded to float32, as a share of their norm."""
@@ -86,7 +86,7 @@ def rounded(model: nn.Module) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
 
 
-@pytest.mark.parametrize("mode", WAYS)
+@pytest.mark.parametrize("mode", ENGINES)
 @settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from(["linear", "mlp", "conv"]),
@@ -120,7 +120,7 @@ def steep(size: float) -> "object":
     return lambda _inputs, outputs, _targets: (outputs[:, 0] * size).mean()
 
 
-@pytest.mark.parametrize("mode", WAYS)
+@pytest.mark.parametrize("mode", ENGINES)
 @pytest.mark.parametrize("size", [1e18, 4.1e35, 3e37])
 def test_a_factor_that_float32_has_no_number_for_does_not_round_up(mode: Mode, size: float) -> None:
     """1e-6 / 1e36 / 1000 is less than the smallest float32."""
@@ -144,11 +144,11 @@ def test_compiled_steps_keep_the_bound_too() -> None:
                 steps.gradients(inputs, targets)
                 there = exact(steps)
                 steps.gradients(inputs[1:], targets[1:])
-                assert steps.way == "compiled"
+                assert steps.engine == "compiled"
                 assert float((there - exact(steps)).norm()) <= steps.sensitivity
 
 
-@pytest.mark.parametrize("mode", WAYS)
+@pytest.mark.parametrize("mode", ENGINES)
 def test_a_sum_of_a_million_is_as_exact_as_a_sum_of_one(mode: Mode) -> None:
     """In float32 such a sum has a unit in the last place of a sixteenth of the bound."""
     count = 1_000_000
@@ -167,7 +167,7 @@ def test_a_sum_of_a_million_is_as_exact_as_a_sum_of_one(mode: Mode) -> None:
     assert 1 - 1e-4 < step <= 1
 
 
-@pytest.mark.parametrize("mode", WAYS)
+@pytest.mark.parametrize("mode", ENGINES)
 @pytest.mark.parametrize("chunk", [None, 2, 1])
 def test_an_example_is_never_alone_among_others_that_are_not(mode: Mode, chunk: int | None) -> None:
     """With one row a matrix product rounds otherwise, and weights can make of that what they like."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.privacy.gradients import choice
-from fedclaw.privacy.gradients.choice import WAYS, made
+from fedclaw.privacy.gradients.choice import ENGINES, made
 from fedclaw.privacy.gradients.interface import Clip, trainable
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
@@ -151,11 +151,11 @@ def test_batches_of_changing_sizes_one_after_another(mode: Mode, kind: str) -> N
     model, shape = make(kind)
     twin = copy.deepcopy(model)
     with taker(model, StepSpeed(mode=mode)) as steps:
-        assert steps.way is None
+        assert steps.engine is None
         for count in (3, 0, 7, 1, 5):
             inputs, targets = batch(shape, count)
             steps.gradients(inputs, targets)
-            assert steps.way == mode
+            assert steps.engine == mode
             assert_same(flat(model), one_by_one(twin, inputs, targets))
 
 
@@ -223,7 +223,7 @@ def test_no_example_decides_in_which_way_the_others_are_clipped(mode: Mode, scal
         inputs[0] *= scale
         with taker(model, StepSpeed(mode=mode)) as steps:
             steps.gradients(inputs, targets)
-            assert steps.way == "vmap"
+            assert steps.engine == "vmap"
 
 
 @pytest.mark.parametrize("speed", SPEEDS, ids=str)
@@ -272,7 +272,7 @@ def test_bookkeeping_notices_what_it_cannot_take_and_gives_way(kind: str, caplog
     choice._said.clear()
     with caplog.at_level(logging.INFO), taker(model, StepSpeed(mode="bookkeeping")) as steps:
         steps.gradients(*batch(shape, 4))
-        assert steps.way == "vmap"
+        assert steps.engine == "vmap"
     assert "bookkeeping cannot take this model" in caplog.text
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -317,8 +317,8 @@ def test_auto_takes_a_way_and_says_so(steps_ahead: int, caplog: pytest.LogCaptur
     inputs, targets = torch.zeros(4, *shape), torch.zeros(4, dtype=torch.int64)
     with caplog.at_level(logging.DEBUG, logger="fedclaw.privacy"), steps:
         steps.gradients(inputs, targets)
-    assert steps.way in WAYS
-    assert f"private steps by {steps.way}" in caplog.text
+    assert steps.engine in ENGINES
+    assert f"private steps by {steps.engine}" in caplog.text
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -356,7 +356,7 @@ def test_compiled_leaves_the_same_update_for_every_size_of_batch() -> None:
         for count in (3, 0, 7, 1, 8, 11):
             inputs, targets = batch(shape, count)
             steps.gradients(inputs, targets)
-            assert steps.way == "compiled"
+            assert steps.engine == "compiled"
             assert_same(flat(model), one_by_one(twin, inputs, targets))
         inputs, targets = batch(shape, 3)
         inputs[1] = float("inf")
@@ -377,7 +377,7 @@ def test_without_a_compiler_it_is_the_eager_way_and_the_log_says_so(caplog: pyte
         taker(model, StepSpeed(mode="compiled")) as steps,
     ):
         steps.gradients(inputs, targets)
-        assert steps.way == "vmap"
+        assert steps.engine == "vmap"
         ours = flat(model).clone()
     assert "compiled cannot take this model (torch.compile says" in caplog.text
     assert_same(ours, one_by_one(model, inputs, targets))

@@ -9,7 +9,7 @@ are small, or have to be added over places anyway: they are worked out (`layers`
 Goes for models whose trainable parameters all belong to layers that have a rule, each called once in a forward pass.
 Whether the rules tell the truth about the model is checked against the plain gradient before the first batch, on
 made-up examples. Would it depend on the batch, one huge example could hide a wrong rule behind its own gradient; a step
-with it would be taken in another way than one without it, and the two be further apart than the clipping bound.
+with it would be taken by another engine than one without it, and the two be further apart than the clipping bound.
 """
 
 import math

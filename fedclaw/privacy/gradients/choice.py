@@ -1,9 +1,9 @@
-"""Which way of clipping a step takes: the one that is asked for, or the fastest.
+"""Which engine clips the gradients of a step: the one that is asked for, or the fastest.
 
 `auto` decides by cost. With few steps ahead it takes book-keeping, which is never far from the best, where that can
-take the model, and torch.func's vmap elsewhere. With enough steps ahead that looking pays, each eager way works off one
-made-up batch (zeros of the batch's shape: the choice cannot depend on anybody's data) a few times, and the fastest is
-taken. Opacus' hooks are left to those who ask for them and to models that nothing else takes: they are about as fast
+take the model, and torch.func's vmap elsewhere. With enough steps ahead that looking pays, each eager engine works off
+one made-up batch (zeros of the batch's shape: the choice cannot depend on anybody's data) a few times, and the fastest
+is taken. Opacus' hooks are left to those who ask for them and to models that nothing else takes: they are about as fast
 as vmap, but do not see a parameter that a model uses otherwise than through its layer. Compiling is tried only if the
 steps ahead would last many times longer than it takes.
 """
@@ -24,15 +24,15 @@ from fedclaw.privacy.speed import Mode, StepSpeed
 
 logger = logging.getLogger(__name__)
 
-Way = Callable[[torch.nn.Module, Loss, Clip], ClippedSums]
+MakeEngine = Callable[[torch.nn.Module, Loss, Clip], ClippedSums]
 
-WAYS: dict[Mode, Way] = {
+ENGINES: dict[Mode, MakeEngine] = {
     "bookkeeping": Bookkeeping,
     "opacus": OpacusHooks,
     "vmap": Vmap,
     "compiled": CompiledVmap,
 }
-"""Every way by its mode."""
+"""Every engine by its mode."""
 _EAGER: tuple[Mode, ...] = ("bookkeeping", "vmap")
 _STEPS_WORTH_LOOKING = 500
 _GOES = 4
@@ -51,7 +51,7 @@ def choose(
     *,
     steps_ahead: int,
 ) -> ClippedSums:
-    """The way that `speed` asks for, or the next one that can take the model, on `model` now.
+    """The engine that `speed` asks for, or the next one that can take the model, on `model` now.
 
     The shapes of a batch's inputs (B, *D) and targets (B, ...), B >= 1, and `steps_ahead` matter for `auto` only.
     """
@@ -60,24 +60,24 @@ def choose(
     mode: Mode = "bookkeeping"
     if steps_ahead >= _STEPS_WORTH_LOOKING:
         mode = _fastest(model, loss, clip, torch.zeros_like(inputs), torch.zeros_like(targets), steps_ahead)
-    way = made(mode, model, loss, clip)
-    logger.debug("private steps by %s, with %d steps ahead of about %d examples", way.name, steps_ahead, len(inputs))
-    return way
+    engine = made(mode, model, loss, clip)
+    logger.debug("private steps by %s, with %d steps ahead of about %d examples", engine.name, steps_ahead, len(inputs))
+    return engine
 
 
 def made(mode: str, model: torch.nn.Module, loss: Loss, clip: Clip) -> ClippedSums:
-    """The way of that mode, or the next one that can take the model as far as its layers show."""
-    for known, way in WAYS.items():
+    """The engine of that mode, or the next one that can take the model as far as its layers show."""
+    for known, engine in ENGINES.items():
         if known == mode:
             try:
-                return way(model, loss, clip)
+                return engine(model, loss, clip)
             except Unsuited as reason:
                 return instead(mode, reason, model, loss, clip)
-    raise PrivacyError(f"no way of a private step is called {mode!r}; there are: auto, {', '.join(WAYS)}")
+    raise PrivacyError(f"no engine of a private step is called {mode!r}; there are: auto, {', '.join(ENGINES)}")
 
 
 def instead(mode: str, reason: Unsuited, model: torch.nn.Module, loss: Loss, clip: Clip) -> ClippedSums:
-    """The next way, when that of `mode` cannot take the model and is off it: vmap, then Opacus' hooks."""
+    """The next engine, when that of `mode` cannot take the model and is off it: vmap, then Opacus' hooks."""
     if mode == "opacus":
         raise reason
     later = "opacus" if mode == "vmap" else "vmap"
@@ -96,29 +96,29 @@ def _fastest(
         if steps_ahead * seconds[best] > _SECONDS_WORTH_COMPILING:
             seconds["compiled"] = _seconds("compiled", model, loss, clip, inputs, targets)
             best = min(best, "compiled", key=lambda mode: seconds[mode])
-    logger.debug("private steps: seconds by way: %s", {mode: round(value, 5) for mode, value in seconds.items()})
+    logger.debug("private steps: seconds by engine: %s", {mode: round(value, 5) for mode, value in seconds.items()})
     return best
 
 
 def _seconds(
     mode: Mode, model: torch.nn.Module, loss: Loss, clip: Clip, inputs: torch.Tensor, targets: torch.Tensor
 ) -> float:
-    """Of the faster of a few goes at a made-up batch after the first; infinite if the way cannot take the model."""
+    """Of the faster of a few goes at a made-up batch after the first; infinite if the engine cannot take the model."""
     totals = [torch.empty(p.shape, dtype=torch.float64, device=p.device) for p in trainable(model)]
     times = []
     try:
-        way = WAYS[mode](model, loss, clip)
+        engine = ENGINES[mode](model, loss, clip)
     except Unsuited:
         return math.inf
     try:
         for _ in range(_GOES):
             began = time.perf_counter()
-            for start in range(0, len(inputs), way.chunk_size):
-                part = slice(start, start + way.chunk_size)
-                way.add(totals, inputs[part], targets[part], fresh=start == 0)
+            for start in range(0, len(inputs), engine.chunk_size):
+                part = slice(start, start + engine.chunk_size)
+                engine.add(totals, inputs[part], targets[part], fresh=start == 0)
             times.append(time.perf_counter() - began)
     except Unsuited:
         return math.inf
     finally:
-        way.close()
+        engine.close()
     return min(times[1:])

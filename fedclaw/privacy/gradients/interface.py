@@ -1,4 +1,4 @@
-"""What a way of clipping is: it adds a batch's clipped gradients to totals, and knows nothing of noise.
+"""What a clipping engine is: it adds a batch's clipped gradients to totals, and knows nothing of noise.
 
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """
@@ -26,7 +26,7 @@ class Clip:
 
 
 class ClippedSums(Protocol):
-    """A way of working out the sum of clipped gradients of a model, which it may put hooks on until `close`."""
+    """An engine that works out the sum of clipped gradients of a model, which it may put hooks on until `close`."""
 
     name: str
     """The speed mode that asks for it."""
@@ -47,7 +47,7 @@ class ClippedSums(Protocol):
         """Add the clipped gradients of B >= 1 examples to `totals`: a contiguous tensor a trainable parameter, float64.
 
         `fresh`: what `totals` hold is to be overwritten. The last `padding` examples count nothing. Leaves nothing in
-        the parameters' `.grad`. Raises Unsuited, before it has touched `totals`, if this way cannot take the model
+        the parameters' `.grad`. Raises Unsuited, before it has touched `totals`, if this engine cannot take the model
         after all.
         """
 
@@ -59,7 +59,7 @@ class ClippedSums(Protocol):
 
 
 class Unsuited(PrivacyError):
-    """A way of clipping cannot take this model; another one can. Its text says why."""
+    """A clipping engine cannot take this model; another one can. Its text says why."""
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

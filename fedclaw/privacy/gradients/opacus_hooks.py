@@ -1,4 +1,4 @@
-"""Per-example gradients by Opacus' hooks: works for the most models, and is what the other ways are tested against."""
+"""Per-example gradients by Opacus' hooks: takes the most models, and is what the other engines are tested against."""
 
 import warnings
 from collections.abc import Iterator, Sequence
