@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from html import escape
+from typing import Any
 
+from fedclaw.report import pages
 from fedclaw.site.journal.spending import Point
 
 _WIDTH, _HEIGHT = 480.0, 250.0
@@ -24,25 +25,36 @@ def draw(points: Sequence[Point], budget: float | None, identity: str) -> str:
     top = max(highest, ticks[-1])
 
     def y(epsilon: float) -> float:
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * epsilon / top
+        return round(_HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * epsilon / top, 1)
 
-    parts = [_tick(y(tick), f"{tick:g}") for tick in ticks]
-    if finite:
-        positions = _positions(times)
-        parts.append(f'<path class="line" d="{_staircase(positions, [y(point.epsilon) for point in finite])}"/>')
-        parts.append(f'<circle class="dot" cx="{positions[-1]:.1f}" cy="{y(finite[-1].epsilon):.1f}" r="4"/>')
-        parts += _time_axis(times)
-    if budget is not None:
-        parts.append(
-            f'<line class="budget" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(budget):.1f}" y2="{y(budget):.1f}"/>'
-        )
-        parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{y(budget) - 6:.1f}" class="end">budget {budget:g}</text>')
-    says = escape(_says(points, finite, budget))
-    return (
-        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-labelledby="{identity}-title {identity}-says">'
-        f'<title id="{identity}-title">Epsilon spent over time</title><desc id="{identity}-says">{says}</desc>'
-        f"{''.join(parts)}</svg>"
+    return pages.render(
+        "ledger_chart.svg",
+        identity=identity,
+        says=_says(points, finite, budget),
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=_WIDTH - _RIGHT,
+        ticks=[(y(tick), f"{tick:g}") for tick in ticks],
+        line=_line(times, [y(point.epsilon) for point in finite]) if finite else None,
+        budget=None if budget is None else {"y": y(budget), "text": f"{budget:g}"},
     )
+
+
+def _line(times: Sequence[datetime], heights: Sequence[float]) -> dict[str, Any]:
+    """The staircase, its end, and the first and the last time: as dates, or with the time of day when they are close.
+
+    The first is None if no time passes.
+    """
+    positions = _positions(times)
+    shape = "%Y-%m-%d" if times[-1] - times[0] > _DAYS_SHOWN_AS_DATES else "%Y-%m-%d %H:%M"
+    return {
+        "path": _staircase(positions, heights),
+        "x": f"{positions[-1]:.1f}",
+        "y": heights[-1],
+        "first": None if times[0] == times[-1] else times[0].strftime(shape),
+        "last": times[-1].strftime(shape),
+    }
 
 
 def _says(points: Sequence[Point], finite: Sequence[Point], budget: float | None) -> str:
@@ -79,23 +91,6 @@ def _staircase(positions: Sequence[float], heights: Sequence[float]) -> str:
     for position, height in zip(positions, heights, strict=True):
         path.append(f"H{position:.1f}V{height:.1f}")
     return "".join(path)
-
-
-def _tick(height: float, text: str) -> str:
-    return (
-        f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
-        f'<text x="{_LEFT - 6}" y="{height + 4:.1f}" class="end">{text}</text>'
-    )
-
-
-def _time_axis(times: Sequence[datetime]) -> list[str]:
-    """The first and the last time, as dates, or with the time of day when they are close."""
-    shape = "%Y-%m-%d" if times[-1] - times[0] > _DAYS_SHOWN_AS_DATES else "%Y-%m-%d %H:%M"
-    below = _HEIGHT - 12
-    labels = [f'<text x="{_WIDTH - _RIGHT}" y="{below}" class="end">{times[-1].strftime(shape)}</text>']
-    if times[0] != times[-1]:
-        labels.append(f'<text x="{_LEFT}" y="{below}">{times[0].strftime(shape)}</text>')
-    return labels
 
 
 def _ticks(highest: float) -> list[float]:
