@@ -14,7 +14,8 @@ from fedclaw.learning.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.terms import Terms
+    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import RoundRules
 
 
 class Cyclic(Strategy):
@@ -55,6 +56,8 @@ class Cyclic(Strategy):
             return "asks one site a round, and a secure sum of one hides nothing; take secure=none"
         if terms.central is not None:
             return "asks one site a round, so that noise on the sum is that site's own; take privacy=dp, at the sites"
-        if terms.rules.fraction < 1:
-            return "asks one site a round, whatever sites.fraction says; leave it at 1"
         return None
+
+    def refuse_rules(self, rules: "RoundRules") -> str | None:
+        """A fraction of the sites."""
+        return "asks one site a round, whatever sites.fraction says; leave it at 1" if rules.fraction < 1 else None

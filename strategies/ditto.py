@@ -15,7 +15,7 @@ from fedclaw.learning.strategy import StepContext, Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.terms import Terms
+    from fedclaw.protocol.plan import Terms
 
 
 class Ditto(Strategy):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fedclaw.protocol.terms import Terms
+    from fedclaw.protocol.plan import Terms
 
 
 class FedBN(Strategy):

@@ -20,7 +20,7 @@ from fedclaw.protocol.plan import LocalTraining
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.terms import Terms
+    from fedclaw.protocol.plan import Terms
 
 NORM = "~accumulated"
 SCALE = 1024.0
@@ -73,10 +73,10 @@ class FedNova(Strategy):
             return "divides by what each gradient counts by, which Adam decides anew; take training.optimizer=sgd"
         if self.mu * training.learning_rate >= 1:
             return f"with mu={self.mu:g} and a learning rate of {training.learning_rate:g} leaps over its start"
-        if terms.secure is not None:
+        if terms.secure is not None and (limit := terms.largest_update) is not None:
             steps = training.local_steps(int(terms.secure.largest_weight or 1))
-            if accumulated(training, steps, self.mu) > terms.secure.value_range * SCALE:
-                return f"needs a secure.value_range of more than {terms.secure.value_range:g} for {steps} local steps"
+            if accumulated(training, steps, self.mu) > limit * SCALE:
+                return f"needs a secure.value_range of more than {limit:g} for {steps} local steps"
         return None
 
     @classmethod

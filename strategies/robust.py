@@ -21,7 +21,7 @@ from fedclaw.learning.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.terms import Terms
+    from fedclaw.protocol.terms import RoundRules
 
 _CHUNK = 1 << 20
 """Numbers that are worked on at a time: 8 MiB in float64, whatever n and d are."""
@@ -53,12 +53,12 @@ class RobustStrategy(Strategy):
 
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
-    def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
-        """A round that may count with fewer updates than `fewest` is refused before the run begins."""
-        if terms.rules.minimum >= self.fewest:
+    def refuse_rules(self, rules: "RoundRules") -> str | None:
+        """A round that may count with fewer updates than `fewest`."""
+        if rules.minimum >= self.fewest:
             return None
         return (
-            f"{self._demand()}, and a round of this run counts with {terms.rules.minimum}: set sites.minimum to "
+            f"{self._demand()}, and a round of this run counts with {rules.minimum}: set sites.minimum to "
             f"{self.fewest} or more, or expect fewer hostile sites"
         )
 

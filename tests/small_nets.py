@@ -18,8 +18,8 @@ from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec
 from fedclaw.server.coordinator import Outcome, make_strategy
+from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunRecord
-from fedclaw.server.terms import check_combination
 from fedclaw.site.service import SiteService
 from tests.least_squares import Bowls, asked, play, service
 

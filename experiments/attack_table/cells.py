@@ -29,8 +29,8 @@ from fedclaw.protocol.plan import ModelSpec
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import make_strategy
+from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory, RunRecord
-from fedclaw.server.terms import check_combination
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulated
 
 FEDERATION = "attack-table"

@@ -13,13 +13,13 @@ from fedclaw.learning.statistics import design_of
 from fedclaw.learning.workload import schema_digest
 from fedclaw.privacy.accounting import NoiseEvent, calibrate, epsilon_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.protocol.plan import PrivacyRequest
+from fedclaw.protocol.plan import CentralRequest, PrivacyRequest
 from fedclaw.protocol.statistics import StatisticsRequest
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
-from fedclaw.server.settings import CentralRequest, ModelChoice, RunSettings, WorkloadChoice
+from fedclaw.server.settings import ModelChoice, RunSettings, WorkloadChoice
 from fedclaw.server.statistics import release_statistics, with_session
 from fedclaw.server.statistics_release import write_release
 from fedclaw.site.service import SiteService

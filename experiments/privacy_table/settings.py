@@ -14,9 +14,9 @@ from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from fedclaw.audit.options import AuditOptions
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import LocalTraining, PrivacyRequest, Unit
+from fedclaw.protocol.plan import CentralRequest, LocalTraining, PrivacyRequest, Unit
 from fedclaw.protocol.terms import SecureRequest
-from fedclaw.server.settings import CentralRequest, RunSettings, WorkloadChoice
+from fedclaw.server.settings import RunSettings, WorkloadChoice
 
 Placement = Literal["none", "local", "central", "distributed", "site"]
 """Who adds the noise: nobody; each site to its own steps; the server to the sum; all sites together, in shares. `site`:

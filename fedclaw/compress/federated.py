@@ -21,13 +21,13 @@ from fedclaw.compress.student import Accuracies, Student, StudentOutcome, compar
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.protocol.plan import CentralPrivacy, Distillation, ModelSpec, PrivacyRequest
+from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.server import exchange
 from fedclaw.server.coordinator import Observer, make_plan, make_strategy, run_rounds
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated, wait_for_cohort
-from fedclaw.server.settings import CentralRequest
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _guarantees(
             "neither delta nor a clipping bound; leave sites.epsilon out"
         )
     if central is not None:
-        asked = CentralRequest(**central.model_dump(include=set(CentralRequest.model_fields)))
+        asked = CentralRequest(**fields_of(central, CentralRequest))
         if privacy is None and epsilon is not None:
             asked = asked.model_copy(update={"epsilon": epsilon})
         central = calibrated(asked, rounds)

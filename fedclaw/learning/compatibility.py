@@ -25,10 +25,7 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered, Strategy, is_overridden
 from fedclaw.protocol.compression import RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
-from fedclaw.protocol.plan import (
-    Plan,
-)
-from fedclaw.protocol.terms import Terms
+from fedclaw.protocol.plan import Plan, Terms
 from fedclaw.protocol.update import is_extra
 
 if TYPE_CHECKING:
@@ -91,7 +88,7 @@ def _excluded(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str
         return reason
     if reason := _uncompressed(terms, strategy):
         return reason
-    if isinstance(strategy, Buffered) and (reason := _unbuffered(terms, strategy)):
+    if isinstance(strategy, Buffered) and (reason := _unbuffered(terms)):
         return reason
     extras = strategy.extras(_zeros(model))
     if odd := [name for name in extras if not is_extra(name)]:
@@ -161,14 +158,12 @@ def _uncompressed(terms: Terms, strategy: Strategy) -> str | None:
     return None
 
 
-def _unbuffered(terms: Terms, strategy: Buffered) -> str | None:
+def _unbuffered(terms: Terms) -> str | None:
     """What needs all of a round's sites to begin with the same parameters."""
     if terms.secure is not None:
         return "adds answers to different questions, and a secure sum is over answers to one; take secure=none"
     if terms.central is not None:
         return "discounts late answers, and noise on the sum is made for a plain mean; take privacy=dp, at the sites"
-    if terms.rules.minimum < strategy.size:
-        return f"steps on {strategy.size} answers, so a run needs as many sites: sites.minimum={strategy.size}"
     return None
 
 

@@ -28,7 +28,8 @@ from fedclaw.protocol.plan import LocalTraining
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.terms import Terms
+    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import RoundRules
 
 PERSONAL = "personal"
 """The kind of a site's state that holds parameters which it uses in place of the ones that are sent."""
@@ -191,6 +192,13 @@ class Strategy(Frozen, ABC):
         """
         return None
 
+    def refuse_rules(self, rules: "RoundRules") -> str | None:
+        """Why the strategy cannot do with rounds that count by `rules`, as a sentence's end; None: it can.
+
+        Asked by the server alone: a site is not told the rules, and they touch nothing at it.
+        """
+        return None
+
     def personal(self, model: "torch.nn.Module") -> frozenset[str]:
         """Names of the parameters of `model` that never leave the sites."""
         return frozenset()
@@ -248,6 +256,12 @@ class Buffered(Strategy, ABC):
     def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
         """Everybody: who is at work already is not asked again."""
         return connected
+
+    def refuse_rules(self, rules: "RoundRules") -> str | None:
+        """Fewer sites than make a step."""
+        if rules.minimum >= self.size:
+            return None
+        return f"steps on {self.size} answers, so a run needs as many sites: sites.minimum={self.size}"
 
 
 def finish_round(strategy: type[Strategy], delta: Arrays, context: RoundContext) -> Finished:

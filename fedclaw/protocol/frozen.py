@@ -18,6 +18,12 @@ class Frozen(BaseModel):
 
 S = TypeVar("S", bound=Frozen)
 
+
+def fields_of(value: Frozen, shared: type[Frozen]) -> dict[str, Any]:
+    """The fields of `value` that `shared`, a base of its class and of another, declares: to make the other from."""
+    return {name: getattr(value, name) for name in shared.model_fields}
+
+
 _MOST_FIELDS = 10
 _TEXT = frozenset({"string_type", "path_type"})
 _SHORT = Repr()

@@ -27,6 +27,7 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from fedclaw.protocol.compression import Compression, check_compression
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.terms import SecureRequest
 
 PLAN_VERSION = 4
 
@@ -167,8 +168,8 @@ Unit = Literal["example", "site"]
 """Whose presence a guarantee hides."""
 
 
-class CentralPrivacy(Frozen):
-    """Noise on the sum over the sites: (epsilon, delta) over the whole run for one `unit`.
+class CentralRequest(Frozen):
+    """Noise on the sum over the sites, as conf/central/*.yaml asks for it: (epsilon, delta) of the whole run.
 
     Unit `site`: each site's parameter delta is clipped to the L2 norm `clip`. Neighbouring: one site's contribution is
     replaced by zero; who takes part and on how many examples is public. Unit `example`: each site takes one step
@@ -182,11 +183,16 @@ class CentralPrivacy(Frozen):
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     clip: float = Field(gt=0)
-    noise_multiplier: float = Field(gt=0)
-    """Standard deviation of the noise in the sum over the sum's sensitivity."""
     sample_rate: float = Field(default=1.0, gt=0, le=1)
     """Unit `example`: the rate at which each site samples examples. Unit `site`: that at which sites are asked."""
     adaptive: AdaptiveClip | None = None
+
+
+class CentralPrivacy(CentralRequest):
+    """Noise on the sum, calibrated to what was asked for."""
+
+    noise_multiplier: float = Field(gt=0)
+    """Standard deviation of the noise in the sum over the sum's sensitivity."""
     expected_sites: float | None = Field(default=None, gt=0)
     """Unit `site` with a rate below 1: connected sites x rate, which the sum is divided by whoever was asked."""
 
@@ -270,97 +276,14 @@ def weight_of(examples: int, weighting: Weighting, cap: int | None) -> float:
     return float(examples if cap is None else min(examples, cap))
 
 
-def check_privacy(
-    training: LocalTraining,
-    privacy: PrivacyRequest | None,
-    central: CentralPrivacy | None,
-    secure: bool | None,
-    weighting: Weighting,
-    weight_cap: int | None,
-) -> None:
-    """Raise ValueError for settings whose guarantee would not hold, with the reason.
+class SharedTerms(Frozen):
+    """What a run's settings, its record and the plan of each round say in the same words."""
 
-    `secure`: whether updates leave under secure aggregation; None: not known.
-    """
-    if (weighting == "capped") != (weight_cap is not None):
-        raise ValueError("weight_cap goes with weighting: capped, and only with that")
-    if central is None:
-        return
-    if central.noise_by == "sites" and secure is False:
-        raise ValueError("noise by the sites is enough only in their sum: it needs secure aggregation")
-    if secure and central.unit == "site" and central.sample_rate < 1:
-        raise ValueError("secure aggregation tells its sites who is asked, which sample_rate below 1 counts on hiding")
-    if central.unit == "example":
-        _check_one_step(training, privacy, weighting)
-    elif central.noise_by == "sites" and weighting == "examples":
-        raise ValueError("a site has to know the largest weight before it adds its noise: weighting: uniform or capped")
-    elif (central.sample_rate < 1 or central.adaptive) and weighting != "uniform":
-        raise ValueError("sites asked at random, and an adaptive clipping bound, go with weighting: uniform")
-
-
-def _check_one_step(training: LocalTraining, privacy: PrivacyRequest | None, weighting: Weighting) -> None:
-    if privacy is not None:
-        raise ValueError("central privacy of the unit example adds its noise to the sum: it goes without local noise")
-    plain = training.optimizer == "sgd" and training.momentum == 0 and training.weight_decay == 0
-    if training.steps != 1 or not plain:
-        raise ValueError("the unit example is one plain step a round: training steps 1, sgd, no momentum or decay")
-    if weighting != "examples":
-        raise ValueError("the unit example makes one step on the pooled data: weighting: examples")
-
-
-def check_numbers(
-    training: LocalTraining, privacy: PrivacyRequest | None, central: CentralPrivacy | None, weight_cap: int | None
-) -> None:
-    """Raise ValueError for numbers at which floating point would not keep what a guarantee says, with the reason.
-
-    A site asks it of every plan, and a server of itself before a run; a record of an older run may hold others.
-    """
-    if not training.learning_rate <= LARGEST_RATE:
-        raise ValueError(f"the learning rate is {training.learning_rate:g}, and at most {LARGEST_RATE:g} is allowed")
-    for name, clip in (
-        ("privacy.max_grad_norm", privacy.max_grad_norm if privacy else 1.0),
-        ("central.clip", central.clip if central else 1.0),
-    ):
-        if not SMALLEST_CLIP <= clip <= LARGEST_CLIP:
-            raise ValueError(f"{name} is {clip:g}, and a clipping bound lies in [{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]")
-    if central is None:
-        return
-    reach = central.clip * (weight_cap or 1)
-    if central.unit == "example":
-        reach = training.learning_rate * central.clip / central.sample_rate
-    for value in (reach, reach * central.noise_multiplier):
-        if not 1 / _LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
-            raise ValueError(
-                f"learning rate, clipping bound, sample rate, weight cap and noise multiplier multiply to {value:g}, "
-                "which floating point has no room for"
-            )
-
-
-class Plan(Frozen):
-    """The frozen context of one round. Its JSON is deterministic, so a resumed server asks the same question."""
-
-    version: int = PLAN_VERSION
-    federation: Name
-    run: Name
-    round: int = Field(ge=0, le=MAX_ROUNDS)
     rounds: int = Field(ge=1, le=MAX_ROUNDS)
-    cohort: int = Field(ge=1, le=MAX_SITES)
-    """Number of sites asked in this round, by the server's own word: a site cannot count the others."""
-    workload: Name
-    schema_digest: Digest
-    model: ModelSpec
-    strategy: Name
-    strategy_fields: dict[Name, float] = Field(default={}, max_length=64)
-    """What the strategy's client half needs, by name."""
-    strategy_settings: Arguments = {}
-    """The strategy's settings: what it refuses, and which parameters it leaves at the sites, follows from them."""
     training: LocalTraining
     privacy: PrivacyRequest | None
-    central: CentralPrivacy | None = None
-    secure: SecureAggregation | None = None
-    distillation: Distillation | None = None
     compression: Compression | None = None
-    """How the update is to be compressed on its way back."""
+    """How updates are compressed on their way back."""
     weighting: Weighting = "examples"
     """What a site's update counts by in the mean. Either way the answer says how many examples the site has."""
     weight_cap: int | None = Field(default=None, ge=1)
@@ -368,7 +291,19 @@ class Plan(Frozen):
     metrics: tuple[Name, ...] = Field(default=METRICS, max_length=64)
     score_bins: int | None = Field(default=None, ge=2, le=4096)
     """Bins of the histograms of scores that the AUROC over all sites is made of (`fedclaw.learning.pooled`), where a
-    site's policy shares them; None: they are not asked for."""
+    site's policy shares them, fewer where they come with noise, which each bin adds; None: they are not asked for."""
+
+
+class Terms(SharedTerms):
+    """What is asked of the sites in every round of a run: the fields that its record and its plans share."""
+
+    federation: Name
+    run: Name
+    workload: Name
+    model: ModelSpec
+    central: CentralPrivacy | None = None
+    secure: SecureRequest | SecureAggregation | None = None
+    distillation: Distillation | None = None
     personal: tuple[ParameterName, ...] = Field(default=(), max_length=MAX_COLUMNS)
     """Parameters that never leave the sites: each uses its own in the place of what is sent. A site takes no others for
     its own than the strategy says of the model."""
@@ -376,18 +311,119 @@ class Plan(Frozen):
     """The constants that all sites prepare their inputs with, for a schema that takes the federation's: canonical JSON,
     made from a differentially private release of statistics."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        # Without a session it is not asked to train (but to evaluate), or the site finds none and refuses.
-        secure = True if self.secure is not None else None
-        check_privacy(self.training, self.privacy, self.central, secure, self.weighting, self.weight_cap)
-        check_compression(self.compression, central=self.central is not None, secure=secure)
-        return self
+    @property
+    def hidden(self) -> bool | None:
+        """Whether updates leave under secure aggregation; None: not known."""
+        return self.secure is not None
+
+    @property
+    def largest_update(self) -> float | None:
+        """The largest number of an update that a secure sum's integers hold; None: no limit is set."""
+        return None if self.secure is None or self.noised_by_sites else self.secure.value_range
 
     @property
     def noised_by_sites(self) -> bool:
         """Whether each site brings its share of the noise on the sum."""
         return self.central is not None and self.central.noise_by == "sites"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Settings whose guarantee would not hold are refused, with the reason."""
+        if (self.weighting == "capped") != (self.weight_cap is not None):
+            raise ValueError("weight_cap goes with weighting: capped, and only with that")
+        if self.central is not None:
+            self._check_central(self.central)
+        check_compression(self.compression, central=self.central is not None, secure=self.hidden)
+        return self
+
+    def _check_central(self, central: CentralPrivacy) -> None:
+        if central.noise_by == "sites" and self.hidden is False:
+            raise ValueError("noise by the sites is enough only in their sum: it needs secure aggregation")
+        if self.hidden and central.unit == "site" and central.sample_rate < 1:
+            raise ValueError(
+                "secure aggregation tells its sites who is asked, which sample_rate below 1 counts on hiding"
+            )
+        if central.unit == "example":
+            self._check_one_step()
+        elif central.noise_by == "sites" and self.weighting == "examples":
+            raise ValueError(
+                "a site has to know the largest weight before it adds its noise: weighting: uniform or capped"
+            )
+        elif (central.sample_rate < 1 or central.adaptive) and self.weighting != "uniform":
+            raise ValueError("sites asked at random, and an adaptive clipping bound, go with weighting: uniform")
+
+    def _check_one_step(self) -> None:
+        training = self.training
+        if self.privacy is not None:
+            raise ValueError(
+                "central privacy of the unit example adds its noise to the sum: it goes without local noise"
+            )
+        plain = training.optimizer == "sgd" and training.momentum == 0 and training.weight_decay == 0
+        if training.steps != 1 or not plain:
+            raise ValueError("the unit example is one plain step a round: training steps 1, sgd, no momentum or decay")
+        if self.weighting != "examples":
+            raise ValueError("the unit example makes one step on the pooled data: weighting: examples")
+
+    def check_numbers(self) -> None:
+        """Raise ValueError for numbers at which floating point would not keep what a guarantee says, with the reason.
+
+        A site asks it of every plan, and a server of a new run's record; that of an older run may hold others.
+        """
+        privacy, central = self.privacy, self.central
+        if not self.training.learning_rate <= LARGEST_RATE:
+            raise ValueError(
+                f"the learning rate is {self.training.learning_rate:g}, and at most {LARGEST_RATE:g} is allowed"
+            )
+        for name, clip in (
+            ("privacy.max_grad_norm", privacy.max_grad_norm if privacy else 1.0),
+            ("central.clip", central.clip if central else 1.0),
+        ):
+            if not SMALLEST_CLIP <= clip <= LARGEST_CLIP:
+                raise ValueError(
+                    f"{name} is {clip:g}, and a clipping bound lies in [{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]"
+                )
+        if central is not None:
+            self._check_reach(central)
+
+    def _check_reach(self, central: CentralPrivacy) -> None:
+        reach = central.clip * (self.weight_cap or 1)
+        if central.unit == "example":
+            reach = self.training.learning_rate * central.clip / central.sample_rate
+        for value in (reach, reach * central.noise_multiplier):
+            if not 1 / _LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
+                raise ValueError(
+                    "learning rate, clipping bound, sample rate, weight cap and noise multiplier multiply to "
+                    f"{value:g}, which floating point has no room for"
+                )
+
+
+class Plan(Terms):
+    """The frozen context of one round. Its JSON is deterministic, so a resumed server asks the same question."""
+
+    version: int = PLAN_VERSION
+    round: int = Field(ge=0, le=MAX_ROUNDS)
+    cohort: int = Field(ge=1, le=MAX_SITES)
+    """Number of sites asked in this round, by the server's own word: a site cannot count the others."""
+    schema_digest: Digest
+    strategy: Name
+    strategy_fields: dict[Name, float] = Field(default={}, max_length=64)
+    """What the strategy's client half needs, by name."""
+    strategy_settings: Arguments = {}
+    """The strategy's settings: what it refuses, and which parameters it leaves at the sites, follows from them."""
+    secure: SecureAggregation | None = None
+
+    @property
+    def hidden(self) -> bool | None:
+        """None without a session: a site is not asked to train (but to evaluate), or finds no session and refuses."""
+        return True if self.secure is not None else None
+
+    @property
+    def largest_update(self) -> float | None:
+        """That of the session, which bounds weight x delta."""
+        if self.secure is None or self.secure.value_range is None:
+            return None
+        heaviest = self.weight_cap or (self.secure.largest_weight if self.weighting == "examples" else None) or 1.0
+        return self.secure.value_range / heaviest
 
     def weight(self, examples: int) -> float:
         """What a site with that many examples counts by."""

@@ -1,20 +1,9 @@
-"""What is asked of the sites in every round of a run, as a run's record and a round's plan both say it."""
-
-from dataclasses import dataclass
+"""What a run's record says of its rounds that no plan repeats: the strategy's settings, when a round counts, and what
+the sessions of secure aggregation are made from."""
 
 from pydantic import Field, JsonValue
 
-from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import (
-    CentralPrivacy,
-    Distillation,
-    LocalTraining,
-    ModelSpec,
-    Plan,
-    PrivacyRequest,
-    Weighting,
-)
 
 
 class StrategyRecord(Frozen):
@@ -48,57 +37,3 @@ class SecureRequest(Frozen):
     """Without noise by the sites: a coordinate of weight x delta / largest weight beyond it is cut off."""
     largest_weight: float | None = Field(default=None, ge=1)
     """With weighting: examples, a weight that no site exceeds: it sets what one integer stands for."""
-
-
-_MANY = RoundRules(minimum=10**9)
-"""Of a plan's `Terms`: how many answers a round needs is the server's to see to, and touches nothing at a site."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What is asked of the sites in every round of a run, as far as a record and a plan both say it."""
-
-    strategy: StrategyRecord
-    model: ModelSpec
-    rounds: int
-    training: LocalTraining
-    privacy: PrivacyRequest | None
-    central: CentralPrivacy | None
-    secure: SecureRequest | None
-    distillation: Distillation | None
-    compression: Compression | None
-    weighting: Weighting
-    weight_cap: int | None
-    rules: RoundRules
-    """At a site, which is not told them, such as no round has too few answers for."""
-
-    @classmethod
-    def of_plan(cls, plan: Plan) -> "Terms":
-        """Those that a site is asked under."""
-        return cls(
-            strategy=StrategyRecord(name=plan.strategy, settings=plan.strategy_settings),
-            model=plan.model,
-            rounds=plan.rounds,
-            training=plan.training,
-            privacy=plan.privacy,
-            central=plan.central,
-            secure=_secure(plan),
-            distillation=plan.distillation,
-            compression=plan.compression,
-            weighting=plan.weighting,
-            weight_cap=plan.weight_cap,
-            rules=_MANY,
-        )
-
-
-def _secure(plan: Plan) -> SecureRequest | None:
-    """What the session of `plan` was made from, as far as it says."""
-    secure = plan.secure
-    if secure is None:
-        return None
-    if secure.value_range is None:
-        return SecureRequest()
-    heaviest = plan.weight_cap or (secure.largest_weight if plan.weighting == "examples" else None) or 1.0
-    return SecureRequest.model_construct(
-        value_range=secure.value_range / heaviest, largest_weight=secure.largest_weight
-    )

@@ -26,8 +26,8 @@ from fedclaw.learning.strategy import Buffered, Participation, Strategy
 from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, shapes_of
-from fedclaw.protocol.frozen import Frozen, check_settings
-from fedclaw.protocol.plan import CentralPrivacy, Plan
+from fedclaw.protocol.frozen import Frozen, check_settings, fields_of
+from fedclaw.protocol.plan import CentralPrivacy, Plan, Terms
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.server import checkpoint, exchange, secure_round
 from fedclaw.server.aggregate import WeightedSum, combination
@@ -240,30 +240,18 @@ def make_plan(
 
     A round of secure aggregation adds its session.
     """
-    return Plan(
-        federation=record.federation,
-        run=record.run,
-        round=number,
-        rounds=record.rounds,
-        cohort=cohort,
-        workload=record.workload,
-        schema_digest=record.schema_digest,
-        model=record.model,
-        strategy=record.strategy.name,
-        strategy_fields=dict(strategy.client_fields()),
-        strategy_settings=strategy.model_dump(mode="json"),
-        training=record.training,
-        privacy=record.privacy,
-        central=central or record.central,
-        distillation=record.distillation,
-        compression=record.compression,
-        weighting=record.weighting,
-        weight_cap=record.weight_cap,
-        personal=record.personal,
-        metrics=record.metrics,
-        score_bins=record.score_bins,
-        preprocessing=record.preprocessing,
-    )
+    fields = {
+        **fields_of(record, Terms),
+        "round": number,
+        "cohort": cohort,
+        "schema_digest": record.schema_digest,
+        "strategy": record.strategy.name,
+        "strategy_fields": dict(strategy.client_fields()),
+        "strategy_settings": strategy.model_dump(mode="json"),
+        "central": central or record.central,
+        "secure": None,
+    }
+    return Plan(**fields)
 
 
 def _labels(record: RunRecord) -> tuple[str, ...]:

@@ -3,20 +3,23 @@
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fedclaw.catalogue import WORKLOADS, did_you_mean, plugin_points
 from fedclaw.errors import DataError, PluginError, UsageError
-from fedclaw.learning.compatibility import early_refusal
+from fedclaw.learning.compatibility import early_refusal, refusal
 from fedclaw.learning.registry import schema_class, strategy_class
+from fedclaw.learning.strategy import Strategy
 from fedclaw.learning.workload import Schema
-from fedclaw.protocol.frozen import check_settings
-from fedclaw.protocol.plan import CentralPrivacy, check_numbers
+from fedclaw.protocol.frozen import check_settings, fields_of
+from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec, SharedTerms
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RUN_NAME, RunRecord
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from fedclaw.server.statistics_release import constants_from
-from fedclaw.server.terms import terms_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_early(settings: RunSettings, run: str | None, rules: RoundRules) -> Schema:
@@ -38,12 +41,27 @@ def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schem
             f"no clients plug-in is called {name!r}{did_you_mean(name, known)}; installed: {', '.join(sorted(known))}"
         )
     strategy = check_settings(chosen.settings, strategy_class(chosen.name))
-    record = check_settings(_stand_in(settings, run_name(run), schema, chosen, rules), RunRecord)
-    try:
-        check_numbers(record.training, record.privacy, record.central, record.weight_cap)
-    except ValueError as error:
-        raise UsageError(f"configuration: {error}") from error
-    if reason := early_refusal(terms_of(record), strategy):
+    choice = settings.workload
+    record = make_terms(
+        settings,
+        rules,
+        run=run_name(run),
+        federation="unknown",
+        strategy=chosen,
+        schema=schema,
+        model=ModelSpec(name=choice.model.name or "unbuilt", args=choice.model.args or {}),
+        central=_noised(settings.central),
+    )
+    _raise(strategy, early_refusal(record, strategy) or strategy.refuse_rules(rules))
+
+
+def check_combination(record: RunRecord, strategy: Strategy, model: "torch.nn.Module") -> None:
+    """Raise UsageError for a run of `record` with `strategy` and `model` that could not do what it promises."""
+    _raise(strategy, refusal(record, strategy, model) or strategy.refuse_rules(record.rules))
+
+
+def _raise(strategy: Strategy, reason: str | None) -> None:
+    if reason is not None:
         raise UsageError(f"strategy {strategy.name!r} {reason}")
 
 
@@ -80,35 +98,41 @@ def _read(path: Path) -> str:
         raise DataError(f"the schema file {path} is not text in UTF-8 ({error.reason}, byte {error.start})") from error
 
 
-def _stand_in(
-    settings: RunSettings, run: str, schema: Schema | None, strategy: StrategyRecord, rules: RoundRules
-) -> dict[str, Any]:
-    """The fields of a record that is as good as the run's own for whoever asks neither for its model nor its noise."""
-    choice, central = settings.workload, settings.central
-    return {
-        **given_fields(settings),
+def make_terms(
+    settings: RunSettings,
+    rules: RoundRules,
+    *,
+    run: str,
+    federation: str,
+    strategy: StrategyRecord,
+    schema: Schema | None,
+    model: ModelSpec,
+    central: CentralPrivacy | None,
+) -> RunRecord:
+    """The record that `settings` make of a run with this model and noise. Raises UsageError."""
+    fields = {
+        **fields_of(settings, SharedTerms),
         "run": run,
-        "federation": "",
+        "federation": federation,
+        "workload": settings.workload.name,
         "schema_text": "" if schema is None else schema.to_json(),
-        "model": {"name": choice.model.name or "unbuilt", "args": choice.model.args or {}},
+        "model": model,
         "strategy": strategy,
-        "central": None if central is None else CentralPrivacy(**central.model_dump(), noise_multiplier=1.0),
+        "central": central,
+        "secure": settings.secure,
+        "score_bins": settings.score_bins if "auroc" in settings.metrics else None,
         "preprocessing": None if schema is None else constants_from(settings.statistics, schema),
         "rules": rules,
-    }
-
-
-def given_fields(settings: RunSettings) -> dict[str, Any]:
-    """The fields of a run's record that are in its settings as they are."""
-    return {
-        "workload": settings.workload.name,
-        "rounds": settings.rounds,
-        "training": settings.training,
-        "privacy": settings.privacy,
-        "secure": settings.secure,
-        "compression": settings.compression,
-        "weighting": settings.weighting,
-        "weight_cap": settings.weight_cap,
-        "metrics": settings.metrics,
         "seed": settings.seed,
     }
+    record = check_settings(fields, RunRecord)
+    try:
+        record.check_numbers()
+    except ValueError as error:
+        raise UsageError(f"configuration: {error}") from error
+    return record
+
+
+def _noised(asked: CentralRequest | None) -> CentralPrivacy | None:
+    """With some noise, for whoever does not ask how much."""
+    return None if asked is None else CentralPrivacy(**asked.model_dump(), noise_multiplier=1.0)

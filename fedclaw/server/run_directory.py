@@ -10,31 +10,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedclaw.array_files import read_npz, write_npz
 from fedclaw.errors import CheckpointError, RunInUse, UsageError
 from fedclaw.files import append_all, replacing, write_atomic
 from fedclaw.learning.workload import Schema, Workload, schema_digest
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.compression import Compression, check_compression
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.protocol.plan import (
-    METRICS,
-    MOST_EXAMPLES,
-    CentralPrivacy,
-    Distillation,
-    LocalTraining,
-    ModelSpec,
-    PrivacyRequest,
-    Receipt,
-    Weighting,
-    check_privacy,
-)
+from fedclaw.protocol.plan import MOST_EXAMPLES, Receipt, Terms
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 
 LOCK = "run.lock"
@@ -64,45 +52,20 @@ class ReleaseUse(Frozen):
     delta: float = Field(gt=0, lt=1)
 
 
-class RunRecord(Frozen):
+class RunRecord(Terms):
     """What was asked for, written once when the run begins. `schema_text` is the schema's canonical JSON."""
 
     version: int = 1
-    run: str
-    federation: str
-    workload: str
     schema_text: str
-    model: ModelSpec
     strategy: StrategyRecord
-    rounds: int = Field(ge=1)
-    training: LocalTraining
-    privacy: PrivacyRequest | None
-    central: CentralPrivacy | None = None
     secure: SecureRequest | None = None
-    distillation: Distillation | None = None
-    compression: Compression | None = None
-    weighting: Weighting = "examples"
-    weight_cap: int | None = Field(default=None, ge=1)
-    """The largest weight, with weighting: capped."""
-    personal: tuple[str, ...] = ()
-    """Parameters that the strategy leaves at the sites."""
-    metrics: tuple[str, ...] = METRICS
-    score_bins: int | None = Field(default=None, ge=2, le=4096)
-    preprocessing: str | None = None
     statistics: ReleaseUse | None = None
-    """The federation's constants, for a schema that takes them."""
+    """The release that `preprocessing` was made from."""
     rules: RoundRules = RoundRules()
     simulated: Simulated | None = None
     """None: a run with sites."""
     seed: int = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        secure = self.secure is not None
-        check_privacy(self.training, self.privacy, self.central, secure, self.weighting, self.weight_cap)
-        check_compression(self.compression, central=self.central is not None, secure=secure)
-        return self
 
     @property
     def schema_digest(self) -> str:

@@ -10,15 +10,13 @@ from fedclaw.errors import PluginError, PrivacyError, RoundError, UsageError
 from fedclaw.learning.registry import workload_class
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.frozen import check_settings
-from fedclaw.protocol.plan import CentralPrivacy, ModelSpec, check_numbers
+from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import drop_pending, make_strategy, pending_cohort
-from fedclaw.server.early_checks import chosen_strategy, given_fields, read_schema, run_name
+from fedclaw.server.early_checks import check_combination, chosen_strategy, make_terms, read_schema, run_name
 from fedclaw.server.run_directory import ReleaseUse, RunDirectory, RunRecord
-from fedclaw.server.settings import CentralRequest, RunSettings
-from fedclaw.server.statistics_release import constants_from, read_release
-from fedclaw.server.terms import check_combination
+from fedclaw.server.settings import RunSettings
+from fedclaw.server.statistics_release import read_release
 
 log = logging.getLogger(__name__)
 
@@ -31,29 +29,20 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
     name = run_name(run)
     choice = settings.workload
     schema = read_schema(choice)
-    workload = workload_class(choice.name)(schema)
-    model = workload.default_model()
+    model = workload_class(choice.name)(schema).default_model()
     if choice.model.name is not None:
         model = ModelSpec(name=choice.model.name, args=choice.model.args or {})
-    fields = {
-        **given_fields(settings),
-        "run": name,
-        "federation": federation,
-        "schema_text": schema.to_json(),
-        "model": model,
-        "strategy": chosen_strategy(settings),
-        "central": None if settings.central is None else calibrated(settings.central, settings.rounds),
-        "score_bins": settings.score_bins if "auroc" in settings.metrics else None,
-        "preprocessing": constants_from(settings.statistics, schema),
-        "statistics": _used(settings.statistics),
-        "rules": rules,
-    }
-    record = check_settings(fields, RunRecord)
-    try:
-        check_numbers(record.training, record.privacy, record.central, record.weight_cap)
-    except ValueError as error:
-        raise UsageError(f"configuration: {error}") from error
-    return _with_strategy(record)
+    record = make_terms(
+        settings,
+        rules,
+        run=name,
+        federation=federation,
+        strategy=chosen_strategy(settings),
+        schema=schema,
+        model=model,
+        central=None if settings.central is None else calibrated(settings.central, settings.rounds),
+    )
+    return _with_strategy(record.model_copy(update={"statistics": _used(settings.statistics)}))
 
 
 def _with_strategy(record: RunRecord) -> RunRecord:

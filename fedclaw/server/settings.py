@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, JsonValue, field_validator
 
-from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import METRICS, AdaptiveClip, LocalTraining, PrivacyRequest, Unit, Weighting
+from fedclaw.protocol.plan import METRICS, CentralRequest, SharedTerms
 from fedclaw.protocol.terms import SecureRequest
 
 
@@ -27,38 +26,16 @@ class WorkloadChoice(Frozen):
     model: ModelChoice = ModelChoice()
 
 
-class CentralRequest(Frozen):
-    """conf/central/*.yaml: noise on the sum over the sites. What each field means: `plan.CentralPrivacy`."""
-
-    unit: Unit
-    noise_by: Literal["server", "sites"]
-    epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
-    clip: float = Field(gt=0)
-    sample_rate: float = Field(default=1.0, gt=0, le=1)
-    adaptive: AdaptiveClip | None = None
-
-
-class RunSettings(Frozen):
+class RunSettings(SharedTerms):
     """What determines a run, whatever carries its messages."""
 
     workload: WorkloadChoice
     strategy: dict[str, JsonValue]
     """The strategy's name, and its own settings beside it."""
-    training: LocalTraining
-    privacy: PrivacyRequest | None
     central: CentralRequest | None = None
     secure: SecureRequest | None = None
-    compression: Compression | None = None
-    rounds: int = Field(ge=1)
     seed: int = Field(ge=0)
-    weighting: Weighting = "examples"
-    weight_cap: int | None = Field(default=None, ge=1)
-    """The largest weight, with weighting: capped."""
-    metrics: tuple[str, ...] = METRICS
     score_bins: int | None = Field(default=2048, ge=2, le=4096)
-    """Bins of the histograms of scores that the AUROC over all sites is made of, where sites share them; fewer where
-    they come with noise, which each bin adds; null: not asked for."""
     statistics: Path | None = None
     """A statistics.json, for a schema that says standardise: federated."""
 

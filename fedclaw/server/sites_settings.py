@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from fedclaw.errors import UsageError
+from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.terms import RoundRules
 
 
@@ -17,4 +18,4 @@ class SitesSettings(RoundRules):
         """Those of a new run. Raises UsageError where something makes sense for an interrupted one alone."""
         if self.new_cohort:
             raise UsageError("sites.new_cohort=true goes with resume=: a new run has no round in flight")
-        return RoundRules(**self.model_dump(include=set(RoundRules.model_fields)))
+        return RoundRules(**fields_of(self, RoundRules))

@@ -23,7 +23,6 @@ from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.messages import ARRAYS, SENT
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
 from fedclaw.protocol.questions import by_kind
-from fedclaw.protocol.terms import Terms
 from fedclaw.site.policy.policy import listed
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.state import Provenance, State
@@ -188,7 +187,7 @@ def check_terms(site: Site, plan: Plan) -> type[Strategy]:
     """
     shell = site.shell(plan.model)
     strategy = _checked(plan, shell)
-    if reason := refusal(Terms.of_plan(plan), strategy, shell):
+    if reason := refusal(plan, strategy, shell):
         raise Refusal(RefusalCode.STRATEGY, f"strategy {plan.strategy!r} {reason}")
     return type(strategy)
 

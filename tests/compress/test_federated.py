@@ -21,9 +21,9 @@ from fedclaw.identity.provisioning import accept, approve, initialise, request_s
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.learning.workload import Table, schema_digest
 from fedclaw.protocol.message_identity import assume_server_identity
+from fedclaw.protocol.plan import CentralRequest
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated
-from fedclaw.server.settings import CentralRequest
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.service import SiteService

@@ -15,9 +15,9 @@ from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest,
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import PENDING, drop_pending, make_strategy, run_rounds
+from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.terms import check_combination
 from fedclaw.strategies.fedavg import FedAvg
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid

@@ -95,12 +95,12 @@ def test_what_somebody_elses_strategy_refuses_a_site_refuses(site: SiteService, 
     seen = []
 
     def refuse(self, terms, model):
-        seen.append((terms.privacy, terms.rules.minimum >= terms.rounds, sorted(dict(model.named_parameters()))))
+        seen.append((terms.privacy, terms.rounds, sorted(dict(model.named_parameters()))))
         return "counts on a clipping norm of 2" if terms.privacy and terms.privacy.max_grad_norm != 2 else None
 
     monkeypatch.setattr(FedAvg, "refuse", refuse)
     assert "clipping norm of 2" in refused(ask(site, "fedavg"), site)
-    assert seen == [(DP, True, ["body.weight", "head.bias", "head.weight"])]
+    assert seen == [(DP, 5, ["body.weight", "head.bias", "head.weight"])]
     assert not ask(site, "fedavg", privacy=DP.model_copy(update={"max_grad_norm": 2.0})).has_error()
 
 

@@ -9,7 +9,7 @@ from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.message_identity import number_of
 from fedclaw.protocol.plan import CentralPrivacy
 from fedclaw.protocol.terms import RoundRules, SecureRequest
-from fedclaw.server.terms import check_combination
+from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.cyclic import Cyclic
 from tests.crashes import server_dies
 from tests.least_squares import Bowl, asked, bottom, bowls, place, play

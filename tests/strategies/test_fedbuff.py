@@ -13,9 +13,9 @@ from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import exchange
 from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
+from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.terms import check_combination
 from fedclaw.strategies.fedbuff import FedBuff
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid

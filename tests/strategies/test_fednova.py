@@ -11,7 +11,7 @@ from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
-from fedclaw.server.terms import check_combination
+from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.fednova import FedNova, accumulated
 from fedclaw.transport.local import LocalGrid
 from tests.least_squares import PLACE, Bowl, Sampled, asked, bottom, bowls, identified, place, play

@@ -12,8 +12,8 @@ from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec
+from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory
-from fedclaw.server.terms import check_combination
 from fedclaw.strategies.fedbn import FedBN
 from fedclaw.strategies.fedper import FedPer
 from fedclaw.strategies.fedrep import FedRep

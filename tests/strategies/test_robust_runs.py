@@ -13,9 +13,9 @@ from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import make_strategy, run_rounds
+from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
-from fedclaw.server.terms import check_combination
 from fedclaw.strategies.centred_clipping import CENTRE
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid

@@ -9,7 +9,7 @@ from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
-from fedclaw.server.terms import check_combination
+from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.scaffold import Scaffold
 from fedclaw.transport.local import LocalGrid
 from tests.crashes import server_dies

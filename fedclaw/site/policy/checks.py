@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable
 
 from fedclaw.privacy.secure_aggregation.graph import Topology, is_enough
-from fedclaw.protocol.plan import CentralPrivacy, Plan, Refusal, RefusalCode, SecureAggregation, check_numbers
+from fedclaw.protocol.plan import CentralPrivacy, Plan, Refusal, RefusalCode, SecureAggregation
 from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS, Combination, Policy, listed
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def check_request(policy: Policy, plan: Plan) -> None:
     """Raise a Refusal for what holds for whatever is asked: numbers to compute with, who may ask for what, the cohort,
     whose noise counts."""
     try:
-        check_numbers(plan.training, plan.privacy, plan.central, plan.weight_cap)
+        plan.check_numbers()
     except ValueError as error:
         raise Refusal(RefusalCode.MALFORMED, str(error)) from error
     if policy.federations is not None:

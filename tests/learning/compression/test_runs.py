@@ -20,10 +20,10 @@ from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec, Priv
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.report.terminal import bytes_words
 from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.settings import RunSettings
-from fedclaw.server.terms import check_combination
 from fedclaw.site.directory import open_service
 from fedclaw.site.settings import load_site_settings
 from fedclaw.strategies.fedavg import FedAvg

@@ -16,7 +16,7 @@ from fedclaw.privacy.mechanisms.server_noise import clip_to, moved
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, CentralRequest, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.protocol.update import Update
 from fedclaw.server import checkpoint
@@ -24,7 +24,6 @@ from fedclaw.server.aggregate import WeightedSum
 from fedclaw.server.coordinator import PENDING, run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated, initial_parameters
-from fedclaw.server.settings import CentralRequest
 from fedclaw.site.privacy_budget import charge_of
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
