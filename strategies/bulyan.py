@@ -32,7 +32,7 @@ class Bulyan(HostileCount):
         """4 f + 3 (section 4)."""
         return 4 * self.hostile + 3
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy; `weights` are not looked at."""
         self.check_number(updates)
         chosen = selection(squared_distances(updates), self.hostile)

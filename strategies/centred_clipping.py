@@ -60,7 +60,7 @@ class CentredClipping(RobustStrategy):
         """The centre: at first an unchanged model."""
         return {CENTRE: {name: np.zeros_like(array) for name, array in parameters.items()}}
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy; `weights` are not looked at."""
         self.check_number(updates)
         centre: Updates = np.concatenate([array.reshape(-1) for array in state[CENTRE].values()])
@@ -72,7 +72,7 @@ class CentredClipping(RobustStrategy):
         combined: Updates = weighted_sum(updates, at) + centre * np.float32(1 - at.sum())
         return combined
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: "Participation") -> Arrays:
+    def aggregate(self, mean: Arrays, state: dict[str, Arrays], participation: "Participation") -> Arrays:
         """Remember what the round came to as the next one's centre."""
         state[CENTRE] = {name: array.copy() for name, array in mean.items()}
         return mean

@@ -43,7 +43,7 @@ class Cyclic(Strategy):
 
         return torch.optim.SGD(parameters, lr=1.0)
 
-    def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int]:
+    def select_clients(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int]:
         """The next site of the cycle that round `number` (from 1) is in."""
         cycle, place = divmod(number - 1, len(connected))
         if self.order == "shuffled":

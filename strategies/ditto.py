@@ -45,7 +45,7 @@ class Ditto(Strategy):
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
     def client_fields(self) -> Mapping[str, float]:
-        """lambda, for `correct_personal`."""
+        """lambda, for `correct_personal_gradients`."""
         return {"regularisation": self.regularisation}
 
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
@@ -66,7 +66,7 @@ class Ditto(Strategy):
             )
 
     @classmethod
-    def correct_personal(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_personal_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add lambda (v - w0) to each `.grad`; frozen parameters are left alone."""
         import torch
 

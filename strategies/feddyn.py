@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, Participation, RoundContext, StepContext, Strategy
+from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
 if TYPE_CHECKING:
@@ -41,19 +41,19 @@ class FedDyn(Strategy):
     """
 
     name: ClassVar[str] = "feddyn"
-    kept: ClassVar[tuple[str, ...]] = (MOVED,)
+    client_state: ClassVar[tuple[str, ...]] = (MOVED,)
 
     alpha: float = Field(default=0.1, gt=0)
     """Strength of the regulariser; times the learning rate it has to be below 1."""
 
     def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
-        """Takes the whole step that `absorb` says."""
+        """Takes the whole step that `aggregate` says."""
         import torch
 
         return torch.optim.SGD(parameters, lr=1.0)
 
     def client_fields(self) -> Mapping[str, float]:
-        """`alpha`, for `correct`."""
+        """`alpha`, for `correct_gradients`."""
         return {"alpha": self.alpha}
 
     def server_state(self, parameters: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
@@ -63,9 +63,9 @@ class FedDyn(Strategy):
             EVERYONE: {EVERYONE: np.ones(1, np.float32)},
         }
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
+    def aggregate(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The mean delta - h / alpha."""
-        everyone = np.float32(participation.everyone)
+        everyone = np.float32(participation.total_weight)
         state[EVERYONE] = {EVERYONE: np.full(1, everyone, np.float32)}
         for name, total in state[MOVED].items():
             total += np.float32(participation.weight) * mean[name]
@@ -90,7 +90,7 @@ class FedDyn(Strategy):
             raise ValueError(f"feddyn: alpha must be a positive finite number, got {fields['alpha']}")
 
     @classmethod
-    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add alpha (w - w0) - g_i to each `.grad`; frozen parameters are left alone."""
         import torch
 
@@ -101,7 +101,7 @@ class FedDyn(Strategy):
                     parameter.grad.add_(parameter - origin + moved, alpha=alpha)
 
     @classmethod
-    def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
+    def client_update(cls, delta: Arrays, context: RoundContext) -> ClientUpdate:
         """The delta, which is also added to what the site moved by before."""
         moved = context.state[MOVED]
-        return Finished(delta, state={MOVED: {name: moved[name] + array for name, array in delta.items()}})
+        return ClientUpdate(delta, state={MOVED: {name: moved[name] + array for name, array in delta.items()}})

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, Participation, RoundContext, StepContext, Strategy
+from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import LocalTraining
 
@@ -61,7 +61,7 @@ class FedNova(Strategy):
         """`mu`, for both parts of the client half."""
         return {"mu": self.mu}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
+    def aggregate(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The mean of the normalised deltas times that of |a_i|."""
         tau = mean.pop(NORM)[0] * np.float32(SCALE)
         return {name: np.multiply(array, tau, out=array) for name, array in mean.items()}
@@ -91,7 +91,7 @@ class FedNova(Strategy):
         return {NORM: np.zeros(1, np.float32)}
 
     @classmethod
-    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add the proximal term's gradient, mu * (w - w0), where there is one."""
         import torch
 
@@ -104,12 +104,12 @@ class FedNova(Strategy):
                     parameter.grad.add_(parameter - origin, alpha=mu)
 
     @classmethod
-    def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
+    def client_update(cls, delta: Arrays, context: RoundContext) -> ClientUpdate:
         """The delta over |a_i|, and |a_i|."""
         norm = accumulated(context.training, context.steps, context.fields["mu"])
         for array in delta.values():
             np.divide(array, np.float32(norm), out=array)
-        return Finished(delta, extras={NORM: np.full(1, norm / SCALE, np.float32)})
+        return ClientUpdate(delta, extras={NORM: np.full(1, norm / SCALE, np.float32)})
 
 
 def accumulated(training: LocalTraining, steps: int, mu: float) -> float:

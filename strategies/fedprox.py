@@ -37,7 +37,7 @@ class FedProx(Strategy):
         return torch.optim.SGD(parameters, lr=self.server_learning_rate)
 
     def client_fields(self) -> Mapping[str, float]:
-        """`mu`, for `correct`."""
+        """`mu`, for `correct_gradients`."""
         return {"mu": self.mu}
 
     @classmethod
@@ -50,7 +50,7 @@ class FedProx(Strategy):
             raise ValueError(f"fedprox: mu must be a finite number of at least 0, got {mu}")
 
     @classmethod
-    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add the proximal term's gradient, mu * (w - w0), to each `.grad`; frozen parameters are left alone."""
         import torch
 

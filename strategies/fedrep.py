@@ -36,7 +36,7 @@ class FedRep(SharedBody):
     """Part of the local steps that the head gets, at least one; the paper gives it most of them."""
 
     def client_fields(self) -> Mapping[str, float]:
-        """`head_share`, for `correct`."""
+        """`head_share`, for `correct_gradients`."""
         return {"head_share": self.head_share}
 
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
@@ -58,7 +58,7 @@ class FedRep(SharedBody):
             raise ValueError(f"fedrep: head_share must lie between 0 and 1, got {fields['head_share']}")
 
     @classmethod
-    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Set the gradients of the half that rests to zero."""
         if context.steps == 1:
             return

@@ -28,7 +28,7 @@ class Krum(HostileCount):
         """2 f + 3 (Proposition 1)."""
         return 2 * self.hostile + 3
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy; `weights` are not looked at."""
         self.check_number(updates)
         best = int(np.argmin(scores(squared_distances(updates), self.hostile)))

@@ -29,7 +29,7 @@ class Median(RobustStrategy):
         """Three: the median of one or two is their mean."""
         return 3
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy; `weights` are not looked at."""
         self.check_number(updates)
         low, high = (len(updates) - 1) // 2, len(updates) // 2

@@ -34,7 +34,7 @@ class MultiKrum(HostileCount):
         """2 f + 3, as for Krum."""
         return 2 * self.hostile + 3
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy; `weights` are not looked at."""
         self.check_number(updates)
         keep = self.keep or len(updates) - self.hostile - 2

@@ -35,7 +35,7 @@ class NormBounding(RobustStrategy):
         """Three, for a median; one, where the bound is given."""
         return 3 if self.bound is None else 1
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy; `weights` are not looked at."""
         self.check_number(updates)
         norms = np.sqrt(sum(np.square(updates[:, part], dtype=np.float64).sum(axis=1) for part in columns(updates)))

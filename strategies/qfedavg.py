@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, Participation, RoundContext, Strategy
+from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
 if TYPE_CHECKING:
@@ -48,16 +48,16 @@ class QFedAvg(Strategy):
     """How much fairness counts; 0: not at all."""
 
     def server_optimizer(self, parameters: "Sequence[torch.Tensor]") -> "torch.optim.Optimizer":
-        """Takes the whole step that `absorb` says."""
+        """Takes the whole step that `aggregate` says."""
         import torch
 
         return torch.optim.SGD(parameters, lr=1.0)
 
     def client_fields(self) -> Mapping[str, float]:
-        """`q`, for `finish`."""
+        """`q`, for `client_update`."""
         return {"q": self.q}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
+    def aggregate(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The ratio of the two means; L is in both."""
         curvature = mean.pop(CURVATURE)[0]
         return {name: np.divide(array, curvature, out=array) for name, array in mean.items()}
@@ -80,7 +80,7 @@ class QFedAvg(Strategy):
         return {CURVATURE: np.zeros(1, np.float32)}
 
     @classmethod
-    def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
+    def client_update(cls, delta: Arrays, context: RoundContext) -> ClientUpdate:
         """F_i^q times the delta, and h_i / L."""
         q = context.fields["q"]
         loss = max(context.loss(), LEAST_LOSS) if q else 1.0
@@ -88,4 +88,4 @@ class QFedAvg(Strategy):
         curvature = q * loss ** (q - 1) * square / context.training.learning_rate + loss**q
         for array in delta.values():
             np.multiply(array, np.float32(loss**q), out=array)
-        return Finished(delta, extras={CURVATURE: np.full(1, curvature, np.float32)})
+        return ClientUpdate(delta, extras={CURVATURE: np.full(1, curvature, np.float32)})

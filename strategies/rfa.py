@@ -40,7 +40,7 @@ class Rfa(RobustStrategy):
         """Three: any point between two is as good as another."""
         return 3
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy."""
         self.check_number(updates)
         return weighted_sum(updates, self._coefficients(gram(updates), weights / weights.sum()))

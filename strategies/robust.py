@@ -43,7 +43,7 @@ class RobustStrategy(Strategy):
     def fewest(self) -> int:
         """Updates below which the strategy promises nothing; a round with fewer does not count."""
 
-    def withstands(self, sites: int) -> int:
+    def byzantine_tolerance(self, sites: int) -> int:
         """Less than half of the sites, where there are enough of them."""
         return (sites - 1) // 2 if sites >= self.fewest else 0
 
@@ -77,7 +77,7 @@ class HostileCount(RobustStrategy):
     hostile: int = Field(default=1, ge=0)
     """f: sites that may send anything at all and work together. More of them, and nothing is promised."""
 
-    def withstands(self, sites: int) -> int:
+    def byzantine_tolerance(self, sites: int) -> int:
         """As many as it was told to expect."""
         return self.hostile if sites >= self.fewest else 0
 

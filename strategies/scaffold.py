@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.learning.strategy import Finished, Participation, RoundContext, StepContext, Strategy
+from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class Scaffold(Strategy):
     """
 
     name: ClassVar[str] = "scaffold"
-    kept: ClassVar[tuple[str, ...]] = (CONTROL,)
-    told: ClassVar[tuple[str, ...]] = (CONTROL,)
+    client_state: ClassVar[tuple[str, ...]] = (CONTROL,)
+    broadcast_kinds: ClassVar[tuple[str, ...]] = (CONTROL,)
 
     server_learning_rate: float = Field(default=1.0, gt=0)
     """Part of the mean delta that is taken; the paper's global step size."""
@@ -63,16 +63,16 @@ class Scaffold(Strategy):
             EVERYONE: {EVERYONE: np.ones(1, np.float32)},
         }
 
-    def sent(self, state: Mapping[str, Arrays]) -> Mapping[str, Arrays]:
+    def broadcast(self, state: Mapping[str, Arrays]) -> Mapping[str, Arrays]:
         """c."""
         everyone = state[EVERYONE][EVERYONE][0]
         return {CONTROL: {name: array / everyone for name, array in state[CONTROL].items()}}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
+    def aggregate(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The mean delta; what came with it goes into c."""
         for name, total in state[CONTROL].items():
             total += np.float32(participation.weight) * mean.pop(EXTRA + name)
-        state[EVERYONE] = {EVERYONE: np.full(1, participation.everyone, np.float32)}
+        state[EVERYONE] = {EVERYONE: np.full(1, participation.total_weight, np.float32)}
         return mean
 
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
@@ -90,22 +90,24 @@ class Scaffold(Strategy):
         return {EXTRA + name: np.zeros_like(array) for name, array in parameters.items()}
 
     @classmethod
-    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Add c - c_i to each `.grad`; frozen parameters are left alone."""
         import torch
 
         scale = 1 / context.learning_rate
         with torch.no_grad():
-            for parameter, control, own in zip(parameters, context.sent[CONTROL], context.state[CONTROL], strict=True):
+            for parameter, control, own in zip(
+                parameters, context.broadcast[CONTROL], context.state[CONTROL], strict=True
+            ):
                 if parameter.grad is not None:
                     parameter.grad.add_(control - own, alpha=scale)
 
     @classmethod
-    def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
+    def client_update(cls, delta: Arrays, context: RoundContext) -> ClientUpdate:
         """The delta, the change of c_i, and c_i for the next time."""
-        steps, own, control = np.float32(context.steps), context.state[CONTROL], context.sent[CONTROL]
+        steps, own, control = np.float32(context.steps), context.state[CONTROL], context.broadcast[CONTROL]
         change = {name: -control[name] - array / steps for name, array in delta.items()}
-        return Finished(
+        return ClientUpdate(
             delta,
             extras={EXTRA + name: array for name, array in change.items()},
             state={CONTROL: {name: own[name] + array for name, array in change.items()}},

@@ -28,7 +28,7 @@ class TrimmedMean(HostileCount):
         """2 f + 1: one value has to be left."""
         return 2 * self.hostile + 1
 
-    def combine(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
+    def robust_aggregate(self, updates: Updates, weights: NDArray[np.float64], state: Mapping[str, Arrays]) -> Updates:
         """See Strategy; `weights` are not looked at."""
         self.check_number(updates)
         first, end = self.hostile, len(updates) - self.hostile

@@ -33,7 +33,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.messages import ARRAYS, JSON, KEYS, METRICS, PLAN, RECEIPT, SENT, SUM
+from fedclaw.protocol.messages import ARRAYS, BROADCAST, JSON, KEYS, METRICS, PLAN, RECEIPT, SUM
 from fedclaw.protocol.plan import PLAN_VERSION, ModelSpec, Plan, Refusal, RefusalCode
 from fedclaw.protocol.questions import questions
 from fedclaw.site.privacy_budget import Asking
@@ -266,7 +266,7 @@ def question_of(asked: Asked, site: SiteService, number: int, kind: str) -> Mess
     moved = {n: a + generator.normal(size=a.shape).astype(np.float32) / 10 for n, a in parameters_of().items()}
     sent = {f"control/{n}": 0.1 * a for n, a in moved.items() if n not in _personal(asked.strategy)}
     plan = ConfigRecord({JSON: json.dumps(plan_of(asked, site, number))})
-    content = RecordDict({ARRAYS: pack(moved), SENT: pack(sent), PLAN: plan})
+    content = RecordDict({ARRAYS: pack(moved), BROADCAST: pack(sent), PLAN: plan})
     return questions([7], number, kind, content, 100.0)[0]
 
 

@@ -138,7 +138,7 @@ def _unstepped(strategy: Strategy, model: "torch.nn.Module") -> str | None:
             "keeps parameters at each site, which central.unit=example, one step a round with the noise on the sum, "
             "trains without noise, and the next round begins with them; take central.unit=site or privacy=dp"
         )
-    if strategy.kept or is_overridden(type(strategy), "finish"):
+    if strategy.client_state or is_overridden(type(strategy), "client_update"):
         return (
             "makes more of a site's step than the step, and central.unit=example bounds each example's part in the "
             "step alone; take central.unit=site or privacy=dp"

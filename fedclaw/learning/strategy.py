@@ -6,7 +6,7 @@ the gradient of a local step and may add to what leaves; it sees parameters only
 post-processing under differential privacy (`RoundContext.loss` is the exception, and says so).
 
 What an algorithm remembers is explicit. The server's memory (`server_state`) is in the run's checkpoints, a site's
-(`kept`) in the site's own directory; neither is an attribute of a strategy, whose instances hold settings alone.
+(`client_state`) in the site's own directory. A strategy's instances hold settings alone.
 Both are grouped by kind: SCAFFOLD's server keeps the kind "control", and so does each of its sites.
 
 Legend: n updates, d numbers in one.
@@ -39,18 +39,18 @@ PERSONAL = "personal"
 class StepContext:
     """What a correction knows besides the parameters; tensors in the parameters' order, on their device.
 
-    Where clients are trained many at a time, the parameters and `state` have one row a client, and `start` and `sent`,
-    which all clients share, broadcast.
+    Where clients are trained many at a time, the parameters and `state` have one row a client, and `start` and
+    `broadcast`, which all clients share, are broadcast over the rows.
     """
 
     fields: Mapping[str, float]
     """What `Strategy.client_fields` sent."""
     start: "Sequence[torch.Tensor]"
     """The global parameters that the round began with."""
-    sent: "Mapping[str, Sequence[torch.Tensor]]" = field(default_factory=dict)
-    """By kind, what the server sent of its state."""
+    broadcast: "Mapping[str, Sequence[torch.Tensor]]" = field(default_factory=dict)
+    """By kind, what the server broadcast of its state."""
     state: "Mapping[str, Sequence[torch.Tensor]]" = field(default_factory=dict)
-    """By kind (`Strategy.kept`), what this site has kept; zeros the first time."""
+    """By kind (`Strategy.client_state`), what this site has kept; zeros the first time."""
     step: int = 0
     steps: int = 1
     """This local step, from 0, and how many there are in the round."""
@@ -74,12 +74,12 @@ class RoundContext:
     No noise covers it: a strategy that calls it says so (`Strategy.uses_training_loss`), and does not run with
     differential privacy. Raises PluginError for one that does not say so.
     """
-    sent: Mapping[str, Arrays] = field(default_factory=dict)
+    broadcast: Mapping[str, Arrays] = field(default_factory=dict)
     state: Mapping[str, Arrays] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Finished:
+class ClientUpdate:
     """What a site's round comes to, by the strategy: what is summed, and what stays."""
 
     delta: Arrays
@@ -87,7 +87,7 @@ class Finished:
     extras: Arrays = field(default_factory=dict)
     """Further arrays that are weighted and summed as the delta is, by the names that `Strategy.extras` gives."""
     state: Mapping[str, Arrays] = field(default_factory=dict)
-    """By kind (`Strategy.kept`), what the site keeps from now on; a kind that is left out stays as it was."""
+    """By kind (`Strategy.client_state`), what the site keeps from now on; a kind that is left out stays as it was."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Participation:
 
     weight: float
     """Of the sites in the mean, together."""
-    everyone: float
+    total_weight: float
     """Of all the sites there are; those that have never answered are taken to be as heavy as the others are on average.
     Exact as soon as every site has answered once."""
 
@@ -109,33 +109,33 @@ class Participation:
     @property
     def share(self) -> float:
         """Of the whole federation's weight; with equal weights the paper's |S| / N."""
-        return self.weight / self.everyone if self.everyone else 0.0
+        return self.weight / self.total_weight if self.total_weight else 0.0
 
 
 class Strategy(Frozen, ABC):
     """Settings and both halves of one federated algorithm; the settings are the class's fields.
 
     What it uses of the data beyond clipped and noised gradients it declares: `uses_training_loss`, `personal_model`,
-    `kept`, `extras`, `personal`. Server and site ask by that whether it may run under the noise that is asked for
-    (`fedclaw.learning.compatibility`), and a site holds it to that (`finish_round`).
+    `client_state`, `extras`, `personal`. By that, server and site decide whether it may run under the noise that is
+    asked for (`fedclaw.learning.compatibility`), and a site holds it to that (`checked_client_update`).
     """
 
     name: ClassVar[str]
     needs_single_updates: ClassVar[bool] = False
     """True if the server half must see every update by itself (Krum, median): excludes secure aggregation."""
-    kept: ClassVar[tuple[str, ...]] = ()
+    client_state: ClassVar[tuple[str, ...]] = ()
     """Kinds of state that a site keeps, each with the parameters' names and shapes; not `PERSONAL`."""
-    told: ClassVar[tuple[str, ...]] = ()
-    """Kinds of the server's state that `sent` gives and the site's half cannot do without, each with the parameters'
-    names and shapes."""
+    broadcast_kinds: ClassVar[tuple[str, ...]] = ()
+    """Kinds of the server's state that `broadcast` sends to the sites, whose half cannot do without them; each with the
+    parameters' names and shapes."""
     elementwise: ClassVar[bool] = True
-    """True if `correct` treats each number by itself, so that it can be called on many clients' parameters at once."""
+    """True if `correct_gradients` treats each number by itself, so it can take many clients' parameters at once."""
     personal_model: ClassVar[bool] = False
     """True if each site also trains a whole model of its own (Ditto), which it is then evaluated with.
 
     It is trained without noise whatever privacy the run has: it never leaves."""
     uses_training_loss: ClassVar[bool] = False
-    """True if what `finish` returns depends on `RoundContext.loss` (q-FedAvg): excludes differential privacy."""
+    """True if what `client_update` returns depends on `RoundContext.loss` (q-FedAvg): excludes differential privacy."""
 
     # The server's half
 
@@ -147,7 +147,7 @@ class Strategy(Frozen, ABC):
         """What travels to the sites in the plan."""
         return {}
 
-    def withstands(self, sites: int) -> int:
+    def byzantine_tolerance(self, sites: int) -> int:
         """Hostile sites among `sites` that answer whose result stays within what the honest ones allow; 0: no promise.
 
         Within: finite, and no longer than a constant, which depends on `sites` alone, times the longest honest update
@@ -159,28 +159,29 @@ class Strategy(Frozen, ABC):
         """By kind, what the server remembers when a run begins with `parameters`; arrays by parameter name."""
         return {}
 
-    def sent(self, state: Mapping[str, Arrays]) -> Mapping[str, Arrays]:
+    def broadcast(self, state: Mapping[str, Arrays]) -> Mapping[str, Arrays]:
         """What of the server's state goes to the sites with a question to train, by kind."""
         return {}
 
-    def absorb(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
+    def aggregate(self, mean: Arrays, state: dict[str, Arrays], participation: Participation) -> Arrays:
         """The delta (by parameter name) that the optimiser steps along, from the weighted mean of what the sites sent.
 
         `mean` holds their deltas and extras. May change `mean` and `state` in place.
         """
         return mean
 
-    def combine(
+    def robust_aggregate(
         self, updates: NDArray[np.float32], weights: NDArray[np.float64], state: Mapping[str, Arrays]
     ) -> NDArray[np.float32]:
         """The update (d,) that stands for all `updates` (n, d), whose weights (n,) are positive.
 
-        Called in place of the weighted mean if `needs_single_updates`. The server's `state`, whose arrays one after the
-        other are in the order of the d numbers, is changed in `absorb` alone. Raises UpdateError when n is too small.
+        Called in place of the weighted mean if `needs_single_updates`. The arrays of the server's `state`,
+        one after the other, are in the order of the d numbers; only `aggregate` changes them.
+        Raises UpdateError when n is too small.
         """
         raise PluginError(f"strategy {self.name!r} needs single updates and does not say what it does with them")
 
-    def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
+    def select_clients(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
         """The nodes that round `number` asks, of those `connected` (sorted); None: as the run's rules sample them."""
         return None
 
@@ -207,7 +208,10 @@ class Strategy(Frozen, ABC):
 
     @classmethod
     def extras(cls, parameters: Mapping[str, NDArray[np.float32]]) -> Arrays:
-        """Zeros of the names and shapes that `finish` adds to an update of `parameters`; each name begins with "~"."""
+        """Zeros of the names and shapes that `client_update` adds to an update of `parameters`.
+
+        Each name begins with "~".
+        """
         return {}
 
     # The site's half
@@ -220,20 +224,21 @@ class Strategy(Frozen, ABC):
         """
 
     @classmethod
-    def correct(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """Change the parameters' `.grad` in place, after clipping and noise and before the local step."""
 
     @classmethod
-    def correct_personal(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
+    def correct_personal_gradients(cls, parameters: "Sequence[torch.Tensor]", context: StepContext) -> None:
         """The same for a step of the site's own model, where there is one (`personal_model`); `start` is the global."""
 
     @classmethod
-    def finish(cls, delta: Arrays, context: RoundContext) -> Finished:
+    def client_update(cls, delta: Arrays, context: RoundContext) -> ClientUpdate:
         """What leaves of `delta` (parameters - start, by name, may be changed in place), and what the site keeps.
 
-        Called by `finish_round` alone. Not with noise on the sum for the unit example, which covers the step as it is.
+        Called by `checked_client_update` alone. Not called with noise on the sum for the unit example, which covers the
+        step as it is.
         """
-        return Finished(delta)
+        return ClientUpdate(delta)
 
 
 class Buffered(Strategy, ABC):
@@ -253,7 +258,7 @@ class Buffered(Strategy, ABC):
     def discount(self, staleness: int) -> float:
         """What an answer counts by, beside its weight, that is `staleness` steps late: positive, 1 for none."""
 
-    def choose(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
+    def select_clients(self, number: int, connected: Sequence[int], seed: int) -> Sequence[int] | None:
         """Everybody: who is at work already is not asked again."""
         return connected
 
@@ -264,23 +269,23 @@ class Buffered(Strategy, ABC):
         return f"steps on {self.size} answers, so a run needs as many sites: sites.minimum={self.size}"
 
 
-def finish_round(strategy: type[Strategy], delta: Arrays, context: RoundContext) -> Finished:
-    """`strategy.finish`, held to what its class declares. Raises PluginError before anything leaves or is kept.
+def checked_client_update(strategy: type[Strategy], delta: Arrays, context: RoundContext) -> ClientUpdate:
+    """`strategy.client_update`, held to what its class declares. Raises PluginError before anything leaves or is kept.
 
     Nothing else that a strategy could return has been looked at: not by what bounds it, nor by what adds it up.
     """
-    if not is_overridden(strategy, "finish"):
-        return Finished(delta)
+    if not is_overridden(strategy, "client_update"):
+        return ClientUpdate(delta)
     shapes = shapes_of(delta)
     extras = shapes_of(strategy.extras({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}))
     if not strategy.uses_training_loss:
         context = replace(context, loss=lambda: _undeclared_loss(strategy))
-    finished = strategy.finish(delta, context)
+    finished = strategy.client_update(delta, context)
     _require(strategy, "delta", finished.delta, shapes)
     _require(strategy, "extras", finished.extras, extras)
     for kind, arrays in finished.state.items():
-        if kind not in strategy.kept:
-            raise PluginError(f"strategy {strategy.name!r} keeps {kind!r}, which it does not declare (kept)")
+        if kind not in strategy.client_state:
+            raise PluginError(f"strategy {strategy.name!r} keeps {kind!r}, which it does not declare (client_state)")
         _require(strategy, f"state {kind!r}", arrays, shapes)
     return finished
 
@@ -294,8 +299,8 @@ def _require(strategy: type[Strategy], what: str, arrays: Arrays, expected: Shap
     if found != expected or any(array.dtype != np.float32 for array in arrays.values()):
         odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise PluginError(
-            f"strategy {strategy.name!r}: the {what} that finish returned is not float32 of the names and shapes that "
-            f"it declares{': ' + ', '.join(odd[:5]) if odd else ''}"
+            f"strategy {strategy.name!r}: the {what} that client_update returned is not float32 of the names and "
+            f"shapes that it declares{': ' + ', '.join(odd[:5]) if odd else ''}"
         )
 
 

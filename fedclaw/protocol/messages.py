@@ -1,7 +1,7 @@
 """The names of what a message holds, and of the stages of an exchange."""
 
 # Records of a question.
-ARRAYS, PLAN, TEACHER, SENT = "arrays", "plan", "teacher", "sent"
+ARRAYS, PLAN, TEACHER, BROADCAST = "arrays", "plan", "teacher", "sent"
 # Records of an answer.
 SUM, METRICS, RECEIPT, ABOUT = "sum", "metrics", "receipt", "about"
 JSON = "json"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedclaw.protocol.arrays import Arrays, pack, payload
 from fedclaw.protocol.message_identity import assign_message_id
-from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, PLAN, SENT, TEACHER
+from fedclaw.protocol.messages import ARRAYS, BROADCAST, HEADER_BYTES, JSON, PLAN, TEACHER
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.statistics import StatisticsRequest
@@ -30,13 +30,13 @@ class Outgoing:
     parameters: Mapping[str, NDArray[np.float32]]
     teacher: Mapping[str, NDArray[np.float32]] | None = None
     """Of the model that a plan distils from."""
-    sent: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
-    """By kind, what the strategy's server half tells its client half (`fedclaw.learning.strategy`)."""
+    broadcast: Mapping[str, Mapping[str, NDArray[np.float32]]] = field(default_factory=dict)
+    """By kind, what the strategy's server half broadcasts to its client half (`fedclaw.learning.strategy`)."""
 
     @property
     def nbytes(self) -> int:
         """Of all arrays that go to one site."""
-        return payload(self.parameters) + payload(self.teacher or {}) + sum(map(payload, self.sent.values()))
+        return payload(self.parameters) + payload(self.teacher or {}) + sum(map(payload, self.broadcast.values()))
 
 
 def question(plan: Plan, outgoing: Outgoing | None = None, answer_bytes: int = 0) -> RecordDict:
@@ -48,9 +48,9 @@ def question(plan: Plan, outgoing: Outgoing | None = None, answer_bytes: int = 0
     content[ARRAYS] = pack(outgoing.parameters)
     if outgoing.teacher is not None:
         content[TEACHER] = pack(outgoing.teacher)
-    if outgoing.sent:
-        content[SENT] = pack(
-            {f"{kind}/{name}": a for kind, arrays in outgoing.sent.items() for name, a in arrays.items()}
+    if outgoing.broadcast:
+        content[BROADCAST] = pack(
+            {f"{kind}/{name}": a for kind, arrays in outgoing.broadcast.items() for name, a in arrays.items()}
         )
     return content
 

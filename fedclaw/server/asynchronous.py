@@ -73,7 +73,7 @@ class Buffer:
 
     def _begin(self, plan: Plan, outgoing: Outgoing) -> Trained:
         if self._gathered is None:
-            self._gathered = Trained.under(plan, outgoing.parameters)
+            self._gathered = Trained.for_plan(plan, outgoing.parameters)
         return self._gathered
 
     def _ask(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing) -> None:
@@ -100,6 +100,6 @@ class Buffer:
             log.info("%s answered %d steps late, which is dropped", site, staleness)
             return
         gathered.discount = self._strategy.discount(staleness)
-        gathered.take(site, reply)
+        gathered.add_reply(site, reply)
         if staleness:
             log.info("%s answered %d steps late and counts by %.3g", site, staleness, gathered.discount)

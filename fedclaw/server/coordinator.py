@@ -30,7 +30,7 @@ from fedclaw.protocol.frozen import Frozen, check_settings, fields_of
 from fedclaw.protocol.plan import CentralPrivacy, Plan, Terms
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.server import checkpoint, exchange, secure_round
-from fedclaw.server.aggregate import WeightedSum, combination
+from fedclaw.server.accumulator import WeightedSum, robust_aggregation
 from fedclaw.server.asynchronous import Buffer
 from fedclaw.server.checkpoint import Checkpoint
 from fedclaw.server.exchange import Declined, Evaluated, Trained
@@ -402,7 +402,7 @@ class _Loop:
 
     def _judges(self, pending: _Pending) -> Sequence[int]:
         """Who evaluates: whom the round asked, but everybody where the strategy's own choice is no sample of them."""
-        if self.strategy.choose(pending.round, pending.nodes, self.record.seed) is None:
+        if self.strategy.select_clients(pending.round, pending.nodes, self.record.seed) is None:
             return pending.nodes
         return sorted({*self.grid.get_node_ids(), *pending.nodes})
 
@@ -457,7 +457,7 @@ class _Loop:
             participation = self._participation(plan, trained, summed.weight, pending)
             mean = postprocess.at_server(summed, plan, shapes_of(self.model.parameters))
             self.clip = mean.clip or self.clip
-            return self.model.step(self.strategy.absorb(mean.arrays, self.memory, participation))
+            return self.model.step(self.strategy.aggregate(mean.arrays, self.memory, participation))
         except UpdateError as error:
             raise RoundError(f"round {plan.round} of run {plan.run}: {error}") from error
 
@@ -505,13 +505,13 @@ class _Loop:
 
     def _exchange(self, plan: Plan, pending: _Pending) -> Trained:
         cohort = self._willing(pending.nodes)
-        outgoing = Outgoing(self.model.parameters, self.teacher, self.strategy.sent(self.memory))
+        outgoing = Outgoing(self.model.parameters, self.teacher, self.strategy.broadcast(self.memory))
         deadline = self.record.rules.deadline
         if self.buffer is not None:
             return self.buffer.train(plan, cohort, outgoing, deadline)
         if self.record.secure is None:
-            combine = combination(self.strategy, self.memory)
-            return exchange.train(self.grid, cohort, plan, outgoing, deadline, combine)
+            robust = robust_aggregation(self.strategy, self.memory)
+            return exchange.train(self.grid, cohort, plan, outgoing, deadline, robust)
         names = [exchange.site_name(self.grid, node) for node in cohort]
         minimum = self.record.rules.minimum
         session = secure_round.session_of(plan, names, outgoing, self.record.secure, minimum)
@@ -559,7 +559,7 @@ class _Loop:
     def _choose(self, number: int, connected: list[int]) -> list[int]:
         """Each site by itself, at random that nobody can foresee, where privacy counts on it; else so many of them."""
         central, rules = self.record.central, self.record.rules
-        if (chosen := self.strategy.choose(number, connected, self.record.seed)) is not None:
+        if (chosen := self.strategy.select_clients(number, connected, self.record.seed)) is not None:
             return list(chosen)
         if central and central.unit == "site" and central.sample_rate < 1:
             asked = GaussianSource().bernoulli(len(connected), central.sample_rate)

@@ -38,7 +38,7 @@ from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, SUM, WEIGHT
 from fedclaw.protocol.plan import MAX_COLUMNS, MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting, weight_of
 from fedclaw.protocol.questions import Outgoing, question, questions
-from fedclaw.server.aggregate import Combine, UpdateStack, WeightedSum
+from fedclaw.server.accumulator import RobustAggregate, UpdateStack, WeightedSum
 from fedclaw.server.grids import CohortGrid, StreamingGrid
 from fedclaw.server.run_directory import SiteReceipt
 
@@ -74,7 +74,7 @@ class Answers(ABC):
     declined: list[Declined] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
 
-    def take(self, site: str, reply: Message) -> None:
+    def add_reply(self, site: str, reply: Message) -> None:
         """Add the answer of `site`, or note why it cannot be added."""
         if reply.has_error():
             self.declined.append(Declined(site, _code_name(reply.error.code), _words(reply.error.reason)))
@@ -110,16 +110,16 @@ class Trained(Answers):
     """Of the arrays that the sites of those answers trained from."""
 
     @classmethod
-    def under(
-        cls, plan: Plan, parameters: Mapping[str, NDArray[np.float32]], combine: Combine | None = None
+    def for_plan(
+        cls, plan: Plan, parameters: Mapping[str, NDArray[np.float32]], robust: RobustAggregate | None = None
     ) -> "Trained":
         """Ready for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
         template = postprocess.sum_of(parameters, plan)
         bounded = plan.weighting == "capped"
         total = (
             WeightedSum(template, largest=LARGEST)
-            if combine is None
-            else UpdateStack(template, combine, bounded=bounded, largest=LARGEST)
+            if robust is None
+            else UpdateStack(template, robust, bounded=bounded, largest=LARGEST)
         )
         return cls(
             total=total,
@@ -268,10 +268,10 @@ def train(
     plan: Plan,
     outgoing: Outgoing,
     deadline: float,
-    combine: Combine | None = None,
+    robust: RobustAggregate | None = None,
 ) -> Trained:
     """Ask `nodes` to train by `plan` and sum their answers, or have them combined. `deadline` in seconds."""
-    trained = Trained.under(plan, outgoing.parameters, combine)
+    trained = Trained.for_plan(plan, outgoing.parameters, robust)
     if isinstance(grid, CohortGrid):
         grid.train_cohort(nodes, plan, outgoing, trained)
     else:
@@ -318,7 +318,7 @@ def ask(grid: Grid, messages: Sequence[Message], deadline: float, answers: Answe
         if site is None:
             log.warning("a second reply of node %d was dropped", reply.metadata.src_node_id)
         else:
-            answers.take(site, reply)
+            answers.add_reply(site, reply)
     answers.silent = sorted(waiting.values())
     answers.seconds = time.monotonic() - began
 

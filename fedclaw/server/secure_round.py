@@ -27,7 +27,7 @@ from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.records import digest_of
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.protocol.update import Update
-from fedclaw.server.aggregate import WeightedSum
+from fedclaw.server.accumulator import WeightedSum
 from fedclaw.server.exchange import Trained, check_weight, receipt_in, training_question, weights_in
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.server.secure_exchange import Seats, SecureExchange

@@ -25,14 +25,14 @@ class Correction:
     round: Round
     layout: Layout
     start: Sequence[torch.Tensor]
-    sent: Mapping[str, Sequence[torch.Tensor]]
+    broadcast: Mapping[str, Sequence[torch.Tensor]]
     state: Mapping[str, Sequence[torch.Tensor]]
     """By kind, one row a client."""
 
     @classmethod
     def of(cls, strategy: type[Strategy], round: Round, layout: Layout, states: Sequence[State]) -> Self:
         """The strategy's, for clients that remember `states`."""
-        correct = strategy.correct if is_overridden(strategy, "correct") else None
+        correct = strategy.correct_gradients if is_overridden(strategy, "correct_gradients") else None
         if correct is None:
             return cls(None, round, layout, (), {}, {})
         return cls._told(correct, strategy, round, layout, states)
@@ -40,7 +40,7 @@ class Correction:
     @classmethod
     def of_personal(cls, strategy: type[Strategy], round: Round, layout: Layout, states: Sequence[State]) -> Self:
         """The same for the clients' own models."""
-        return cls._told(strategy.correct_personal, strategy, round, layout, states)
+        return cls._told(strategy.correct_personal_gradients, strategy, round, layout, states)
 
     @classmethod
     def _told(
@@ -52,8 +52,8 @@ class Correction:
         states: Sequence[State],
     ) -> Self:
         start = _tensors(layout, round.parameters)
-        sent = {kind: _tensors(layout, arrays) for kind, arrays in round.sent.items()}
-        state = {kind: _stacked(layout, states, kind) for kind in strategy.kept}
+        sent = {kind: _tensors(layout, arrays) for kind, arrays in round.broadcast.items()}
+        state = {kind: _stacked(layout, states, kind) for kind in strategy.client_state}
         return cls(correct, round, layout, start, sent, state)
 
     def without(self) -> Self:
@@ -84,7 +84,7 @@ class Correction:
         plan = self.round.plan
         personal = [place.name in plan.personal for place in self.layout.places]
         rate = plan.training.learning_rate
-        context = StepContext(plan.strategy_fields, self.start, self.sent, state, step, steps, rate, personal)
+        context = StepContext(plan.strategy_fields, self.start, self.broadcast, state, step, steps, rate, personal)
         with torch.no_grad():
             self.correct(parameters, context)
         for parameter, change in zip(parameters, changes, strict=True):

@@ -34,6 +34,9 @@ from fedclaw.simulation.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+_BROADCAST = "broadcast/"
+"""Begins the name of a group of arrays that holds a kind of what is broadcast."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -85,7 +88,7 @@ class ProcessPoolExecutor:
     def train(self, round: Round, units: Sequence[Sequence[int]], memory: Mapping[int, State]) -> Iterator[Answer]:
         """See Executor."""
         groups = {"parameters": round.parameters, **({"teacher": round.teacher} if round.teacher else {})}
-        groups |= {f"sent/{kind}": arrays for kind, arrays in round.sent.items()}
+        groups |= {f"{_BROADCAST}{kind}": arrays for kind, arrays in round.broadcast.items()}
         shapes: dict[str, Shapes] = {name: shapes_of(arrays) for name, arrays in groups.items()}
         if not self._processes:
             self._start(round, shapes)
@@ -244,10 +247,12 @@ class _Worker:
             size = _size(shapes)
             arrays[name] = shaped(self.outgoing[start : start + size], shapes)
             start += size
-        sent = {name.removeprefix("sent/"): own for name, own in arrays.items() if name.startswith("sent/")}
+        broadcast = {name.removeprefix(_BROADCAST): own for name, own in arrays.items() if name.startswith(_BROADCAST)}
         mechanisms = {int(size): NoiseEvent(**found) if found else None for size, found in head["mechanisms"].items()}
         plan = Plan.model_validate_json(head["plan"])
-        return Round(plan, arrays["parameters"], arrays.get("teacher"), sent, self.template, self.single, mechanisms)
+        return Round(
+            plan, arrays["parameters"], arrays.get("teacher"), broadcast, self.template, self.single, mechanisms
+        )
 
 
 def shared_numbers(*shape: int) -> NDArray[np.float32]:

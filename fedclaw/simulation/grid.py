@@ -15,7 +15,7 @@ from fedclaw.protocol.message_identity import empty_run, number_of
 from fedclaw.protocol.plan import Plan, Refusal
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.update import Update
-from fedclaw.server.aggregate import UpdateStack
+from fedclaw.server.accumulator import UpdateStack
 from fedclaw.server.exchange import Declined, Evaluated, Trained
 from fedclaw.server.grids import CohortGrid
 from fedclaw.simulation.accounts import Accounts
@@ -53,7 +53,7 @@ class SimulationGrid(CohortGrid):
             else:
                 clients.append(client)
                 mechanisms[examples] = charge.mechanism
-        round = Round(plan, outgoing.parameters, outgoing.teacher, outgoing.sent, template, single, mechanisms)
+        round = Round(plan, outgoing.parameters, outgoing.teacher, outgoing.broadcast, template, single, mechanisms)
         sizes = [self._federation.examples(client) for client in clients]
         units = units_of(clients, sizes, plan.training, shapes_of(outgoing.parameters).values())
         for answer in self._executor.train(round, units, self._memory):

@@ -37,7 +37,7 @@ class Round:
     plan: Plan
     parameters: Mapping[str, NDArray[np.float32]]
     teacher: Mapping[str, NDArray[np.float32]] | None
-    sent: Mapping[str, Mapping[str, NDArray[np.float32]]]
+    broadcast: Mapping[str, Mapping[str, NDArray[np.float32]]]
     template: Mapping[str, tuple[int, ...]]
     """Names and shapes of what an update has, in the order in which they lie in an answer."""
     single: bool

@@ -85,7 +85,7 @@ def _begin_again(directory: RunDirectory, record: RunRecord) -> None:
     """
     saved = checkpoint.newest(directory.root)
     strategy = strategy_class(record.strategy.name)
-    remembers = strategy.kept or strategy.personal_model or record.personal or record.compression is not None
+    remembers = strategy.client_state or strategy.personal_model or record.personal or record.compression is not None
     if saved is None or not 0 < saved.round < record.rounds or not remembers:
         return
     log.warning("run %s begins again with round 1: what its clients remembered is not kept", record.run)

@@ -18,7 +18,7 @@ from fedclaw.learning.stacked.private import PrivateStep, Sampling
 from fedclaw.learning.stacked.steps import RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
 from fedclaw.learning.step_loop import take_steps
-from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, finish_round, is_overridden
+from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, checked_client_update, is_overridden
 from fedclaw.privacy.mechanisms.receipts import is_sampled
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.postprocessor import SiteContext
@@ -279,7 +279,7 @@ class Trainer:
     def _is_plain_sum(self, prepared: Prepared) -> bool:
         """Whether nothing happens to an update but that it is weighted and added."""
         round, strategy = prepared.round, prepared.strategy
-        quiet = not (is_overridden(strategy, "finish") or strategy.kept or strategy.personal_model)
+        quiet = not (is_overridden(strategy, "client_update") or strategy.client_state or strategy.personal_model)
         return quiet and not round.single and not round.plan.personal and _is_weighting_alone(round.plan)
 
     def _update(self, prepared: Prepared, client: int, row: torch.Tensor, steps: int) -> tuple[Update, State]:
@@ -292,16 +292,16 @@ class Trainer:
             for name, array in trained.items()
             if name not in plan.personal
         }
-        state = {kind: as_arrays(self._state(client), kind, delta) for kind in strategy.kept}
+        state = {kind: as_arrays(self._state(client), kind, delta) for kind in strategy.client_state}
         context = RoundContext(
             plan.strategy_fields,
             plan.training,
             steps,
             lambda: self._training_loss(prepared, client),
-            {kind: dict(arrays) for kind, arrays in round.sent.items()},
+            {kind: dict(arrays) for kind, arrays in round.broadcast.items()},
             state,
         )
-        finished = finish_round(strategy, delta, context)
+        finished = checked_client_update(strategy, delta, context)
         personal = {name: trained[name] for name in plan.personal}
         if strategy.personal_model:
             personal = self._own_model(prepared, client)

@@ -12,15 +12,15 @@ from fedclaw.learning.compression import feedback
 from fedclaw.learning.step_loop import Correction
 from fedclaw.learning.strategy import (
     PERSONAL,
-    Finished,
+    ClientUpdate,
     RoundContext,
     StepContext,
     Strategy,
     as_arrays,
-    finish_round,
+    checked_client_update,
 )
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.messages import ARRAYS, SENT
+from fedclaw.protocol.messages import ARRAYS, BROADCAST
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
 from fedclaw.protocol.questions import by_kind
 from fedclaw.site.policy.policy import listed
@@ -35,7 +35,7 @@ class ClientHalf:
     site: Site
     plan: Plan
     strategy: type[Strategy]
-    sent: Mapping[str, Arrays]
+    broadcast: Mapping[str, Arrays]
     before: State
     """What the site begins the round with."""
 
@@ -48,7 +48,7 @@ class ClientHalf:
             site=site,
             plan=plan,
             strategy=strategy,
-            sent=sent,
+            broadcast=sent,
             before=_begin(site, plan, Provenance.of(plan, strategy)),
         )
 
@@ -61,23 +61,23 @@ class ClientHalf:
 
     def correction(self, model: torch.nn.Module, steps: int) -> Correction:
         """The strategy's, for `steps` local steps of `model`, which holds what the round begins with."""
-        return self._corrected(self.strategy.correct, model, _tensors(model), steps)
+        return self._corrected(self.strategy.correct_gradients, model, _tensors(model), steps)
 
     def personal_correction(self, model: torch.nn.Module, start: Arrays, steps: int) -> Correction:
         """The same for the site's own model, beside the global parameters `start`."""
         device = self.site.device
         origin = [torch.tensor(start[name], device=device) for name, _ in model.named_parameters()]
-        return self._corrected(self.strategy.correct_personal, model, origin, steps)
+        return self._corrected(self.strategy.correct_personal_gradients, model, origin, steps)
 
-    def finish(self, delta: Arrays, steps: int, loss: Callable[[], float]) -> Finished:
+    def client_update(self, delta: Arrays, steps: int, loss: Callable[[], float]) -> ClientUpdate:
         """What leaves of `delta`, by parameter name, and what the site remembers."""
         shared = {name: array for name, array in delta.items() if name not in self.plan.personal}
-        state = {kind: as_arrays(self.before, kind, shared) for kind in self.strategy.kept}
+        state = {kind: as_arrays(self.before, kind, shared) for kind in self.strategy.client_state}
         plan = self.plan
-        context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.sent, state)
-        return finish_round(self.strategy, shared, context)
+        context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.broadcast, state)
+        return checked_client_update(self.strategy, shared, context)
 
-    def remember(self, finished: Finished, personal: Arrays, further: State, charge: str) -> None:
+    def remember(self, finished: ClientUpdate, personal: Arrays, further: State, charge: str) -> None:
         """Have the strategy's state, the parameters of `personal`, and `further` state ready for the rounds to come.
 
         They are kept when the answer that was charged as `charge` is about to leave (`SiteStates.commit`).
@@ -95,8 +95,8 @@ class ClientHalf:
     ) -> Correction:
         names = [name for name, _ in model.named_parameters()]
         like = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
-        sent = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in self.sent.items()}
-        kept = {kind: as_arrays(self.before, kind, like) for kind in self.strategy.kept}
+        sent = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in self.broadcast.items()}
+        kept = {kind: as_arrays(self.before, kind, like) for kind in self.strategy.client_state}
         state = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in kept.items()}
         personal = [name in self.plan.personal for name in names]
         fields, rate = self.plan.strategy_fields, self.plan.training.learning_rate
@@ -212,18 +212,18 @@ def _checked(plan: Plan, shell: torch.nn.Module) -> Strategy:
 
 
 def _sent(content: RecordDict) -> dict[str, Arrays]:
-    if SENT not in content.array_records:
+    if BROADCAST not in content.array_records:
         return {}
     try:
-        return by_kind(sent_arrays(content, SENT))
+        return by_kind(sent_arrays(content, BROADCAST))
     except ValueError as error:
-        raise Refusal(RefusalCode.MALFORMED, f"the record {SENT!r} cannot be read: {error}") from error
+        raise Refusal(RefusalCode.MALFORMED, f"the record {BROADCAST!r} cannot be read: {error}") from error
 
 
 def _check_sent(strategy: type[Strategy], sent: Mapping[str, Arrays], parameters: Arrays, plan: Plan) -> None:
     """Raise Refusal unless there is an array for each parameter that is trained together, of each kind it needs."""
     expected = {name: array.shape for name, array in parameters.items() if name not in plan.personal}
-    for kind in strategy.told:
+    for kind in strategy.broadcast_kinds:
         if {name: array.shape for name, array in sent.get(kind, {}).items()} != expected:
             raise Refusal(
                 RefusalCode.STRATEGY,

@@ -118,7 +118,7 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
         if isinstance(steps, PrivateGradients) and _is_noised_later(plan)
         else _delta(model, start)
     )
-    finished = half.finish(delta, count, lambda: _training_loss(site, plan, start, loss))
+    finished = half.client_update(delta, count, lambda: _training_loss(site, plan, start, loss))
     personal = _personal(site, plan, half, model, start, loss)
     whole = Update({**finished.delta, **finished.extras}, 1.0, examples)
     update = postprocess.at_site(whole, plan, SiteContext(site.source, half.before))

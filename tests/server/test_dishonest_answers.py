@@ -195,7 +195,7 @@ def declined_of(evaluated: Evaluated, site: str, figures) -> list[Declined]:
     asked = Message(RecordDict(), dst_node_id=1, message_type="evaluate")
     content = RecordDict({"metrics": MetricRecord({"weight": 20.0, "examples": 20, **figures})})
     count = len(evaluated.declined)
-    evaluated.take(site, Message(content, reply_to=asked))
+    evaluated.add_reply(site, Message(content, reply_to=asked))
     return evaluated.declined[count:]
 
 

@@ -6,7 +6,7 @@ import torch
 from flwr.app import Message
 
 from fedclaw.errors import PluginError
-from fedclaw.learning.strategy import Finished, RoundContext, finish_round
+from fedclaw.learning.strategy import ClientUpdate, RoundContext, checked_client_update
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec, RefusalCode
 from fedclaw.site.service import SiteService
@@ -106,7 +106,7 @@ def test_what_somebody_elses_strategy_refuses_a_site_refuses(site: SiteService, 
 
 def test_a_step_that_waits_for_its_noise_is_not_for_a_strategy_to_change(site: SiteService, monkeypatch) -> None:
     how = {"privacy": None, "central": EXAMPLE, "training": ONE_STEP}
-    monkeypatch.setattr(FedAvg, "finish", classmethod(lambda _cls, delta, _context: Finished(delta)))
+    monkeypatch.setattr(FedAvg, "client_update", classmethod(lambda _cls, delta, _context: ClientUpdate(delta)))
     assert "makes more of a site's step" in refused(ask(site, "fedavg", **how), site)
     monkeypatch.undo()
     assert not ask(site, "fedavg", **how).has_error()
@@ -114,7 +114,7 @@ def test_a_step_that_waits_for_its_noise_is_not_for_a_strategy_to_change(site: S
 
 def finishing(monkeypatch, site: SiteService, finish) -> None:
     """What a strategy returns beyond what it declares leaves nothing and keeps nothing."""
-    monkeypatch.setattr(FedAvg, "finish", classmethod(lambda _cls, delta, context: finish(delta, context)))
+    monkeypatch.setattr(FedAvg, "client_update", classmethod(lambda _cls, delta, context: finish(delta, context)))
     reply = ask(site, "fedavg")
     assert reply.has_error()
     assert RefusalCode(reply.error.code) is RefusalCode.FAILED
@@ -124,13 +124,13 @@ def finishing(monkeypatch, site: SiteService, finish) -> None:
 def test_what_a_strategy_does_not_declare_does_not_leave(site: SiteService, monkeypatch, caplog) -> None:
     one = np.ones(1, np.float32)
     for finish, reason in (
-        (lambda delta, _: Finished({**delta, "loss": one}), "delta that finish returned"),
-        (lambda delta, _: Finished(dict(list(delta.items())[1:])), "delta that finish returned"),
-        (lambda delta, _: Finished(delta, extras={"~loss": one}), "extras that finish returned"),
-        (lambda delta, _: Finished(delta, state={"loss": {}}), "keeps 'loss'"),
-        (lambda delta, _: Finished(delta, state={"personal": delta}), "keeps 'personal'"),
-        (lambda delta, _: Finished({n: a.astype(np.float64) for n, a in delta.items()}), "float32"),
-        (lambda delta, context: Finished({n: a * context.loss() for n, a in delta.items()}), "uses_training_loss"),
+        (lambda delta, _: ClientUpdate({**delta, "loss": one}), "delta that client_update returned"),
+        (lambda delta, _: ClientUpdate(dict(list(delta.items())[1:])), "delta that client_update returned"),
+        (lambda delta, _: ClientUpdate(delta, extras={"~loss": one}), "extras that client_update returned"),
+        (lambda delta, _: ClientUpdate(delta, state={"loss": {}}), "keeps 'loss'"),
+        (lambda delta, _: ClientUpdate(delta, state={"personal": delta}), "keeps 'personal'"),
+        (lambda delta, _: ClientUpdate({n: a.astype(np.float64) for n, a in delta.items()}), "float32"),
+        (lambda delta, context: ClientUpdate({n: a * context.loss() for n, a in delta.items()}), "uses_training_loss"),
     ):
         finishing(monkeypatch, site, finish)
         assert reason in caplog.text
@@ -144,7 +144,7 @@ def test_a_training_loss_is_for_those_that_declare_it() -> None:
         return {"w": np.ones(2, np.float32)}
 
     context = RoundContext({"q": 1.0}, SOME_STEPS, 3, lambda: 2.0)
-    left = finish_round(QFedAvg, delta(), context)
+    left = checked_client_update(QFedAvg, delta(), context)
     assert left.delta["w"].tolist() == [2, 2]
     assert set(left.extras) == {"~curvature"}
 
@@ -152,7 +152,7 @@ def test_a_training_loss_is_for_those_that_declare_it() -> None:
         uses_training_loss = False
 
     with pytest.raises(PluginError, match="does not declare uses_training_loss"):
-        finish_round(Untold, delta(), context)
+        checked_client_update(Untold, delta(), context)
 
 
 def test_the_model_that_a_strategy_is_asked_about_takes_no_memory(site: SiteService) -> None:

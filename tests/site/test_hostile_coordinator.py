@@ -28,12 +28,12 @@ STRONG = {"rate": 50.0}
 def keeps(name: str) -> bool:
     """Whether a site has something of that strategy's from round to round."""
     strategy = strategy_class(name)
-    return bool(strategy.kept or strategy.personal_model or strategy.personal is not Strategy.personal)
+    return bool(strategy.client_state or strategy.personal_model or strategy.personal is not Strategy.personal)
 
 
 def is_quiet(name: str) -> bool:
     """Whether a site of that strategy does what FedAvg's does."""
-    halves = ("correct", "correct_personal", "finish", "extras")
+    halves = ("correct_gradients", "correct_personal_gradients", "client_update", "extras")
     return not keeps(name) and not any(is_overridden(strategy_class(name), half) for half in halves)
 
 

@@ -19,18 +19,18 @@ IN_ORDER = sorted(UNLIKE, key=number_of)
 
 
 def test_every_site_has_its_turn_in_the_same_order() -> None:
-    asked_nodes = [Cyclic().choose(number, [3, 5, 8], 0) for number in range(1, 8)]
+    asked_nodes = [Cyclic().select_clients(number, [3, 5, 8], 0) for number in range(1, 8)]
     assert asked_nodes == [[3], [5], [8], [3], [5], [8], [3]]
 
 
 def test_a_shuffled_cycle_still_visits_everybody_and_is_drawn_anew() -> None:
     strategy = Cyclic(order="shuffled")
     nodes = list(range(6))
-    cycles = [[strategy.choose(6 * cycle + i, nodes, 4)[0] for i in range(1, 7)] for cycle in range(5)]
+    cycles = [[strategy.select_clients(6 * cycle + i, nodes, 4)[0] for i in range(1, 7)] for cycle in range(5)]
     assert all(sorted(cycle) == nodes for cycle in cycles)
     assert len({tuple(cycle) for cycle in cycles}) > 1
-    assert cycles[0] == [strategy.choose(i, nodes, 4)[0] for i in range(1, 7)]
-    assert any(strategy.choose(i, nodes, 5) != strategy.choose(i, nodes, 4) for i in range(1, 7))
+    assert cycles[0] == [strategy.select_clients(i, nodes, 4)[0] for i in range(1, 7)]
+    assert any(strategy.select_clients(i, nodes, 5) != strategy.select_clients(i, nodes, 4) for i in range(1, 7))
     with pytest.raises(ValidationError):
         Cyclic(order="backwards")
 

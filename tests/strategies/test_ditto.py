@@ -24,10 +24,10 @@ def test_a_step_by_hand() -> None:
     moved, frozen = torch.tensor([4.0], requires_grad=True), torch.zeros(1, requires_grad=True)
     moved.grad = torch.tensor([1.0])
     context = StepContext({"regularisation": 0.5}, [torch.tensor([1.0]), torch.tensor([7.0])])
-    Ditto.correct_personal([moved, frozen], context)
+    Ditto.correct_personal_gradients([moved, frozen], context)
     assert moved.grad.tolist() == [2.5]
     assert frozen.grad is None
-    Ditto.correct([moved], context)
+    Ditto.correct_gradients([moved], context)
     assert moved.grad.tolist() == [2.5], "the global model's steps are FedAvg's"
 
 

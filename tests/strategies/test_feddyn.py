@@ -30,14 +30,14 @@ def test_a_step_by_hand() -> None:
     moved, frozen = torch.tensor([2.0], requires_grad=True), torch.zeros(1, requires_grad=True)
     moved.grad = torch.tensor([1.0])
     kept, start = [torch.tensor([3.0]), torch.tensor([9.0])], [torch.tensor([0.5]), torch.tensor([1.0])]
-    FedDyn.correct([moved, frozen], StepContext({"alpha": 2.0}, start, {}, {"moved": kept}))
+    FedDyn.correct_gradients([moved, frozen], StepContext({"alpha": 2.0}, start, {}, {"moved": kept}))
     assert moved.grad.tolist() == [10.0]
     assert frozen.grad is None
 
 
 def test_a_rounds_end_by_hand() -> None:
     context = RoundContext({"alpha": 2.0}, PLAIN, 4, lambda: 0.0, {}, {"moved": {"w": array(3.0)}})
-    finished = FedDyn.finish({"w": array(-1.0)}, context)
+    finished = FedDyn.client_update({"w": array(-1.0)}, context)
     assert finished.delta["w"].tolist() == [-1.0]
     assert finished.state["moved"]["w"].tolist() == [2.0]
     assert not finished.extras
@@ -47,8 +47,8 @@ def test_the_server_by_hand() -> None:
     # Two of four equal sites: h / alpha = -1/2 * 4 = -2, the step is 4 + 2 = 6; then all: -2 - 1 = -3, 1 + 3 = 4.
     strategy = FedDyn()
     state = strategy.server_state({"w": array(0.0)})
-    assert strategy.absorb({"w": array(4.0)}, state, Participation(2.0, 4.0))["w"].tolist() == [6.0]
-    assert strategy.absorb({"w": array(1.0)}, state, Participation(4.0, 4.0))["w"].tolist() == [4.0]
+    assert strategy.aggregate({"w": array(4.0)}, state, Participation(2.0, 4.0))["w"].tolist() == [6.0]
+    assert strategy.aggregate({"w": array(1.0)}, state, Participation(4.0, 4.0))["w"].tolist() == [4.0]
 
 
 def algorithm_1(sites, cohorts, rounds, steps, rate, alpha, weights):

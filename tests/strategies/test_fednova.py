@@ -50,7 +50,7 @@ def test_it_is_how_far_torchs_optimiser_goes_along_gradients_of_one(momentum: fl
     optimizer = torch.optim.SGD([moved], lr=0.5, momentum=momentum)
     for _ in range(9):
         moved.grad = torch.ones(1)
-        FedNova.correct([moved], StepContext({"mu": mu}, [start]))
+        FedNova.correct_gradients([moved], StepContext({"mu": mu}, [start]))
         optimizer.step()
     assert -moved.item() / 0.5 == pytest.approx(accumulated(training(momentum=momentum), 9, mu), rel=1e-5)
 
@@ -60,10 +60,10 @@ def test_both_halves_by_hand() -> None:
     sent = []
     for delta, steps in ((8.0, 4), (3.0, 1)):
         context = RoundContext({"mu": 0.0}, training(), steps, lambda: 0.0)
-        finished = FedNova.finish({"w": array(delta)}, context)
+        finished = FedNova.client_update({"w": array(delta)}, context)
         sent.append({**finished.delta, **finished.extras})
     mean = {name: (sent[0][name] + 3 * sent[1][name]) / 4 for name in sent[0]}
-    step = FedNova().absorb(mean, {}, Participation(4.0, 4.0))
+    step = FedNova().aggregate(mean, {}, Participation(4.0, 4.0))
     assert {name: values.tolist() for name, values in step.items()} == {"w": [2.75 * 1.75]}
 
 

@@ -23,7 +23,7 @@ from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Q
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, Plan
 from fedclaw.protocol.terms import StrategyRecord
-from fedclaw.server.aggregate import combination
+from fedclaw.server.accumulator import robust_aggregation
 from fedclaw.server.coordinator import make_strategy
 from fedclaw.server.exchange import Trained
 from tests.samples import plan_of, receipt, run_record
@@ -36,7 +36,7 @@ WEIGHTINGS: tuple[tuple[str, int | None], ...] = (("uniform", None), ("capped", 
 
 def promising() -> list[str]:
     made = {name: strategy_class(name) for name in sorted(installed(STRATEGIES))}
-    return [name for name, kind in made.items() if kind.withstands is not Strategy.withstands]
+    return [name for name, kind in made.items() if kind.byzantine_tolerance is not Strategy.byzantine_tolerance]
 
 
 def made(name: str) -> Strategy:
@@ -131,9 +131,9 @@ def question() -> Message:
 def test_the_robust_ones_are_among_them() -> None:
     named = {"bulyan", "centred_clipping", "krum", "median", "multi_krum", "norm_bounding", "rfa", "trimmed_mean"}
     assert named <= set(promising())
-    assert made("fedavg").withstands(SITES) == 0
-    assert all(made(name).withstands(SITES) >= 2 for name in promising())
-    assert all(made(name).withstands(2) == 0 for name in promising())
+    assert made("fedavg").byzantine_tolerance(SITES) == 0
+    assert all(made(name).byzantine_tolerance(SITES) >= 2 for name in promising())
+    assert all(made(name).byzantine_tolerance(2) == 0 for name in promising())
 
 
 @pytest.mark.parametrize("name", promising())
@@ -143,9 +143,9 @@ def test_what_hostile_sites_send_is_refused_or_moves_nothing_far(
     name: str, data: st.DataObject, seed: int, weighting: tuple[str, int | None]
 ) -> None:
     strategy, asked, draw = made(name), plan(name, *weighting), np.random.default_rng(seed)
-    hostile = min(2, strategy.withstands(SITES))
+    hostile = min(2, strategy.byzantine_tolerance(SITES))
     state = strategy.server_state(TEMPLATE)
-    trained = Trained.under(asked, TEMPLATE, combination(strategy, state))
+    trained = Trained.for_plan(asked, TEMPLATE, robust_aggregation(strategy, state))
     longest, asking = 0.0, question()
     for site in range(SITES):
         content = honest(asked, draw, int(draw.integers(5, 50)))
@@ -156,7 +156,7 @@ def test_what_hostile_sites_send_is_refused_or_moves_nothing_far(
             assert isinstance(weight, float)
             sent = unpack(content.array_records["sum"])
             longest = max(longest, math.hypot(*(float(np.linalg.norm(array)) for array in sent.values())) / weight)
-        trained.take(str(site), Message(content, reply_to=asking))
+        trained.add_reply(str(site), Message(content, reply_to=asking))
     refused = {item.site: item.code for item in trained.declined}
     assert set(refused.values()) <= {"unusable"}
     assert set(refused).isdisjoint(map(str, range(hostile, SITES))), "an honest site was refused"
@@ -175,13 +175,13 @@ def test_a_weight_that_the_plan_does_not_give_is_refused(
 ) -> None:
     """Of these, 1e-46 made five strategies NaN, 100 moved RFA to 0, and 1e12 took all of a mean."""
     strategy, asked, draw = made(name), plan(name, *weighting), np.random.default_rng(1)
-    trained = Trained.under(asked, TEMPLATE, combination(strategy, strategy.server_state(TEMPLATE)))
+    trained = Trained.for_plan(asked, TEMPLATE, robust_aggregation(strategy, strategy.server_state(TEMPLATE)))
     asking = question()
     for site in range(SITES):
         content = honest(asked, draw, 10)
         if site == 0:
             content["metrics"] = MetricRecord({"weight": weight, "examples": 10})
-        trained.take(str(site), Message(content, reply_to=asking))
+        trained.add_reply(str(site), Message(content, reply_to=asking))
     assert [(item.site, item.code) for item in trained.declined] == [("0", "unusable")]
     assert len(trained.answered) == SITES - 1
 
@@ -191,7 +191,7 @@ def test_examples_that_a_site_claims_do_not_decide_where_a_strategy_promises_any
         results = []
         for claimed in (10, 10**12):
             strategy, asked, draw = made(name), plan(name, "examples", None), np.random.default_rng(1)
-            trained = Trained.under(asked, TEMPLATE, combination(strategy, strategy.server_state(TEMPLATE)))
+            trained = Trained.for_plan(asked, TEMPLATE, robust_aggregation(strategy, strategy.server_state(TEMPLATE)))
             asking = question()
             for site in range(SITES):
                 content = honest(asked, draw, 10)
@@ -199,7 +199,7 @@ def test_examples_that_a_site_claims_do_not_decide_where_a_strategy_promises_any
                     arrays = {key: np.full_like(array, 5.0 * claimed) for key, array in TEMPLATE.items()}
                     content["sum"] = pack(arrays)
                     content["metrics"] = MetricRecord({"weight": float(claimed), "examples": claimed})
-                trained.take(str(site), Message(content, reply_to=asking))
+                trained.add_reply(str(site), Message(content, reply_to=asking))
             assert len(trained.answered) == SITES
             results.append(postprocess.at_server(trained.total.take(), asked, shapes_of(TEMPLATE)).arrays["w"])
         np.testing.assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-6)
@@ -209,13 +209,13 @@ def test_examples_that_a_site_claims_do_not_decide_where_a_strategy_promises_any
 def test_numbers_that_would_overflow_a_mean_are_refused_where_they_come_from(value: float) -> None:
     """Of two such a plain mean made infinity, and the run ended without naming anybody."""
     asked, draw = plan("fedavg", "uniform", None), np.random.default_rng(1)
-    trained = Trained.under(asked, TEMPLATE)
+    trained = Trained.for_plan(asked, TEMPLATE)
     asking = question()
     for site in range(4):
         content = honest(asked, draw, 10)
         if site < 2:
             content["sum"] = pack({name: np.full_like(array, value) for name, array in TEMPLATE.items()})
-        trained.take(str(site), Message(content, reply_to=asking))
+        trained.add_reply(str(site), Message(content, reply_to=asking))
     assert [item.site for item in trained.declined] == ["0", "1"]
     mean = postprocess.at_server(trained.total.take(), asked, shapes_of(TEMPLATE)).arrays
     assert all(np.isfinite(array).all() for array in mean.values())
@@ -239,7 +239,7 @@ def test_bytes_of_a_compressed_update_are_refused_or_stand_for_numbers(form: Com
     asked = plan_of(run_record(privacy=None, compression=form))
     encoder = encoder_of(asked)
     assert encoder is not None
-    trained, wire = Trained.under(asked, template), {}
+    trained, wire = Trained.for_plan(asked, template), {}
     for name, kind in layout(encoder, shapes_of(postprocess.template(template, asked))).items():
         content = data.draw(st.binary(min_size=1, max_size=8)) * kind.nbytes
         wire[name] = np.frombuffer(content[: kind.nbytes], kind.dtype).reshape(kind.shape)

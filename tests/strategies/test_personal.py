@@ -99,7 +99,7 @@ def test_fedrep_moves_the_head_first_and_then_the_body() -> None:
         parameters = [torch.zeros(1, requires_grad=True) for _ in range(3)]
         for parameter in parameters[:2]:
             parameter.grad = torch.ones(1)
-        FedRep.correct(
+        FedRep.correct_gradients(
             parameters,
             StepContext({"head_share": share}, [], step=step, steps=steps, personal=[False, True, True]),
         )

@@ -21,7 +21,7 @@ def array(*values: float) -> np.ndarray:
 
 
 def sent(q: float, delta: np.ndarray, loss: float) -> dict[str, np.ndarray]:
-    finished = QFedAvg.finish({"w": delta}, RoundContext({"q": q}, HALF, 1, lambda: loss))
+    finished = QFedAvg.client_update({"w": delta}, RoundContext({"q": q}, HALF, 1, lambda: loss))
     return {**finished.delta, **finished.extras}
 
 
@@ -36,7 +36,7 @@ def test_two_sites_of_unequal_weight_by_hand() -> None:
     # q = 1: losses 1 and 4, deltas 1 and -1, weights 1 and 3. D / L = 1 and -4; h / L = 2 + 1 = 3 and 2 + 4 = 6.
     sites = [sent(1.0, array(1.0), 1.0), sent(1.0, array(-1.0), 4.0)]
     mean = {name: (sites[0][name] + 3 * sites[1][name]) / 4 for name in sites[0]}
-    step = QFedAvg().absorb(mean, {}, Participation(4.0, 4.0))
+    step = QFedAvg().aggregate(mean, {}, Participation(4.0, 4.0))
     assert step["w"].tolist() == pytest.approx([(1 - 12) / (3 + 18)])
 
 
@@ -56,7 +56,7 @@ def test_q_zero_is_fedavg_and_asks_for_no_loss(tmp_path) -> None:
     def never() -> float:
         raise AssertionError("the loss was asked for")
 
-    QFedAvg.finish({"w": array(1.0)}, RoundContext({"q": 0.0}, HALF, 1, never))
+    QFedAvg.client_update({"w": array(1.0)}, RoundContext({"q": 0.0}, HALF, 1, never))
 
 
 def losses(at: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ def combined(strategy: RobustStrategy, rows: list, weights: list[float] | None =
     """What `strategy` makes of `rows`, single numbers or vectors, in its first round."""
     updates = np.array(rows, np.float32).reshape(len(rows), -1)
     state = strategy.server_state({"w": updates[0]})
-    return strategy.combine(updates, np.array(weights or [1.0] * len(rows)), state).tolist()
+    return strategy.robust_aggregate(updates, np.array(weights or [1.0] * len(rows)), state).tolist()
 
 
 def test_median() -> None:
@@ -124,12 +124,12 @@ def test_centred_clipping() -> None:
 def test_centred_clipping_begins_where_the_last_round_ended() -> None:
     strategy = CentredClipping(radius=1)
     state = strategy.server_state({"a": np.zeros(1, np.float32), "b": np.zeros((1, 1), np.float32)})
-    first = strategy.combine(np.array([[3, 0], [-0.5, 0]], np.float32), np.ones(2), state)
-    mean = strategy.absorb({"a": first[:1], "b": first[1:].reshape(1, 1)}, state, Participation(2, 2))
+    first = strategy.robust_aggregate(np.array([[3, 0], [-0.5, 0]], np.float32), np.ones(2), state)
+    mean = strategy.aggregate({"a": first[:1], "b": first[1:].reshape(1, 1)}, state, Participation(2, 2))
     mean["a"] *= 0  # the optimiser overwrites what it is given
     assert {name: array.tolist() for name, array in state[CENTRE].items()} == {"a": [0.25], "b": [[0]]}
     # 4 and -0.5 away from (0.25, 0): (1 - 0.5) / 2 further
-    again = strategy.combine(np.array([[4.25, 0], [-0.25, 0]], np.float32), np.ones(2), state)
+    again = strategy.robust_aggregate(np.array([[4.25, 0], [-0.25, 0]], np.float32), np.ones(2), state)
     assert again.tolist() == [0.5, 0]
 
 

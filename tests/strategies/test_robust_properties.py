@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from fedclaw.server.aggregate import UpdateStack, combination
+from fedclaw.server.accumulator import UpdateStack, robust_aggregation
 from fedclaw.strategies.bulyan import Bulyan
 from fedclaw.strategies.centred_clipping import CENTRE, CentredClipping
 from fedclaw.strategies.krum import Krum
@@ -40,7 +40,7 @@ def apply(strategy: RobustStrategy, updates: Vector, weights: Vector | None = No
     state = strategy.server_state({"w": updates[0]})
     if centre is not None:
         state[CENTRE] = {"w": centre.astype(np.float32)}
-    return strategy.combine(updates, np.ones(len(updates)) if weights is None else weights, state)
+    return strategy.robust_aggregate(updates, np.ones(len(updates)) if weights is None else weights, state)
 
 
 # The same, slowly
@@ -135,7 +135,7 @@ def test_who_answers_first_does_not_matter(name: str, seed: int) -> None:
 
     def through_the_stack(order: Vector) -> Vector:
         strategy, template = MADE[name](), {"w": np.zeros(5, np.float32)}
-        stack = UpdateStack(template, combination(strategy, strategy.server_state(template)))
+        stack = UpdateStack(template, robust_aggregation(strategy, strategy.server_state(template)))
         for position in order:
             weight = np.float32(weights[position])
             stack.add({"w": (rows[position] * weight).astype(np.float32)}, float(weight), int(weight))
@@ -227,8 +227,8 @@ def test_krum_and_the_median_never_learn_what_few_sites_know_and_centred_clippin
     total = np.zeros(3)
     for _ in range(50):
         rows = (generator.permutation(11) < 3).astype(np.float32)[:, None]
-        found = clipping.combine(rows, np.ones(11), state)
-        clipping.absorb({"w": found}, state, None)
+        found = clipping.robust_aggregate(rows, np.ones(11), state)
+        clipping.aggregate({"w": found}, state, None)
         total += [apply(Median(), rows)[0], apply(Krum(hostile=HOSTILE), rows)[0], found[0]]
     assert total[:2].tolist() == [0, 0]
     assert total[2] == pytest.approx(50 * 3 / 11, rel=0.05)

@@ -29,7 +29,7 @@ def test_a_step_by_hand() -> None:
     kept = [torch.tensor([1.5]), torch.tensor([9.0])]
     sent = [torch.tensor([2.5]), torch.tensor([9.0])]
     context = StepContext({}, [], {"control": sent}, {"control": kept}, learning_rate=0.5)
-    Scaffold.correct([moved, frozen], context)
+    Scaffold.correct_gradients([moved, frozen], context)
     assert moved.grad.tolist() == [3.0]
     assert frozen.grad is None
 
@@ -37,7 +37,7 @@ def test_a_step_by_hand() -> None:
 def test_a_rounds_end_by_hand() -> None:
     # K = 4 steps went from w0 to w0 - 8: (w0 - w) / K = 2 a step.  c_i+ = c_i - c + 2 = 1.5 - 2.5 + 2 = 1.
     context = RoundContext({}, PLAIN, 4, lambda: 0.0, {"control": {"w": array(2.5)}}, {"control": {"w": array(1.5)}})
-    finished = Scaffold.finish({"w": array(-8.0)}, context)
+    finished = Scaffold.client_update({"w": array(-8.0)}, context)
     assert finished.delta["w"].tolist() == [-8.0]
     assert finished.state["control"]["w"].tolist() == [1.0]
     assert finished.extras["~w"].tolist() == [1.0 - 1.5]
@@ -47,12 +47,12 @@ def test_the_servers_control_follows_the_sites_that_answered() -> None:
     # Equal weights, 2 of 8 sites: c moves by |S| / N = 1/4 of the mean change.
     strategy = Scaffold()
     state = strategy.server_state({"w": array(0.0)})
-    assert strategy.sent(state)["control"]["w"].tolist() == [0.0]
-    delta = strategy.absorb({"w": array(3.0), "~w": array(4.0)}, state, Participation(2.0, 8.0))
+    assert strategy.broadcast(state)["control"]["w"].tolist() == [0.0]
+    delta = strategy.aggregate({"w": array(3.0), "~w": array(4.0)}, state, Participation(2.0, 8.0))
     assert {name: values.tolist() for name, values in delta.items()} == {"w": [3.0]}
-    assert strategy.sent(state)["control"]["w"].tolist() == [1.0]
-    strategy.absorb({"w": array(0.0), "~w": array(-2.0)}, state, Participation(4.0, 8.0))
-    assert strategy.sent(state)["control"]["w"].tolist() == [0.0]
+    assert strategy.broadcast(state)["control"]["w"].tolist() == [1.0]
+    strategy.aggregate({"w": array(0.0), "~w": array(-2.0)}, state, Participation(4.0, 8.0))
+    assert strategy.broadcast(state)["control"]["w"].tolist() == [0.0]
 
 
 def algorithm_1(sites, cohorts, rounds, steps, rate, weights):
@@ -183,7 +183,7 @@ def test_what_leaves_follows_from_the_delta_and_what_was_sent(tmp_path) -> None:
 
 @pytest.mark.parametrize("sent", [{}, {"control": {PLACE: array(1.0, 2.0)}}, {"control": {"other": array(1.0)}}])
 def test_a_question_without_the_servers_control_is_refused_before_it_is_paid_for(tmp_path, monkeypatch, sent) -> None:
-    monkeypatch.setattr(Scaffold, "sent", lambda _strategy, _state: sent)
+    monkeypatch.setattr(Scaffold, "broadcast", lambda _strategy, _state: sent)
     sites = bowls(UNLIKE)
     with pytest.raises(RoundError, match="needs the server's 'control' for each parameter"):
         play(tmp_path / "run", asked("scaffold", rounds=1), sites)
@@ -206,8 +206,8 @@ def test_noise_on_the_sum_is_refused() -> None:
 
 def test_participation() -> None:
     exact = Participation.of(3.0, 2, 5, [1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (exact.weight, exact.everyone, exact.share) == (3.0, 15.0, 0.2)
-    assert Participation.of(3.0, 2, 4, [1.0, 2.0]).everyone == 6.0, "two are unknown, taken for 1.5 each"
-    assert Participation.of(3.0, 2, 1, [1.0, 2.0, 3.0]).everyone == 6.0, "those that are away now count"
+    assert (exact.weight, exact.total_weight, exact.share) == (3.0, 15.0, 0.2)
+    assert Participation.of(3.0, 2, 4, [1.0, 2.0]).total_weight == 6.0, "two are unknown, taken for 1.5 each"
+    assert Participation.of(3.0, 2, 1, [1.0, 2.0, 3.0]).total_weight == 6.0, "those that are away now count"
     assert Participation.of(2.0, 2, 8, []).share == 0.25
     assert Participation.of(0.0, 0, 0, []).share == 0.0

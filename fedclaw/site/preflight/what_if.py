@@ -55,9 +55,9 @@ def _message(site: SiteService, plan: Plan) -> Message:
     model = site.workload.build(plan.model)
     parameters = {name: value.detach().numpy().copy() for name, value in model.named_parameters()}
     shared = {name: value for name, value in parameters.items() if name not in plan.personal}
-    told = {kind: {name: np.zeros_like(value) for name, value in shared.items()} for kind in strategy.told}
+    told = {kind: {name: np.zeros_like(value) for name, value in shared.items()} for kind in strategy.broadcast_kinds}
     assume_server_identity(1)
-    return questions([1], plan.round, MessageType.TRAIN, question(plan, Outgoing(parameters, sent=told)), 1.0)[0]
+    return questions([1], plan.round, MessageType.TRAIN, question(plan, Outgoing(parameters, broadcast=told)), 1.0)[0]
 
 
 def _plan(site: SiteService, asked: Question) -> Plan:

@@ -26,7 +26,7 @@ from fedclaw.learning.strategy import Participation
 from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
 from fedclaw.protocol.questions import Outgoing, questions
 from fedclaw.server import exchange
-from fedclaw.server.aggregate import combination
+from fedclaw.server.accumulator import robust_aggregation
 from fedclaw.server.coordinator import make_plan, make_strategy
 from fedclaw.server.exchange import Answers, Evaluated, Trained
 from fedclaw.server.global_model import GlobalModel
@@ -69,7 +69,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
         """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
         model = self._started()
         plan = make_plan(self._record, self._strategy, server_round, 1)
-        self.trained = trained = Trained.under(plan, model.parameters, combination(self._strategy, self._memory))
+        robust = robust_aggregation(self._strategy, self._memory)
+        self.trained = trained = Trained.for_plan(plan, model.parameters, robust)
         _take(trained, replies, server_round)
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
@@ -78,7 +79,7 @@ class FlowerStrategy(AbstractFlowerStrategy):
         self._weights.update({site: plan.weight(item.examples) for site, item in trained.receipts.items()})
         participation = Participation.of(summed.weight, len(trained.answered), self._asked, self._weights.values())
         mean = postprocess.at_server(summed, plan, shapes_of(model.parameters)).arrays
-        norm = model.step(self._strategy.absorb(mean, self._memory, participation))
+        norm = model.step(self._strategy.aggregate(mean, self._memory, participation))
         return pack(model.parameters), MetricRecord({"sites": len(trained.answered), "update_norm": norm})
 
     def configure_evaluate(
@@ -102,8 +103,8 @@ class FlowerStrategy(AbstractFlowerStrategy):
         nodes = sorted(grid.get_node_ids())
         plan = make_plan(self._record, self._strategy, server_round, len(nodes))
         self._asked = len(nodes)
-        sent = self._strategy.sent(self._memory) if kind == MessageType.TRAIN else {}
-        outgoing = Outgoing(self._started().parameters, sent=sent)
+        sent = self._strategy.broadcast(self._memory) if kind == MessageType.TRAIN else {}
+        outgoing = Outgoing(self._started().parameters, broadcast=sent)
         return questions(nodes, plan.round, kind, exchange.training_question(plan, outgoing))
 
     def _started(self) -> GlobalModel:
@@ -114,7 +115,7 @@ class FlowerStrategy(AbstractFlowerStrategy):
 def _beyond_flower(record: RunRecord) -> str | None:
     """What `record` needs of a loop that Flower's does not have."""
     central = record.central
-    if make_strategy(record).choose(1, [0, 1], record.seed) is not None:
+    if make_strategy(record).select_clients(1, [0, 1], record.seed) is not None:
         return f"strategy that chooses whom a round asks ({record.strategy.name})"
     if record.secure is not None:
         return "secure aggregation"
@@ -127,6 +128,6 @@ def _beyond_flower(record: RunRecord) -> str | None:
 
 def _take(answers: Answers, replies: Iterable[Message], server_round: int) -> None:
     for reply in replies:
-        answers.take(str(reply.metadata.src_node_id), reply)
+        answers.add_reply(str(reply.metadata.src_node_id), reply)
     for declined in answers.declined:
         log.warning("round %d: node %s declined (%s): %s", server_round, declined.site, declined.code, declined.reason)

@@ -14,7 +14,7 @@ from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.compression import PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.plan import CentralPrivacy
 from fedclaw.protocol.update import Update
-from fedclaw.server.aggregate import WeightedSum
+from fedclaw.server.accumulator import WeightedSum
 from tests.samples import plan_of, run_record
 
 SOURCE = GaussianSource()

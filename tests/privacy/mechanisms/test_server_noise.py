@@ -20,7 +20,7 @@ from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, CentralRequest, 
 from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.protocol.update import Update
 from fedclaw.server import checkpoint
-from fedclaw.server.aggregate import WeightedSum
+from fedclaw.server.accumulator import WeightedSum
 from fedclaw.server.coordinator import PENDING, run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated, initial_parameters

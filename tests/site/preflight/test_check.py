@@ -299,8 +299,8 @@ def takes(asker, name):
         }
     )
     zeros = {key: np.zeros_like(value) for key, value in asker.parameters.items()}
-    told = dict.fromkeys(strategy.told, zeros)
-    return not asker.ask(content=question(plan, Outgoing(asker.parameters, sent=told))).has_error()
+    told = dict.fromkeys(strategy.broadcast_kinds, zeros)
+    return not asker.ask(content=question(plan, Outgoing(asker.parameters, broadcast=told))).has_error()
 
 
 def test_an_unfinished_run_is_counted_when_another_is_asked_about(root, said):

@@ -14,15 +14,15 @@ from fedclaw.protocol.update import Update
 if TYPE_CHECKING:
     from fedclaw.learning.strategy import Strategy
 
-Combine = Callable[[NDArray[np.float32], NDArray[np.float64]], NDArray[np.float32]]
-"""(updates (n, d), weights (n,)) -> (d,); see `combination`."""
+RobustAggregate = Callable[[NDArray[np.float32], NDArray[np.float64]], NDArray[np.float32]]
+"""(updates (n, d), weights (n,)) -> (d,); see `robust_aggregation`."""
 
 
-def combination(strategy: "Strategy", state: Mapping[str, Arrays]) -> Combine | None:
+def robust_aggregation(strategy: "Strategy", state: Mapping[str, Arrays]) -> RobustAggregate | None:
     """What `strategy` makes of single updates when its server half remembers `state`; None if it takes their sum."""
     if not strategy.needs_single_updates:
         return None
-    return lambda updates, weights: strategy.combine(updates, weights, state)
+    return lambda updates, weights: strategy.robust_aggregate(updates, weights, state)
 
 
 class WeightedSum:
@@ -94,25 +94,25 @@ class WeightedSum:
 class UpdateStack(WeightedSum):
     """The same for an algorithm that has to see every update: they are kept, n models in memory, until they are taken.
 
-    What is taken is what `combine` makes of the updates (n, d) and their weights (n,), times the sum of the weights: a
-    sum, like any other, whose mean is the combination. The updates are in an order of their content's, so that what
-    comes of them does not depend on who answered first.
+    What is taken is what `robust_aggregate` makes of the updates (n, d) and their weights (n,), times the sum of the
+    weights: a sum, like any other, whose mean is the combination. The updates are ordered by their content, so that
+    the result does not depend on who answered first.
 
-    The weights that `combine` is given are 1 unless the sites' are `bounded`: how many examples a site has, nobody can
-    check, and a number that it may choose must not decide.
+    The weights that `robust_aggregate` is given are 1 unless the sites' are `bounded`: nobody can check how many
+    examples a site has, and a number that it may choose must not decide.
     """
 
     def __init__(
         self,
         template: Mapping[str, NDArray[np.float32]],
-        combine: Combine,
+        robust: RobustAggregate,
         *,
         bounded: bool = False,
         largest: float = np.inf,
     ) -> None:
         """`bounded`: by a cap that the run declares."""
         super().__init__(template, largest=largest)
-        self._combine = combine
+        self._robust = robust
         self._bounded = bounded
         self._updates: list[NDArray[np.float32]] = []
         self._weights: list[float] = []
@@ -132,7 +132,7 @@ class UpdateStack(WeightedSum):
     def take(self) -> Update:
         """The combination. Raises UpdateError when there are too few updates for it."""
         if self._updates:
-            combined = self._combine(*self._in_order()) * np.float32(self.weight)
+            combined = self._robust(*self._in_order()) * np.float32(self.weight)
             start = 0
             for name, array in self.arrays.items():
                 self.arrays[name] = combined[start : start + array.size].reshape(array.shape)

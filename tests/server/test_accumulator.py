@@ -11,7 +11,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan
 from fedclaw.protocol.update import Update
-from fedclaw.server.aggregate import WeightedSum
+from fedclaw.server.accumulator import WeightedSum
 
 TEMPLATE = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
 
