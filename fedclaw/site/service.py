@@ -8,8 +8,9 @@ import logging
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from fedclaw import __version__
 from fedclaw.errors import LedgerError
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN, RECEIPT, RUN, STAGES
@@ -158,10 +159,6 @@ class SiteService(Site):
         return _about(answer, request.run)
 
     def _check(self, plan: Plan) -> None:
-        if plan.version != PLAN_VERSION:
-            raise Refusal(
-                RefusalCode.MALFORMED, f"plan version {plan.version} is asked for; this site speaks {PLAN_VERSION}"
-            )
         self._check_place(plan)
         check_request(self.policy, plan)
 
@@ -194,11 +191,30 @@ def _is_for_statistics(message: Message) -> bool:
 
 
 def _plan_of(message: Message) -> Plan:
+    """The plan in `message`. Raises Refusal, of one of another version before anything else of it is read."""
     try:
-        return Plan.model_validate_json(str(message.content.config_records[PLAN][JSON]))
+        text = str(message.content.config_records[PLAN][JSON])
+        _check_version(text)
+        return Plan.model_validate_json(text)
     except (KeyError, ValueError) as error:
         reason = explain(error) if isinstance(error, ValidationError) else f"the message lacks {error}"
         raise Refusal(RefusalCode.MALFORMED, f"the plan cannot be read: {reason}") from error
+
+
+class _Version(BaseModel):
+    """All that is read of a plan before its version is known to be this one."""
+
+    version: int = Field(default=0, ge=0, le=10**6)
+
+
+def _check_version(plan: str) -> None:
+    version = _Version.model_validate_json(plan).version
+    if version != PLAN_VERSION:
+        raise Refusal(
+            RefusalCode.MALFORMED,
+            f"plan version {version} is asked for; this site speaks {PLAN_VERSION} (fedclaw {__version__}): install "
+            "the same version at the server and its sites",
+        )
 
 
 def _run_name(message: Message, reply: Message) -> str:
