@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import LocalTraining
 
@@ -73,7 +74,7 @@ class FedNova(Strategy):
             return "divides by what each gradient counts by, which Adam decides anew; take training.optimizer=sgd"
         if self.mu * training.learning_rate >= 1:
             return f"with mu={self.mu:g} and a learning rate of {training.learning_rate:g} leaps over its start"
-        if terms.secure is not None and (limit := terms.largest_update) is not None:
+        if terms.secure is not None and (limit := mechanism_of(terms).largest_update) is not None:
             steps = training.local_steps(int(terms.secure.largest_weight or 1))
             if accumulated(training, steps, self.mu) > limit * SCALE:
                 return f"needs a secure.value_range of more than {limit:g} for {steps} local steps"

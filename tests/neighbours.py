@@ -28,7 +28,7 @@ from torch import nn
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.learning.workload import Table
-from fedclaw.privacy.mechanisms.server_noise import WITHIN
+from fedclaw.privacy.mechanisms.sum_noise import WITHIN
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import pack

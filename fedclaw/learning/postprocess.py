@@ -23,7 +23,8 @@ from fedclaw.errors import UpdateError
 from fedclaw.learning.compression.encoded import SiteEncoding, encoder_of, layout, opened
 from fedclaw.learning.compression.randomk import SharedPositions, shortened
 from fedclaw.learning.registry import strategy_class
-from fedclaw.privacy.mechanisms.server_noise import WITHIN, CentralNoise
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.sum_noise import WITHIN
 from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Shapes, all_finite, payload, shapes_of, unpack, unpack_wire
 from fedclaw.protocol.plan import Plan
@@ -34,6 +35,18 @@ _BESIDE = 1024
 
 Reader = Callable[[ArrayRecord], tuple[Arrays, int]]
 """Opens what a site sent: its weighted update, and how many bytes it came in. Raises UpdateError."""
+
+
+class Bounding(Postprocessor):
+    """The mechanism's two halves: it bounds at the site, and adds the server's noise if there is any."""
+
+    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
+        """See Mechanism.bound."""
+        return mechanism_of(plan).bound(update)
+
+    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+        """See Mechanism.noised."""
+        return mechanism_of(plan).noised(total)
 
 
 class Weighting(Postprocessor):
@@ -53,7 +66,7 @@ class Weighting(Postprocessor):
 
     def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
         """Divide by the sum of weights."""
-        fixed = plan.central.expected_sites if plan.central else None
+        fixed = mechanism_of(plan).fixed_divisor
         divisor = total.weight if fixed is None else fixed
         if divisor <= 0:
             raise UpdateError("no update was added, so there is no mean")
@@ -64,7 +77,7 @@ class Weighting(Postprocessor):
         return replace(total, weight=1.0, heaviest=total.heaviest / divisor, divisor=divisor)
 
 
-PIPELINE: tuple[Postprocessor, ...] = (SharedPositions(), CentralNoise(), Weighting(), SiteEncoding())
+PIPELINE: tuple[Postprocessor, ...] = (SharedPositions(), Bounding(), Weighting(), SiteEncoding())
 """In the order in which a site applies them."""
 
 
@@ -92,20 +105,15 @@ def template(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Array
     """
     arrays = {name: array for name, array in parameters.items() if name not in plan.personal}
     arrays = shortened(arrays | strategy_class(plan.strategy).extras(arrays), plan)
-    if plan.central and plan.central.adaptive:
+    if mechanism_of(plan).counts_within_clip:
         arrays[WITHIN] = np.zeros(1, np.float32)
     return arrays
 
 
-def precision(plan: Plan) -> type[np.floating[Any]]:
-    """The type in which a server adds updates: float64 where its own noise comes after the sum, as the roundings of all
-    the others would differ by who is in it."""
-    return np.float64 if plan.central is not None and plan.central.noise_by == "server" else np.float32
-
-
 def sum_of(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> dict[str, NDArray[Any]]:
     """Arrays as `template` has them, in the type of the sum."""
-    return {name: array.astype(precision(plan), copy=False) for name, array in template(parameters, plan).items()}
+    dtype = mechanism_of(plan).sum_dtype
+    return {name: array.astype(dtype, copy=False) for name, array in template(parameters, plan).items()}
 
 
 def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:

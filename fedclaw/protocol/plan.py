@@ -19,7 +19,6 @@ Sums and weights add up, so a sum of answers is itself an answer. A site that wi
 a Flower `Error` whose code is a `RefusalCode` and whose reason is a sentence.
 """
 
-import math
 from enum import IntEnum
 from typing import Annotated, Literal, Self, get_args
 
@@ -48,8 +47,6 @@ SMALLEST_CLIP, LARGEST_CLIP = 1e-6, 1e6
 bring what is clipped there."""
 LARGEST_RATE = 1e3
 """Of local learning rates."""
-_LARGEST_NUMBER = 1e30
-# What a plan's numbers multiply to stays below, and its reciprocal above: a float32 has room for it.
 
 METRICS = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
 """Names of the evaluation metrics; all but `loss` lie in [0, 1]."""
@@ -196,27 +193,6 @@ class CentralPrivacy(CentralRequest):
     expected_sites: float | None = Field(default=None, gt=0)
     """Unit `site` with a rate below 1: connected sites x rate, which the sum is divided by whoever was asked."""
 
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if self.adaptive and (self.unit != "site" or self.noise_by != "server"):
-            raise ValueError("an adaptive clipping bound goes with unit: site and noise_by: server")
-        if self.noise_by == "sites" and self.unit == "site" and self.sample_rate < 1:
-            raise ValueError("distributed noise for the unit site asks every site: sample_rate is 1")
-        if math.isinf(self.update_noise_multiplier):
-            raise ValueError(f"adaptive: count_noise has to be above {self.noise_multiplier / 2:.4g} at this epsilon")
-        return self
-
-    @property
-    def update_noise_multiplier(self) -> float:
-        """What of `noise_multiplier` is left for the update when an adaptive bound's count takes its share.
-
-        Andrew et al. 2021, theorem 1: z_update = (z^-2 - (2 count_noise)^-2)^(-1/2).
-        """
-        if self.adaptive is None:
-            return self.noise_multiplier
-        rest = self.noise_multiplier**-2 - (2 * self.adaptive.count_noise) ** -2
-        return math.inf if rest <= 0 else rest**-0.5
-
 
 class SecureAggregation(Frozen):
     """One session of secure aggregation (Bell et al. 2020): what every site of the cohort has to agree on."""
@@ -316,85 +292,10 @@ class Terms(SharedTerms):
         """Whether updates leave under secure aggregation; None: not known."""
         return self.secure is not None
 
-    @property
-    def largest_update(self) -> float | None:
-        """The largest number of an update that a secure sum's integers hold; None: no limit is set."""
-        return None if self.secure is None or self.noised_by_sites else self.secure.value_range
-
-    @property
-    def noised_by_sites(self) -> bool:
-        """Whether each site brings its share of the noise on the sum."""
-        return self.central is not None and self.central.noise_by == "sites"
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """Settings whose guarantee would not hold are refused, with the reason."""
-        if (self.weighting == "capped") != (self.weight_cap is not None):
-            raise ValueError("weight_cap goes with weighting: capped, and only with that")
-        if self.central is not None:
-            self._check_central(self.central)
         check_compression(self.compression, central=self.central is not None, secure=self.hidden)
         return self
-
-    def _check_central(self, central: CentralPrivacy) -> None:
-        if central.noise_by == "sites" and self.hidden is False:
-            raise ValueError("noise by the sites is enough only in their sum: it needs secure aggregation")
-        if self.hidden and central.unit == "site" and central.sample_rate < 1:
-            raise ValueError(
-                "secure aggregation tells its sites who is asked, which sample_rate below 1 counts on hiding"
-            )
-        if central.unit == "example":
-            self._check_one_step()
-        elif central.noise_by == "sites" and self.weighting == "examples":
-            raise ValueError(
-                "a site has to know the largest weight before it adds its noise: weighting: uniform or capped"
-            )
-        elif (central.sample_rate < 1 or central.adaptive) and self.weighting != "uniform":
-            raise ValueError("sites asked at random, and an adaptive clipping bound, go with weighting: uniform")
-
-    def _check_one_step(self) -> None:
-        training = self.training
-        if self.privacy is not None:
-            raise ValueError(
-                "central privacy of the unit example adds its noise to the sum: it goes without local noise"
-            )
-        plain = training.optimizer == "sgd" and training.momentum == 0 and training.weight_decay == 0
-        if training.steps != 1 or not plain:
-            raise ValueError("the unit example is one plain step a round: training steps 1, sgd, no momentum or decay")
-        if self.weighting != "examples":
-            raise ValueError("the unit example makes one step on the pooled data: weighting: examples")
-
-    def check_numbers(self) -> None:
-        """Raise ValueError for numbers at which floating point would not keep what a guarantee says, with the reason.
-
-        A site asks it of every plan, and a server of a new run's record; that of an older run may hold others.
-        """
-        privacy, central = self.privacy, self.central
-        if not self.training.learning_rate <= LARGEST_RATE:
-            raise ValueError(
-                f"the learning rate is {self.training.learning_rate:g}, and at most {LARGEST_RATE:g} is allowed"
-            )
-        for name, clip in (
-            ("privacy.max_grad_norm", privacy.max_grad_norm if privacy else 1.0),
-            ("central.clip", central.clip if central else 1.0),
-        ):
-            if not SMALLEST_CLIP <= clip <= LARGEST_CLIP:
-                raise ValueError(
-                    f"{name} is {clip:g}, and a clipping bound lies in [{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]"
-                )
-        if central is not None:
-            self._check_reach(central)
-
-    def _check_reach(self, central: CentralPrivacy) -> None:
-        reach = central.clip * (self.weight_cap or 1)
-        if central.unit == "example":
-            reach = self.training.learning_rate * central.clip / central.sample_rate
-        for value in (reach, reach * central.noise_multiplier):
-            if not 1 / _LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
-                raise ValueError(
-                    "learning rate, clipping bound, sample rate, weight cap and noise multiplier multiply to "
-                    f"{value:g}, which floating point has no room for"
-                )
 
 
 class Plan(Terms):
@@ -416,14 +317,6 @@ class Plan(Terms):
     def hidden(self) -> bool | None:
         """None without a session: a site is not asked to train (but to evaluate), or finds no session and refuses."""
         return True if self.secure is not None else None
-
-    @property
-    def largest_update(self) -> float | None:
-        """That of the session, which bounds weight x delta."""
-        if self.secure is None or self.secure.value_range is None:
-            return None
-        heaviest = self.weight_cap or (self.secure.largest_weight if self.weighting == "examples" else None) or 1.0
-        return self.secure.value_range / heaviest
 
     def weight(self, examples: int) -> float:
         """What a site with that many examples counts by."""

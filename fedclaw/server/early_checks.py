@@ -11,6 +11,7 @@ from fedclaw.learning.compatibility import early_refusal, refusal
 from fedclaw.learning.registry import schema_class, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.learning.workload import Schema
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.frozen import check_settings, fields_of
 from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec, SharedTerms
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
@@ -126,10 +127,8 @@ def make_terms(
         "seed": settings.seed,
     }
     record = check_settings(fields, RunRecord)
-    try:
-        record.check_numbers()
-    except ValueError as error:
-        raise UsageError(f"configuration: {error}") from error
+    if reason := mechanism_of(record).out_of_range():
+        raise UsageError(f"configuration: {reason}")
     return record
 
 

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.server.run_directory import RunRecord, SiteReceipt
 
 _RANKS_WELL = 0.7
@@ -48,7 +49,6 @@ def hopeless_noise(record: RunRecord, receipts: Mapping[str, SiteReceipt], sites
 
 def _signals(record: RunRecord, receipts: Sequence[SiteReceipt], sites: int) -> list[float]:
     """The largest possible signal by the noise in its direction, over the whole run; empty without noise."""
-    central = record.central
     if record.privacy is not None:
         noised = [item for item in receipts if item.receipt.mechanism == "dp-sgd" and item.receipt.noise_multiplier > 0]
         if not noised or len(noised) < len(receipts):
@@ -56,18 +56,13 @@ def _signals(record: RunRecord, receipts: Sequence[SiteReceipt], sites: int) -> 
         # A mean of K sites' paths: signals add up to at most K of the best one's, deviations to the root of K.
         best = max(_of_one(item, record.rounds) for item in noised)
         return [best * math.sqrt(len(noised))]
-    if central is not None:
-        return [_of_the_sum(central, receipts, record.rounds, sites)]
-    return []
+    mechanism = mechanism_of(record)
+    if not isinstance(mechanism, SumNoise):
+        return []
+    return [mechanism.signal_to_noise(sum(item.examples for item in receipts), sites)]
 
 
 def _of_one(item: SiteReceipt, rounds: int) -> float:
     """Of T steps on samples of B: T C against sqrt(T) z C / B."""
     receipt = item.receipt
     return receipt.sample_rate * item.examples * math.sqrt(receipt.steps * rounds) / receipt.noise_multiplier
-
-
-def _of_the_sum(central: CentralPrivacy, receipts: Sequence[SiteReceipt], rounds: int, sites: int) -> float:
-    """Of T rounds whose sum is over so many units: T m C against sqrt(T) z C."""
-    units = sum(item.examples for item in receipts) if central.unit == "example" else sites
-    return central.sample_rate * units * math.sqrt(rounds) / central.update_noise_multiplier

@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedclaw.array_files import read_npz, write_npz
 from fedclaw.errors import CheckpointError, RunInUse, UsageError
 from fedclaw.files import append_all, replacing, write_atomic
 from fedclaw.learning.workload import Schema, Workload, schema_digest
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.plan import MOST_EXAMPLES, Receipt, Terms
@@ -66,6 +67,13 @@ class RunRecord(Terms):
     """None: a run with sites."""
     seed: int = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+    @model_validator(mode="after")
+    def _promises(self) -> Self:
+        """Settings whose guarantee would not hold are refused, with the reason."""
+        if reason := mechanism_of(self).contradiction():
+            raise ValueError(reason)
+        return self
 
     @property
     def schema_digest(self) -> str:

@@ -5,7 +5,6 @@ survivors would give away the difference.
 """
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +15,9 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
 from fedclaw.learning import postprocess
-from fedclaw.privacy.distributed import Price, choose_step
-from fedclaw.privacy.fixed_point import Encoding, nearest_step
+from fedclaw.privacy.distributed import Price
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
-from fedclaw.privacy.mechanisms.server_noise import unit_bound
-from fedclaw.privacy.mechanisms.shared_noise import shares_of
 from fedclaw.protocol.arrays import shapes_of, unflattened
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question
@@ -33,8 +30,6 @@ from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.server.secure_exchange import Seats, SecureExchange
 
 log = logging.getLogger(__name__)
-
-_ROUNDING = 1e-3
 
 
 @dataclass
@@ -64,55 +59,14 @@ def session_of(
     length = sum(array.size for array in postprocess.template(outgoing.parameters, plan).values())
     content = digest_of(question(plan, outgoing).array_records)
     try:
-        step, value_range = _scale(plan, request, length, len(names), seats.tolerated, seats.corrupt)
+        sites = len(names)
+        honest = sites - seats.tolerated - seats.corrupt
+        step, value_range = mechanism_of(plan).scale(request, length, sites, honest)
         largest = request.largest_weight if value_range is not None else None
         secure = seats.session(length, step, value_range=value_range, largest_weight=largest, content=content)
     except (SecureAggregationError, PrivacyError) as error:
         raise UsageError(f"secure: {error}") from error
     return plan.model_validate({**plan.model_dump(), "secure": secure})
-
-
-def price_of(plan: Plan) -> Price | None:
-    """What noise by the sites costs the sum of `plan`, which has a session; None where the server brings it, or none.
-
-    Raises PrivacyError if the plan's numbers do not add up.
-    """
-    central, secure = plan.central, plan.secure
-    if central is None or secure is None or central.noise_by == "server":
-        return None
-    return shares_of(plan, central, secure).price
-
-
-def _scale(
-    plan: Plan, request: SecureRequest, length: int, sites: int, tolerated: int, colluding: int
-) -> tuple[float, float | None]:
-    """The step, and the range of values where there is no noise by the sites."""
-    central = plan.central
-    if central is None or central.noise_by == "server":
-        largest = plan.weight_cap or (request.largest_weight if plan.weighting == "examples" else 1.0)
-        if largest is None:
-            raise UsageError(
-                "secure.largest_weight is not set: with weighting=examples, say how many examples no site exceeds"
-            )
-        value_range = request.value_range * largest
-        step = nearest_step(value_range, sites)
-        _check_rounding(plan, step, length)
-        return step, value_range
-    bound, z = unit_bound(plan, central), central.noise_multiplier
-    return choose_step(bound, length, sites, z, honest=sites - tolerated - colluding), None
-
-
-def _check_rounding(plan: Plan, step: float, length: int) -> None:
-    """The server's noise is made for the bound before rounding: what rounding may add to it has to be next to nothing.
-
-    To the nearest step, it moves two vectors of d numbers apart by at most sqrt(d) steps more.
-    """
-    central = plan.central
-    if central is not None and step * math.sqrt(length) > _ROUNDING * unit_bound(plan, central):
-        raise UsageError(
-            f"secure: steps of {step:.3g} are too coarse for noise by the server on updates of {length} numbers; set a "
-            "smaller secure.value_range or secure.largest_weight, or let the sites bring the noise (central.noise_by)"
-        )
 
 
 def train(
@@ -138,7 +92,7 @@ class _Round:
         self._asked = training_question(plan, outgoing)
         self._weights: dict[str, tuple[float, int]] = {}
         self._receipts: dict[str, SiteReceipt] = {}
-        self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=price_of(plan))
+        self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=mechanism_of(plan).price)
         self._outgoing = outgoing.nbytes
         self._exchange = SecureExchange(grid, nodes, plan, deadline, self._result)
 
@@ -167,11 +121,8 @@ class _Round:
         self._weights[site] = weight, examples
 
     def _finish(self, total: NDArray[np.uint32], survivors: Sequence[str]) -> None:
-        secure = self._plan.secure
-        assert secure is not None
-        arrays = unflattened(
-            Encoding(secure.step).decode(total), shapes_of(self._template), postprocess.precision(self._plan)
-        )
+        mechanism = mechanism_of(self._plan)
+        arrays = unflattened(mechanism.decoded(total), shapes_of(self._template), mechanism.sum_dtype)
         weights = [self._weights[site] for site in survivors]
         self._result.total.restore(
             Update(

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, cast
 
+from fedclaw.privacy.mechanisms.mechanism import Charge
 from fedclaw.protocol.plan import NO_LEDGER, Plan, Receipt, Refusal
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.site.journal.history import History
 from fedclaw.site.policy.checks import check_plan
-from fedclaw.site.privacy_budget import Books, Charge, charge_for, delta_of, receipt_for
+from fedclaw.site.privacy_budget import Books, charge_for, delta_of, receipt_for
 
 
 class Accounts:

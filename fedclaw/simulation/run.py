@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import strategy_class
-from fedclaw.privacy.mechanisms.receipts import is_sampled
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import PENDING, Observer, Outcome, came_of, make_plan, make_strategy, run_rounds
@@ -151,5 +151,5 @@ def _engine_choice(
         record.training,
         [federation.share(client) for client in unit],
         elementwise=type(strategy).elementwise,
-        private=is_sampled(plan),
+        private=mechanism_of(plan).is_sampled,
     )

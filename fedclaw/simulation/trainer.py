@@ -19,7 +19,7 @@ from fedclaw.learning.stacked.steps import RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
 from fedclaw.learning.step_loop import take_steps
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, checked_client_update, is_overridden
-from fedclaw.privacy.mechanisms.receipts import is_sampled
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.privacy.steps import PrivateGradients
@@ -94,7 +94,7 @@ class Trainer:
         engine, holder = self._engine(plan.model)
         holder[0] = loss = make_loss(self._federation, plan, round.teacher)
         private = None
-        if is_sampled(plan) and self._choice.many:
+        if mechanism_of(plan).is_sampled and self._choice.many:
             assert isinstance(engine, BatchedModel)
             private = self._private(engine)
         self._prepared = Prepared(
@@ -144,13 +144,13 @@ class Trainer:
         stack, gradients = self._bound(engine, len(group), len(prepared.start))
         stack.copy_(prepared.start.expand_as(stack))
         self._put_personal(prepared, group, stack)
-        samplings = self._samplings(prepared.round, group) if is_sampled(plan) else []
+        samplings = self._samplings(prepared.round, group) if mechanism_of(plan).is_sampled else []
         batches = self._batches(plan, group, samplings)
         packings = pack(batches, self._choice.spare)
         correction = Correction.of(
             prepared.strategy, prepared.round, engine.layout, [self._state(client) for client in group]
         )
-        if _is_noised_later(plan):
+        if mechanism_of(plan).takes_one_step:
             correction = correction.without()
         if not isinstance(engine, BatchedModel):
             torch.manual_seed(int(generator_of(self._seed, plan.round, group[0]).integers(2**63)))
@@ -159,7 +159,7 @@ class Trainer:
             self._private_steps(prepared, samplings, packings, stack, gradients, corrected)
         else:
             self._plain_steps(prepared, packings, stack, gradients, corrected)
-        if _is_noised_later(plan):
+        if mechanism_of(plan).takes_one_step:
             # The one plain step from its gradient: as a difference of parameters it would be rounded to those.
             stack.copy_(prepared.start.expand_as(stack)).add_(gradients, alpha=-plan.training.learning_rate)
         return stack, [len(own) for own in batches]
@@ -306,7 +306,8 @@ class Trainer:
         if strategy.personal_model:
             personal = self._own_model(prepared, client)
         examples = self._federation.examples(client)
-        source = noise_of(self._seed if self._repeatable or not is_sampled(plan) else None, plan.round, -1 - client)
+        repeatable = self._repeatable or not mechanism_of(plan).is_sampled
+        source = noise_of(self._seed if repeatable else None, plan.round, -1 - client)
         update = postprocess.at_site(
             Update({**finished.delta, **finished.extras}, 1.0, examples), plan, SiteContext(source, self._state(client))
         )
@@ -377,8 +378,3 @@ def _is_weighting_alone(plan: Plan) -> bool:
 
 def _numbers(round: Round) -> int:
     return sum(int(np.prod(shape, dtype=np.int64)) for shape in round.template.values())
-
-
-def _is_noised_later(plan: Plan) -> bool:
-    """Whether a gradient still waits for its noise, which others add to the sum."""
-    return plan.central is not None and plan.central.unit == "example"

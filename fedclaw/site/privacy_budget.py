@@ -1,7 +1,8 @@
 """What a round costs a site: which noise its ledger counts, the reservation before training, the receipt after it.
 
-The ledger counts the noise that needs the least trust: the site's own if it adds any; else the shares of all sites
-inside secure aggregation; else the server's, if the policy trusts the server with that; else none.
+The ledger counts the noise that needs the least trust (`fedclaw.privacy.mechanisms`): the site's own if it adds any;
+else the shares of all sites inside secure aggregation; else the server's, if the policy trusts the server with that;
+else none.
 """
 
 import hashlib
@@ -10,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedclaw.errors import BudgetExceeded, LedgerError, PrivacyError
-from fedclaw.privacy.accounting import NoiseEvent, calibrate
-from fedclaw.privacy.mechanisms.receipts import central_receipt, clip_of, is_sampled
-from fedclaw.privacy.mechanisms.shared_noise import distributed_mechanism, example_mechanism
-from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode, Trust
+from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Charge
+from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
 from fedclaw.protocol.records import serialised
 from fedclaw.site.journal.ledger import Budget, Ledger, Remaining, Reservation
 from fedclaw.site.policy.policy import Policy
@@ -62,15 +63,6 @@ def content_digest(kind: str, content: RecordDict) -> str:
 
 
 @dataclass(frozen=True)
-class Charge:
-    """One round's mechanism as the ledger has it (None: no noise that counts), and whom it trusts."""
-
-    kind: Literal["dp-sgd", "central", "distributed", "none"]
-    mechanism: NoiseEvent | None
-    trust: Trust
-
-
-@dataclass(frozen=True)
 class Books:
     """What a ledger says after a round was charged; epsilons may be infinite."""
 
@@ -91,46 +83,11 @@ def charge_of(site: Site, plan: Plan) -> Charge:
 
 def charge_for(policy: Policy, examples: int, plan: Plan) -> Charge:
     """The same for any site with that policy and so many training examples."""
-    if plan.privacy is not None:
-        return Charge("dp-sgd", _local_mechanism(examples, plan), "nobody")
-    central = plan.central
-    if central is None:
-        return Charge("none", None, "everybody")
-    if central.noise_by == "sites":
-        return Charge("distributed", _distributed(plan), "aggregation")
-    if not policy.trust_server_noise:
-        return Charge("none", None, "everybody")
-    return Charge("central", example_mechanism(central, central.noise_multiplier), "server")
-
-
-def _distributed(plan: Plan) -> NoiseEvent:
-    if plan.secure is None:
-        raise Refusal(RefusalCode.SECURE_AGGREGATION, "noise by the sites hides nothing without secure aggregation")
+    mechanism = mechanism_of(plan)
     try:
-        return distributed_mechanism(plan)
+        return mechanism.charge(examples, trust_server_noise=policy.trust_server_noise)
     except PrivacyError as error:
-        raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
-
-
-def local_mechanism(site: Site, plan: Plan) -> NoiseEvent | None:
-    """One round's DP-SGD: noise calibrated so that all rounds of the run together spend the epsilon asked."""
-    return _local_mechanism(len(site.data.train), plan)
-
-
-def _local_mechanism(examples: int, plan: Plan) -> NoiseEvent | None:
-    if plan.privacy is None:
-        return None
-    rate = min(1.0, plan.training.batch_size / examples)
-    steps = plan.training.local_steps(examples)
-    try:
-        noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, rate, steps * plan.rounds)
-    except PrivacyError as error:
-        raise Refusal(
-            RefusalCode.EPSILON,
-            f"no noise keeps what was asked for within epsilon {plan.privacy.epsilon:g} at delta "
-            f"{plan.privacy.delta:g}; ask for fewer rounds or steps, smaller batches or a larger epsilon",
-        ) from error
-    return NoiseEvent(sample_rate=rate, noise_multiplier=noise, steps=steps)
+        raise Refusal(mechanism.no_noise, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -280,27 +237,17 @@ def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
 
 def delta_of(policy: Policy, plan: Plan) -> float:
     """The delta at which a run's epsilon is told."""
-    asked = plan.privacy or plan.central
-    return asked.delta if asked else policy.delta
+    asked = mechanism_of(plan).delta
+    return policy.delta if asked is None else asked
 
 
 def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books: Books) -> Receipt:
     """The receipt of any site with that policy and so many training examples, whose books say this."""
-    mechanism, run, lifetime = charge.mechanism, books.epsilon_run, books.epsilon_lifetime
-    budget = policy.epsilon
+    run, lifetime, budget = books.epsilon_run, books.epsilon_lifetime, policy.epsilon
     bounded = budget is not None and np.isfinite(lifetime)
+    fields: dict[str, Any] = {"delta": policy.delta, **mechanism_of(plan).receipt_fields(examples, charge)}
     return Receipt(
-        mechanism=charge.kind,
-        trust=charge.trust,
-        secure_aggregation=plan.secure is not None,
-        central=central_receipt(plan),
-        sampler="poisson" if is_sampled(plan) else "shuffle",
-        accountant=_accountant(mechanism),
-        sample_rate=mechanism.sample_rate if mechanism else _rate(examples, plan),
-        steps=plan.training.local_steps(examples),
-        noise_multiplier=mechanism.noise_multiplier if mechanism else 0.0,
-        max_grad_norm=clip_of(plan),
-        delta=delta_of(policy, plan),
+        **fields,
         rounds=books.rounds,
         epsilon_run=run if np.isfinite(run) else None,
         epsilon_lifetime=lifetime if np.isfinite(lifetime) else None,
@@ -308,19 +255,6 @@ def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books
         ledger_head=books.head,
         ledger_losses=books.losses,
     )
-
-
-def _rate(examples: int, plan: Plan) -> float:
-    """The share of the examples in a batch, where no noise counts."""
-    if plan.central is not None and plan.central.unit == "example":
-        return plan.central.sample_rate
-    return min(1.0, plan.training.batch_size / examples)
-
-
-def _accountant(mechanism: NoiseEvent | None) -> Literal["pld", "rdp", "none"]:
-    if mechanism is None:
-        return "none"
-    return "pld" if mechanism.family == "gaussian" else "rdp"
 
 
 def log_spending(plan: Plan, receipt: Receipt) -> None:

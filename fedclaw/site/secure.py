@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, SecureAggregationError
 from fedclaw.learning.postprocess import template
-from fedclaw.privacy.mechanisms.shared_noise import Integers, Nearest, integers_of
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.integers import Integers
 from fedclaw.privacy.mechanisms.statistics import shares_of
 from fedclaw.privacy.secure_aggregation import (
     Accusations,
@@ -73,7 +74,7 @@ def answer_masked(
     """Train, and mask what leaves. Raises Refusal, before anything is paid for."""
     mask = masking(identity, plan, content)
     try:
-        integers = integers_of(plan, len(site.data.train))
+        integers = mechanism_of(plan).integers(len(site.data.train))
     except PrivacyError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
     _check_weight(site, plan)
@@ -134,7 +135,7 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
     check_charge(site.policy, site.ledger)
     try:
         if isinstance(asked, Plan):
-            integers_of(asked)
+            mechanism_of(asked).integers()
             check_agreeable(site, asked, charge_of(site, asked).mechanism)
         else:
             shares_of(asked)
@@ -180,15 +181,8 @@ def _check_content(plan: Plan, content: RecordDict) -> None:
 
 
 def _check_own(integers: Integers, vector: NDArray[np.float32]) -> None:
-    """Raise Refusal for an update without noise that would be no secret: all of it 0, cut off, or not finite.
-
-    What the server could know beforehand hides nobody else in the sum. Parameters, or something that a site has kept,
-    can be such that this is what comes of them.
-    """
-    if not isinstance(integers, Nearest):
-        return
-    size = np.abs(vector)
-    if not np.isfinite(size).all() or not ((size > 0) & (size <= integers.value_range)).any():
+    """Raise Refusal for an update that would be no secret, and so hide nobody else's."""
+    if not integers.hides_others(vector):
         raise Refusal(
             RefusalCode.SECURE_AGGREGATION,
             "what came of the training could not hide the other sites' updates in a sum (it diverged, or changed "

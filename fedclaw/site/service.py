@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fedclaw import __version__
 from fedclaw.errors import LedgerError
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Charge
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN, RECEIPT, RUN, STAGES
 from fedclaw.protocol.plan import PLAN_VERSION, Plan, Refusal, RefusalCode
@@ -21,7 +23,7 @@ from fedclaw.site.evaluation import answer_evaluation
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import charged_ledger
 from fedclaw.site.policy.checks import check_request
-from fedclaw.site.privacy_budget import Asking, Charge
+from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.secure import SecureIdentity, answer_masked, answer_stage, masking
 from fedclaw.site.site import Site
 from fedclaw.site.statistics import answer_statistics, request_of
@@ -195,10 +197,13 @@ def _plan_of(message: Message) -> Plan:
     try:
         text = str(message.content.config_records[PLAN][JSON])
         _check_version(text)
-        return Plan.model_validate_json(text)
+        plan = Plan.model_validate_json(text)
     except (KeyError, ValueError) as error:
         reason = explain(error) if isinstance(error, ValidationError) else f"the message lacks {error}"
         raise Refusal(RefusalCode.MALFORMED, f"the plan cannot be read: {reason}") from error
+    if wrong := mechanism_of(plan).contradiction():
+        raise Refusal(RefusalCode.MALFORMED, f"the plan cannot be read: {wrong}")
+    return plan
 
 
 class _Version(BaseModel):

@@ -13,9 +13,10 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distilled
 from fedclaw.learning.step_loop import Correction, ModelSteps, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
-from fedclaw.privacy.mechanisms.receipts import is_sampled
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Charge
 from fedclaw.privacy.postprocessor import SiteContext
-from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, poisson_batches, shuffled_batches
+from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, shuffled_batches
 from fedclaw.protocol.arrays import Arrays, pack_wire
 from fedclaw.protocol.messages import ABOUT, ARRAYS, CHARGE, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
@@ -27,7 +28,6 @@ from fedclaw.site.policy.checks import check_plan
 from fedclaw.site.privacy_budget import (
     Account,
     Asking,
-    Charge,
     Due,
     charge_of,
     check_affordable,
@@ -115,7 +115,7 @@ def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -
         _run_steps(site, plan, charge, steps, model, half.correction(model, count))
     delta = (
         _step_taken(steps, model, plan)
-        if isinstance(steps, PrivateGradients) and _is_noised_later(plan)
+        if isinstance(steps, PrivateGradients) and mechanism_of(plan).takes_one_step
         else _delta(model, start)
     )
     finished = half.client_update(delta, count, lambda: _training_loss(site, plan, start, loss))
@@ -138,7 +138,7 @@ def _prepare(site: Site, plan: Plan, due: Due) -> None:
 def _check_preprocessing(site: Site, plan: Plan) -> None:
     """Constants made from all training examples are outside of what epsilon covers: the operator has to know."""
     covered = not site.workload.schema.data_dependent or site.policy.allow_data_dependent_preprocessing
-    if (plan.privacy is not None or plan.central is not None) and not covered:
+    if mechanism_of(plan).claims_privacy and not covered:
         raise Refusal(
             RefusalCode.PRIVACY_REQUIRED,
             "the schema standardises by the site's own statistics, which epsilon does not cover; agree on "
@@ -147,51 +147,24 @@ def _check_preprocessing(site: Site, plan: Plan) -> None:
 
 
 def _steps(site: Site, plan: Plan, charge: Charge, model: torch.nn.Module, loss: Loss) -> StepTaker:
-    """The way of taking a step that the plan asks for, before anything is paid for."""
-    if not is_sampled(plan):
-        return PlainGradients(model, loss)
-    rate, noise = _sampling(plan, charge)
-    asked = plan.privacy.max_grad_norm if plan.privacy else plan.central.clip if plan.central else 0.0
+    """The way of taking a step that the plan's mechanism has, before anything is paid for."""
+    mechanism, examples = mechanism_of(plan), len(site.data.train)
     try:
-        return PrivateGradients(
-            model,
-            loss,
-            max_grad_norm=asked,
-            noise_multiplier=noise,
-            expected_batch_size=rate * len(site.data.train),
-            source=site.source,
-            speed=site.speed,
-            steps_ahead=plan.training.local_steps(len(site.data.train)),
-        )
+        return mechanism.step_taker(model, loss, examples, charge.mechanism, site.source, site.speed)
     except PrivacyError as error:
         raise Refusal(RefusalCode.MODEL, str(error)) from error
-
-
-def _sampling(plan: Plan, charge: Charge) -> tuple[float, float]:
-    """Poisson rate and the noise multiplier of the site's own noise; none where others add it to the sum."""
-    if plan.privacy is not None:
-        assert charge.mechanism is not None
-        return charge.mechanism.sample_rate, charge.mechanism.noise_multiplier
-    assert plan.central is not None
-    return plan.central.sample_rate, 0.0
 
 
 def _run_steps(
     site: Site, plan: Plan, charge: Charge, steps: StepTaker, model: torch.nn.Module, correction: Correction
 ) -> None:
     """Train `model`, which holds what the round begins with, for one round of `plan`."""
-    examples = len(site.data.train)
-    count = plan.training.local_steps(examples)
-    parameters = list(model.parameters())
-    if is_sampled(plan):
-        batches = poisson_batches(examples, _sampling(plan, charge)[0], count, site.source)
-    else:
-        batches = shuffled_batches(examples, plan.training.batch_size, count, site.source)
-    with precision(site.device, sum(p.numel() for p in parameters), is_sampled(plan)):
+    mechanism, parameters = mechanism_of(plan), list(model.parameters())
+    with precision(site.device, sum(p.numel() for p in parameters), mechanism.is_sampled):
         take_steps(
-            batches,
+            mechanism.batches(len(site.data.train), charge.mechanism, site.source),
             _model_steps(site, plan, steps, parameters),
-            None if _is_noised_later(plan) else correction,
+            None if mechanism.takes_one_step else correction,
         )
 
 
@@ -200,11 +173,6 @@ def _model_steps(site: Site, plan: Plan, taker: StepTaker, parameters: Sequence[
     inputs, targets = site.on_device("train", site.data.train)
     optimizer = make_optimizer(parameters, plan.training)
     return ModelSteps(lambda rows: taker.gradients(inputs[rows], targets[rows]), parameters, optimizer.step)
-
-
-def _is_noised_later(plan: Plan) -> bool:
-    """Whether a gradient still waits for its noise, whose bound no correction may change."""
-    return plan.central is not None and plan.central.unit == "example"
 
 
 def _personal(site: Site, plan: Plan, half: ClientHalf, model: torch.nn.Module, start: Arrays, loss: Loss) -> Arrays:

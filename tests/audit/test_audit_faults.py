@@ -11,12 +11,12 @@ import pytest
 from fedclaw.audit.findings import conclude
 from fedclaw.audit.options import AuditOptions
 from fedclaw.audit.run import audit_run, probe_mechanisms
-from fedclaw.privacy import distributed
+from fedclaw.privacy import distributed, steps
 from fedclaw.privacy import noise as noise_module
-from fedclaw.privacy.mechanisms import server_noise, shared_noise
+from fedclaw.privacy.mechanisms import shared_noise, sum_noise
+from fedclaw.privacy.mechanisms.server_noise import ServerNoise
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.site import training
 from tests.audit.conftest import MODES
 
 QUICK = AuditOptions(trials=40, canaries=40, examples=20, attacked_rounds=1)
@@ -102,19 +102,19 @@ def test_clipping_off_in_a_private_step_is_flagged(subject, monkeypatch):
                 model, loss, max_grad_norm=1e6 * max_grad_norm, noise_multiplier=noise_multiplier / 1e6, **others
             )
 
-    monkeypatch.setattr(training, "PrivateGradients", Unclipped)
+    monkeypatch.setattr(steps, "PrivateGradients", Unclipped)
     for mode in ("local", "central-example"):
         assert {"canary size", "canary guesses"} <= flagged(audited(subject(mode), LONGER))
 
 
 def test_clipping_off_at_the_site_is_flagged(subject, monkeypatch):
-    monkeypatch.setattr(server_noise, "clip_to", lambda *_: 0.0)
+    monkeypatch.setattr(sum_noise, "clip_to", lambda *_: 0.0)
     assert {"canary size", "canary guesses"} <= flagged(audited(subject("central-site"), LONGER))
 
 
 def test_a_clipping_bound_that_is_half_as_large_again_is_flagged(subject, monkeypatch):
-    real = server_noise.clip_to
-    monkeypatch.setattr(server_noise, "clip_to", lambda arrays, bound: real(arrays, 1.5 * bound))
+    real = sum_noise.clip_to
+    monkeypatch.setattr(sum_noise, "clip_to", lambda arrays, bound: real(arrays, 1.5 * bound))
     report = audited(
         subject("central-site", central={**MODES["central-site"]["central"], "epsilon": 40}),
         LONGER,
@@ -164,14 +164,14 @@ def test_shares_that_count_on_everybody_are_flagged(subject, monkeypatch):
 
 def test_a_sensitivity_of_c_over_n_is_flagged(subject, monkeypatch):
     """Four sites, of which one has three quarters of the examples: it moves the mean by 0.75 C, not by C / 4."""
-    monkeypatch.setattr(server_noise, "sensitivity", lambda _plan, asked, _mean: asked.clip / 4)
+    monkeypatch.setattr(ServerNoise, "mean_sensitivity", lambda mechanism, _mean: mechanism.clip / 4)
     report = audited(subject("central-site"), LONGER)
     assert {"noise scale", "canary guesses"} <= flagged(report)
     assert report.epsilon_lower > report.epsilon_claimed
 
 
 def test_c_over_n_is_right_under_uniform_weights(subject, monkeypatch):
-    monkeypatch.setattr(server_noise, "sensitivity", lambda _plan, asked, _mean: asked.clip / 4)
+    monkeypatch.setattr(ServerNoise, "mean_sensitivity", lambda mechanism, _mean: mechanism.clip / 4)
     assert not audited(subject("central-site", weighting="uniform"), SURE).flagged
 
 

@@ -22,8 +22,10 @@ from fedclaw.learning.stacked.packing import pack
 from fedclaw.learning.stacked.private import PrivateStep, Sampling
 from fedclaw.privacy.distributed import share_noise
 from fedclaw.privacy.fixed_point import Encoding
-from fedclaw.privacy.mechanisms.server_noise import clip_to, moved, sensitivity
-from fedclaw.privacy.mechanisms.shared_noise import Noisy
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.integers import SumWithShare
+from fedclaw.privacy.mechanisms.server_noise import moved
+from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
@@ -313,7 +315,7 @@ def test_the_server_s_noise_covers_what_rounding_on_the_wire_adds(wire):
         for n in range(count - 20, count)
     )
     mean = Update({}, float(count), count, divisor=float(count))
-    claimed = sensitivity(plan, EXAMPLE, mean) * count
+    claimed = mechanism_of(plan).mean_sensitivity(mean) * count
     assert bound < worst <= claimed <= bound * 1.02
 
 
@@ -335,7 +337,7 @@ def test_a_sum_that_leaves_in_integers_was_never_rounded_to_float32(wire, monkey
     )
     wire.leaves(training=sgd(1, 16), privacy=None, central=EXAMPLE)
     assert {array.dtype for array in kept[0].arrays.values()} == {np.dtype("float64")}
-    left = Noisy(share_noise(0.5, 3, 2, 1.0), "example", 4)
+    left = SumWithShare(share_noise(0.5, 3, 2, 1.0), 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedclaw.privacy.distributed.with_noise", lambda encoded, *_: encoded)
         step = left.shares.step

@@ -13,7 +13,7 @@ from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning import postprocess
 from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.privacy.fixed_point import Encoding
-from fedclaw.privacy.mechanisms.shared_noise import integers_of
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack, shapes_of, unflattened
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
@@ -385,7 +385,7 @@ def test_the_sum_carries_the_noise_after_the_tolerated_drop_outs(unit, training,
     names = [f"site-{number}" for number in range(5)]
     plan = session_of(plan_of(record), names, Outgoing(template), record.secure, 2)
     assert plan.secure.tolerated == 2
-    integers, source = integers_of(plan), GaussianSource()
+    integers, source = mechanism_of(plan).integers(), GaussianSource()
     encoded = [integers.encode(flattened(template), source) for _ in range(3)]
     total = np.sum(encoded, axis=0, dtype=np.uint32)
     noise = unflattened(Encoding(plan.secure.step).decode(total), shapes_of(template))["w"].astype(np.float64)

@@ -1,19 +1,16 @@
 """What a site says that a round cost it, held against what was asked.
 
-A receipt is the site's own word. What the plan and the number of examples determine of it is compared with the plan;
-the rest (epsilon, rounds, the ledger's head) is bounded by its type and never gets better within a run
-(`fedclaw.protocol.plan.Receipt.after`).
+A receipt is the site's own word. What the plan and the number of examples determine of it is compared with what the
+plan's mechanism says (`Mechanism.receipt_fields`, which a site writes its receipt by); the rest (epsilon, rounds, the
+ledger's head) is bounded by its type and never gets better within a run (`fedclaw.protocol.plan.Receipt.after`).
 """
 
 import math
-from typing import Literal
 
 from fedclaw.errors import PrivacyError, UpdateError
-from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.mechanisms.shared_noise import distributed_mechanism, example_mechanism
-from fedclaw.protocol.plan import NO_LEDGER, CentralReceipt, Plan, Receipt, Trust
-
-Kind = Literal["dp-sgd", "central", "distributed", "none", "metrics"]
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Mechanism
+from fedclaw.protocol.plan import NO_LEDGER, CentralReceipt, Plan, Receipt
 
 LONGEST_RECEIPT = 4096
 """Characters of a receipt's JSON; an honest one has about 500."""
@@ -21,31 +18,11 @@ LONGEST_RECEIPT = 4096
 _EXACT = 1e-9
 
 
-def is_sampled(plan: Plan) -> bool:
-    """Whether local batches are Poisson samples."""
-    return plan.privacy is not None or (plan.central is not None and plan.central.unit == "example")
-
-
-def clip_of(plan: Plan) -> float:
-    """The L2 bound of an example's gradient, or of a site's update; 0: none."""
-    if plan.privacy is not None:
-        return plan.privacy.max_grad_norm
-    return plan.central.clip if plan.central else 0.0
-
-
-def central_receipt(plan: Plan) -> CentralReceipt | None:
-    """The noise on the sum that `plan` announces."""
-    central = plan.central
-    if central is None:
-        return None
-    return CentralReceipt(unit=central.unit, noise_by=central.noise_by, epsilon=central.epsilon, delta=central.delta)
-
-
 def check_receipt(receipt: Receipt, plan: Plan, examples: int) -> None:
     """Raise UpdateError, naming each field, for a receipt that no site with `examples` examples has of `plan`."""
     wrong = [
         f"{name} {_shown(getattr(receipt, name))} where the plan makes it {_shown(expected)}"
-        for name, expected in _determined(receipt, plan, examples).items()
+        for name, expected in _determined(receipt, mechanism_of(plan), examples).items()
         if not _same(getattr(receipt, name), expected)
     ]
     if wrong:
@@ -54,59 +31,20 @@ def check_receipt(receipt: Receipt, plan: Plan, examples: int) -> None:
         raise UpdateError(f"the privacy receipt cannot be true: {reason}")
 
 
-def _determined(receipt: Receipt, plan: Plan, examples: int) -> dict[str, object]:
-    """The receipt's fields as they have to be. Where the noise is the server's, the site says if its ledger counts it.
-
-    Raises UpdateError for a mechanism that the plan does not have.
-    """
-    kinds = _kinds(plan)
-    if receipt.mechanism not in kinds:
-        raise UpdateError(
-            f"the privacy receipt contradicts what was asked: mechanism {receipt.mechanism} where the plan makes it "
-            f"{' or '.join(kinds)}"
-        )
-    asked = plan.privacy or plan.central
-    return {
-        "trust": kinds[receipt.mechanism],
-        "secure_aggregation": plan.secure is not None,
-        "central": central_receipt(plan),
-        "sampler": "poisson" if is_sampled(plan) else "shuffle",
-        "steps": plan.training.local_steps(examples),
-        "max_grad_norm": clip_of(plan),
-        **({} if asked is None else {"delta": asked.delta}),
-        **_mechanism(receipt.mechanism, plan, examples),
-    }
-
-
-def _kinds(plan: Plan) -> dict[Kind, Trust]:
-    """The mechanisms that a ledger may have charged for `plan`, and whom each trusts."""
-    if plan.privacy is not None:
-        return {"dp-sgd": "nobody"}
-    if plan.central is None:
-        return {"none": "everybody"}
-    if plan.central.noise_by == "sites":
-        return {"distributed": "aggregation"}
-    return {"central": "server", "none": "everybody"}
-
-
-def _mechanism(kind: Kind, plan: Plan, examples: int) -> dict[str, object]:
-    """Rate and noise, where the plan alone determines them: the noise of DP-SGD is calibrated by the site."""
-    if kind == "dp-sgd":
-        return {"sample_rate": min(1.0, plan.training.batch_size / examples)}
-    if kind == "none" or plan.central is None:
-        return {"noise_multiplier": 0.0, "accountant": "none"}
+def _determined(receipt: Receipt, mechanism: Mechanism, examples: int) -> dict[str, object]:
+    """The receipt's fields as they have to be. Raises UpdateError for a mechanism that the plan does not have."""
     try:
-        mechanism = _on_the_sum(kind, plan)
+        charges = mechanism.possible_charges(examples)
     except PrivacyError as error:
         raise UpdateError(f"the privacy receipt cannot be checked: {error}") from error
-    return {"sample_rate": mechanism.sample_rate, "noise_multiplier": mechanism.noise_multiplier}
-
-
-def _on_the_sum(kind: Kind, plan: Plan) -> NoiseEvent:
-    assert plan.central is not None
-    if kind == "distributed":
-        return distributed_mechanism(plan)
-    return example_mechanism(plan.central, plan.central.noise_multiplier)
+    charge = next((charge for charge in charges if charge.kind == receipt.mechanism), None)
+    if charge is None:
+        raise UpdateError(
+            f"the privacy receipt contradicts what was asked: mechanism {receipt.mechanism} where the plan makes it "
+            f"{' or '.join(charge.kind for charge in charges)}"
+        )
+    fields = mechanism.receipt_fields(examples, charge)
+    return {name: value for name, value in fields.items() if name not in mechanism.calibrated_here}
 
 
 def _impossible(receipt: Receipt) -> str | None:

@@ -1,4 +1,4 @@
-"""Central differential privacy: the sites clip, and the server adds noise to the mean of what they sent.
+"""The server's noise: the sites clip, and the server adds noise to the mean of what they sent.
 
 Sensitivity, of the mean over the sites, by the weights that were really used:
 
@@ -9,133 +9,131 @@ Sensitivity, of the mean over the sites, by the weights that were really used:
 each a little larger for what rounding adds on the way (`_rounding`): to float32, and to a secure sum's steps;
 and the noise is N(0, (noise multiplier x sensitivity)^2) in every coordinate. Unit site: McMahan, Ramage, Talwar, Zhang
 2018 ("Learning Differentially Private Recurrent Language Models"), with the clipping bound of Andrew, Thakkar,
-McMahan, Ramaswamy 2021 ("Differentially Private Learning with Adaptive Clipping") where it is adaptive. Unit example:
-one DP-SGD step (Abadi et al. 2016) on the pooled data, since sum n_k delta_k = -(rate / q) x sum of clipped gradients.
-
-Where the sites bring the noise themselves, inside secure aggregation, the server adds none.
+McMahan, Ramaswamy 2021 ("Differentially Private Learning with Adaptive Clipping") where it is adaptive.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
-from fedclaw.protocol.arrays import Arrays, Shapes
-from fedclaw.protocol.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, CentralPrivacy, Plan
+from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
+from fedclaw.privacy.mechanisms.sum_noise import WITHIN, SumNoise
+from fedclaw.protocol.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, SecureAggregation
 from fedclaw.protocol.update import Update
 
-WITHIN = "fedclaw.within_clip"
-"""The array beside the parameters that counts who stayed within an adaptive bound: +1/2 or -1/2 a site."""
-
-_NORM_MARGIN = 1 + 1e-6
-# Keeps the rounding to float32 from lifting a clipped update over the bound.
+_ROUNDING = 1e-3
+# Of the bound: what rounding to a secure sum's steps may add to it.
 
 
-class CentralNoise(Postprocessor):
-    """Clip at the site; noise at the server, unless the sites bring it."""
+@dataclass(frozen=True)
+class ServerNoise(SumNoise):
+    """Everybody trusts the server to add it; a site's policy says whether that counts."""
 
-    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
-        """Scale the delta to an L2 norm of at most `clip` (unit site). An update that is not finite counts as zero."""
-        central = plan.central
-        if central is None or central.unit == "example":
-            # Each example's gradient was clipped by the step that made this update.
-            return update
-        norm = clip_to(update.arrays, central.clip)
-        if central.adaptive is None:
-            return update
-        vote = np.array([0.5 if norm <= central.clip else -0.5], np.float32)
-        return replace(update, arrays={**update.arrays, WITHIN: vote})
+    @property
+    def counts_within_clip(self) -> bool:
+        """See Mechanism."""
+        return self.request.adaptive is not None
 
-    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+    @property
+    def fixed_divisor(self) -> float | None:
+        """See Mechanism."""
+        return self.request.expected_sites
+
+    @property
+    def sum_dtype(self) -> type[np.floating[Any]]:
+        """float64: rounded once, with the noise in it, as the roundings of all the others would differ by who is in
+        the sum."""
+        return np.float64
+
+    @property
+    def update_noise_multiplier(self) -> float:
+        """What of the multiplier is left for the update when an adaptive bound's count takes its share.
+
+        Andrew et al. 2021, theorem 1: z_update = (z^-2 - (2 count_noise)^-2)^(-1/2).
+        """
+        if self.request.adaptive is None:
+            return self.request.noise_multiplier
+        rest = self.request.noise_multiplier**-2 - (2 * self.request.adaptive.count_noise) ** -2
+        return math.inf if rest <= 0 else rest**-0.5
+
+    def contradiction(self) -> str | None:
+        """See Mechanism."""
+        if self.request.adaptive and self.takes_one_step:
+            return "an adaptive clipping bound goes with unit: site and noise_by: server"
+        if math.isinf(self.update_noise_multiplier):
+            return f"adaptive: count_noise has to be above {self.request.noise_multiplier / 2:.4g} at this epsilon"
+        return super().contradiction()
+
+    def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:
+        """See Mechanism."""
+        return Charge("central", self.example_event, "server") if trust_server_noise else UNPROTECTED
+
+    def possible_charges(self, examples: int) -> tuple[Charge, ...]:
+        """See Mechanism. The site says if its ledger counts the server's noise."""
+        return self.charge(examples, trust_server_noise=True), UNPROTECTED
+
+    def too_coarse(self, step: float, length: int) -> str | None:
+        """To the nearest step, rounding moves two vectors of d numbers apart by at most sqrt(d) steps more."""
+        if step * math.sqrt(length) <= _ROUNDING * self.sum_sensitivity:
+            return None
+        return (
+            f"secure: steps of {step:.3g} are too coarse for noise by the server on updates of {length} numbers; set a "
+            "smaller secure.value_range or secure.largest_weight, or let the sites bring the noise (central.noise_by)"
+        )
+
+    def noised(self, total: Update) -> Update:
         """Add the noise that the mean's sensitivity asks for."""
         import torch
 
         from fedclaw.privacy.noise import GaussianSource
 
-        central = plan.central
-        if central is None or central.noise_by == "sites":
-            return total
-        source = GaussianSource()
+        source, request = GaussianSource(), self.request
         arrays = dict(total.arrays)
         votes = arrays.pop(WITHIN, None)
-        deviation = central.update_noise_multiplier * sensitivity(plan, central, total)
+        deviation = self.update_noise_multiplier * self.mean_sensitivity(total)
         # In float64 and rounded once, with the noise in it.
         exact = [torch.from_numpy(array.astype(np.float64)) for array in arrays.values()]
         noisy = [source.perturb_(values, deviation).to(torch.float32) for values in exact]
         arrays = {name: values.numpy() for name, values in zip(arrays, noisy, strict=True)}
         clip = None
-        if central.adaptive and votes is not None:
-            one_site = total.heaviest if central.expected_sites is None else 1 / central.expected_sites
-            share = 0.5 + float(votes[0]) + source.normal((1,), central.adaptive.count_noise * one_site).item()
-            clip = moved(central.clip, share, central.adaptive)
+        if request.adaptive and votes is not None:
+            one_site = total.heaviest if request.expected_sites is None else 1 / request.expected_sites
+            share = 0.5 + float(votes[0]) + source.normal((1,), request.adaptive.count_noise * one_site).item()
+            clip = moved(request.clip, share, request.adaptive)
         return replace(total, arrays=arrays, clip=clip)
 
+    def mean_sensitivity(self, mean: Update) -> float:
+        """How far, in L2 norm, one unit can move `mean`: what the weighting made, with what it was made of."""
+        return (1 + self._rounding(mean)) * self._exact_sensitivity(mean)
 
-def sensitivity(plan: Plan, central: CentralPrivacy, mean: Update) -> float:
-    """How far, in L2 norm, one unit can move `mean`: the mean that the weighting made, with what it was made of."""
-    return (1 + _rounding(plan, central, mean)) * _exact_sensitivity(plan, central, mean)
+    def _exact_sensitivity(self, mean: Update) -> float:
+        if self.takes_one_step:
+            return self.sum_sensitivity / mean.examples
+        if self.request.expected_sites is not None:
+            return self.request.clip / self.request.expected_sites
+        return self.request.clip * mean.heaviest
 
+    def _rounding(self, mean: Update) -> float:
+        """What rounding adds to how far one unit moves a site's part of the sum, as a share of that.
 
-def _exact_sensitivity(plan: Plan, central: CentralPrivacy, mean: Update) -> float:
-    if central.unit == "example":
-        return plan.training.learning_rate * central.clip / (central.sample_rate * mean.examples)
-    if central.expected_sites is not None:
-        return central.clip / central.expected_sites
-    return central.clip * mean.heaviest
-
-
-def _rounding(plan: Plan, central: CentralPrivacy, mean: Update) -> float:
-    """What rounding adds to how far one unit moves a site's part of the sum, as a share of that.
-
-    An update within its clipping bound stays within it in float32. A sum over sampled examples is as long as so many
-    bounds: two such that are rounded to float32 are up to 2^-23 of that further apart. A sample is larger than
-    m + 10 sqrt(m) + 50, m the expected size, with probability 2^-64 (Bernstein's inequality). A secure sum rounds each
-    of d numbers to the nearest step, two of which are up to sqrt(d) steps further apart.
-    """
-    share = 0.0
-    if central.unit == "example":
-        expected = central.sample_rate * mean.examples
-        share = min(mean.examples, expected + 10 * math.sqrt(expected) + 50) * 2.0**-23
-    if plan.secure is not None:
-        share += (
-            plan.secure.step * math.sqrt(plan.secure.length) / (_exact_sensitivity(plan, central, mean) * mean.divisor)
-        )
-    return share
-
-
-def unit_bound(plan: Plan, central: CentralPrivacy) -> float:
-    """How far, in L2 norm, one unit can move the sum over the sites of weight x delta."""
-    if central.unit == "example":
-        return plan.training.learning_rate * central.clip / central.sample_rate
-    return central.clip * (plan.weight_cap or 1)
-
-
-def clip_to(arrays: Arrays, bound: float) -> float:
-    """Scale `arrays`, in place, to a joint L2 norm of at most `bound`; returns the norm that they had.
-
-    What is not finite becomes zero, and its norm is infinite.
-    """
-    norm = math.sqrt(sum(_square(array) for array in arrays.values()))
-    if not math.isfinite(norm):
-        for array in arrays.values():
-            array[...] = 0
-        return math.inf
-    if norm > bound:
-        # In float64: the factor may be smaller than any number that float32 holds.
-        factor = np.float64(bound / (norm * _NORM_MARGIN))
-        for array in arrays.values():
-            np.multiply(array, factor, out=array, dtype=np.float64, casting="same_kind")
-    return norm
+        An update within its clipping bound stays within it in float32. A sum over sampled examples is as long as so
+        many bounds: two such that are rounded to float32 are up to 2^-23 of that further apart. A sample is larger than
+        m + 10 sqrt(m) + 50, m the expected size, with probability 2^-64 (Bernstein's inequality). A secure sum rounds
+        each of d numbers to the nearest step, two of which are up to sqrt(d) steps further apart.
+        """
+        share = 0.0
+        if self.takes_one_step:
+            expected = self.request.sample_rate * mean.examples
+            share = min(mean.examples, expected + 10 * math.sqrt(expected) + 50) * 2.0**-23
+        secure = self.asked.secure
+        if isinstance(secure, SecureAggregation):
+            share += secure.step * math.sqrt(secure.length) / (self._exact_sensitivity(mean) * mean.divisor)
+        return share
 
 
 def moved(clip: float, share: float, adaptive: AdaptiveClip) -> float:
     """The next bound, when the (noisy) `share` of the sites stayed within this one (Andrew et al. 2021, section 2)."""
     wanted = clip * math.exp(-adaptive.learning_rate * (min(max(share, 0.0), 1.0) - adaptive.quantile))
     return min(max(wanted, SMALLEST_CLIP), LARGEST_CLIP)
-
-
-def _square(array: NDArray[np.float32]) -> float:
-    flat = array.reshape(-1).astype(np.float64)
-    return float(np.dot(flat, flat))

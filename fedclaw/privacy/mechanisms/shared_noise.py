@@ -1,125 +1,99 @@
-"""Updates as the integers that secure aggregation adds: the same rule, from the plan, at every site and the server."""
+"""Shares of noise inside a secure sum: every site brings its own, and no site's is enough by itself.
 
-import logging
+Unit example or site, as the sum is bounded (`fedclaw.privacy.mechanisms.sum_noise`); the noise, and what it is worth,
+is that of `fedclaw.privacy.distributed`.
+"""
+
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import ClassVar
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.distributed import Shares, share_noise
-from fedclaw.privacy.fixed_point import Encoding
-from fedclaw.privacy.mechanisms.server_noise import unit_bound
-from fedclaw.protocol.plan import CentralPrivacy, Plan, SecureAggregation, Unit
-
-if TYPE_CHECKING:
-    from fedclaw.privacy.noise import GaussianSource
-
-log = logging.getLogger(__name__)
-
-_told: set[str] = set()
-"""Runs in which it was said that numbers were cut off."""
-
-RANGE_BESIDE_NOISE = (
-    "value_range is for secure sums without noise by the sites, and here the sites bring noise: only one can be meant"
-)
-
-Vector = NDArray[np.floating[Any]]
-
-
-class Integers(Protocol):
-    """How one site's vector (d,) becomes integers modulo 2^32, with its share of the noise if it brings one."""
-
-    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
-        """(d,) integers modulo 2^32."""
+from fedclaw.privacy.distributed import Price, Shares, choose_step, share_noise
+from fedclaw.privacy.mechanisms.integers import Integers, SumWithShare, WithShare
+from fedclaw.privacy.mechanisms.mechanism import Charge
+from fedclaw.privacy.mechanisms.sum_noise import SumNoise
+from fedclaw.protocol.plan import Plan, RefusalCode, SecureAggregation
+from fedclaw.protocol.terms import SecureRequest
 
 
 @dataclass(frozen=True)
-class Nearest:
-    """No noise: numbers cut off beyond `value_range` and rounded to the nearest step."""
+class SharedNoise(SumNoise):
+    """Nobody is trusted but enough of the other sites, as many as the session counts on."""
 
-    step: float
-    value_range: float
+    no_noise: ClassVar[RefusalCode] = RefusalCode.SECURE_AGGREGATION
 
-    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
-        """(d,) integers modulo 2^32; `source` is not used."""
-        return Encoding(self.step).encode_nearest(vector, self.value_range)[0]
+    @property
+    def noised_at_site(self) -> bool:
+        """See Mechanism."""
+        return True
+
+    @property
+    def shares_noise(self) -> bool:
+        """See Mechanism."""
+        return True
+
+    @property
+    def largest_update(self) -> float | None:
+        """See Mechanism."""
+        return None
+
+    @property
+    def shares(self) -> Shares:
+        """Each site's share of the noise. Raises PrivacyError if the plan's numbers do not add up to its multiplier."""
+        return session_shares(self.session, self.sum_sensitivity, self.request.noise_multiplier)
+
+    def contradiction(self) -> str | None:
+        """See Mechanism."""
+        if self.request.adaptive:
+            return "an adaptive clipping bound goes with unit: site and noise_by: server"
+        if self.samples_sites:
+            return "distributed noise for the unit site asks every site: sample_rate is 1"
+        if self.asked.hidden is False:
+            return "noise by the sites is enough only in their sum: it needs secure aggregation"
+        if not self.takes_one_step and self.asked.weighting == "examples":
+            return "a site has to know the largest weight before it adds its noise: weighting: uniform or capped"
+        return super().contradiction()
+
+    def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:
+        """What one round costs, from the shares that the sites really add. Raises PrivacyError.
+
+        The sum is a function of one Gaussian mechanism (`fedclaw.privacy.distributed.gaussian_multiplier`).
+        """
+        return Charge("distributed", self.event(self.shares.noise_multiplier), "aggregation")
+
+    def possible_charges(self, examples: int) -> tuple[Charge, ...]:
+        """See Mechanism."""
+        return (self.charge(examples, trust_server_noise=False),)
+
+    def integers(self, examples: int | None = None) -> Integers:
+        """See Mechanism."""
+        if not self.takes_one_step:
+            return WithShare(self.shares)
+        return SumWithShare(self.shares, examples, self.asked.run if isinstance(self.asked, Plan) else "")
+
+    def scale(self, request: SecureRequest, length: int, sites: int, honest: int) -> tuple[float, float | None]:
+        """See Mechanism. No range of values: nothing is cut off but what noise by the sites has no room for."""
+        return choose_step(self.sum_sensitivity, length, sites, self.request.noise_multiplier, honest=honest), None
+
+    @property
+    def price(self) -> Price | None:
+        """See Mechanism."""
+        return self.shares.price
 
 
-@dataclass(frozen=True)
-class Noisy:
-    """With this site's share of the noise. Unit `example`: the vector is a sum of which one example is a part, and
-    `examples` are all there are."""
-
-    shares: Shares
-    unit: Unit
-    examples: int | None = None
-    run: str = ""
-
-    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
-        """(d,) integers modulo 2^32."""
-        if self.unit == "site":
-            return self.shares.encode(vector, source)
-        encoded, beyond = self.shares.encode_sum(vector, source, self.examples)
-        if beyond and self.run not in _told:
-            _told.add(self.run)
-            log.warning(
-                "%d of %d numbers of the update were too large for the secure sum and cut off; in further rounds of "
-                "this run that is not said again",
-                *(beyond, len(vector)),
-            )
-        return encoded
-
-
-def integers_of(plan: Plan, examples: int | None = None) -> Integers:
-    """The rule of `plan`, which has secure aggregation, for a site with so many training examples.
-
-    Raises PrivacyError for a plan whose noise is not enough.
-    """
-    secure, central = plan.secure, plan.central
-    assert secure is not None
-    if central is not None and plan.noised_by_sites:
-        if secure.value_range is not None:
-            raise PrivacyError(RANGE_BESIDE_NOISE)
-        return Noisy(shares_of(plan, central, secure), central.unit, examples, plan.run)
-    if secure.value_range is None:
-        raise PrivacyError("secure aggregation without noise by the sites needs a range of values")
-    return Nearest(secure.step, secure.value_range)
-
-
-def shares_of(plan: Plan, central: CentralPrivacy, secure: SecureAggregation) -> Shares:
-    """Each site's share of the noise. Raises PrivacyError if the plan's numbers do not add up to its multiplier."""
+def session_shares(secure: SecureAggregation, sensitivity: float, noise_multiplier: float) -> Shares:
+    """Each site's share of noise of that multiplier in the sum of a session. Raises PrivacyError."""
+    if secure.value_range is not None:
+        raise PrivacyError(
+            "value_range is for secure sums without noise by the sites, and here the sites bring noise: only one can "
+            "be meant"
+        )
     return share_noise(
-        unit_bound(plan, central),
+        sensitivity,
         secure.length,
         len(secure.sites),
-        central.noise_multiplier,
+        noise_multiplier,
         tolerated=secure.tolerated,
         colluding=secure.colluding,
         step=secure.step,
     )
-
-
-def distributed_mechanism(plan: Plan) -> NoiseEvent:
-    """What one round under distributed noise costs, from the shares that the sites really add. Raises PrivacyError.
-
-    The sum is a function of one Gaussian mechanism (`fedclaw.privacy.distributed.gaussian_multiplier`).
-    """
-    secure, central = plan.secure, plan.central
-    assert secure is not None
-    assert central is not None
-    return example_mechanism(central, shares_of(plan, central, secure).noise_multiplier)
-
-
-def example_mechanism(central: CentralPrivacy, noise_multiplier: float) -> NoiseEvent:
-    """What a round with noise on the sum costs an example, by its multiplier for the unit that it was made for.
-
-    Unit `site`: two data sets that differ in one example give two updates within the clipping bound, which may lie
-    twice the bound apart, while a site's absence moves the sum by the bound: so an example has half the multiplier.
-    That a site is asked only now and then is not counted, as its books hold only the rounds that asked it.
-    """
-    if central.unit == "example":
-        return NoiseEvent(central.sample_rate, noise_multiplier, 1)
-    return NoiseEvent(1.0, noise_multiplier / 2, 1)

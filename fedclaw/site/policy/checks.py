@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.secure_aggregation.graph import Topology, is_enough
 from fedclaw.protocol.plan import CentralPrivacy, Plan, Refusal, RefusalCode, SecureAggregation
 from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS, Combination, Policy, listed
@@ -53,10 +54,9 @@ def permitted_metrics(policy: Policy, asked: tuple[str, ...], examples: int | No
 def check_request(policy: Policy, plan: Plan) -> None:
     """Raise a Refusal for what holds for whatever is asked: numbers to compute with, who may ask for what, the cohort,
     whose noise counts."""
-    try:
-        plan.check_numbers()
-    except ValueError as error:
-        raise Refusal(RefusalCode.MALFORMED, str(error)) from error
+    mechanism = mechanism_of(plan)
+    if reason := mechanism.out_of_range():
+        raise Refusal(RefusalCode.MALFORMED, reason)
     if policy.federations is not None:
         _require(RefusalCode.FEDERATION, "federation", plan.federation, policy.federations)
     _require(RefusalCode.WORKLOAD, "workload", plan.workload, policy.workloads)
@@ -65,7 +65,7 @@ def check_request(policy: Policy, plan: Plan) -> None:
         _check_combination(policy, policy.combinations, plan)
     _check_cohort(policy, plan)
     if plan.secure is not None:
-        check_session(policy, plan.secure, noised=plan.noised_by_sites)
+        check_session(policy, plan.secure, noised=mechanism.shares_noise)
 
 
 def _require(code: RefusalCode, what: str, asked: str, allowed: tuple[str, ...]) -> None:

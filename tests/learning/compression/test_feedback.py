@@ -7,7 +7,7 @@ from scipy.stats import chi2
 from fedclaw.learning import postprocess
 from fedclaw.learning.compression.feedback import ERROR, WARM
 from fedclaw.learning.compression.randomk import positions
-from fedclaw.privacy.mechanisms.server_noise import clip_to
+from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.protocol.arrays import shapes_of

@@ -12,7 +12,9 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.learning import postprocess
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.mechanisms.server_noise import clip_to, moved
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.server_noise import moved
+from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.protocol.message_identity import assume_server_identity
@@ -135,7 +137,7 @@ def test_the_bound_moves_geometrically():
 def test_the_count_of_an_adaptive_bound_pays_out_of_the_same_noise():
     """Andrew et al. 2021, theorem 1: the two together are one mechanism of the whole multiplier."""
     with_count = central(adaptive=AdaptiveClip(count_noise=5.0))
-    z = with_count.update_noise_multiplier
+    z = mechanism_of(run_record(privacy=None, central=with_count, weighting="uniform")).update_noise_multiplier
     assert z > with_count.noise_multiplier
     assert z**-2 + (2 * 5.0) ** -2 == pytest.approx(1.5**-2)
 
@@ -185,7 +187,7 @@ def test_a_setting_whose_guarantee_would_not_hold_is_refused_with_its_reason(cha
 )
 def test_central_settings_that_contradict_themselves_are_refused(changes, words):
     with pytest.raises(ValidationError, match=words):
-        central(**changes)
+        run_record(privacy=None, central=central(**changes))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,13 @@
+"""No noise at all: an update leaves as it is, where a site's policy allows training without privacy."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedclaw.privacy.mechanisms.mechanism import Mechanism
+
+
+@dataclass(frozen=True)
+class InTheOpen(Mechanism):
+    """No promise but that of a secure sum, if there is one."""
+
+    claims_privacy: ClassVar[bool] = False

@@ -1,0 +1,360 @@
+"""How an answer may leave a site: one frozen object a way, which alone looks at whose noise goes where.
+
+`mechanism_of` (`fedclaw.privacy.mechanisms.choice`) makes it of what is asked: a run's terms at the server, a plan at
+each site. From then on nobody asks again whether noise is local, central or shared, and for which unit: the object
+says what it does not go with (`contradiction`, `refuse`), how steps are taken and on which samples, how far what leaves
+is bounded and what is added to it at either end, what the ledger books and what a receipt has to say of it. No
+sensitivity and no deviation of noise is derived anywhere else.
+"""
+
+from abc import ABC
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from fedclaw.errors import PrivacyError, UsageError
+from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.privacy.fixed_point import Encoding, nearest_step
+from fedclaw.privacy.mechanisms.integers import Integers, Nearest
+from fedclaw.protocol.plan import (
+    LARGEST_CLIP,
+    LARGEST_RATE,
+    SMALLEST_CLIP,
+    CentralReceipt,
+    RefusalCode,
+    SecureAggregation,
+    Terms,
+    Trust,
+)
+from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.update import Update
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedclaw.privacy.distributed import Price
+    from fedclaw.privacy.noise import GaussianSource
+    from fedclaw.privacy.speed import StepSpeed
+    from fedclaw.privacy.steps import StepTaker
+
+    Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+Kind = Literal["dp-sgd", "central", "distributed", "none"]
+"""Whose noise a ledger books, as a receipt calls it."""
+
+
+class DataUse(Protocol):
+    """What a strategy uses of the data beyond clipped and noised gradients, as its class declares it."""
+
+    @property
+    def needs_single_updates(self) -> bool:
+        """Whether its server half sees every update by itself, and takes no mean."""
+
+    @property
+    def uses_training_loss(self) -> bool:
+        """Whether what leaves depends on the loss on the training data: raw, whatever noised the steps."""
+
+    @property
+    def trains_own_model(self) -> bool:
+        """Whether each site trains a second model, without noise, that stays there: raw."""
+
+    @property
+    def changes_step(self) -> bool:
+        """Whether it makes more of a site's steps than the steps, or keeps something of them."""
+
+    @property
+    def extras(self) -> Collection[str]:
+        """Arrays that leave beside the parameters' deltas."""
+
+    @property
+    def personal(self) -> Collection[str]:
+        """Parameters that stay at the sites."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Poisson samples at `rate`; each example's gradient clipped to the L2 norm `clip`, their sum with noise of
+    `noise_multiplier` times that (0: others add it later)."""
+
+    rate: float
+    noise_multiplier: float
+    clip: float
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a ledger books for one round (`mechanism` None: no noise that counts), and whom that trusts."""
+
+    kind: Kind
+    mechanism: NoiseEvent | None
+    trust: Trust
+
+
+UNPROTECTED = Charge("none", None, "everybody")
+
+
+@dataclass(frozen=True)
+class Mechanism(ABC):
+    """How the answer to a round of training leaves. Methods without a body of their own here: nothing is noised."""
+
+    asked: Terms
+
+    no_noise: ClassVar[RefusalCode] = RefusalCode.EPSILON
+    """How a site refuses what no noise is enough for."""
+    calibrated_here: ClassVar[frozenset[str]] = frozenset()
+    """Fields of a receipt that only the site can work out."""
+
+    @property
+    def claims_privacy(self) -> bool:
+        """Whether differential privacy is promised at all."""
+        return True
+
+    @property
+    def noised_at_site(self) -> bool:
+        """Whether what leaves a site has noise on it, its own or its share of all sites'."""
+        return False
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether each site brings a share of the noise, and counts on the others'."""
+        return False
+
+    @property
+    def takes_one_step(self) -> bool:
+        """Whether what leaves is one clipped step, whose noise is on the sum: nothing else may be made of it."""
+        return False
+
+    @property
+    def samples_sites(self) -> bool:
+        """Whether sites are asked at random, which the accounting counts on."""
+        return False
+
+    @property
+    def central(self) -> CentralReceipt | None:
+        """The noise on the sum that is announced."""
+        return None
+
+    @property
+    def delta(self) -> float | None:
+        """At which an epsilon is told; None: at the site's own."""
+        return None
+
+    @property
+    def clip(self) -> float:
+        """The L2 bound of an example's gradient, or of a site's update; 0: none."""
+        return 0.0
+
+    # Refused at both ends
+
+    def contradiction(self) -> str | None:
+        """Why the settings' guarantee would not hold, as a sentence; None: it would."""
+        if (self.asked.weighting == "capped") != (self.asked.weight_cap is not None):
+            return "weight_cap goes with weighting: capped, and only with that"
+        return None
+
+    def out_of_range(self) -> str | None:
+        """Numbers at which floating point would not keep what is promised, as a sentence; None: there are none.
+
+        A site asks it of every plan, and a server of itself before a run; a record of an older run may hold others.
+        """
+        if not self.asked.training.learning_rate <= LARGEST_RATE:
+            return (
+                f"the learning rate is {self.asked.training.learning_rate:g}, and at most {LARGEST_RATE:g} is allowed"
+            )
+        return None
+
+    def refuse(self, use: DataUse) -> str | None:
+        """Why a strategy that uses the data like that cannot leave by this mechanism, as a sentence's end."""
+        return (self._unmasked(use) if self.asked.secure is not None else None) or self.uncovered(use)
+
+    def _unmasked(self, use: DataUse) -> str | None:
+        """What a secure sum does not go with, or does not hide.
+
+        A sum hides its parts only if none is known beforehand. All sites begin with the same parameters (they sign a
+        digest of them), so a server cannot have some of them send nothing, except through parameters that each brings
+        itself: a head that was spoilt in an earlier round, of other sites, stops every gradient below it.
+        """
+        if use.needs_single_updates:
+            return (
+                "has to see every update by itself, which secure aggregation hides; take another strategy or "
+                "secure=none"
+            )
+        if not self.noised_at_site and use.personal:
+            return (
+                "keeps parameters at each site, of which secure aggregation cannot see that all sites begin alike: "
+                "without noise at the sites a sum could be one site's update; take privacy=dp, or a strategy that "
+                "shares all"
+            )
+        return None
+
+    def uncovered(self, use: DataUse) -> str | None:
+        """What of that no noise of this mechanism covers, as a sentence's end."""
+        return None
+
+    # Steps
+
+    def sampling(self, examples: int, charged: NoiseEvent | None) -> Sampling | None:
+        """How a site with so many examples samples and clips, which was charged that; None: shuffled epochs."""
+        return None
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether local batches are Poisson samples."""
+        return False
+
+    def step_taker(
+        self,
+        model: "torch.nn.Module",
+        loss: "Loss",
+        examples: int,
+        charged: NoiseEvent | None,
+        source: "GaussianSource",
+        speed: "StepSpeed | None" = None,
+    ) -> "StepTaker":
+        """How a step is taken at a site. Raises PrivacyError for a model whose examples cannot be told apart."""
+        from fedclaw.privacy.steps import PlainGradients, PrivateGradients
+
+        sampling = self.sampling(examples, charged)
+        if sampling is None:
+            return PlainGradients(model, loss)
+        return PrivateGradients(
+            model,
+            loss,
+            max_grad_norm=sampling.clip,
+            noise_multiplier=sampling.noise_multiplier,
+            expected_batch_size=sampling.rate * examples,
+            source=source,
+            speed=speed,
+            steps_ahead=self.asked.training.local_steps(examples),
+        )
+
+    def batches(self, examples: int, charged: NoiseEvent | None, source: "GaussianSource") -> "Iterator[torch.Tensor]":
+        """The row indices of each step of a round."""
+        from fedclaw.privacy.steps import poisson_batches, shuffled_batches
+
+        training, sampling = self.asked.training, self.sampling(examples, charged)
+        count = training.local_steps(examples)
+        if sampling is None:
+            return shuffled_batches(examples, training.batch_size, count, source)
+        return poisson_batches(examples, sampling.rate, count, source)
+
+    # What leaves
+
+    def bound(self, update: Update) -> Update:
+        """Clip all that has no noise on it yet, in place. What is not finite counts as zero where there is a bound."""
+        return update
+
+    def noised(self, total: Update) -> Update:
+        """The server's half: the mean, with its noise if the server brings any."""
+        return total
+
+    @property
+    def fixed_divisor(self) -> float | None:
+        """What the server divides a sum by in the place of its weights: it must not depend on who was asked."""
+        return None
+
+    @property
+    def counts_within_clip(self) -> bool:
+        """Whether each site says beside its update if that was within the clipping bound (`WITHIN`)."""
+        return False
+
+    @property
+    def sum_dtype(self) -> type[np.floating[Any]]:
+        """The type in which a server adds updates."""
+        return np.float32
+
+    # Inside a secure sum
+
+    def integers(self, examples: int | None = None) -> Integers:
+        """How a site with so many examples hands its update to secure aggregation. Raises PrivacyError."""
+        secure = self.session
+        if secure.value_range is None:
+            raise PrivacyError("secure aggregation without noise by the sites needs a range of values")
+        return Nearest(secure.step, secure.value_range)
+
+    def scale(self, request: SecureRequest, length: int, sites: int, honest: int) -> tuple[float, float | None]:
+        """What one integer of a sum over so many sites stands for, and the range of values where numbers are cut off.
+
+        `honest` sites' noise is counted on. Raises PrivacyError when no step will do, and UsageError for a request that
+        says too little, or steps that are too coarse.
+        """
+        largest = self.asked.weight_cap or (request.largest_weight if self.asked.weighting == "examples" else 1.0)
+        if largest is None:
+            raise UsageError(
+                "secure.largest_weight is not set: with weighting=examples, say how many examples no site exceeds"
+            )
+        value_range = request.value_range * largest
+        step = nearest_step(value_range, sites)
+        if reason := self.too_coarse(step, length):
+            raise UsageError(reason)
+        return step, value_range
+
+    def too_coarse(self, step: float, length: int) -> str | None:
+        """Where rounding to such steps adds more to a sensitivity than noise was made for, a sentence about it."""
+        return None
+
+    @property
+    def largest_update(self) -> float | None:
+        """The largest number of an update that a secure sum's integers hold; None: no limit is set."""
+        secure = self.asked.secure
+        if secure is None or secure.value_range is None or not isinstance(secure, SecureAggregation):
+            return None if secure is None else secure.value_range
+        # That of a session bounds weight x delta.
+        weighed = secure.largest_weight if self.asked.weighting == "examples" else None
+        return secure.value_range / (self.asked.weight_cap or weighed or 1.0)
+
+    @property
+    def session(self) -> SecureAggregation:
+        """That of the plan, which has one. Raises PrivacyError for terms that are no plan's."""
+        if not isinstance(self.asked.secure, SecureAggregation):
+            raise PrivacyError("noise by the sites hides nothing without secure aggregation")
+        return self.asked.secure
+
+    @property
+    def price(self) -> "Price | None":
+        """What noise by the sites costs the sum of a plan with a session; None where they bring none."""
+        return None
+
+    def decoded(self, total: "np.ndarray[Any, np.dtype[np.uint32]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
+        """What a secure sum (d,) stands for."""
+        return Encoding(self.session.step).decode(total)
+
+    # The ledger, and what a receipt says of it
+
+    def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:
+        """What one round costs a site with so many examples. Raises PrivacyError when no noise is enough."""
+        return UNPROTECTED
+
+    def possible_charges(self, examples: int) -> tuple[Charge, ...]:
+        """What a site's ledger may have booked, but for what only the site can work out. Raises PrivacyError."""
+        return (UNPROTECTED,)
+
+    def receipt_fields(self, examples: int, charge: Charge) -> dict[str, object]:
+        """What a receipt says that follows from what was asked and what was charged."""
+        event = charge.mechanism
+        fields: dict[str, object] = {
+            "mechanism": charge.kind,
+            "trust": charge.trust,
+            "secure_aggregation": self.asked.secure is not None,
+            "central": self.central,
+            "sampler": "poisson" if self.is_sampled else "shuffle",
+            "accountant": "none" if event is None else "pld" if event.family == "gaussian" else "rdp",
+            "sample_rate": self.sample_rate(examples) if event is None else event.sample_rate,
+            "steps": self.asked.training.local_steps(examples),
+            "noise_multiplier": 0.0 if event is None else event.noise_multiplier,
+            "max_grad_norm": self.clip,
+        }
+        return fields if self.delta is None else {**fields, "delta": self.delta}
+
+    def sample_rate(self, examples: int) -> float:
+        """The share of the examples in a batch."""
+        return min(1.0, self.asked.training.batch_size / examples)
+
+
+def clip_out_of_range(name: str, clip: float) -> str | None:
+    """A sentence about a clipping bound beyond what floating point keeps; None: it is within."""
+    if SMALLEST_CLIP <= clip <= LARGEST_CLIP:
+        return None
+    return f"{name} is {clip:g}, and a clipping bound lies in [{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]"

@@ -1,0 +1,220 @@
+"""Noise on the sum over the sites, whoever brings it: what is bounded at a site, and how far one unit moves the sum.
+
+Unit `site`: the update is clipped as a whole, so whatever a site kept, or trained besides, its part is within the
+bound. Unit `example`: each site takes one step on a Poisson sample, each example's gradient clipped, without noise of
+its own; the sum over the sites is one DP-SGD step (Abadi et al. 2016) on the pooled data, since
+sum n_k delta_k = -(rate / q) x sum of clipped gradients. That step leaves as it is: nothing that a strategy makes of
+it, no extras, and nothing that stays at the site. What was trained without noise would be where the next round begins,
+and one example would move every gradient of that round, sampled in it or not.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.privacy.mechanisms.mechanism import DataUse, Mechanism, Sampling, clip_out_of_range
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt
+from fedclaw.protocol.update import Update
+
+WITHIN = "fedclaw.within_clip"
+"""The array beside the parameters that counts who stayed within an adaptive bound: +1/2 or -1/2 a site."""
+
+_NORM_MARGIN = 1 + 1e-6
+# Keeps the rounding to float32 from lifting a clipped update over the bound.
+_LARGEST_NUMBER = 1e30
+# What a plan's numbers multiply to stays below, and its reciprocal above: a float32 has room for it.
+
+
+@dataclass(frozen=True)
+class SumNoise(Mechanism):
+    """Noise on the sum, as `request` announces it."""
+
+    request: CentralPrivacy
+
+    @property
+    def takes_one_step(self) -> bool:
+        """Of the unit example."""
+        return self.request.unit == "example"
+
+    @property
+    def is_sampled(self) -> bool:
+        """Of the unit example: each site's one step is on a sample."""
+        return self.takes_one_step
+
+    @property
+    def central(self) -> CentralReceipt | None:
+        """What is announced."""
+        request = self.request
+        return CentralReceipt(
+            unit=request.unit, noise_by=request.noise_by, epsilon=request.epsilon, delta=request.delta
+        )
+
+    @property
+    def delta(self) -> float | None:
+        """That of the request."""
+        return self.request.delta
+
+    @property
+    def clip(self) -> float:
+        """Of an example's gradient, or of a site's update."""
+        return self.request.clip
+
+    @property
+    def samples_sites(self) -> bool:
+        """Whether sites are asked at random, which the accounting counts on."""
+        return not self.takes_one_step and self.request.sample_rate < 1
+
+    @property
+    def sum_sensitivity(self) -> float:
+        """How far, in L2 norm, one unit can move the sum over the sites of weight x delta."""
+        if self.takes_one_step:
+            return self.asked.training.learning_rate * self.request.clip / self.request.sample_rate
+        return self.request.clip * (self.asked.weight_cap or 1)
+
+    @property
+    def update_noise_multiplier(self) -> float:
+        """What of the noise multiplier is for the update."""
+        return self.request.noise_multiplier
+
+    def signal_to_noise(self, examples: int, sites: int) -> float:
+        """The largest possible signal of a whole run by the noise in its direction: of T rounds whose sum is over m
+        units, T m C against sqrt(T) z C."""
+        units = self.request.sample_rate * (examples if self.takes_one_step else sites)
+        return units * math.sqrt(self.asked.rounds) / self.update_noise_multiplier
+
+    @property
+    def example_event(self) -> NoiseEvent:
+        """What a round costs an example."""
+        return self.event(self.request.noise_multiplier)
+
+    def event(self, noise_multiplier: float) -> NoiseEvent:
+        """What a round costs an example, by the noise multiplier for the unit that it was made for.
+
+        Unit `site`: two data sets that differ in one example give two updates within the clipping bound, which may lie
+        twice the bound apart, while a site's absence moves the sum by the bound: so an example has half the multiplier.
+        That a site is asked only now and then is not counted, as its books hold only the rounds that asked it.
+        """
+        if self.takes_one_step:
+            return NoiseEvent(self.request.sample_rate, noise_multiplier, 1)
+        return NoiseEvent(1.0, noise_multiplier / 2, 1)
+
+    def contradiction(self) -> str | None:
+        """See Mechanism."""
+        if reason := super().contradiction():
+            return reason
+        if self.asked.hidden and self.samples_sites:
+            return "secure aggregation tells its sites who is asked, which sample_rate below 1 counts on hiding"
+        if self.takes_one_step:
+            return self._not_one_step()
+        if (self.samples_sites or self.request.adaptive) and self.asked.weighting != "uniform":
+            return "sites asked at random, and an adaptive clipping bound, go with weighting: uniform"
+        return None
+
+    def _not_one_step(self) -> str | None:
+        training = self.asked.training
+        if self.asked.privacy is not None:
+            return "central privacy of the unit example adds its noise to the sum: it goes without local noise"
+        plain = training.optimizer == "sgd" and training.momentum == 0 and training.weight_decay == 0
+        if training.steps != 1 or not plain:
+            return "the unit example is one plain step a round: training steps 1, sgd, no momentum or decay"
+        if self.asked.weighting != "examples":
+            return "the unit example makes one step on the pooled data: weighting: examples"
+        return None
+
+    def out_of_range(self) -> str | None:
+        """See Mechanism."""
+        if reason := super().out_of_range() or clip_out_of_range("central.clip", self.request.clip):
+            return reason
+        for value in (self.sum_sensitivity, self.sum_sensitivity * self.request.noise_multiplier):
+            if not 1 / _LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
+                return (
+                    f"learning rate, clipping bound, sample rate, weight cap and noise multiplier multiply to "
+                    f"{value:g}, which floating point has no room for"
+                )
+        return None
+
+    def uncovered(self, use: DataUse) -> str | None:
+        """See Mechanism."""
+        return _unsummed(use) or (_unstepped(use) if self.takes_one_step else None) or by_the_loss(use)
+
+    def sampling(self, examples: int, charged: NoiseEvent | None) -> Sampling | None:
+        """See Mechanism. Unit example: without noise of the site's own."""
+        return Sampling(self.request.sample_rate, 0.0, self.request.clip) if self.takes_one_step else None
+
+    def sample_rate(self, examples: int) -> float:
+        """See Mechanism."""
+        return self.request.sample_rate if self.takes_one_step else super().sample_rate(examples)
+
+    def bound(self, update: Update) -> Update:
+        """Unit site: scale the update to an L2 norm of at most `clip`. Unit example: each example's gradient was
+        clipped by the step that made it."""
+        if self.takes_one_step:
+            return update
+        norm = clip_to(update.arrays, self.request.clip)
+        if not self.counts_within_clip:
+            return update
+        vote = np.array([0.5 if norm <= self.request.clip else -0.5], np.float32)
+        return replace(update, arrays={**update.arrays, WITHIN: vote})
+
+
+def _unsummed(use: DataUse) -> str | None:
+    """What noise on the sum does not go with."""
+    if use.needs_single_updates:
+        return "takes no mean of the updates, and noise on the sum is made for a mean; take privacy=dp, at the sites"
+    if use.extras:
+        # The server's half would take the noise for them.
+        return "sends more than updates, and noise on the sum is made for updates alone; take privacy=dp, at the sites"
+    if use.trains_own_model:
+        return (
+            "trains a second model at each site, which noise on the sum does not cover; take privacy=dp, at the sites"
+        )
+    return by_the_loss(use)
+
+
+def _unstepped(use: DataUse) -> str | None:
+    """What does not go with one clipped step a round whose noise is on the sum."""
+    if use.personal:
+        return (
+            "keeps parameters at each site, which central.unit=example, one step a round with the noise on the sum, "
+            "trains without noise, and the next round begins with them; take central.unit=site or privacy=dp"
+        )
+    if use.changes_step:
+        return (
+            "makes more of a site's step than the step, and central.unit=example bounds each example's part in the "
+            "step alone; take central.unit=site or privacy=dp"
+        )
+    return None
+
+
+def by_the_loss(use: DataUse) -> str | None:
+    """What no noise covers, wherever it is added, of a strategy that uses the training loss."""
+    if use.uses_training_loss:
+        return "works out what leaves from the loss on the training data, which no noise covers; take privacy=none"
+    return None
+
+
+def clip_to(arrays: Arrays, bound: float) -> float:
+    """Scale `arrays`, in place, to a joint L2 norm of at most `bound`; returns the norm that they had.
+
+    What is not finite becomes zero, and its norm is infinite.
+    """
+    norm = math.sqrt(sum(_square(array) for array in arrays.values()))
+    if not math.isfinite(norm):
+        for array in arrays.values():
+            array[...] = 0
+        return math.inf
+    if norm > bound:
+        # In float64: the factor may be smaller than any number that float32 holds.
+        factor = np.float64(bound / (norm * _NORM_MARGIN))
+        for array in arrays.values():
+            np.multiply(array, factor, out=array, dtype=np.float64, casting="same_kind")
+    return norm
+
+
+def _square(array: NDArray[np.float32]) -> float:
+    flat = array.reshape(-1).astype(np.float64)
+    return float(np.dot(flat, flat))
