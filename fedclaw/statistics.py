@@ -45,7 +45,7 @@ from rich.console import Console
 from fedclaw import startup
 from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.console import make_console
-from fedclaw.errors import DataError, RoundError, UsageError
+from fedclaw.errors import DataError, UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.protocol.frozen import Frozen, check_settings
@@ -54,6 +54,7 @@ from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.listening import ListenAddress
 from fedclaw.server.run_directory import RUN_NAME
 from fedclaw.server.settings import WorkloadChoice
+from fedclaw.server.waiting import Waiting, wait_for_sites
 from fedclaw.transport.grpc.limits import Limits
 
 if TYPE_CHECKING:
@@ -63,12 +64,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedclaw.statistics")
 
 
-class SitesSettings(Frozen):
+class AskedSites(Waiting):
     """conf/statistics.yaml: sites."""
 
     minimum: int = Field(default=2, ge=1)
-    wait_for: int | None = Field(default=None, ge=1)
-    wait: float = Field(default=600, gt=0)
     deadline: float = Field(default=600, gt=0)
 
 
@@ -91,7 +90,7 @@ class StatisticsSettings(Frozen):
     runs: Path = Path("runs")
     run: str | None = None
     out: Path | None = None
-    sites: SitesSettings = SitesSettings()
+    sites: AskedSites = AskedSites()
     limits: Limits = Limits()
 
     @field_validator("secure", mode="before")
@@ -200,16 +199,8 @@ def serve(
     assume_server_identity(run_id)
     sites = settings.sites
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
-        expected = max(sites.minimum, sites.wait_for or 0)
-        log.info(
-            "statistics %s: listening on %s for %d sites", run, settings.address or home.descriptor.address, expected
-        )
-        names = grid.wait_for_sites(expected, sites.wait)
-        if len(names) < sites.minimum:
-            raise RoundError(
-                f"{len(names)} sites came within {sites.wait:g} s and {sites.minimum} are needed "
-                f"({', '.join(names) or 'none'}); nobody was asked, and nobody paid"
-            )
+        log.info("statistics %s: listening on %s", run, settings.address or home.descriptor.address)
+        wait_for_sites(grid, sites, sites.minimum, "nobody was asked, and nobody paid")
         nodes = sorted(grid.get_node_ids())
         names = tuple(grid.site_name(node) for node in nodes)
         request = check_settings(

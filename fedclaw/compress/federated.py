@@ -27,7 +27,8 @@ from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, Distillation, 
 from fedclaw.server import exchange
 from fedclaw.server.coordinator import Observer, make_plan, make_strategy, run_rounds
 from fedclaw.server.run_directory import RunDirectory, RunRecord
-from fedclaw.server.session import calibrated, wait_for_cohort
+from fedclaw.server.session import calibrated
+from fedclaw.server.waiting import wait_for_cohort
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ def recover_at_sites(
     assume_server_identity(run_id)
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
         log.info("listening on %s", settings.address or home.descriptor.address)
-        sites = settings.sites
-        wait_for_cohort(grid, directory, sites.wait_for, sites.wait, new_cohort=sites.new_cohort)
+        wait_for_cohort(grid, directory, settings.sites)
         return recover_by_rounds(grid, settings, teacher, student, observers)
 
 

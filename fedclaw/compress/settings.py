@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.server.listening import ListenAddress
+from fedclaw.server.waiting import CohortWaiting
 
 
 class RecoverySettings(Frozen):
@@ -29,16 +30,9 @@ class RecoverySettings(Frozen):
     """Steps without a better model after which training stops."""
 
 
-class SiteRecovery(Frozen):
+class SiteRecovery(CohortWaiting):
     """Recovery at the sites: more rounds of training under differential privacy, on their ledgers."""
 
-    wait_for: int | None = Field(default=None, ge=1)
-    """Sites to wait for; by default as many as a round of the run needs."""
-    wait: float = Field(default=600.0, gt=0)
-    """Seconds to wait for them."""
-    new_cohort: bool = False
-    """Going on: ask the round in flight of whoever is connected, for a site of it will not come back. Asked of
-    another number of sites it is a new question, and who had answered the old one pays for it again."""
     rounds: int = Field(default=5, ge=1)
     epsilon: float | None = Field(default=None, gt=0)
     """What all these rounds together may cost a site, beyond the run itself; by default as much as the run."""

@@ -33,7 +33,7 @@ from fedclaw.server.early_checks import check_early, run_name
 from fedclaw.server.listening import ListenAddress
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.settings import RunSettings
-from fedclaw.server.sites_settings import SitesSettings
+from fedclaw.server.waiting import SitesSettings, wait_for_cohort
 from fedclaw.transport.grpc.limits import Limits
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
     with startup.loading(_LIBRARIES):
         from fedclaw.protocol.message_identity import assume_server_identity, number_of
         from fedclaw.server.coordinator import Observer, run_rounds
-        from fedclaw.server.session import initial_parameters, wait_for_cohort
+        from fedclaw.server.session import initial_parameters
         from fedclaw.transport.grpc import GrpcGrid
     tracker: MlflowTracker | None = None
     run_id = number_of(record.run)
@@ -132,8 +132,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
                 run.enter_context(directory.held())
             startup.next_step(f"continue with resume={directory.root}")
             log.info("listening on %s", settings.address or home.descriptor.address)
-            sites = settings.sites
-            wait_for_cohort(grid, directory, sites.wait_for, sites.wait, new_cohort=sites.new_cohort)
+            wait_for_cohort(grid, directory, settings.sites)
             observers: list[Observer] = [progress, tracker] if tracker else [progress]
             run_rounds(grid, directory, initial_parameters(record), observers=observers)
             _say_who_is_behind(directory, record, progress)

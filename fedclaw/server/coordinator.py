@@ -1,9 +1,4 @@
-"""The loop: plan, exchange, step, evaluate, checkpoint; and the same loop again after a crash.
-
-Before a round's questions go out, who is asked is written down (round.json). A server that is killed in
-mid-round resumes with the same parameters, plan and cohort, so the questions are byte for byte the same, and a
-site that has answered already answers from its outbox at no further cost.
-"""
+"""The loop: plan, exchange, step, evaluate, checkpoint; and the same loop again after a crash."""
 
 import logging
 import random
@@ -15,10 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from fedclaw.errors import CheckpointError, PluginError, RoundError, UpdateError
-from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.learning import postprocess
 from fedclaw.learning.pooled import Area
 from fedclaw.learning.registry import strategy_class
@@ -37,12 +31,13 @@ from fedclaw.server.exchange import Declined, Evaluated, Trained
 from fedclaw.server.global_model import GlobalModel
 from fedclaw.server.grids import StreamingGrid
 from fedclaw.server.learned import hopeless_noise, nothing_learned
+from fedclaw.server.pending_round import PendingRound
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.server.secure_round import SecurelyTrained
+from fedclaw.server.waiting import poll
 
 log = logging.getLogger(__name__)
 
-PENDING = "round.json"
 _WAY_OUT = (
     "; if a silent site will not come back, add sites.new_cohort=true to ask the sites that are connected then, at the "
     "price that those who answered may pay for the round again"
@@ -180,17 +175,6 @@ class Came(Frozen):
         )
 
 
-class _Pending(Frozen):
-    """The round in flight: whom it asks. Written before the first question goes out."""
-
-    round: int
-    nodes: tuple[int, ...]
-    connected: int = Field(default=0, ge=0)
-    """Sites that the cohort was chosen from."""
-    unmasking: bool = False
-    """Whether its sites were asked to unmask a secure sum, which they do once for a round: it is not asked again."""
-
-
 def came_of(saved: Checkpoint | None) -> Came | None:
     """What the round of a checkpoint came to; None where it does not say. Raises CheckpointError when it is damaged."""
     if saved is None or saved.came is None:
@@ -199,33 +183,6 @@ def came_of(saved: Checkpoint | None) -> Came | None:
         return Came.model_validate(saved.came)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint of round {saved.round} is damaged in what the round came to") from error
-
-
-def pending_cohort(directory: RunDirectory) -> tuple[int, ...]:
-    """Nodes of the round that was in flight when the run stopped; empty when there is none."""
-    pending = _read_pending(directory)
-    return pending.nodes if pending else ()
-
-
-def drop_pending(directory: RunDirectory) -> None:
-    """Give up the round in flight, so that it is asked of whoever is connected when it begins again.
-
-    With another number of sites that is a new question: one that had answered the old one trains, and pays, again. A
-    round whose sites have begun to unmask a secure sum is not given up but passed over.
-    """
-    if (pending := _read_pending(directory)) is not None and pending.unmasking:
-        return
-    (directory.root / PENDING).unlink(missing_ok=True)
-
-
-def _read_pending(directory: RunDirectory) -> _Pending | None:
-    path = directory.root / PENDING
-    if not path.is_file():
-        return None
-    try:
-        return _Pending.model_validate_json(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged; remove it to sample a new cohort for the round") from error
 
 
 def make_strategy(record: RunRecord) -> Strategy:
@@ -328,7 +285,7 @@ class _Loop:
             if report := self._round(self.completed + 1):
                 self._tell(report)
         self.directory.write_model(self.model.parameters)
-        (self.directory.root / PENDING).unlink(missing_ok=True)
+        PendingRound.remove(self.directory.root)
         if (lines := self.directory.read_metrics()) and (warning := nothing_learned(lines[-1])):
             log.warning("%s", warning)
         outcome = Outcome(self.directory, self.model.parameters, self._last_metrics(), self.receipts)
@@ -355,7 +312,7 @@ class _Loop:
         # Before anybody sees the new parameters: a server that is killed later does not draw its noise a second time.
         if self._is_kept(number):
             if self.record.simulated is not None:
-                self._write_pending(pending)
+                pending.write(self.directory.root)
             if self._is_told(number):
                 self.directory.write_receipts(self.receipts)
             self._checkpoint()
@@ -378,7 +335,7 @@ class _Loop:
             log.warning("%s", warning)
         self.judged_noise = True
 
-    def _awake(self, pending: _Pending, trained: Trained) -> list[int]:
+    def _awake(self, pending: PendingRound, trained: Trained) -> list[int]:
         """Whom to ask for an evaluation: not who is silent, nor, but after the last round, who is still at work."""
         busy = self.buffer.busy if self.buffer and self.completed < self.record.rounds else frozenset()
         names = {node: exchange.site_name(self.grid, node) for node in self._willing(self._judges(pending))}
@@ -389,7 +346,7 @@ class _Loop:
 
         Who took part is in the checkpoint: accounts are made of these lines, and nobody may be left out of them.
         """
-        pending = _read_pending(self.directory)
+        pending = PendingRound.read(self.directory.root)
         known = pending is not None and pending.round == self.completed
         if self.came is None and not known:
             return
@@ -400,7 +357,7 @@ class _Loop:
         else:
             self._tell(self._write_line(self.completed, trained, Evaluated(), came.update_norm))
 
-    def _judges(self, pending: _Pending) -> Sequence[int]:
+    def _judges(self, pending: PendingRound) -> Sequence[int]:
         """Who evaluates: whom the round asked, but everybody where the strategy's own choice is no sample of them."""
         if self.strategy.select_clients(pending.round, pending.nodes, self.record.seed) is None:
             return pending.nodes
@@ -436,7 +393,7 @@ class _Loop:
         for observer in self.observers:
             observer.finished_round(report)
 
-    def _plan(self, pending: _Pending) -> Plan:
+    def _plan(self, pending: PendingRound) -> Plan:
         central = self.record.central
         if central is not None:
             sampled = central.unit == "site" and central.sample_rate < 1
@@ -451,7 +408,7 @@ class _Loop:
             cohort = self.strategy.size
         return make_plan(self.record, self.strategy, pending.round, cohort, central)
 
-    def _step(self, plan: Plan, trained: Trained, pending: _Pending) -> float:
+    def _step(self, plan: Plan, trained: Trained, pending: PendingRound) -> float:
         try:
             summed = trained.total.take()
             participation = self._participation(plan, trained, summed.weight, pending)
@@ -461,14 +418,14 @@ class _Loop:
         except UpdateError as error:
             raise RoundError(f"round {plan.round} of run {plan.run}: {error}") from error
 
-    def _participation(self, plan: Plan, trained: Trained, weight: float, pending: _Pending) -> Participation:
+    def _participation(self, plan: Plan, trained: Trained, weight: float, pending: PendingRound) -> Participation:
         heard = {**self.receipts, **trained.receipts}.values()
         connected = max(pending.connected, len(pending.nodes))
         return Participation.of(
             weight, len(trained.answered), connected, [plan.weight(item.examples) for item in heard]
         )
 
-    def _train(self, plan: Plan, pending: _Pending) -> Trained:
+    def _train(self, plan: Plan, pending: PendingRound) -> Trained:
         """Ask until enough sites have answered; the same question each time, so nobody pays twice."""
         minimum, attempts = self._minimum(plan, pending), self.record.rules.attempts
         for attempt in range(1, attempts + 1):
@@ -503,7 +460,7 @@ class _Loop:
             log.warning("round %d: no answer from %s", number, ", ".join(silent))
         self.missing |= {item.site: item.code for item in trained.declined} | dict.fromkeys(trained.silent, SILENT)
 
-    def _exchange(self, plan: Plan, pending: _Pending) -> Trained:
+    def _exchange(self, plan: Plan, pending: PendingRound) -> Trained:
         cohort = self._willing(pending.nodes)
         outgoing = Outgoing(self.model.parameters, self.teacher, self.strategy.broadcast(self.memory))
         deadline = self.record.rules.deadline
@@ -516,10 +473,9 @@ class _Loop:
         minimum = self.record.rules.minimum
         session = secure_round.session_of(plan, names, outgoing, self.record.secure, minimum)
         mark = pending.model_copy(update={"unmasking": True})
-        return secure_round.train(self.grid, cohort, session, outgoing, deadline, lambda: self._write_pending(mark))
-
-    def _write_pending(self, pending: _Pending) -> None:
-        write_atomic(self.directory.root / PENDING, pending.model_dump_json().encode(), PRIVATE_MODE)
+        return secure_round.train(
+            self.grid, cohort, session, outgoing, deadline, lambda: mark.write(self.directory.root)
+        )
 
     def _is_final(self, trained: Trained) -> bool:
         """Whether asking again is of no use, or would make sites pay a second time for one round."""
@@ -529,7 +485,7 @@ class _Loop:
             return not self.buffer.busy
         return not trained.silent
 
-    def _minimum(self, plan: Plan, pending: _Pending) -> int:
+    def _minimum(self, plan: Plan, pending: PendingRound) -> int:
         """Answers that make a round; none where sites are asked at random, for a round must not tell how many were.
 
         A strategy that asks fewer than the rules would needs all of those.
@@ -540,8 +496,8 @@ class _Loop:
             return self.strategy.size
         return min(self.record.rules.minimum, len(pending.nodes))
 
-    def _cohort(self, number: int) -> _Pending:
-        pending = _read_pending(self.directory)
+    def _cohort(self, number: int) -> PendingRound:
+        pending = PendingRound.read(self.directory.root)
         if pending and pending.round == number:
             return pending
         connected = self._connected()
@@ -551,9 +507,9 @@ class _Loop:
                 f"(waited {self.record.rules.deadline:g} s). Continue with resume={self.directory.root}"
             )
         nodes = tuple(sorted(self._choose(number, connected)))
-        pending = _Pending(round=number, nodes=nodes, connected=len(connected))
+        pending = PendingRound(round=number, nodes=nodes, connected=len(connected))
         if self.record.simulated is None:
-            self._write_pending(pending)
+            pending.write(self.directory.root)
         return pending
 
     def _choose(self, number: int, connected: list[int]) -> list[int]:
@@ -569,11 +525,8 @@ class _Loop:
 
     def _connected(self) -> list[int]:
         """The connected nodes, once there are as many as a round needs or the deadline has passed."""
-        end = time.monotonic() + self.record.rules.deadline
-        minimum = self.record.rules.minimum
-        while len(nodes := self._willing(sorted(self.grid.get_node_ids()))) < minimum and time.monotonic() < end:
-            time.sleep(LOOK_AGAIN)
-        return nodes
+        rules = self.record.rules
+        return poll(lambda: self._willing(sorted(self.grid.get_node_ids())), rules.minimum, rules.deadline, LOOK_AGAIN)
 
     def _willing(self, nodes: Sequence[int]) -> list[int]:
         """Without those whose answers cost the others too much in this run: what they sent, or how slowly."""

@@ -1,27 +1,20 @@
 """From settings to a run: what the server, the experiments and the compression stage share."""
 
-import logging
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from fedclaw.errors import PluginError, PrivacyError, RoundError, UsageError
+from fedclaw.errors import PluginError, PrivacyError, UsageError
 from fedclaw.learning.registry import workload_class
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.coordinator import drop_pending, make_strategy, pending_cohort
+from fedclaw.server.coordinator import make_strategy
 from fedclaw.server.early_checks import check_combination, chosen_strategy, make_terms, read_schema, run_name
-from fedclaw.server.run_directory import ReleaseUse, RunDirectory, RunRecord
+from fedclaw.server.run_directory import ReleaseUse, RunRecord
 from fedclaw.server.settings import RunSettings
 from fedclaw.server.statistics_release import read_release
-
-log = logging.getLogger(__name__)
-
-LATECOMERS = 20.0
-"""Seconds that a resumed server waits for the rest of the cohort that it had asked."""
 
 
 def make_record(settings: RunSettings, federation: str, run: str | None, rules: RoundRules) -> RunRecord:
@@ -84,37 +77,3 @@ def _initial_model(record: RunRecord) -> torch.nn.Module:
             "a federated model holds no batch statistics, use a normalisation without them"
         )
     return model
-
-
-class Gathering(Protocol):
-    """A grid whose sites come by themselves."""
-
-    def wait_for_sites(self, count: int, timeout: float) -> tuple[str, ...]:
-        """Names of the connected sites, once there are `count` or `timeout` seconds have passed."""
-
-
-def wait_for_cohort(
-    grid: Gathering, directory: RunDirectory, wait_for: int | None, wait: float, *, new_cohort: bool = False
-) -> None:
-    """Wait up to `wait` seconds for as many sites as a round needs, or `wait_for`.
-
-    A round that was in flight when the run stopped is asked of the same sites again, so those are waited for too,
-    but not for long: whoever does not come back is silent in that round. `new_cohort` gives that round up and asks
-    it of whoever has come; see `drop_pending` for the price. Raises RoundError when too few came, and has given
-    nothing up then.
-    """
-    needed = directory.record().rules.minimum
-    expected = wait_for or needed
-    log.info("waiting for %d sites", expected)
-    names = grid.wait_for_sites(expected, wait)
-    pending = 0 if new_cohort else len(pending_cohort(directory))
-    if pending > len(names) >= expected:
-        names = grid.wait_for_sites(pending, min(wait, LATECOMERS))
-    if len(names) < needed:
-        raise RoundError(
-            f"{len(names)} sites came within {wait:g} s and {needed} are needed ({', '.join(names) or 'none'}); "
-            f"continue with resume={directory.root} when they are back"
-        )
-    log.info("connected: %s", ", ".join(names))
-    if new_cohort:
-        drop_pending(directory)

@@ -12,7 +12,8 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.server import checkpoint
-from fedclaw.server.coordinator import PENDING, Observer, Outcome, came_of, make_plan, make_strategy, run_rounds
+from fedclaw.server.coordinator import Observer, Outcome, came_of, make_plan, make_strategy, run_rounds
+from fedclaw.server.pending_round import PENDING
 from fedclaw.server.run_directory import RunDirectory, RunRecord, Simulated
 from fedclaw.server.session import initial_parameters
 from fedclaw.simulation.accounts import Accounts

@@ -14,8 +14,9 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest, RefusalCode
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
-from fedclaw.server.coordinator import PENDING, drop_pending, make_strategy, run_rounds
+from fedclaw.server.coordinator import make_strategy, run_rounds
 from fedclaw.server.early_checks import check_combination
+from fedclaw.server.pending_round import PENDING, PendingRound
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.strategies.fedavg import FedAvg
@@ -230,7 +231,7 @@ def test_a_round_whose_site_never_comes_back_is_asked_of_a_new_cohort(
     if len(asked) == 2:
         with pytest.raises(RoundError, match="round 2"):
             run_rounds(grid, directory, initial_parameters(needed))
-    drop_pending(directory)
+    PendingRound.drop(directory.root)
     outcome = run_rounds(grid, directory, initial_parameters(needed))
     lines = outcome.directory.read_metrics()
     assert [sorted(line["answered"]) for line in lines[1:]] == [sorted(grid.present)] * 2

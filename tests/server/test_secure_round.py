@@ -22,7 +22,8 @@ from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, Plan, PrivacyRe
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.server import secure_round
-from fedclaw.server.coordinator import drop_pending, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.pending_round import PendingRound
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.secure_round import session_of
 from fedclaw.server.session import initial_parameters
@@ -563,7 +564,7 @@ def test_a_round_that_fails_while_it_is_unmasked_is_passed_over(tmp_path, record
         run(tmp_path / "run", two, sites)
     for flaky in sites.values():
         flaky.silent_at = None
-    drop_pending(RunDirectory(tmp_path / "run"))
+    PendingRound.drop(tmp_path / "run")
     outcome = run(tmp_path / "run", two, sites)
     assert [line["round"] for line in RunDirectory(tmp_path / "run").read_metrics()] == [2]
     assert {receipt.receipt.rounds for receipt in outcome.receipts.values()} == {2}, "both were paid for"

@@ -13,6 +13,7 @@ from flwr.supercore.run import Run
 from fedclaw.errors import TransportError
 from fedclaw.protocol.message_identity import SILENT, assign_message_id, envelope_of, number_of, rebuild
 from fedclaw.server.grids import StreamingGrid
+from fedclaw.server.waiting import poll
 from fedclaw.transport.flower import FLOWER_RECORD, IDENTITY, NAME_QUERY, SITE
 
 log = logging.getLogger(__name__)
@@ -82,9 +83,7 @@ class NamedGrid(StreamingGrid):
 
     def wait_for_sites(self, count: int, timeout: float) -> tuple[str, ...]:
         """Names of the connected sites, once there are `count` or `timeout` seconds have passed."""
-        end = time.monotonic() + timeout
-        while len(present := tuple(self.get_node_ids())) < count and time.monotonic() < end:
-            time.sleep(self._look_again)
+        present = poll(lambda: tuple(self.get_node_ids()), count, timeout, self._look_again)
         return tuple(sorted(self._names[site] for site in present))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

@@ -28,7 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedclaw.cli import compose_settings, start_logging
 from fedclaw.console import make_console
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.transport.flower.rounds import Waiting, run_over
+from fedclaw.transport.flower.rounds import run_over
 from fedclaw.transport.flower.settings import FlowerSettings, observed, open_run
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         settings = read_settings(context.run_config)
         directory = open_run(settings)
         with observed(directory, settings.tracking) as observers:
-            run_over(grid, directory, Waiting.of(settings.sites), observers)
+            run_over(grid, directory, settings.sites, observers)
     except FedClawError as error:
         log.error("%s", error)
         raise

@@ -11,7 +11,7 @@ from fedclaw.report.tracking import MlflowTracker, TrackingSettings, check_reach
 from fedclaw.server.early_checks import check_early
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.settings import RunSettings
-from fedclaw.server.sites_settings import SitesSettings
+from fedclaw.server.waiting import SitesSettings
 
 if TYPE_CHECKING:
     from fedclaw.server.coordinator import Observer

@@ -44,10 +44,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"no directory in site_directories={settings.site_directories} holds a {SITE_FILE}")
     directory = open_run(settings)
     with startup.loading("Ray, torch and Flower"):
-        from fedclaw.transport.flower.rounds import Waiting
         from fedclaw.transport.ray.simulate import simulate_on_ray
     with observed(directory, settings.tracking) as observers:
-        simulate_on_ray(directory, sites, settings.ray, observers, Waiting.of(settings.sites))
+        simulate_on_ray(directory, sites, settings.ray, observers, settings.sites)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ a cluster these directories and the data are on a file system that all machines 
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.server.coordinator import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.waiting import CohortWaiting
 from fedclaw.site.settings import SITE_FILE, load_site_settings
 from fedclaw.transport.flower.client import client_app
-from fedclaw.transport.flower.rounds import Waiting, run_over
+from fedclaw.transport.flower.rounds import run_over
 from fedclaw.transport.flower.settings import check
 from fedclaw.transport.flower.site_location import SiteLocation
 from fedclaw.transport.ray.settings import RaySettings, require_ray
@@ -37,7 +37,7 @@ def simulate_on_ray(
     sites: Iterable[Path],
     settings: RaySettings | None = None,
     observers: Sequence[Observer] = (),
-    waiting: Waiting | None = None,
+    waiting: CohortWaiting | None = None,
 ) -> Outcome:
     """Run or resume the run in `directory` over the sites whose directories are given.
 
@@ -50,8 +50,8 @@ def simulate_on_ray(
     locations = tuple(SiteLocation(own_directory(directory.root / SITES, site), record.federation) for site in sites)
     if not locations:
         raise UsageError("there is no site to simulate")
-    settings, waiting = settings or RaySettings(), waiting or Waiting()
-    waiting = waiting if waiting.sites else replace(waiting, sites=len(locations))
+    settings, waiting = settings or RaySettings(), waiting or CohortWaiting()
+    waiting = waiting if waiting.wait_for else waiting.model_copy(update={"wait_for": len(locations)})
     settings.prepare()
     # Imports Ray, and Flower's engine with it: not before it is needed.
     from flwr.simulation import run_simulation

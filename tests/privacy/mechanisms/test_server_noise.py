@@ -23,7 +23,8 @@ from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.protocol.update import Update
 from fedclaw.server import checkpoint
 from fedclaw.server.accumulator import WeightedSum
-from fedclaw.server.coordinator import PENDING, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.pending_round import PENDING
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated, initial_parameters
 from fedclaw.site.privacy_budget import charge_of

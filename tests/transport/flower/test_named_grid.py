@@ -13,6 +13,7 @@ from fedclaw.protocol.plan import PrivacyRequest, RefusalCode
 from fedclaw.protocol.terms import RoundRules, SecureRequest
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
+from fedclaw.server.waiting import CohortWaiting
 from fedclaw.site.directory import read_schema
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
@@ -21,7 +22,7 @@ from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower import FLOWER_RECORD, SITE
 from fedclaw.transport.flower import rounds as flower_rounds
 from fedclaw.transport.flower.grid import NamedGrid
-from fedclaw.transport.flower.rounds import Waiting, run_over
+from fedclaw.transport.flower.rounds import run_over
 from tests.samples import run_record
 
 PRIVACY = PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1)
@@ -51,7 +52,7 @@ def test_a_private_run_is_named_paid_and_logged(fleet, sites, begin):
     for site in sites:
         fleet.join(site)
     directory = begin(rounds=2)
-    outcome = run_over(fleet.grid, directory, Waiting())
+    outcome = run_over(fleet.grid, directory, CohortWaiting())
     assert set(outcome.receipts) == {site.name for site in sites}
     for site in sites:
         assert charges(site) == outcome.receipts[site.name].receipt.rounds == 2
@@ -72,7 +73,7 @@ def test_a_reply_that_is_lost_is_sent_again_and_paid_once(fleet, sites, begin):
         return True
 
     first.lost = lost
-    outcome = run_over(fleet.grid, begin(rounds=1), Waiting())
+    outcome = run_over(fleet.grid, begin(rounds=1), CohortWaiting())
     assert losses
     assert set(outcome.receipts) == {site.name for site in sites}
     assert [charges(site) for site in sites] == [1, 1]
@@ -88,12 +89,12 @@ def test_an_interrupted_run_goes_on_with_nodes_that_flower_numbers_anew(fleet, s
     nodes[1].lost = lambda message: message.metadata.message_type == "train"
     directory = begin(rounds=1, rules=RoundRules(minimum=2, deadline=100, attempts=1))
     with pytest.raises(RoundError, match="no answer in time"):
-        run_over(fleet.grid, directory, Waiting())
+        run_over(fleet.grid, directory, CohortWaiting())
     for node in nodes:
         node.leave()
     for site in sites:
         fleet.join(site)
-    outcome = run_over(fleet.grid, directory, Waiting())
+    outcome = run_over(fleet.grid, directory, CohortWaiting())
     assert set(outcome.receipts) == {site.name for site in sites}
     assert [charges(site) for site in sites] == [1, 1], "the round was asked twice and paid once"
 
@@ -182,4 +183,4 @@ def test_a_site_that_fails_says_no_more_than_that(fleet, sites, caplog):
 
 def test_secure_aggregation_is_refused_at_start(fleet, begin):
     with pytest.raises(UsageError, match="secure aggregation"):
-        run_over(fleet.grid, begin(weighting="uniform", secure=SecureRequest()), Waiting())
+        run_over(fleet.grid, begin(weighting="uniform", secure=SecureRequest()), CohortWaiting())

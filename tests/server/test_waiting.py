@@ -3,9 +3,9 @@
 import pytest
 
 from fedclaw.errors import RoundError
-from fedclaw.server.coordinator import PENDING, pending_cohort
+from fedclaw.server.pending_round import PENDING, PendingRound
 from fedclaw.server.run_directory import RunDirectory
-from fedclaw.server.session import LATECOMERS, wait_for_cohort
+from fedclaw.server.waiting import LATECOMERS, CohortWaiting, wait_for_cohort
 from tests.samples import run_record
 
 
@@ -28,34 +28,34 @@ def directory(tmp_path):
 
 def test_the_minimum_is_waited_for(directory):
     door = Door(["north", "south"])
-    wait_for_cohort(door, directory, None, 600)
+    wait_for_cohort(door, directory, CohortWaiting())
     assert door.waits == [(2, 600)]
 
 
 def test_more_are_waited_for_on_demand_but_not_needed(directory):
     door = Door(["north", "south"])
-    wait_for_cohort(door, directory, 3, 600)
+    wait_for_cohort(door, directory, CohortWaiting(wait_for=3))
     assert door.waits == [(3, 600)]
 
 
 def test_the_rest_of_a_round_in_flight_is_waited_for_briefly(directory):
     (directory.root / PENDING).write_text('{"round": 2, "nodes": [1, 2, 3]}')
     door = Door(["north", "south"])
-    wait_for_cohort(door, directory, None, 600)
+    wait_for_cohort(door, directory, CohortWaiting())
     assert door.waits == [(2, 600), (3, LATECOMERS)]
 
 
 def test_a_new_cohort_waits_for_nobody_of_the_round_in_flight(directory):
     (directory.root / PENDING).write_text('{"round": 2, "nodes": [1, 2, 3]}')
     with pytest.raises(RoundError):
-        wait_for_cohort(Door(["north"]), directory, None, 5, new_cohort=True)
-    assert pending_cohort(directory) == (1, 2, 3), "too few came, so nothing was given up"
+        wait_for_cohort(Door(["north"]), directory, CohortWaiting(wait=5, new_cohort=True))
+    assert PendingRound.read(directory.root).nodes == (1, 2, 3), "too few came, so nothing was given up"
     door = Door(["north", "south"])
-    wait_for_cohort(door, directory, None, 600, new_cohort=True)
+    wait_for_cohort(door, directory, CohortWaiting(new_cohort=True))
     assert door.waits == [(2, 600)]
-    assert pending_cohort(directory) == ()
+    assert PendingRound.read(directory.root) is None
 
 
 def test_too_few_are_named(directory):
     with pytest.raises(RoundError, match=r"1 sites came within 5 s and 2 are needed \(north\); continue with resume="):
-        wait_for_cohort(Door(["north"]), directory, None, 5)
+        wait_for_cohort(Door(["north"]), directory, CohortWaiting(wait=5))
