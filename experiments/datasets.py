@@ -31,14 +31,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from experiments.partitions.dealing import Dealt, deal_out
-from experiments.partitions.labels import Dirichlet
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, Source, pixels, schema_of
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import STRATEGIES, installed
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.simulation.partitions.labels import Dirichlet
+from fedclaw.simulation.partitions.settings import PartitionSettings
 from fedclaw.site.policy.policy import SAFE_METRICS
 from fedclaw.site.settings import SITE_FILE
 

@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.datasets import SitePolicy, write_sites
-from experiments.partitions.settings import PartitionSettings
 from experiments.processes import Processes, free_port
 from experiments.sources import DatasetSettings
 from fedclaw import startup
@@ -35,6 +34,7 @@ from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.simulation.partitions.settings import PartitionSettings
 from fedclaw.site.journal.reconciliation import site_spending
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from experiments.attacks.settings import AttackSettings, NoAttack
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, count_sites
 from fedclaw.errors import UsageError
 from fedclaw.file_format import FileFormat
@@ -18,6 +17,7 @@ from fedclaw.protocol.terms import RoundRules
 from fedclaw.report.tracking import TrackingSettings, check_reachable
 from fedclaw.server.early_checks import check_terms
 from fedclaw.server.settings import RunSettings
+from fedclaw.simulation.partitions.settings import PartitionSettings
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.ray.settings import RaySettings, require_ray

@@ -8,7 +8,6 @@ from experiments.attacks.base import Attack
 from experiments.attacks.simulated import simulate_attacked_cohorts
 from experiments.partitions.in_memory import InMemory, in_memory
 from experiments.partitions.record import write_record
-from experiments.partitions.settings import PartitionSettings
 from experiments.settings import SimulationRuntime
 from experiments.sources import DatasetSettings
 from fedclaw.files import write_atomic
@@ -16,6 +15,7 @@ from fedclaw.learning.registry import workload_class
 from fedclaw.server.coordinator import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, simulate_cohorts
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 MOST_PLOTTED = 1000
 """Clients up to which the partition is described and plotted beside the run."""

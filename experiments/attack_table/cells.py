@@ -16,7 +16,6 @@ from experiments.attack_table.settings import Cell
 from experiments.attacks.data import Backdoor
 from experiments.attacks.simulated import simulate_attacked_cohorts
 from experiments.partitions.in_memory import InMemory, in_memory
-from experiments.partitions.settings import PartitionSettings
 from experiments.simulated import federation_of
 from experiments.sources import DatasetSettings
 from fedclaw.errors import RoundError
@@ -32,6 +31,7 @@ from fedclaw.server.coordinator import make_strategy
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulated
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 FEDERATION = "attack-table"
 _SPEED = SimulationSettings(mode="many", save_every=0)

@@ -7,12 +7,12 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, model_validator
 
 from experiments.attacks.settings import AttackSettings, NoAttack
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from experiments.sweeps.identity import digest_of
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.server.settings import WorkloadChoice
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 
 class TableSettings(Frozen):

@@ -16,7 +16,6 @@ import torch
 from torch.nn import functional
 
 from experiments.partitions.in_memory import in_memory
-from experiments.partitions.labels import Dirichlet
 from experiments.sources import DatasetSettings
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.workload import Table
@@ -26,6 +25,7 @@ from fedclaw.report.tracking import TrackingSettings, make_tracker
 from fedclaw.server.coordinator import Observer
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
+from fedclaw.simulation.partitions.labels import Dirichlet
 from fedclaw.simulation.settings import Mode
 
 CLIENTS, ASKED, EPOCHS, BATCH, RATE = 100, 20, 2, 8, 0.1

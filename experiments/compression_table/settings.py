@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.server.settings import RunSettings, WorkloadChoice
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 
 class TaskSettings(Frozen):

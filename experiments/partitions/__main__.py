@@ -22,12 +22,12 @@ from rich.table import Table
 from experiments.partitions.dealing import deal_out
 from experiments.partitions.description import Description, label_distances
 from experiments.partitions.record import write_record
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 SHOWN = 20
 """Clients that the terminal shows; the file has all."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.partitions.base import Indices, Partition
 from experiments.partitions.description import Description, describe
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, Source, load_source
+from fedclaw.simulation.partitions.base import Indices, Partition
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from experiments.partitions.base import Indices, Partition
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.simulation.partitions.base import Indices, Partition
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import yaml
 
-from experiments.partitions.base import Indices
 from experiments.partitions.dealing import Dealt, deal_out
 from experiments.partitions.description import Description
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings, schema_of, standardised
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Floats, Schema, Table
+from fedclaw.simulation.partitions.base import Indices
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 _BLOCK = 4096
 """Rows that are standardised at a time, so that no second copy of the data is made on the way."""

@@ -10,13 +10,13 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from experiments.datasets import SitePolicy
-from experiments.partitions.settings import PartitionSettings
 from experiments.sources import DatasetSettings
 from fedclaw.audit.options import AuditOptions
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import CentralRequest, LocalTraining, PrivacyRequest, Unit
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.settings import RunSettings, WorkloadChoice
+from fedclaw.simulation.partitions.settings import PartitionSettings
 
 Placement = Literal["none", "local", "central", "distributed", "site"]
 """Who adds the noise: nobody; each site to its own steps; the server to the sum; all sites together, in shares. `site`:

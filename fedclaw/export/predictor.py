@@ -40,9 +40,13 @@ class Predictor:
         Raises BundleError when it does not verify or its parts do not fit each other, PluginError when its workload
         is not installed here, UsageError when ONNX Runtime is missing.
         """
-        verified = verify_bundle(bundle, trust, keep=(ONNX, SCHEMA))
-        manifest = verified.manifest
-        schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), f"{bundle}/{SCHEMA}")
+        return cls.of(verify_bundle(bundle, trust, keep=(ONNX, SCHEMA)))
+
+    @classmethod
+    def of(cls, verified: Verified) -> "Predictor":
+        """Load a bundle that was verified, of which the graph and the schema were kept. Raises as `open` does."""
+        manifest, origin = verified.manifest, f"{verified.path}/{SCHEMA}"
+        schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), origin)
         if schema.labels != manifest.labels or schema.input_shape != manifest.inputs[0].shape[1:]:
             raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about labels or input shape")
         return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict"))

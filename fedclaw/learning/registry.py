@@ -1,6 +1,12 @@
-"""Finds plug-ins by name among the installed packages' entry points; never by an import path from elsewhere."""
+"""Finds plug-ins by name among the installed packages' entry points; never by an import path from elsewhere.
 
-from typing import TYPE_CHECKING, TypeVar
+A program may lend classes of its own for as long as it runs something with them (`lent`): a notebook's strategy.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedclaw.catalogue import STRATEGIES as STRATEGIES
 from fedclaw.catalogue import WORKLOADS as WORKLOADS
@@ -15,6 +21,18 @@ SCHEMAS = "fedclaw.schemas"
 
 T = TypeVar("T")
 
+_LENT: ContextVar[Mapping[tuple[str, str], type[Any]]] = ContextVar("fedclaw plug-ins of the caller")
+
+
+@contextmanager
+def lent(plugins: Mapping[tuple[str, str], type[Any]]) -> Iterator[None]:
+    """Have the caller's own classes, by (group, name), stand before those that are installed, in this thread."""
+    before = _LENT.set({**_LENT.get({}), **plugins})
+    try:
+        yield
+    finally:
+        _LENT.reset(before)
+
 
 def installed(group: str) -> frozenset[str]:
     """Names of the plug-ins of one kind."""
@@ -22,6 +40,8 @@ def installed(group: str) -> frozenset[str]:
 
 
 def _load(group: str, name: str, base: type[T]) -> type[T]:
+    if (own := _LENT.get({}).get((group, name))) is not None:
+        return own
     found = plugin_points(group)
     if name not in found:
         near, known = did_you_mean(name, found), ", ".join(sorted(found)) or "none"

@@ -35,10 +35,10 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         model=model,
         central=None if settings.central is None else calibrated(settings.central, settings.rounds),
     )
-    return _with_strategy(record.model_copy(update={"statistics": _used(settings.statistics)}))
+    return with_strategy(record.model_copy(update={"statistics": _used(settings.statistics)}))
 
 
-def _with_strategy(record: RunRecord) -> RunRecord:
+def with_strategy(record: RunRecord) -> RunRecord:
     """`record` with what its strategy makes of its model. Raises UsageError for a combination that cannot be right."""
     chosen, built = make_strategy(record), _initial_model(record)
     check_combination(record, chosen, built)

@@ -29,16 +29,23 @@ class SimulatedFederation:
         test: Table | None = None,
         tests: Sequence[Rows] | None = None,
         policy: Policy | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
-        """`policy` is every client's; None: it allows whatever is asked. Raises UsageError for wrong shares."""
+        """`policy` is every client's; None: it allows whatever is asked. `names` are the clients', all different.
+
+        Raises UsageError for wrong shares or names.
+        """
         if not shares or min(len(share) for share in shares) == 0:
             raise UsageError("a simulated client needs at least one training example, and there has to be a client")
         if tests is not None and len(tests) != len(shares):
             raise UsageError(f"{len(shares)} clients have shares and {len(tests)} have tests")
+        if names is not None and not len(shares) == len(names) == len(set(names)):
+            raise UsageError(f"{len(shares)} clients need as many different names")
         self.workload = workload
         self.table = table
         self.test = test
         self._policy = policy
+        self._names = None if names is None else tuple(names)
         self._rows, self._bounds = _joined(shares, len(table))
         self._tests: tuple[Rows, Rows] | None = None if tests is None else _joined(tests, len(table))
 
@@ -48,6 +55,8 @@ class SimulatedFederation:
 
     def name(self, client: int) -> str:
         """As receipts and reports have it."""
+        if self._names is not None:
+            return self._names[client]
         return f"client-{client:0{len(str(len(self) - 1))}d}"
 
     def share(self, client: int) -> Rows:

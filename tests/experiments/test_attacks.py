@@ -15,7 +15,6 @@ from experiments.attacks.hostile import Gang, HostileSite, delta_in
 from experiments.attacks.settings import AttackSettings, NoAttack
 from experiments.attacks.updates import GaussianNoise, SignFlip
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from experiments.partitions.labels import Dirichlet
 from fedclaw.cli import config_directory
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table
@@ -26,6 +25,7 @@ from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
+from fedclaw.simulation.partitions.labels import Dirichlet
 from fedclaw.transport.in_process import open_sites, simulate
 from tests.samples import run_record
 

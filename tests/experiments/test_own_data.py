@@ -10,13 +10,13 @@ from pydantic import ValidationError
 
 from experiments.datasets import SitePolicy, write_sites
 from experiments.experiment import run_experiment
-from experiments.partitions.natural import Natural
 from experiments.settings import ExperimentSettings, check_experiment
 from experiments.sources import DatasetSettings, load_source
 from experiments.sweeps.identity import digest_of, identify
 from fedclaw.cli import compose_settings
 from fedclaw.errors import DataError, UsageError
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.simulation.partitions.natural import Natural
 
 TINY = ("tracking=none", "privacy=none", "rounds=1", "training.steps=1", "training.epochs=null")
 

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.partitions.base import apportion
 from experiments.partitions.description import describe
-from experiments.partitions.features import FeatureShift
-from experiments.partitions.labels import Dirichlet, Shards, fill_up
-from experiments.partitions.natural import Natural
-from experiments.partitions.sizes import Iid, Quantity
 from fedclaw.errors import UsageError
+from fedclaw.simulation.partitions.base import apportion
+from fedclaw.simulation.partitions.features import FeatureShift
+from fedclaw.simulation.partitions.labels import Dirichlet, Shards, fill_up
+from fedclaw.simulation.partitions.natural import Natural
+from fedclaw.simulation.partitions.sizes import Iid, Quantity
 
 METHODS = (
     Iid(),

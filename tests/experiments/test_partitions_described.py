@@ -7,18 +7,18 @@ import pytest
 
 from experiments.datasets import DealSettings
 from experiments.experiment import run_experiment
-from experiments.partitions.base import Partition
 from experiments.partitions.dealing import deal_out
 from experiments.partitions.description import describe, label_distances
-from experiments.partitions.features import FeatureShift
-from experiments.partitions.labels import Dirichlet, Shards
 from experiments.partitions.record import write_record
-from experiments.partitions.sizes import Iid
 from experiments.settings import ExperimentSettings
 from experiments.sources import DatasetSettings
 from experiments.synthetic_images import SyntheticImages
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
+from fedclaw.simulation.partitions.base import Partition
+from fedclaw.simulation.partitions.features import FeatureShift
+from fedclaw.simulation.partitions.labels import Dirichlet, Shards
+from fedclaw.simulation.partitions.sizes import Iid
 from tests.conftest import run_module
 
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from experiments.datasets import SitePolicy, write_sites
-from experiments.partitions.features import FeatureShift
 from experiments.partitions.in_memory import in_memory
-from experiments.partitions.labels import Dirichlet, Shards
-from experiments.partitions.natural import Natural
-from experiments.partitions.sizes import Iid
 from experiments.sources import DatasetSettings
 from experiments.synthetic_images import SyntheticImages, make_images
 from fedclaw.learning.registry import schema_class
+from fedclaw.simulation.partitions.features import FeatureShift
+from fedclaw.simulation.partitions.labels import Dirichlet, Shards
+from fedclaw.simulation.partitions.natural import Natural
+from fedclaw.simulation.partitions.sizes import Iid
 
 SMALL = SyntheticImages(examples=1500, writers=3)
 CASES = [

@@ -11,13 +11,13 @@ from experiments.attacks.settings import NoAttack
 from experiments.attacks.simulated import simulate_attacked_cohorts
 from experiments.attacks.updates import SignFlip
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from experiments.partitions.labels import Dirichlet
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
+from fedclaw.simulation.partitions.labels import Dirichlet
 from fedclaw.transport.in_process import open_sites
 from tests.samples import run_record
 

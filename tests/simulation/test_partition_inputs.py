@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.partitions.features import FeatureShift
-from experiments.partitions.sizes import Iid
-from experiments.partitions.transforms import Brightness, Noise, Rotation
+from fedclaw.simulation.partitions.features import FeatureShift
+from fedclaw.simulation.partitions.sizes import Iid
+from fedclaw.simulation.partitions.transforms import Brightness, Noise, Rotation
 
 IMAGES = np.random.default_rng(5).integers(0, 17, (120, 6, 8)).astype(float)
 TABLE = np.random.default_rng(6).normal(size=(3000, 2)) * [1.0, 50.0]

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from experiments.partitions.base import USUAL_MINIMUM, Hand, Indices, PartitionMethod, apportion
-from experiments.partitions.transforms import Transform
+from fedclaw.simulation.partitions.base import USUAL_MINIMUM, Hand, Indices, PartitionMethod, apportion
+from fedclaw.simulation.partitions.transforms import Transform
 
 
 class Iid(PartitionMethod):

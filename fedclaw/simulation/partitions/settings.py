@@ -4,9 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from experiments.partitions.features import FeatureShift
-from experiments.partitions.labels import Dirichlet, Shards
-from experiments.partitions.natural import Natural
-from experiments.partitions.sizes import Iid, Quantity
+from fedclaw.simulation.partitions.features import FeatureShift
+from fedclaw.simulation.partitions.labels import Dirichlet, Shards
+from fedclaw.simulation.partitions.natural import Natural
+from fedclaw.simulation.partitions.sizes import Iid, Quantity
 
 PartitionSettings = Annotated[Iid | Dirichlet | Shards | Quantity | FeatureShift | Natural, Field(discriminator="name")]

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from experiments.partitions.base import Hand, Indices, PartitionMethod, apportion
-from experiments.partitions.transforms import Transform
 from fedclaw.errors import UsageError
+from fedclaw.simulation.partitions.base import Hand, Indices, PartitionMethod, apportion
+from fedclaw.simulation.partitions.transforms import Transform
 
 DRAWS = 100
 """How often a hand is drawn before rows are moved instead: a small alpha may never deal every client enough."""

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from experiments.partitions.base import Hand, Indices, PartitionMethod
-from experiments.partitions.transforms import Brightness, Noise, Rotation, Transform
 from fedclaw.errors import UsageError
+from fedclaw.simulation.partitions.base import Hand, Indices, PartitionMethod
+from fedclaw.simulation.partitions.transforms import Brightness, Noise, Rotation, Transform
 
 Kind = Literal["noise", "brightness", "rotation", "quantile"]
 

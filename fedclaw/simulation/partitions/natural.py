@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from experiments.partitions.base import Hand, Indices, PartitionMethod
-from experiments.partitions.transforms import Transform
 from fedclaw.errors import UsageError
+from fedclaw.simulation.partitions.base import Hand, Indices, PartitionMethod
+from fedclaw.simulation.partitions.transforms import Transform
 
 
 class Natural(PartitionMethod):

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from experiments.partitions.transforms import Transform
 from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.simulation.partitions.transforms import Transform
 
 Indices = NDArray[np.int64]
 Inputs = NDArray[Any]

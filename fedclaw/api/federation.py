@@ -1,0 +1,305 @@
+"""A simulated federation's data: whose rows are whose, and what the model is tested on.
+
+Legend: N examples, D shape of one input, C classes, K clients.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from fedclaw.api.arrays import (
+    FrameEncoder,
+    as_list,
+    classes_of,
+    indices_among,
+    inputs_of,
+    is_frame,
+    labels_of,
+    require_pairs,
+)
+from fedclaw.api.module import ArraySchema
+from fedclaw.catalogue import did_you_mean
+from fedclaw.errors import UsageError
+from fedclaw.learning.workload import Table
+from fedclaw.protocol.frozen import explain
+from fedclaw.simulation.partitions.base import Partition, PartitionMethod
+from fedclaw.simulation.partitions.settings import PartitionSettings
+
+TestAt = Literal["federation", "clients"]
+Rows = NDArray[np.int64]
+_PARTITIONS: TypeAdapter[PartitionMethod] = TypeAdapter(PartitionSettings)
+_NAMES = ("iid", "dirichlet", "shards", "quantity", "feature_shift")
+
+
+class Federation:
+    """Examples and who has them; made by `from_arrays`, `from_clients`, `from_frame` or `from_frames`.
+
+    Nothing in it changes. Use it for as many runs as you like: `fedclaw.simulate(federation, MyNet, ...)`.
+    """
+
+    def __init__(
+        self,
+        schema: ArraySchema,
+        table: Table,
+        shares: Sequence[Rows],
+        *,
+        test: Table | None = None,
+        tests: Sequence[Rows] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """For those that make one; `fedclaw.simulation.SimulatedFederation` says what is what."""
+        self.schema, self.table, self.test = schema, table, test
+        self.shares, self.tests = tuple(shares), None if tests is None else tuple(tests)
+        self.names = None if names is None else tuple(names)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        x: ArrayLike,
+        y: ArrayLike,
+        *,
+        clients: int | None = None,
+        partition: str = "iid",
+        by: ArrayLike | None = None,
+        test: float | tuple[ArrayLike, ArrayLike] = 0.2,
+        test_at: TestAt = "federation",
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Deal examples `x` (N, *D) with labels `y` (N,) to clients.
+
+        `clients` and `partition` say how: iid, dirichlet (alpha=1.0), shards (shards=2), quantity (sizes differ) or
+        feature_shift; what each takes, `options`, is in docs/partitions.md. Or `by` (N,) says which client each example
+        is from, a hospital's name perhaps. `test` is held out: a share of the examples, or a pair of arrays; with
+        test_at="clients" that share of each client's own, for strategies that leave each client a model of its own.
+        The same seed gives the same federation. Raises DataError, UsageError.
+        """
+        inputs, labels = inputs_of(x), labels_of(y)
+        require_pairs(inputs, labels, "x and y")
+        classes, targets = classes_of(labels)
+        schema = ArraySchema.of(inputs.shape[1:], tuple(map(str, classes)))
+        outside = None if isinstance(test, int | float) else _test_table(test, classes, inputs.shape[1:])
+        share = float(test) if isinstance(test, int | float) else 0.0
+        owners = None if by is None else labels_of(by, "by")
+        if owners is not None:
+            require_pairs(inputs, owners, "x and by")
+        table, method = Table(inputs, targets), _method(partition, owners, options)
+        return cls._dealt(schema, table, clients, method, owners, share, outside, test_at, seed)
+
+    @classmethod
+    def from_clients(
+        cls,
+        clients: Sequence[tuple[ArrayLike, ArrayLike]] | Mapping[str, tuple[ArrayLike, ArrayLike]],
+        *,
+        test: float | tuple[ArrayLike, ArrayLike] = 0.2,
+        test_at: TestAt = "federation",
+        seed: int = 0,
+    ) -> Self:
+        """Each client's own examples and labels, in a list, or by name in a dict. Raises DataError, UsageError."""
+        pairs = list(clients.values()) if isinstance(clients, Mapping) else list(clients)
+        names = list(map(str, clients)) if isinstance(clients, Mapping) else _numbered(len(pairs))
+        if not pairs:
+            raise UsageError("clients: there has to be one")
+        inputs = [inputs_of(x, f"x of {name}") for name, (x, _) in zip(names, pairs, strict=True)]
+        labels = [labels_of(y, f"y of {name}") for name, (_, y) in zip(names, pairs, strict=True)]
+        for name, own, its in zip(names, inputs, labels, strict=True):
+            require_pairs(own, its, name)
+            if own.shape[1:] != inputs[0].shape[1:]:
+                raise UsageError(
+                    f"an example of {name} has the shape {own.shape[1:]}, of {names[0]} {inputs[0].shape[1:]}"
+                )
+        by = np.repeat(names, [len(own) for own in inputs])
+        x, y = np.concatenate(inputs), np.concatenate(labels)
+        return cls.from_arrays(x, y, by=by, test=test, test_at=test_at, seed=seed)
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        target: str,
+        *,
+        by: str | None = None,
+        clients: int | None = None,
+        partition: str = "iid",
+        test: Any = 0.2,
+        test_at: TestAt = "federation",
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """One pandas data frame, dealt as in `from_arrays`, or by a column that says which client a row is from.
+
+        Numbers are taken as they are, booleans as 1 and 0, all other columns one-hot. `test` may be a frame.
+        Raises DataError, UsageError.
+        """
+        if not is_frame(frame):
+            raise UsageError(f"a data frame is needed, and this is a {type(frame).__name__}")
+        frames = [frame, *([test] if is_frame(test) else [])]
+        if by is not None and is_frame(test) and by not in test.columns:
+            frames[1] = test.assign(**{by: ""})
+        encoder = FrameEncoder(frames, target, [] if by is None else [by])
+        made = cls.from_arrays(
+            encoder.inputs(frame, "the frame"),
+            _target(frame, target),
+            clients=clients,
+            partition=partition,
+            by=None if by is None else frame[by].astype(str).to_numpy(),
+            test=(encoder.inputs(test, "test"), _target(test, target)) if is_frame(test) else test,
+            test_at=test_at,
+            seed=seed,
+            **options,
+        )
+        return made._with_columns(encoder.names)
+
+    @classmethod
+    def from_frames(
+        cls,
+        frames: Sequence[Any] | Mapping[str, Any],
+        target: str,
+        *,
+        test: Any = 0.2,
+        test_at: TestAt = "federation",
+        seed: int = 0,
+    ) -> Self:
+        """One pandas data frame a client, in a list, or by name in a dict. Raises DataError, UsageError."""
+        items, given = as_list(frames)
+        names = given or _numbered(len(items))
+        encoder = FrameEncoder([*items, *([test] if is_frame(test) else [])], target)
+        pairs = {
+            name: (encoder.inputs(frame, name), _target(frame, target))
+            for name, frame in zip(names, items, strict=True)
+        }
+        outside = (encoder.inputs(test, "test"), _target(test, target)) if is_frame(test) else test
+        return cls.from_clients(pairs, test=outside, test_at=test_at, seed=seed)._with_columns(encoder.names)
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.shares)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(K,) training examples by client."""
+        return tuple(len(share) for share in self.shares)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the C classes, in the order of the model's outputs."""
+        return self.schema.labels
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """D."""
+        return self.schema.input_shape
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the inputs, where they came in a data frame."""
+        return self.schema.columns
+
+    def __repr__(self) -> str:
+        tested = sum(map(len, self.tests)) if self.tests is not None else len(self.test) if self.test is not None else 0
+        return (
+            f"Federation({len(self)} clients, {sum(self.sizes)} training and {tested} test examples, inputs "
+            f"{self.input_shape}, {len(self.labels)} classes)"
+        )
+
+    @classmethod
+    def _dealt(
+        cls,
+        schema: ArraySchema,
+        table: Table,
+        clients: int | None,
+        method: PartitionMethod,
+        owners: NDArray[Any] | None,
+        share: float,
+        outside: Table | None,
+        test_at: TestAt,
+        seed: int,
+    ) -> Self:
+        if test_at not in ("federation", "clients"):
+            raise UsageError(f'test_at={test_at!r}: "federation" or "clients"')
+        if not 0 <= share < 1:
+            raise UsageError(f"test={share:g}: a share of the examples, from 0 to below 1, or a pair of arrays")
+        generator, names = np.random.default_rng(seed), None
+        if owners is not None:
+            names = [str(name) for name in np.unique(owners)]
+            if clients not in (None, len(names)):
+                raise UsageError(f"clients={clients}, and by= names {len(names)}: leave clients out")
+            clients = len(names)
+        if clients is None:
+            raise UsageError("clients= says how many there are, or by= which one each example is from")
+        held = _held_out(len(table), share if test_at == "federation" else 0.0, generator)
+        kept = np.setdiff1d(np.arange(len(table)), held)
+        test = outside if outside is not None else Table(table.inputs[held], table.targets[held]) if len(held) else None
+        train = Table(table.inputs[kept], table.targets[kept])
+        sites = None if owners is None else owners[kept]
+        try:
+            dealt = method.deal(train.targets, train.inputs, clients, generator, sites=sites)
+        except UsageError as error:
+            raise UsageError(str(error).replace("partition.", "").replace("clients (dataset.sites)", "by")) from None
+        train, shares = _as_seen(train, dealt)
+        if test_at == "federation" or outside is not None:
+            return cls(schema, train, shares, test=test, names=names)
+        cuts = [min(len(own) - 1, round(share * len(own))) for own in shares]
+        tests = [own[:cut] for own, cut in zip(shares, cuts, strict=True)] if share else None
+        return cls(schema, train, [own[cut:] for own, cut in zip(shares, cuts, strict=True)], tests=tests, names=names)
+
+    def _with_columns(self, columns: tuple[str, ...]) -> Self:
+        schema = ArraySchema.of(self.input_shape, self.labels, columns)
+        return type(self)(schema, self.table, self.shares, test=self.test, tests=self.tests, names=self.names)
+
+
+def _method(partition: str, owners: NDArray[Any] | None, options: dict[str, Any]) -> PartitionMethod:
+    """The way of dealing. Raises UsageError for one that there is not, or a setting that it has not."""
+    if owners is not None and (partition != "iid" or options):
+        raise UsageError("by= says who has what: leave partition and its settings out")
+    if owners is not None:
+        return _PARTITIONS.validate_python({"name": "natural"})
+    if partition not in _NAMES:
+        raise UsageError(
+            f"partition={partition!r}{did_you_mean(str(partition), _NAMES)}; there are: {', '.join(_NAMES)}"
+        )
+    try:
+        return _PARTITIONS.validate_python({"name": partition, **options})
+    except ValidationError as error:
+        raise UsageError(f"partition={partition!r}: {explain(error).replace(f'{partition}.', '')}") from None
+
+
+def _held_out(count: int, share: float, generator: np.random.Generator) -> Rows:
+    """Rows for testing, in rising order."""
+    return np.sort(generator.permutation(count)[: round(share * count)])
+
+
+def _as_seen(train: Table, dealt: Partition) -> tuple[Table, list[Rows]]:
+    """The table with what each client's instruments make of its rows, and whose they are."""
+    if dealt.transform is None:
+        return train, list(dealt.shares)
+    inputs = np.empty_like(train.inputs)
+    for client, rows in enumerate(dealt.shares):
+        inputs[rows] = dealt.inputs(client, train.inputs)
+    return Table(inputs, train.targets), list(dealt.shares)
+
+
+def _test_table(test: Any, classes: NDArray[Any], shape: tuple[int, ...]) -> Table:
+    try:
+        x, y = test
+    except (TypeError, ValueError):
+        raise UsageError("test is a share of the examples, or a pair of arrays (x_test, y_test)") from None
+    inputs, labels = inputs_of(x, "x of test"), labels_of(y, "y of test")
+    require_pairs(inputs, labels, "test")
+    if inputs.shape[1:] != shape:
+        raise UsageError(f"an example of test has the shape {inputs.shape[1:]}, one of the training data {shape}")
+    return Table(inputs, indices_among(labels, classes, "test"))
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"client-{number:0{len(str(count - 1))}d}" for number in range(count)]
+
+
+def _target(frame: Any, target: str) -> NDArray[Any]:
+    if target not in frame.columns:
+        raise UsageError(f"test has no column {target!r}")
+    column: NDArray[Any] = frame[target].to_numpy()
+    return column

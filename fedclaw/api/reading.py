@@ -1,0 +1,87 @@
+"""What leaves a federation, read and checked: a bundle, a site's ledger."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedclaw.api.arrays import inputs_of
+from fedclaw.errors import DataError
+from fedclaw.export.check import Verified, verify_bundle
+from fedclaw.export.layout import CARD, ONNX, PRIVACY, SCHEMA, Manifest
+from fedclaw.export.predictor import Predictor
+from fedclaw.export.trust import load_trust
+from fedclaw.site.journal.reconciliation import check_books, open_books
+from fedclaw.site.journal.spending import Spending
+
+Pathlike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model that a federation signed, whole and verified: what is here are the bytes that were checked."""
+
+    path: Path
+    manifest: Manifest
+    """Where the model comes from, its tensors and its labels."""
+    trusted: bool
+    """Whether a CA that the caller brought stands behind it; False: the bundle's own, which proves no identity."""
+    privacy: Mapping[str, Any]
+    """What training cost each site, and what that does and does not promise: privacy.json."""
+    card: str
+    """The model card, Markdown."""
+    _verified: Verified = field(repr=False, compare=False)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of `predict`."""
+        return self.manifest.labels
+
+    def predict(self, inputs: ArrayLike | Pathlike) -> NDArray[np.float32]:
+        """(N, classes) probabilities of model inputs (N, *D), or of a file in the workload's format.
+
+        Raises DataError for inputs that are not right, UsageError where ONNX Runtime is missing.
+        """
+        predictor = Predictor.of(self._verified)
+        if isinstance(inputs, str | os.PathLike):
+            return predictor.predict(predictor.read(Path(inputs)))
+        numbers = inputs_of(inputs, "inputs")
+        if numbers.shape[1:] != predictor.schema.input_shape:
+            raise DataError(
+                f"an input has the shape {numbers.shape[1:]}, and the model takes {predictor.schema.input_shape}; give "
+                "the path of a file for rows that are not prepared yet"
+            )
+        return predictor.predict(numbers)
+
+
+def read_bundle(
+    path: Pathlike, *, ca: Pathlike | None = None, federation: Pathlike | None = None, crl: Pathlike | None = None
+) -> Bundle:
+    """Verify the bundle in a directory, and read it.
+
+    `ca` is the certificate of the CA to trust, or `federation` a federation.json that holds it, got in another way than
+    the bundle; `crl` that CA's revocation list. Raises BundleError naming what is changed, missing or signed by
+    somebody else.
+    """
+    authority, descriptor, revoked = (None if place is None else Path(place) for place in (ca, federation, crl))
+    trust = load_trust(authority, descriptor, revoked)
+    verified = verify_bundle(Path(path), trust, keep=(ONNX, SCHEMA, PRIVACY, CARD))
+    privacy = json.loads(verified.contents[PRIVACY])
+    card = verified.contents[CARD].decode("utf-8")
+    return Bundle(Path(path), verified.manifest, verified.pinned, privacy, card, verified)
+
+
+def read_ledger(site: Pathlike) -> Spending:
+    """What the ledger in a site's directory says was spent, on which data set, by which run, and what is left.
+
+    The whole chain is walked and compared with what left the site. Raises UsageError if there is no such site,
+    LedgerError naming the first entry that is wrong. Nothing is written, and a client may be running.
+    """
+    books = open_books(Path(site))
+    check_books(books)
+    return books.spending()

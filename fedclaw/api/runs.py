@@ -1,0 +1,130 @@
+"""What a run left, as values: its rounds, its model, and what it cost in privacy."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.errors import UsageError
+from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedclaw.api.module import Model
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, read from its directory: one of `simulate`, or of `fedclaw server`. Nothing in it changes.
+
+    Where no directory was named it is a temporary one, which goes with the last `Run` that holds it.
+    """
+
+    path: Path
+    """Its directory."""
+    _factory: "Model | None" = field(default=None, repr=False, compare=False)
+    _holder: object = field(default=None, repr=False, compare=False)
+    """What keeps a temporary directory."""
+
+    @cached_property
+    def record(self) -> RunRecord:
+        """All that was asked for."""
+        return RunDirectory.open(self.path).record()
+
+    @cached_property
+    def history(self) -> tuple[dict[str, float], ...]:
+        """One entry a round, {"round": 3, "accuracy": 0.91, ...}: pandas.DataFrame(run.history) is a table of it."""
+        lines = RunDirectory.open(self.path).read_metrics()
+        return tuple({"round": line["round"], **line["metrics"]} for line in lines)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of the last round that was evaluated: loss, accuracy, precision, recall, f1, auroc, where defined."""
+        last = next((entry for entry in reversed(self.history) if len(entry) > 1), {})
+        return {name: value for name, value in last.items() if name != "round"}
+
+    @cached_property
+    def parameters(self) -> Mapping[str, NDArray[np.float32]]:
+        """The final global parameters, by name. Raises CheckpointError for a run that has not finished."""
+        directory = RunDirectory.open(self.path)
+        directory.require_whole()
+        return directory.read_model()
+
+    def model(self, model: "Model | None" = None) -> "torch.nn.Module":
+        """The trained torch module, in evaluation mode.
+
+        `model`: its class, for a run that was read again and whose module is the caller's own. Raises UsageError if
+        the parameters are not those of that module, PluginError if none was given and no workload builds it.
+        """
+        from fedclaw.api.module import factory_of, plugins
+        from fedclaw.learning.registry import lent
+
+        if (given := model or self._factory) is not None:
+            built = factory_of(given)()
+        else:
+            with lent(plugins()):
+                built = self.record.make_workload().build(self.record.model)
+        _fill(built, self.parameters)
+        return built.eval()
+
+    @cached_property
+    def receipts(self) -> Mapping[str, SiteReceipt]:
+        """By client or site, how many examples it has and what it spent."""
+        return RunDirectory.open(self.path).read_receipts()
+
+    @property
+    def epsilon(self) -> float:
+        """What the run cost at most, in epsilon at `delta`, for the unit that was asked for.
+
+        With noise by the clients: of one example of the client that spent most, whoever else may be dishonest. With
+        noise by the server: what was asked for, as long as the server is honest. Without noise: infinite. It says
+        nothing of rounds outside the run, nor of metrics, which are exact.
+        """
+        if (central := self.record.central) is not None:
+            return central.epsilon
+        spent = [receipt.receipt.epsilon_run for receipt in self.receipts.values()]
+        return max((math.inf if epsilon is None else epsilon for epsilon in spent), default=math.inf)
+
+    @property
+    def delta(self) -> float | None:
+        """The delta that goes with `epsilon`; None: the run had no privacy."""
+        asked = self.record.privacy or self.record.central
+        return None if asked is None else asked.delta
+
+    def __repr__(self) -> str:
+        record, rounds = self.record, len(self.history)
+        metrics = self.metrics
+        quality = f", accuracy {metrics['accuracy']:.3f}" if "accuracy" in metrics else ""
+        cost = "without privacy" if self.delta is None else f"epsilon {self.epsilon:.3g} at delta {self.delta:g}"
+        return f"Run({record.strategy.name}, {rounds} of {record.rounds} rounds{quality}, {cost})"
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """The run in a directory such as runs/NAME. Raises UsageError if it is none, CheckpointError if it is damaged."""
+    run = Run(Path(path))
+    RunDirectory.open(run.path).check()
+    return run
+
+
+def _fill(model: "torch.nn.Module", parameters: Mapping[str, NDArray[np.float32]]) -> None:
+    """Put the parameters into the model. Raises UsageError unless it has those names and shapes."""
+    import torch
+
+    own: dict[str, Any] = dict(model.named_parameters())
+    found = {name: tuple(array.shape) for name, array in parameters.items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    if odd := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+        shown = ", ".join(
+            f"{name} {found.get(name, 'nothing')} against {wanted.get(name, 'nothing')}" for name in odd[:3]
+        )
+        raise UsageError(f"the run's model is not a {type(model).__name__}: {shown}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.from_numpy(np.array(parameters[name])))

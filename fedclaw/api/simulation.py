@@ -1,0 +1,257 @@
+"""`simulate`: a federation, a torch module and a strategy to a run, in one call."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from fedclaw.api.federation import Federation
+from fedclaw.api.module import ArrayWorkload, Model, around, check_model, factory_of, plugins
+from fedclaw.api.runs import Run
+from fedclaw.errors import UsageError
+from fedclaw.learning.registry import STRATEGIES, installed, lent, strategy_class
+from fedclaw.learning.strategy import Strategy
+from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.plan import LocalTraining, PrivacyRequest, Unit, Weighting, check_numbers
+from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.server.coordinator import Outcome, RoundReport
+from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.session import calibrated, with_strategy
+from fedclaw.server.settings import CentralRequest
+from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
+
+V = TypeVar("V", bound=BaseModel)
+OnRound = Callable[[int, Mapping[str, float]], None]
+
+_OURS = {"epochs": "local_epochs", "steps": "local_steps", "max_grad_norm": "clip"}
+# What the parameters of `simulate` are called further down.
+_RUN = "run"
+
+
+@dataclass(frozen=True)
+class LocalPrivacy:
+    """Each client's own noise, DP-SGD: (epsilon, delta) for one example, whoever else may be dishonest.
+
+    Neighbouring data sets differ in one example, which is there or not. Each client works out the noise at which the
+    whole run costs it epsilon.
+    """
+
+    epsilon: float
+    delta: float
+    clip: float
+    """Of an example's gradient, L2."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError."""
+        self._request()
+
+    def _request(self) -> PrivacyRequest:
+        fields = {"epsilon": self.epsilon, "delta": self.delta, "max_grad_norm": self.clip}
+        return _checked(fields, PrivacyRequest, "privacy")
+
+
+@dataclass(frozen=True)
+class CentralPrivacy:
+    """The server's noise on the sum: (epsilon, delta) for one client, or one example, if the server is honest.
+
+    Unit "site": neighbouring runs differ in one client's contribution, replaced by zero. Unit "example": in one
+    example, which is there or not; each round is then one step (local_steps=1).
+    """
+
+    epsilon: float
+    delta: float
+    clip: float
+    """Of a client's update (unit "site") or of an example's gradient, L2."""
+    unit: Unit = "site"
+    sample_rate: float = 1.0
+    """Rate at which clients (unit "site") or examples are sampled, each by itself."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError."""
+        self._request()
+
+    def _request(self) -> CentralRequest:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return _checked({**fields, "noise_by": "server"}, CentralRequest, "privacy")
+
+
+def simulate(
+    federation: Federation,
+    model: Model,
+    *,
+    strategy: str | Strategy | type[Strategy] = "fedavg",
+    rounds: int,
+    learning_rate: float,
+    local_epochs: float | None = None,
+    local_steps: int | None = None,
+    batch_size: int = 32,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    fraction: float = 1.0,
+    weighting: Weighting = "examples",
+    privacy: LocalPrivacy | CentralPrivacy | None = None,
+    workers: int = 1,
+    seed: int = 0,
+    repeatable_noise: bool = False,
+    directory: str | Path | None = None,
+    on_round: OnRound | None = None,
+) -> Run:
+    """Train `model` over the federation's clients and return the run.
+
+    The server's loop, the strategies and the mechanisms are those of a federation of real sites; clients are trained in
+    this process, or in `workers` processes forked from it, each with one thread. The result is the same for the same
+    data and seed, with noise only if it is to be repeatable.
+
+    Args:
+        federation: who has which examples.
+        model: a torch.nn.Module's class, a module, or a function that makes one: (N, *D) to logits (N, C), no buffers.
+        strategy: the name of one that is installed, or a `Strategy` of your own, its class or with settings.
+        rounds: exchanges between server and clients.
+        learning_rate: of the local optimiser.
+        local_epochs: passes of a client over its data in a round; 1 unless `local_steps` is given.
+        local_steps: or optimiser steps.
+        batch_size: examples a step; with privacy the expected number.
+        optimizer: sgd, or adam.
+        momentum: of sgd.
+        weight_decay: of either.
+        fraction: share of the clients that each round asks, drawn anew.
+        weighting: examples, a client counts by how many it has; uniform, by one.
+        privacy: whose noise, for which guarantee; None: none.
+        workers: processes. They are forked, so that the module may be defined in a notebook; more need more memory.
+        seed: of the first parameters, batches and the clients asked.
+        repeatable_noise: draw noise from the seed. For research only: such noise guarantees nothing.
+        directory: where the run is to be kept; none: in a temporary directory, as long as the `Run` is held.
+        on_round: called with the number and the metrics of each round that is done.
+
+    Raises UsageError, DataError or PluginError for what cannot be right, before a client trains; PrivacyError for a
+    model that cannot be private; RoundError if a client cannot go on.
+    """
+    own = around(model)
+    name, lend, settings = _strategy(strategy)
+    if privacy is not None and not isinstance(privacy, LocalPrivacy | CentralPrivacy):
+        raise UsageError(f"privacy={privacy!r:.60}: give fedclaw.LocalPrivacy(...) or fedclaw.CentralPrivacy(...)")
+    if local_epochs is None and local_steps is None:
+        local_epochs = 1
+    if rounds < 1:
+        raise UsageError(f"rounds={rounds}: at least one")
+    given = {
+        "epochs": local_epochs,
+        "steps": local_steps,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+    }
+    way = _checked(
+        {"workers": workers, "repeatable_noise": repeatable_noise, "save_every": 60.0}, SimulationSettings, "simulate"
+    )
+    with lent({**plugins(own), **lend}):
+        workload = own(federation.schema)
+        fields = {
+            "run": _RUN,
+            "federation": "simulation",
+            "workload": workload.name,
+            "schema_text": federation.schema.to_json(),
+            "model": check_model(workload, federation.table.inputs),
+            "strategy": StrategyRecord(name=name, settings=settings),
+            "rounds": rounds,
+            "training": _checked(given, LocalTraining, "simulate"),
+            "privacy": privacy._request() if isinstance(privacy, LocalPrivacy) else None,
+            "central": calibrated(privacy._request(), rounds) if isinstance(privacy, CentralPrivacy) else None,
+            "weighting": weighting,
+            "rules": _checked({"minimum": 1, "fraction": fraction}, RoundRules, "simulate"),
+            "seed": seed,
+        }
+        record = _checked(fields, RunRecord, "simulate")
+        _check_numbers(record)
+        record = with_strategy(simulated(record, way, len(federation)))
+        path, holder = _place(directory)
+        kept = RunDirectory.create(path, record)
+        simulate_cohorts(kept, _simulated(federation, workload), way, [_Teller(on_round)] if on_round else [])
+    return Run(path, factory_of(model), holder)
+
+
+def _simulated(federation: Federation, workload: ArrayWorkload) -> SimulatedFederation:
+    return SimulatedFederation(
+        workload,
+        federation.table,
+        federation.shares,
+        test=federation.test,
+        tests=federation.tests,
+        names=federation.names,
+    )
+
+
+def _strategy(
+    strategy: str | Strategy | type[Strategy],
+) -> tuple[str, dict[tuple[str, str], type[Any]], dict[str, Any]]:
+    """Its name, the class to lend if it is not installed under that name, and its settings. Raises UsageError."""
+    if isinstance(strategy, str):
+        strategy_class(strategy)
+        return strategy, {}, {}
+    made = strategy
+    if isinstance(strategy, type) and issubclass(strategy, Strategy):
+        if missing := sorted(getattr(strategy, "__abstractmethods__", ())):
+            raise UsageError(f"strategy={strategy.__name__} does not say {', '.join(missing)}: define it in the class")
+        made = _checked({}, strategy, f"strategy={strategy.__name__}")
+    if not isinstance(made, Strategy):
+        raise UsageError(
+            f"strategy={strategy!r:.60} is no strategy: give a name, or a class or an object of fedclaw.Strategy"
+        )
+    kind = type(made)
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not name:
+        raise UsageError(f'strategy={kind.__name__} has no name: write name: ClassVar[str] = "mine" in the class')
+    known = name in installed(STRATEGIES) and strategy_class(name) is kind
+    return name, {} if known else {(STRATEGIES, name): kind}, made.model_dump(mode="json")
+
+
+def _checked(fields: dict[str, Any], kind: type[V], where: str) -> V:
+    """The value. Raises UsageError that names each wrong argument as the caller wrote it."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        text = "; ".join(_as_written(part) for part in explain(error).split("; "))
+        raise UsageError(f"{where}: {text}") from None
+
+
+def _as_written(part: str) -> str:
+    name, colon, rest = part.partition(":")
+    return f"{_OURS.get(name, name)}{colon}{rest}"
+
+
+def _check_numbers(record: RunRecord) -> None:
+    try:
+        check_numbers(record.training, record.privacy, record.central, record.weight_cap)
+    except ValueError as error:
+        raise UsageError(f"simulate: {error}") from None
+
+
+def _place(directory: str | Path | None) -> tuple[Path, object]:
+    """Where the run is kept, and what keeps that there."""
+    if directory is not None:
+        return Path(directory), None
+    holder = tempfile.TemporaryDirectory(prefix="fedclaw-run-")
+    return Path(holder.name) / _RUN, holder
+
+
+@dataclass(frozen=True)
+class _Teller:
+    """Hands each round on."""
+
+    tell: OnRound
+
+    def started(self, record: RunRecord, first_round: int) -> None:
+        """See Observer."""
+
+    def finished_round(self, report: RoundReport) -> None:
+        """See Observer."""
+        self.tell(report.round, report.metrics)
+
+    def finished(self, outcome: Outcome) -> None:
+        """See Observer."""
