@@ -67,7 +67,7 @@ class Hostile:
             text=True,
             env=self.variables,
             cwd=self.root,
-            timeout=PATIENCE,
+            timeout=3 * PATIENCE,
             check=False,
         )
         assert self.imported == set(), done.stderr
