@@ -15,12 +15,11 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.registry import STRATEGIES, installed, lent, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.plan import LocalTraining, PrivacyRequest, Unit, Weighting, check_numbers
+from fedclaw.protocol.plan import CentralRequest, LocalTraining, PrivacyRequest, Unit, Weighting
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.coordinator import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated, with_strategy
-from fedclaw.server.settings import CentralRequest
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 
 V = TypeVar("V", bound=BaseModel)
@@ -227,7 +226,7 @@ def _as_written(part: str) -> str:
 
 def _check_numbers(record: RunRecord) -> None:
     try:
-        check_numbers(record.training, record.privacy, record.central, record.weight_cap)
+        record.check_numbers()
     except ValueError as error:
         raise UsageError(f"simulate: {error}") from None
 
