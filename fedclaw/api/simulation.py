@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fedclaw.api.federation import Federation
 from fedclaw.api.module import ArrayWorkload, Model, around, check_model, factory_of, plugins
@@ -14,6 +14,8 @@ from fedclaw.api.runs import Run
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import STRATEGIES, installed, lent, strategy_class
 from fedclaw.learning.strategy import Strategy
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.server_noise import noise_of_the_server
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.plan import CentralRequest, LocalTraining, PrivacyRequest, Unit, Weighting
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
@@ -22,7 +24,7 @@ from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated, with_strategy
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 
-V = TypeVar("V", bound=BaseModel)
+V = TypeVar("V")
 OnRound = Callable[[int, Mapping[str, float]], None]
 
 _OURS = {"epochs": "local_epochs", "steps": "local_steps", "max_grad_norm": "clip"}
@@ -74,7 +76,7 @@ class CentralPrivacy:
 
     def _request(self) -> CentralRequest:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return _checked({**fields, "noise_by": "server"}, CentralRequest, "privacy")
+        return _checked(fields, noise_of_the_server, "privacy")
 
 
 def simulate(
@@ -167,7 +169,8 @@ def simulate(
             "seed": seed,
         }
         record = _checked(fields, RunRecord, "simulate")
-        _check_numbers(record)
+        if reason := mechanism_of(record).out_of_range():
+            raise UsageError(f"simulate: {reason}")
         record = with_strategy(simulated(record, way, len(federation)))
         path, holder = _place(directory)
         kept = RunDirectory.create(path, record)
@@ -210,10 +213,10 @@ def _strategy(
     return name, {} if known else {(STRATEGIES, name): kind}, made.model_dump(mode="json")
 
 
-def _checked(fields: dict[str, Any], kind: type[V], where: str) -> V:
+def _checked(fields: dict[str, Any], make: Callable[..., V], where: str) -> V:
     """The value. Raises UsageError that names each wrong argument as the caller wrote it."""
     try:
-        return kind.model_validate(fields)
+        return make(**fields)
     except ValidationError as error:
         text = "; ".join(_as_written(part) for part in explain(error).split("; "))
         raise UsageError(f"{where}: {text}") from None
@@ -222,13 +225,6 @@ def _checked(fields: dict[str, Any], kind: type[V], where: str) -> V:
 def _as_written(part: str) -> str:
     name, colon, rest = part.partition(":")
     return f"{_OURS.get(name, name)}{colon}{rest}"
-
-
-def _check_numbers(record: RunRecord) -> None:
-    try:
-        record.check_numbers()
-    except ValueError as error:
-        raise UsageError(f"simulate: {error}") from None
 
 
 def _place(directory: str | Path | None) -> tuple[Path, object]:

@@ -20,11 +20,16 @@ import numpy as np
 
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN, SumNoise
-from fedclaw.protocol.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, SecureAggregation
+from fedclaw.protocol.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, CentralRequest, SecureAggregation
 from fedclaw.protocol.update import Update
 
 _ROUNDING = 1e-3
 # Of the bound: what rounding to a secure sum's steps may add to it.
+
+
+def noise_of_the_server(**fields: Any) -> CentralRequest:
+    """What a run asks for where the server adds the noise. Raises pydantic's ValidationError."""
+    return CentralRequest(noise_by="server", **fields)
 
 
 @dataclass(frozen=True)
