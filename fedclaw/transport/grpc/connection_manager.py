@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from fedclaw import __version__
 from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.plan import RefusalCode
@@ -228,7 +229,8 @@ class ConnectionManager:
         peer = session.peer
         if hello.protocol != PROTOCOL_VERSION:
             text = (
-                f"this server speaks protocol {PROTOCOL_VERSION}, the site {hello.protocol}; install the same version"
+                f"this server speaks protocol {PROTOCOL_VERSION} (fedclaw {__version__}), site {peer.site!r} protocol "
+                f"{hello.protocol} ({frames.printable(hello.software)}); install the same version at both"
             )
             raise NotAdmitted(pb.REASON_VERSION, text)
         welcome = pb.Welcome(

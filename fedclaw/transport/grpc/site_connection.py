@@ -293,7 +293,10 @@ class SiteConnection:
     def _welcome(self, stream: _Stream, welcome: pb.Welcome) -> None:
         mine = (self._keys.descriptor.name, self._keys.site_name)
         if welcome.protocol != PROTOCOL_VERSION:
-            raise ConnectionRefused(f"the server speaks protocol {welcome.protocol}, this site {PROTOCOL_VERSION}")
+            raise ConnectionRefused(
+                f"the server speaks protocol {welcome.protocol}, this site {PROTOCOL_VERSION} (fedclaw {__version__}); "
+                "install the same version at both"
+            )
         if (welcome.federation, welcome.site) != mine:
             raise ConnectionRefused(f"the server is of another federation: {frames.printable(welcome.federation)!r}")
         if not 0 < welcome.heartbeat < float("inf"):

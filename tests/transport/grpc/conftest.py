@@ -17,6 +17,7 @@ from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import number_of
 from fedclaw.transport.grpc import GrpcGrid, Limits, SiteConnection, frames
+from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 RUN_ID = 77
@@ -120,7 +121,7 @@ class RawSite:
         raise AssertionError(f"the stream ended before a {kind} frame")
 
     def enter(self) -> None:
-        self.say(frames.hello(1, "test"))
+        self.say(frames.hello(PROTOCOL_VERSION, "test"))
         self.hear("welcome")
 
     def close(self) -> None:

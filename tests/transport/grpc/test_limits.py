@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from fedclaw.transport.grpc import connection_limiter, frames
+from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 MIB = 1 << 20
@@ -280,7 +281,7 @@ def test_a_site_that_sends_headers_without_end_is_cut_off(kit):
     credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
     with grpc.secure_channel(f"127.0.0.1:{grid.port}", credentials) as channel:
         call = channel.stream_stream(frames.PATH)(
-            iter([frames.hello(1, "test").SerializeToString()]), metadata=[("x", "y" * 64 * 1024)]
+            iter([frames.hello(PROTOCOL_VERSION, "test").SerializeToString()]), metadata=[("x", "y" * 64 * 1024)]
         )
         with pytest.raises(grpc.RpcError) as failure:
             list(call)

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from fedclaw import __version__
 from fedclaw.errors import ConnectionRefused
 from fedclaw.identity import provisioning
 from fedclaw.identity.seal import Binding
@@ -18,6 +19,7 @@ from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc import SiteConnection, frames
 from fedclaw.transport.grpc.chunk_codec import encode_chunk
 from fedclaw.transport.grpc.message_codec import encode
+from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 
@@ -25,7 +27,7 @@ def dial(port: int, ca: bytes, key: bytes | None = None, certificate: bytes | No
     """Open the stream as a peer with these credentials and say hello; the status it ends with."""
     credentials = grpc.ssl_channel_credentials(ca, key, certificate)
     with grpc.secure_channel(f"127.0.0.1:{port}", credentials, frames.channel_options()) as channel:
-        call = channel.stream_stream(frames.PATH)(iter([frames.hello(1, "test").SerializeToString()]))
+        call = channel.stream_stream(frames.PATH)(iter([frames.hello(PROTOCOL_VERSION, "test").SerializeToString()]))
         with pytest.raises(grpc.RpcError) as failure:
             next(call)
     return failure.value.code()
@@ -105,7 +107,7 @@ def test_tls_1_2_is_refused_and_1_3_works(kit, tmp_path):
 def test_plaintext_is_refused(kit):
     grid = kit.grid()
     with grpc.insecure_channel(f"127.0.0.1:{grid.port}", frames.channel_options()) as channel:
-        call = channel.stream_stream(frames.PATH)(iter([frames.hello(1, "test").SerializeToString()]))
+        call = channel.stream_stream(frames.PATH)(iter([frames.hello(PROTOCOL_VERSION, "test").SerializeToString()]))
         with pytest.raises(grpc.RpcError) as failure:
             next(call)
     assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -146,18 +148,21 @@ def test_a_damaged_revocation_list_lets_nobody_in(tmp_path, kit):
     grid = kit.grid()
     (tmp_path / "federation" / "revoked.crl").write_text("nothing")
     raw = kit.raw("site-a", grid.port)
-    raw.say(frames.hello(1, "test"))
+    raw.say(frames.hello(PROTOCOL_VERSION, "test"))
     assert next(iter(raw.responses)).refuse.reason == pb.REASON_UNAVAILABLE
     assert keys.site_name == "site-a"
 
 
-def test_an_unknown_protocol_version_is_refused_clearly(kit):
+@pytest.mark.parametrize(("version", "software"), [(99, "from the future"), (1, "fedclaw 0.1.0")])
+def test_another_protocol_version_is_refused_by_name_and_version(kit, version, software):
+    """Version 1 was spoken at 437d1ac: its plans are others, which neither end would read."""
     grid = kit.grid()
     raw = kit.raw("site-a", grid.port)
-    raw.say(frames.hello(99, "from the future"))
+    raw.say(frames.hello(version, software))
     refusal = next(iter(raw.responses)).refuse
     assert refusal.reason == pb.REASON_VERSION
-    assert refusal.text == "this server speaks protocol 1, the site 99; install the same version"
+    assert f"site 'site-a' protocol {version} ({software})" in refusal.text
+    assert f"this server speaks protocol {PROTOCOL_VERSION} (fedclaw {__version__})" in refusal.text
 
 
 @pytest.mark.parametrize(
@@ -165,8 +170,8 @@ def test_an_unknown_protocol_version_is_refused_clearly(kit):
     [
         [b"\xff\xff not protobuf"],
         [frames.accept("x", 0)],
-        [frames.hello(1, "test"), frames.hello(1, "test")],
-        [frames.hello(1, "test"), b"\x3a\x05"],
+        [frames.hello(PROTOCOL_VERSION, "test"), frames.hello(PROTOCOL_VERSION, "test")],
+        [frames.hello(PROTOCOL_VERSION, "test"), b"\x3a\x05"],
     ],
     ids=["garbage", "no hello", "two hellos", "cut off chunk"],
 )
@@ -189,7 +194,9 @@ def test_a_frame_above_grpcs_limit_ends_only_that_stream(kit):
     tls = kit.federation.site("site-a").tls()
     credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
     with grpc.secure_channel(f"127.0.0.1:{grid.port}", credentials) as channel:
-        call = channel.stream_stream(frames.PATH)(iter([frames.hello(1, "t").SerializeToString(), bytes(3 << 20)]))
+        call = channel.stream_stream(frames.PATH)(
+            iter([frames.hello(PROTOCOL_VERSION, "t").SerializeToString(), bytes(3 << 20)])
+        )
         with pytest.raises(grpc.RpcError) as failure:
             list(call)
     assert failure.value.code() in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
