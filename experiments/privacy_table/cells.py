@@ -16,7 +16,7 @@ from experiments.privacy_table.settings import Cell, digest
 from fedclaw.audit.options import AuditOptions
 from fedclaw.audit.run import audit_run
 from fedclaw.files import write_atomic
-from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
+from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.coordinator import Outcome
@@ -131,10 +131,8 @@ def _spent(record: RunRecord, outcome: Outcome) -> float | None:
     central = record.central
     if central is not None and central.unit == "site":
         # Receipts are about examples.
-        return epsilon_of([NoiseEvent(central.sample_rate, central.noise_multiplier, record.rounds)], central.delta)
-    spent = [item.receipt.epsilon_run for item in outcome.receipts.values()]
-    known = [value for value in spent if value is not None]
-    return max(known) if known and len(known) == len(spent) else None
+        return epsilon_of_sum(central, record.rounds)
+    return largest(item.receipt.epsilon_run for item in outcome.receipts.values())
 
 
 def _accuracy(outcome: Outcome, sites: Mapping[str, SiteService]) -> tuple[float, int]:

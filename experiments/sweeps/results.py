@@ -4,7 +4,7 @@ from typing import Any
 
 from experiments.sweeps.directory import Member, SweepDirectory
 from experiments.sweeps.wire import bytes_up
-from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
+from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 
@@ -90,7 +90,5 @@ def _spent(record: RunRecord, lines: list[dict[str, Any]]) -> float | None:
     central = record.central
     if central is not None and central.unit == "site":
         # Receipts are about examples.
-        return epsilon_of([NoiseEvent(central.sample_rate, central.noise_multiplier, len(lines))], central.delta)
-    spent = list(lines[-1]["epsilon"].values()) if lines else []
-    known = [value for value in spent if value is not None]
-    return max(known) if known and len(known) == len(spent) else None
+        return epsilon_of_sum(central, len(lines))
+    return largest(lines[-1]["epsilon"].values()) if lines else None

@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt, PrivacyRequest
+from fedclaw.protocol.frozen import Frozen, fields_of
+from fedclaw.protocol.plan import CentralPrivacy, PrivacyRequest, TrainingCost
 from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
 
 UNIT = (
@@ -50,36 +50,14 @@ SOURCE = (
 Guarantee = Literal["every site", "some sites", "no site", "unknown"]
 
 
-class RunCost(Frozen):
-    """What one run cost a site, by the last receipt that the site sent in it."""
+class RunCost(TrainingCost):
+    """What one run cost a site, by the last receipt that it sent in it; the mechanism is that of its last round."""
 
     run: str
     purpose: Literal["training", "recovery after pruning"]
     examples: int
     epsilon: float | None
     """Of this run; None: unbounded, trained without differential privacy."""
-    epsilon_lifetime: float | None
-    """Spent on this site's data set by all runs up to and including this one; None: unbounded."""
-    delta: float
-    accountant: str
-    rounds: int
-    """Rounds of this run that the site's ledger holds, interrupted ones included."""
-    mechanism: str
-    """Of the last round, as all fields below it. central: the server's noise; distributed: the sites' shares of it."""
-    trust: str
-    """Who has to be honest: nobody, enough of the other sites (aggregation), the server."""
-    secure_aggregation: bool
-    """Whether the server saw nothing but sums."""
-    central: CentralReceipt | None
-    """Noise on the sum, by the server's plan, with its own unit; the figures above are for single examples."""
-    sampler: str
-    sample_rate: float
-    steps: int
-    noise_multiplier: float
-    max_grad_norm: float
-    ledger_head: str
-    ledger_losses: int = 0
-    """How often the site lost its ledger, or the newest entries of it, and went on at its operator's word."""
 
 
 class SiteStatement(Frozen):
@@ -195,27 +173,9 @@ def _site(name: str, runs: Sequence[Receipts]) -> SiteStatement:
 
 
 def _cost(run: Receipts, entry: SiteReceipt) -> RunCost:
-    receipt = entry.receipt
+    shared = fields_of(entry.receipt, TrainingCost)
     return RunCost(
-        run=run.run,
-        purpose=run.purpose,
-        examples=entry.examples,
-        epsilon=receipt.epsilon_run,
-        epsilon_lifetime=receipt.epsilon_lifetime,
-        delta=receipt.delta,
-        accountant=receipt.accountant,
-        rounds=receipt.rounds,
-        mechanism=receipt.mechanism,
-        trust=receipt.trust,
-        secure_aggregation=receipt.secure_aggregation,
-        central=receipt.central,
-        sampler=receipt.sampler,
-        sample_rate=receipt.sample_rate,
-        steps=receipt.steps,
-        noise_multiplier=receipt.noise_multiplier,
-        max_grad_norm=receipt.max_grad_norm,
-        ledger_head=receipt.ledger_head,
-        ledger_losses=receipt.ledger_losses,
+        run=run.run, purpose=run.purpose, examples=entry.examples, epsilon=entry.receipt.epsilon_run, **shared
     )
 
 

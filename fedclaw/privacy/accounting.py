@@ -29,6 +29,7 @@ from pydantic import JsonValue
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy import renyi
+from fedclaw.protocol.plan import CentralPrivacy
 
 if TYPE_CHECKING:
     # Takes seconds to import: not before something is accounted for.
@@ -139,6 +140,18 @@ def _multiplier_of(rho: float) -> float:
     noise = math.sqrt(1 / (2 * rho))
     nearby = (noise, math.nextafter(noise, 0), math.nextafter(noise, math.inf))
     return next((near for near in nearby if NoiseEvent(1.0, near, 1, "discrete").rho == rho), noise)
+
+
+def epsilon_of_sum(central: CentralPrivacy, rounds: int) -> float:
+    """What `rounds` of noise on the sum come to, at the delta that was asked for."""
+    return epsilon_of([NoiseEvent(central.sample_rate, central.noise_multiplier, rounds)], central.delta)
+
+
+def largest(epsilons: Iterable[float | None]) -> float | None:
+    """Of what several sites spent (None: unbounded) the most; None where one is unbounded, or there is none."""
+    values = list(epsilons)
+    known = [value for value in values if value is not None]
+    return max(known) if known and len(known) == len(values) else None
 
 
 def epsilon_of(mechanisms: Iterable[NoiseEvent], delta: float) -> float:

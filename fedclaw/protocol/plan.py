@@ -19,8 +19,9 @@ Sums and weights add up, so a sum of answers is itself an answer. A site that wi
 a Flower `Error` whose code is a `RefusalCode` and whose reason is a sentence.
 """
 
+import math
 from enum import IntEnum
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
@@ -349,34 +350,60 @@ class CentralReceipt(Frozen):
     delta: float = Field(gt=0, lt=1)
 
 
-class Receipt(Frozen):
-    """What one round cost a site, as its ledger has it."""
+class Spent(Frozen):
+    """What was spent on a data set, as a site's ledger has it."""
+
+    delta: float = Field(ge=0, lt=1)
+    epsilon_lifetime: Epsilon | None
+    """Spent on this data set by all runs; None: unbounded."""
+    ledger_head: Head
+
+
+class Remaining(Spent):
+    """The same with what this run spent, and what is left."""
+
+    epsilon_run: Epsilon | None
+    """Spent by this run so far; None: unbounded (trained without privacy)."""
+    epsilon_left: Epsilon | None
+    """Budget minus lifetime; None: the data set has no budget or it was spent without bound."""
+
+    @staticmethod
+    def figures(run: float, lifetime: float, budget: float | None) -> dict[str, Any]:
+        """The epsilons of a ledger that says `run` and `lifetime`, which may be infinite; `budget` None: no limit."""
+        bounded = math.isfinite(lifetime)
+        return {
+            "epsilon_run": run if math.isfinite(run) else None,
+            "epsilon_lifetime": lifetime if bounded else None,
+            "epsilon_left": max(0.0, budget - lifetime) if bounded and budget is not None else None,
+        }
+
+
+class TrainingCost(Spent):
+    """What training cost a site, as receipts and a statement say it. All figures are for the unit example."""
 
     mechanism: Literal["dp-sgd", "central", "distributed", "none", "metrics"]
-    """Whose noise the ledger charged; `metrics`: the site's own on an evaluation, charged to its test data.
-    Every figure here is for the unit example."""
+    """Whose noise the ledger charged; `metrics`: the site's own on an evaluation, charged to its test data."""
     trust: Trust = "nobody"
+    """Who has to be honest for the figures to hold."""
     secure_aggregation: bool = False
+    """Whether the server saw nothing but sums."""
     central: CentralReceipt | None = None
+    """Noise on the sum, by the server's plan, with its own unit."""
     sampler: Literal["poisson", "shuffle"]
     accountant: Literal["pld", "rdp", "none"]
     sample_rate: float = Field(ge=0, le=1)
     steps: int = Field(ge=0, le=MOST_CHARGED)
     noise_multiplier: float = Field(ge=0)
     max_grad_norm: float = Field(ge=0)
-    delta: float = Field(ge=0, lt=1)
     rounds: int = Field(ge=0, le=MOST_CHARGED)
-    """Rounds of this run that the ledger holds."""
-    epsilon_run: Epsilon | None
-    """Spent by this run so far; None: unbounded (trained without privacy)."""
-    epsilon_lifetime: Epsilon | None
-    """Spent on this data set by all runs; None: unbounded."""
-    epsilon_left: Epsilon | None
-    """Budget minus lifetime; None: the data set has no budget or it was spent without bound."""
-    ledger_head: Head
+    """Rounds of this run that the ledger holds, interrupted ones included."""
     ledger_losses: int = Field(default=0, ge=0, le=MOST_CHARGED)
     """How often the ledger, or its newest entries, was lost and the site went on at its operator's word: what had been
     spent by then is in no figure here."""
+
+
+class Receipt(TrainingCost, Remaining):
+    """What one round cost a site, as its ledger has it."""
 
     def after(self, before: "Receipt") -> "Receipt":
         """What is told of a site that said `before` earlier in the same run: of each figure the worse one.

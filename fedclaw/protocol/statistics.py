@@ -25,11 +25,10 @@ from fedclaw.protocol.plan import (
     MAX_CONSTANTS,
     MAX_SITES,
     Digest,
-    Epsilon,
-    Head,
     ModelSpec,
     Name,
     ParameterName,
+    Remaining,
     SecureAggregation,
 )
 
@@ -108,7 +107,7 @@ class StatisticsRequest(Frozen):
         return self
 
 
-class StatisticsReceipt(Frozen):
+class StatisticsReceipt(Remaining):
     """What the answer cost a site, as its ledger has it. Unit: one example, there or not."""
 
     mechanism: Literal["statistics"] = "statistics"
@@ -118,9 +117,3 @@ class StatisticsReceipt(Frozen):
     noise_multiplier: float = Field(gt=0, lt=math.inf)
     """Standard deviation of the noise in each coordinate that the ledger counts; the vector's sensitivity is 1."""
     delta: float = Field(gt=0, lt=1)
-    epsilon_run: Epsilon | None
-    epsilon_lifetime: Epsilon | None
-    """Spent on this data set by everything so far; None: unbounded."""
-    epsilon_left: Epsilon | None
-    """Budget minus lifetime; None: there is no budget."""
-    ledger_head: Head

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedclaw.privacy.estimates import ColumnStatistics, Estimate
-from fedclaw.report.tables import Figures
+from fedclaw.report.tables import Figures, epsilon_words
 from fedclaw.server.statistics_release import Release
 
 
@@ -80,9 +80,9 @@ def _cost(release: Release) -> Figures:
         table.add_row(
             site,
             f"{receipt.noise_multiplier:.3g}",
-            _epsilon(receipt.epsilon_run, "unbounded"),
-            _epsilon(receipt.epsilon_lifetime, "unbounded"),
-            _epsilon(receipt.epsilon_left, "no limit"),
+            epsilon_words(receipt.epsilon_run),
+            epsilon_words(receipt.epsilon_lifetime),
+            epsilon_words(receipt.epsilon_left, "no limit"),
         )
     return table
 
@@ -97,7 +97,3 @@ def shown(figure: Estimate | None) -> str:
     if digits > 9:
         return f"{figure.value:.4g} ± {figure.error:.1g}"
     return f"{figure.value:.{digits}f} ± {figure.error:.{digits}f}"
-
-
-def _epsilon(value: float | None, absent: str) -> str:
-    return absent if value is None else f"{value:.3f}"

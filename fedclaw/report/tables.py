@@ -18,6 +18,11 @@ SHORTEST = 12
 _CUT = "…"
 
 
+def epsilon_words(value: float | None, absent: str = "unbounded") -> str:
+    """An epsilon for a person; `absent` where there is none."""
+    return absent if value is None else f"{value:.3f}"
+
+
 def shortened(name: str, width: int) -> str:
     """`name` in at most `width` columns: its beginning and its end, which tell most names apart."""
     if cell_len(name) <= width:

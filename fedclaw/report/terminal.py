@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedclaw.console import make_console
-from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
-from fedclaw.report.tables import Figures, parts_in_lines, shortened
+from fedclaw.privacy.accounting import epsilon_of_sum, largest
+from fedclaw.report.tables import Figures, epsilon_words, parts_in_lines, shortened
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class TerminalProgress:
 
     def finished_round(self, report: "RoundReport") -> None:
         """One line: who took part, what the model can do, what it cost. Who is missing is named when that is new."""
-        spent = [item.receipt.epsilon_run for item in report.receipts.values()]
-        known = [value for value in spent if value is not None]
-        cost = f"epsilon <= {max(known):.3f}" if len(known) == len(spent) and known else "epsilon unbounded"
+        spent = largest(item.receipt.epsilon_run for item in report.receipts.values())
+        cost = "epsilon unbounded" if spent is None else f"epsilon <= {spent:.3f}"
         missing = {declined.site: declined.code for declined in report.declined}
         missing |= dict.fromkeys(report.silent, "silent")
         count, new = len(report.answered), [site for site in missing if self._missing.get(site) != missing[site]]
@@ -136,7 +135,7 @@ def central_words(record: RunRecord) -> str | None:
     if central is None or central.noise_by == "sites":
         # What the sites' shares come to is in their receipts.
         return None
-    spent = epsilon_of([NoiseEvent(central.sample_rate, central.noise_multiplier, record.rounds)], central.delta)
+    spent = epsilon_of_sum(central, record.rounds)
     return (
         f"noise on the sum, by the server, unit {central.unit}: epsilon {spent:.3f} at delta {central.delta:g}, "
         "towards everybody but the server"
@@ -177,9 +176,9 @@ def receipt_table(receipts: dict[str, SiteReceipt]) -> Figures:
             str(item.examples),
             receipt.mechanism,
             receipt.trust,
-            _epsilon(receipt.epsilon_run),
-            _epsilon(receipt.epsilon_lifetime),
-            _epsilon(receipt.epsilon_left, absent="no limit"),
+            epsilon_words(receipt.epsilon_run),
+            epsilon_words(receipt.epsilon_lifetime),
+            epsilon_words(receipt.epsilon_left, absent="no limit"),
             f"{receipt.delta:g}",
             str(receipt.rounds),
         )
@@ -190,7 +189,3 @@ def receipt_table(receipts: dict[str, SiteReceipt]) -> Figures:
 
 def _paid(item: SiteReceipt) -> float:
     return math.inf if item.receipt.epsilon_run is None else item.receipt.epsilon_run
-
-
-def _epsilon(value: float | None, absent: str = "unbounded") -> str:
-    return absent if value is None else f"{value:.3f}"

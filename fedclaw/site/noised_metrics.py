@@ -50,7 +50,7 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
     due, mechanism = _due(site, plan, asking), metrics_mechanism(site.policy)
     budget, ledger = due.account.budget, due.account.ledger
     charge = reserve(site, due)
-    lifetime = ledger.spent(budget.delta)
+    run = ledger.spent(budget.delta, run=plan.run, federation=plan.federation)
     return charge, Receipt(
         mechanism="metrics",
         sampler="poisson",
@@ -61,9 +61,7 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
         max_grad_norm=0.0,
         delta=budget.delta,
         rounds=ledger.rounds(plan.run, plan.federation),
-        epsilon_run=ledger.spent(budget.delta, run=plan.run, federation=plan.federation),
-        epsilon_lifetime=lifetime,
-        epsilon_left=None if budget.epsilon is None else max(0.0, budget.epsilon - lifetime),
+        **Receipt.figures(run, ledger.spent(budget.delta), budget.epsilon),
         ledger_head=ledger.head(),
         ledger_losses=ledger.losses(),
     )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedclaw.errors import BudgetExceeded, LedgerError, PrivacyError
@@ -243,15 +242,11 @@ def delta_of(policy: Policy, plan: Plan) -> float:
 
 def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books: Books) -> Receipt:
     """The receipt of any site with that policy and so many training examples, whose books say this."""
-    run, lifetime, budget = books.epsilon_run, books.epsilon_lifetime, policy.epsilon
-    bounded = budget is not None and np.isfinite(lifetime)
     fields: dict[str, Any] = {"delta": policy.delta, **mechanism_of(plan).receipt_fields(examples, charge)}
     return Receipt(
         **fields,
         rounds=books.rounds,
-        epsilon_run=run if np.isfinite(run) else None,
-        epsilon_lifetime=lifetime if np.isfinite(lifetime) else None,
-        epsilon_left=max(0.0, budget - lifetime) if bounded and budget is not None else None,
+        **Receipt.figures(books.epsilon_run, books.epsilon_lifetime, policy.epsilon),
         ledger_head=books.head,
         ledger_losses=books.losses,
     )

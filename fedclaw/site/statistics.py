@@ -171,14 +171,10 @@ def _design(site: Site, request: StatisticsRequest) -> Design:
 
 def _receipt(site: Site, request: StatisticsRequest, noise: _Noise) -> StatisticsReceipt:
     run = site.ledger.spent(request.delta, run=request.run, federation=request.federation)
-    lifetime, budget = site.ledger.spent(site.policy.delta), site.policy.epsilon
-    bounded = bool(np.isfinite(lifetime))
     return StatisticsReceipt(
         trust="nobody" if noise.shares is None else "aggregation",
         noise_multiplier=noise.mechanism.noise_multiplier,
         delta=request.delta,
-        epsilon_run=run if np.isfinite(run) else None,
-        epsilon_lifetime=lifetime if bounded else None,
-        epsilon_left=max(0.0, budget - lifetime) if bounded and budget is not None else None,
+        **StatisticsReceipt.figures(run, site.ledger.spent(site.policy.delta), site.policy.epsilon),
         ledger_head=site.ledger.head(),
     )
