@@ -76,6 +76,11 @@ def append_all(descriptor: int, data: bytes, *, durable: bool = True) -> None:
         raise
 
 
+def sync_data(descriptor: int) -> None:
+    """Make what was written to an open file durable, with no more of its metadata than it takes to read it."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
 def sync_directory(directory: Path) -> None:
     """Make a rename in `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -23,11 +23,11 @@ R = TypeVar("R", bound=ArrayRecord | MetricRecord | ConfigRecord)
 class ViewedArray(Array):
     """An Array whose serialised bytes are `view`, read-only and part of something larger."""
 
+    view: memoryview
+
     def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, view: memoryview) -> None:
-        self.dtype = dtype
-        self.shape = shape
-        self.stype = stype
-        self.view = view.toreadonly()
+        # Not by assignment, which Flower's class watches for changes of an array that it has sent: four times as long.
+        self.__dict__.update(dtype=dtype, shape=shape, stype=stype, view=view.toreadonly())
 
     @property
     def data(self) -> bytes:  # type: ignore[override]

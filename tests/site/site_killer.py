@@ -134,7 +134,7 @@ def die_at(place: int) -> Callable[[], None]:
 
     connect = sqlite3.connect
     sqlite3.connect = lambda *arguments, **options: connect(*arguments, **options, factory=Connection)
-    os.fsync, os.replace = watched(os.fsync), watched(os.replace)
+    os.fsync, os.fdatasync, os.replace = watched(os.fsync), watched(os.fdatasync), watched(os.replace)
     return ready
 
 

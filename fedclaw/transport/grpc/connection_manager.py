@@ -206,6 +206,8 @@ class ConnectionManager:
 
     def _handle(self, session: Session, frame: pb.Frame) -> None:
         frames.check_frame(frame)
+        for identity in frame.also_done if session.welcomed else ():
+            self._delivered(session, identity)
         kind = frame.WhichOneof("body")
         if not session.welcomed:
             if kind != "hello":

@@ -11,6 +11,7 @@ from fedclaw.transport.grpc import connection_limiter
 from fedclaw.transport.grpc.limits import MAX_FRAME_BYTES, MAX_METADATA_BYTES, WINDOW_BYTES, Limits
 from fedclaw.transport.grpc.protocol import METHOD, SERVICE
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.grpc.sender import MAX_CONFIRMATIONS
 
 PATH = f"/{SERVICE}/{METHOD}"
 
@@ -116,7 +117,9 @@ def task_of(offer: pb.Offer) -> tuple[Envelope, float]:
 def check_frame(frame: pb.Frame) -> None:
     """Raises TransportError for a frame with a longer identifier than ours have: we would send it back."""
     body = getattr(frame, frame.WhichOneof("body") or "", None)
-    if len(getattr(body, "transfer_id", "")) > _MAX_ID:
+    if len(frame.also_done) > MAX_CONFIRMATIONS:
+        raise TransportError(f"a frame confirms more than {MAX_CONFIRMATIONS} transfers")
+    if any(len(identity) > _MAX_ID for identity in (getattr(body, "transfer_id", ""), *frame.also_done)):
         raise TransportError(f"an identifier is longer than {_MAX_ID} characters")
 
 

@@ -171,11 +171,10 @@ class GrpcGrid(StreamingGrid):
                     reply = None
             if deadline is not None:
                 self._connections.record_late(ids)
-            self._end(ids)
-            for request, text in self._connections.take_late(ids):
-                yield error_reply(request, RefusalCode.SLOW, text)
         finally:
             self._end(ids)
+        for request, text in self._connections.take_late(ids):
+            yield error_reply(request, RefusalCode.SLOW, text)
 
     def _end(self, ids: frozenset[str]) -> None:
         for request in self._pending.cancel(ids):

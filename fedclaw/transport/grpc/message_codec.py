@@ -25,6 +25,7 @@ Content = RecordDict | Error
 MAGIC = b"FCM1"
 ALIGNMENT = 64
 """Header and arrays each begin at a multiple of this: numpy would copy an unaligned array before computing with it."""
+_ZEROS = bytes(ALIGNMENT)
 _PREFIX = len(MAGIC) + 4
 _MAX_HEADER = 16 << 20
 MAX_ITEMS = 1 << 14
@@ -67,8 +68,8 @@ class EncodedMessage:
         return found
 
 
-def encode(content: Content) -> EncodedMessage:
-    """Encode `content`. Raises TransportError for content that cannot travel."""
+def encode(content: Content, *, arrays: bool = True) -> EncodedMessage:
+    """Encode `content`, without array records if `arrays` is false. Raises TransportError for what cannot travel."""
     header = pb.Content()
     data: list[bytes | memoryview] = []
     if isinstance(content, Error):
@@ -77,6 +78,8 @@ def encode(content: Content) -> EncodedMessage:
     else:
         header.records.SetInParent()
         for name, record in content.items():
+            if not arrays and isinstance(record, ArrayRecord):
+                continue
             _encode_record(header.records.items.add(name=name), record, data)
     raw = header.SerializeToString()
     check_items(raw)
@@ -106,10 +109,12 @@ def decode(buffer: bytes | bytearray | memoryview) -> Content:
     body = _after_padding(view, _PREFIX + length)
     kind = header.WhichOneof("body")
     if kind == "failure":
-        _expect(len(body) == 0, "an error reply carries array data")
+        if len(body):
+            raise _malformed("an error reply carries array data")
         failure = header.failure
         return Error(failure.code, failure.reason if failure.has_reason else None)
-    _expect(kind == "records", "the message has no content")
+    if kind != "records":
+        raise _malformed("the message has no content")
     return _decode_records(header.records, body)
 
 
@@ -171,15 +176,22 @@ def _extent(raw: bytes, wire_type: int, at: int) -> tuple[int, int]:
     if wire_type == _VARINT:
         return 0, read_varint(raw, at)[1]
     sizes = {_EIGHT_BYTES: 8, _FOUR_BYTES: 4}
-    _expect(wire_type in sizes, "its header holds a field of no known form")
+    if wire_type not in sizes:
+        raise _malformed("its header holds a field of no known form")
     return sizes[wire_type], at
 
 
-def without_arrays(content: Content) -> Content:
-    """A shallow copy of `content` without its array records."""
-    if isinstance(content, Error):
-        return content
-    return RecordDict({name: item for name, item in content.items() if not isinstance(item, ArrayRecord)})
+def is_error(buffer: bytes) -> bool:
+    """Whether a message is an error reply. Raises TransportError if it has no header."""
+    length = int.from_bytes(buffer[len(MAGIC) : _PREFIX], "big")
+    if buffer[: len(MAGIC)] != MAGIC or length > len(buffer) - _PREFIX:
+        raise TransportError("the message is not a FedClaw message")
+    raw = buffer[_PREFIX : _PREFIX + length]
+    check_items(raw)
+    try:
+        return bool(pb.Content.FromString(raw).WhichOneof("body") == "failure")
+    except DecodeError as error:
+        raise TransportError("the message's header is malformed") from error
 
 
 def _encode_record(
@@ -187,18 +199,20 @@ def _encode_record(
 ) -> None:
     if isinstance(record, ArrayRecord):
         target.arrays.SetInParent()
+        items = target.arrays.items
         for name, array in record.items():
             raw = serialised(array)
-            _check_array(name, array.dtype, tuple(array.shape), array.stype, memoryview(raw))
-            target.arrays.items.add(name=name, dtype=array.dtype, shape=array.shape, stype=array.stype, length=len(raw))
+            size = len(raw)
+            _check_array(name, array.dtype, tuple(array.shape), array.stype, raw)
+            items.add(name=name, dtype=array.dtype, shape=array.shape, stype=array.stype, length=size)
             data.append(raw)
-            if padding := _padding(len(raw)):
-                data.append(padding)
+            if size % ALIGNMENT:
+                data.append(_padding(size))
         return
     values = target.metrics if isinstance(record, MetricRecord) else target.configs
     values.SetInParent()
-    items = cast(Mapping[str, Plain | list[Plain]], record)
-    for name, value in items.items():
+    plain = cast(Mapping[str, Plain | list[Plain]], record)
+    for name, value in plain.items():
         item = values.items.add(name=name)
         if isinstance(value, list):
             item.list.SetInParent()
@@ -226,42 +240,50 @@ def _scalar(name: str, value: Plain) -> pb.Scalar:
 def _decode_records(records: pb.Records, body: memoryview) -> RecordDict:
     content = MessageRecords()
     for record in records.items:
-        _expect(record.name not in content, f"two records are called {record.name!r}")
+        if record.name in content:
+            raise _malformed(f"two records are called {record.name!r}")
         kind = record.WhichOneof("kind")
         if kind == "arrays":
             content[record.name], body = _decode_arrays(record.arrays, body)
         elif kind == "metrics":
             content[record.name] = _decode_values(record.metrics, MetricRecord)
+        elif kind != "configs":
+            raise _malformed(f"record {record.name!r} has no kind")
         else:
-            _expect(kind == "configs", f"record {record.name!r} has no kind")
             content[record.name] = _decode_values(record.configs, ConfigRecord)
-    _expect(len(body) == 0, f"{len(body)} bytes follow the last array")
+    if len(body):
+        raise _malformed(f"{len(body)} bytes follow the last array")
     return content
 
 
 def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord, memoryview]:
     record = ArrayRecord()
     for item in items.items:
-        _expect(item.name not in record, f"two arrays are called {item.name!r}")
-        _expect(item.length <= len(body), f"array {item.name!r} claims {item.length} bytes, {len(body)} are left")
-        _expect(len(item.shape) <= _MAX_DIMENSIONS, f"array {item.name!r} has {len(item.shape)} dimensions")
-        shape = tuple(item.shape)
-        data = body[: item.length]
-        _check_array(item.name, item.dtype, shape, item.stype, data)
-        record[item.name] = ViewedArray(item.dtype, shape, item.stype, data)
-        body = _after_padding(body, item.length)
+        name, dtype, shape, stype, length = item.name, item.dtype, tuple(item.shape), item.stype, item.length
+        if name in record:
+            raise _malformed(f"two arrays are called {name!r}")
+        if length > len(body):
+            raise _malformed(f"array {name!r} claims {length} bytes, {len(body)} are left")
+        if len(shape) > _MAX_DIMENSIONS:
+            raise _malformed(f"array {name!r} has {len(shape)} dimensions")
+        data = body[:length]
+        _check_array(name, dtype, shape, stype, data)
+        record[name] = ViewedArray(dtype, shape, stype, data)
+        body = _after_padding(body, length)
     return record, body
 
 
 def _decode_values(items: pb.ValueItems, make: Callable[[Any], V]) -> V:
     values: dict[str, ConfigRecordValues] = {}
     for item in items.items:
-        _expect(item.name not in values, f"two values are called {item.name!r}")
+        if item.name in values:
+            raise _malformed(f"two values are called {item.name!r}")
         kind = item.WhichOneof("value")
         if kind == "list":
             values[item.name] = cast(ConfigRecordValues, [_plain(item.name, one) for one in item.list.items])
+        elif kind != "scalar":
+            raise _malformed(f"the value {item.name!r} is missing")
         else:
-            _expect(kind == "scalar", f"the value {item.name!r} is missing")
             values[item.name] = _plain(item.name, item.scalar)
     try:
         return make(values)
@@ -271,18 +293,20 @@ def _decode_values(items: pb.ValueItems, make: Callable[[Any], V]) -> V:
 
 def _plain(name: str, scalar: pb.Scalar) -> Plain:
     kind = scalar.WhichOneof("value")
-    _expect(kind is not None, f"the value {name!r} is missing")
-    return cast(Plain, getattr(scalar, cast(str, kind)))
+    if kind is None:
+        raise _malformed(f"the value {name!r} is missing")
+    return cast(Plain, getattr(scalar, kind))
 
 
-def _check_array(name: str, dtype: str, shape: tuple[int, ...], stype: str, data: memoryview) -> None:
+def _check_array(name: str, dtype: str, shape: tuple[int, ...], stype: str, data: bytes | memoryview) -> None:
     """Raises TransportError unless `data` is a .npy file of exactly this dtype and shape."""
-    _expect(stype == _NPY, f"array {name!r} is serialised as {stype!r}; only {_NPY!r} travels")
-    _expect(dtype in _DTYPES, f"array {name!r} has dtype {dtype!r}, which does not travel")
+    if stype != _NPY:
+        raise _malformed(f"array {name!r} is serialised as {stype!r}; only {_NPY!r} travels")
+    if dtype not in _DTYPES:
+        raise _malformed(f"array {name!r} has dtype {dtype!r}, which does not travel")
     header, nbytes = _npy_header(dtype, shape)
-    if len(data) == len(header) + nbytes and data[: len(header)] == header:
-        return
-    _check_unusual_npy(name, dtype, shape, data)
+    if len(data) != len(header) + nbytes or data[: len(header)] != header:
+        _check_unusual_npy(name, dtype, shape, memoryview(data))
 
 
 @lru_cache(maxsize=4096)
@@ -306,13 +330,13 @@ def _check_unusual_npy(name: str, dtype: str, shape: tuple[int, ...], data: memo
     except Exception as error:
         # numpy's parser meets hostile bytes here, and fails in more ways than it documents (ValueError, TokenError).
         raise TransportError(f"malformed message: array {name!r} is not a .npy file") from error
-    _expect(version == (1, 0), f"array {name!r} is a .npy file of version {version}")
-    _expect(
-        str(found_dtype) == dtype and found_shape == shape,
-        f"array {name!r} is declared {dtype}{list(shape)} and holds {found_dtype}{list(found_shape)}",
-    )
+    if version != (1, 0):
+        raise _malformed(f"array {name!r} is a .npy file of version {version}")
+    if str(found_dtype) != dtype or found_shape != shape:
+        raise _malformed(f"array {name!r} is declared {dtype}{list(shape)} and holds {found_dtype}{list(found_shape)}")
     expected = head.tell() + _npy_header(dtype, shape)[1]
-    _expect(len(data) == expected, f"array {name!r} has {len(data)} bytes instead of {expected}")
+    if len(data) != expected:
+        raise _malformed(f"array {name!r} has {len(data)} bytes instead of {expected}")
 
 
 def _padding(size: int) -> bytes:
@@ -321,11 +345,12 @@ def _padding(size: int) -> bytes:
 
 def _after_padding(view: memoryview, size: int) -> memoryview:
     """What follows the first `size` bytes and their padding. Raises TransportError if the padding is wrong."""
-    end = size + -size % ALIGNMENT
-    _expect(len(view) >= end and not any(view[size:end]), "the padding of its parts is not as it should be")
+    padding = -size % ALIGNMENT
+    end = size + padding
+    if len(view) < end or view[size:end] != _ZEROS[:padding]:
+        raise _malformed("the padding of its parts is not as it should be")
     return view[end:]
 
 
-def _expect(condition: bool, problem: str) -> None:
-    if not condition:
-        raise TransportError(f"malformed message: {problem}")
+def _malformed(problem: str) -> TransportError:
+    return TransportError(f"malformed message: {problem}")

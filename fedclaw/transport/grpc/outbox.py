@@ -1,10 +1,14 @@
 """A site's sealed replies on disk, from before their first byte leaves until newer replies replace them.
 
-A file is the sealed bytes followed by a trailer that says whose they are. It appears by rename, so it is whole or not
-there. So what was stored survives the process being killed at any moment, `kill -9` included. A reply of up to
-FLUSHED_BYTES also survives the machine losing power, as far as the disk keeps its word: the file is flushed, renamed,
-and then its directory is flushed, before a byte of it leaves. A file that was damaged all the same is recognised (its
-digest is checked before it is sent after a restart) and its task is then done, and paid for, anew.
+A file is the sealed bytes, perhaps a gap, and a trailer that says whose they are. The trailer is written last, so a
+file is whole or not there. So what was stored survives the process being killed at any moment, `kill -9` included. A
+reply of up to FLUSHED_BYTES also survives the machine losing power, as far as the disk keeps its word: a new file is
+flushed, renamed, and its directory flushed, before a byte of it leaves. A file that was damaged all the same is
+recognised (its digest is checked before it is sent after a restart) and its task is then done, and paid for, anew.
+
+The file of a reply that is not needed any more is written over by a later one, at the same length, so that one flush of
+its data is enough: blocks, length and directory stay as they are. Whichever of its names a power cut leaves it with,
+it is found: what a file holds is read from its trailer, never from its name.
 
 Why larger replies are not flushed. Measured on a virtual machine's disk (ext4, medians), the two flushes cost 0.4 ms
 for a reply of 24 kB, 0.9 ms for 1 MB, 2 ms for 4 MB, 23 ms for 40 MB and 0.2 s for 400 MB, while sealing, hashing and
@@ -21,33 +25,38 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flwr.app import Error
 from google.protobuf.message import DecodeError
 
 from fedclaw.errors import TransportError
-from fedclaw.files import PRIVATE_MODE, sync_directory, write_all
+from fedclaw.files import sync_data, sync_directory, write_all
 from fedclaw.identity.seal import SEGMENT, TAG, Sealed
 from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.limits import INLINE_BYTES, Limits
-from fedclaw.transport.grpc.message_codec import decode
+from fedclaw.transport.grpc.message_codec import decode, is_error
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import OutgoingTransfer
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".sealed"
-_MAGIC = b"FCO1"
-_TAIL = 4 + len(_MAGIC)
+_MAGIC = b"FCO2"
+_EARLIER_MAGIC = b"FCO1"
+"""Of files made before trailers had a digest of their own."""
+_LENGTH = 4
+_CHECK = 16
 _CHUNK = SEGMENT + TAG
 """A chunk of a reply is one segment of the seal."""
 FLUSHED_BYTES = 8 << 20
 """Replies up to this size survive a power cut."""
 _HASH_AHEAD = 4
 _SMALL = 4 * _CHUNK
+_BLOCK = 4096
+"""A file's length is a multiple of this, so that most replies to one question fit where another was."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,11 @@ class StoredReply:
 
     def read(self, offset: int) -> list[bytes]:
         """The chunk at `offset`, in one buffer. Raises OSError if the file is gone."""
-        with self.path.open("rb", buffering=0) as file:
-            return [os.pread(file.fileno(), min(_CHUNK, self.body_size - offset), offset)]
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return [os.pread(descriptor, min(_CHUNK, self.body_size - offset), offset)]
+        finally:
+            os.close(descriptor)
 
     def outgoing(self) -> OutgoingTransfer:
         """The transfer to offer to the server."""
@@ -111,13 +123,17 @@ class Outbox:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         sync_directory(directory.parent)
         self._directory = directory
+        self._spare_path = directory / ".spare.part"
         self._limits = limits
         for leftover in directory.glob(".*.part"):
-            leftover.unlink(missing_ok=True)
-        found = [entry for path in directory.glob(f"*{_SUFFIX}") if (entry := _load(path)) is not None]
+            if leftover != self._spare_path:
+                leftover.unlink(missing_ok=True)
+        paths = [*directory.glob(f"*{_SUFFIX}"), *directory.glob(self._spare_path.name)]
+        found = [self._named(entry) for path in paths if (entry := _load(path)) is not None]
         self._entries = {entry.task.message_id: entry for entry in sorted(found, key=lambda entry: entry.stored)}
         self._unchecked = set(self._entries)
-        self._spare: Path | None = None
+        self._spare: int | None = None
+        """Length of the file at `_spare_path`, if there is one to write over."""
         self._lock = threading.RLock()
 
     def find(self, task: Envelope) -> StoredReply | None:
@@ -148,9 +164,8 @@ class Outbox:
 
         Raises TransportError if it cannot be written.
         """
-        path = self._directory / (hashlib.sha256(task.message_id.encode()).hexdigest()[:40] + _SUFFIX)
         try:
-            entry = self._write(path, task, reply, sealed, summary)
+            entry = self._write(self._path(task), task, reply, sealed, summary)
         except OSError as error:
             raise TransportError(f"cannot store a reply in {self._directory}: {error.strerror}") from error
         with self._lock:
@@ -160,11 +175,10 @@ class Outbox:
         return entry
 
     def _write(self, path: Path, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> StoredReply:
-        descriptor, temporary = self._blank()
+        descriptor, temporary, length = self._blank()
         try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
-                os.fchmod(file.fileno(), PRIVATE_MODE)
-                body_size, digest = _copy(sealed, file.fileno())
+            try:
+                body_size, digest = _copy(sealed, descriptor)
                 trailer = pb.Spooled(
                     task=frames.envelope_to_proto(task),
                     reply=frames.envelope_to_proto(reply),
@@ -174,12 +188,18 @@ class Outbox:
                     digest=digest,
                     summary=summary,
                 ).SerializeToString()
-                write_all(file.fileno(), trailer + len(trailer).to_bytes(4, "big") + _MAGIC)
-                file.truncate(file.tell())
+                end = trailer + len(trailer).to_bytes(_LENGTH, "big") + _check_of(trailer) + _MAGIC
                 flushed = body_size <= FLUSHED_BYTES
+                wanted = _length(body_size + len(end), length) if flushed else body_size + len(end)
+                if wanted != length:
+                    os.ftruncate(descriptor, wanted)
+                os.lseek(descriptor, wanted - len(end), os.SEEK_SET)
+                write_all(descriptor, end)
                 if flushed:
-                    os.fsync(file.fileno())
-            _publish(Path(temporary), path, flushed)
+                    (sync_data if length else os.fsync)(descriptor)
+            finally:
+                os.close(descriptor)
+            _publish(Path(temporary), path, flushed and not length)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -192,17 +212,29 @@ class Outbox:
             sealed.plain_size,
             digest,
             summary,
-            isinstance(decode(summary), Error),
+            is_error(summary),
             time.time(),
         )
 
-    def _blank(self) -> tuple[int, str]:
-        """A file to write to, and its name: a new one, or a pruned one, whose pages are allocated already."""
-        if self._spare is not None:
-            spare, self._spare = self._spare, None
+    def _path(self, task: Envelope) -> Path:
+        name = hashlib.sha256(task.message_id.encode()).hexdigest()[:40] + _SUFFIX
+        return self._directory / name
+
+    def _named(self, entry: StoredReply) -> StoredReply:
+        """The entry under the name of its task; a power cut may have left it with an earlier one."""
+        path = self._path(entry.task)
+        if entry.path == path:
+            return entry
+        entry.path.replace(path)
+        return replace(entry, path=path)
+
+    def _blank(self) -> tuple[int, str, int]:
+        """A file to write to, its name and length: a new one (0), or a pruned one, whose blocks are there already."""
+        length, self._spare = self._spare, None
+        if length:
             with suppress(OSError):
-                return os.open(spare, os.O_WRONLY | os.O_NOFOLLOW), str(spare)
-        return tempfile.mkstemp(dir=self._directory, suffix=".part", prefix=".")
+                return os.open(self._spare_path, os.O_WRONLY | os.O_NOFOLLOW), str(self._spare_path), length
+        return *tempfile.mkstemp(dir=self._directory, suffix=".part", prefix="."), 0
 
     def prune(self, newest: StoredReply) -> None:
         """Drop old replies: of this run all but the newest few, others by age, any beyond the size; never `newest`."""
@@ -226,18 +258,40 @@ class Outbox:
 
     def _retire(self, entry: StoredReply) -> None:
         """Drop an entry, but keep one such file to write the next reply to."""
-        if self._spare is None:
-            spare = self._directory / ".spare.part"
-            with suppress(OSError):
-                entry.path.replace(spare)
-                self._spare = spare
-        self._drop(entry)
+        if self._spare is None and self._make_spare(entry.path):
+            self._forget(entry)
+        else:
+            self._drop(entry)
 
-    def _drop(self, entry: StoredReply) -> None:
+    def _make_spare(self, path: Path) -> bool:
+        """Keep that file to write over. It is no reply any more: the end of its trailer goes first."""
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                length = os.fstat(descriptor).st_size
+                os.pwrite(descriptor, bytes(len(_MAGIC)), length - len(_MAGIC))
+            finally:
+                os.close(descriptor)
+            path.replace(self._spare_path)
+        except OSError:
+            return False
+        self._spare = length
+        return True
+
+    def _forget(self, entry: StoredReply) -> None:
         self._entries.pop(entry.task.message_id, None)
         self._unchecked.discard(entry.task.message_id)
+
+    def _drop(self, entry: StoredReply) -> None:
+        self._forget(entry)
         with suppress(OSError):
             entry.path.unlink()
+
+
+def _length(least: int, present: int) -> int:
+    """Bytes that a file gets, of which `least` are used: as many as it has, unless they are too few or far too many."""
+    wanted = -(-least // _BLOCK) * _BLOCK
+    return present if wanted <= present <= 2 * wanted else wanted
 
 
 def _publish(temporary: Path, path: Path, flushed: bool) -> None:
@@ -256,19 +310,15 @@ def _load(path: Path) -> StoredReply | None:
     """The stored reply in a file, or None. A damaged file is removed."""
     try:
         with path.open("rb", buffering=0) as file:
-            length = os.fstat(file.fileno()).st_size
-            tail = os.pread(file.fileno(), _TAIL, max(0, length - _TAIL))
-            size = int.from_bytes(tail[:4], "big")
-            if tail[4:] != _MAGIC or size > length - _TAIL:
-                raise DecodeError("no trailer")
-            spooled = pb.Spooled.FromString(os.pread(file.fileno(), size, length - _TAIL - size))
-            if spooled.size != length - _TAIL - size:
+            spooled, room = _trailer(file.fileno())
+            if spooled.size > room:
                 raise DecodeError("cut off")
             stored = os.fstat(file.fileno()).st_mtime
         task, reply = frames.envelope_from_proto(spooled.task), frames.envelope_from_proto(spooled.reply)
         is_refusal = isinstance(decode(spooled.summary), Error)
     except (OSError, DecodeError, TransportError):
-        log.error("%s is damaged and dropped; its task will be done again", path)
+        if path.suffix == _SUFFIX:
+            log.error("%s is damaged and dropped; its task will be done again", path)
         path.unlink(missing_ok=True)
         return None
     return StoredReply(
@@ -283,6 +333,27 @@ def _load(path: Path) -> StoredReply | None:
         is_refusal,
         stored,
     )
+
+
+def _check_of(trailer: bytes) -> bytes:
+    return hashlib.sha256(trailer).digest()[:_CHECK]
+
+
+def _trailer(descriptor: int) -> tuple[pb.Spooled, int]:
+    """A file's trailer, and the bytes before it. Raises DecodeError if there is none, or it is damaged."""
+    length = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, _LENGTH + _CHECK + len(_MAGIC), max(0, length - _LENGTH - _CHECK - len(_MAGIC)))
+    checked = tail.endswith(_MAGIC)
+    if not checked:
+        tail = tail[_CHECK:]
+        if not tail.endswith(_EARLIER_MAGIC):
+            raise DecodeError("no trailer")
+    size = int.from_bytes(tail[:_LENGTH], "big")
+    room = length - len(tail) - size
+    trailer = os.pread(descriptor, size, room) if room >= 0 else b""
+    if checked and _check_of(trailer) != tail[_LENGTH : -len(_MAGIC)]:
+        raise DecodeError("a damaged trailer")
+    return pb.Spooled.FromString(trailer), room
 
 
 def _copy(sealed: Sealed, descriptor: int) -> tuple[int, str]:

@@ -104,7 +104,7 @@ class ReplyReceiver:
         if request is None:
             _count_idle(session)
             if self._pending.was_answered(node_id, identity):
-                session.sender.post(frames.done(identity))
+                session.sender.confirm(identity)
             else:
                 self._refuse(session, pb.REASON_NOT_ASKED, "this reply was not asked for, or came too late", identity)
             return
@@ -176,12 +176,15 @@ class ReplyReceiver:
         now = time.monotonic()
         buffers = self._buffers
         with buffers.lock:
+            if not (buffers.accepted or buffers.waiting):
+                return
             self.record_late([key for key in ids if (one := buffers.accepted.get(key)) and one.request.expires <= now])
             for identity in ids:
                 buffers.drop(identity)
                 buffers.waiting.pop(identity, None)
         self._accept_waiting()
-        self._due.set()
+        if buffers.waiting or buffers.any_on_disk():
+            self._due.set()
 
     def record_late(self, ids: Collection[str]) -> None:
         """The time of those requests is over: remember the sites that are still sending, if their rate is to blame."""
@@ -305,7 +308,7 @@ class ReplyReceiver:
         envelope = _reply_envelope(reply.request, frames.envelope_from_proto(reply.offer.envelope))
         if not self._pending.finish(reply.request, rebuild(envelope, content)):
             self.release([identity])
-        session.sender.post(frames.done(identity))
+        session.sender.confirm(identity)
 
     def _run(self) -> None:
         """Accept what is due by time alone, and read back what is on disk."""

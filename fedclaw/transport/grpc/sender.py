@@ -18,6 +18,8 @@ from fedclaw.transport.grpc.protocol import link_pb2 as pb
 log = logging.getLogger(__name__)
 
 _MAX_CONTROL_FRAMES = 4096
+MAX_CONFIRMATIONS = 64
+"""Confirmations that go along with one frame."""
 _MOMENT = 0.001
 """Seconds left, as sent for a task whose time is over: zero would mean that it is unknown."""
 _NOTHING = pb.Frame(heartbeat=pb.Heartbeat()).SerializeToString()
@@ -54,6 +56,7 @@ class Sender:
         self._control: deque[pb.Frame] = deque()
         self._offered: dict[str, OutgoingTransfer] = {}
         self._running: deque[_Running] = deque()
+        self._confirmed: list[str] = []
         self._closed = False
 
     def post(self, frame: pb.Frame) -> None:
@@ -64,6 +67,18 @@ class Sender:
             elif not self._closed:
                 self._control.append(frame)
             self._wake.notify()
+
+    def confirm(self, transfer_id: str) -> None:
+        """Tell the peer that a transfer has arrived: along with the next control frame, a heartbeat at the latest.
+
+        Nobody waits for it: until it comes, the peer only remembers what it sent. A frame of its own would cost as
+        much as the reply to a small question.
+        """
+        with self._wake:
+            if not self._closed and len(self._confirmed) < MAX_CONFIRMATIONS:
+                self._confirmed.append(transfer_id)
+                return
+        self.post(pb.Frame(done=pb.Done(transfer_id=transfer_id)))
 
     def offer(self, outgoing: OutgoingTransfer) -> None:
         """Announce a transfer, unless it is announced already."""
@@ -112,7 +127,11 @@ class Sender:
             while not (self._control or self._running or self._closed):
                 self._wake.wait()
             if self._control:
-                return self._control.popleft().SerializeToString()
+                frame = self._control.popleft()
+                if self._confirmed:
+                    frame.also_done.extend(self._confirmed)
+                    self._confirmed.clear()
+                return frame.SerializeToString()
             if self._closed:
                 return None
             running = self._running.popleft()

@@ -261,6 +261,8 @@ class SiteConnection:
     def on_frame(self, stream: _Stream, frame: pb.Frame) -> None:
         """Handle a frame of the server. Raises TransportError if it breaks the protocol or refuses the site."""
         frames.check_frame(frame)
+        for identity in frame.also_done if stream.welcomed else ():
+            stream.sender.withdraw(identity)
         kind = frame.WhichOneof("body")
         if kind == "refuse" and not frame.refuse.transfer_id:
             self._connection_refused(frame.refuse)
@@ -321,7 +323,7 @@ class SiteConnection:
             envelope, left = frames.task_of(offer)
             expires = time.monotonic() + left
             if self._worker.holds(envelope, expires):
-                stream.sender.post(frames.done(identity))
+                stream.sender.confirm(identity)
             elif not self._has_room(offer):
                 self._refuse_task(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
             elif (offset := self._reassembler.begin(offer, envelope, expires)) == 0 and offer.inline:
@@ -347,7 +349,7 @@ class SiteConnection:
             return
         if task is not None:
             self._worker.submit(task.message, task.expires)
-            stream.sender.post(frames.done(chunk.transfer_id))
+            stream.sender.confirm(chunk.transfer_id)
 
     def _reply_refused(self, stream: _Stream, refusal: pb.Refuse) -> None:
         outgoing = stream.sender.withdraw(refusal.transfer_id)

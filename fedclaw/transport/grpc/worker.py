@@ -18,7 +18,7 @@ from fedclaw.protocol.message_identity import Envelope, envelope_of, rebuild
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.grpc.limits import Limits
-from fedclaw.transport.grpc.message_codec import EncodedMessage, decode, encode, without_arrays
+from fedclaw.transport.grpc.message_codec import EncodedMessage, decode, encode
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 
 log = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ class Worker:
             log.error("the reply to task %s cannot be sent: %s", task.message_id, error)
             content = Error(RefusalCode.UPDATE_SIZE, str(error))
             body = encode(content)
-        return self._seal(task, envelope_of(reply), body, encode(without_arrays(content)))
+        return self._seal(task, envelope_of(reply), body, encode(content, arrays=False))
 
     def _seal(self, task: Envelope, reply: Envelope, body: EncodedMessage, summary: EncodedMessage) -> StoredReply:
         binding = Binding(

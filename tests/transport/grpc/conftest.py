@@ -112,8 +112,10 @@ class RawSite:
         self._out.put(frame if isinstance(frame, bytes) else frame.SerializeToString())
 
     def hear(self, kind: str) -> pb.Frame:
-        """The next frame of that kind; other frames are passed over, refusals are not."""
+        """The next frame of that kind, or that another confirms; other frames are passed over, refusals are not."""
         for frame in self.responses:
+            if kind == "done" and frame.also_done:
+                return frames.done(frame.also_done[0])
             found = frame.WhichOneof("body")
             if found == kind:
                 return frame

@@ -13,6 +13,7 @@ from fedclaw.errors import TransportError
 from fedclaw.identity import seal
 from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import Limits
+from fedclaw.transport.grpc import outbox as outbox_module
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 
@@ -189,3 +190,98 @@ def test_a_reply_that_cannot_be_flushed_is_an_error_and_not_stored(
         store(outbox, 1)
     assert outbox.find(task(1)) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def reuse(directory: Path) -> Outbox:
+    """An outbox with one reply, and the file of another to write over."""
+    outbox = Outbox(directory, Limits(outbox_replies=1))
+    store(outbox, 1)
+    store(outbox, 2)
+    assert sorted(path.suffix for path in directory.iterdir()) == [".part", ".sealed"]
+    return outbox
+
+
+def test_a_file_that_is_written_over_is_flushed_once_and_keeps_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    outbox = reuse(tmp_path)
+    (spare,) = tmp_path.glob(".*.part")
+    length, inode = spare.stat().st_size, spare.stat().st_ino
+    whole, data = Disk(tmp_path), Disk(tmp_path)
+    monkeypatch.setattr(os, "fsync", whole)
+    monkeypatch.setattr(os, "fdatasync", data)
+    entry = store(outbox, 3, size=1100)
+    assert whole.seen == [], "neither its length nor its directory has to be flushed"
+    assert [(what, size, names) for what, size, names in data.seen] == [("file", length, [".part", ".sealed"])]
+    assert (entry.path.stat().st_size, entry.path.stat().st_ino) == (length, inode)
+
+
+@pytest.mark.parametrize("name", [".spare.part", "earlier"])
+def test_a_reply_is_found_under_whatever_name_a_power_cut_has_left_it(tmp_path: Path, name: str):
+    """The renames of a file that is written over are not flushed: any of them may be lost, its content is not."""
+    outbox = reuse(tmp_path)
+    earlier = hashlib.sha256(task(1).message_id.encode()).hexdigest()[:40] + ".sealed"
+    path = store(outbox, 3).path
+    for spare in tmp_path.glob(".*.part"):
+        spare.unlink()
+    path.rename(tmp_path / (earlier if name == "earlier" else name))
+    again = Outbox(tmp_path, Limits(outbox_replies=1))
+    found = again.find(task(3))
+    assert found is not None
+    assert found.path == path
+    assert path.exists()
+    assert again.find(task(1)) is None
+
+
+@pytest.mark.parametrize("when", ["before", "within", "after"])
+def test_a_reply_that_was_being_written_over_another_when_the_process_died_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
+):
+    """Before a byte, after the body, before the flush: nothing of the old reply is found, nor half of the new one."""
+    outbox = reuse(tmp_path)
+    write, written = outbox_module.write_all, []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(descriptor: int, data: bytes) -> None:
+        if when == "before" or (when == "within" and written):
+            raise Killed
+        written.append(write(descriptor, data))
+
+    def no_flush(_descriptor: int) -> None:
+        raise Killed
+
+    monkeypatch.setattr(outbox_module, "write_all", dying)
+    monkeypatch.setattr(os, "fdatasync", no_flush)
+    monkeypatch.setattr(Path, "unlink", lambda *_arguments, **_options: None)
+    with pytest.raises(Killed):
+        store(outbox, 3)
+    monkeypatch.undo()
+    again = Outbox(tmp_path, Limits())
+    assert again.find(task(1)) is None
+    assert again.find(task(2)) is not None
+    assert (again.find(task(3)) is not None) == (when == "after"), "whole before its flush, as far as this machine goes"
+    assert caplog.text == ""
+
+
+def test_any_damage_to_a_trailer_is_found(tmp_path: Path):
+    path = store(Outbox(tmp_path, Limits()), 1).path
+    content = path.read_bytes()
+    trailer = len(content) - 24 - int.from_bytes(content[-24:-20], "big")
+    for where in range(trailer, len(content), 5):
+        path.write_bytes(content[:where] + bytes([content[where] ^ 1]) + content[where + 1 :])
+        assert Outbox(tmp_path, Limits()).find(task(1)) is None, where
+        assert not path.exists()
+
+
+def test_a_file_of_before_trailers_had_a_digest_is_read(tmp_path: Path):
+    stored = store(Outbox(tmp_path, Limits()), 1)
+    content = stored.path.read_bytes()
+    size = int.from_bytes(content[-24:-20], "big")
+    assert content[-4:] == b"FCO2"
+    body, trailer = content[: stored.body_size], content[-24 - size : -24]
+    stored.path.write_bytes(body + trailer + len(trailer).to_bytes(4, "big") + b"FCO1")
+    found = Outbox(tmp_path, Limits()).find(task(1))
+    assert found is not None
+    assert {**found.__dict__, "stored": 0} == {**stored.__dict__, "stored": 0}

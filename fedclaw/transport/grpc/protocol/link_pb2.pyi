@@ -47,7 +47,7 @@ REASON_RECALLED: Reason
 REASON_UNANSWERED: Reason
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "refuse", "heartbeat", "offer", "accept", "chunk", "done")
+    __slots__ = ("hello", "welcome", "refuse", "heartbeat", "offer", "accept", "chunk", "done", "also_done")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSE_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Frame(_message.Message):
     ACCEPT_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
+    ALSO_DONE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     refuse: Refuse
@@ -64,7 +65,8 @@ class Frame(_message.Message):
     accept: Accept
     chunk: Chunk
     done: Done
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ...) -> None: ...
+    also_done: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., also_done: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "software", "clock")
