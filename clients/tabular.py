@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional
 
-from fedclaw.clients.classification import Classification, built, known
+from fedclaw.clients.models import built, known
 from fedclaw.errors import PluginError
+from fedclaw.learning.workload import Workload
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import ModelSpec
 
@@ -80,7 +81,7 @@ class Mlp(nn.Module):
         return logits
 
 
-class TabularWorkload(Classification):
+class TabularWorkload(Workload):
     """Models `logistic`, `binary_logistic` (two classes) and `mlp` for a schema whose inputs are (N, D)."""
 
     name: ClassVar[str] = "tabular"

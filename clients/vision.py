@@ -6,8 +6,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedclaw.clients.classification import Classification, built, known
+from fedclaw.clients.models import built, known
 from fedclaw.errors import PluginError
+from fedclaw.learning.workload import Workload
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import ModelSpec
 
@@ -80,7 +81,7 @@ class Cnn(nn.Module):
         return logits
 
 
-class VisionWorkload(Classification):
+class VisionWorkload(Workload):
     """Model `cnn` for a `VisionSchema`, or any schema whose inputs are (N, K, H, W)."""
 
     name: ClassVar[str] = "vision"

@@ -16,7 +16,7 @@ from experiments.sweeps.identity import EXPERIMENT_FILE, identify
 from experiments.sweeps.resume import remember
 from fedclaw import startup
 from fedclaw.files import write_atomic
-from fedclaw.protocol.plan import METRICS
+from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import make_tracker

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedclaw.clients.classification import Classification
-from fedclaw.learning.workload import Table
+from fedclaw.learning.workload import Table, Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec
 from fedclaw.server.coordinator import Outcome, make_strategy
@@ -26,7 +25,7 @@ from tests.least_squares import Bowls, asked, play, service
 HIDDEN = 2
 
 
-class SmallNets(Classification):
+class SmallNets(Workload):
     """`parted`: a linear body and a linear head; `normed`: layer normalisation and a linear head. Two classes."""
 
     name: ClassVar[str] = "small_nets"

@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError
 from experiments.compression_table.settings import Cell
 from experiments.datasets import SitePolicy, write_sites
 from fedclaw.files import write_atomic
+from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import METRICS
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record

@@ -168,8 +168,8 @@ def _ask(
 ) -> exchange.Evaluated:
     about = record.model_copy(update={"model": model, "distillation": None})
     plan = make_plan(about, make_strategy(about), record.rounds, len(nodes))
-    labels = record.make_schema().labels
-    evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline, labels)
+    task = record.make_schema().task
+    evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline, task)
     evaluated.answered.sort()
     if "accuracy" not in evaluated.metrics:
         refused = "; ".join(f"{item.site}: {item.reason}" for item in evaluated.declined) or "nobody answered"

@@ -34,7 +34,7 @@ class Side(Frozen):
     latency_ms: dict[str, float]
     """Median of a forward pass by batch size; CPU, one thread."""
     metrics: dict[str, float]
-    """What `Compression.accuracy_measure` says, by the names of `fedclaw.protocol.plan.METRICS`."""
+    """What `Compression.accuracy_measure` says, by the names of the task's metrics."""
 
 
 class Control(Frozen):

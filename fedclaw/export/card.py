@@ -11,7 +11,6 @@ from fedclaw.export.layout import Manifest
 from fedclaw.export.parity import allowed
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
-from fedclaw.server.learned import nothing_learned
 
 TO_BE_FILLED_IN = (
     "_To be filled in by the coordinator: what the model is for, for whom, and what it must not be used for. "
@@ -157,7 +156,7 @@ def _metrics(source: Source) -> str:
         names = ("precision", "recall", "f1")
         table = [(label, *(_figure(own.get(name)) for name in names)) for label, own in by_class.items()]
         parts.append(_table(("Class", *names), table))
-    if warning := nothing_learned(line):
+    if warning := source.schema.task.nothing_learned(line):
         parts.append(f"**{_cell(warning[0].upper() + warning[1:])}.**")
     return "\n\n".join(parts)
 

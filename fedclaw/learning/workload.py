@@ -1,10 +1,10 @@
 """The seam between the framework and a workload (tabular, vision, ...): two abstract classes.
 
 A `Schema` is read from a small file that the federation agrees on; it turns a site's raw files, or the rows that
-somebody wants predicted, into arrays. It needs numpy only, so that prediction runs without torch and does exactly
-what training did. A `Workload` adds the model, the loss and the metrics, as pure functions.
+somebody wants predicted, into arrays, and says what is predicted: its task (`fedclaw.learning.tasks`). It needs numpy
+only, so that prediction runs without torch and does exactly what training did. A `Workload` adds the model.
 
-Legend: N examples, C classes, D input shape without the batch.
+Legend: N examples, K outputs of the model (the C classes, or one value), D input shape without the batch.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
+from fedclaw.learning.tasks.base import Targets, Task
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.statistics import Records, StatisticColumn
 from fedclaw.protocol.plan import ModelSpec
 
@@ -31,10 +33,10 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Table:
-    """Examples ready for a model: inputs (N, *D) float32 and class indices (N,) int64."""
+    """Examples ready for a model: inputs (N, *D) float32 and targets (N,) of the task's dtype."""
 
     inputs: Floats
-    targets: Labels
+    targets: Targets
     content: str | None = None
     """SHA-256 of the one file that this was read from, of the very bytes that were read."""
     notes: tuple[str, ...] = ()
@@ -82,14 +84,19 @@ class Schema(ABC):
         """D."""
 
     @property
-    @abstractmethod
     def labels(self) -> tuple[str, ...]:
-        """Names of the C classes, in the order of the model's outputs."""
+        """Names of the C classes, in the order of the model's outputs; none where the task has no classes."""
+        return ()
 
     @property
     def class_weights(self) -> tuple[float, ...] | None:
         """How much an example of each of the C classes counts in the loss; None: all the same."""
         return None
+
+    @property
+    def task(self) -> Task:
+        """What is predicted; classification by `labels` and `class_weights` unless a schema says otherwise."""
+        return Classification(self.labels, self.class_weights)
 
     @abstractmethod
     def read_examples(self, path: Path) -> Table:
@@ -183,12 +190,17 @@ class Schema(ABC):
 
 
 class Workload(ABC):
-    """Model, loss and metrics for one schema: pure functions, no hidden state."""
+    """Models for one schema, whose task brings loss and metrics: pure functions, no hidden state."""
 
     name: ClassVar[str]
 
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
+
+    @property
+    def task(self) -> Task:
+        """The schema's."""
+        return self.schema.task
 
     @abstractmethod
     def default_model(self) -> ModelSpec:
@@ -196,7 +208,7 @@ class Workload(ABC):
 
     @abstractmethod
     def build(self, spec: ModelSpec) -> "torch.nn.Module":
-        """A fresh model, (N, *D) -> logits (N, C), without batch statistics. Raises PluginError for a wrong spec.
+        """A fresh model, (N, *D) -> outputs (N, K), without batch statistics. Raises PluginError for a wrong spec.
 
         A site builds it under `torch.device("meta")` first, where it must cost no memory, and for real only if
         names and shapes of its parameters are those that arrived.
@@ -206,13 +218,19 @@ class Workload(ABC):
     def spec_of(self, model: "torch.nn.Module") -> ModelSpec:
         """The spec that builds a model of exactly this model's (possibly pruned) shapes: build(spec_of(m)) fits m."""
 
-    @abstractmethod
-    def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+    def loss(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         """Mean loss over the batch, a scalar; 0 with a zero gradient for an empty batch."""
+        return self.task.loss(outputs, targets)
 
-    @abstractmethod
-    def evaluate(self, logits: "torch.Tensor", targets: "torch.Tensor") -> dict[str, float]:
-        """Metrics of a test set by the names in `fedclaw.protocol.plan.METRICS`; undefined ones are left out."""
+    def evaluate(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> dict[str, float]:
+        """The task's metrics of a test set, by name; undefined ones are left out."""
+        return self.task.evaluate(doubles(outputs), targets.detach().cpu().numpy())
+
+
+def doubles(outputs: "torch.Tensor") -> NDArray[np.float64]:
+    """A model's outputs for the numpy half of a task."""
+    found: NDArray[np.float64] = outputs.detach().cpu().numpy().astype(np.float64)
+    return found
 
 
 def schema_digest(schema_text: str) -> str:

@@ -49,9 +49,6 @@ bring what is clipped there."""
 LARGEST_RATE = 1e3
 """Of local learning rates."""
 
-METRICS = ("loss", "accuracy", "precision", "recall", "f1", "auroc")
-"""Names of the evaluation metrics; all but `loss` lie in [0, 1]."""
-
 SCORE_HISTOGRAM = "score_histogram"
 """What a policy's clause calls the histograms of scores by class; no metric by itself."""
 
@@ -265,10 +262,11 @@ class SharedTerms(Frozen):
     """What a site's update counts by in the mean. Either way the answer says how many examples the site has."""
     weight_cap: int | None = Field(default=None, ge=1)
     """The largest weight, when `weighting` is `capped`."""
-    metrics: tuple[Name, ...] = Field(default=METRICS, max_length=64)
+    metrics: tuple[Name, ...] = Field(default=(), max_length=64)
+    """Those of the task (`fedclaw.learning.tasks`) that are asked for; a site refuses one that its task has not."""
     score_bins: int | None = Field(default=None, ge=2, le=4096)
-    """Bins of the histograms of scores that the AUROC over all sites is made of (`fedclaw.learning.pooled`), where a
-    site's policy shares them, fewer where they come with noise, which each bin adds; None: they are not asked for."""
+    """Bins of the histograms of scores that the AUROC over all sites is made of, where a site's policy shares them,
+    fewer where they come with noise, which each bin adds; None: they are not asked for."""
 
 
 class Terms(SharedTerms):

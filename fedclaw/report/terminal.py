@@ -62,7 +62,7 @@ class TerminalProgress:
         parts = [f"round {report.round:>3}/{report.rounds}", f"{count} of {count + len(missing)} sites"]
         if not missing:
             parts[-1] = f"{count} sites"
-        parts += metric_words(report.metrics, report.majority and report.majority[1])
+        parts += metric_words(report.metrics, (report.beside.get("majority") or {}).get("accuracy"))
         parts += [cost, f"{report.train_seconds + report.evaluate_seconds:.1f} s"]
         parts += [f"without {shortened(site, _LONGEST_NAME)} ({missing[site]})" for site in new]
         self._progress.console.print(

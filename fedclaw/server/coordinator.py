@@ -14,9 +14,10 @@ from pydantic import ConfigDict
 
 from fedclaw.errors import CheckpointError, PluginError, RoundError, UpdateError
 from fedclaw.learning import postprocess
-from fedclaw.learning.pooled import Area
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered, Participation, Strategy
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, shapes_of
@@ -30,7 +31,7 @@ from fedclaw.server.checkpoint import Checkpoint
 from fedclaw.server.exchange import Declined, Evaluated, Trained
 from fedclaw.server.global_model import GlobalModel
 from fedclaw.server.grids import StreamingGrid
-from fedclaw.server.learned import hopeless_noise, nothing_learned
+from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.pending_round import PendingRound
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.server.secure_round import SecurelyTrained
@@ -72,26 +73,16 @@ class RoundReport:
     """Of the arrays that the sites of those answers trained from."""
     over_sites: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Second figures: of each metric that is a ratio the mean over the sites, its spread, and how many they are."""
-    by_class: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """For more than two classes: precision, recall and F1 of each."""
-    area: Area | None = None
-    """The AUROC of all test examples together, where the sites sent histograms of scores."""
-    majority: tuple[str, float] | None = None
-    """The commonest class among the test examples and its share, where the sites said so."""
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """What else the task makes of the sums, as plain values: figures by class, bounds, a constant answer's figure."""
 
     def as_line(self) -> dict[str, Any]:
         """The round's line in the run's metrics, as plain values."""
         price = {} if self.price is None else {"noise_price": asdict(self.price)}
-        beside: dict[str, Any] = {"over_sites": {name: dict(values) for name, values in self.over_sites.items()}}
-        if self.by_class:
-            beside["by_class"] = {label: dict(values) for label, values in self.by_class.items()}
-        if self.area is not None:
-            beside["auroc"] = {"bound": self.area.bound, "interval": list(self.area.interval)}
-        if self.majority is not None:
-            beside["majority"] = {"label": self.majority[0], "accuracy": self.majority[1]}
         return {
             **price,
-            **beside,
+            "over_sites": {name: dict(values) for name, values in self.over_sites.items()},
+            **self.beside,
             "metrics": dict(self.metrics),
             "test_examples": self.test_examples,
             "answered": list(self.answered),
@@ -211,15 +202,15 @@ def make_plan(
     return Plan(**fields)
 
 
-def _labels(record: RunRecord) -> tuple[str, ...]:
-    """The classes' names, by which counts are pooled; none where the run's workload is not installed beside the server.
+def _task(record: RunRecord) -> Task:
+    """What the run predicts; classes without names where its workload is not installed beside the server.
 
-    The rounds themselves need no workload: figures of classes are then left out.
+    The rounds themselves need no workload: figures other than means are then left out.
     """
     try:
-        return tuple(record.make_schema().labels)
+        return record.make_schema().task
     except PluginError:
-        return ()
+        return Classification()
 
 
 def run_rounds(
@@ -255,7 +246,7 @@ class _Loop:
         self.directory = directory
         self.record = directory.record()
         self.strategy = make_strategy(self.record)
-        self.labels = _labels(self.record)
+        self.task = _task(self.record)
         self.buffer = Buffer(grid, self.strategy) if isinstance(self.strategy, Buffered) else None
         self.teacher = teacher
         self.observers = observers
@@ -286,7 +277,7 @@ class _Loop:
                 self._tell(report)
         self.directory.write_model(self.model.parameters)
         PendingRound.remove(self.directory.root)
-        if (lines := self.directory.read_metrics()) and (warning := nothing_learned(lines[-1])):
+        if (lines := self.directory.read_metrics()) and (warning := self.task.nothing_learned(lines[-1])):
             log.warning("%s", warning)
         outcome = Outcome(self.directory, self.model.parameters, self._last_metrics(), self.receipts)
         for observer in self.observers:
@@ -365,7 +356,7 @@ class _Loop:
 
     def _evaluate(self, plan: Plan, nodes: Sequence[int], trained: Trained, norm: float) -> RoundReport:
         evaluated = exchange.evaluate(
-            self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline, self.labels
+            self.grid, nodes, plan, self.model.parameters, self.record.rules.deadline, self.task
         )
         self._say_who_outweighs(evaluated)
         return self._write_line(plan.round, trained, evaluated, norm)
@@ -587,10 +578,8 @@ class _Loop:
             price=trained.price if isinstance(trained, SecurelyTrained) else None,
             bytes_up=trained.bytes_up,
             bytes_down=trained.bytes_down,
-            over_sites=evaluated.over_sites,
-            by_class=evaluated.by_class,
-            area=evaluated.area,
-            majority=evaluated.majority,
+            over_sites=evaluated.tally.over_sites,
+            beside=evaluated.tally.beside,
         )
 
 

@@ -10,13 +10,15 @@ from fedclaw.errors import DataError, PluginError, UsageError
 from fedclaw.learning.compatibility import early_refusal, refusal
 from fedclaw.learning.registry import schema_class, strategy_class
 from fedclaw.learning.strategy import Strategy
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.frozen import check_settings, fields_of
 from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec, SharedTerms
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RUN_NAME, RunRecord
-from fedclaw.server.settings import RunSettings, WorkloadChoice
+from fedclaw.server.settings import ALL_METRICS, RunSettings, WorkloadChoice
 from fedclaw.server.statistics_release import constants_from
 
 if TYPE_CHECKING:
@@ -99,6 +101,19 @@ def _read(path: Path) -> str:
         raise DataError(f"the schema file {path} is not text in UTF-8 ({error.reason}, byte {error.start})") from error
 
 
+def asked_metrics(settings: RunSettings, task: Task | None) -> tuple[str, ...]:
+    """The metrics that the settings ask for. Raises UsageError for such as the task has not, where it is known."""
+    if settings.metrics == ALL_METRICS:
+        return () if task is None else task.metrics
+    if task is None:
+        return settings.metrics
+    try:
+        task.check_metrics(settings.metrics)
+    except DataError as error:
+        raise UsageError(f"metrics: {error}") from error
+    return settings.metrics
+
+
 def make_terms(
     settings: RunSettings,
     rules: RoundRules,
@@ -111,8 +126,11 @@ def make_terms(
     central: CentralPrivacy | None,
 ) -> RunRecord:
     """The record that `settings` make of a run with this model and noise. Raises UsageError."""
+    metrics = asked_metrics(settings, None if schema is None else schema.task)
     fields = {
         **fields_of(settings, SharedTerms),
+        "task": Classification.name if schema is None else schema.task.name,
+        "metrics": metrics,
         "run": run,
         "federation": federation,
         "workload": settings.workload.name,
@@ -121,7 +139,7 @@ def make_terms(
         "strategy": strategy,
         "central": central,
         "secure": settings.secure,
-        "score_bins": settings.score_bins if "auroc" in settings.metrics else None,
+        "score_bins": settings.score_bins if "auroc" in metrics else None,
         "preprocessing": None if schema is None else constants_from(settings.statistics, schema),
         "rules": rules,
         "seed": settings.seed,

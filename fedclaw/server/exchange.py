@@ -20,20 +20,11 @@ from pydantic import ValidationError
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning import postprocess
-from fedclaw.learning.pooled import (
-    COUNTS,
-    HITS,
-    RATIOS,
-    Area,
-    Pooled,
-    check_counts,
-    check_histograms,
-    histogram_shape,
-    ratio_of,
-)
 from fedclaw.learning.postprocess import Reader, as_sent
+from fedclaw.learning.tasks.base import Sums, Tally, Task
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.mechanisms.receipts import LONGEST_RECEIPT, check_receipt
-from fedclaw.protocol.arrays import LARGEST, Form, unpack_wire
+from fedclaw.protocol.arrays import LARGEST, unpack_wire
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, SUM, WEIGHT
 from fedclaw.protocol.plan import MAX_COLUMNS, MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting, weight_of
@@ -46,9 +37,6 @@ R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
-_ROUNDED = 1 + 1e-6
-MOST_LOSS = 1e6
-"""Mean loss of an example: a model that is worse is none, and such a figure would be the whole mean."""
 MOST_NOISE = 1e9
 """Deviation of the noise in a cell of a histogram: a site with more says nothing."""
 LONGEST_REASON = 300
@@ -146,120 +134,52 @@ class Trained(Answers):
 
 @dataclass
 class Evaluated(Answers):
-    """Sums of the sites' metrics times their examples. A metric that no site sent has no mean.
+    """The sums of the sites' test examples, and the figures that the task makes of them.
 
-    A site counts by its test examples and by nothing else, and each metric lies in its range, so that no answer moves
-    a mean further than so many examples can.
+    A site counts by its test examples and by nothing else, and what it says that they add up to is held against how
+    many they are, so that no answer moves a figure further than so many examples can.
     """
 
     wanted: tuple[str, ...] = ()
+    task: Task = field(default_factory=Classification)
+    score_bins: int | None = None
     examples: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
     by_site: dict[str, int] = field(default_factory=dict)
     """Test examples that each site says it has."""
-    labels: tuple[str, ...] = ()
-    """Of the classes; without them neither counts nor histograms are read."""
-    score_bins: int | None = None
-    pooled: Pooled = field(default_factory=Pooled)
-    values: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
-    """By metric, each site's own and its examples, where it has cases for it."""
+    tally: Tally = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tally = self.task.tally(self.wanted, self.score_bins)
 
     def add(self, site: str, content: RecordDict) -> None:
-        """Add weighted metrics."""
+        """Add sums over a site's test examples."""
         weight, examples = weights_in(content)
         check_weight(weight, examples, "examples")
-        record = part(content.metric_records, METRICS)
-        values = {name: _metric(record, name, examples) for name in self.wanted if name in record}
-        counts, scores = self._counts(record, examples), self._scores(content, record, examples)
-        if HITS in counts and abs(counts[HITS].sum() - values.get("accuracy", counts[HITS].sum())) > 1e-6 * examples:
-            raise UpdateError("the answer's accuracy is not that of the hits that it counts")
-        self.include(site, examples, values, counts)
-        if scores is not None:
-            self.pooled.add_histograms(*scores, examples)
+        self.include(site, examples, self._sums(content, part(content.metric_records, METRICS)))
 
-    def include(
-        self, site: str, examples: int, values: Mapping[str, float], counts: Mapping[str, NDArray[np.float64]]
-    ) -> None:
-        """Add what a site found on so many test examples: `values` are metric x examples, `counts` as in `Pooled`."""
+    def include(self, site: str, examples: int, sums: Sums) -> None:
+        """Add what a site found on so many test examples. Raises UpdateError for what cannot be."""
+        self.tally.add(sums, examples)
         self.examples += examples
         self.by_site[site] = examples
-        if counts:
-            self.pooled.add_counts(counts, examples)
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.weights[name] = self.weights.get(name, 0.0) + examples
-            if name not in RATIOS or not counts or ratio_of(name, counts) is not None:
-                self.values.setdefault(name, []).append((value / examples, examples))
 
     @property
     def metrics(self) -> dict[str, float]:
-        """By name: of all test examples together where every site of a figure sent what adds up to it, else the
-        example-weighted means. None of a ratio without cases."""
-        found = {}
-        ratios, area = self.pooled.ratios(), self.area
-        for name in self.wanted:
-            if name == "auroc" and area is not None:
-                found[name] = area.value
-            elif name in RATIOS and self._is_pooled(name):
-                if name in ratios:
-                    found[name] = ratios[name]
-            elif name in self.sums:
-                found[name] = self.sums[name] / self.weights[name]
-        return found
+        """The figures by name; one without a value is left out."""
+        return self.tally.metrics
 
-    @property
-    def area(self) -> Area | None:
-        """The AUROC of all test examples together with its bound; None where not every site's histograms are in it."""
-        return self.pooled.area() if "auroc" in self.wanted and self._is_pooled("auroc") else None
-
-    @property
-    def by_class(self) -> dict[str, dict[str, float]]:
-        """For more than two classes: the ratios of each."""
-        return self.pooled.by_class(self.labels) if len(self.labels) > 2 else {}
-
-    @property
-    def majority(self) -> tuple[str, float] | None:
-        """The commonest class of the test examples and its share: the accuracy of who always answers with it."""
-        return self.pooled.majority(self.labels) if self.labels else None
-
-    def _is_pooled(self, name: str) -> bool:
-        covered = self.pooled.scored if name == "auroc" else self.pooled.counted
-        return covered > 0 and covered >= self.weights.get(name, 0.0)
-
-    @property
-    def over_sites(self) -> dict[str, dict[str, float]]:
-        """Second figures, of the metrics that are ratios: the example-weighted mean over the sites that have cases for
-        them, its standard deviation over the sites, and how many those are."""
-        found = {}
-        for name, own in self.values.items():
-            if name == "loss":
-                continue
-            values, examples = np.array([value for value, _ in own]), np.array([count for _, count in own], float)
-            mean = float(np.average(values, weights=examples))
-            spread = float(np.sqrt(np.average(np.square(values - mean), weights=examples)))
-            found[name] = {"mean": mean, "spread": spread, "sites": len(own)}
-        return found
-
-    def _counts(self, record: MetricRecord, examples: int) -> dict[str, NDArray[np.float64]]:
-        """The counts by class in an answer, all of them or none. Raises UpdateError for such as cannot be."""
-        found = {name: _numbers(record, name) for name in COUNTS if name in record} if self.labels else {}
-        counts = check_counts(found, len(self.labels), examples)
-        return counts if len(counts) == len(COUNTS) else {}
-
-    def _scores(
-        self, content: RecordDict, record: MetricRecord, examples: int
-    ) -> tuple[NDArray[np.float64], float] | None:
-        """The histograms in an answer and the deviation of their noise; None without. Raises UpdateError."""
-        shape = histogram_shape(len(self.labels), self.score_bins) if self.score_bins else None
-        if shape is None or SCORES not in content.array_records:
-            return None
+    def _sums(self, content: RecordDict, record: MetricRecord) -> Sums:
+        """The numbers in an answer that the tally knows, and its arrays. Raises UpdateError for malformed ones."""
+        numbers = {name: _number(record, name) for name in self.tally.numbers if name in record}
+        lists = {name: _numbers(record, name) for name in self.tally.lists if name in record}
+        noised = RECEIPT in content.config_records
+        if not self.tally.arrays or SCORES not in content.array_records:
+            return Sums(numbers, lists, noised=noised)
         deviation = _number(record, SCORE_NOISE)
         if not 0 <= deviation <= MOST_NOISE:
             raise UpdateError(f"the answer's {SCORE_NOISE!r} of {deviation:.4g} is not within 0 and {MOST_NOISE:g}")
-        form = Form(np.dtype(np.float64), shape)
-        arrays = unpack_wire(content.array_records[SCORES], {SCORES: form})
-        return check_histograms(arrays[SCORES], examples, deviation), deviation
+        arrays = unpack_wire(content.array_records[SCORES], dict(self.tally.arrays))
+        return Sums(numbers, lists, arrays, deviation, noised)
 
 
 def train(
@@ -292,10 +212,10 @@ def evaluate(
     plan: Plan,
     parameters: Mapping[str, NDArray[np.float32]],
     deadline: float,
-    labels: Sequence[str] = (),
+    task: Task,
 ) -> Evaluated:
-    """Ask `nodes` to evaluate `parameters` on their own test data. `deadline` in seconds; `labels` are the classes'."""
-    evaluated = Evaluated(wanted=plan.metrics, labels=tuple(labels), score_bins=plan.score_bins)
+    """Ask `nodes` to evaluate `parameters`, a model of `task`, on their own test data. `deadline` in seconds."""
+    evaluated = Evaluated(wanted=plan.metrics, task=task, score_bins=plan.score_bins)
     if isinstance(grid, CohortGrid):
         grid.evaluate_cohort(nodes, plan, parameters, evaluated)
         return evaluated
@@ -365,14 +285,6 @@ def _numbers(record: MetricRecord, name: str) -> list[float]:
     if not all(type(value) in (int, float) and abs(value) <= MOST_EXAMPLES for value in values):
         raise UpdateError(f"the answer's {name!r} holds what is no number of examples")
     return [float(value) for value in values]
-
-
-def _metric(record: MetricRecord, name: str, examples: int) -> float:
-    """Metric x examples. Raises UpdateError unless the metric is one: at least 0, and at most 1 or `MOST_LOSS`."""
-    value, most = _number(record, name), MOST_LOSS if name == "loss" else 1.0
-    if not 0 <= value <= most * examples * _ROUNDED:
-        raise UpdateError(f"the answer's {name} of {value / examples:.4g} is not within 0 and {most:g}")
-    return value
 
 
 def receipt_in(content: RecordDict) -> Receipt:

@@ -1,34 +1,14 @@
-"""A model that learned nothing is called that: against always answering with the commonest class, and by its noise."""
+"""A run whose noise leaves nothing to learn is called that. By its figures: `Task.nothing_learned`."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.server.run_directory import RunRecord, SiteReceipt
 
-_RANKS_WELL = 0.7
 _LEAST_SIGNAL = 3.0
 # Standard deviations. Below, not even gradients that all point one way can be told from the noise.
-
-
-def nothing_learned(line: Mapping[str, Any]) -> str | None:
-    """The warning for a round's line in the metrics whose model does not beat its majority class; None: it does, or
-    the sites did not say how common the classes are."""
-    majority, metrics = line.get("majority"), line.get("metrics") or {}
-    accuracy = metrics.get("accuracy")
-    if not majority or accuracy is None or accuracy > majority["accuracy"]:
-        return None
-    words = (
-        f"the model does not beat the majority class: its accuracy is {accuracy:.4f}, and whoever always answers "
-        f"{majority['label']!r} has {majority['accuracy']:.4f}"
-    )
-    if (auroc := metrics.get("auroc", 0.0)) >= _RANKS_WELL:
-        return (
-            f"{words}; it ranks better than that (AUROC {auroc:.4f}): another decision threshold may be what it lacks"
-        )
-    return f"{words}; by this measure it has learned nothing"
 
 
 def hopeless_noise(record: RunRecord, receipts: Mapping[str, SiteReceipt], sites: int) -> str | None:

@@ -19,11 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from fedclaw.array_files import read_npz, write_npz
 from fedclaw.errors import CheckpointError, RunInUse, UsageError
 from fedclaw.files import append_all, replacing, write_atomic
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema, Workload, schema_digest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.protocol.plan import MOST_EXAMPLES, Receipt, Terms
+from fedclaw.protocol.plan import MOST_EXAMPLES, Name, Receipt, Terms
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 
 LOCK = "run.lock"
@@ -60,6 +61,9 @@ class RunRecord(Terms):
     schema_text: str
     strategy: StrategyRecord
     secure: SecureRequest | None = None
+    task: str = Classification.name
+    """What is predicted; a record that does not say so is of classes."""
+    metrics: tuple[Name, ...] = Field(default=Classification.METRICS, max_length=64)
     statistics: ReleaseUse | None = None
     """The release that `preprocessing` was made from."""
     rules: RoundRules = RoundRules()

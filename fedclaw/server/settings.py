@@ -6,9 +6,12 @@ from typing import Any
 
 from pydantic import Field, JsonValue, field_validator
 
+from fedclaw.learning.tasks.installed import metrics_and_clauses, unknown
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import METRICS, CentralRequest, SharedTerms
+from fedclaw.protocol.plan import CentralRequest, Name, SharedTerms
 from fedclaw.protocol.terms import SecureRequest
+
+ALL_METRICS = ("all",)
 
 
 class ModelChoice(Frozen):
@@ -35,6 +38,8 @@ class RunSettings(SharedTerms):
     central: CentralRequest | None = None
     secure: SecureRequest | None = None
     seed: int = Field(ge=0)
+    metrics: tuple[Name, ...] = Field(default=ALL_METRICS, max_length=64)
+    """By name, or [all]: every one that the task has."""
     score_bins: int | None = Field(default=2048, ge=2, le=4096)
     statistics: Path | None = None
     """A statistics.json, for a schema that says standardise: federated."""
@@ -48,6 +53,6 @@ class RunSettings(SharedTerms):
     @field_validator("metrics")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := sorted(set(value) - set(METRICS)):
-            raise ValueError(f"unknown metrics {', '.join(unknown)}; known: {', '.join(METRICS)}")
+        if value != ALL_METRICS and (strange := sorted(unknown(value))):
+            raise ValueError(f"unknown metrics {', '.join(strange)}; known: {', '.join(metrics_and_clauses())}")
         return value

@@ -1,22 +1,21 @@
 """Evaluation of simulated clients: on a table that the federation has as a whole, or on each client's own rows."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclaw.learning.pooled import histogram_shape, histograms_of
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import PERSONAL
-from fedclaw.protocol.plan import SCORE_HISTOGRAM, ModelSpec, Plan, Refusal
+from fedclaw.protocol.plan import ModelSpec, Plan, Refusal
 from fedclaw.server.exchange import Declined, Evaluated
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State
 from fedclaw.simulation.trainer import load, loaded_model
-from fedclaw.site.evaluation import EVALUATION_BATCH, counted
-from fedclaw.site.policy.checks import permitted_metrics
+from fedclaw.site.evaluation import EVALUATION_BATCH, exact_sums, permitted
 
 WHOLE = "federation"
 """Who answers with the metrics of a test table that belongs to no client."""
@@ -42,8 +41,8 @@ class Evaluator:
         federation = self._federation
         if not federation.has_tests:
             if federation.test is not None:
-                logits = _logits(self._model(plan.model, parameters), torch.from_numpy(federation.test.inputs))
-                _add(federation, plan, logits, federation.test.targets, evaluated, WHOLE)
+                outputs = _outputs(self._model(plan.model, parameters), torch.from_numpy(federation.test.inputs))
+                _add(federation, plan, outputs, federation.test.targets, evaluated, WHOLE)
             return
         own_models = bool(plan.personal) or strategy_class(plan.strategy).personal_model
         model = self._model(plan.model, parameters)
@@ -54,8 +53,8 @@ class Evaluator:
             if own_models:
                 mine = memory.get(client, {}).get(PERSONAL, {})
                 model = self._model(plan.model, {**parameters, **mine})
-            logits = _logits(model, self._inputs[torch.from_numpy(rows)])
-            _add(federation, plan, logits, federation.table.targets[rows], evaluated, federation.name(client))
+            outputs = _outputs(model, self._inputs[torch.from_numpy(rows)])
+            _add(federation, plan, outputs, federation.table.targets[rows], evaluated, federation.name(client))
 
     def _model(self, spec: ModelSpec, parameters: Mapping[str, NDArray[np.float32]]) -> nn.Module:
         key = spec.model_dump_json()
@@ -70,30 +69,22 @@ class Evaluator:
 def _add(
     federation: SimulatedFederation,
     plan: Plan,
-    logits: torch.Tensor,
-    targets: NDArray[np.int64],
+    outputs: torch.Tensor,
+    targets: NDArray[Any],
     evaluated: Evaluated,
     name: str,
 ) -> None:
-    count = len(targets)
+    count, workload = len(targets), federation.workload
     try:
-        policy = federation.policy(plan)
-        wanted = permitted_metrics(policy, plan.metrics, count)
+        wanted, bins = permitted(federation.policy(plan), workload.task, plan, count)
     except Refusal as refusal:
         evaluated.declined.append(Declined(name, refusal.code.name.lower(), refusal.reason))
         return
-    labels = torch.from_numpy(targets)
-    values = federation.workload.evaluate(logits, labels)
+    sums = exact_sums(workload, wanted, bins, outputs, torch.from_numpy(targets))
     evaluated.answered.append(name)
-    found = {metric: values[metric] * count for metric in wanted if metric in values}
-    counts = counted(wanted, values, logits, labels)
-    evaluated.include(name, count, found, {kind: np.array(numbers, np.float64) for kind, numbers in counts.items()})
-    bins = plan.score_bins if SCORE_HISTOGRAM in policy.shared_metrics else None
-    if bins and histogram_shape(logits.shape[1], bins):
-        scores = histograms_of(logits.numpy().astype(np.float64), targets, bins)
-        evaluated.pooled.add_histograms(scores, 0.0, count)
+    evaluated.include(name, count, sums)
 
 
-def _logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+def _outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([model(part) for part in torch.split(inputs, EVALUATION_BATCH)])

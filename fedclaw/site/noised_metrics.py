@@ -1,21 +1,24 @@
 """Evaluation metrics with noise: what one test example can add to a sum is bounded, so the sum can be private.
 
-Released is the vector of the permitted sums over the test set: correct answers (one example adds 0 or 1), losses
-divided by the bound that each is cut off at (one example adds something in [0, 1]), and histograms of scores by class
-(one example adds 1 to one cell of each). Adding or removing one of the test examples moves k sums and histograms by at
-most sqrt(k) in L2 norm, so N(0, (noise multiplier)^2 k) in each makes it one
-Gaussian mechanism (Dwork, Roth 2014, appendix A), which the ledger accounts as such on the test data, NAME/test.
+Released is the vector of the permitted sums over the test set, each with its sensitivity (`fedclaw.learning.tasks`):
+losses divided by the bound that each is cut off at, correct answers, errors by the target's range (one example adds at
+most 1 to each of these), histograms of scores by class (one example adds 1 to one cell of each). Adding or removing one
+of the test examples moves the whole vector by at most the L2 norm s of those sensitivities, so N(0, (noise multiplier
+x s)^2) in each makes it one Gaussian mechanism (Dwork, Roth 2014, appendix A), which the ledger accounts as such on the
+test data, NAME/test.
 Neighbouring: one test example more or less, while their number is public: it is sent as it is.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from fedclaw.errors import LedgerError, PrivacyError
-from fedclaw.learning.pooled import Doubles
+from fedclaw.learning.tasks.base import LOSS, BoundedSum, Sums
+from fedclaw.learning.workload import Workload, doubles
 from fedclaw.privacy.accounting import NoiseEvent, calibrate
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
@@ -25,7 +28,7 @@ from fedclaw.site.privacy_budget import Account, Asking, Due, check_affordable, 
 from fedclaw.site.site import Site
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits, targets) -> mean loss of a batch."""
+"""(outputs, targets) -> mean loss of a batch."""
 
 
 def metrics_mechanism(policy: Policy) -> NoiseEvent:
@@ -88,58 +91,53 @@ def charged_ledger(site: Site, receipt: str) -> Ledger:
 
 
 def bounded_sums(
-    policy: Policy, wanted: tuple[str, ...], logits: torch.Tensor, targets: torch.Tensor, loss: Loss
-) -> dict[str, float]:
-    """For each metric that is `wanted` (of NOISED_METRICS) the sum of what the test examples add, each in [0, 1].
+    policy: Policy,
+    workload: Workload,
+    wanted: Sequence[str],
+    bins: int | None,
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
+) -> dict[str, BoundedSum]:
+    """What the test examples add up to, before noise: the task's bounded sums, and that of the loss if it is `wanted`.
 
-    logits (N, C), targets (N,). A loss is in units of the bound that it is cut off at.
+    outputs (N, K), targets (N,). A loss is in units of the bound that the policy has it cut off at.
     """
-    sums = {}
-    for name in wanted:
-        if name == "accuracy":
-            sums[name] = float((logits.argmax(dim=1) == targets).sum())
-        else:
-            sums[name] = _bounded_loss(policy.metrics_loss_bound, logits, targets, loss)
-    return sums
+    found = workload.task.bounded(wanted, bins, doubles(outputs), targets.detach().cpu().numpy())
+    if LOSS in wanted:
+        bound = policy.metrics_loss_bound
+        found[LOSS] = BoundedSum(np.array(_bounded_loss(bound, outputs, targets, workload.loss)), unit=bound)
+    return found
 
 
-def _bounded_loss(bound: float, logits: torch.Tensor, targets: torch.Tensor, loss: Loss) -> float:
+def _bounded_loss(bound: float, outputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> float:
     # One by one, whatever the workload's loss is: its mean over several would not say what one of them adds.
-    alone = torch.func.vmap(lambda logit, target: loss(logit[None], target[None]))(logits, targets)
+    alone = torch.func.vmap(lambda output, target: loss(output[None], target[None]))(outputs, targets)
     return float(alone.double().nan_to_num(nan=bound, posinf=bound).clamp(0.0, bound).sum() / bound)
 
 
-def deviation_of(policy: Policy, sums: int, histograms: int = 0) -> float:
-    """Of the noise in each number, where so many sums and histograms of scores leave together.
-
-    One example moves each sum by at most 1 and one cell of each histogram by 1, so all of them together by at most the
-    root of how many there are.
-    """
-    return metrics_mechanism(policy).noise_multiplier * math.sqrt(sums + histograms)
+def deviation_of(policy: Policy, sums: Iterable[BoundedSum]) -> float:
+    """Of the noise in each number of these sums, where they leave together: their sensitivities add up in L2."""
+    return metrics_mechanism(policy).noise_multiplier * math.sqrt(sum(own.sensitivity**2 for own in sums))
 
 
-def noised_histograms(histograms: Doubles, deviation: float, source: GaussianSource) -> Doubles:
-    """Histograms (classes, 2, B) with noise, as they may leave. Not cut off at 0, which would add up over the cells."""
-    (values,) = source.add_([torch.from_numpy(histograms)], deviation)
-    return values.numpy()
+def noised(policy: Policy, sums: Mapping[str, BoundedSum], examples: int, source: GaussianSource) -> Sums:
+    """What may leave of bounded sums over so many examples: the same with noise, each number in its own unit.
 
-
-def noised(
-    policy: Policy, sums: dict[str, float], examples: int, source: GaussianSource, histograms: int = 0
-) -> dict[str, float]:
-    """What may leave of `bounded_sums` over so many examples: the same sums with noise, losses in their own unit.
-
-    `histograms` is how many of scores leave beside them. Each sum is rounded to float32 and cut off at what it can be
-    without noise, which costs nothing: it is done to the noised value.
+    A number is rounded to float32 and cut off at what it can be without noise, which costs nothing: it is done to the
+    noised value. An array is not: cut off cell by cell it would add up to more than there is.
     """
     if not sums:
-        return {}
-    deviation = deviation_of(policy, len(sums), histograms)
-    (values,) = source.add_([torch.tensor(list(sums.values()), dtype=torch.float64)], deviation)
-    return {
-        name: min(max(value, 0.0), float(examples)) * (policy.metrics_loss_bound if name == "loss" else 1.0)
-        for name, value in zip(sums, values.to(torch.float32).tolist(), strict=True)
-    }
+        return Sums(noised=True)
+    deviation = deviation_of(policy, sums.values())
+    values = source.add_([torch.from_numpy(own.values.astype(np.float64)) for own in sums.values()], deviation)
+    numbers, arrays = {}, {}
+    for (name, own), value in zip(sums.items(), values, strict=True):
+        if own.values.ndim:
+            arrays[name] = value.numpy()
+        else:
+            number = value.to(torch.float32).item()
+            numbers[name] = min(max(number, own.least * examples), own.most * examples) * own.unit
+    return Sums(numbers, arrays=arrays, deviation=deviation, noised=True)
 
 
 def _budget(policy: Policy) -> DataSetBudget:

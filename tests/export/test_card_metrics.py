@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from fedclaw.export.card import _metrics
+from fedclaw.learning.tasks.classification import Classification
 
 LINE = {
     "round": 3,
@@ -16,7 +17,8 @@ LINE = {
 
 
 def card(line):
-    return _metrics(SimpleNamespace(metrics=[line]))
+    schema = SimpleNamespace(task=Classification(("no", "yes")))
+    return _metrics(SimpleNamespace(metrics=[line], schema=schema))
 
 
 def test_the_figures_of_all_examples_stand_before_the_means_over_sites():

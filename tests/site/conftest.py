@@ -7,6 +7,7 @@ import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
+from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest
@@ -39,6 +40,7 @@ class Asker:
             strategy="fedavg",
             training=LocalTraining(epochs=1, batch_size=16, learning_rate=0.1),
             privacy=PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1),
+            metrics=METRICS,
         )
         self._count = 0
 

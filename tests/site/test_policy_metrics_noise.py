@@ -1,11 +1,15 @@
 """Noise on metrics: its scale, what one test example can move, and that nothing else leaves."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
+from fedclaw.learning.tasks.base import BoundedSum
+from fedclaw.learning.tasks.classification import Classification
+from fedclaw.learning.workload import Workload
 from fedclaw.privacy.accounting import epsilon_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.site.noised_metrics import bounded_sums, metrics_mechanism, noised
@@ -29,8 +33,15 @@ def policy(**changes: Any) -> Policy:
     return Policy(**{**fields, **changes})
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits, targets)
+class ThreeClasses:
+    task = Classification(("a", "b", "c"))
+    loss = staticmethod(task.loss)
+
+
+def bounded(
+    rules: Policy, wanted: tuple[str, ...], logits: torch.Tensor, targets: torch.Tensor
+) -> dict[str, BoundedSum]:
+    return bounded_sums(rules, cast(Workload, ThreeClasses()), wanted, None, logits, targets)
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +63,20 @@ def test_the_noise_has_the_scale_that_the_sensitivity_asks_for(
     """Deviation z sqrt(k) x what one example adds; 10% off is 9 deviations of the estimate off at 4000 trials."""
     logits, targets = outputs
     source, rules = GaussianSource(), policy()
-    exact = bounded_sums(rules, wanted, logits, targets, cross_entropy)
-    drawn = [noised(rules, exact, EXAMPLES, source) for _ in range(TRIALS)]
+    exact = bounded(rules, wanted, logits, targets)
+    drawn = [noised(rules, exact, EXAMPLES, source).numbers for _ in range(TRIALS)]
     for name in wanted:
         one = BOUND if name == "loss" else 1.0
         expected = metrics_mechanism(rules).noise_multiplier * math.sqrt(len(wanted)) * one
         values = torch.tensor([sums[name] for sums in drawn], dtype=torch.float64)
-        assert abs(values.mean().item() - exact[name] * one) < 6 * expected / math.sqrt(TRIALS)
+        assert abs(values.mean().item() - exact[name].values * one) < 6 * expected / math.sqrt(TRIALS)
         assert abs(values.std().item() / expected - 1) < 5.2 / math.sqrt(2 * TRIALS) < 0.06
 
 
 def test_two_metrics_have_noise_of_their_own(outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-    exact = bounded_sums(policy(), ("accuracy", "loss"), *outputs, cross_entropy)
+    exact = bounded(policy(), ("accuracy", "loss"), *outputs)
     source = GaussianSource()
-    drawn = [noised(policy(), exact, EXAMPLES, source) for _ in range(500)]
+    drawn = [noised(policy(), exact, EXAMPLES, source).numbers for _ in range(500)]
     pairs = torch.tensor([[sums["accuracy"], sums["loss"]] for sums in drawn], dtype=torch.float64)
     assert abs(torch.corrcoef(pairs.T)[0, 1].item()) < 5.5 / math.sqrt(500)
 
@@ -77,15 +88,16 @@ def test_one_example_moves_each_sum_by_at_most_what_the_noise_is_made_for(
     """Whatever a model says of it: sure and wrong, infinite, or nothing at all."""
     logits, targets = outputs
     more = torch.cat([logits, torch.tensor([logit])]), torch.cat([targets, torch.tensor([2])])
-    without = bounded_sums(policy(), ("accuracy", "loss"), logits, targets, cross_entropy)
-    with_one = bounded_sums(policy(), ("accuracy", "loss"), *more, cross_entropy)
+    without = bounded(policy(), ("accuracy", "loss"), logits, targets)
+    with_one = bounded(policy(), ("accuracy", "loss"), *more)
     for name in ("accuracy", "loss"):
-        assert -1e-9 <= with_one[name] - without[name] <= 1 + 1e-9
+        assert -1e-9 <= with_one[name].values - without[name].values <= 1 + 1e-9
 
 
 def test_sums_stay_within_what_they_can_be() -> None:
     """Ten examples drown in the noise; a mean outside [0, 1] would tell nobody anything."""
     source = GaussianSource()
-    drawn = [noised(policy(metrics_epsilon=0.01), {"accuracy": 6.0, "loss": 4.0}, 10, source) for _ in range(200)]
+    sums = {"accuracy": BoundedSum(np.array(6.0)), "loss": BoundedSum(np.array(4.0), unit=BOUND)}
+    drawn = [noised(policy(metrics_epsilon=0.01), sums, 10, source).numbers for _ in range(200)]
     assert {0.0, 10.0} == {sums["accuracy"] for sums in drawn} & {0.0, 10.0}
     assert all(0 <= sums["accuracy"] <= 10 and 0 <= sums["loss"] <= 10 * BOUND for sums in drawn)

@@ -9,17 +9,17 @@ import pytest
 from rich.console import Console
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from fedclaw.clients.metrics import classification
-from fedclaw.learning.pooled import COUNTS
+from fedclaw.learning.tasks.class_metrics import classification
+from fedclaw.learning.tasks.class_sums import COUNTS
+from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.arrays import unpack_wire
+from fedclaw.protocol.arrays import Form, unpack_wire
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import SCORE_NOISE, SCORES
-from fedclaw.protocol.plan import METRICS, SCORE_HISTOGRAM, LocalTraining, RefusalCode
+from fedclaw.protocol.plan import SCORE_HISTOGRAM, LocalTraining, RefusalCode
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import _values
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.exchange import Form
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.noised_metrics import metrics_mechanism

@@ -11,20 +11,15 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from fedclaw.learning.tasks.installed import can_be_noised, metrics_and_clauses, shared_by_default, unknown
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import METRICS, SCORE_HISTOGRAM
 
-SAFE_METRICS = ("accuracy", "precision", "recall", "f1", "auroc")
-"""The metrics that leave by default: each lies in [0, 1] and averages over the whole test set, so one test example
-moves it by little. `loss` is not among them: it is unbounded, one confidently wrong example can dominate it, and it
-is the signal that membership inference uses. Without `metrics_epsilon` none of them is noised: over many rounds they do
-tell about the test set, so keep the test set apart from training data and do not let it be tiny
-(`minimum_test_examples`)."""
-
-NOISED_METRICS = ("loss", "accuracy", SCORE_HISTOGRAM)
-"""What can leave with noise: one test example moves its sum by at most a known bound. What it can move precision,
-recall, F1 and AUROC by depends on the other examples; they have no such bound. The AUROC that a server makes of
-histograms with noise on them does have one."""
+SAFE_METRICS = shared_by_default()
+"""The metrics that leave by default, of whatever task (`Task.SHARED`): one test example moves each by little, as it is
+made of sums over the whole test set to which each example adds something bounded. `loss` is not among them: it is
+unbounded, one confidently wrong example can dominate it, and it is the signal that membership inference uses. Without
+`metrics_epsilon` none of them is noised: over many rounds they do tell about the test set, so keep the test set apart
+from training data and do not let it be tiny (`minimum_test_examples`)."""
 
 TEST = "/test"
 """What is put behind a data set's name for the name of its test data in the ledger. No data set's own name has a /."""
@@ -163,9 +158,9 @@ class Policy(Frozen):
     noise alone (`metrics_epsilon`), charged to the training data: what they tell, they tell of training examples. Raise
     it where different people have the same row, as in a table of few categories."""
     metrics_epsilon: float | None = Field(default=None, gt=0)
-    """What one evaluation may cost each test example: with it, metrics leave with Gaussian noise, those of
-    NOISED_METRICS alone, and the cost is charged to the test data (NAME/test) in the site's ledger. null: as they are.
-    The number of test examples is sent as it is, either way."""
+    """What one evaluation may cost each test example: with it, metrics leave with Gaussian noise, those alone
+    whose sums have a bound for one example (`Task.NOISED`), and the cost is charged to the test data (NAME/test) in the
+    site's ledger. null: as they are. The number of test examples is sent as it is, either way."""
     metrics_budget: DataSetBudget | None = None
     """Budget of the test data for its whole life; `metrics_epsilon` needs one, and it has no other use."""
     metrics_loss_bound: float = Field(default=5.0, gt=0)
@@ -173,10 +168,8 @@ class Policy(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        known = (*METRICS, SCORE_HISTOGRAM)
-        unknown = sorted(set(self.metrics) - set(known))
-        if unknown:
-            raise ValueError(f"metrics: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+        if strange := sorted(unknown(self.metrics)):
+            raise ValueError(f"metrics: unknown {', '.join(strange)}; known are {', '.join(metrics_and_clauses())}")
         training = [self.epsilon, *(own.epsilon for name, own in self.budgets.items() if not name.endswith(TEST))]
         if self.allow_training_without_privacy and training != [None] * len(training):
             raise ValueError(
@@ -239,7 +232,7 @@ class Policy(Frozen):
     @property
     def shared_metrics(self) -> tuple[str, ...]:
         """The metrics that may leave: of those that are named, under noise, the ones that can be noised."""
-        return tuple(name for name in self.metrics if self.metrics_epsilon is None or name in NOISED_METRICS)
+        return tuple(name for name in self.metrics if self.metrics_epsilon is None or can_be_noised(name))
 
 
 def permissive(workload: str, strategy: str, delta: float) -> Policy:
@@ -255,7 +248,7 @@ def permissive(workload: str, strategy: str, delta: float) -> Policy:
         minimum_cohort=1,
         max_local_steps=None,
         max_update_mb=None,
-        metrics=(*METRICS, SCORE_HISTOGRAM),
+        metrics=metrics_and_clauses(),
         minimum_test_examples=1,
     )
 

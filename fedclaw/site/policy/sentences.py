@@ -1,7 +1,7 @@
 """What a policy allows, in plain sentences, for the operator who is responsible for it."""
 
-from fedclaw.learning.pooled import needed_for
-from fedclaw.site.policy.policy import NOISED_METRICS, Combination, DataSetBudget, Policy, listed
+from fedclaw.learning.tasks.installed import can_be_noised, told_with
+from fedclaw.site.policy.policy import Combination, DataSetBudget, Policy, listed
 
 
 def sentences(policy: Policy, data_set: str | None = None) -> list[str]:
@@ -118,7 +118,7 @@ def _metrics(policy: Policy) -> list[str]:
         "with more, metrics stay here, or are charged to the training data where they leave with noise."
     )
     if policy.metrics_epsilon is None:
-        if counts := needed_for(shared):
+        if counts := told_with(shared):
             said.append(
                 f"With them leave the counts by class that they are made of ({', '.join(counts)}), so that each can be "
                 "worked out over all sites' test examples."
@@ -135,7 +135,7 @@ def _metrics(policy: Policy) -> list[str]:
     )
     if "loss" in shared:
         said.append(f"A single example's loss counts for at most {policy.metrics_loss_bound:g}.")
-    unbounded = tuple(name for name in policy.metrics if name not in NOISED_METRICS)
+    unbounded = tuple(name for name in policy.metrics if not can_be_noised(name))
     if unbounded:
         said.append(
             f"Not sent, since what one example can move them by has no known bound to noise them by: "

@@ -89,9 +89,9 @@ class FlowerStrategy(AbstractFlowerStrategy):
         return self._questions(server_round, MessageType.EVALUATE, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Example-weighted means of what the sites permit; None when nobody evaluated."""
-        labels = self._record.make_schema().labels
-        evaluated = Evaluated(wanted=self._record.metrics, labels=labels, score_bins=self._record.score_bins)
+        """The figures of all test examples that the sites permit; None when nobody evaluated."""
+        task = self._record.make_schema().task
+        evaluated = Evaluated(wanted=self._record.metrics, task=task, score_bins=self._record.score_bins)
         _take(evaluated, replies, server_round)
         return MetricRecord(dict(evaluated.metrics)) if evaluated.answered else None
 

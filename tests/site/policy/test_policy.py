@@ -3,8 +3,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.plan import METRICS, LocalTraining, ModelSpec, Plan, PrivacyRequest, Refusal, RefusalCode
+from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, Refusal, RefusalCode
 from fedclaw.site.policy.checks import check_plan, check_request, permitted_metrics
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.policy.sentences import sentences

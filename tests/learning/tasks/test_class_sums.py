@@ -9,17 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedclaw.clients import metrics
 from fedclaw.errors import UpdateError
-from fedclaw.learning.pooled import BINS, Pooled, area_of, counts_of, edges, histograms_of
+from fedclaw.learning.tasks import class_metrics as metrics
+from fedclaw.learning.tasks.class_sums import BINS, Pooled, area_of, counts_of, edges, histograms_of
+from fedclaw.learning.tasks.classification import METRICS, Classification
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import pack_wire
 from fedclaw.protocol.messages import SCORE_NOISE, SCORES
-from fedclaw.protocol.plan import METRICS, SCORE_HISTOGRAM, PrivacyRequest
+from fedclaw.protocol.plan import SCORE_HISTOGRAM, PrivacyRequest
 from fedclaw.server.exchange import Evaluated
-from fedclaw.server.learned import hopeless_noise, nothing_learned
+from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import SiteReceipt
-from fedclaw.site.noised_metrics import deviation_of, metrics_mechanism, noised_histograms
+from fedclaw.site.noised_metrics import deviation_of, metrics_mechanism, noised
 from fedclaw.site.policy.policy import Policy
 from tests.samples import receipt, run_record
 
@@ -144,16 +145,20 @@ def test_one_example_moves_each_histogram_by_one_in_one_cell(parts: list[tuple[n
     assert rows == (1 if logits.shape[1] == 2 else logits.shape[1])
     assert float(np.square(moved).sum()) == rows
     z = metrics_mechanism(policy()).noise_multiplier
-    assert deviation_of(policy(), 2, rows) == pytest.approx(z * math.sqrt(2 + rows))
+    task = Classification(tuple(map(str, range(logits.shape[1]))))
+    sums = task.bounded(("accuracy",), 16, logits, targets)
+    assert list(sums) == ["accuracy", SCORES]
+    assert deviation_of(policy(), sums.values()) == pytest.approx(z * math.sqrt(1 + rows))
 
 
 def test_the_interval_holds_the_exact_area_in_95_of_100_cases() -> None:
     random = np.random.default_rng(1)
     targets = random.integers(0, 2, 4000)
     logits = np.stack([np.zeros(4000), random.normal(size=4000) + targets], 1)
-    clean, exact = histograms_of(logits, targets, 64), exact_area(logits, targets)
-    deviation, source = deviation_of(policy(), 1, 1), GaussianSource()
-    areas = [area_of(noised_histograms(clean.copy(), deviation, source), deviation**2) for _ in range(400)]
+    exact = exact_area(logits, targets)
+    source, sums = GaussianSource(), Classification(("no", "yes")).bounded(("accuracy",), 64, logits, targets)
+    drawn = [noised(policy(), sums, len(targets), source) for _ in range(400)]
+    areas = [area_of(found.arrays[SCORES], found.deviation**2) for found in drawn]
     inside = np.mean([low <= exact <= high for low, high in (area.interval for area in areas)])
     assert inside > 0.9
     # And it is not wide for nothing: what noise does is what it says.
@@ -174,7 +179,7 @@ def answer(
 
 
 def evaluated(**changes: object) -> Evaluated:
-    return Evaluated(wanted=METRICS, labels=("no", "yes"), **changes)
+    return Evaluated(wanted=METRICS, task=Classification(("no", "yes")), **changes)
 
 
 def of_site(logits: np.ndarray, targets: np.ndarray) -> RecordDict:
@@ -193,9 +198,9 @@ def test_a_site_without_positives_is_no_zero() -> None:
     assert total.metrics["recall"] == pytest.approx(39 / 40)
     assert total.metrics["precision"] == 1
     assert total.metrics["f1"] == pytest.approx(78 / 79)
-    assert total.over_sites["recall"] == {"mean": pytest.approx(39 / 40), "spread": 0.0, "sites": 1}
-    assert total.over_sites["accuracy"]["sites"] == 2
-    assert total.majority == ("no", 0.5)
+    assert total.tally.over_sites["recall"] == {"mean": pytest.approx(39 / 40), "spread": 0.0, "sites": 1}
+    assert total.tally.over_sites["accuracy"]["sites"] == 2
+    assert total.tally.majority == ("no", 0.5)
 
 
 def test_without_any_positive_there_is_no_recall() -> None:
@@ -213,17 +218,17 @@ def test_a_site_that_sends_no_counts_leaves_the_mean_over_sites() -> None:
     alone = evaluated()
     alone.add("old", answer({"accuracy": 1.0}, {}, 2))
     assert alone.metrics == {"accuracy": 0.5}
-    assert alone.majority is None
+    assert alone.tally.majority is None
 
 
 def test_the_area_over_sites_of_one_class_each() -> None:
     """Neither has an AUROC; both together have one."""
-    total = Evaluated(wanted=METRICS, labels=("no", "yes"), score_bins=64)
+    total = Evaluated(wanted=METRICS, task=Classification(("no", "yes")), score_bins=64)
     for label in (0, 1):
         logits, targets = np.array([[0.0, 2.0 * label], [0.0, 2.0 * label - 1]]), np.full(2, label)
         total.add(str(label), answer({}, {}, 2, histograms_of(logits, targets, 64)))
     assert total.metrics["auroc"] == pytest.approx(1.0)
-    assert total.area.bound == 0
+    assert total.tally.area.bound == 0
 
 
 GOOD = {"hits": [1, 2], "given": [2, 2], "asked": [1, 3]}
@@ -263,31 +268,31 @@ def test_counts_that_cannot_be_are_refused_and_leave_nothing_behind(counts: dict
     ],
 )
 def test_histograms_that_cannot_be_are_refused(change: object, words: str) -> None:
-    total = Evaluated(wanted=METRICS, labels=("no", "yes"), score_bins=64)
+    total = Evaluated(wanted=METRICS, task=Classification(("no", "yes")), score_bins=64)
     scores = change(histograms_of(np.zeros((2, 2)), np.arange(2), 64))
     with pytest.raises(UpdateError, match=words):
         total.add("liar", answer({}, {}, 2, scores))
-    assert total.area is None
+    assert total.tally.area is None
 
 
 def test_more_than_two_classes_have_figures_each() -> None:
-    total = Evaluated(wanted=METRICS, labels=("a", "b", "c"))
+    total = Evaluated(wanted=METRICS, task=Classification(("a", "b", "c")))
     predicted, targets = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
     counts = {name: own.tolist() for name, own in counts_of(predicted, targets, 3).items()}
     total.add("one", answer({"accuracy": 2.0}, counts, 4))
-    assert total.by_class["b"] == {"precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
-    assert "recall" not in total.by_class["c"]
-    assert total.by_class["c"]["precision"] == 0
+    assert total.tally.by_class["b"] == {"precision": 1.0, "recall": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
+    assert "recall" not in total.tally.by_class["c"]
+    assert total.tally.by_class["c"]["precision"] == 0
 
 
 def test_a_model_that_learned_nothing_is_called_that() -> None:
     line = {"metrics": {"accuracy": 0.63}, "majority": {"label": "no", "accuracy": 0.63}}
-    assert "does not beat the majority class" in nothing_learned(line)
-    assert "'no' has 0.6300; by this measure it has learned nothing" in nothing_learned(line)
+    assert "does not beat the majority class" in Classification.nothing_learned(line)
+    assert "'no' has 0.6300; by this measure it has learned nothing" in Classification.nothing_learned(line)
     ranked = {**line, "metrics": {"accuracy": 0.6, "auroc": 0.975}}
-    assert "another decision threshold" in nothing_learned(ranked)
-    assert nothing_learned({**line, "metrics": {"accuracy": 0.64}}) is None
-    assert nothing_learned({"metrics": {"accuracy": 0.1}}) is None
+    assert "another decision threshold" in Classification.nothing_learned(ranked)
+    assert Classification.nothing_learned({**line, "metrics": {"accuracy": 0.64}}) is None
+    assert Classification.nothing_learned({"metrics": {"accuracy": 0.1}}) is None
 
 
 @pytest.mark.parametrize(("multiplier", "hopeless"), [(1.0, False), (30.0, False), (5000.0, True)])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn import metrics as oracle
 
-from fedclaw.clients import metrics
 from fedclaw.clients.vision import VisionWorkload
 from fedclaw.clients.vision_schema import VisionSchema
-from fedclaw.protocol.plan import METRICS
+from fedclaw.learning.tasks import class_metrics as metrics
+from fedclaw.learning.tasks.classification import METRICS
 
 
 @st.composite
