@@ -4,16 +4,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from fedclaw.clients.columns import AnyColumn, Categorical, Numeric, Unseen
+from fedclaw.clients.columns import LARGEST, AnyColumn, Categorical, Numeric, Unseen
 from fedclaw.clients.definitions import Labels, Text, Weights, as_text, distinct, sized, weights_of
+from fedclaw.learning.tasks.regression import Regression, RegressionLoss
 from fedclaw.protocol.frozen import Frozen
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
 MAX_FEATURES = 100_000
+SMALLEST_WIDTH = 1e-5
+"""Of a target's range, relative to its ends: below, float32 tells hardly any two values in it apart."""
 
 
-class Target(Frozen):
-    """The column to predict: its labels, or a map from raw values to labels (several values may share one)."""
+class ClassTarget(Frozen):
+    """The column to predict, of classes: labels, or a map from raw values to labels (several values may share one)."""
 
     name: Text = Field(min_length=1)
     labels: Annotated[
@@ -51,6 +54,69 @@ class Target(Frozen):
         if isinstance(self.labels, dict):
             return {raw: index[label] for raw, label in self.labels.items()}
         return index
+
+
+class NumberTarget(Frozen):
+    """The column to predict, a number within `range`, which is declared and never taken from data."""
+
+    name: Text = Field(min_length=1)
+    kind: Literal["numeric"]
+    range: tuple[float, float]
+    """Smallest and largest value, both included: a row with another is refused, and no answer lies beyond."""
+    loss: RegressionLoss = "squared"
+    center: float | None = None
+    """Subtracted before the model learns it; None: the middle of the range, with Poisson loss 0."""
+    scale: float | None = Field(default=None, gt=0)
+    """Divided by; None: half of the range, with Poisson loss 1."""
+    huber_delta: float | None = Field(default=None, gt=0)
+    """From which error on, in units of `scale`, Huber's loss is linear; None: 1."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        low, high = self.range
+        if not low < high:
+            raise ValueError(f"range must go from a smaller to a larger number, got {list(self.range)}")
+        if not max(abs(low), abs(high)) <= LARGEST or not high - low >= SMALLEST_WIDTH * max(abs(low), abs(high)):
+            raise ValueError(f"range {list(self.range)}: float32 has no room for it")
+        if self.loss == "poisson":
+            if low < 0:
+                raise ValueError(f"loss: poisson is of counts, and the range begins below 0, at {low:g}")
+            if self.center is not None:
+                raise ValueError("loss: poisson takes no center; its values are scale x exp(output)")
+        if self.huber_delta is not None and self.loss != "huber":
+            raise ValueError(f"huber_delta goes with loss: huber, and the loss is {self.loss}")
+        return self
+
+    @property
+    def task(self) -> Regression:
+        """What the schema's task is, from this alone."""
+        low, high = self.range
+        counts = self.loss == "poisson"
+        center, scale = (0.0, 1.0) if counts else (low / 2 + high / 2, (high - low) / 2)
+        return Regression(
+            target=self.name,
+            minimum=low,
+            maximum=high,
+            kind=self.loss,
+            center=center if self.center is None else self.center,
+            scale=scale if self.scale is None else self.scale,
+            huber_delta=self.huber_delta or 1.0,
+        )
+
+    @property
+    def column(self) -> Numeric:
+        """The target read as a column: the same cells are numbers, and the same bounds hold."""
+        return Numeric(name=self.name, kind="numeric", range=self.range)
+
+
+Target = Annotated[
+    Annotated[ClassTarget, Tag("classes")] | Annotated[NumberTarget, Tag("numeric")],
+    Discriminator(lambda value: "numeric" if _says_kind(value) else "classes"),
+]
+
+
+def _says_kind(value: Any) -> bool:
+    return isinstance(value, NumberTarget) or (isinstance(value, dict) and "kind" in value)
 
 
 class TableDefinition(Frozen):

@@ -1,4 +1,4 @@
-"""The tabular workload: (N, D) features to logits (N, C)."""
+"""The tabular workload: (N, D) features to the task's outputs (N, K), logits of C classes or one number."""
 
 from typing import Annotated, ClassVar
 
@@ -25,6 +25,10 @@ class BinaryLogisticArguments(Frozen):
     """Arguments of `binary_logistic`: none."""
 
 
+class LinearArguments(Frozen):
+    """Arguments of `linear`: none."""
+
+
 class MlpArguments(Frozen):
     """Arguments of `mlp`. A site builds what a server names, so the sizes have limits."""
 
@@ -34,17 +38,21 @@ class MlpArguments(Frozen):
     """Widths of the hidden layers, inputs first."""
 
 
-class Logistic(nn.Module):
-    """Multinomial logistic regression: one linear layer."""
+class Linear(nn.Module):
+    """One linear layer: with the link of the task a linear or a log-linear model."""
 
-    def __init__(self, inputs: int, classes: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.head = nn.Linear(inputs, classes)
+        self.head = nn.Linear(inputs, outputs)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (N, C)."""
-        logits: torch.Tensor = self.head(inputs)
-        return logits
+        """(N, D) -> (N, K)."""
+        outputs: torch.Tensor = self.head(inputs)
+        return outputs
+
+
+class Logistic(Linear):
+    """Multinomial logistic regression: one linear layer to the logits of C classes."""
 
 
 class BinaryLogistic(nn.Module):
@@ -66,28 +74,33 @@ class BinaryLogistic(nn.Module):
 class Mlp(nn.Module):
     """Linear layers with ReLU between them."""
 
-    def __init__(self, inputs: int, hidden: tuple[int, ...], classes: int) -> None:
+    def __init__(self, inputs: int, hidden: tuple[int, ...], outputs: int) -> None:
         super().__init__()
         widths = (inputs, *hidden)
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, hidden, strict=False))
-        self.head = nn.Linear(widths[-1], classes)
+        self.head = nn.Linear(widths[-1], outputs)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (N, C)."""
+        """(N, D) -> (N, K)."""
         features = inputs
         for layer in self.hidden:
             features = torch.relu(layer(features))
-        logits: torch.Tensor = self.head(features)
-        return logits
+        outputs: torch.Tensor = self.head(features)
+        return outputs
+
+
+Arguments = LogisticArguments | BinaryLogisticArguments | LinearArguments | MlpArguments
 
 
 class TabularWorkload(Workload):
-    """Models `logistic`, `binary_logistic` (two classes) and `mlp` for a schema whose inputs are (N, D)."""
+    """Models for a schema whose inputs are (N, D): `mlp`; of classes `logistic` and, of two, `binary_logistic`; of a
+    number `linear`."""
 
     name: ClassVar[str] = "tabular"
-    models: ClassVar[dict[str, type[LogisticArguments | BinaryLogisticArguments | MlpArguments]]] = {
+    models: ClassVar[dict[str, type[Arguments]]] = {
         "logistic": LogisticArguments,
         "binary_logistic": BinaryLogisticArguments,
+        "linear": LinearArguments,
         "mlp": MlpArguments,
     }
 
@@ -98,23 +111,27 @@ class TabularWorkload(Workload):
     def build(self, spec: ModelSpec) -> nn.Module:
         """The named model with fresh weights from torch's generator. Raises PluginError."""
         arguments = known(spec, self.models)
-        (inputs,), classes = self.schema.input_shape, len(self.schema.labels)
+        (inputs,), outputs = self.schema.input_shape, self.task.outputs
         if isinstance(arguments, MlpArguments):
             hidden = arguments.hidden
-            return built(lambda: Mlp(inputs, hidden, classes))
+            return built(lambda: Mlp(inputs, hidden, outputs))
+        if isinstance(arguments, LinearArguments) == bool(self.schema.labels):
+            other = "tells classes apart" if spec.name != "linear" else "gives a number"
+            raise PluginError(f"model {spec.name!r} {other}, and the schema's task is {self.task.name}")
+        if isinstance(arguments, LinearArguments):
+            return built(lambda: Linear(inputs, outputs))
         if isinstance(arguments, BinaryLogisticArguments):
-            if classes != 2:
-                raise PluginError(f"model {spec.name!r} tells two classes apart, and the schema has {classes} labels")
+            if outputs != 2:
+                raise PluginError(f"model {spec.name!r} tells two classes apart, and the schema has {outputs} labels")
             return built(lambda: BinaryLogistic(inputs))
-        return built(lambda: Logistic(inputs, classes))
+        return built(lambda: Logistic(inputs, outputs))
 
     def spec_of(self, model: nn.Module) -> ModelSpec:
         """The spec with the model's present widths. Raises PluginError for a model that is not of this workload."""
         if isinstance(model, Mlp):
             widths = [layer.weight.shape[0] for layer in model.hidden if isinstance(layer, nn.Linear)]
             return ModelSpec(name="mlp", args=MlpArguments(hidden=tuple(widths)).model_dump(mode="json"))
-        if isinstance(model, Logistic):
-            return ModelSpec(name="logistic")
-        if isinstance(model, BinaryLogistic):
-            return ModelSpec(name="binary_logistic")
+        for kind, name in ((Logistic, "logistic"), (BinaryLogistic, "binary_logistic"), (Linear, "linear")):
+            if isinstance(model, kind):
+                return ModelSpec(name=name)
         raise PluginError(f"a {type(model).__name__} is no model of the tabular workload")

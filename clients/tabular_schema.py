@@ -60,13 +60,14 @@ from pydantic import Field
 from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
 from fedclaw.clients.definitions import canonical_json, parse_definition, shown, weights_of
 from fedclaw.clients.moments import Moments
-from fedclaw.clients.table_definition import TableDefinition
+from fedclaw.clients.table_definition import ClassTarget, NumberTarget, TableDefinition
 from fedclaw.clients.table_reading import Encoder, MissingCells, Seen, Values
 from fedclaw.clients.tables import Block, Content, Faults, Wanted, read_blocks
-from fedclaw.clients.values import Declared, shown_cell
+from fedclaw.clients.values import Declared, Markers, shown_cell
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
-from fedclaw.learning.workload import Floats, Labels, Rows, Schema, Table
+from fedclaw.learning.tasks.base import Targets, Task
+from fedclaw.learning.workload import Floats, Rows, Schema, Table
 from fedclaw.privacy.statistics import Records, StatisticColumn
 from fedclaw.protocol.frozen import Frozen
 
@@ -117,13 +118,21 @@ class TabularSchema(Schema):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.definition.target.classes
+        """Names of the classes; none of a number."""
+        target = self.definition.target
+        return target.classes if isinstance(target, ClassTarget) else ()
 
     @property
     def class_weights(self) -> tuple[float, ...] | None:
         """As the schema file states them."""
-        return weights_of(self.labels, self.definition.target.weights)
+        target = self.definition.target
+        return weights_of(self.labels, target.weights) if isinstance(target, ClassTarget) else None
+
+    @property
+    def task(self) -> Task:
+        """Classification or regression, as the target is of classes or a number."""
+        target = self.definition.target
+        return super().task if isinstance(target, ClassTarget) else target.task
 
     @property
     def data_dependent(self) -> bool:
@@ -167,8 +176,10 @@ class TabularSchema(Schema):
         )
 
     def statistic_columns(self) -> tuple[StatisticColumn, ...]:
-        """All columns, in the order of the schema file."""
-        return tuple(column.statistic() for column in self.definition.resolved)
+        """All columns, in the order of the schema file, and the target where it is a number."""
+        target = self.definition.target
+        columns = tuple(column.statistic() for column in self.definition.resolved)
+        return columns if isinstance(target, ClassTarget) else (*columns, target.column.statistic())
 
     def records(self, path: Path) -> Iterator[Records]:
         """The labelled rows as they are, a block at a time. Raises DataError, at the end if not before."""
@@ -176,7 +187,12 @@ class TabularSchema(Schema):
         rules = self._encoder().rules
         for block in self._blocks(path, faults, target_required=True):
             values = {column.name: column.values(block, rules[column.name], faults) for column in self._columns}
-            yield Records(values, target(block, faults))
+            found = target(block, faults)
+            if np.issubdtype(found.dtype, np.integer):
+                yield Records(values, found)
+            else:
+                values[self.definition.target.name] = found.astype(np.float64)
+                yield Records(values, np.zeros(len(found), np.int64))
         faults.check()
 
     def missing(self, path: Path) -> MissingCells:
@@ -351,17 +367,10 @@ class TabularSchema(Schema):
         notes = seen.notes(in_own_units=self.definition.standardise == "schema")
         return Table(np.concatenate(inputs), np.concatenate(targets), content.hexdigest(), notes)
 
-    def _target(self) -> Callable[[Block, Faults], Labels]:
-        """How the target's cells become class indices (N,); 0 for those that are told to the faults."""
-        name, known = self.definition.target.name, self.definition.target.codes
-        declared, expected = Declared(known), one_of(list(known))
-
-        def read(block: Block, faults: Faults) -> Labels:
-            found = codes(block, name, declared, markers=None)
-            faults.mark(block, name, found == UNKNOWN, expected)
-            return np.maximum(found, 0).astype(np.int64)
-
-        return read
+    def _target(self) -> Callable[[Block, Faults], Targets]:
+        """How the target's cells become class indices, or numbers, (N,); bad ones are told to the faults."""
+        target = self.definition.target
+        return _classes(target) if isinstance(target, ClassTarget) else _numbers(target)
 
     def _blocks(
         self,
@@ -417,3 +426,27 @@ def _standardised(column: Column, constants: Mapping[str, ColumnConstants]) -> C
         return column
     own = constants[column.name]
     return column.model_copy(update={"center": own.mean, "scale": own.deviation})
+
+
+def _classes(target: ClassTarget) -> Callable[[Block, Faults], Targets]:
+    name, known = target.name, target.codes
+    declared, expected = Declared(known), one_of(list(known))
+
+    def read(block: Block, faults: Faults) -> Targets:
+        found = codes(block, name, declared, markers=None)
+        faults.mark(block, name, found == UNKNOWN, expected)
+        return np.maximum(found, 0).astype(np.int64)
+
+    return read
+
+
+def _numbers(target: NumberTarget) -> Callable[[Block, Faults], Targets]:
+    """No cell may miss: what means 'not known' elsewhere is no number either."""
+    column, rules = target.column, target.column.rules(Markers(()))
+
+    def read(block: Block, faults: Faults) -> Targets:
+        values, bad = column.read(block, rules)
+        faults.mark(block, target.name, bad | np.isnan(values), column.expected)
+        return np.where(np.isnan(values), target.range[0], values).astype(np.float32)
+
+    return read

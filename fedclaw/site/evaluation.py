@@ -93,11 +93,12 @@ def permitted(policy: Policy, task: Task, plan: Plan, examples: int) -> tuple[tu
         task.check_metrics(asked)
     except DataError as error:
         raise Refusal(RefusalCode.METRICS, f"{error}; the plan asks for another task's") from error
+    known = (*task.metrics, *task.CLAUSES)
     clauses = tuple(name for name in task.CLAUSES if name in policy.shared_metrics)
     bins = plan.score_bins if clauses and task.tally((), plan.score_bins).arrays else None
     if bins and not set(asked) & set(policy.shared_metrics):
-        return permitted_metrics(policy, clauses, examples)[len(clauses) :], bins
-    return permitted_metrics(policy, asked, examples), bins
+        return permitted_metrics(policy, clauses, examples, known)[len(clauses) :], bins
+    return permitted_metrics(policy, asked, examples, known), bins
 
 
 def _answer(test: Table, sums: Sums) -> RecordDict:

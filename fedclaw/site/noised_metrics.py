@@ -102,9 +102,9 @@ def bounded_sums(
 
     outputs (N, K), targets (N,). A loss is in units of the bound that the policy has it cut off at.
     """
-    found = workload.task.bounded(wanted, bins, doubles(outputs), targets.detach().cpu().numpy())
+    bound = policy.metrics_loss_bound
+    found = workload.task.bounded(wanted, bins, doubles(outputs), targets.detach().cpu().numpy(), bound)
     if LOSS in wanted:
-        bound = policy.metrics_loss_bound
         found[LOSS] = BoundedSum(np.array(_bounded_loss(bound, outputs, targets, workload.loss)), unit=bound)
     return found
 

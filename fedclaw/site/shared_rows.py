@@ -1,6 +1,6 @@
 """Test rows that are training rows: an exact metric of one is a metric of a training example, which no epsilon covers.
 
-Rows are compared by value, inputs and label, as they are before a server's constants come into it: which rows are equal
+Rows are compared by value, inputs and target, as they are before a server's constants come into it: which are equal
 must not depend on what a server sends. Any that are equal count, for chance cannot be told from a split that was made
 after rows were copied; where people differ and rows do not (a few categories), the operator says so
 (`maximum_shared_test_rows`).
@@ -11,6 +11,7 @@ import secrets
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclaw.learning.tasks.base import Targets
 from fedclaw.learning.workload import Table
 from fedclaw.site.policy.policy import Policy
 
@@ -35,17 +36,24 @@ def _digests(table: Table, factors: NDArray[np.uint64]) -> list[bytes]:
     Two different rows have the same by chance with a probability of at most 2^-66, whatever is in them.
     """
     count = len(table)
-    inputs, labels = table.inputs.reshape(count, -1), table.targets.astype(np.int64).reshape(count, 1)
+    inputs, targets = table.inputs.reshape(count, -1), _words(table.targets)
     rows = max(1, _BLOCK // factors.shape[0])
     found: list[bytes] = []
     for begin in range(0, count, rows):
         # Adding 0 makes -0 to 0, which is the same value.
         values = np.ascontiguousarray(inputs[begin : begin + rows].astype(np.float32) + np.float32(0)).view(np.uint32)
-        words = np.concatenate([values, np.ascontiguousarray(labels[begin : begin + rows]).view(np.uint32)], axis=1)
+        words = np.concatenate([values, targets[begin : begin + rows]], axis=1)
         with np.errstate(over="ignore"):
             sums = [(words.astype(np.uint64) * factors[:, half]).sum(axis=1, dtype=np.uint64) for half in (0, 1)]
         found += np.stack(sums, axis=1).view("V16").ravel().tolist()
     return found
+
+
+def _words(targets: Targets) -> NDArray[np.uint32]:
+    """(N, 2): the same for equal targets alone, be they classes or numbers."""
+    whole = np.issubdtype(targets.dtype, np.integer)
+    values = targets.astype(np.int64) if whole else targets.astype(np.float64) + 0.0
+    return np.ascontiguousarray(values.reshape(-1, 1)).view(np.uint32)
 
 
 def are_held_out(policy: Policy, shared: int, examples: int) -> bool:

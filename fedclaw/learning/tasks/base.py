@@ -156,11 +156,12 @@ class Task(ABC):
 
     @abstractmethod
     def bounded(
-        self, wanted: Sequence[str], bins: int | None, outputs: Doubles, targets: Targets
+        self, wanted: Sequence[str], bins: int | None, outputs: Doubles, targets: Targets, loss_bound: float
     ) -> dict[str, BoundedSum]:
         """The sums for those of `wanted` that are in `NOISED`, by name, before noise; without that of the loss.
 
-        Each example's part is bounded whatever the outputs are, infinite and NaN too.
+        `loss_bound` is what a site's policy cuts off an example's part at where nothing else bounds it. Each part is
+        bounded whatever the outputs are, infinite and NaN too.
         """
 
     @abstractmethod

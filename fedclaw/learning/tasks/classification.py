@@ -100,7 +100,7 @@ class Classification(Task):
         return Sums({name: own[name] * len(targets) for name in found}, lists, arrays)
 
     def bounded(
-        self, wanted: Sequence[str], bins: int | None, outputs: Doubles, targets: Targets
+        self, wanted: Sequence[str], bins: int | None, outputs: Doubles, targets: Targets, loss_bound: float
     ) -> dict[str, BoundedSum]:
         """Correct answers, and histograms: each example is in one cell for each class that there is one of."""
         found = {}

@@ -10,9 +10,10 @@ from fedclaw.catalogue import plugin_points
 from fedclaw.errors import PluginError
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import Classification
+from fedclaw.learning.tasks.regression import Regression
 
 TASKS = "fedclaw.tasks"
-BUILT_IN: tuple[type[Task], ...] = (Classification,)
+BUILT_IN: tuple[type[Task], ...] = (Classification, Regression)
 
 
 def shared_by_default() -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A server's question against the policy of the site that it is asked: the first clause that it breaks is told."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.secure_aggregation.graph import Topology, is_enough
@@ -31,17 +31,20 @@ def check_plan(policy: Policy, plan: Plan, examples: int, parameters: int) -> No
     check_size(policy, parameters)
 
 
-def permitted_metrics(policy: Policy, asked: tuple[str, ...], examples: int | None = None) -> tuple[str, ...]:
+def permitted_metrics(
+    policy: Policy, asked: tuple[str, ...], examples: int | None = None, known: Collection[str] | None = None
+) -> tuple[str, ...]:
     """Those of `asked` that may leave, in that order, from a test set of `examples` (None: not checked).
 
-    Raises a Refusal with code METRICS if none is left of one or more.
+    `known` are the names of the task's metrics, None: of any. Raises a Refusal with code METRICS if none is left of one
+    or more.
     """
     if asked and examples is not None and examples < policy.minimum_test_examples:
         raise Refusal(
             RefusalCode.METRICS,
             f"this site shares metrics of at least {policy.minimum_test_examples} test examples, and it has fewer",
         )
-    shared = policy.shared_metrics
+    shared = tuple(name for name in policy.shared_metrics if known is None or name in known)
     permitted = tuple(name for name in asked if name in shared)
     if asked and not permitted:
         raise Refusal(

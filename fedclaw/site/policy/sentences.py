@@ -1,11 +1,13 @@
 """What a policy allows, in plain sentences, for the operator who is responsible for it."""
 
+from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.installed import can_be_noised, told_with
 from fedclaw.site.policy.policy import Combination, DataSetBudget, Policy, listed
 
 
-def sentences(policy: Policy, data_set: str | None = None) -> list[str]:
-    """One sentence for each clause of `policy`; with `data_set` the budget is that data set's own."""
+def sentences(policy: Policy, data_set: str | None = None, task: Task | None = None) -> list[str]:
+    """One sentence for each clause of `policy`; with `data_set` the budget is that data set's own, with `task` the
+    metrics are those that it has."""
     own = policy if data_set is None else policy.serving(data_set)
     which = "Each data set" if data_set is None else f"The data set {data_set}"
     return [
@@ -24,7 +26,7 @@ def sentences(policy: Policy, data_set: str | None = None) -> list[str]:
         f"A model or an update may have {_limit('', policy.max_update_mb, 'any number of')} megabytes.",
         _frequency(policy),
         _statistics(policy),
-        *_metrics(own),
+        *_metrics(own, task),
     ]
 
 
@@ -103,8 +105,9 @@ def _statistics(policy: Policy) -> str:
     )
 
 
-def _metrics(policy: Policy) -> list[str]:
-    shared = policy.shared_metrics
+def _metrics(policy: Policy, task: Task | None) -> list[str]:
+    named = tuple(name for name in policy.metrics if task is None or name in (*task.METRICS, *task.CLAUSES))
+    shared = tuple(name for name in named if name in policy.shared_metrics)
     said = [
         f"Metrics that may leave: {listed(shared, 'none')}, of a test set of at least "
         f"{policy.minimum_test_examples} examples."
@@ -118,9 +121,9 @@ def _metrics(policy: Policy) -> list[str]:
         "with more, metrics stay here, or are charged to the training data where they leave with noise."
     )
     if policy.metrics_epsilon is None:
-        if counts := told_with(shared):
+        if sums := told_with(shared) if task is None else task.told_with(shared):
             said.append(
-                f"With them leave the counts by class that they are made of ({', '.join(counts)}), so that each can be "
+                f"With them leave the sums that they are made of ({', '.join(sums)}), so that each can be "
                 "worked out over all sites' test examples."
             )
         said.append(
@@ -135,7 +138,7 @@ def _metrics(policy: Policy) -> list[str]:
     )
     if "loss" in shared:
         said.append(f"A single example's loss counts for at most {policy.metrics_loss_bound:g}.")
-    unbounded = tuple(name for name in policy.metrics if not can_be_noised(name))
+    unbounded = tuple(name for name in named if not can_be_noised(name))
     if unbounded:
         said.append(
             f"Not sent, since what one example can move them by has no known bound to noise them by: "

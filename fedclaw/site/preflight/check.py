@@ -66,7 +66,7 @@ def examine(root: Path, settings: SiteSettings) -> Checked:
     service = open_service(root, settings, federation or "", durable=False)
     _data(service, findings)
     policy = settings.policy.serving(settings.data_set)
-    findings.allowed += sentences(policy, settings.data_set)
+    findings.allowed += sentences(policy, settings.data_set, service.workload.task)
     _contradictions(policy, service, federation, findings)
     books: list[Books] = []
     findings.attempt(lambda: _books(root, settings, service, findings, books))
@@ -133,6 +133,9 @@ def _contradictions(policy: Policy, service: SiteService, federation: str | None
         warn(f"delta {policy.delta:g} is not below one over the number of training examples; it protects nobody")
     if test is not None and len(test) < policy.minimum_test_examples:
         warn("the test data has fewer examples than minimum_test_examples: no metrics leave")
+    task = service.workload.task
+    if policy.metrics and not set(policy.shared_metrics) & {*task.metrics, *task.CLAUSES}:
+        warn(f"the policy lets no metric of a {task.name} task leave; it has {', '.join(task.metrics)}")
     if test is not None and (told := note(policy, service.shared_test_rows, len(test))):
         warn(told)
     if service.workload.schema.data_dependent and not policy.allow_data_dependent_preprocessing:

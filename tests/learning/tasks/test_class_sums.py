@@ -146,7 +146,7 @@ def test_one_example_moves_each_histogram_by_one_in_one_cell(parts: list[tuple[n
     assert float(np.square(moved).sum()) == rows
     z = metrics_mechanism(policy()).noise_multiplier
     task = Classification(tuple(map(str, range(logits.shape[1]))))
-    sums = task.bounded(("accuracy",), 16, logits, targets)
+    sums = task.bounded(("accuracy",), 16, logits, targets, 5.0)
     assert list(sums) == ["accuracy", SCORES]
     assert deviation_of(policy(), sums.values()) == pytest.approx(z * math.sqrt(1 + rows))
 
@@ -156,7 +156,7 @@ def test_the_interval_holds_the_exact_area_in_95_of_100_cases() -> None:
     targets = random.integers(0, 2, 4000)
     logits = np.stack([np.zeros(4000), random.normal(size=4000) + targets], 1)
     exact = exact_area(logits, targets)
-    source, sums = GaussianSource(), Classification(("no", "yes")).bounded(("accuracy",), 64, logits, targets)
+    source, sums = GaussianSource(), Classification(("no", "yes")).bounded(("accuracy",), 64, logits, targets, 5.0)
     drawn = [noised(policy(), sums, len(targets), source) for _ in range(400)]
     areas = [area_of(found.arrays[SCORES], found.deviation**2) for found in drawn]
     inside = np.mean([low <= exact <= high for low, high in (area.interval for area in areas)])
