@@ -8,9 +8,9 @@
     identifiers columns to write beside each prediction, [a,b], with those that the bundle's schema names
     delimiter   and decimal, encoding, title_lines: how the input is written, where it is not as the schema says
     constants   the site's state/preprocessing.json, for a bundle whose schema says standardise: site
-    output      writes a CSV with the label and the probability of every class instead of printing a table
+    output      writes a CSV with the label and the probability of every class, or the value, instead of a table
 
-A row that cannot be read costs itself its answer, not the others theirs: it comes with the reason in place of a label.
+A row that cannot be read costs itself its answer, not the others theirs: it comes with the reason in its place.
 
 Examples:
     python -m fedclaw.predict bundle=runs/demo/bundle input=patient.csv ca=ca.crt
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from rich.markup import escape
 from rich.table import Table
@@ -41,10 +42,13 @@ from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
 from fedclaw.file_format import Delimiter, FileFormat
 from fedclaw.files import write_atomic
-from fedclaw.learning.workload import Floats, Labels, Rows
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.workload import Floats, Rows
 from fedclaw.protocol.frozen import Frozen
 
 SHOWN_ROWS = 50
+DIGITS = 4
+"""Of a probability at a terminal."""
 
 
 class Settings(Frozen):
@@ -123,50 +127,50 @@ def _same(one: Path, other: Path) -> bool:
 
 @dataclass(frozen=True)
 class Answers:
-    """Each row's class and probabilities; `places[row]` is where those of a row are, -1 for a refused one."""
+    """What the model says of each row; `places[row]` is where that is, -1 for a refused one."""
 
-    labels: tuple[str, ...]
+    task: Task
     rows: Rows
-    places: Labels
+    places: NDArray[np.int64]
     """(N,)."""
-    classes: Labels
-    """(A,) of the answered rows."""
-    probabilities: Floats
-    """(A, C)."""
+    given: Floats
+    """(A, K) of the answered rows: probabilities, or values."""
+    threshold: float | None = None
 
     @classmethod
     def of(cls, predictor: Predictor, rows: Rows) -> "Answers":
         """What the model says of `rows`."""
         answered = rows.answered
-        probabilities = predictor.predict(rows.inputs[answered])
         places = np.full(len(rows.inputs), -1, np.int64)
         places[answered] = np.arange(len(answered))
-        return cls(predictor.labels, rows, places, predictor.decide(probabilities), probabilities)
+        return cls(predictor.task, rows, places, predictor.predict(rows.inputs[answered]), predictor.threshold)
+
+    def cells(self, place: int, digits: int = 6) -> tuple[str, ...]:
+        """The answer there as text, by the task's columns."""
+        return self.task.cells(self.given[place], self.threshold, digits)
 
 
 def as_table(answers: Answers) -> Table:
-    """Label and probability of each row, or why it has none, the first `SHOWN_ROWS` of them."""
-    table = Table()
+    """The answer for each row, or why it has none, the first `SHOWN_ROWS` of them."""
+    table, shown = Table(), answers.task.columns_shown
     table.add_column("row", justify="right")
     for name in answers.rows.identifiers:
         table.add_column(escape(name))
-    table.add_column("label")
-    table.add_column("probability", justify="right")
+    for column in answers.task.columns[:shown]:
+        table.add_column(escape(column), justify="left" if column == "label" else "right")
     for row, place in enumerate(answers.places[:SHOWN_ROWS].tolist()):
         known = [escape(cells[row]) for cells in answers.rows.identifiers.values()]
         if place < 0:
-            table.add_row(str(row + 1), *known, f"refused: {escape(answers.rows.refused[row])}", "")
+            refusal = f"refused: {escape(answers.rows.refused[row])}"
+            table.add_row(str(row + 1), *known, refusal, *[""] * (shown - 1))
             continue
-        chosen = int(answers.classes[place])
-        table.add_row(
-            str(row + 1), *known, escape(answers.labels[chosen]), f"{answers.probabilities[place, chosen]:.4f}"
-        )
+        table.add_row(str(row + 1), *known, *map(escape, answers.cells(place, DIGITS)[:shown]))
     return table
 
 
 def as_csv(answers: Answers) -> bytes:
-    """CSV: row (1-based), the identifiers, label, its probability, one column a class, and why a row has no answer."""
-    own = ["row", "label", "probability", *(f"p({label})" for label in answers.labels), "refused"]
+    """CSV: row (1-based), the identifiers, the task's columns, and why a row has no answer."""
+    own = ["row", *answers.task.columns, "refused"]
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     named = [f"input {name}" if name in own else name for name in answers.rows.identifiers]
@@ -176,9 +180,7 @@ def as_csv(answers: Answers) -> bytes:
         if place < 0:
             writer.writerow([row + 1, *known, *([""] * (len(own) - 2)), answers.rows.refused[row]])
             continue
-        chosen, values = int(answers.classes[place]), answers.probabilities[place]
-        given = [answers.labels[chosen], f"{values[chosen]:.6f}", *(f"{value:.6f}" for value in values)]
-        writer.writerow([row + 1, *known, *given, ""])
+        writer.writerow([row + 1, *known, *answers.cells(place), ""])
     return buffer.getvalue().encode("utf-8")
 
 

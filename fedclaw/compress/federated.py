@@ -160,7 +160,14 @@ def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: A
             f"not every site evaluated all three models (of {', '.join(names)}), so they cannot be compared; the "
             "recovery is kept: run the same command again to evaluate it"
         )
-    return Accuracies("federated evaluation", after.examples, before.metrics, start.metrics, after.metrics)
+    return Accuracies(
+        "federated evaluation",
+        after.examples,
+        before.metrics,
+        start.metrics,
+        after.metrics,
+        teacher.workload.task.score,
+    )
 
 
 def _ask(
@@ -171,7 +178,7 @@ def _ask(
     task = record.make_schema().task
     evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline, task)
     evaluated.answered.sort()
-    if "accuracy" not in evaluated.metrics:
+    if task.score not in evaluated.metrics:
         refused = "; ".join(f"{item.site}: {item.reason}" for item in evaluated.declined) or "nobody answered"
-        raise RoundError(f"the sites sent no accuracy ({refused})")
+        raise RoundError(f"the sites sent no {task.score} ({refused})")
     return evaluated

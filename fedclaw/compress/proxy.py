@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedclaw.compress.record import Control, ProxyReport
-from fedclaw.compress.recover import Recovered, Split, agreement, distil, predict_logits, split_inputs, train
+from fedclaw.compress.recover import Recovered, Split, distil, predict_logits, split_inputs, train
 from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import Teacher
 from fedclaw.compress.student import Accuracies, Student, StudentOutcome, compare_on, evaluate
@@ -31,7 +31,9 @@ def recover_by_proxy(
     table = _read(teacher, settings.evaluation)
     labelled = _read(teacher, settings.labelled)
     device = choose_device(settings.device)
-    split = split_inputs(teacher.model.to(device), inputs.to(device), settings.recovery.held_out, settings.seed)
+    split = split_inputs(
+        teacher.model.to(device), inputs.to(device), settings.recovery.held_out, settings.seed, teacher.workload.task
+    )
     recovered = distil(student.model.to(device), teacher.model, split, settings.recovery, settings.seed)
     controls = _controls(settings, teacher, student, split, table, labelled) if settings.controls else ()
     for model in (teacher.model, student.model, recovered.model):
@@ -77,9 +79,10 @@ def _agreements(split: Split, recovered: Recovered) -> Accuracies:
     return Accuracies(
         measure="agreement with the teacher",
         examples=len(split.held),
-        before={"accuracy": 1.0},
-        pruned={"accuracy": recovered.agreement_before},
-        after={"accuracy": recovered.agreement},
+        score=split.task.score,
+        before={split.task.score: 1.0},
+        pruned={split.task.score: recovered.agreement_before},
+        after={split.task.score: recovered.agreement},
     )
 
 
@@ -95,8 +98,8 @@ def _controls(
     device = split.train.device
 
     def control(name: str, model: nn.Module) -> Control:
-        accuracy = evaluate(teacher.workload, model, table)["accuracy"] if table is not None else None
-        agreed = agreement(predict_logits(model, split.held), split.held_logits)
+        accuracy = evaluate(teacher.workload, model, table)[split.task.score] if table is not None else None
+        agreed = split.task.agreement(predict_logits(model, split.held), split.held_logits)
         return Control.model_validate({"name": name, "accuracy": accuracy, "agreement": agreed})
 
     scratch = _fresh(teacher, student, settings.seed).to(device)
@@ -127,13 +130,11 @@ def _fine_tune(
     inputs = torch.from_numpy(np.array(labelled.inputs))[order].to(device)
     targets = torch.from_numpy(np.array(labelled.targets))[order].to(device)
     held = max(1, round(settings.recovery.held_out * len(labelled)))
-    classes = split.held_logits.shape[1]
-    # Logits whose most probable class is the label: agreement with them is accuracy.
-    held_logits = 10.0 * torch.nn.functional.one_hot(targets[:held], classes).float()
+    held_logits = split.task.outputs_of(targets[:held])
 
     def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         return teacher.workload.loss(model(inputs[held:][rows]), targets[held:][rows])
 
     held_part = inputs[:held], held_logits
-    tuned = train(student.model, len(inputs) - held, loss, held_part, settings.recovery, settings.seed)
+    tuned = train(student.model, len(inputs) - held, loss, held_part, settings.recovery, settings.seed, split.task)
     return tuned.model

@@ -21,7 +21,8 @@ _LEFTOVER, _REPLACED = ".compressed.", "old"
 
 Measure = Literal["evaluation file", "federated evaluation", "agreement with the teacher"]
 """What the accuracies of a record are: on labelled public data, at the sites on their own test data, or not an
-accuracy at all but the share of held-out proxy inputs on which the model says what the teacher says."""
+accuracy at all but how far the model says what the teacher says on held-out proxy inputs: the share of the same
+classes, or R2 with the teacher's values as the targets."""
 
 
 class Side(Frozen):
@@ -57,7 +58,7 @@ class ProxyReport(Frozen):
     """Optimiser steps taken."""
     agreement_pruned: float
     agreement_after: float
-    """Share of held-out proxy inputs on which the student says what the teacher says."""
+    """How far the student says what the teacher says on held-out proxy inputs (`Task.agreement`)."""
     controls: tuple[Control, ...] = ()
 
 
@@ -75,7 +76,7 @@ class SitesReport(Frozen):
 
 
 class Compression(Frozen):
-    """compression.json. Accuracies lie in [0, 1] and are what `accuracy_measure` says."""
+    """compression.json. Accuracies are figures of the metric `score`, at most 1, measured as `accuracy_measure` says."""
 
     version: int = 1
     run: str
@@ -86,6 +87,8 @@ class Compression(Frozen):
     """Asked for; what came out is parameters_after / parameters_before."""
     parameters_before: int
     parameters_after: int
+    score: str = "accuracy"
+    """The task's: accuracy, or of a value R2; a record that does not say so is of accuracies."""
     accuracy_measure: Measure
     accuracy_examples: int
     accuracy_before: float

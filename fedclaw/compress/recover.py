@@ -18,8 +18,9 @@ from fedclaw.compress.measure import threads_for
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.settings import RecoverySettings
 from fedclaw.errors import CompressionError
-from fedclaw.learning.distillation import distillation_loss
+from fedclaw.learning.distillation import CLASSES, distillation_loss
 from fedclaw.learning.step_loop import ModelSteps, take_steps
+from fedclaw.learning.tasks.base import Task
 from fedclaw.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ CHECK_EVERY = 50
 
 @dataclass(frozen=True)
 class Recovered:
-    """A trained model and how it got there; agreements are shares of held-out inputs with the same class."""
+    """A trained model and how it got there; agreements are the task's, on held-out inputs."""
 
     model: nn.Module
     agreement_before: float
@@ -49,6 +50,7 @@ class Split:
     train_logits: torch.Tensor
     held: torch.Tensor
     held_logits: torch.Tensor
+    task: Task = CLASSES
 
 
 def predict_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -58,12 +60,7 @@ def predict_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         return torch.cat([model(part) for part in torch.split(inputs, SCORING_BATCH)])
 
 
-def agreement(logits: torch.Tensor, others: torch.Tensor) -> float:
-    """Share of the rows of two (N, C) logits with the same most probable class."""
-    return (logits.argmax(1) == others.argmax(1)).double().mean().item()
-
-
-def split_inputs(teacher: nn.Module, inputs: torch.Tensor, held_out: float, seed: int) -> Split:
+def split_inputs(teacher: nn.Module, inputs: torch.Tensor, held_out: float, seed: int, task: Task = CLASSES) -> Split:
     """Shuffle (N, *D) proxy inputs, keep a share back, and let the teacher score all of them once.
 
     Raises CompressionError when there are too few inputs, or the teacher's logits are not finite.
@@ -76,7 +73,7 @@ def split_inputs(teacher: nn.Module, inputs: torch.Tensor, held_out: float, seed
     if not torch.isfinite(logits).all():
         raise CompressionError("the teacher's logits on the proxy inputs are not all finite; is the run's model sound?")
     held = min(max(1, round(held_out * len(inputs))), len(inputs) - 1)
-    return Split(shuffled[held:], logits[held:], shuffled[:held], logits[:held])
+    return Split(shuffled[held:], logits[held:], shuffled[:held], logits[:held], task)
 
 
 def distil(student: nn.Module, teacher: nn.Module, split: Split, recovery: RecoverySettings, seed: int) -> Recovered:
@@ -92,9 +89,9 @@ def distil(student: nn.Module, teacher: nn.Module, split: Split, recovery: Recov
         if recovery.mix:
             inputs = _mixed(inputs, generator)
             logits = predict_logits(teacher, inputs)
-        return distillation_loss(model(inputs), logits, None, recovery.temperature, 1.0)
+        return distillation_loss(model(inputs), logits, None, recovery.temperature, 1.0, split.task)
 
-    return train(student, len(split.train), loss, (split.held, split.held_logits), recovery, seed)
+    return train(student, len(split.train), loss, (split.held, split.held_logits), recovery, seed, split.task)
 
 
 def _mixed(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -111,6 +108,7 @@ def train(
     held: tuple[torch.Tensor, torch.Tensor],
     recovery: RecoverySettings,
     seed: int,
+    task: Task = CLASSES,
 ) -> Recovered:
     """Train a copy of `student` with Adam and keep what agrees best with the held-out logits on the way.
 
@@ -121,12 +119,13 @@ def train(
         held: held-out inputs (M, *D) and the logits (M, C) to agree with.
         recovery: how to train.
         seed: of the batches' order.
+        task: what the outputs mean, and so what it is to agree.
 
     Raises:
         CompressionError: the loss is no longer finite.
     """
     model = copy.deepcopy(student)
-    best = _Best(model, *held)
+    best = _Best(model, *held, task)
     first = best.agreement
     optimizer = torch.optim.Adam(model.parameters(), lr=recovery.learning_rate)
     scheduler = _scheduler(optimizer, recovery)
@@ -182,7 +181,8 @@ def _scheduler(optimizer: torch.optim.Optimizer, recovery: RecoverySettings) -> 
 class _Best:
     """The best state so far: higher agreement on the held-out inputs, then smaller distillation loss there."""
 
-    def __init__(self, model: nn.Module, held: torch.Tensor, logits: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, held: torch.Tensor, logits: torch.Tensor, task: Task) -> None:
+        self._task = task
         self._held = held
         self._logits = logits
         self._score = self._score_of(model)
@@ -205,4 +205,5 @@ class _Best:
 
     def _score_of(self, model: nn.Module) -> tuple[float, float]:
         logits = predict_logits(model, self._held)
-        return agreement(logits, self._logits), -distillation_loss(logits, self._logits, None, 1.0, 1.0).item()
+        loss = distillation_loss(logits, self._logits, None, 1.0, 1.0, self._task)
+        return self._task.agreement(logits, self._logits), -loss.item()

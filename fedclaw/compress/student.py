@@ -27,13 +27,15 @@ class Student:
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Metrics of teacher, student before recovery and student after it, on the same examples; each has accuracy."""
+    """Metrics of teacher, student before recovery and student after it, on the same examples; each has the score."""
 
     measure: Measure
     examples: int
     before: dict[str, float]
     pruned: dict[str, float]
     after: dict[str, float]
+    score: str = "accuracy"
+    """The task's metric by which models are compared."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,18 @@ def compare_on(table: Table, teacher: Teacher, student: Student, recovered: nn.M
     """Metrics of the three models on labelled public data.."""
     models = (teacher.model, student.model, recovered)
     before, pruned, after = (evaluate(teacher.workload, model, table) for model in models)
-    return Accuracies("evaluation file", len(table), before, pruned, after)
+    return Accuracies("evaluation file", len(table), before, pruned, after, teacher.workload.task.score)
 
 
 def evaluate(workload: Workload, model: nn.Module, table: Table) -> dict[str, float]:
-    """Metrics of `model` on labelled public data. Raises CompressionError when the table is empty."""
+    """Metrics of `model` on labelled public data. Raises CompressionError when the table is empty, or has no score."""
     if len(table) == 0:
         raise CompressionError("the evaluation data holds no examples")
     device = next(model.parameters()).device
     logits = predict_logits(model, torch.from_numpy(np.array(table.inputs)).to(device)).cpu()
-    return workload.evaluate(logits, torch.from_numpy(np.array(table.targets)))
+    found, score = workload.evaluate(logits, torch.from_numpy(np.array(table.targets))), workload.task.score
+    if score not in found:
+        raise CompressionError(
+            f"the evaluation data gives no {score}: its targets are all the same, or the model's outputs not finite"
+        )
+    return found

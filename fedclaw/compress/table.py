@@ -22,7 +22,7 @@ def before_after(record: Compression) -> Table:
         table.add_row(f"latency, batch {batch}, ms (1 thread)", f"{old:.3f}", f"{new:.3f}", _ratio(new, old))
     table.add_section()
     measure = record.accuracy_measure
-    label = measure if measure.startswith("agreement") else f"accuracy ({measure})"
+    label = measure if measure.startswith("agreement") else f"{record.score} ({measure})"
     old, new = record.accuracy_before, record.accuracy_after
     table.add_row(label, f"{old:.4f}", f"{new:.4f}", _ratio(new, old))
     table.add_row("  pruned, before recovery", "", f"{record.accuracy_pruned:.4f}", _ratio(record.accuracy_pruned, old))
@@ -41,11 +41,21 @@ def notes(record: Compression, compressed: Path) -> list[str]:
 def _measure_note(record: Compression) -> str:
     if record.accuracy_measure == "agreement with the teacher":
         return (
-            f"No labelled data was given: shown is how often the student says what the teacher says, on "
-            f"{record.accuracy_examples} held-out inputs. It is not an accuracy; evaluation=FILE gives one."
+            f"No labelled data was given: shown is {_agreement(record)}, on "
+            f"{record.accuracy_examples} held-out inputs. {_no_score(record)}; evaluation=FILE gives one."
         )
     where = "on the evaluation file" if record.accuracy_measure == "evaluation file" else "at the sites, on their tests"
-    return f"Accuracy {where}: {record.accuracy_examples} examples."
+    return f"{record.score.capitalize()} {where}: {record.accuracy_examples} examples."
+
+
+def _agreement(record: Compression) -> str:
+    if record.score == "accuracy":
+        return "how often the student says what the teacher says"
+    return f"the student's {record.score} with the teacher's answers for targets"
+
+
+def _no_score(record: Compression) -> str:
+    return "It is not an accuracy" if record.score == "accuracy" else f"It is no {record.score} of the data"
 
 
 def _cost_note(record: Compression) -> str:

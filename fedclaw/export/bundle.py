@@ -24,6 +24,7 @@ from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
 from fedclaw.export.threshold import choose_threshold, threshold_of_release
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Floats, Table
 from fedclaw.server.run_directory import ReleaseUse
 from fedclaw.server.statistics_release import Release
@@ -75,7 +76,10 @@ def export_bundle(
     graph.require_exporter()
     _check_target(target, request.overwrite)
     if (request.public is not None or request.scores is not None) and len(source.schema.labels) != 2:
-        raise BundleError(f"a threshold is for two classes, and the schema has {len(source.schema.labels)}")
+        raise BundleError(
+            f"a threshold is for two classes, and the schema's task is {source.schema.task.name} with "
+            f"{len(source.schema.labels)}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -96,35 +100,34 @@ def _fill(
     inputs, kind = _parity_inputs(source, request)
     shape = source.schema.input_shape
     progress("tracing the model")
-    program = graph.trace(source.model, shape)
+    task = source.schema.task
+    program = graph.trace(source.model, task, shape)
     graph.save_program(program, staging / layout.PROGRAM)
     progress("writing ONNX")
-    graph.save_onnx(program, shape, staging / layout.ONNX)
+    graph.save_onnx(program, task, shape, staging / layout.ONNX)
     progress(f"comparing with the torch model on {kind} inputs")
     figures = _compare(staging, source, inputs, request.tolerance)
     quantised = None
     if request.quantised:
         progress("quantising to 8 bits")
-        quantised = quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs)
+        quantised = quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs, task)
     decision = None if request.public is None else _decision(staging, request.public)
     if request.scores is not None:
         decision = threshold_of_release(request.scores, graph.parameters_of(source.model))
-    classes = len(source.schema.labels)
     manifest = layout.Manifest(
         federation=source.record.federation,
         run=source.record.run,
         workload=source.record.workload,
+        task=task.name,
         variant=source.variant,
         model=source.spec,
         parameters=source.parameters,
         created=datetime.now(UTC).replace(microsecond=0),
         versions=_versions(),
         inputs=(layout.TensorSpec(name=layout.INPUT, shape=(layout.BATCH, *shape)),),
-        outputs=tuple(
-            layout.TensorSpec(name=name, shape=(layout.BATCH, classes))
-            for name in (layout.LOGITS, layout.PROBABILITIES)
-        ),
+        outputs=tuple(layout.TensorSpec(name=name, shape=(layout.BATCH, task.outputs)) for name in task.head),
         labels=source.schema.labels,
+        target=task.describe(),
         preprocessing=dict(source.schema.describe_inputs()),
         parity=layout.Parity(inputs=kind, tolerance=request.tolerance, files=figures),
         quantised=quantised,
@@ -154,7 +157,7 @@ def _parity_inputs(source: Source, request: Request) -> tuple[Floats, layout.Inp
 
 def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) -> dict[str, layout.ParityFigures]:
     """Both forms, loaded back from their files, against the torch model that they were made from."""
-    reference = graph.Classifier(source.model).eval()
+    reference = graph.Linked(source.model, source.schema.task).eval()
     program = graph.load_program(staging / layout.PROGRAM)
     session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
     forms: Mapping[str, parity.Forward] = {
@@ -243,8 +246,12 @@ def _pretty(model: layout.Manifest | PrivacyStatement) -> str:
         del plain["threshold"]
     if isinstance(model, layout.Manifest):
         # What is not there is not in the manifest: an older reader knows no such fields.
+        if plain["task"] == Classification.name:
+            del plain["task"]
         for fields, name in [
             (plain, "decision"),
+            (plain, "target"),
+            *((plain["quantised"], name) for name in plain["quantised"] or ()),
             *((figures, "scale") for figures in plain["parity"]["files"].values()),
         ]:
             if fields[name] is None:

@@ -7,10 +7,11 @@ use the model, and who must not) is said to be missing, never invented.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedclaw.export.layout import Manifest
+from fedclaw.export.layout import Manifest, QuantisedFigures
 from fedclaw.export.parity import allowed
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
+from fedclaw.learning.tasks.base import Task
 
 TO_BE_FILLED_IN = (
     "_To be filled in by the coordinator: what the model is for, for whom, and what it must not be used for. "
@@ -28,7 +29,7 @@ def model_card(source: Source, manifest: Manifest, statement: PrivacyStatement) 
         ("Metrics", _metrics(source)),
         ("Compression", _compression(source)),
         ("Privacy", _privacy(statement)),
-        ("Limits", _limits(manifest, statement)),
+        ("Limits", _limits(source.schema.task, manifest, statement)),
         ("Is this file genuine?", "See VERIFY.md. This card is covered by the signature of the bundle."),
     ]
     return "\n\n".join(part if isinstance(part, str) else f"## {part[0]}\n\n{part[1]}" for part in sections) + "\n"
@@ -80,7 +81,7 @@ def _model(source: Source, manifest: Manifest) -> str:
         ("Variant", "compressed after training" if source.compression else "as trained"),
         ("Input", ", ".join(f"`{t.name}` {t.dtype} {_shape(t.shape)}" for t in manifest.inputs)),
         ("Outputs", ", ".join(f"`{t.name}` {t.dtype} {_shape(t.shape)}" for t in manifest.outputs)),
-        ("Labels", ", ".join(manifest.labels)),
+        *source.schema.task.facts(),
         ("Preprocessing", "constants in bundle.json, rules in schema.json"),
     ]
     for name, figures in sorted(manifest.parity.files.items()):
@@ -97,10 +98,16 @@ def _model(source: Source, manifest: Manifest) -> str:
         rows.append(
             (
                 "8-bit model",
-                f"same label on {manifest.quantised.same_label:.1%} of {manifest.quantised.examples} inputs",
+                _quantised(manifest.quantised),
             )
         )
     return _table(("", ""), rows)
+
+
+def _quantised(figures: QuantisedFigures) -> str:
+    if figures.same_label is None:
+        return f"its values differ by at most {figures.max_abs_diff_value:.4g} on {figures.examples} inputs"
+    return f"same label on {figures.same_label:.1%} of {figures.examples} inputs"
 
 
 def threshold_in_words(manifest: Manifest) -> str:
@@ -170,7 +177,8 @@ def _compression(source: Source) -> str:
     if record is None:
         return "None: these are the parameters as trained."
     agreement = record.accuracy_measure == "agreement with the teacher"
-    measure = "Agreement with the teacher" if agreement else f"Accuracy ({record.accuracy_measure})"
+    score = record.score.upper() if record.score == "r2" else record.score.capitalize()
+    measure = "Agreement with the teacher" if agreement else f"{score} ({record.accuracy_measure})"
     rows = [
         ("Parameters", f"{record.before.parameters:,}", f"{record.after.parameters:,}"),
         ("Multiply-adds", f"{record.before.multiply_adds:,}", f"{record.after.multiply_adds:,}"),
@@ -219,12 +227,11 @@ def _privacy(statement: PrivacyStatement) -> str:
     return "\n\n".join(parts)
 
 
-def _limits(manifest: Manifest, statement: PrivacyStatement) -> str:
+def _limits(task: Task, manifest: Manifest, statement: PrivacyStatement) -> str:
     items = [
-        "Probabilities are the softmax of the model's outputs; they have not been calibrated.",
+        *task.limits(),
         "The metrics are of the sites' test data taken together; a single site, or a group of people, can fare worse. "
         "No figures by group are on record.",
-        "The model knows only the labels listed above and answers every input with one of them.",
         "Inputs must be prepared exactly as schema.json says.",
     ]
     if manifest.parity.inputs == "synthetic":

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from fedclaw.errors import BundleError, UsageError
-from fedclaw.export.layout import BATCH, INPUT, LOGITS, PROBABILITIES
+from fedclaw.export.layout import BATCH, INPUT
+from fedclaw.learning.tasks.base import Task
 
 TRACE_BATCH = 3
 """Any size but 0 and 1, which torch.export would take for constants."""
@@ -24,17 +25,18 @@ PROTOBUF_LIMIT = 2**31 - 1
 CHATTY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
-class Classifier(nn.Module):
-    """`model` with both outputs that a bundle promises: logits (N, C) and probabilities (N, C)."""
+class Linked(nn.Module):
+    """`model` with both outputs that a bundle promises, (N, K) each: as it gives them, and behind its task's link."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
         self.model = model
+        self.task = task
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (N, *D) to logits and their softmax."""
-        logits = self.model(inputs)
-        return logits, torch.softmax(logits, dim=1)
+        """Inputs (N, *D) to the outputs, and to what they mean: probabilities, values."""
+        outputs = self.model(inputs)
+        return outputs, self.task.link(outputs)
 
 
 def require_exporter() -> Any:
@@ -47,18 +49,18 @@ def require_exporter() -> Any:
     return onnx
 
 
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
-    """The program of `Classifier(model)` in evaluation mode, for any batch size.
+def trace(model: nn.Module, task: Task, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """The program of `Linked(model, task)` in evaluation mode, for any batch size.
 
     Traced with zeros: no example, real or synthetic, is left in it. Raises BundleError if the model cannot be traced
     or only for one batch size.
     """
-    classifier = Classifier(model).eval()
+    linked = Linked(model, task).eval()
     example = torch.zeros(TRACE_BATCH, *input_shape)
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(
-                classifier, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}}, strict=False
+                linked, (example,), dynamic_shapes={INPUT: {0: torch.export.Dim(BATCH)}}, strict=False
             )
     except Exception as error:  # torch.export has no common base for what it raises
         raise BundleError(f"the model cannot be exported: {_first_line(error)}") from error
@@ -80,7 +82,7 @@ def load_program(path: Path) -> nn.Module:
         return torch.export.load(path).module()
 
 
-def save_onnx(program: torch.export.ExportedProgram, input_shape: tuple[int, ...], path: Path) -> None:
+def save_onnx(program: torch.export.ExportedProgram, task: Task, input_shape: tuple[int, ...], path: Path) -> None:
     """Write `program` as one ONNX file with its weights embedded.
 
     Raises UsageError when the extra is not installed, BundleError when ONNX has no operator for the model or the
@@ -97,7 +99,7 @@ def save_onnx(program: torch.export.ExportedProgram, input_shape: tuple[int, ...
                 (torch.zeros(TRACE_BATCH, *input_shape),),
                 dynamo=True,
                 input_names=[INPUT],
-                output_names=[LOGITS, PROBABILITIES],
+                output_names=list(task.head),
                 external_data=False,
                 verbose=False,
             )

@@ -13,10 +13,11 @@ The directory is flat: no folders, no links.
 """
 
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import ModelSpec, Name
 
@@ -41,8 +42,6 @@ REQUIRED = frozenset(
 """A bundle without one of these is incomplete, however well it is signed."""
 
 INPUT = "inputs"
-LOGITS = "logits"
-PROBABILITIES = "probabilities"
 BATCH = "batch"
 
 
@@ -78,9 +77,11 @@ class Parity(Frozen):
 class QuantisedFigures(Frozen):
     """How the 8-bit model differs from the exact one; it is not held to the parity tolerance."""
 
-    max_abs_diff_probability: float = Field(ge=0)
-    same_label: float = Field(ge=0, le=1)
-    """Share of the compared examples for which both name the same class."""
+    max_abs_diff_probability: float | None = Field(default=None, ge=0)
+    same_label: float | None = Field(default=None, ge=0, le=1)
+    """Share of the compared examples for which both name the same class; None, as the line above: there are none."""
+    max_abs_diff_value: float | None = Field(default=None, ge=0)
+    """Where the task has no classes: of its values."""
     examples: int = Field(ge=1)
 
 
@@ -110,6 +111,8 @@ class Manifest(Frozen):
     federation: Name
     run: Name
     workload: Name
+    task: Name = Classification.name
+    """What is predicted; a manifest that does not say so is of classes."""
     variant: Literal["final", "compressed"]
     model: ModelSpec
     parameters: int = Field(ge=1)
@@ -119,8 +122,19 @@ class Manifest(Frozen):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]
+    """None where the task has no classes."""
+    target: dict[str, JsonValue] | None = None
+    """What is predicted, where labels do not say it: a number's name, range and loss (`Task.describe`)."""
     preprocessing: dict[str, JsonValue]
     parity: Parity
     quantised: QuantisedFigures | None = None
     decision: Decision | None = None
     """None: the likeliest class is the answer."""
+
+    @model_validator(mode="after")
+    def _of_one_task(self) -> Self:
+        if (self.task == Classification.name) != bool(self.labels):
+            raise ValueError(f"a {self.task} task and {len(self.labels)} labels contradict each other")
+        if self.decision is not None and len(self.labels) != 2:
+            raise ValueError(f"a threshold is for two classes, and there are {len(self.labels)} labels")
+        return self

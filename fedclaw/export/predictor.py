@@ -11,10 +11,12 @@ import numpy as np
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
-from fedclaw.export.layout import MANIFEST, ONNX, PROBABILITIES, SCHEMA
+from fedclaw.export.layout import MANIFEST, ONNX, SCHEMA
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.file_format import FileFormat
 from fedclaw.learning.registry import schema_class
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.classification import decide
 from fedclaw.learning.workload import Floats, Labels, Rows, Schema
 
 BATCH = 256
@@ -22,16 +24,19 @@ SHOWN_REASONS = 3
 
 
 class Predictor:
-    """Reads raw inputs by the bundle's schema and names a class for each. Never imports torch."""
+    """Reads raw inputs by the bundle's schema and answers each by its task. Never imports torch."""
 
     def __init__(self, verified: Verified, schema: Schema, session: Any) -> None:
         self.verified = verified
         self.schema = schema
         self._session = session
-        names = [output.name for output in session.get_outputs()]
-        if PROBABILITIES not in names:
-            raise BundleError(f"{ONNX} has no output called {PROBABILITIES!r}")
-        self._output = names.index(PROBABILITIES)
+        names, wanted = [output.name for output in session.get_outputs()], schema.task.head
+        if tuple(names) != wanted:
+            raise BundleError(
+                f"{ONNX} has the outputs {', '.join(map(repr, names))}; a {schema.task.name} task has "
+                f"{' and '.join(map(repr, wanted))}"
+            )
+        self._output = names.index(wanted[1])
 
     @classmethod
     def open(cls, bundle: Path, trust: Trust | None = None) -> "Predictor":
@@ -49,6 +54,9 @@ class Predictor:
         schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), origin)
         if schema.labels != manifest.labels or schema.input_shape != manifest.inputs[0].shape[1:]:
             raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about labels or input shape")
+        task, told = schema.task, tuple(output.name for output in manifest.outputs)
+        if (task.name, task.describe()) != (manifest.task, manifest.target) or told != task.head:
+            raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about the task: {task.name} and {manifest.task}")
         return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict"))
 
     def use_constants(self, path: Path) -> None:
@@ -61,8 +69,19 @@ class Predictor:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the C classes, in the order of the probabilities."""
+        """Names of the C classes, in the order of the probabilities; none where the task has no classes."""
         return self.schema.labels
+
+    @property
+    def task(self) -> Task:
+        """What is predicted."""
+        return self.schema.task
+
+    @property
+    def threshold(self) -> float | None:
+        """Of the second of two classes; None: the likeliest is the answer."""
+        decision = self.verified.manifest.decision
+        return None if decision is None else decision.threshold
 
     def read_as(self, written: FileFormat) -> None:
         """Read files that are written like that. Raises DataError where files have no such form."""
@@ -83,11 +102,7 @@ class Predictor:
 
     def decide(self, probabilities: Floats) -> Labels:
         """The class of each row (N,), by the bundle's threshold if it has one, else the likeliest."""
-        decision = self.verified.manifest.decision
-        if decision is None or probabilities.shape[1] != 2:
-            likeliest: Labels = probabilities.argmax(axis=1)
-            return likeliest
-        return (probabilities[:, 1] >= decision.threshold).astype(np.int64)
+        return decide(probabilities, self.threshold)
 
     def read(self, path: Path) -> Floats:
         """Raw inputs from a file, as (N, *D). Raises DataError naming file, row and column."""
@@ -99,7 +114,7 @@ class Predictor:
         return inputs
 
     def predict(self, inputs: Floats) -> Floats:
-        """Inputs (N, *D) to probabilities (N, C)."""
+        """Inputs (N, *D) to what the outputs mean, (N, K): probabilities, or values in the target's unit."""
         parts = [
             run_session(self._session, inputs[start : start + BATCH])[self._output]
             for start in range(0, len(inputs), BATCH)

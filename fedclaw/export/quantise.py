@@ -16,12 +16,13 @@ from fedclaw.errors import BundleError, UsageError
 from fedclaw.export.graph import quiet
 from fedclaw.export.layout import INPUT, ONNX, QUANTISED, QuantisedFigures
 from fedclaw.export.runtime import open_session, run_session
+from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.workload import Floats
 
 CALIBRATION_BATCH = 64
 
 
-def quantise(exact: Path, target: Path, inputs: Floats) -> QuantisedFigures:
+def quantise(exact: Path, target: Path, inputs: Floats, task: Task) -> QuantisedFigures:
     """Write the 8-bit form of `exact` to `target` and measure how it differs on `inputs` (N, *D).
 
     Raises UsageError when ONNX Runtime's quantiser is not installed, BundleError when it fails.
@@ -50,7 +51,7 @@ def quantise(exact: Path, target: Path, inputs: Floats) -> QuantisedFigures:
         except Exception as error:  # the quantiser raises whatever it meets
             raise BundleError(f"the model cannot be quantised: {' '.join(str(error).split())[:300]}") from error
         shutil.copyfile(scratch / QUANTISED, target)
-    return _measure(exact, target, inputs)
+    return _measure(exact, target, inputs, task)
 
 
 def _batches(inputs: Floats) -> Iterator[dict[str, Any]]:
@@ -58,9 +59,11 @@ def _batches(inputs: Floats) -> Iterator[dict[str, Any]]:
         yield {INPUT: inputs[start : start + CALIBRATION_BATCH]}
 
 
-def _measure(exact: Path, quantised: Path, inputs: Floats) -> QuantisedFigures:
+def _measure(exact: Path, quantised: Path, inputs: Floats, task: Task) -> QuantisedFigures:
     expected = run_session(open_session(exact.read_bytes(), ONNX, "export"), inputs)[1]
     given = run_session(open_session(quantised.read_bytes(), QUANTISED, "export"), inputs)[1]
+    if not task.labels:
+        return QuantisedFigures(max_abs_diff_value=float(np.abs(expected - given).max()), examples=len(inputs))
     return QuantisedFigures(
         max_abs_diff_probability=float(np.abs(expected - given).max()),
         same_label=float((expected.argmax(1) == given.argmax(1)).mean()),

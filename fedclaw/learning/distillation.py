@@ -6,9 +6,12 @@ Legend: N examples, C classes.
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional
 
 from fedclaw.errors import CompressionError
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.classification import Classification
+
+CLASSES = Classification()
 
 
 def distilled(
@@ -17,6 +20,7 @@ def distilled(
     targets_loss: Callable[[torch.Tensor], torch.Tensor],
     temperature: float,
     weight: float,
+    task: Task = CLASSES,
 ) -> torch.Tensor:
     """`distillation_loss`, whose gradient for one example does not depend on how many there are, not by a rounding.
 
@@ -24,24 +28,24 @@ def distilled(
     on each example's gradient, behind the division by N: N (1 - weight) / N is not (1 - weight), and with parameters
     that leave nothing but rounding, one example more would turn the gradients of the others.
     """
-    scale = weight * temperature**2
-    divergence = _divergence(_times(student_logits, scale), teacher_logits, temperature) / max(len(student_logits), 1)
+    scale = weight * task.divergence_scale(temperature)
+    divergence = _divergence(task, _times(student_logits, scale), teacher_logits, temperature)
+    divergence = divergence / max(len(student_logits), 1)
     own = targets_loss(_times(student_logits, 1 - weight))
     value = scale * divergence.detach() + (1 - weight) * own.detach()
     return value + (divergence - divergence.detach()) + (own - own.detach())
 
 
-def _divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """KL(teacher_T || student_T), summed over the batch."""
+def _divergence(
+    task: Task, student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The task's, summed over the batch."""
     if student_logits.shape != teacher_logits.shape:
         raise CompressionError(
             f"the student's logits have shape {tuple(student_logits.shape)}, the teacher's "
             f"{tuple(teacher_logits.shape)}; both must score the same examples and classes"
         )
-    student_log = functional.log_softmax(student_logits / temperature, dim=-1)
-    teacher_log = functional.log_softmax(teacher_logits.detach() / temperature, dim=-1)
-    divergence: torch.Tensor = functional.kl_div(student_log, teacher_log, reduction="sum", log_target=True)
-    return divergence
+    return task.divergence(student_logits, teacher_logits, temperature)
 
 
 def _times(logits: torch.Tensor, factor: float) -> torch.Tensor:
@@ -56,8 +60,11 @@ def distillation_loss(
     targets_loss: torch.Tensor | None,
     temperature: float,
     weight: float,
+    task: Task = CLASSES,
 ) -> torch.Tensor:
-    """weight * T^2 * KL(teacher_T || student_T) + (1 - weight) * targets_loss, a scalar.
+    """weight * T^2 * KL(teacher_T || student_T) + (1 - weight) * targets_loss, a scalar, for classes.
+
+    Of another `task`, its divergence in the place of T^2 KL: of values their mean squared difference.
 
     Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", section 2: both distributions
     are softmax(logits / T), the divergence is the mean over the batch, and T^2 keeps the size of its gradient
@@ -75,8 +82,8 @@ def distillation_loss(
     Raises:
         CompressionError: the shapes differ, or there is no targets_loss although weight < 1.
     """
-    divergence = _divergence(student_logits, teacher_logits, temperature)
-    soft = divergence * (weight * temperature**2 / max(len(student_logits), 1))
+    divergence = _divergence(task, student_logits, teacher_logits, temperature)
+    soft = divergence * (weight * task.divergence_scale(temperature) / max(len(student_logits), 1))
     if targets_loss is not None:
         return soft + (1.0 - weight) * targets_loss
     if weight < 1.0:

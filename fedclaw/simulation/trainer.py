@@ -349,7 +349,7 @@ def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Mapping[str,
         with torch.no_grad():
             soft = teaching(inputs)
         own = federation.workload.loss(outputs, targets)
-        return distillation_loss(outputs, soft, own, wanted.temperature, wanted.weight)
+        return distillation_loss(outputs, soft, own, wanted.temperature, wanted.weight, federation.workload.task)
 
     return loss
 

@@ -212,7 +212,12 @@ def _loss(site: Site, plan: Plan, content: RecordDict) -> Loss:
         with torch.no_grad():
             soft = teacher(inputs)
         return distilled(
-            outputs, soft, lambda logits: site.workload.loss(logits, targets), wanted.temperature, wanted.weight
+            outputs,
+            soft,
+            lambda own: site.workload.loss(own, targets),
+            wanted.temperature,
+            wanted.weight,
+            site.workload.task,
         )
 
     return loss

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedclaw.compress.recover import RecoverySettings, agreement, distil, predict_logits, split_inputs, train
+from fedclaw.compress.recover import RecoverySettings, distil, predict_logits, split_inputs, train
 from fedclaw.errors import CompressionError
+from fedclaw.learning.distillation import CLASSES
 
 INPUTS = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +82,7 @@ def test_mixtures_are_scored_by_the_teacher():
     for mix in (True, False):
         asked = RecoverySettings(steps=400, learning_rate=0.02, mix=mix)
         recovered = distil(student, Between(), split, asked, seed=0)
-        found[mix] = agreement(predict_logits(recovered.model, middle), predict_logits(Between(), middle))
+        found[mix] = CLASSES.agreement(predict_logits(recovered.model, middle), predict_logits(Between(), middle))
     assert found[True] == 1.0
     assert found[False] < 0.5
 

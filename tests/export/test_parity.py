@@ -7,6 +7,7 @@ from fedclaw.errors import BundleError
 from fedclaw.export import graph
 from fedclaw.export.parity import BATCH_SIZES, compare, require
 from fedclaw.export.runtime import open_session, run_session
+from fedclaw.learning.tasks.classification import Classification
 
 INPUTS = np.arange(20, dtype=np.float32).reshape(10, 2)
 
@@ -102,10 +103,11 @@ def test_a_model_of_raw_units_is_exported(tmp_path):
     random = np.random.default_rng(0)
     inputs = np.stack([random.normal(260_000, 90_000, 50), random.normal(60, 12, 50)], 1).astype(np.float32)
     path = tmp_path / "model.onnx"
-    graph.save_onnx(graph.trace(model, (2,)), (2,), path)
-    session, reference = open_session(path.read_bytes(), "model.onnx", "export"), graph.Classifier(model).eval()
+    task = Classification(("no", "yes"))
+    graph.save_onnx(graph.trace(model, task, (2,)), task, (2,), path)
+    session, reference = open_session(path.read_bytes(), "model.onnx", "export"), graph.Linked(model, task).eval()
     figures = compare(lambda batch: graph.torch_outputs(reference, batch), lambda b: run_session(session, b), inputs)
     require(figures, 1e-4, "model.onnx")
-    other = graph.Classifier(Mlp(2, (64, 32), 2)).eval()
+    other = graph.Linked(Mlp(2, (64, 32), 2), task).eval()
     with pytest.raises(BundleError, match="differs from the torch model"):
         require(compare(lambda b: graph.torch_outputs(other, b), lambda b: run_session(session, b), inputs), 1e-4, "it")

@@ -185,6 +185,10 @@ class Task(ABC):
         """What the divergence is multiplied by, so that its gradient does not shrink as the temperature rises."""
         return 1.0
 
+    @abstractmethod
+    def outputs_of(self, targets: "torch.Tensor") -> "torch.Tensor":
+        """Outputs (N, K) that say these targets (N,): the `agreement` with them is the score."""
+
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
@@ -194,8 +198,11 @@ class Task(ABC):
     """How many of them a terminal shows, from the first."""
 
     @abstractmethod
-    def cells(self, answer: NDArray[np.float32], threshold: float | None) -> tuple[str, ...]:
-        """A prediction as text, a cell for each of `columns`, from one row (K,) behind the link."""
+    def cells(self, answer: NDArray[np.float32], threshold: float | None, digits: int = 6) -> tuple[str, ...]:
+        """A prediction as text, a cell for each of `columns`, from one row (K,) behind the link.
+
+        `threshold` is the bundle's, for two classes; `digits` are those of a probability behind the point.
+        """
 
     @abstractmethod
     def facts(self) -> tuple[tuple[str, str], ...]:

@@ -137,22 +137,21 @@ class Classification(Task):
         """T^2."""
         return temperature**2
 
+    def outputs_of(self, targets: "torch.Tensor") -> "torch.Tensor":
+        """Logits whose most probable class is the label."""
+        from torch.nn import functional
+
+        return 10.0 * functional.one_hot(targets, len(self.labels)).float()
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The class, its probability, and that of each class."""
         return ("label", "probability", *(f"p({label})" for label in self.labels))
 
-    def cells(self, answer: NDArray[np.float32], threshold: float | None) -> tuple[str, ...]:
-        """Probabilities with six digits."""
-        chosen = int(self.decide(answer[None], threshold)[0])
-        return (self.labels[chosen], f"{answer[chosen]:.6f}", *(f"{value:.6f}" for value in answer))
-
-    def decide(self, probabilities: NDArray[np.float32], threshold: float | None) -> NDArray[np.int64]:
-        """The class of each row (N,): the second of two from `threshold` on, if there is one, else the likeliest."""
-        if threshold is None or probabilities.shape[1] != 2:
-            likeliest: NDArray[np.int64] = probabilities.argmax(axis=1)
-            return likeliest
-        return (probabilities[:, 1] >= threshold).astype(np.int64)
+    def cells(self, answer: NDArray[np.float32], threshold: float | None, digits: int = 6) -> tuple[str, ...]:
+        """The label, and probabilities with so many digits."""
+        chosen = int(decide(answer[None], threshold)[0])
+        return (self.labels[chosen], *(f"{value:.{digits}f}" for value in (answer[chosen], *answer)))
 
     def facts(self) -> tuple[tuple[str, str], ...]:
         """The labels."""
@@ -191,6 +190,14 @@ class Classification(Task):
     def _scores(self, bins: int | None) -> tuple[int, int, int] | None:
         """Shape of the histograms of scores; None where none are made."""
         return histogram_shape(len(self.labels), bins) if bins else None
+
+
+def decide(probabilities: NDArray[np.float32], threshold: float | None) -> NDArray[np.int64]:
+    """The class of each row (N,): the second of two from `threshold` on, if there is one, else the likeliest."""
+    if threshold is None or probabilities.shape[1] != 2:
+        likeliest: NDArray[np.int64] = probabilities.argmax(axis=1)
+        return likeliest
+    return (probabilities[:, 1] >= threshold).astype(np.int64)
 
 
 class ClassTally(Tally):

@@ -189,12 +189,17 @@ class Regression(Task):
         softened, so there is no temperature."""
         return (student - teacher.detach()).square().sum()
 
+    def outputs_of(self, targets: "torch.Tensor") -> "torch.Tensor":
+        """The inverse of the link."""
+        scaled = (targets.clamp(min=self.least) - self.center) / self.scale
+        return (scaled.log() if self.kind == "poisson" else scaled)[:, None]
+
     @property
     def columns(self) -> tuple[str, ...]:
         """The value."""
         return ("value",)
 
-    def cells(self, answer: NDArray[np.float32], threshold: float | None) -> tuple[str, ...]:
+    def cells(self, answer: NDArray[np.float32], threshold: float | None, digits: int = 6) -> tuple[str, ...]:
         """Seven digits: what float32 holds."""
         return (f"{answer[0]:.7g}",)
 
