@@ -86,7 +86,7 @@ def parse_definition(text: str, origin: str, definition: type[D]) -> D:
     try:
         return definition.model_validate(plain)
     except ValidationError as error:
-        raise DataError(f"{origin}: {explain(error)}") from error
+        raise DataError(f"{origin}: {explain(error, plain)}") from error
 
 
 def _plain(text: str) -> Any:

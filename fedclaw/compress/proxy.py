@@ -31,9 +31,8 @@ def recover_by_proxy(
     table = _read(teacher, settings.evaluation)
     labelled = _read(teacher, settings.labelled)
     device = choose_device(settings.device)
-    split = split_inputs(
-        teacher.model.to(device), inputs.to(device), settings.recovery.held_out, settings.seed, teacher.workload.task
-    )
+    share, task = settings.recovery.held_out, teacher.workload.task
+    split = split_inputs(teacher.model.to(device), inputs.to(device), share, settings.seed, task)
     recovered = distil(student.model.to(device), teacher.model, split, settings.recovery, settings.seed)
     controls = _controls(settings, teacher, student, split, table, labelled) if settings.controls else ()
     for model in (teacher.model, student.model, recovered.model):

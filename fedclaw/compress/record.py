@@ -76,7 +76,7 @@ class SitesReport(Frozen):
 
 
 class Compression(Frozen):
-    """compression.json. Accuracies are figures of the metric `score`, at most 1, measured as `accuracy_measure` says."""
+    """compression.json. Accuracies are of the metric `score`, at most 1, measured as `accuracy_measure` says."""
 
     version: int = 1
     run: str
