@@ -73,6 +73,11 @@ def weights_of(labels: Sequence[str], weights: Mapping[str, float] | None) -> tu
 
 def parse_definition(text: str, origin: str, definition: type[D]) -> D:
     """Read a schema file's text (YAML, of which JSON is a part). Raises DataError naming `origin` and each field."""
+    return parse_chosen(text, origin, lambda _: definition)
+
+
+def parse_chosen(text: str, origin: str, choose: Callable[[dict[str, Any]], type[D]]) -> D:
+    """The same, read as what `choose` says of its fields."""
     if len(text) > MAX_SCHEMA_BYTES:
         raise DataError(f"{origin}: a schema of {len(text)} characters; at most {MAX_SCHEMA_BYTES} are read")
     try:
@@ -84,9 +89,9 @@ def parse_definition(text: str, origin: str, definition: type[D]) -> D:
     if not isinstance(plain, dict):
         raise DataError(f"{origin}: a schema is a mapping of fields, this is {type(plain).__name__}")
     try:
-        return definition.model_validate(plain)
+        return choose(plain).model_validate(plain)
     except ValidationError as error:
-        raise DataError(f"{origin}: {explain(error, plain)}") from error
+        raise DataError(f"{origin}: {explain(error)}") from error
 
 
 def _plain(text: str) -> Any:

@@ -1,5 +1,6 @@
 """The content of a table's schema file, checked; what it means is in `tabular_schema`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
@@ -109,21 +110,11 @@ class NumberTarget(Frozen):
         return Numeric(name=self.name, kind="numeric", range=self.range)
 
 
-Target = Annotated[
-    Annotated[ClassTarget, Tag("classes")] | Annotated[NumberTarget, Tag("numeric")],
-    Discriminator(lambda value: "numeric" if _says_kind(value) else "classes"),
-]
-
-
-def _says_kind(value: Any) -> bool:
-    return isinstance(value, NumberTarget) or (isinstance(value, dict) and "kind" in value)
-
-
 class TableDefinition(Frozen):
     """The content of a table's schema file."""
 
     columns: Annotated[tuple[AnyColumn, ...], AfterValidator(sized(1, MAX_FEATURES))]
-    target: Target
+    target: ClassTarget | NumberTarget
     missing: tuple[Text, ...] = MISSING
     standardise: Literal["schema", "site", "federated"] = "schema"
     extra: Literal["refuse", "ignore"] = "refuse"
@@ -167,3 +158,21 @@ class TableDefinition(Frozen):
                     f"column {column.name!r} has no range, and standardise: federated needs one: add range: "
                     "[smallest, largest], from what is known of such values and not from the data"
                 )
+
+
+class ClassTable(TableDefinition):
+    """A table whose target is of classes."""
+
+    target: ClassTarget
+
+
+class NumberTable(TableDefinition):
+    """A table whose target is a number."""
+
+    target: NumberTarget
+
+
+def table_of(plain: Mapping[str, Any]) -> type[TableDefinition]:
+    """Which of the two a schema file is to be read as: a target that has a kind is no class."""
+    target = plain.get("target")
+    return NumberTable if isinstance(target, Mapping) and "kind" in target else ClassTable

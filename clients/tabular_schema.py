@@ -58,9 +58,9 @@ import numpy as np
 from pydantic import Field
 
 from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
-from fedclaw.clients.definitions import canonical_json, parse_definition, shown, weights_of
+from fedclaw.clients.definitions import canonical_json, parse_chosen, parse_definition, shown, weights_of
 from fedclaw.clients.moments import Moments
-from fedclaw.clients.table_definition import ClassTarget, NumberTarget, TableDefinition
+from fedclaw.clients.table_definition import ClassTarget, NumberTarget, TableDefinition, table_of
 from fedclaw.clients.table_reading import Encoder, MissingCells, Seen, Values
 from fedclaw.clients.tables import Block, Content, Faults, Wanted, read_blocks
 from fedclaw.clients.values import Declared, Markers, shown_cell
@@ -105,7 +105,7 @@ class TabularSchema(Schema):
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
         """Read a schema file. Raises DataError that names `origin` and the field."""
-        return cls(parse_definition(text, origin, TableDefinition))
+        return cls(parse_chosen(text, origin, table_of))
 
     def to_json(self) -> str:
         """The agreed schema, without a site's constants."""
