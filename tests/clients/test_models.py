@@ -172,7 +172,11 @@ def test_no_model_has_buffers() -> None:
 @pytest.mark.parametrize(
     ("kind", "spec", "message"),
     [
-        ("table", ModelSpec(name="cnn"), "no model is called 'cnn' here; there are: binary_logistic, logistic, mlp"),
+        (
+            "table",
+            ModelSpec(name="cnn"),
+            "no model is called 'cnn' here; there are: binary_logistic, linear, log",
+        ),
         ("table", ModelSpec(name="binary_logistic"), "'binary_logistic' tells two classes apart, and the schema has 3"),
         ("table", ModelSpec(name="logistic", args={"hidden": 3}), "'logistic': hidden: Extra inputs"),
         ("table", ModelSpec(name="mlp", args={"hidden": []}), "hidden: Tuple should have at least 1 item"),
