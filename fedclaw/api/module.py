@@ -16,10 +16,9 @@ import torch
 from pydantic import Field, ValidationError
 from torch import nn
 
-from fedclaw.clients.classification import Classification
 from fedclaw.errors import DataError, PluginError, UsageError
 from fedclaw.learning.registry import SCHEMAS, WORKLOADS
-from fedclaw.learning.workload import Floats, Schema, Table
+from fedclaw.learning.workload import Floats, Schema, Table, Workload
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.plan import ModelSpec
 
@@ -100,7 +99,7 @@ class ArraySchema(Schema):
         return DataError(f"{path}: a federation of arrays reads no files; give its data to fedclaw.Federation")
 
 
-class ArrayWorkload(Classification):
+class ArrayWorkload(Workload):
     """Builds what its subclass was given (`around`); by itself it knows no model."""
 
     name: ClassVar[str] = NAME
