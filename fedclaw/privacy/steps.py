@@ -12,7 +12,9 @@ computed from the gradients afterwards is post-processing.
 Floating point. Norms, factors and sums are float64, and a clipped gradient keeps 1e-6 of the bound in hand
 (`fedclaw.privacy.gradients.clipping`), so that one example moves the sum before noise (`exact`) by at most the
 sensitivity, at batches of up to ten million examples, whatever the parameters are; noise is added to that sum, and
-what is rounded to float32 is the noisy one. Without noise of its own, `.grad` is the rounded sum: one example moves it
+what is rounded to float32 is the noisy one. A large sum is multiplied out, noised and rounded some rows at a time, so
+that its float64 form need not go through memory; each number is still a float64 sum, and gets its noise before it is
+rounded. Without noise of its own, `.grad` is the rounded sum: one example moves it
 by up to 2^-23 of the sum's own norm more. The gradients themselves are float32: one example's has to come out alike
 whatever else is in the batch and wherever it stands there, for parameters can be such that rounding is all that is left
 of it. On a CPU torch does that (measured with MKL, whose promise it is, and oneDNN) where MKL is told to
@@ -32,7 +34,7 @@ import torch
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.choice import choose, instead
-from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Unsuited, trainable
+from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited, trainable
 from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 
@@ -143,8 +145,10 @@ class PrivateGradients:
 
     @property
     def exact(self) -> list[torch.Tensor]:
-        """The gradient of the last step in float64, of which the parameters' `.grad` is the rounded form, by parameter;
-        overwritten by the next step."""
+        """The clipped sum of the last step in float64, of which the parameters' `.grad` is the rounded form, by
+        parameter; overwritten by the next step. Raises PrivacyError where steps have noise of their own."""
+        if self._noise_multiplier:
+            raise PrivacyError("a step with noise of its own keeps no sum without it")
         return self._sums.exact
 
     @property
@@ -158,11 +162,13 @@ class PrivateGradients:
             raise PrivacyError("private gradients were asked for after close()")
         for parameter in self._parameters:
             parameter.grad = None
-        if len(inputs):
-            self._add_all(inputs, targets)
+        products: Products = {}
+        if inputs.shape[0]:
+            self._add_all(inputs, targets, products)
         else:
             self._sums.clear()
-        for parameter, gradient in zip(self._parameters, self._sums.noised(self._source, self.noise_std), strict=True):
+        noised = self._sums.noised(self._source, self.noise_std, products)
+        for parameter, gradient in zip(self._parameters, noised, strict=True):
             parameter.grad = gradient
 
     def close(self) -> None:
@@ -179,23 +185,29 @@ class PrivateGradients:
     ) -> None:
         self.close()
 
-    def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor, products: Products) -> None:
         engine = self._engine or self._begin(inputs, targets)
         with _threads_for(self._speed.chunk_size or engine.chunk_size) as company:
-            self._add_chunks(engine, inputs, targets, company)
+            self._add_chunks(engine, inputs, targets, company, products)
 
-    def _add_chunks(self, engine: ClippedSums, inputs: torch.Tensor, targets: torch.Tensor, company: int) -> None:
-        if self._unchecked and len(inputs) > 1:
+    def _add_chunks(
+        self, engine: ClippedSums, inputs: torch.Tensor, targets: torch.Tensor, company: int, products: Products
+    ) -> None:
+        count = inputs.shape[0]
+        if self._unchecked and count > 1:
             with engine.paused():
                 checks.check_separate(self._model, self._loss, inputs[: checks.PROBE], targets[: checks.PROBE])
             self._unchecked = False
+        # A sum that is wanted, or added to, is written out.
+        writes = self._noise_multiplier == 0 or not self._sums.takes_products
         start = 0
-        while start < len(inputs):
+        while start < count:
             size = _whole(self._speed.chunk_size or engine.chunk_size, company)
             end = start + size
+            rows, labels, padding = _in_company(inputs[start:end], targets[start:end], size, company)
+            left = None if writes or start or end < count else products
             try:
-                rows, labels, padding = _in_company(inputs[start:end], targets[start:end], size, company)
-                engine.add(self._sums.exact, rows, labels, fresh=start == 0, padding=padding)
+                engine.add(self._sums.exact, rows, labels, fresh=start == 0, padding=padding, products=left)
             except Unsuited as reason:
                 engine = self._replace(engine, reason)
                 continue
@@ -253,18 +265,54 @@ class _Sums:
                 parts = torch.split(block, sizes)
                 views += [part.view(parameter.shape) for part, parameter in zip(parts, group, strict=True)]
 
+        self._spare = torch.empty(0, dtype=torch.float64)
+        self._apart: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    @property
+    def takes_products(self) -> bool:
+        """Whether `noised` can be given sums as their factors."""
+        return len(self._blocks) == 1 and self._blocks[0][0].device.type == "cpu"
+
     def clear(self) -> None:
         """Set the sums to zero."""
         for exact, _ in self._blocks:
             exact.zero_()
 
-    def noised(self, source: GaussianSource, std: float) -> list[torch.Tensor]:
-        """The sums, which get noise, rounded to the parameters' dtypes."""
-        for block in self._blocks:
+    def noised(self, source: GaussianSource, std: float, products: Products) -> list[torch.Tensor]:
+        """The sums, which get noise, rounded to the parameters' dtypes; those in `products` as these give them."""
+        for place, (left, right) in products.items():
+            self._multiply(self._rounded[place], left, right, source, std)
+        for block in self._beside(tuple(products)) if products else self._blocks:
             # By parts, which are still in the cache when they are rounded.
             for exact, rounded in zip(*(torch.split(values, CHUNK) for values in block), strict=True):
                 rounded.copy_(source.perturb_(exact, std))
         return self._rounded
+
+    def _multiply(
+        self, rounded: torch.Tensor, left: torch.Tensor, right: torch.Tensor, source: GaussianSource, std: float
+    ) -> None:
+        """`rounded` (out, in) <- the product (out, in) with noise, some rows at a time, which stay in the cache."""
+        width = right.shape[1]
+        rows = max(1, CHUNK // width)
+        if self._spare.numel() < rows * width:
+            self._spare = torch.empty(rows * width, dtype=torch.float64)
+        for part, into in zip(torch.split(left, rows), torch.split(rounded, rows), strict=True):
+            exact = self._spare[: into.numel()].view(into.shape)
+            into.copy_(source.perturb_(torch.mm(part, right, out=exact), std))
+
+    def _beside(self, places: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The parts of the one block that belong to no parameter of `places`."""
+        if places not in self._apart:
+            ((exact, rounded),) = self._blocks
+            found, start, end = [], 0, 0
+            for place, sums in enumerate(self.exact):
+                if place in places:
+                    found.append(slice(start, end))
+                    start = end + sums.numel()
+                end += sums.numel()
+            found.append(slice(start, end))
+            self._apart[places] = [(exact[part], rounded[part]) for part in found if part.stop > part.start]
+        return self._apart[places]
 
 
 @contextmanager
@@ -299,7 +347,7 @@ def _in_company(
     where an example was not sampled, that one would move the others' gradients; and with weights that leave little but
     rounding, turn them. Where chunks have one example each, all are alone.
     """
-    padding = -len(inputs) % company
+    padding = -inputs.shape[0] % company
     if padding == 0 or size == 1:
         return inputs, targets, 0
     return _filled(inputs, padding), _filled(targets, padding), padding

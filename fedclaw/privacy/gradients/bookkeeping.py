@@ -28,11 +28,15 @@ from fedclaw.privacy.gradients.clipping import (
     with_more_digits,
     without_overflow,
 )
-from fedclaw.privacy.gradients.interface import Clip, Loss, Unsuited, trainable
+from fedclaw.privacy.gradients.interface import Clip, Loss, Products, Unsuited, trainable
 from fedclaw.privacy.gradients.layers import LayerRule, LinearRule, Spread, rule_for
 
 _SAME_GRADIENT = 1e-3
 _WORTH_MERGING = 1 << 17
+_WORTH_WRITING_OUT = 1 << 10
+"""Numbers of a linear layer up to which its gradients are written out: calls that are saved cost more."""
+_WORTH_LEAVING = 1 << 14
+"""Numbers of a total (128 KiB) from which it is left as its factors."""
 _MADE_UP = 4
 
 
@@ -106,6 +110,7 @@ class Bookkeeping:
         *,
         fresh: bool,
         padding: int = 0,
+        products: Products | None = None,
     ) -> None:
         """See ClippedSums."""
         if totals[0].dtype != torch.float64:
@@ -117,11 +122,12 @@ class Bookkeeping:
         with torch.no_grad():
             self._numbers = sum(row.gradients.shape[1] for row in rows)
             rows = [row.widened() for row in rows]
-            norms = _norms(rows) if rows else inputs.new_zeros(len(inputs), dtype=torch.float64)
-            factors = clip_factors(norms, self._clip, padding)
-            if overflows(norms):
+            norms = _norms(rows) if rows else inputs.new_zeros(inputs.shape[0], dtype=torch.float64)
+            overflow = overflows(norms)
+            factors = clip_factors(norms, self._clip, padding, overflow=overflow)
+            if overflow:
                 rows = [row.without_overflow(norms) for row in rows]
-            _add_sums(totals, rows, factors, fresh=fresh)
+            _add_sums(totals, rows, factors, fresh=fresh, products=products)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -166,7 +172,7 @@ class Bookkeeping:
     def _pass(
         self, inputs: torch.Tensor, targets: torch.Tensor, checked: Sequence[nn.Parameter]
     ) -> tuple[list[_Rows], Sequence[torch.Tensor | None]]:
-        count = len(inputs)
+        count = inputs.shape[0]
         self._recording = True
         try:
             loss = self._loss(inputs, self._model(inputs), targets)
@@ -226,10 +232,12 @@ def _layers(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[_Layer
 
 
 def _layer_rows(one: _Pass, gradient: torch.Tensor) -> _Rows:
-    rule = one.layer.rule
-    if isinstance(rule, LinearRule) and one.inputs.dim() == 2:
-        return _Rows(one.layer.places, rule.spread, gradient, one.inputs)
-    return _Rows(one.layer.places, rule.spread, rule.rows(one.inputs, gradient), None)
+    rule, inputs = one.layer.rule, one.inputs
+    if isinstance(rule, LinearRule) and inputs.dim() == 2:
+        if inputs.shape[1] * gradient.shape[1] > _WORTH_WRITING_OUT:
+            return _Rows(one.layer.places, rule.spread, gradient, inputs)
+        inputs, gradient = inputs[:, None], gradient[:, None]
+    return _Rows(one.layer.places, rule.spread, rule.rows(inputs, gradient), None)
 
 
 def _merged(rows: list[_Rows]) -> list[_Rows]:
@@ -250,7 +258,11 @@ def _merged(rows: list[_Rows]) -> list[_Rows]:
 
 def _norms(rows: Sequence[_Rows]) -> torch.Tensor:
     """(B,) norms of the examples' gradients over all layers, of which there is at least one."""
-    parts = rows[0].gradients.new_empty(len(rows), len(rows[0].gradients))
+    first = rows[0].gradients
+    if len(rows) == 1 and rows[0].activations is None:
+        alone: torch.Tensor = torch.linalg.vector_norm(first, dim=1)
+        return alone
+    parts = first.new_empty(len(rows), first.shape[0])
     for row, part in zip(rows, parts, strict=True):
         torch.linalg.vector_norm(row.gradients, dim=1, out=part)
         if row.activations is not None:
@@ -261,8 +273,15 @@ def _norms(rows: Sequence[_Rows]) -> torch.Tensor:
     return norms
 
 
-def _add_sums(totals: Sequence[torch.Tensor], rows: Sequence[_Rows], factors: torch.Tensor, *, fresh: bool) -> None:
-    """Add to `totals` the sums over the examples, weighted with `factors` (B,)."""
+def _add_sums(
+    totals: Sequence[torch.Tensor],
+    rows: Sequence[_Rows],
+    factors: torch.Tensor,
+    *,
+    fresh: bool,
+    products: Products | None = None,
+) -> None:
+    """Add to `totals` the sums over the examples, weighted with `factors` (B,); `products` as in ClippedSums."""
     keep = 0 if fresh else 1
     if fresh:
         reached = {place for row in rows for place in row.places}
@@ -279,8 +298,12 @@ def _add_sums(totals: Sequence[torch.Tensor], rows: Sequence[_Rows], factors: to
         if len(places) > 1:
             totals[places[1]].addmv_(gradients.t(), factors, beta=keep)
         if activations.shape[1] < gradients.shape[1]:
-            totals[places[0]].addmm_(gradients.t(), activations * factors[:, None], beta=keep)
+            left, right = gradients.t(), activations * factors[:, None]
         else:
-            totals[places[0]].addmm_((gradients * factors[:, None]).t(), activations, beta=keep)
+            left, right = (gradients * factors[:, None]).t(), activations
+        if products is not None and totals[places[0]].numel() >= _WORTH_LEAVING:
+            products[places[0]] = left, right
+        else:
+            totals[places[0]].addmm_(left, right, beta=keep)
     if targets:
         torch._foreach_copy_(targets, parts) if fresh else torch._foreach_add_(targets, parts)

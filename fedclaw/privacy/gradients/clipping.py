@@ -22,14 +22,16 @@ LARGEST_NORM = float(torch.finfo(torch.float32).max)
 """An example whose gradient has a larger norm, or is not finite, counts as zero."""
 
 
-def clip_factors(norms: torch.Tensor, clip: Clip, padding: int = 0) -> torch.Tensor:
+def clip_factors(norms: torch.Tensor, clip: Clip, padding: int = 0, *, overflow: bool = True) -> torch.Tensor:
     """The factors (B,) of examples with gradient norms (B,), both float64; the last `padding` examples count nothing.
 
-    Of an example that counts as zero the factor is 0, and the gradient may be anything: see `without_overflow`.
+    `overflow` is that of `overflows`: without it all norms are in range. Of an example that counts as zero the factor
+    is 0, and the gradient may be anything: see `without_overflow`.
     """
     factors = torch.div(clip.max_norm / NORM_MARGIN, norms).clamp_(max=1.0).mul_(clip.scale)
-    # A comparison with NaN is false.
-    factors = torch.where(norms <= LARGEST_NORM, factors, 0.0)
+    if overflow:
+        # A comparison with NaN is false.
+        factors = torch.where(norms <= LARGEST_NORM, factors, 0.0)
     if padding:
         factors[-padding:] = 0.0
     return factors
@@ -64,8 +66,9 @@ def add_clipped(
         return
     rows = [sample.flatten(1).to(torch.float64) for sample in samples]
     norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]).norm(2, dim=0)
-    factors = clip_factors(norms, clip, padding)
-    if overflows(norms):
+    overflow = overflows(norms)
+    factors = clip_factors(norms, clip, padding, overflow=overflow)
+    if overflow:
         rows = [without_overflow(row, norms) for row in rows]
     for total, row in zip(totals, rows, strict=True):
         total.view(-1).addmv_(row.t(), factors, beta=0 if fresh else 1)

@@ -15,6 +15,9 @@ from fedclaw.errors import PrivacyError
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs (B, *D), outputs (B, ...), targets (B, ...)) -> mean loss over the batch, a scalar."""
 
+Products = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""By a parameter's place, float64 factors (out, B) and (B, in) whose product is its clipped sum."""
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -43,12 +46,14 @@ class ClippedSums(Protocol):
         *,
         fresh: bool,
         padding: int = 0,
+        products: Products | None = None,
     ) -> None:
         """Add the clipped gradients of B >= 1 examples to `totals`: a contiguous tensor a trainable parameter, float64.
 
-        `fresh`: what `totals` hold is to be overwritten. The last `padding` examples count nothing. Leaves nothing in
-        the parameters' `.grad`. Raises Unsuited, before it has touched `totals`, if this engine cannot take the model
-        after all.
+        `fresh`: what `totals` hold is to be overwritten. The last `padding` examples count nothing. Where `products` is
+        given, the engine may put a large total there as its two factors, and leave its place in `totals` as it was;
+        whoever gives it has no more examples to add. Leaves nothing in the parameters' `.grad`. Raises Unsuited, before
+        it has touched `totals`, if this engine cannot take the model after all.
         """
 
     def paused(self) -> AbstractContextManager[None]:

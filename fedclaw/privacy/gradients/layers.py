@@ -68,8 +68,8 @@ class ConvolutionRule:
 
     def rows(self, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """See LayerRule."""
-        count = len(inputs)
-        if (inputs.shape[1:], inputs.dtype, inputs.device) != self._made_for or count > len(self._padded):
+        count = inputs.shape[0]
+        if (inputs.shape[1:], inputs.dtype, inputs.device) != self._made_for or count > self._padded.shape[0]:
             self._allocate(inputs, gradient.shape[2:])
         views = self._views.get(count)
         if views is None:

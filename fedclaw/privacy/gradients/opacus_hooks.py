@@ -8,7 +8,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 
 from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, add_clipped
-from fedclaw.privacy.gradients.interface import Clip, Loss, trainable
+from fedclaw.privacy.gradients.interface import Clip, Loss, Products, trainable
 
 # Opacus' hooks sit on the first layer too, whose inputs need no gradient; that is meant.
 warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
@@ -41,6 +41,7 @@ class OpacusHooks:
         *,
         fresh: bool,
         padding: int = 0,
+        products: Products | None = None,
     ) -> None:
         """See ClippedSums."""
         assert self._hooked is not None

@@ -17,7 +17,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 
 from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, LARGEST_NORM, NORM_MARGIN, add_clipped
-from fedclaw.privacy.gradients.interface import Clip, Loss, Unsuited, trainable
+from fedclaw.privacy.gradients.interface import Clip, Loss, Products, Unsuited, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class Vmap:
         *,
         fresh: bool,
         padding: int = 0,
+        products: Products | None = None,
     ) -> None:
         """See ClippedSums."""
         moving, fixed = self._split()
@@ -95,6 +96,7 @@ class CompiledVmap(Vmap):
         *,
         fresh: bool,
         padding: int = 0,
+        products: Products | None = None,
     ) -> None:
         """See ClippedSums. Raises Unsuited if the model cannot be compiled."""
         count = len(inputs)
