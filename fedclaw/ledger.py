@@ -238,7 +238,7 @@ def _plain(spending: Spending) -> dict[str, Any]:
 
 
 def _begin_again(settings: Settings, console: Console) -> None:
-    from fedclaw.site.journal.begin_again import begin_again
+    from fedclaw.site.begin_again import begin_again
 
     if settings.reason is None:
         raise UsageError('begin-again needs reason="…": what happened to the ledger; it is kept for ever')

@@ -30,16 +30,19 @@ from fedclaw.learning.strategy import PERSONAL
 from fedclaw.learning.workload import Table
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN
 from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.provenance import Part, Permitted, Released
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.messages import ARRAYS, BROADCAST, JSON, KEYS, METRICS, PLAN, RECEIPT, SUM
+from fedclaw.protocol.messages import ABOUT, ARRAYS, BROADCAST, CHARGE, JSON, KEYS, METRICS, PLAN, RECEIPT, SUM
 from fedclaw.protocol.plan import PLAN_VERSION, ModelSpec, Plan, Refusal, RefusalCode
 from fedclaw.protocol.questions import questions
+from fedclaw.protocol.update import Update
+from fedclaw.site import pipeline
 from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
-from fedclaw.site.training import about, train_locally
+from fedclaw.site.training import Training
 from tests.least_squares import FEDERATION, service
 from tests.small_nets import SmallNets
 
@@ -291,6 +294,17 @@ def _arrays_of(reply: Message) -> Arrays:
     return {name: array.numpy() for name, array in reply.content.array_records[SUM].items()}
 
 
+@dataclass
+class Watched(Training):
+    """What goes into a secure sum, before the integers and the noise that other sites' shares make enough."""
+
+    seen: list[Arrays] = field(default_factory=list)
+
+    def encode(self, contribution: Part[Update]) -> Released[Any] | Permitted[Any]:
+        self.seen.append({name: array.copy() for name, array in contribution.value.arrays.items()})
+        return super().encode(contribution)
+
+
 def _under_masks(site: SiteService, asked: Asked, number: int, message: Message) -> Left:
     """Where only a sum is ever seen: what this site would put into it, if it takes part."""
     source = site.source
@@ -300,12 +314,14 @@ def _under_masks(site: SiteService, asked: Asked, number: int, message: Message)
     if joined.has_error():
         return Left((RefusalCode(joined.error.code), joined.error.reason))
     plan = Plan.model_validate_json(str(message.content.config_records[PLAN][JSON]))
+    seen: list[Arrays] = []
+    training = Watched(site, plan, message.content, Asking(message), seen=seen)
     try:
-        local = train_locally(site, plan, message.content, Asking(message))
+        content = pipeline.answer(training, lambda _: {})
     except Refusal as refusal:
         return Left((refusal.code, refusal.reason))
-    site.states.commit(FEDERATION, RUN, local.charge)
-    return _left(site, asked, local.update.arrays, RecordDict(about(local)), source.noised[first:])
+    site.states.commit(FEDERATION, RUN, str(content.config_records[ABOUT][CHARGE]))
+    return _left(site, asked, seen[0], content, source.noised[first:])
 
 
 def _left(site: SiteService, asked: Asked, arrays: Arrays, content: RecordDict, noised: Sequence[Noised]) -> Left:

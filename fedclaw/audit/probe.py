@@ -21,8 +21,10 @@ from fedclaw.audit.subject import Subject, ask, flat, unspent
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.privacy.accounting import calibrate
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.protocol.arrays import shapes_of
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
+from fedclaw.protocol.plan import LocalTraining
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.settings import RunSettings
@@ -116,11 +118,11 @@ class CentralProbe(Probe):
     canary: Canary
 
     def __post_init__(self) -> None:
-        self._central = _central(self.record)
-        unit = {"example": "one example", "site": "one site"}[self._central.unit]
-        by = {"server": "the server's noise", "sites": "the sites' noise"}[self._central.noise_by]
+        mechanism = _sum_noise(self.record)
+        unit = "one site" if mechanism.clips_updates else "one example"
+        by = "the sites' noise" if mechanism.shares_noise else "the server's noise"
         self.label = f"{by} on the mean, unit {unit}, canary at {self.heavy.name}"
-        self.epsilon, self.delta = self._central.epsilon, self._central.delta
+        self.epsilon, self.delta = mechanism.request.epsilon, mechanism.request.delta
         self._scale = sensitivity(self.record, [len(site.data.train) for site in self.sites.values()])
 
     @property
@@ -166,12 +168,12 @@ def central_probe(subject: Subject, generator: np.random.Generator) -> CentralPr
     assert asked is not None
     # Everybody asked and everything sampled: the sample rate is then 1, and the calibration knows it.
     changed: dict[str, object] = {"privacy": None, "central": asked.model_copy(update={"sample_rate": 1.0})}
-    if asked.noise_by == "server":
+    if not mechanism_of(subject.record()).shares_noise:
         changed["secure"] = None
     record = subject.record(_one_step(subject.settings, changed))
-    central = _central(record)
-    canary = _canary(subject, record, central.clip, generator)
-    name, whole = _heaviest(subject), central.unit == "site"
+    mechanism = _sum_noise(record)
+    canary = _canary(subject, record, mechanism.clip, generator)
+    name, whole = _heaviest(subject), mechanism.clips_updates
     own_size = whole and record.weighting != "uniform"
     data = {other: canary.rows(len(site.data.train) if own_size else ROWS, 0) for other, site in subject.sites.items()}
     loud = canary.rows(len(data[name]), len(data[name]) if whole else 1)
@@ -184,8 +186,9 @@ def sensitivity(record: RunRecord, examples: list[int]) -> float:
 
     Deliberately not the code that makes the noise: it is what that code is compared with.
     """
-    central = _central(record)
-    if central.unit == "example":
+    mechanism = _sum_noise(record)
+    central = mechanism.request
+    if mechanism.takes_one_step:
         return record.training.learning_rate * central.clip / (central.sample_rate * sum(examples))
     weights = {
         "examples": examples,
@@ -215,7 +218,8 @@ def _heaviest(subject: Subject) -> str:
     return max(subject.sites, key=lambda name: len(subject.sites[name].data.train))
 
 
-def _central(record: RunRecord) -> CentralPrivacy:
-    if record.central is None:
+def _sum_noise(record: RunRecord) -> SumNoise:
+    mechanism = mechanism_of(record)
+    if not isinstance(mechanism, SumNoise):
         raise PrivacyError("there is no noise on the mean to probe")
-    return record.central
+    return mechanism

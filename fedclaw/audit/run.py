@@ -15,6 +15,7 @@ from fedclaw.audit.options import AuditOptions
 from fedclaw.audit.probe import probes
 from fedclaw.audit.subject import Subject
 from fedclaw.audit.training_run import attacked_run, toss
+from fedclaw.privacy.mechanisms.sum_noise import protects_examples
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.device import set_threads
 from fedclaw.site.service import SiteService
@@ -60,9 +61,9 @@ def claim_of(settings: RunSettings) -> Claim | None:
     """What a whole run claims for single examples; None if its unit is a site."""
     if settings.privacy is not None:
         return Claim("the run, local noise", settings.privacy.epsilon, settings.privacy.delta)
-    if settings.central is None:
+    if not settings.central:
         return Claim("the run, no privacy claimed", None, _NO_CLAIM_DELTA)
-    if settings.central.unit == "site":
+    if not protects_examples(settings.central):
         return None
     return Claim("the run, noise on the mean", settings.central.epsilon, settings.central.delta)
 

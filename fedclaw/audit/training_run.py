@@ -25,6 +25,7 @@ from fedclaw.audit.contributions import contributions
 from fedclaw.audit.subject import Subject, flat, load
 from fedclaw.errors import PrivacyError
 from fedclaw.learning.workload import Table, Workload
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays, unpack
 from fedclaw.protocol.messages import ARRAYS, METRICS, SUM, WEIGHT
 from fedclaw.server.run_directory import RunDirectory, RunRecord
@@ -117,7 +118,7 @@ def toss(subject: Subject, canaries: int, examples: int, generator: np.random.Ge
 def attacked_run(subject: Subject, tossed: Mapping[str, Tossed], rounds: int) -> Shown:
     """Run `rounds` rounds of the configuration on what was tossed, and score every example."""
     settings = subject.settings.model_copy(update={"rounds": rounds})
-    if settings.central is None:
+    if not settings.central:
         # Noise of the site's own trusts nobody: the adversary sees every answer, as without secure aggregation.
         settings = settings.model_copy(update={"secure": None})
     record = subject.record(settings)
@@ -136,7 +137,7 @@ def attacked_run(subject: Subject, tossed: Mapping[str, Tossed], rounds: int) ->
 
     def listening(name: str) -> Observer:
         def observe(parameters: Arrays, moved: NDArray[np.float64] | None) -> None:
-            if record.central is None and moved is not None:
+            if not record.central and moved is not None:
                 sums[name] += adversary.contributions(parameters, moved, tossed[name].table)
             elif name == first_site:
                 models.append({key: array.copy() for key, array in parameters.items()})
@@ -160,11 +161,8 @@ class _Adversary:
     def __init__(self, workload: Workload, record: RunRecord) -> None:
         self._workload = workload
         self._model = workload.build(record.model)
-        self._clip = math.inf
-        if record.privacy is not None:
-            self._clip = record.privacy.max_grad_norm
-        elif record.central is not None and record.central.unit == "example":
-            self._clip = record.central.clip
+        mechanism = mechanism_of(record)
+        self._clip = mechanism.clip if mechanism.is_sampled else math.inf
         numbers = sum(parameter.numel() for parameter in self._model.parameters())
         chosen = np.random.default_rng(0).permutation(numbers)[:_COORDINATES]
         self._coordinates = np.sort(chosen)

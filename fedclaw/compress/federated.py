@@ -20,6 +20,7 @@ from fedclaw.compress.source import Teacher, arrays_of, load_arrays
 from fedclaw.compress.student import Accuracies, Student, StudentOutcome, compare_on
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.federation_home import FederationHome
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
@@ -116,15 +117,15 @@ def _guarantees(
 ) -> tuple[PrivacyRequest | None, CentralPrivacy | None]:
     """The teacher's, with noise on the sum made for `rounds`; `epsilon` replaces that of the sites' own noise, and that
     of the sum's where they bring none. Raises CompressionError, UsageError."""
-    privacy, central = run.privacy, run.central
-    if privacy is None and central is None and epsilon is not None:
+    privacy, central, mechanism = run.privacy, run.central, mechanism_of(run)
+    if not mechanism.claims_privacy and epsilon is not None:
         raise CompressionError(
             f"sites.epsilon={epsilon:g}, but run {run.run} was trained without differential privacy and sets "
             "neither delta nor a clipping bound; leave sites.epsilon out"
         )
     if central is not None:
         asked = CentralRequest(**fields_of(central, CentralRequest))
-        if privacy is None and epsilon is not None:
+        if not mechanism.noises_steps and epsilon is not None:
             asked = asked.model_copy(update={"epsilon": epsilon})
         central = calibrated(asked, rounds)
     if privacy is not None and epsilon is not None:

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from fedclaw.errors import UpdateError
 from fedclaw.learning.compression.encoded import SiteEncoding, encoder_of, layout, opened
 from fedclaw.learning.compression.randomk import SharedPositions, shortened
+from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.learning.registry import strategy_class
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN
-from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
+from fedclaw.privacy.provenance import Part, Raw
 from fedclaw.protocol.arrays import Arrays, Shapes, all_finite, payload, shapes_of, unpack, unpack_wire
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.update import Update
@@ -40,9 +41,13 @@ Reader = Callable[[ArrayRecord], tuple[Arrays, int]]
 class Bounding(Postprocessor):
     """The mechanism's two halves: it bounds at the site, and adds the server's noise if there is any."""
 
-    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
+    def on_part(self, part: Part[Update], plan: Plan, context: SiteContext) -> Part[Update]:
         """See Mechanism.bound."""
-        return mechanism_of(plan).bound(update)
+        return mechanism_of(plan).bound(part)
+
+    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
+        """The same for an update of which nothing is known."""
+        return self.on_part(Raw(update), plan, context).value
 
     def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
         """See Mechanism.noised."""
@@ -56,6 +61,10 @@ class Weighting(Postprocessor):
     the divisor must not depend on who was asked (McMahan, Ramage, Talwar, Zhang 2018, section 3, the estimator with
     a fixed denominator).
     """
+
+    def stretch(self, update: Update, plan: Plan) -> float:
+        """The site's weight."""
+        return plan.weight(update.examples)
 
     def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
         """Multiply by the site's weight."""
@@ -81,14 +90,15 @@ PIPELINE: tuple[Postprocessor, ...] = (SharedPositions(), Bounding(), Weighting(
 """In the order in which a site applies them."""
 
 
-def at_site(update: Update, plan: Plan, context: SiteContext) -> Update:
+def at_site(part: Part[Update], plan: Plan, context: SiteContext) -> Part[Update]:
     """What leaves a site (`Update.leaving`), what the server adds of it (`arrays`), and what the site keeps (`state`).
 
-    Whoever answers for a site without a message adds `arrays` as they are.
+    Whoever answers for a site without a message adds `arrays` as they are. Raises PrivacyError for what the plan's
+    mechanism does not cover.
     """
     for postprocessor in PIPELINE:
-        update = postprocessor.at_site(update, plan, context)
-    return update
+        part = postprocessor.on_part(part, plan, context)
+    return part
 
 
 def at_server(total: Update, plan: Plan, shapes: Shapes) -> Update:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PluginError
+from fedclaw.privacy.provenance import Part, Raw
 from fedclaw.protocol.arrays import Arrays, Shapes, shapes_of
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import LocalTraining
@@ -267,6 +268,26 @@ class Buffered(Strategy, ABC):
         if rules.minimum >= self.size:
             return None
         return f"steps on {self.size} answers, so a run needs as many sites: sites.minimum={self.size}"
+
+
+def client_update_of(
+    strategy: "type[Strategy]", delta: Part[Arrays], context: RoundContext, *, released: bool
+) -> "Part[ClientUpdate]":
+    """`strategy.client_update` of the round's `delta`, as `checked_client_update` holds it, and where that comes from.
+
+    `released`: whether the state in `context` is a function of noised values alone. What is made of one clipped step,
+    or of the training loss, has no bound.
+    """
+    if not is_overridden(strategy, "client_update"):
+        return delta.scaled(1.0, ClientUpdate)
+    looked: list[float] = []
+
+    def loss() -> float:
+        looked.append(context.loss())
+        return looked[-1]
+
+    made = delta.then(lambda arrays: checked_client_update(strategy, arrays, replace(context, loss=loss)))
+    return Raw(made.value) if looked or not released else made
 
 
 def checked_client_update(strategy: type[Strategy], delta: Arrays, context: RoundContext) -> ClientUpdate:

@@ -163,7 +163,17 @@ Unit = Literal["example", "site"]
 """Whose presence a guarantee hides."""
 
 
-class CentralRequest(Frozen):
+class SumNoiseTerms(Frozen):
+    """Who brings noise on the sum over the sites, for whom, and the (epsilon, delta) that it keeps over a whole run."""
+
+    unit: Unit
+    noise_by: Literal["server", "sites"]
+    """The server, which everybody then trusts to add it; or every site its share, inside secure aggregation."""
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class CentralRequest(SumNoiseTerms):
     """Noise on the sum over the sites, as conf/central/*.yaml asks for it: (epsilon, delta) of the whole run.
 
     Unit `site`: each site's parameter delta is clipped to the L2 norm `clip`. Neighbouring: one site's contribution is
@@ -172,11 +182,6 @@ class CentralRequest(Frozen):
     own; the sum over the sites is one DP-SGD step on the pooled data. Neighbouring: add or remove one example.
     """
 
-    unit: Unit
-    noise_by: Literal["server", "sites"]
-    """The server, which everybody then trusts to add it; or every site its share, inside secure aggregation."""
-    epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
     clip: float = Field(gt=0)
     sample_rate: float = Field(default=1.0, gt=0, le=1)
     """Unit `example`: the rate at which each site samples examples. Unit `site`: that at which sites are asked."""
@@ -336,16 +341,11 @@ Trust = Literal["nobody", "aggregation", "server", "everybody"]
 noise inside secure aggregation), the server (its noise); `everybody`: there is no noise. From the least to the most."""
 
 
-class CentralReceipt(Frozen):
+class CentralReceipt(SumNoiseTerms):
     """The noise on the sum that the site's answer went into, by the server's plan: (epsilon, delta) of the run.
 
     Its unit may be the whole site, while the ledger, and every other figure of the receipt, counts examples.
     """
-
-    unit: Unit
-    noise_by: Literal["server", "sites"]
-    epsilon: float = Field(gt=0)
-    delta: float = Field(gt=0, lt=1)
 
 
 class Spent(Frozen):

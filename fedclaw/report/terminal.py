@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedclaw.console import make_console
 from fedclaw.privacy.accounting import epsilon_of_sum, largest
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.report.tables import Figures, epsilon_words, parts_in_lines, shortened
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 
@@ -132,7 +133,7 @@ def bytes_words(directory: RunDirectory) -> str | None:
 def central_words(record: RunRecord) -> str | None:
     """What the noise on the sum comes to over the whole run; None if there is none by the server."""
     central = record.central
-    if central is None or central.noise_by == "sites":
+    if not central or mechanism_of(record).shares_noise:
         # What the sites' shares come to is in their receipts.
         return None
     spent = epsilon_of_sum(central, record.rounds)
@@ -153,12 +154,7 @@ def price_words(price: "Price") -> str:
 
 def privacy_words(record: RunRecord) -> str:
     """What a run asks for, in a few words."""
-    words = []
-    if record.privacy is not None:
-        words.append(f"epsilon {record.privacy.epsilon:g}, delta {record.privacy.delta:g} at each site (unit example)")
-    if (central := record.central) is not None:
-        by = "the server" if central.noise_by == "server" else "all sites together"
-        words.append(f"epsilon {central.epsilon:g}, delta {central.delta:g} in the sum (unit {central.unit}) by {by}")
+    words = list(mechanism_of(record).promises())
     if record.secure is not None:
         words.append("secure aggregation")
     return ", ".join(words) or "without differential privacy"

@@ -19,6 +19,7 @@ from fedclaw.learning.strategy import Buffered, Participation, Strategy
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.distributed import Price
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, shapes_of
 from fedclaw.protocol.frozen import Frozen, check_settings, fields_of
@@ -385,14 +386,7 @@ class _Loop:
             observer.finished_round(report)
 
     def _plan(self, pending: PendingRound) -> Plan:
-        central = self.record.central
-        if central is not None:
-            sampled = central.unit == "site" and central.sample_rate < 1
-            known = {
-                "clip": self.clip or central.clip,
-                "expected_sites": central.sample_rate * pending.connected if sampled else None,
-            }
-            central = central.model_copy(update=known)
+        central = mechanism_of(self.record).in_round(pending.connected, self.clip)
         # Where who is asked is to stay hidden, the number of those who could have been asked is told: it is public.
         cohort = pending.connected if central and central.expected_sites is not None else len(pending.nodes)
         if isinstance(self.strategy, Buffered):
@@ -505,11 +499,11 @@ class _Loop:
 
     def _choose(self, number: int, connected: list[int]) -> list[int]:
         """Each site by itself, at random that nobody can foresee, where privacy counts on it; else so many of them."""
-        central, rules = self.record.central, self.record.rules
+        rules, mechanism = self.record.rules, mechanism_of(self.record)
         if (chosen := self.strategy.select_clients(number, connected, self.record.seed)) is not None:
             return list(chosen)
-        if central and central.unit == "site" and central.sample_rate < 1:
-            asked = GaussianSource().bernoulli(len(connected), central.sample_rate)
+        if mechanism.samples_sites:
+            asked = GaussianSource().bernoulli(len(connected), mechanism.site_rate)
             return [node for node, chosen in zip(connected, asked, strict=True) if chosen]
         size = max(rules.minimum, round(rules.fraction * len(connected)))
         return random.Random(f"{self.record.seed}/{number}").sample(connected, min(size, len(connected)))  # noqa: S311

@@ -33,7 +33,7 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         strategy=chosen_strategy(settings),
         schema=schema,
         model=model,
-        central=None if settings.central is None else calibrated(settings.central, settings.rounds),
+        central=_calibrated(settings),
     )
     return with_strategy(record.model_copy(update={"statistics": _used(settings.statistics)}))
 
@@ -50,6 +50,10 @@ def _used(path: Path | None) -> ReleaseUse | None:
         return None
     release = read_release(path)
     return ReleaseUse(run=release.run, epsilon=release.epsilon, delta=release.delta)
+
+
+def _calibrated(settings: RunSettings) -> CentralPrivacy | None:
+    return calibrated(settings.central, settings.rounds) if settings.central else None
 
 
 def calibrated(asked: CentralRequest, rounds: int) -> CentralPrivacy:

@@ -20,7 +20,7 @@ from fedclaw.learning.statistics import design_for
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.distributed import WRAP, Shares
 from fedclaw.privacy.estimates import Estimate, Statistics, estimate
-from fedclaw.privacy.mechanisms.statistics import noise_of, shares_of
+from fedclaw.privacy.mechanisms.statistics import mechanism_of_request, shared_of
 from fedclaw.privacy.statistics import Design, Doubles
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.protocol.frozen import explain
@@ -151,7 +151,7 @@ def with_session(
         step = _step(asked.largest_weight, len(names))
         secure = seats.session(dimension, step, largest_weight=asked.largest_weight)
         request = request.model_copy(update={"secure": secure})
-        _check_room(shares_of(request))
+        _check_room(shared_of(request).shares)
     except (SecureAggregationError, PrivacyError) as error:
         raise UsageError(f"secure: {error}") from error
     return request
@@ -183,7 +183,7 @@ def _ask_securely(
     grid: Grid, nodes: Sequence[int], request: StatisticsRequest, deadline: float, collected: Collected
 ) -> None:
     """Add the sum of the survivors' vectors, which nobody saw, to `collected`."""
-    shares = shares_of(request)
+    shares = shared_of(request).shares
     receipts: dict[str, StatisticsReceipt] = {}
 
     def accept(site: str, content: RecordDict) -> None:
@@ -227,9 +227,7 @@ def _question(request: StatisticsRequest) -> MessageRecords:
 def _noise_of(request: StatisticsRequest) -> float:
     """What every site's ledger is charged. Raises UsageError when no noise keeps what is asked for."""
     try:
-        return (
-            noise_of(request.epsilon, request.delta) if request.secure is None else shares_of(request).noise_multiplier
-        )
+        return mechanism_of_request(request).event.noise_multiplier
     except PrivacyError as error:
         raise UsageError(f"epsilon={request.epsilon:g}: {error}") from error
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distillation_loss
+from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.stacked.batched import BatchedModel, Loss
 from fedclaw.learning.stacked.engines import Engine, PlainModel
@@ -18,10 +19,9 @@ from fedclaw.learning.stacked.private import PrivateStep, Sampling
 from fedclaw.learning.stacked.steps import RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
 from fedclaw.learning.step_loop import take_steps
-from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, checked_client_update, is_overridden
+from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, client_update_of, is_overridden
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.postprocessor import SiteContext
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec, Plan
@@ -301,17 +301,17 @@ class Trainer:
             {kind: dict(arrays) for kind, arrays in round.broadcast.items()},
             state,
         )
-        finished = checked_client_update(strategy, delta, context)
+        examples, mechanism = self._federation.examples(client), mechanism_of(plan)
+        made = mechanism.outcome(delta, examples)
+        finished = client_update_of(strategy, made, context, released=mechanism.noises_steps)
         personal = {name: trained[name] for name in plan.personal}
         if strategy.personal_model:
             personal = self._own_model(prepared, client)
-        examples = self._federation.examples(client)
-        repeatable = self._repeatable or not mechanism_of(plan).is_sampled
+        repeatable = self._repeatable or not mechanism.is_sampled
         source = noise_of(self._seed if repeatable else None, plan.round, -1 - client)
-        update = postprocess.at_site(
-            Update({**finished.delta, **finished.extras}, 1.0, examples), plan, SiteContext(source, self._state(client))
-        )
-        state = {**finished.state, **update.state, **({PERSONAL: personal} if personal else {})}
+        whole = finished.scaled(1.0, lambda own: Update({**own.delta, **own.extras}, 1.0, examples))
+        update = postprocess.at_site(whole, plan, SiteContext(source, self._state(client))).value
+        state = {**finished.value.state, **update.state, **({PERSONAL: personal} if personal else {})}
         return update, {kind: dict(arrays) for kind, arrays in state.items()}
 
     def _own_model(self, prepared: Prepared, client: int) -> Arrays:
@@ -373,7 +373,7 @@ def load(model: nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> Non
 
 def _is_weighting_alone(plan: Plan) -> bool:
     """Whether the postprocessors do no more to an update than weight it."""
-    return plan.compression is None and (plan.central is None or plan.central.unit == "example")
+    return plan.compression is None and not mechanism_of(plan).clips_updates
 
 
 def _numbers(round: Round) -> int:

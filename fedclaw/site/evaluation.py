@@ -26,8 +26,8 @@ from fedclaw.site.noised_metrics import bounded_sums, check_payable, noised, pay
 from fedclaw.site.outputs import one_by_one
 from fedclaw.site.policy.checks import permitted_metrics
 from fedclaw.site.policy.policy import Policy
-from fedclaw.site.policy.rate_limit import check_evaluation
 from fedclaw.site.privacy_budget import Asking
+from fedclaw.site.rate_limit import check_evaluation
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.strategy_client import personal_parameters
 

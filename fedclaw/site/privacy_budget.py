@@ -23,7 +23,7 @@ from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
 from fedclaw.protocol.records import serialised
 from fedclaw.site.journal.ledger import Budget, Ledger, Remaining, Reservation
 from fedclaw.site.policy.policy import Policy
-from fedclaw.site.policy.rate_limit import check_charge
+from fedclaw.site.rate_limit import check_charge
 from fedclaw.site.site import Site
 
 log = logging.getLogger(__name__)

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, SecureAggregationError
-from fedclaw.learning.postprocess import template
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.integers import Integers
-from fedclaw.privacy.mechanisms.statistics import shares_of
+from fedclaw.privacy.mechanisms.statistics import mechanism_of_request
 from fedclaw.privacy.secure_aggregation import (
     Accusations,
     KeyList,
@@ -31,22 +29,18 @@ from fedclaw.privacy.secure_aggregation import (
 )
 from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.secure_aggregation.parameters import parameters_of
-from fedclaw.protocol.arrays import flattened, pack_integers
+from fedclaw.protocol.arrays import pack_integers
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.messages import ARRAYS, CONFIRM, CONSENT, DISPUTE, KEYS, MASKED, SECURE, SHARES, UNMASK
+from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, KEYS, MASKED, SECURE, SHARES, UNMASK
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
 from fedclaw.protocol.questions import Asked
-from fedclaw.protocol.records import digest_of
+from fedclaw.site.pipeline import Mask, ReplyRecords
 from fedclaw.site.policy.checks import check_plan
-from fedclaw.site.policy.rate_limit import check_charge
 from fedclaw.site.policy.statistics import check_statistics
-from fedclaw.site.privacy_budget import Asking, charge_of, check_agreeable
-from fedclaw.site.site import Site, sent_arrays
+from fedclaw.site.privacy_budget import charge_of, check_agreeable
+from fedclaw.site.rate_limit import check_charge
+from fedclaw.site.site import Site
 from fedclaw.site.strategy_client import check_terms
-from fedclaw.site.training import about, train_locally
-
-Mask = Callable[[NDArray[np.uint32]], dict[str, ArrayRecord | ConfigRecord]]
-"""Masks a vector (d,), in place, and returns the records that leave."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +62,6 @@ def answer_stage(
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
 
-def answer_masked(
-    site: Site, identity: SecureIdentity | None, plan: Plan, content: RecordDict, asking: Asking
-) -> RecordDict:
-    """Train, and mask what leaves. Raises Refusal, before anything is paid for."""
-    mask = masking(identity, plan, content)
-    try:
-        integers = mechanism_of(plan).integers(len(site.data.train))
-    except PrivacyError as error:
-        raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
-    _check_weight(site, plan)
-    _check_content(plan, content)
-    local = train_locally(site, plan, content, asking)
-    vector = flattened(local.update.arrays)
-    _check_own(integers, vector)
-    masked = mask(integers.encode(vector, site.source))
-    return RecordDict({**masked, **about(local)})
-
-
 def masking(identity: SecureIdentity | None, asked: Asked, content: RecordDict) -> Mask:
     """How a vector of integers is masked in the session that `asked` opened, with the peers in `content`.
 
@@ -99,7 +75,7 @@ def masking(identity: SecureIdentity | None, asked: Asked, content: RecordDict) 
     except SecureAggregationError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
-    def mask(vector: NDArray[np.uint32]) -> dict[str, ArrayRecord | ConfigRecord]:
+    def mask(vector: NDArray[np.uint32]) -> ReplyRecords:
         try:
             masked = session.mask(vector, roster)
         except SecureAggregationError as error:
@@ -138,7 +114,7 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
             mechanism_of(asked).integers()
             check_agreeable(site, asked, charge_of(site, asked).mechanism)
         else:
-            shares_of(asked)
+            mechanism_of_request(asked)
     except PrivacyError as error:
         raise SecureAggregationError(str(error)) from error
     try:
@@ -162,44 +138,6 @@ def _session(identity: SecureIdentity, asked: Asked) -> SiteSession:
     if changed:
         raise SecureAggregationError("the session's terms have changed since this site joined it")
     return session
-
-
-def _check_content(plan: Plan, content: RecordDict) -> None:
-    """All sites begin with the same, and what comes of it fits the sum: checked before anything is paid for."""
-    secure = plan.secure
-    assert secure is not None
-    if digest_of(content.array_records) != secure.content:
-        raise Refusal(
-            RefusalCode.SECURE_AGGREGATION, "the parameters are not those that the session's sites were told of"
-        )
-    start = sent_arrays(content, ARRAYS)
-    length = sum(array.size for array in template(start, plan).values())
-    if length != secure.length:
-        raise Refusal(
-            RefusalCode.SECURE_AGGREGATION, f"an update has {length} numbers, and the sum is made for {secure.length}"
-        )
-
-
-def _check_own(integers: Integers, vector: NDArray[np.float32]) -> None:
-    """Raise Refusal for an update that would be no secret, and so hide nobody else's."""
-    if not integers.hides_others(vector):
-        raise Refusal(
-            RefusalCode.SECURE_AGGREGATION,
-            "what came of the training could not hide the other sites' updates in a sum (it diverged, or changed "
-            "nothing); this site adds nothing to it",
-        )
-
-
-def _check_weight(site: Site, plan: Plan) -> None:
-    """The range of values was set for weights up to a bound; beyond it the update would be cut off unseen."""
-    secure = plan.secure
-    if secure is None or secure.largest_weight is None:
-        return
-    if plan.weight(len(site.data.train)) > secure.largest_weight:
-        raise Refusal(
-            RefusalCode.SECURE_AGGREGATION,
-            f"the secure sum is made for weights of at most {secure.largest_weight:g}, and this site has more examples",
-        )
 
 
 def _known(identity: SecureIdentity | None) -> SecureIdentity:

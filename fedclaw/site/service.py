@@ -5,29 +5,34 @@ holds a reservation before the first gradient), and writes down what leaves (the
 """
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from pydantic import BaseModel, Field, ValidationError
 
 from fedclaw import __version__
 from fedclaw.errors import LedgerError
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.mechanism import Charge
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN, RECEIPT, RUN, STAGES
 from fedclaw.protocol.plan import PLAN_VERSION, Plan, Refusal, RefusalCode
+from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
+from fedclaw.site import pipeline
 from fedclaw.site.data import check_constants
 from fedclaw.site.evaluation import answer_evaluation
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import charged_ledger
+from fedclaw.site.pipeline import Answering
 from fedclaw.site.policy.checks import check_request
-from fedclaw.site.privacy_budget import Asking
-from fedclaw.site.secure import SecureIdentity, answer_masked, answer_stage, masking
+from fedclaw.site.privacy_budget import Asking, reserve
+from fedclaw.site.secure import SecureIdentity, answer_stage, masking
 from fedclaw.site.site import Site
-from fedclaw.site.statistics import answer_statistics, request_of
-from fedclaw.site.training import answer_training, begun
+from fedclaw.site.statistics import Statistics, request_of
+from fedclaw.site.training import Training
 
 log = logging.getLogger(__name__)
 
@@ -114,55 +119,41 @@ class SiteService(Site):
             log.error("%s", error)
 
     def _answer(self, message: Message) -> RecordDict:
-        kind = message.metadata.message_type
-        if _is_for_statistics(message):
-            return self._statistics(message)
-        plan = _plan_of(message)
-        self._check(plan)
-        check_constants(self, plan.preprocessing)
-        if kind == MessageType.TRAIN:
-            answer = self._train(plan, message)
-        elif kind in STAGES:
-            answer = answer_stage(self, self.secure, plan, kind, message.content)
-        elif kind == MessageType.EVALUATE:
-            answer = answer_evaluation(self, plan, message.content, Asking(message), self.outbound)
-        else:
+        asked, kind = self._asked(message), message.metadata.message_type
+        if kind in STAGES:
+            answered = answer_stage(self, self.secure, asked, kind, message.content)
+        elif kind == MessageType.EVALUATE and isinstance(asked, Plan):
+            answered = answer_evaluation(self, asked, message.content, Asking(message), self.outbound)
+        elif (make := _KINDS.get((type(asked), kind))) is None:
             raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
-        return _about(answer, plan.run)
+        else:
+            mask = None if asked.secure is None else masking(self.secure, asked, message.content)
+            answered = pipeline.answer(make(self, asked, message), mask)
+        return _about(answered, asked.run)
 
-    def begin(self, message: Message) -> Charge:
-        """Do all that comes before training when `message` asks for it, the charge included, and no more.
+    def begin(self, message: Message) -> NoiseEvent | None:
+        """Do all that comes before training when `message` asks for it, the charge included, and say what that was.
 
         For a site whose ledger is a copy: what would happen if a server asked. Raises the Refusal that it would get.
         """
+        asked = self._asked(message)
+        if not isinstance(asked, Plan):
+            raise Refusal(RefusalCode.MALFORMED, "no training is asked for")
+        with Training(self, asked, message.content, Asking(message)).ready() as due:
+            reserve(self, due)
+            return due.mechanism
+
+    def _asked(self, message: Message) -> Asked:
+        """What `message` asks, if it is meant for this site and its policy allows it to be asked. Raises Refusal."""
+        if _is_for_statistics(message):
+            request = request_of(message.content)
+            self._check_place(request)
+            return request
         plan = _plan_of(message)
-        self._check(plan)
-        check_constants(self, plan.preprocessing)
-        with begun(self, plan, message.content, Asking(message)) as ready:
-            return ready.charge
-
-    def _train(self, plan: Plan, message: Message) -> RecordDict:
-        asking = Asking(message)
-        if plan.secure is None:
-            return answer_training(self, plan, message.content, asking)
-        return answer_masked(self, self.secure, plan, message.content, asking)
-
-    def _statistics(self, message: Message) -> RecordDict:
-        request = request_of(message.content)
-        self._check_place(request)
-        kind, content = message.metadata.message_type, message.content
-        if kind in STAGES:
-            answer = answer_stage(self, self.secure, request, kind, content)
-        elif kind == STATISTICS:
-            mask = masking(self.secure, request, content) if request.secure else None
-            answer = answer_statistics(self, request, Asking(message), mask, content)
-        else:
-            raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
-        return _about(answer, request.run)
-
-    def _check(self, plan: Plan) -> None:
         self._check_place(plan)
         check_request(self.policy, plan)
+        check_constants(self, plan.preprocessing)
+        return plan
 
     def _check_place(self, asked: Plan | StatisticsRequest) -> None:
         """That this site is who is meant: of this federation, with this workload and schema."""
@@ -177,6 +168,15 @@ class SiteService(Site):
             )
         if asked.schema_digest != self.schema_digest:
             raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
+
+
+_KINDS: Mapping[tuple[type, str], Callable[[SiteService, Any, Message], Answering[Any]]] = {
+    (Plan, MessageType.TRAIN): lambda site, plan, message: Training(site, plan, message.content, Asking(message)),
+    (StatisticsRequest, STATISTICS): lambda site, request, message: Statistics(
+        site, request, message.content, Asking(message)
+    ),
+}
+"""What is worked out from a site's data, by what asks for it and the message's type."""
 
 
 def _about(answer: RecordDict, run: str) -> RecordDict:

@@ -17,18 +17,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import CheckpointError
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
-from fedclaw.learning.strategy import Strategy
+from fedclaw.learning.strategy import PERSONAL, Strategy
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Origin
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.compression import Compression
-from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import ModelSpec, Plan, Unit, Weighting
+from fedclaw.protocol.plan import ModelSpec, Plan, Weighting
 
 State = Mapping[str, Arrays]
 """By kind, arrays by parameter name."""
@@ -38,7 +38,7 @@ _STAGED = ".staged"
 _AT_ONCE = "0"
 
 
-class Provenance(Frozen):
+class Provenance(Origin):
     """What a run's state was made under. One run has one: a mix is refused."""
 
     strategy: str
@@ -47,13 +47,6 @@ class Provenance(Frozen):
     model: ModelSpec
     personal: tuple[str, ...]
     """Parameters that stay at the site, sorted."""
-    local: bool
-    """Whether every step was noised here."""
-    unit: Unit | None
-    noise_by: Literal["server", "sites"] | None
-    """Of noise on the sum. Its bound may move from round to round (adaptive clipping): what leaves is within it
-    whatever it was made from."""
-    secure: bool
     compression: Compression | None
     weighting: Weighting
     weight_cap: int | None
@@ -61,16 +54,12 @@ class Provenance(Frozen):
     @classmethod
     def of(cls, plan: Plan, strategy: type[Strategy]) -> "Provenance":
         """What training by `plan` makes."""
-        central = plan.central
         return cls(
+            **mechanism_of(plan).origin.model_dump(),
             strategy=plan.strategy,
             own_model=strategy.personal_model,
             model=plan.model,
             personal=tuple(sorted(plan.personal)),
-            local=plan.privacy is not None,
-            unit=central.unit if central else None,
-            noise_by=central.noise_by if central else None,
-            secure=plan.secure is not None,
             compression=plan.compression,
             weighting=plan.weighting,
             weight_cap=plan.weight_cap,
@@ -79,15 +68,15 @@ class Provenance(Frozen):
     @property
     def covers_own(self) -> bool:
         """Whether the parameters that a site keeps for its own follow from noised steps alone."""
-        return self.local and not self.own_model
+        return self.covers(PERSONAL)
+
+    def covers(self, kind: str) -> bool:
+        """Whether what is kept of that kind follows from noised steps alone: is released."""
+        return self.local and not (kind == PERSONAL and self.own_model)
 
     def __str__(self) -> str:
         """In words, to be compared with another's."""
-        noise = ["the site's own noise"] if self.local else []
-        if self.unit is not None:
-            noise.append(f"noise on the sum by the {self.noise_by} for the unit {self.unit}")
-        said = f"strategy {self.strategy!r}, model {self.model.name!r}, {' and '.join(noise) or 'no noise'}"
-        return f"{said}, {'in a secure sum' if self.secure else 'in the open'}"
+        return f"strategy {self.strategy!r}, model {self.model.name!r}, {self.noise_words}"
 
 
 @dataclass(frozen=True)

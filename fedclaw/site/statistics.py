@@ -7,75 +7,104 @@ content has to be what the ledger is charged for.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
 from fedclaw.learning.score_statistics import score_records
 from fedclaw.learning.statistics import design_for
-from fedclaw.learning.workload import Floats
-from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.distributed import Shares
-from fedclaw.privacy.mechanisms.statistics import noise_of, shares_of
-from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.mechanisms.statistics import (
+    SENSITIVITY,
+    SharedStatistics,
+    StatisticsMechanism,
+    mechanism_of_request,
+)
+from fedclaw.privacy.provenance import Bounded, Part, Released
 from fedclaw.privacy.statistics import Design, Doubles, Records
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.messages import ABOUT, ARRAYS, CHARGE, JSON, RECEIPT, SUM
+from fedclaw.protocol.messages import ARRAYS, JSON, RECEIPT, SUM
 from fedclaw.protocol.plan import Refusal, RefusalCode, SecureAggregation
 from fedclaw.protocol.statistics import REQUEST, ROUND, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.outputs import one_by_one
+from fedclaw.site.pipeline import Answering, ReplyRecords
 from fedclaw.site.policy.statistics import check_statistics
-from fedclaw.site.privacy_budget import Account, Asking, Due, reserve
-from fedclaw.site.secure import Mask
+from fedclaw.site.privacy_budget import Account, Asking, Due
 from fedclaw.site.site import Site, sent_arrays
 
 log = logging.getLogger(__name__)
 
 
-def answer_statistics(
-    site: Site, request: StatisticsRequest, asking: Asking, mask: Mask | None = None, content: RecordDict | None = None
-) -> RecordDict:
-    """The noised vector, masked by `mask` if the request has a secure sum, with its receipt.
+@dataclass
+class Statistics(Answering[Doubles]):
+    """One vector of the training data."""
 
-    `content` holds the parameters of the model whose scores are asked for. Raises Refusal before anything is paid for.
-    """
-    check_statistics(site.policy, request, len(site.data.train))
-    design = _design(site, request)
-    files_of(site.data)
-    model = _scored(site, request.scores, content or RecordDict()) if request.scores else None
-    noise = _noise(site, request, design)
-    due = Due(asking, request.federation, request.run, ROUND, noise.mechanism, Account.training(site))
-    charge = reserve(site, due)
-    vector = (
-        statistics_vector(site, design)
-        if request.scores is None or model is None
-        else design.vector([scores_of(site, request.scores, model)])
-    )
-    if mask is None:
-        left: dict[str, ArrayRecord | ConfigRecord] = {
-            SUM: pack({VECTOR: noised(vector, noise.mechanism.noise_multiplier, site.source)})
-        }
-    else:
-        assert noise.shares is not None
-        left = mask(noise.shares.encode_sum(vector, site.source)[0])
-    receipt = _receipt(site, request, noise)
-    log.info(
-        "statistics %s of %d columns leave with noise; epsilon %.3f by this run",
-        *(request.run, len(request.columns), receipt.epsilon_run or 0.0),
-    )
-    return RecordDict(
-        {
-            **left,
-            RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()}),
-            ABOUT: ConfigRecord({CHARGE: charge.hash}),
-        }
-    )
+    site: Site
+    request: StatisticsRequest
+    content: RecordDict
+    """Holds the parameters of the model whose scores are asked for."""
+    asking: Asking
+    _design: Design = field(init=False, repr=False)
+    _model: torch.nn.Module | None = field(default=None, init=False, repr=False)
+
+    @cached_property
+    def _mechanism(self) -> StatisticsMechanism:
+        """The noise that keeps the request's epsilon. Raises Refusal when none does."""
+        try:
+            return mechanism_of_request(self.request)
+        except PrivacyError as error:
+            raise Refusal(RefusalCode.EPSILON, f"statistics: {error}") from error
+
+    def prepare(self) -> Due:
+        """See Answering."""
+        site, request = self.site, self.request
+        check_statistics(site.policy, request, len(site.data.train))
+        self._design = _design(site, request)
+        files_of(site.data)
+        if request.scores is not None:
+            self._model = _scored(site, request.scores, self.content)
+        if request.secure is not None:
+            _check_sum(site, request.secure, self._design)
+        account = Account.training(site)
+        return Due(self.asking, request.federation, request.run, ROUND, self._mechanism.event, account)
+
+    def answer(self, charge: str) -> Part[Doubles]:
+        """See Answering."""
+        if self.request.scores is None or self._model is None:
+            vector = statistics_vector(self.site, self._design)
+        else:
+            vector = self._design.vector([scores_of(self.site, self.request.scores, self._model)])
+        return Bounded(vector, SENSITIVITY)
+
+    def let_out(self, contribution: Part[Doubles]) -> Released[Doubles]:
+        """See Answering."""
+        return self._mechanism.let_out(contribution, self.site.source)
+
+    def encode(self, contribution: Part[Doubles]) -> Released[NDArray[np.uint32]]:
+        """See Answering."""
+        if not isinstance(self._mechanism, SharedStatistics):
+            raise PrivacyError("a secure sum of these statistics was not asked for")
+        return self._mechanism.encode(contribution, self.site.source)
+
+    def pack(self, left: Doubles) -> ReplyRecords:
+        """See Answering. Rounded to float32 once, with the noise in it."""
+        return {SUM: pack({VECTOR: left.astype(np.float32)})}
+
+    def beside(self) -> ReplyRecords:
+        """See Answering."""
+        receipt = _receipt(self.site, self.request, self._mechanism)
+        log.info(
+            "statistics %s of %d columns leave with noise; epsilon %.3f by this run",
+            *(self.request.run, len(self.request.columns), receipt.epsilon_run or 0.0),
+        )
+        return {RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()})}
 
 
 def request_of(content: RecordDict) -> StatisticsRequest:
@@ -120,33 +149,6 @@ def scores_of(site: Site, asked: ScoreQuestion, model: torch.nn.Module) -> Recor
         return score_records(logits[:, 1] - logits[:, 0], targets.cpu().numpy(), asked.bins)
 
 
-def noised(vector: Doubles, deviation: float, source: GaussianSource) -> Floats:
-    """What may leave: `vector` with Gaussian noise, added in float64 and rounded to float32 once."""
-    values = source.perturb_(torch.from_numpy(vector.copy()), deviation)
-    rounded: Floats = values.numpy().astype(np.float32)
-    return rounded
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """What the ledger is charged, and this site's share of it in a secure sum."""
-
-    mechanism: NoiseEvent
-    shares: Shares | None
-
-
-def _noise(site: Site, request: StatisticsRequest, design: Design) -> _Noise:
-    """The noise that keeps the request's epsilon. Raises Refusal when none does."""
-    try:
-        if request.secure is None:
-            return _Noise(NoiseEvent(1.0, noise_of(request.epsilon, request.delta), 1), None)
-        _check_sum(site, request.secure, design)
-        shares = shares_of(request)
-    except PrivacyError as error:
-        raise Refusal(RefusalCode.EPSILON, f"statistics: {error}") from error
-    return _Noise(NoiseEvent(1.0, shares.noise_multiplier, 1), shares)
-
-
 def _check_sum(site: Site, secure: SecureAggregation, design: Design) -> None:
     """That the secure sum has room for this site's vector: a number that is cut off would be a wrong statistic."""
     if secure.length != design.dimension:
@@ -169,11 +171,11 @@ def _design(site: Site, request: StatisticsRequest) -> Design:
         raise Refusal(RefusalCode.SCHEMA, str(error)) from error
 
 
-def _receipt(site: Site, request: StatisticsRequest, noise: _Noise) -> StatisticsReceipt:
+def _receipt(site: Site, request: StatisticsRequest, mechanism: StatisticsMechanism) -> StatisticsReceipt:
     run = site.ledger.spent(request.delta, run=request.run, federation=request.federation)
     return StatisticsReceipt(
-        trust="nobody" if noise.shares is None else "aggregation",
-        noise_multiplier=noise.mechanism.noise_multiplier,
+        trust=mechanism.trust,
+        noise_multiplier=mechanism.event.noise_multiplier,
         delta=request.delta,
         **StatisticsReceipt.figures(run, site.ledger.spent(site.policy.delta), site.policy.epsilon),
         ledger_head=site.ledger.head(),

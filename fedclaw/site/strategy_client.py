@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from flwr.app import RecordDict
 
-from fedclaw.errors import PluginError, UsageError
+from fedclaw.errors import PluginError, PrivacyError, UsageError
 from fedclaw.learning.compatibility import refusal, strategy_of
 from fedclaw.learning.compression import feedback
 from fedclaw.learning.step_loop import Correction
@@ -17,8 +17,10 @@ from fedclaw.learning.strategy import (
     StepContext,
     Strategy,
     as_arrays,
-    checked_client_update,
+    client_update_of,
 )
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.provenance import Part, Released
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.messages import ARRAYS, BROADCAST
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
@@ -38,19 +40,16 @@ class ClientHalf:
     broadcast: Mapping[str, Arrays]
     before: State
     """What the site begins the round with."""
+    made: Provenance
+    """What all of that was made under, and what this round makes will be."""
 
     @classmethod
     def open(cls, site: Site, plan: Plan, content: RecordDict) -> "ClientHalf":
         """Raises Refusal, before anything is paid for, for a strategy, fields or combination that cannot be right."""
         strategy, sent = check_terms(site, plan), _sent(content)
         _check_sent(strategy, sent, sent_arrays(content, ARRAYS), plan)
-        return cls(
-            site=site,
-            plan=plan,
-            strategy=strategy,
-            broadcast=sent,
-            before=_begin(site, plan, Provenance.of(plan, strategy)),
-        )
+        made = Provenance.of(plan, strategy)
+        return cls(site, plan, strategy, sent, _begin(site, plan, made), made)
 
     def own(self, parameters: Arrays) -> Arrays:
         """`parameters` as they were sent, with the site's own in the place of those that never leave it."""
@@ -69,22 +68,34 @@ class ClientHalf:
         origin = [torch.tensor(start[name], device=device) for name, _ in model.named_parameters()]
         return self._corrected(self.strategy.correct_personal_gradients, model, origin, steps)
 
-    def client_update(self, delta: Arrays, steps: int, loss: Callable[[], float]) -> ClientUpdate:
+    @property
+    def begins_released(self) -> bool:
+        """Whether all that steps and corrections take of what the site kept follows from noised steps alone."""
+        taken = {*self.strategy.client_state, *([PERSONAL] if self.plan.personal else [])} & self.before.keys()
+        return all(self.made.covers(kind) for kind in taken)
+
+    def client_update(self, delta: Part[Arrays], steps: int, loss: Callable[[], float]) -> Part[ClientUpdate]:
         """What leaves of `delta`, by parameter name, and what the site remembers."""
-        shared = {name: array for name, array in delta.items() if name not in self.plan.personal}
-        state = {kind: as_arrays(self.before, kind, shared) for kind in self.strategy.client_state}
         plan = self.plan
+        shared = delta.scaled(1.0, lambda arrays: {n: a for n, a in arrays.items() if n not in plan.personal})
+        state = {kind: as_arrays(self.before, kind, shared.value) for kind in self.strategy.client_state}
         context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.broadcast, state)
-        return checked_client_update(self.strategy, shared, context)
+        return client_update_of(self.strategy, shared, context, released=self.begins_released)
 
-    def remember(self, finished: ClientUpdate, personal: Arrays, further: State, charge: str) -> None:
-        """Have the strategy's state, the parameters of `personal`, and `further` state ready for the rounds to come.
+    def remember(self, own: Part[State], personal: Part[Arrays], further: Part[State], charge: str) -> None:
+        """Have the strategy's `own` state, the parameters of `personal`, and `further` state ready for what comes.
 
-        They are kept when the answer that was charged as `charge` is about to leave (`SiteStates.commit`).
+        They are kept when the answer that was charged as `charge` is about to leave (`SiteStates.commit`). Raises
+        PrivacyError for what is raw where `Provenance` would call it covered.
         """
-        state = {**finished.state, **({PERSONAL: personal} if personal else {}), **further}
-        plan, made = self.plan, Provenance.of(self.plan, self.strategy)
-        self.site.states.stage(plan.federation, plan.run, plan.round, state, charge, made, self.before)
+        kept = personal.then(lambda arrays: {PERSONAL: arrays} if arrays else {})
+        state: dict[str, Arrays] = {}
+        for part in (own, kept, further):
+            if not isinstance(part, Released) and any(self.made.covers(kind) for kind in part.value):
+                raise PrivacyError(f"{', '.join(part.value)} would be kept as released, and no noise covers that")
+            state |= part.value
+        plan = self.plan
+        self.site.states.stage(plan.federation, plan.run, plan.round, state, charge, self.made, self.before)
 
     def _corrected(
         self,
@@ -118,7 +129,7 @@ def _begin(site: Site, plan: Plan, made: Provenance) -> State:
     found = site.states.find(plan.federation, plan.run)
     if found is None or plan.round <= 1:
         return {}
-    if found.made == made or (found.made is None and plan.privacy is None and plan.central is None):
+    if found.made == made or (found.made is None and not mechanism_of(plan).claims_privacy):
         return found.beginning(plan.round)
     if found.after.keys() <= feedback.KINDS:
         return {}

@@ -2,28 +2,34 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distilled
-from fedclaw.learning.step_loop import Correction, ModelSteps, make_optimizer, take_steps
+from fedclaw.learning.postprocess import template
+from fedclaw.learning.postprocessor import SiteContext
+from fedclaw.learning.step_loop import ModelSteps, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.mechanism import Charge
-from fedclaw.privacy.postprocessor import SiteContext
+from fedclaw.privacy.mechanisms.integers import Integers
+from fedclaw.privacy.mechanisms.mechanism import Charge, Mechanism
+from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, shuffled_batches
-from fedclaw.protocol.arrays import Arrays, pack_wire
-from fedclaw.protocol.messages import ABOUT, ARRAYS, CHARGE, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
-from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
+from fedclaw.protocol.arrays import Arrays, flattened, pack_wire
+from fedclaw.protocol.messages import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
+from fedclaw.protocol.plan import Plan, Refusal, RefusalCode, SecureAggregation
+from fedclaw.protocol.records import digest_of
 from fedclaw.protocol.update import Update
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads
-from fedclaw.site.journal.ledger import Reservation
+from fedclaw.site.pipeline import Answering, ReplyRecords
 from fedclaw.site.policy.checks import check_plan
 from fedclaw.site.privacy_budget import (
     Account,
@@ -33,7 +39,6 @@ from fedclaw.site.privacy_budget import (
     check_affordable,
     log_spending,
     receipt_of,
-    reserve,
 )
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.strategy_client import ClientHalf
@@ -42,167 +47,223 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs, outputs, targets) -> mean loss."""
 
 
-@dataclass(frozen=True)
-class LocalUpdate:
-    """What a round of training left at the site: ready to leave, and paid for."""
+@dataclass
+class Training(Answering[Update]):
+    """A round of local steps; what leaves is the weighted delta, and what a strategy makes of it."""
 
-    update: Update
-    receipt: Receipt
-    charge: str
-    """The hash of its charge in the ledger."""
+    site: Site
+    plan: Plan
+    content: RecordDict
+    asking: Asking
+    _half: ClientHalf = field(init=False, repr=False)
+    _model: torch.nn.Module = field(init=False, repr=False)
+    _steps: StepTaker = field(init=False, repr=False)
+    _charge: Charge = field(init=False, repr=False)
+    _loss: Loss = field(init=False, repr=False)
+    _start: Arrays = field(init=False, repr=False)
+    """What the round begins with."""
+    _left: Update = field(init=False, repr=False)
 
+    @cached_property
+    def _mechanism(self) -> Mechanism:
+        return mechanism_of(self.plan)
 
-def answer_training(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> RecordDict:
-    """The weighted delta of one round, with its receipt. Raises Refusal before anything is paid for."""
-    local = train_locally(site, plan, content, asking)
-    # Rounded once, after all that a site does to it.
-    leaving = {
-        name: array.astype(np.float32) if array.dtype == np.float64 else array
-        for name, array in local.update.leaving.items()
-    }
-    return RecordDict({SUM: pack_wire(leaving), **about(local)})
+    @cached_property
+    def _integers(self) -> Integers:
+        return self._mechanism.integers(self._examples)
 
+    @property
+    def _examples(self) -> int:
+        return len(self.site.data.train)
 
-def about(local: LocalUpdate) -> dict[str, MetricRecord | ConfigRecord]:
-    """The records that go with an update, in whatever form it leaves."""
-    update = local.update
-    return {
-        METRICS: MetricRecord({WEIGHT: update.weight, EXAMPLES: update.examples}),
-        RECEIPT: ConfigRecord({JSON: local.receipt.model_dump_json()}),
-        ABOUT: ConfigRecord({CHARGE: local.charge}),
-    }
+    @property
+    def _count(self) -> int:
+        """Local steps of the round."""
+        return self.plan.training.local_steps(self._examples)
 
+    @contextmanager
+    def ready(self) -> Iterator[Due]:
+        """See Answering."""
+        due = self.prepare()
+        with self._steps:
+            yield due
 
-@dataclass(frozen=True)
-class Begun:
-    """A round of training that nothing keeps from beginning: checked, ready, and paid for."""
+    def prepare(self) -> Due:
+        """See Answering."""
+        site, plan = self.site, self.plan
+        if plan.secure is not None:
+            self._check_session(plan.secure)
+        sent = sent_arrays(self.content, ARRAYS)
+        size = sum(array.size for array in sent.values())
+        check_plan(site.policy, plan, examples=self._examples, parameters=size)
+        self._check_preprocessing()
+        self._half = ClientHalf.open(site, plan, self.content)
+        self._start = self._half.own(sent)
+        self._model = site.model(plan.model, self._start)
+        set_threads(size)
+        self._charge = charge_of(site, plan)
+        due = Due.of_plan(site, plan, self.asking, self._charge.mechanism, Account.training(site))
+        # New constants take all data to be read, so every reason to refuse comes first.
+        if not is_prepared(site, plan.preprocessing):
+            check_affordable(site, due)
+            prepare(site, plan.preprocessing)
+        self._loss = _loss_of(site, plan, self.content)
+        self._steps = self._step_taker()
+        return due
 
-    half: ClientHalf
-    start: Arrays
-    model: torch.nn.Module
-    charge: Charge
-    loss: Loss
-    steps: StepTaker
-    reservation: Reservation
+    def answer(self, charge: str) -> Part[Update]:
+        """Train, and have ready what is kept of it."""
+        half, mechanism = self._half, self._mechanism
+        correction = half.correction(self._model, self._count)
+        with precision(self.site.device, sum(p.numel() for p in self._model.parameters()), mechanism.is_sampled):
+            take_steps(
+                mechanism.batches(self._examples, self._charge.mechanism, self.site.source),
+                self._model_steps(self._steps, self._model),
+                None if mechanism.takes_one_step else correction,
+            )
+        delta = mechanism.outcome(self._delta(), self._examples)
+        if not half.begins_released and isinstance(delta, Released):
+            delta = Raw(delta.value)
+        finished = half.client_update(delta, self._count, self._training_loss)
+        personal = self._personal(delta)
+        whole = finished.scaled(1.0, lambda made: Update({**made.delta, **made.extras}, 1.0, self._examples))
+        try:
+            left = postprocess.at_site(whole, self.plan, SiteContext(self.site.source, half.before))
+        except PrivacyError as error:
+            raise Refusal(RefusalCode.STRATEGY, f"strategy {self.plan.strategy!r} {error}") from error
+        self._left = left.value
+        further = left.scaled(1.0, lambda update: update.state)
+        half.remember(finished.then(lambda made: made.state), personal, further, charge)
+        return left
 
+    def let_out(self, contribution: Part[Update]) -> Released[Update] | Permitted[Update]:
+        """See Answering."""
+        return self._mechanism.let_out(contribution, self._charge)
 
-@contextmanager
-def begun(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> Iterator[Begun]:
-    """All that comes before the first step, the charge last. Raises Refusal before anything is paid for."""
-    sent = sent_arrays(content, ARRAYS)
-    size, examples = sum(array.size for array in sent.values()), len(site.data.train)
-    check_plan(site.policy, plan, examples=examples, parameters=size)
-    _check_preprocessing(site, plan)
-    half = ClientHalf.open(site, plan, content)
-    start = half.own(sent)
-    model = site.model(plan.model, start)
-    set_threads(size)
-    charge = charge_of(site, plan)
-    due = Due.of_plan(site, plan, asking, charge.mechanism, Account.training(site))
-    _prepare(site, plan, due)
-    loss = _loss(site, plan, content)
-    with _steps(site, plan, charge, model, loss) as steps:
-        yield Begun(half, start, model, charge, loss, steps, reserve(site, due))
+    def encode(self, contribution: Part[Update]) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
+        """See Answering."""
+        vector = contribution.scaled(1.0, lambda update: flattened(update.arrays))
+        if not self._integers.hides_others(vector.value):
+            raise Refusal(
+                RefusalCode.SECURE_AGGREGATION,
+                "what came of the training could not hide the other sites' updates in a sum (it diverged, or changed "
+                "nothing); this site adds nothing to it",
+            )
+        return self._mechanism.encode(vector, self._integers, self._charge, self.site.source)
 
+    def pack(self, left: Update) -> ReplyRecords:
+        """See Answering. Rounded once, after all that a site does to it."""
+        leaving = {
+            name: array.astype(np.float32) if array.dtype == np.float64 else array
+            for name, array in left.leaving.items()
+        }
+        return {SUM: pack_wire(leaving)}
 
-def train_locally(site: Site, plan: Plan, content: RecordDict, asking: Asking) -> LocalUpdate:
-    """Train as `plan` asks, under a reservation for `asking`. Raises Refusal before anything is paid for."""
-    with begun(site, plan, content, asking) as ready:
-        examples = len(site.data.train)
-        half, start, model, charge = ready.half, ready.start, ready.model, ready.charge
-        loss, steps = ready.loss, ready.steps
-        count = plan.training.local_steps(examples)
-        _run_steps(site, plan, charge, steps, model, half.correction(model, count))
-    delta = (
-        _step_taken(steps, model, plan)
-        if isinstance(steps, PrivateGradients) and mechanism_of(plan).takes_one_step
-        else _delta(model, start)
-    )
-    finished = half.client_update(delta, count, lambda: _training_loss(site, plan, start, loss))
-    personal = _personal(site, plan, half, model, start, loss)
-    whole = Update({**finished.delta, **finished.extras}, 1.0, examples)
-    update = postprocess.at_site(whole, plan, SiteContext(site.source, half.before))
-    half.remember(finished, personal, update.state, ready.reservation.hash)
-    receipt = receipt_of(site, plan, charge)
-    log_spending(plan, receipt)
-    return LocalUpdate(update, receipt, ready.reservation.hash)
+    def beside(self) -> ReplyRecords:
+        """See Answering."""
+        receipt = receipt_of(self.site, self.plan, self._charge)
+        log_spending(self.plan, receipt)
+        return {
+            METRICS: MetricRecord({WEIGHT: self._left.weight, EXAMPLES: self._left.examples}),
+            RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()}),
+        }
 
+    def _check_session(self, secure: SecureAggregation) -> None:
+        """All sites begin with the same, and what comes of it fits the sum: checked before anything is paid for."""
+        try:
+            self._integers  # noqa: B018
+        except PrivacyError as error:
+            raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
+        if secure.largest_weight is not None and self.plan.weight(self._examples) > secure.largest_weight:
+            # The range of values was set for weights up to it; beyond, the update would be cut off unseen.
+            raise Refusal(
+                RefusalCode.SECURE_AGGREGATION,
+                f"the secure sum is made for weights of at most {secure.largest_weight:g}, and this site has more "
+                "examples",
+            )
+        if digest_of(self.content.array_records) != secure.content:
+            raise Refusal(
+                RefusalCode.SECURE_AGGREGATION, "the parameters are not those that the session's sites were told of"
+            )
+        start = sent_arrays(self.content, ARRAYS)
+        length = sum(array.size for array in template(start, self.plan).values())
+        if length != secure.length:
+            raise Refusal(
+                RefusalCode.SECURE_AGGREGATION,
+                f"an update has {length} numbers, and the sum is made for {secure.length}",
+            )
 
-def _prepare(site: Site, plan: Plan, due: Due) -> None:
-    """Standardise by the plan's constants. New ones take all data to be read, so every reason to refuse comes first."""
-    if not is_prepared(site, plan.preprocessing):
-        check_affordable(site, due)
-        prepare(site, plan.preprocessing)
+    def _check_preprocessing(self) -> None:
+        """Constants made from all training examples are outside of what epsilon covers: the operator has to know."""
+        site = self.site
+        covered = not site.workload.schema.data_dependent or site.policy.allow_data_dependent_preprocessing
+        if self._mechanism.claims_privacy and not covered:
+            raise Refusal(
+                RefusalCode.PRIVACY_REQUIRED,
+                "the schema standardises by the site's own statistics, which epsilon does not cover; agree on "
+                "constants in the schema, or have the site's policy allow it",
+            )
 
+    def _step_taker(self) -> StepTaker:
+        """The way of taking a step that the plan's mechanism has, before anything is paid for."""
+        site, event = self.site, self._charge.mechanism
+        try:
+            return self._mechanism.step_taker(self._model, self._loss, self._examples, event, site.source, site.speed)
+        except PrivacyError as error:
+            raise Refusal(RefusalCode.MODEL, str(error)) from error
 
-def _check_preprocessing(site: Site, plan: Plan) -> None:
-    """Constants made from all training examples are outside of what epsilon covers: the operator has to know."""
-    covered = not site.workload.schema.data_dependent or site.policy.allow_data_dependent_preprocessing
-    if mechanism_of(plan).claims_privacy and not covered:
-        raise Refusal(
-            RefusalCode.PRIVACY_REQUIRED,
-            "the schema standardises by the site's own statistics, which epsilon does not cover; agree on "
-            "constants in the schema, or have the site's policy allow it",
-        )
+    def _model_steps(self, taker: StepTaker, model: torch.nn.Module) -> ModelSteps:
+        """Steps of `model` on the site's training data by the local optimiser of the plan."""
+        inputs, targets = self.site.on_device("train", self.site.data.train)
+        parameters: Sequence[torch.Tensor] = list(model.parameters())
+        optimizer = make_optimizer(parameters, self.plan.training)
+        return ModelSteps(lambda rows: taker.gradients(inputs[rows], targets[rows]), parameters, optimizer.step)
 
+    def _delta(self) -> Arrays:
+        """parameters - start, float32 by name; of one step whose noise is on the sum, the step, float64.
 
-def _steps(site: Site, plan: Plan, charge: Charge, model: torch.nn.Module, loss: Loss) -> StepTaker:
-    """The way of taking a step that the plan's mechanism has, before anything is paid for."""
-    mechanism, examples = mechanism_of(plan), len(site.data.train)
-    try:
-        return mechanism.step_taker(model, loss, examples, charge.mechanism, site.source, site.speed)
-    except PrivacyError as error:
-        raise Refusal(RefusalCode.MODEL, str(error)) from error
+        As the difference of two sets of parameters it would be rounded to what they can hold, and as float32 to 2^-24
+        of itself: one example could move it by more than its gradient was clipped to.
+        """
+        named = list(self._model.named_parameters())
+        if not self._mechanism.takes_one_step:
+            return {name: parameter.detach().cpu().numpy() - self._start[name] for name, parameter in named}
+        names = [name for name, parameter in named if parameter.requires_grad]
+        assert isinstance(self._steps, PrivateGradients)
+        rate, exact = self.plan.training.learning_rate, self._steps.exact
+        return {name: (gradient * -rate).cpu().numpy() for name, gradient in zip(names, exact, strict=True)}
 
+    def _personal(self, delta: Part[Arrays]) -> Part[Arrays]:
+        """The parameters that stay: as they were trained, or a whole model of the site's own, trained now.
 
-def _run_steps(
-    site: Site, plan: Plan, charge: Charge, steps: StepTaker, model: torch.nn.Module, correction: Correction
-) -> None:
-    """Train `model`, which holds what the round begins with, for one round of `plan`."""
-    mechanism, parameters = mechanism_of(plan), list(model.parameters())
-    with precision(site.device, sum(p.numel() for p in parameters), mechanism.is_sampled):
+        The latter takes its steps without noise, whatever the plan asks for: nothing of it leaves but the metrics that
+        the site's policy permits.
+        """
+        site, plan, half = self.site, self.plan, self._half
+        if not half.strategy.personal_model:
+            trained = _copied(self._model)
+            return delta.then(lambda _: {name: trained[name] for name in plan.personal if name in trained})
+        own = site.model(plan.model, {**self._start, **half.before.get(PERSONAL, {})}, role="personal")
         take_steps(
-            mechanism.batches(len(site.data.train), charge.mechanism, site.source),
-            _model_steps(site, plan, steps, parameters),
-            None if mechanism.takes_one_step else correction,
+            shuffled_batches(self._examples, plan.training.batch_size, self._count, site.source),
+            self._model_steps(PlainGradients(own, self._loss), own),
+            half.personal_correction(own, self._start, self._count),
         )
+        return Raw(_copied(own))
+
+    def _training_loss(self) -> float:
+        """The mean loss over the training data of the parameters that the round began with."""
+        model = self.site.model(self.plan.model, self._start, role="start").eval()
+        inputs, targets = self.site.on_device("train", self.site.data.train)
+        with torch.no_grad():
+            return float(self._loss(inputs, model(inputs), targets))
 
 
-def _model_steps(site: Site, plan: Plan, taker: StepTaker, parameters: Sequence[torch.Tensor]) -> ModelSteps:
-    """Steps on the site's training data by the local optimiser of the plan."""
-    inputs, targets = site.on_device("train", site.data.train)
-    optimizer = make_optimizer(parameters, plan.training)
-    return ModelSteps(lambda rows: taker.gradients(inputs[rows], targets[rows]), parameters, optimizer.step)
+def _copied(model: torch.nn.Module) -> Arrays:
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.named_parameters()}
 
 
-def _personal(site: Site, plan: Plan, half: ClientHalf, model: torch.nn.Module, start: Arrays, loss: Loss) -> Arrays:
-    """The parameters that stay: of `model`, as it was trained, or a whole model of the site's own, trained now.
-
-    The latter takes its steps without noise, whatever the plan asks for: nothing of it leaves but the metrics that the
-    site's policy permits.
-    """
-    trained = {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.named_parameters()}
-    if not half.strategy.personal_model:
-        return {name: trained[name] for name in plan.personal if name in trained}
-    examples, count = len(site.data.train), plan.training.local_steps(len(site.data.train))
-    own = site.model(plan.model, {**start, **half.before.get(PERSONAL, {})}, role="personal")
-    take_steps(
-        shuffled_batches(examples, plan.training.batch_size, count, site.source),
-        _model_steps(site, plan, PlainGradients(own, loss), list(own.parameters())),
-        half.personal_correction(own, start, count),
-    )
-    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in own.named_parameters()}
-
-
-def _training_loss(site: Site, plan: Plan, start: Arrays, loss: Loss) -> float:
-    """The mean loss over the training data of the parameters that the round began with."""
-    model = site.model(plan.model, start, role="start").eval()
-    inputs, targets = site.on_device("train", site.data.train)
-    with torch.no_grad():
-        return float(loss(inputs, model(inputs), targets))
-
-
-def _loss(site: Site, plan: Plan, content: RecordDict) -> Loss:
+def _loss_of(site: Site, plan: Plan, content: RecordDict) -> Loss:
     if plan.distillation is None:
         return lambda _inputs, outputs, targets: site.workload.loss(outputs, targets)
     wanted = plan.distillation
@@ -221,19 +282,3 @@ def _loss(site: Site, plan: Plan, content: RecordDict) -> Loss:
         )
 
     return loss
-
-
-def _delta(model: torch.nn.Module, start: Arrays) -> Arrays:
-    """parameters - start, float32 by name."""
-    return {name: parameter.detach().cpu().numpy() - start[name] for name, parameter in model.named_parameters()}
-
-
-def _step_taken(steps: PrivateGradients, model: torch.nn.Module, plan: Plan) -> Arrays:
-    """The one plain step, from its gradient, float64 by name.
-
-    As the difference of two sets of parameters it would be rounded to what they can hold, and as float32 to 2^-24 of
-    itself: one example could move it by more than its gradient was clipped to.
-    """
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    rate = plan.training.learning_rate
-    return {name: (exact * -rate).cpu().numpy() for name, exact in zip(names, steps.exact, strict=True)}

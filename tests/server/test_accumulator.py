@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning import postprocess
+from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
+from fedclaw.privacy.provenance import Released
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import WeightedSum
@@ -119,7 +120,7 @@ def test_both_halves_of_the_weighting_give_the_mean(weighting, expected):
     total = WeightedSum(TEMPLATE)
     for examples, value in ((1, 1.0), (3, 3.0)):
         delta = {name: np.full_like(array, value) for name, array in TEMPLATE.items()}
-        sent = postprocess.at_site(Update(delta, 1.0, examples), plan, CONTEXT)
+        sent = postprocess.at_site(Released(Update(delta, 1.0, examples)), plan, CONTEXT).value
         total.add(sent.arrays, sent.weight, sent.examples)
     assert total.examples == 4
     assert set(postprocess.at_server(total.take(), plan, {}).arrays["b"].tolist()) == {expected}
@@ -143,6 +144,6 @@ def test_postprocessors_are_undone_in_reverse(monkeypatch):
             return Update({name: array / 2 for name, array in total.arrays.items()}, total.weight, total.examples)
 
     monkeypatch.setattr(postprocess, "PIPELINE", (Shift(), Scale()))
-    sent = postprocess.at_site(Update(update([[1, 2], [3, 4]], [5, 6]), 1.0, 1), PLAN, CONTEXT)
+    sent = postprocess.at_site(Released(Update(update([[1, 2], [3, 4]], [5, 6]), 1.0, 1)), PLAN, CONTEXT).value
     assert sent.arrays["b"].tolist() == [12, 14]
     assert postprocess.at_server(sent, PLAN, {}).arrays["b"].tolist() == [5, 6]

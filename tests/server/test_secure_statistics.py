@@ -6,7 +6,7 @@ import pytest
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.statistics import design_of
 from fedclaw.privacy.estimates import estimate
-from fedclaw.privacy.mechanisms.statistics import noise_of
+from fedclaw.privacy.mechanisms.local_noise import OwnNoise
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.statistics import STATISTICS
 from fedclaw.protocol.terms import SecureRequest
@@ -94,13 +94,13 @@ def test_the_noise_of_the_sum_is_that_of_one_site_alone_not_of_all(sites, monkey
     assert noise.shape == (40, 144)
     assert np.std(noise) == pytest.approx(said, rel=0.05)
     assert abs(noise.mean()) < 6 * said / np.sqrt(noise.size)
-    assert said == pytest.approx(noise_of(1.0, 1e-4) * np.sqrt(4 / 3), rel=0.02)
+    assert said == pytest.approx(OwnNoise.calibrated(1.0, 1e-4).noise_multiplier * np.sqrt(4 / 3), rel=0.02)
 
 
 def test_a_site_that_drops_out_leaves_a_sum_with_enough_noise(sites):
     release, _ = released(sites, lost=("south",))
     assert list(release.sites) == ["east", "north", "west"]
-    assert release.mechanism.deviation == pytest.approx(noise_of(8.0, 1e-4), rel=0.02)
+    assert release.mechanism.deviation == pytest.approx(OwnNoise.calibrated(8.0, 1e-4).noise_multiplier, rel=0.02)
     assert release.statistics.count.value == pytest.approx(600, abs=40)
 
 

@@ -18,7 +18,7 @@ from fedclaw.learning.compression.fp16 import Fp16
 from fedclaw.learning.compression.powersgd import LowRank
 from fedclaw.learning.compression.stochastic import Stochastic
 from fedclaw.learning.compression.topk import LargestK
-from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
+from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire, all_finite, shapes_of
 from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, TopK
 from fedclaw.protocol.plan import Plan
@@ -44,6 +44,10 @@ def encoder_of(plan: Plan) -> Encoder | None:
 
 class SiteEncoding(Postprocessor):
     """Leaves the update as the server will read it, and beside it the form that travels."""
+
+    def stretch(self, update: Update, plan: Plan) -> float | None:
+        """Rounding, and leaving out what is small, may bring two updates further apart."""
+        return 1.0 if encoder_of(plan) is None else None
 
     def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
         """Encode the update and what was not sent before. One that is not finite leaves as one that says so."""

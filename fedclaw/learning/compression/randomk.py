@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedclaw.learning.compression.encoder import kept
 from fedclaw.learning.compression.feedback import ERROR, add_memory, remembered, to_remember
-from fedclaw.privacy.postprocessor import Postprocessor, SiteContext
+from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Shapes, all_finite
 from fedclaw.protocol.compression import RandomK
 from fedclaw.protocol.plan import Plan
@@ -28,6 +28,10 @@ from fedclaw.protocol.update import Update, is_extra
 
 class SharedPositions(Postprocessor):
     """Each tensor becomes the (k,) numbers that its plan's positions hold; what else a site adds stays whole."""
+
+    def stretch(self, update: Update, plan: Plan) -> float | None:
+        """Leaving numbers out brings nothing further apart; what was kept of earlier updates may."""
+        return None if isinstance(plan.compression, RandomK) and plan.compression.feedback else 1.0
 
     def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
         """Pick the numbers that are sent, of the update and what was not sent before."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedclaw.errors import PrivacyError
 from fedclaw.learning.stacked.batched import BatchedModel, NotStackable
 from fedclaw.learning.stacked.packing import Packing, Rows
 from fedclaw.learning.stacked.product import StackedLinear
@@ -18,6 +19,7 @@ from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, without_overflow
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.plan import Plan
 
@@ -34,12 +36,11 @@ class Sampling:
 
     @classmethod
     def of(cls, plan: Plan, mechanism: NoiseEvent | None, examples: int, source: GaussianSource) -> "Sampling":
-        """What `plan` asks of a client with so many examples, which is charged `mechanism`."""
-        if plan.privacy is not None:
-            assert mechanism is not None
-            return cls(mechanism.sample_rate, mechanism.noise_multiplier, plan.privacy.max_grad_norm, examples, source)
-        assert plan.central is not None
-        return cls(plan.central.sample_rate, 0.0, plan.central.clip, examples, source)
+        """What `plan` asks of a client with so many examples, which is charged `mechanism`. Raises PrivacyError."""
+        steps = mechanism_of(plan).sampling(examples, mechanism)
+        if steps is None:
+            raise PrivacyError("steps without samples were asked for as private ones")
+        return cls(steps.rate, steps.noise_multiplier, steps.clip, examples, source)
 
     @property
     def expected(self) -> float:

@@ -1,7 +1,6 @@
 """No noise at all: an update leaves as it is, where a site's policy allows training without privacy."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 
@@ -10,4 +9,7 @@ from fedclaw.privacy.mechanisms.mechanism import Mechanism
 class InTheOpen(Mechanism):
     """No promise but that of a secure sum, if there is one."""
 
-    claims_privacy: ClassVar[bool] = False
+    @property
+    def claims_privacy(self) -> bool:
+        """See Mechanism."""
+        return False

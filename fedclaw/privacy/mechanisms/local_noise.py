@@ -6,19 +6,27 @@ and need not be. What does not follow from the steps (the training loss, a model
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent, calibrate
 from fedclaw.privacy.distributed import Price
-from fedclaw.privacy.mechanisms.integers import Integers
-from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, Sampling, clip_out_of_range
+from fedclaw.privacy.mechanisms.integers import Integers, Vector
+from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
 from fedclaw.privacy.mechanisms.sum_noise import by_the_loss
-from fedclaw.protocol.plan import CentralReceipt, PrivacyRequest
+from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt, PrivacyRequest
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.protocol.update import Update
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
+
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,11 @@ class LocalNoise(Mechanism):
     onward: Mechanism
 
     calibrated_here: ClassVar[frozenset[str]] = frozenset({"noise_multiplier"})
+
+    @property
+    def noises_steps(self) -> bool:
+        """See Mechanism."""
+        return True
 
     @property
     def noised_at_site(self) -> bool:
@@ -54,9 +67,28 @@ class LocalNoise(Mechanism):
         return self.onward.largest_update
 
     @property
-    def samples_sites(self) -> bool:
+    def clips_updates(self) -> bool:
         """See Mechanism."""
-        return self.onward.samples_sites
+        return self.onward.clips_updates
+
+    @property
+    def site_rate(self) -> float:
+        """See Mechanism."""
+        return self.onward.site_rate
+
+    def in_round(self, connected: int, clip: float | None) -> CentralPrivacy | None:
+        """See Mechanism."""
+        return self.onward.in_round(connected, clip)
+
+    def promises(self) -> tuple[str, ...]:
+        """See Mechanism."""
+        asked = self.request
+        own = f"epsilon {asked.epsilon:g}, delta {asked.delta:g} at each site (unit example)"
+        return (own, *self.onward.promises())
+
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+        """See Mechanism."""
+        return self.request
 
     @property
     def central(self) -> CentralReceipt | None:
@@ -105,15 +137,29 @@ class LocalNoise(Mechanism):
         """See Mechanism. Whatever a strategy makes of parameters and of what it kept follows from noised steps."""
         return self.onward.uncovered(use) or by_the_loss(use)
 
-    def sampling(self, examples: int, charged: NoiseEvent | None) -> Sampling | None:
+    def sampling(self, examples: int, charged: NoiseEvent | None) -> SampledSteps | None:
         """See Mechanism. Raises PrivacyError without a charge, which says how much noise there has to be."""
         if charged is None:
             raise PrivacyError("steps with noise were asked for before anything was charged for them")
-        return Sampling(charged.sample_rate, charged.noise_multiplier, self.request.max_grad_norm)
+        return SampledSteps(charged.sample_rate, charged.noise_multiplier, self.request.max_grad_norm)
 
-    def bound(self, update: Update) -> Update:
+    def outcome(self, delta: Arrays, examples: int) -> Part[Arrays]:
+        """See Mechanism. Every step had its noise."""
+        return Released(delta)
+
+    def bound(self, part: Part[Update]) -> Part[Update]:
         """See Mechanism."""
-        return self.onward.bound(update)
+        return self.onward.bound(_released(part))
+
+    def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
+        """See Mechanism."""
+        return _released(part)
+
+    def encode(
+        self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
+    ) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
+        """See Mechanism."""
+        return super().encode(_released(vector), integers, charge, source)
 
     def noised(self, total: Update) -> Update:
         """See Mechanism."""
@@ -146,3 +192,46 @@ class LocalNoise(Mechanism):
     def _charge(self, examples: int, noise: float) -> Charge:
         steps = self.asked.training.local_steps(examples)
         return Charge("dp-sgd", NoiseEvent(self.sample_rate(examples), noise, steps), "nobody")
+
+
+def _released(part: Part[T]) -> Released[T]:
+    if not isinstance(part, Released):
+        raise PrivacyError("works out what leaves from more than noised steps, and no noise covers that")
+    return part
+
+
+@dataclass(frozen=True)
+class OwnNoise:
+    """Gaussian noise of the site's own on an answer that one unit moves by a bounded amount.
+
+    N(0, (noise multiplier x sensitivity)^2) in every number makes it one Gaussian mechanism (Dwork, Roth 2014,
+    appendix A).
+    """
+
+    noise_multiplier: float
+    trust: ClassVar[Literal["nobody"]] = "nobody"
+
+    @classmethod
+    def calibrated(cls, epsilon: float, delta: float) -> "OwnNoise":
+        """What keeps one answer within epsilon and delta. Raises PrivacyError when none does."""
+        return cls(calibrate(epsilon, delta, 1.0, 1))
+
+    @property
+    def event(self) -> NoiseEvent:
+        """What the ledger books."""
+        return NoiseEvent(1.0, self.noise_multiplier, 1)
+
+    def deviation(self, sensitivity: float) -> float:
+        """Of the noise in each number."""
+        return self.noise_multiplier * sensitivity
+
+    def let_out(self, part: Part[Doubles], source: "GaussianSource") -> Released[Doubles]:
+        """The numbers with their noise, float64. Raises PrivacyError for what has no bound."""
+        if isinstance(part, Raw):
+            raise PrivacyError("an answer has no bound that noise could be made for")
+        if isinstance(part, Released):
+            return part
+        import torch
+
+        values = torch.from_numpy(part.value.copy())
+        return Released(source.perturb_(values, self.deviation(part.sensitivity)).numpy())

@@ -10,23 +10,30 @@ sensitivity and no deviation of noise is derived anywhere else.
 from abc import ABC
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.fixed_point import Encoding, nearest_step
-from fedclaw.privacy.mechanisms.integers import Integers, Nearest
+from fedclaw.privacy.mechanisms.integers import Integers, Nearest, Vector
+from fedclaw.privacy.provenance import Clause, Part, Permitted, Raw, Released
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import (
     LARGEST_CLIP,
     LARGEST_RATE,
     SMALLEST_CLIP,
+    CentralPrivacy,
     CentralReceipt,
+    PrivacyRequest,
     RefusalCode,
     SecureAggregation,
     Terms,
     Trust,
+    Unit,
 )
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.protocol.update import Update
@@ -40,6 +47,8 @@ if TYPE_CHECKING:
     from fedclaw.privacy.steps import StepTaker
 
     Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+T = TypeVar("T")
 
 Kind = Literal["dp-sgd", "central", "distributed", "none"]
 """Whose noise a ledger books, as a receipt calls it."""
@@ -74,13 +83,33 @@ class DataUse(Protocol):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampledSteps:
     """Poisson samples at `rate`; each example's gradient clipped to the L2 norm `clip`, their sum with noise of
     `noise_multiplier` times that (0: others add it later)."""
 
     rate: float
     noise_multiplier: float
     clip: float
+
+
+class Origin(Frozen):
+    """By what mechanism something was made that a site keeps."""
+
+    local: bool
+    """Whether every step was noised here."""
+    unit: Unit | None
+    noise_by: Literal["server", "sites"] | None
+    """Of noise on the sum. Its bound may move from round to round (adaptive clipping): what leaves is within it
+    whatever it was made from."""
+    secure: bool
+
+    @property
+    def noise_words(self) -> str:
+        """In words, to be compared with another's."""
+        noise = ["the site's own noise"] if self.local else []
+        if self.unit is not None:
+            noise.append(f"noise on the sum by the {self.noise_by} for the unit {self.unit}")
+        return f"{' and '.join(noise) or 'no noise'}, {'in a secure sum' if self.secure else 'in the open'}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +136,22 @@ class Mechanism(ABC):
     """Fields of a receipt that only the site can work out."""
 
     @property
+    def origin(self) -> Origin:
+        """What a site notes beside what it keeps."""
+        central = self.central
+        return Origin(
+            local=self.noises_steps,
+            unit=central.unit if central else None,
+            noise_by=central.noise_by if central else None,
+            secure=self.asked.secure is not None,
+        )
+
+    @property
+    def noises_steps(self) -> bool:
+        """Whether each step is noised at the site, and so all that follows from the steps is released."""
+        return False
+
+    @property
     def claims_privacy(self) -> bool:
         """Whether differential privacy is promised at all."""
         return True
@@ -127,9 +172,32 @@ class Mechanism(ABC):
         return False
 
     @property
-    def samples_sites(self) -> bool:
-        """Whether sites are asked at random, which the accounting counts on."""
+    def clips_updates(self) -> bool:
+        """Whether a whole update is clipped at its site."""
         return False
+
+    @property
+    def site_rate(self) -> float:
+        """That at which sites are asked at random, which the accounting counts on; 1: all may be asked."""
+        return 1.0
+
+    @property
+    def samples_sites(self) -> bool:
+        """Whether who is asked is drawn at random, and is to stay hidden."""
+        return self.site_rate < 1
+
+    def in_round(self, connected: int, clip: float | None) -> CentralPrivacy | None:
+        """The noise on the sum of a round with so many sites connected; `clip` is where an adaptive bound is by now."""
+        return None
+
+    def promises(self) -> tuple[str, ...]:
+        """What is promised, in a few words each."""
+        return ()
+
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+        """The (epsilon, delta) of the whole run that counts at a site; a guarantee for the unit site, which covers all
+        of its examples, holds for each of them as well. None: there is none."""
+        return None
 
     @property
     def central(self) -> CentralReceipt | None:
@@ -195,7 +263,7 @@ class Mechanism(ABC):
 
     # Steps
 
-    def sampling(self, examples: int, charged: NoiseEvent | None) -> Sampling | None:
+    def sampling(self, examples: int, charged: NoiseEvent | None) -> SampledSteps | None:
         """How a site with so many examples samples and clips, which was charged that; None: shuffled epochs."""
         return None
 
@@ -242,9 +310,33 @@ class Mechanism(ABC):
 
     # What leaves
 
-    def bound(self, update: Update) -> Update:
-        """Clip all that has no noise on it yet, in place. What is not finite counts as zero where there is a bound."""
-        return update
+    def outcome(self, delta: Arrays, examples: int) -> Part[Arrays]:
+        """What the steps of this mechanism came to, `delta` by parameter name, at a site with so many examples."""
+        return Raw(delta)
+
+    def bound(self, part: Part[Update]) -> Part[Update]:
+        """Clip all that has no noise on it yet, in place. What is not finite counts as zero where there is a bound.
+
+        Raises PrivacyError for what no noise will cover.
+        """
+        return part
+
+    def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
+        """What leaves a site that was charged that. Raises PrivacyError for what no noise covers."""
+        if isinstance(part, Released):
+            return part
+        return Permitted(part.value, self.clause(charge))
+
+    def clause(self, charge: Charge) -> Clause:
+        """The clause of a site's policy by which something leaves there without noise."""
+        return "trust_server_noise" if charge.trust == "server" else "allow_training_without_privacy"
+
+    def encode(
+        self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
+    ) -> "Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]":
+        """What a site hands to secure aggregation of `vector` (d,). Raises PrivacyError for what no noise covers."""
+        encoded = vector.then(lambda values: integers.encode(values, source))
+        return encoded if isinstance(encoded, Released) else Permitted(encoded.value, self.clause(charge))
 
     def noised(self, total: Update) -> Update:
         """The server's half: the mean, with its noise if the server brings any."""

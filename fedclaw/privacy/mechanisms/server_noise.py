@@ -14,13 +14,21 @@ McMahan, Ramaswamy 2021 ("Differentially Private Learning with Adaptive Clipping
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN, SumNoise
-from fedclaw.protocol.plan import LARGEST_CLIP, SMALLEST_CLIP, AdaptiveClip, CentralRequest, SecureAggregation
+from fedclaw.protocol.plan import (
+    LARGEST_CLIP,
+    SMALLEST_CLIP,
+    AdaptiveClip,
+    CentralPrivacy,
+    CentralRequest,
+    PrivacyRequest,
+    SecureAggregation,
+)
 from fedclaw.protocol.update import Update
 
 _ROUNDING = 1e-3
@@ -35,6 +43,12 @@ def noise_of_the_server(**fields: Any) -> CentralRequest:
 @dataclass(frozen=True)
 class ServerNoise(SumNoise):
     """Everybody trusts the server to add it; a site's policy says whether that counts."""
+
+    noise_from: ClassVar[str] = "the server"
+
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+        """See Mechanism."""
+        return self.request if trust_server_noise else None
 
     @property
     def counts_within_clip(self) -> bool:

@@ -5,21 +5,32 @@ is that of `fedclaw.privacy.distributed`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.distributed import Price, Shares, choose_step, share_noise
-from fedclaw.privacy.mechanisms.integers import Integers, SumWithShare, WithShare
-from fedclaw.privacy.mechanisms.mechanism import Charge
+from fedclaw.privacy.mechanisms.integers import Integers, SumWithShare, Vector, WithShare
+from fedclaw.privacy.mechanisms.mechanism import Charge, T
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
+from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
 from fedclaw.protocol.plan import Plan, RefusalCode, SecureAggregation
 from fedclaw.protocol.terms import SecureRequest
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
+
+_EXACT = 1 + 1e-9
+# For products of the same numbers in another order.
 
 
 @dataclass(frozen=True)
 class SharedNoise(SumNoise):
     """Nobody is trusted but enough of the other sites, as many as the session counts on."""
 
+    noise_from: ClassVar[str] = "all sites together"
     no_noise: ClassVar[RefusalCode] = RefusalCode.SECURE_AGGREGATION
 
     @property
@@ -71,6 +82,16 @@ class SharedNoise(SumNoise):
             return WithShare(self.shares)
         return SumWithShare(self.shares, examples, self.asked.run if isinstance(self.asked, Plan) else "")
 
+    def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
+        """See Mechanism."""
+        raise PrivacyError("noise by the sites is enough only in their sum, and this was to leave by itself")
+
+    def encode(
+        self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
+    ) -> Released[NDArray[np.uint32]]:
+        """See Mechanism."""
+        return with_share(vector, self.shares, integers, source)
+
     def scale(self, request: SecureRequest, length: int, sites: int, honest: int) -> tuple[float, float | None]:
         """See Mechanism. No range of values: nothing is cut off but what noise by the sites has no room for."""
         return choose_step(self.sum_sensitivity, length, sites, self.request.noise_multiplier, honest=honest), None
@@ -79,6 +100,15 @@ class SharedNoise(SumNoise):
     def price(self) -> Price | None:
         """See Mechanism."""
         return self.shares.price
+
+
+def with_share(
+    vector: Part[Vector], shares: Shares, integers: Integers, source: "GaussianSource"
+) -> Released[NDArray[np.uint32]]:
+    """`vector` (d,) with its share of the noise. Raises PrivacyError for one beyond the bound that it is made for."""
+    if isinstance(vector, Raw) or (isinstance(vector, Bounded) and vector.sensitivity > shares.clip * _EXACT):
+        raise PrivacyError("what leaves is not within the bound that the sites' noise is made for")
+    return Released(integers.encode(vector.value, source))
 
 
 def session_shares(secure: SecureAggregation, sensitivity: float, noise_multiplier: float) -> Shares:

@@ -1,17 +1,59 @@
-"""Noise on a release of statistics: the site's own, or every site's share of it inside a secure sum."""
+"""How a release of statistics leaves: with the site's own noise, or every site's share of it inside a secure sum."""
 
-from fedclaw.privacy.accounting import calibrate
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedclaw.errors import PrivacyError
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.distributed import Shares
-from fedclaw.privacy.mechanisms.shared_noise import session_shares
+from fedclaw.privacy.mechanisms.integers import SumWithShare, Vector
+from fedclaw.privacy.mechanisms.local_noise import Doubles, OwnNoise
+from fedclaw.privacy.mechanisms.shared_noise import session_shares, with_share
+from fedclaw.privacy.provenance import Part, Released
 from fedclaw.protocol.statistics import StatisticsRequest
 
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
 
-def noise_of(epsilon: float, delta: float) -> float:
-    """The noise multiplier that keeps one release within epsilon and delta. Raises PrivacyError when none does."""
-    return calibrate(epsilon, delta, 1.0, 1)
+SENSITIVITY = 1.0
+"""Of the vector (`fedclaw.privacy.statistics.Design`): one example moves it by at most that, in L2 norm."""
 
 
-def shares_of(request: StatisticsRequest) -> Shares:
-    """Each site's share of the noise in a secure sum. Raises PrivacyError when the request's figures allow none."""
-    assert request.secure is not None
-    return session_shares(request.secure, 1.0, noise_of(request.epsilon, request.delta))
+@dataclass(frozen=True)
+class SharedStatistics:
+    """A share of noise in the sum of a session."""
+
+    shares: Shares
+    trust: ClassVar[Literal["aggregation"]] = "aggregation"
+
+    @property
+    def event(self) -> NoiseEvent:
+        """What the ledger books."""
+        return NoiseEvent(1.0, self.shares.noise_multiplier, 1)
+
+    def let_out(self, part: Part[Doubles], source: "GaussianSource") -> Released[Doubles]:
+        """Raises PrivacyError: a share is enough only in the sum."""
+        raise PrivacyError("noise by the sites is enough only in their sum, and this was to leave by itself")
+
+    def encode(self, part: Part[Vector], source: "GaussianSource") -> Released[NDArray[np.uint32]]:
+        """The vector (d,) as integers with this site's share. Raises PrivacyError for one without its bound."""
+        return with_share(part, self.shares, SumWithShare(self.shares), source)
+
+
+StatisticsMechanism = OwnNoise | SharedStatistics
+
+
+def mechanism_of_request(request: StatisticsRequest) -> StatisticsMechanism:
+    """That of what is asked. Raises PrivacyError when no noise keeps it within its epsilon and delta."""
+    return OwnNoise.calibrated(request.epsilon, request.delta) if request.secure is None else shared_of(request)
+
+
+def shared_of(request: StatisticsRequest) -> SharedStatistics:
+    """That of a request with a session. Raises PrivacyError."""
+    if request.secure is None:
+        raise PrivacyError("the request names no session")
+    multiplier = OwnNoise.calibrated(request.epsilon, request.delta).noise_multiplier
+    return SharedStatistics(session_shares(request.secure, SENSITIVITY, multiplier))

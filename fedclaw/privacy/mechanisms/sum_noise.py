@@ -10,14 +10,17 @@ and one example would move every gradient of that round, sampled in it or not.
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.mechanisms.mechanism import DataUse, Mechanism, Sampling, clip_out_of_range
+from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
+from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt
+from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt, CentralRequest, PrivacyRequest
 from fedclaw.protocol.update import Update
 
 WITHIN = "fedclaw.within_clip"
@@ -34,11 +37,18 @@ class SumNoise(Mechanism):
     """Noise on the sum, as `request` announces it."""
 
     request: CentralPrivacy
+    noise_from: ClassVar[str]
+    """Whose noise it is."""
 
     @property
     def takes_one_step(self) -> bool:
         """Of the unit example."""
-        return self.request.unit == "example"
+        return protects_examples(self.request)
+
+    @property
+    def clips_updates(self) -> bool:
+        """Of the unit site."""
+        return not self.takes_one_step
 
     @property
     def is_sampled(self) -> bool:
@@ -64,9 +74,25 @@ class SumNoise(Mechanism):
         return self.request.clip
 
     @property
-    def samples_sites(self) -> bool:
-        """Whether sites are asked at random, which the accounting counts on."""
-        return not self.takes_one_step and self.request.sample_rate < 1
+    def site_rate(self) -> float:
+        """See Mechanism."""
+        return 1.0 if self.takes_one_step else self.request.sample_rate
+
+    def in_round(self, connected: int, clip: float | None) -> CentralPrivacy:
+        """See Mechanism."""
+        expected = self.site_rate * connected if self.samples_sites else None
+        return self.request.model_copy(update={"clip": clip or self.request.clip, "expected_sites": expected})
+
+    def promises(self) -> tuple[str, ...]:
+        """See Mechanism."""
+        asked = self.request
+        return (
+            f"epsilon {asked.epsilon:g}, delta {asked.delta:g} in the sum (unit {asked.unit}) by {self.noise_from}",
+        )
+
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+        """See Mechanism."""
+        return self.request
 
     @property
     def sum_sensitivity(self) -> float:
@@ -141,24 +167,45 @@ class SumNoise(Mechanism):
         """See Mechanism."""
         return _unsummed(use) or (_unstepped(use) if self.takes_one_step else None) or by_the_loss(use)
 
-    def sampling(self, examples: int, charged: NoiseEvent | None) -> Sampling | None:
+    def sampling(self, examples: int, charged: NoiseEvent | None) -> SampledSteps | None:
         """See Mechanism. Unit example: without noise of the site's own."""
-        return Sampling(self.request.sample_rate, 0.0, self.request.clip) if self.takes_one_step else None
+        return SampledSteps(self.request.sample_rate, 0.0, self.request.clip) if self.takes_one_step else None
 
     def sample_rate(self, examples: int) -> float:
         """See Mechanism."""
         return self.request.sample_rate if self.takes_one_step else super().sample_rate(examples)
 
-    def bound(self, update: Update) -> Update:
-        """Unit site: scale the update to an L2 norm of at most `clip`. Unit example: each example's gradient was
-        clipped by the step that made it."""
-        if self.takes_one_step:
-            return update
-        norm = clip_to(update.arrays, self.request.clip)
-        if not self.counts_within_clip:
-            return update
-        vote = np.array([0.5 if norm <= self.request.clip else -0.5], np.float32)
-        return replace(update, arrays={**update.arrays, WITHIN: vote})
+    def outcome(self, delta: Arrays, examples: int) -> Part[Arrays]:
+        """See Mechanism. Unit example: each example's gradient was clipped by the step that made it."""
+        return Bounded(delta, self.sum_sensitivity / examples) if self.takes_one_step else Raw(delta)
+
+    def bound(self, part: Part[Update]) -> Part[Update]:
+        """Unit site: scale the update to an L2 norm of at most `clip`. Unit example: it is the one clipped step."""
+        if not self.takes_one_step:
+            return self._clipped(part)
+        if isinstance(part, Raw):
+            raise PrivacyError("makes more of the one clipped step than the noise on the sum is made for")
+        return part
+
+    def _clipped(self, part: Part[Update]) -> Part[Update]:
+        arrays = part.value.arrays
+        norm = clip_to(arrays, self.request.clip)
+        clipped = part.then(lambda update: update)
+        if self.counts_within_clip:
+            vote = np.array([0.5 if norm <= self.request.clip else -0.5], np.float32)
+            clipped = clipped.then(lambda update: replace(update, arrays={**arrays, WITHIN: vote}))
+        return clipped if isinstance(clipped, Released) else Bounded(clipped.value, self.request.clip)
+
+    def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
+        """See Mechanism."""
+        if isinstance(part, Raw):
+            raise PrivacyError("what leaves is not within the bound that the noise on the sum is made for")
+        return super().let_out(part, charge)
+
+
+def protects_examples(request: CentralRequest) -> bool:
+    """Whether noise on the sum that is asked for like that promises its epsilon to single examples."""
+    return request.unit == "example"
 
 
 def _unsummed(use: DataUse) -> str | None:

@@ -29,7 +29,7 @@ the people. The fingerprint of the content is noted with each charge, so that an
 the very content that was charged under one name is not opened under another.
 
 Times are written for people; no budget depends on them, only how often a site lets itself be asked
-(`fedclaw.site.policy.rate_limit`), which trusts the entries' order more than their times.
+(`fedclaw.site.rate_limit`), which trusts the entries' order more than their times.
 """
 
 import logging

@@ -4,7 +4,7 @@
 charged. It is written before the first charge and after every one, each time before anything is trained; so it never
 knows of more than the ledger does, unless the ledger was lost, cut, or replaced by an older copy. Then the site does
 not start until the newest copy is back, or the operator says in so many words that it begins again
-(`fedclaw.site.journal.begin_again`). Who puts back the mark as well is found by a head that is kept elsewhere: the
+(`fedclaw.site.begin_again`). Who puts back the mark as well is found by a head that is kept elsewhere: the
 coordinator's run directory and the privacy statement of each bundle hold them.
 """
 

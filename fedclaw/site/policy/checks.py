@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.secure_aggregation.graph import Topology, is_enough
-from fedclaw.protocol.plan import CentralPrivacy, Plan, Refusal, RefusalCode, SecureAggregation
+from fedclaw.protocol.plan import Plan, Refusal, RefusalCode, SecureAggregation
 from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS, Combination, Policy, listed
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def verified_cohort(secure: SecureAggregation) -> int:
 def _check_privacy(policy: Policy, plan: Plan, examples: int) -> None:
     """The noise that counts has to keep the limits, whosever it is; a guarantee for the unit site, which covers all
     of its examples, holds for each of them as well."""
-    asked = plan.privacy or _counting(policy, plan)
+    asked = mechanism_of(plan).guarantee(trust_server_noise=policy.trust_server_noise)
     if asked is None:
         if not policy.allow_training_without_privacy:
             raise Refusal(RefusalCode.PRIVACY_REQUIRED, _without_privacy(plan))
@@ -185,12 +185,6 @@ def check_session(policy: Policy, secure: SecureAggregation, *, noised: bool) ->
             f"noise was asked for that is enough if at most {secure.colluding} of {sites} sites are dishonest; this "
             f"site asks for enough with {wary}",
         )
-
-
-def _counting(policy: Policy, plan: Plan) -> CentralPrivacy | None:
-    """The noise on the sum, if it counts as differential privacy at this site."""
-    central = plan.central
-    return central if central and (central.noise_by == "sites" or policy.trust_server_noise) else None
 
 
 def _without_privacy(plan: Plan) -> str:

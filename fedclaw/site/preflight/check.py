@@ -24,8 +24,8 @@ from fedclaw.site.journal.reconciliation import Books, agreements, check, check_
 from fedclaw.site.journal.spending import DataSetSpending
 from fedclaw.site.layout import ledger_file, outbound_file
 from fedclaw.site.policy.policy import TEST, Policy
-from fedclaw.site.policy.rate_limit import charge_times, check_frequency, evaluation_times, is_limited
 from fedclaw.site.policy.sentences import sentences
+from fedclaw.site.rate_limit import charge_times, check_frequency, evaluation_times, is_limited
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, require_name
 from fedclaw.site.shared_rows import note

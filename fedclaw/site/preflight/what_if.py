@@ -39,7 +39,7 @@ def what_if(checked: Checked, asked: Question) -> list[str]:
     spent = _spent(checked)
     try:
         plan = _plan(site, asked)
-        mechanism = site.begin(_message(site, plan)).mechanism
+        mechanism = site.begin(_message(site, plan))
     except (Refusal, FedClawError) as refusal:
         # The operator may know the figures, which do not leave.
         cause = f" ({refusal.__cause__})" if isinstance(refusal.__cause__, FedClawError) else ""

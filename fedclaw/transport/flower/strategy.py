@@ -23,6 +23,7 @@ from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 from fedclaw.errors import UsageError
 from fedclaw.learning import postprocess
 from fedclaw.learning.strategy import Participation
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
 from fedclaw.protocol.questions import Outgoing, questions
 from fedclaw.server import exchange
@@ -114,14 +115,14 @@ class FlowerStrategy(AbstractFlowerStrategy):
 
 def _beyond_flower(record: RunRecord) -> str | None:
     """What `record` needs of a loop that Flower's does not have."""
-    central = record.central
+    mechanism = mechanism_of(record)
     if make_strategy(record).select_clients(1, [0, 1], record.seed) is not None:
         return f"strategy that chooses whom a round asks ({record.strategy.name})"
     if record.secure is not None:
         return "secure aggregation"
-    if central is not None and central.unit == "site" and central.sample_rate < 1:
+    if mechanism.samples_sites:
         return "sites asked at random, which central.sample_rate counts on"
-    if central is not None and central.adaptive is not None:
+    if mechanism.counts_within_clip:
         return "adaptive clipping bound (central.adaptive)"
     return "teacher for a distillation" if record.distillation is not None else None
 

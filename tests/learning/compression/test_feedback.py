@@ -7,9 +7,10 @@ from scipy.stats import chi2
 from fedclaw.learning import postprocess
 from fedclaw.learning.compression.feedback import ERROR, WARM
 from fedclaw.learning.compression.randomk import positions
+from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.postprocessor import SiteContext
+from fedclaw.privacy.provenance import Released
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.compression import PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.plan import CentralPrivacy
@@ -28,7 +29,7 @@ def plan(compression, round=1, **changes):
 
 def at_site(arrays, asked, state=None):
     copies = {name: np.array(a, np.float32) for name, a in arrays.items()}
-    return postprocess.at_site(Update(copies, 1.0, 1), asked, SiteContext(SOURCE, state or {}))
+    return postprocess.at_site(Released(Update(copies, 1.0, 1)), asked, SiteContext(SOURCE, state or {})).value
 
 
 def minimised(compression, rounds=300, rate=0.03):

@@ -11,12 +11,13 @@ from scipy.stats import chi2
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.learning import postprocess
+from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.server_noise import moved
 from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.postprocessor import SiteContext
+from fedclaw.privacy.provenance import Raw
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, CentralRequest, LocalTraining, PrivacyRequest
 from fedclaw.protocol.terms import RoundRules, SecureRequest
@@ -119,7 +120,9 @@ def test_an_adaptive_bound_finds_the_quantile_of_the_norms():
         now = plan.model_copy(update={"central": plan.central.model_copy(update={"clip": clip})})
         total = WeightedSum(postprocess.template({"w": np.zeros(4, np.float32)}, now))
         for norm in norms:
-            update = postprocess.at_site(Update({"w": np.full(4, norm / 2, np.float32)}, 1.0, 7), now, CONTEXT)
+            update = postprocess.at_site(
+                Raw(Update({"w": np.full(4, norm / 2, np.float32)}, 1.0, 7)), now, CONTEXT
+            ).value
             total.add(update.arrays, update.weight, 7)
         mean = postprocess.at_server(total.take(), now, {})
         assert mean.arrays.keys() == {"w"}
@@ -331,7 +334,7 @@ def test_hiding_a_site_hides_an_example_half_as_well(sites, record):
     site = next(iter(sites.values()))
     assert charge_of(site, plan).mechanism == NoiseEvent(1.0, 1.5, 1)
     ones, others = (
-        postprocess.at_site(Update({"w": np.full(4, value, np.float32)}, 1.0, 1), plan, CONTEXT).arrays["w"]
+        postprocess.at_site(Raw(Update({"w": np.full(4, value, np.float32)}, 1.0, 1)), plan, CONTEXT).value.arrays["w"]
         for value in (9.0, -9.0)
     )
     assert np.linalg.norm(ones - others) == pytest.approx(2 * setting.clip, rel=1e-5)

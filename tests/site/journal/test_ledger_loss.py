@@ -9,8 +9,8 @@ from fedclaw.console import make_console
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.ledger import main
 from fedclaw.protocol.plan import Receipt, RefusalCode
+from fedclaw.site.begin_again import begin_again
 from fedclaw.site.directory import only_client
-from fedclaw.site.journal.begin_again import begin_again
 from fedclaw.site.journal.reconciliation import check_books, open_books
 from fedclaw.site.preflight.check import examine
 from fedclaw.site.settings import load_site_settings
@@ -153,7 +153,7 @@ def test_nothing_is_trained_when_the_mark_cannot_be_written(root, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fedclaw.site.journal.ledger_mark.write_atomic", full)
-    monkeypatch.setattr("fedclaw.site.training.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("fedclaw.site.training.take_steps", lambda *_, **__: pytest.fail("it trained"))
     assert RefusalCode(asker.ask().error.code) is RefusalCode.FAILED
 
 

@@ -85,7 +85,7 @@ def test_a_running_site_refuses_and_trains_nothing(run, kind, caplog, monkeypatc
     asker, path, old = run
     tamper, message = KINDS[kind]
     tamper(path, old)
-    monkeypatch.setattr("fedclaw.site.training.train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("fedclaw.site.training.take_steps", lambda *_, **__: pytest.fail("it trained"))
     for _ in range(2):
         reply = asker.ask(release=False)
         assert reply.has_error()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fedclaw.privacy.provenance import Part
 from fedclaw.protocol.arrays import Arrays, Shapes
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.update import Update
@@ -29,6 +30,17 @@ class Postprocessor(ABC):
     @abstractmethod
     def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
         """Before the update leaves. What the site is to keep goes into `Update.state`."""
+
+    def stretch(self, update: Update, plan: Plan) -> float | None:
+        """How many times further apart `at_site` brings two updates, at most; None: nobody knows."""
+        return None
+
+    def on_part(self, part: Part[Update], plan: Plan, context: SiteContext) -> Part[Update]:
+        """`at_site`, with what it makes of where the update comes from. Raises PrivacyError."""
+        stretch = self.stretch(part.value, plan)
+        if stretch is None:
+            return part.then(lambda update: self.at_site(update, plan, context))
+        return part.scaled(stretch, lambda update: self.at_site(update, plan, context))
 
     @abstractmethod
     def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:

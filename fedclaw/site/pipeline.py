@@ -1,0 +1,96 @@
+"""The one way by which an answer leaves a site, whatever is asked of its data.
+
+    policy, refuse      is this allowed here, and can it be right? Nothing is paid for a question that is not
+    reserve             the ledger is charged, durably, before anything is worked out from the data
+    answer              from the data: a contribution whose type says where it comes from (`fedclaw.privacy.provenance`)
+    bound, noise        by the mechanism that was asked for; what it cannot cover is refused
+    encode, mask        as integers under the session's masks, where only a sum is to be seen
+    receipt             what it cost
+
+The service then stores the reply, settles the charge, logs that it leaves, and hands it to what seals it.
+
+A kind of question is a class (`Answering`): training, statistics, evaluation. It has no other way out.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedclaw.errors import PrivacyError
+from fedclaw.privacy.provenance import Part, Permitted, Released, leaving
+from fedclaw.protocol.messages import ABOUT, CHARGE
+from fedclaw.protocol.plan import Refusal, RefusalCode
+from fedclaw.site.privacy_budget import Due, reserve
+from fedclaw.site.site import Site
+
+A = TypeVar("A")
+
+ReplyRecords = Mapping[str, ArrayRecord | MetricRecord | ConfigRecord]
+
+Mask = Callable[[NDArray[np.uint32]], ReplyRecords]
+"""Masks a vector (d,), in place, and returns the records that leave."""
+
+
+@dataclass
+class Answering(ABC, Generic[A]):
+    """One question on its way through a site; `A` is what is worked out from the data."""
+
+    site: Site
+
+    @contextmanager
+    def ready(self) -> Iterator[Due | None]:
+        """Check all that keeps the question from being answered, and say what it is to be charged, if anything.
+
+        Raises Refusal, and nothing is paid for then. What was made ready is put away at the end.
+        """
+        yield self.prepare()
+
+    @abstractmethod
+    def prepare(self) -> Due | None:
+        """See `ready`, for what has nothing to put away."""
+
+    @abstractmethod
+    def answer(self, charge: str) -> Part[A]:
+        """What comes of the data. `charge` is the hash of what was paid for it; empty if nothing is."""
+
+    @abstractmethod
+    def let_out(self, contribution: Part[A]) -> Released[A] | Permitted[A]:
+        """Bounded, with its noise. Raises PrivacyError for what the mechanism does not cover."""
+
+    @abstractmethod
+    def pack(self, left: A) -> ReplyRecords:
+        """The records of an answer that leaves as it is."""
+
+    def encode(self, contribution: Part[A]) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
+        """The same as the integers that secure aggregation adds. Raises PrivacyError."""
+        raise PrivacyError("a secure sum of this was not asked for")
+
+    @abstractmethod
+    def beside(self) -> ReplyRecords:
+        """What goes with the answer in whatever form: what it weighs, what it cost. Asked last."""
+
+
+def answer(asked: Answering[A], mask: Mask | None = None) -> RecordDict:
+    """The reply to a question, masked by `mask` if it is for a secure sum. Raises Refusal.
+
+    A refusal before the reservation costs nothing.
+    """
+    with asked.ready() as due:
+        charge = "" if due is None else reserve(asked.site, due).hash
+        contribution = asked.answer(charge)
+    policy = asked.site.policy
+    try:
+        if mask is None:
+            records = asked.pack(leaving(asked.let_out(contribution), policy))
+        else:
+            records = mask(leaving(asked.encode(contribution), policy))
+    except PrivacyError as error:
+        raise Refusal(RefusalCode.PRIVACY_REQUIRED, str(error)) from error
+    paid = {ABOUT: ConfigRecord({CHARGE: charge})} if charge else {}
+    return RecordDict({**records, **asked.beside(), **paid})
