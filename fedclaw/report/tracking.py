@@ -48,8 +48,11 @@ _NOISY = {
 }
 
 
-_TELL_EVERY = 2.0
+_TELL_EVERY, _TELL_AT_LATEST = 2.0, 30.0
 """Seconds: rounds that follow one another faster are told to the store together."""
+_SHARE_OF_TELLING = 0.03
+"""Of a run's time that goes into telling, at most, between those bounds: on a busy machine a store takes longer, and so
+do rounds, so that it would be told more often the more that costs."""
 _MOST_METRICS, _MOST_PARAMETERS = 1000, 100
 """Of one call, by MLflow's own limits."""
 
@@ -171,7 +174,8 @@ class MlflowTracker:
         self._run_id: str | None = None
         self._waiting: list[tuple[str, float, int, int]] = []
         """(metric, value, milliseconds since the epoch, round) that the store has not been told yet."""
-        self._told = 0.0
+        self._next = 0.0
+        """When the store is told again, by the monotonic clock."""
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
 
@@ -187,7 +191,7 @@ class MlflowTracker:
         """Metrics and epsilons at this round."""
         with self._forgiving():
             self._note(report.round, _values(report.as_line()))
-            if report.round >= report.rounds or time.monotonic() - self._told >= _TELL_EVERY:
+            if report.round >= report.rounds or time.monotonic() >= self._next:
                 self._tell(self._run_id or self._begin())
 
     def catch_up(self, outcome: "Outcome") -> None:
@@ -247,7 +251,8 @@ class MlflowTracker:
         """The store all that is waiting: in few transactions, each of which costs as much as a small round."""
         from mlflow.entities import Metric
 
-        waiting, self._waiting, self._told = self._waiting, [], time.monotonic()
+        waiting, self._waiting = self._waiting, []
+        began = time.monotonic()
         try:
             for start in range(0, len(waiting), _MOST_METRICS):
                 part = waiting[start : start + _MOST_METRICS]
@@ -256,6 +261,9 @@ class MlflowTracker:
             # Each round is a note of its own, and whoever forgives this counts one.
             self._lost += max(0, len({number for *_, number in waiting}) - 1)
             raise
+        finally:
+            ended = time.monotonic()
+            self._next = ended + min(max((ended - began) / _SHARE_OF_TELLING, _TELL_EVERY), _TELL_AT_LATEST)
 
     def _describe(self, run_id: str, values: Sequence[tuple[str, Any]]) -> None:
         from mlflow.entities import Param

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,6 +99,31 @@ def test_rounds_that_the_store_lacks_are_noted_when_the_run_goes_on(run):
     (found,) = client.search_runs([client.get_experiment_by_name("fedclaw").experiment_id])
     assert found.data.tags["mlflow.parentRunId"] == "above"
     assert found.data.metrics["sites"] == 1
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.01, [1, 4, 7, 8]), (0.3, [1, 8])])
+def test_a_store_that_takes_long_is_told_less_often_and_of_everything(run, monkeypatch, seconds, calls):
+    """Rounds of a second: a store that is told quickly hears of them every 2 s, one that takes 0.3 s every 10 s."""
+    clock, heard = SimpleNamespace(now=1000.0), []
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
+    tracker = MlflowTracker(TrackingSettings(), run.directory)
+    tracker.started(run.record, 1)
+    log_batch = tracker._client.log_batch
+
+    def slow(run_id, metrics):
+        clock.now += seconds
+        heard.append(max(metric.step for metric in metrics))
+        log_batch(run_id, metrics=metrics)
+
+    monkeypatch.setattr(tracker._client, "log_batch", slow)
+    for number in range(1, 9):
+        tracker.finished_round(replace(report(number), rounds=100))
+        clock.now += 0.99
+    tracker.failed()
+    assert heard == calls
+    client = MlflowClient(f"sqlite:///{run.runs / 'mlflow.db'}")
+    history = client.get_metric_history(tracker._run_id, "accuracy")
+    assert [point.step for point in history] == list(range(1, 9))
 
 
 @contextmanager
