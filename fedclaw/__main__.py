@@ -9,7 +9,7 @@ import ast
 import sys
 from importlib import import_module
 
-from fedclaw.catalogue import did_you_mean, plugin_lines, source_of, table
+from fedclaw.catalogue import one_of, plugin_lines, source_of, table
 from fedclaw.startup import begin, give_help
 
 COMMANDS = {
@@ -36,8 +36,7 @@ def main() -> None:
         give_help(overview())
     name = words[0]
     if name not in COMMANDS:
-        near = did_you_mean(name, COMMANDS)
-        sys.stderr.write(f"fedclaw: there is no command {name!r}{near}; there are: {', '.join(COMMANDS)}\n")
+        sys.stderr.write(f"fedclaw: there is no command {name!r}{one_of(name, COMMANDS)}\n")
         sys.exit(_WRONG_USE)
     module, usage = COMMANDS[name], usage_of(COMMANDS[name])
     sys.argv = [f"fedclaw {name}", *words[1:]]

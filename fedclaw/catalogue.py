@@ -84,6 +84,12 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def one_of(given: str, known: Iterable[str], words: str = "there are") -> str:
+    """'; did you mean NAME? There are: ...', or '; there are: ...' where nothing is near to `given`."""
+    near, names = did_you_mean(given, known), ", ".join(sorted(known)) or "none"
+    return f"{near} {words.capitalize()}: {names}" if near else f"; {words}: {names}"
+
+
 def _spec(name: str, path: list[str] | None) -> ModuleSpec | None:
     for finder in sys.meta_path:
         if (spec := finder.find_spec(name, path)) is not None:

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from fedclaw import startup
-from fedclaw.catalogue import STRATEGIES, WORKLOADS, did_you_mean, plugin_points
+from fedclaw.catalogue import STRATEGIES, WORKLOADS, did_you_mean, one_of, plugin_points
 from fedclaw.console import make_console
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.protocol.frozen import S, check_settings
@@ -285,9 +285,8 @@ def _wrong_configuration(
         )
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        known = sorted({*error.options, *_installed_beside(group)})
-        there = ", ".join(known)
-        return UsageError(f"{group}={name}: there is none of that name{did_you_mean(name, known)}; there are: {there}")
+        known = {*error.options, *_installed_beside(group)}
+        return UsageError(f"{group}={name}: there is none of that name{one_of(name, known)}")
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
         near = did_you_mean(unknown[1], _keys(config_name, overrides))

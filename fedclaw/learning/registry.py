@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedclaw.catalogue import STRATEGIES as STRATEGIES
 from fedclaw.catalogue import WORKLOADS as WORKLOADS
-from fedclaw.catalogue import did_you_mean, plugin_points
+from fedclaw.catalogue import one_of, plugin_points
 from fedclaw.errors import PluginError
 from fedclaw.learning.workload import Schema, Workload
 
@@ -39,15 +39,19 @@ def installed(group: str) -> frozenset[str]:
     return frozenset(plugin_points(group))
 
 
+def require_installed(group: str, name: str) -> None:
+    """Raise PluginError unless a plug-in of that kind and name is there; nothing is imported."""
+    known = {*plugin_points(group), *(own for kind, own in _LENT.get({}) if kind == group)}
+    if name not in known:
+        raise PluginError(f"no {group.rpartition('.')[2]} plug-in is called {name!r}{one_of(name, known, 'installed')}")
+
+
 def _load(group: str, name: str, base: type[T]) -> type[T]:
     if (own := _LENT.get({}).get((group, name))) is not None:
         return own
-    found = plugin_points(group)
-    if name not in found:
-        near, known = did_you_mean(name, found), ", ".join(sorted(found)) or "none"
-        raise PluginError(f"no {group.rpartition('.')[2]} plug-in is called {name!r}{near}; installed: {known}")
+    require_installed(group, name)
     try:
-        plugin = found[name].load()
+        plugin = (found := plugin_points(group))[name].load()
     except Exception as error:  # what its author did not foresee is nothing that a user could act on
         what = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
         raise PluginError(f"the plug-in {name!r} ({found[name].value}) cannot be imported: {what}") from error

@@ -16,7 +16,7 @@ from fedclaw.protocol.arrays import Arrays, pack, payload
 from fedclaw.protocol.message_identity import assign_message_id
 from fedclaw.protocol.messages import ARRAYS, BROADCAST, HEADER_BYTES, JSON, PLAN, TEACHER
 from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.records import MessageRecords
+from fedclaw.protocol.records import MessageRecords, hash_of
 from fedclaw.protocol.statistics import StatisticsRequest
 
 Asked = Plan | StatisticsRequest
@@ -76,25 +76,15 @@ def questions(
 ) -> list[Message]:
     """The same question to each of `nodes`; all messages share one content. `ttl` in seconds.
 
-    `arrays` is what `hashed_arrays` made of the content's arrays, where they also go to other nodes.
+    `arrays` is what `hash_of` made of the content's arrays, which are large and may also go to other nodes.
     """
-    digest = _digest(content, arrays or hashed_arrays(content))
+    digest = _digest(content, arrays or hash_of(content.array_records))
     messages = []
     for node in nodes:
         message = Message(content, dst_node_id=node, message_type=kind, group_id=str(round), ttl=ttl)
         assign_message_id(message, hashlib.sha256(f"{kind}|{node}|{digest}".encode()).hexdigest()[:32])
         messages.append(message)
     return messages
-
-
-def hashed_arrays(content: RecordDict) -> "hashlib._Hash":
-    """The beginning of the digest of a question: its parameters, which are large and mostly the same for all nodes."""
-    digest = hashlib.sha256()
-    for key, record in sorted(content.array_records.items()):
-        for name, array in record.items():
-            digest.update(f"{key}/{name}/{array.shape}|".encode())
-            digest.update(array.data)
-    return digest
 
 
 def _digest(content: RecordDict, arrays: "hashlib._Hash") -> str:

@@ -59,15 +59,19 @@ def serialised(array: Array) -> bytes | memoryview:
     return array.view if isinstance(array, ViewedArray) else array.data
 
 
-def digest_of(records: Mapping[str, ArrayRecord]) -> str:
-    """SHA-256 of arrays by their records' names and their own."""
+def hash_of(records: Mapping[str, ArrayRecord]) -> "hashlib._Hash":
+    """SHA-256 of arrays by their records' names and their own: of what a question asks, and of a secure sum's start.
+
+    Not of what stands in ledgers and outbound logs (`fedclaw.site.privacy_budget`, `fedclaw.transport.base`), whose
+    digests have to stay what earlier versions wrote.
+    """
     digest = hashlib.sha256()
     for key, record in sorted(records.items()):
         for name, array in sorted(record.items()):
             data = serialised(array)
-            digest.update(f"{key}/{name}/{len(data)}|".encode())
+            digest.update(f"{key}/{name}/{array.shape}/{len(data)}|".encode())
             digest.update(data)
-    return digest.hexdigest()
+    return digest
 
 
 class MessageRecords(RecordDict):

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedclaw.catalogue import WORKLOADS, did_you_mean, plugin_points
-from fedclaw.errors import DataError, PluginError, UsageError
+from fedclaw.catalogue import WORKLOADS
+from fedclaw.errors import DataError, UsageError
 from fedclaw.learning.compatibility import early_refusal, refusal
-from fedclaw.learning.registry import schema_class, strategy_class
+from fedclaw.learning.registry import require_installed, schema_class, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import Classification
@@ -38,11 +38,7 @@ def check_early(settings: RunSettings, run: str | None, rules: RoundRules) -> Sc
 def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schema: Schema | None = None) -> None:
     """The same without reading a schema; raises UsageError or PluginError."""
     chosen = chosen_strategy(settings)
-    known = plugin_points(WORKLOADS)
-    if (name := settings.workload.name) not in known:
-        raise PluginError(
-            f"no clients plug-in is called {name!r}{did_you_mean(name, known)}; installed: {', '.join(sorted(known))}"
-        )
+    require_installed(WORKLOADS, settings.workload.name)
     strategy = check_settings(chosen.settings, strategy_class(chosen.name))
     choice = settings.workload
     record = make_terms(

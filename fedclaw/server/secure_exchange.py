@@ -45,8 +45,8 @@ from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import unpack_integers
 from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, HEADER_BYTES, KEYS, MASKED, SECURE, SHARES, UNMASK
 from fedclaw.protocol.plan import SecureAggregation
-from fedclaw.protocol.questions import Asked, hashed_arrays, questions
-from fedclaw.protocol.records import MessageRecords
+from fedclaw.protocol.questions import Asked, questions
+from fedclaw.protocol.records import MessageRecords, hash_of
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.exchange import Answers, Declined, ask, part, site_name
 from fedclaw.server.grids import StreamingGrid
@@ -218,7 +218,7 @@ class SecureExchange:
         self._ask(self._questions(kind, content, said), min(self._deadline, STAGE_DEADLINE), accept)
 
     def _questions(self, kind: str, content: RecordDict, said: Mapping[str, Wire | None]) -> list[Message]:
-        messages, arrays = [], hashed_arrays(content)
+        messages, arrays = [], hash_of(content.array_records)
         for site, item in said.items():
             own = MessageRecords(dict(content))
             own.reply_bytes = self._reply_bytes

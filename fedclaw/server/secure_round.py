@@ -21,7 +21,7 @@ from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.arrays import shapes_of, unflattened
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question
-from fedclaw.protocol.records import digest_of
+from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import WeightedSum
@@ -57,7 +57,7 @@ def session_of(
     """
     seats = Seats.of(names, request, minimum)
     length = sum(array.size for array in postprocess.template(outgoing.parameters, plan).values())
-    content = digest_of(question(plan, outgoing).array_records)
+    content = hash_of(question(plan, outgoing).array_records).hexdigest()
     try:
         sites = len(names)
         honest = sites - seats.tolerated - seats.corrupt

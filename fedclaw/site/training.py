@@ -25,7 +25,7 @@ from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, s
 from fedclaw.protocol.arrays import Arrays, flattened, pack_wire
 from fedclaw.protocol.messages import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode, SecureAggregation
-from fedclaw.protocol.records import digest_of
+from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.update import Update
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads

@@ -1,8 +1,5 @@
 """What names a question: a digest of all of it, made once for all who are asked."""
 
-import hashlib
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
@@ -12,8 +9,10 @@ from fedclaw.protocol import questions as questions_module
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, ModelSpec
-from fedclaw.protocol.questions import hashed_arrays, questions
+from fedclaw.protocol.questions import questions
+from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.terms import SecureRequest
+from fedclaw.server import secure_exchange
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
@@ -25,35 +24,17 @@ LARGE = 10_000
 """Bytes; in the model below only the first layer's weights are more."""
 
 
-class Counting:
-    """SHA-256 that counts how often something large goes into it."""
-
-    def __init__(self, seen, inner=None):
-        self.seen, self.inner = seen, inner or hashlib.sha256()
-
-    def update(self, data):
-        if len(bytes(data)) > LARGE:
-            self.seen.append(len(bytes(data)))
-        self.inner.update(data)
-
-    def copy(self):
-        return Counting(self.seen, self.inner.copy())
-
-    def hexdigest(self):
-        return self.inner.hexdigest()
-
-
 @pytest.fixture
 def seen(monkeypatch):
-    """Sizes of the large things that were hashed into questions' names."""
+    """Sizes of the large arrays that were hashed into questions' names."""
     found = []
 
-    def sha256(data=b""):
-        digest = Counting(found)
-        digest.update(data)
-        return digest
+    def counted(records):
+        found.extend(size for record in records.values() for a in record.values() if (size := len(a.data)) > LARGE)
+        return hash_of(records)
 
-    monkeypatch.setattr(questions_module, "hashlib", SimpleNamespace(sha256=sha256))
+    monkeypatch.setattr(questions_module, "hash_of", counted)
+    monkeypatch.setattr(secure_exchange, "hash_of", counted)
     return found
 
 
@@ -83,6 +64,6 @@ def test_a_name_is_the_same_wherever_the_hashing_began_and_another_for_anything_
     content = RecordDict({"arrays": pack({"w": np.ones(3, np.float32)}), "plan": ConfigRecord({"json": "{}"})})
     other = RecordDict({"arrays": content["arrays"], "plan": ConfigRecord({"json": "{} "})})
     (whole,) = questions([1], 1, "train", content)
-    (shared,) = questions([1], 1, "train", content, arrays=hashed_arrays(other))
-    (another,) = questions([1], 1, "train", other, arrays=hashed_arrays(other))
+    (shared,) = questions([1], 1, "train", content, arrays=hash_of(other.array_records))
+    (another,) = questions([1], 1, "train", other, arrays=hash_of(other.array_records))
     assert whole.metadata.message_id == shared.metadata.message_id != another.metadata.message_id
