@@ -7,7 +7,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = {
-    "Answers": {"fedclaw.predict", "fedclaw.server.exchange"},
     "Block": {"clients.tables", "clients.vision", "fedclaw.privacy.statistics"},
     "Books": {"fedclaw.site.journal.reconciliation", "fedclaw.site.privacy_budget"},
     "CentralPrivacy": {"fedclaw.api.simulation", "fedclaw.protocol.plan"},

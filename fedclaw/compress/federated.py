@@ -26,6 +26,7 @@ from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.server import exchange
+from fedclaw.server.answers import Evaluated
 from fedclaw.server.coordinator import Observer, make_plan, make_strategy, run_rounds
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated
@@ -171,9 +172,7 @@ def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: A
     )
 
 
-def _ask(
-    grid: Grid, nodes: Sequence[int], record: RunRecord, model: ModelSpec, parameters: Arrays
-) -> exchange.Evaluated:
+def _ask(grid: Grid, nodes: Sequence[int], record: RunRecord, model: ModelSpec, parameters: Arrays) -> Evaluated:
     about = record.model_copy(update={"model": model, "distillation": None})
     plan = make_plan(about, make_strategy(about), record.rounds, len(nodes))
     task = record.make_schema().task

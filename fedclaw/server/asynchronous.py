@@ -20,7 +20,9 @@ from flwr.serverapp import Grid
 from fedclaw.learning.strategy import Buffered
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, questions
-from fedclaw.server.exchange import Trained, site_name, training_question
+from fedclaw.server.answers import Trained
+from fedclaw.server.exchange import training_question
+from fedclaw.server.grids import site_name
 
 log = logging.getLogger(__name__)
 

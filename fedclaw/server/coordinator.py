@@ -27,11 +27,11 @@ from fedclaw.protocol.plan import CentralPrivacy, Plan, Terms
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.server import checkpoint, exchange, secure_round
 from fedclaw.server.accumulator import WeightedSum, robust_aggregation
+from fedclaw.server.answers import Declined, Evaluated, Trained, reasons_of
 from fedclaw.server.asynchronous import Buffer
 from fedclaw.server.checkpoint import Checkpoint
-from fedclaw.server.exchange import Declined, Evaluated, Trained
 from fedclaw.server.global_model import GlobalModel
-from fedclaw.server.grids import StreamingGrid
+from fedclaw.server.grids import StreamingGrid, site_name
 from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.pending_round import PendingRound
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
@@ -330,7 +330,7 @@ class _Loop:
     def _awake(self, pending: PendingRound, trained: Trained) -> list[int]:
         """Whom to ask for an evaluation: not who is silent, nor, but after the last round, who is still at work."""
         busy = self.buffer.busy if self.buffer and self.completed < self.record.rounds else frozenset()
-        names = {node: exchange.site_name(self.grid, node) for node in self._willing(self._judges(pending))}
+        names = {node: site_name(self.grid, node) for node in self._willing(self._judges(pending))}
         return [node for node, name in names.items() if name not in trained.silent and node not in busy]
 
     def _evaluate_again(self) -> None:
@@ -454,7 +454,7 @@ class _Loop:
         if self.record.secure is None:
             robust = robust_aggregation(self.strategy, self.memory)
             return exchange.train(self.grid, cohort, plan, outgoing, deadline, robust)
-        names = [exchange.site_name(self.grid, node) for node in cohort]
+        names = [site_name(self.grid, node) for node in cohort]
         minimum = self.record.rules.minimum
         session = secure_round.session_of(plan, names, outgoing, self.record.secure, minimum)
         mark = pending.model_copy(update={"unmasking": True})
@@ -587,4 +587,4 @@ def _settled(trained: Trained) -> str:
 
 def _reasons(trained: Trained) -> str:
     """Why each site that did not train did not."""
-    return exchange.reasons_of(trained, trained.failure if isinstance(trained, SecurelyTrained) else None)
+    return reasons_of(trained, trained.failure if isinstance(trained, SecurelyTrained) else None)

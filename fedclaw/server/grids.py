@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
+from fedclaw.server.answers import Evaluated, Trained
 
 if TYPE_CHECKING:
     from fedclaw.privacy.secure_aggregation import Verifier
-    from fedclaw.server.exchange import Evaluated, Trained
 
 
 class StreamingGrid(Grid):
@@ -47,11 +47,16 @@ class CohortGrid(StreamingGrid):
     """A simulation's Grid: it answers for a whole cohort at once, without messages."""
 
     @abstractmethod
-    def train_cohort(self, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, trained: "Trained") -> None:
+    def train_cohort(self, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, trained: Trained) -> None:
         """Train as `plan` asks, and add to `trained` what the replies of `nodes` would add."""
 
     @abstractmethod
     def evaluate_cohort(
-        self, nodes: Sequence[int], plan: Plan, parameters: Mapping[str, NDArray[np.float32]], evaluated: "Evaluated"
+        self, nodes: Sequence[int], plan: Plan, parameters: Mapping[str, NDArray[np.float32]], evaluated: Evaluated
     ) -> None:
         """The same for an evaluation of `parameters`."""
+
+
+def site_name(grid: Grid, node_id: int) -> str:
+    """The certified name where the runtime knows one, else the node's number."""
+    return grid.site_name(node_id) if isinstance(grid, StreamingGrid) else str(node_id)

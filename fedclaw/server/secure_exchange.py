@@ -48,8 +48,9 @@ from fedclaw.protocol.plan import SecureAggregation
 from fedclaw.protocol.questions import Asked, questions
 from fedclaw.protocol.records import MessageRecords, hash_of
 from fedclaw.protocol.terms import SecureRequest
-from fedclaw.server.exchange import Answers, Declined, ask, part, site_name
-from fedclaw.server.grids import StreamingGrid
+from fedclaw.server.answers import CohortAnswers, Declined, part
+from fedclaw.server.exchange import ask
+from fedclaw.server.grids import StreamingGrid, site_name
 
 W = TypeVar("W", bound=Wire)
 
@@ -60,7 +61,7 @@ STAGE_DEADLINE = 120.0
 
 
 @dataclass
-class _Stage(Answers):
+class _Stage(CohortAnswers):
     """One stage: what each answer is handed to."""
 
     accept: Callable[[str, RecordDict], None] = lambda _site, _content: None
@@ -141,7 +142,7 @@ def _say_none_is_corrupt(share: float, sites: int) -> None:
 class SecureExchange:
     """One attempt at one sum, over `nodes`. What sites say of themselves, and how long it takes, goes to `outcome`."""
 
-    def __init__(self, grid: Grid, nodes: Sequence[int], asked: Asked, deadline: float, outcome: Answers) -> None:
+    def __init__(self, grid: Grid, nodes: Sequence[int], asked: Asked, deadline: float, outcome: CohortAnswers) -> None:
         self._grid = grid
         self._round = asked.round
         self._deadline = deadline

@@ -25,7 +25,8 @@ from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import WeightedSum
-from fedclaw.server.exchange import Trained, check_weight, receipt_in, training_question, weights_in
+from fedclaw.server.answers import Trained, check_weight, receipt_in, weights_in
+from fedclaw.server.exchange import training_question
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.server.secure_exchange import Seats, SecureExchange
 

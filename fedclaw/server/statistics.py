@@ -30,7 +30,8 @@ from fedclaw.protocol.questions import questions
 from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.statistics import REQUEST, ROUND, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
 from fedclaw.protocol.terms import SecureRequest
-from fedclaw.server.exchange import Answers, ask, part, reasons_of, receipt_text
+from fedclaw.server.answers import CohortAnswers, part, reasons_of, receipt_text
+from fedclaw.server.exchange import ask
 from fedclaw.server.secure_exchange import Seats, SecureExchange
 from fedclaw.server.statistics_release import Release, ScoresOf, make_release
 
@@ -47,7 +48,7 @@ _SECURELY = "Each attempt at a secure sum is a new question: those that were ask
 
 
 @dataclass
-class Collected(Answers):
+class Collected(CohortAnswers):
     """The sum of the sites' noised vectors, (d,), and their receipts."""
 
     noise: float = 0.0

@@ -11,7 +11,7 @@ from torch import nn
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.protocol.plan import ModelSpec, Plan, Refusal
-from fedclaw.server.exchange import Declined, Evaluated
+from fedclaw.server.answers import Declined, Evaluated
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State
 from fedclaw.simulation.trainer import load, loaded_model

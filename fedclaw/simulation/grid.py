@@ -16,7 +16,7 @@ from fedclaw.protocol.plan import Plan, Refusal
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import UpdateStack
-from fedclaw.server.exchange import Declined, Evaluated, Trained
+from fedclaw.server.answers import Declined, Evaluated, Trained
 from fedclaw.server.grids import CohortGrid
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.evaluation import Evaluator

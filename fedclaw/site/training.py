@@ -181,7 +181,7 @@ class Training(Answering[Update]):
                 f"the secure sum is made for weights of at most {secure.largest_weight:g}, and this site has more "
                 "examples",
             )
-        if digest_of(self.content.array_records) != secure.content:
+        if hash_of(self.content.array_records).hexdigest() != secure.content:
             raise Refusal(
                 RefusalCode.SECURE_AGGREGATION, "the parameters are not those that the session's sites were told of"
             )

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from fedclaw.report.tables import Figures, parts_in_lines, shortened
 from fedclaw.report.terminal import TerminalProgress, receipt_table
+from fedclaw.server.answers import Declined
 from fedclaw.server.coordinator import RoundReport
-from fedclaw.server.exchange import Declined
 from fedclaw.server.run_directory import SiteReceipt
 from tests.samples import receipt
 

@@ -24,8 +24,8 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import LocalTraining, Plan
 from fedclaw.protocol.terms import StrategyRecord
 from fedclaw.server.accumulator import robust_aggregation
+from fedclaw.server.answers import Trained
 from fedclaw.server.coordinator import make_strategy
-from fedclaw.server.exchange import Trained
 from tests.samples import plan_of, receipt, run_record
 
 SITES = 13

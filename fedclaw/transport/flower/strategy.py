@@ -28,8 +28,8 @@ from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
 from fedclaw.protocol.questions import Outgoing, questions
 from fedclaw.server import exchange
 from fedclaw.server.accumulator import robust_aggregation
+from fedclaw.server.answers import CohortAnswers, Evaluated, Trained
 from fedclaw.server.coordinator import make_plan, make_strategy
-from fedclaw.server.exchange import Answers, Evaluated, Trained
 from fedclaw.server.global_model import GlobalModel
 from fedclaw.server.run_directory import RunRecord
 
@@ -127,7 +127,7 @@ def _beyond_flower(record: RunRecord) -> str | None:
     return "teacher for a distillation" if record.distillation is not None else None
 
 
-def _take(answers: Answers, replies: Iterable[Message], server_round: int) -> None:
+def _take(answers: CohortAnswers, replies: Iterable[Message], server_round: int) -> None:
     for reply in replies:
         answers.add_reply(str(reply.metadata.src_node_id), reply)
     for declined in answers.declined:

@@ -17,7 +17,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import pack_wire
 from fedclaw.protocol.messages import SCORE_NOISE, SCORES
 from fedclaw.protocol.plan import SCORE_HISTOGRAM, PrivacyRequest
-from fedclaw.server.exchange import Evaluated
+from fedclaw.server.answers import Evaluated
 from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.site.noised_metrics import deviation_of, metrics_mechanism, noised
