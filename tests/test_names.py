@@ -12,7 +12,6 @@ SHARED = {
     "CentralPrivacy": {"fedclaw.api.simulation", "fedclaw.protocol.plan"},
     "Charge": {"fedclaw.privacy.mechanisms.mechanism", "fedclaw.site.journal.spending"},
     "Encoder": {"clients.table_reading", "fedclaw.learning.compression.encoder"},
-    "Remaining": {"fedclaw.protocol.plan", "fedclaw.site.journal.history"},
     "Sampling": {"fedclaw.learning.stacked.private", "fedclaw.privacy.mechanisms.mechanism"},
     "Settings": {"fedclaw.ledger", "fedclaw.predict", "fedclaw.provision", "fedclaw.verify"},
 }

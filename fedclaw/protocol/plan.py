@@ -357,7 +357,7 @@ class Spent(Frozen):
     ledger_head: Head
 
 
-class Remaining(Spent):
+class BudgetSpent(Spent):
     """The same with what this run spent, and what is left."""
 
     epsilon_run: Epsilon | None
@@ -400,7 +400,7 @@ class TrainingCost(Spent):
     spent by then is in no figure here."""
 
 
-class Receipt(TrainingCost, Remaining):
+class Receipt(TrainingCost, BudgetSpent):
     """What one round cost a site, as its ledger has it."""
 
     def after(self, before: "Receipt") -> "Receipt":

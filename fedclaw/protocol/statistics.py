@@ -24,11 +24,11 @@ from fedclaw.protocol.plan import (
     MAX_COLUMNS,
     MAX_CONSTANTS,
     MAX_SITES,
+    BudgetSpent,
     Digest,
     ModelSpec,
     Name,
     ParameterName,
-    Remaining,
     SecureAggregation,
 )
 
@@ -107,7 +107,7 @@ class StatisticsRequest(Frozen):
         return self
 
 
-class StatisticsReceipt(Remaining):
+class StatisticsReceipt(BudgetSpent):
     """What the answer cost a site, as its ledger has it. Unit: one example, there or not."""
 
     mechanism: Literal["statistics"] = "statistics"
