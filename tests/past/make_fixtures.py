@@ -8,7 +8,9 @@ they are good from ten years ago for a hundred years. The rows are made up; the 
 """
 
 import csv
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +25,11 @@ import numpy as np
 import yaml
 from fedclaw.federation.coordinator import make_plan, make_strategy
 from fedclaw.federation.run_directory import RunDirectory
+from fedclaw.privacy.ledger import Budget, Ledger
 from fedclaw.security import pki, provisioning
+
+from clients.tabular_schema import TabularSchema
+from fedclaw.privacy.accounting import Mechanism
 
 PRIVATE, OPEN = ("ward-a", "ward-b", "ward-c"), ("lab-a", "lab-b")
 COLUMNS = {"age": (0.0, 100.0), "dose": (0.0, 10.0)}
@@ -41,6 +47,10 @@ CENTRAL = ("central=example", "central.epsilon=2", "central.delta=1e-3", "centra
 WITHOUT = ("privacy=none", "training.batch_size=8", *MODEL)
 SLOW = ("training.epochs=null", "training.steps=400")
 RELEASE = "release"
+SIMULATED = (
+    *("runtime=simulation", "runtime.save_every=0", "dataset.sites=6", "workload.model.name=logistic", "run=simulated"),
+    *("privacy=none", "tracking=none", "rounds=400"),
+)
 STATES = {
     "scaffold": ("strategy=scaffold",),
     "feddyn": ("strategy=feddyn",),
@@ -59,6 +69,10 @@ def main(root: Path) -> None:
         make_site(root, name, number)
     private_runs(root)
     open_runs(root)
+    (root / "said").mkdir()
+    simulated_run(root)
+    discrete_ledger(root)
+    fitted_constants(root)
     finish(root)
 
 
@@ -165,10 +179,47 @@ def open_runs(root: Path) -> None:
             time.sleep(2.0)
 
 
+def simulated_run(root: Path) -> None:
+    """Six clients of a table, killed after a checkpoint."""
+    words = [sys.executable, "-m", "experiments.run", *SIMULATED, f"runs={root / 'runs'}"]
+    process = subprocess.Popen(words, env=environment(), cwd="/")
+    wait(lambda: (root / "runs/simulated/checkpoint-0002.ckpt").exists(), process)
+    kill(process)
+    for beside in (".hydra", "data"):
+        shutil.rmtree(root / "runs" / beside)
+    (root / "runs" / "simulated" / "partition.png").unlink()
+
+
+def discrete_ledger(root: Path) -> None:
+    """Charges of discrete noise beside Gaussian ones, one of them open."""
+    path = root / "ledgers" / "discrete.sqlite"
+    path.parent.mkdir()
+    with Ledger.open(path, "registry", "ab" * 32) as ledger:
+        for number, noise in enumerate((3.0, 3.0, 0.7), 1):
+            family: Any = "discrete" if noise == 3.0 else "gaussian"
+            mechanism = Mechanism(0.25, noise, 4, family)
+            ledger.reserve(f"key-{number}", "clinic", "run", number, mechanism, Budget(None, 1e-3))
+            if number < 3:
+                ledger.settle(f"key-{number}")
+        told = {"spent": ledger.spent(1e-3), "head": ledger.head(), "rounds": ledger.rounds("run")}
+    (root / "said" / "ledger-discrete.json").write_text(json.dumps(told, indent=2))
+
+
+def fitted_constants(root: Path) -> None:
+    """A site's own constants for a schema that says so, and what they make of its rows."""
+    directory = root / "constants"
+    directory.mkdir()
+    text = yaml.safe_dump(schema_of("site"), sort_keys=False)
+    (directory / "schema.yaml").write_text(text)
+    rows = root / "sites" / "ward-a" / "data" / "train.csv"
+    fitted = TabularSchema.parse(text, "schema.yaml").fit(rows)
+    (directory / "preprocessing.json").write_text(str(fitted.constants_json()))
+    (root / "said" / "inputs.json").write_text(json.dumps(fitted.read_inputs(rows).tolist()))
+
+
 def finish(root: Path) -> None:
     """A compressed model, a bundle, and in said/ what the commands of that commit print of all this."""
     said = root / "said"
-    said.mkdir()
     federation, run = root / "federation", root / "runs" / "local"
     for site in PRIVATE + OPEN:
         (said / f"ledger-{site}.json").write_text(

@@ -28,6 +28,7 @@ from fedclaw.server import checkpoint
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.statistics_release import constants_from, read_release
 from fedclaw.site.directory import open_service
+from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.journal.reconciliation import open_books
 from fedclaw.site.service import SiteService
@@ -276,6 +277,45 @@ def test_so_is_a_plan_of_a_version_to_come_whatever_else_it_says(opened):
     reply = reply_to(opened(("lab-a",))["lab-a"], '{"version": 99, "horizon": [1, 2], "rounds": "many"}')
     assert "version 99 is asked for" in reply.error.reason
     assert "install the same version" in reply.error.reason
+
+
+def test_a_ledger_of_discrete_noise_says_what_it_said(past):
+    told = said("ledger-discrete.json")
+    with Ledger.open(past / "ledgers" / "discrete.sqlite", "registry", "ab" * 32) as ledger:
+        assert ledger.spent(1e-3) == told["spent"]
+        assert (ledger.head(), ledger.rounds("run")) == (told["head"], told["rounds"])
+        assert {charge.mechanism.family for charge in ledger.index().reservations.values()} == {"discrete", "gaussian"}
+        assert [key for (_, key), waiting in ledger.index().open.items() if waiting] == ["key-3"]
+        ledger.settle("key-3")
+
+
+def test_what_a_site_fitted_to_its_rows_makes_the_same_inputs_of_them(past):
+    directory = past / "constants"
+    schema = schema_class("tabular").parse((directory / "schema.yaml").read_text(), "schema.yaml")
+    fitted = schema.with_constants((directory / "preprocessing.json").read_text(), "preprocessing.json")
+    assert fitted.read_inputs(past / "sites/ward-a/data/train.csv").tolist() == said("inputs.json")
+
+
+def test_a_simulated_run_is_read(past):
+    directory = RunDirectory.open(past / "runs" / "simulated")
+    directory.check()
+    record, newest = directory.record(), checkpoint.newest(directory.root)
+    assert record.simulated is not None
+    assert record.simulated.clients == 6
+    assert newest is not None
+    assert newest.round == 2
+    assert len(directory.read_metrics()) == 1
+
+
+@pytest.mark.slow
+def test_a_simulated_run_goes_on_by_the_command_that_began_it(past):
+    began = ("runtime=simulation", "runtime.save_every=0", "dataset.sites=6", "workload.model.name=logistic")
+    rest = ("run=simulated", "privacy=none", "tracking=none", "rounds=400", f"runs={past / 'runs'}")
+    done = run_module("experiments.run", *began, *rest, f"resume={past / 'runs' / 'simulated'}", timeout=300)
+    assert done.code == 0, done.errors
+    directory = RunDirectory.open(past / "runs" / "simulated")
+    assert [line["round"] for line in directory.read_metrics()] == list(range(1, 401))
+    assert directory.read_metrics()[-1]["metrics"]["accuracy"] > 0.95
 
 
 @pytest.mark.slow
