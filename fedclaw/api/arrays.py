@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedclaw.clients.table_definition import NumberTarget
 from fedclaw.errors import DataError, UsageError
 from fedclaw.learning.workload import Floats, Labels
 
@@ -29,6 +30,8 @@ def inputs_of(x: ArrayLike, name: str = "x") -> Floats:
             f"{name} has the shape {array.shape}: one row an example is needed, (examples, features) or (examples, "
             f"channels, height, width); a single feature is {name}.reshape(-1, 1)"
         )
+    if not len(array):
+        raise DataError(f"{name}: there is no example")
     with np.errstate(over="ignore"):
         numbers = np.ascontiguousarray(array, np.float32)
     _require_finite(numbers, array, name)
@@ -47,8 +50,11 @@ def labels_of(y: ArrayLike, name: str = "y") -> NDArray[Any]:
         if missing := np.flatnonzero(np.isnan(array)).tolist():
             raise DataError(f"{name} has no label in {_rows(missing)}: leave such examples out")
         whole = bool(np.all(np.isfinite(array)) and np.all(array == np.floor(array)))
-        remedy = f"{name}.astype(int)" if whole else "labels are integers, text or booleans; name classes, or round"
-        raise DataError(f"{name} holds {array.dtype}, and class labels are no such numbers: {remedy}")
+        remedy = f"{name}.astype(int) for classes" if whole else "name the classes"
+        raise DataError(
+            f"{name} holds {array.dtype}, and class labels are no such numbers: {remedy}; to predict the numbers "
+            "themselves give value_range=(smallest, largest)"
+        )
     if array.dtype.kind == "O":
         if missing := [row for row, label in enumerate(array) if label is None or label != label]:
             raise DataError(f"{name} has no label in {_rows(missing)}: leave such examples out")
@@ -58,19 +64,38 @@ def labels_of(y: ArrayLike, name: str = "y") -> NDArray[Any]:
     return array
 
 
-def classes_of(labels: NDArray[Any]) -> tuple[NDArray[Any], Labels]:
-    """The C classes in order, and (N,) which of them each label is. Raises DataError if there is but one."""
-    classes, targets = np.unique(labels, return_inverse=True)
+def classes_of(labels: NDArray[Any]) -> NDArray[Any]:
+    """The C classes in order. Raises DataError if there is but one."""
+    classes = np.unique(labels)
     if len(classes) < 2:
         only = f"only {classes[0]!s}" if len(classes) else "none"
         raise DataError(f"y has two classes or more, and {only} is there")
-    return classes, targets.astype(np.int64)
+    return classes
+
+
+def numbers_of(y: ArrayLike, target: NumberTarget, name: str = "y") -> Floats:
+    """(N,) float32 within the target's range. Raises DataError naming the first that is not."""
+    array = _array(y, name)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1 or array.dtype.kind not in "biuf":
+        raise DataError(f"{name} is {array.dtype} of the shape {array.shape}: one number an example is needed")
+    numbers = array.astype(np.float32)
+    low, high = target.range
+    if outside := np.flatnonzero(~((numbers >= low) & (numbers <= high))).tolist():
+        raise DataError(
+            f"{name} is not within value_range=({low:g}, {high:g}) in {_rows(outside)}: {name}[{outside[0]}] is "
+            f"{array[outside[0]]:g}; leave such examples out, or declare another range"
+        )
+    return numbers
 
 
 def indices_among(labels: NDArray[Any], classes: NDArray[Any], name: str) -> Labels:
     """(N,) which class each label is. Raises DataError for one that training never saw."""
     if strange := sorted(set(map(str, labels)) - set(map(str, classes))):
         raise DataError(f"{name} has labels that the training data has not: {', '.join(strange[:_SHOWN])}")
+    if labels.dtype.kind == classes.dtype.kind:
+        return np.searchsorted(classes, labels).astype(np.int64)
     places = {str(label): place for place, label in enumerate(classes)}
     return np.array([places[str(label)] for label in labels], np.int64)
 
@@ -79,8 +104,6 @@ def require_pairs(x: Floats, y: NDArray[Any], names: str) -> None:
     """Raise DataError unless there is one label an example, and an example at all."""
     if len(x) != len(y):
         raise DataError(f"{names}: {len(x)} examples and {len(y)} labels; each example has one label")
-    if not len(x):
-        raise DataError(f"{names}: there is no example")
 
 
 class FrameEncoder:

@@ -4,6 +4,7 @@ Legend: N examples, D shape of one input, C classes, K clients.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -18,11 +19,15 @@ from fedclaw.api.arrays import (
     inputs_of,
     is_frame,
     labels_of,
+    numbers_of,
     require_pairs,
 )
 from fedclaw.api.module import ArraySchema
 from fedclaw.catalogue import did_you_mean
-from fedclaw.errors import UsageError
+from fedclaw.clients.table_definition import NumberTarget
+from fedclaw.errors import DataError, UsageError
+from fedclaw.learning.tasks.base import Targets
+from fedclaw.learning.tasks.regression import RegressionLoss
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.frozen import explain
 from fedclaw.simulation.partitions.base import Partition, PartitionMethod
@@ -67,9 +72,14 @@ class Federation:
         test: float | tuple[ArrayLike, ArrayLike] = 0.2,
         test_at: TestAt = "federation",
         seed: int = 0,
+        value_range: tuple[float, float] | None = None,
+        loss: RegressionLoss = "squared",
         **options: Any,
     ) -> Self:
-        """Deal examples `x` (N, *D) with labels `y` (N,) to clients.
+        """Deal examples `x` (N, *D) with targets `y` (N,) to clients.
+
+        Targets are class labels; or, with `value_range`, numbers within it, which are predicted themselves by `loss`:
+        squared, huber or poisson. The range is declared: what is known of such values, not what the data happens to be.
 
         `clients` and `partition` say how: iid, dirichlet (alpha=1.0), shards (shards=2), quantity (sizes differ) or
         feature_shift; what each takes, `options`, is in docs/partitions.md. Or `by` (N,) says which client each example
@@ -77,11 +87,13 @@ class Federation:
         test_at="clients" that share of each client's own, for strategies that leave each client a model of its own.
         The same seed gives the same federation. Raises DataError, UsageError.
         """
-        inputs, labels = inputs_of(x), labels_of(y)
-        require_pairs(inputs, labels, "x and y")
-        classes, targets = classes_of(labels)
-        schema = ArraySchema.of(inputs.shape[1:], tuple(map(str, classes)))
-        outside = None if isinstance(test, int | float) else _test_table(test, classes, inputs.shape[1:])
+        inputs, reader = inputs_of(x), _reader(y, value_range, loss)
+        targets = reader.read(y, "y")
+        require_pairs(inputs, targets, "x and y")
+        if value_range is not None and partition == "dirichlet":
+            raise UsageError("partition='dirichlet' deals by label, and the targets are numbers: take shards")
+        schema = ArraySchema.of(inputs.shape[1:], reader.target)
+        outside = None if isinstance(test, int | float) else _test_table(test, reader, inputs.shape[1:])
         share = float(test) if isinstance(test, int | float) else 0.0
         owners = None if by is None else labels_of(by, "by")
         if owners is not None:
@@ -97,23 +109,26 @@ class Federation:
         test: float | tuple[ArrayLike, ArrayLike] = 0.2,
         test_at: TestAt = "federation",
         seed: int = 0,
+        value_range: tuple[float, float] | None = None,
+        loss: RegressionLoss = "squared",
     ) -> Self:
-        """Each client's own examples and labels, in a list, or by name in a dict. Raises DataError, UsageError."""
+        """Each client's own examples and targets, in a list, or by name in a dict. Raises DataError, UsageError."""
         pairs = list(clients.values()) if isinstance(clients, Mapping) else list(clients)
         names = list(map(str, clients)) if isinstance(clients, Mapping) else _numbered(len(pairs))
         if not pairs:
             raise UsageError("clients: there has to be one")
         inputs = [inputs_of(x, f"x of {name}") for name, (x, _) in zip(names, pairs, strict=True)]
-        labels = [labels_of(y, f"y of {name}") for name, (_, y) in zip(names, pairs, strict=True)]
-        for name, own, its in zip(names, inputs, labels, strict=True):
+        read = labels_of if value_range is None else _reader(pairs[0][1], value_range, loss).read
+        targets = [read(y, f"y of {name}") for name, (_, y) in zip(names, pairs, strict=True)]
+        for name, own, its in zip(names, inputs, targets, strict=True):
             require_pairs(own, its, name)
             if own.shape[1:] != inputs[0].shape[1:]:
                 raise UsageError(
                     f"an example of {name} has the shape {own.shape[1:]}, of {names[0]} {inputs[0].shape[1:]}"
                 )
         by = np.repeat(names, [len(own) for own in inputs])
-        x, y = np.concatenate(inputs), np.concatenate(labels)
-        return cls.from_arrays(x, y, by=by, test=test, test_at=test_at, seed=seed)
+        x, y = np.concatenate(inputs), np.concatenate(targets)
+        return cls.from_arrays(x, y, by=by, test=test, test_at=test_at, seed=seed, value_range=value_range, loss=loss)
 
     @classmethod
     def from_frame(
@@ -127,6 +142,8 @@ class Federation:
         test: Any = 0.2,
         test_at: TestAt = "federation",
         seed: int = 0,
+        value_range: tuple[float, float] | None = None,
+        loss: RegressionLoss = "squared",
         **options: Any,
     ) -> Self:
         """One pandas data frame, dealt as in `from_arrays`, or by a column that says which client a row is from.
@@ -140,6 +157,8 @@ class Federation:
         if by is not None and is_frame(test) and by not in test.columns:
             frames[1] = test.assign(**{by: ""})
         encoder = FrameEncoder(frames, target, [] if by is None else [by])
+        if by is not None and frame[by].isna().any():
+            raise DataError(f"column {by!r} says of {int(frame[by].isna().sum())} rows not which client they are from")
         made = cls.from_arrays(
             encoder.inputs(frame, "the frame"),
             _target(frame, target),
@@ -149,6 +168,8 @@ class Federation:
             test=(encoder.inputs(test, "test"), _target(test, target)) if is_frame(test) else test,
             test_at=test_at,
             seed=seed,
+            value_range=value_range,
+            loss=loss,
             **options,
         )
         return made._with_columns(encoder.names)
@@ -162,6 +183,8 @@ class Federation:
         test: Any = 0.2,
         test_at: TestAt = "federation",
         seed: int = 0,
+        value_range: tuple[float, float] | None = None,
+        loss: RegressionLoss = "squared",
     ) -> Self:
         """One pandas data frame a client, in a list, or by name in a dict. Raises DataError, UsageError."""
         items, given = as_list(frames)
@@ -172,7 +195,8 @@ class Federation:
             for name, frame in zip(names, items, strict=True)
         }
         outside = (encoder.inputs(test, "test"), _target(test, target)) if is_frame(test) else test
-        return cls.from_clients(pairs, test=outside, test_at=test_at, seed=seed)._with_columns(encoder.names)
+        made = cls.from_clients(pairs, test=outside, test_at=test_at, seed=seed, value_range=value_range, loss=loss)
+        return made._with_columns(encoder.names)
 
     def __len__(self) -> int:
         """K."""
@@ -185,7 +209,7 @@ class Federation:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the C classes, in the order of the model's outputs."""
+        """Names of the C classes, in the order of the model's outputs; none where the target is a number."""
         return self.schema.labels
 
     @property
@@ -199,10 +223,11 @@ class Federation:
         return self.schema.columns
 
     def __repr__(self) -> str:
+        what = f"{len(self.labels)} classes" if self.labels else "one number to predict"
         tested = sum(map(len, self.tests)) if self.tests is not None else len(self.test) if self.test is not None else 0
         return (
             f"Federation({len(self)} clients, {sum(self.sizes)} training and {tested} test examples, inputs "
-            f"{self.input_shape}, {len(self.labels)} classes)"
+            f"{self.input_shape}, {what})"
         )
 
     @classmethod
@@ -247,7 +272,7 @@ class Federation:
         return cls(schema, train, [own[cut:] for own, cut in zip(shares, cuts, strict=True)], tests=tests, names=names)
 
     def _with_columns(self, columns: tuple[str, ...]) -> Self:
-        schema = ArraySchema.of(self.input_shape, self.labels, columns)
+        schema = self.schema.with_columns(columns)
         return type(self)(schema, self.table, self.shares, test=self.test, tests=self.tests, names=self.names)
 
 
@@ -282,16 +307,52 @@ def _as_seen(train: Table, dealt: Partition) -> tuple[Table, list[Rows]]:
     return Table(inputs, train.targets), list(dealt.shares)
 
 
-def _test_table(test: Any, classes: NDArray[Any], shape: tuple[int, ...]) -> Table:
+def _test_table(test: Any, reader: "_Classes | _Numbers", shape: tuple[int, ...]) -> Table:
     try:
         x, y = test
     except (TypeError, ValueError):
         raise UsageError("test is a share of the examples, or a pair of arrays (x_test, y_test)") from None
-    inputs, labels = inputs_of(x, "x of test"), labels_of(y, "y of test")
-    require_pairs(inputs, labels, "test")
+    inputs, targets = inputs_of(x, "x of test"), reader.read(y, "y of test")
+    require_pairs(inputs, targets, "test")
     if inputs.shape[1:] != shape:
         raise UsageError(f"an example of test has the shape {inputs.shape[1:]}, one of the training data {shape}")
-    return Table(inputs, indices_among(labels, classes, "test"))
+    return Table(inputs, targets)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """How labels are read."""
+
+    classes: NDArray[Any]
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        return tuple(map(str, self.classes))
+
+    def read(self, y: ArrayLike, name: str) -> Targets:
+        return indices_among(labels_of(y, name), self.classes, name)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """How numbers to predict are read."""
+
+    target: NumberTarget
+
+    def read(self, y: ArrayLike, name: str) -> Targets:
+        return numbers_of(y, self.target, name)
+
+
+def _reader(y: ArrayLike, value_range: tuple[float, float] | None, loss: RegressionLoss) -> _Classes | _Numbers:
+    """Of targets such as those of `y`. Raises DataError, UsageError."""
+    if value_range is None:
+        if loss != "squared":
+            raise UsageError(f"loss={loss!r} is of numbers: say which, value_range=(smallest, largest)")
+        return _Classes(classes_of(labels_of(y)))
+    try:
+        return _Numbers(NumberTarget(name="y", kind="numeric", range=value_range, loss=loss))
+    except ValidationError as error:
+        raise UsageError(f"value_range={value_range!r}: {explain(error)}") from None
 
 
 def _numbered(count: int) -> list[str]:

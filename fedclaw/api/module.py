@@ -13,11 +13,13 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
+from fedclaw.clients.table_definition import NumberTarget
 from fedclaw.errors import DataError, PluginError, UsageError
 from fedclaw.learning.registry import SCHEMAS, WORKLOADS
+from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.workload import Floats, Schema, Table, Workload
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.plan import ModelSpec
@@ -33,9 +35,17 @@ _PROBES = 2
 
 class _Content(Frozen):
     input_shape: tuple[int, ...] = Field(min_length=1)
-    labels: tuple[str, ...] = Field(min_length=2)
+    labels: tuple[str, ...] = ()
+    """Of the classes; or there is a `target`."""
+    target: NumberTarget | None = None
     columns: tuple[str, ...] = ()
     """Names of the inputs, where a data frame had them."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if (len(self.labels) < 2) != (self.target is not None):
+            raise ValueError("there are labels of two classes or more, or a target")
+        return self
 
 
 class ArraySchema(Schema):
@@ -47,9 +57,15 @@ class ArraySchema(Schema):
         self._content = content
 
     @classmethod
-    def of(cls, input_shape: tuple[int, ...], labels: tuple[str, ...], columns: tuple[str, ...] = ()) -> Self:
-        """The schema of arrays of that shape."""
-        return cls(_Content(input_shape=input_shape, labels=labels, columns=columns))
+    def of(cls, input_shape: tuple[int, ...], target: tuple[str, ...] | NumberTarget) -> Self:
+        """The schema of arrays of that shape, whose target is of classes or a number."""
+        if isinstance(target, NumberTarget):
+            return cls(_Content(input_shape=input_shape, target=target))
+        return cls(_Content(input_shape=input_shape, labels=target))
+
+    def with_columns(self, columns: tuple[str, ...]) -> Self:
+        """The same, with names of the inputs."""
+        return type(self)(self._content.model_copy(update={"columns": columns}))
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
@@ -70,8 +86,13 @@ class ArraySchema(Schema):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the C classes."""
+        """Names of the C classes; none where the target is a number."""
         return self._content.labels
+
+    @property
+    def task(self) -> Task:
+        """Classification by the labels, or regression to the target."""
+        return super().task if self._content.target is None else self._content.target.task
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -152,7 +173,7 @@ def check_model(workload: ArrayWorkload, inputs: Floats) -> ModelSpec:
     """
     model = _made(workload)
     _require_parameters_alone(model)
-    _require_shape(model, torch.from_numpy(inputs[:_PROBES]), workload.schema.labels)
+    _require_shape(model, torch.from_numpy(inputs[:_PROBES]), workload.task)
     return workload.spec_of(model)
 
 
@@ -196,7 +217,7 @@ def _require_parameters_alone(model: nn.Module) -> None:
             raise UsageError(f"parameter {name} begins with numbers that are not finite")
 
 
-def _require_shape(model: nn.Module, inputs: torch.Tensor, labels: tuple[str, ...]) -> None:
+def _require_shape(model: nn.Module, inputs: torch.Tensor, task: Task) -> None:
     shape = tuple(inputs.shape)
     try:
         with torch.no_grad():
@@ -205,9 +226,10 @@ def _require_shape(model: nn.Module, inputs: torch.Tensor, labels: tuple[str, ..
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(f"the model cannot take inputs of the shape {shape} (examples first): {what}") from error
     if not isinstance(outputs, torch.Tensor):
-        raise UsageError(f"the model gives a {type(outputs).__name__}; it is to give logits, (examples, classes)")
-    if tuple(outputs.shape) != (len(inputs), len(labels)):
+        raise UsageError(f"the model gives a {type(outputs).__name__}; it is to give a tensor (examples, outputs)")
+    if tuple(outputs.shape) != (len(inputs), task.outputs):
+        what = f"{task.outputs} classes" if task.labels else "one number to predict"
         raise UsageError(
-            f"the model gives {tuple(outputs.shape)} for inputs of the shape {shape}, and the data has {len(labels)} "
-            f"classes: its last layer has to have {len(labels)} outputs, ({len(inputs)}, {len(labels)})"
+            f"the model gives {tuple(outputs.shape)} for inputs of the shape {shape}, and the data has {what}: its "
+            f"last layer has to have {task.outputs} outputs, ({len(inputs)}, {task.outputs})"
         )

@@ -46,7 +46,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Those of the last round that was evaluated: loss, accuracy, precision, recall, f1, auroc, where defined."""
+        """Those of the last round that was evaluated: accuracy, f1, auroc and others, of numbers rmse, mae and r2."""
         last = next((entry for entry in reversed(self.history) if len(entry) > 1), {})
         return {name: value for name, value in last.items() if name != "round"}
 
@@ -101,7 +101,7 @@ class Run:
     def __repr__(self) -> str:
         record, rounds = self.record, len(self.history)
         metrics = self.metrics
-        quality = f", accuracy {metrics['accuracy']:.3f}" if "accuracy" in metrics else ""
+        quality = "".join(f", {name} {metrics[name]:.3g}" for name in ("accuracy", "rmse") if name in metrics)
         cost = "without privacy" if self.delta is None else f"epsilon {self.epsilon:.3g} at delta {self.delta:g}"
         return f"Run({record.strategy.name}, {rounds} of {record.rounds} rounds{quality}, {cost})"
 

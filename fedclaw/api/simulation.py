@@ -157,6 +157,8 @@ def simulate(
             "run": _RUN,
             "federation": "simulation",
             "workload": workload.name,
+            "task": workload.task.name,
+            "metrics": workload.task.metrics,
             "schema_text": federation.schema.to_json(),
             "model": check_model(workload, federation.table.inputs),
             "strategy": StrategyRecord(name=name, settings=settings),

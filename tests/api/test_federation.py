@@ -123,6 +123,23 @@ def test_a_data_frame_a_client_has_the_levels_of_all():
     assert len(tested.test) == 2
 
 
+def test_numbers_to_predict():
+    x, y = examples()
+    federation = from_arrays(x, y / 2, clients=3, value_range=(0, 1), loss="huber", test=(x[:2], [0.5, 1]))
+    assert federation.table.targets.dtype == np.float32
+    assert set(federation.table.targets.tolist()) == {0.0, 0.5, 1.0}
+    assert federation.test.targets.tolist() == [0.5, 1.0]
+    assert (federation.labels, federation.schema.task.kind) == ((), "huber")
+    assert (
+        repr(federation)
+        == "Federation(3 clients, 120 training and 2 test examples, inputs (5,), one number to predict)"
+    )
+    frames = {"a": FRAME, "b": FRAME}
+    by_age = from_frames(frames, target="age", value_range=(0, 120), test=0)
+    assert sorted(by_age.table.targets.tolist()) == [30, 30, 41, 41, 52, 52, 63, 63]
+    assert by_age.columns[0] == "smoker"
+
+
 X, Y = examples(12)
 HOLE = X.copy()
 HOLE[3, 2] = np.nan
@@ -141,7 +158,7 @@ HUGE[0, 1] = 1e300
         (lambda: from_arrays(X, Y.astype(float), clients=2), r"y holds float64.*y.astype\(int\)"),
         (
             lambda: from_arrays(X, Y + 0.5, clients=2),
-            "class labels are no such numbers: labels are integers",
+            "class labels are no such numbers: name the classes; to predict the numbers themselves give value_range",
         ),
         (lambda: from_arrays(X, [1.0, np.nan] * 6, clients=2), "y has no label in 6 rows"),
         (
@@ -149,6 +166,20 @@ HUGE[0, 1] = 1e300
             r"y has no label in 6 rows \(0, 2, 4, 6, 8, …\)",
         ),
         (lambda: from_arrays(X, np.eye(3)[Y], clients=2), r"y.argmax\(axis=1\)"),
+        (
+            lambda: from_arrays(X, Y, clients=2, value_range=(0, 1)),
+            r"not within value_range=\(0, 1\) in .* is 2",
+        ),
+        (lambda: from_arrays(X, [np.nan] * 12, clients=2, value_range=(0, 1)), "in 12 rows"),
+        (lambda: from_arrays(X, ["a"] * 12, clients=2, value_range=(0, 1)), "one number an example"),
+        (lambda: from_arrays(X, Y, clients=2, value_range=(3, 0)), "from a smaller to a larger"),
+        (lambda: from_arrays(X, Y, clients=2, value_range=(0, 3), loss="hubr"), "loss: .*'huber'"),
+        (lambda: from_arrays(X, Y, clients=2, loss="huber"), "say which, value_range"),
+        (lambda: from_arrays(X, Y, clients=2, value_range=(0, 3), partition="dirichlet"), "deals by label"),
+        (
+            lambda: from_frame(FRAME.assign(clinic=[None, "a"] * 2), target="outcome", by="clinic"),
+            "2 rows not which",
+        ),
         (lambda: from_arrays(X, Y[:7], clients=2), "12 examples and 7 labels"),
         (lambda: from_arrays(X[:0], Y[:0], clients=2), "there is no example"),
         (lambda: from_arrays(X[:, 0], Y, clients=2), r"x.reshape\(-1, 1\)"),

@@ -117,6 +117,21 @@ def test_an_installed_strategy_with_settings(federation):
     assert (run.record.strategy.name, run.record.strategy.settings["mu"]) == ("fedprox", 0.3)
 
 
+def test_a_number_is_predicted():
+    x, y = examples()
+    federation = fedclaw.Federation.from_arrays(x, x[:, 0] + y, clients=4, value_range=(-10, 10), seed=1)
+    asked = {"rounds": 12, "learning_rate": 0.3, "batch_size": 8}
+    for privacy in (None, PRIVATE):
+        run = fedclaw.simulate(federation, lambda: Net(5, 1), privacy=privacy, **asked)
+        assert run.metrics.keys() >= {"rmse", "mae", "r2"}
+        assert run.record.task == "regression"
+    run = fedclaw.simulate(federation, lambda: Net(5, 1), **asked)
+    assert run.metrics["r2"] > 0.5
+    assert ", rmse " in repr(run)
+    with pytest.raises(fedclaw.UsageError, match=r"one number to predict.*\(2, 1\)"):
+        fedclaw.simulate(federation, Net, **asked)
+
+
 def test_the_cost_of_a_private_run_is_what_was_asked_for_at_most(federation):
     run = fedclaw.simulate(federation, Net, privacy=PRIVATE, **QUICK)
     assert 0 < run.epsilon <= 4
@@ -205,7 +220,7 @@ def infinite():
         (Needing, {}, r"Needing cannot be made without arguments.*lambda: Needing\(\.\.\.\)"),
         (lambda: Net(5, 4), {}, r"gives \(2, 4\) for inputs of the shape \(2, 5\), and the data has 3 classes"),
         (lambda: Net(7), {}, r"cannot take inputs of the shape \(2, 5\).*RuntimeError: mat1 and mat2"),
-        (lambda: nn.LSTM(5, 3), {}, "gives a tuple; it is to give logits"),
+        (lambda: nn.LSTM(5, 3), {}, "gives a tuple; it is to give a tensor"),
         (nn.Identity, {}, "no parameters to train"),
         (lambda: Net().double(), {}, "torch.float64 on cpu"),
         (infinite, {}, "parameter head.bias begins with numbers that are not finite"),
