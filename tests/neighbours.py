@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
-from fedclaw.learning.strategy import PERSONAL
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.regression import Regression
 from fedclaw.learning.workload import Table
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN
 from fedclaw.privacy.noise import GaussianSource
@@ -64,6 +65,23 @@ class Nets(SmallNets):
             "head": nn.Linear(INPUTS, 2),
         }
         return nn.Sequential(OrderedDict(layers))
+
+
+class Numbers(Nets):
+    """The same for a number in the place of two classes."""
+
+    @property
+    def task(self) -> Task:
+        return Regression("y", minimum=-1.0, maximum=2.0, kind="huber")
+
+    def build(self, spec: ModelSpec) -> nn.Module:
+        built = super().build(spec)
+        built.head = nn.Linear(INPUTS, 1)
+        return built
+
+
+TASKS: Mapping[str, type[Nets]] = {"classes": Nets, "number": Numbers}
+METRICS_OF = {"classes": ("loss", "accuracy"), "number": ("loss", "rmse", "mae")}
 
 
 @dataclass(frozen=True)
@@ -124,6 +142,8 @@ class Asked:
     """None: as many as there were messages before, and one."""
     amplify: float = 1.0
     """What the strategy's fields are multiplied by."""
+    task: str = "classes"
+    """What the site's data and the model are of; the same in all that is asked of one site."""
 
     def __str__(self) -> str:
         return " ".join(
@@ -133,6 +153,7 @@ class Asked:
             + [f"rate={self.rate:g}"] * (self.rate != 0.5)
             + [f"fields x {self.amplify:g}"] * (self.amplify != 1)
             + [f"round={self.round}"] * (self.round is not None)
+            + [f"task={self.task}"] * (self.task != "classes")
         )
 
 
@@ -163,10 +184,11 @@ def strategies() -> list[str]:
 
 
 @cache
-def parameters_of() -> Arrays:
+def parameters_of(task: str = "classes") -> Arrays:
     """What a run begins with."""
     torch.manual_seed(5)
-    return {name: p.detach().numpy().copy() for name, p in Nets(INPUTS).build(ModelSpec(name="net")).named_parameters()}
+    built = TASKS[task](INPUTS).build(ModelSpec(name="net"))
+    return {name: parameter.detach().numpy().copy() for name, parameter in built.named_parameters()}
 
 
 @cache
@@ -188,7 +210,7 @@ def plan_of(asked: Asked, site: SiteService, number: int) -> dict[str, Any]:
         rate = RATE_OF_SAMPLES if one else 1.0
         central = {"unit": unit, "noise_by": noise_by, "epsilon": 3.0, "delta": 1e-5, "clip": CLIP}
         central |= {"noise_multiplier": MULTIPLIER, "sample_rate": rate}
-    names = {"head": ("head.weight", "head.bias"), "none": (), "all": tuple(parameters_of())}
+    names = {"head": ("head.weight", "head.bias"), "none": (), "all": tuple(parameters_of(asked.task))}
     return {
         "version": PLAN_VERSION,
         "federation": FEDERATION,
@@ -208,7 +230,7 @@ def plan_of(asked: Asked, site: SiteService, number: int) -> dict[str, Any]:
         "compression": COMPRESSIONS[asked.compression],
         "weighting": asked.weighting,
         "weight_cap": 5 if asked.weighting == "capped" else None,
-        "metrics": ("loss", "accuracy"),
+        "metrics": METRICS_OF[asked.task],
         "personal": names.get(asked.personal, _personal(asked.strategy)),
     }
 
@@ -217,7 +239,7 @@ def _session(asked: Asked) -> dict[str, Any] | None:
     by_sites = asked.mechanism.endswith("-sites")
     if asked.kind == "evaluate" or not (by_sites or asked.mechanism == "local-secure"):
         return None
-    size = sum(array.size for array in parameters_of().values())
+    size = sum(array.size for array in parameters_of(asked.task).values())
     range_of = {} if by_sites else {"value_range": 100.0, "largest_weight": 100.0}
     fields = {"session": secrets.token_hex(16), "sites": ("a", "b", "c"), "threshold": 2, "neighbours": 2, "minimum": 3}
     return {**fields, "length": size, "step": 2.0**-20, **range_of}
@@ -240,16 +262,16 @@ class Left:
     """What the site keeps and says to be covered."""
 
 
-def open_site(source: Coupled, *, present: bool) -> SiteService:
+def open_site(source: Coupled, *, present: bool, task: str = "classes") -> SiteService:
     """A site whose policy wants differential privacy, with or without the example."""
     assume_server_identity(1)
     generator = np.random.default_rng(11)
     inputs = generator.normal(size=(2, EXAMPLES, INPUTS)).astype(np.float32)
-    targets = (np.arange(EXAMPLES) % 2).astype(np.int64)
+    targets = (np.arange(EXAMPLES) % 2).astype(TASKS[task](INPUTS).task.target_dtype)
     inputs[0, 0] = (4.0, -3.0, 5.0) if present else (-1.0, 0.5, 0.2)
-    train = Table(inputs[0], targets if present else np.concatenate([[1], targets[1:]]))
+    train = Table(inputs[0], targets if present else np.concatenate([targets[1:2], targets[1:]]))
     rules = {"allow_training_without_privacy": False, "trust_server_noise": True, "epsilon": None, "delta": 1e-5}
-    site = service("a", Nets(INPUTS), train, test=Table(inputs[1], targets), **rules)
+    site = service("a", TASKS[task](INPUTS), train, test=Table(inputs[1], targets), **rules)
     site.policy = site.policy.model_copy(update={"strategies": tuple(strategies())})
     site.source = source
     signer, verifier = _identity()
@@ -266,7 +288,9 @@ def _identity() -> tuple[Signer, Verifier]:
 def question_of(asked: Asked, site: SiteService, number: int, kind: str) -> Message:
     """The message, with the coordinator's own parameters and whatever state of the server's a strategy might want."""
     generator = np.random.default_rng(number)
-    moved = {n: a + generator.normal(size=a.shape).astype(np.float32) / 10 for n, a in parameters_of().items()}
+    moved = {
+        n: a + generator.normal(size=a.shape).astype(np.float32) / 10 for n, a in parameters_of(asked.task).items()
+    }
     sent = {f"control/{n}": 0.1 * a for n, a in moved.items() if n not in _personal(asked.strategy)}
     plan = ConfigRecord({JSON: json.dumps(plan_of(asked, site, number))})
     content = RecordDict({ARRAYS: pack(moved), BROADCAST: pack(sent), PLAN: plan})
@@ -342,7 +366,7 @@ def _left(site: SiteService, asked: Asked, arrays: Arrays, content: RecordDict, 
     found = site.states.find(FEDERATION, RUN)
     kept: dict[str, Arrays] = {}
     if found is not None and found.made is not None and found.made.local:
-        kept = {kind: a for kind, a in found.after.items() if kind != PERSONAL or found.made.covers_own}
+        kept = {kind: a for kind, a in found.after.items() if found.made.covers(kind)}
     return Left(
         on_the_sum=arrays if waits else {},
         bound=bound,
@@ -358,11 +382,11 @@ def complaints(asked: Sequence[Asked], before: Sequence[Asked] = ()) -> Iterator
 
     `before` is what was asked while the policy still allowed training without privacy, which no promise covers.
     """
-    with_it = Coupled(present=True)
-    here = open_site(with_it, present=True)
+    with_it, task = Coupled(present=True), asked[0].task
+    here = open_site(with_it, present=True, task=task)
     seen = _all(here, asked, before)
     without = Coupled(present=False, of=with_it.noised)
-    there = open_site(without, present=False)
+    there = open_site(without, present=False, task=task)
     for question, one, other in zip(asked, seen, _all(there, asked, before), strict=True):
         for complaint in _compared(one, other):
             yield f"{' | '.join(map(str, [*before, *asked]))}: at {question}: {complaint}"

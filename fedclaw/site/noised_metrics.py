@@ -11,7 +11,7 @@ Neighbouring: one test example more or less, while their number is public: it is
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,48 +19,50 @@ import torch
 from fedclaw.errors import LedgerError, PrivacyError
 from fedclaw.learning.tasks.base import LOSS, BoundedSum, Sums
 from fedclaw.learning.workload import Workload, doubles
-from fedclaw.privacy.accounting import NoiseEvent, calibrate
+from fedclaw.privacy.mechanisms.local_noise import Doubles, OwnNoise
 from fedclaw.privacy.noise import GaussianSource
+from fedclaw.privacy.provenance import Bounded, Part, Released
 from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
-from fedclaw.site.journal.ledger import Ledger, Reservation
+from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.policy import DataSetBudget, Policy
-from fedclaw.site.privacy_budget import Account, Asking, Due, check_affordable, reserve
+from fedclaw.site.privacy_budget import Account, Asking, Due
 from fedclaw.site.site import Site
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(outputs, targets) -> mean loss of a batch."""
 
+BoundedSums = Mapping[str, BoundedSum]
+"""Of the test examples, by name."""
 
-def metrics_mechanism(policy: Policy) -> NoiseEvent:
-    """One evaluation, as the ledger counts it. Raises Refusal when no noise makes it cost so little."""
+
+def metrics_mechanism(policy: Policy) -> OwnNoise:
+    """One evaluation's noise. Raises Refusal when none makes it cost so little."""
     assert policy.metrics_epsilon is not None
     try:
-        noise = calibrate(policy.metrics_epsilon, _budget(policy).delta, 1.0, 1)
+        return OwnNoise.calibrated(policy.metrics_epsilon, _budget(policy).delta)
     except PrivacyError as error:
         raise Refusal(
             RefusalCode.METRICS, "this site's policy allows metrics so little that no noise is enough"
         ) from error
-    return NoiseEvent(sample_rate=1.0, noise_multiplier=noise, steps=1)
 
 
-def check_payable(site: Site, plan: Plan, asking: Asking) -> None:
-    """Raise the Refusal that `pay_for_metrics` would, and charge nothing."""
-    check_affordable(site, _due(site, plan, asking))
+def due_for_metrics(site: Site, plan: Plan, asking: Asking) -> Due:
+    """What one evaluation is charged to the test data. Raises Refusal."""
+    return Due.of_plan(site, plan, asking, metrics_mechanism(site.policy).event, _account(site), "metrics")
 
 
-def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation, Receipt]:
-    """Charge one evaluation to the test data, durably, before it is done, and say what it cost. Raises Refusal."""
-    due, mechanism = _due(site, plan, asking), metrics_mechanism(site.policy)
-    budget, ledger = due.account.budget, due.account.ledger
-    charge = reserve(site, due)
+def metrics_receipt(site: Site, plan: Plan) -> Receipt:
+    """What an evaluation cost that was just charged."""
+    account, event = _account(site), metrics_mechanism(site.policy).event
+    budget, ledger = account.budget, account.ledger
     run = ledger.spent(budget.delta, run=plan.run, federation=plan.federation)
-    return charge, Receipt(
+    return Receipt(
         mechanism="metrics",
         sampler="poisson",
         accountant="pld",
-        sample_rate=mechanism.sample_rate,
-        steps=mechanism.steps,
-        noise_multiplier=mechanism.noise_multiplier,
+        sample_rate=event.sample_rate,
+        steps=event.steps,
+        noise_multiplier=event.noise_multiplier,
         max_grad_norm=0.0,
         delta=budget.delta,
         rounds=ledger.rounds(plan.run, plan.federation),
@@ -68,10 +70,6 @@ def pay_for_metrics(site: Site, plan: Plan, asking: Asking) -> tuple[Reservation
         ledger_head=ledger.head(),
         ledger_losses=ledger.losses(),
     )
-
-
-def _due(site: Site, plan: Plan, asking: Asking) -> Due:
-    return Due.of_plan(site, plan, asking, metrics_mechanism(site.policy), _account(site), "metrics")
 
 
 def _account(site: Site) -> Account:
@@ -115,28 +113,37 @@ def _bounded_loss(bound: float, outputs: torch.Tensor, targets: torch.Tensor, lo
     return float(alone.double().nan_to_num(nan=bound, posinf=bound).clamp(0.0, bound).sum() / bound)
 
 
-def deviation_of(policy: Policy, sums: Iterable[BoundedSum]) -> float:
-    """Of the noise in each number of these sums, where they leave together: their sensitivities add up in L2."""
-    return metrics_mechanism(policy).noise_multiplier * math.sqrt(sum(own.sensitivity**2 for own in sums))
+def bounded_together(sums: BoundedSums) -> Bounded[BoundedSums]:
+    """All of them as one vector: their sensitivities add up in L2."""
+    return Bounded(sums, math.sqrt(sum(own.sensitivity**2 for own in sums.values())))
 
 
-def noised(policy: Policy, sums: Mapping[str, BoundedSum], examples: int, source: GaussianSource) -> Sums:
+def noised(policy: Policy, sums: Part[BoundedSums], examples: int, source: GaussianSource) -> Released[Sums]:
     """What may leave of bounded sums over so many examples: the same with noise, each number in its own unit.
 
     A number is rounded to float32 and cut off at what it can be without noise, which costs nothing: it is done to the
-    noised value. An array is not: cut off cell by cell it would add up to more than there is.
+    noised value. An array is not: cut off cell by cell it would add up to more than there is. Raises PrivacyError for
+    sums without a bound.
     """
-    if not sums:
-        return Sums(noised=True)
-    deviation = deviation_of(policy, sums.values())
-    values = source.add_([torch.from_numpy(own.values.astype(np.float64)) for own in sums.values()], deviation)
-    numbers, arrays = {}, {}
-    for (name, own), value in zip(sums.items(), values, strict=True):
+    mechanism, own = metrics_mechanism(policy), sums.value
+    vector = sums.scaled(1.0, lambda found: _flat(found))
+    deviation = mechanism.deviation(sums.sensitivity) if isinstance(sums, Bounded) else 0.0
+    return mechanism.let_out(vector, source).then(lambda values: _named(values, own, examples, deviation))
+
+
+def _flat(sums: BoundedSums) -> Doubles:
+    return np.concatenate([np.zeros(0), *(own.values.astype(np.float64).reshape(-1) for own in sums.values())])
+
+
+def _named(vector: Doubles, sums: BoundedSums, examples: int, deviation: float) -> Sums:
+    numbers: dict[str, float] = {}
+    arrays: dict[str, Doubles] = {}
+    ends = np.cumsum([own.values.size for own in sums.values()])
+    for (name, own), values in zip(sums.items(), np.split(vector, ends[:-1]) if sums else [], strict=True):
         if own.values.ndim:
-            arrays[name] = value.numpy()
+            arrays[name] = values.reshape(own.values.shape)
         else:
-            number = value.to(torch.float32).item()
-            numbers[name] = min(max(number, own.least * examples), own.most * examples) * own.unit
+            numbers[name] = min(max(float(np.float32(values[0])), own.least * examples), own.most * examples) * own.unit
     return Sums(numbers, arrays=arrays, deviation=deviation, noised=True)
 
 

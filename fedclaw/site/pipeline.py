@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -30,6 +30,7 @@ from fedclaw.site.privacy_budget import Due, reserve
 from fedclaw.site.site import Site
 
 A = TypeVar("A")
+L = TypeVar("L")
 
 ReplyRecords = Mapping[str, ArrayRecord | MetricRecord | ConfigRecord]
 
@@ -38,10 +39,12 @@ Mask = Callable[[NDArray[np.uint32]], ReplyRecords]
 
 
 @dataclass
-class Answering(ABC, Generic[A]):
-    """One question on its way through a site; `A` is what is worked out from the data."""
+class Answering(ABC, Generic[A, L]):
+    """One question on its way through a site: `A` is worked out from the data, and `L` leaves."""
 
     site: Site
+    masked: ClassVar[bool] = True
+    """Whether an answer is masked where what is asked has a session."""
 
     @contextmanager
     def ready(self) -> Iterator[Due | None]:
@@ -60,11 +63,11 @@ class Answering(ABC, Generic[A]):
         """What comes of the data. `charge` is the hash of what was paid for it; empty if nothing is."""
 
     @abstractmethod
-    def let_out(self, contribution: Part[A]) -> Released[A] | Permitted[A]:
+    def let_out(self, contribution: Part[A]) -> Released[L] | Permitted[L]:
         """Bounded, with its noise. Raises PrivacyError for what the mechanism does not cover."""
 
     @abstractmethod
-    def pack(self, left: A) -> ReplyRecords:
+    def pack(self, left: L) -> ReplyRecords:
         """The records of an answer that leaves as it is."""
 
     def encode(self, contribution: Part[A]) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
@@ -76,7 +79,7 @@ class Answering(ABC, Generic[A]):
         """What goes with the answer in whatever form: what it weighs, what it cost. Asked last."""
 
 
-def answer(asked: Answering[A], mask: Mask | None = None) -> RecordDict:
+def answer(asked: Answering[A, L], mask: Mask | None = None) -> RecordDict:
     """The reply to a question, masked by `mask` if it is for a secure sum. Raises Refusal.
 
     A refusal before the reservation costs nothing.

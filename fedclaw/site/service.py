@@ -23,7 +23,7 @@ from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
 from fedclaw.site import pipeline
 from fedclaw.site.data import check_constants
-from fedclaw.site.evaluation import answer_evaluation
+from fedclaw.site.evaluation import Evaluation
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import charged_ledger
 from fedclaw.site.pipeline import Answering
@@ -122,13 +122,13 @@ class SiteService(Site):
         asked, kind = self._asked(message), message.metadata.message_type
         if kind in STAGES:
             answered = answer_stage(self, self.secure, asked, kind, message.content)
-        elif kind == MessageType.EVALUATE and isinstance(asked, Plan):
-            answered = answer_evaluation(self, asked, message.content, Asking(message), self.outbound)
         elif (make := _KINDS.get((type(asked), kind))) is None:
             raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
         else:
-            mask = None if asked.secure is None else masking(self.secure, asked, message.content)
-            answered = pipeline.answer(make(self, asked, message), mask)
+            answering = make(self, asked, message)
+            sums = answering.masked and asked.secure is not None
+            mask = masking(self.secure, asked, message.content) if sums else None
+            answered = pipeline.answer(answering, mask)
         return _about(answered, asked.run)
 
     def begin(self, message: Message) -> NoiseEvent | None:
@@ -170,8 +170,11 @@ class SiteService(Site):
             raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
 
 
-_KINDS: Mapping[tuple[type, str], Callable[[SiteService, Any, Message], Answering[Any]]] = {
+_KINDS: Mapping[tuple[type, str], Callable[[SiteService, Any, Message], Answering[Any, Any]]] = {
     (Plan, MessageType.TRAIN): lambda site, plan, message: Training(site, plan, message.content, Asking(message)),
+    (Plan, MessageType.EVALUATE): lambda site, plan, message: Evaluation(
+        site, plan, message.content, Asking(message), site.outbound
+    ),
     (StatisticsRequest, STATISTICS): lambda site, request, message: Statistics(
         site, request, message.content, Asking(message)
     ),

@@ -65,11 +65,6 @@ class Provenance(Origin):
             weight_cap=plan.weight_cap,
         )
 
-    @property
-    def covers_own(self) -> bool:
-        """Whether the parameters that a site keeps for its own follow from noised steps alone."""
-        return self.covers(PERSONAL)
-
     def covers(self, kind: str) -> bool:
         """Whether what is kept of that kind follows from noised steps alone: is released."""
         return self.local and not (kind == PERSONAL and self.own_model)

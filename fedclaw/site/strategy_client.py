@@ -20,7 +20,7 @@ from fedclaw.learning.strategy import (
     client_update_of,
 )
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.provenance import Part, Released
+from fedclaw.privacy.provenance import Clause, Part, Permitted, Released, leaving
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.messages import ARRAYS, BROADCAST
 from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
@@ -157,15 +157,15 @@ def personal_parameters(site: Site, plan: Plan, parameters: Arrays) -> Arrays:
     mine = found.after.get(PERSONAL, {}) if found else {}
     if found is None or not mine:
         return parameters
-    _check_own(site, plan, found.made)
-    return {
+    with_own = {
         name: own if (whole or name in plan.personal) and (own := mine.get(name, array)).shape == array.shape else array
         for name, array in parameters.items()
     }
+    return _evaluated(site, plan, found.made, with_own)
 
 
-def _check_own(site: Site, plan: Plan, made: Provenance | None) -> None:
-    """Raise Refusal unless metrics of a model with what this site keeps for its own may leave.
+def _evaluated(site: Site, plan: Plan, made: Provenance | None, parameters: Arrays) -> Arrays:
+    """`parameters` with what this site keeps for its own, if metrics of them may leave. Raises Refusal.
 
     What a training example did to parameters that no noise covers, it does to their metrics, and noise on those is made
     for test examples.
@@ -180,14 +180,17 @@ def _check_own(site: Site, plan: Plan, made: Provenance | None) -> None:
             f"what this site keeps of run {plan.run!r} was made under {made}, and is not to be evaluated as strategy "
             f"{plan.strategy!r}, model {plan.model.name!r}",
         )
-    policy = site.policy
-    if policy.allow_training_without_privacy or policy.allow_metrics_of_own_models or (made and made.covers_own):
-        return
-    raise Refusal(
-        RefusalCode.METRICS,
-        "metrics of a model were asked for that is this site's own, at least in part, and was trained without noise; "
-        "this site shares metrics of models that its privacy covers (allow_metrics_of_own_models)",
-    )
+    without = site.policy.allow_training_without_privacy
+    clause: Clause = "allow_training_without_privacy" if without else "allow_metrics_of_own_models"
+    covered = made is not None and made.covers(PERSONAL)
+    try:
+        return leaving(Released(parameters) if covered else Permitted(parameters, clause), site.policy)
+    except PrivacyError as error:
+        raise Refusal(
+            RefusalCode.METRICS,
+            "metrics of a model were asked for that is this site's own, at least in part, and was trained without "
+            "noise; this site shares metrics of models that its privacy covers (allow_metrics_of_own_models)",
+        ) from error
 
 
 def check_terms(site: Site, plan: Plan) -> type[Strategy]:

@@ -8,6 +8,7 @@ ask itself first whether it is right to ask.
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Strategy, is_overridden
-from tests.neighbours import COMPRESSIONS, MECHANISMS, WEIGHTINGS, Asked, Coupled, complaints, left_of, open_site
+from tests.neighbours import COMPRESSIONS, MECHANISMS, TASKS, WEIGHTINGS, Asked, Coupled, complaints, left_of, open_site
 from tests.neighbours import strategies as installed_strategies
 
 LIES = ("honest", "head", "none", "all")
@@ -57,6 +58,13 @@ def nothing_is_told(*sequences: Sequence[Asked], before: Sequence[Asked] = ()) -
 def test_one_question(strategy: str) -> None:
     mechanisms = ("local", "example-server", "site-server") if is_quiet(strategy) else MECHANISMS
     nothing_is_told(*([ask(strategy, mechanism)] for mechanism in mechanisms))
+
+
+@pytest.mark.parametrize("mechanism", ["local", "example-server", "site-sites"])
+def test_one_question_of_another_task(mechanism: str) -> None:
+    for strategy in ("fedavg", "scaffold", "qfedavg", "fedper", "ditto"):
+        nothing_is_told([ask(strategy, mechanism, task="number")])
+    nothing_is_told([ask("fedper", mechanism, task="number"), ask("fedper", "local", "evaluate", task="number")])
 
 
 @pytest.mark.parametrize("strategy", KEEPING)
@@ -104,7 +112,9 @@ def sampled(seed: int, length: int) -> tuple[list[Asked], list[Asked]]:
         return ask(draw.choice(names), draw.choice(mechanisms), draw.choice(("train", "train", "evaluate")), **how)
 
     before = [one(("none", "site-server"))] if draw.random() < 0.4 else []
-    return before, [one(MECHANISMS) for _ in range(length)]
+    asked = [one(MECHANISMS) for _ in range(length)]
+    task = "number" if seed % 4 == 3 else "classes"
+    return [replace(question, task=task) for question in before], [replace(question, task=task) for question in asked]
 
 
 def test_any_three_questions() -> None:
@@ -140,15 +150,16 @@ def test_what_is_compared_can_differ() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_single_question(strategy: str) -> None:
+def test_every_single_question(strategy: str, task: str) -> None:
     nothing_is_told(
         *(
-            [Asked(strategy, mechanism, weighting=weighting, personal=lie)]
+            [Asked(strategy, mechanism, weighting=weighting, personal=lie, task=task)]
             for mechanism, weighting, lie in product(MECHANISMS, WEIGHTINGS, LIES)
         ),
         *(
-            [ask(strategy, mechanism, kind, compression=compression)]
+            [ask(strategy, mechanism, kind, compression=compression, task=task)]
             for mechanism, kind, compression in product(MECHANISMS, ("train", "evaluate"), COMPRESSIONS)
         ),
     )

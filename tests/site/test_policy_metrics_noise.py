@@ -12,7 +12,7 @@ from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Workload
 from fedclaw.privacy.accounting import epsilon_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.site.noised_metrics import bounded_sums, metrics_mechanism, noised
+from fedclaw.site.noised_metrics import bounded_sums, bounded_together, metrics_mechanism, noised
 from fedclaw.site.policy.policy import Policy
 
 EXAMPLES, CLASSES = 1000, 3
@@ -52,7 +52,7 @@ def outputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_mechanism_costs_what_the_policy_says_and_hardly_less() -> None:
-    mechanism = metrics_mechanism(policy())
+    mechanism = metrics_mechanism(policy()).event
     assert 0.98 * 0.5 < epsilon_of([mechanism], 1e-5) <= 0.5
 
 
@@ -64,7 +64,7 @@ def test_the_noise_has_the_scale_that_the_sensitivity_asks_for(
     logits, targets = outputs
     source, rules = GaussianSource(), policy()
     exact = bounded(rules, wanted, logits, targets)
-    drawn = [noised(rules, exact, EXAMPLES, source).numbers for _ in range(TRIALS)]
+    drawn = [noised(rules, bounded_together(exact), EXAMPLES, source).value.numbers for _ in range(TRIALS)]
     for name in wanted:
         one = BOUND if name == "loss" else 1.0
         expected = metrics_mechanism(rules).noise_multiplier * math.sqrt(len(wanted)) * one
@@ -76,7 +76,7 @@ def test_the_noise_has_the_scale_that_the_sensitivity_asks_for(
 def test_two_metrics_have_noise_of_their_own(outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     exact = bounded(policy(), ("accuracy", "loss"), *outputs)
     source = GaussianSource()
-    drawn = [noised(policy(), exact, EXAMPLES, source).numbers for _ in range(500)]
+    drawn = [noised(policy(), bounded_together(exact), EXAMPLES, source).value.numbers for _ in range(500)]
     pairs = torch.tensor([[sums["accuracy"], sums["loss"]] for sums in drawn], dtype=torch.float64)
     assert abs(torch.corrcoef(pairs.T)[0, 1].item()) < 5.5 / math.sqrt(500)
 
@@ -98,6 +98,6 @@ def test_sums_stay_within_what_they_can_be() -> None:
     """Ten examples drown in the noise; a mean outside [0, 1] would tell nobody anything."""
     source = GaussianSource()
     sums = {"accuracy": BoundedSum(np.array(6.0)), "loss": BoundedSum(np.array(4.0), unit=BOUND)}
-    drawn = [noised(policy(metrics_epsilon=0.01), sums, 10, source).numbers for _ in range(200)]
+    drawn = [noised(policy(metrics_epsilon=0.01), bounded_together(sums), 10, source).value.numbers for _ in range(200)]
     assert {0.0, 10.0} == {sums["accuracy"] for sums in drawn} & {0.0, 10.0}
     assert all(0 <= sums["accuracy"] <= 10 and 0 <= sums["loss"] <= 10 * BOUND for sums in drawn)

@@ -100,9 +100,9 @@ def test_with_noise_no_count_leaves_and_a_histogram_has_its_own_share_of_it(aske
     )
     exact = unpack_wire(evaluation(asker).content[SCORES], FORM)[SCORES]
     assert (exact == np.round(exact)).all()
-    assert drawn == pytest.approx([z * 3**0.5] * 3)
+    assert drawn == pytest.approx([z * 3**0.5]), "on all of it together"
     evaluation(asker, score_bins=None)
-    assert drawn[3:] == pytest.approx([z * 2**0.5] * 2)
+    assert drawn[1:] == pytest.approx([z * 2**0.5])
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fedclaw.protocol.plan import SCORE_HISTOGRAM, PrivacyRequest
 from fedclaw.server.answers import Evaluated
 from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import SiteReceipt
-from fedclaw.site.noised_metrics import deviation_of, metrics_mechanism, noised
+from fedclaw.site.noised_metrics import bounded_together, noised
 from fedclaw.site.policy.policy import Policy
 from tests.samples import receipt, run_record
 
@@ -138,17 +138,16 @@ def policy(**changes: object) -> Policy:
 @settings(deadline=None, max_examples=40)
 @given(sites())
 def test_one_example_moves_each_histogram_by_one_in_one_cell(parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """So `deviation_of` counts them as sums in which one example adds at most 1."""
+    """So `bounded_together` counts them as sums in which one example adds at most 1."""
     logits, targets = whole(parts)
     moved = histograms_of(logits, targets, 16) - histograms_of(logits[1:], targets[1:], 16)
     rows = len(moved)
     assert rows == (1 if logits.shape[1] == 2 else logits.shape[1])
     assert float(np.square(moved).sum()) == rows
-    z = metrics_mechanism(policy()).noise_multiplier
     task = Classification(tuple(map(str, range(logits.shape[1]))))
     sums = task.bounded(("accuracy",), 16, logits, targets, 5.0)
     assert list(sums) == ["accuracy", SCORES]
-    assert deviation_of(policy(), sums.values()) == pytest.approx(z * math.sqrt(1 + rows))
+    assert bounded_together(sums).sensitivity == pytest.approx(math.sqrt(1 + rows))
 
 
 def test_the_interval_holds_the_exact_area_in_95_of_100_cases() -> None:
@@ -157,7 +156,7 @@ def test_the_interval_holds_the_exact_area_in_95_of_100_cases() -> None:
     logits = np.stack([np.zeros(4000), random.normal(size=4000) + targets], 1)
     exact = exact_area(logits, targets)
     source, sums = GaussianSource(), Classification(("no", "yes")).bounded(("accuracy",), 64, logits, targets, 5.0)
-    drawn = [noised(policy(), sums, len(targets), source) for _ in range(400)]
+    drawn = [noised(policy(), bounded_together(sums), len(targets), source).value for _ in range(400)]
     areas = [area_of(found.arrays[SCORES], found.deviation**2) for found in drawn]
     inside = np.mean([low <= exact <= high for low, high in (area.interval for area in areas)])
     assert inside > 0.9

@@ -21,7 +21,7 @@ from fedclaw.learning.tasks.regression import (
     unit_deviance,
 )
 from fedclaw.learning.workload import Workload
-from fedclaw.site.noised_metrics import bounded_sums, deviation_of, metrics_mechanism
+from fedclaw.site.noised_metrics import bounded_sums, bounded_together
 from fedclaw.site.policy.policy import Policy
 
 PLAIN = Regression("y", minimum=0.0, maximum=10.0, center=5.0, scale=5.0)
@@ -190,8 +190,7 @@ def test_one_example_moves_the_sums_by_at_most_what_the_noise_is_made_for(
     for name, own in without.items():
         assert own.least - 1e-9 <= moved[name] <= own.most + 1e-9
         assert abs(moved[name]) <= own.sensitivity + 1e-9
-    z = metrics_mechanism(policy()).noise_multiplier
-    assert math.hypot(*moved.values()) <= deviation_of(policy(), without.values()) / z + 1e-9
+    assert math.hypot(*moved.values()) <= bounded_together(without).sensitivity + 1e-9
 
 
 def test_the_bounds_are_reached() -> None:
