@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from experiments.processes import free_port
 from fedclaw.compress.record import read_compressed
+from fedclaw.errors import SecureAggregationError
 from fedclaw.export.check import Trust, verify_bundle
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
@@ -20,11 +21,14 @@ from fedclaw.identity.federation_home import CA_CERTIFICATE, FederationHome
 from fedclaw.identity.overview import federation_overview, site_overview
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.learning.registry import schema_class
+from fedclaw.privacy.secure_aggregation import Sessions
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import JSON, PLAN
-from fedclaw.protocol.plan import PLAN_VERSION, RefusalCode
+from fedclaw.protocol.plan import PLAN_VERSION, Plan, RefusalCode
+from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.report.ledger_page import render
 from fedclaw.server import checkpoint
+from fedclaw.server.coordinator import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.statistics_release import constants_from, read_release
 from fedclaw.site.directory import open_service
@@ -36,6 +40,7 @@ from fedclaw.site.settings import load_site_settings
 from fedclaw.site.state import SiteStates
 from fedclaw.transport.in_process import simulate
 from tests.conftest import Background, run_module
+from tests.privacy.secure_aggregation.rehearsal import identities, parameters
 
 MADE = Path(__file__).parent / "437d1ac"
 WARDS, LABS = ("ward-a", "ward-b", "ward-c"), ("lab-a", "lab-b")
@@ -220,6 +225,25 @@ def test_what_a_site_kept_is_what_its_next_round_begins_with(past, opened, name)
         assert changed(begun[site], newest.after)
 
 
+def test_what_a_site_kept_enters_no_private_round(past, opened):
+    """Nobody noted what noise covers it; it stays as it is, and nothing is charged."""
+    service = opened(("lab-a",))["lab-a"]
+    directory = RunDirectory.open(past / "runs" / "scaffold")
+    record, newest = directory.record(), checkpoint.newest(directory.root)
+    assert newest is not None
+    plan = make_plan(record, make_strategy(record), newest.round + 1, 2)
+    private = Plan.model_validate({**plan.model_dump(), "privacy": {"epsilon": 1, "delta": 1e-4, "max_grad_norm": 1}})
+    control = {name: np.zeros_like(array) for name, array in newest.parameters.items()}
+    head = service.ledger.head()
+    assume_server_identity(1)
+    sent = question(private, Outgoing(newest.parameters, None, {"control": control}))
+    (message,) = questions([7], private.round, "train", sent, 100.0)
+    reply = service.answer(message)
+    assert reply.has_error()
+    assert "earlier version" in reply.error.reason
+    assert service.ledger.head() == head
+
+
 def changed(one, other) -> bool:
     """The same arrays by name, with other numbers: what was kept was gone on with, not begun anew."""
     assert {kind: set(arrays) for kind, arrays in one.items()} == {kind: set(arrays) for kind, arrays in other.items()}
@@ -305,6 +329,15 @@ def test_a_simulated_run_is_read(past):
     assert newest is not None
     assert newest.round == 2
     assert len(directory.read_metrics()) == 1
+
+
+def test_a_round_that_was_unmasked_then_is_not_unmasked_again(past):
+    sessions = Sessions(past / "sites" / "ward-a" / "state" / "unmasked.jsonl")
+    signers, verifier = identities()
+    for number in (1, 2):
+        asked = parameters(3, federation="clinic", run="distributed", round=number)
+        with pytest.raises(SecureAggregationError, match=f"round {number} of 'distributed' has been unmasked before"):
+            sessions.start(asked, "site-a", signers["site-a"], verifier)
 
 
 @pytest.mark.slow
