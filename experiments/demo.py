@@ -38,7 +38,7 @@ from fedclaw.simulation.partitions.settings import PartitionSettings
 from fedclaw.site.journal.reconciliation import site_spending
 
 if TYPE_CHECKING:
-    from fedclaw.server.coordinator import Outcome
+    from fedclaw.server.round_report import Outcome
 
 FEDERATION = "demo"
 MARKER = ".fedclaw-demo"

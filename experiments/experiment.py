@@ -20,7 +20,7 @@ from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import make_tracker
-from fedclaw.server.coordinator import Observer, Outcome
+from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.simulation import simulated

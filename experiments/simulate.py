@@ -8,7 +8,7 @@ import numpy as np
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import PrivacyRequest
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.coordinator import Outcome
+from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.service import SiteService

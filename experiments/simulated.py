@@ -12,7 +12,7 @@ from experiments.settings import SimulationRuntime
 from experiments.sources import DatasetSettings
 from fedclaw.files import write_atomic
 from fedclaw.learning.registry import workload_class
-from fedclaw.server.coordinator import Observer, Outcome
+from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, simulate_cohorts
 from fedclaw.simulation.partitions.settings import PartitionSettings

@@ -10,7 +10,7 @@ from fedclaw.learning.workload import Table
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec, Plan, PrivacyRequest, SecureAggregation
 from fedclaw.protocol.questions import Outgoing, question, questions
-from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.site.service import SiteService
 from tests.least_squares import asked, service
 from tests.small_nets import SmallNets, first

@@ -20,7 +20,8 @@ from fedclaw.learning.workload import Floats, Schema, Table, Workload
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
 from fedclaw.protocol.plan import LocalTraining, ModelSpec
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
-from fedclaw.server.coordinator import Outcome, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.policy import Policy

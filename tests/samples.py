@@ -4,7 +4,7 @@ from typing import Any
 
 from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, Receipt
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
-from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
 
 

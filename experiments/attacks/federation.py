@@ -10,7 +10,8 @@ from experiments.attacks.base import Attack
 from experiments.attacks.hostile import Gang, HostileSite
 from fedclaw.errors import UsageError
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.server.coordinator import Observer, Outcome, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.service import SiteService

@@ -11,7 +11,7 @@ from experiments.attacks.federation import check_attack, hostile_names
 from experiments.attacks.hostile import LARGEST
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table
-from fedclaw.server.coordinator import Observer, Outcome
+from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts
 from fedclaw.simulation.executors import Executor

@@ -32,7 +32,8 @@ from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server import checkpoint
-from fedclaw.server.coordinator import RoundReport, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.round_report import RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.base import SiteHandler

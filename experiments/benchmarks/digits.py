@@ -22,7 +22,7 @@ from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining, ModelSpec
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.report.tracking import TrackingSettings, make_tracker
-from fedclaw.server.coordinator import Observer
+from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 from fedclaw.simulation.partitions.labels import Dirichlet

@@ -31,7 +31,7 @@ from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.accumulator import WeightedSum
-from fedclaw.server.coordinator import Outcome, RoundReport
+from fedclaw.server.round_report import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 

@@ -16,7 +16,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.plan import CentralRequest, PrivacyRequest
 from fedclaw.protocol.statistics import StatisticsRequest
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.coordinator import Outcome
+from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import ModelChoice, RunSettings, WorkloadChoice

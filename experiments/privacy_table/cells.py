@@ -19,7 +19,7 @@ from fedclaw.files import write_atomic
 from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.coordinator import Outcome
+from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings

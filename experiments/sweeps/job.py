@@ -168,7 +168,7 @@ def _conclude(
 
     The process may have ended between the two; and a run is the child of the sweep that used it last.
     """
-    from fedclaw.server.coordinator import Outcome
+    from fedclaw.server.round_report import Outcome
 
     if (tracker := make_tracker(settings.tracking, directory, tags)) is not None:
         tracker.catch_up(Outcome(directory, directory.read_model(), metrics, directory.read_receipts()))

@@ -6,7 +6,7 @@ from typing import Any
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.server import checkpoint
-from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.secure_round import session_of
 from fedclaw.site.journal.ledger import Budget

@@ -19,7 +19,7 @@ from fedclaw.privacy.mechanisms.server_noise import noise_of_the_server
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.plan import CentralRequest, LocalTraining, PrivacyRequest, Unit, Weighting
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
-from fedclaw.server.coordinator import Outcome, RoundReport
+from fedclaw.server.round_report import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated, with_strategy
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated

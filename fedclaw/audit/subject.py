@@ -23,7 +23,7 @@ from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.server import exchange, secure_round
 from fedclaw.server.answers import Trained
-from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters, make_record
 from fedclaw.server.settings import RunSettings

@@ -27,7 +27,9 @@ from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.server import exchange
 from fedclaw.server.answers import Evaluated
-from fedclaw.server.coordinator import Observer, make_plan, make_strategy, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.plans import make_plan, make_strategy
+from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated
 from fedclaw.server.waiting import wait_for_cohort

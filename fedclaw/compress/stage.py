@@ -14,7 +14,7 @@ from fedclaw.compress.record import Compression, Side, require_room, write_compr
 from fedclaw.compress.settings import CompressSettings, check_paths
 from fedclaw.compress.source import Teacher, arrays_of, load_teacher
 from fedclaw.compress.student import Student, StudentOutcome, make_student
-from fedclaw.server.coordinator import Observer
+from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)

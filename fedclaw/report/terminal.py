@@ -15,7 +15,7 @@ from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 
 if TYPE_CHECKING:
     from fedclaw.privacy.distributed import Price
-    from fedclaw.server.coordinator import Outcome, RoundReport
+    from fedclaw.server.round_report import Outcome, RoundReport
 
 MOST_SITES = 20
 """Rows of the table at the end."""

@@ -23,7 +23,7 @@ from fedclaw.server.run_directory import RunDirectory, RunRecord
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from fedclaw.server.coordinator import Outcome, RoundReport
+    from fedclaw.server.round_report import Outcome, RoundReport
 
 log = logging.getLogger(__name__)
 

@@ -114,7 +114,8 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
         return
     with startup.loading(_LIBRARIES):
         from fedclaw.protocol.message_identity import assume_server_identity, number_of
-        from fedclaw.server.coordinator import Observer, run_rounds
+        from fedclaw.server.coordinator import run_rounds
+        from fedclaw.server.round_report import Observer
         from fedclaw.server.session import initial_parameters
         from fedclaw.transport.grpc import GrpcGrid
     tracker: MlflowTracker | None = None

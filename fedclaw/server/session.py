@@ -10,8 +10,8 @@ from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.coordinator import make_strategy
 from fedclaw.server.early_checks import check_combination, chosen_strategy, make_terms, read_schema, run_name
+from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import ReleaseUse, RunRecord
 from fedclaw.server.settings import RunSettings
 from fedclaw.server.statistics_release import read_release

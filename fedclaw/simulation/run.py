@@ -12,8 +12,10 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.server import checkpoint
-from fedclaw.server.coordinator import Observer, Outcome, came_of, make_plan, make_strategy, run_rounds
+from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.pending_round import PENDING
+from fedclaw.server.plans import make_plan, make_strategy
+from fedclaw.server.round_report import Observer, Outcome, result_of
 from fedclaw.server.run_directory import RunDirectory, RunRecord, Simulated
 from fedclaw.server.session import initial_parameters
 from fedclaw.simulation.accounts import Accounts
@@ -126,7 +128,7 @@ def _rounds_before(directory: RunDirectory) -> Iterator[Sequence[str]]:
         if line["round"] <= saved.round:
             written = line["round"]
             yield line.get("answered", ())
-    if written < saved.round and (came := came_of(saved)) is not None:
+    if written < saved.round and (came := result_of(saved)) is not None:
         yield came.answered
 
 

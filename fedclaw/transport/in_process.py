@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.server.coordinator import Observer, Outcome, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.directory import open_service

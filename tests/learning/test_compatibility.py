@@ -12,7 +12,7 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, Plan, PrivacyRequest
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import RoundRules, SecureRequest
-from fedclaw.server.coordinator import make_plan
+from fedclaw.server.plans import make_plan
 from fedclaw.server.secure_round import session_of
 from tests.hostile import EXAMPLE, ONE_STEP, SITE
 from tests.least_squares import asked

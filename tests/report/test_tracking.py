@@ -19,7 +19,7 @@ from experiments.processes import free_port
 from fedclaw.errors import CheckpointError, TransportError
 from fedclaw.report import tracking
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
-from fedclaw.server.coordinator import Outcome, RoundReport
+from fedclaw.server.round_report import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from tests.samples import receipt, run_record
 

@@ -14,9 +14,10 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest, RefusalCode
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
-from fedclaw.server.coordinator import make_strategy, run_rounds
+from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.pending_round import PENDING, PendingRound
+from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.strategies.fedavg import FedAvg

@@ -7,7 +7,7 @@ import torch
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import LocalTraining
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
-from fedclaw.server.coordinator import make_plan, make_strategy
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulationSettings
 from fedclaw.site.journal.ledger import Ledger

@@ -22,8 +22,9 @@ from fedclaw.protocol.plan import (
 )
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.terms import SecureRequest
-from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
+from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.site.service import SiteService
 from fedclaw.transport.local import LocalGrid

@@ -12,8 +12,9 @@ from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import exchange
-from fedclaw.server.coordinator import make_plan, make_strategy, run_rounds
+from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.strategies.fedbuff import FedBuff

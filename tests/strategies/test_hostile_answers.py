@@ -25,7 +25,7 @@ from fedclaw.protocol.plan import LocalTraining, Plan
 from fedclaw.protocol.terms import StrategyRecord
 from fedclaw.server.accumulator import robust_aggregation
 from fedclaw.server.answers import Trained
-from fedclaw.server.coordinator import make_strategy
+from fedclaw.server.plans import make_strategy
 from tests.samples import plan_of, receipt, run_record
 
 SITES = 13

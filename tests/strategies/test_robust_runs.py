@@ -12,8 +12,9 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
 from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
-from fedclaw.server.coordinator import make_strategy, run_rounds
+from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
+from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.strategies.centred_clipping import CENTRE

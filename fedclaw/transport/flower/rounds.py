@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from flwr.serverapp import Grid
 
-from fedclaw.server.coordinator import Observer, Outcome, run_rounds
+from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.waiting import CohortWaiting, wait_for_cohort

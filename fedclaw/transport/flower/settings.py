@@ -14,7 +14,7 @@ from fedclaw.server.settings import RunSettings
 from fedclaw.server.waiting import SitesSettings
 
 if TYPE_CHECKING:
-    from fedclaw.server.coordinator import Observer
+    from fedclaw.server.round_report import Observer
 
 
 class FlowerSettings(RunSettings):

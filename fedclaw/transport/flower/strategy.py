@@ -29,8 +29,8 @@ from fedclaw.protocol.questions import Outgoing, questions
 from fedclaw.server import exchange
 from fedclaw.server.accumulator import robust_aggregation
 from fedclaw.server.answers import CohortAnswers, Evaluated, Trained
-from fedclaw.server.coordinator import make_plan, make_strategy
 from fedclaw.server.global_model import GlobalModel
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
 
 log = logging.getLogger(__name__)

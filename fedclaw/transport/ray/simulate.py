@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
-from fedclaw.server.coordinator import Observer, Outcome
+from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.waiting import CohortWaiting
 from fedclaw.site.settings import SITE_FILE, load_site_settings

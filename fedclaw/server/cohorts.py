@@ -1,0 +1,85 @@
+"""Which sites a round asks: sampled once, written down before they are asked, and the same again after a crash."""
+
+import random
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from fedclaw.errors import RoundError
+from fedclaw.learning.strategy import Strategy
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.noise import GaussianSource
+from fedclaw.server.grids import StreamingGrid, site_name
+from fedclaw.server.pending_round import PendingRound
+from fedclaw.server.run_directory import RunRecord
+from fedclaw.server.waiting import poll
+
+LOOK_AGAIN = 0.2
+"""Seconds between two looks at who is connected."""
+
+
+class Cohorts:
+    """The sites of one run's rounds, out of those that are connected to `grid`. `root` is the run's directory."""
+
+    def __init__(self, grid: Grid, root: Path, record: RunRecord, strategy: Strategy) -> None:
+        self._grid = grid
+        self._root = root
+        self._record = record
+        self._strategy = strategy
+
+    def for_round(self, number: int) -> PendingRound:
+        """The round in flight if that is `number`, else a newly sampled one, on disk before anybody is asked.
+
+        Raises RoundError when too few sites are connected until the rules' deadline.
+        """
+        pending = PendingRound.read(self._root)
+        if pending and pending.round == number:
+            return pending
+        rules, connected = self._record.rules, self._connected()
+        if len(connected) < rules.minimum:
+            raise RoundError(
+                f"round {number}: {len(connected)} sites are connected and {rules.minimum} are needed "
+                f"(waited {rules.deadline:g} s). Continue with resume={self._root}"
+            )
+        nodes = tuple(sorted(self._select(number, connected)))
+        pending = PendingRound(round=number, nodes=nodes, connected=len(connected))
+        if self._record.simulated is None:
+            pending.write(self._root)
+        return pending
+
+    def willing(self, nodes: Sequence[int]) -> list[int]:
+        """`nodes` without those that the grid excludes in this run, for what they sent or how slowly."""
+        excluded = self._grid.excluded_nodes() if isinstance(self._grid, StreamingGrid) else {}
+        return [node for node in nodes if node not in excluded]
+
+    def names(self, nodes: Sequence[int]) -> dict[int, str]:
+        """The sites' names, by node."""
+        return {node: site_name(self._grid, node) for node in nodes}
+
+    def evaluators(self, pending: PendingRound) -> Sequence[int]:
+        """Nodes that evaluate: those that the round asked; all where the strategy's choice is no sample of them."""
+        if self._strategy.select_clients(pending.round, pending.nodes, self._record.seed) is None:
+            return pending.nodes
+        return sorted({*self._grid.get_node_ids(), *pending.nodes})
+
+    def answering(self, pending: PendingRound, silent: Collection[str], busy: Collection[int]) -> list[int]:
+        """The evaluators without sites that were `silent` in the round and nodes that are still `busy` with one."""
+        names = self.names(self.willing(self.evaluators(pending)))
+        return [node for node, name in names.items() if name not in silent and node not in busy]
+
+    def _select(self, number: int, connected: list[int]) -> list[int]:
+        """The strategy's own choice; or each site by itself, unforeseeably, where privacy counts on it; or a sample."""
+        rules, seed, mechanism = self._record.rules, self._record.seed, mechanism_of(self._record)
+        if (chosen := self._strategy.select_clients(number, connected, seed)) is not None:
+            return list(chosen)
+        if mechanism.samples_sites:
+            asked = GaussianSource().bernoulli(len(connected), mechanism.site_rate)
+            return [node for node, chosen in zip(connected, asked, strict=True) if chosen]
+        size = max(rules.minimum, round(rules.fraction * len(connected)))
+        return random.Random(f"{seed}/{number}").sample(connected, min(size, len(connected)))  # noqa: S311
+
+    def _connected(self) -> list[int]:
+        """The connected nodes, once there are as many as a round needs or the deadline has passed."""
+        rules = self._record.rules
+        return poll(lambda: self.willing(sorted(self._grid.get_node_ids())), rules.minimum, rules.deadline, LOOK_AGAIN)

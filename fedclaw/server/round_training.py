@@ -1,0 +1,139 @@
+"""Training in one round: the same question to its cohort until enough sites have answered it."""
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedclaw.errors import RoundError
+from fedclaw.learning.strategy import Buffered, Strategy
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.questions import Outgoing
+from fedclaw.server import exchange, secure_round
+from fedclaw.server.accumulator import robust_aggregation
+from fedclaw.server.answers import Trained, reasons_of
+from fedclaw.server.asynchronous import Buffer
+from fedclaw.server.cohorts import Cohorts
+from fedclaw.server.pending_round import PendingRound
+from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.run_state import RunState
+from fedclaw.server.secure_round import SecurelyTrained
+
+log = logging.getLogger(__name__)
+
+SILENT = "silent"
+_WAY_OUT = (
+    "; if a silent site will not come back, add sites.new_cohort=true to ask the sites that are connected then, at the "
+    "price that those who answered may pay for the round again"
+)
+
+
+class RoundTraining:
+    """Asks the cohorts of one run to train."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        cohorts: Cohorts,
+        directory: RunDirectory,
+        record: RunRecord,
+        strategy: Strategy,
+        teacher: Mapping[str, NDArray[np.float32]] | None,
+    ) -> None:
+        self._grid = grid
+        self._cohorts = cohorts
+        self._root = directory.root
+        self._record = record
+        self._strategy = strategy
+        self._teacher = teacher
+        self._buffer = Buffer(grid, strategy) if isinstance(strategy, Buffered) else None
+        self._missing: dict[str, str] = {}
+        """By site, why it did not answer the last question to it."""
+
+    @property
+    def busy(self) -> frozenset[int]:
+        """Nodes that are still at work on a question, where the strategy does not wait for all."""
+        return self._buffer.busy if self._buffer else frozenset()
+
+    def attempt(self, plan: Plan, pending: PendingRound, state: RunState) -> tuple[Trained, bool]:
+        """Ask as often as the rules allow, until enough sites have answered; the answers, and whether they are enough.
+
+        The question is the same each time, so no site pays twice.
+        """
+        minimum, attempts = self.minimum(plan, pending), self._record.rules.attempts
+        for attempt in range(1, attempts + 1):
+            trained = self._exchange(plan, pending, state)
+            self._say_who_is_missing(plan.round, trained)
+            if len(trained.answered) >= minimum:
+                return trained, True
+            if self._is_final(trained):
+                break
+            log.warning(
+                "round %d: %d of %d sites trained and %d are needed (attempt %d of %d)",
+                *(plan.round, len(trained.answered), len(pending.nodes), minimum, attempt, attempts),
+            )
+        return trained, False
+
+    def failure(self, plan: Plan, pending: PendingRound, trained: Trained) -> RoundError:
+        """The error that ends a run whose round found too few sites: why, and how to go on."""
+        why = reasons_of(trained, trained.failure if isinstance(trained, SecurelyTrained) else None)
+        return RoundError(
+            f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, "
+            f"{self.minimum(plan, pending)} are needed ({why}). {_settled(trained)} continue with resume={self._root}"
+            f"{_WAY_OUT if trained.silent else ''}"
+        )
+
+    def minimum(self, plan: Plan, pending: PendingRound) -> int:
+        """Answers that make a round.
+
+        None where sites are asked at random, for a round must not tell how many were. A strategy that asks fewer than
+        the rules would needs all of those.
+        """
+        if plan.central and plan.central.expected_sites is not None:
+            return 0
+        if isinstance(self._strategy, Buffered):
+            return self._strategy.size
+        return min(self._record.rules.minimum, len(pending.nodes))
+
+    def _exchange(self, plan: Plan, pending: PendingRound, state: RunState) -> Trained:
+        cohort, deadline = self._cohorts.willing(pending.nodes), self._record.rules.deadline
+        outgoing = Outgoing(state.model.parameters, self._teacher, self._strategy.broadcast(state.memory))
+        if self._buffer is not None:
+            return self._buffer.train(plan, cohort, outgoing, deadline)
+        if self._record.secure is None:
+            robust = robust_aggregation(self._strategy, state.memory)
+            return exchange.train(self._grid, cohort, plan, outgoing, deadline, robust)
+        names = list(self._cohorts.names(cohort).values())
+        session = secure_round.session_of(plan, names, outgoing, self._record.secure, self._record.rules.minimum)
+        mark = pending.model_copy(update={"unmasking": True})
+        return secure_round.train(self._grid, cohort, session, outgoing, deadline, lambda: mark.write(self._root))
+
+    def _is_final(self, trained: Trained) -> bool:
+        """Whether asking again is of no use, or would make sites pay a second time for one round."""
+        if isinstance(trained, SecurelyTrained):
+            return trained.spent
+        if self._buffer is not None:
+            return not self._buffer.busy
+        return not trained.silent
+
+    def _say_who_is_missing(self, number: int, trained: Trained) -> None:
+        """Each site once for each reason, until it has answered again."""
+        for site in trained.answered:
+            self._missing.pop(site, None)
+        for declined in trained.declined:
+            if self._missing.get(declined.site) != declined.code:
+                log.warning("round %d: %s declined (%s): %s", number, declined.site, declined.code, declined.reason)
+        silent = [site for site in trained.silent if self._missing.get(site) != SILENT]
+        if silent:
+            log.warning("round %d: no answer from %s", number, ", ".join(silent))
+        self._missing |= {item.site: item.code for item in trained.declined} | dict.fromkeys(trained.silent, SILENT)
+
+
+def _settled(trained: Trained) -> str:
+    if isinstance(trained, SecurelyTrained) and trained.unmasking:
+        return "Its sites unmask a round once, so it will be passed over, paid as it is; when that is settled,"
+    if isinstance(trained, SecurelyTrained) and trained.spent:
+        return "Its sites have paid for the round and pay again for another secure sum; when that is settled,"
+    return "Nothing is lost: when that is settled,"
