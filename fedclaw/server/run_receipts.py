@@ -19,7 +19,7 @@ class RunReceipts:
         self.by_site: dict[str, SiteReceipt] = directory.read_receipts()
 
     def add(self, trained: Trained) -> None:
-        """Take up a round's receipts; those in `trained` say no less afterwards than the sites said before in this run."""
+        """Take up a round's receipts; those in `trained` say no less afterwards than each site said before."""
         if self._record.simulated is None:
             for site, now in trained.receipts.items():
                 trained.receipts[site] = now.after(self._before(site, now))

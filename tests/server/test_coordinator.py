@@ -313,7 +313,7 @@ def test_a_strategy_that_must_see_single_updates_goes_with_no_sum_that_hides_the
 
 
 def test_unknown_strategies_and_settings_are_refused_at_start(record):
-    with pytest.raises(PluginError, match=r"fedbest.*installed: .*fedadagrad"):
+    with pytest.raises(PluginError, match=r"'fedbest'; did you mean fed\w+\? Installed: .*fedadagrad"):
         make_strategy(record.model_copy(update={"strategy": StrategyRecord(name="fedbest")}))
     with pytest.raises(UsageError, match="mu"):
         make_strategy(record.model_copy(update={"strategy": StrategyRecord(name="fedavg", settings={"mu": 1})}))
