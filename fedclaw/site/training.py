@@ -122,7 +122,8 @@ class Training(Answering[Update, Update]):
                 None if mechanism.takes_one_step else correction,
             )
         delta = mechanism.outcome(self._delta(), self._examples)
-        if not half.begins_released and isinstance(delta, Released):
+        if not half.begins_released:
+            # Steps that begin with what no noise covers tell of it, whatever bounds or covers them.
             delta = Raw(delta.value)
         finished = half.client_update(delta, self._count, self._training_loss)
         personal = self._personal(delta)

@@ -52,6 +52,13 @@ def test_what_was_kept_without_noise_makes_a_noised_round_raw(monkeypatch) -> No
     assert "noised steps" in refused(ask(site, "fedper", privacy=DP, round=2), RefusalCode.STRATEGY)
 
 
+def test_a_step_from_a_head_that_no_noise_covers_has_no_bound() -> None:
+    """It would move every gradient of the round, sampled or not."""
+    site, how = wary_site(), {"privacy": None, "central": EXAMPLE, "training": ONE_STEP}
+    assert not ask(site, "fedper", **how).has_error(), "it begins with what the server sent"
+    assert "one clipped step" in refused(ask(site, "fedper", **how, round=2), RefusalCode.STRATEGY)
+
+
 def test_what_no_noise_covers_is_not_kept_as_covered(monkeypatch, caplog) -> None:
     site = wary_site(allow_training_without_privacy=True, epsilon=None)
     monkeypatch.setattr(Provenance, "covers", lambda *_: True)

@@ -8,14 +8,23 @@ from fedclaw.privacy.mechanisms.shared_noise import SharedNoise
 from fedclaw.protocol.plan import Terms
 
 
+class LocalNoiseOnly(LocalNoise, InTheOpen):
+    """What noised steps came to goes on as it is."""
+
+
+class LocalAndServerNoise(LocalNoise, ServerNoise):
+    """It is clipped as a whole, and the server adds noise to the sum."""
+
+
+class LocalAndSharedNoise(LocalNoise, SharedNoise):
+    """It is clipped as a whole, and all sites add shares of noise to the sum."""
+
+
 def mechanism_of(asked: Terms) -> Mechanism:
     """That of a run's record, or of a round's plan."""
-    onward = _on_the_sum(asked)
-    return onward if asked.privacy is None else LocalNoise(asked, asked.privacy, onward)
-
-
-def _on_the_sum(asked: Terms) -> Mechanism:
-    central = asked.central
+    local, central = asked.privacy is not None, asked.central
     if central is None:
-        return InTheOpen(asked)
-    return (SharedNoise if central.noise_by == "sites" else ServerNoise)(asked, central)
+        return (LocalNoiseOnly if local else InTheOpen)(asked)
+    if central.noise_by == "sites":
+        return (LocalAndSharedNoise if local else SharedNoise)(asked)
+    return (LocalAndServerNoise if local else ServerNoise)(asked)

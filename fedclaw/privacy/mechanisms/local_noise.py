@@ -6,21 +6,19 @@ and need not be. What does not follow from the steps (the training loss, a model
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent, calibrate
-from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.mechanisms.integers import Integers, Vector
 from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
 from fedclaw.privacy.mechanisms.sum_noise import by_the_loss
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt, PrivacyRequest
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.plan import CentralPrivacy, PrivacyRequest
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
@@ -29,17 +27,20 @@ if TYPE_CHECKING:
 Doubles = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
 class LocalNoise(Mechanism):
     """DP-SGD at each site, for the unit example; the site calibrates, since only it knows its sampling rate.
 
-    `onward` is how what is released leaves: in the open, or with noise on the sum as well.
+    Comes before the class that says how what is released goes on (`fedclaw.privacy.mechanisms.choice`): in the open, or
+    with noise on the sum as well.
     """
 
-    request: PrivacyRequest
-    onward: Mechanism
-
     calibrated_here: ClassVar[frozenset[str]] = frozenset({"noise_multiplier"})
+
+    @property
+    def local(self) -> PrivacyRequest:
+        """What is asked of the steps."""
+        assert self.asked.privacy is not None
+        return self.asked.privacy
 
     @property
     def noises_steps(self) -> bool:
@@ -57,91 +58,42 @@ class LocalNoise(Mechanism):
         return True
 
     @property
-    def shares_noise(self) -> bool:
+    def claims_privacy(self) -> bool:
         """See Mechanism."""
-        return self.onward.shares_noise
-
-    @property
-    def largest_update(self) -> float | None:
-        """See Mechanism."""
-        return self.onward.largest_update
-
-    @property
-    def clips_updates(self) -> bool:
-        """See Mechanism."""
-        return self.onward.clips_updates
-
-    @property
-    def site_rate(self) -> float:
-        """See Mechanism."""
-        return self.onward.site_rate
-
-    def in_round(self, connected: int, clip: float | None) -> CentralPrivacy | None:
-        """See Mechanism."""
-        return self.onward.in_round(connected, clip)
-
-    def promises(self) -> tuple[str, ...]:
-        """See Mechanism."""
-        asked = self.request
-        own = f"epsilon {asked.epsilon:g}, delta {asked.delta:g} at each site (unit example)"
-        return (own, *self.onward.promises())
-
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
-        """See Mechanism."""
-        return self.request
-
-    @property
-    def central(self) -> CentralReceipt | None:
-        """See Mechanism."""
-        return self.onward.central
+        return True
 
     @property
     def delta(self) -> float | None:
         """See Mechanism."""
-        return self.request.delta
+        return self.local.delta
 
     @property
     def clip(self) -> float:
         """See Mechanism."""
-        return self.request.max_grad_norm
+        return self.local.max_grad_norm
 
-    @property
-    def counts_within_clip(self) -> bool:
+    def promises(self) -> tuple[str, ...]:
         """See Mechanism."""
-        return self.onward.counts_within_clip
+        own = f"epsilon {self.local.epsilon:g}, delta {self.local.delta:g} at each site (unit example)"
+        return (own, *super().promises())
 
-    @property
-    def fixed_divisor(self) -> float | None:
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
         """See Mechanism."""
-        return self.onward.fixed_divisor
-
-    @property
-    def sum_dtype(self) -> type[np.floating[Any]]:
-        """See Mechanism."""
-        return self.onward.sum_dtype
-
-    @property
-    def price(self) -> Price | None:
-        """See Mechanism."""
-        return self.onward.price
-
-    def contradiction(self) -> str | None:
-        """See Mechanism."""
-        return self.onward.contradiction()
+        return self.local
 
     def out_of_range(self) -> str | None:
         """See Mechanism."""
-        return clip_out_of_range("privacy.max_grad_norm", self.request.max_grad_norm) or self.onward.out_of_range()
+        return clip_out_of_range("privacy.max_grad_norm", self.local.max_grad_norm) or super().out_of_range()
 
     def uncovered(self, use: DataUse) -> str | None:
         """See Mechanism. Whatever a strategy makes of parameters and of what it kept follows from noised steps."""
-        return self.onward.uncovered(use) or by_the_loss(use)
+        return super().uncovered(use) or by_the_loss(use)
 
     def sampling(self, examples: int, charged: NoiseEvent | None) -> SampledSteps | None:
         """See Mechanism. Raises PrivacyError without a charge, which says how much noise there has to be."""
         if charged is None:
             raise PrivacyError("steps with noise were asked for before anything was charged for them")
-        return SampledSteps(charged.sample_rate, charged.noise_multiplier, self.request.max_grad_norm)
+        return SampledSteps(charged.sample_rate, charged.noise_multiplier, self.local.max_grad_norm)
 
     def outcome(self, delta: Arrays, examples: int) -> Part[Arrays]:
         """See Mechanism. Every step had its noise."""
@@ -149,7 +101,7 @@ class LocalNoise(Mechanism):
 
     def bound(self, part: Part[Update]) -> Part[Update]:
         """See Mechanism."""
-        return self.onward.bound(_released(part))
+        return super().bound(_released(part))
 
     def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
         """See Mechanism."""
@@ -161,29 +113,17 @@ class LocalNoise(Mechanism):
         """See Mechanism."""
         return super().encode(_released(vector), integers, charge, source)
 
-    def noised(self, total: Update) -> Update:
-        """See Mechanism."""
-        return self.onward.noised(total)
-
-    def integers(self, examples: int | None = None) -> Integers:
-        """See Mechanism."""
-        return self.onward.integers(examples)
-
-    def scale(self, request: SecureRequest, length: int, sites: int, honest: int) -> tuple[float, float | None]:
-        """See Mechanism."""
-        return self.onward.scale(request, length, sites, honest)
-
     def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:
         """Noise calibrated so that all rounds of the run together spend the epsilon asked. Raises PrivacyError."""
-        rate, steps = self.sample_rate(examples), self.asked.training.local_steps(examples)
+        asked, rate = self.local, self.sample_rate(examples)
+        steps = self.asked.training.local_steps(examples) * self.asked.rounds
         try:
-            noise = calibrate(self.request.epsilon, self.request.delta, rate, steps * self.asked.rounds)
+            return self._charge(examples, calibrate(asked.epsilon, asked.delta, rate, steps))
         except PrivacyError as error:
             raise PrivacyError(
-                f"no noise keeps what was asked for within epsilon {self.request.epsilon:g} at delta "
-                f"{self.request.delta:g}; ask for fewer rounds or steps, smaller batches or a larger epsilon"
+                f"no noise keeps what was asked for within epsilon {asked.epsilon:g} at delta {asked.delta:g}; ask for "
+                "fewer rounds or steps, smaller batches or a larger epsilon"
             ) from error
-        return self._charge(examples, noise)
 
     def possible_charges(self, examples: int) -> tuple[Charge, ...]:
         """See Mechanism; with some noise, which the site has calibrated."""

@@ -88,7 +88,7 @@ class SharedNoise(SumNoise):
 
     def encode(
         self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
-    ) -> Released[NDArray[np.uint32]]:
+    ) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
         """See Mechanism."""
         return with_share(vector, self.shares, integers, source)
 

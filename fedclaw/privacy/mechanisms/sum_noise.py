@@ -36,9 +36,14 @@ _LARGEST_NUMBER = 1e30
 class SumNoise(Mechanism):
     """Noise on the sum, as `request` announces it."""
 
-    request: CentralPrivacy
     noise_from: ClassVar[str]
     """Whose noise it is."""
+
+    @property
+    def request(self) -> CentralPrivacy:
+        """What is asked of the sum."""
+        assert self.asked.central is not None
+        return self.asked.central
 
     @property
     def takes_one_step(self) -> bool:
