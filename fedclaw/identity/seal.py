@@ -18,7 +18,7 @@ known by its TLS certificate, and the server puts that certificate's name into t
 import base64
 import hashlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -164,11 +164,13 @@ class Opener:
     def __repr__(self) -> str:
         return f"Opener({self._suite!r})"
 
-    def open(self, header: Buffer, binding: Binding, plain_size: int) -> "OpenStream":
+    def open(
+        self, header: Buffer, binding: Binding, plain_size: int, memory: Callable[[int], memoryview] | None = None
+    ) -> "OpenStream":
         """Start opening a message of `plain_size` bytes, as its sender claims; memory for it is taken with the first.
 
-        The caller bounds `plain_size` first. Raises SealError if the header was not sealed to this key
-        under `binding`.
+        `memory` gives a writable buffer of so many bytes, of any content (None: a fresh one). The caller bounds
+        `plain_size` first. Raises SealError if the header was not sealed to this key under `binding`.
         """
         if plain_size < 0 or segment_count(plain_size) > _MAX_SEGMENTS:
             raise SealError(f"a sealed message cannot hold {plain_size} bytes")
@@ -183,16 +185,17 @@ class Opener:
                 f"the seal does not open for site {binding.site!r}, message {binding.message_id!r}: it was tampered "
                 "with, or sealed for another message, run, site or federation"
             ) from None
-        return OpenStream(AESGCM(content_key), _digest(context), plain_size)
+        return OpenStream(AESGCM(content_key), _digest(context), plain_size, memory or fresh_buffer)
 
 
 class OpenStream:
     """Decrypts segments, in order, into one buffer; nothing of it is handed out before all have opened."""
 
-    def __init__(self, cipher: AESGCM, aad: bytes, plain_size: int) -> None:
+    def __init__(self, cipher: AESGCM, aad: bytes, plain_size: int, memory: Callable[[int], memoryview]) -> None:
         self._cipher = cipher
         self._aad = aad
         self._size = plain_size
+        self._memory = memory
         self._count = segment_count(plain_size)
         self._index = 0
         self._plain = memoryview(b"")
@@ -212,8 +215,8 @@ class OpenStream:
                 f"segment {index + 1} of {self._count} has {len(segment)} bytes instead of {expected + TAG}"
             )
         if index == 0:
-            # Not before something came; numpy.empty, not bytearray: pages are touched as segments really arrive.
-            self._plain = np.empty(self._size, dtype=np.uint8).data
+            # Not before something came.
+            self._plain = self._memory(self._size)
         target = self._plain[start : start + expected]
         try:
             self._cipher.decrypt_into(_nonce(index, index + 1 == self._count), segment, self._aad, target)
@@ -231,6 +234,11 @@ class OpenStream:
         if self._index != self._count:
             raise SealError(f"the sealed message is cut off: {self._index} of {self._count} segments arrived")
         return self._plain
+
+
+def fresh_buffer(size: int) -> memoryview:
+    """`size` bytes of any content. Their pages are touched, and so taken, only as they are written."""
+    return np.empty(size, dtype=np.uint8).data
 
 
 def encode_key(raw: bytes) -> str:

@@ -21,6 +21,7 @@ from fedclaw.identity.seal import TAG, Binding, Opener, OpenStream, segment_coun
 from fedclaw.protocol.message_identity import SERVER_NODE_ID, Envelope, rebuild
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.buffer_pool import BufferPool
 from fedclaw.transport.grpc.chunk_codec import Chunk
 from fedclaw.transport.grpc.incoming_reply import IncomingReply
 from fedclaw.transport.grpc.limits import Limits
@@ -61,6 +62,7 @@ class ReplyReceiver:
         self._pending = pending
         self._limits = limits
         self._buffers = ReplyBuffers(limits, directory)
+        self._memory = BufferPool(limits.inbound_bytes)
         self._late: OrderedDict[str, tuple[PendingRequest, str]] = OrderedDict()
         self._excluded: dict[int, str] = {}
         self._due = threading.Event()
@@ -266,7 +268,7 @@ class ReplyReceiver:
             site=session.peer.site,
         )
         try:
-            reply.stream = self._opener.open(offer.seal_header, binding, offer.plain_size)
+            reply.stream = self._opener.open(offer.seal_header, binding, offer.plain_size, self._memory.take)
         except SealError as error:
             self._fail(session, request, pb.REASON_SEAL, str(error))
             return
