@@ -36,6 +36,8 @@ from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import STRATEGIES, installed
+from fedclaw.learning.tasks.classification import Classification
+from fedclaw.learning.tasks.regression import Regression
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.simulation.partitions.labels import Dirichlet
 from fedclaw.simulation.partitions.settings import PartitionSettings
@@ -106,7 +108,7 @@ def write_sites(
         directory = root / "sites" / name
         files = _write_data(directory / "data", dealt, client)
         _write_yaml(directory / "schema.yaml", schema)
-        _write_yaml(directory / SITE_FILE, _site(name, source.workload, directory, files, policy))
+        _write_yaml(directory / SITE_FILE, _site(name, source, directory, files, policy))
         directories.append(directory)
     return tuple(directories)
 
@@ -123,7 +125,7 @@ def _write_data(directory: Path, dealt: Dealt, client: int) -> dict[str, Path]:
     }
 
 
-def _write_table(stem: Path, source: Source, inputs: NDArray[Any], targets: NDArray[np.int64] | None = None) -> Path:
+def _write_table(stem: Path, source: Source, inputs: NDArray[Any], targets: NDArray[Any] | None = None) -> Path:
     stem.parent.mkdir(parents=True, exist_ok=True)
     if source.workload == "vision":
         path = stem.with_suffix(".npz")
@@ -137,18 +139,23 @@ def _write_table(stem: Path, source: Source, inputs: NDArray[Any], targets: NDAr
         writer.writerow(source.features if targets is None else [*source.features, source.target])
         for row, numbers in enumerate(inputs):
             values: Sequence[Any] = [repr(float(value)) for value in numbers]
-            writer.writerow(values if targets is None else [*values, source.labels[targets[row]]])
+            writer.writerow(values if targets is None else [*values, _cell(source, targets[row])])
     return path
 
 
-def _site(name: str, workload: str, directory: Path, files: dict[str, Path], policy: SitePolicy) -> dict[str, Any]:
+def _cell(source: Source, target: Any) -> str:
+    return source.labels[target] if source.range is None else repr(float(target))
+
+
+def _site(name: str, source: Source, directory: Path, files: dict[str, Path], policy: SitePolicy) -> dict[str, Any]:
+    task = Classification if source.range is None else Regression
     return {
         "name": name,
-        "workload": workload,
+        "workload": source.workload,
         "schema_file": "schema.yaml",
         "data": {part: str(path.relative_to(directory)) for part, path in files.items()},
         "policy": {
-            "workloads": [workload],
+            "workloads": [source.workload],
             "strategies": list(policy.strategies),
             "epsilon": policy.epsilon,
             "delta": policy.delta,
@@ -156,7 +163,7 @@ def _site(name: str, workload: str, directory: Path, files: dict[str, Path], pol
             "trust_server_noise": policy.trust_server_noise,
             "require_secure_aggregation": policy.require_secure_aggregation,
             "minimum_cohort": policy.minimum_cohort,
-            "metrics": list(policy.metrics),
+            "metrics": [metric for metric in policy.metrics if metric in (*task.METRICS, *task.CLAUSES)],
         },
     }
 

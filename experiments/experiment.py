@@ -17,6 +17,7 @@ from experiments.sweeps.resume import remember
 from fedclaw import startup
 from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.classification import METRICS
+from fedclaw.learning.tasks.regression import Regression
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import make_tracker
@@ -103,8 +104,9 @@ def _agreed(settings: ExperimentSettings) -> Path:
 def _data(settings: ExperimentSettings) -> Path:
     """The sites' directories, and what was dealt to them, for these settings: written once, found again by name."""
     delta = max([asked.delta for asked in (settings.privacy, settings.central) if asked], default=1e-5)
+    metrics = Regression.METRICS if settings.dataset.is_of_numbers else METRICS
     policy = SitePolicy(
-        epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1, metrics=METRICS
+        epsilon=None, delta=delta, allow_training_without_privacy=True, minimum_cohort=1, metrics=metrics
     )
     identity = hashlib.sha256(
         f"{settings.dataset.model_dump_json()} {settings.partition.model_dump_json()} {policy}".encode()

@@ -1,6 +1,7 @@
 """Where experiments' examples come from: scikit-learn's sets, images that are made, or data of one's own."""
 
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedclaw.clients.values import DecimalMark, Markers, number_of
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
 from fedclaw.files import sha256_file
+from fedclaw.learning.tasks.regression import RegressionLoss
 from fedclaw.learning.workload import Floats
 from fedclaw.protocol.frozen import Frozen
 
@@ -26,7 +28,7 @@ from fedclaw.protocol.frozen import Frozen
 class DatasetSettings(Frozen):
     """conf/dataset/*.yaml."""
 
-    name: Literal["breast_cancer", "digits", "synthetic_images", "csv", "images"]
+    name: Literal["breast_cancer", "diabetes", "friedman1", "digits", "synthetic_images", "csv", "images"]
     sites: int = Field(default=4, ge=1, le=100)
     """Sites that get a directory each. A simulation in memory has a number of its own, without this limit."""
     public: float = Field(default=0.15, gt=0, lt=0.9)
@@ -48,11 +50,20 @@ class DatasetSettings(Frozen):
     """csv: columns that say which row is which; they are no inputs."""
     written: FileFormat | None = None
     """csv: how the file is written; null: with commas and decimal points, in UTF-8."""
+    range: tuple[float, float] | None = None
+    """csv: smallest and largest value of a target that is a number, by what is known of it; null: it is of classes."""
+    loss: RegressionLoss | None = None
+    """Of a target that is a number: squared (null), huber or poisson."""
 
     @property
     def workload(self) -> str:
         """The workload whose data this is: tabular or vision."""
-        return "tabular" if self.name in ("breast_cancer", "csv") else "vision"
+        return "tabular" if self.name in ("breast_cancer", "csv", *_OF_NUMBERS) else "vision"
+
+    @property
+    def is_of_numbers(self) -> bool:
+        """Whether what is predicted is a number, not a class."""
+        return self.name in _OF_NUMBERS or self.range is not None
 
     @property
     def origin(self) -> Path:
@@ -65,8 +76,14 @@ class DatasetSettings(Frozen):
         """Without what only data of one's own has: the other sets' runs keep the digests that they had before."""
         plain: dict[str, Any] = handler(self)
         if self.name in _OWN:
-            return {**plain, "content": content_digest(self.origin)}
-        return {key: value for key, value in plain.items() if key not in _OWN_SETTINGS}
+            numbers = () if self.is_of_numbers else ("range", "loss")
+            kept = {key: value for key, value in plain.items() if key not in numbers}
+            return {**kept, "content": content_digest(self.origin)}
+        return {
+            key: value
+            for key, value in plain.items()
+            if key not in _OWN_SETTINGS and (key != "loss" or value is not None)
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +106,12 @@ class DatasetSettings(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _loss_is_of_numbers(self) -> Self:
+        if self.loss is not None and not self.is_of_numbers:
+            raise ValueError(f"loss is for a target that is a number, and dataset={self.name} has classes (range=null)")
+        return self
+
+    @model_validator(mode="after")
     def _synthetic_has_its_settings(self) -> Self:
         if self.synthetic is not None and self.name != "synthetic_images":
             raise ValueError(f"synthetic is for dataset=synthetic_images, not for {self.name}")
@@ -96,7 +119,11 @@ class DatasetSettings(Frozen):
 
 
 _OWN = ("csv", "images")
-_OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "written")
+_OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "written", "range")
+_OF_NUMBERS = ("diabetes", "friedman1")
+_FRIEDMAN_ROWS = 2000
+_PARTS = 5
+"""Of a number's range: what counts as one label for who gets which rows."""
 _FEWEST_ROWS, _MOST_LEVELS = 20, 100
 _MARKERS = Markers(MISSING)
 _IMAGES = frozenset({".png", ".jpg", ".jpeg"})
@@ -104,11 +131,11 @@ _IMAGES = frozenset({".png", ".jpg", ".jpeg"})
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """inputs (N, F) or (N, height, width) in the data's own units, targets (N,) as class indices, with names."""
+    """inputs (N, F) or (N, height, width) in the data's own units; targets (N,), named classes or numbers."""
 
     workload: str
     inputs: NDArray[Any]
-    targets: NDArray[np.int64]
+    targets: NDArray[Any]
     features: tuple[str, ...]
     labels: tuple[str, ...]
     brightest: float = 1.0
@@ -119,6 +146,18 @@ class Source:
     """What the data calls them, in the order of the numbers in `sites`."""
     target: str = "diagnosis"
     """Of a table, the name of the column of targets."""
+    range: tuple[float, float] | None = None
+    """Of targets that are numbers: the smallest and the largest there can be; then there are no labels."""
+    loss: RegressionLoss = "squared"
+
+    @property
+    def groups(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """By which rows are told apart when they are dealt, (N,), and names: the labels, or parts of the range."""
+        if self.range is None:
+            return self.targets, self.labels
+        edges = np.linspace(*self.range, _PARTS + 1)
+        parts = np.searchsorted(edges[1:-1], self.targets, side="right")
+        return parts, tuple(f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges.tolist()))
 
 
 def load_source(settings: DatasetSettings) -> Source:
@@ -140,9 +179,29 @@ def load_source(settings: DatasetSettings) -> Source:
         return Source(
             settings.workload, data.data, data.target, features, tuple(str(label) for label in data.target_names)
         )
+    if settings.name in _OF_NUMBERS:
+        return _of_numbers(settings)
     data = load_digits()
     labels = tuple(str(label) for label in range(10))
     return Source(settings.workload, data.images, data.target, (), labels, float(data.images.max()))
+
+
+def _of_numbers(settings: DatasetSettings) -> Source:
+    """scikit-learn's diabetes table (Efron, Hastie, Johnstone, Tibshirani 2004), whose score its description says lies
+    between 25 and 346; or Friedman's first function (1991) with noise, cut off where no noise of 5 deviations reaches.
+    """
+    from sklearn.datasets import load_diabetes, make_friedman1
+
+    loss = settings.loss or "squared"
+    if settings.name == "diabetes":
+        data = load_diabetes(scaled=False)
+        names = tuple(str(name) for name in data.feature_names)
+        return Source("tabular", data.data, data.target, names, (), target="progression", range=(25, 346), loss=loss)
+    inputs, targets = make_friedman1(_FRIEDMAN_ROWS, noise=1.0, random_state=settings.seed)
+    names = tuple(f"x{number + 1}" for number in range(inputs.shape[1]))
+    low, high = (0.0, 35.0) if loss == "poisson" else (-5.0, 35.0)
+    targets = np.clip(targets, low, high)
+    return Source("tabular", inputs, targets, names, (), target="y", range=(low, high), loss=loss)
 
 
 def schema_of(source: Source, public: NDArray[np.int64]) -> dict[str, Any]:
@@ -160,7 +219,13 @@ def schema_of(source: Source, public: NDArray[np.int64]) -> dict[str, Any]:
         {"name": name, "kind": "numeric", **_constants(values[~np.isnan(values)])}
         for name, values in zip(source.features, inputs.T, strict=True)
     ]
-    return {"columns": columns, "target": {"name": source.target, "labels": list(source.labels)}}
+    return {"columns": columns, "target": _target_of(source)}
+
+
+def _target_of(source: Source) -> dict[str, Any]:
+    if source.range is None:
+        return {"name": source.target, "labels": list(source.labels)}
+    return {"name": source.target, "kind": "numeric", "range": list(source.range), "loss": source.loss}
 
 
 def pixels(source: Source, inputs: NDArray[Any]) -> NDArray[np.uint8]:
@@ -212,8 +277,14 @@ def load_table(settings: DatasetSettings) -> Source:
     for name in used:
         if "" in columns[name]:
             raise DataError(f"{path}, row {columns[name].index('') + 1}: no value in column {name!r}; fill it in")
-    labels, targets = np.unique(columns.pop(target), return_inverse=True)
-    if len(labels) < 2:
+    labels: tuple[str, ...] = ()
+    targets: NDArray[Any]
+    if settings.range is None:
+        values, numbered = np.unique(columns.pop(target), return_inverse=True)
+        labels, targets = tuple(str(value) for value in values), numbered.astype(np.int64)
+    else:
+        targets = _target_numbers(path, target, columns.pop(target), settings)
+    if len(np.unique(targets)) < 2:
         raise DataError(f"{path}: column {target!r} has one value alone, so there is nothing to learn")
     sites = None if settings.site_column is None else np.unique(columns.pop(settings.site_column), return_inverse=True)
     features = {
@@ -227,13 +298,29 @@ def load_table(settings: DatasetSettings) -> Source:
     return Source(
         settings.workload,
         np.column_stack(list(features.values())),
-        targets.astype(np.int64),
+        targets,
         tuple(features),
-        tuple(str(label) for label in labels),
+        labels,
         sites=None if sites is None else sites[1].astype(np.int64),
         site_names=None if sites is None else tuple(str(site) for site in sites[0]),
         target=target,
+        range=settings.range,
+        loss=settings.loss or "squared",
     )
+
+
+def _target_numbers(path: Path, target: str, cells: list[str], settings: DatasetSettings) -> NDArray[np.float64]:
+    """(N,) within the range that the settings say. Raises DataError naming the row."""
+    assert settings.range is not None
+    values, bad = numbers(cells, Markers(()), (settings.written or FileFormat()).decimal)
+    low, high = settings.range
+    wrong = bad | np.isnan(values) | (values < low) | (values > high)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise DataError(
+            f"{path}, row {row + 1}: {cells[row]!r} in column {target!r} is no number from {low:g} to {high:g} (range=)"
+        )
+    return values
 
 
 def read_table(path: Path, written: FileFormat) -> dict[str, list[str]]:

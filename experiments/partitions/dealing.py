@@ -47,10 +47,10 @@ class Dealt:
         """What was dealt, for the run's record; `names` are the clients'."""
         return describe(
             self.partition,
-            self.source.targets[self.private],
+            self.source.groups[0][self.private],
             seed=self.dataset.seed,
             dataset=self.dataset.name,
-            labels=self.source.labels,
+            labels=self.source.groups[1],
             names=names,
         )
 
@@ -63,7 +63,7 @@ def deal_out(dataset: DatasetSettings, partition: PartitionSettings, clients: in
     count = round(dataset.public * len(order))
     public, private = order[:count], order[count:]
     hand = partition.deal(
-        source.targets[private],
+        source.groups[0][private],
         source.inputs[private],
         dataset.sites if clients is None else clients,
         generator,

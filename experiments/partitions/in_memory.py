@@ -1,13 +1,15 @@
 """A data set dealt to any number of clients without a file: what simulations train on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from experiments.partitions.dealing import Dealt, deal_out
 from experiments.partitions.description import Description
-from experiments.sources import DatasetSettings, schema_of, standardised
+from experiments.sources import DatasetSettings, Source, schema_of, standardised
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Floats, Schema, Table
 from fedclaw.simulation.partitions.base import Indices
@@ -58,12 +60,17 @@ def in_memory(dataset: DatasetSettings, partition: PartitionSettings, clients: i
     return InMemory(
         workload=source.workload,
         schema=schema,
-        table=Table(_inputs(dealt, definition), source.targets[dealt.private[hand.rows]]),
+        table=Table(_inputs(dealt, definition), _targets(source, dealt.private[hand.rows])),
         shares=tuple(np.arange(start + held, end) for start, held, end in spans),
         tests=tuple(np.arange(start, start + held) for start, held, _ in spans),
-        public=Table(public, source.targets[dealt.public]),
+        public=Table(public, _targets(source, dealt.public)),
         description=dealt.describe(),
     )
+
+
+def _targets(source: Source, rows: Indices) -> NDArray[Any]:
+    """(len(rows),) as a schema reads them."""
+    return source.targets[rows] if source.range is None else source.targets[rows].astype(np.float32)
 
 
 def _inputs(dealt: Dealt, definition: dict[str, object]) -> Floats:

@@ -23,6 +23,7 @@ from fedclaw.cli import describe_failure, report_failure, start_logging
 from fedclaw.console import make_console
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.files import write_atomic
+from fedclaw.learning.tasks.installed import BUILT_IN
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.report.tracking import NO_TRACKING, known_run, make_tracker
 from fedclaw.server.run_directory import RunDirectory
@@ -175,7 +176,8 @@ def _conclude(
 
 
 def _objective(metrics: dict[str, float]) -> float:
-    return metrics.get("accuracy", 0.0)
+    """The score by which two models are compared: the larger, the better."""
+    return next((metrics[task.score] for task in BUILT_IN if task.score in metrics), 0.0)
 
 
 def _words(member: Member) -> str:
