@@ -76,10 +76,7 @@ def export_bundle(
     graph.require_exporter()
     _check_target(target, request.overwrite)
     if (request.public is not None or request.scores is not None) and len(source.schema.labels) != 2:
-        raise BundleError(
-            f"a threshold is for two classes, and the schema's task is {source.schema.task.name} with "
-            f"{len(source.schema.labels)}"
-        )
+        raise BundleError(f"a threshold is for two classes, and the schema has {len(source.schema.labels)}")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedclaw.array_files import read_npz, write_npz
-from fedclaw.errors import CheckpointError, RunInUse, UsageError
+from fedclaw.errors import CheckpointError, DataError, RunInUse, UsageError
 from fedclaw.files import append_all, replacing, write_atomic
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema, Workload, schema_digest
@@ -90,6 +90,8 @@ class RunRecord(Terms):
 
         origin = f"the record of run {self.run}"
         schema = schema_class(self.workload).parse(self.schema_text, origin)
+        if schema.task.name != self.task:
+            raise DataError(f"{origin}: it says {self.task}, and its schema is of {schema.task.name}")
         return schema if self.preprocessing is None else schema.with_constants(self.preprocessing, origin)
 
     def make_workload(self) -> Workload:

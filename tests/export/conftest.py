@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,8 +51,8 @@ PRIVATE = {
 }
 
 
-def make_run(root: Path, workload: str, definition: dict[str, object], spec: ModelSpec) -> RunDirectory:
-    """A finished run with a model of random parameters."""
+def make_run(root: Path, workload: str, definition: dict[str, object], spec: ModelSpec, **changes: Any) -> RunDirectory:
+    """A finished run with a model of random parameters; `changes` are in its record."""
     schema = schema_class(workload).parse(json.dumps(definition), "test schema")
     record = run_record(
         run=root.name,
@@ -61,6 +62,7 @@ def make_run(root: Path, workload: str, definition: dict[str, object], spec: Mod
         model=spec,
         rounds=3,
         training=LocalTraining(epochs=1, batch_size=16, learning_rate=0.1),
+        **changes,
     )
     directory = RunDirectory.create(root, record)
     torch.manual_seed(0)

@@ -19,7 +19,9 @@ SIZES = (31, 4, 17, 9, 8, 22, 5, 13, 16, 7)
 MODELS = {
     "cnn": ModelSpec(name="cnn", args={"channels": [4, 6]}),
     "mlp": ModelSpec(name="mlp", args={"hidden": [12, 7]}),
+    **dict.fromkeys(("squared", "huber", "poisson"), ModelSpec(name="mlp", args={"hidden": [12, 7]})),
 }
+"""The last ones are of a number, by its loss."""
 
 
 def deal(sizes):
@@ -41,10 +43,12 @@ def make_federation(kind, sizes=SIZES, **options):
     else:
         columns = [{"name": f"x{i}", "kind": "numeric", "center": 0, "scale": 1} for i in range(5)]
         target = {"name": "y", "labels": ["a", "b", "c"]}
+        if kind != "mlp":
+            target = {"name": "y", "kind": "numeric", "range": [0, 8], "loss": kind}
         schema = schema_class("tabular").parse(json.dumps({"columns": columns, "target": target}), "test")
         inputs = generator.normal(size=(count, 5)) + targets[:, None]
         workload = TabularWorkload(schema)
-    table = Table(inputs.astype(np.float32), targets.astype(np.int64))
+    table = Table(inputs.astype(np.float32), targets.astype(workload.task.target_dtype))
     tested = options.pop("test", table)
     return SimulatedFederation(workload, table, deal(sizes), test=tested, **options)
 
@@ -56,6 +60,8 @@ def make_record(federation, kind, **changes):
         "workload": federation.workload.name,
         "schema_text": federation.workload.schema.to_json(),
         "model": MODELS[kind],
+        "task": federation.workload.task.name,
+        "metrics": federation.workload.task.metrics,
         "strategy": StrategyRecord(name="fedavg"),
         "rounds": 3,
         "training": LocalTraining(epochs=2, batch_size=8, learning_rate=0.1),
