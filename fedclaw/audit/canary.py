@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from fedclaw.audit.subject import load
 from fedclaw.errors import PrivacyError
-from fedclaw.learning.workload import Floats, Labels, Table, Workload
+from fedclaw.learning.tasks.base import Targets
+from fedclaw.learning.workload import Floats, Table, Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec
 
@@ -36,8 +37,8 @@ class Canary:
 
     parameters: Arrays
     inputs: Floats
-    loud: Labels
-    silent: Labels
+    loud: Targets
+    silent: Targets
     direction: NDArray[np.float64]
 
     def rows(self, count: int, present: int) -> Table:
@@ -60,12 +61,11 @@ def make_canary(
             if found is not None:
                 return found
     raise PrivacyError(
-        f"no input makes model {spec.name!r} loud enough for a canary: its loss is not that of a classifier that can "
-        "be sure of itself"
+        f"no input makes model {spec.name!r} loud enough for a canary: whatever it is sure of, its gradients stay small"
     )
 
 
-def gradient(workload: Workload, model: torch.nn.Module, inputs: Floats, targets: Labels) -> NDArray[np.float64]:
+def gradient(workload: Workload, model: torch.nn.Module, inputs: Floats, targets: Targets) -> NDArray[np.float64]:
     """The gradient of the mean loss over (inputs, targets) by all parameters, (d,): plain automatic differentiation."""
     loss = workload.loss(model(torch.from_numpy(inputs)), torch.from_numpy(targets))
     parts = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -85,7 +85,7 @@ def coins(count: int) -> NDArray[np.bool_]:
 def _canary(workload: Workload, model: torch.nn.Module, parameters: Arrays, row: Floats, clip: float) -> Canary | None:
     with torch.no_grad():
         logits = model(torch.from_numpy(row))
-    silent, loud = (choice.numpy() for choice in (logits.argmax(dim=1), logits.argmin(dim=1)))
+    silent, loud = workload.task.answers(logits), workload.task.contradictions(logits)
     signal, rest = (gradient(workload, model, row, label) for label in (loud, silent))
     norm = float(np.linalg.norm(signal))
     if not (np.isfinite(norm) and norm >= LOUD * clip and np.linalg.norm(rest) <= _SILENT * clip):

@@ -92,7 +92,7 @@ def unspent(site: SiteService) -> SiteService:
 def synthetic_sites(settings: RunSettings, sizes: Sequence[int]) -> dict[str, SiteService]:
     """Sites with `sizes` examples each, made from the schema and the initial model alone. Raises UsageError.
 
-    The label of an example is the class that the run's initial model prefers it for more than it prefers others.
+    The target of an example is what the run's initial model says of it, but for what it says of all.
     """
     if not sizes or min(sizes) < 1:
         raise UsageError("synthetic: give the number of examples of each site, each at least 1")
@@ -106,7 +106,7 @@ def synthetic_sites(settings: RunSettings, sizes: Sequence[int]) -> dict[str, Si
     load(model, initial_parameters(record))
     with torch.no_grad():
         logits = model(torch.from_numpy(inputs))
-    targets = (logits - logits.mean(dim=0)).argmax(dim=1).numpy()
+    targets = workload.task.answers(logits - logits.mean(dim=0))
     policy = Policy(workloads=(workload.name,), strategies=(str(settings.strategy["name"]),), epsilon=None)
     sites, start = {}, 0
     for number, size in enumerate(sizes, 1):

@@ -102,10 +102,10 @@ def toss(subject: Subject, canaries: int, examples: int, generator: np.random.Ge
     for share, (name, site) in zip(shares, subject.sites.items(), strict=True):
         own = generator.permutation(len(site.data.train))[:examples]
         planted = site.workload.schema.synthetic_inputs(len(share), generator)
-        labels = generator.integers(len(site.workload.schema.labels), size=len(share))
+        targets = site.workload.task.random_targets(len(share), generator)
         table = Table(
             np.concatenate([planted, site.data.train.inputs[own]]),
-            np.concatenate([labels, site.data.train.targets[own]]),
+            np.concatenate([targets, site.data.train.targets[own]]),
         )
         present = coins(len(table))
         # A site trains on something: the first row that came up tails everywhere has no say in the audit's outcome.

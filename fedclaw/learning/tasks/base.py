@@ -186,6 +186,14 @@ class Task(ABC):
         return 1.0
 
     @abstractmethod
+    def answers(self, outputs: "torch.Tensor") -> Targets:
+        """Targets (N,) that outputs (N, K) say: what an audit takes for examples that a model knows."""
+
+    @abstractmethod
+    def contradictions(self, outputs: "torch.Tensor") -> Targets:
+        """Targets (N,) that outputs (N, K) are furthest from: what an audit plants."""
+
+    @abstractmethod
     def outputs_of(self, targets: "torch.Tensor") -> "torch.Tensor":
         """Outputs (N, K) that say these targets (N,): the `agreement` with them is the score."""
 

@@ -137,6 +137,14 @@ class Classification(Task):
         """T^2."""
         return temperature**2
 
+    def answers(self, outputs: "torch.Tensor") -> Targets:
+        """The most probable class."""
+        return outputs.detach().argmax(dim=1).cpu().numpy()
+
+    def contradictions(self, outputs: "torch.Tensor") -> Targets:
+        """The least probable class."""
+        return outputs.detach().argmin(dim=1).cpu().numpy()
+
     def outputs_of(self, targets: "torch.Tensor") -> "torch.Tensor":
         """Logits whose most probable class is the label."""
         from torch.nn import functional

@@ -189,6 +189,16 @@ class Regression(Task):
         softened, so there is no temperature."""
         return (student - teacher.detach()).square().sum()
 
+    def answers(self, outputs: "torch.Tensor") -> Targets:
+        """The values."""
+        found: NDArray[np.float32] = self.link(outputs.detach())[:, 0].cpu().float().numpy()
+        return found
+
+    def contradictions(self, outputs: "torch.Tensor") -> Targets:
+        """The end of the range that the value is further from."""
+        middle = (self.minimum + self.maximum) / 2
+        return np.where(self.answers(outputs) < middle, self.maximum, self.minimum).astype(np.float32)
+
     def outputs_of(self, targets: "torch.Tensor") -> "torch.Tensor":
         """The inverse of the link."""
         scaled = (targets.clamp(min=self.least) - self.center) / self.scale
