@@ -20,7 +20,7 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.compression.encoded import SiteEncoding, encoder_of, layout, opened
+from fedclaw.learning.compression.encoded import SiteEncoding, compressor_of, layout, opened
 from fedclaw.learning.compression.randomk import SharedPositions, shortened
 from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.learning.registry import strategy_class
@@ -128,13 +128,13 @@ def sum_of(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> dict[st
 
 def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:
     """What opens the answers of the sites that were asked with `plan` and `parameters`. Raises PluginError."""
-    if (encoder := encoder_of(plan)) is None:
+    if (compressor := compressor_of(plan)) is None:
         return as_sent
     shapes = shapes_of(template(parameters, plan))
-    expected = layout(encoder, shapes)
+    expected = layout(compressor, shapes)
 
     def read(record: ArrayRecord) -> tuple[Arrays, int]:
-        return opened(encoder, unpack_wire(record, expected), shapes), sum(form.nbytes for form in expected.values())
+        return opened(compressor, unpack_wire(record, expected), shapes), sum(form.nbytes for form in expected.values())
 
     return read
 
@@ -142,10 +142,10 @@ def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:
 def answer_bytes(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> int:
     """What the arrays of an answer to `plan` and `parameters` take as a message. Raises PluginError."""
     arrays = template(parameters, plan)
-    encoder = None if plan.secure else encoder_of(plan)
+    compressor = None if plan.secure else compressor_of(plan)
     sizes = {name: array.nbytes for name, array in arrays.items()}
-    if encoder is not None:
-        sizes = {name: form.nbytes for name, form in layout(encoder, shapes_of(arrays)).items()}
+    if compressor is not None:
+        sizes = {name: form.nbytes for name, form in layout(compressor, shapes_of(arrays)).items()}
     return sum(size + len(name) + _BESIDE for name, size in sizes.items())
 
 

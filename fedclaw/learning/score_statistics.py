@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import DataError
+from fedclaw.learning.tasks.class_sums import bin_of
 from fedclaw.privacy.statistics import Design, Records, StatisticColumn
 
 SCORES = "scores"
@@ -36,8 +37,7 @@ def edges(bins: int) -> NDArray[np.float64]:
 
 def score_records(margins: NDArray[np.float64], targets: NDArray[np.int64], bins: int) -> Records:
     """Which cell each row is in, from its log-odds (N,) and label (N,); what is no number is in the first bin."""
-    where = np.searchsorted(edges(bins), np.nan_to_num(margins, nan=-np.inf), side="right")
-    return Records({SCORES: (targets * bins + where).astype(np.float64)}, targets)
+    return Records({SCORES: (targets * bins + bin_of(margins, edges(bins))).astype(np.float64)}, targets)
 
 
 def parameters_digest(parameters: Mapping[str, NDArray[np.float32]]) -> str:

@@ -15,7 +15,7 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.stacked.batched import BatchedModel, Loss
 from fedclaw.learning.stacked.engines import Engine, PlainModel
 from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
-from fedclaw.learning.stacked.private import PrivateStep, Sampling
+from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.learning.stacked.steps import RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
 from fedclaw.learning.step_loop import take_steps
@@ -164,7 +164,7 @@ class Trainer:
             stack.copy_(prepared.start.expand_as(stack)).add_(gradients, alpha=-plan.training.learning_rate)
         return stack, [len(own) for own in batches]
 
-    def _samplings(self, round: Round, group: Sequence[int]) -> list[Sampling]:
+    def _samplings(self, round: Round, group: Sequence[int]) -> list[ClientSampling]:
         samplings, plan = [], round.plan
         for client in group:
             examples = self._federation.examples(client)
@@ -172,10 +172,10 @@ class Trainer:
                 source = noise_of(self._seed, plan.round, client)
             else:
                 source = self._source = self._source or GaussianSource()
-            samplings.append(Sampling.of(plan, round.mechanisms[examples], examples, source))
+            samplings.append(ClientSampling.of(plan, round.mechanisms[examples], examples, source))
         return samplings
 
-    def _batches(self, plan: Plan, group: Sequence[int], samplings: Sequence[Sampling]) -> list[list[Rows]]:
+    def _batches(self, plan: Plan, group: Sequence[int], samplings: Sequence[ClientSampling]) -> list[list[Rows]]:
         shares = [self._federation.share(client) for client in group]
         if samplings:
             return [
@@ -203,7 +203,7 @@ class Trainer:
     def _private_steps(
         self,
         prepared: Prepared,
-        samplings: Sequence[Sampling],
+        samplings: Sequence[ClientSampling],
         packings: Sequence[Packing],
         stack: torch.Tensor,
         gradients: torch.Tensor,

@@ -19,7 +19,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.stacked.batched import BatchedModel
 from fedclaw.learning.stacked.packing import pack
-from fedclaw.learning.stacked.private import PrivateStep, Sampling
+from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.distributed import share_noise
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import mechanism_of
@@ -210,7 +210,7 @@ def test_the_stacked_formula_of_a_simulation_keeps_the_bound(bound: float, loud:
         found = torch.zeros_like(stack)
         engine.bind(stack, found)
         (packing,) = pack([[np.array(first)], [np.arange(6, 12)]], spare=4)
-        samplings = [Sampling(0.5, 0.0, bound, 12, GaussianSource()) for _ in range(2)]
+        samplings = [ClientSampling(0.5, 0.0, bound, 12, GaussianSource()) for _ in range(2)]
         PrivateStep(engine).gradients(packing, inputs[packing.rows], targets[packing.rows], found, samplings)
         return found.double()
 

@@ -6,7 +6,7 @@ import torch
 
 from fedclaw.learning.stacked.batched import BatchedModel
 from fedclaw.learning.stacked.packing import pack
-from fedclaw.learning.stacked.private import PrivateStep, Sampling
+from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
@@ -31,7 +31,7 @@ def stacked_step(federation, kind, batches, noise, bound=0.3):
     stack.add_(torch.randn_like(stack), alpha=0.1)
     gradients = torch.full_like(stack, 7.0)
     engine.bind(stack, gradients)
-    samplings = [Sampling(0.25, noise, bound, 20 + 4 * k, GaussianSource()) for k in range(len(batches))]
+    samplings = [ClientSampling(0.25, noise, bound, 20 + 4 * k, GaussianSource()) for k in range(len(batches))]
     (packing,) = pack([[batch] for batch in batches], spare=5)
     table = federation.table
     inputs, targets = torch.from_numpy(table.inputs)[packing.rows], torch.from_numpy(table.targets)[packing.rows]

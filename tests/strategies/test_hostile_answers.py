@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning import postprocess
-from fedclaw.learning.compression.encoded import encoder_of, layout
+from fedclaw.learning.compression.encoded import compressor_of, layout
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.protocol.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack
@@ -237,10 +237,10 @@ def test_bytes_of_a_compressed_update_are_refused_or_stand_for_numbers(form: Com
     """Scales of NaN, positions that are not there, factors of 1e38: whatever the bytes of each array are."""
     template = {"w": np.zeros((8, 6), np.float32), "b": np.zeros(40, np.float32)}
     asked = plan_of(run_record(privacy=None, compression=form))
-    encoder = encoder_of(asked)
-    assert encoder is not None
+    compressor = compressor_of(asked)
+    assert compressor is not None
     trained, wire = Trained.for_plan(asked, template), {}
-    for name, kind in layout(encoder, shapes_of(postprocess.template(template, asked))).items():
+    for name, kind in layout(compressor, shapes_of(postprocess.template(template, asked))).items():
         content = data.draw(st.binary(min_size=1, max_size=8)) * kind.nbytes
         wire[name] = np.frombuffer(content[: kind.nbytes], kind.dtype).reshape(kind.shape)
     try:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from fedclaw.learning.compression.encoder import Encoder, broken
+from fedclaw.learning.compression.compressor import Compressor, broken
 from fedclaw.learning.compression.feedback import ERROR, WARM, add_memory, remembered, to_remember
 from fedclaw.learning.compression.fp16 import Fp16
 from fedclaw.learning.compression.powersgd import LowRank
@@ -27,7 +27,7 @@ from fedclaw.protocol.update import Update, is_extra
 T = TypeVar("T")
 
 
-def encoder_of(plan: Plan) -> Encoder | None:
+def compressor_of(plan: Plan) -> Compressor | None:
     """What makes a site's own form of an update; None: it travels as it is summed."""
     match plan.compression:
         case HalfPrecision():
@@ -47,11 +47,11 @@ class SiteEncoding(Postprocessor):
 
     def stretch(self, update: Update, plan: Plan) -> float | None:
         """Rounding, and leaving out what is small, may bring two updates further apart."""
-        return 1.0 if encoder_of(plan) is None else None
+        return 1.0 if compressor_of(plan) is None else None
 
     def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
         """Encode the update and what was not sent before. One that is not finite leaves as one that says so."""
-        if (encoder := encoder_of(plan)) is None:
+        if (compressor := compressor_of(plan)) is None:
             return update
         own, extras = _parts(update.arrays)
         feedback = bool(getattr(plan.compression, "feedback", False))
@@ -59,9 +59,9 @@ class SiteEncoding(Postprocessor):
             add_memory(own, remembered(context.state, ERROR, plan))
         shapes = shapes_of(own)
         if not all(all_finite(array) for array in own.values()):
-            return replace(update, encoded={**broken(encoder.layout(shapes)), **extras})
-        encoded = encoder.encode(own, context.source, remembered(context.state, WARM, plan))
-        read = encoder.decode(encoded.wire, shapes)
+            return replace(update, encoded={**broken(compressor.layout(shapes)), **extras})
+        encoded = compressor.encode(own, context.source, remembered(context.state, WARM, plan))
+        read = compressor.decode(encoded.wire, shapes)
         error = {name: np.subtract(own[name], read[name], out=own[name]) for name in own} if feedback else {}
         return replace(
             update,
@@ -75,16 +75,16 @@ class SiteEncoding(Postprocessor):
         return total
 
 
-def layout(encoder: Encoder, shapes: Shapes) -> dict[str, Form]:
+def layout(compressor: Compressor, shapes: Shapes) -> dict[str, Form]:
     """The arrays that an answer has to have, for an update of these shapes."""
     own, extras = _parts(shapes)
-    return {**encoder.layout(own), **{name: Form(np.dtype(np.float32), shape) for name, shape in extras.items()}}
+    return {**compressor.layout(own), **{name: Form(np.dtype(np.float32), shape) for name, shape in extras.items()}}
 
 
-def opened(encoder: Encoder, wire: Wire, shapes: Shapes) -> Arrays:
+def opened(compressor: Compressor, wire: Wire, shapes: Shapes) -> Arrays:
     """The update of these shapes that `wire`, of their layout, stands for. Raises UpdateError if it stands for none."""
     own, extras = _parts(shapes)
-    return {**encoder.decode(wire, own), **{name: wire[name] for name in extras}}
+    return {**compressor.decode(wire, own), **{name: wire[name] for name in extras}}
 
 
 def _parts(items: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:

@@ -7,7 +7,7 @@ of the largest where that is more: rounding is to the nearest, so it is no unbia
 
 import numpy as np
 
-from fedclaw.learning.compression.encoder import Encoded, Encoder, finite
+from fedclaw.learning.compression.compressor import Compressor, Encoded, finite
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire
 
@@ -18,16 +18,16 @@ _LARGEST = 300
 # Beyond every exponent of a float32.
 
 
-class Fp16(Encoder):
+class Fp16(Compressor):
     """`w` float16 of the tensor's shape, and `w:exponent` float32 (1,)."""
 
     def layout(self, shapes: Shapes) -> dict[str, Form]:
-        """See Encoder."""
+        """See Compressor."""
         values = {name: Form(np.dtype(np.float16), shape) for name, shape in shapes.items()}
         return values | {name + _EXPONENT: Form(np.dtype(np.float32), (1,)) for name in shapes}
 
     def encode(self, arrays: Arrays, source: GaussianSource, warm: Arrays) -> Encoded:
-        """See Encoder; nothing is random and nothing is remembered."""
+        """See Compressor; nothing is random and nothing is remembered."""
         wire: Wire = {}
         for name, array in arrays.items():
             exponent = int(np.frexp(np.abs(array).max(initial=0))[1]) - _TOP
@@ -36,7 +36,7 @@ class Fp16(Encoder):
         return Encoded(wire, {})
 
     def decode(self, wire: Wire, shapes: Shapes) -> Arrays:
-        """See Encoder."""
+        """See Compressor."""
         arrays: Arrays = {}
         for name in shapes:
             exponent = float(finite(name + _EXPONENT, wire[name + _EXPONENT])[0])

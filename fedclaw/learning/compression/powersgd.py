@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.learning.compression.encoder import Encoded, Encoder, finite, size
+from fedclaw.learning.compression.compressor import Compressor, Encoded, finite, size
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire
 
@@ -22,13 +22,13 @@ _FLOAT = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
-class LowRank(Encoder):
+class LowRank(Compressor):
     """`w:left` float32 (n, r) with orthonormal columns and `w:right` float32 (m, r); or `w` as it is."""
 
     rank: int
 
     def layout(self, shapes: Shapes) -> dict[str, Form]:
-        """See Encoder."""
+        """See Compressor."""
         forms = {}
         for name, shape in shapes.items():
             if rank := self._rank(shape):
@@ -40,7 +40,7 @@ class LowRank(Encoder):
         return forms
 
     def encode(self, arrays: Arrays, source: GaussianSource, warm: Arrays) -> Encoded:
-        """See Encoder; what is remembered is each matrix's right factor, random the first time."""
+        """See Compressor; what is remembered is each matrix's right factor, random the first time."""
         wire: Wire = {}
         factors: Arrays = {}
         for name, array in arrays.items():
@@ -58,7 +58,7 @@ class LowRank(Encoder):
         return Encoded(wire, factors)
 
     def decode(self, wire: Wire, shapes: Shapes) -> Arrays:
-        """See Encoder."""
+        """See Compressor."""
         return {name: self._array(wire, name, shape) for name, shape in shapes.items()}
 
     def _array(self, wire: Wire, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.learning.compression.encoder import kept
+from fedclaw.learning.compression.compressor import kept
 from fedclaw.learning.compression.feedback import ERROR, add_memory, remembered, to_remember
 from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.protocol.arrays import Arrays, Shapes, all_finite

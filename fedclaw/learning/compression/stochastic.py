@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.compression.encoder import Encoded, Encoder, finite, size
+from fedclaw.learning.compression.compressor import Compressor, Encoded, finite, size
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire
 
@@ -24,7 +24,7 @@ _LEVELS = {8: 127, 4: 7}
 
 
 @dataclass(frozen=True)
-class Stochastic(Encoder):
+class Stochastic(Compressor):
     """`w:codes` int8 (d,), or uint8 ((d + 1) / 2,), and `w:scales` float32 (blocks,)."""
 
     bits: int
@@ -33,7 +33,7 @@ class Stochastic(Encoder):
     """Numbers to a scale; None: the whole tensor."""
 
     def layout(self, shapes: Shapes) -> dict[str, Form]:
-        """See Encoder."""
+        """See Compressor."""
         forms = {}
         for name, shape in shapes.items():
             codes = np.dtype(np.int8) if self.bits == 8 else np.dtype(np.uint8)
@@ -43,7 +43,7 @@ class Stochastic(Encoder):
         return forms
 
     def encode(self, arrays: Arrays, source: GaussianSource, warm: Arrays) -> Encoded:
-        """See Encoder; nothing is remembered."""
+        """See Compressor; nothing is remembered."""
         wire: Wire = {}
         for name, array in arrays.items():
             codes, wire[name + _SCALES] = self._quantised(array.reshape(-1), source)
@@ -51,7 +51,7 @@ class Stochastic(Encoder):
         return Encoded(wire, {})
 
     def decode(self, wire: Wire, shapes: Shapes) -> Arrays:
-        """See Encoder."""
+        """See Compressor."""
         arrays: Arrays = {}
         for name, shape in shapes.items():
             scales = finite(name + _SCALES, wire[name + _SCALES])

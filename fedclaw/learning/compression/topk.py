@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedclaw.learning.compression import positions
-from fedclaw.learning.compression.encoder import Encoded, Encoder, finite, kept, size
+from fedclaw.learning.compression.compressor import Compressor, Encoded, finite, kept, size
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire, flattened, unflattened
 
@@ -17,13 +17,13 @@ _VALUES, _POSITIONS = "values", "positions"
 
 
 @dataclass(frozen=True)
-class LargestK(Encoder):
+class LargestK(Compressor):
     """`values` float32 (k,) and their `positions` among all d numbers of the update, tensor after tensor by name."""
 
     fraction: float
 
     def layout(self, shapes: Shapes) -> dict[str, Form]:
-        """See Encoder."""
+        """See Compressor."""
         numbers = sum(size(shape) for shape in shapes.values())
         count = kept(self.fraction, numbers)
         return {
@@ -32,14 +32,14 @@ class LargestK(Encoder):
         }
 
     def encode(self, arrays: Arrays, source: GaussianSource, warm: Arrays) -> Encoded:
-        """See Encoder; nothing is random."""
+        """See Compressor; nothing is random."""
         flat = flattened(arrays)
         count = kept(self.fraction, flat.size)
         chosen = np.sort(np.argpartition(np.abs(flat), flat.size - count)[flat.size - count :])
         return Encoded({_VALUES: flat[chosen], _POSITIONS: positions.coded(chosen, flat.size)}, {})
 
     def decode(self, wire: Wire, shapes: Shapes) -> Arrays:
-        """See Encoder."""
+        """See Compressor."""
         flat = np.zeros(sum(size(shape) for shape in shapes.values()), np.float32)
         values = finite(_VALUES, wire[_VALUES])
         flat[positions.read(wire[_POSITIONS], len(values), flat.size)] = values

@@ -25,7 +25,7 @@ from fedclaw.protocol.plan import Plan
 
 
 @dataclass(frozen=True)
-class Sampling:
+class ClientSampling:
     """How one client samples and noises: Poisson `rate`, noise multiplier, L2 `bound` of an example's gradient."""
 
     rate: float
@@ -35,7 +35,7 @@ class Sampling:
     source: GaussianSource
 
     @classmethod
-    def of(cls, plan: Plan, mechanism: NoiseEvent | None, examples: int, source: GaussianSource) -> "Sampling":
+    def of(cls, plan: Plan, mechanism: NoiseEvent | None, examples: int, source: GaussianSource) -> "ClientSampling":
         """What `plan` asks of a client with so many examples, which is charged `mechanism`. Raises PrivacyError."""
         steps = mechanism_of(plan).sampling(examples, mechanism)
         if steps is None:
@@ -72,7 +72,7 @@ class PrivateStep:
         inputs: torch.Tensor,
         targets: torch.Tensor,
         gradients: torch.Tensor,
-        samplings: Sequence[Sampling],
+        samplings: Sequence[ClientSampling],
     ) -> None:
         """Write the first k clients' noised gradients to rows (k, D); inputs (N, *D), targets (N, ...)."""
         count = packing.clients
@@ -91,7 +91,7 @@ class PrivateStep:
         inputs: torch.Tensor,
         targets: torch.Tensor,
         views: Sequence[torch.Tensor],
-        samplings: Sequence[Sampling],
+        samplings: Sequence[ClientSampling],
     ) -> None:
         """Clipped gradients, summed by client and divided by the expected batch."""
         records = self._engine.recorded(packing, inputs, targets)
@@ -110,7 +110,7 @@ class PrivateStep:
             inputs, gradient = inputs[:, None], gradient[:, None]
         return self._rules[id(layer)].rows(inputs, gradient)
 
-    def _factors(self, packing: Packing, norms: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
+    def _factors(self, packing: Packing, norms: torch.Tensor, samplings: Sequence[ClientSampling]) -> torch.Tensor:
         """(k, N), float64: what each example's gradient counts by in each client's sum."""
         owner = packing.client_of_row
         bounds = torch.tensor([sampling.bound / NORM_MARGIN for sampling in samplings], dtype=torch.float64)[owner]

@@ -165,9 +165,14 @@ def histograms_of(logits: Doubles, targets: Labels, bins: int) -> Doubles:
     chosen = [1] if classes == 2 else list(range(classes))
     found = np.zeros((len(chosen), 2, bins))
     for row, c in enumerate(chosen):
-        where = np.searchsorted(edges(bins), np.nan_to_num(log_odds(logits, c), nan=-np.inf), side="right")
+        where = bin_of(log_odds(logits, c), edges(bins))
         np.add.at(found[row], ((targets == c).astype(np.int64), where), 1.0)
     return found
+
+
+def bin_of(scores: Doubles, ends: Doubles) -> NDArray[np.intp]:
+    """The bin of each score (N,), from 0, between `ends` (B - 1,); a score that is no number lies in the first bin."""
+    return np.searchsorted(ends, np.nan_to_num(scores, nan=-np.inf), side="right")
 
 
 def log_odds(logits: Doubles, c: int) -> Doubles:

@@ -8,7 +8,7 @@ from scipy.stats import chi2
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning.compression import positions
-from fedclaw.learning.compression.encoder import kept
+from fedclaw.learning.compression.compressor import kept
 from fedclaw.learning.compression.fp16 import Fp16
 from fedclaw.learning.compression.powersgd import LowRank
 from fedclaw.learning.compression.stochastic import Stochastic, packed, unpacked
@@ -26,31 +26,31 @@ def update(seed=0, scale=1.0):
     return {name: np.array(generator.normal(size=shape) * scale, dtype=np.float32) for name, shape in shapes.items()}
 
 
-def through(encoder, arrays, warm=None):
+def through(compressor, arrays, warm=None):
     """What a server reads of what travelled, as records."""
-    wire = encoder.encode(arrays, SOURCE, warm or {}).wire
+    wire = compressor.encode(arrays, SOURCE, warm or {}).wire
     shapes = shapes_of(arrays)
-    return encoder.decode(unpack_wire(pack_wire(wire), encoder.layout(shapes)), shapes)
+    return compressor.decode(unpack_wire(pack_wire(wire), compressor.layout(shapes)), shapes)
 
 
-def _named(encoder):
+def _named(compressor):
     """The same in every process, which a plain object's repr is not."""
-    return "Fp16" if isinstance(encoder, Fp16) else repr(encoder)
+    return "Fp16" if isinstance(compressor, Fp16) else repr(compressor)
 
 
-@pytest.mark.parametrize("encoder", METHODS, ids=_named)
-def test_what_is_read_has_the_updates_names_and_shapes(encoder):
+@pytest.mark.parametrize("compressor", METHODS, ids=_named)
+def test_what_is_read_has_the_updates_names_and_shapes(compressor):
     arrays = update()
-    found = through(encoder, arrays)
+    found = through(compressor, arrays)
     assert {name: (a.shape, a.dtype) for name, a in found.items()} == {
         name: (a.shape, a.dtype) for name, a in arrays.items()
     }
-    assert payload(encoder.encode(arrays, SOURCE, {}).wire) < payload(arrays)
+    assert payload(compressor.encode(arrays, SOURCE, {}).wire) < payload(arrays)
 
 
-@pytest.mark.parametrize("encoder", METHODS, ids=_named)
-def test_zeros_stay_zeros(encoder):
-    found = through(encoder, {"w": np.zeros((6, 50), np.float32), "b": np.zeros(3, np.float32)})
+@pytest.mark.parametrize("compressor", METHODS, ids=_named)
+def test_zeros_stay_zeros(compressor):
+    found = through(compressor, {"w": np.zeros((6, 50), np.float32), "b": np.zeros(3, np.float32)})
     assert not any(array.any() for array in found.values())
 
 
@@ -122,11 +122,11 @@ def test_quantisation_is_unbiased_and_rounding_to_the_nearest_is_not(bits):
     array = np.random.default_rng(1).normal(size=2000).astype(np.float32)
     levels = 127 if bits == 8 else 7
     step = float(np.abs(array).max()) / levels
-    encoder = Stochastic(bits, None)
-    assert bias_of(lambda: through(encoder, {"w": array})["w"], array, step, 200) > 1e-8
+    compressor = Stochastic(bits, None)
+    assert bias_of(lambda: through(compressor, {"w": array})["w"], array, step, 200) > 1e-8
     assert bias_of(lambda: np.rint(array / step) * step, array, step, 200) < 1e-12
     slightly = np.float32(step * 0.02)
-    assert bias_of(lambda: through(encoder, {"w": array})["w"] + slightly, array, step, 200) < 1e-12
+    assert bias_of(lambda: through(compressor, {"w": array})["w"] + slightly, array, step, 200) < 1e-12
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(8, 1000 + 4 * 4), (4, 500 + 4 * 4)])
@@ -195,13 +195,13 @@ def test_a_warm_start_comes_to_the_best_approximation_and_a_cold_one_does_not():
     matrix = low_rank(3, seed=5) + 0.3 * np.random.default_rng(6).normal(size=(30, 45)).astype(np.float32)
     values = np.linalg.svd(matrix, compute_uv=False)
     best = np.sqrt((values[2:] ** 2).sum())
-    encoder, warm = LowRank(2), {}
+    compressor, warm = LowRank(2), {}
     for _ in range(30):
-        encoded = encoder.encode({"w": matrix}, SOURCE, warm)
+        encoded = compressor.encode({"w": matrix}, SOURCE, warm)
         warm = encoded.warm
-    found = encoder.decode(encoded.wire, {"w": matrix.shape})["w"]
+    found = compressor.decode(encoded.wire, {"w": matrix.shape})["w"]
     assert np.linalg.norm(matrix - found) <= best * 1.001
-    cold = [np.linalg.norm(matrix - through(encoder, {"w": matrix})["w"]) for _ in range(30)]
+    cold = [np.linalg.norm(matrix - through(compressor, {"w": matrix})["w"]) for _ in range(30)]
     assert min(cold) > best * 1.001
 
 
@@ -214,7 +214,7 @@ def test_vectors_and_matrices_that_factors_would_not_shorten_travel_as_they_are(
 
 
 @pytest.mark.parametrize(
-    ("encoder", "shapes", "change"),
+    ("compressor", "shapes", "change"),
     [
         (Fp16(), {"w": (3,)}, {"w": np.zeros(3, np.float32)}),
         (Fp16(), {"w": (3,)}, {"w": np.array([1, np.inf, 0], np.float16)}),
@@ -238,18 +238,18 @@ def test_vectors_and_matrices_that_factors_would_not_shorten_travel_as_they_are(
         (LowRank(1), {"w": (9, 8)}, {"w": np.zeros((9, 8), np.float32)}),
     ],
 )
-def test_a_malformed_answer_is_an_update_error(encoder, shapes, change):
-    honest = encoder.encode({n: np.ones(s, np.float32) for n, s in shapes.items()}, SOURCE, {}).wire
-    layout = encoder.layout(shapes)
-    encoder.decode(unpack_wire(pack_wire(honest), layout), shapes)
+def test_a_malformed_answer_is_an_update_error(compressor, shapes, change):
+    honest = compressor.encode({n: np.ones(s, np.float32) for n, s in shapes.items()}, SOURCE, {}).wire
+    layout = compressor.layout(shapes)
+    compressor.decode(unpack_wire(pack_wire(honest), layout), shapes)
     with pytest.raises(UpdateError):
-        encoder.decode(unpack_wire(pack_wire({**honest, **change}), layout), shapes)
+        compressor.decode(unpack_wire(pack_wire({**honest, **change}), layout), shapes)
 
 
-@pytest.mark.parametrize("encoder", METHODS, ids=_named)
-def test_an_answer_that_lacks_an_array_is_an_update_error(encoder):
+@pytest.mark.parametrize("compressor", METHODS, ids=_named)
+def test_an_answer_that_lacks_an_array_is_an_update_error(compressor):
     arrays = update()
-    wire = encoder.encode(arrays, SOURCE, {}).wire
+    wire = compressor.encode(arrays, SOURCE, {}).wire
     wire.pop(sorted(wire)[0])
     with pytest.raises(UpdateError, match="missing or unknown"):
-        unpack_wire(pack_wire(wire), encoder.layout(shapes_of(arrays)))
+        unpack_wire(pack_wire(wire), compressor.layout(shapes_of(arrays)))

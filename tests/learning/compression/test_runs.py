@@ -7,7 +7,7 @@ import torch
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
-from fedclaw.learning.compression.encoder import kept
+from fedclaw.learning.compression.compressor import kept
 from fedclaw.learning.compression.randomk import positions
 from fedclaw.learning.compression.stochastic import Stochastic
 from fedclaw.learning.compression.topk import LargestK
@@ -237,8 +237,8 @@ def test_what_leaves_is_a_function_of_the_noised_delta(directories, method):
         replies.append(asker.ask(compression=compression))
         asker.site.ledger.close()
     noised = {name: array.numpy() for name, array in replies[0].content["sum"].items()}
-    encoder = LargestK(0.1) if method == "topk" else Stochastic(8, 256)
-    wanted = encoder.encode(noised, askers[0].site.source, {}).wire
+    compressor = LargestK(0.1) if method == "topk" else Stochastic(8, 256)
+    wanted = compressor.encode(noised, askers[0].site.source, {}).wire
     found = {name: array.numpy() for name, array in replies[1].content["sum"].items()}
     assert found.keys() == wanted.keys()
     for name, array in wanted.items():

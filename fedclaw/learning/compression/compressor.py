@@ -1,6 +1,6 @@
 """What the methods share whose form of an update is each site's own.
 
-An encoder knows, from the shapes of an update alone, the names, types and shapes of the arrays that travel. The server
+A compressor knows the arrays that travel (names, types, shapes) from the shapes of an update alone. The server
 holds an answer to exactly those before it opens it, so that opening one takes the memory of one model, whatever a site
 sends.
 
@@ -23,13 +23,13 @@ from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire
 
 @dataclass(frozen=True)
 class Encoded:
-    """An update in the form that travels, and what the encoder wants to find again at the next one."""
+    """An update in the form that travels, and what the compressor wants to find again at the next one."""
 
     wire: Wire
     warm: Arrays
 
 
-class Encoder(ABC):
+class Compressor(ABC):
     """One method with its settings. The arrays of an update are float32 and finite."""
 
     @abstractmethod
