@@ -31,7 +31,7 @@ from fedclaw.site.policy.checks import check_request
 from fedclaw.site.privacy_budget import Asking, reserve
 from fedclaw.site.secure import SecureIdentity, answer_stage, masking
 from fedclaw.site.site import Site
-from fedclaw.site.statistics import Statistics, request_of
+from fedclaw.site.statistics import NoisedStatistics, request_of
 from fedclaw.site.training import Training
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ _KINDS: Mapping[tuple[type, str], Callable[[SiteService, Any, Message], Answerin
     (Plan, MessageType.EVALUATE): lambda site, plan, message: Evaluation(
         site, plan, message.content, Asking(message), site.outbound
     ),
-    (StatisticsRequest, STATISTICS): lambda site, request, message: Statistics(
+    (StatisticsRequest, STATISTICS): lambda site, request, message: NoisedStatistics(
         site, request, message.content, Asking(message)
     ),
 }
