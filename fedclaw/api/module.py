@@ -204,6 +204,12 @@ def _require_parameters_alone(model: nn.Module) -> None:
             "clients' batch statistics cannot be averaged, nor be private; take GroupNorm or LayerNorm in place of "
             "BatchNorm"
         )
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise UsageError(
+                f"{name} is a {type(layer).__name__}, which makes one example's output depend on the others of its "
+                "batch: take GroupNorm or LayerNorm"
+            )
     parameters = dict(model.named_parameters())
     if not parameters:
         raise UsageError("the model has no parameters to train")
@@ -233,3 +239,5 @@ def _require_shape(model: nn.Module, inputs: torch.Tensor, task: Task) -> None:
             f"the model gives {tuple(outputs.shape)} for inputs of the shape {shape}, and the data has {what}: its "
             f"last layer has to have {task.outputs} outputs, ({len(inputs)}, {task.outputs})"
         )
+    if not torch.isfinite(outputs).all():
+        raise UsageError("the model gives numbers that are not finite for the first examples")

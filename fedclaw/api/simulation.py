@@ -167,13 +167,13 @@ def simulate(
             "privacy": privacy._request() if isinstance(privacy, LocalPrivacy) else None,
             "central": calibrated(privacy._request(), rounds) if isinstance(privacy, CentralPrivacy) else None,
             "weighting": weighting,
-            "rules": _checked({"minimum": 1, "fraction": fraction}, RoundRules, "simulate"),
+            "rules": _rules(len(federation), fraction),
             "seed": seed,
         }
         record = _checked(fields, RunRecord, "simulate")
         if reason := mechanism_of(record).out_of_range():
             raise UsageError(f"simulate: {reason}")
-        record = with_strategy(simulated(record, way, len(federation)))
+        record = _with_strategy(simulated(record, way, len(federation)))
         path, holder = _place(directory)
         kept = RunDirectory.create(path, record)
         simulate_cohorts(kept, _simulated(federation, workload), way, [_Teller(on_round)] if on_round else [])
@@ -227,6 +227,19 @@ def _checked(fields: dict[str, Any], make: Callable[..., V], where: str) -> V:
 def _as_written(part: str) -> str:
     name, colon, rest = part.partition(":")
     return f"{_OURS.get(name, name)}{colon}{rest}"
+
+
+def _rules(clients: int, fraction: float) -> RoundRules:
+    """A round counts with all that it asks: simulated clients are never away."""
+    rules = _checked({"minimum": clients, "fraction": fraction}, RoundRules, "simulate")
+    return rules.model_copy(update={"minimum": max(1, round(rules.fraction * clients))})
+
+
+def _with_strategy(record: RunRecord) -> RunRecord:
+    try:
+        return with_strategy(record)
+    except UsageError as error:
+        raise UsageError(str(error).replace("sites.minimum", "clients=, or fraction=,")) from error
 
 
 def _place(directory: str | Path | None) -> tuple[Path, object]:

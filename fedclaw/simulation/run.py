@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.strategy import Buffered
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.server import checkpoint
@@ -33,6 +34,11 @@ log = logging.getLogger(__name__)
 def simulated(record: RunRecord, settings: SimulationSettings, clients: int) -> RunRecord:
     """The record of a run whose clients are simulated. Raises UsageError for what a simulation cannot do."""
     refuse_secure(record.secure is not None)
+    if issubclass(strategy_class(record.strategy.name), Buffered):
+        raise UsageError(
+            f"strategy {record.strategy.name!r} steps on whoever answers first, and simulated clients answer all at "
+            "once: take another one, or sites, which differ in their speed (runtime=sites)"
+        )
     about = Simulated(clients=clients, save_every=settings.save_every, repeatable_noise=settings.repeatable_noise)
     return record.model_copy(update={"simulated": about})
 

@@ -240,8 +240,11 @@ class Trainer:
             def write(packing: Packing) -> None:
                 taker.gradients(*self._examples(packing))
                 for view, parameter in zip(views, engine.model.parameters(), strict=True):
-                    assert parameter.grad is not None
-                    view.copy_(parameter.grad)
+                    if parameter.requires_grad:
+                        assert parameter.grad is not None
+                        view.copy_(parameter.grad)
+                    else:
+                        view.zero_()
 
             take_steps(packings, RowSteps(write, training, stack, gradients), correct)
 

@@ -117,6 +117,23 @@ def test_an_installed_strategy_with_settings(federation):
     assert (run.record.strategy.name, run.record.strategy.settings["mu"]) == ("fedprox", 0.3)
 
 
+@pytest.mark.parametrize("privacy", [None, PRIVATE])
+def test_what_is_not_to_be_trained_stays(federation, privacy):
+    run = fedclaw.simulate(federation, Half, privacy=privacy, directory=None, **QUICK)
+    torch.manual_seed(run.record.seed)
+    start = Half()
+    np.testing.assert_array_equal(run.parameters["hidden.weight"], start.hidden.weight.detach().numpy())
+    assert np.abs(run.parameters["head.weight"] - start.head.weight.detach().numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("strategy", ["krum", "median", "trimmed_mean", "scaffold", "fedper"])
+def test_strategies_that_count_on_more_than_one_answer(strategy):
+    federation = fedclaw.Federation.from_arrays(*examples(), clients=6, seed=1)
+    run = fedclaw.simulate(federation, Net, strategy=strategy, **QUICK)
+    assert run.record.rules.minimum == 6
+    assert len(run.history) == 3
+
+
 def test_a_number_is_predicted():
     x, y = examples()
     federation = fedclaw.Federation.from_arrays(x, x[:, 0] + y, clients=4, value_range=(-10, 10), seed=1)
@@ -192,6 +209,30 @@ class Normed(nn.Module):
         return self.head(self.norm(inputs))
 
 
+class Unkept(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5, track_running_stats=False)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        return self.head(self.norm(inputs))
+
+
+class Infinite(Net):
+    def forward(self, inputs):
+        return super().forward(inputs) / 0
+
+
+class Half(Net):
+    """Its first layer is not to be trained, and it has it twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden.requires_grad_(False)
+        self.again = self.head
+
+
 class Nameless(fedclaw.Strategy):
     def server_optimizer(self, parameters):
         return torch.optim.SGD(parameters, lr=1.0)
@@ -217,6 +258,8 @@ def infinite():
     ("model", "changes", "words"),
     [
         (Normed, {}, r"in BatchNorm1d \(norm.running_mean.*take GroupNorm"),
+        (Unkept, {}, "norm is a BatchNorm1d.*take GroupNorm"),
+        (Infinite, {}, "gives numbers that are not finite"),
         (Needing, {}, r"Needing cannot be made without arguments.*lambda: Needing\(\.\.\.\)"),
         (lambda: Net(5, 4), {}, r"gives \(2, 4\) for inputs of the shape \(2, 5\), and the data has 3 classes"),
         (lambda: Net(7), {}, r"cannot take inputs of the shape \(2, 5\).*RuntimeError: mat1 and mat2"),
@@ -239,6 +282,8 @@ def infinite():
         (Net, {"optimizer": "adamw"}, "optimizer: .*'sgd' or 'adam'"),
         (Net, {"fraction": 0}, "fraction: .*greater than 0"),
         (Net, {"workers": 0}, "workers: .*greater than or equal to 1"),
+        (Net, {"strategy": "fedbuff"}, "simulated clients answer all at once"),
+        (Net, {"strategy": "krum"}, "needs the updates of at least 5 .*counts with 4: set clients"),
         (Net, {"weighting": "equal"}, "weighting: "),
         (Net, {"privacy": 8}, "give fedclaw.LocalPrivacy"),
         (Net, {"privacy": PRIVATE, "strategy": "qfedavg"}, "training data, which no noise covers"),

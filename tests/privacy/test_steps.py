@@ -16,7 +16,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.privacy.gradients.clipping import add_clipped
 from fedclaw.privacy.gradients.interface import Clip
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.speed import StepSpeed
+from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, poisson_batches, shuffled_batches
 
 HUGE = 1e6
@@ -37,7 +37,7 @@ def conv() -> nn.Module:
 
 
 def batch(model: nn.Module, count: int, features: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (count, 1, 6, 6) if isinstance(model[0], nn.Conv2d) else (count, features)
+    shape = (count, 1, 6, 6) if isinstance(next(model.children()), nn.Conv2d) else (count, features)
     return torch.randn(shape), torch.randint(0, CLASSES, (count,))
 
 
@@ -76,6 +76,35 @@ def microbatch_oracle(
         total += single * min(1.0, bound / float(single.norm()))
     model.zero_grad()
     return total / expected
+
+
+class UnderTwoNames(nn.Module):
+    """One layer that the model has twice, and one weight that two layers share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.again = self.first
+        self.one, self.other = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+        self.other.weight = self.one.weight
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        features = self.again(torch.tanh(self.first(inputs)))
+        outputs: torch.Tensor = self.head(self.other(torch.tanh(self.one(features))))
+        return outputs
+
+
+@pytest.mark.parametrize("mode", ["auto", "vmap"])
+def test_a_layer_under_two_names_against_one_example_at_a_time(mode: Mode) -> None:
+    model = UnderTwoNames()
+    data, before = batch(model, 6), dict(model.named_parameters())
+    expected = microbatch_oracle(model, data, 0.5, 8.0)
+    values = {"max_grad_norm": 0.5, "noise_multiplier": 0.0, "expected_batch_size": 8.0}
+    with PrivateGradients(model, loss, source=GaussianSource(), speed=StepSpeed(mode=mode), **values) as steps:
+        steps.gradients(*data)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    torch.testing.assert_close(flat(model), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [linear, conv])

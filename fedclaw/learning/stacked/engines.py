@@ -10,12 +10,13 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from fedclaw.learning.stacked.batched import BatchedModel, Loss
 from fedclaw.learning.stacked.convolution import CHANNELS_LAST
 from fedclaw.learning.stacked.layout import Layout
 from fedclaw.learning.stacked.packing import Packing
+from fedclaw.privacy.gradients.interface import functional
 
 Build = Callable[[], nn.Module]
 """A fresh model."""
@@ -75,11 +76,12 @@ class VmapModel:
         self._views: list[torch.Tensor] = []
         self._changes: list[torch.Tensor] = []
 
+        call = functional(model)
+
         def of_one(
             moving: dict[str, torch.Tensor], fixed: dict[str, torch.Tensor], inputs: torch.Tensor, targets: torch.Tensor
         ) -> torch.Tensor:
-            outputs = functional_call(model, (moving, fixed), (inputs,))
-            return loss(inputs, outputs, targets)
+            return loss(inputs, call(fixed | moving, inputs), targets)
 
         self._map = vmap(grad(of_one), in_dims=(0, None, 0, 0), randomness="different")
 

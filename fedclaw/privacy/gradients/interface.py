@@ -3,12 +3,13 @@
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.func import functional_call
 
 from fedclaw.errors import PrivacyError
 
@@ -65,6 +66,32 @@ class ClippedSums(Protocol):
 
 class Unsuited(PrivacyError):
     """A clipping engine cannot take this model; another one can. Its text says why."""
+
+
+Called = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+"""(tensors by the name of parameter or buffer, inputs (B, *D)) -> outputs (B, ...)."""
+
+
+def functional(model: torch.nn.Module) -> Called:
+    """`model` with other parameters and buffers in the place of its own, which stay what they are.
+
+    A layer that the model has under two names is filled once: torch's own tying fills it twice, and then puts its
+    tensors back in the place of parameters.
+    """
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    places = {
+        f"{prefix}.{own}" if prefix else own: names[id(tensor)]
+        for prefix, module in model.named_modules()
+        for own, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+    def call(values: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+        placed = {place: values[name] for place, name in places.items()}
+        outputs: torch.Tensor = functional_call(model, placed, (inputs,), tie_weights=False)
+        return outputs
+
+    return call
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, LARGEST_NORM, NORM_MARGIN, add_clipped
-from fedclaw.privacy.gradients.interface import Clip, Loss, Products, Unsuited, trainable
+from fedclaw.privacy.gradients.interface import Clip, Loss, Products, Unsuited, functional, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +120,11 @@ class CompiledVmap(Vmap):
 
 
 def _loss_of_one(model: torch.nn.Module, loss: Loss) -> Callable[..., torch.Tensor]:
+    call = functional(model)
+
     def loss_of_one(moving: Parameters, fixed: Parameters, example: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         inputs = example[None]
-        outputs = functional_call(model, (moving, fixed), (inputs,))
+        outputs = call(fixed | moving, inputs)
         return loss(inputs, outputs, target[None])
 
     return loss_of_one
