@@ -14,7 +14,9 @@ A schema file, which all sites of a federation share:
     unseen: refuse_row                                       # or missing, or other: values that are no level
     identifiers: [patient]                                   # no inputs; written beside a prediction
 
-`target` takes `weights: {malignant: 10}` too: how much an example counts in the loss, by label, 1 if not stated.
+`target` takes `weights: {malignant: 10}` too: how much an example counts in the loss, by label, 1 if not stated. A
+number is predicted by `target: {name: dose, kind: numeric, range: [0, 40], loss: squared}` (or huber, or poisson), see
+`fedclaw.learning.tasks.regression`.
 
 How each kind of column becomes numbers, missing cells included, is in `columns`. The target may not be missing.
 `missing` can be given to one column, and then holds there alone.
