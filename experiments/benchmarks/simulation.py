@@ -8,6 +8,10 @@ model file, the MLflow run. `ratio` is the median over the runs of FedClaw's wal
 same run, `processor` the same of this process's processor time (others' load is not in it; with two workers their own
 work is not either). `accuracy` is the median of the last round's. What is imported once is not counted, for either.
 
+What moves the MLP's ratio from machine to machine is the cache: many clients at once hold some 12 MB of weights, the
+plain loop one client's 1.2 MB. Where the last-level cache is shared with busy neighbours, every weight comes from
+memory twice a step, and a step costs about twice as much; the plain loop's cost grows less. Threads are one everywhere.
+
 Where they are installed, Flower on Ray with two actors (the extra `ray`) and Apple's pfl in one process (see
 `experiments.benchmarks.rival_pfl`) do the same job in the first `rivals` of these runs; 0 leaves them out. One run is
 the default, because Flower takes many times as long as the plain loop: of one run, read the ratio's first digit. Their
@@ -35,7 +39,7 @@ from experiments.benchmarks.digits import Job, run_fedclaw, run_plain
 from experiments.benchmarks.report import Row, report
 
 RUNS, ROUNDS, RIVAL_RUNS = 5, 30, 1
-TARGETS = {"cnn_1": 0.55, "cnn_2": 0.35, "mlp_1": 0.90, "mlp_2": 0.55}
+TARGETS = {"cnn_1": 0.40, "cnn_2": 0.32, "mlp_1": 0.75, "mlp_2": 0.55}
 
 
 @dataclass

@@ -11,14 +11,14 @@ computed from the gradients afterwards is post-processing.
 
 Floating point. Norms, factors and sums are float64, and a clipped gradient keeps 1e-6 of the bound in hand
 (`fedclaw.privacy.gradients.clipping`), so that one example moves the sum before noise (`exact`) by at most the
-sensitivity, at batches of up to ten million examples, whatever the parameters are; noise is added to that sum, and
-what is rounded to float32 is the noisy one. A large sum is multiplied out, noised and rounded some rows at a time, so
-that its float64 form need not go through memory; each number is still a float64 sum, and gets its noise before it is
-rounded. Without noise of its own, `.grad` is the rounded sum: one example moves it
-by up to 2^-23 of the sum's own norm more. The gradients themselves are float32: one example's has to come out alike
-whatever else is in the batch and wherever it stands there, for parameters can be such that rounding is all that is left
-of it. On a CPU torch does that (measured with MKL, whose promise it is, and oneDNN) where MKL is told to
-(`fedclaw.environment`) and the number of rows is a multiple of COMPANY, so chunks are filled up to one.
+sensitivity, at batches of up to ten million examples, whatever the parameters are; noise is added to that sum, and what
+is rounded to float32 is the noisy one. A large sum is multiplied out, noised and rounded some rows at a time, so that
+its float64 form need not go through memory; each number is still a float64 sum, and gets its noise before it is
+rounded. Without noise of its own, `.grad` is the rounded sum: one example moves it by up to 2^-23 of the sum's own norm
+more. The gradients themselves are float32: one example's has to come out alike whatever else is in the batch and
+wherever it stands there, for parameters can be such that rounding is all that is left of it. On a CPU torch does that
+(measured with MKL, whose promise it is, and oneDNN) where MKL is told to (`fedclaw.environment`) and the number of rows
+is a multiple of COMPANY, so chunks are filled up to one.
 
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """
