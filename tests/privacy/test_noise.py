@@ -149,3 +149,13 @@ def test_words_are_the_keystream_and_never_repeat() -> None:
     expected = Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(bytes(800_000))
     assert words.tobytes() == expected
     assert len(np.unique(words)) == len(words)
+
+
+def test_the_noise_of_a_key_does_not_depend_on_whose_logarithm_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's where the processor makes it fast, else torch's: the same numbers but for the last digits."""
+    made = []
+    for fast in (False, True):
+        monkeypatch.setattr("fedclaw.privacy.noise._NUMPY_HAS_FAST_LOG", fast)
+        made.append(GaussianSource(insecure_fixed_key_for_tests=bytes(32)).standard(100_001))
+    torch.testing.assert_close(made[0], made[1], rtol=1e-12, atol=0)
+    assert 0.98 < float(made[0].std()) < 1.02
