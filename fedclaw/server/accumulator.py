@@ -19,7 +19,7 @@ RobustAggregate = Callable[[NDArray[np.float32], NDArray[np.float64]], NDArray[n
 
 
 def robust_aggregation(strategy: "Strategy", state: Mapping[str, Arrays]) -> RobustAggregate | None:
-    """What `strategy` makes of single updates when its server half remembers `state`; None if it takes their sum."""
+    """`strategy.robust_aggregate` with the server's `state`; None for a strategy that takes the sum of the updates."""
     if not strategy.needs_single_updates:
         return None
     return lambda updates, weights: strategy.robust_aggregate(updates, weights, state)
@@ -61,12 +61,12 @@ class WeightedSum:
         self.count += count
 
     def restore(self, total: Update, count: int) -> None:
-        """Take over a sum that was made elsewhere, over `count` sites."""
+        """Replace the sum by one over `count` sites that was made elsewhere."""
         self.arrays, self.weight, self.examples, self.count = total.arrays, total.weight, total.examples, count
         self.heaviest = total.heaviest
 
     def take(self) -> Update:
-        """The sum, handed over: nothing can be added afterwards."""
+        """Hand over the sum. Nothing can be added afterwards."""
         arrays, self.arrays = self.arrays, {}
         return Update(arrays, self.weight, self.examples, self.heaviest)
 
@@ -126,11 +126,11 @@ class UpdateStack(WeightedSum):
         self._count(weight, examples)
 
     def include(self, part: Update, count: int) -> None:
-        """A sum is of no use here. Raises UpdateError."""
+        """Raises UpdateError: single updates are needed here, not a sum of them."""
         raise UpdateError("single updates are wanted here, not a sum of them")
 
     def take(self) -> Update:
-        """The combination. Raises UpdateError when there are too few updates for it."""
+        """Hand over the robust aggregate. Raises UpdateError when there are too few updates for it."""
         if self._updates:
             combined = self._robust(*self._in_order()) * np.float32(self.weight)
             start = 0
@@ -141,7 +141,7 @@ class UpdateStack(WeightedSum):
         return super().take()
 
     def _in_order(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Updates (n, d) and weights (n,); each update is let go as it is copied, so that n + 1 are held at most."""
+        """Updates (n, d) and weights (n,). Each update is released as it is copied: at most n + 1 are held."""
         digests = [hashlib.sha256(update.data).digest() for update in self._updates]
         order = sorted(range(self.count), key=lambda position: (digests[position], self._weights[position]))
         stack = np.empty((self.count, self._updates[0].size), np.float32)

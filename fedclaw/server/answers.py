@@ -44,7 +44,7 @@ class Declined:
 
 @dataclass
 class CohortAnswers(ABC):
-    """What came back from one exchange, added up. `silent` are the sites that did not answer in time."""
+    """The answers of one exchange, added up. `silent` are the sites that did not answer in time."""
 
     seconds: float = 0.0
     answered: list[str] = field(default_factory=list)
@@ -52,7 +52,7 @@ class CohortAnswers(ABC):
     silent: list[str] = field(default_factory=list)
 
     def add_reply(self, site: str, reply: Message) -> None:
-        """Add the answer of `site`, or note why it cannot be added."""
+        """Add the answer of `site`, or record why it cannot be added."""
         if reply.has_error():
             self.declined.append(Declined(site, _code_name(reply.error.code), _words(reply.error.reason)))
             return
@@ -90,7 +90,7 @@ class Trained(CohortAnswers):
     def for_plan(
         cls, plan: Plan, parameters: Mapping[str, NDArray[np.float32]], robust: RobustAggregate | None = None
     ) -> "Trained":
-        """Ready for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
+        """An empty sum for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
         template = postprocess.sum_of(parameters, plan)
         bounded = plan.weighting == "capped"
         total = (
@@ -172,7 +172,7 @@ class Evaluated(CohortAnswers):
 
 
 def weights_in(content: RecordDict) -> tuple[float, int]:
-    """Weight and examples of an answer. Raises UpdateError for absurd ones."""
+    """Weight and number of examples of an answer. Raises UpdateError for impossible ones."""
     record = part(content.metric_records, METRICS)
     weight, examples = _number(record, WEIGHT), _number(record, EXAMPLES)
     if not 1 <= examples <= MOST_EXAMPLES or examples != int(examples) or weight <= 0:
@@ -181,10 +181,10 @@ def weights_in(content: RecordDict) -> tuple[float, int]:
 
 
 def check_weight(weight: float, examples: int, weighting: Weighting, cap: int | None = None) -> None:
-    """Raise UpdateError for another weight than a site with so many examples has.
+    """Raise UpdateError unless `weight` is that of a site with `examples` examples.
 
-    The plan determines it, so nothing is left to the site but how many examples it has, which nobody can check: by one
-    that it may choose it would take any share of a mean, and scale the server's noise.
+    The plan determines the weight: a site that chose its own could take any share of the mean, and would scale the
+    server's noise. Only the number of examples, which nobody can check, is the site's own word.
     """
     if weight != weight_of(examples, weighting, cap):
         raise UpdateError(f"weight {weight:g} does not belong to {examples} examples weighted by {weighting}")
@@ -224,7 +224,7 @@ def receipt_in(content: RecordDict) -> Receipt:
 
 
 def receipt_text(content: RecordDict) -> str:
-    """The JSON of an answer's receipt. Raises UpdateError when it is none, or longer than any receipt."""
+    """The JSON of an answer's receipt. Raises UpdateError if it is missing, no text, or longer than any receipt."""
     text = part(content.config_records, RECEIPT).get(JSON)
     if not isinstance(text, str) or len(text) > LONGEST_RECEIPT:
         raise UpdateError(f"the privacy receipt is malformed: it is no text of at most {LONGEST_RECEIPT} characters")
@@ -232,7 +232,7 @@ def receipt_text(content: RecordDict) -> str:
 
 
 def reasons_of(answers: CohortAnswers, failure: str | None = None) -> str:
-    """`failure`, and why each site that gave no usable answer did not; of very many the first."""
+    """Why each site gave no usable answer, after `failure`; at most the first `MOST_REASONS`."""
     reasons = [failure] if failure else []
     reasons += [f"{declined.site}: {declined.reason}" for declined in answers.declined]
     reasons += [f"{site}: no answer in time" for site in answers.silent]

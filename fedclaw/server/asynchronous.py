@@ -32,14 +32,14 @@ LOOK_AGAIN = 0.02
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question that a site is at work on, and the step that it was asked for."""
+    """A question that a site is working on, and the step for which it was asked."""
 
     message_id: str
     step: int
 
 
 class Buffer:
-    """The sites at work for one run, and what they have sent for the next step."""
+    """The sites that are working for one run, and their answers for the next step."""
 
     def __init__(self, grid: Grid, strategy: Buffered) -> None:
         self._grid = grid
@@ -50,7 +50,7 @@ class Buffer:
 
     @property
     def busy(self) -> frozenset[int]:
-        """Nodes that are at work: what else they are asked they answer later."""
+        """Nodes that are working; they answer further questions later."""
         return frozenset(self._in_flight)
 
     def train(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing, deadline: float) -> Trained:
@@ -86,7 +86,7 @@ class Buffer:
         self._asked.update(idle)
 
     def _take_arrived(self, gathered: Trained, step: int) -> bool:
-        """Add what has arrived, as far as it is wanted; whether there was any."""
+        """Add the answers that have arrived, as many as the step still needs. Whether any had arrived."""
         arrived = False
         for node, asked in list(self._in_flight.items()):
             if len(gathered.answered) >= self._strategy.size:

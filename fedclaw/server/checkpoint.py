@@ -45,7 +45,7 @@ class Checkpoint:
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write `checkpoint` and remove all but the newest `KEPT`. Holds none of its arrays a second time."""
+    """Write `checkpoint` and remove all but the newest `KEPT`. Copies none of its arrays."""
     plain = {"round": checkpoint.round, "clip": checkpoint.clip, "came": checkpoint.came}
     about = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
     parameters = {_PARAMETERS + name: array for name, array in checkpoint.parameters.items()}
@@ -105,7 +105,7 @@ def _digest_of_body(file: IO[bytes]) -> bytes:
 
 
 class _Body(io.RawIOBase):
-    """What follows the digest in a checkpoint's file, as a file by itself: the archive counts from its beginning."""
+    """The part of a checkpoint's file after the digest, as a file of its own: the archive's offsets begin there."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

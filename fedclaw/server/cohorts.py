@@ -1,4 +1,4 @@
-"""Which sites a round asks: sampled once, written down before they are asked, and the same again after a crash."""
+"""The sites that a round asks. They are sampled once and written down first, so a resumed round asks the same ones."""
 
 import random
 from collections.abc import Collection, Sequence
@@ -20,7 +20,7 @@ LOOK_AGAIN = 0.2
 
 
 class Cohorts:
-    """The sites of one run's rounds, out of those that are connected to `grid`. `root` is the run's directory."""
+    """Selects the sites of each round of a run from those connected to `grid`. `root` is the run's directory."""
 
     def __init__(self, grid: Grid, root: Path, record: RunRecord, strategy: Strategy) -> None:
         self._grid = grid
@@ -29,7 +29,7 @@ class Cohorts:
         self._strategy = strategy
 
     def for_round(self, number: int) -> PendingRound:
-        """The round in flight if that is `number`, else a newly sampled one, on disk before anybody is asked.
+        """The round in flight if that is round `number`; otherwise a newly sampled one, on disk on return.
 
         Raises RoundError when too few sites are connected until the rules' deadline.
         """
@@ -49,7 +49,7 @@ class Cohorts:
         return pending
 
     def willing(self, nodes: Sequence[int]) -> list[int]:
-        """`nodes` without those that the grid excludes in this run, for what they sent or how slowly."""
+        """`nodes` without those that the grid excludes from this run because of what they sent, or how slowly."""
         excluded = self._grid.excluded_nodes() if isinstance(self._grid, StreamingGrid) else {}
         return [node for node in nodes if node not in excluded]
 
@@ -58,18 +58,18 @@ class Cohorts:
         return {node: site_name(self._grid, node) for node in nodes}
 
     def evaluators(self, pending: PendingRound) -> Sequence[int]:
-        """Nodes that evaluate: those that the round asked; all where the strategy's choice is no sample of them."""
+        """Nodes to evaluate: those that the round asked. If the strategy selects its clients itself: all nodes."""
         if self._strategy.select_clients(pending.round, pending.nodes, self._record.seed) is None:
             return pending.nodes
         return sorted({*self._grid.get_node_ids(), *pending.nodes})
 
     def answering(self, pending: PendingRound, silent: Collection[str], busy: Collection[int]) -> list[int]:
-        """The evaluators without sites that were `silent` in the round and nodes that are still `busy` with one."""
+        """Nodes to evaluate, without sites that were `silent` in the round and nodes that are still `busy`."""
         names = self.names(self.willing(self.evaluators(pending)))
         return [node for node, name in names.items() if name not in silent and node not in busy]
 
     def _select(self, number: int, connected: list[int]) -> list[int]:
-        """The strategy's own choice; or each site by itself, unforeseeably, where privacy counts on it; or a sample."""
+        """Nodes to ask: the strategy's choice; each node at random, if privacy relies on that; else a sample."""
         rules, seed, mechanism = self._record.rules, self._record.seed, mechanism_of(self._record)
         if (chosen := self._strategy.select_clients(number, connected, seed)) is not None:
             return list(chosen)

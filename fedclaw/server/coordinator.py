@@ -47,7 +47,7 @@ def run_rounds(
 
 
 class _Loop:
-    """One `run_rounds`: who is asked, what they answer and what becomes of it are its parts."""
+    """The loop of one `run_rounds`. Cohorts, training, state and receipts are classes of their own."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Loop:
             raise RoundError(f"round {plan.round} of run {plan.run}: {error}") from error
 
     def _is_saved(self, number: int) -> bool:
-        """Whether the round is written down: always, except in a simulation, where nobody has paid for it."""
+        """Whether the round is saved: always, except in a simulation, where a lost round costs no privacy."""
         simulated = self.record.simulated
         if simulated is None or number == self.record.rounds:
             return True
@@ -158,13 +158,13 @@ class _Loop:
         self.state.save()
 
     def _has_receipts(self, number: int) -> bool:
-        """Whether the round's receipts are read; in a simulation at the end alone, for they take long to work out."""
+        """Whether the round's receipts are read. In a simulation only at the end: they are slow to compute."""
         return self.record.simulated is None or number == self.record.rounds
 
     def _evaluate_again(self) -> None:
-        """Write the line of a round that counts, if the server stopped before it had written it.
+        """Evaluate and report the last round, if the server stopped after its checkpoint and before its report.
 
-        Who took part is in the checkpoint: accounts are made of these lines, and nobody may be left out of them.
+        The checkpoint says who took part: accounts are made from the reports, and no site may be missing there.
         """
         pending, result = PendingRound.read(self.directory.root), self.state.result
         if pending is not None and pending.round != self.state.completed:
@@ -192,7 +192,7 @@ class _Loop:
         return report
 
     def _say_who_outweighs(self, evaluated: Evaluated) -> None:
-        """Name, once, a site whose test examples are nearly all: how many it has is its own word."""
+        """Warn once about a site with nearly all test examples, for their number is only its own word."""
         if len(evaluated.by_site) < 2:
             return
         for site, examples in evaluated.by_site.items():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def check_early(settings: RunSettings, run: str | None, rules: RoundRules) -> Schema:
-    """Look at all that `session.make_record` would refuse and that needs no model; the schema of the run.
+    """The run's schema, after everything that `session.make_record` would refuse and that needs no model is checked.
 
     Raises UsageError, DataError or PluginError, the same as `make_record`.
     """
@@ -36,12 +36,12 @@ def check_early(settings: RunSettings, run: str | None, rules: RoundRules) -> Sc
 
 
 def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schema: Schema | None = None) -> None:
-    """The same without reading a schema; raises UsageError or PluginError."""
+    """The same checks without reading a schema. Raises UsageError or PluginError."""
     chosen = chosen_strategy(settings)
     require_installed(WORKLOADS, settings.workload.name)
     strategy = check_settings(chosen.settings, strategy_class(chosen.name))
     choice = settings.workload
-    record = make_terms(
+    record = record_of(
         settings,
         rules,
         run=run_name(run),
@@ -55,7 +55,7 @@ def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schem
 
 
 def check_combination(record: RunRecord, strategy: Strategy, model: "torch.nn.Module") -> None:
-    """Raise UsageError for a run of `record` with `strategy` and `model` that could not do what it promises."""
+    """Raise UsageError if a run of `record` with `strategy` and `model` could not keep its promises."""
     _raise(strategy, refusal(record, strategy, model) or strategy.refuse_rules(record.rules))
 
 
@@ -65,7 +65,7 @@ def _raise(strategy: Strategy, reason: str | None) -> None:
 
 
 def run_name(given: str | None) -> str:
-    """The run's name, made from the time if none is given. Raises UsageError for one that is no directory's name."""
+    """The given name, or one made from the time. Raises UsageError if it cannot be a directory's name."""
     name = given or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     if not RUN_NAME.match(name):
         raise UsageError(f"the run name {name!r} is not usable: letters, digits, dot, dash and underscore only")
@@ -73,7 +73,7 @@ def run_name(given: str | None) -> str:
 
 
 def chosen_strategy(settings: RunSettings) -> StrategyRecord:
-    """The strategy by name, and its own settings beside it. Raises UsageError if none is named."""
+    """The strategy's name and its own settings. Raises UsageError if none is named."""
     strategy = dict(settings.strategy)
     name = strategy.pop("name", None)
     if not isinstance(name, str):
@@ -98,7 +98,7 @@ def _read(path: Path) -> str:
 
 
 def asked_metrics(settings: RunSettings, task: Task | None) -> tuple[str, ...]:
-    """The metrics that the settings ask for. Raises UsageError for such as the task has not, where it is known."""
+    """The metrics that the settings ask for. Raises UsageError for one that the task, if it is known, does not have."""
     if settings.metrics == ALL_METRICS:
         return () if task is None else task.metrics
     if task is None:
@@ -110,7 +110,7 @@ def asked_metrics(settings: RunSettings, task: Task | None) -> tuple[str, ...]:
     return settings.metrics
 
 
-def make_terms(
+def record_of(
     settings: RunSettings,
     rules: RoundRules,
     *,
@@ -121,7 +121,7 @@ def make_terms(
     model: ModelSpec,
     central: CentralPrivacy | None,
 ) -> RunRecord:
-    """The record that `settings` make of a run with this model and noise. Raises UsageError."""
+    """The record of a run with these settings, model and noise. Raises UsageError."""
     metrics = asked_metrics(settings, None if schema is None else schema.task)
     fields = {
         **fields_of(settings, SharedTerms),
@@ -147,5 +147,5 @@ def make_terms(
 
 
 def _noised(asked: CentralRequest | None) -> CentralPrivacy | None:
-    """With some noise, for whoever does not ask how much."""
+    """The request with a placeholder for the noise, which these checks do not read."""
     return None if asked is None else CentralPrivacy(**asked.model_dump(), noise_multiplier=1.0)

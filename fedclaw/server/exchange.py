@@ -32,7 +32,7 @@ def train(
     deadline: float,
     robust: RobustAggregate | None = None,
 ) -> Trained:
-    """Ask `nodes` to train by `plan` and sum their answers, or have them combined. `deadline` in seconds."""
+    """Ask `nodes` to train by `plan`, and add up their answers or aggregate them robustly. `deadline` in seconds."""
     trained = Trained.for_plan(plan, outgoing.parameters, robust)
     if isinstance(grid, CohortGrid):
         grid.train_cohort(nodes, plan, outgoing, trained)
@@ -44,7 +44,7 @@ def train(
 
 
 def training_question(plan: Plan, outgoing: Outgoing) -> RecordDict:
-    """The question to train by `plan`, with what its answer takes at most. Raises PluginError."""
+    """The question to train by `plan`, with the largest size of its answer. Raises PluginError."""
     return question(plan, outgoing, postprocess.answer_bytes(outgoing.parameters, plan))
 
 
@@ -67,7 +67,7 @@ def evaluate(
 
 
 def ask(grid: Grid, messages: Sequence[Message], deadline: float, answers: CohortAnswers) -> None:
-    """Send `messages`, one a site, and hand what comes back within `deadline` seconds to `answers`."""
+    """Send `messages`, one per site, and add the replies of the next `deadline` seconds to `answers`."""
     began = time.monotonic()
     waiting = {message.metadata.dst_node_id: site_name(grid, message.metadata.dst_node_id) for message in messages}
     for reply in grid.send_and_receive(messages, timeout=deadline):

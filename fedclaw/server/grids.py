@@ -34,7 +34,7 @@ class StreamingGrid(Grid):
         """The site's name, from its certificate or the simulation."""
 
     def excluded_nodes(self) -> Mapping[int, str]:
-        """Nodes not to ask again in this run, and why: they sent more than was asked for, or too slowly."""
+        """Nodes not to be asked again in this run, and why: they sent more than was asked for, or too slowly."""
         return {}
 
     @property
@@ -48,13 +48,13 @@ class CohortGrid(StreamingGrid):
 
     @abstractmethod
     def train_cohort(self, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, trained: Trained) -> None:
-        """Train as `plan` asks, and add to `trained` what the replies of `nodes` would add."""
+        """Train as `plan` asks, and add to `trained` what replies of `nodes` would have added."""
 
     @abstractmethod
     def evaluate_cohort(
         self, nodes: Sequence[int], plan: Plan, parameters: Mapping[str, NDArray[np.float32]], evaluated: Evaluated
     ) -> None:
-        """The same for an evaluation of `parameters`."""
+        """Evaluate `parameters` as `plan` asks, and add the results to `evaluated`."""
 
 
 def site_name(grid: Grid, node_id: int) -> str:

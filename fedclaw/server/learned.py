@@ -28,7 +28,7 @@ def hopeless_noise(record: RunRecord, receipts: Mapping[str, SiteReceipt], sites
 
 
 def _signals(record: RunRecord, receipts: Sequence[SiteReceipt], sites: int) -> list[float]:
-    """The largest possible signal by the noise in its direction, over the whole run; empty without noise."""
+    """Largest possible signal over the noise in its direction, over the whole run; empty without noise."""
     if record.privacy is not None:
         noised = [item for item in receipts if item.receipt.mechanism == "dp-sgd" and item.receipt.noise_multiplier > 0]
         if not noised or len(noised) < len(receipts):

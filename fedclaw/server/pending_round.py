@@ -17,7 +17,7 @@ PENDING = "round.json"
 
 
 class PendingRound(Frozen):
-    """Whom the round in flight asks."""
+    """The nodes that the round in flight asks."""
 
     round: int
     nodes: tuple[int, ...]
@@ -38,7 +38,7 @@ class PendingRound(Frozen):
             raise CheckpointError(f"{path} is damaged; remove it to sample a new cohort for the round") from error
 
     def write(self, root: Path) -> None:
-        """On disk on return."""
+        """Write the record; it is on disk on return."""
         write_atomic(root / PENDING, self.model_dump_json().encode(), PRIVATE_MODE)
 
     @classmethod
@@ -54,5 +54,5 @@ class PendingRound(Frozen):
 
     @classmethod
     def remove(cls, root: Path) -> None:
-        """No round is in flight any more."""
+        """Remove the record: no round is in flight."""
         (root / PENDING).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ def make_strategy(record: RunRecord) -> Strategy:
 def make_plan(
     record: RunRecord, strategy: Strategy, number: int, cohort: int, central: CentralPrivacy | None = None
 ) -> Plan:
-    """What round `number` asks of each of `cohort` sites; `central` is the record's with what the round knows better.
+    """The plan of round `number` for `cohort` sites. `central` is the record's with this round's values.
 
     A round of secure aggregation adds its session.
     """
@@ -37,10 +37,10 @@ def make_plan(
 
 
 def task_of(record: RunRecord) -> Task:
-    """What the run predicts.
+    """The run's task.
 
-    Classes without names where its workload is not installed beside the server: the rounds themselves need no workload,
-    and figures other than means are then left out.
+    If its workload is not installed beside the server, classification without labels: rounds need no workload, and only
+    means are then reported.
     """
     try:
         return record.make_schema().task

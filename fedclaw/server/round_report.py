@@ -1,4 +1,4 @@
-"""What a round came to: its report to whoever watches the run, and its record in the checkpoint."""
+"""The outcome of a round: the report for observers, and the record in the checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,7 @@ from fedclaw.server.secure_round import SecurelyTrained
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What one round did. Metrics are of the parameters after the round; seconds are wall-clock."""
+    """The report of one round. Metrics are of the parameters after the round; seconds are wall-clock."""
 
     round: int
     rounds: int
@@ -96,7 +96,7 @@ class RoundReport:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run."""
+    """What a finished run leaves."""
 
     directory: RunDirectory
     parameters: Arrays
@@ -105,7 +105,7 @@ class Outcome:
 
 
 class Observer(Protocol):
-    """Someone who watches a run: the terminal, MLflow."""
+    """Follows a run, as the terminal and MLflow do."""
 
     def started(self, record: RunRecord, first_round: int) -> None:
         """The run begins, or goes on, with `first_round`."""
@@ -118,8 +118,8 @@ class Observer(Protocol):
 
 
 class RoundResult(Frozen):
-    """What a round's exchange came to. It stands in the round's checkpoint: the round's line in the metrics is written
-    later."""
+    """Who answered in a round, and at what cost. It is in the round's checkpoint, for the round's line in the metrics
+    is written later."""
 
     model_config = ConfigDict(allow_inf_nan=True, ser_json_inf_nan="constants")
     """A model that overflows has an infinite update, and its round counts."""
@@ -150,7 +150,7 @@ class RoundResult(Frozen):
         )
 
     def restored(self, receipts: Mapping[str, SiteReceipt]) -> Trained:
-        """The exchange without its sum; of `receipts`, which are the run's, those of the sites that answered."""
+        """The round's answers without their sum. `receipts` are the run's, by site."""
         return SecurelyTrained(
             total=WeightedSum({}),
             answered=list(self.answered),
@@ -165,7 +165,7 @@ class RoundResult(Frozen):
 
 
 def result_of(saved: Checkpoint | None) -> RoundResult | None:
-    """What the round of a checkpoint came to; None where it does not say. Raises CheckpointError when it is damaged."""
+    """The result in a checkpoint; None if there is none. Raises CheckpointError when it is damaged."""
     if saved is None or saved.came is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Training in one round: the same question to its cohort until enough sites have answered it."""
+"""Training in one round: the cohort is asked the same question until enough sites have answered."""
 
 import logging
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ _WAY_OUT = (
 
 
 class RoundTraining:
-    """Asks the cohorts of one run to train."""
+    """Asks the cohorts of a run to train."""
 
     def __init__(
         self,
@@ -54,11 +54,11 @@ class RoundTraining:
 
     @property
     def busy(self) -> frozenset[int]:
-        """Nodes that are still at work on a question, where the strategy does not wait for all."""
+        """Nodes that are still working on an earlier question, if the strategy does not wait for all."""
         return self._buffer.busy if self._buffer else frozenset()
 
     def attempt(self, plan: Plan, pending: PendingRound, state: RunState) -> tuple[Trained, bool]:
-        """Ask as often as the rules allow, until enough sites have answered; the answers, and whether they are enough.
+        """Ask until enough sites have answered, or as often as the rules allow. The answers, and whether they suffice.
 
         The question is the same each time, so no site pays twice.
         """
@@ -77,7 +77,7 @@ class RoundTraining:
         return trained, False
 
     def failure(self, plan: Plan, pending: PendingRound, trained: Trained) -> RoundError:
-        """The error that ends a run whose round found too few sites: why, and how to go on."""
+        """The error for a round with too few answers: the reasons, and how to continue."""
         why = reasons_of(trained, trained.failure if isinstance(trained, SecurelyTrained) else None)
         return RoundError(
             f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, "
@@ -88,8 +88,8 @@ class RoundTraining:
     def minimum(self, plan: Plan, pending: PendingRound) -> int:
         """Answers that make a round.
 
-        None where sites are asked at random, for a round must not tell how many were. A strategy that asks fewer than
-        the rules would needs all of those.
+        Zero if sites are sampled secretly: a round must not reveal how many were asked. All that were asked, if a
+        strategy asks fewer than the rules would.
         """
         if plan.central and plan.central.expected_sites is not None:
             return 0
@@ -111,7 +111,7 @@ class RoundTraining:
         return secure_round.train(self._grid, cohort, session, outgoing, deadline, lambda: mark.write(self._root))
 
     def _is_final(self, trained: Trained) -> bool:
-        """Whether asking again is of no use, or would make sites pay a second time for one round."""
+        """Whether asking again is useless, or would make sites pay a second time for one round."""
         if isinstance(trained, SecurelyTrained):
             return trained.spent
         if self._buffer is not None:
@@ -119,7 +119,7 @@ class RoundTraining:
         return not trained.silent
 
     def _say_who_is_missing(self, number: int, trained: Trained) -> None:
-        """Each site once for each reason, until it has answered again."""
+        """Log each missing site once for each reason, until it has answered again."""
         for site in trained.answered:
             self._missing.pop(site, None)
         for declined in trained.declined:

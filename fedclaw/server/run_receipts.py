@@ -1,4 +1,4 @@
-"""What the sites say that a run has cost them: the worst that each has said stays."""
+"""The sites' receipts of a run. Of each figure the worst that a site has reported is kept."""
 
 import logging
 

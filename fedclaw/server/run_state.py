@@ -1,4 +1,4 @@
-"""What the rounds so far have come to: the model, the optimiser, and what the strategy remembers; saved and resumed."""
+"""The state of a run between rounds: model, optimiser and the strategy's memory. It is checkpointed and resumed."""
 
 import time
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class RunState:
         shared = {name: a for name, a in self.model.parameters.items() if name not in record.personal}
         self.memory = dict(saved.strategy) if saved else strategy.server_state(shared)
         self.result = result_of(saved)
-        """What the last round came to; None for one that was passed over, and for none at all."""
+        """The last round's; None if it was passed over, and before the first round."""
         self._saved_at = time.monotonic()
         if not saved:
             self.save()
@@ -52,7 +52,7 @@ class RunState:
         return self.model.step(self._strategy.aggregate(mean.arrays, self.memory, participation))
 
     def complete(self, number: int, result: RoundResult | None) -> None:
-        """Round `number` is done, or passed over (`result` None)."""
+        """Record that round `number` is done, or was passed over (`result` None)."""
         self.completed, self.result = number, result
 
     @property

@@ -10,7 +10,7 @@ from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.early_checks import check_combination, chosen_strategy, make_terms, read_schema, run_name
+from fedclaw.server.early_checks import check_combination, chosen_strategy, read_schema, record_of, run_name
 from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import ReleaseUse, RunRecord
 from fedclaw.server.settings import RunSettings
@@ -25,7 +25,7 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
     model = workload_class(choice.name)(schema).default_model()
     if choice.model.name is not None:
         model = ModelSpec(name=choice.model.name, args=choice.model.args or {})
-    record = make_terms(
+    record = record_of(
         settings,
         rules,
         run=name,

@@ -16,7 +16,7 @@ from fedclaw.protocol.plan import (
     Terms,
 )
 from fedclaw.protocol.terms import RoundRules, StrategyRecord
-from fedclaw.server.early_checks import make_terms
+from fedclaw.server.early_checks import record_of
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from tests.samples import plan_of, run_record
@@ -55,7 +55,7 @@ def test_a_record_says_what_its_settings_say() -> None:
     shared = {name: CHANGED[name] for name in SharedTerms.model_fields}
     settings = RunSettings(workload=WorkloadChoice(name="tabular"), strategy={"name": "fedavg"}, seed=3, **shared)
     strategy = StrategyRecord(name="fedavg")
-    record = make_terms(
+    record = record_of(
         settings,
         RoundRules(minimum=4),
         run="r",
