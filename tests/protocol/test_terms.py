@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import (
     PLAN_VERSION,
     CentralPrivacy,
@@ -80,8 +81,10 @@ def test_a_record_says_what_its_settings_say() -> None:
     ],
 )
 def test_record_and_plan_refuse_the_same(asked: Terms, changes: dict[str, Any], reason: str) -> None:
+    """A record as it is made; a plan where a site reads it, or asks its mechanism."""
     with pytest.raises(ValueError, match=reason):
-        type(asked).model_validate({**asked.model_dump(), **changes})
+        made = type(asked).model_validate({**asked.model_dump(), **changes})
+        raise ValueError(mechanism_of(made).contradiction() or "nothing is refused")
 
 
 def test_other_fields_in_a_plan_are_another_version() -> None:
