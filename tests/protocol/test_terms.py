@@ -70,6 +70,15 @@ def test_a_record_says_what_its_settings_say() -> None:
     assert (record.seed, record.rules.minimum, record.strategy) == (3, 4, strategy)
 
 
+def refusal_of(kind: type[Terms], plain: dict[str, Any]) -> str:
+    """A record is refused as it is made; a plan where a site reads it, or asks its mechanism."""
+    try:
+        made = kind.model_validate(plain)
+    except ValueError as error:
+        return str(error)
+    return mechanism_of(made).contradiction() or "nothing is refused"
+
+
 @pytest.mark.parametrize("asked", [run_record(), plan_of(run_record())], ids=["record", "plan"])
 @pytest.mark.parametrize(
     ("changes", "reason"),
@@ -81,10 +90,7 @@ def test_a_record_says_what_its_settings_say() -> None:
     ],
 )
 def test_record_and_plan_refuse_the_same(asked: Terms, changes: dict[str, Any], reason: str) -> None:
-    """A record as it is made; a plan where a site reads it, or asks its mechanism."""
-    with pytest.raises(ValueError, match=reason):
-        made = type(asked).model_validate({**asked.model_dump(), **changes})
-        raise ValueError(mechanism_of(made).contradiction() or "nothing is refused")
+    assert reason in refusal_of(type(asked), {**asked.model_dump(), **changes})
 
 
 def test_other_fields_in_a_plan_are_another_version() -> None:
