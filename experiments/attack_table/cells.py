@@ -1,6 +1,5 @@
 """One cell of the table: deal out, train over honest and hostile sites, test."""
 
-import json
 import logging
 import tempfile
 import time
@@ -9,17 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from experiments.attack_table.settings import Cell
 from experiments.attacks.data import Backdoor
 from experiments.attacks.simulated import simulate_attacked_cohorts
+from experiments.cell_files import read_result, write_result
 from experiments.partitions.in_memory import InMemory, in_memory
 from experiments.simulated import federation_of
 from experiments.sources import DatasetSettings
 from fedclaw.errors import RoundError
-from fedclaw.files import write_atomic
 from fedclaw.learning.registry import workload_class
 from fedclaw.learning.workload import Floats, Table, Workload
 from fedclaw.protocol.arrays import Arrays
@@ -61,15 +60,11 @@ class Store:
 
     def result(self, cell: Cell) -> CellResult | None:
         """The cell's result, if it is there and whole."""
-        try:
-            return CellResult.model_validate(json.loads(self.path(cell).read_bytes())["result"])
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
-            return None
+        return read_result(self.path(cell), CellResult)
 
     def write(self, cell: Cell, result: CellResult) -> None:
         """Keep a result beside its configuration."""
-        content = {"configuration": cell.configuration(), "result": result.model_dump(mode="json")}
-        write_atomic(self.path(cell), json.dumps(content, indent=2).encode())
+        write_result(self.path(cell), cell.configuration(), result)
 
 
 def run_cell(cell: Cell) -> CellResult:

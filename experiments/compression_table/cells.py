@@ -1,16 +1,15 @@
 """One run of the table: deal out, train with the real server and the real sites; its accuracy and bytes by round."""
 
-import json
 import logging
 import tempfile
 from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from experiments.cell_files import read_result, write_result
 from experiments.compression_table.settings import Cell
 from experiments.datasets import SitePolicy, write_sites
-from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import RoundRules
@@ -40,14 +39,11 @@ class Store:
 
     def result(self, cell: Cell) -> CellResult | None:
         """The cell's result, if it is there and whole."""
-        try:
-            return CellResult.model_validate_json(self._path(cell).read_bytes())
-        except (OSError, ValidationError):
-            return None
+        return read_result(self._path(cell), CellResult)
 
     def write(self, cell: Cell, result: CellResult) -> None:
-        """Keep a result."""
-        write_atomic(self._path(cell), json.dumps(result.model_dump(mode="json")).encode())
+        """Keep a result beside its configuration."""
+        write_result(self._path(cell), cell.configuration(), result)
 
     def _path(self, cell: Cell) -> Path:
         return self._root / "cells" / f"{cell.name}.json"

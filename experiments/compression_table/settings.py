@@ -1,14 +1,14 @@
 """conf/compression_table.yaml, checked, and the runs that it describes."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from experiments.sources import DatasetSettings
+from experiments.sweeps.identity import digest_of
 from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import LocalTraining
@@ -62,9 +62,11 @@ class Cell:
     @property
     def name(self) -> str:
         """Fit for a file's name; two cells of one name have the same configuration."""
-        parts = (self.dataset, self.partition, self.run)
-        content = json.dumps([part.model_dump(mode="json") for part in parts], sort_keys=True)
-        return f"{self.task}-{self.run.seed}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        return f"{self.task}-{self.run.seed}-{digest_of(self.configuration())}"
+
+    def configuration(self) -> list[Any]:
+        """What the result depends on, as plain JSON values."""
+        return [part.model_dump(mode="json") for part in (self.dataset, self.partition, self.run)]
 
 
 def cells(settings: TableSettings) -> Iterator[Cell]:

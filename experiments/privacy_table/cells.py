@@ -1,21 +1,20 @@
 """One cell of the table: deal out, train with the real server and the real sites, test; and the audit of a row."""
 
-import json
 import logging
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from experiments.cell_files import read_result, write_result
 from experiments.datasets import write_sites
-from experiments.privacy_table.settings import Cell, digest
+from experiments.privacy_table.settings import Cell
+from experiments.sweeps.identity import digest_of
 from fedclaw.audit.options import AuditOptions
 from fedclaw.audit.run import audit_run
-from fedclaw.files import write_atomic
 from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import RoundRules
@@ -54,9 +53,6 @@ class AuditResult(Frozen):
     seconds: float
 
 
-R = TypeVar("R", CellResult, AuditResult)
-
-
 class Store:
     """Finished cells, one file each, found again by their whole configuration."""
 
@@ -65,21 +61,20 @@ class Store:
 
     def path(self, cell: Cell, audit: AuditOptions | None = None) -> Path:
         """The file of a cell's result, or of its audit's."""
-        name = f"{cell.label}-{digest(_key(cell, audit))}.json"
+        name = f"{cell.label}-{digest_of(_key(cell, audit))}.json"
         return self._root / ("audits" if audit else "cells") / name
 
     def result(self, cell: Cell) -> CellResult | None:
         """The cell's result, if it is there and whole."""
-        return _read(self.path(cell), CellResult)
+        return read_result(self.path(cell), CellResult)
 
     def audit(self, cell: Cell, options: AuditOptions) -> AuditResult | None:
         """The result of the cell's audit, if it is there and whole."""
-        return _read(self.path(cell, options), AuditResult)
+        return read_result(self.path(cell, options), AuditResult)
 
     def write(self, cell: Cell, result: CellResult | AuditResult, audit: AuditOptions | None = None) -> None:
         """Keep a result beside its configuration."""
-        content = {"configuration": _key(cell, audit), "result": result.model_dump(mode="json")}
-        write_atomic(self.path(cell, audit), json.dumps(content, indent=2).encode())
+        write_result(self.path(cell, audit), _key(cell, audit), result)
 
 
 def run_cell(cell: Cell) -> CellResult:
@@ -164,10 +159,3 @@ def _quiet() -> None:
 def _key(cell: Cell, audit: AuditOptions | None) -> dict[str, object]:
     options = {"audit": audit.model_dump(mode="json")} if audit else {}
     return {**cell.configuration(), **options}
-
-
-def _read(path: Path, kind: type[R]) -> R | None:
-    try:
-        return kind.model_validate(json.loads(path.read_bytes())["result"])
-    except (OSError, ValueError, KeyError, TypeError, ValidationError):
-        return None

@@ -1,7 +1,5 @@
 """conf/privacy_table.yaml, checked, and the cells of the table that it describes."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,11 +112,6 @@ class Cell:
             "policy": asdict(self.policy),
             "run": self.run.model_dump(mode="json"),
         }
-
-
-def digest(configuration: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that tell configurations apart."""
-    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def rows(settings: TableSettings) -> Iterator[tuple[Cell, ...]]:
