@@ -40,8 +40,10 @@ class ClientHalf:
     broadcast: Mapping[str, Arrays]
     before: State
     """What the site begins the round with."""
+    before_made: Provenance | None
+    """What that was made under; None: there is nothing, or it was kept by a version that did not note it."""
     made: Provenance
-    """What all of that was made under, and what this round makes will be."""
+    """What this round makes is made under."""
 
     @classmethod
     def open(cls, site: Site, plan: Plan, content: RecordDict) -> "ClientHalf":
@@ -49,7 +51,7 @@ class ClientHalf:
         strategy, sent = check_terms(site, plan), _sent(content)
         _check_sent(strategy, sent, sent_arrays(content, ARRAYS), plan)
         made = Provenance.of(plan, strategy)
-        return cls(site, plan, strategy, sent, _begin(site, plan, made), made)
+        return cls(site, plan, strategy, sent, *_begin(site, plan, made), made)
 
     def own(self, parameters: Arrays) -> Arrays:
         """`parameters` as they were sent, with the site's own in the place of those that never leave it."""
@@ -71,8 +73,8 @@ class ClientHalf:
     @property
     def begins_released(self) -> bool:
         """Whether all that steps and corrections take of what the site kept follows from noised steps alone."""
-        taken = {*self.strategy.client_state, *([PERSONAL] if self.plan.personal else [])} & self.before.keys()
-        return all(self.made.covers(kind) for kind in taken)
+        taken = [kind for kind in self.before if kind != PERSONAL or self.plan.personal]
+        return all(self.before_made is not None and self.before_made.covers(kind) for kind in taken)
 
     def client_update(self, delta: Part[Arrays], steps: int, loss: Callable[[], float]) -> Part[ClientUpdate]:
         """What leaves of `delta`, by parameter name, and what the site remembers."""
@@ -121,18 +123,20 @@ class ClientHalf:
         return [torch.tensor(arrays[name], device=self.site.device) for name in names]
 
 
-def _begin(site: Site, plan: Plan, made: Provenance) -> State:
-    """What the site begins a round under `made` with. Raises Refusal if it was made under anything else.
+def _begin(site: Site, plan: Plan, made: Provenance) -> tuple[State, Provenance | None]:
+    """What the site begins a round under `made` with, and what that says it was made under.
+
+    Raises Refusal if that is anything else.
 
     A memory of compression alone says itself what it belongs to, and begins anew.
     """
     found = site.states.find(plan.federation, plan.run)
     if found is None or plan.round <= 1:
-        return {}
+        return {}, None
     if found.made == made or (found.made is None and not mechanism_of(plan).claims_privacy):
-        return found.beginning(plan.round)
+        return found.beginning(plan.round), found.made
     if found.after.keys() <= feedback.KINDS:
-        return {}
+        return {}, None
     raise Refusal(RefusalCode.STRATEGY, _mixed(plan, found.made, made))
 
 

@@ -57,7 +57,7 @@ def nothing_is_told(*sequences: Sequence[Asked], before: Sequence[Asked] = ()) -
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_question(strategy: str) -> None:
     mechanisms = ("local", "example-server", "site-server") if is_quiet(strategy) else MECHANISMS
-    nothing_is_told(*([ask(strategy, mechanism)] for mechanism in mechanisms))
+    nothing_is_told(*([ask(strategy, mechanism)] for mechanism in mechanisms), [ask(strategy, "site-server", **STRONG)])
 
 
 @pytest.mark.parametrize("mechanism", ["local", "example-server", "site-sites"])
