@@ -43,7 +43,7 @@ from fedclaw.site import pipeline
 from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
-from fedclaw.site.training import Training
+from fedclaw.site.training import TrainingAnswer
 from tests.least_squares import FEDERATION, service
 from tests.small_nets import SmallNets
 
@@ -319,7 +319,7 @@ def _arrays_of(reply: Message) -> Arrays:
 
 
 @dataclass
-class Watched(Training):
+class Watched(TrainingAnswer):
     """What goes into a secure sum, before the integers and the noise that other sites' shares make enough."""
 
     seen: list[Arrays] = field(default_factory=list)

@@ -15,7 +15,7 @@ from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.site.journal.history import History
 from fedclaw.site.policy.checks import check_plan
-from fedclaw.site.privacy_budget import Books, charge_for, delta_of, receipt_for
+from fedclaw.site.privacy_budget import LedgerFigures, charge_for, delta_of, receipt_for
 
 
 class Accounts:
@@ -63,7 +63,7 @@ class Accounts:
             history = History()
             for _ in range(rounds):
                 history.add(charge.mechanism)
-            books = Books(
+            books = LedgerFigures(
                 epsilon_run=history.epsilon(delta_of(policy, plan)),
                 epsilon_lifetime=history.epsilon(policy.delta),
                 rounds=rounds,

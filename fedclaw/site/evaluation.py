@@ -45,7 +45,7 @@ EVALUATION_BATCH = 4096
 
 
 @dataclass
-class Evaluation(Answering[Sums | BoundedSums, Sums]):
+class EvaluationAnswer(Answering[Sums | BoundedSums, Sums]):
     """Metrics of parameters on the site's test data, as the sums that they are made of (`fedclaw.learning.tasks`).
 
     Where the policy has them noised they are paid for, on the test data, and leave within a bound; else they leave as

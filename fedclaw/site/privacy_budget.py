@@ -62,7 +62,7 @@ def content_digest(kind: str, content: RecordDict) -> str:
 
 
 @dataclass(frozen=True)
-class Books:
+class LedgerFigures:
     """What a ledger says after a round was charged; epsilons may be infinite."""
 
     epsilon_run: float
@@ -224,7 +224,7 @@ def _refusing() -> Iterator[None]:
 
 def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
     """The receipt of a round that was just charged."""
-    books = Books(
+    books = LedgerFigures(
         epsilon_run=site.ledger.spent(delta_of(site.policy, plan), run=plan.run, federation=plan.federation),
         epsilon_lifetime=site.ledger.spent(site.policy.delta),
         rounds=site.ledger.rounds(plan.run, plan.federation),
@@ -240,7 +240,7 @@ def delta_of(policy: Policy, plan: Plan) -> float:
     return policy.delta if asked is None else asked
 
 
-def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books: Books) -> Receipt:
+def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books: LedgerFigures) -> Receipt:
     """The receipt of any site with that policy and so many training examples, whose books say this."""
     fields: dict[str, Any] = {"delta": policy.delta, **mechanism_of(plan).receipt_fields(examples, charge)}
     return Receipt(

@@ -23,7 +23,7 @@ from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
 from fedclaw.site import pipeline
 from fedclaw.site.data import check_constants
-from fedclaw.site.evaluation import Evaluation
+from fedclaw.site.evaluation import EvaluationAnswer
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import charged_ledger
 from fedclaw.site.pipeline import Answering
@@ -31,8 +31,8 @@ from fedclaw.site.policy.checks import check_request
 from fedclaw.site.privacy_budget import Asking, reserve
 from fedclaw.site.secure import SecureIdentity, answer_stage, masking
 from fedclaw.site.site import Site
-from fedclaw.site.statistics import NoisedStatistics, request_of
-from fedclaw.site.training import Training
+from fedclaw.site.statistics import StatisticsAnswer, request_of
+from fedclaw.site.training import TrainingAnswer
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class SiteService(Site):
         asked = self._asked(message)
         if not isinstance(asked, Plan):
             raise Refusal(RefusalCode.MALFORMED, "no training is asked for")
-        with Training(self, asked, message.content, Asking(message)).ready() as due:
+        with TrainingAnswer(self, asked, message.content, Asking(message)).ready() as due:
             reserve(self, due)
             return due.mechanism
 
@@ -171,11 +171,11 @@ class SiteService(Site):
 
 
 _KINDS: Mapping[tuple[type, str], Callable[[SiteService, Any, Message], Answering[Any, Any]]] = {
-    (Plan, MessageType.TRAIN): lambda site, plan, message: Training(site, plan, message.content, Asking(message)),
-    (Plan, MessageType.EVALUATE): lambda site, plan, message: Evaluation(
+    (Plan, MessageType.TRAIN): lambda site, plan, message: TrainingAnswer(site, plan, message.content, Asking(message)),
+    (Plan, MessageType.EVALUATE): lambda site, plan, message: EvaluationAnswer(
         site, plan, message.content, Asking(message), site.outbound
     ),
-    (StatisticsRequest, STATISTICS): lambda site, request, message: NoisedStatistics(
+    (StatisticsRequest, STATISTICS): lambda site, request, message: StatisticsAnswer(
         site, request, message.content, Asking(message)
     ),
 }

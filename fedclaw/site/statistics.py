@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class NoisedStatistics(Answering[Doubles, Doubles]):
+class StatisticsAnswer(Answering[Doubles, Doubles]):
     """One vector of the training data."""
 
     site: Site

@@ -48,7 +48,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
-class Training(Answering[Update, Update]):
+class TrainingAnswer(Answering[Update, Update]):
     """A round of local steps; what leaves is the weighted delta, and what a strategy makes of it."""
 
     site: Site

@@ -19,7 +19,7 @@ from fedclaw.server.answers import LONGEST_REASON, Declined, Evaluated, reasons_
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.server.session import initial_parameters
-from fedclaw.site.privacy_budget import Books as LedgerBooks
+from fedclaw.site.privacy_budget import LedgerFigures as LedgerBooks
 from fedclaw.site.privacy_budget import charge_for, receipt_for
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid

@@ -119,7 +119,7 @@ def summary(path: Path, budget_of: BudgetOf, also: Iterable[str] = ()) -> Spendi
 
 def spending_of(entries: Sequence[Entry], index: Index, budget_of: BudgetOf, also: Iterable[str] = ()) -> Spending:
     """What these entries of one ledger say; see `summary`."""
-    charges = [Charge.of(entry, index) for entry in entries if entry.sequence in index.reservations]
+    charges = [LedgerCharge.of(entry, index) for entry in entries if entry.sequence in index.reservations]
     names = dict.fromkeys([*(charge.reservation.data_set for charge in charges), *also])
     return Spending(
         ledger=str(entries[0].body.get("ledger", "")),
@@ -150,7 +150,7 @@ def epsilon_over_time(entries: Sequence[Entry], index: Index, data_set: str, del
 
 
 @dataclass(frozen=True)
-class Charge:
+class LedgerCharge:
     """A reservation, when it was written, and whether it is still open."""
 
     reservation: Reservation
@@ -158,14 +158,14 @@ class Charge:
     open: bool
 
     @classmethod
-    def of(cls, entry: Entry, index: Index) -> "Charge":
+    def of(cls, entry: Entry, index: Index) -> "LedgerCharge":
         """The charge that `entry`, a reservation, is."""
         reservation = index.reservations[entry.sequence]
         waiting = index.open[reservation.data_set, reservation.key]
         return cls(reservation, str(entry.body["time"]), entry.sequence in waiting)
 
 
-def _data_set(name: str, charges: Sequence[Charge], index: Index, budget: Budget) -> DataSetSpending:
+def _data_set(name: str, charges: Sequence[LedgerCharge], index: Index, budget: Budget) -> DataSetSpending:
     own = [charge for charge in charges if charge.reservation.data_set == name]
     runs = dict.fromkeys((charge.reservation.federation, charge.reservation.run) for charge in own)
     return DataSetSpending(
@@ -183,7 +183,7 @@ def _data_set(name: str, charges: Sequence[Charge], index: Index, budget: Budget
     )
 
 
-def _run(charges: Sequence[Charge], epsilon: float) -> RunSpending:
+def _run(charges: Sequence[LedgerCharge], epsilon: float) -> RunSpending:
     one = charges[0].reservation
     return RunSpending(
         federation=one.federation,
@@ -205,8 +205,8 @@ def _together(mechanisms: Iterable[NoiseEvent | None]) -> tuple[NoiseEvent | Non
     return tuple(mechanism and replace(mechanism, steps=count) for mechanism, count in steps.items())
 
 
-def _contents(charges: Sequence[Charge]) -> tuple[ContentUse, ...]:
-    uses: dict[str | None, list[Charge]] = {}
+def _contents(charges: Sequence[LedgerCharge]) -> tuple[ContentUse, ...]:
+    uses: dict[str | None, list[LedgerCharge]] = {}
     for charge in charges:
         uses.setdefault(charge.reservation.fingerprint, []).append(charge)
     return tuple(ContentUse(name, len(used), used[0].time, used[-1].time) for name, used in uses.items())
