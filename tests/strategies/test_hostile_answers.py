@@ -68,12 +68,13 @@ OPEN = receipt(
 
 def honest(plan: Plan, draw: np.random.Generator, examples: int) -> RecordDict:
     weight = plan.weight(examples)
+    told = OPEN.model_copy(update={"sample_rate": min(1.0, plan.training.batch_size / examples)})
     arrays = {name: (draw.normal(0, 1, a.shape) * weight).astype(np.float32) for name, a in TEMPLATE.items()}
     return RecordDict(
         {
             "sum": pack(arrays),
             "metrics": MetricRecord({"weight": weight, "examples": examples}),
-            "receipt": ConfigRecord({"json": OPEN.model_dump_json()}),
+            "receipt": ConfigRecord({"json": told.model_dump_json()}),
         }
     )
 
