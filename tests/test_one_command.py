@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclaw.__main__ import COMMANDS
+from fedclaw.__main__ import COMMANDS, _file_of
 from fedclaw.catalogue import STRATEGIES, WORKLOADS, plugin_points
 from fedclaw.cli import compose_settings
 from fedclaw.server.__main__ import ServerSettings
@@ -83,6 +83,13 @@ def with_outsider(outsider: Path, program: str, *arguments: str):
 def test_the_console_script_is_this_module():
     scripts = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"fedclaw": "fedclaw.__main__:main"}
+
+
+def test_one_command_covers_all():
+    package = Path(__file__).parent.parent / "fedclaw"
+    files = [path for path in package.rglob("*.py") if "run_main(" in path.read_text() and path.name != "cli.py"]
+    names = {".".join(["fedclaw", *path.relative_to(package).with_suffix("").parts]) for path in files}
+    assert names - {"fedclaw.__main__"} == {_file_of(module) for module in COMMANDS.values()}
 
 
 def test_the_commands_and_all_that_is_installed_are_listed():

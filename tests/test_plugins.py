@@ -101,6 +101,8 @@ def test_the_plug_ins_are_listed_with_their_first_lines(installed):
     assert "  series   The series workload: (N, steps) to logits (N, C)" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("runtime", ["simulation", "flower"])
 def test_a_runtime_runs_them_as_the_one_process_does(runs, runtime):
     require_same(RunDirectory.open(runs / runtime), runs)
@@ -144,6 +146,8 @@ def test_a_server_and_clients_run_them_over_grpc(installed, runs, tmp_path):
     require_same(RunDirectory.open(tmp_path / "runs" / "grpc"), runs)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_private_run_of_them_costs_what_was_asked_for(runs):
     receipts = RunDirectory.open(runs / "private").read_receipts()
     assert len(receipts) == SITES

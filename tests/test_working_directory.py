@@ -98,20 +98,29 @@ def test_help_imports_nothing_of_the_current_directory(hostile, module):
     assert (done.code, done.errors) == (0, "")
 
 
-@pytest.mark.parametrize("module", ["fedclaw.server", "fedclaw.provision", "fedclaw.transport.ray"])
+@pytest.mark.parametrize("module", ["fedclaw.server", "fedclaw.transport.ray"])
 def test_a_wrong_use_imports_nothing_of_the_current_directory(hostile, module):
     done = hostile.run(module, "nonsense=1", "privacy=x")
     assert done.code == 2, done.errors
     assert done.lines[0].startswith(module)
 
 
-@pytest.mark.parametrize("words", ["-mfedclaw", "-Bmfedclaw", "-W ignore -m fedclaw", "-P -m fedclaw"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-Bmfedclaw",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("-mfedclaw", "-W ignore -m fedclaw", "-P -m fedclaw")),
+    ],
+)
 def test_however_python_is_told_to_run_a_command(hostile, words):
     hostile.program = (sys.executable, *words.split())
     assert hostile.run("server", "nonsense=1").code == 2
 
 
-@pytest.mark.parametrize("program", [(sys.executable, "-m"), (str(Path(sys.executable).parent / "fedclaw"),)])
+@pytest.mark.parametrize(
+    "program",
+    [pytest.param((sys.executable, "-m"), marks=pytest.mark.slow), (str(Path(sys.executable).parent / "fedclaw"),)],
+)
 def test_a_dot_in_the_path_names_no_directory(hostile, program):
     """PYTHONPATH=. is wherever one happens to be."""
     hostile.program, module = program, "fedclaw.server" if len(program) == 2 else "server"
@@ -119,6 +128,7 @@ def test_a_dot_in_the_path_names_no_directory(hostile, program):
     assert hostile.run(module, "nonsense=1").code == 2
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_named_in_full_is_found_and_hides_nothing(hostile):
     """An author at work on a plug-in has its directory on the path."""
     (hostile.root / "sign.py").write_text('"""The sign of the mean."""\n')
@@ -211,6 +221,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_wheel_has_one_name_at_its_top_and_the_plug_ins_in_it(wheel, hostile):
     (packages,) = wheel.parent.glob("lib/python*/site-packages")
     assert {entry.name for entry in packages.iterdir() if "-" not in entry.name} == {"fedclaw", "libraries.pth"}
