@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
 from fedclaw.clients.definitions import Text, distinct, sized
-from fedclaw.clients.tables import Block, Faults
+from fedclaw.clients.tables import Faults, TableRows
 from fedclaw.clients.values import Cell, DecimalMark, Declared, Markers
 from fedclaw.privacy.statistics import StatisticColumn
 from fedclaw.protocol.frozen import Frozen
@@ -69,7 +69,7 @@ class Column(Frozen):
         """How cells are told apart, made once for all blocks; `markers` are the schema's."""
 
     @abstractmethod
-    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+    def read(self, block: TableRows, rules: Rules) -> tuple[Doubles, Flags]:
         """The cells (N,) as numbers, or numbers of levels, NaN where missing or bad; and which are bad."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Column(Frozen):
     def statistic(self) -> StatisticColumn:
         """The column as statistics know it: with its declared bounds, if it has any, or its levels."""
 
-    def values(self, block: Block, rules: Rules, faults: Faults) -> Doubles:
+    def values(self, block: TableRows, rules: Rules, faults: Faults) -> Doubles:
         """What `read` gives, (N,), bad cells told to `faults`."""
         values, bad = self.read(block, rules)
         faults.mark(block, self.name, bad, self.expected)
@@ -134,7 +134,7 @@ class Numeric(Column):
         """Numbers within `range`."""
         return StatisticColumn(self.name, bounds=self.range)
 
-    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+    def read(self, block: TableRows, rules: Rules) -> tuple[Doubles, Flags]:
         """The raw numbers, (N,)."""
         values, bad = numbers(block.columns[self.name], rules.markers, block.mark)
         low, high = self.range or (-LARGEST, LARGEST)
@@ -181,7 +181,7 @@ class Boolean(Column):
         """The ten spellings."""
         return Rules(self._markers(markers), _TRUTHS)
 
-    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+    def read(self, block: TableRows, rules: Rules) -> tuple[Doubles, Flags]:
         """(N,) of 0, 1 and NaN."""
 
         def value(cell: Cell) -> float:
@@ -237,7 +237,7 @@ class Categorical(Column):
         """The levels by value; a marker that is declared as a level is a level."""
         return Rules(self._markers(markers), Declared({level: i for i, level in enumerate(self.levels)}))
 
-    def read(self, block: Block, rules: Rules) -> tuple[Doubles, Flags]:
+    def read(self, block: TableRows, rules: Rules) -> tuple[Doubles, Flags]:
         """(N,) numbers of levels; what is no level by the column's rule."""
         found = codes(block, self.name, rules.declared, rules.markers)
         if self.unseen == "other":
@@ -280,7 +280,7 @@ class NumericColumns:
         self._low, self._high = np.array(ranges).reshape(-1, 2).T
         self._center, self._scale = np.array([column.constants for column in columns]).reshape(-1, 2).T
 
-    def read(self, block: Block) -> tuple[Doubles, Flags]:
+    def read(self, block: TableRows) -> tuple[Doubles, Flags]:
         """The raw numbers, (N, K), NaN where missing or bad; and which are bad."""
         cells = list(chain.from_iterable(block.columns[column.name] for column in self.columns))
         values, bad = numbers(cells, self._markers, block.mark)
@@ -296,7 +296,7 @@ class NumericColumns:
         return encoded
 
 
-def codes(block: Block, name: str, declared: Declared, markers: Markers | None) -> NDArray[np.float64]:
+def codes(block: TableRows, name: str, declared: Declared, markers: Markers | None) -> NDArray[np.float64]:
     """The code of each cell of a column, (N,): -1 where missing, UNKNOWN where it is no declared value.
 
     A declared value comes before a missing marker, so that "NA" can be a level. With `markers` None, no cell may miss.

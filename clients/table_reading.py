@@ -12,7 +12,7 @@ import numpy as np
 from fedclaw.clients.columns import Column, Doubles, Flags, Numeric, NumericColumns, Rules
 from fedclaw.clients.definitions import shown
 from fedclaw.clients.moments import Moments
-from fedclaw.clients.tables import Block, Faults
+from fedclaw.clients.tables import Faults, TableRows
 from fedclaw.clients.values import Markers
 from fedclaw.errors import DataError
 from fedclaw.learning.workload import Floats
@@ -49,7 +49,7 @@ class Values:
     bad: Flags
 
 
-class Encoder:
+class RowEncoder:
     """Turns blocks into features, columns of numbers all at once."""
 
     def __init__(self, columns: Sequence[Column], missing: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ class Encoder:
         assert isinstance(column, Numeric)
         return column
 
-    def read(self, block: Block, faults: Faults) -> Values:
+    def read(self, block: TableRows, faults: Faults) -> Values:
         """The block's cells as numbers; bad ones are told to `faults`."""
         cells = np.empty((block.rows, len(self._columns)))
         bad = np.zeros(cells.shape, np.bool_)
@@ -100,7 +100,7 @@ class Encoder:
             faults.mark(block, column.name, bad[:, place], column.expected)
         return Values(cells, bad)
 
-    def encode(self, block: Block, values: Values, faults: Faults) -> Floats:
+    def encode(self, block: TableRows, values: Values, faults: Faults) -> Floats:
         """Features (N, D) of what `read` gave; numbers too large for them are told to `faults`."""
         inputs = self.encode_others(values)
         if self._scaling is not None:

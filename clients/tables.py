@@ -53,7 +53,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Block:
+class TableRows:
     """Consecutive rows of a table by column: `columns[name][i]` is at `places[i]`."""
 
     path: Path
@@ -112,13 +112,13 @@ class Faults:
         self._first: list[tuple[int, int, str]] = []
         self._order: dict[str, int] = {}
 
-    def begin(self, block: Block) -> None:
+    def begin(self, block: TableRows) -> None:
         """Take in the block's rows of the wrong length."""
         for index, sentence in block.ragged.items():
             self._add(block.first + index, -1, sentence)
         self.count += len(block.ragged)
 
-    def mark(self, block: Block, column: str, bad: "np.ndarray[Any, np.dtype[np.bool_]]", expected: str) -> None:
+    def mark(self, block: TableRows, column: str, bad: "np.ndarray[Any, np.dtype[np.bool_]]", expected: str) -> None:
         """The cells `bad` (N,) of a column are not `expected`."""
         if not bad.any():
             return
@@ -163,7 +163,7 @@ class Content:
 
 def read_blocks(
     path: Path, written: FileFormat, wanted: Wanted, content: Content, rows: int = BLOCK_ROWS
-) -> Iterator[Block]:
+) -> Iterator[TableRows]:
     """The wanted columns of the table in `path`, at most `rows` rows at a time; the file is opened and read once.
 
     Parquet if its name ends in .parquet or .pq and else CSV, gzipped or not. The columns of all blocks are the same, in
@@ -245,7 +245,7 @@ class _Records:
 
 def _csv_blocks(
     path: Path, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
-) -> Iterator[Block]:
+) -> Iterator[TableRows]:
     hashed = _Hashed(file, content)
     lines, records = _text(hashed, written), None
     try:
@@ -283,16 +283,16 @@ def _gathered(
     records: Iterator[tuple[int, list[str]]],
     written: FileFormat,
     rows: int,
-) -> Iterator[Block]:
+) -> Iterator[TableRows]:
     width, first = len(header), 0
     most = max(1, min(rows, BLOCK_CELLS // width))
     places, pending, ragged = list[int](), list[Sequence[str]](), dict[int, str]()
     pick = _picker(list(chosen.values()), width)
 
-    def block() -> Block:
+    def block() -> TableRows:
         columns = zip(chosen, zip(*pending, strict=True), strict=True)
         stripped = {name: [cell and cell.strip() for cell in cells] for name, cells in columns}
-        return Block(path, "line", places, stripped, first, written.decimal, ragged)
+        return TableRows(path, "line", places, stripped, first, written.decimal, ragged)
 
     nothing: Any = (None,) * len(chosen)
     for line, cells in records:
@@ -387,7 +387,7 @@ def _say(**settings: str | int) -> str:
 
 def _parquet_blocks(
     path: Path, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
-) -> Iterator[Block]:
+) -> Iterator[TableRows]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -411,7 +411,9 @@ def _parquet_blocks(
                     name: _cells(path, raw, batch.column(batch.schema.get_field_index(raw)))
                     for name, raw in zip(chosen, read, strict=True)
                 }
-                yield Block(path, "row", range(first + 1, first + 1 + batch.num_rows), columns, first, written.decimal)
+                yield TableRows(
+                    path, "row", range(first + 1, first + 1 + batch.num_rows), columns, first, written.decimal
+                )
                 first += batch.num_rows
     except ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error

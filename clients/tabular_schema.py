@@ -63,8 +63,8 @@ from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, de
 from fedclaw.clients.definitions import canonical_json, parse_chosen, parse_definition, shown, weights_of
 from fedclaw.clients.moments import Moments
 from fedclaw.clients.table_definition import ClassTarget, NumberTarget, TableDefinition, table_of
-from fedclaw.clients.table_reading import Encoder, MissingCells, Seen, Values
-from fedclaw.clients.tables import Block, Content, Faults, Wanted, read_blocks
+from fedclaw.clients.table_reading import MissingCells, RowEncoder, Seen, Values
+from fedclaw.clients.tables import Content, Faults, TableRows, Wanted, read_blocks
 from fedclaw.clients.values import Declared, Markers, shown_cell
 from fedclaw.errors import DataError
 from fedclaw.file_format import FileFormat
@@ -245,7 +245,7 @@ class TabularSchema(Schema):
         moments = [Moments() for _ in encoder.numeric]
         raw = list[Doubles]()
 
-        def keep(_block: Block, values: Values, _faults: Faults) -> Floats:
+        def keep(_block: TableRows, values: Values, _faults: Faults) -> Floats:
             encoder.add_moments(values, moments)
             raw.append(encoder.raw_numbers(values))
             return encoder.encode_others(values)
@@ -334,7 +334,7 @@ class TabularSchema(Schema):
         ]
         return np.concatenate(parts, axis=1).astype(np.float32)
 
-    def _fitted_by(self, encoder: Encoder, moments: list[Moments]) -> Self:
+    def _fitted_by(self, encoder: RowEncoder, moments: list[Moments]) -> Self:
         found = {
             column.name: ColumnConstants(mean=own.mean, deviation=_divisor(own))
             for column, own in zip(encoder.numeric, moments, strict=True)
@@ -353,10 +353,10 @@ class TabularSchema(Schema):
         definition = self.definition.model_copy(update={"columns": columns, "standardise": "schema"})
         return type(self)(definition).written_as(self._format)
 
-    def _encoder(self) -> Encoder:
-        return Encoder(self._columns, self.definition.missing)
+    def _encoder(self) -> RowEncoder:
+        return RowEncoder(self._columns, self.definition.missing)
 
-    def _table(self, path: Path, encoder: Encoder, encode: Callable[[Block, Values, Faults], Floats]) -> Table:
+    def _table(self, path: Path, encoder: RowEncoder, encode: Callable[[TableRows, Values, Faults], Floats]) -> Table:
         """The labelled rows in one pass, `encode` giving the inputs of each block. Raises DataError."""
         target, faults, content, seen = self._target(), Faults(path), Content(), Seen(self._columns)
         inputs, targets = [], []
@@ -369,7 +369,7 @@ class TabularSchema(Schema):
         notes = seen.notes(in_own_units=self.definition.standardise == "schema")
         return Table(np.concatenate(inputs), np.concatenate(targets), content.hexdigest(), notes)
 
-    def _target(self) -> Callable[[Block, Faults], Targets]:
+    def _target(self) -> Callable[[TableRows, Faults], Targets]:
         """How the target's cells become class indices, or numbers, (N,); bad ones are told to the faults."""
         target = self.definition.target
         return _classes(target) if isinstance(target, ClassTarget) else _numbers(target)
@@ -382,7 +382,7 @@ class TabularSchema(Schema):
         target_required: bool,
         content: Content | None = None,
         identifiers: Sequence[str] = (),
-    ) -> Iterator[Block]:
+    ) -> Iterator[TableRows]:
         target = self.definition.target.name
         names = tuple(column.name for column in self._columns)
         wanted = Wanted(
@@ -430,11 +430,11 @@ def _standardised(column: Column, constants: Mapping[str, ColumnConstants]) -> C
     return column.model_copy(update={"center": own.mean, "scale": own.deviation})
 
 
-def _classes(target: ClassTarget) -> Callable[[Block, Faults], Targets]:
+def _classes(target: ClassTarget) -> Callable[[TableRows, Faults], Targets]:
     name, known = target.name, target.codes
     declared, expected = Declared(known), one_of(list(known))
 
-    def read(block: Block, faults: Faults) -> Targets:
+    def read(block: TableRows, faults: Faults) -> Targets:
         found = codes(block, name, declared, markers=None)
         faults.mark(block, name, found == UNKNOWN, expected)
         return np.maximum(found, 0).astype(np.int64)
@@ -442,11 +442,11 @@ def _classes(target: ClassTarget) -> Callable[[Block, Faults], Targets]:
     return read
 
 
-def _numbers(target: NumberTarget) -> Callable[[Block, Faults], Targets]:
+def _numbers(target: NumberTarget) -> Callable[[TableRows, Faults], Targets]:
     """No cell may miss: what means 'not known' elsewhere is no number either."""
     column, rules = target.column, target.column.rules(Markers(()))
 
-    def read(block: Block, faults: Faults) -> Targets:
+    def read(block: TableRows, faults: Faults) -> Targets:
         values, bad = column.read(block, rules)
         faults.mark(block, target.name, bad | np.isnan(values), column.expected)
         return np.where(np.isnan(values), target.range[0], values).astype(np.float32)

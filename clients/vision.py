@@ -31,7 +31,7 @@ class CnnArguments(Frozen):
     """Width of a hidden linear layer before the head; None: no such layer."""
 
 
-class Block(nn.Module):
+class ConvolutionBlock(nn.Module):
     """3x3 convolution, group normalisation with one group, ReLU, and a 2x2 maximum where the map is large enough.
 
     One group: no statistics are shared between examples, which example-level privacy needs (Opacus refuses batch
@@ -59,7 +59,7 @@ class Cnn(nn.Module):
         blocks = []
         for outputs in arguments.channels:
             halve = min(height, width) >= 2
-            blocks.append(Block(inputs, outputs, halve=halve))
+            blocks.append(ConvolutionBlock(inputs, outputs, halve=halve))
             inputs, height, width = outputs, height >> halve, width >> halve
         cells = (min(height, arguments.grid), min(width, arguments.grid))
         features = inputs * cells[0] * cells[1]
@@ -101,7 +101,7 @@ class VisionWorkload(Workload):
         """The spec with the model's present widths. Raises PluginError for a model that is not of this workload."""
         if not isinstance(model, Cnn):
             raise PluginError(f"a {type(model).__name__} is no model of the vision workload")
-        channels = [block.convolution.weight.shape[0] for block in model.blocks if isinstance(block, Block)]
+        channels = [block.convolution.weight.shape[0] for block in model.blocks if isinstance(block, ConvolutionBlock)]
         hidden = model.hidden.weight.shape[0] if model.hidden is not None else None
         arguments = CnnArguments(channels=tuple(channels), grid=model.grid, hidden=hidden)
         return ModelSpec(name="cnn", args=arguments.model_dump(mode="json"))

@@ -113,9 +113,11 @@ def serve(settings: ClientSettings) -> None:
     startup.next_step("start it again with the same command; what is asked meanwhile waits at the server")
     with only_client(settings.site):
         handler = _handler(settings, site, keys)
-        link = SiteConnection(keys, handler, state_directory(settings.site), settings.limits, address=settings.server)
+        connection = SiteConnection(
+            keys, handler, state_directory(settings.site), settings.limits, address=settings.server
+        )
         log.info("site %s serves federation %s", keys.site_name, keys.descriptor.name)
-        link.run(threading.Event())
+        connection.run(threading.Event())
 
 
 def _keys(settings: ClientSettings, site: SiteSettings | None) -> SiteKeys:

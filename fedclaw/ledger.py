@@ -48,14 +48,14 @@ from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.tables import Figures
 from fedclaw.site.journal.history import Entry
 from fedclaw.site.journal.ledger import describe
-from fedclaw.site.journal.reconciliation import Books, agreements, check_books, losses, open_books
+from fedclaw.site.journal.reconciliation import SiteJournal, agreements, check_journal, losses, open_journal
 from fedclaw.site.journal.spending import DataSetSpending, Spending
 
 STATEMENT_FILE = "privacy-statement.html"
 BEGIN_AGAIN = "begin-again"
 
 
-class Settings(Frozen):
+class LedgerSettings(Frozen):
     """conf/ledger.yaml, checked."""
 
     site: Path
@@ -74,13 +74,13 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         raise UsageError(f"give one command of {', '.join([BEGIN_AGAIN, *_COMMANDS])} (given: {given})")
     if line.words == (BEGIN_AGAIN,):
         _take(line, {"reason"})
-        settings = compose_settings("ledger", [_quoted(override) for override in line.overrides], Settings)
+        settings = compose_settings("ledger", [_quoted(override) for override in line.overrides], LedgerSettings)
         _begin_again(settings, console or make_console())
         return
     run, takes = _COMMANDS[line.words[0]]
     _take(line, takes)
-    settings = compose_settings("ledger", line.overrides, Settings)
-    run(settings, open_books(settings.site), console or make_console())
+    settings = compose_settings("ledger", line.overrides, LedgerSettings)
+    run(settings, open_journal(settings.site), console or make_console())
 
 
 def _quoted(override: str) -> str:
@@ -99,54 +99,54 @@ def _take(line: CommandLine, takes: set[str]) -> None:
         raise UsageError(f"{line.words[0]} does not take {', '.join(sorted(superfluous))}")
 
 
-def _show(settings: Settings, books: Books, console: Console) -> None:
-    spending, problem = books.spending(), _problem(books)
+def _show(settings: LedgerSettings, journal: SiteJournal, console: Console) -> None:
+    spending, problem = journal.spending(), _problem(journal)
     if settings.as_json:
-        plain = _plain(spending) | {"problem": problem, "losses": [asdict(loss) for loss in books.index.losses]}
+        plain = _plain(spending) | {"problem": problem, "losses": [asdict(loss) for loss in journal.index.losses]}
         if settings.entries:
-            plain["chain"] = [_plain_entry(entry) for entry in books.entries]
+            plain["chain"] = [_plain_entry(entry) for entry in journal.entries]
         console.out(json.dumps(plain, indent=2), highlight=False)
         return
-    console.print(_overview(books, spending), soft_wrap=False)
+    console.print(_overview(journal, spending), soft_wrap=False)
     console.print(f"{spending.entries} entries, head {spending.head}", markup=False)
     if settings.entries:
-        console.print(_entry_table(books), soft_wrap=False)
-    for sentence in agreements(books.index):
+        console.print(_entry_table(journal), soft_wrap=False)
+    for sentence in agreements(journal.index):
         console.print(sentence, markup=False)
-    for sentence in losses(books.index):
+    for sentence in losses(journal.index):
         console.print(f"! {sentence}", style="bold red", markup=False)
     if problem is not None:
         console.print(f"! {problem}", style="bold red", markup=False)
 
 
-def _problem(books: Books) -> str | None:
+def _problem(journal: SiteJournal) -> str | None:
     """Why the figures cannot be trusted, if so: an old copy shows less than was spent."""
     try:
-        check_books(books)
+        check_journal(journal)
     except LedgerError as error:
         return str(error)
     return None
 
 
-def _verify(settings: Settings, books: Books, console: Console) -> None:
+def _verify(settings: LedgerSettings, journal: SiteJournal, console: Console) -> None:
     head = None if settings.head is None else settings.head.lower()
     if head is not None and not re.fullmatch(r"[0-9a-f]{64}", head):
         raise UsageError(f"head={settings.head}: a ledger head has 64 hexadecimal digits")
-    check_books(books)
-    if head is not None and head not in books.index.heads:
+    check_journal(journal)
+    if head is not None and head not in journal.index.heads:
         raise LedgerError(
-            f"the head {head} is not in this ledger of {books.index.sequence} entries: it is another ledger's, or "
+            f"the head {head} is not in this ledger of {journal.index.sequence} entries: it is another ledger's, or "
             "entries were cut off this one, or an old copy was put back"
         )
-    receipts = sum(line.receipt is not None for line in books.outbound)
+    receipts = sum(line.receipt is not None for line in journal.outbound)
     console.print(
-        f"verified: {books.index.sequence} entries, none changed, removed or inserted; {receipts} answers left with a "
-        f"receipt, each has its charge; head {books.index.head}",
+        f"verified: {journal.index.sequence} entries, none changed, removed or inserted; {receipts} answers left with "
+        f"a receipt, each has its charge; head {journal.index.head}",
         style="green",
         markup=False,
     )
     if head is not None:
-        at = next(entry for entry in books.entries if entry.hash == head)
+        at = next(entry for entry in journal.entries if entry.hash == head)
         console.print(f"the head given is that of entry {at.sequence}, {at.body['time']}", markup=False)
     else:
         console.print(
@@ -157,28 +157,30 @@ def _verify(settings: Settings, books: Books, console: Console) -> None:
         )
 
 
-def _statement(settings: Settings, books: Books, console: Console) -> None:
+def _statement(settings: LedgerSettings, journal: SiteJournal, console: Console) -> None:
     from fedclaw.report.ledger_page import render
 
-    check_books(books)
+    check_journal(journal)
     path = settings.out or settings.site / STATEMENT_FILE
     if path.is_dir():
         raise UsageError(f"out={path} is a directory; name a file")
     # Private like the ledger: rates, steps and fingerprints tell how many examples there are, and which.
-    write_atomic(path, render(books).encode(), PRIVATE_MODE)
+    write_atomic(path, render(journal).encode(), PRIVATE_MODE)
     console.print(f"{path} is written, readable by you only; who may see it is your decision.", markup=False)
 
 
-_COMMANDS: dict[str, tuple[Callable[[Settings, Books, Console], None], set[str]]] = {
+_COMMANDS: dict[str, tuple[Callable[[LedgerSettings, SiteJournal, Console], None], set[str]]] = {
     "show": (_show, {"entries", "json"}),
     "verify": (_verify, {"head"}),
     "statement": (_statement, {"out"}),
 }
 
 
-def _overview(books: Books, spending: Spending) -> Figures:
+def _overview(journal: SiteJournal, spending: Spending) -> Figures:
     columns = ("data set", "budget", "delta", "spent", "left", "runs", "rounds", "open", "last charge (UTC)")
-    table = Figures(columns, title=f"What site {books.settings.name} has spent", words=frozenset({"last charge (UTC)"}))
+    table = Figures(
+        columns, title=f"What site {journal.settings.name} has spent", words=frozenset({"last charge (UTC)"})
+    )
     for item in spending.data_sets:
         last = max((run.last for run in item.runs), default="never")
         table.add_row(
@@ -193,13 +195,13 @@ def _overview(books: Books, spending: Spending) -> Figures:
     return table
 
 
-def _entry_table(books: Books) -> Table:
+def _entry_table(journal: SiteJournal) -> Table:
     table = Table(title="Entries", title_justify="left")
     table.add_column("", justify="right", no_wrap=True)
     for column in ("time (UTC)", "kind", "data set", "federation, run", "round", "what", "hash"):
         table.add_column(column)
-    for entry in books.entries:
-        charge = books.index.reservations.get(entry.sequence)
+    for entry in journal.entries:
+        charge = journal.index.reservations.get(entry.sequence)
         what = ("", "", "", f"of entry {entry.body['reserve']}" if "reserve" in entry.body else "")
         if "reason" in entry.body:
             what = ("", "", "", f"begun again: {entry.body['reason']}")
@@ -237,7 +239,7 @@ def _plain(spending: Spending) -> dict[str, Any]:
     }
 
 
-def _begin_again(settings: Settings, console: Console) -> None:
+def _begin_again(settings: LedgerSettings, console: Console) -> None:
     from fedclaw.site.begin_again import begin_again
 
     if settings.reason is None:

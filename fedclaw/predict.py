@@ -51,7 +51,7 @@ DIGITS = 4
 """Of a probability at a terminal."""
 
 
-class Settings(Frozen):
+class PredictSettings(Frozen):
     """conf/predict.yaml."""
 
     bundle: Path
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     command = split(arguments)
     if command.words:
         raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
-    settings = compose_settings("predict", command.overrides, Settings)
+    settings = compose_settings("predict", command.overrides, PredictSettings)
     if settings.output is not None and settings.output.suffix.lower() != ".csv":
         raise UsageError(f"output={settings.output}: predictions are written as CSV, name a file that ends in .csv")
     if settings.output is not None and _same(settings.output, settings.input):

@@ -57,7 +57,7 @@ _STYLES: dict[State, str] = {
 }
 
 
-class Settings(Frozen):
+class ProvisionSettings(Frozen):
     """Everything that any command takes; conf/provision.yaml says what each key is."""
 
     federation: Path | None
@@ -76,7 +76,7 @@ class Settings(Frozen):
 
 @dataclass(frozen=True)
 class _Command:
-    run: Callable[[Settings, Console], None]
+    run: Callable[[ProvisionSettings, Console], None]
     needs: frozenset[str]
     takes: frozenset[str] = frozenset()
     one_of: frozenset[str] = frozenset()
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         raise UsageError(f"give one command of {', '.join(_COMMANDS)} (given: {given})")
     word = line.words[0]
     command = _COMMANDS[word]
-    settings = compose_settings("provision", line.overrides, Settings)
+    settings = compose_settings("provision", line.overrides, ProvisionSettings)
     _check_keys(word, command, {override.lstrip("+").partition("=")[0] for override in line.overrides})
     try:
         with naming(**_read_by(word, settings)):
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         raise ProvisionError(f"{error.filename or word}: {error.strerror}") from error
 
 
-def _read_by(word: str, settings: Settings) -> dict[str, Path | None]:
+def _read_by(word: str, settings: ProvisionSettings) -> dict[str, Path | None]:
     """What the command reads, by its key: init and request make their directories, and revoke's site is a name."""
     paths = {"descriptor": settings.descriptor, "request": settings.request, "certificate": settings.certificate}
     if word != "init":
@@ -118,7 +118,7 @@ def _check_keys(word: str, command: _Command, given: set[str]) -> None:
         raise UsageError(f"{word} needs exactly one of {', '.join(f'{key}=...' for key in sorted(command.one_of))}")
 
 
-def _init(settings: Settings, console: Console) -> None:
+def _init(settings: ProvisionSettings, console: Console) -> None:
     root = _path(settings.federation)
     name, address = _text(settings.name), _text(settings.address)
     home = provisioning.initialise(root, name, address, settings.seal, settings.days, settings.addresses)
@@ -128,7 +128,7 @@ def _init(settings: Settings, console: Console) -> None:
     console.print("      they run request and send you their request file, you run approve.")
 
 
-def _request(settings: Settings, console: Console) -> None:
+def _request(settings: ProvisionSettings, console: Console) -> None:
     root, name = _site_directory(settings), _text(settings.name)
     path = provisioning.request_site(root, _path(settings.descriptor), name, settings.fingerprint)
     overview = site_overview(root)
@@ -139,7 +139,7 @@ def _request(settings: Settings, console: Console) -> None:
     _print_next_request(root, path, console)
 
 
-def _approve(settings: Settings, console: Console) -> None:
+def _approve(settings: ProvisionSettings, console: Console) -> None:
     root, request = _path(settings.federation), _path(settings.request)
     path = provisioning.approve(root, request, settings.days, settings.fingerprint)
     fingerprint = read_request(request, federation_home.FederationHome.open(root).name).fingerprint
@@ -151,7 +151,7 @@ def _approve(settings: Settings, console: Console) -> None:
     console.print(f"      python -m fedclaw.provision install site=DIR certificate={path.name}")
 
 
-def _install(settings: Settings, console: Console) -> None:
+def _install(settings: ProvisionSettings, console: Console) -> None:
     root = _site_directory(settings)
     provisioning.accept(root, _path(settings.certificate))
     keys = SiteKeys.open(root)
@@ -160,7 +160,7 @@ def _install(settings: Settings, console: Console) -> None:
     console.print(f"Next: python -m fedclaw.client site={root}")
 
 
-def _renew(settings: Settings, console: Console) -> None:
+def _renew(settings: ProvisionSettings, console: Console) -> None:
     if settings.federation is not None:
         if settings.rotate:
             raise UsageError("rotate=true is for sites; the federation's keys stay")
@@ -176,7 +176,7 @@ def _renew(settings: Settings, console: Console) -> None:
     _print_next_request(root, path, console)
 
 
-def _revoke(settings: Settings, console: Console) -> None:
+def _revoke(settings: ProvisionSettings, console: Console) -> None:
     name = _text(settings.site)
     count = provisioning.revoke(_path(settings.federation), name)
     if count:
@@ -185,7 +185,7 @@ def _revoke(settings: Settings, console: Console) -> None:
         console.print(f"{name} was revoked before; nothing changed.")
 
 
-def _show(settings: Settings, console: Console) -> None:
+def _show(settings: ProvisionSettings, console: Console) -> None:
     if settings.federation is not None:
         _print_overview(federation_overview(_path(settings.federation)), console)
     else:
@@ -237,7 +237,7 @@ def _text(text: str | None) -> str:
     return text
 
 
-def _site_directory(settings: Settings) -> Path:
+def _site_directory(settings: ProvisionSettings) -> Path:
     return _path(Path(_text(settings.site)))
 
 

@@ -31,7 +31,7 @@ from fedclaw.export.trust import load_trust
 from fedclaw.protocol.frozen import Frozen
 
 
-class Settings(Frozen):
+class VerifySettings(Frozen):
     """conf/verify.yaml."""
 
     bundle: Path | None
@@ -44,7 +44,7 @@ class Settings(Frozen):
 def main(arguments: Sequence[str]) -> None:
     """Verify by the command line."""
     command = split(arguments)
-    settings = compose_settings("verify", command.overrides, Settings)
+    settings = compose_settings("verify", command.overrides, VerifySettings)
     named = [Path(word) for word in command.words] + ([settings.bundle] if settings.bundle else [])
     if len(named) != 1:
         raise UsageError("name one bundle: python -m fedclaw.verify BUNDLE")

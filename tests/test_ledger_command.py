@@ -14,7 +14,7 @@ from fedclaw import ledger
 from fedclaw.cli import split
 from fedclaw.errors import FedClawError, LedgerError, UsageError
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.journal.reconciliation import check, open_books, site_spending
+from fedclaw.site.journal.reconciliation import check, open_journal, site_spending
 from tests.conftest import run_module
 from tests.ledgers import ROUND, UNLIMITED, Run, make_site
 
@@ -74,7 +74,7 @@ def test_each_data_set_is_shown_with_its_own_budget(site: Path) -> None:
 
 def test_show_has_the_entries(site: Path) -> None:
     text = say("show", f"site={site}", "entries=true")
-    for entry in open_books(site).entries:
+    for entry in open_journal(site).entries:
         assert entry.hash[:16] in text
     assert "52 steps" not in text
     assert "13 steps at sample rate 0.08 with noise multiplier 1.5" in text
@@ -98,14 +98,14 @@ def test_show_for_machines(site: Path) -> None:
 
 
 def test_verify_is_one_clear_line_with_the_head(site: Path) -> None:
-    head = open_books(site).index.head
+    head = open_journal(site).index.head
     first = say("verify", f"site={site}").splitlines()[0]
     assert first.startswith("verified: 20 entries, none changed, removed or inserted; 9 answers left")
     assert first.endswith(f"head {head}")
 
 
 def test_verify_looks_for_a_head(site: Path) -> None:
-    entry = open_books(site).entries[4]
+    entry = open_journal(site).entries[4]
     assert f"entry 5, {entry.body['time']}" in say("verify", f"site={site}", f"head={entry.hash}")
     assert "entry 5" in say("verify", f"site={site}", f"head={entry.hash.upper()}")
     with pytest.raises(LedgerError, match=r"the head a{64} is not in this ledger of 20 entries"):
@@ -145,12 +145,12 @@ def test_a_changed_outbound_log_is_named(site: Path) -> None:
 def test_an_answer_without_a_charge_is_named(tmp_path: Path) -> None:
     """Two answers of one round, and one charge: an entry of the log is not explained by the ledger."""
     site = make_site(tmp_path / "site", [Run("spring", 1)])
-    books = open_books(site)
-    line = books.outbound[0]
+    journal = open_journal(site)
+    line = journal.outbound[0]
     again, other = line.model_copy(update={"resent": True}), line.model_copy(update={"digest": "77" * 32})
-    check(books.index, (line, again))
+    check(journal.index, (line, again))
     with pytest.raises(LedgerError, match="'heart/spring/1', for which this privacy ledger has 1 settled"):
-        check(books.index, (line, again, other))
+        check(journal.index, (line, again, other))
 
 
 def test_a_half_written_line_of_a_running_client_is_left_alone(site: Path) -> None:

@@ -16,7 +16,7 @@ from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.layout import CARD, ONNX, PRIVACY, SCHEMA, Manifest
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.trust import load_trust
-from fedclaw.site.journal.reconciliation import check_books, open_books
+from fedclaw.site.journal.reconciliation import check_journal, open_journal
 from fedclaw.site.journal.spending import Spending
 
 Pathlike = str | os.PathLike[str]
@@ -82,6 +82,6 @@ def read_ledger(site: Pathlike) -> Spending:
     The whole chain is walked and compared with what left the site. Raises UsageError if there is no such site,
     LedgerError naming the first entry that is wrong. Nothing is written, and a client may be running.
     """
-    books = open_books(Path(site))
-    check_books(books)
-    return books.spending()
+    journal = open_journal(Path(site))
+    check_journal(journal)
+    return journal.spending()

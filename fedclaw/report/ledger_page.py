@@ -12,7 +12,7 @@ from typing import Any
 
 from fedclaw import __version__
 from fedclaw.report import ledger_chart, ledger_words, pages
-from fedclaw.site.journal.reconciliation import Books, check_books, losses
+from fedclaw.site.journal.reconciliation import SiteJournal, check_journal, losses
 from fedclaw.site.journal.spending import DataSetSpending, Spending, epsilon_over_time
 from fedclaw.site.layout import ledger_file
 
@@ -22,49 +22,49 @@ Receipts = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """The last receipt that left, by data set, federation and run."""
 
 
-def render(books: Books) -> str:
-    """The page on these books as HTML. Raises LedgerError if ledger and outbound log do not fit together."""
-    check_books(books)
-    spending = books.spending()
-    receipts = _receipts(books)
+def render(journal: SiteJournal) -> str:
+    """The page on this journal as HTML. Raises LedgerError if ledger and outbound log do not fit together."""
+    check_journal(journal)
+    spending = journal.spending()
+    receipts = _receipts(journal)
     return pages.render(
         "ledger_page.html",
         words=ledger_words,
         infinite=math.inf,
-        site=books.settings.name,
-        root=books.root,
-        ledger=ledger_file(books.root),
+        site=journal.settings.name,
+        root=journal.root,
+        ledger=ledger_file(journal.root),
         now=datetime.now(UTC).isoformat(timespec="minutes"),
         version=__version__,
         accountant=version("dp-accounting"),
         spending=spending,
         discrete=_is_discrete(spending),
-        losses=losses(books.index),
+        losses=losses(journal.index),
         receipts=receipts,
-        answers=sum(line.receipt is not None for line in books.outbound),
-        data_sets=[_data_set(number, item, books, receipts) for number, item in enumerate(spending.data_sets, 1)],
+        answers=sum(line.receipt is not None for line in journal.outbound),
+        data_sets=[_data_set(number, item, journal, receipts) for number, item in enumerate(spending.data_sets, 1)],
     )
 
 
-def _receipts(books: Books) -> Receipts:
-    charged = {reservation.key: reservation.data_set for reservation in books.index.reservations.values()}
+def _receipts(journal: SiteJournal) -> Receipts:
+    charged = {reservation.key: reservation.data_set for reservation in journal.index.reservations.values()}
     return {
-        (charged[line.message_id], line.federation, line.run): line.receipt for line in books.outbound if line.receipt
+        (charged[line.message_id], line.federation, line.run): line.receipt for line in journal.outbound if line.receipt
     }
 
 
-def _data_set(number: int, item: DataSetSpending, books: Books, receipts: Receipts) -> dict[str, Any]:
+def _data_set(number: int, item: DataSetSpending, journal: SiteJournal, receipts: Receipts) -> dict[str, Any]:
     trusted = {str(receipt.get("trust")) for (name, _, _), receipt in receipts.items() if name == item.name}
     return {
         "spending": item,
         "meaning": ledger_words.meaning(item),
         "provided": ledger_words.provided(trusted),
-        "chart": _chart(number, item, books) if item.charges else "",
+        "chart": _chart(number, item, journal) if item.charges else "",
     }
 
 
-def _chart(number: int, item: DataSetSpending, books: Books) -> str:
-    points = epsilon_over_time(books.entries, books.index, item.name, item.budget.delta, _CHART_POINTS)
+def _chart(number: int, item: DataSetSpending, journal: SiteJournal) -> str:
+    points = epsilon_over_time(journal.entries, journal.index, item.name, item.budget.delta, _CHART_POINTS)
     if math.isinf(points[0].epsilon):
         return ""
     return ledger_chart.draw(points, item.budget.epsilon, f"chart-{number}")

@@ -63,13 +63,13 @@ class Accounts:
             history = History()
             for _ in range(rounds):
                 history.add(charge.mechanism)
-            books = LedgerFigures(
+            figures = LedgerFigures(
                 epsilon_run=history.epsilon(delta_of(policy, plan)),
                 epsilon_lifetime=history.epsilon(policy.delta),
                 rounds=rounds,
                 head=NO_LEDGER,
             )
-            self._receipts[key] = receipt_for(policy, examples, plan, charge, books)
+            self._receipts[key] = receipt_for(policy, examples, plan, charge, figures)
         return self._receipts[key]
 
 

@@ -97,7 +97,7 @@ def open_service(
             secure=_secure_identity(state, keys) if keys and durable else None,
         )
         if durable:
-            _compare_books(root, service)
+            _compare_journal(root, service)
             if data.test is not None and (told := note(service.policy, service.shared_test_rows, len(data.test))):
                 log.warning("%s", told)
         opened.pop_all()
@@ -114,7 +114,7 @@ def require_ledger(root: Path) -> None:
     check_mark(root, None)
 
 
-def _compare_books(root: Path, service: SiteService) -> None:
+def _compare_journal(root: Path, service: SiteService) -> None:
     """Raise LedgerError unless the ledger has all that left and was charged; from now on its charges are marked."""
     check_site(root)
     index = service.ledger.index()

@@ -224,14 +224,14 @@ def _refusing() -> Iterator[None]:
 
 def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
     """The receipt of a round that was just charged."""
-    books = LedgerFigures(
+    figures = LedgerFigures(
         epsilon_run=site.ledger.spent(delta_of(site.policy, plan), run=plan.run, federation=plan.federation),
         epsilon_lifetime=site.ledger.spent(site.policy.delta),
         rounds=site.ledger.rounds(plan.run, plan.federation),
         head=site.ledger.head(),
         losses=site.ledger.losses(),
     )
-    return receipt_for(site.policy, len(site.data.train), plan, charge, books)
+    return receipt_for(site.policy, len(site.data.train), plan, charge, figures)
 
 
 def delta_of(policy: Policy, plan: Plan) -> float:
@@ -240,15 +240,15 @@ def delta_of(policy: Policy, plan: Plan) -> float:
     return policy.delta if asked is None else asked
 
 
-def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, books: LedgerFigures) -> Receipt:
-    """The receipt of any site with that policy and so many training examples, whose books say this."""
+def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, figures: LedgerFigures) -> Receipt:
+    """The receipt of any site with that policy and so many training examples, whose ledger says this."""
     fields: dict[str, Any] = {"delta": policy.delta, **mechanism_of(plan).receipt_fields(examples, charge)}
     return Receipt(
         **fields,
-        rounds=books.rounds,
-        **Receipt.figures(books.epsilon_run, books.epsilon_lifetime, policy.epsilon),
-        ledger_head=books.head,
-        ledger_losses=books.losses,
+        rounds=figures.rounds,
+        **Receipt.figures(figures.epsilon_run, figures.epsilon_lifetime, policy.epsilon),
+        ledger_head=figures.head,
+        ledger_losses=figures.losses,
     )
 
 

@@ -34,7 +34,7 @@ from fedclaw.server.statistics_release import constants_from, read_release
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.state import SiteStates
@@ -93,8 +93,8 @@ def said(root: Path, name: str) -> dict:
 @pytest.mark.parametrize("name", WARDS + LABS)
 def test_a_ledger_says_what_it_said(past, name):
     """Every entry under its hash, every epsilon to the last bit."""
-    books = open_books(past / "sites" / name)
-    before, now = said(past, f"ledger-{name}.json"), books.spending()
+    journal = open_journal(past / "sites" / name)
+    before, now = said(past, f"ledger-{name}.json"), journal.spending()
     assert (now.ledger, now.head, now.entries) == (before["ledger"], before["head"], before["entries"])
     assert [item.name for item in now.data_sets] == [item["name"] for item in before["data_sets"]]
     for item, told in zip(now.data_sets, before["data_sets"], strict=True):
@@ -108,10 +108,10 @@ def test_a_ledger_says_what_it_said(past, name):
 
 @pytest.mark.parametrize("name", WARDS + LABS)
 def test_its_page_is_made_and_its_books_are_whole(past, name):
-    books = open_books(past / "sites" / name)
-    page = render(books)
-    assert books.index.head in page
-    assert all(run.run in page for item in books.spending().data_sets for run in item.runs)
+    journal = open_journal(past / "sites" / name)
+    page = render(journal)
+    assert journal.index.head in page
+    assert all(run.run in page for item in journal.spending().data_sets for run in item.runs)
     with OutboundLog(past / "sites" / name / "state" / "outbound.jsonl") as log:
         lines = (MADE / past.name / "sites" / name / "state" / "outbound.jsonl").read_text().splitlines()
         assert log.head() == json.loads(lines[-1])["hash"]
@@ -122,12 +122,12 @@ def test_its_page_is_made_and_its_books_are_whole(past, name):
 
 def test_all_kinds_of_charges_are_there(past):
     """Or these tests would show less than they say."""
-    index = open_books(past / "sites" / "ward-a").index
+    index = open_journal(past / "sites" / "ward-a").index
     charges = {(charge.run, charge.data_set) for charge in index.reservations.values()}
     assert {run for run, _ in charges} == {"release", *FINISHED, "interrupted"}
     assert ("local", "ward-a-2026/test") in charges
     assert any(open_ones for open_ones in index.open.values())
-    assert all(charge.mechanism is None for charge in open_books(past / "sites/lab-a").index.reservations.values())
+    assert all(charge.mechanism is None for charge in open_journal(past / "sites/lab-a").index.reservations.values())
 
 
 def test_a_federation_and_its_sites_are_who_they_were(past):
@@ -284,7 +284,7 @@ def test_an_interrupted_private_run_goes_on_to_its_end(past, opened):
         assert charged == 2 if past.name == OLDEST else charged in (1, 2)
         receipt = directory.read_receipts()[name].receipt
         assert receipt.epsilon_run == pytest.approx(service.ledger.spent(1e-3, run="interrupted"))
-    again = open_books(past / "sites" / "ward-a")
+    again = open_journal(past / "sites" / "ward-a")
     assert again.index.sequence > said(past, "ledger-ward-a.json")["entries"]
 
 

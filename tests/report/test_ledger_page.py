@@ -15,13 +15,13 @@ from fedclaw.errors import LedgerError
 from fedclaw.report import ledger_chart
 from fedclaw.report.ledger_page import render
 from fedclaw.report.ledger_words import certainty, factor, meaning, rounded
-from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.journal.spending import Point
 from tests.ledgers import HISTORY, SITE, Run, make_site
 
 
 def page_of(root: Path) -> str:
-    return render(open_books(root))
+    return render(open_journal(root))
 
 
 def parsed(page: str) -> ElementTree.Element:
@@ -70,7 +70,7 @@ def test_it_can_be_read_without_eyes(page: str) -> None:
 
 
 def test_it_says_what_the_ledger_says(page: str, tmp_path: Path) -> None:
-    spending = open_books(make_site(tmp_path / "site")).spending()
+    spending = open_journal(make_site(tmp_path / "site")).spending()
     ward = spending.data_set("ward-4")
     section = next(item for item in parsed(page).iter("section") if "ward-4" in text_of(item.find("h2")))
     figures = dict(zip(map(text_of, section.iter("dt")), map(text_of, section.iter("dd")), strict=True))
@@ -99,8 +99,8 @@ def test_training_without_privacy_is_said_first_and_plainly(page: str) -> None:
 
 def test_it_says_how_to_check_it(tmp_path: Path) -> None:
     root = make_site(tmp_path / "site")
-    books = open_books(root)
-    assert f"fedclaw.ledger verify site={root} head={books.index.head}" in unescape(render(books))
+    journal = open_journal(root)
+    assert f"fedclaw.ledger verify site={root} head={journal.index.head}" in unescape(render(journal))
 
 
 HOSTILE = "<script>alert('run')</script>&\"'"
@@ -114,11 +114,11 @@ def test_names_from_elsewhere_are_text(tmp_path: Path) -> None:
 
 def test_it_says_against_whom_it_does_not_hold(tmp_path: Path) -> None:
     root = make_site(tmp_path / "site", [Run("spring", 1)])
-    books = open_books(root)
+    journal = open_journal(root)
     for trust, words in (("server", "not hold against the federation's server"), ("aggregation", "sites are honest")):
-        receipt = {**(books.outbound[0].receipt or {}), "trust": trust, "unit": "site"}
-        line = books.outbound[0].model_copy(update={"receipt": receipt})
-        text = render(type(books)(root, books.settings, books.entries, books.index, (line,), books.mark))
+        receipt = {**(journal.outbound[0].receipt or {}), "trust": trust, "unit": "site"}
+        line = journal.outbound[0].model_copy(update={"receipt": receipt})
+        text = render(type(journal)(root, journal.settings, journal.entries, journal.index, (line,), journal.mark))
         assert words in text_of(parsed(text)).partition("By which run")[0]
         assert "hides this site's whole contribution" in text_of(parsed(text))
     assert "not hold against" not in page_of(root)
@@ -132,12 +132,12 @@ def test_a_site_that_never_trained(tmp_path: Path) -> None:
 
 def test_no_page_on_books_that_do_not_fit(tmp_path: Path) -> None:
     root = make_site(tmp_path / "site", [Run("spring", 2)])
-    books = open_books(root)
+    journal = open_journal(root)
     (root / "state" / "ledger.sqlite").unlink()
     make_site(tmp_path / "other", [Run("spring", 2)])
-    other = open_books(tmp_path / "other")
+    other = open_journal(tmp_path / "other")
     with pytest.raises(LedgerError, match="line 1 of the outbound log"):
-        render(type(books)(root, books.settings, other.entries, other.index, books.outbound, other.mark))
+        render(type(journal)(root, journal.settings, other.entries, other.index, journal.outbound, other.mark))
 
 
 def test_no_limit_is_said(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_figures_are_rounded_against_the_spender() -> None:
 
 
 def test_the_words_for_nothing_and_for_everything_differ(tmp_path: Path) -> None:
-    spending = open_books(make_site(tmp_path / "site")).spending()
+    spending = open_journal(make_site(tmp_path / "site")).spending()
     texts = {" ".join(meaning(item)) for item in spending.data_sets}
     assert len(texts) == 2
 

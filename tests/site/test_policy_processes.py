@@ -6,7 +6,7 @@ import yaml
 from experiments.datasets import SitePolicy
 from fedclaw.errors import LedgerError
 from fedclaw.server.run_directory import RunDirectory
-from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.journal.reconciliation import open_journal
 from tests.conftest import deploy
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def change(root, **clauses):
 
 
 def charges(root, data_set):
-    spent = {item.name: item.charges for item in open_books(root).spending().data_sets}
+    spent = {item.name: item.charges for item in open_journal(root).spending().data_sets}
     return spent.get(data_set, 0)
 
 

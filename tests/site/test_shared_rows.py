@@ -7,7 +7,7 @@ import yaml
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.plan import PrivacyRequest, Receipt, RefusalCode
 from fedclaw.site.directory import open_service
-from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.preflight.check import examine
 from fedclaw.site.settings import load_site_settings
@@ -87,7 +87,7 @@ def test_metrics_with_noise_are_charged_to_the_training_data(root):
     assert receipt.mechanism == "metrics"
     assert 0 < asker.site.ledger.spent(1e-3) == receipt.epsilon_lifetime
     assert receipt.epsilon_left == pytest.approx(6 - receipt.epsilon_lifetime)
-    spending = open_books(root).spending()
+    spending = open_journal(root).spending()
     assert spending.data_set("hospital-north").open == 0, "what left is settled"
     assert [item.charges for item in spending.data_sets] == [1]
     assert any("charged to the training" in warning for warning in examine(root, asker.settings).findings.warnings)

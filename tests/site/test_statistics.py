@@ -13,8 +13,8 @@ from fedclaw.protocol.message_identity import assign_message_id, assume_server_i
 from fedclaw.protocol.plan import RefusalCode
 from fedclaw.protocol.statistics import STATISTICS, StatisticsReceipt, StatisticsRequest
 from fedclaw.site.directory import open_service
-from fedclaw.site.journal.reconciliation import check as check_books
-from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.journal.reconciliation import check as check_journal
+from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.policy.sentences import sentences
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.statistics import statistics_vector
@@ -141,10 +141,10 @@ def test_the_ledger_is_charged_once_however_often_the_reply_is_sent(asker, root)
         asker.site.release(message, reply, 10, "00" * 32)
     assert asker.site.ledger.spent(1e-3) == charged
     assert asker.site.ledger.rounds("statistics-1") == 1
-    books = open_books(root)
-    (data_set,) = books.spending().data_sets
+    journal = open_journal(root)
+    (data_set,) = journal.spending().data_sets
     assert data_set.runs[0].open == 0
-    check_books(books.index, books.outbound)
+    check_journal(journal.index, journal.outbound)
 
 
 def test_an_answer_that_never_left_is_not_charged_again(asker):
@@ -257,7 +257,7 @@ def test_after_a_restart_the_log_still_knows_the_run_and_a_question_without_cont
     bare = rebuild(envelope_of(message), RecordDict())
     empty = rebuild(envelope_of(message), Error(0))
     asker.site.release(empty, reply, 10, "00" * 32)
-    (line,) = open_books(root).outbound
+    (line,) = open_journal(root).outbound
     assert line.run == "statistics-1"
     for nothing in (bare, empty):
         refused(asker.site.answer(nothing), RefusalCode.MALFORMED)

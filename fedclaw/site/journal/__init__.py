@@ -1,1 +1,1 @@
-"""A site's books: the privacy ledger, the outbound log, and how one is held against the other."""
+"""A site's journal: the privacy ledger, the outbound log, and how one is held against the other."""

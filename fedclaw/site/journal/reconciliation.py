@@ -1,4 +1,4 @@
-"""A site's books read together, without writing to them: its budget, its privacy ledger, its outbound log.
+"""A site's journal read as a whole, without writing to it: its budget, its privacy ledger, its outbound log.
 
 The ledger's own chain shows any change but one: entries cut off its end, or an older copy put back. What left the site
 shows that. Each answer that carried a privacy receipt is a line of the outbound log, under the name that its charge has
@@ -24,8 +24,8 @@ from fedclaw.site.settings import SiteSettings, load_site_settings
 
 
 @dataclass(frozen=True)
-class Books:
-    """Both books of the site at `root`, each verified by its own chain, and its settings."""
+class SiteJournal:
+    """Ledger and outbound log of the site at `root`, each verified by its own chain, and its settings."""
 
     root: Path
     settings: SiteSettings
@@ -45,8 +45,8 @@ class Books:
         return Budget(epsilon=budget.epsilon, delta=budget.delta)
 
 
-def open_books(root: Path) -> Books:
-    """Read a site's books. A client may be running.
+def open_journal(root: Path) -> SiteJournal:
+    """Read a site's journal. A client may be running.
 
     Raises UsageError if `root` is no site directory, and LedgerError if there is no ledger, or naming the first bad
     entry of it or line of the outbound log.
@@ -61,12 +61,12 @@ def open_books(root: Path) -> Books:
     if not ledger_file(root).exists():
         check_mark(root, None)
     entries, index = read_ledger(ledger_file(root))
-    return Books(root, settings, entries, index, outbound, mark)
+    return SiteJournal(root, settings, entries, index, outbound, mark)
 
 
 def site_spending(root: Path) -> Spending:
-    """What the ledger of the site at `root` says was spent, and what is left. Raises as `open_books` does."""
-    return open_books(root).spending()
+    """What the ledger of the site at `root` says was spent, and what is left. Raises as `open_journal` does."""
+    return open_journal(root).spending()
 
 
 def losses(index: Index) -> list[str]:
@@ -91,12 +91,12 @@ def agreements(index: Index, now: datetime | None = None) -> list[str]:
     ]
 
 
-def check_books(books: Books) -> None:
+def check_journal(journal: SiteJournal) -> None:
     """Raise LedgerError unless the ledger has all that left, and is the one that was begun here (`check_mark`)."""
-    check(books.index, books.outbound)
-    if books.mark is None:
-        read_mark(books.root)
-    check_known(books.root, books.mark, books.index)
+    check(journal.index, journal.outbound)
+    if journal.mark is None:
+        read_mark(journal.root)
+    check_known(journal.root, journal.mark, journal.index)
 
 
 def check_site(root: Path) -> None:

@@ -20,7 +20,7 @@ from fedclaw.site.journal.history import Budget, Index
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.ledger_mark import check_mark
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.journal.reconciliation import Books, agreements, check, check_books, losses, open_books
+from fedclaw.site.journal.reconciliation import SiteJournal, agreements, check, check_journal, losses, open_journal
 from fedclaw.site.journal.spending import DataSetSpending
 from fedclaw.site.layout import ledger_file, outbound_file
 from fedclaw.site.policy.policy import TEST, Policy
@@ -51,12 +51,12 @@ class Findings:
 
 @dataclass(frozen=True)
 class Checked:
-    """A site as `examine` found it. `service` has a copy of the ledger; `books` are None before the first charge."""
+    """A site as `examine` found it. `service` has a copy of the ledger; `journal` is None before the first charge."""
 
     settings: SiteSettings
     findings: Findings
     service: SiteService
-    books: Books | None
+    journal: SiteJournal | None
 
 
 def examine(root: Path, settings: SiteSettings) -> Checked:
@@ -68,9 +68,9 @@ def examine(root: Path, settings: SiteSettings) -> Checked:
     policy = settings.policy.serving(settings.data_set)
     findings.allowed += sentences(policy, settings.data_set, service.workload.task)
     _contradictions(policy, service, federation, findings)
-    books: list[Books] = []
-    findings.attempt(lambda: _books(root, settings, service, findings, books))
-    return Checked(settings, findings, service, books[0] if books else None)
+    journal: list[SiteJournal] = []
+    findings.attempt(lambda: _journal(root, settings, service, findings, journal))
+    return Checked(settings, findings, service, journal[0] if journal else None)
 
 
 def _identity(root: Path, settings: SiteSettings, findings: Findings) -> str | None:
@@ -155,18 +155,20 @@ def allows_federation(policy: Policy, federation: str) -> bool:
     return listed and combined
 
 
-def _books(root: Path, settings: SiteSettings, service: SiteService, findings: Findings, opened: list[Books]) -> None:
+def _journal(
+    root: Path, settings: SiteSettings, service: SiteService, findings: Findings, opened: list[SiteJournal]
+) -> None:
     """What is left of each budget. Raises LedgerError if a book is damaged, or the two do not belong together."""
     policy = settings.policy
     served = [settings.data_set, *([settings.data_set + TEST] if policy.metrics_epsilon is not None else [])]
     spent: dict[str, DataSetSpending] = {}
     if ledger_file(root).exists():
-        books = open_books(root)
-        opened.append(books)
-        check_books(books)
-        findings.warnings += losses(books.index)
-        spent = {item.name: item for item in books.spending().data_sets}
-        findings.attempt(lambda: _copy(root, books.index, service, findings))
+        journal = open_journal(root)
+        opened.append(journal)
+        check_journal(journal)
+        findings.warnings += losses(journal.index)
+        spent = {item.name: item for item in journal.spending().data_sets}
+        findings.attempt(lambda: _copy(root, journal.index, service, findings))
     elif outbound_file(root).exists():
         with OutboundLog(outbound_file(root), read_only=True) as outbound:
             # The ledger may have been removed; then what left tells that it was there.
@@ -211,10 +213,10 @@ def _copy(root: Path, index: Index, service: SiteService, findings: Findings) ->
         findings.facts.append(f"data set {name}: its content has changed since it was last charged; the budget goes on")
 
 
-def _next_round(policy: Policy, books: Books, findings: Findings) -> None:
+def _next_round(policy: Policy, journal: SiteJournal, findings: Findings) -> None:
     try:
-        check_frequency(policy, charge_times(books.entries, books.settings.data_set))
+        check_frequency(policy, charge_times(journal.entries, journal.settings.data_set))
         if policy.metrics_epsilon is None:
-            check_frequency(policy, evaluation_times(books.outbound))
+            check_frequency(policy, evaluation_times(journal.outbound))
     except Refusal as refusal:
         findings.warnings.append(f"a round would be refused now: {refusal.reason}")

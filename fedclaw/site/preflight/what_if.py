@@ -102,8 +102,8 @@ def _any_federation(site: SiteService) -> str:
 def _spent(checked: Checked) -> History:
     """What is charged to the data set now."""
     history = History()
-    if checked.books is not None:
-        history.include(checked.books.index.lifetimes.get(checked.settings.data_set, History()))
+    if checked.journal is not None:
+        history.include(checked.journal.index.lifetimes.get(checked.settings.data_set, History()))
     return history
 
 

@@ -34,16 +34,16 @@ _REPORT_EVERY = 60.0
 Endpoint = tuple[str, int]
 
 
-def room(held: int) -> int:
-    """gRPC's maximum of connections for a limit of `held`; asks the system for as many open files."""
-    wanted = held + HEADROOM
+def room(limit: int) -> int:
+    """gRPC's maximum of connections for a limit of `limit`; asks the system for as many open files."""
+    wanted = limit + HEADROOM
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted + _RESERVE:
         most = wanted + _RESERVE if hard == resource.RLIM_INFINITY else min(hard, wanted + _RESERVE)
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
-    return wanted if soft == resource.RLIM_INFINITY else max(held, min(wanted, soft - _RESERVE))
+    return wanted if soft == resource.RLIM_INFINITY else max(limit, min(wanted, soft - _RESERVE))
 
 
 def endpoint_of(peer: str) -> Endpoint | None:
@@ -65,13 +65,13 @@ class _Unidentified:
 class ConnectionLimiter:
     """Limits the unidentified connections to `port`."""
 
-    def __init__(self, port: int, held: int, told: Callable[[str], None]) -> None:
-        """`held` of them are kept; `told` is called, once a minute at most, when some are closed."""
+    def __init__(self, port: int, limit: int, report: Callable[[str], None]) -> None:
+        """`limit` of them are kept; `report` is called, once a minute at most, when some are closed."""
         self._port = port
-        self._held = held
-        self._told = told
-        self._seen: dict[int, float] = {}
-        self._said = -_REPORT_EVERY
+        self._limit = limit
+        self._report = report
+        self._first_seen: dict[int, float] = {}
+        self._reported_at = -_REPORT_EVERY
 
     def enforce(self, known: Collection[Endpoint]) -> None:
         """Close the oldest unidentified connections above the limit; `known` are the peers that have a stream."""
@@ -79,30 +79,30 @@ class ConnectionLimiter:
             descriptors = [int(name) for name in os.listdir(_OPEN_FILES)]  # noqa: PTH208 - the numbers, not the files
         except (OSError, ValueError):
             return
-        if len(descriptors) <= self._held:
-            self._seen.clear()
+        if len(descriptors) <= self._limit:
+            self._first_seen.clear()
             return
         found = [one for descriptor in descriptors if (one := self._unidentified(descriptor, known)) is not None]
         now = time.monotonic()
-        self._seen = {connection.inode: self._seen.get(connection.inode, now) for connection in found}
-        if len(found) > self._held:
-            self._close_oldest(found, len(found) - self._held, now)
+        self._first_seen = {connection.inode: self._first_seen.get(connection.inode, now) for connection in found}
+        if len(found) > self._limit:
+            self._close_oldest(found, len(found) - self._limit, now)
 
     def _close_oldest(self, found: list[_Unidentified], count: int, now: float) -> None:
-        crowds = Counter(connection.address for connection in found)
-        address, most = crowds.most_common(1)[0]
-        if now - self._said >= _REPORT_EVERY:
-            self._said = now
-            self._told(
-                f"{len(found)} connections have not said who they are, {most} of them from {address}; {self._held} "
+        by_address = Counter(connection.address for connection in found)
+        address, most = by_address.most_common(1)[0]
+        if now - self._reported_at >= _REPORT_EVERY:
+            self._reported_at = now
+            self._report(
+                f"{len(found)} connections have not said who they are, {most} of them from {address}; {self._limit} "
                 "are held, and the oldest of the rest are closed"
             )
-        found.sort(key=lambda connection: self._seen[connection.inode])
+        found.sort(key=lambda connection: self._first_seen[connection.inode])
         for _ in range(count):
-            crowd = crowds.most_common(1)[0][0]
-            oldest = next(connection for connection in found if connection.address == crowd)
+            busiest = by_address.most_common(1)[0][0]
+            oldest = next(connection for connection in found if connection.address == busiest)
             found.remove(oldest)
-            crowds[crowd] -= 1
+            by_address[busiest] -= 1
             self._close(oldest)
 
     def _unidentified(self, descriptor: int, known: Collection[Endpoint]) -> _Unidentified | None:

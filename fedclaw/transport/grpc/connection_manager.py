@@ -185,9 +185,9 @@ class ConnectionManager:
         try:
             for raw in requests:
                 session.touch()
-                piece = decode_chunk(raw) if session.welcomed else None
-                if piece is not None:
-                    self._replies.on_chunk(session, piece)
+                chunk = decode_chunk(raw) if session.welcomed else None
+                if chunk is not None:
+                    self._replies.on_chunk(session, chunk)
                 else:
                     self._handle(session, pb.Frame.FromString(raw))
         except NotAdmitted as error:

@@ -83,9 +83,9 @@ class _Stream:
     def _read_all(self, responses: Iterable[bytes]) -> None:
         for raw in responses:
             self.heard = time.monotonic()
-            piece = decode_chunk(raw) if self.welcomed else None
-            if piece is not None:
-                self._connection.on_chunk(self, piece)
+            chunk = decode_chunk(raw) if self.welcomed else None
+            if chunk is not None:
+                self._connection.on_chunk(self, chunk)
             else:
                 self._connection.on_frame(self, pb.Frame.FromString(raw))
 

@@ -11,7 +11,7 @@ from fedclaw.ledger import main
 from fedclaw.protocol.plan import Receipt, RefusalCode
 from fedclaw.site.begin_again import begin_again
 from fedclaw.site.directory import only_client
-from fedclaw.site.journal.reconciliation import check_books, open_books
+from fedclaw.site.journal.reconciliation import check_journal, open_journal
 from fedclaw.site.preflight.check import examine
 from fedclaw.site.settings import load_site_settings
 from tests.site.conftest import Asker
@@ -134,9 +134,9 @@ def test_a_site_that_was_killed_between_charge_and_mark_starts(stopped, root):
 def test_books_that_were_read_while_the_client_is_charged_are_whole(root):
     asker = Asker(root)
     asker.ask(round=1)
-    books = open_books(root)
+    journal = open_journal(root)
     asker.ask(round=2)
-    check_books(books)
+    check_journal(journal)
 
 
 def test_a_damaged_mark_is_told_beside_the_figures(stopped, root, capsys):
@@ -162,7 +162,7 @@ def test_a_damaged_mark_is_named(stopped, root):
     with pytest.raises(LedgerError, match=r"ledger\.json, which says that a privacy ledger was begun here, cannot be"):
         Asker(root)
     begin_again(root, "the disk ate it")
-    assert open_books(root).index.reservations, "the ledger was there"
+    assert open_journal(root).index.reservations, "the ledger was there"
 
 
 def told(root, *arguments, capsys):
@@ -174,7 +174,7 @@ def test_the_operators_word_is_kept_for_ever(stopped, root, capsys):
     remove_state(root)
     reason = "fire in the server room: row 4, 'B'"
     assert "a new ledger was begun" in told(root, "begin-again", f"reason={reason}", capsys=capsys)
-    (entry,) = [entry.body for entry in open_books(root).entries if entry.body["kind"] == "again"]
+    (entry,) = [entry.body for entry in open_journal(root).entries if entry.body["kind"] == "again"]
     assert entry["reason"] == reason
     assert entry["lost"]["entries"] == 4
     asker = Asker(root)
@@ -214,7 +214,7 @@ def test_a_second_loss_is_a_second_word(stopped, root):
     for count in (1, 2):
         remove_state(root)
         begin_again(root, "again")
-        assert len(open_books(root).index.losses) == 1, "the first word was lost with the ledger"
+        assert len(open_journal(root).index.losses) == 1, "the first word was lost with the ledger"
         asker = Asker(root)
         asker.ask(round=count)
         close(asker)

@@ -8,7 +8,7 @@ import pytest
 
 from fedclaw.errors import LedgerError
 from fedclaw.protocol.plan import RefusalCode
-from fedclaw.site.journal.reconciliation import open_books, site_spending
+from fedclaw.site.journal.reconciliation import open_journal, site_spending
 from tests.site.conftest import Asker
 
 
@@ -159,11 +159,11 @@ def test_reading_the_books_writes_nothing(run, root, tmp_path):
     run[0].site.ledger.close()
     state = root / "state"
     before = {file: (file.stat().st_mtime_ns, file.stat().st_ctime_ns, file.read_bytes()) for file in state.iterdir()}
-    books = open_books(root)
-    assert len(books.entries) == 7
-    assert len(books.outbound) == 3
+    journal = open_journal(root)
+    assert len(journal.entries) == 7
+    assert len(journal.outbound) == 3
     after = {file: (file.stat().st_mtime_ns, file.stat().st_ctime_ns, file.read_bytes()) for file in state.iterdir()}
     assert after == before
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
-    assert open_books(copy).index.head == books.index.head
+    assert open_journal(copy).index.head == journal.index.head

@@ -16,7 +16,7 @@ from fedclaw.protocol.plan import (
 )
 from fedclaw.site.journal import history, outbound
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.journal.reconciliation import open_books
+from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.settings import load_site_settings
 from tests.site.conftest import Asker
@@ -99,7 +99,7 @@ def test_a_data_sets_own_budget_takes_the_place_of_the_general_one(root, serve):
         if reply.has_error():
             break
     refused(reply, RefusalCode.BUDGET)
-    spent = open_books(root).spending().data_set("hospital-north")
+    spent = open_journal(root).spending().data_set("hospital-north")
     assert (spent.budget.epsilon, spent.budget.delta) == (1.0, 1e-4)
     assert 0.8 < spent.epsilon <= 1
 
@@ -357,8 +357,8 @@ def test_metrics_with_noise_are_charged_to_the_test_data_until_its_budget_is_spe
     assert receipts[0].epsilon_lifetime <= 1
     assert receipts[0].epsilon_left == pytest.approx(2.5 - receipts[0].epsilon_lifetime)
     assert receipts[-1].epsilon_lifetime <= 2.5
-    books = open_books(root)
-    spent = books.spending()
+    journal = open_journal(root)
+    spent = journal.spending()
     assert spent.data_set("hospital-north").epsilon == 0
     assert spent.data_set("hospital-north/test").epsilon == pytest.approx(receipts[-1].epsilon_lifetime)
     assert spent.data_set("hospital-north/test").open == 0, "what left is settled"

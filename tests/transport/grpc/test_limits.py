@@ -169,7 +169,7 @@ def test_the_oldest_of_the_busiest_address_go_first(monkeypatch):
     crowd = connection_limiter.ConnectionLimiter(9443, 3, told.append)
     strangers = [connection_limiter._Unidentified(number, number, address) for number, address in enumerate("aaabba")]
     monkeypatch.setattr(crowd, "_close", lambda stranger: sent_away.append(stranger.descriptor))
-    crowd._seen = {0: 5.0, 1: 1.0, 2: 2.0, 3: 0.0, 4: 9.0, 5: 3.0}
+    crowd._first_seen = {0: 5.0, 1: 1.0, 2: 2.0, 3: 0.0, 4: 9.0, 5: 3.0}
     crowd._close_oldest(strangers, 3, now=100.0)
     assert sent_away[:2] == [1, 2]
     assert sent_away[2] in {3, 5}, "two of each are left, and the oldest of either goes"
