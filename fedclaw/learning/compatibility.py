@@ -130,6 +130,16 @@ def _uncompressed(terms: Terms, use: Use) -> str | None:
     return None
 
 
+def _one_of_its_own(_terms: Terms, use: Use) -> str | None:
+    """What a site keeps for its own is either all of a model or some parameters of the one that is trained together.
+
+    Were it both, the second model's parameters, which no noise covers, would take the place of the first one's.
+    """
+    if use.trains_own_model and use.personal:
+        return "trains a model of each site's own, and keeps parameters of the shared one there as well; it can do one"
+    return None
+
+
 def _unbuffered(terms: Terms, use: Use) -> str | None:
     """What needs all of a round's sites to begin with the same parameters."""
     if not isinstance(use.strategy, Buffered):
@@ -144,6 +154,7 @@ def _unbuffered(terms: Terms, use: Use) -> str | None:
 _QUESTIONS: tuple[Callable[[Terms, Use], str | None], ...] = (
     _unbuffered,
     lambda terms, use: mechanism_of(terms).refuse(use),
+    _one_of_its_own,
     _uncompressed,
     lambda terms, use: use.strategy.refuse(terms, use.model),
 )

@@ -20,7 +20,9 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 U = TypeVar("U")
 
-Clause = Literal["allow_training_without_privacy", "trust_server_noise", "metrics", "allow_metrics_of_own_models"]
+Clause = Literal[
+    "allow_training_without_privacy", "trust_server_noise", "metrics_without_noise", "allow_metrics_of_own_models"
+]
 """Of a site's policy, under which something leaves without noise of the site's or all sites' own."""
 
 

@@ -49,7 +49,7 @@ class EvaluationAnswer(Answering[Sums | BoundedSums, Sums]):
     """Metrics of parameters on the site's test data, as the sums that they are made of (`fedclaw.learning.tasks`).
 
     Where the policy has them noised they are paid for, on the test data, and leave within a bound; else they leave as
-    they are, by the policy's clause `metrics`, and `outbound` tells how often there was one.
+    they are, if it names `metrics` and no `metrics_epsilon`, and `outbound` tells how often there was one.
     """
 
     site: Site
@@ -109,7 +109,7 @@ class EvaluationAnswer(Answering[Sums | BoundedSums, Sums]):
         """See Answering."""
         found = contribution.value
         if isinstance(found, Sums):
-            return Released(found) if isinstance(contribution, Released) else Permitted(found, "metrics")
+            return Released(found) if isinstance(contribution, Released) else Permitted(found, "metrics_without_noise")
         sums = contribution.scaled(1.0, lambda _: found)
         return noised(self.site.policy, sums, self._examples, self.site.source)
 

@@ -24,7 +24,7 @@ class Clauses:
     """A policy, as far as it is asked."""
 
     trust_server_noise: bool = False
-    metrics: tuple[str, ...] = ()
+    metrics_without_noise: bool = False
 
 
 def update() -> Update:
@@ -37,13 +37,13 @@ def mechanism(**changes: Any) -> Any:
 
 def test_only_what_is_released_or_permitted_leaves() -> None:
     assert leaving(Released(1), Clauses()) == 1
-    assert leaving(Permitted(2, "metrics"), Clauses(metrics=("accuracy",))) == 2
-    for clause in ("metrics", "trust_server_noise", "allow_training_without_privacy"):
+    assert leaving(Permitted(2, "metrics_without_noise"), Clauses(metrics_without_noise=True)) == 2
+    for clause in ("metrics_without_noise", "trust_server_noise", "allow_training_without_privacy"):
         with pytest.raises(PrivacyError, match=f"has no {clause}"):
             leaving(Permitted(2, clause), Clauses())
     for part in (Raw(3), Bounded(3, 0.0)):
         with pytest.raises(PrivacyError, match="neither released nor permitted"):
-            leaving(part, Clauses(True, ("accuracy",)))  # type: ignore[arg-type]
+            leaving(part, Clauses(True, True))  # type: ignore[arg-type]
 
 
 def test_what_is_made_of_a_value_is_what_the_value_was() -> None:

@@ -10,6 +10,7 @@ from fedclaw.learning.strategy import ClientUpdate, RoundContext, checked_client
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import ModelSpec, RefusalCode
 from fedclaw.site.service import SiteService
+from fedclaw.strategies.ditto import Ditto
 from fedclaw.strategies.fedavg import FedAvg
 from fedclaw.strategies.qfedavg import QFedAvg
 from tests.hostile import DP, EXAMPLE, ONE_STEP, SITE, SOME_STEPS, ask, central, session, wary_site
@@ -55,6 +56,14 @@ def test_a_combination_that_no_honest_server_asks_for_is_refused_before_it_is_pa
 ) -> None:
     identified({"a": site})
     assert reason in refused(ask(site, strategy, **changes), site)
+
+
+@pytest.mark.parametrize("privacy", [DP, None])
+def test_a_site_keeps_a_model_of_its_own_or_parameters_of_the_shared_one(monkeypatch, privacy) -> None:
+    """As both are kept under one name, what no noise covers would be where the next noised round begins."""
+    monkeypatch.setattr(Ditto, "personal", lambda *_: frozenset({"head.weight", "head.bias"}))
+    site = wary_site(allow_training_without_privacy=True, epsilon=None)
+    assert "it can do one" in refused(ask(site, "ditto", privacy=privacy), site)
 
 
 def test_it_is_refused_at_the_first_stage_of_a_secure_sum_too(site: SiteService) -> None:

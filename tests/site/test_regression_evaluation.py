@@ -124,11 +124,11 @@ def test_with_noise_all_sums_leave_bounded_and_paid_for(sites, record, monkeypat
         site.test_ledger = Ledger.open(":memory:", f"{site.name}/test")
     drawn = []
     perturb = "fedclaw.privacy.noise.GaussianSource.perturb_"
-    monkeypatch.setattr(perturb, lambda _, values, std: drawn.append(std) or values)
+    monkeypatch.setattr(perturb, lambda _, values, std: drawn.append((len(values), std)) or values)
     heard = heard_from(sites, record, NAMES, noise)
-    # Five sums of sensitivity one, each with noise for all five.
+    # Five sums of sensitivity one, together one vector with noise for all five.
     z = metrics_mechanism(next(iter(sites.values())).policy).noise_multiplier
-    assert drawn == pytest.approx([z * math.sqrt(5)] * 15)
+    assert drawn == [(5, pytest.approx(z * math.sqrt(5)))] * 3
     for told in heard.values():
         assert set(told) == ABOUT | SUMS | {"loss"}
         count = told["examples"]

@@ -164,8 +164,9 @@ class Regression(Task):
                 low, high = BOUNDS[name]
                 found[name] = BoundedSum(np.array(np.clip(parts[name], low, high).sum()), least=low, most=high)
             elif name in parts:
-                cut = np.minimum(parts[name], loss_bound) / loss_bound
-                found[name] = BoundedSum(np.array(cut.sum()), unit=loss_bound)
+                # No larger than it can be: with a wider unit a noised sum could say what no examples add up to.
+                most = min(loss_bound, self.most_deviance)
+                found[name] = BoundedSum(np.array((np.minimum(parts[name], most) / most).sum()), unit=most)
         return found
 
     def tally(self, wanted: Sequence[str], bins: int | None) -> "ErrorTally":

@@ -234,6 +234,11 @@ class Policy(Frozen):
         """The metrics that may leave: of those that are named, under noise, the ones that can be noised."""
         return tuple(name for name in self.metrics if self.metrics_epsilon is None or can_be_noised(name))
 
+    @property
+    def metrics_without_noise(self) -> bool:
+        """Whether metrics leave as they are: some are named, and no noise is asked for."""
+        return bool(self.metrics) and self.metrics_epsilon is None
+
 
 def permissive(workload: str, strategy: str, delta: float) -> Policy:
     """What makes no difference: for clients that are simulated, and for an audit, from which nothing leaves."""

@@ -21,7 +21,8 @@ from fedclaw.learning.tasks.regression import (
     unit_deviance,
 )
 from fedclaw.learning.workload import Workload
-from fedclaw.site.noised_metrics import bounded_sums, bounded_together
+from fedclaw.privacy.noise import GaussianSource
+from fedclaw.site.noised_metrics import bounded_sums, bounded_together, noised
 from fedclaw.site.policy.policy import Policy
 
 PLAIN = Regression("y", minimum=0.0, maximum=10.0, center=5.0, scale=5.0)
@@ -258,6 +259,22 @@ def test_no_deviance_is_larger_than_the_largest(task: Regression) -> None:
     tally = task.tally(("deviance",), None)
     with pytest.raises(UpdateError, match="deviance"):
         tally.add(Sums({"deviance": 10.1 * task.most_deviance}), 10)
+
+
+@pytest.mark.parametrize("task", [COUNTS, Regression("n", minimum=1.0, maximum=3.0, kind="poisson"), PLAIN])
+@pytest.mark.parametrize("noise", [-1e3, 1e3])
+def test_whatever_the_noise_does_an_honest_answer_is_one(task: Regression, noise: float) -> None:
+    """It was paid for; a bound that is wider than what the server takes would have it thrown away."""
+
+    class Drawn(GaussianSource):
+        def perturb_(self, values: torch.Tensor, std: float) -> torch.Tensor:
+            return values.add_(noise)
+
+    sums = bounded(task, column(0.0, 1.0), numbers(task.minimum, task.maximum), task.metrics)
+    left = noised(policy(), bounded_together(sums), 2, Drawn()).value
+    tally = task.tally(task.metrics, None)
+    tally.add(left, 2)
+    assert set(left.numbers) == set(sums)
 
 
 def test_every_sum_has_a_bound() -> None:

@@ -14,6 +14,7 @@ from fedclaw.protocol.plan import (
     RefusalCode,
     SecureAggregation,
 )
+from fedclaw.site.evaluation import Evaluation
 from fedclaw.site.journal import history, outbound
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.reconciliation import open_journal
@@ -366,6 +367,13 @@ def test_metrics_with_noise_are_charged_to_the_test_data_until_its_budget_is_spe
     assert asker.site.ledger.spent(1e-3) > 0
     asker = serve()
     refused(asker.ask("evaluate", identity="after a restart"), RefusalCode.BUDGET)
+
+
+def test_exact_metrics_do_not_leave_where_noise_is_asked_for(serve, monkeypatch):
+    """By whatever fault they came about: that metrics are named is no clause for them then."""
+    asker = serve(**NOISED)
+    monkeypatch.setattr(Evaluation, "_is_noised", False)
+    assert "has no metrics_without_noise" in refused(asker.ask("evaluate"), RefusalCode.PRIVACY_REQUIRED)
 
 
 def test_metrics_without_a_bound_do_not_leave_when_metrics_are_noised(serve):
