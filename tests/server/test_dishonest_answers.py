@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UpdateError
 from fedclaw.export.statement import Receipts, state
+from fedclaw.learning.tasks.regression import Regression
 from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
@@ -248,3 +249,29 @@ def test_a_line_names_twenty_sites_however_many_lie():
     assert told.startswith("no sum; site-0: ")
     assert told.endswith("; and 981 more")
     assert len(told) < 20 * 2 * LONGEST_REASON
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"squared_error": 20.5}, "squared_error"),
+        ({"target": -21.0}, "target"),
+        ({"target_square": float("nan")}, "no finite number"),
+        ({"absolute_error": [1.0, 2.0]}, "of type list"),
+        ({"squared_error": 12.0}, "contradict each other"),
+        ({"weight": 1e12}, "weight"),
+    ],
+)
+def test_a_numbers_sums_beyond_what_its_examples_allow_are_unusable(figures, says):
+    """No answer moves RMSE or R2 further than so many targets in range can."""
+    assume_server_identity(3)
+    evaluated = Evaluated(wanted=("rmse", "mae", "r2"), task=Regression("y", 0.0, 10.0, center=5.0, scale=5.0))
+    honest = {"squared_error": 5.0, "absolute_error": 8.0, "target": 2.0, "target_square": 6.0}
+    assert not declined_of(evaluated, "north", honest)
+    before = dict(evaluated.metrics)
+    (declined,) = declined_of(evaluated, "liar", {**honest, **figures})
+    assert (declined.site, declined.code) == ("liar", "unusable")
+    assert says in declined.reason
+    assert evaluated.metrics == before
+    assert before["rmse"] == pytest.approx(10 * (5 / 20) ** 0.5)
+    assert before["r2"] == pytest.approx(1 - 4 * 5 / (6 - 2**2 / 20))

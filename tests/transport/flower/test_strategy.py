@@ -8,7 +8,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, LocalTraining
+from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, LocalTraining, ModelSpec
 from fedclaw.protocol.terms import SecureRequest, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
@@ -44,6 +44,25 @@ def test_flowers_loop_and_ours_agree(made):
         assert np.allclose(array, theirs[name], atol=1e-6)
         assert not np.allclose(array, start[name], atol=1e-3)
     assert result.evaluate_metrics_clientapp[3]["accuracy"] == pytest.approx(ours.metrics["accuracy"])
+
+
+def test_flowers_loop_tells_a_numbers_figures_too(tmp_path):
+    policy = SitePolicy(epsilon=None, delta=1e-3, allow_training_without_privacy=True)
+    sites = open_sites(write_sites(tmp_path, DatasetSettings(name="diabetes", sites=2), policy), "clinic")
+    assume_server_identity(3)
+    record = run_record(
+        schema_text=next(iter(sites.values())).workload.schema.to_json(),
+        model=ModelSpec(name="linear"),
+        task="regression",
+        metrics=("rmse", "mae", "r2"),
+        training=LocalTraining(steps=1, batch_size=1000, learning_rate=0.2),
+        privacy=None,
+    )
+    start = initial_parameters(record)
+    ours = run_rounds(LocalGrid(sites, 3), RunDirectory.create(tmp_path / "run", record), start)
+    result = FlowerStrategy(record).start(LocalGrid(sites, 3), pack(start), num_rounds=record.rounds)
+    assert dict(result.evaluate_metrics_clientapp[record.rounds]) == pytest.approx(ours.metrics)
+    assert set(ours.metrics) == {"rmse", "mae", "r2"}
 
 
 def test_a_round_with_too_few_sites_does_not_count(made):
