@@ -45,7 +45,7 @@ def check_evaluation(policy: Policy, outbound: OutboundLog | None) -> None:
 
 
 def is_limited(policy: Policy) -> bool:
-    """Whether the books have to be read at all."""
+    """Whether the policy has a limit, for which the outbound log has to be read."""
     return policy.rounds_per_day is not None or policy.minimum_seconds_between_rounds > 0
 
 
@@ -57,7 +57,7 @@ def _needed(policy: Policy) -> int:
 def check_frequency(policy: Policy, times: Iterable[str], now: datetime | None = None) -> None:
     """Raise a Refusal with code FREQUENCY if another round may not begin now.
 
-    `times` are those of the rounds so far, as the books have them and in their order.
+    `times` are those of the rounds so far, oldest first, as the outbound log has them.
     """
     began = in_order(times)
     if not began:
