@@ -1,4 +1,4 @@
-"""Modules, files and sections that documentation, docstrings and settings name are there: rooms move, and prose stays."""
+"""Modules, files and sections that pages, docstrings and settings name are there: rooms move, and prose stays."""
 
 import re
 from collections.abc import Iterator
@@ -32,10 +32,8 @@ def is_there(dotted: str) -> bool:
     place = ROOT
     while parts and (place / parts[0]).is_dir():
         place /= parts.pop(0)
-    if parts and (place / f"{parts[0]}.py").is_file():
-        source = place / f"{parts.pop(0)}.py"
-    else:
-        source = place / "__init__.py"
+    is_module = parts and (place / f"{parts[0]}.py").is_file()
+    source = place / (f"{parts.pop(0)}.py" if is_module else "__init__.py")
     text = source.read_text() if source.is_file() else ""
     return all(re.search(rf"\b{name}\b", text) for name in parts)
 
@@ -103,5 +101,3 @@ def test_commands_that_pages_show_are_modules():
         for name in re.findall(r"python -m ((?:fedclaw|experiments)[\w.]*)", page.read_text()):
             place = ROOT.joinpath(*name.rstrip(".").split("."))
             assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"{page.name}: {name}"
-
-

@@ -4,6 +4,7 @@ Legend: N examples, D shape of one input, C classes.
 """
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,12 @@ _MOST_LEVELS = 1000
 def inputs_of(x: ArrayLike, name: str = "x") -> Floats:
     """(N, *D) float32. Raises DataError for what is no array of finite numbers, one row an example."""
     array = _array(x, name)
+    if array.dtype.kind == "O" and array.ndim == 0:
+        raise DataError(f"{name} is a {type(x).__name__}: an array of numbers is needed, one row an example")
     if array.dtype.kind not in "biuf":
         raise DataError(
             f"{name} holds {array.dtype}, and a model takes numbers: encode text and categories first, or give a data "
-            "frame to Federation.from_frames, which does"
+            "frame to Federation.from_frame, which does"
         )
     if array.ndim < 2:
         raise DataError(
@@ -79,7 +82,10 @@ def numbers_of(y: ArrayLike, target: NumberTarget, name: str = "y") -> Floats:
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1 or array.dtype.kind not in "biuf":
-        raise DataError(f"{name} is {array.dtype} of the shape {array.shape}: one number an example is needed")
+        raise DataError(
+            f"{name} is {array.dtype} of the shape {array.shape}, and value_range= is for numbers, one an example, "
+            "(examples,): make numbers of it, or leave value_range out to predict classes"
+        )
     numbers = array.astype(np.float32)
     low, high = target.range
     if outside := np.flatnonzero(~((numbers >= low) & (numbers <= high))).tolist():
@@ -98,6 +104,13 @@ def indices_among(labels: NDArray[Any], classes: NDArray[Any], name: str) -> Lab
         return np.searchsorted(classes, labels).astype(np.int64)
     places = {str(label): place for place, label in enumerate(classes)}
     return np.array([places[str(label)] for label in labels], np.int64)
+
+
+def whole(value: object, name: str, least: int) -> int:
+    """The argument of that name, as an integer. Raises UsageError unless it is one, and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise UsageError(f"{name}={value!r:.60}: a whole number of at least {least} is needed")
+    return int(value)
 
 
 def require_pairs(x: Floats, y: NDArray[Any], names: str) -> None:

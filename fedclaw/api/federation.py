@@ -3,7 +3,7 @@
 Legend: N examples, D shape of one input, C classes, K clients.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -21,6 +21,7 @@ from fedclaw.api.arrays import (
     labels_of,
     numbers_of,
     require_pairs,
+    whole,
 )
 from fedclaw.api.module import ArraySchema
 from fedclaw.catalogue import did_you_mean
@@ -113,10 +114,8 @@ class Federation:
         loss: RegressionLoss = "squared",
     ) -> Self:
         """Each client's own examples and targets, in a list, or by name in a dict. Raises DataError, UsageError."""
-        pairs = list(clients.values()) if isinstance(clients, Mapping) else list(clients)
+        pairs = _pairs(clients)
         names = list(map(str, clients)) if isinstance(clients, Mapping) else _numbered(len(pairs))
-        if not pairs:
-            raise UsageError("clients: there has to be one")
         inputs = [inputs_of(x, f"x of {name}") for name, (x, _) in zip(names, pairs, strict=True)]
         read = labels_of if value_range is None else _reader(pairs[0][1], value_range, loss).read
         targets = [read(y, f"y of {name}") for name, (_, y) in zip(names, pairs, strict=True)]
@@ -247,7 +246,7 @@ class Federation:
             raise UsageError(f'test_at={test_at!r}: "federation" or "clients"')
         if not 0 <= share < 1:
             raise UsageError(f"test={share:g}: a share of the examples, from 0 to below 1, or a pair of arrays")
-        generator, names = np.random.default_rng(seed), None
+        generator, names = np.random.default_rng(whole(seed, "seed", 0)), None
         if owners is not None:
             names = [str(name) for name in np.unique(owners)]
             if clients not in (None, len(names)):
@@ -255,6 +254,7 @@ class Federation:
             clients = len(names)
         if clients is None:
             raise UsageError("clients= says how many there are, or by= which one each example is from")
+        clients = whole(clients, "clients", 1)
         held = _held_out(len(table), share if test_at == "federation" else 0.0, generator)
         kept = np.setdiff1d(np.arange(len(table)), held)
         test = outside if outside is not None else Table(table.inputs[held], table.targets[held]) if len(held) else None
@@ -311,7 +311,7 @@ def _test_table(test: Any, reader: "_Classes | _Numbers", shape: tuple[int, ...]
     try:
         x, y = test
     except (TypeError, ValueError):
-        raise UsageError("test is a share of the examples, or a pair of arrays (x_test, y_test)") from None
+        raise UsageError("test is a share of the examples, 0 for none, or a pair of arrays (x_test, y_test)") from None
     inputs, targets = inputs_of(x, "x of test"), reader.read(y, "y of test")
     require_pairs(inputs, targets, "test")
     if inputs.shape[1:] != shape:
@@ -353,6 +353,20 @@ def _reader(y: ArrayLike, value_range: tuple[float, float] | None, loss: Regress
         return _Numbers(NumberTarget(name="y", kind="numeric", range=value_range, loss=loss))
     except ValidationError as error:
         raise UsageError(f"value_range={value_range!r}: {explain(error)}") from None
+
+
+def _pairs(clients: Any) -> list[tuple[ArrayLike, ArrayLike]]:
+    """What each client has. Raises UsageError for anything but pairs, one at least."""
+    pairs = clients.values() if isinstance(clients, Mapping) else clients
+    if not isinstance(pairs, Iterable) or is_frame(pairs) or isinstance(pairs, str | np.ndarray):
+        raise UsageError(f"clients: a list of pairs [(x0, y0), ...] is needed, or a dict, not a {type(pairs).__name__}")
+    found = list(pairs)
+    if not found:
+        raise UsageError("clients: there has to be one")
+    for number, pair in enumerate(found):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise UsageError(f"clients: number {number} has to be a pair of arrays (x, y), examples and their targets")
+    return found
 
 
 def _numbered(count: int) -> list[str]:

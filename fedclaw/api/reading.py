@@ -39,11 +39,13 @@ class Bundle:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of `predict`."""
+        """Names of the classes, in the order of `predict`; none where the target is a number."""
         return self.manifest.labels
 
     def predict(self, inputs: ArrayLike | Pathlike) -> NDArray[np.float32]:
-        """(N, classes) probabilities of model inputs (N, *D), or of a file in the workload's format.
+        """(N, classes) probabilities, or (N, 1) values where the target is a number.
+
+        Of model inputs (N, *D), or of the rows of a file in the workload's format.
 
         Raises DataError for inputs that are not right, UsageError where ONNX Runtime is missing.
         """

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from fedclaw.api.arrays import whole
 from fedclaw.api.federation import Federation
 from fedclaw.api.module import ArrayWorkload, Model, around, check_model, factory_of, plugins
 from fedclaw.api.runs import Run
@@ -29,6 +30,14 @@ OnRound = Callable[[int, Mapping[str, float]], None]
 
 _OURS = {"epochs": "local_epochs", "steps": "local_steps", "max_grad_norm": "clip"}
 # What the parameters of `simulate` are called further down.
+_REMEDIES = {
+    "sites.minimum": "clients=, or fraction=,",
+    "privacy=dp, at the sites": "fedclaw.LocalPrivacy(...)",
+    "privacy=dp": "fedclaw.LocalPrivacy(...)",
+    "take privacy=none": "leave privacy out",
+    " (runtime=sites)": "",
+}
+# Settings of the commands that a refusal advises, as a caller of `simulate` writes them.
 _RUN = "run"
 
 
@@ -131,14 +140,18 @@ def simulate(
     Raises UsageError, DataError or PluginError for what cannot be right, before a client trains; PrivacyError for a
     model that cannot be private; RoundError if a client cannot go on.
     """
+    if not isinstance(federation, Federation):
+        raise UsageError(
+            f"federation is a {type(federation).__name__}: make one, fedclaw.Federation.from_arrays(x, y, ...)"
+        )
+    if on_round is not None and not callable(on_round):
+        raise UsageError(f"on_round={on_round!r:.60}: a function is needed, on_round(number, metrics)")
     own = around(model)
     name, lend, settings = _strategy(strategy)
     if privacy is not None and not isinstance(privacy, LocalPrivacy | CentralPrivacy):
         raise UsageError(f"privacy={privacy!r:.60}: give fedclaw.LocalPrivacy(...) or fedclaw.CentralPrivacy(...)")
     if local_epochs is None and local_steps is None:
         local_epochs = 1
-    if rounds < 1:
-        raise UsageError(f"rounds={rounds}: at least one")
     given = {
         "epochs": local_epochs,
         "steps": local_steps,
@@ -162,7 +175,7 @@ def simulate(
             "schema_text": federation.schema.to_json(),
             "model": check_model(workload, federation.table.inputs),
             "strategy": StrategyRecord(name=name, settings=settings),
-            "rounds": rounds,
+            "rounds": whole(rounds, "rounds", 1),
             "training": _checked(given, LocalTraining, "simulate"),
             "privacy": privacy._request() if isinstance(privacy, LocalPrivacy) else None,
             "central": calibrated(privacy._request(), rounds) if isinstance(privacy, CentralPrivacy) else None,
@@ -173,7 +186,7 @@ def simulate(
         record = _checked(fields, RunRecord, "simulate")
         if reason := mechanism_of(record).out_of_range():
             raise UsageError(f"simulate: {reason}")
-        record = _with_strategy(simulated(record, way, len(federation)))
+        record = _with_strategy(record, way, len(federation))
         path, holder = _place(directory)
         kept = RunDirectory.create(path, record)
         simulate_cohorts(kept, _simulated(federation, workload), way, [_Teller(on_round)] if on_round else [])
@@ -235,17 +248,25 @@ def _rules(clients: int, fraction: float) -> RoundRules:
     return rules.model_copy(update={"minimum": max(1, round(rules.fraction * clients))})
 
 
-def _with_strategy(record: RunRecord) -> RunRecord:
+def _with_strategy(record: RunRecord, way: SimulationSettings, clients: int) -> RunRecord:
+    """Raises UsageError, with the remedy in the words of `simulate`."""
     try:
-        return with_strategy(record)
+        return with_strategy(simulated(record, way, clients))
     except UsageError as error:
-        raise UsageError(str(error).replace("sites.minimum", "clients=, or fraction=,")) from error
+        text = str(error)
+        for theirs, ours in _REMEDIES.items():
+            text = text.replace(theirs, ours)
+        raise UsageError(text) from error
 
 
 def _place(directory: str | Path | None) -> tuple[Path, object]:
     """Where the run is kept, and what keeps that there."""
     if directory is not None:
-        return Path(directory), None
+        if (path := Path(directory)).exists() and not path.is_dir():
+            raise UsageError(f"directory={str(path)!r} is a file; name a directory that is empty, or not there yet")
+        if (path / "run.json").exists():
+            raise UsageError(f"{path} already holds a run: read it, fedclaw.read_run(...), or name another directory")
+        return path, None
     holder = tempfile.TemporaryDirectory(prefix="fedclaw-run-")
     return Path(holder.name) / _RUN, holder
 

@@ -171,7 +171,7 @@ HUGE[0, 1] = 1e300
             r"not within value_range=\(0, 1\) in .* is 2",
         ),
         (lambda: from_arrays(X, [np.nan] * 12, clients=2, value_range=(0, 1)), "in 12 rows"),
-        (lambda: from_arrays(X, ["a"] * 12, clients=2, value_range=(0, 1)), "one number an example"),
+        (lambda: from_arrays(X, ["a"] * 12, clients=2, value_range=(0, 1)), "numbers, one an example"),
         (lambda: from_arrays(X, Y, clients=2, value_range=(3, 0)), "from a smaller to a larger"),
         (lambda: from_arrays(X, Y, clients=2, value_range=(0, 3), loss="hubr"), "loss: .*'huber'"),
         (lambda: from_arrays(X, Y, clients=2, loss="huber"), "say which, value_range"),
@@ -187,7 +187,7 @@ HUGE[0, 1] = 1e300
         (lambda: from_arrays(X.astype(str), Y, clients=2), "encode text and categories first"),
         (lambda: from_arrays(X, Y * 0, clients=2), "two classes or more, and only 0 is there"),
         (lambda: from_arrays(X, Y), "clients= says how many"),
-        (lambda: from_arrays(X, Y, clients=0), "at least one"),
+        (lambda: from_arrays(X, Y, clients=0), "clients=0: a whole number of at least 1"),
         (lambda: from_arrays(X, Y, clients=50), "have fewer clients or a smaller minimum"),
         (lambda: from_arrays(X, Y, clients=2, partition="dirichelt"), "did you mean dirichlet"),
         (
@@ -218,6 +218,19 @@ HUGE[0, 1] = 1e300
         (lambda: from_frame(FRAME.assign(age=pd.Timestamp(0)), target="outcome", clients=1), "days since"),
         (lambda: from_frames([FRAME, FRAME.drop(columns="age")], target="outcome"), "other columns.*: age"),
         (lambda: from_frames([FRAME, 3], target="outcome"), "one data frame a client"),
+        (lambda: from_arrays(X, Y, clients="two"), "clients='two': a whole number of at least 1"),
+        (lambda: from_arrays(X, Y, clients=2.5), r"clients=2\.5: a whole number"),
+        (lambda: from_arrays(X, Y, clients=2, seed=-1), "seed=-1: a whole number of at least 0"),
+        (lambda: from_arrays(X, Y, clients=2, seed="a"), "seed='a': a whole number"),
+        (lambda: from_arrays(None, Y, clients=2), "x is a NoneType: an array of numbers"),
+        (lambda: from_arrays(X, Y, clients=2, test=None), "0 for none, or a pair"),
+        (lambda: from_clients(3), r"\[\(x0, y0\), ...\] is needed, or a dict, not a int"),
+        (lambda: from_clients(FRAME), "not a DataFrame"),
+        (lambda: from_clients([(X, Y), (X,)]), "number 1 has to be a pair"),
+        (
+            lambda: from_frame(FRAME, target="outcome", clients=2, value_range=(0, 1)),
+            "value_range= is for numbers.*leave value_range out",
+        ),
     ],
 )
 def test_what_cannot_be_right_is_told_with_a_remedy(make, words):

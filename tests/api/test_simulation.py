@@ -187,7 +187,7 @@ def test_where_a_run_is_kept(federation, tmp_path):
     run = fedclaw.simulate(federation, Net, directory=tmp_path / "kept", **QUICK)
     assert run.path == tmp_path / "kept"
     assert json.loads((run.path / "run.json").read_text())["workload"] == "arrays"
-    with pytest.raises(fedclaw.UsageError, match="already holds a run"):
+    with pytest.raises(fedclaw.UsageError, match=r"already holds a run: read it, fedclaw.read_run\(...\), or"):
         fedclaw.simulate(federation, Net, directory=tmp_path / "kept", **QUICK)
     gone = fedclaw.simulate(federation, Net, **QUICK).path
     assert not gone.exists(), "nobody holds it"
@@ -274,6 +274,8 @@ def infinite():
         (Net, {"strategy": Unfinished}, "Unfinished does not say server_optimizer"),
         (Net, {"strategy": FedProx(mu=0.1).server_optimizer}, "is no strategy"),
         (Net, {"rounds": 0}, "rounds=0"),
+        (Net, {"rounds": "ten"}, "rounds='ten': a whole number"),
+        (Net, {"on_round": 5}, r"on_round=5: a function is needed"),
         (Net, {"learning_rate": -1}, "learning_rate: .*greater than 0"),
         (Net, {"learning_rate": 1e9}, "the learning rate is 1e.09"),
         (Net, {"local_epochs": 0}, "local_epochs: .*greater than 0"),
@@ -282,11 +284,20 @@ def infinite():
         (Net, {"optimizer": "adamw"}, "optimizer: .*'sgd' or 'adam'"),
         (Net, {"fraction": 0}, "fraction: .*greater than 0"),
         (Net, {"workers": 0}, "workers: .*greater than or equal to 1"),
-        (Net, {"strategy": "fedbuff"}, "simulated clients answer all at once"),
+        (
+            Net,
+            {"strategy": "fedbuff"},
+            "simulated clients answer all at once: take another one, or sites, which differ in their speed$",
+        ),
         (Net, {"strategy": "krum"}, "needs the updates of at least 5 .*counts with 4: set clients"),
         (Net, {"weighting": "equal"}, "weighting: "),
         (Net, {"privacy": 8}, "give fedclaw.LocalPrivacy"),
-        (Net, {"privacy": PRIVATE, "strategy": "qfedavg"}, "training data, which no noise covers"),
+        (Net, {"privacy": PRIVATE, "strategy": "qfedavg"}, "training data, which no noise covers; leave privacy out$"),
+        (
+            Net,
+            {"privacy": fedclaw.CentralPrivacy(1, 1e-3, 1), "strategy": "median"},
+            r"made for a mean; take fedclaw.LocalPrivacy\(\.\.\.\)$",
+        ),
         (Net, {"privacy": fedclaw.CentralPrivacy(1, 1e-3, 1, unit="example")}, "one plain step a round"),
     ],
 )
@@ -316,3 +327,14 @@ def test_what_a_thread_was_lent_is_its_own():
         assert workload_class("theirs") is Net
     with pytest.raises(fedclaw.PluginError):
         workload_class("theirs")
+
+
+def test_data_that_is_no_federation():
+    with pytest.raises(fedclaw.UsageError, match=r"federation is a ndarray: make one, fedclaw.Federation.from_arrays"):
+        fedclaw.simulate(np.ones((4, 5)), Net, **QUICK)
+
+
+def test_a_directory_that_is_a_file(federation, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(fedclaw.UsageError, match=r"directory=.*notes' is a file"):
+        fedclaw.simulate(federation, Net, directory=tmp_path / "notes", **QUICK)
