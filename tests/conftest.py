@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -141,9 +142,11 @@ class Deployment:
 
 
 @contextmanager
-def deploy(root: Path, sites: int, policy: SitePolicy) -> Iterator[Deployment]:
+def deploy(
+    root: Path, sites: int, policy: SitePolicy, dataset: Literal["breast_cancer", "diabetes"] = "breast_cancer"
+) -> Iterator[Deployment]:
     """Provision a federation under `root` and stop all of its processes at the end."""
-    directories = write_sites(root, DatasetSettings(name="breast_cancer", sites=sites), policy)
+    directories = write_sites(root, DatasetSettings(name=dataset, sites=sites), policy)
     federation = root / "federation"
     provisioning.initialise(federation, FEDERATION, f"127.0.0.1:{free_port()}")
     for directory in directories:

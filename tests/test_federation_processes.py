@@ -197,3 +197,22 @@ def test_the_budget_outlives_the_run(deployment):
         ledger = ledger_of(site)
         assert 6 < ledger.spent(1e-3) <= 7
         assert ledger.rounds("second") == 0
+
+
+@pytest.mark.slow
+def test_a_number_is_predicted_over_grpc(tmp_path):
+    """The same commands: only the schema says that it is a number. The site's noise is in every round."""
+    policy = SitePolicy(epsilon=8.0, delta=1e-3)
+    with deploy(tmp_path, 2, policy, "diabetes") as deployment:
+        for index in range(2):
+            deployment.client(index)
+        server = deployment.new_run("workload.model.name=linear", "rounds=2")
+        assert server.finish() == 0, server.text()
+        directory = RunDirectory.open(deployment.runs / "test")
+        assert directory.record().task == "regression"
+        line = directory.read_metrics()[-1]
+        assert set(line["metrics"]) == {"rmse", "mae", "r2"}, "loss is not permitted"
+        assert 0 < line["metrics"]["mae"] <= line["metrics"]["rmse"] <= 346 - 25
+        assert all(0 < item.receipt.epsilon_run <= 4 for item in directory.read_receipts().values())
+        for site in deployment.sites:
+            OutboundLog(site / "state" / "outbound.jsonl").verify()
