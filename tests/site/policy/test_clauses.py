@@ -14,7 +14,7 @@ from fedclaw.protocol.plan import (
     RefusalCode,
     SecureAggregation,
 )
-from fedclaw.site.evaluation import Evaluation
+from fedclaw.site.evaluation import EvaluationAnswer
 from fedclaw.site.journal import history, outbound
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.reconciliation import open_journal
@@ -372,7 +372,7 @@ def test_metrics_with_noise_are_charged_to_the_test_data_until_its_budget_is_spe
 def test_exact_metrics_do_not_leave_where_noise_is_asked_for(serve, monkeypatch):
     """By whatever fault they came about: that metrics are named is no clause for them then."""
     asker = serve(**NOISED)
-    monkeypatch.setattr(Evaluation, "_is_noised", False)
+    monkeypatch.setattr(EvaluationAnswer, "_is_noised", False)
     assert "has no metrics_without_noise" in refused(asker.ask("evaluate"), RefusalCode.PRIVACY_REQUIRED)
 
 
