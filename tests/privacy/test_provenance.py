@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from fedclaw.errors import PrivacyError
+from fedclaw.learning import postprocess
+from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.privacy.distributed import share_noise
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.integers import SumWithShare
@@ -81,6 +83,23 @@ def test_noise_on_the_sum_takes_what_it_has_bounded() -> None:
         site.let_out(Raw(update()), UNPROTECTED)
     assert site.let_out(clipped, UNPROTECTED).clause == "allow_training_without_privacy"
     assert site.let_out(clipped, Charge("central", None, "server")).clause == "trust_server_noise"
+
+
+@pytest.mark.parametrize(
+    ("weighting", "cap", "weight"), [("uniform", None, 1), ("capped", 5, 5), ("examples", None, 20)]
+)
+def test_a_weight_and_a_learning_rate_are_in_the_sensitivity(weighting: str, cap: int | None, weight: int) -> None:
+    """What leaves is as long as the sensitivity says that one unit can make it: noise is made for that."""
+    plan = plan_for(wary_site(), "fedavg", privacy=None, central=SITE, weighting=weighting, weight_cap=cap)
+    left = postprocess.at_site(Raw(update()), plan, SiteContext(GaussianSource()))
+    assert isinstance(left, Bounded)
+    assert left.sensitivity == weight
+    assert np.linalg.norm(left.value.arrays["w"]) == pytest.approx(weight, rel=1e-5)
+    plan = plan_for(wary_site(), "fedavg", privacy=None, central=EXAMPLE, training=ONE_STEP)
+    step = mechanism_of(plan).outcome({"w": np.ones(2)}, 20).scaled(1.0, lambda arrays: Update(arrays, 1.0, 20))
+    left = postprocess.at_site(step, plan, SiteContext(GaussianSource()))
+    assert isinstance(left, Bounded)
+    assert left.sensitivity == pytest.approx(0.1 * 1 / 0.5), "in the sum, whatever the site's examples"
 
 
 def test_a_share_of_noise_is_for_what_is_within_its_bound() -> None:
