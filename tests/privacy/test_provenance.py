@@ -11,7 +11,7 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.privacy.distributed import share_noise
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.integers import SumWithShare
+from fedclaw.privacy.mechanisms.integers import Nearest, SumWithShare
 from fedclaw.privacy.mechanisms.local_noise import OwnNoise
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.shared_noise import with_share
@@ -81,6 +81,10 @@ def test_noise_on_the_sum_takes_what_it_has_bounded() -> None:
         example.bound(Raw(update()))
     with pytest.raises(PrivacyError, match="within the bound"):
         site.let_out(Raw(update()), UNPROTECTED)
+    vector, source = np.ones(3), GaussianSource()
+    with pytest.raises(PrivacyError, match="within the bound"):
+        site.encode(Raw(vector), Nearest(1.0, 8.0), UNPROTECTED, source)
+    assert isinstance(site.encode(Bounded(vector, 1.0), Nearest(1.0, 8.0), UNPROTECTED, source), Permitted)
     assert site.let_out(clipped, UNPROTECTED).clause == "allow_training_without_privacy"
     assert site.let_out(clipped, Charge("central", None, "server")).clause == "trust_server_noise"
 

@@ -10,18 +10,22 @@ and one example would move every gradient of that round, sampled in it or not.
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.privacy.mechanisms.integers import Integers, Vector
 from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt, CentralRequest, PrivacyRequest
 from fedclaw.protocol.update import Update
+
+if TYPE_CHECKING:
+    from fedclaw.privacy.noise import GaussianSource
 
 WITHIN = "fedclaw.within_clip"
 """The array beside the parameters that counts who stayed within an adaptive bound: +1/2 or -1/2 a site."""
@@ -203,9 +207,20 @@ class SumNoise(Mechanism):
 
     def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
         """See Mechanism."""
-        if isinstance(part, Raw):
-            raise PrivacyError("what leaves is not within the bound that the noise on the sum is made for")
-        return super().let_out(part, charge)
+        return super().let_out(_bounded(part), charge)
+
+    def encode(
+        self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
+    ) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
+        """See Mechanism."""
+        return super().encode(_bounded(vector), integers, charge, source)
+
+
+def _bounded(part: Part[T]) -> Part[T]:
+    """Raises PrivacyError for what no noise on the sum is made for."""
+    if isinstance(part, Raw):
+        raise PrivacyError("what leaves is not within the bound that the noise on the sum is made for")
+    return part
 
 
 def protects_examples(request: CentralRequest) -> bool:
