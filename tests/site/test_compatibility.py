@@ -8,7 +8,7 @@ from flwr.app import Message
 from fedclaw.errors import PluginError
 from fedclaw.learning.strategy import ClientUpdate, RoundContext, checked_client_update
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import ModelSpec, RefusalCode
+from fedclaw.protocol.plan import AdaptiveClip, ModelSpec, RefusalCode
 from fedclaw.site.service import SiteService
 from fedclaw.strategies.ditto import Ditto
 from fedclaw.strategies.fedavg import FedAvg
@@ -56,6 +56,35 @@ def test_a_combination_that_no_honest_server_asks_for_is_refused_before_it_is_pa
 ) -> None:
     identified({"a": site})
     assert reason in refused(ask(site, strategy, **changes), site)
+
+
+ADAPTIVE = AdaptiveClip(count_noise=9.0)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"central": EXAMPLE, "training": SOME_STEPS}, "one plain step a round"),
+        ({"central": EXAMPLE, "training": ONE_STEP.model_copy(update={"momentum": 0.9})}, "one plain step a round"),
+        ({"central": EXAMPLE, "training": ONE_STEP, "privacy": DP}, "goes without local noise"),
+        ({"central": EXAMPLE, "training": ONE_STEP, "weighting": "uniform"}, "weighting: examples"),
+        ({"central": central("site", "sites")}, "has to know the largest weight"),
+        ({"central": central("site", "sites", sample_rate=0.5), "weighting": "uniform"}, "asks every site"),
+        ({"central": central("site", "server", sample_rate=0.5)}, "weighting: uniform"),
+        ({"central": central("site", "server", adaptive=ADAPTIVE)}, "weighting: uniform"),
+        ({"central": central("example", "server", adaptive=ADAPTIVE), "training": ONE_STEP}, "adaptive clipping bound"),
+        ({"central": central("site", "sites", adaptive=ADAPTIVE), "weighting": "uniform"}, "adaptive clipping bound"),
+        ({"central": central("site", "server", adaptive=AdaptiveClip(count_noise=0.5))}, "count_noise has to be above"),
+        ({"central": SITE, "weighting": "capped"}, "weight_cap goes with"),
+        ({"central": SITE, "weight_cap": 3}, "weight_cap goes with"),
+    ],
+)
+def test_settings_whose_guarantee_would_not_hold_are_no_plan(
+    site: SiteService, kind: str, changes: dict, reason: str
+) -> None:
+    """What a server looks at before a run, a site looks at in each question, whatever it is for."""
+    assert reason in refused(ask(site, "fedavg", kind, **{"privacy": None, **changes}), site, RefusalCode.MALFORMED)
 
 
 @pytest.mark.parametrize("privacy", [DP, None])
