@@ -119,6 +119,8 @@ class DatasetSettings(Frozen):
 
 
 _OWN = ("csv", "images")
+_FEW_CLASSES = 20
+# Up to so many labels nobody wonders that they are numbers.
 _OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "written", "range")
 _OF_NUMBERS = ("diabetes", "friedman1")
 _FRIEDMAN_ROWS = 2000
@@ -282,6 +284,7 @@ def load_table(settings: DatasetSettings) -> Source:
     if settings.range is None:
         values, numbered = np.unique(columns.pop(target), return_inverse=True)
         labels, targets = tuple(str(value) for value in values), numbered.astype(np.int64)
+        _require_classes(path, target, labels, len(targets), written)
     else:
         targets = _target_numbers(path, target, columns.pop(target), settings)
     if len(np.unique(targets)) < 2:
@@ -307,6 +310,17 @@ def load_table(settings: DatasetSettings) -> Source:
         range=settings.range,
         loss=settings.loss or "squared",
     )
+
+
+def _require_classes(path: Path, target: str, labels: Sequence[str], rows: int, written: FileFormat) -> None:
+    """Raise DataError for a measured number that would be taken for classes, nearly each row its own."""
+    if len(labels) <= _FEW_CLASSES or 2 * len(labels) <= rows:
+        return
+    if not numbers(labels, Markers(()), written.decimal)[1].any():
+        raise DataError(
+            f"{path}: column {target!r} has {len(labels)} different numbers in {rows} rows, too many for classes; to "
+            "predict the number itself write the range of such values, dataset.range=[SMALLEST,LARGEST]"
+        )
 
 
 def _target_numbers(path: Path, target: str, cells: list[str], settings: DatasetSettings) -> NDArray[np.float64]:

@@ -101,3 +101,22 @@ def test_commands_that_pages_show_are_modules():
         for name in re.findall(r"python -m ((?:fedclaw|experiments)[\w.]*)", page.read_text()):
             place = ROOT.joinpath(*name.rstrip(".").split("."))
             assert place.with_suffix(".py").is_file() or (place / "__main__.py").is_file(), f"{page.name}: {name}"
+
+
+def settings_shown(text: str) -> Iterator[str]:
+    """The settings that a page has an experiment take, up to the first dot."""
+    for command in re.findall(r"(?:python -m experiments\.run|`dataset=)[^`#\n]*", text):
+        yield from re.findall(r"(?<=[ `])([a-z_]+)[\w.]*=", command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_of_experiments_that_a_page_shows_are_there(page):
+    files = (ROOT / "conf" / "run.yaml", ROOT / "conf" / "federated.yaml")
+    known = {key for file in files for key in re.findall(r"^([a-z_]+):", file.read_text(), re.MULTILINE)}
+    known |= {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    assert set(settings_shown(page.read_text())) <= known
+
+
+def test_a_setting_is_found_where_it_is_shown():
+    text = "`dataset=csv data=FILE target=COLUMN` and\npython -m experiments.run -m privacy.epsilon=2,8 rounds=3  # a=b"
+    assert list(settings_shown(text)) == ["dataset", "data", "target", "privacy", "rounds"]

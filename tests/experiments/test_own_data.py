@@ -173,3 +173,12 @@ def test_runs_of_the_shipped_sets_keep_their_digests_and_other_content_has_anoth
     assert DatasetSettings.model_validate(own.model_dump(mode="json")) == own
     table.write_text(table.read_text().replace("icu", "ICU", 1))
     assert digest_of(own.model_dump(mode="json")) != before
+
+
+def test_a_measured_number_is_not_taken_for_classes(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("dose,level\n" + "".join(f"{row % 7},{row / 8}\n" for row in range(60)))
+    with pytest.raises(DataError, match=r"'level' has 60 different numbers in 60 rows.*dataset.range=\[SMALLEST,"):
+        load_source(DatasetSettings(name="csv", data=table))
+    assert len(load_source(DatasetSettings(name="csv", data=table, target="dose")).labels) == 7
+    assert load_source(DatasetSettings(name="csv", data=table, range=(0, 8))).range == (0, 8)

@@ -36,7 +36,9 @@ class PendingRequest:
 class PendingRequests:
     """Open requests and unread replies, by message id; safe for use by several threads.
 
-    `changed` is notified at every change. `on_read` is called with the ids of replies that need no more memory here."""
+    `changed` is notified at every change. `on_released` is called with the ids of replies
+    that need no more memory here.
+    """
 
     def __init__(self, unread: float = 120.0) -> None:
         """An unread reply is kept until its request expires, and for `unread` seconds at least."""
