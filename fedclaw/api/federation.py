@@ -157,7 +157,7 @@ class Federation:
             frames[1] = test.assign(**{by: ""})
         encoder = FrameEncoder(frames, target, [] if by is None else [by])
         if by is not None and frame[by].isna().any():
-            raise DataError(f"column {by!r} says of {int(frame[by].isna().sum())} rows not which client they are from")
+            raise DataError(f"column {by!r} does not say which client {int(frame[by].isna().sum())} rows are from")
         made = cls.from_arrays(
             encoder.inputs(frame, "the frame"),
             _target(frame, target),

@@ -48,35 +48,35 @@ class Answering(ABC, Generic[A, L]):
 
     @contextmanager
     def ready(self) -> Iterator[Due | None]:
-        """Check all that keeps the question from being answered, and say what it is to be charged, if anything.
+        """Check whether the question may be answered, and yield what it is to be charged, if anything.
 
-        Raises Refusal, and nothing is paid for then. What was made ready is put away at the end.
+        Raises Refusal; nothing is paid then. What was prepared is cleaned up at the end.
         """
         yield self.prepare()
 
     @abstractmethod
     def prepare(self) -> Due | None:
-        """See `ready`, for what has nothing to put away."""
+        """See `ready`; for a question with nothing to clean up."""
 
     @abstractmethod
     def answer(self, charge: str) -> Part[A]:
-        """What comes of the data. `charge` is the hash of what was paid for it; empty if nothing is."""
+        """Work out the answer from the data. `charge` is the hash of its ledger entry; empty if nothing was charged."""
 
     @abstractmethod
     def let_out(self, contribution: Part[A]) -> Released[L] | Permitted[L]:
-        """Bounded, with its noise. Raises PrivacyError for what the mechanism does not cover."""
+        """Bound the contribution and add its noise. Raises PrivacyError for what the mechanism does not cover."""
 
     @abstractmethod
     def pack(self, left: L) -> ReplyRecords:
         """The records of an answer that leaves as it is."""
 
     def encode(self, contribution: Part[A]) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
-        """The same as the integers that secure aggregation adds. Raises PrivacyError."""
+        """The same, as the integers that secure aggregation adds. Raises PrivacyError."""
         raise PrivacyError("a secure sum of this was not asked for")
 
     @abstractmethod
     def beside(self) -> ReplyRecords:
-        """What goes with the answer in whatever form: what it weighs, what it cost. Asked last."""
+        """What goes with the answer, masked or not: its weight, its cost. Called last."""
 
 
 def answer(asked: Answering[A, L], mask: Mask | None = None) -> RecordDict:

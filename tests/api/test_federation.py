@@ -178,7 +178,7 @@ HUGE[0, 1] = 1e300
         (lambda: from_arrays(X, Y, clients=2, value_range=(0, 3), partition="dirichlet"), "deals by label"),
         (
             lambda: from_frame(FRAME.assign(clinic=[None, "a"] * 2), target="outcome", by="clinic"),
-            "2 rows not which",
+            "does not say which client 2 rows are from",
         ),
         (lambda: from_arrays(X, Y[:7], clients=2), "12 examples and 7 labels"),
         (lambda: from_arrays(X[:0], Y[:0], clients=2), "there is no example"),

@@ -49,8 +49,8 @@ class Sums:
 class BoundedSum:
     """A sum over the test examples, each of which moves `values`, all of them together, by at most `sensitivity` (L2).
 
-    A number is cut off, once there is noise on it, at `least` and `most` times the examples, and leaves times `unit`;
-    an array leaves as it is.
+    Once there is noise on it, a number is clamped to between `least` and `most` times the number of examples, and
+    leaves multiplied by `unit`. An array leaves as it is.
     """
 
     values: Doubles
@@ -75,8 +75,8 @@ class Tally(ABC):
     def add(self, sums: Sums, examples: int) -> None:
         """Add one site's sums over so many examples, whole or not at all.
 
-        Raises UpdateError for what no such number of examples can add up to: it is how an answer is kept from moving a
-        figure further than its examples can.
+        Raises UpdateError for what so many examples cannot add up to, so that no answer moves a figure further than
+        its examples could.
         """
 
     @property
@@ -171,11 +171,11 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def told_with(wanted: Sequence[str]) -> tuple[str, ...]:
-        """Names of the sums that leave with these metrics, but for those that bear a metric's name."""
+        """Names of the sums that leave with these metrics, except those named like a metric."""
 
     @abstractmethod
     def agreement(self, outputs: "torch.Tensor", others: "torch.Tensor") -> float:
-        """How far two models' outputs (N, K) say the same, 1 if they do: the `score` of one against the other."""
+        """How well two models' outputs (N, K) agree, 1 if fully: the `score` of one against the other."""
 
     @abstractmethod
     def divergence(self, student: "torch.Tensor", teacher: "torch.Tensor", temperature: float) -> "torch.Tensor":
@@ -187,7 +187,7 @@ class Task(ABC):
 
     @abstractmethod
     def answers(self, outputs: "torch.Tensor") -> Targets:
-        """Targets (N,) that outputs (N, K) say: what an audit takes for examples that a model knows."""
+        """Targets (N,) that outputs (N, K) amount to. An audit takes them for examples that a model knows."""
 
     @abstractmethod
     def contradictions(self, outputs: "torch.Tensor") -> Targets:
@@ -195,12 +195,12 @@ class Task(ABC):
 
     @abstractmethod
     def outputs_of(self, targets: "torch.Tensor") -> "torch.Tensor":
-        """Outputs (N, K) that say these targets (N,): the `agreement` with them is the score."""
+        """Outputs (N, K) that stand for these targets (N,): the `agreement` with them is the score."""
 
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """Heads of a prediction's columns in a CSV file."""
+        """Headers of a prediction's columns in a CSV file."""
 
     columns_shown: ClassVar[int]
     """How many of them a terminal shows, from the first."""
@@ -209,7 +209,7 @@ class Task(ABC):
     def cells(self, answer: NDArray[np.float32], threshold: float | None, digits: int = 6) -> tuple[str, ...]:
         """A prediction as text, a cell for each of `columns`, from one row (K,) behind the link.
 
-        `threshold` is the bundle's, for two classes; `digits` are those of a probability behind the point.
+        `threshold` is the bundle's, for two classes; `digits` is how many a probability has after the decimal point.
         """
 
     @abstractmethod
@@ -227,12 +227,14 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def nothing_learned(line: Mapping[str, Any]) -> str | None:
-        """The warning for a round's line in metrics.jsonl whose model is no better than a constant; None: it is, or
-        nothing says."""
+        """The warning for a round's line in metrics.jsonl whose model is no better than a constant.
+
+        None: it is better, or that is not known.
+        """
 
     @abstractmethod
     def random_targets(self, count: int, generator: np.random.Generator) -> Targets:
-        """(count,) targets that tell of nobody's data."""
+        """(count,) targets that reveal nothing of anybody's data."""
 
     def check_metrics(self, names: Sequence[str]) -> None:
         """Raise DataError, with the names, for metrics that the task does not have."""

@@ -21,7 +21,7 @@ class LocalAndSharedNoise(LocalNoise, SharedNoise):
 
 
 def mechanism_of(asked: Terms) -> Mechanism:
-    """That of a run's record, or of a round's plan."""
+    """The mechanism for a run's record, or for a round's plan."""
     local, central = asked.privacy is not None, asked.central
     if central is None:
         return (LocalNoiseOnly if local else InTheOpen)(asked)

@@ -28,7 +28,7 @@ class Integers(Protocol):
         """(d,) integers modulo 2^32."""
 
     def hides_others(self, vector: Vector) -> bool:
-        """Whether nobody could know beforehand what this site adds to a sum: what is known hides nobody else in it."""
+        """Whether what this site adds to a sum could not be known beforehand: a known part hides nobody else's."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Nearest:
         return Encoding(self.step).encode_nearest(vector, self.value_range)[0]
 
     def hides_others(self, vector: Vector) -> bool:
-        """Not if all of it is 0, or cut off, or anything in it is not finite.
+        """False if all of it is 0 or cut off, or any of it is not finite.
 
-        Parameters, or something that a site has kept, can be such that this is what comes of them.
+        A server can choose parameters, or have a site keep something, that lead to such an update.
         """
         size = np.abs(vector)
         return bool(np.isfinite(size).all() and ((size > 0) & (size <= self.value_range)).any())

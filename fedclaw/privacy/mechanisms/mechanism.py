@@ -71,7 +71,7 @@ class DataUse(Protocol):
 
     @property
     def changes_step(self) -> bool:
-        """Whether it makes more of a site's steps than the steps, or keeps something of them."""
+        """Whether it changes what a site's steps came to, or keeps something of them."""
 
     @property
     def extras(self) -> Collection[str]:
@@ -131,7 +131,7 @@ class Mechanism(ABC):
     asked: Terms
 
     no_noise: ClassVar[RefusalCode] = RefusalCode.EPSILON
-    """How a site refuses what no noise is enough for."""
+    """The code with which a site refuses what no noise is enough for."""
     calibrated_here: ClassVar[frozenset[str]] = frozenset()
     """Fields of a receipt that only the site can work out."""
 
@@ -178,7 +178,7 @@ class Mechanism(ABC):
 
     @property
     def site_rate(self) -> float:
-        """That at which sites are asked at random, which the accounting counts on; 1: all may be asked."""
+        """The rate at which sites are asked at random, as the accounting assumes; 1: all may be asked."""
         return 1.0
 
     @property
@@ -195,8 +195,10 @@ class Mechanism(ABC):
         return ()
 
     def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
-        """The (epsilon, delta) of the whole run that counts at a site; a guarantee for the unit site, which covers all
-        of its examples, holds for each of them as well. None: there is none."""
+        """The (epsilon, delta) of the whole run that counts at a site; None: there is none.
+
+        A guarantee for the unit site covers all of its examples, so it holds for each of them as well.
+        """
         return None
 
     @property
@@ -206,7 +208,7 @@ class Mechanism(ABC):
 
     @property
     def delta(self) -> float | None:
-        """At which an epsilon is told; None: at the site's own."""
+        """The delta at which an epsilon is stated; None: the site's own."""
         return None
 
     @property

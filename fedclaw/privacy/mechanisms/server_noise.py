@@ -42,7 +42,7 @@ def noise_of_the_server(**fields: Any) -> CentralRequest:
 
 @dataclass(frozen=True)
 class ServerNoise(SumNoise):
-    """Everybody trusts the server to add it; a site's policy says whether that counts."""
+    """The server adds the noise, and everybody trusts it to; a site's policy says whether that counts."""
 
     noise_from: ClassVar[str] = "the server"
 

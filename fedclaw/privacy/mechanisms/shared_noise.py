@@ -28,7 +28,7 @@ _EXACT = 1 + 1e-9
 
 @dataclass(frozen=True)
 class SharedNoise(SumNoise):
-    """Nobody is trusted but enough of the other sites, as many as the session counts on."""
+    """A site trusts only that enough other sites add their shares: as many as the session counts on."""
 
     noise_from: ClassVar[str] = "all sites together"
     no_noise: ClassVar[RefusalCode] = RefusalCode.SECURE_AGGREGATION

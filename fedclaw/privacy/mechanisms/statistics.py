@@ -31,7 +31,7 @@ class SharedStatistics:
 
     @property
     def event(self) -> NoiseEvent:
-        """What the ledger books."""
+        """What the ledger is charged."""
         return NoiseEvent(1.0, self.shares.noise_multiplier, 1)
 
     def let_out(self, part: Part[Doubles], source: "GaussianSource") -> Released[Doubles]:
@@ -47,12 +47,12 @@ StatisticsMechanism = OwnNoise | SharedStatistics
 
 
 def mechanism_of_request(request: StatisticsRequest) -> StatisticsMechanism:
-    """That of what is asked. Raises PrivacyError when no noise keeps it within its epsilon and delta."""
+    """The mechanism for what is asked. Raises PrivacyError when no noise keeps it within its epsilon and delta."""
     return OwnNoise.calibrated(request.epsilon, request.delta) if request.secure is None else shared_of(request)
 
 
 def shared_of(request: StatisticsRequest) -> SharedStatistics:
-    """That of a request with a session. Raises PrivacyError."""
+    """The mechanism for a request with a session. Raises PrivacyError."""
     if request.secure is None:
         raise PrivacyError("the request names no session")
     multiplier = OwnNoise.calibrated(request.epsilon, request.delta).noise_multiplier

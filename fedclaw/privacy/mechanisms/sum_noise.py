@@ -51,22 +51,22 @@ class SumNoise(Mechanism):
 
     @property
     def takes_one_step(self) -> bool:
-        """Of the unit example."""
+        """True for the unit example."""
         return protects_examples(self.request)
 
     @property
     def clips_updates(self) -> bool:
-        """Of the unit site."""
+        """True for the unit site."""
         return not self.takes_one_step
 
     @property
     def is_sampled(self) -> bool:
-        """Of the unit example: each site's one step is on a sample."""
+        """True for the unit example: each site takes its one step on a sample."""
         return self.takes_one_step
 
     @property
     def central(self) -> CentralReceipt | None:
-        """What is announced."""
+        """The noise that the plan announces."""
         request = self.request
         return CentralReceipt(
             unit=request.unit, noise_by=request.noise_by, epsilon=request.epsilon, delta=request.delta
@@ -131,7 +131,7 @@ class SumNoise(Mechanism):
 
         Unit `site`: two data sets that differ in one example give two updates within the clipping bound, which may lie
         twice the bound apart, while a site's absence moves the sum by the bound: so an example has half the multiplier.
-        That a site is asked only now and then is not counted, as its books hold only the rounds that asked it.
+        That a site is asked only now and then is not counted, as its ledger holds only the rounds that asked it.
         """
         if self.takes_one_step:
             return NoiseEvent(self.request.sample_rate, noise_multiplier, 1)

@@ -534,10 +534,8 @@ def describe(mechanism: NoiseEvent | None) -> str:
     """A mechanism in words, as it stands in messages to the site's operator."""
     if mechanism is None:
         return "training without privacy"
-    return (
-        f"{mechanism.steps} steps at sample rate {mechanism.sample_rate:.4g} with noise multiplier "
-        f"{mechanism.noise_multiplier:.4g}"
-    )
+    steps = "1 step" if mechanism.steps == 1 else f"{mechanism.steps} steps"
+    return f"{steps} at sample rate {mechanism.sample_rate:.4g} with noise multiplier {mechanism.noise_multiplier:.4g}"
 
 
 def _check_budget(

@@ -16,7 +16,7 @@ import pytest
 from fedclaw.errors import BudgetExceeded, LedgerError
 from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.protocol import chain
-from fedclaw.site.journal.ledger import Budget, Ledger, Reservation
+from fedclaw.site.journal.ledger import Budget, Ledger, Reservation, describe
 
 ROUND = NoiseEvent(0.1, 2.0, 10)
 DELTA = 1e-5
@@ -503,3 +503,8 @@ def test_a_clock_set_back_or_forward_is_harmless(path: Path, monkeypatch: pytest
         assert times[2].startswith(f"{year:04}-06-15T12")
         assert times[2] == times[3]
         assert ledger.spent(DELTA) == pytest.approx(cost(2))
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1, "1 step at"), (2, "2 steps at")])
+def test_steps_are_said_as_people_count_them(steps, words):
+    assert describe(NoiseEvent(0.5, 2.0, steps)).startswith(words)
