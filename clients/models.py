@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fedclaw.errors import PluginError
+from fedclaw.errors import PluginError, UnknownModel
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.plan import ModelSpec
 
@@ -18,13 +18,13 @@ MAX_PARAMETERS = 2**28
 
 
 def known(spec: ModelSpec, models: Mapping[str, type[A]]) -> A:
-    """The checked arguments of the model that `spec` names. Raises PluginError: a server may have sent it."""
+    """The checked arguments of the model that `spec` names. Raises UnknownModel: a server may have sent it."""
     if spec.name not in models:
-        raise PluginError(f"no model is called {spec.name!r} here; there are: {', '.join(sorted(models))}")
+        raise UnknownModel(f"no model is called {spec.name!r} here; there are: {', '.join(sorted(models))}")
     try:
         return models[spec.name].model_validate(spec.args)
     except ValidationError as error:
-        raise PluginError(f"model {spec.name!r}: {explain(error)}") from error
+        raise UnknownModel(f"model {spec.name!r}: {explain(error)}") from error
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:

@@ -87,6 +87,10 @@ class PluginError(FedClawError):
     """A plug-in is unknown, not installed, or not of the promised type."""
 
 
+class UnknownModel(PluginError):
+    """A workload has no model of the name, or none with those arguments."""
+
+
 class RoundError(FedClawError):
     """Too few sites answered, too often: the run cannot go on."""
 

@@ -18,16 +18,19 @@ _SHOWN = 5
 _MOST_LEVELS = 1000
 
 
-def inputs_of(x: ArrayLike, name: str = "x") -> Floats:
-    """(N, *D) float32. Raises DataError for what is no array of finite numbers, one row an example."""
+_ENCODE = "encode text and categories first, or give a data frame to Federation.from_frame, which does"
+
+
+def inputs_of(x: ArrayLike, name: str = "x", remedy: str = _ENCODE) -> Floats:
+    """(N, *D) float32. Raises DataError for what is no array of finite numbers, one row an example.
+
+    `remedy` is what to do about text.
+    """
     array = _array(x, name)
     if array.dtype.kind == "O" and array.ndim == 0:
         raise DataError(f"{name} is a {type(x).__name__}: an array of numbers is needed, one row an example")
     if array.dtype.kind not in "biuf":
-        raise DataError(
-            f"{name} holds {array.dtype}, and a model takes numbers: encode text and categories first, or give a data "
-            "frame to Federation.from_frame, which does"
-        )
+        raise DataError(f"{name} holds {array.dtype}, and a model takes numbers: {remedy}")
     if array.ndim < 2:
         raise DataError(
             f"{name} has the shape {array.shape}: one row an example is needed, (examples, features) or (examples, "

@@ -20,6 +20,7 @@ from fedclaw.site.journal.reconciliation import check_journal, open_journal
 from fedclaw.site.journal.spending import Spending
 
 Pathlike = str | os.PathLike[str]
+_FROM_FILE = "give the path of a file for rows that are not prepared yet"
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Bundle:
         predictor = Predictor.of(self._verified)
         if isinstance(inputs, str | os.PathLike):
             return predictor.predict(predictor.read(Path(inputs)))
-        numbers = inputs_of(inputs, "inputs")
+        numbers = inputs_of(inputs, "inputs", _FROM_FILE)
         if numbers.shape[1:] != predictor.schema.input_shape:
             raise DataError(
-                f"an input has the shape {numbers.shape[1:]}, and the model takes {predictor.schema.input_shape}; give "
-                "the path of a file for rows that are not prepared yet"
+                f"an input has the shape {numbers.shape[1:]}, and the model takes {predictor.schema.input_shape}; "
+                f"{_FROM_FILE}"
             )
         return predictor.predict(numbers)
 

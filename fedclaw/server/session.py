@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fedclaw.errors import PluginError, PrivacyError, UsageError
+from fedclaw.errors import PluginError, PrivacyError, UnknownModel, UsageError
 from fedclaw.learning.registry import workload_class
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
@@ -35,7 +35,10 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         model=model,
         central=_calibrated(settings),
     )
-    return with_strategy(record.model_copy(update={"statistics": _used(settings.statistics)}))
+    try:
+        return with_strategy(record.model_copy(update={"statistics": _used(settings.statistics)}))
+    except UnknownModel as error:
+        raise UsageError(f"workload.model: {error}") from error
 
 
 def with_strategy(record: RunRecord) -> RunRecord:

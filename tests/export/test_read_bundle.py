@@ -32,6 +32,8 @@ def test_what_does_not_verify_or_fit_is_told(bundle, stranger):
         read.predict(np.zeros((1, 2)))
     with pytest.raises(fedclaw.DataError, match="not a finite number"):
         read.predict(np.full((1, *read.manifest.inputs[0].shape[1:]), np.nan))
+    with pytest.raises(fedclaw.DataError, match=r"inputs holds <U1.*: give the path of a file"):
+        read.predict([["a"]])
     (bundle / "privacy.json").write_text("{}")
     with pytest.raises(fedclaw.FedClawError, match=r"privacy\.json"):
         fedclaw.read_bundle(bundle)

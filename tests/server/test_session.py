@@ -1,0 +1,35 @@
+"""What a run's record is made of: a wrong model is wrong use, told with the setting's name."""
+
+import pytest
+
+from fedclaw.errors import UsageError
+from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import RoundRules
+from fedclaw.server.session import make_record
+from fedclaw.server.settings import RunSettings, WorkloadChoice
+
+SCHEMA = """
+columns: [{name: age, kind: numeric}]
+target: {name: died, labels: ["no", "yes"]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"name": "logistc"}, r"^workload\.model: no model is called 'logistc' here; there are: .*logistic"),
+        ({"name": "mlp", "args": {"hiden": [8]}}, r"^workload\.model: model 'mlp': hiden: "),
+    ],
+)
+def test_a_model_that_there_is_not_is_wrong_use(tmp_path, model, words):
+    (tmp_path / "schema.yaml").write_text(SCHEMA)
+    settings = RunSettings(
+        workload=WorkloadChoice(name="tabular", schema_file=tmp_path / "schema.yaml", model=model),
+        strategy={"name": "fedavg"},
+        training=LocalTraining(epochs=1, batch_size=8, learning_rate=0.1),
+        privacy=None,
+        rounds=1,
+        seed=0,
+    )
+    with pytest.raises(UsageError, match=words):
+        make_record(settings, "clinic", None, RoundRules())
