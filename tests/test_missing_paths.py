@@ -13,10 +13,10 @@ from tests.samples import run_record
 PROVISION, LEDGER = "fedclaw.provision", "fedclaw.ledger"
 SCHEMA = "workload.schema_file={schema}"
 CASES = [
-    ("fedclaw.server", ["federation={nowhere}"]),
-    ("fedclaw.server", ["federation={federation}", "resume={nowhere}"]),
-    ("fedclaw.server", ["federation={federation}", "workload.schema_file={nowhere}"]),
-    ("fedclaw.server", ["federation={federation}", SCHEMA, "statistics={nowhere}", "tracking=none"]),
+    ("fedclaw.server.__main__", ["federation={nowhere}"]),
+    ("fedclaw.server.__main__", ["federation={federation}", "resume={nowhere}"]),
+    ("fedclaw.server.__main__", ["federation={federation}", "workload.schema_file={nowhere}"]),
+    ("fedclaw.server.__main__", ["federation={federation}", SCHEMA, "statistics={nowhere}", "tracking=none"]),
     ("fedclaw.statistics", ["federation={nowhere}", SCHEMA, "epsilon=1"]),
     ("fedclaw.statistics", ["federation={federation}", "workload.schema_file={nowhere}", "epsilon=1"]),
     ("fedclaw.client", ["site={nowhere}"]),
@@ -55,8 +55,8 @@ CASES = [
     (PROVISION, ["revoke", "federation={nowhere}", "site=north"]),
     (PROVISION, ["show", "federation={nowhere}"]),
     (PROVISION, ["show", "site={nowhere}"]),
-    ("fedclaw.audit", [SCHEMA, "sites=[{nowhere}]"]),
-    ("fedclaw.audit", ["workload.schema_file={nowhere}"]),
+    ("fedclaw.audit.__main__", [SCHEMA, "sites=[{nowhere}]"]),
+    ("fedclaw.audit.__main__", ["workload.schema_file={nowhere}"]),
 ]
 
 

@@ -195,11 +195,9 @@ def test_examples_that_a_site_claims_do_not_decide_where_a_strategy_promises_any
             trained = Trained.for_plan(asked, TEMPLATE, robust_aggregation(strategy, strategy.server_state(TEMPLATE)))
             asking = question()
             for site in range(SITES):
-                content = honest(asked, draw, 10)
+                content = honest(asked, draw, claimed if site == 0 else 10)
                 if site == 0:
-                    arrays = {key: np.full_like(array, 5.0 * claimed) for key, array in TEMPLATE.items()}
-                    content["sum"] = pack(arrays)
-                    content["metrics"] = MetricRecord({"weight": float(claimed), "examples": claimed})
+                    content["sum"] = pack({key: np.full_like(array, 5.0 * claimed) for key, array in TEMPLATE.items()})
                 trained.add_reply(str(site), Message(content, reply_to=asking))
             assert len(trained.answered) == SITES
             results.append(postprocess.at_server(trained.total.take(), asked, shapes_of(TEMPLATE)).arrays["w"])
