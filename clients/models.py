@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fedclaw.errors import PluginError, UnknownModel
+from fedclaw.errors import UnknownModel
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.plan import ModelSpec
 
@@ -28,9 +28,9 @@ def known(spec: ModelSpec, models: Mapping[str, type[A]]) -> A:
 
 
 def built(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model that `make` gives, once a copy without memory has shown its size. Raises PluginError if too large."""
+    """The model that `make` gives, once a copy without memory has shown its size. Raises UnknownModel if too large."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in make().parameters())
     if parameters > MAX_PARAMETERS:
-        raise PluginError(f"a model of {parameters} parameters; at most {MAX_PARAMETERS} are built")
+        raise UnknownModel(f"a model of {parameters} parameters; at most {MAX_PARAMETERS} are built")
     return make()

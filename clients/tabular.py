@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.clients.models import built, known
-from fedclaw.errors import PluginError
+from fedclaw.errors import PluginError, UnknownModel
 from fedclaw.learning.workload import Workload
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.plan import ModelSpec
@@ -109,7 +109,7 @@ class TabularWorkload(Workload):
         return ModelSpec(name="mlp", args=MlpArguments().model_dump(mode="json"))
 
     def build(self, spec: ModelSpec) -> nn.Module:
-        """The named model with fresh weights from torch's generator. Raises PluginError."""
+        """The named model with fresh weights from torch's generator. Raises UnknownModel."""
         arguments = known(spec, self.models)
         (inputs,), outputs = self.schema.input_shape, self.task.outputs
         if isinstance(arguments, MlpArguments):
@@ -117,12 +117,12 @@ class TabularWorkload(Workload):
             return built(lambda: Mlp(inputs, hidden, outputs))
         if isinstance(arguments, LinearArguments) == bool(self.schema.labels):
             other = "tells classes apart" if spec.name != "linear" else "gives a number"
-            raise PluginError(f"model {spec.name!r} {other}, and the schema's task is {self.task.name}")
+            raise UnknownModel(f"model {spec.name!r} {other}, and the schema's task is {self.task.name}")
         if isinstance(arguments, LinearArguments):
             return built(lambda: Linear(inputs, outputs))
         if isinstance(arguments, BinaryLogisticArguments):
             if outputs != 2:
-                raise PluginError(f"model {spec.name!r} tells two classes apart, and the schema has {outputs} labels")
+                raise UnknownModel(f"model {spec.name!r} tells two classes apart, and the schema has {outputs} labels")
             return built(lambda: BinaryLogistic(inputs))
         return built(lambda: Logistic(inputs, outputs))
 

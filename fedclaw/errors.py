@@ -88,7 +88,7 @@ class PluginError(FedClawError):
 
 
 class UnknownModel(PluginError):
-    """A workload has no model of the name, or none with those arguments."""
+    """A workload has no model of the name, none with those arguments, or none for the schema."""
 
 
 class RoundError(FedClawError):

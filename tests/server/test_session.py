@@ -19,6 +19,7 @@ target: {name: died, labels: ["no", "yes"]}
     [
         ({"name": "logistc"}, r"^workload\.model: no model is called 'logistc' here; there are: .*logistic"),
         ({"name": "mlp", "args": {"hiden": [8]}}, r"^workload\.model: model 'mlp': hiden: "),
+        ({"name": "linear"}, r"^workload\.model: model 'linear' gives a number, and the schema's task is classif"),
     ],
 )
 def test_a_model_that_there_is_not_is_wrong_use(tmp_path, model, words):
