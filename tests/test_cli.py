@@ -99,7 +99,7 @@ def test_check_explains_the_policy_and_connects_to_nobody(deployment):
 def test_a_server_that_cannot_start_leaves_no_run(deployment):
     arguments = [f"federation={deployment.federation}", f"workload.schema_file={deployment.schema}", "tracking=none"]
     arguments += [f"runs={deployment.runs}", "run=test"]
-    one_line(run_module("fedclaw.server", *arguments, "workload.model.name=resnet"), 1, "resnet", "logistic")
+    one_line(run_module("fedclaw.server", *arguments, "workload.model.name=resnet"), 2, "resnet", "logistic")
     nothing = f"workload.schema_file={deployment.root / 'none.yaml'}"
     one_line(run_module("fedclaw.server", *arguments, nothing), 2, f"{nothing} cannot be read: No such file")
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -7,7 +7,8 @@ import torch
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedclaw.errors import DataError
-from fedclaw.learning.tasks.base import Sums, Task
+from fedclaw.learning.tasks.base import LOSS, Sums, Task
+from fedclaw.learning.tasks.means import MOST_LOSS
 from fedclaw.learning.workload import Table, Workload, doubles
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import pack_wire
@@ -132,8 +133,14 @@ class EvaluationAnswer(Answering[Sums | BoundedSums, Sums]):
 def exact_sums(
     workload: Workload, wanted: tuple[str, ...], bins: int | None, outputs: torch.Tensor, targets: torch.Tensor
 ) -> Sums:
-    """What leaves as it is, of outputs (N, K) and targets (N,), for the metrics `wanted`."""
+    """What leaves as it is, of outputs (N, K) and targets (N,), for the metrics `wanted`.
+
+    A mean loss beyond MOST_LOSS, which no server takes, is told as MOST_LOSS: the other figures of a model that has
+    diverged are worth having.
+    """
     own = workload.evaluate(outputs, targets)
+    if own.get(LOSS, 0.0) > MOST_LOSS:
+        own = {**own, LOSS: MOST_LOSS}
     return workload.task.sums(wanted, bins, own, doubles(outputs), targets.detach().cpu().numpy())
 
 

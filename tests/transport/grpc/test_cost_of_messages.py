@@ -22,6 +22,7 @@ from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.chunk_codec import decode_chunk, encode_chunk
 from fedclaw.transport.grpc.limits import MAX_FRAME_BYTES
 from fedclaw.transport.grpc.message_codec import ALIGNMENT, MAGIC, MAX_ITEMS, MAX_NUMBERS, decode, encode
+from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 KINDS = [field.name for field in pb.Frame.DESCRIPTOR.fields]
@@ -257,7 +258,9 @@ def test_a_server_cannot_make_a_site_beat_faster_than_its_own_least(kit):
     grid = kit.grid()
     running = kit.link("site-a", grid.port)
     grid.wait_for_sites(1, 20)
-    welcome = pb.Welcome(protocol=1, federation="clinics", site="site-a", max_message_bytes=1, heartbeat=1e-9)
+    welcome = pb.Welcome(
+        protocol=PROTOCOL_VERSION, federation="clinics", site="site-a", max_message_bytes=1, heartbeat=1e-9
+    )
     running.link._welcome(running.link._stream, welcome)
     assert running.link._heartbeat >= 0.05
 
