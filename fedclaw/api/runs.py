@@ -84,11 +84,11 @@ class Run:
         """What the run cost at most, in epsilon at `delta`, for the unit that was asked for.
 
         With noise by the clients: of one example of the client that spent most, whoever else may be dishonest. With
-        noise by the server: what was asked for, as long as the server is honest. Without noise: infinite. It says
+        noise on the sum alone: what was asked for, as long as the server is honest. Without noise: infinite. It says
         nothing of rounds outside the run, nor of metrics, which are exact.
         """
-        if (central := self.record.central) is not None:
-            return central.epsilon
+        if self.record.privacy is None and self.record.central is not None:
+            return self.record.central.epsilon
         spent = [receipt.receipt.epsilon_run for receipt in self.receipts.values()]
         return max((math.inf if epsilon is None else epsilon for epsilon in spent), default=math.inf)
 

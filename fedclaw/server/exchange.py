@@ -1,8 +1,4 @@
-"""One exchange with a cohort: ask, and add what comes back as it comes.
-
-Questions have deterministic identities (a digest of what is asked of whom), so that a resumed or repeated round
-asks the same question and a site answers it from its outbox instead of training, and paying, again.
-"""
+"""One exchange with a cohort: ask (`fedclaw.protocol.questions`), and add what comes back as it comes."""
 
 import logging
 import time

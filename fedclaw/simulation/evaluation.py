@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclaw.errors import UpdateError
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.protocol.plan import ModelSpec, Plan, Refusal
@@ -82,12 +81,8 @@ def _add(
         evaluated.declined.append(Declined(name, refusal.code.name.lower(), refusal.reason))
         return
     sums = exact_sums(workload, wanted, bins, outputs, torch.from_numpy(targets))
-    try:
-        evaluated.include(name, count, sums)
-    except UpdateError as error:
-        evaluated.declined.append(Declined(name, "unusable", str(error)))
-    else:
-        evaluated.answered.append(name)
+    evaluated.answered.append(name)
+    evaluated.include(name, count, sums)
 
 
 def _outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,18 @@ def test_the_servers_noise(federation):
     assert run.record.central.unit == "example"
 
 
+def test_with_noise_of_both_epsilon_and_delta_are_those_of_the_clients(federation, tmp_path):
+    """A run of real sites can have both: what it cost is told for the noise that trusts nobody, at its own delta."""
+    run = fedclaw.simulate(federation, Net, privacy=PRIVATE, **QUICK)
+    by_site = fedclaw.CentralPrivacy(epsilon=6, delta=1e-6, clip=0.5)
+    other = fedclaw.simulate(federation, Net, privacy=by_site, weighting="uniform", **QUICK)
+    both = run.record.model_copy(update={"central": other.record.central, "weighting": "uniform"})
+    directory = RunDirectory.create(tmp_path / "both", both)
+    directory.write_receipts(run.receipts)
+    told = fedclaw.read_run(tmp_path / "both")
+    assert (told.epsilon, told.delta) == (run.epsilon, run.delta)
+
+
 def test_some_clients_a_round_and_tests_of_their_own():
     federation = fedclaw.Federation.from_arrays(*examples(), clients=6, test_at="clients", seed=1)
     told = []

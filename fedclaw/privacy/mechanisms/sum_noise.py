@@ -174,7 +174,7 @@ class SumNoise(Mechanism):
 
     def uncovered(self, use: DataUse) -> str | None:
         """See Mechanism."""
-        return _unsummed(use) or (_unstepped(use) if self.takes_one_step else None) or by_the_loss(use)
+        return _unsummed(use) or (_unstepped(use) if self.takes_one_step else None)
 
     def sampling(self, examples: int, charged: NoiseEvent | None) -> SampledSteps | None:
         """See Mechanism. Unit example: without noise of the site's own."""
