@@ -23,14 +23,17 @@ from tests.samples import receipt, run_record
 
 
 @pytest.fixture
-def deployed(tmp_path: Path) -> Iterator[Deployment]:
-    """Two sites whose schema says standardise: federated, provisioned; their processes are stopped at the end."""
-    directories = make_sites(tmp_path, count=2).directories
+def deployed(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    """Two sites whose schema says standardise: federated, provisioned; their processes are stopped at the end.
+
+    Each has 200 training rows, or as many as a test's parameter says.
+    """
+    directories = make_sites(tmp_path, count=2, rows=getattr(request, "param", 200)).directories
     federation = tmp_path / "federation"
     provisioning.initialise(federation, FEDERATION, f"127.0.0.1:{free_port()}")
     for directory in directories:
-        request = provisioning.request_site(directory, federation / "federation.json", directory.name)
-        provisioning.accept(directory, provisioning.approve(federation, request))
+        asked = provisioning.request_site(directory, federation / "federation.json", directory.name)
+        provisioning.accept(directory, provisioning.approve(federation, asked))
     deployment = Deployment(tmp_path, federation, directories, [])
     yield deployment
     for process in deployment.background:
@@ -107,6 +110,7 @@ def trained(deployed: Deployment) -> RunDirectory:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("deployed", [1000], indirect=True)
 def test_scores_of_the_training_rows_choose_the_threshold_that_a_bundle_carries(deployed: Deployment) -> None:
     for directory in deployed.sites:
         site = yaml.safe_load((directory / "site.yaml").read_text())

@@ -53,10 +53,11 @@ class Statistics(Frozen):
 class _Reading:
     """A noised vector, unweighted, block by block."""
 
-    def __init__(self, design: Design, total: Doubles, deviation: float) -> None:
+    def __init__(self, design: Design, total: Doubles, deviation: float, *, additive: bool = False) -> None:
         self.design = design
         self._total = total
         self._deviation = deviation
+        self._additive = additive
 
     def values(self, kind: Kind, column: str = "") -> Doubles:
         """Sums over the examples, (size of the block,)."""
@@ -75,15 +76,20 @@ class _Reading:
         """Numbers of examples by name."""
         error = self.error(kind, column)
         values = zip(names, self.values(kind, column), strict=True)
-        return {name: _at_least_zero(Estimate(value=float(value), error=error)) for name, value in values}
+        found = {name: Estimate(value=float(value), error=error) for name, value in values}
+        return found if self._additive else {name: _at_least_zero(number) for name, number in found.items()}
 
 
-def estimate(design: Design, total: Doubles, deviation: float, probabilities: tuple[float, ...]) -> Statistics:
+def estimate(
+    design: Design, total: Doubles, deviation: float, probabilities: tuple[float, ...], *, additive: bool = False
+) -> Statistics:
     """Statistics from `total` (d,), whose every coordinate has noise of standard deviation `deviation`.
 
-    `probabilities` name the quantiles; they need a histogram in the design.
+    `probabilities` name the quantiles; they need a histogram in the design. `additive`: numbers of examples by label
+    and level are to be added up, so they stay as they came, below 0 too: sums of such as were put back to 0 would be
+    too large.
     """
-    reading = _Reading(design, total, deviation)
+    reading = _Reading(design, total, deviation, additive=additive)
     return Statistics(
         count=_at_least_zero(reading.number("count")),
         labels=reading.counts("labels", "", design.classes) if design.classes else {},

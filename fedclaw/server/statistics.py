@@ -15,13 +15,13 @@ from flwr.serverapp import Grid
 from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
-from fedclaw.learning.score_statistics import SCORES, parameters_digest
+from fedclaw.learning.score_statistics import parameters_digest
 from fedclaw.learning.statistics import design_for
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.distributed import WRAP, Shares
-from fedclaw.privacy.estimates import Estimate, Statistics, estimate
+from fedclaw.privacy.estimates import estimate
 from fedclaw.privacy.mechanisms.statistics import mechanism_of_request, shared_of
-from fedclaw.privacy.statistics import Design, Doubles
+from fedclaw.privacy.statistics import Doubles
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
@@ -122,7 +122,8 @@ def release_statistics(
             f"{len(collected.answered)} sites sent statistics, {minimum} are needed ({_reasons(collected)}). "
             f"{_OPENLY if request.secure is None else _SECURELY}"
         )
-    statistics = estimate(design, collected.total, collected.deviation, probabilities if request.bins else ())
+    wanted, scored = probabilities if request.bins else (), request.scores is not None
+    statistics = estimate(design, collected.total, collected.deviation, wanted, additive=scored)
     scores = None
     if request.scores is not None:
         scores = ScoresOf(
@@ -131,14 +132,6 @@ def release_statistics(
             labels=(schema.labels[0], schema.labels[1]),
         )
     return make_release(request, collected.receipts, collected.shares, statistics, scores)
-
-
-def _unclipped(statistics: Statistics, design: Design, total: Doubles) -> Statistics:
-    """With the counts of scores as they came: were those under 0 put back to it, sums of them would be too large."""
-    block, column = design.blocks["levels", SCORES], statistics.columns[SCORES]
-    values = zip(column.levels.items(), total[block.where] / block.weight, strict=True)
-    levels = {name: Estimate(value=float(value), error=told.error) for (name, told), value in values}
-    return statistics.model_copy(update={"columns": {SCORES: column.model_copy(update={"levels": levels})}})
 
 
 def with_session(

@@ -87,6 +87,15 @@ def test_noise_that_drowns_the_data_gives_figures_in_their_range_or_none():
         assert all(0 <= value <= 100 for value in values)
 
 
+def test_counts_that_are_added_up_stay_as_they_came():
+    """Put back to 0 one by one, the noise of many empty levels would add up to examples that nobody has."""
+    design = Design((StatisticColumn("score", levels=tuple("abcdefgh")),), (), 0)
+    total = np.full(design.dimension, -1.0)
+    for additive, sign in ((True, -1), (False, 0)):
+        levels = estimate(design, total, 1.0, (), additive=additive).columns["score"].levels
+        assert {np.sign(level.value) for level in levels.values()} == {sign}
+
+
 def test_a_constant_column_has_no_variance_and_its_quantiles_are_its_value():
     design = Design(COLUMNS[:1], (), 50)
     told = estimate(

@@ -82,9 +82,9 @@ def test_the_noise_of_the_sum_is_that_of_one_site_alone_not_of_all(sites, monkey
     exact = np.sum([statistics_vector(site, design) for site in sites.values()], axis=0)
     totals = []
 
-    def read(*given):
+    def read(*given, **options):
         totals.append(given[1])
-        return estimate(*given)
+        return estimate(*given, **options)
 
     monkeypatch.setattr("fedclaw.server.statistics.estimate", read)
     for number in range(40):

@@ -188,28 +188,37 @@ def test_the_policy_says_it_in_words(root):
     assert not any("how a model scores" in said for said in sentences(careful, "north"))
 
 
+def scored(sites, epsilon):
+    """The release of how a first model scores the rows of `sites`, at an epsilon."""
+    first, grid = next(iter(sites.values())), LocalGrid(sites, 1)
+    request = request_for(first, len(sites), epsilon=epsilon)
+    nodes, schema = sorted(grid.get_node_ids()), first.workload.schema
+    return release_statistics(
+        *(grid, nodes, schema, request, ()), minimum=2, deadline=30, parameters=parameters_of(first)
+    )
+
+
 @pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    """Of three sites, with next to no noise; and the exact counts."""
+def scored_sites(tmp_path_factory):
+    """Three, whose policies let scores leave at any epsilon."""
     assume_server_identity(1)
-    folder = tmp_path_factory.mktemp("sites")
-    sites = open_sites(make_sites(folder, epsilon=None).directories, "clinic")
+    sites = open_sites(make_sites(tmp_path_factory.mktemp("sites"), epsilon=None).directories, "clinic")
     for site in sites.values():
         site.policy = site.policy.model_copy(update={"statistics": StatisticsAllowance(epsilon=1e6, scores=True)})
-    first = next(iter(sites.values()))
-    parameters = parameters_of(first)
-    grid = LocalGrid(sites, 1)
-    asked = release_statistics(
-        *(grid, sorted(grid.get_node_ids()), first.workload.schema, request_for(first, len(sites), epsilon=5e3), ()),
-        minimum=2,
-        deadline=30,
-        parameters=parameters,
-    )
+    return sites
+
+
+@pytest.fixture(scope="module")
+def release(scored_sites, tmp_path_factory):
+    """Of three sites, with next to no noise; and the exact counts."""
+    sites = scored_sites
+    parameters = parameters_of(next(iter(sites.values())))
+    asked = scored(sites, 5e3)
     exact = []
     for site in sites.values():
         question = question_for(site)
         exact.append(scores_of(site, question, site.model(question.model, parameters).eval()).columns["scores"])
-    path = folder / "statistics.json"
+    path = tmp_path_factory.mktemp("release") / "statistics.json"
     write_release(path, asked)
     return read_release(path), parameters, np.concatenate(exact).astype(int)
 
@@ -230,6 +239,12 @@ def test_the_threshold_is_where_f1_is_largest_over_all_sites(release):
     assert decision.value == pytest.approx(max(best), abs=0.02)
     assert decision.examples == pytest.approx(len(cells), abs=2)
     assert (decision.chosen_on, decision.release) == ("training data, by statistics", "scores-1")
+
+
+def test_noise_does_not_add_up_to_rows_that_nobody_has(scored_sites, release):
+    """The counts of a class are added up over the bins, so none of them is put back to 0."""
+    counts = [level.value for level in scored(scored_sites, 0.02).statistics.columns["scores"].levels.values()]
+    assert min(counts) < 0 < max(counts)
 
 
 def test_scores_of_another_model_choose_nothing(release):
