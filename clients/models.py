@@ -9,7 +9,7 @@ from torch import nn
 
 from fedclaw.errors import UnknownModel
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 A = TypeVar("A", bound=Frozen)
 

@@ -11,7 +11,7 @@ from fedclaw.clients.models import built, known
 from fedclaw.errors import PluginError, UnknownModel
 from fedclaw.learning.workload import Workload
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 MAX_WIDTH = 8192
 MAX_LAYERS = 16

@@ -10,7 +10,7 @@ from fedclaw.clients.models import built, known
 from fedclaw.errors import PluginError
 from fedclaw.learning.workload import Workload
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 MAX_CHANNELS = 1024
 MAX_BLOCKS = 8

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import PrivacyRequest
-from fedclaw.protocol.terms import RoundRules
+from fedclaw.protocol.terms import PrivacyRequest, RoundRules
 from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.site.journal.ledger import Ledger

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedclaw.learning.strategy import Participation
-    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import Terms
 
 CENTRE = "centre"
 """The kind of the server's state: the last round's combined update."""

@@ -14,8 +14,7 @@ from fedclaw.learning.strategy import Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.plan import Terms
-    from fedclaw.protocol.terms import RoundRules
+    from fedclaw.protocol.terms import RoundRules, Terms
 
 
 class Cyclic(Strategy):

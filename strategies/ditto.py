@@ -15,7 +15,7 @@ from fedclaw.learning.strategy import StepContext, Strategy
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import Terms
 
 
 class Ditto(Strategy):

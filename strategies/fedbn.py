@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import Terms
 
 
 class FedBN(Strategy):

@@ -16,12 +16,12 @@ from pydantic import Field
 from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import Terms
 
 NORM = "~accumulated"
 SCALE = 1024.0

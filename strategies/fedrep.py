@@ -15,7 +15,7 @@ from fedclaw.strategies.heads import SharedBody
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import Terms
 
 
 class FedRep(SharedBody):

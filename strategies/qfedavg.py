@@ -18,7 +18,7 @@ from fedclaw.protocol.arrays import Arrays
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import Terms
 
 CURVATURE = "~curvature"
 LEAST_LOSS = 1e-10

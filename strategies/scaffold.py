@@ -17,7 +17,7 @@ from fedclaw.protocol.arrays import Arrays
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.plan import Terms
+    from fedclaw.protocol.terms import Terms
 
 CONTROL, EVERYONE = "control", "everyone"
 EXTRA = "~"

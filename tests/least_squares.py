@@ -18,8 +18,7 @@ from torch import nn
 from fedclaw.errors import DataError
 from fedclaw.learning.workload import Floats, Schema, Table, Workload
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
-from fedclaw.protocol.plan import LocalTraining, ModelSpec
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, RoundRules, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory, RunRecord

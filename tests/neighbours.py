@@ -36,8 +36,10 @@ from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import ABOUT, ARRAYS, BROADCAST, CHARGE, JSON, KEYS, METRICS, PLAN, RECEIPT, SUM
-from fedclaw.protocol.plan import PLAN_VERSION, ModelSpec, Plan, Refusal, RefusalCode
+from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.questions import questions
+from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.protocol.update import Update
 from fedclaw.site import pipeline
 from fedclaw.site.privacy_budget import Asking

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan, PrivacyRequest, Receipt
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest, RoundRules, StrategyRecord
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
 

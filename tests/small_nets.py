@@ -15,7 +15,7 @@ from torch import nn
 
 from fedclaw.learning.workload import Table, Workload
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.plans import make_strategy
 from fedclaw.server.round_report import Outcome

@@ -38,7 +38,7 @@ WARDS = '''"""Wards: a made-up workload of another package."""
 from typing import ClassVar
 from fedclaw.clients.tabular import TabularWorkload
 from fedclaw.clients.tabular_schema import TabularSchema
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 
 class WardSchema(TabularSchema):

@@ -14,7 +14,7 @@ from fedclaw import statistics as command
 from fedclaw.errors import FedClawError
 from fedclaw.identity import provisioning
 from fedclaw.learning.registry import schema_class
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.site.journal.reconciliation import check_site, site_spending
 from tests.conftest import FEDERATION, Command, Deployment, run_module

@@ -23,8 +23,7 @@ from fedclaw.learning.registry import workload_class
 from fedclaw.learning.workload import Floats, Table, Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import ModelSpec
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import ModelSpec, RoundRules, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.plans import make_strategy

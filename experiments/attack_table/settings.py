@@ -10,7 +10,7 @@ from experiments.attacks.settings import AttackSettings, NoAttack
 from experiments.sources import DatasetSettings
 from experiments.sweeps.identity import digest_of
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 from fedclaw.server.settings import WorkloadChoice
 from fedclaw.simulation.partitions.settings import PartitionSettings
 

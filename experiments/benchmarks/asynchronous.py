@@ -29,8 +29,7 @@ from experiments.datasets import SitePolicy, write_sites
 from experiments.sources import DatasetSettings
 from fedclaw.learning.workload import Table, Workload
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.protocol.plan import LocalTraining
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.round_report import RoundReport

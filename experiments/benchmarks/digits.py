@@ -19,8 +19,7 @@ from experiments.partitions.in_memory import in_memory
 from experiments.sources import DatasetSettings
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining, ModelSpec
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, RoundRules, StrategyRecord
 from fedclaw.report.tracking import TrackingSettings, make_tracker
 from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory, RunRecord

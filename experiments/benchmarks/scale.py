@@ -28,8 +28,7 @@ from experiments.benchmarks.report import report
 from fedclaw.clients.vision import VisionWorkload
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
 from fedclaw.server.accumulator import WeightedSum
 from fedclaw.server.round_report import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord

@@ -11,7 +11,7 @@ from experiments.sources import DatasetSettings
 from experiments.sweeps.identity import digest_of
 from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from fedclaw.simulation.partitions.settings import PartitionSettings
 

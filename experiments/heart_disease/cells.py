@@ -20,7 +20,7 @@ from experiments.heart_disease.training import (
 )
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import Trust
+from fedclaw.protocol.receipt import Trust
 from fedclaw.server.round_report import Outcome
 
 

@@ -10,8 +10,7 @@ from pydantic import Field, JsonValue
 from experiments.heart_disease.sites import Standardise
 from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import LocalTraining, Weighting
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.terms import LocalTraining, SecureRequest, Weighting
 
 Who = Literal["federation", "pooled", "each", "first"]
 """Who trains: the hospitals together; one site with everybody's rows; each hospital by itself, tested on its own rows;

@@ -13,9 +13,8 @@ from fedclaw.learning.statistics import design_of
 from fedclaw.learning.workload import schema_digest
 from fedclaw.privacy.accounting import NoiseEvent, calibrate, epsilon_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.protocol.plan import CentralRequest, PrivacyRequest
 from fedclaw.protocol.statistics import StatisticsRequest
-from fedclaw.protocol.terms import RoundRules
+from fedclaw.protocol.terms import CentralRequest, PrivacyRequest, RoundRules
 from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record

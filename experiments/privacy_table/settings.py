@@ -11,8 +11,7 @@ from experiments.datasets import SitePolicy
 from experiments.sources import DatasetSettings
 from fedclaw.audit.options import AuditOptions
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import CentralRequest, LocalTraining, PrivacyRequest, Unit
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.terms import CentralRequest, LocalTraining, PrivacyRequest, SecureRequest, Unit
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from fedclaw.simulation.partitions.settings import PartitionSettings
 

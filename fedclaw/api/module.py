@@ -22,7 +22,7 @@ from fedclaw.learning.registry import SCHEMAS, WORKLOADS
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.workload import Floats, Schema, Table, Workload
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 NAME = "arrays"
 """The workload's name in a run's record."""

@@ -18,8 +18,15 @@ from fedclaw.learning.strategy import Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.server_noise import noise_of_the_server
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.plan import CentralRequest, LocalTraining, PrivacyRequest, Unit, Weighting
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import (
+    CentralRequest,
+    LocalTraining,
+    PrivacyRequest,
+    RoundRules,
+    StrategyRecord,
+    Unit,
+    Weighting,
+)
 from fedclaw.server.round_report import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import calibrated, with_strategy

@@ -19,7 +19,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.learning.tasks.base import Targets
 from fedclaw.learning.workload import Floats, Table, Workload
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 LOUD = 20.0
 """How far over the clipping bound a canary's gradient is."""

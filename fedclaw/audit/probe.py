@@ -24,7 +24,7 @@ from fedclaw.privacy.accounting import calibrate
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.protocol.arrays import shapes_of
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.settings import RunSettings

@@ -24,7 +24,7 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, Distillation, ModelSpec, PrivacyRequest
+from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.server import exchange
 from fedclaw.server.answers import Evaluated
 from fedclaw.server.coordinator import run_rounds

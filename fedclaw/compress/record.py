@@ -13,7 +13,7 @@ from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory
 
 MODEL, RECORD = "model.npz", "compression.json"

@@ -13,7 +13,7 @@ from fedclaw.errors import CheckpointError, CompressionError
 from fedclaw.files import sha256_file
 from fedclaw.learning.workload import Workload
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 REBUILD_TOLERANCE = 1e-5

@@ -12,7 +12,7 @@ from fedclaw.compress.recover import predict_logits
 from fedclaw.compress.source import Teacher, rebuild
 from fedclaw.errors import CompressionError
 from fedclaw.learning.workload import Table, Workload
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 
 @dataclass(frozen=True)

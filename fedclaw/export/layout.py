@@ -19,7 +19,8 @@ from pydantic import Field, JsonValue, model_validator
 
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import ModelSpec, Name
+from fedclaw.protocol.limits import Name
+from fedclaw.protocol.terms import ModelSpec
 
 ONNX = "model.onnx"
 QUANTISED = "model-int8.onnx"

@@ -14,7 +14,7 @@ from fedclaw.errors import BundleError
 from fedclaw.export.statement import Receipts
 from fedclaw.files import sha256_file
 from fedclaw.learning.workload import Schema
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 

@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field
 
 from fedclaw.protocol.frozen import Frozen, fields_of
-from fedclaw.protocol.plan import CentralPrivacy, PrivacyRequest, TrainingCost
+from fedclaw.protocol.receipt import TrainingCost
+from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest
 from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
 
 UNIT = (

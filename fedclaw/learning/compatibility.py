@@ -21,7 +21,8 @@ from fedclaw.learning.strategy import Buffered, Strategy, is_overridden
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.compression import RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
-from fedclaw.protocol.plan import Plan, Terms
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import Terms
 from fedclaw.protocol.update import is_extra
 
 if TYPE_CHECKING:

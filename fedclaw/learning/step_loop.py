@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 
 Batch = TypeVar("Batch")
 Batch_contra = TypeVar("Batch_contra", contravariant=True)

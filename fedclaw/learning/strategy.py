@@ -24,13 +24,12 @@ from fedclaw.errors import PluginError
 from fedclaw.privacy.provenance import Part, Raw
 from fedclaw.protocol.arrays import Arrays, Shapes, shapes_of
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.protocol.plan import Terms
-    from fedclaw.protocol.terms import RoundRules
+    from fedclaw.protocol.terms import RoundRules, Terms
 
 PERSONAL = "personal"
 """The kind of a site's state that holds parameters which it uses in place of the ones that are sent."""

@@ -22,7 +22,7 @@ from fedclaw.file_format import FileFormat
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.statistics import Records, StatisticColumn
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 if TYPE_CHECKING:
     import torch

@@ -29,7 +29,7 @@ from pydantic import JsonValue
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy import renyi
-from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.protocol.terms import CentralPrivacy
 
 if TYPE_CHECKING:
     # Takes seconds to import: not before something is accounted for.

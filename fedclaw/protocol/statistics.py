@@ -20,17 +20,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import (
-    MAX_COLUMNS,
-    MAX_CONSTANTS,
-    MAX_SITES,
-    BudgetSpent,
-    Digest,
-    ModelSpec,
-    Name,
-    ParameterName,
-    SecureAggregation,
-)
+from fedclaw.protocol.limits import MAX_COLUMNS, MAX_CONSTANTS, MAX_SITES, Digest, Name, ParameterName
+from fedclaw.protocol.receipt import BudgetSpent
+from fedclaw.protocol.terms import ModelSpec, SecureAggregation
 
 STATISTICS_VERSION = 1
 

@@ -1,9 +1,244 @@
-"""What a run's record says of its rounds that no plan repeats: the strategy's settings, when a round counts, and what
-the sessions of secure aggregation are made from."""
+"""What a run asks of its sites: training, privacy, secure aggregation, weighting, metrics.
 
-from pydantic import Field, JsonValue
+Settings, record and plans share these terms (`SharedTerms`, `Terms`). The record alone says the strategy's settings and
+when a round counts.
+"""
 
+from typing import Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from fedclaw.protocol.compression import Compression, check_compression
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.limits import (
+    MAX_BATCH,
+    MAX_COLUMNS,
+    MAX_CONSTANTS,
+    MAX_EPOCHS,
+    MAX_LENGTH,
+    MAX_ROUNDS,
+    MAX_STEPS,
+    MAX_SUMMED,
+    Arguments,
+    Name,
+    ParameterName,
+)
+
+SCORE_HISTOGRAM = "score_histogram"
+"""What a policy's clause calls the histograms of scores by class; no metric by itself."""
+
+
+class ModelSpec(Frozen):
+    """A model by name; the workload that a site has installed builds it. Never an import path."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
+    args: Arguments = {}
+
+
+class LocalTraining(Frozen):
+    """What a site does between two exchanges. Exactly one of `epochs` and `steps` is set."""
+
+    epochs: float | None = Field(default=None, gt=0, le=MAX_EPOCHS)
+    steps: int | None = Field(default=None, gt=0, le=MAX_STEPS)
+    batch_size: int = Field(gt=0, le=MAX_BATCH)
+    """Examples per step; under differential privacy the expected number of a Poisson sample."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = Field(gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("set exactly one of epochs and steps")
+        return self
+
+    def local_steps(self, examples: int) -> int:
+        """Optimiser steps of one round on a site with `examples` training examples (at least 1)."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        per_epoch = -(-examples // self.batch_size)
+        return max(1, round(self.epochs * per_epoch))
+
+
+class PrivacyRequest(Frozen):
+    """Example-level (epsilon, delta) that the whole run may cost a site, and the clipping bound.
+
+    The site itself calibrates the noise: only it knows its sampling rate.
+    """
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    max_grad_norm: float = Field(gt=0)
+
+
+class AdaptiveClip(Frozen):
+    """A clipping bound that follows a quantile of the updates' norms (Andrew, Thakkar, McMahan, Ramaswamy 2021).
+
+    Each site adds +1/2 or -1/2 to a count, whether its norm is within the bound or not; the server adds noise of
+    deviation `count_noise` to the count and moves the bound: C <- C exp(-learning_rate (share within - quantile)).
+    """
+
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    learning_rate: float = Field(default=0.2, gt=0)
+    count_noise: float = Field(gt=0)
+
+
+Unit = Literal["example", "site"]
+"""Whose presence a guarantee hides."""
+
+
+class SumNoiseTerms(Frozen):
+    """Who brings noise on the sum over the sites, for whom, and the (epsilon, delta) that it keeps over a whole run."""
+
+    unit: Unit
+    noise_by: Literal["server", "sites"]
+    """The server, which everybody then trusts to add it; or every site its share, inside secure aggregation."""
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+
+
+class CentralRequest(SumNoiseTerms):
+    """Noise on the sum over the sites, as conf/central/*.yaml asks for it: (epsilon, delta) of the whole run.
+
+    Unit `site`: each site's parameter delta is clipped to the L2 norm `clip`. Neighbouring: one site's contribution is
+    replaced by zero; who takes part and on how many examples is public. Unit `example`: each site takes one step
+    on a Poisson sample with the rate `sample_rate`, each example's gradient clipped to `clip`, without noise of its
+    own; the sum over the sites is one DP-SGD step on the pooled data. Neighbouring: add or remove one example.
+    """
+
+    clip: float = Field(gt=0)
+    sample_rate: float = Field(default=1.0, gt=0, le=1)
+    """Unit `example`: the rate at which each site samples examples. Unit `site`: that at which sites are asked."""
+    adaptive: AdaptiveClip | None = None
+
+
+class CentralPrivacy(CentralRequest):
+    """Noise on the sum, calibrated to what was asked for."""
+
+    noise_multiplier: float = Field(gt=0)
+    """Standard deviation of the noise in the sum over the sum's sensitivity."""
+    expected_sites: float | None = Field(default=None, gt=0)
+    """Unit `site` with a rate below 1: connected sites x rate, which the sum is divided by whoever was asked."""
+
+
+class SecureRequest(Frozen):
+    """conf/secure/*.yaml: secure aggregation of the updates."""
+
+    dropouts: float = Field(default=0.2, ge=0, lt=0.5)
+    """Share of a round's sites that may drop out of it and leave a sum, with all its noise."""
+    corrupt: float = Field(default=0.2, ge=0, lt=0.5)
+    """Share of the sites that may tell the server all they know; what the others send stays hidden."""
+    value_range: float = Field(default=8.0, gt=0)
+    """Without noise by the sites: a coordinate of weight x delta / largest weight beyond it is cut off."""
+    largest_weight: float | None = Field(default=None, ge=1)
+    """With weighting: examples, a weight that no site exceeds: it sets what one integer stands for."""
+
+
+class SecureAggregation(Frozen):
+    """One session of secure aggregation (Bell et al. 2020): what every site of the cohort has to agree on."""
+
+    session: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Fresh for each attempt: nothing of one session is of use in another."""
+    sites: tuple[Name, ...] = Field(min_length=2, max_length=MAX_SUMMED)
+    """The cohort, by certified name."""
+    threshold: int = Field(ge=2, le=MAX_SUMMED)
+    """Shares that recover a secret."""
+    neighbours: int = Field(ge=1, le=MAX_SUMMED)
+    """Sites that each site shares its secrets with."""
+    minimum: int = Field(ge=2, le=MAX_SUMMED)
+    """Survivors below which nothing is unmasked."""
+    length: int = Field(ge=1, le=MAX_LENGTH)
+    """Numbers in the vector that is summed."""
+    step: float = Field(gt=0)
+    """What one integer stands for."""
+    value_range: float | None = Field(default=None, gt=0)
+    """Without noise by the sites: a coordinate of weight x delta beyond it is cut off."""
+    largest_weight: float | None = Field(default=None, gt=0)
+    """Without noise by the sites: a site with a larger weight takes no part."""
+    content: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+    """SHA-256 of the parameters (and a teacher's) that all sites begin with: whoever gets others takes no part, for a
+    server could make a sum of one by giving the rest parameters that nothing comes of."""
+    tolerated: int = Field(default=0, ge=0, le=MAX_SUMMED)
+    """Drop-outs after which the noise of the others is still enough."""
+    colluding: int = Field(default=0, ge=0, le=MAX_SUMMED)
+    """Sites whose noise is not counted on."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.tolerated < len(self.sites) - self.minimum:
+            raise ValueError("a sum may be opened with fewer sites than its noise is enough for: tolerated is too low")
+        return self
+
+
+class Distillation(Frozen):
+    """Knowledge distillation from a teacher (Hinton, Vinyals, Dean 2015, section 2).
+
+    loss = weight * T^2 * KL(teacher_T || student_T) + (1 - weight) * workload loss
+    """
+
+    teacher: ModelSpec
+    temperature: float = Field(default=2.0, gt=0)
+    weight: float = Field(default=0.7, ge=0, le=1)
+
+
+Weighting = Literal["examples", "uniform", "capped"]
+"""A site counts by its examples, by one, or by its examples up to a cap."""
+
+
+def weight_of(examples: int, weighting: Weighting, cap: int | None) -> float:
+    """What a site with that many examples counts by; `cap` is that of weighting `capped`."""
+    if weighting == "uniform":
+        return 1.0
+    return float(examples if cap is None else min(examples, cap))
+
+
+class SharedTerms(Frozen):
+    """What a run's settings, its record and the plan of each round say in the same words."""
+
+    rounds: int = Field(ge=1, le=MAX_ROUNDS)
+    training: LocalTraining
+    privacy: PrivacyRequest | None
+    compression: Compression | None = None
+    """How updates are compressed on their way back."""
+    weighting: Weighting = "examples"
+    """What a site's update counts by in the mean. Either way the answer says how many examples the site has."""
+    weight_cap: int | None = Field(default=None, ge=1)
+    """The largest weight, when `weighting` is `capped`."""
+    metrics: tuple[Name, ...] = Field(default=(), max_length=64)
+    """Those of the task (`fedclaw.learning.tasks`) that are asked for; a site refuses one that its task has not."""
+    score_bins: int | None = Field(default=None, ge=2, le=4096)
+    """Bins of the histograms of scores that the AUROC over all sites is made of, where a site's policy shares them,
+    fewer where they come with noise, which each bin adds; None: they are not asked for."""
+
+
+class Terms(SharedTerms):
+    """What is asked of the sites in every round of a run: the fields that its record and its plans share."""
+
+    federation: Name
+    run: Name
+    workload: Name
+    model: ModelSpec
+    central: CentralPrivacy | None = None
+    secure: SecureRequest | SecureAggregation | None = None
+    distillation: Distillation | None = None
+    personal: tuple[ParameterName, ...] = Field(default=(), max_length=MAX_COLUMNS)
+    """Parameters that never leave the sites: each uses its own in the place of what is sent. A site takes no others for
+    its own than the strategy says of the model."""
+    preprocessing: str | None = Field(default=None, max_length=MAX_CONSTANTS)
+    """The constants that all sites prepare their inputs with, for a schema that takes the federation's: canonical JSON,
+    made from a differentially private release of statistics."""
+
+    @property
+    def hidden(self) -> bool | None:
+        """Whether updates leave under secure aggregation; None: not known."""
+        return self.secure is not None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_compression(self.compression, central=self.central is not None, secure=self.hidden)
+        return self
 
 
 class StrategyRecord(Frozen):
@@ -24,16 +259,3 @@ class RoundRules(Frozen):
     """Seconds that a site has to answer."""
     attempts: int = Field(default=3, ge=1)
     """How often the same question is asked before the run stops; a site that has answered pays nothing again."""
-
-
-class SecureRequest(Frozen):
-    """conf/secure/*.yaml: secure aggregation of the updates."""
-
-    dropouts: float = Field(default=0.2, ge=0, lt=0.5)
-    """Share of a round's sites that may drop out of it and leave a sum, with all its noise."""
-    corrupt: float = Field(default=0.2, ge=0, lt=0.5)
-    """Share of the sites that may tell the server all they know; what the others send stays hidden."""
-    value_range: float = Field(default=8.0, gt=0)
-    """Without noise by the sites: a coordinate of weight x delta / largest weight beyond it is cut off."""
-    largest_weight: float | None = Field(default=None, ge=1)
-    """With weighting: examples, a weight that no site exceeds: it sets what one integer stands for."""

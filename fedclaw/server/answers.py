@@ -19,8 +19,12 @@ from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.mechanisms.receipts import LONGEST_RECEIPT, check_receipt
 from fedclaw.protocol.arrays import LARGEST, unpack_wire
 from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.limits import MAX_COLUMNS, MOST_EXAMPLES
 from fedclaw.protocol.messages import EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, SUM, WEIGHT
-from fedclaw.protocol.plan import MAX_COLUMNS, MOST_EXAMPLES, Plan, Receipt, RefusalCode, Weighting, weight_of
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import Weighting, weight_of
 from fedclaw.server.accumulator import RobustAggregate, UpdateStack, WeightedSum
 from fedclaw.server.run_directory import SiteReceipt
 

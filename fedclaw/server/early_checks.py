@@ -15,8 +15,7 @@ from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.frozen import check_settings, fields_of
-from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec, SharedTerms
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, ModelSpec, RoundRules, SharedTerms, StrategyRecord
 from fedclaw.server.run_directory import RUN_NAME, RunRecord
 from fedclaw.server.settings import ALL_METRICS, RunSettings, WorkloadChoice
 from fedclaw.server.statistics_release import constants_from

@@ -6,7 +6,8 @@ from fedclaw.learning.strategy import Strategy
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import check_settings, fields_of
-from fedclaw.protocol.plan import CentralPrivacy, Plan, Terms
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import CentralPrivacy, Terms
 from fedclaw.server.run_directory import RunRecord
 
 

@@ -24,8 +24,9 @@ from fedclaw.learning.workload import Schema, Workload, schema_digest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.protocol.plan import MOST_EXAMPLES, Name, Receipt, Terms
-from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.limits import MOST_EXAMPLES, Name
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord, Terms
 
 LOCK = "run.lock"
 """Held by the process that is at work on a run; the file stays."""

@@ -44,10 +44,9 @@ from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import unpack_integers
 from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, HEADER_BYTES, KEYS, MASKED, SECURE, SHARES, UNMASK
-from fedclaw.protocol.plan import SecureAggregation
 from fedclaw.protocol.questions import Asked, questions
 from fedclaw.protocol.records import MessageRecords, hash_of
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.terms import SecureAggregation, SecureRequest
 from fedclaw.server.answers import CohortAnswers, Declined, part
 from fedclaw.server.exchange import ask
 from fedclaw.server.grids import StreamingGrid, site_name

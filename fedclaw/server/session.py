@@ -8,8 +8,7 @@ from fedclaw.errors import PluginError, PrivacyError, UnknownModel, UsageError
 from fedclaw.learning.registry import workload_class
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import CentralPrivacy, CentralRequest, ModelSpec
-from fedclaw.protocol.terms import RoundRules
+from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, ModelSpec, RoundRules
 from fedclaw.server.early_checks import check_combination, chosen_strategy, read_schema, record_of, run_name
 from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import ReleaseUse, RunRecord

@@ -8,8 +8,8 @@ from pydantic import Field, JsonValue, field_validator
 
 from fedclaw.learning.tasks.installed import metrics_and_clauses, unknown
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import CentralRequest, Name, SharedTerms
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.limits import Name
+from fedclaw.protocol.terms import CentralRequest, SecureRequest, SharedTerms
 
 ALL_METRICS = ("all",)
 

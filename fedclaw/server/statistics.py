@@ -24,8 +24,8 @@ from fedclaw.privacy.mechanisms.statistics import mechanism_of_request, shared_o
 from fedclaw.privacy.statistics import Doubles
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.protocol.frozen import explain
+from fedclaw.protocol.limits import MOST_EXAMPLES
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
-from fedclaw.protocol.plan import MOST_EXAMPLES
 from fedclaw.protocol.questions import questions
 from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.statistics import REQUEST, ROUND, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest

@@ -15,7 +15,7 @@ from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.estimates import Statistics, moments_of
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.protocol.plan import Trust
+from fedclaw.protocol.receipt import Trust
 from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest
 
 UNIT = "one training example of one site, there or not (add or remove one)"

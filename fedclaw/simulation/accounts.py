@@ -10,7 +10,9 @@ from functools import cached_property
 from typing import Any, cast
 
 from fedclaw.privacy.mechanisms.mechanism import Charge
-from fedclaw.protocol.plan import NO_LEDGER, Plan, Receipt, Refusal
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.receipt import NO_LEDGER, Receipt
+from fedclaw.protocol.refusal import Refusal
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.site.journal.history import History

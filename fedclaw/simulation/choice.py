@@ -22,7 +22,7 @@ from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.steps import plain_steps
 from fedclaw.learning.step_loop import take_steps
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 from fedclaw.simulation.settings import Mode
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,9 @@ from torch import nn
 
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import PERSONAL
-from fedclaw.protocol.plan import ModelSpec, Plan, Refusal
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.refusal import Refusal
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.answers import Declined, Evaluated
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State

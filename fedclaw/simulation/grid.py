@@ -12,8 +12,9 @@ from fedclaw.errors import RoundError, TransportError, UpdateError
 from fedclaw.learning import postprocess
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.message_identity import empty_run, number_of
-from fedclaw.protocol.plan import Plan, Refusal
+from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
+from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import UpdateStack
 from fedclaw.server.answers import Declined, Evaluated, Trained

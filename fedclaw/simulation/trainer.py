@@ -24,7 +24,8 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import ModelSpec, Plan
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.protocol.update import Update
 from fedclaw.simulation.choice import Choice, make_engine
 from fedclaw.simulation.correction import Correction

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedclaw.errors import DataError
 from fedclaw.files import sha256_file
 from fedclaw.learning.workload import Schema, Table
-from fedclaw.protocol.plan import Refusal, RefusalCode
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.settings import DataFiles
 from fedclaw.site.site import Site, SiteData
 

@@ -22,7 +22,8 @@ from fedclaw.protocol.messages import (
     SCORES,
     WEIGHT,
 )
-from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.noised_metrics import (

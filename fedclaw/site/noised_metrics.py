@@ -22,7 +22,9 @@ from fedclaw.learning.workload import Workload, doubles
 from fedclaw.privacy.mechanisms.local_noise import Doubles, OwnNoise
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Bounded, Part, Released
-from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.policy import DataSetBudget, Policy
 from fedclaw.site.privacy_budget import Account, Asking, Due

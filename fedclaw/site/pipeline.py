@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.provenance import Part, Permitted, Released, leaving
 from fedclaw.protocol.messages import ABOUT, CHARGE
-from fedclaw.protocol.plan import Refusal, RefusalCode
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.privacy_budget import Due, reserve
 from fedclaw.site.site import Site
 

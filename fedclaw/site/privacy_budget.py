@@ -19,8 +19,10 @@ from fedclaw.errors import BudgetExceeded, LedgerError, PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Charge
-from fedclaw.protocol.plan import Plan, Receipt, Refusal, RefusalCode
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.records import serialised
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.journal.ledger import Budget, Ledger, Remaining, Reservation
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.rate_limit import check_charge

@@ -15,7 +15,7 @@ that is set back has to catch up with them. It thus opens nothing.
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
-from fedclaw.protocol.plan import Refusal, RefusalCode
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.journal.history import Entry
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundEntry, OutboundLog

@@ -32,8 +32,9 @@ from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import pack_integers
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, KEYS, MASKED, SECURE, SHARES, UNMASK
-from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
+from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Asked
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.pipeline import Mask, ReplyRecords
 from fedclaw.site.policy.checks import check_plan
 from fedclaw.site.policy.statistics import check_statistics

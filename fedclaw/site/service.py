@@ -18,8 +18,9 @@ from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN, RECEIPT, RUN, STAGES
-from fedclaw.protocol.plan import PLAN_VERSION, Plan, Refusal, RefusalCode
+from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.questions import Asked
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
 from fedclaw.site import pipeline
 from fedclaw.site.data import check_constants

@@ -12,7 +12,8 @@ from fedclaw.learning.workload import Table, Workload
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.protocol.arrays import Arrays, all_finite, unpack
-from fedclaw.protocol.plan import ModelSpec, Refusal, RefusalCode
+from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.checks import check_size
 from fedclaw.site.policy.policy import Policy

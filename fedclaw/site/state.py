@@ -28,7 +28,8 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Origin
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.compression import Compression
-from fedclaw.protocol.plan import ModelSpec, Plan, Weighting
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import ModelSpec, Weighting
 
 State = Mapping[str, Arrays]
 """By kind, arrays by parameter name."""

@@ -30,8 +30,9 @@ from fedclaw.privacy.statistics import Design, Doubles, Records
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ARRAYS, JSON, RECEIPT, SUM
-from fedclaw.protocol.plan import Refusal, RefusalCode, SecureAggregation
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.statistics import REQUEST, ROUND, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.terms import SecureAggregation
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.outputs import one_by_one
 from fedclaw.site.pipeline import Answering, ReplyRecords

@@ -23,8 +23,9 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.provenance import Clause, Part, Permitted, Released, leaving
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.messages import ARRAYS, BROADCAST
-from fedclaw.protocol.plan import Plan, Refusal, RefusalCode
+from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import by_kind
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.policy.policy import listed
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.state import Provenance, State

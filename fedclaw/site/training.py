@@ -24,8 +24,10 @@ from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, shuffled_batches
 from fedclaw.protocol.arrays import Arrays, flattened, pack_wire
 from fedclaw.protocol.messages import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
-from fedclaw.protocol.plan import Plan, Refusal, RefusalCode, SecureAggregation
+from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.records import hash_of
+from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.terms import SecureAggregation
 from fedclaw.protocol.update import Update
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads

@@ -10,7 +10,7 @@ from fedclaw.clients.tabular import TabularWorkload
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.errors import DataError
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 
 def workload(**target: object) -> TabularWorkload:

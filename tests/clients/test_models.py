@@ -17,7 +17,7 @@ from fedclaw.clients.vision import VisionWorkload
 from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.errors import PluginError
 from fedclaw.learning.workload import Workload
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 TABLE = """
 columns:

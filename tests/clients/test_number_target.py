@@ -11,7 +11,7 @@ from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError, PluginError
 from fedclaw.learning.statistics import design_of
 from fedclaw.learning.tasks.regression import Regression
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 HEAD = "columns: [{name: x, kind: numeric}]\ntarget: {name: y, kind: numeric, "
 

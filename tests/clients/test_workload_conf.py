@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fedclaw.learning.registry import schema_class, workload_class
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "workload"
 SCHEMAS = {

@@ -12,8 +12,7 @@ from sklearn.datasets import load_digits
 
 from fedclaw.clients.tabular import TabularWorkload
 from fedclaw.clients.tabular_schema import TabularSchema
-from fedclaw.protocol.plan import LocalTraining, ModelSpec, PrivacyRequest
-from fedclaw.protocol.terms import StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest, StrategyRecord
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 

@@ -21,7 +21,7 @@ from fedclaw.identity.provisioning import accept, approve, initialise, request_s
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.learning.workload import Table, schema_digest
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import CentralRequest
+from fedclaw.protocol.terms import CentralRequest
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated
 from fedclaw.site.journal.ledger import Ledger

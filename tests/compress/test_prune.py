@@ -16,7 +16,7 @@ from fedclaw.compress.measure import compare_latency, multiply_adds, threads_for
 from fedclaw.compress.prune import count_parameters, prune_to_fraction
 from fedclaw.compress.source import rebuild
 from fedclaw.errors import CompressionError, UsageError
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 VISION = VisionWorkload(VisionSchema.parse("{shape: [3, 12, 12], labels: [a, b, c, d]}", "here"))
 NUMERIC = "kind: numeric, center: 0, scale: 1, range: [0, 1]"

@@ -20,8 +20,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.messages import METRICS, RECEIPT, SUM
-from fedclaw.protocol.plan import LocalTraining, ModelSpec
-from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters

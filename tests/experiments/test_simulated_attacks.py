@@ -13,8 +13,7 @@ from experiments.attacks.updates import SignFlip
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 from fedclaw.simulation.partitions.labels import Dirichlet

@@ -26,7 +26,7 @@ from fedclaw.export.source import Source, load_source
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.provisioning import initialise
 from fedclaw.learning.registry import schema_class, workload_class
-from fedclaw.protocol.plan import LocalTraining, ModelSpec
+from fedclaw.protocol.terms import LocalTraining, ModelSpec
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from tests.samples import receipt, run_record
 

@@ -16,7 +16,7 @@ from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import load_source
 from fedclaw.files import sha256_file
 from fedclaw.learning.registry import schema_class
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 
 

@@ -10,7 +10,7 @@ from fedclaw.export.layout import MANIFEST, SCHEMA
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
 from fedclaw.learning.registry import schema_class
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory
 
 ROWS = "age,smoker,ward\n70,yes,medicine\n?,NA,\n40,F,surgery\n"

@@ -11,7 +11,7 @@ from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import Trust
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 ROWS = "age,smoker,ward,outcome\n61,yes,surgery,benign\n,no,medicine,malignant\n20,,,benign\n"
 

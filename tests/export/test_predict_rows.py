@@ -17,7 +17,7 @@ from fedclaw.export.source import load_source
 from fedclaw.export.threshold import choose_threshold, f1
 from fedclaw.file_format import FileFormat
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 
 WARD = {"name": "ward", "kind": "categorical", "levels": ["surgery", "medicine"]}
 

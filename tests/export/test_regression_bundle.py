@@ -19,7 +19,7 @@ from fedclaw.export.check import Trust, verify_bundle
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import ModelSpec
+from fedclaw.protocol.terms import ModelSpec
 from tests.export.test_check import sign
 
 COLUMNS = [{"name": f"x{number}", "kind": "numeric", "center": 0, "scale": 1} for number in range(4)]

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fedclaw.export.statement import Receipts, state
-from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.protocol.terms import CentralPrivacy
 from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
 
 

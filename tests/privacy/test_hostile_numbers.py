@@ -29,14 +29,9 @@ from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.protocol.plan import (
-    LARGEST_CLIP,
-    SMALLEST_CLIP,
-    AdaptiveClip,
-    CentralPrivacy,
-    PrivacyRequest,
-    RefusalCode,
-)
+from fedclaw.protocol.limits import LARGEST_CLIP, SMALLEST_CLIP
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import AdaptiveClip, CentralPrivacy, PrivacyRequest
 from fedclaw.protocol.update import Update
 from tests.privacy.wire import WireSite, sgd
 

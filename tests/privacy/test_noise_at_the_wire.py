@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chi2, kstest
 
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.protocol.plan import ModelSpec, PrivacyRequest
+from fedclaw.protocol.terms import ModelSpec, PrivacyRequest
 from tests.privacy.wire import NAMES, WEIGHTINGS, WireSite, emptied, reaches, sgd, weight_of
 
 TINY = 1e-6

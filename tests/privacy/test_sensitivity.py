@@ -7,7 +7,7 @@ it, with an example as loud as can be: a bound that nothing comes near would hid
 import numpy as np
 import pytest
 
-from fedclaw.protocol.plan import CentralPrivacy, PrivacyRequest
+from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest
 from tests.privacy.wire import NAMES, WEIGHTINGS, WireSite, emptied, loud, reaches, sgd, weight_of
 
 CLIP = 0.5

@@ -11,7 +11,8 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.learning.workload import Table
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.plan import LocalTraining, ModelSpec, Receipt
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.terms import LocalTraining, ModelSpec
 from tests.site.conftest import Asker
 
 CAP = 100

@@ -11,7 +11,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedclaw.protocol import message_identity
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 
 ENVELOPE = message_identity.Envelope(
     run_id=3,

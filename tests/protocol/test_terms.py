@@ -5,18 +5,18 @@ from typing import Any
 import pytest
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.plan import (
-    PLAN_VERSION,
+from fedclaw.protocol.plan import PLAN_VERSION, Plan
+from fedclaw.protocol.terms import (
     CentralPrivacy,
     Distillation,
     LocalTraining,
     ModelSpec,
-    Plan,
     PrivacyRequest,
+    RoundRules,
     SharedTerms,
+    StrategyRecord,
     Terms,
 )
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
 from fedclaw.server.early_checks import record_of
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.settings import RunSettings, WorkloadChoice

@@ -10,7 +10,8 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Released
-from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import LocalTraining, ModelSpec
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import WeightedSum
 

@@ -8,8 +8,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.identity.provisioning import accept, approve, initialise, request_site
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.protocol.plan import LocalTraining
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters

@@ -11,8 +11,15 @@ from flwr.app import Error, Message
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import CheckpointError, PluginError, RoundError, RunInUse, UsageError
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest, RefusalCode
-from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import (
+    CentralPrivacy,
+    LocalTraining,
+    PrivacyRequest,
+    RoundRules,
+    SecureRequest,
+    StrategyRecord,
+)
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination

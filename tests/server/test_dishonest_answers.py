@@ -15,7 +15,7 @@ from fedclaw.export.statement import Receipts, state
 from fedclaw.learning.tasks.regression import Regression
 from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.server.answers import LONGEST_REASON, Declined, Evaluated, reasons_of
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt

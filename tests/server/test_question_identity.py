@@ -8,10 +8,9 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.protocol import questions as questions_module
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import LocalTraining, ModelSpec
 from fedclaw.protocol.questions import questions
 from fedclaw.protocol.records import hash_of
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, SecureRequest
 from fedclaw.server import secure_exchange
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory

@@ -3,8 +3,7 @@
 import pytest
 
 from fedclaw.errors import UsageError
-from fedclaw.protocol.plan import LocalTraining
-from fedclaw.protocol.terms import RoundRules
+from fedclaw.protocol.terms import LocalTraining, RoundRules
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 

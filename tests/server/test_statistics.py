@@ -10,9 +10,8 @@ from fedclaw.errors import DataError, RoundError, UsageError
 from fedclaw.learning.workload import schema_digest
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import LocalTraining, PrivacyRequest
 from fedclaw.protocol.statistics import StatisticsRequest
-from fedclaw.protocol.terms import RoundRules
+from fedclaw.protocol.terms import LocalTraining, PrivacyRequest, RoundRules
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings, WorkloadChoice

@@ -10,8 +10,7 @@ from fedclaw.clients.tabular import TabularWorkload
 from fedclaw.clients.vision import VisionWorkload
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining, ModelSpec
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 

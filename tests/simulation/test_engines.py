@@ -10,7 +10,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.stacked.layout import Layout
 from fedclaw.learning.stacked.packing import pack, shuffled
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 from fedclaw.simulation.choice import agrees, choose
 from fedclaw.simulation.job import units_of
 

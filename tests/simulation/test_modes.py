@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining
-from fedclaw.protocol.terms import RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulationSettings

@@ -10,7 +10,7 @@ from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulationSettings
 from fedclaw.transport.in_process import simulate

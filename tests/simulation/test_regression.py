@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.protocol.plan import LocalTraining, PrivacyRequest
-from fedclaw.protocol.terms import StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, PrivacyRequest, StrategyRecord
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulationSettings
 from fedclaw.transport.in_process import simulate

@@ -11,8 +11,7 @@ import pytest
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import LocalTraining, PrivacyRequest
-from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, PrivacyRequest, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated

@@ -25,7 +25,7 @@ import torch
 from fedclaw.identity import seal
 from fedclaw.learning.registry import strategy_class
 from fedclaw.protocol.message_identity import envelope_of
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 from fedclaw.transport.grpc import Limits
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 from fedclaw.transport.grpc.worker import Worker

@@ -4,7 +4,8 @@ import pytest
 
 from fedclaw.privacy.secure_aggregation import Sessions, local_identities
 from fedclaw.protocol.messages import KEYS
-from fedclaw.protocol.plan import PrivacyRequest, RefusalCode, SecureAggregation
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import PrivacyRequest, SecureAggregation
 from fedclaw.site.secure import SecureIdentity
 from tests.site.conftest import Asker
 

@@ -8,7 +8,8 @@ from flwr.app import Message
 from fedclaw.errors import PluginError
 from fedclaw.learning.strategy import ClientUpdate, RoundContext, checked_client_update
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import AdaptiveClip, ModelSpec, RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import AdaptiveClip, ModelSpec
 from fedclaw.site.service import SiteService
 from fedclaw.strategies.ditto import Ditto
 from fedclaw.strategies.fedavg import FedAvg

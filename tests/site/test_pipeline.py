@@ -6,7 +6,7 @@ from flwr.app import Message
 
 from fedclaw.learning.strategy import ClientUpdate
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.site.state import Provenance
 from fedclaw.strategies.fedavg import FedAvg
 from fedclaw.strategies.qfedavg import QFedAvg

@@ -16,7 +16,8 @@ from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import Form, unpack_wire
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import SCORE_NOISE, SCORES
-from fedclaw.protocol.plan import SCORE_HISTOGRAM, LocalTraining, RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import SCORE_HISTOGRAM, LocalTraining
 from fedclaw.report.terminal import TerminalProgress
 from fedclaw.report.tracking import _values
 from fedclaw.server.coordinator import run_rounds

@@ -9,7 +9,8 @@ import torch
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.learning.tasks.regression import ABSOLUTE_ERROR, SQUARED_ERROR, TARGET, TARGET_SQUARE, Regression
-from fedclaw.protocol.plan import LocalTraining, ModelSpec, PrivacyRequest, RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.exchange import evaluate
 from fedclaw.server.run_directory import RunDirectory

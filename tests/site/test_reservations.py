@@ -9,7 +9,8 @@ import pytest
 from flwr.app import Error, Message
 
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.plan import LocalTraining, RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import LocalTraining
 from tests.conftest import environment
 from tests.site.conftest import Asker
 

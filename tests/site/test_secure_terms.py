@@ -12,16 +12,16 @@ from fedclaw.learning.workload import Table
 from fedclaw.privacy.secure_aggregation.graph import complete_graph, neighbours_needed
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import KEYS
-from fedclaw.protocol.plan import (
+from fedclaw.protocol.questions import Outgoing, question, questions
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import (
     CentralPrivacy,
     LocalTraining,
     ModelSpec,
     PrivacyRequest,
-    RefusalCode,
     SecureAggregation,
+    SecureRequest,
 )
-from fedclaw.protocol.questions import Outgoing, question, questions
-from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.plans import make_plan, make_strategy

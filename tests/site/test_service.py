@@ -13,7 +13,9 @@ from flwr.app import ConfigRecord, Error, RecordDict
 from fedclaw.errors import LedgerError
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.message_identity import envelope_of, rebuild
-from fedclaw.protocol.plan import Distillation, LocalTraining, ModelSpec, PrivacyRequest, Receipt, RefusalCode
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import Distillation, LocalTraining, ModelSpec, PrivacyRequest
 from fedclaw.site.journal.outbound import OutboundLog
 from tests.site.conftest import Asker
 

@@ -5,7 +5,9 @@ import pytest
 import yaml
 
 from fedclaw.learning.workload import Table
-from fedclaw.protocol.plan import PrivacyRequest, Receipt, RefusalCode
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import PrivacyRequest
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.policy.policy import Policy

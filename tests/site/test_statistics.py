@@ -10,7 +10,7 @@ from fedclaw.learning.statistics import design_of
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity, envelope_of, rebuild
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.statistics import STATISTICS, StatisticsReceipt, StatisticsRequest
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.reconciliation import check as check_journal

@@ -12,8 +12,9 @@ from fedclaw.learning.score_statistics import SPAN, edges
 from fedclaw.learning.statistics import design_for
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
-from fedclaw.protocol.plan import ModelSpec, RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.statistics import STATISTICS, ScoreQuestion, StatisticsRequest
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.statistics import release_statistics
 from fedclaw.server.statistics_release import read_release, write_release
 from fedclaw.site.directory import open_service

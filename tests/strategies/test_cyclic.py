@@ -7,8 +7,7 @@ from pydantic import ValidationError
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.message_identity import number_of
-from fedclaw.protocol.plan import CentralPrivacy
-from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralPrivacy, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.cyclic import Cyclic
 from tests.crashes import server_dies

@@ -9,7 +9,7 @@ import torch
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.protocol.terms import CentralPrivacy
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.ditto import Ditto
 from fedclaw.transport.local import LocalGrid

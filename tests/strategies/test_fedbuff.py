@@ -8,9 +8,8 @@ import pytest
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import exchange
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination

@@ -9,8 +9,7 @@ import torch
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
-from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.feddyn import FedDyn
 from fedclaw.transport.local import LocalGrid

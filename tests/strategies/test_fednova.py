@@ -9,8 +9,7 @@ import torch
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
-from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.fednova import FedNova, accumulated
 from fedclaw.transport.local import LocalGrid

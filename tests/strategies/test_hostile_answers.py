@@ -21,8 +21,8 @@ from fedclaw.learning.strategy import Strategy
 from fedclaw.protocol.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack
 from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import LocalTraining, Plan
-from fedclaw.protocol.terms import StrategyRecord
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import LocalTraining, StrategyRecord
 from fedclaw.server.accumulator import robust_aggregation
 from fedclaw.server.answers import Trained
 from fedclaw.server.plans import make_strategy

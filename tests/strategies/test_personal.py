@@ -11,7 +11,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, ModelSpec
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.strategies.fedbn import FedBN

@@ -8,7 +8,7 @@ import torch
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import Participation, RoundContext
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.qfedavg import QFedAvg
 from tests.least_squares import Bowl, asked, bowls, place, play

@@ -9,8 +9,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.compression import RandomK
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining
-from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination

@@ -7,8 +7,7 @@ import torch
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, PrivacyRequest
-from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.scaffold import Scaffold
 from fedclaw.transport.local import LocalGrid

@@ -7,7 +7,8 @@ import yaml
 from pydantic import ValidationError
 
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
-from fedclaw.protocol.plan import LocalTraining, ModelSpec, Plan
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import LocalTraining, ModelSpec
 
 NAMES = tuple(sorted(installed(STRATEGIES)))
 CONF = Path(__file__).resolve().parents[2] / "conf" / "strategy"

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 
 _BETAS = (0.9, 0.999)
 _EPSILON = 1e-8

@@ -12,7 +12,7 @@ from fedclaw.learning.stacked.engines import Engine
 from fedclaw.learning.stacked.optimizers import row_optimizer
 from fedclaw.learning.stacked.packing import Packing
 from fedclaw.learning.step_loop import Steps
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 
 Examples = Callable[[Packing], tuple[torch.Tensor, torch.Tensor]]
 """The inputs (N, *D) and targets (N, ...) of a step."""

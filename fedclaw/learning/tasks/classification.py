@@ -30,7 +30,7 @@ from fedclaw.learning.tasks.class_sums import (
 from fedclaw.learning.tasks.means import Means, check_mean
 from fedclaw.protocol.arrays import Form
 from fedclaw.protocol.messages import SCORES
-from fedclaw.protocol.plan import SCORE_HISTOGRAM
+from fedclaw.protocol.terms import SCORE_HISTOGRAM
 
 if TYPE_CHECKING:
     import torch

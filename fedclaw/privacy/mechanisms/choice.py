@@ -5,7 +5,7 @@ from fedclaw.privacy.mechanisms.local_noise import LocalNoise
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.mechanisms.server_noise import ServerNoise
 from fedclaw.privacy.mechanisms.shared_noise import SharedNoise
-from fedclaw.protocol.plan import Terms
+from fedclaw.protocol.terms import Terms
 
 
 class LocalNoiseOnly(LocalNoise, InTheOpen):

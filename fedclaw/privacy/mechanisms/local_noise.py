@@ -18,7 +18,7 @@ from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, Sam
 from fedclaw.privacy.mechanisms.sum_noise import by_the_loss
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import CentralPrivacy, PrivacyRequest
+from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:

@@ -22,20 +22,10 @@ from fedclaw.privacy.mechanisms.integers import Integers, Nearest, Vector
 from fedclaw.privacy.provenance import Clause, Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import (
-    LARGEST_CLIP,
-    LARGEST_RATE,
-    SMALLEST_CLIP,
-    CentralPrivacy,
-    CentralReceipt,
-    PrivacyRequest,
-    RefusalCode,
-    SecureAggregation,
-    Terms,
-    Trust,
-    Unit,
-)
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.limits import LARGEST_CLIP, LARGEST_RATE, SMALLEST_CLIP
+from fedclaw.protocol.receipt import CentralReceipt, Trust
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest, SecureAggregation, SecureRequest, Terms, Unit
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:

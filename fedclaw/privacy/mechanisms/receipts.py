@@ -2,7 +2,7 @@
 
 A receipt is the site's own word. What the plan and the number of examples determine of it is compared with what the
 plan's mechanism says (`Mechanism.receipt_fields`, which a site writes its receipt by); the rest (epsilon, rounds, the
-ledger's head) is bounded by its type and never gets better within a run (`fedclaw.protocol.plan.Receipt.after`).
+ledger's head) is bounded by its type and never gets better within a run (`fedclaw.protocol.receipt.Receipt.after`).
 """
 
 import math
@@ -10,7 +10,8 @@ import math
 from fedclaw.errors import PrivacyError, UpdateError
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
-from fedclaw.protocol.plan import NO_LEDGER, CentralReceipt, Plan, Receipt
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.receipt import NO_LEDGER, CentralReceipt, Receipt
 
 LONGEST_RECEIPT = 4096
 """Characters of a receipt's JSON; an honest one has about 500."""

@@ -20,15 +20,8 @@ import numpy as np
 
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN, SumNoise
-from fedclaw.protocol.plan import (
-    LARGEST_CLIP,
-    SMALLEST_CLIP,
-    AdaptiveClip,
-    CentralPrivacy,
-    CentralRequest,
-    PrivacyRequest,
-    SecureAggregation,
-)
+from fedclaw.protocol.limits import LARGEST_CLIP, SMALLEST_CLIP
+from fedclaw.protocol.terms import AdaptiveClip, CentralPrivacy, CentralRequest, PrivacyRequest, SecureAggregation
 from fedclaw.protocol.update import Update
 
 _ROUNDING = 1e-3

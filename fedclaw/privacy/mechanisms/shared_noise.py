@@ -16,8 +16,9 @@ from fedclaw.privacy.mechanisms.integers import Integers, SumWithShare, Vector, 
 from fedclaw.privacy.mechanisms.mechanism import Charge, T
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
-from fedclaw.protocol.plan import Plan, RefusalCode, SecureAggregation
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import SecureAggregation, SecureRequest
 
 if TYPE_CHECKING:
     from fedclaw.privacy.noise import GaussianSource

@@ -21,7 +21,8 @@ from fedclaw.privacy.mechanisms.integers import Integers, Vector
 from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import CentralPrivacy, CentralReceipt, CentralRequest, PrivacyRequest
+from fedclaw.protocol.receipt import CentralReceipt
+from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, PrivacyRequest
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """What a site's policy allows of statistics, whatever a server asks."""
 
-from fedclaw.protocol.plan import Refusal, RefusalCode
+from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.statistics import STATISTICS_VERSION, StatisticsRequest
 from fedclaw.site.policy.checks import check_guarantee, check_session
 from fedclaw.site.policy.policy import Policy, listed

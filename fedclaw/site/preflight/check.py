@@ -14,7 +14,7 @@ from fedclaw.identity import pki
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE, load_descriptor
 from fedclaw.identity.site_home import SITE_CERTIFICATE, SITE_KEY, SiteKeys, renew_advice
 from fedclaw.learning.registry import STRATEGIES, WORKLOADS, installed
-from fedclaw.protocol.plan import Refusal
+from fedclaw.protocol.refusal import Refusal
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.history import Budget, Index
 from fedclaw.site.journal.ledger import Ledger

@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.plan import MAX_BATCH, MAX_EPOCHS, MAX_ROUNDS, MAX_STEPS
+from fedclaw.protocol.limits import MAX_BATCH, MAX_EPOCHS, MAX_ROUNDS, MAX_STEPS
 
 
 class Question(Frozen):

@@ -16,8 +16,10 @@ from fedclaw.errors import FedClawError
 from fedclaw.learning.registry import strategy_class
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import LocalTraining, Plan, PrivacyRequest, Refusal
+from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
+from fedclaw.protocol.refusal import Refusal
+from fedclaw.protocol.terms import LocalTraining, PrivacyRequest
 from fedclaw.site.journal.history import History
 from fedclaw.site.policy.policy import DEFAULT_DELTA
 from fedclaw.site.preflight.check import Checked

@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from fedclaw.errors import FedClawError
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower import FLOWER_RECORD, SITE
 

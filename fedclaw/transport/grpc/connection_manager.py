@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from fedclaw import __version__
 from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.allocator import tune_allocator
 from fedclaw.transport.grpc.chunk_codec import Chunk, decode_chunk

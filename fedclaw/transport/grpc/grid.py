@@ -20,8 +20,8 @@ from fedclaw.protocol.message_identity import (
     envelope_of,
     expires_at,
 )
-from fedclaw.protocol.plan import RefusalCode
 from fedclaw.protocol.records import MessageRecords
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.server.grids import StreamingGrid
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.connection_manager import ConnectionManager

@@ -19,7 +19,7 @@ from flwr.app import Error, Message
 from fedclaw.errors import SealError, TransportError
 from fedclaw.identity.seal import TAG, Binding, Opener, OpenStream, segment_count
 from fedclaw.protocol.message_identity import SERVER_NODE_ID, Envelope, rebuild
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.buffer_pool import BufferPool
 from fedclaw.transport.grpc.chunk_codec import Chunk

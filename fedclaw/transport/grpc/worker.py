@@ -15,7 +15,7 @@ from flwr.app import Error, Message
 from fedclaw.errors import FedClawError, TransportError
 from fedclaw.identity.seal import Binding, Sealer
 from fedclaw.protocol.message_identity import Envelope, envelope_of, rebuild
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.message_codec import EncodedMessage, decode, encode

@@ -13,7 +13,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Released
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.compression import PowerSgd, Quantisation, RandomK, TopK
-from fedclaw.protocol.plan import CentralPrivacy
+from fedclaw.protocol.terms import CentralPrivacy
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import WeightedSum
 from tests.samples import plan_of, run_record

@@ -16,8 +16,7 @@ from fedclaw.protocol.arrays import flattened, pack_wire, payload
 from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import CentralPrivacy, LocalTraining, ModelSpec, PrivacyRequest
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, ModelSpec, PrivacyRequest, SecureRequest
 from fedclaw.report.terminal import bytes_words
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination

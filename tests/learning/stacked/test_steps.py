@@ -11,7 +11,7 @@ from fedclaw.learning.stacked.packing import pack
 from fedclaw.learning.stacked.product import _OUT_OF_CACHE
 from fedclaw.learning.stacked.steps import DescendingSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import make_optimizer, take_steps
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 
 INPUTS = torch.randn(20, 300, generator=torch.Generator().manual_seed(0))
 TARGETS = torch.randint(0, 3, (20,), generator=torch.Generator().manual_seed(1))

@@ -16,7 +16,7 @@ from fedclaw.learning.tasks.classification import METRICS, Classification
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import pack_wire
 from fedclaw.protocol.messages import SCORE_NOISE, SCORES
-from fedclaw.protocol.plan import SCORE_HISTOGRAM, PrivacyRequest
+from fedclaw.protocol.terms import SCORE_HISTOGRAM, PrivacyRequest
 from fedclaw.server.answers import Evaluated
 from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import SiteReceipt

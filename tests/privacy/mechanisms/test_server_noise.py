@@ -19,8 +19,15 @@ from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Raw
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, CentralRequest, LocalTraining, PrivacyRequest
-from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.protocol.terms import (
+    AdaptiveClip,
+    CentralPrivacy,
+    CentralRequest,
+    LocalTraining,
+    PrivacyRequest,
+    RoundRules,
+    SecureRequest,
+)
 from fedclaw.protocol.update import Update
 from fedclaw.server import checkpoint
 from fedclaw.server.accumulator import WeightedSum

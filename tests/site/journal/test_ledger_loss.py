@@ -8,7 +8,8 @@ import pytest
 from fedclaw.console import make_console
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.ledger import main
-from fedclaw.protocol.plan import Receipt, RefusalCode
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.site.begin_again import begin_again
 from fedclaw.site.directory import only_client
 from fedclaw.site.journal.reconciliation import check_journal, open_journal

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedclaw.errors import LedgerError
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.site.journal.reconciliation import open_journal, site_spending
 from tests.site.conftest import Asker
 

@@ -6,14 +6,9 @@ import pytest
 import yaml
 
 from fedclaw.errors import DataError, UsageError
-from fedclaw.protocol.plan import (
-    CentralPrivacy,
-    LocalTraining,
-    PrivacyRequest,
-    Receipt,
-    RefusalCode,
-    SecureAggregation,
-)
+from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, SecureAggregation
 from fedclaw.site.evaluation import EvaluationAnswer
 from fedclaw.site.journal import history, outbound
 from fedclaw.site.journal.ledger import Ledger

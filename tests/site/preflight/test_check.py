@@ -13,8 +13,9 @@ from fedclaw import client
 from fedclaw.errors import DataError, FedClawError, LedgerError, ProvisionError, UsageError
 from fedclaw.identity import pki, provisioning
 from fedclaw.learning.registry import strategy_class
-from fedclaw.protocol.plan import PrivacyRequest, RefusalCode
 from fedclaw.protocol.questions import Outgoing, question
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import PrivacyRequest
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.policy.sentences import sentences
 from fedclaw.site.settings import load_site_settings

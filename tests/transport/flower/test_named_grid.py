@@ -9,8 +9,8 @@ from flwr.clientapp import ClientApp
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.message_identity import number_of
-from fedclaw.protocol.plan import PrivacyRequest, RefusalCode
-from fedclaw.protocol.terms import RoundRules, SecureRequest
+from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.waiting import CohortWaiting

@@ -3,7 +3,7 @@
 import pytest
 
 from fedclaw.errors import UsageError
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 from fedclaw.transport.flower.server import read_settings
 
 LEAST = {"federation": "clinic", "runs": "/srv/fed claw/runs"}

@@ -8,8 +8,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import AdaptiveClip, CentralPrivacy, LocalTraining, ModelSpec
-from fedclaw.protocol.terms import SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import AdaptiveClip, CentralPrivacy, LocalTraining, ModelSpec, SecureRequest, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters

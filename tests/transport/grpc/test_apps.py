@@ -17,7 +17,7 @@ from flwr.serverapp import ServerApp
 
 from fedclaw.errors import UsageError
 from fedclaw.protocol.message_identity import Envelope, rebuild
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc.apps import ClientAppHandler, load_app, run_server_app
 
 HERE = Path(__file__).resolve().parent

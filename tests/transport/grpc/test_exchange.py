@@ -9,7 +9,7 @@ from flwr.app import Message, RecordDict
 
 from fedclaw.errors import ConnectionRefused, SecureAggregationError, TransportError
 from fedclaw.protocol.message_identity import assign_message_id, empty_run
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import Limits
 
 

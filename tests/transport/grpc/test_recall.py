@@ -9,7 +9,7 @@ import pytest
 
 from fedclaw.errors import TransportError
 from fedclaw.protocol.message_identity import assign_message_id, expires_at, rebuild
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.chunk_codec import Chunk
 from fedclaw.transport.grpc.message_codec import encode

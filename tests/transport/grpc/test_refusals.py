@@ -15,7 +15,7 @@ from fedclaw.identity import provisioning
 from fedclaw.identity.seal import Binding
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import envelope_of
-from fedclaw.protocol.plan import RefusalCode
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import SiteConnection, frames
 from fedclaw.transport.grpc.chunk_codec import encode_chunk
 from fedclaw.transport.grpc.message_codec import encode

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from fedclaw.protocol.plan import RefusalCode
 from fedclaw.protocol.records import MessageRecords
+from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc import reply_receiver as receiver_module
 from fedclaw.transport.grpc.message_codec import encode
