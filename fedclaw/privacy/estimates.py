@@ -154,25 +154,10 @@ def _quantiles(reading: _Reading, column: StatisticColumn, probabilities: tuple[
 
 def _distribution(noisy: Doubles) -> Doubles:
     """The monotone function nearest to the noisy cumulative histogram, from 0 to 1 at the B + 1 edges of its bins."""
-    middle = isotonic(np.cumsum(noisy)[:-1] / float(noisy.sum()))
+    from scipy.optimize import isotonic_regression  # slow to import, and few ask for quantiles
+
+    middle = isotonic_regression(np.cumsum(noisy)[:-1] / float(noisy.sum())).x
     return np.concatenate([[0.0], np.clip(middle, 0.0, 1.0), [1.0]])
-
-
-def isotonic(values: Doubles) -> Doubles:
-    """The non-decreasing sequence with the least squared distance from `values` (n,), by pooling adjacent violators.
-
-    Ayer, Brunk, Ewing, Reid, Silverman 1955.
-    """
-    means: list[float] = []
-    sizes: list[int] = []
-    for value in values:
-        means.append(float(value))
-        sizes.append(1)
-        while len(means) > 1 and means[-2] > means[-1]:
-            size = sizes[-2] + sizes[-1]
-            means[-2:] = [(means[-2] * sizes[-2] + means[-1] * sizes[-1]) / size]
-            sizes[-2:] = [size]
-    return np.repeat(np.array(means), np.array(sizes, dtype=np.int64))
 
 
 def _inverse(shares: Doubles, edges: Doubles, probability: float) -> float:

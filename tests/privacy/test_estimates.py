@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedclaw.privacy.estimates import estimate, isotonic, moments_of
+from fedclaw.privacy.estimates import _distribution, estimate, moments_of
 from fedclaw.privacy.statistics import Design, Records, StatisticColumn
 
 COLUMNS = (StatisticColumn("age", bounds=(0.0, 100.0)), StatisticColumn("ward", levels=("a", "b")))
@@ -121,11 +121,10 @@ def test_no_examples_say_nothing():
     assert told.columns["age"].missing_rate is None
 
 
-@given(st.lists(st.floats(-10, 10), min_size=1, max_size=12))
-def test_isotonic_is_monotone_keeps_the_sum_and_leaves_sorted_values_alone(values):
-    fitted = isotonic(np.array(values))
-    assert np.all(np.diff(fitted) >= -1e-12)
-    assert fitted.sum() == pytest.approx(sum(values), abs=1e-9)
-    assert np.allclose(isotonic(np.sort(values)), np.sort(values))
-    worse = np.maximum.accumulate(values)
-    assert np.square(fitted - values).sum() <= np.square(worse - values).sum() + 1e-9
+@given(st.lists(st.floats(-1, 5), min_size=2, max_size=12).filter(lambda counts: sum(counts) > 0.1))
+def test_a_distribution_rises_from_0_to_1_and_is_that_of_counts_that_have_one(counts):
+    shares = _distribution(np.array(counts))
+    assert np.all(np.diff(shares) >= -1e-12)
+    assert (shares[0], shares[-1], len(shares)) == (0, 1, len(counts) + 1)
+    if min(counts) >= 0:
+        assert np.allclose(shares[1:], np.cumsum(counts) / np.sum(counts))
