@@ -26,6 +26,7 @@ from pydantic import AfterValidator, Field, model_validator
 from fedclaw.clients.definitions import Text, distinct, sized
 from fedclaw.clients.tables import Faults, TableRows
 from fedclaw.clients.values import Cell, DecimalMark, Declared, Markers
+from fedclaw.learning.tasks.base import LARGEST
 from fedclaw.privacy.statistics import StatisticColumn
 from fedclaw.protocol.frozen import Frozen
 
@@ -33,7 +34,6 @@ Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 TRUTHS = {"true": 1, "t": 1, "yes": 1, "y": 1, "1": 1, "false": 0, "f": 0, "no": 0, "n": 0, "0": 0}
-LARGEST = float(np.finfo(np.float32).max)
 Unseen = Literal["refuse_row", "missing", "other"]
 """What a value that is no level stands for: it is a bad cell, it is missing, or it is the level 'other'."""
 OTHER = "other"

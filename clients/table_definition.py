@@ -5,15 +5,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from fedclaw.clients.columns import LARGEST, AnyColumn, Categorical, Numeric, Unseen
+from fedclaw.clients.columns import AnyColumn, Categorical, Numeric, Unseen
 from fedclaw.clients.definitions import Labels, Text, Weights, as_text, distinct, sized, weights_of
-from fedclaw.learning.tasks.regression import Regression, RegressionLoss
+from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.protocol.frozen import Frozen
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
 MAX_FEATURES = 100_000
-SMALLEST_WIDTH = 1e-5
-"""Of a target's range, relative to its ends: below, float32 tells hardly any two values in it apart."""
 
 
 class ClassTarget(Frozen):
@@ -57,52 +55,10 @@ class ClassTarget(Frozen):
         return index
 
 
-class NumberTarget(Frozen):
-    """The column to predict, a number within `range`, which is declared and never taken from data."""
+class NumberColumn(NumberTarget):
+    """The column to predict, a number: a row with one out of range is refused."""
 
     name: Text = Field(min_length=1)
-    kind: Literal["numeric"]
-    range: tuple[float, float]
-    """Smallest and largest value, both included: a row with another is refused, and no answer lies beyond."""
-    loss: RegressionLoss = "squared"
-    center: float | None = None
-    """Subtracted before the model learns it; None: the middle of the range, with Poisson loss 0."""
-    scale: float | None = Field(default=None, gt=0)
-    """Divided by; None: half of the range, with Poisson loss 1."""
-    huber_delta: float | None = Field(default=None, gt=0)
-    """From which error on, in units of `scale`, Huber's loss is linear; None: 1."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        low, high = self.range
-        if not low < high:
-            raise ValueError(f"range must go from a smaller to a larger number, got {list(self.range)}")
-        if not max(abs(low), abs(high)) <= LARGEST or not high - low >= SMALLEST_WIDTH * max(abs(low), abs(high)):
-            raise ValueError(f"range {list(self.range)}: float32 has no room for it")
-        if self.loss == "poisson":
-            if low < 0:
-                raise ValueError(f"loss: poisson is of counts, and the range begins below 0, at {low:g}")
-            if self.center is not None:
-                raise ValueError("loss: poisson takes no center; its values are scale x exp(output)")
-        if self.huber_delta is not None and self.loss != "huber":
-            raise ValueError(f"huber_delta goes with loss: huber, and the loss is {self.loss}")
-        return self
-
-    @property
-    def task(self) -> Regression:
-        """What the schema's task is, from this alone."""
-        low, high = self.range
-        counts = self.loss == "poisson"
-        center, scale = (0.0, 1.0) if counts else (low / 2 + high / 2, (high - low) / 2)
-        return Regression(
-            target=self.name,
-            minimum=low,
-            maximum=high,
-            kind=self.loss,
-            center=center if self.center is None else self.center,
-            scale=scale if self.scale is None else self.scale,
-            huber_delta=self.huber_delta or 1.0,
-        )
 
     @property
     def column(self) -> Numeric:
@@ -114,7 +70,7 @@ class TableDefinition(Frozen):
     """The content of a table's schema file."""
 
     columns: Annotated[tuple[AnyColumn, ...], AfterValidator(sized(1, MAX_FEATURES))]
-    target: ClassTarget | NumberTarget
+    target: ClassTarget | NumberColumn
     missing: tuple[Text, ...] = MISSING
     standardise: Literal["schema", "site", "federated"] = "schema"
     extra: Literal["refuse", "ignore"] = "refuse"
@@ -169,7 +125,7 @@ class ClassTable(TableDefinition):
 class NumberTable(TableDefinition):
     """A table whose target is a number."""
 
-    target: NumberTarget
+    target: NumberColumn
 
 
 def table_of(plain: Mapping[str, Any]) -> type[TableDefinition]:

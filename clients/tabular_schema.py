@@ -62,7 +62,7 @@ from pydantic import Field
 from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
 from fedclaw.clients.definitions import canonical_json, parse_chosen, parse_definition, shown, weights_of
 from fedclaw.clients.moments import Moments
-from fedclaw.clients.table_definition import ClassTarget, NumberTarget, TableDefinition, table_of
+from fedclaw.clients.table_definition import ClassTarget, NumberColumn, TableDefinition, table_of
 from fedclaw.clients.table_reading import MissingCells, RowEncoder, Seen, Values
 from fedclaw.clients.tables import Content, Faults, TableRows, Wanted, read_blocks
 from fedclaw.clients.values import Declared, Markers, shown_cell
@@ -442,7 +442,7 @@ def _classes(target: ClassTarget) -> Callable[[TableRows, Faults], Targets]:
     return read
 
 
-def _numbers(target: NumberTarget) -> Callable[[TableRows, Faults], Targets]:
+def _numbers(target: NumberColumn) -> Callable[[TableRows, Faults], Targets]:
     """No cell may miss: what means 'not known' elsewhere is no number either."""
     column, rules = target.column, target.column.rules(Markers(()))
 

@@ -10,7 +10,7 @@ from fedclaw.learning.workload import Table
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, ModelSpec, PrivacyRequest, SecureAggregation
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, ModelSpec, PrivacyRequest, SecureAggregation
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.site.service import SiteService
 from tests.least_squares import asked, service
@@ -21,11 +21,11 @@ ONE_STEP = LocalTraining(steps=1, batch_size=4, learning_rate=0.1)
 SOME_STEPS = LocalTraining(steps=3, batch_size=4, learning_rate=0.1)
 
 
-def central(unit: str, noise_by: str, **changes: Any) -> CentralPrivacy:
+def central(unit: str, noise_by: str, **changes: Any) -> CentralNoise:
     fields = {"epsilon": 3, "delta": 1e-5, "clip": 1, "noise_multiplier": 2, "sample_rate": 0.5}
     if unit == "site":
         fields["sample_rate"] = 1
-    return CentralPrivacy(**{"unit": unit, "noise_by": noise_by, **fields, **changes})
+    return CentralNoise(**{"unit": unit, "noise_by": noise_by, **fields, **changes})
 
 
 EXAMPLE, SITE = central("example", "server"), central("site", "server")

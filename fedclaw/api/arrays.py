@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedclaw.clients.table_definition import NumberTarget
 from fedclaw.errors import DataError, UsageError
+from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.learning.workload import Floats, Labels
 
 _SHOWN = 5

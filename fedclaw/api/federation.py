@@ -25,10 +25,9 @@ from fedclaw.api.arrays import (
 )
 from fedclaw.api.module import ArraySchema
 from fedclaw.catalogue import did_you_mean
-from fedclaw.clients.table_definition import NumberTarget
 from fedclaw.errors import DataError, UsageError
 from fedclaw.learning.tasks.base import Targets
-from fedclaw.learning.tasks.regression import RegressionLoss
+from fedclaw.learning.tasks.regression import NumberTarget, RegressionLoss
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.frozen import explain
 from fedclaw.simulation.partitions.base import Partition, PartitionMethod

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
-from fedclaw.clients.table_definition import NumberTarget
 from fedclaw.errors import DataError, PluginError, UsageError
 from fedclaw.learning.registry import SCHEMAS, WORKLOADS
 from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.learning.workload import Floats, Schema, Table, Workload
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.terms import ModelSpec

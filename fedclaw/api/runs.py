@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 
 if TYPE_CHECKING:
@@ -87,16 +89,19 @@ class Run:
         noise on the sum alone: what was asked for, as long as the server is honest. Without noise: infinite. It says
         nothing of rounds outside the run, nor of metrics, which are exact.
         """
-        if self.record.privacy is None and self.record.central is not None:
-            return self.record.central.epsilon
+        if (asked := self._guarantee) is not None and not mechanism_of(self.record).noises_steps:
+            return asked.epsilon
         spent = [receipt.receipt.epsilon_run for receipt in self.receipts.values()]
         return max((math.inf if epsilon is None else epsilon for epsilon in spent), default=math.inf)
 
     @property
     def delta(self) -> float | None:
         """The delta that goes with `epsilon`; None: the run had no privacy."""
-        asked = self.record.privacy or self.record.central
-        return None if asked is None else asked.delta
+        return None if self._guarantee is None else self._guarantee.delta
+
+    @property
+    def _guarantee(self) -> PrivacyRequest | CentralNoise | None:
+        return mechanism_of(self.record).guarantee(trust_server_noise=True)
 
     def __repr__(self) -> str:
         record, rounds = self.record, len(self.history)

@@ -24,7 +24,7 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
-from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, Distillation, ModelSpec, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, CentralRequest, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.server import exchange
 from fedclaw.server.answers import Evaluated
 from fedclaw.server.coordinator import run_rounds
@@ -117,7 +117,7 @@ def distillation_record(settings: CompressSettings, teacher: Teacher, student: S
 
 def _guarantees(
     run: RunRecord, epsilon: float | None, rounds: int
-) -> tuple[PrivacyRequest | None, CentralPrivacy | None]:
+) -> tuple[PrivacyRequest | None, CentralNoise | None]:
     """The teacher's, with noise on the sum made for `rounds`; `epsilon` replaces that of the sites' own noise, and that
     of the sum's where they bring none. Raises CompressionError, UsageError."""
     privacy, central, mechanism = run.privacy, run.central, mechanism_of(run)

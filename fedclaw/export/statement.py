@@ -12,7 +12,7 @@ from pydantic import Field
 
 from fedclaw.protocol.frozen import Frozen, fields_of
 from fedclaw.protocol.receipt import TrainingCost
-from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
 from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
 
 UNIT = (
@@ -93,7 +93,7 @@ class PrivacyStatement(Frozen):
     sites: tuple[SiteStatement, ...]
     requested: PrivacyRequest | None
     """What the coordinator asked of each site; what counts is what the sites report."""
-    requested_central: CentralPrivacy | None = None
+    requested_central: CentralNoise | None = None
     """The noise on the sum that it asked for."""
     statistics: ReleaseUse | None = None
     """The release that the preprocessing constants come from; `overall` counts it."""
@@ -120,7 +120,7 @@ def state(
     requested: PrivacyRequest | None,
     compression: str,
     data_dependent: bool = False,
-    central: CentralPrivacy | None = None,
+    central: CentralNoise | None = None,
     statistics: ReleaseUse | None = None,
     threshold: ReleaseUse | None = None,
 ) -> PrivacyStatement:
@@ -200,7 +200,7 @@ def _loss_warnings(sites: Sequence[SiteStatement]) -> tuple[str, ...]:
     )
 
 
-def _cohort_warnings(central: CentralPrivacy | None) -> tuple[str, ...]:
+def _cohort_warnings(central: CentralNoise | None) -> tuple[str, ...]:
     if central is None or central.unit != "site" or central.sample_rate == 1:
         return ()
     return (

@@ -29,7 +29,7 @@ from pydantic import JsonValue
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy import renyi
-from fedclaw.protocol.terms import CentralPrivacy
+from fedclaw.protocol.terms import CentralNoise
 
 if TYPE_CHECKING:
     # Takes seconds to import: not before something is accounted for.
@@ -142,7 +142,7 @@ def _multiplier_of(rho: float) -> float:
     return next((near for near in nearby if NoiseEvent(1.0, near, 1, "discrete").rho == rho), noise)
 
 
-def epsilon_of_sum(central: CentralPrivacy, rounds: int) -> float:
+def epsilon_of_sum(central: CentralNoise, rounds: int) -> float:
     """What `rounds` of noise on the sum come to, at the delta that was asked for."""
     return epsilon_of([NoiseEvent(central.sample_rate, central.noise_multiplier, rounds)], central.delta)
 

@@ -114,7 +114,7 @@ class CentralRequest(SumNoiseTerms):
     adaptive: AdaptiveClip | None = None
 
 
-class CentralPrivacy(CentralRequest):
+class CentralNoise(CentralRequest):
     """Noise on the sum, calibrated to what was asked for."""
 
     noise_multiplier: float = Field(gt=0)
@@ -220,7 +220,7 @@ class Terms(SharedTerms):
     run: Name
     workload: Name
     model: ModelSpec
-    central: CentralPrivacy | None = None
+    central: CentralNoise | None = None
     secure: SecureRequest | SecureAggregation | None = None
     distillation: Distillation | None = None
     personal: tuple[ParameterName, ...] = Field(default=(), max_length=MAX_COLUMNS)

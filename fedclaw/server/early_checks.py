@@ -15,7 +15,7 @@ from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.frozen import check_settings, fields_of
-from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, ModelSpec, RoundRules, SharedTerms, StrategyRecord
+from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, RoundRules, SharedTerms, StrategyRecord
 from fedclaw.server.run_directory import RUN_NAME, RunRecord
 from fedclaw.server.settings import ALL_METRICS, RunSettings, WorkloadChoice
 from fedclaw.server.statistics_release import constants_from
@@ -118,7 +118,7 @@ def record_of(
     strategy: StrategyRecord,
     schema: Schema | None,
     model: ModelSpec,
-    central: CentralPrivacy | None,
+    central: CentralNoise | None,
 ) -> RunRecord:
     """The record of a run with these settings, model and noise. Raises UsageError."""
     metrics = asked_metrics(settings, None if schema is None else schema.task)
@@ -145,6 +145,6 @@ def record_of(
     return record
 
 
-def _noised(asked: CentralRequest | None) -> CentralPrivacy | None:
+def _noised(asked: CentralRequest | None) -> CentralNoise | None:
     """The request with a placeholder for the noise, which these checks do not read."""
-    return None if asked is None else CentralPrivacy(**asked.model_dump(), noise_multiplier=1.0)
+    return None if asked is None else CentralNoise(**asked.model_dump(), noise_multiplier=1.0)

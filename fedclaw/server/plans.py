@@ -7,7 +7,7 @@ from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import check_settings, fields_of
 from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import CentralPrivacy, Terms
+from fedclaw.protocol.terms import CentralNoise, Terms
 from fedclaw.server.run_directory import RunRecord
 
 
@@ -17,7 +17,7 @@ def make_strategy(record: RunRecord) -> Strategy:
 
 
 def make_plan(
-    record: RunRecord, strategy: Strategy, number: int, cohort: int, central: CentralPrivacy | None = None
+    record: RunRecord, strategy: Strategy, number: int, cohort: int, central: CentralNoise | None = None
 ) -> Plan:
     """The plan of round `number` for `cohort` sites. `central` is the record's with this round's values.
 

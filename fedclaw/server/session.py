@@ -8,7 +8,7 @@ from fedclaw.errors import PluginError, PrivacyError, UnknownModel, UsageError
 from fedclaw.learning.registry import workload_class
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, ModelSpec, RoundRules
+from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, RoundRules
 from fedclaw.server.early_checks import check_combination, chosen_strategy, read_schema, record_of, run_name
 from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import ReleaseUse, RunRecord
@@ -54,17 +54,17 @@ def _used(path: Path | None) -> ReleaseUse | None:
     return ReleaseUse(run=release.run, epsilon=release.epsilon, delta=release.delta)
 
 
-def _calibrated(settings: RunSettings) -> CentralPrivacy | None:
+def _calibrated(settings: RunSettings) -> CentralNoise | None:
     return calibrated(settings.central, settings.rounds) if settings.central else None
 
 
-def calibrated(asked: CentralRequest, rounds: int) -> CentralPrivacy:
+def calibrated(asked: CentralRequest, rounds: int) -> CentralNoise:
     """The noise on the sum that keeps all `rounds` together within the epsilon asked for. Raises UsageError."""
     try:
         noise = calibrate(asked.epsilon, asked.delta, asked.sample_rate, rounds)
     except PrivacyError as error:
         raise UsageError(f"central: {error}") from error
-    return CentralPrivacy(**asked.model_dump(), noise_multiplier=noise)
+    return CentralNoise(**asked.model_dump(), noise_multiplier=noise)
 
 
 def initial_parameters(record: RunRecord) -> Arrays:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fedclaw.export.statement import Receipts, state
-from fedclaw.protocol.terms import CentralPrivacy
+from fedclaw.protocol.terms import CentralNoise
 from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
 
 
@@ -98,7 +98,7 @@ def test_the_release_that_the_constants_come_from_counts(samples):
 
 
 def test_a_guarantee_that_counts_on_secret_cohorts_is_taken_back_towards_readers(samples):
-    central = CentralPrivacy(
+    central = CentralNoise(
         unit="site", noise_by="server", epsilon=2, delta=1e-5, clip=1, noise_multiplier=3, sample_rate=0.2
     )
     statement = state([training(samples.private)], None, "none.", central=central)

@@ -11,7 +11,7 @@ from fedclaw.learning.strategy import Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.plans import make_plan
 from fedclaw.server.secure_round import session_of
 from tests.hostile import EXAMPLE, ONE_STEP, SITE
@@ -63,7 +63,7 @@ def test_a_site_refuses_no_run_that_a_server_makes(name: str) -> None:
 
 def test_noise_of_the_sites_is_judged_at_both_ends() -> None:
     """Its session says no range of values."""
-    by_sites = CentralPrivacy(**{**SITE.model_dump(), "noise_by": "sites"})
+    by_sites = CentralNoise(**{**SITE.model_dump(), "noise_by": "sites"})
     record = asked(
         "fedavg", rounds=3, workload=SmallNets.name, central=by_sites, secure=SecureRequest(), weighting="uniform"
     )

@@ -31,7 +31,7 @@ from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.limits import LARGEST_CLIP, SMALLEST_CLIP
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.protocol.terms import AdaptiveClip, CentralPrivacy, PrivacyRequest
+from fedclaw.protocol.terms import AdaptiveClip, CentralNoise, PrivacyRequest
 from fedclaw.protocol.update import Update
 from tests.privacy.wire import WireSite, sgd
 
@@ -235,7 +235,7 @@ def test_an_adaptive_bound_stays_among_those_that_a_site_allows() -> None:
     assert moved(1.0, 0.0, adaptive) == LARGEST_CLIP
 
 
-EXAMPLE = CentralPrivacy(unit="example", noise_by="server", epsilon=4, delta=1e-3, clip=0.5, noise_multiplier=1.0)
+EXAMPLE = CentralNoise(unit="example", noise_by="server", epsilon=4, delta=1e-3, clip=0.5, noise_multiplier=1.0)
 
 
 @pytest.fixture

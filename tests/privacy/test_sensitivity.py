@@ -7,7 +7,7 @@ it, with an example as loud as can be: a bound that nothing comes near would hid
 import numpy as np
 import pytest
 
-from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
 from tests.privacy.wire import NAMES, WEIGHTINGS, WireSite, emptied, loud, reaches, sgd, weight_of
 
 CLIP = 0.5
@@ -96,7 +96,7 @@ def test_local_noise_on_a_data_set_of_one_example(wire, changes):
 
 
 def example_privacy(rate):
-    return CentralPrivacy(
+    return CentralNoise(
         unit="example",
         noise_by="server",
         epsilon=4,
@@ -131,7 +131,7 @@ def test_noise_on_the_sum_a_data_set_of_one_example_and_an_empty_sample(wire):
     assert min(norms) == 0
 
 
-SITE_PRIVACY = CentralPrivacy(unit="site", noise_by="server", epsilon=4, delta=1e-3, clip=CLIP, noise_multiplier=1.0)
+SITE_PRIVACY = CentralNoise(unit="site", noise_by="server", epsilon=4, delta=1e-3, clip=CLIP, noise_multiplier=1.0)
 
 
 @pytest.mark.parametrize("changes", WEIGHTINGS, ids=NAMES)

@@ -7,7 +7,7 @@ import pytest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.terms import (
-    CentralPrivacy,
+    CentralNoise,
     Distillation,
     LocalTraining,
     ModelSpec,
@@ -35,7 +35,7 @@ CHANGED: dict[str, Any] = {
     "run": "another",
     "workload": "tabular",
     "model": ModelSpec(name="mlp", args={"hidden": [4]}),
-    "central": CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1),
+    "central": CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1),
     "distillation": Distillation(teacher=ModelSpec(name="mlp"), weight=0.5),
     "personal": ("head",),
     "preprocessing": "{}",

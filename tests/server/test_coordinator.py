@@ -13,7 +13,7 @@ from fedclaw.errors import CheckpointError, PluginError, RoundError, RunInUse, U
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import (
-    CentralPrivacy,
+    CentralNoise,
     LocalTraining,
     PrivacyRequest,
     RoundRules,
@@ -314,7 +314,7 @@ def test_a_strategy_that_must_see_single_updates_goes_with_no_sum_that_hides_the
     check_combination(record, FedAvg(), model)
     with pytest.raises(UsageError, match="which secure aggregation hides"):
         check_combination(record.model_copy(update={"secure": SecureRequest()}), FedAvg(), model)
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
     with pytest.raises(UsageError, match="noise on the sum is made for a mean"):
         check_combination(record.model_copy(update={"central": central}), FedAvg(), model)
 

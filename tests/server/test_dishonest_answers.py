@@ -15,7 +15,7 @@ from fedclaw.export.statement import Receipts, state
 from fedclaw.learning.tasks.regression import Regression
 from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest
 from fedclaw.server.answers import LONGEST_REASON, Declined, Evaluated, reasons_of
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
@@ -215,7 +215,7 @@ def test_what_an_honest_site_says_of_any_mechanism_is_believed(sites):
     record = record_of(sites)
     site = next(iter(sites.values()))
     one_step = LocalTraining(steps=1, batch_size=16, learning_rate=0.2)
-    by_server = CentralPrivacy(
+    by_server = CentralNoise(
         unit="example", noise_by="server", epsilon=4, delta=1e-3, clip=1, noise_multiplier=2, sample_rate=0.1
     )
     kinds = {

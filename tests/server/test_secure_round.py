@@ -21,7 +21,7 @@ from fedclaw.protocol.messages import CONFIRM, CONSENT, KEYS, SHARES, UNMASK
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server import secure_round
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.pending_round import PendingRound
@@ -362,7 +362,7 @@ def distributed(unit, **changes):
         "clip": 1.0,
         "noise_multiplier": 1.2,
     }
-    return CentralPrivacy(**{**fields, **changes})
+    return CentralNoise(**{**fields, **changes})
 
 
 CASES = [
@@ -507,7 +507,7 @@ def test_drop_outs_and_corrupt_sites_that_no_sum_survives_are_a_wrong_setting(tm
 
 def test_secure_aggregation_goes_with_local_noise_and_with_the_servers(tmp_path, record, sites):
     local = PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1)
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1.0, noise_multiplier=0.5)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1.0, noise_multiplier=0.5)
     outcome = run(tmp_path / "run", secure(record, privacy=local, central=central, weighting="uniform"), sites)
     receipt = next(iter(outcome.receipts.values())).receipt
     assert (receipt.mechanism, receipt.trust, receipt.secure_aggregation) == ("dp-sgd", "nobody", True)
@@ -572,7 +572,7 @@ def test_a_round_that_fails_while_it_is_unmasked_is_passed_over(tmp_path, record
 
 
 def test_steps_too_coarse_for_the_servers_noise_are_a_wrong_setting(tmp_path, record, sites):
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1e-6, noise_multiplier=1.0)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1e-6, noise_multiplier=1.0)
     coarse = secure(record, central=central, weighting="uniform")
     with pytest.raises(UsageError, match="too coarse for noise by the server"):
         run(tmp_path / "run", coarse, sites)

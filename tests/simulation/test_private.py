@@ -10,7 +10,7 @@ from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulationSettings
 from fedclaw.transport.in_process import simulate
@@ -115,7 +115,7 @@ def test_private_noise_is_never_the_same_unless_that_is_asked_for(run):
 
 def test_noise_on_the_sum_of_single_steps(run, tmp_path):
     """Central privacy of the unit example: clipped, without noise of the clients' own."""
-    central = CentralPrivacy(
+    central = CentralNoise(
         unit="example", noise_by="server", epsilon=5, delta=1e-3, clip=0.5, noise_multiplier=1e-9, sample_rate=1.0
     )
     changes = {"central": central, "training": LocalTraining(steps=1, batch_size=8, learning_rate=0.5), "rounds": 2}
@@ -127,7 +127,7 @@ def test_noise_on_the_sum_of_single_steps(run, tmp_path):
 
 
 def test_clipped_updates_of_whole_clients(run, tmp_path):
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=5, delta=1e-3, clip=0.05, noise_multiplier=1e-9)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=5, delta=1e-3, clip=0.05, noise_multiplier=1e-9)
     training = LocalTraining(epochs=1, batch_size=64, learning_rate=0.5)
     changes = {"central": central, "training": training, "rounds": 2, "weighting": "uniform"}
     federation = make_federation("mlp")

@@ -15,7 +15,7 @@ from fedclaw.protocol.messages import KEYS
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import (
-    CentralPrivacy,
+    CentralNoise,
     LocalTraining,
     ModelSpec,
     PrivacyRequest,
@@ -33,9 +33,7 @@ from tests.small_nets import SmallNets, first
 
 DP = PrivacyRequest(epsilon=4, delta=1e-5, max_grad_norm=1)
 STEPS = LocalTraining(steps=3, batch_size=4, learning_rate=0.1)
-BY_SITES = CentralPrivacy(
-    unit="site", noise_by="sites", epsilon=3, delta=1e-5, clip=1, noise_multiplier=2, sample_rate=1
-)
+BY_SITES = CentralNoise(unit="site", noise_by="sites", epsilon=3, delta=1e-5, clip=1, noise_multiplier=2, sample_rate=1)
 MANY = ("a", *(f"site-{number:02d}" for number in range(99)))
 
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.message_identity import number_of
-from fedclaw.protocol.terms import CentralPrivacy, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.cyclic import Cyclic
 from tests.crashes import server_dies
@@ -76,7 +76,7 @@ def test_a_site_that_wants_company_refuses(tmp_path) -> None:
         play(tmp_path / "run", asked("cyclic", rounds=1), sites)
 
 
-CENTRAL = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+CENTRAL = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
 
 
 @pytest.mark.parametrize(

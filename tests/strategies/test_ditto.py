@@ -9,7 +9,7 @@ import torch
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.terms import CentralPrivacy
+from fedclaw.protocol.terms import CentralNoise
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.ditto import Ditto
 from fedclaw.transport.local import LocalGrid
@@ -119,7 +119,7 @@ def test_what_cannot_be_right_is_refused() -> None:
     model = torch.nn.Linear(1, 1)
     with pytest.raises(UsageError, match="needs a learning rate of at most 1 over it"):
         check_combination(asked("ditto", rounds=1, rate=0.1), Ditto(regularisation=11), model)
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
     with pytest.raises(UsageError, match="second model at each site"):
         check_combination(asked("ditto", rounds=1, central=central), Ditto(), model)
     check_combination(asked("ditto", rounds=1, rate=0.1), Ditto(), model)

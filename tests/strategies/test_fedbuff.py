@@ -9,7 +9,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import exchange
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
@@ -192,7 +192,7 @@ def test_too_few_that_ever_answer_end_the_run_and_it_can_be_resumed(tmp_path, si
 def test_what_needs_one_beginning_for_all_is_refused(record):
     strategy = FedBuff(buffer=2)
     check_combination(record, strategy, model := _model(record))
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
     for changes, reason in (
         ({"secure": SecureRequest()}, "a secure sum is over answers to one"),
         ({"central": central}, "made for a plain mean"),

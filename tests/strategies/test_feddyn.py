@@ -9,7 +9,7 @@ import torch
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.feddyn import FedDyn
 from fedclaw.transport.local import LocalGrid
@@ -126,7 +126,7 @@ def test_nothing_leaves_but_the_delta(tmp_path) -> None:
 
 
 def test_what_cannot_be_right_is_refused() -> None:
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
     model = torch.nn.Linear(1, 1)
     with pytest.raises(UsageError, match="which noise on the sum changes"):
         check_combination(asked("feddyn", rounds=1, central=central), FedDyn(), model)

@@ -9,7 +9,7 @@ import torch
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.fednova import FedNova, accumulated
 from fedclaw.transport.local import LocalGrid
@@ -144,7 +144,7 @@ def test_what_leaves_under_local_noise_follows_from_the_noised_delta(tmp_path) -
     assert all(set(left) == {PLACE, "~accumulated"} for left in sums)
 
 
-CENTRAL = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+CENTRAL = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import PERSONAL, StepContext
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, ModelSpec
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, ModelSpec
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.strategies.fedbn import FedBN
@@ -69,7 +69,7 @@ def test_a_model_that_parts_is_not_refused(strategy) -> None:
 
 
 def test_two_halves_do_not_go_into_one_step() -> None:
-    central = CentralPrivacy(
+    central = CentralNoise(
         unit="example", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1, sample_rate=0.1
     )
     training = LocalTraining(steps=1, batch_size=1, learning_rate=0.1)
@@ -86,12 +86,10 @@ def test_what_stays_at_a_site_is_not_trained_by_a_step_whose_noise_is_on_the_sum
     """
     training = LocalTraining(steps=1, batch_size=1, learning_rate=0.1)
     fields = {"noise_by": "server", "epsilon": 8, "delta": 1e-3, "clip": 1, "noise_multiplier": 1}
-    record = asked(strategy.name, rounds=1, training=training, central=CentralPrivacy(unit="example", **fields))
+    record = asked(strategy.name, rounds=1, training=training, central=CentralNoise(unit="example", **fields))
     with pytest.raises(UsageError, match="trains without noise"):
         check_combination(record, strategy, TwoHeads())
-    check_combination(
-        record.model_copy(update={"central": CentralPrivacy(unit="site", **fields)}), strategy, TwoHeads()
-    )
+    check_combination(record.model_copy(update={"central": CentralNoise(unit="site", **fields)}), strategy, TwoHeads())
 
 
 def test_fedrep_moves_the_head_first_and_then_the_body() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.strategy import Participation, RoundContext
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.qfedavg import QFedAvg
 from tests.least_squares import Bowl, asked, bowls, place, play
@@ -91,7 +91,7 @@ def test_it_minimises_its_objective(tmp_path) -> None:
     assert np.linalg.norm(gradient) < 0.02 * losses(at).max()
 
 
-CENTRAL = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+CENTRAL = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.compression import RandomK
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
@@ -64,7 +64,7 @@ def test_they_are_refused_with_sums_that_hide_updates(sites, name):
     check(record)
     with pytest.raises(UsageError, match="which secure aggregation hides"):
         check(record.model_copy(update={"secure": SecureRequest()}))
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
     with pytest.raises(UsageError, match="noise on the sum is made for a mean"):
         check(record.model_copy(update={"central": central}))
 

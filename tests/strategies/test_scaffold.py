@@ -7,7 +7,7 @@ import torch
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.strategy import Participation, RoundContext, StepContext
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.scaffold import Scaffold
 from fedclaw.transport.local import LocalGrid
@@ -197,7 +197,7 @@ def test_local_optimisers_that_hide_the_gradient_are_refused(training) -> None:
 
 
 def test_noise_on_the_sum_is_refused() -> None:
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
     with pytest.raises(UsageError, match="sends more than updates"):
         check_combination(asked("scaffold", rounds=1, central=central), Scaffold(), torch.nn.Linear(1, 1))
     check_combination(asked("scaffold", rounds=1), Scaffold(), torch.nn.Linear(1, 1))

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Doubles = NDArray[np.float64]
 Targets = NDArray[Any]
 """(N,), of the task's `target_dtype`."""
+LARGEST = float(np.finfo(np.float32).max)
+"""That an input or a target can be."""
 LOSS = "loss"
 """The metric that every task has: the mean of its loss."""
 

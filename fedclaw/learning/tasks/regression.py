@@ -22,14 +22,16 @@ Legend: N examples; outputs (N, 1), targets (N,) float32 in the target's own uni
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.tasks.base import LOSS, BoundedSum, Doubles, Sums, Tally, Targets, Task
+from fedclaw.learning.tasks.base import LARGEST, LOSS, BoundedSum, Doubles, Sums, Tally, Targets, Task
 from fedclaw.learning.tasks.means import ROUNDED, Means, check_mean
+from fedclaw.protocol.frozen import Frozen
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +51,8 @@ BOUNDS = {SQUARED_ERROR: (0.0, 1.0), ABSOLUTE_ERROR: (0.0, 1.0), TARGET: (-1.0, 
 """What one example adds to a sum lies within these."""
 LEAST_SHARE = 1e-6
 """Of the range's upper end: the smallest count that Poisson's link gives, whose logarithm the deviance takes."""
+SMALLEST_WIDTH = 1e-5
+"""Of a target's range, relative to its ends: below, float32 tells hardly any two values in it apart."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +286,54 @@ class Regression(Task):
         """The largest unit deviance that a target in range and a value of the link can have: at opposite ends."""
         ends = np.array([[self.minimum, self.maximum], [self.maximum, self.least]])
         return float(unit_deviance(ends[:, 0], ends[:, 1]).max())
+
+
+class NumberTarget(Frozen):
+    """What a schema says of a number to predict. All of it is declared, and nothing taken from data."""
+
+    name: str = Field(min_length=1)
+    kind: Literal["numeric"]
+    range: tuple[float, float]
+    """Smallest and largest value, both included: no example has another target, and no answer lies beyond."""
+    loss: RegressionLoss = "squared"
+    center: float | None = None
+    """Subtracted before the model learns it; None: the middle of the range, with Poisson loss 0."""
+    scale: float | None = Field(default=None, gt=0)
+    """Divided by; None: half of the range, with Poisson loss 1."""
+    huber_delta: float | None = Field(default=None, gt=0)
+    """From which error on, in units of `scale`, Huber's loss is linear; None: 1."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        low, high = self.range
+        if not low < high:
+            raise ValueError(f"range must go from a smaller to a larger number, got {list(self.range)}")
+        if not max(abs(low), abs(high)) <= LARGEST or not high - low >= SMALLEST_WIDTH * max(abs(low), abs(high)):
+            raise ValueError(f"range {list(self.range)}: float32 has no room for it")
+        if self.loss == "poisson":
+            if low < 0:
+                raise ValueError(f"loss: poisson is of counts, and the range begins below 0, at {low:g}")
+            if self.center is not None:
+                raise ValueError("loss: poisson takes no center; its values are scale x exp(output)")
+        if self.huber_delta is not None and self.loss != "huber":
+            raise ValueError(f"huber_delta goes with loss: huber, and the loss is {self.loss}")
+        return self
+
+    @property
+    def task(self) -> Regression:
+        """What the schema's task is, from this alone."""
+        low, high = self.range
+        counts = self.loss == "poisson"
+        center, scale = (0.0, 1.0) if counts else (low / 2 + high / 2, (high - low) / 2)
+        return Regression(
+            target=self.name,
+            minimum=low,
+            maximum=high,
+            kind=self.loss,
+            center=center if self.center is None else self.center,
+            scale=scale if self.scale is None else self.scale,
+            huber_delta=self.huber_delta or 1.0,
+        )
 
 
 def unit_deviance(targets: Doubles, values: Doubles) -> Doubles:

@@ -18,7 +18,7 @@ from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, Sam
 from fedclaw.privacy.mechanisms.sum_noise import by_the_loss
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class LocalNoise(Mechanism):
         own = f"epsilon {self.local.epsilon:g}, delta {self.local.delta:g} at each site (unit example)"
         return (own, *super().promises())
 
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
         """See Mechanism."""
         return self.local
 

@@ -25,7 +25,7 @@ from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import LARGEST_CLIP, LARGEST_RATE, SMALLEST_CLIP
 from fedclaw.protocol.receipt import CentralReceipt, Trust
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.protocol.terms import CentralPrivacy, PrivacyRequest, SecureAggregation, SecureRequest, Terms, Unit
+from fedclaw.protocol.terms import CentralNoise, PrivacyRequest, SecureAggregation, SecureRequest, Terms, Unit
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Mechanism(ABC):
         """Whether who is asked is drawn at random, and is to stay hidden."""
         return self.site_rate < 1
 
-    def in_round(self, connected: int, clip: float | None) -> CentralPrivacy | None:
+    def in_round(self, connected: int, clip: float | None) -> CentralNoise | None:
         """The noise on the sum of a round with so many sites connected; `clip` is where an adaptive bound is by now."""
         return None
 
@@ -184,7 +184,7 @@ class Mechanism(ABC):
         """What is promised, in a few words each."""
         return ()
 
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
         """The (epsilon, delta) of the whole run that counts at a site; None: there is none.
 
         A guarantee for the unit site covers all of its examples, so it holds for each of them as well.

@@ -21,7 +21,7 @@ import numpy as np
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN, SumNoise
 from fedclaw.protocol.limits import LARGEST_CLIP, SMALLEST_CLIP
-from fedclaw.protocol.terms import AdaptiveClip, CentralPrivacy, CentralRequest, PrivacyRequest, SecureAggregation
+from fedclaw.protocol.terms import AdaptiveClip, CentralNoise, CentralRequest, PrivacyRequest, SecureAggregation
 from fedclaw.protocol.update import Update
 
 _ROUNDING = 1e-3
@@ -39,7 +39,7 @@ class ServerNoise(SumNoise):
 
     noise_from: ClassVar[str] = "the server"
 
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
         """See Mechanism."""
         return self.request if trust_server_noise else None
 

@@ -22,7 +22,7 @@ from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, Sam
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.receipt import CentralReceipt
-from fedclaw.protocol.terms import CentralPrivacy, CentralRequest, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, CentralRequest, PrivacyRequest
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class SumNoise(Mechanism):
     """Whose noise it is."""
 
     @property
-    def request(self) -> CentralPrivacy:
+    def request(self) -> CentralNoise:
         """What is asked of the sum."""
         assert self.asked.central is not None
         return self.asked.central
@@ -88,7 +88,7 @@ class SumNoise(Mechanism):
         """See Mechanism."""
         return 1.0 if self.takes_one_step else self.request.sample_rate
 
-    def in_round(self, connected: int, clip: float | None) -> CentralPrivacy:
+    def in_round(self, connected: int, clip: float | None) -> CentralNoise:
         """See Mechanism."""
         expected = self.site_rate * connected if self.samples_sites else None
         return self.request.model_copy(update={"clip": clip or self.request.clip, "expected_sites": expected})
@@ -100,7 +100,7 @@ class SumNoise(Mechanism):
             f"epsilon {asked.epsilon:g}, delta {asked.delta:g} in the sum (unit {asked.unit}) by {self.noise_from}",
         )
 
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralPrivacy | None:
+    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
         """See Mechanism."""
         return self.request
 

@@ -13,7 +13,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Released
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.compression import PowerSgd, Quantisation, RandomK, TopK
-from fedclaw.protocol.terms import CentralPrivacy
+from fedclaw.protocol.terms import CentralNoise
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import WeightedSum
 from tests.samples import plan_of, run_record
@@ -148,7 +148,7 @@ def test_random_k_is_right_in_the_mean_and_only_when_scaled():
 
 def test_under_central_noise_what_is_clipped_is_what_is_sent():
     """Leaving numbers out enlarges no norm, so the noise is made for the bound, and only where numbers were sent."""
-    central = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1.0, noise_multiplier=1e-3)
+    central = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1.0, noise_multiplier=1e-3)
     request = RandomK(method="randk", fraction=0.25, feedback=False)
     asked = plan(request, central=central)
     update = {"w": np.full(400, 3.0)}

@@ -16,7 +16,7 @@ from fedclaw.protocol.arrays import flattened, pack_wire, payload
 from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, ModelSpec, PrivacyRequest, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, ModelSpec, PrivacyRequest, SecureRequest
 from fedclaw.report.terminal import bytes_words
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
@@ -246,7 +246,7 @@ def test_what_leaves_is_a_function_of_the_noised_delta(directories, method):
     assert '"mechanism":"dp-sgd"' in spent[1]
 
 
-CENTRAL = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
+CENTRAL = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=1)
 
 
 @pytest.mark.parametrize("method", METHODS)

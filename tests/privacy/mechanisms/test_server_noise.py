@@ -21,7 +21,7 @@ from fedclaw.privacy.provenance import Raw
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.terms import (
     AdaptiveClip,
-    CentralPrivacy,
+    CentralNoise,
     CentralRequest,
     LocalTraining,
     PrivacyRequest,
@@ -54,7 +54,7 @@ def central(**changes):
         "clip": 2.0,
         "noise_multiplier": 1.5,
     }
-    return CentralPrivacy(**{**fields, **changes})
+    return CentralNoise(**{**fields, **changes})
 
 
 def noised_mean(plan, weights, examples):

@@ -8,7 +8,7 @@ import yaml
 from fedclaw.errors import DataError, UsageError
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.protocol.terms import CentralPrivacy, LocalTraining, PrivacyRequest, SecureAggregation
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, SecureAggregation
 from fedclaw.site.evaluation import EvaluationAnswer
 from fedclaw.site.journal import history, outbound
 from fedclaw.site.journal.ledger import Ledger
@@ -51,7 +51,7 @@ def taken(reply):
 
 def central(**changes):
     fields = {"unit": "site", "noise_by": "server", "epsilon": 4.0, "delta": 1e-3, "clip": 1.0, "noise_multiplier": 4.0}
-    return CentralPrivacy(**{**fields, **changes})
+    return CentralNoise(**{**fields, **changes})
 
 
 def secure(sites=("hospital-north", "a", "b", "c"), **changes):

@@ -8,7 +8,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.terms import AdaptiveClip, CentralPrivacy, LocalTraining, ModelSpec, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import AdaptiveClip, CentralNoise, LocalTraining, ModelSpec, SecureRequest, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
@@ -74,7 +74,7 @@ def test_a_round_with_too_few_sites_does_not_count(made):
     assert strategy.trained.declined[0].code == "cohort"
 
 
-NOISE = CentralPrivacy(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=2)
+NOISE = CentralNoise(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1, noise_multiplier=2)
 
 
 @pytest.mark.parametrize(
