@@ -19,14 +19,53 @@
     ├── CompressionError         a model cannot be pruned or distilled as asked
     └── BundleError              a bundle is incomplete, tampered with, or signed by someone else
 
-A message says what was wrong, where, and what to do. It never contains a secret.
+A message says what was wrong, where, and what to do. It never contains a secret. Settings that it names may be values
+in it (`Reason`): then a caller who sets them otherwise than the commands do is told in words of its own.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting by its path, and perhaps a value for it; as text `path` or `path=value`, as the commands write it."""
+
+    path: str
+    value: object = None
+
+    def __str__(self) -> str:
+        return self.path if self.value is None else f"{self.path}={self.value}"
+
+
+class Reason(str):
+    """Text in which settings are values: a string in the commands' words, and with `said` in anybody else's."""
+
+    parts: tuple[str | Setting, ...]
+
+    def __new__(cls, *parts: str | Setting) -> "Reason":
+        """The parts one after another; those of a reason among them are taken over."""
+        text = super().__new__(cls, "".join(map(str, parts)))
+        text.parts = tuple(own for part in parts for own in (part.parts if isinstance(part, Reason) else (part,)))
+        return text
+
+    def said(self, words: Callable[[Setting], str]) -> str:
+        """The text with each setting in these words."""
+        return "".join(words(part) if isinstance(part, Setting) else part for part in self.parts)
 
 
 class FedClawError(Exception):
     """Base of all FedClaw errors; a user sees its text, never a traceback."""
 
     exit_code = 1
+
+    def __init__(self, *parts: str | Setting) -> None:
+        super().__init__(Reason(*parts))
+
+    def said(self, words: Callable[[Setting], str]) -> str:
+        """The text with each setting that it names as a value in these words."""
+        reason: Reason = self.args[0]
+        return reason.said(words)
 
 
 class UsageError(FedClawError):

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from fedclaw.errors import Reason, Setting
 from fedclaw.learning.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -52,11 +53,17 @@ class Cyclic(Strategy):
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """What counts on several sites a round."""
         if terms.secure is not None:
-            return "asks one site a round, and a secure sum of one hides nothing; take secure=none"
+            return Reason(
+                "asks one site a round, and a secure sum of one hides nothing; take ", Setting("secure", "none")
+            )
         if terms.central is not None:
-            return "asks one site a round, so that noise on the sum is that site's own; take privacy=dp, at the sites"
+            return Reason(
+                "asks one site a round, so that noise on the sum is that site's own; take ", Setting("privacy", "dp")
+            )
         return None
 
     def refuse_rules(self, rules: "RoundRules") -> str | None:
         """A fraction of the sites."""
-        return "asks one site a round, whatever sites.fraction says; leave it at 1" if rules.fraction < 1 else None
+        if rules.fraction < 1:
+            return Reason("asks one site a round, whatever ", Setting("sites.fraction"), " says; leave it at 1")
+        return None

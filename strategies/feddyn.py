@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fedclaw.errors import Reason, Setting
 from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
@@ -75,7 +76,9 @@ class FedDyn(Strategy):
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """What changes an update on its way, and steps that a site's regulariser would throw about."""
         if terms.central is not None:
-            return "remembers at each site what it sent, which noise on the sum changes; take privacy=dp, at the sites"
+            return Reason(
+                "remembers at each site what it sent, which noise on the sum changes; take ", Setting("privacy", "dp")
+            )
         if terms.compression is not None:
             return "remembers at each site what it sent, which compression changes; take compression=none"
         if terms.training.optimizer == "sgd" and self.alpha * terms.training.learning_rate >= 1:

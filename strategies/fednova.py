@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fedclaw.errors import Reason, Setting
 from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
@@ -71,7 +72,10 @@ class FedNova(Strategy):
         """Adam, and what a secure sum would cut off."""
         training = terms.training
         if training.optimizer == "adam":
-            return "divides by what each gradient counts by, which Adam decides anew; take training.optimizer=sgd"
+            return Reason(
+                "divides by what each gradient counts by, which Adam decides anew; take ",
+                Setting("training.optimizer", "sgd"),
+            )
         if self.mu * training.learning_rate >= 1:
             return f"with mu={self.mu:g} and a learning rate of {training.learning_rate:g} leaps over its start"
         if terms.secure is not None and (limit := mechanism_of(terms).largest_update) is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from fedclaw.errors import Reason, Setting
 from fedclaw.learning.strategy import StepContext
 from fedclaw.strategies.heads import SharedBody
 
@@ -43,12 +44,22 @@ class FedRep(SharedBody):
         """Local optimisers under which a parameter moves without a gradient."""
         training = terms.training
         if training.optimizer != "sgd" or training.momentum or training.weight_decay:
-            return (
+            return Reason(
                 "holds half of the model still while the other learns, which momentum, weight decay and Adam undo; "
-                "take training.optimizer=sgd, training.momentum=0 and training.weight_decay=0"
+                "take ",
+                Setting("training.optimizer", "sgd"),
+                ", ",
+                Setting("training.momentum", 0),
+                " and ",
+                Setting("training.weight_decay", 0),
             )
         if terms.central is not None and terms.central.unit == "example":
-            return "takes its local steps in two parts, and central.unit=example is one step a round; take unit=site"
+            return Reason(
+                "takes its local steps in two parts, and ",
+                Setting("central.unit", "example"),
+                " is one step a round; take ",
+                Setting("central.unit", "site"),
+            )
         return super().refuse(terms, model)
 
     @classmethod

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fedclaw.errors import Reason, Setting
 from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
@@ -65,7 +66,10 @@ class QFedAvg(Strategy):
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """Differential privacy, whose noise does not cover the losses."""
         if terms.privacy is not None or terms.central is not None:
-            return "weights each site by its loss on the training data, which no noise covers; take privacy=none"
+            return Reason(
+                "weights each site by its loss on the training data, which no noise covers; take ",
+                Setting("privacy", "none"),
+            )
         return None
 
     @classmethod

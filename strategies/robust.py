@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.errors import UpdateError
+from fedclaw.errors import Reason, Setting, UpdateError
 from fedclaw.learning.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -57,9 +57,10 @@ class RobustStrategy(Strategy):
         """A round that may count with fewer updates than `fewest`."""
         if rules.minimum >= self.fewest:
             return None
-        return (
-            f"{self._demand()}, and a round of this run counts with {rules.minimum}: set sites.minimum to "
-            f"{self.fewest} or more, or expect fewer hostile sites"
+        return Reason(
+            f"{self._demand()}, and a round of this run counts with {rules.minimum}: set ",
+            Setting("sites.minimum"),
+            f" to {self.fewest} or more, or expect fewer hostile sites",
         )
 
     def check_number(self, updates: Updates) -> None:

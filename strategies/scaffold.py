@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fedclaw.errors import Reason, Setting
 from fedclaw.learning.strategy import ClientUpdate, Participation, RoundContext, StepContext, Strategy
 from fedclaw.protocol.arrays import Arrays
 
@@ -78,9 +79,11 @@ class Scaffold(Strategy):
     def refuse(self, terms: "Terms", model: "torch.nn.Module") -> str | None:
         """Local optimisers for which option II's c_i is no mean of gradients."""
         if terms.training.optimizer != "sgd" or terms.training.momentum:
-            return (
-                "reads a site's mean gradient off the distance it went, which plain steps alone tell; "
-                "take training.optimizer=sgd and training.momentum=0"
+            return Reason(
+                "reads a site's mean gradient off the distance it went, which plain steps alone tell; take ",
+                Setting("training.optimizer", "sgd"),
+                " and ",
+                Setting("training.momentum", 0),
             )
         return None
 

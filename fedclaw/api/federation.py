@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from fedclaw.api.arguments import argument, public
 from fedclaw.api.arrays import (
     FrameEncoder,
     as_list,
@@ -61,6 +62,7 @@ class Federation:
         self.names = None if names is None else tuple(names)
 
     @classmethod
+    @public
     def from_arrays(
         cls,
         x: ArrayLike,
@@ -102,6 +104,7 @@ class Federation:
         return cls._dealt(schema, table, clients, method, owners, share, outside, test_at, seed)
 
     @classmethod
+    @public
     def from_clients(
         cls,
         clients: Sequence[tuple[ArrayLike, ArrayLike]] | Mapping[str, tuple[ArrayLike, ArrayLike]],
@@ -129,6 +132,7 @@ class Federation:
         return cls.from_arrays(x, y, by=by, test=test, test_at=test_at, seed=seed, value_range=value_range, loss=loss)
 
     @classmethod
+    @public
     def from_frame(
         cls,
         frame: Any,
@@ -173,6 +177,7 @@ class Federation:
         return made._with_columns(encoder.names)
 
     @classmethod
+    @public
     def from_frames(
         cls,
         frames: Sequence[Any] | Mapping[str, Any],
@@ -259,10 +264,7 @@ class Federation:
         test = outside if outside is not None else Table(table.inputs[held], table.targets[held]) if len(held) else None
         train = Table(table.inputs[kept], table.targets[kept])
         sites = None if owners is None else owners[kept]
-        try:
-            dealt = method.deal(train.targets, train.inputs, clients, generator, sites=sites)
-        except UsageError as error:
-            raise UsageError(str(error).replace("partition.", "").replace("clients (dataset.sites)", "by")) from None
+        dealt = method.deal(train.targets, train.inputs, clients, generator, sites=sites)
         train, shares = _as_seen(train, dealt)
         if test_at == "federation" or outside is not None:
             return cls(schema, train, shares, test=test, names=names)
@@ -288,7 +290,7 @@ def _method(partition: str, owners: NDArray[Any] | None, options: dict[str, Any]
     try:
         return _PARTITIONS.validate_python({"name": partition, **options})
     except ValidationError as error:
-        raise UsageError(f"partition={partition!r}: {explain(error).replace(f'{partition}.', '')}") from None
+        raise UsageError(f"partition={partition!r}: {explain(error, words=argument)}") from None
 
 
 def _held_out(count: int, share: float, generator: np.random.Generator) -> Rows:

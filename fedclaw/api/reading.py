@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedclaw.api.arguments import public
 from fedclaw.api.arrays import inputs_of
 from fedclaw.errors import DataError
 from fedclaw.export.check import Verified, verify_bundle
@@ -43,6 +44,7 @@ class Bundle:
         """Names of the classes, in the order of `predict`; none where the target is a number."""
         return self.manifest.labels
 
+    @public
     def predict(self, inputs: ArrayLike | Pathlike) -> NDArray[np.float32]:
         """(N, classes) probabilities, or (N, 1) values where the target is a number.
 
@@ -62,6 +64,7 @@ class Bundle:
         return predictor.predict(numbers)
 
 
+@public
 def read_bundle(
     path: Pathlike, *, ca: Pathlike | None = None, federation: Pathlike | None = None, crl: Pathlike | None = None
 ) -> Bundle:
@@ -79,6 +82,7 @@ def read_bundle(
     return Bundle(Path(path), verified.manifest, verified.pinned, privacy, card, verified)
 
 
+@public
 def read_ledger(site: Pathlike) -> Spending:
     """What the ledger in a site's directory says was spent, on which data set, by which run, and what is left.
 

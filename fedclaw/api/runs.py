@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclaw.api.arguments import public
 from fedclaw.errors import UsageError
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
@@ -59,6 +60,7 @@ class Run:
         directory.require_whole()
         return directory.read_model()
 
+    @public
     def model(self, model: "Model | None" = None) -> "torch.nn.Module":
         """The trained torch module, in evaluation mode.
 
@@ -111,6 +113,7 @@ class Run:
         return f"Run({record.strategy.name}, {rounds} of {record.rounds} rounds{quality}, {cost})"
 
 
+@public
 def read_run(path: str | os.PathLike[str]) -> Run:
     """The run in a directory such as runs/NAME. Raises UsageError if it is none, CheckpointError if it is damaged."""
     run = Run(Path(path))

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from fedclaw.api.arguments import argument, public
 from fedclaw.api.arrays import whole
 from fedclaw.api.federation import Federation
 from fedclaw.api.module import ArrayWorkload, Model, around, check_model, factory_of, plugins
@@ -35,16 +36,6 @@ from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate
 V = TypeVar("V")
 OnRound = Callable[[int, Mapping[str, float]], None]
 
-_OURS = {"epochs": "local_epochs", "steps": "local_steps", "max_grad_norm": "clip"}
-# What the parameters of `simulate` are called further down.
-_REMEDIES = {
-    "sites.minimum": "clients=, or fraction=,",
-    "privacy=dp, at the sites": "fedclaw.LocalPrivacy(...)",
-    "privacy=dp": "fedclaw.LocalPrivacy(...)",
-    "take privacy=none": "leave privacy out",
-    " (runtime=sites)": "",
-}
-# Settings of the commands that a refusal advises, as a caller of `simulate` writes them.
 _RUN = "run"
 
 
@@ -95,6 +86,7 @@ class CentralPrivacy:
         return _checked(fields, noise_of_the_server, "privacy")
 
 
+@public
 def simulate(
     federation: Federation,
     model: Model,
@@ -192,8 +184,8 @@ def simulate(
         }
         record = _checked(fields, RunRecord, "simulate")
         if reason := mechanism_of(record).out_of_range():
-            raise UsageError(f"simulate: {reason}")
-        record = _with_strategy(record, way, len(federation))
+            raise UsageError("simulate: ", reason)
+        record = with_strategy(simulated(record, way, len(federation)))
         path, holder = _place(directory)
         kept = RunDirectory.create(path, record)
         simulate_cohorts(kept, _simulated(federation, workload), way, [_Teller(on_round)] if on_round else [])
@@ -240,30 +232,13 @@ def _checked(fields: dict[str, Any], make: Callable[..., V], where: str) -> V:
     try:
         return make(**fields)
     except ValidationError as error:
-        text = "; ".join(_as_written(part) for part in explain(error).split("; "))
-        raise UsageError(f"{where}: {text}") from None
-
-
-def _as_written(part: str) -> str:
-    name, colon, rest = part.partition(":")
-    return f"{_OURS.get(name, name)}{colon}{rest}"
+        raise UsageError(f"{where}: {explain(error, words=argument)}") from None
 
 
 def _rules(clients: int, fraction: float) -> RoundRules:
     """A round counts with all that it asks: simulated clients are never away."""
     rules = _checked({"minimum": clients, "fraction": fraction}, RoundRules, "simulate")
     return rules.model_copy(update={"minimum": max(1, round(rules.fraction * clients))})
-
-
-def _with_strategy(record: RunRecord, way: SimulationSettings, clients: int) -> RunRecord:
-    """Raises UsageError, with the remedy in the words of `simulate`."""
-    try:
-        return with_strategy(simulated(record, way, clients))
-    except UsageError as error:
-        text = str(error)
-        for theirs, ours in _REMEDIES.items():
-            text = text.replace(theirs, ours)
-        raise UsageError(text) from error
 
 
 def _place(directory: str | Path | None) -> tuple[Path, object]:

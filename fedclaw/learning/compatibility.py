@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from fedclaw.errors import PluginError
+from fedclaw.errors import PluginError, Reason, Setting
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered, Strategy, is_overridden
 from fedclaw.privacy.mechanisms.choice import mechanism_of
@@ -146,9 +146,14 @@ def _unbuffered(terms: Terms, use: Use) -> str | None:
     if not isinstance(use.strategy, Buffered):
         return None
     if terms.secure is not None:
-        return "adds answers to different questions, and a secure sum is over answers to one; take secure=none"
+        return Reason(
+            "adds answers to different questions, and a secure sum is over answers to one; take ",
+            Setting("secure", "none"),
+        )
     if terms.central is not None:
-        return "discounts late answers, and noise on the sum is made for a plain mean; take privacy=dp, at the sites"
+        return Reason(
+            "discounts late answers, and noise on the sum is made for a plain mean; take ", Setting("privacy", "dp")
+        )
     return None
 
 

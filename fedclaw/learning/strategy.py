@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.errors import PluginError
+from fedclaw.errors import PluginError, Reason, Setting
 from fedclaw.privacy.provenance import Part, Raw
 from fedclaw.protocol.arrays import Arrays, Shapes, shapes_of
 from fedclaw.protocol.frozen import Frozen
@@ -266,7 +266,9 @@ class Buffered(Strategy, ABC):
         """Fewer sites than make a step."""
         if rules.minimum >= self.size:
             return None
-        return f"steps on {self.size} answers, so a run needs as many sites: sites.minimum={self.size}"
+        return Reason(
+            f"steps on {self.size} answers, so a run needs as many sites: ", Setting("sites.minimum", self.size)
+        )
 
 
 def client_update_of(

@@ -1,13 +1,13 @@
 """The base of everything that is read from a file, a command line or the wire."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from reprlib import Repr
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedclaw.catalogue import did_you_mean
-from fedclaw.errors import UsageError
+from fedclaw.errors import Reason, Setting, UsageError
 
 
 class Frozen(BaseModel):
@@ -39,17 +39,24 @@ def check_settings(plain: Any, settings: type[S]) -> S:
         raise UsageError(f"configuration: {explain(error, plain, settings)}") from error
 
 
-def explain(error: ValidationError, plain: Any = None, settings: type[BaseModel] | None = None) -> str:
+def explain(
+    error: ValidationError,
+    plain: Any = None,
+    settings: type[BaseModel] | None = None,
+    words: Callable[[Setting], str] = str,
+) -> str:
     """One line a person can act on: each wrong field by its path in `plain`, what it is and what it should be.
 
     For a field that `settings` does not have, the nearest that it has; a number where text belongs is to be quoted.
-    Of many wrong fields the first ten, and of long names and values the beginning: they may be a stranger's.
+    Of many wrong fields the first ten, and of long names and values the beginning: they may be a stranger's. Fields and
+    other settings are named in `words`.
     """
     parts = []
-    wrong = error.errors(include_url=False, include_context=False)
+    wrong = error.errors(include_url=False)
     for item in wrong[:_MOST_FIELDS]:
-        where = ".".join(f"{step!s:.60}" for step in _path(item["loc"], plain))
-        message = f"{item['msg'].removeprefix('Value error, '):.500}"
+        path = ".".join(f"{step!s:.60}" for step in _path(item["loc"], plain))
+        where = words(Setting(path)) if path else ""
+        message = f"{_message(item, words):.500}"
         given = "" if item["type"] in {"missing", "value_error"} else f" (given: {_given(item['input'])})"
         if item["type"] in _TEXT and isinstance(item["input"], int | float):
             kind = "yes or no" if isinstance(item["input"], bool) else "a number"
@@ -60,6 +67,14 @@ def explain(error: ValidationError, plain: Any = None, settings: type[BaseModel]
     if len(wrong) > _MOST_FIELDS:
         parts.append(f"and {len(wrong) - _MOST_FIELDS} more")
     return "; ".join(parts)
+
+
+def _message(item: Any, words: Callable[[Setting], str]) -> str:
+    """What pydantic says of a field, or the reason that our own check of it gave."""
+    raised = item.get("ctx", {}).get("error")
+    if isinstance(raised, ValueError) and raised.args and isinstance(raised.args[0], Reason):
+        return raised.args[0].said(words)
+    return str(item["msg"].removeprefix("Value error, "))
 
 
 def _fields_at(settings: type[BaseModel] | None, location: tuple[int | str, ...]) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from fedclaw.errors import Reason, Setting
 from fedclaw.protocol.compression import Compression, check_compression
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import (
@@ -50,7 +51,7 @@ class LocalTraining(Frozen):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("set exactly one of epochs and steps")
+            raise ValueError(Reason("set exactly one of ", Setting("epochs"), " and ", Setting("steps")))
         return self
 
     def local_steps(self, examples: int) -> int:

@@ -60,7 +60,7 @@ def check_combination(record: RunRecord, strategy: Strategy, model: "torch.nn.Mo
 
 def _raise(strategy: Strategy, reason: str | None) -> None:
     if reason is not None:
-        raise UsageError(f"strategy {strategy.name!r} {reason}")
+        raise UsageError(f"strategy {strategy.name!r} ", reason)
 
 
 def run_name(given: str | None) -> str:
@@ -141,7 +141,7 @@ def record_of(
     }
     record = check_settings(fields, RunRecord)
     if reason := mechanism_of(record).out_of_range():
-        raise UsageError(f"configuration: {reason}")
+        raise UsageError("configuration: ", reason)
     return record
 
 

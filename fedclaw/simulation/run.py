@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import Setting, UsageError
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered
 from fedclaw.privacy.mechanisms.choice import mechanism_of
@@ -36,8 +36,10 @@ def simulated(record: RunRecord, settings: SimulationSettings, clients: int) -> 
     refuse_secure(record.secure is not None)
     if issubclass(strategy_class(record.strategy.name), Buffered):
         raise UsageError(
-            f"strategy {record.strategy.name!r} steps on whoever answers first, and simulated clients answer all at "
-            "once: take another one, or sites, which differ in their speed (runtime=sites)"
+            f"strategy {record.strategy.name!r} steps on whoever answers first, and simulated clients answer all "
+            "at once: take another one, or sites, which differ in their speed (",
+            Setting("runtime", "sites"),
+            ")",
         )
     about = Simulated(clients=clients, save_every=settings.save_every, repeatable_noise=settings.repeatable_noise)
     return record.model_copy(update={"simulated": about})

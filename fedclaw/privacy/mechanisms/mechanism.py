@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.errors import PrivacyError, UsageError
+from fedclaw.errors import PrivacyError, Reason, Setting, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.fixed_point import Encoding, nearest_step
 from fedclaw.privacy.mechanisms.integers import Integers, Nearest, Vector
@@ -237,15 +237,16 @@ class Mechanism(ABC):
         itself: a head that was spoilt in an earlier round, of other sites, stops every gradient below it.
         """
         if use.needs_single_updates:
-            return (
-                "has to see every update by itself, which secure aggregation hides; take another strategy or "
-                "secure=none"
+            return Reason(
+                "has to see every update by itself, which secure aggregation hides; take another strategy or ",
+                Setting("secure", "none"),
             )
         if not self.noised_at_site and use.personal:
-            return (
+            return Reason(
                 "keeps parameters at each site, of which secure aggregation cannot see that all sites begin alike: "
-                "without noise at the sites a sum could be one site's update; take privacy=dp, or a strategy that "
-                "shares all"
+                "without noise at the sites a sum could be one site's update; take ",
+                Setting("privacy", "dp"),
+                ", or a strategy that shares all",
             )
         return None
 
@@ -441,4 +442,5 @@ def clip_out_of_range(name: str, clip: float) -> str | None:
     """A sentence about a clipping bound beyond what floating point keeps; None: it is within."""
     if SMALLEST_CLIP <= clip <= LARGEST_CLIP:
         return None
-    return f"{name} is {clip:g}, and a clipping bound lies in [{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]"
+    bounds = f"[{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]"
+    return Reason(Setting(name), f" is {clip:g}, and a clipping bound lies in {bounds}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.errors import PrivacyError
+from fedclaw.errors import PrivacyError, Reason, Setting
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.integers import Integers, Vector
 from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
@@ -35,6 +35,8 @@ _NORM_MARGIN = 1 + 1e-6
 # Keeps the rounding to float32 from lifting a clipped update over the bound.
 _LARGEST_NUMBER = 1e30
 # What a plan's numbers multiply to stays below, and its reciprocal above: a float32 has room for it.
+_AT_THE_SITES = Setting("privacy", "dp")
+_FOR_EXAMPLES, _FOR_SITES = Setting("central.unit", "example"), Setting("central.unit", "site")
 
 
 @dataclass(frozen=True)
@@ -232,28 +234,35 @@ def protects_examples(request: CentralRequest) -> bool:
 def _unsummed(use: DataUse) -> str | None:
     """What noise on the sum does not go with."""
     if use.needs_single_updates:
-        return "takes no mean of the updates, and noise on the sum is made for a mean; take privacy=dp, at the sites"
+        return Reason("takes no mean of the updates, and noise on the sum is made for a mean; take ", _AT_THE_SITES)
     if use.extras:
         # The server's half would take the noise for them.
-        return "sends more than updates, and noise on the sum is made for updates alone; take privacy=dp, at the sites"
+        return Reason("sends more than updates, and noise on the sum is made for updates alone; take ", _AT_THE_SITES)
     if use.trains_own_model:
-        return (
-            "trains a second model at each site, which noise on the sum does not cover; take privacy=dp, at the sites"
-        )
+        return Reason("trains a second model at each site, which noise on the sum does not cover; take ", _AT_THE_SITES)
     return by_the_loss(use)
 
 
 def _unstepped(use: DataUse) -> str | None:
     """What does not go with one clipped step a round whose noise is on the sum."""
     if use.personal:
-        return (
-            "keeps parameters at each site, which central.unit=example, one step a round with the noise on the sum, "
-            "trains without noise, and the next round begins with them; take central.unit=site or privacy=dp"
+        return Reason(
+            "keeps parameters at each site, which ",
+            _FOR_EXAMPLES,
+            ", one step a round with the noise on the sum, trains without noise, and the next round begins with them; "
+            "take ",
+            _FOR_SITES,
+            " or ",
+            _AT_THE_SITES,
         )
     if use.changes_step:
-        return (
-            "makes more of a site's step than the step, and central.unit=example bounds each example's part in the "
-            "step alone; take central.unit=site or privacy=dp"
+        return Reason(
+            "makes more of a site's step than the step, and ",
+            _FOR_EXAMPLES,
+            " bounds each example's part in the step alone; take ",
+            _FOR_SITES,
+            " or ",
+            _AT_THE_SITES,
         )
     return None
 
@@ -261,7 +270,10 @@ def _unstepped(use: DataUse) -> str | None:
 def by_the_loss(use: DataUse) -> str | None:
     """What no noise covers, wherever it is added, of a strategy that uses the training loss."""
     if use.uses_training_loss:
-        return "works out what leaves from the loss on the training data, which no noise covers; take privacy=none"
+        return Reason(
+            "works out what leaves from the loss on the training data, which no noise covers; take ",
+            Setting("privacy", "none"),
+        )
     return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import Setting, UsageError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.simulation.partitions.transforms import Transform
 
@@ -107,8 +107,9 @@ class PartitionMethod(Frozen, ABC):
         hand = Hand(targets, inputs, clients, self.fewest(len(targets), clients), generator, sites)
         if hand.fewest * clients > len(targets):
             raise UsageError(
-                f"partition.minimum: {hand.fewest} examples for each of {clients} clients are "
-                f"{hand.fewest * clients}, and there are {len(targets)}; have fewer clients or a smaller minimum"
+                Setting("partition.minimum"),
+                f": {hand.fewest} examples for each of {clients} clients are "
+                f"{hand.fewest * clients}, and there are {len(targets)}; have fewer clients or a smaller minimum",
             )
         shares, transform = self.assign(hand)
         # The first rows of a client may be held out for testing: which they are must not tell what they are.
@@ -147,8 +148,8 @@ class Hand:
         smallest = min(range(len(shares)), key=lambda client: len(shares[client]))
         if len(shares[smallest]) < self.fewest:
             raise UsageError(
-                f"partition.minimum: client {smallest} would have {len(shares[smallest])} examples, fewer than "
-                f"{self.fewest}; {remedy}"
+                Setting("partition.minimum"),
+                f": client {smallest} would have {len(shares[smallest])} examples, fewer than {self.fewest}; {remedy}",
             )
 
 

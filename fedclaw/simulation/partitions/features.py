@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import Setting, UsageError
 from fedclaw.simulation.partitions.base import Hand, Indices, PartitionMethod
 from fedclaw.simulation.partitions.transforms import Brightness, Noise, Rotation, Transform
 
@@ -64,8 +64,8 @@ class FeatureShift(PartitionMethod):
         values = hand.inputs.reshape(len(hand.targets), -1)
         if self.feature >= values.shape[1]:
             raise UsageError(
-                f"partition.feature: there is no feature {self.feature}; an input has {values.shape[1]} numbers, "
-                "counted from 0"
+                Setting("partition.feature"),
+                f": there is no feature {self.feature}; an input has {values.shape[1]} numbers, counted from 0",
             )
         order = hand.generator.permutation(len(values))
         order = order[np.argsort(values[order, self.feature], kind="stable")]
@@ -76,7 +76,7 @@ class FeatureShift(PartitionMethod):
     def _transform(self, hand: Hand) -> Transform:
         images = hand.inputs.ndim > 2
         if self.kind != "noise" and not images:
-            raise UsageError(f"partition.kind: {self.kind} is for images; a table has noise and quantile")
+            raise UsageError(Setting("partition.kind"), f": {self.kind} is for images; a table has noise and quantile")
         bounds = (float(hand.inputs.min()), float(hand.inputs.max())) if images else (-np.inf, np.inf)
         steps = np.linspace(-1.0, 1.0, hand.clients) if hand.clients > 1 else np.zeros(1)
         if self.kind == "brightness":

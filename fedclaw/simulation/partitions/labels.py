@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import Setting, UsageError
 from fedclaw.simulation.partitions.base import Hand, Indices, PartitionMethod, apportion
 from fedclaw.simulation.partitions.transforms import Transform
 
@@ -79,8 +79,9 @@ class Shards(PartitionMethod):
         pieces = hand.clients * self.shards
         if pieces > len(hand.targets):
             raise UsageError(
-                f"partition.shards: {self.shards} for each of {hand.clients} clients are {pieces} shards of "
-                f"{len(hand.targets)} examples; have fewer clients or shards"
+                Setting("partition.shards"),
+                f": {self.shards} for each of {hand.clients} clients are {pieces} shards of "
+                f"{len(hand.targets)} examples; have fewer clients or shards",
             )
         order = hand.generator.permutation(len(hand.targets))
         rows = order[np.argsort(hand.targets[order], kind="stable")]

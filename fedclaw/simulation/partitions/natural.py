@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import Setting, UsageError
 from fedclaw.simulation.partitions.base import Hand, Indices, PartitionMethod
 from fedclaw.simulation.partitions.transforms import Transform
 
@@ -42,8 +42,8 @@ class Natural(PartitionMethod):
         if len(names) < hand.clients or (len(names) > hand.clients and not self.merge):
             more = "" if len(names) < hand.clients else ", or set partition.merge=true"
             raise UsageError(
-                f"clients (dataset.sites): the data is from {len(names)} sites, not from {hand.clients}; "
-                f"have as many{more}"
+                Setting("dataset.sites"),
+                f": the data is from {len(names)} sites, not from {hand.clients}; have as many{more}",
             )
         owners = _spread(counts, hand.clients)[member] if len(names) > hand.clients else member
         rows = np.argsort(owners, kind="stable")
@@ -55,13 +55,15 @@ class Natural(PartitionMethod):
     def _sites(self, hand: Hand) -> NDArray[Any]:
         if self.column is None:
             if hand.sites is None:
-                raise UsageError("partition.column: this data set does not say where a row is from; name a column")
+                raise UsageError(
+                    Setting("partition.column"), ": this data set does not say where a row is from; name a column"
+                )
             return hand.sites
         if hand.inputs.ndim != 2 or self.column >= hand.inputs.shape[1]:
             have = (
                 f"it has {hand.inputs.shape[1]} columns, counted from 0" if hand.inputs.ndim == 2 else "it is no table"
             )
-            raise UsageError(f"partition.column: the data has no column {self.column}; {have}")
+            raise UsageError(Setting("partition.column"), f": the data has no column {self.column}; {have}")
         column: NDArray[Any] = hand.inputs[:, self.column]
         return column
 
