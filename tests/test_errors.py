@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fedclaw.errors import Reason, Setting, UsageError
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.plan import LocalTraining
+from fedclaw.protocol.terms import LocalTraining
 
 
 def test_a_reason_is_text_in_the_commands_words():
