@@ -62,6 +62,14 @@ def parse_certificate(pem: bytes, origin: str) -> x509.Certificate:
     return certificates[0]
 
 
+def parse_revocations(pem: bytes, origin: str) -> x509.CertificateRevocationList:
+    """The revocation list in `pem`. Raises BundleError naming `origin`."""
+    try:
+        return x509.load_pem_x509_crl(pem)
+    except UNUSABLE as error:
+        raise BundleError(f"{origin} is not a PEM certificate revocation list") from error
+
+
 def check_chain(release: x509.Certificate, authority: x509.Certificate) -> VerifiedSigner:
     """Check that `release` is a code-signing certificate issued by `authority`. Raises BundleError."""
     try:
@@ -123,10 +131,7 @@ def check_not_revoked(release: x509.Certificate, authority: x509.Certificate, cr
 
     A revoked certificate is refused whatever the time of signing: once a key has leaked, its holder writes the date.
     """
-    try:
-        revocations = x509.load_pem_x509_crl(crl_pem)
-    except UNUSABLE as error:
-        raise BundleError(f"{origin} is not a PEM certificate revocation list") from error
+    revocations = parse_revocations(crl_pem, origin)
     key = authority.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not revocations.is_signature_valid(key):
         raise BundleError(f"{origin} was not signed by the expected CA ({_name(authority)})")

@@ -1,10 +1,12 @@
 """From what a user names on the command line (a certificate, a descriptor, a revocation list) to `Trust`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import BundleError, ProvisionError, UsageError
 from fedclaw.export.check import Trust
+from fedclaw.export.signature import parse_certificate, parse_revocations
 
 DESCRIPTOR = "federation.json"
 
@@ -14,23 +16,31 @@ def load_trust(
 ) -> Trust:
     """Read the CA to trust from `ca` (PEM) or from the descriptor `federation` (the file, or its directory).
 
-    Raises UsageError when both are given or a file cannot be read, ProvisionError for a damaged descriptor.
+    Raises UsageError when both are given, or a file cannot be read or is nothing of the kind.
     """
     if ca is not None and federation is not None:
         raise UsageError("give ca=… or federation=…, not both")
     authority = None
     if ca is not None:
-        authority = _read(ca, "ca")
+        authority = _read(ca, "ca", parse_certificate)
     elif federation is not None:
         from fedclaw.identity.descriptor import load_descriptor
 
         path = federation / DESCRIPTOR if federation.is_dir() else federation
-        authority = load_descriptor(path).ca_certificate.encode()
-    return Trust(authority, None if crl is None else _read(crl, "crl"), expired)
+        try:
+            authority = load_descriptor(path).ca_certificate.encode()
+        except ProvisionError as error:
+            raise UsageError(f"federation={federation}: {error}") from error
+    return Trust(authority, None if crl is None else _read(crl, "crl", parse_revocations), expired)
 
 
-def _read(path: Path, setting: str) -> bytes:
+def _read(path: Path, setting: str, parse: Callable[[bytes, str], object]) -> bytes:
+    """The file's content, which `parse` can read."""
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        parse(content, f"{setting}={path}")
     except OSError as error:
         raise UsageError(f"{setting}={path} cannot be read: {error.strerror}") from error
+    except BundleError as error:
+        raise UsageError(str(error)) from error
+    return content

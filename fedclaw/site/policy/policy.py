@@ -12,6 +12,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from fedclaw.learning.tasks.installed import can_be_noised, metrics_and_clauses, shared_by_default, unknown
+from fedclaw.learning.tasks.means import MOST_LOSS
 from fedclaw.protocol.frozen import Frozen
 
 SAFE_METRICS = shared_by_default()
@@ -163,8 +164,9 @@ class Policy(Frozen):
     site's ledger. null: as they are. The number of test examples is sent as it is, either way."""
     metrics_budget: DataSetBudget | None = None
     """Budget of the test data for its whole life; `metrics_epsilon` needs one, and it has no other use."""
-    metrics_loss_bound: float = Field(default=5.0, gt=0)
-    """With `metrics_epsilon`: what a single example's loss is cut off at, which is what it can move the sum by."""
+    metrics_loss_bound: float = Field(default=5.0, gt=0, le=MOST_LOSS)
+    """With `metrics_epsilon`: what a single example's loss is cut off at, which is what it can move the sum by. At most
+    what a server takes for a mean loss: it would throw away a larger one, and the site would have paid for nothing."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

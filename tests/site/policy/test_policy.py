@@ -209,6 +209,7 @@ def test_metrics_of_which_none_may_leave_are_refused(
         ({"delta": 1.0}, "delta"),
         ({"minimum_cohort": 0}, "minimum_cohort"),
         ({"workloads": []}, "workloads"),
+        ({"metrics_loss_bound": 1.1e6}, "metrics_loss_bound: Input should be less than or equal to 1000000"),
         ({"epsilom": 1.0}, "epsilom: Extra inputs are not permitted"),
     ],
 )
