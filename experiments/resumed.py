@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from experiments.settings import ExperimentSettings
+from experiments.settings import ExperimentSettings, with_own_data
 from experiments.sweeps.identity import EXPERIMENT_FILE, Identity, is_relevant
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.protocol.frozen import check_settings, explain
@@ -16,7 +16,8 @@ from fedclaw.server.run_directory import RunDirectory, RunRecord
 def resumed(settings: ExperimentSettings, root: Path, overrides: Sequence[str]) -> ExperimentSettings:
     """The settings of the run in `root`, with what may change (`overrides` of the command) as `settings` have it.
 
-    Raises UsageError for another override and for a directory that holds no run, CheckpointError for a damaged file.
+    Raises UsageError for another override, for data of one's own that has changed and for a directory that holds no
+    run, CheckpointError for a damaged file.
     """
     directory = RunDirectory.open(root)
     directory.check()
@@ -43,7 +44,11 @@ def resumed(settings: ExperimentSettings, root: Path, overrides: Sequence[str]) 
     }
     if given["runtime"]["name"] == plain["runtime"]["name"]:
         plain["runtime"] = {**given["runtime"], **plain["runtime"]}
-    return check_settings(plain, ExperimentSettings)
+    then = check_settings(plain, ExperimentSettings)
+    now = with_own_data(then)
+    if now.dataset != then.dataset:
+        raise UsageError(f"{now.dataset.data} is not what it was when {root} was begun: put it back, or begin anew")
+    return now
 
 
 def _require_same(record: RunRecord, settings: ExperimentSettings, root: Path) -> None:

@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from experiments.attacks.settings import AttackSettings, NoAttack
-from experiments.sources import DatasetSettings, count_sites
+from experiments.sources import DatasetSettings, count_sites, with_content
 from fedclaw.errors import UsageError
-from fedclaw.file_format import FileFormat
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen, check_settings
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.report.tracking import TrackingSettings, check_reachable
 from fedclaw.server.early_checks import check_terms
@@ -75,11 +74,22 @@ class ExperimentSettings(RunSettings):
             dataset["site_column"] = sites
         if isinstance(sites, int | str):
             changed["sites"] = None
-        if dataset.get("site_column") is not None and str(dataset.get("data")) != "None":
-            written = FileFormat.model_validate(dataset.get("written") or {})
-            dataset["sites"] = count_sites(Path(str(dataset["data"])), str(dataset["site_column"]), written)
+        if dataset.get("site_column") is not None:
             changed["partition"] = {"name": "natural"}
         return {**plain, **changed, "dataset": dataset}
+
+
+def with_own_data(settings: ExperimentSettings) -> ExperimentSettings:
+    """`settings` with what is read of data of one's own: a digest of it, and how many sites its column names.
+
+    The one place where settings look at data: whoever runs or identifies an experiment calls it first. Raises
+    UsageError for data that is not there, or has no such column, and DataError for a table that cannot be read.
+    """
+    dataset = with_content(settings.dataset)
+    if dataset.site_column is not None:
+        counted = {**dataset.model_dump(), "sites": count_sites(dataset, dataset.site_column)}
+        dataset = check_settings(counted, DatasetSettings)
+    return settings.model_copy(update={"dataset": dataset})
 
 
 def check_experiment(settings: ExperimentSettings) -> None:

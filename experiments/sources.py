@@ -17,7 +17,7 @@ from fedclaw.clients.columns import numbers
 from fedclaw.clients.table_definition import MISSING
 from fedclaw.clients.tables import DELIMITERS, Content, Wanted, read_blocks, read_header
 from fedclaw.clients.values import DecimalMark, Markers, number_of
-from fedclaw.errors import DataError
+from fedclaw.errors import DataError, UsageError
 from fedclaw.file_format import FileFormat
 from fedclaw.files import sha256_file
 from fedclaw.learning.tasks.regression import RegressionLoss
@@ -54,6 +54,8 @@ class DatasetSettings(Frozen):
     """csv: smallest and largest value of a target that is a number, by what is known of it; null: it is of classes."""
     loss: RegressionLoss | None = None
     """Of a target that is a number: squared (null), huber or poisson."""
+    content: str | None = None
+    """Data of one's own: its SHA-256, which `with_content` fills in; null: nobody has read it yet."""
 
     @property
     def workload(self) -> str:
@@ -75,24 +77,16 @@ class DatasetSettings(Frozen):
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what only data of one's own has: the other sets' runs keep the digests that they had before."""
         plain: dict[str, Any] = handler(self)
-        if self.name in _OWN:
-            numbers = () if self.is_of_numbers else ("range", "loss")
-            kept = {key: value for key, value in plain.items() if key not in numbers}
-            return {**kept, "content": content_digest(self.origin)}
+        numbers = () if self.is_of_numbers else ("range", "loss")
+        left_out, if_null = (numbers, ("content",)) if self.name in _OWN else (_OWN_SETTINGS, ("loss",))
         return {
             key: value
             for key, value in plain.items()
-            if key not in _OWN_SETTINGS and (key != "loss" or value is not None)
+            if key not in left_out and (key not in if_null or value is not None)
         }
 
-    @model_validator(mode="before")
-    @classmethod
-    def _digest_is_no_setting(cls, plain: Any) -> Any:
-        """What `_as_before` adds is for digests alone."""
-        return {key: value for key, value in plain.items() if key != "content"} if isinstance(plain, dict) else plain
-
     @model_validator(mode="after")
-    def _own_data_is_there(self) -> Self:
+    def _own_data_is_named(self) -> Self:
         if self.name not in _OWN:
             if given := [name for name in _OWN_SETTINGS if getattr(self, name) is not None]:
                 raise ValueError(f"{given[0]} is for dataset=csv or dataset=images, not for {self.name}")
@@ -101,8 +95,6 @@ class DatasetSettings(Frozen):
             raise ValueError(f"dataset={self.name} needs data=PATH")
         if self.name == "images" and (self.target or self.site_column):
             raise ValueError("target and a site's column are of tables; a directory of images has none")
-        if not (self.data.is_file() if self.name == "csv" else self.data.is_dir()):
-            raise ValueError(f"data={self.data}: there is no such {'file' if self.name == 'csv' else 'directory'}")
         return self
 
     @model_validator(mode="after")
@@ -121,7 +113,7 @@ class DatasetSettings(Frozen):
 _OWN = ("csv", "images")
 _FEW_CLASSES = 20
 # Up to so many labels nobody wonders that they are numbers.
-_OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "written", "range")
+_OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "written", "range", "content")
 _OF_NUMBERS = ("diabetes", "friedman1")
 _FRIEDMAN_ROWS = 2000
 _PARTS = 5
@@ -163,7 +155,9 @@ class Source:
 
 
 def load_source(settings: DatasetSettings) -> Source:
-    """The whole data set, not yet dealt. Raises DataError for data of one's own that cannot be used."""
+    """The whole data set, not yet dealt. Raises DataError for data of one's own that cannot be used, UsageError where
+    there is none."""
+    _require_own_data(settings)
     if settings.name == "csv":
         return load_table(settings)
     if settings.name == "images":
@@ -406,6 +400,21 @@ def load_images(settings: DatasetSettings) -> Source:
     return Source(settings.workload, np.stack(images), targets, (), tuple(labels), 255.0)
 
 
+def with_content(settings: DatasetSettings) -> DatasetSettings:
+    """`settings` with the digest of the content, if it is data of one's own. Raises UsageError where there is none."""
+    _require_own_data(settings)
+    if settings.name not in _OWN:
+        return settings
+    return settings.model_copy(update={"content": content_digest(settings.origin)})
+
+
+def _require_own_data(settings: DatasetSettings) -> None:
+    if settings.name == "csv" and not settings.origin.is_file():
+        raise UsageError(f"data={settings.data}: there is no such file")
+    if settings.name == "images" and not settings.origin.is_dir():
+        raise UsageError(f"data={settings.data}: there is no such directory")
+
+
 def content_digest(origin: Path) -> str:
     """SHA-256 of a file, or of all that is in a directory: other content is another data set."""
     if origin.is_file():
@@ -416,14 +425,9 @@ def content_digest(origin: Path) -> str:
     return digest.hexdigest()
 
 
-def count_sites(table: Path, column: str, written: FileFormat) -> int:
-    """How many values the column has in the CSV file. Raises ValueError if there is no such file or column."""
-    if not table.is_file():
-        raise ValueError(f"data={table}: there is no such file")
-    try:
-        columns = read_table(table, written)
-    except DataError as error:
-        raise ValueError(str(error)) from error
+def count_sites(settings: DatasetSettings, column: str) -> int:
+    """How many values the column has in the CSV file. Raises DataError for the file, UsageError for the column."""
+    columns = read_table(settings.origin, settings.written or FileFormat())
     if column not in columns:
-        raise ValueError(f"sites={column}: {table} has no such column{did_you_mean(column, columns)}")
+        raise UsageError(f"sites={column}: {settings.origin} has no such column{did_you_mean(column, columns)}")
     return len(set(columns[column]))

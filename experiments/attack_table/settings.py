@@ -7,7 +7,7 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, model_validator
 
 from experiments.attacks.settings import AttackSettings, NoAttack
-from experiments.sources import DatasetSettings
+from experiments.sources import DatasetSettings, with_content
 from experiments.sweeps.identity import digest_of
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import LocalTraining
@@ -90,7 +90,7 @@ def cells(settings: TableSettings, seed: int) -> Iterator[Cell]:
 def make_cell(settings: TableSettings, strategy: str, attack: AttackSettings, seed: int) -> Cell:
     """One cell."""
     return Cell(
-        dataset=settings.dataset.model_copy(update={"seed": seed}),
+        dataset=with_content(settings.dataset.model_copy(update={"seed": seed})),
         partition=settings.partition,
         workload=settings.workload,
         rounds=settings.rounds,

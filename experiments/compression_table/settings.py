@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from experiments.sources import DatasetSettings
+from experiments.sources import DatasetSettings, with_content
 from experiments.sweeps.identity import digest_of
 from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
@@ -84,7 +84,7 @@ def cells(settings: TableSettings) -> Iterator[Cell]:
                     seed=seed,
                     metrics=("accuracy", "loss"),
                 )
-                dataset = described.dataset.model_copy(update={"seed": seed})
+                dataset = with_content(described.dataset.model_copy(update={"seed": seed}))
                 yield Cell(task, method, seed, dataset, described.partition, run)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from experiments.datasets import SitePolicy
-from experiments.sources import DatasetSettings
+from experiments.sources import DatasetSettings, with_content
 from fedclaw.audit.options import AuditOptions
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import CentralRequest, LocalTraining, PrivacyRequest, SecureRequest, Unit
@@ -137,7 +137,7 @@ def make_cell(settings: TableSettings, task: str, placement: Placement, epsilon:
         placement=placement,
         epsilon=epsilon,
         seed=seed,
-        dataset=described.dataset.model_copy(update={"seed": seed}),
+        dataset=with_content(described.dataset.model_copy(update={"seed": seed})),
         partition=described.partition,
         policy=policy,
         run=_run(settings, described, placement, epsilon, seed),

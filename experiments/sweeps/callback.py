@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from rich.console import Console
 
-from experiments.settings import ExperimentSettings
+from experiments.settings import ExperimentSettings, with_own_data
 from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overrides
 from experiments.sweeps.identity import digest_of, identify, is_relevant
@@ -80,7 +80,7 @@ class Sweep(Callback):
 
     def _begin(self, config: DictConfig, console: Console) -> None:
         # Without what the sweep varies: what is wrong with all of its runs is told once, and before they are begun.
-        check_settings(OmegaConf.to_container(_own(config), resolve=True), ExperimentSettings)
+        with_own_data(check_settings(OmegaConf.to_container(_own(config), resolve=True), ExperimentSettings))
         overrides = tuple(str(override) for override in config.hydra.overrides.task)
         runs, name = Path(str(config.runs)), _name(config, overrides)
         _settle_directory(config, runs / "sweeps" / name)

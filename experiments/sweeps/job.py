@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.resumed import resumed
-from experiments.settings import ExperimentSettings, check_experiment
+from experiments.settings import ExperimentSettings, check_experiment, with_own_data
 from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
 from experiments.sweeps.identity import EXPERIMENT_FILE, identify, is_relevant
@@ -46,10 +46,14 @@ def run_job(config: DictConfig) -> float:
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
         if OmegaConf.is_missing(hydra.job, "num"):
-            return _objective(_run_single(check_settings(plain, ExperimentSettings), list(hydra.overrides.task)))
+            return _objective(_run_single(_read(plain), list(hydra.overrides.task)))
         return _run_member(plain, console)
     except Exception as error:
         sys.exit(report_failure(PROGRAM, error, console))
+
+
+def _read(plain: dict[str, Any]) -> ExperimentSettings:
+    return with_own_data(check_settings(plain, ExperimentSettings))
 
 
 def _run_single(settings: ExperimentSettings, overrides: list[str]) -> dict[str, float]:
@@ -85,7 +89,7 @@ def _run_member(plain: dict[str, Any], console: Console) -> float:
     sweep, member = _member_of(plain)
     sweep.note(member)
     try:
-        settings = check_settings(plain, ExperimentSettings)
+        settings = _read(plain)
         if settings.resume is not None:
             raise UsageError("resume= is of one run; a sweep goes on when its command is given again")
         name = run_name(settings, member.digest)
@@ -107,7 +111,7 @@ def _member_of(plain: dict[str, Any]) -> tuple[SweepDirectory, Member]:
     """The sweep that this job belongs to, and the job in it, about to run."""
     hydra = HydraConfig.get()
     try:
-        values = check_settings(plain, ExperimentSettings).model_dump(mode="json")
+        values = _read(plain).model_dump(mode="json")
     except FedClawError:
         values = plain
     overrides = read_overrides(list(hydra.overrides.task))

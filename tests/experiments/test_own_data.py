@@ -1,6 +1,7 @@
 """Data of one's own in experiments: a table whose column names the sites, a directory of images, site directories."""
 
 import csv
+import hashlib
 import random
 
 import numpy as np
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 
 from experiments.datasets import SitePolicy, write_sites
 from experiments.experiment import run_experiment
-from experiments.settings import ExperimentSettings, check_experiment
-from experiments.sources import DatasetSettings, load_source
+from experiments.resumed import resumed
+from experiments.settings import ExperimentSettings, check_experiment, with_own_data
+from experiments.sources import DatasetSettings, load_source, with_content
 from experiments.sweeps.identity import digest_of, identify
 from fedclaw.cli import compose_settings
 from fedclaw.errors import DataError, UsageError
@@ -35,7 +37,7 @@ def table(tmp_path):
 
 
 def settings_of(*overrides):
-    return compose_settings("run", overrides, ExperimentSettings)
+    return with_own_data(compose_settings("run", overrides, ExperimentSettings))
 
 
 def test_a_column_names_the_sites(table, tmp_path):
@@ -168,11 +170,33 @@ def test_runs_of_the_shipped_sets_keep_their_digests_and_other_content_has_anoth
     settings = settings_of(*TINY).model_dump(mode="json")
     relevant = identify(settings).configuration
     assert not {"data", "sites", "resume"} & set(relevant)
-    own = DatasetSettings(name="csv", data=table)
-    before = digest_of(own.model_dump(mode="json"))
+    own = with_content(DatasetSettings(name="csv", data=table))
+    assert own.content == hashlib.sha256(table.read_bytes()).hexdigest()
     assert DatasetSettings.model_validate(own.model_dump(mode="json")) == own
     table.write_text(table.read_text().replace("icu", "ICU", 1))
-    assert digest_of(own.model_dump(mode="json")) != before
+    before, after = (digest_of(settings.model_dump(mode="json")) for settings in (own, with_content(own)))
+    assert before != after
+
+
+def test_a_run_goes_on_with_the_data_that_it_was_begun_with_alone(table, tmp_path):
+    words = (*TINY, "dataset=csv", f"data={table}", "sites=hospital", f"runs={tmp_path}/runs", "run=x")
+    settings = settings_of(*words)
+    root = run_experiment(settings, quiet=True).directory.root
+    assert resumed(settings, root, ()).dataset == settings.dataset
+    table.write_text(table.read_text().replace("icu", "ICU", 1))
+    with pytest.raises(UsageError, match=r"table\.csv is not what it was when .*x was begun"):
+        resumed(settings, root, ())
+
+
+def test_settings_are_checked_without_a_look_at_the_data(tmp_path):
+    """What is read is read in one step: neither checking nor writing settings opens a file."""
+    missing = DatasetSettings(name="csv", data=tmp_path / "nowhere.csv", site_column="hospital")
+    assert "content" not in missing.model_dump()
+    for read in (with_content, load_source):
+        with pytest.raises(UsageError, match=r"nowhere\.csv: there is no such file"):
+            read(missing)
+    with pytest.raises(UsageError, match="there is no such directory"):
+        with_content(DatasetSettings(name="images", data=tmp_path / "nowhere"))
 
 
 def test_a_measured_number_is_not_taken_for_classes(tmp_path):
