@@ -1,10 +1,13 @@
 """A canary that is loud, and a blank in its place: what the adversary plants to see one bit.
 
-Under a saturated softmax the gradient of an example with the label that the model is sure of is zero, and that of the
-same input with another label is as large as one likes. So the server chooses parameters (its right: it sends them) that
-are the initial ones times a factor, at which the model is sure of everything. A data set of blanks then has no
-gradient at all, and a canary among them has one whose direction the adversary knows: whatever else is in an update is
-noise.
+The server may send whatever parameters it likes, so the adversary chooses them such that the same input has no
+gradient with one target, and with another one as large a gradient as it likes:
+
+    classes   the initial parameters times a factor: under a saturated softmax the model is sure of one label
+    a number  the same with a last layer of zeros: the model answers every input with the same value
+
+A data set of blanks then has no gradient at all, and a canary among them has one whose direction the adversary knows.
+Whatever else is in an update is noise.
 """
 
 import os
@@ -55,14 +58,22 @@ def make_canary(
     inputs = workload.schema.synthetic_inputs(_CANDIDATES, generator)
     for factor in _FACTORS:
         scaled = {name: np.float32(factor) * array for name, array in parameters.items()}
-        load(model, scaled)
-        for row in np.float32(factor) * inputs[:, None]:
-            found = _canary(workload, model, scaled, row, clip)
-            if found is not None:
-                return found
+        for chosen in (scaled, _with_zero_head(scaled)):
+            load(model, chosen)
+            for row in np.float32(factor) * inputs[:, None]:
+                found = _canary(workload, model, chosen, row, clip)
+                if found is not None:
+                    return found
     raise PrivacyError(
         f"no input makes model {spec.name!r} loud enough for a canary: whatever it is sure of, its gradients stay small"
     )
+
+
+def _with_zero_head(parameters: Arrays) -> Arrays:
+    """`parameters` with the last matrix of weights, and what comes after it, as zeros."""
+    names = list(parameters)
+    head = max((place for place, name in enumerate(names) if parameters[name].ndim > 1), default=0)
+    return {**parameters, **{name: np.zeros_like(parameters[name]) for name in names[head:]}}
 
 
 def gradient(workload: Workload, model: torch.nn.Module, inputs: Floats, targets: Targets) -> NDArray[np.float64]:
