@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import subprocess
 import sys
 import time
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from experiments.processes import free_port
@@ -22,9 +26,24 @@ PATIENCE = 90.0
 """Seconds after which a process that should have ended, or a line that should have come, is given up."""
 
 
+# The same examples in every run, or (`--hypothesis-profile explore`) others in each. Neither looks at a clock.
+_UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", _UNHURRIED, derandomize=True, print_blob=True)
+settings.register_profile("explore", _UNHURRIED, derandomize=False, print_blob=True)
+settings.load_profile("repeatable")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts processes, which lies at the top, comes first: two workers then end at about the same time."""
     items.sort(key=lambda item: len(item.path.parts))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test that draws without a seed, or a fixture that it is first to use, draws the same in every run and order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @dataclass

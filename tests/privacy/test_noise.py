@@ -7,34 +7,21 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from scipy.stats import chi2, kstest
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.noise import GaussianSource
+from tests.chance import counts_fit, frequencies_fit, is_standard_normal, scale_is_right, uncorrelated
 
 N = 200_000
-TINY = 1e-6
-"""Probability with which a right source fails one of these tests."""
-
-
-def scale_is_right(values: np.ndarray, std: float) -> bool:
-    """Two-sided chi-square test of the standard deviation of normal `values`."""
-    statistic = float(np.sum(np.square(values / std)))
-    return bool(chi2.ppf(TINY / 2, len(values)) < statistic < chi2.isf(TINY / 2, len(values)))
-
-
-def looks_independent(left: np.ndarray, right: np.ndarray) -> bool:
-    """Their correlation is within 5 standard errors of zero."""
-    return bool(abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(len(left)))
 
 
 def test_distribution_and_scale() -> None:
     values = GaussianSource().normal((N,), 3.0).double().numpy()
-    assert kstest(values / 3.0, "norm").pvalue > TINY
+    assert is_standard_normal(values / 3.0)
     assert scale_is_right(values, 3.0)
-    assert looks_independent(values[:-1], values[1:])
-    assert looks_independent(values[: N // 2], values[N // 2 :])
-    assert looks_independent(np.abs(values[: N // 2]), np.abs(values[N // 2 :]))
+    assert uncorrelated(values[:-1], values[1:])
+    assert uncorrelated(values[: N // 2], values[N // 2 :])
+    assert uncorrelated(np.abs(values[: N // 2]), np.abs(values[N // 2 :]))
 
 
 @pytest.mark.parametrize("wrong", [0.9, 1.1])
@@ -45,9 +32,9 @@ def test_the_scale_test_rejects_a_scale_that_is_a_tenth_off(wrong: float) -> Non
 
 def test_two_sources_are_independent_and_the_test_sees_shared_ones() -> None:
     first, second = (GaussianSource().standard(N).numpy() for _ in range(2))
-    assert looks_independent(first, second)
+    assert uncorrelated(first, second)
     shared = [GaussianSource(insecure_fixed_key_for_tests=bytes(32)).standard(N).numpy() for _ in range(2)]
-    assert not looks_independent(*shared)
+    assert not uncorrelated(*shared)
     assert np.array_equal(*shared)
 
 
@@ -82,7 +69,7 @@ def test_add_keeps_values_and_scales_noise() -> None:
     assert [tensor.shape for tensor in noisy] == [tensor.shape for tensor in values]
     rests = [(new.double() - old.double()).flatten().numpy() for new, old in zip(noisy, values, strict=True)]
     assert scale_is_right(np.concatenate(rests), 4.0)
-    assert looks_independent(rests[0][:3000], rests[2])
+    assert uncorrelated(rests[0][:3000], rests[2])
     assert all(bool((tensor.unique() == tensor.unique()[0]).all()) for tensor in values if tensor.numel())
 
 
@@ -96,14 +83,14 @@ def test_without_noise_values_are_exact() -> None:
 def test_bernoulli_rate(q: float) -> None:
     mask = GaussianSource().bernoulli(N, q)
     assert mask.shape == (N,)
-    assert abs(float(mask.mean()) - q) <= 5 * np.sqrt(q * (1 - q) / N)
+    assert counts_fit(mask.sum(), N, q)
 
 
 def test_permutation_is_one_and_every_place_is_equally_likely() -> None:
     source = GaussianSource()
     assert sorted(source.permutation(40_000)) == list(range(40_000))
     firsts = np.bincount([source.permutation(5)[0] for _ in range(5000)], minlength=5)
-    assert float(np.sum(np.square(firsts - 1000.0) / 1000.0)) < chi2.isf(TINY, 4)
+    assert frequencies_fit(firsts)
 
 
 def test_a_source_cannot_be_copied_or_sent() -> None:

@@ -1,17 +1,16 @@
 """The noise on what leaves a site has the scale that its ledger was charged for, measured on what leaves."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
-from scipy.stats import chi2, kstest
 
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.terms import ModelSpec, PrivacyRequest
+from tests.chance import is_standard_normal, scale_is_right, uncorrelated
 from tests.privacy.wire import NAMES, WEIGHTINGS, WireSite, emptied, reaches, sgd, weight_of
 
-TINY = 1e-6
-"""Probability with which a right site fails one of these tests."""
 ROUNDS = 4
 """Times 2114 parameters: a scale that is 10% too small lies 12 standard errors away."""
 CLIP = 0.5
@@ -30,12 +29,6 @@ def too_small(monkeypatch):
     """Noise of nine tenths of the scale that was asked for."""
     honest = GaussianSource.perturb_
     monkeypatch.setattr(GaussianSource, "perturb_", lambda self, values, std: honest(self, values, 0.9 * std))
-
-
-def scale_is_right(noise):
-    """Two-sided chi-square test of standard normal numbers."""
-    statistic = float(np.square(noise).sum())
-    return bool(chi2.ppf(TINY / 2, len(noise)) < statistic < chi2.isf(TINY / 2, len(noise)))
 
 
 def claimed(wire, changes, training):
@@ -91,8 +84,7 @@ def test_noise_for_another_number_of_steps_is_found(wire):
 
 def test_noise_is_normal_and_fresh_in_every_number_and_every_round(wire):
     noise = noise_alone(wire, WEIGHTINGS[0], sgd(1, 40)).reshape(ROUNDS, -1)
-    assert kstest(noise.ravel(), "norm").pvalue > TINY
+    assert is_standard_normal(noise)
     # Parameters are float32, so some differences of parameters coincide.
     assert len(np.unique(noise)) > 0.95 * noise.size
-    correlations = np.corrcoef(noise)[np.triu_indices(ROUNDS, 1)]
-    assert np.abs(correlations).max() < 5.5 / math.sqrt(noise.shape[1])
+    assert all(uncorrelated(*pair) for pair in itertools.combinations(noise, 2))

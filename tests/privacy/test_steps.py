@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
-from scipy.stats import chi2
 from torch import nn
 from torch.nn import functional
 
@@ -18,9 +17,9 @@ from fedclaw.privacy.gradients.interface import Clip
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, poisson_batches, shuffled_batches
+from tests.chance import counts_fit, scale_is_right, uncorrelated
 
 HUGE = 1e6
-TINY = 1e-6
 CLASSES = 3
 
 
@@ -171,9 +170,7 @@ def test_noise_scale_at_the_output(count: int, off: float, right: bool) -> None:
     with private(model, noise_multiplier=1.5 * off, **settings_) as steps:
         assert steps.noise_std == pytest.approx(1.5 * off * 2.0 / 4.0)
     noise = gradient(model, data, noise_multiplier=1.5 * off, **settings_) - gradient(model, data, **settings_)
-    statistic = float((noise.double() / (1.5 * 2.0 / 4.0)).square().sum())
-    within = chi2.ppf(TINY / 2, noise.numel()) < statistic < chi2.isf(TINY / 2, noise.numel())
-    assert within == right
+    assert scale_is_right(noise, 1.5 * 2.0 / 4.0) == right
 
 
 def test_every_step_and_every_taker_has_noise_of_its_own() -> None:
@@ -186,7 +183,7 @@ def test_every_step_and_every_taker_has_noise_of_its_own() -> None:
                 steps.gradients(*data)
                 draws.append(flat(model).clone())
     for left, right in itertools.combinations(draws, 2):
-        assert abs(float(torch.corrcoef(torch.stack([left, right]))[0, 1])) < 5 / len(left) ** 0.5
+        assert uncorrelated(left, right)
 
 
 @settings(max_examples=20, deadline=None)
@@ -355,10 +352,11 @@ def test_poisson_batches_take_each_row_independently() -> None:
     batches = list(poisson_batches(count, q, steps, GaussianSource()))
     assert len(batches) == steps
     sizes = np.array([len(rows) for rows in batches])
-    assert abs(sizes.mean() - count * q) < 5 * np.sqrt(count * q * (1 - q) / steps)
+    assert counts_fit(sizes.sum(), count * steps, q)
+    # A variance of 4000 such sizes is off by 2.3% (its standard error): 0.15 are 6.5 of them.
     assert sizes.var() == pytest.approx(count * q * (1 - q), rel=0.15)
     often = np.bincount(torch.cat(batches).numpy(), minlength=count)
-    assert np.all(np.abs(often - steps * q) < 6 * np.sqrt(steps * q * (1 - q)))
+    assert counts_fit(often, steps, q)
     assert all(len(set(rows.tolist())) == len(rows) for rows in batches)
     assert (sizes == 0).any()
 
@@ -368,7 +366,7 @@ def test_poisson_batches_at_the_ends() -> None:
     assert [len(rows) for rows in poisson_batches(3, 0.0, 2, GaussianSource())] == [0, 0]
     assert [len(rows) for rows in poisson_batches(0, 0.5, 2, GaussianSource())] == [0, 0]
     sizes = Counter(len(rows) for rows in poisson_batches(1, 0.5, 2000, GaussianSource()))
-    assert abs(sizes[1] - 1000) < 5 * np.sqrt(500)
+    assert counts_fit(sizes[1], 2000, 0.5)
 
 
 def test_shuffled_batches_go_through_epochs() -> None:

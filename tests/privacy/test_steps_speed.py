@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chi2
 from torch import nn
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.frozen import check_settings
+from tests.chance import scale_is_right
 
 EAGER: tuple[Mode, ...] = ("opacus", "vmap", "bookkeeping")
 SPEEDS = [StepSpeed(mode=mode, chunk_size=chunk) for mode in (*EAGER, "auto") for chunk in (None, 1, 3)]
@@ -26,7 +26,6 @@ NOT_FOR_OPACUS = ("tied", "in place")
 CLASSES = 3
 BOUND = 0.7
 EXPECTED = 3.0
-TINY = 1e-6
 
 
 def loss(_: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -261,9 +260,7 @@ def test_every_way_has_the_same_noise(speed: StepSpeed, off: float, right: bool)
     bare = gradient(model, inputs, targets, speed)
     with taker(model, speed, noise_multiplier=1.5 * off) as steps:
         steps.gradients(inputs, targets)
-    noise = (flat(model) - bare).double() / (1.5 * BOUND / EXPECTED)
-    statistic = float(noise.square().sum())
-    assert (chi2.ppf(TINY / 2, len(noise)) < statistic < chi2.isf(TINY / 2, len(noise))) == right
+    assert scale_is_right(flat(model) - bare, 1.5 * BOUND / EXPECTED) == right
 
 
 @pytest.mark.parametrize("kind", ["tied", "twice", "in place"])

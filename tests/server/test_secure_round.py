@@ -30,10 +30,12 @@ from fedclaw.server.secure_round import session_of
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
+from tests.chance import TINY, frequencies_fit
 from tests.samples import plan_of, run_record
 
 STEPS = LocalTraining(steps=3, batch_size=1000, learning_rate=0.2)
 ONE_STEP = LocalTraining(steps=1, batch_size=1, learning_rate=0.5)
+NUMBERS = 200_000
 
 
 class Flaky:
@@ -107,7 +109,7 @@ def test_what_leaves_a_site_is_masked(tmp_path, record, sites):
     assert set(train.content.array_records) == {"masked"}
     vector = np.frombuffer(train.content.array_records["masked"]["vector"].data, np.uint32, offset=128)
     counts = np.bincount(vector >> 28, minlength=16)
-    assert chi2.sf(((counts - len(vector) / 16) ** 2 / (len(vector) / 16)).sum(), 15) > 1e-6
+    assert frequencies_fit(counts)
     receipt = next(iter(RunDirectory(tmp_path / "run").read_receipts().values())).receipt
     assert receipt.secure_aggregation
 
@@ -383,7 +385,7 @@ def test_the_sum_carries_the_noise_after_the_tolerated_drop_outs(unit, training,
         weighting=weighting,
         weight_cap=cap,
     )
-    template = {"w": np.zeros(100_000, np.float32)}
+    template = {"w": np.zeros(NUMBERS, np.float32)}
     names = [f"site-{number}" for number in range(5)]
     plan = session_of(plan_of(record), names, Outgoing(template), record.secure, 2)
     assert plan.secure.tolerated == 2
@@ -392,8 +394,8 @@ def test_the_sum_carries_the_noise_after_the_tolerated_drop_outs(unit, training,
     total = np.sum(encoded, axis=0, dtype=np.uint32)
     noise = unflattened(Encoding(plan.secure.step).decode(total), shapes_of(template))["w"].astype(np.float64)
     statistic = float(np.square(noise).sum()) / (1.2 * bound) ** 2
-    assert statistic > chi2.ppf(5e-7, 100_000), "less noise than promised"
-    assert statistic < 1.01 * chi2.isf(5e-7, 100_000)
+    assert statistic > chi2.ppf(TINY, NUMBERS), "less noise than promised"
+    assert statistic < 1.01 * chi2.isf(TINY, NUMBERS)
     assert integers.shares.noise_multiplier >= 1.2
 
 

@@ -76,7 +76,7 @@ def test_the_sum_is_right_and_costs_what_was_asked_while_the_server_sees_masks(m
 
 
 def test_the_noise_of_the_sum_is_that_of_one_site_alone_not_of_all(sites, monkeypatch):
-    """4 sites' shares, of which one may drop out; 40 sums of 144 numbers: the right scale is within 5% (5 errors)."""
+    """4 sites' shares, of which one may drop out; 40 sums of 144 numbers: the right scale is within 6% (6.4 errors)."""
     request = request_for(sites)
     design = design_of(schema_of(sites), request.columns, True, request.bins)
     exact = np.sum([statistics_vector(site, design) for site in sites.values()], axis=0)
@@ -92,7 +92,7 @@ def test_the_noise_of_the_sum_is_that_of_one_site_alone_not_of_all(sites, monkey
     noise = np.array(totals) - exact
     said = release.mechanism.deviation
     assert noise.shape == (40, 144)
-    assert np.std(noise) == pytest.approx(said, rel=0.05)
+    assert np.std(noise) == pytest.approx(said, rel=0.06)
     assert abs(noise.mean()) < 6 * said / np.sqrt(noise.size)
     assert said == pytest.approx(OwnNoise.calibrated(1.0, 1e-4).noise_multiplier * np.sqrt(4 / 3), rel=0.02)
 

@@ -156,7 +156,7 @@ def test_the_interval_holds_the_exact_area_in_95_of_100_cases() -> None:
     logits = np.stack([np.zeros(4000), random.normal(size=4000) + targets], 1)
     exact = exact_area(logits, targets)
     source, sums = GaussianSource(), Classification(("no", "yes")).bounded(("accuracy",), 64, logits, targets, 5.0)
-    drawn = [noised(policy(), bounded_together(sums), len(targets), source).value for _ in range(400)]
+    drawn = [noised(policy(), bounded_together(sums), len(targets), source).value for _ in range(1000)]
     areas = [area_of(found.arrays[SCORES], found.deviation**2) for found in drawn]
     inside = np.mean([low <= exact <= high for low, high in (area.interval for area in areas)])
     assert inside > 0.9

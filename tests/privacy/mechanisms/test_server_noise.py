@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from scipy.stats import chi2
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
@@ -38,9 +37,10 @@ from fedclaw.server.session import calibrated, initial_parameters
 from fedclaw.site.privacy_budget import charge_of
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
+from tests.chance import scale_is_right
 from tests.samples import plan_of, run_record
 
-NUMBERS = 200_000
+NUMBERS = 400_000
 CONTEXT = SiteContext(GaussianSource())
 ONE_STEP = LocalTraining(steps=1, batch_size=1, learning_rate=0.5)
 
@@ -66,9 +66,8 @@ def noised_mean(plan, weights, examples):
 
 
 def assert_deviation(values, expected):
-    """Two-sided chi-square test that a right implementation fails once in a million times; 1% off fails it."""
-    statistic = float(np.square(values.astype(np.float64)).sum()) / expected**2
-    assert chi2.ppf(5e-7, len(values)) < statistic < chi2.isf(5e-7, len(values))
+    """1% off is 9 standard errors off."""
+    assert scale_is_right(values, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Who shares masks with whom, and whether the bounds on the graph hold when sites are drawn at random."""
 
 import secrets
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fedclaw.privacy.secure_aggregation.graph import (
     permutation,
 )
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
+from tests.chance import frequencies_fit
 from tests.privacy.secure_aggregation.rehearsal import parameters
 
 Edges = dict[int, frozenset[int]]
@@ -59,13 +61,9 @@ def test_every_party_draws_the_same_graph() -> None:
 
 
 def test_orders_are_uniform() -> None:
-    # 6000 orders of 3: chi^2 with 5 degrees of freedom exceeds 40 with a probability below 1e-6.
-    seen: dict[tuple[int, ...], int] = {}
-    for _ in range(6000):
-        order = tuple(permutation(secrets.token_hex(16), 3))
-        seen[order] = seen.get(order, 0) + 1
+    seen = Counter(tuple(permutation(secrets.token_hex(16), 3)) for _ in range(8000))
     assert len(seen) == 6
-    assert sum((count - 1000) ** 2 / 1000 for count in seen.values()) < 40
+    assert frequencies_fit(list(seen.values()))
 
 
 def test_hypergeometric_by_hand() -> None:
