@@ -21,7 +21,21 @@ from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 RUN_ID = 77
-QUICK = Limits(heartbeat=0.15, backoff_first=0.05, backoff_longest=0.2, handshake=5)
+QUICK = Limits(heartbeat=0.15, missed_heartbeats=40, backoff_first=0.05, backoff_longest=0.2, handshake=5)
+"""Heartbeats and new attempts come soon. Silence takes long: a machine that is busy for a second is none."""
+
+
+class Clock:
+    """The monotonic clock of this process, which a test moves forward instead of waiting."""
+
+    def __init__(self) -> None:
+        self._real, self._ahead = time.monotonic, 0.0
+
+    def __call__(self) -> float:
+        return self._real() + self._ahead
+
+    def forward(self, seconds: float) -> None:
+        self._ahead += seconds
 
 
 class Federation:
@@ -203,6 +217,14 @@ class Kit:
 @pytest.fixture(scope="session")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     return Federation(tmp_path_factory.mktemp("federation"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What a question's time and a reply's rate are measured by, here at both ends."""
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
 
 
 @pytest.fixture

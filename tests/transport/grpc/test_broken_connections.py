@@ -72,12 +72,13 @@ class Proxy:
 
 
 @pytest.fixture
-def proxied(kit) -> Iterator[tuple]:
-    """A grid and a site that is connected to it through a proxy."""
-    grid = kit.grid()
+def proxied(kit, request) -> Iterator[tuple]:
+    """A grid and a site that is connected to it through a proxy; a parameter changes the limits of both."""
+    limits = kit.QUICK.model_copy(update=getattr(request, "param", {}))
+    grid = kit.grid(limits)
     proxy = Proxy(grid.port)
     echo = kit.Echo()
-    running = kit.link("site-a", proxy.port, echo)
+    running = kit.link("site-a", proxy.port, echo, limits=limits)
     grid.wait_for_sites(1, 20)
     yield grid, proxy, echo, running
     proxy.close()
@@ -129,6 +130,7 @@ def test_a_connection_that_breaks_during_training_costs_nothing(kit, proxied):
     assert len(echo.asked) == 1
 
 
+@pytest.mark.parametrize("proxied", [{"missed_heartbeats": 3}], indirect=True)
 def test_a_silent_connection_is_given_up_by_both_ends(kit, proxied, caplog):
     grid, proxy, _, running = proxied
     kit.until(lambda: running.link.connected, "the site has heard its welcome")

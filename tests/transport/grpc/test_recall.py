@@ -63,13 +63,13 @@ def test_a_site_answers_after_more_rounds_with_a_missed_download_than_it_has_roo
     assert len(echo.asked) == 1
 
 
-def test_partly_received_tasks_expire_by_themselves_and_their_number_and_size_are_bounded(kit):
+def test_partly_received_tasks_expire_by_themselves_and_their_number_and_size_are_bounded(kit, clock):
     reassembler = TaskReassembler(room=10 * MIB)
-    begin(reassembler, task(kit, "a", size=6 * MIB, seconds_left=0.05))
+    begin(reassembler, task(kit, "a", size=6 * MIB, seconds_left=50.0))
     assert reassembler.has_room(4 * MIB, tasks=2)
     assert not reassembler.has_room(5 * MIB, tasks=2)
     assert not reassembler.has_room(1, tasks=1)
-    time.sleep(0.06)
+    clock.forward(51)
     assert reassembler.has_room(20 * MIB, tasks=1), "a single one larger than the room comes alone"
     assert reassembler.add(Chunk("a", 0, b"x")) is None
 
@@ -110,13 +110,15 @@ def test_a_recalled_task_that_waits_is_never_begun_and_may_be_asked_again(kit):
     assert [message.metadata.group_id for message in echo.asked] == ["1", "2"]
 
 
-def test_replies_that_nobody_reads_expire(kit):
-    grid = kit.grid(kit.QUICK.model_copy(update={"gone": 0.3}))
-    kit.link("site-a", grid.port)
+def test_replies_that_nobody_reads_expire(kit, clock):
+    patient = kit.QUICK.model_copy(update={"gone": 50.0, "missed_heartbeats": 4000})
+    grid = kit.grid(patient)
+    kit.link("site-a", grid.port, limits=patient)
     grid.wait_for_sites(1, 20)
-    (identity,) = grid.push_messages([kit.message("site-a", kit.content(500_000), ttl=0.3)])
+    (identity,) = grid.push_messages([kit.message("site-a", kit.content(500_000), ttl=50.0)])
     kit.until(lambda: grid._pending.has_reply([identity]), "the reply is there")
     assert grid._connections._replies.held_bytes() > 0
+    clock.forward(51)
     kit.until(lambda: not grid._pending.has_reply([identity]), "it has expired")
     kit.until(lambda: grid._connections._replies.held_bytes() == 0, "and takes no memory any more")
     assert list(grid.pull_messages([identity])) == []
