@@ -18,8 +18,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from experiments.processes import free_port
 from fedclaw.identity import provisioning
+from tests.ports import free_port
 
 FEDERATION = "clinic"
 PATIENCE = 90.0

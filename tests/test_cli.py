@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.processes import free_port
 from fedclaw.cli import compose_settings, config_directory, split
 from fedclaw.errors import UsageError
 from fedclaw.server.__main__ import ServerSettings
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from tests.conftest import environment, run_module
+from tests.ports import free_port
 from tests.samples import receipt, run_record
 
 ENTRY_POINTS = ["server", "client", "provision", "compress", "export", "verify", "predict", "ledger", "audit"]

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.processes import free_port
 from fedclaw.identity import provisioning
 from fedclaw.server.run_directory import RunDirectory
 from tests.conftest import PATIENCE, environment
 from tests.plugin_runtimes import FEDERATION, PLAIN, SITES, deal
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "plugins.md"

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.processes import free_port
 from fedclaw import statistics as command
 from fedclaw.errors import FedClawError
 from fedclaw.identity import provisioning
@@ -19,6 +18,7 @@ from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.site.journal.reconciliation import check_site, site_spending
 from tests.conftest import FEDERATION, Command, Deployment, run_module
 from tests.made_tables import make_sites
+from tests.ports import free_port
 from tests.samples import receipt, run_record
 
 

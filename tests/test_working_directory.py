@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from experiments.processes import free_port
 from fedclaw.__main__ import COMMANDS
 from fedclaw.identity.provisioning import initialise
 from tests.conftest import PATIENCE, Command, environment
+from tests.ports import free_port
 
 ROOT = Path(__file__).parent.parent
 CODE = (

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from experiments.processes import free_port
 from fedclaw.compress.record import read_compressed
 from fedclaw.errors import SecureAggregationError
 from fedclaw.export.check import Trust, verify_bundle
@@ -41,6 +40,7 @@ from fedclaw.site.settings import load_site_settings
 from fedclaw.site.state import SiteStates
 from fedclaw.transport.in_process import simulate
 from tests.conftest import Background, run_module
+from tests.ports import free_port
 from tests.privacy.secure_aggregation.rehearsal import identities, parameters
 
 MADE = Path(__file__).parent

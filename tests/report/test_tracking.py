@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from experiments.processes import free_port
 from fedclaw.errors import CheckpointError, TransportError
 from fedclaw.report import tracking
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, make_tracker
 from fedclaw.server.round_report import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
+from tests.ports import free_port
 from tests.samples import receipt, run_record
 
 RECEIPT = receipt(epsilon_run=1.5)

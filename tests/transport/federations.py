@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from experiments.processes import free_port
 from fedclaw.identity import provisioning
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
@@ -31,6 +30,7 @@ from fedclaw.transport.grpc import GrpcGrid, SiteConnection
 from fedclaw.transport.in_process import open_sites, simulate
 from fedclaw.transport.ray import RaySettings, simulate_on_ray
 from tests.conftest import environment
+from tests.ports import free_port
 
 FEDERATION = "clinic"
 SITES = 3

@@ -1,7 +1,7 @@
 """A site's certificate that runs out while the site is connected."""
 
 import datetime as dt
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,30 +10,39 @@ from fedclaw.errors import ConnectionRefused
 from fedclaw.identity import pki, provisioning
 from fedclaw.identity.site_home import SiteKeys
 
-LIFE = dt.timedelta(seconds=4)
+DAY, MINUTE = dt.timedelta(days=1), dt.timedelta(minutes=1)
 
 
-def issued(federation, site: Path) -> SiteKeys:
-    """A site whose certificate the federation's CA issued for a few seconds."""
+def issued(federation, site: Path, life: dt.timedelta) -> SiteKeys:
+    """A site whose certificate the federation's CA issued for so long."""
     home = federation.root / "federation"
     request = provisioning.request_site(site, home / "federation.json", site.name)
-    approval = provisioning.approve(home, request, days=LIFE / dt.timedelta(days=1))
+    approval = provisioning.approve(home, request, days=life / DAY)
     provisioning.accept(site, approval)
     return SiteKeys.open(site)
 
 
 @pytest.fixture
 def brief(federation, tmp_path, request) -> SiteKeys:
-    """A site whose certificate is about to expire, of a name of its own."""
-    return issued(federation, tmp_path / f"site-{len(request.node.name)}")
+    """A site whose certificate expires tomorrow, of a name of its own."""
+    return issued(federation, tmp_path / f"site-{len(request.node.name)}", DAY)
+
+
+@pytest.fixture
+def tomorrow(monkeypatch) -> Callable[[], None]:
+    """Makes it the day after tomorrow, by the clock that certificates are held to."""
+    today = pki.now
+    return lambda: monkeypatch.setattr(pki, "now", lambda: today() + 2 * DAY)
 
 
 @pytest.fixture(scope="module")
 def lapsed(federation, tmp_path_factory) -> SiteKeys:
-    """A site whose certificate has expired since its process read it."""
-    keys = issued(federation, tmp_path_factory.mktemp("lapsed") / "site-lapsed")
-    while not expired(keys):
-        time.sleep(0.1)
+    """A site whose certificate has expired since its process read it, by every clock."""
+    today = pki.now
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pki, "now", lambda: today() - 5 * MINUTE)
+        keys = issued(federation, tmp_path_factory.mktemp("lapsed") / "site-lapsed", MINUTE)
+    assert expired(keys)
     return keys
 
 
@@ -41,7 +50,7 @@ def expired(keys: SiteKeys) -> bool:
     return pki.now() > keys.certificate.not_valid_after_utc
 
 
-def test_a_connected_site_whose_certificate_expires_is_dropped_and_both_ends_say_why(kit, brief, caplog):
+def test_a_connected_site_whose_certificate_expires_is_dropped_and_both_ends_say_why(kit, brief, tomorrow, caplog):
     grid = kit.grid()
     echo = kit.Echo()
     echo.gate.clear()
@@ -50,6 +59,8 @@ def test_a_connected_site_whose_certificate_expires_is_dropped_and_both_ends_say
     kit.link("site-a", grid.port)
     grid.wait_for_sites(2, 20)
     replies = grid.send_and_receive([kit.message(name), kit.message("site-a")], timeout=60)
+    assert not expired(brief)
+    tomorrow()
 
     error = running.ended()
 
@@ -64,8 +75,10 @@ def test_a_connected_site_whose_certificate_expires_is_dropped_and_both_ends_say
     kit.until(lambda: grid.wait_for_sites(1, 1) == ("site-a",), "its place is free")
 
 
-def test_a_site_that_was_away_when_its_certificate_expired_stops_trying(kit, brief):
+def test_a_site_that_was_away_when_its_certificate_expired_stops_trying(kit, brief, tomorrow, caplog):
     running = kit.link(brief.site_name, 1, keys=brief)
+    kit.until(lambda: "next attempt" in caplog.text, "it has tried in vain")
+    tomorrow()
     error = running.ended()
     assert isinstance(error, ConnectionRefused)
     assert "expired on" in str(error)

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from experiments.processes import free_port
 from fedclaw.transport.grpc import Limits
 from fedclaw.transport.grpc.site_connection import SiteConnection
+from tests.ports import free_port
 
 LOGGER = "fedclaw.transport.grpc.site_connection"
 
