@@ -186,8 +186,9 @@ def _seconds(
         for _ in range(_PROBES):
             began = time.thread_time()
             for group in groups:
-                stack.copy_(start.expand_as(stack))
-                steps = plain_steps(engine, training, stack, gradients, partial(_examples, table), corrected=False)
-                take_steps(pack(group, choice.spare), steps)
+                packings, examples = pack(group, choice.spare), partial(_examples, table)
+                steps = plain_steps(engine, training, start, stack, gradients, packings, examples, corrected=False)
+                take_steps(packings, steps)
+                steps.change(torch.ones(len(group)), start)
             best = min(best, time.thread_time() - began)
     return best

@@ -1,6 +1,7 @@
 """Trains a unit of clients: many at once or one at a time, with the strategy's client half and the postprocessors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedclaw.learning.stacked.batched import BatchedModel, Loss
 from fedclaw.learning.stacked.engines import Engine, PlainModel
 from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
-from fedclaw.learning.stacked.steps import RowSteps, plain_steps
+from fedclaw.learning.stacked.steps import ClientSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
 from fedclaw.learning.step_loop import take_steps
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, client_update_of, is_overridden
@@ -70,23 +71,18 @@ class Trainer:
         answer = Answer(np.zeros((len(unit) if round.single else 1, _numbers(round)), np.float32))
         plain, total = self._is_plain_sum(prepared), torch.zeros(len(prepared.start))
         for group in [list(unit)] if self._choice.many else [[client] for client in unit]:
-            stack, steps = self._train(prepared, group)
+            steps, counts = self._train(prepared, group)
             if plain:
-                total.add_(self._weighted(prepared, group, stack, answer))
+                weights = [round.plan.weight(self._federation.examples(client)) for client in group]
+                total.add_(steps.change(torch.tensor(weights), prepared.start))
+                answer.clients += group
+                answer.weights += weights
+                answer.payloads += [answer.numbers.shape[1] * answer.numbers.itemsize] * len(group)
             else:
-                self._add(prepared, group, stack, steps, answer)
+                self._add(prepared, group, steps.rows(), counts, answer)
         if plain:
             answer.numbers[0] = flat(prepared.engine.layout.arrays(total), round.template)
         return answer
-
-    def _weighted(self, prepared: Prepared, group: Sequence[int], stack: torch.Tensor, answer: Answer) -> torch.Tensor:
-        """(D,) the weighted sum of updates that nothing else happens to; noted in `answer`."""
-        weights = [prepared.round.plan.weight(self._federation.examples(client)) for client in group]
-        answer.clients += group
-        answer.weights += weights
-        answer.payloads += [answer.numbers.shape[1] * answer.numbers.itemsize] * len(group)
-        stack.sub_(prepared.start)
-        return stack[0].mul_(weights[0]) if len(group) == 1 else torch.tensor(weights) @ stack
 
     def _prepare(self, round: Round) -> Prepared:
         if self._prepared is not None and self._prepared.round is round:
@@ -139,12 +135,10 @@ class Trainer:
         engine.bind(self._rows[0], self._rows[1])
         return self._rows[0, :count], self._rows[1, :count]
 
-    def _train(self, prepared: Prepared, group: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        """Rows (k, D) of what the clients' parameters have become, and the steps that each has taken."""
+    def _train(self, prepared: Prepared, group: Sequence[int]) -> tuple[ClientSteps, list[int]]:
+        """The steps that the clients have taken, all of them, and how many each has."""
         plan, engine = prepared.round.plan, prepared.engine
         stack, gradients = self._bound(engine, len(group), len(prepared.start))
-        stack.copy_(prepared.start.expand_as(stack))
-        self._put_personal(prepared, group, stack)
         samplings = self._samplings(prepared.round, group) if mechanism_of(plan).is_sampled else []
         batches = self._batches(plan, group, samplings)
         packings = pack(batches, self._choice.spare)
@@ -156,14 +150,19 @@ class Trainer:
         if not isinstance(engine, BatchedModel):
             torch.manual_seed(int(generator_of(self._seed, plan.round, group[0]).integers(2**63)))
         corrected = correction.of_rows(len(packings), alone=not self._choice.many)
+        alike = not (samplings or plan.personal)
+        if not alike:
+            stack.copy_(prepared.start.expand_as(stack))
+            self._put_personal(prepared, group, stack)
         if samplings:
-            self._private_steps(prepared, samplings, packings, stack, gradients, corrected)
+            steps: ClientSteps = self._private_steps(prepared, samplings, packings, stack, gradients, corrected)
         else:
-            self._plain_steps(prepared, packings, stack, gradients, corrected)
+            start = prepared.start if alike else None
+            steps = self._plain_steps(prepared, packings, start, stack, gradients, corrected)
         if mechanism_of(plan).takes_one_step:
             # The one plain step from its gradient: as a difference of parameters it would be rounded to those.
             stack.copy_(prepared.start.expand_as(stack)).add_(gradients, alpha=-plan.training.learning_rate)
-        return stack, [len(own) for own in batches]
+        return steps, [len(own) for own in batches]
 
     def _samplings(self, round: Round, group: Sequence[int]) -> list[ClientSampling]:
         samplings, plan = [], round.plan
@@ -192,14 +191,17 @@ class Trainer:
         self,
         prepared: Prepared,
         packings: Sequence[Packing],
+        start: torch.Tensor | None,
         stack: torch.Tensor,
         gradients: torch.Tensor,
         correct: StepCorrection | None,
-    ) -> None:
-        """All steps of a stack without privacy."""
+    ) -> ClientSteps:
+        """All steps of a stack without privacy; `start` as in `plain_steps`."""
         engine, training = prepared.engine, prepared.round.plan.training
-        steps = plain_steps(engine, training, stack, gradients, self._examples, corrected=correct is not None)
+        corrected = correct is not None
+        steps = plain_steps(engine, training, start, stack, gradients, packings, self._examples, corrected=corrected)
         take_steps(packings, steps, correct)
+        return steps
 
     def _private_steps(
         self,
@@ -209,23 +211,23 @@ class Trainer:
         stack: torch.Tensor,
         gradients: torch.Tensor,
         correct: StepCorrection | None,
-    ) -> None:
+    ) -> RowSteps:
         """The same with differential privacy: many clients at once, or one by the code that a site has."""
-        training = prepared.round.plan.training
-        if prepared.private is not None:
-            private = prepared.private
-            take_steps(
-                packings,
-                RowSteps(
-                    lambda packing: private.gradients(packing, *self._examples(packing), gradients, samplings),
-                    training,
-                    stack,
-                    gradients,
-                ),
-                correct,
-            )
+        with self._private_gradients(prepared, samplings, gradients, len(packings)) as write:
+            steps = RowSteps(write, prepared.round.plan.training, stack, gradients)
+            take_steps(packings, steps, correct)
+        return steps
+
+    @contextmanager
+    def _private_gradients(
+        self, prepared: Prepared, samplings: Sequence[ClientSampling], gradients: torch.Tensor, steps: int
+    ) -> Iterator[Callable[[Packing], None]]:
+        """What leaves the noised gradients of a step in `gradients` (K, D)."""
+        engine, private = prepared.engine, prepared.private
+        if private is not None:
+            yield lambda packing: private.gradients(packing, *self._examples(packing), gradients, samplings)
             return
-        engine, (sampling,) = prepared.engine, samplings
+        (sampling,) = samplings
         assert isinstance(engine, PlainModel)
         with PrivateGradients(
             engine.model,
@@ -234,7 +236,7 @@ class Trainer:
             noise_multiplier=sampling.noise,
             expected_batch_size=sampling.expected,
             source=sampling.source,
-            steps_ahead=len(packings),
+            steps_ahead=steps,
         ) as taker:
             views = [view[0] for view in engine.layout.views(gradients)]
 
@@ -247,7 +249,7 @@ class Trainer:
                     else:
                         view.zero_()
 
-            take_steps(packings, RowSteps(write, training, stack, gradients), correct)
+            yield write
 
     def _examples(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
         return self._inputs.index_select(0, packing.rows), self._targets.index_select(0, packing.rows)
@@ -329,7 +331,7 @@ class Trainer:
         batches = shuffled(self._federation.share(client), round.plan.training, generator)
         correction = Correction.of_personal(prepared.strategy, round, engine.layout, [self._state(client)])
         packings = pack([batches])
-        self._plain_steps(prepared, packings, row, gradients, correction.of_rows(len(packings), alone=True))
+        self._plain_steps(prepared, packings, None, row, gradients, correction.of_rows(len(packings), alone=True))
         return engine.layout.arrays(row[0])
 
     def _training_loss(self, prepared: Prepared, client: int) -> float:

@@ -5,7 +5,7 @@ called once in a forward pass, and that treat examples separately; with a loss t
 model is one is not believed but compared, on examples, with the plain gradient of each client (`choice.agrees`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ class BatchedModel:
         orders = self._find_layers()
         self.layout = Layout({name: value.shape for name, value in model.named_parameters()}, orders)
         self._bound: tuple[int, int, int] | None = None
+        self._rows = torch.empty(0)
         for layer in self.layers:
             layer.module.forward = self._through(layer)
         for module in self.model.modules():
@@ -49,6 +50,7 @@ class BatchedModel:
         if key == self._bound:
             return
         views, changes = self.layout.views(parameters), self.layout.views(gradients)
+        self._rows = parameters
         for layer in self.layers:
             layer.bind([views[place] for place in layer.places], [changes[place] for place in layer.places])
         self._bound = key
@@ -60,6 +62,20 @@ class BatchedModel:
         """
         self._run(packing, inputs, targets)
 
+    def begin(self, start: torch.Tensor | None, packings: Sequence[Packing]) -> None:
+        """Have the clients begin with the parameters `start` (D,), to `descend` by `packings`; None: with their rows.
+
+        What they come to is in their rows after `write`, or told by `change`.
+        """
+        clients = packings[0].clients if packings else 0
+        rows = sum(max((segment.size for segment in packing.segments), default=0) for packing in packings)
+        views = None if start is None else self.layout.views(start[None])
+        for layer in self.layers:
+            layer.begin(None if views is None else views[layer.places[0]][0], clients, rows)
+        if start is not None:
+            for run in self._runs():
+                self._rows[:clients, run] = start[run]
+
     def descend(self, packing: Packing, inputs: torch.Tensor, targets: torch.Tensor, rate: float, decay: float) -> None:
         """parameters <- decay x parameters - rate x gradient, without ever holding a gradient."""
         self._stack.rate, self._stack.decay = rate, decay
@@ -67,6 +83,29 @@ class BatchedModel:
             self._run(packing, inputs, targets)
         finally:
             self._stack.rate = None
+
+    def write(self) -> None:
+        """See `begin`."""
+        for layer in self.layers:
+            layer.write()
+
+    def change(self, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """The sum (D,) over the first k clients of weights (k,) times what their parameters are more than `start`.
+
+        Uses their rows up.
+        """
+        total = torch.empty(self.layout.size)
+        for run in self._runs():
+            torch.mv(self._rows[: len(weights), run].sub_(start[run]).t(), weights, out=total[run])
+        views = self.layout.views(total[None])
+        for layer in self.layers:
+            if layer.factors is not None:
+                views[layer.places[0]][0].copy_(layer.factors.change(weights))
+        return total
+
+    def _runs(self) -> list[slice]:
+        """What of a client's row is its own: all but what is kept as factors."""
+        return self.layout.runs({layer.places[0] for layer in self.layers if layer.factors is not None})
 
     def recorded(
         self, packing: Packing, inputs: torch.Tensor, targets: torch.Tensor

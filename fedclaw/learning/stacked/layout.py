@@ -4,7 +4,7 @@ Legend: K clients, P parameters (tensors) of the model, D numbers in all of them
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,3 +71,14 @@ class Layout:
             back = sorted(range(len(place.order)), key=place.order.__getitem__)
             views.append(part.permute(0, *(axis + 1 for axis in back)))
         return views
+
+    def runs(self, without: Container[int]) -> list[slice]:
+        """All numbers of a row but those of the parameters at these places, as few slices as there can be."""
+        runs: list[slice] = []
+        for number, place in enumerate(self.places):
+            if number in without:
+                continue
+            joins = bool(runs) and runs[-1].stop == place.offset
+            first = runs.pop().start if joins else place.offset
+            runs.append(slice(first, place.offset + place.numbers))
+        return runs

@@ -39,6 +39,15 @@ class Segment(NamedTuple):
         """How many rows."""
         return (self.last - self.first) * self.size
 
+    @property
+    def own(self) -> slice:
+        """Its clients among those of a stack."""
+        return slice(self.first, self.last)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """(clients, size, n) of all rows (N, n): a view."""
+        return values[self.row : self.row + self.rows].view(self.clients, self.size, -1)
+
 
 @dataclass(frozen=True)
 class Packing:

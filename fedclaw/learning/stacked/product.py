@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedclaw.learning.stacked.factors import FactoredWeight
 from fedclaw.learning.stacked.packing import Segment
 from fedclaw.learning.stacked.stack import Stack, StackedLayer
 
 _OUT_OF_CACHE = 1 << 16
 """Numbers of one client's weight (256 KiB) from which those of several clients do not stay in a core's own cache."""
+_WORTH_FACTORING = 1 << 14
+"""Numbers of a weight (64 KiB) from which its factors cost less, calls included, as long as they have fewer numbers."""
 
 
 @dataclass(frozen=True)
@@ -151,21 +154,72 @@ class StackedLinear(StackedLayer):
     def __init__(self, module: nn.Linear, places: tuple[int, ...], stack: Stack) -> None:
         super().__init__(module, places, stack)
         self._product = Product(stack)
+        self._kept: FactoredWeight | None = None
+        self._has_bias = module.bias is not None
+        self._weights = self._biases = self._bias_gradients = torch.empty(0)
 
     def bind(self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
         """See StackedLayer."""
         self._product.bind(parameters, gradients)
+        self._weights, self._biases, self._bias_gradients = parameters[0], parameters[-1], gradients[-1]
+
+    def begin(self, start: torch.Tensor | None, clients: int, rows: int) -> None:
+        """See StackedLayer."""
+        self.factors = None
+        if start is None or start.numel() < _WORTH_FACTORING or rows * sum(start.shape) > start.numel():
+            return
+        if self._kept is None or not self._kept.takes(clients, rows):
+            self._kept = FactoredWeight(start, clients, rows)
+        self._kept.begin(start, clients)
+        self.factors = self._kept
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """See StackedLayer."""
         if inputs.dim() == 2:
-            return self._product.forward(inputs.contiguous(), 1)
+            inputs, factors = inputs.contiguous(), self._factors_in_use
+            return self._product.forward(inputs, 1) if factors is None else self._forward_factored(factors, inputs)
+        # How many rows an example has was not known when the factors began.
+        self.write()
         outputs = self._product.forward(inputs.reshape(-1, inputs.shape[-1]), math.prod(inputs.shape[1:-1]))
         return outputs.view(*inputs.shape[:-1], -1)
 
     def backward(self, inputs: torch.Tensor, gradient: torch.Tensor, wanted: bool) -> torch.Tensor | None:
         """See StackedLayer."""
         rows, change = inputs.reshape(-1, inputs.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        factors = self._factors_in_use
+        if factors is not None:
+            return self._backward_factored(factors, rows, change, wanted)
         back = torch.empty_like(rows) if wanted else None
         self._product.backward(rows, change, math.prod(inputs.shape[1:-1]), back)
         return None if back is None else back.view(inputs.shape)
+
+    def write(self) -> None:
+        """See StackedLayer."""
+        if self.factors is not None:
+            self.factors.write(self._weights)
+            self.factors = None
+
+    @property
+    def _factors_in_use(self) -> FactoredWeight | None:
+        """None outside of plain steps: gradients are of the rows as they are."""
+        return self.factors if self.stack.rate is not None else None
+
+    def _forward_factored(self, factors: FactoredWeight, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = factors.forward(inputs, self.stack.segments)
+        if self._has_bias:
+            for segment in self.stack.segments:
+                segment.of(outputs).add_(self._biases[segment.own, None])
+        return outputs
+
+    def _backward_factored(
+        self, factors: FactoredWeight, rows: torch.Tensor, change: torch.Tensor, wanted: bool
+    ) -> torch.Tensor | None:
+        stack = self.stack
+        assert stack.packing is not None
+        assert stack.rate is not None
+        back = factors.backward(change, stack.segments) if wanted else None
+        factors.descend(rows, change * stack.rate, stack.packing)
+        if self._has_bias:
+            for segment in stack.segments:
+                stack.dispose_sums(self._biases[segment.own], self._bias_gradients[segment.own], segment.of(change))
+        return back

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedclaw.learning.stacked.factors import FactoredWeight
 from fedclaw.learning.stacked.packing import Packing, Segment
 
 
@@ -55,6 +56,8 @@ class StackedLayer(ABC):
 
     order: tuple[int, ...] | None = None
     """The axes of its weights as they lie in memory, where that is another order."""
+    factors: FactoredWeight | None = None
+    """What plain steps make of its first parameter, where that is not written to the clients' rows."""
 
     def __init__(self, module: nn.Module, places: tuple[int, ...], stack: Stack) -> None:
         self.module = module
@@ -64,6 +67,13 @@ class StackedLayer(ABC):
     @abstractmethod
     def bind(self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
         """Use these (K, *shape) views from now on, in the order of `places`."""
+
+    def begin(self, start: torch.Tensor | None, clients: int, rows: int) -> None:  # noqa: B027
+        """Plain steps of so many clients begin, each of which will see at most so many rows. All begin with `start` as
+        the layer's first parameter, which may be kept as `factors` from now on; None: it differs."""
+
+    def write(self) -> None:  # noqa: B027
+        """The clients' parameters to their rows, if `factors` are where they are."""
 
     @abstractmethod
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

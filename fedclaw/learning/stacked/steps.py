@@ -4,6 +4,7 @@ Clients drop off the end of a stack when they have finished, so a step moves the
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,19 @@ from fedclaw.protocol.terms import LocalTraining
 
 Examples = Callable[[Packing], tuple[torch.Tensor, torch.Tensor]]
 """The inputs (N, *D) and targets (N, ...) of a step."""
+
+
+class ClientSteps(Steps[Packing], Protocol):
+    """Steps of a stack, and what has become of the clients' parameters when they are taken."""
+
+    def rows(self) -> torch.Tensor:
+        """(K, D) the clients' parameters."""
+
+    def change(self, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """The sum (D,) of weights (K,) times what each client's parameters are more than `start` (D,).
+
+        Uses the rows up.
+        """
 
 
 class RowSteps:
@@ -48,15 +62,37 @@ class RowSteps:
         """See Steps."""
         self._optimizer.step(self._moving, self._changes)
 
+    def rows(self) -> torch.Tensor:
+        """See ClientSteps."""
+        return self._stack
+
+    def change(self, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """See ClientSteps."""
+        return torch.mv(self._stack.sub_(start).t(), weights)
+
 
 class DescendingSteps:
     """Steps that are nothing but the gradient times the learning rate, taken as each gradient is made."""
 
-    def __init__(self, engine: BatchedModel, training: LocalTraining, examples: Examples) -> None:
+    def __init__(
+        self,
+        engine: BatchedModel,
+        training: LocalTraining,
+        start: torch.Tensor | None,
+        stack: torch.Tensor,
+        packings: Sequence[Packing],
+        examples: Examples,
+    ) -> None:
         self._engine = engine
+        self._stack = stack
         self._rate = training.learning_rate
         self._decay = 1.0 - training.learning_rate * training.weight_decay
         self._examples = examples
+        if start is not None and self._decay != 1.0:
+            # Factors would decay too; whole weights do as they are moved.
+            stack.copy_(start.expand_as(stack))
+            start = None
+        engine.begin(start, packings)
 
     def gradients(self, batch: Packing) -> Sequence[torch.Tensor]:
         """See Steps. There are none left to be corrected."""
@@ -66,17 +102,34 @@ class DescendingSteps:
     def update(self) -> None:
         """See Steps."""
 
+    def rows(self) -> torch.Tensor:
+        """See ClientSteps."""
+        self._engine.write()
+        return self._stack
+
+    def change(self, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+        """See ClientSteps."""
+        return self._engine.change(weights, start)
+
 
 def plain_steps(
     engine: Engine,
     training: LocalTraining,
+    start: torch.Tensor | None,
     stack: torch.Tensor,
     gradients: torch.Tensor,
+    packings: Sequence[Packing],
     examples: Examples,
     *,
     corrected: bool,
-) -> Steps[Packing]:
-    """Steps without privacy of rows (K, D) that `engine` is bound to; `corrected`: whether a correction follows."""
+) -> ClientSteps:
+    """Steps without privacy by `packings` of rows (K, D) that `engine` is bound to.
+
+    `start` (D,) is what all clients begin with; None: they begin with their rows. `corrected`: whether a correction
+    follows.
+    """
     if not corrected and training.optimizer == "sgd" and not training.momentum and isinstance(engine, BatchedModel):
-        return DescendingSteps(engine, training, examples)
+        return DescendingSteps(engine, training, start, stack, packings, examples)
+    if start is not None:
+        stack.copy_(start.expand_as(stack))
     return RowSteps(lambda packing: engine.gradients(packing, *examples(packing)), training, stack, gradients)
