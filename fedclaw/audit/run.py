@@ -15,7 +15,7 @@ from fedclaw.audit.options import AuditOptions
 from fedclaw.audit.probe import probes
 from fedclaw.audit.subject import Subject
 from fedclaw.audit.training_run import attacked_run, toss
-from fedclaw.privacy.mechanisms.sum_noise import protects_examples
+from fedclaw.privacy.mechanisms.mechanism import protects_examples
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.device import set_threads
 from fedclaw.site.service import SiteService

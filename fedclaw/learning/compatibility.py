@@ -8,9 +8,7 @@ What may leave under which noise is the mechanism's to say (`Mechanism.refuse`);
 and what neither noise nor data has a part in.
 """
 
-from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -19,6 +17,7 @@ from fedclaw.errors import PluginError, Reason, Setting
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered, Strategy, is_overridden
 from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import DataUse
 from fedclaw.protocol.compression import RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.protocol.plan import Plan
@@ -29,47 +28,22 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Use:
-    """What `strategy` uses of the data with `model`, as `fedclaw.privacy.mechanisms` asks it (`DataUse`)."""
+def data_use(strategy: Strategy, model: "torch.nn.Module | None") -> DataUse:
+    """What `strategy` uses of the data with `model`; without a model, of what needs one: nothing.
 
-    strategy: Strategy
-    model: "torch.nn.Module"
-
-    @property
-    def needs_single_updates(self) -> bool:
-        """See DataUse."""
-        return self.strategy.needs_single_updates
-
-    @property
-    def uses_training_loss(self) -> bool:
-        """See DataUse."""
-        return self.strategy.uses_training_loss
-
-    @property
-    def trains_own_model(self) -> bool:
-        """See DataUse."""
-        return self.strategy.personal_model
-
-    @property
-    def changes_step(self) -> bool:
-        """See DataUse."""
-        return bool(self.strategy.client_state) or is_overridden(type(self.strategy), "client_update")
-
-    @property
-    def extras(self) -> Collection[str]:
-        """See DataUse. Raises PluginError for names that are none of an extra."""
-        extras = self.strategy.extras(_zeros(self.model))
-        if odd := [name for name in extras if not is_extra(name)]:
-            raise PluginError(
-                f"strategy {self.strategy.name!r} adds {odd[0]!r} to updates, whose name has to begin with '~'"
-            )
-        return extras.keys()
-
-    @property
-    def personal(self) -> Collection[str]:
-        """See DataUse."""
-        return self.strategy.personal(self.model)
+    Raises PluginError for extras whose names are none.
+    """
+    extras = {} if model is None else strategy.extras(_zeros(model))
+    if odd := [name for name in extras if not is_extra(name)]:
+        raise PluginError(f"strategy {strategy.name!r} adds {odd[0]!r} to updates, whose name has to begin with '~'")
+    return DataUse(
+        needs_single_updates=strategy.needs_single_updates,
+        uses_training_loss=strategy.uses_training_loss,
+        trains_own_model=strategy.personal_model,
+        changes_step=bool(strategy.client_state) or is_overridden(type(strategy), "client_update"),
+        sends_extras=bool(extras),
+        keeps_parameters=model is not None and bool(strategy.personal(model)),
+    )
 
 
 def refusal(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str | None:
@@ -78,17 +52,25 @@ def refusal(terms: Terms, strategy: Strategy, model: "torch.nn.Module") -> str |
     Of `model` names and shapes count, so it may lie on torch's device "meta". Raises PluginError for a strategy that
     contradicts itself.
     """
-    return next((reason for ask in _QUESTIONS if (reason := ask(terms, Use(strategy, model)))), None)
+    return _refusal(terms, strategy, data_use(strategy, model)) or strategy.refuse(terms, model)
 
 
 def early_refusal(terms: Terms, strategy: Strategy) -> str | None:
     """`refusal` as far as it can be told before there is a model, and so before torch is loaded."""
-    use = Use(strategy, cast("torch.nn.Module", _NotBuilt()))
-    for ask in _QUESTIONS:
-        with suppress(_ModelNeeded):
-            if reason := ask(terms, use):
-                return reason
+    if reason := _refusal(terms, strategy, data_use(strategy, None)):
+        return reason
+    with suppress(_ModelNeeded):
+        return strategy.refuse(terms, cast("torch.nn.Module", _NotBuilt()))
     return None
+
+
+def _refusal(terms: Terms, strategy: Strategy, use: DataUse) -> str | None:
+    return (
+        _unbuffered(terms, strategy)
+        or mechanism_of(terms).refuse(use)
+        or _one_of_its_own(use)
+        or _uncompressed(terms, strategy)
+    )
 
 
 class _ModelNeeded(Exception):
@@ -118,9 +100,8 @@ def strategy_of(plan: Plan) -> Strategy:
     return strategy
 
 
-def _uncompressed(terms: Terms, use: Use) -> str | None:
+def _uncompressed(terms: Terms, strategy: Strategy) -> str | None:
     """What needs updates whose numbers can be compared, or added, one by one."""
-    strategy = use.strategy
     if strategy.needs_single_updates and isinstance(terms.compression, TopK):
         return (
             "compares updates number by number, and with compression=topk each site sends other numbers: most of what "
@@ -131,19 +112,19 @@ def _uncompressed(terms: Terms, use: Use) -> str | None:
     return None
 
 
-def _one_of_its_own(_terms: Terms, use: Use) -> str | None:
+def _one_of_its_own(use: DataUse) -> str | None:
     """What a site keeps for its own is either all of a model or some parameters of the one that is trained together.
 
     Were it both, the second model's parameters, which no noise covers, would take the place of the first one's.
     """
-    if use.trains_own_model and use.personal:
+    if use.trains_own_model and use.keeps_parameters:
         return "trains a model of each site's own, and keeps parameters of the shared one there as well; it can do one"
     return None
 
 
-def _unbuffered(terms: Terms, use: Use) -> str | None:
+def _unbuffered(terms: Terms, strategy: Strategy) -> str | None:
     """What needs all of a round's sites to begin with the same parameters."""
-    if not isinstance(use.strategy, Buffered):
+    if not isinstance(strategy, Buffered):
         return None
     if terms.secure is not None:
         return Reason(
@@ -155,15 +136,6 @@ def _unbuffered(terms: Terms, use: Use) -> str | None:
             "discounts late answers, and noise on the sum is made for a plain mean; take ", Setting("privacy", "dp")
         )
     return None
-
-
-_QUESTIONS: tuple[Callable[[Terms, Use], str | None], ...] = (
-    _unbuffered,
-    lambda terms, use: mechanism_of(terms).refuse(use),
-    _one_of_its_own,
-    _uncompressed,
-    lambda terms, use: use.strategy.refuse(terms, use.model),
-)
 
 
 def _zeros(model: "torch.nn.Module") -> "dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]":

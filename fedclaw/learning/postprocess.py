@@ -75,7 +75,7 @@ class Weighting(Postprocessor):
 
     def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
         """Divide by the sum of weights."""
-        fixed = mechanism_of(plan).fixed_divisor
+        fixed = plan.central.expected_sites if plan.central else None
         divisor = total.weight if fixed is None else fixed
         if divisor <= 0:
             raise UpdateError("no update was added, so there is no mean")

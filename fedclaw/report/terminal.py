@@ -154,7 +154,12 @@ def price_words(price: "Price") -> str:
 
 def privacy_words(record: RunRecord) -> str:
     """What a run asks for, in a few words."""
-    words = list(mechanism_of(record).promises())
+    words, local, central = list[str](), record.privacy, record.central
+    if local:
+        words.append(f"epsilon {local.epsilon:g}, delta {local.delta:g} at each site (unit example)")
+    if central:
+        by = "all sites together" if mechanism_of(record).shares_noise else "the server"
+        words.append(f"epsilon {central.epsilon:g}, delta {central.delta:g} in the sum (unit {central.unit}) by {by}")
     if record.secure is not None:
         words.append("secure aggregation")
     return ", ".join(words) or "without differential privacy"

@@ -73,7 +73,7 @@ class Cohorts:
         rules, seed, mechanism = self._record.rules, self._record.seed, mechanism_of(self._record)
         if (chosen := self._strategy.select_clients(number, connected, seed)) is not None:
             return list(chosen)
-        if mechanism.samples_sites:
+        if mechanism.site_rate < 1:
             asked = GaussianSource().bernoulli(len(connected), mechanism.site_rate)
             return [node for node, chosen in zip(connected, asked, strict=True) if chosen]
         size = max(rules.minimum, round(rules.fraction * len(connected)))

@@ -116,9 +116,13 @@ class _Loop:
         return self._evaluate(plan, self.cohorts.answering(pending, trained.silent, busy), trained, norm)
 
     def _plan(self, pending: PendingRound) -> Plan:
-        central = mechanism_of(self.record).in_round(pending.connected, self.state.clip)
-        # Where who is asked is to stay hidden, the number of those who could have been asked is told: it is public.
-        cohort = pending.connected if central and central.expected_sites is not None else len(pending.nodes)
+        central, rate, cohort = self.record.central, mechanism_of(self.record).site_rate, len(pending.nodes)
+        if central and self.state.clip:
+            central = central.model_copy(update={"clip": self.state.clip})
+        if central and rate < 1:
+            # Where who is asked is to stay hidden, the number of those who could have been asked is told: it is public.
+            cohort = pending.connected
+            central = central.model_copy(update={"expected_sites": rate * cohort})
         if isinstance(self.strategy, Buffered):
             cohort = self.strategy.size
         return make_plan(self.record, self.strategy, pending.round, cohort, central)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
 from fedclaw.learning import postprocess
 from fedclaw.privacy.distributed import Price
+from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.arrays import shapes_of, unflattened
@@ -123,7 +124,9 @@ class _Round:
 
     def _finish(self, total: NDArray[np.uint32], survivors: Sequence[str]) -> None:
         mechanism = mechanism_of(self._plan)
-        arrays = unflattened(mechanism.decoded(total), shapes_of(self._template), mechanism.sum_dtype)
+        arrays = unflattened(
+            Encoding(mechanism.session.step).decode(total), shapes_of(self._template), mechanism.sum_dtype
+        )
         weights = [self._weights[site] for site in survivors]
         self._result.total.restore(
             Update(

@@ -88,7 +88,8 @@ def charge_for(policy: Policy, examples: int, plan: Plan) -> Charge:
     try:
         return mechanism.charge(examples, trust_server_noise=policy.trust_server_noise)
     except PrivacyError as error:
-        raise Refusal(mechanism.no_noise, str(error)) from error
+        code = RefusalCode.SECURE_AGGREGATION if mechanism.shares_noise else RefusalCode.EPSILON
+        raise Refusal(code, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -238,8 +239,8 @@ def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
 
 def delta_of(policy: Policy, plan: Plan) -> float:
     """The delta at which a run's epsilon is told."""
-    asked = mechanism_of(plan).delta
-    return policy.delta if asked is None else asked
+    asked = mechanism_of(plan).guarantee()
+    return asked.delta if asked else policy.delta
 
 
 def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, figures: LedgerFigures) -> Receipt:

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,6 @@ _told: set[str] = set()
 Vector = NDArray[np.floating[Any]]
 
 
-class Integers(Protocol):
-    """How one site's vector (d,) becomes integers modulo 2^32, with its share of the noise if it brings one."""
-
-    def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
-        """(d,) integers modulo 2^32."""
-
-    def hides_others(self, vector: Vector) -> bool:
-        """Whether what this site adds to a sum could not be known beforehand: a known part hides nobody else's."""
-
-
 @dataclass(frozen=True)
 class Nearest:
     """No noise: numbers cut off beyond `value_range` and rounded to the nearest step."""
@@ -43,8 +33,9 @@ class Nearest:
         return Encoding(self.step).encode_nearest(vector, self.value_range)[0]
 
     def hides_others(self, vector: Vector) -> bool:
-        """False if all of it is 0 or cut off, or any of it is not finite.
+        """Whether what this site adds to a sum could not be known beforehand: a known part hides nobody else's.
 
+        False if all of it is 0 or cut off, or any of it is not finite.
         A server can choose parameters, or have a site keep something, that lead to such an update.
         """
         size = np.abs(vector)
@@ -67,11 +58,10 @@ class WithShare:
 
 
 @dataclass(frozen=True)
-class SumWithShare:
+class SumWithShare(WithShare):
     """A sum of which one example is a bounded part, with this site's share of the noise; `examples` are all there are
     (None: not known)."""
 
-    shares: Shares
     examples: int | None = None
     run: str = ""
 
@@ -87,6 +77,6 @@ class SumWithShare:
             )
         return encoded
 
-    def hides_others(self, vector: Vector) -> bool:
-        """Always: the noise does."""
-        return True
+
+Integers = Nearest | WithShare
+"""How one site's vector (d,) becomes integers modulo 2^32, with its share of the noise if it brings one."""

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent, calibrate
-from fedclaw.privacy.mechanisms.integers import Integers, Vector
 from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
 from fedclaw.privacy.mechanisms.sum_noise import by_the_loss
-from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
+from fedclaw.privacy.provenance import Part, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
+from fedclaw.protocol.terms import PrivacyRequest
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
@@ -30,11 +29,12 @@ Doubles = NDArray[np.float64]
 class LocalNoise(Mechanism):
     """DP-SGD at each site, for the unit example; the site calibrates, since only it knows its sampling rate.
 
-    Comes before the class that says how what is released goes on (`fedclaw.privacy.mechanisms.choice`): in the open, or
-    with noise on the sum as well.
+    By itself, what is released goes on in the open. Where there is noise on the sum as well, this class comes before
+    that noise's (`fedclaw.privacy.mechanisms.choice`).
     """
 
-    calibrated_here: ClassVar[frozenset[str]] = frozenset({"noise_multiplier"})
+    claims_privacy: ClassVar[bool] = True
+    noises_steps: ClassVar[bool] = True
 
     @property
     def local(self) -> PrivacyRequest:
@@ -43,43 +43,9 @@ class LocalNoise(Mechanism):
         return self.asked.privacy
 
     @property
-    def noises_steps(self) -> bool:
-        """See Mechanism."""
-        return True
-
-    @property
-    def noised_at_site(self) -> bool:
-        """See Mechanism."""
-        return True
-
-    @property
-    def is_sampled(self) -> bool:
-        """See Mechanism."""
-        return True
-
-    @property
-    def claims_privacy(self) -> bool:
-        """See Mechanism."""
-        return True
-
-    @property
-    def delta(self) -> float | None:
-        """See Mechanism."""
-        return self.local.delta
-
-    @property
     def clip(self) -> float:
         """See Mechanism."""
         return self.local.max_grad_norm
-
-    def promises(self) -> tuple[str, ...]:
-        """See Mechanism."""
-        own = f"epsilon {self.local.epsilon:g}, delta {self.local.delta:g} at each site (unit example)"
-        return (own, *super().promises())
-
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
-        """See Mechanism."""
-        return self.local
 
     def out_of_range(self) -> str | None:
         """See Mechanism."""
@@ -101,17 +67,13 @@ class LocalNoise(Mechanism):
 
     def bound(self, part: Part[Update]) -> Part[Update]:
         """See Mechanism."""
-        return super().bound(_released(part))
+        return super().bound(self.covered(part))
 
-    def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
+    def covered(self, part: Part[T]) -> Released[T]:
         """See Mechanism."""
-        return _released(part)
-
-    def encode(
-        self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
-    ) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
-        """See Mechanism."""
-        return super().encode(_released(vector), integers, charge, source)
+        if not isinstance(part, Released):
+            raise PrivacyError("works out what leaves from more than noised steps, and no noise covers that")
+        return part
 
     def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:
         """Noise calibrated so that all rounds of the run together spend the epsilon asked. Raises PrivacyError."""
@@ -132,12 +94,6 @@ class LocalNoise(Mechanism):
     def _charge(self, examples: int, noise: float) -> Charge:
         steps = self.asked.training.local_steps(examples)
         return Charge("dp-sgd", NoiseEvent(self.sample_rate(examples), noise, steps), "nobody")
-
-
-def _released(part: Part[T]) -> Released[T]:
-    if not isinstance(part, Released):
-        raise PrivacyError("works out what leaves from more than noised steps, and no noise covers that")
-    return part
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,31 @@ is bounded and what is added to it at either end, what the ledger books and what
 sensitivity and no deviation of noise is derived anywhere else.
 """
 
-from abc import ABC
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, Reason, Setting, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.fixed_point import Encoding, nearest_step
+from fedclaw.privacy.fixed_point import nearest_step
 from fedclaw.privacy.mechanisms.integers import Integers, Nearest, Vector
-from fedclaw.privacy.provenance import Clause, Part, Permitted, Raw, Released
+from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen, fields_of
 from fedclaw.protocol.limits import LARGEST_CLIP, LARGEST_RATE, SMALLEST_CLIP
 from fedclaw.protocol.receipt import CentralReceipt, Trust
-from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.protocol.terms import CentralNoise, PrivacyRequest, SecureAggregation, SecureRequest, Terms, Unit
+from fedclaw.protocol.terms import (
+    CentralNoise,
+    CentralRequest,
+    PrivacyRequest,
+    SecureAggregation,
+    SecureRequest,
+    Terms,
+    Unit,
+)
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
@@ -44,32 +50,22 @@ Kind = Literal["dp-sgd", "central", "distributed", "none"]
 """Whose noise a ledger books, as a receipt calls it."""
 
 
-class DataUse(Protocol):
+@dataclass(frozen=True)
+class DataUse:
     """What a strategy uses of the data beyond clipped and noised gradients, as its class declares it."""
 
-    @property
-    def needs_single_updates(self) -> bool:
-        """Whether its server half sees every update by itself, and takes no mean."""
-
-    @property
-    def uses_training_loss(self) -> bool:
-        """Whether what leaves depends on the loss on the training data: raw, whatever noised the steps."""
-
-    @property
-    def trains_own_model(self) -> bool:
-        """Whether each site trains a second model, without noise, that stays there: raw."""
-
-    @property
-    def changes_step(self) -> bool:
-        """Whether it changes what a site's steps came to, or keeps something of them."""
-
-    @property
-    def extras(self) -> Collection[str]:
-        """Arrays that leave beside the parameters' deltas."""
-
-    @property
-    def personal(self) -> Collection[str]:
-        """Parameters that stay at the sites."""
+    needs_single_updates: bool
+    """Whether its server half sees every update by itself, and takes no mean."""
+    uses_training_loss: bool
+    """Whether what leaves depends on the loss on the training data: raw, whatever noised the steps."""
+    trains_own_model: bool
+    """Whether each site trains a second model, without noise, that stays there: raw."""
+    changes_step: bool
+    """Whether it changes what a site's steps came to, or keeps something of them."""
+    sends_extras: bool
+    """Whether arrays leave beside the parameters' deltas."""
+    keeps_parameters: bool
+    """Whether some of the shared model's parameters stay at the sites."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +111,26 @@ UNPROTECTED = Charge("none", None, "everybody")
 
 
 @dataclass(frozen=True)
-class Mechanism(ABC):
-    """How the answer to a round of training leaves. Methods without a body of their own here: nothing is noised."""
+class Mechanism:
+    """How the answer to a round of training leaves. By itself: in the open, with no promise but that of a secure sum if
+    there is one. A class for each kind of noise overrides what it changes.
+    """
 
     asked: Terms
 
-    no_noise: ClassVar[RefusalCode] = RefusalCode.EPSILON
-    """The code with which a site refuses what no noise is enough for."""
-    calibrated_here: ClassVar[frozenset[str]] = frozenset()
-    """Fields of a receipt that only the site can work out."""
+    claims_privacy: ClassVar[bool] = False
+    """Whether differential privacy is promised at all."""
+    noises_steps: ClassVar[bool] = False
+    """Whether each step is noised at the site, and so all that follows from the steps is released."""
+    shares_noise: ClassVar[bool] = False
+    """Whether each site brings a share of the noise, and counts on the others'."""
+    sum_dtype: ClassVar[type[np.floating[Any]]] = np.float32
+    """The type in which a server adds updates."""
 
     @property
     def origin(self) -> Origin:
         """What a site notes beside what it keeps."""
-        central = self.central
+        central = self.asked.central
         return Origin(
             local=self.noises_steps,
             unit=central.unit if central else None,
@@ -137,69 +139,40 @@ class Mechanism(ABC):
         )
 
     @property
-    def noises_steps(self) -> bool:
-        """Whether each step is noised at the site, and so all that follows from the steps is released."""
-        return False
-
-    @property
-    def claims_privacy(self) -> bool:
-        """Whether differential privacy is promised at all."""
-        return True
-
-    @property
-    def noised_at_site(self) -> bool:
-        """Whether what leaves a site has noise on it, its own or its share of all sites'."""
-        return False
-
-    @property
-    def shares_noise(self) -> bool:
-        """Whether each site brings a share of the noise, and counts on the others'."""
-        return False
-
-    @property
     def takes_one_step(self) -> bool:
         """Whether what leaves is one clipped step, whose noise is on the sum: nothing else may be made of it."""
-        return False
+        return self.asked.central is not None and protects_examples(self.asked.central)
 
     @property
     def clips_updates(self) -> bool:
         """Whether a whole update is clipped at its site."""
-        return False
+        return self.asked.central is not None and not self.takes_one_step
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether local batches are Poisson samples."""
+        return self.noises_steps or self.takes_one_step
 
     @property
     def site_rate(self) -> float:
-        """The rate at which sites are asked at random, as the accounting assumes; 1: all may be asked."""
-        return 1.0
+        """The rate at which sites are asked at random, as the accounting assumes; 1: all may be asked.
+
+        Below 1, who is asked is to stay hidden.
+        """
+        return self.asked.central.sample_rate if self.asked.central and self.clips_updates else 1.0
 
     @property
-    def samples_sites(self) -> bool:
-        """Whether who is asked is drawn at random, and is to stay hidden."""
-        return self.site_rate < 1
+    def counts_within_clip(self) -> bool:
+        """Whether each site says beside its update if that was within the clipping bound (`WITHIN`)."""
+        return self.asked.central is not None and self.asked.central.adaptive is not None
 
-    def in_round(self, connected: int, clip: float | None) -> CentralNoise | None:
-        """The noise on the sum of a round with so many sites connected; `clip` is where an adaptive bound is by now."""
-        return None
-
-    def promises(self) -> tuple[str, ...]:
-        """What is promised, in a few words each."""
-        return ()
-
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
-        """The (epsilon, delta) of the whole run that counts at a site; None: there is none.
+    def guarantee(self, *, trust_server_noise: bool = True) -> PrivacyRequest | CentralNoise | None:
+        """The (epsilon, delta) of the whole run that counts at a site: of the noise that needs the least trust.
 
         A guarantee for the unit site covers all of its examples, so it holds for each of them as well.
         """
-        return None
-
-    @property
-    def central(self) -> CentralReceipt | None:
-        """The noise on the sum that is announced."""
-        return None
-
-    @property
-    def delta(self) -> float | None:
-        """The delta at which an epsilon is stated; None: the site's own."""
-        return None
+        on_sum = self.asked.central if self.shares_noise or trust_server_noise else None
+        return self.asked.privacy or on_sum
 
     @property
     def clip(self) -> float:
@@ -241,7 +214,7 @@ class Mechanism(ABC):
                 "has to see every update by itself, which secure aggregation hides; take another strategy or ",
                 Setting("secure", "none"),
             )
-        if not self.noised_at_site and use.personal:
+        if not (self.noises_steps or self.shares_noise) and use.keeps_parameters:
             return Reason(
                 "keeps parameters at each site, of which secure aggregation cannot see that all sites begin alike: "
                 "without noise at the sites a sum could be one site's update; take ",
@@ -259,11 +232,6 @@ class Mechanism(ABC):
     def sampling(self, examples: int, charged: NoiseEvent | None) -> SampledSteps | None:
         """How a site with so many examples samples and clips, which was charged that; None: shuffled epochs."""
         return None
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether local batches are Poisson samples."""
-        return False
 
     def step_taker(
         self,
@@ -314,41 +282,23 @@ class Mechanism(ABC):
         """
         return part
 
+    def covered(self, part: Part[T]) -> Part[T]:
+        """`part`, as it may go on to be noised or to leave. Raises PrivacyError for what no noise covers."""
+        return part
+
     def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
         """What leaves a site that was charged that. Raises PrivacyError for what no noise covers."""
-        if isinstance(part, Released):
-            return part
-        return Permitted(part.value, self.clause(charge))
-
-    def clause(self, charge: Charge) -> Clause:
-        """The clause of a site's policy by which something leaves there without noise."""
-        return "trust_server_noise" if charge.trust == "server" else "allow_training_without_privacy"
+        return _leaving(self.covered(part), charge)
 
     def encode(
         self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
     ) -> "Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]":
         """What a site hands to secure aggregation of `vector` (d,). Raises PrivacyError for what no noise covers."""
-        encoded = vector.then(lambda values: integers.encode(values, source))
-        return encoded if isinstance(encoded, Released) else Permitted(encoded.value, self.clause(charge))
+        return _leaving(self.covered(vector).then(lambda values: integers.encode(values, source)), charge)
 
     def noised(self, total: Update) -> Update:
         """The server's half: the mean, with its noise if the server brings any."""
         return total
-
-    @property
-    def fixed_divisor(self) -> float | None:
-        """What the server divides a sum by in the place of its weights: it must not depend on who was asked."""
-        return None
-
-    @property
-    def counts_within_clip(self) -> bool:
-        """Whether each site says beside its update if that was within the clipping bound (`WITHIN`)."""
-        return False
-
-    @property
-    def sum_dtype(self) -> type[np.floating[Any]]:
-        """The type in which a server adds updates."""
-        return np.float32
 
     # Inside a secure sum
 
@@ -371,21 +321,16 @@ class Mechanism(ABC):
                 "secure.largest_weight is not set: with weighting=examples, say how many examples no site exceeds"
             )
         value_range = request.value_range * largest
-        step = nearest_step(value_range, sites)
-        if reason := self.too_coarse(step, length):
-            raise UsageError(reason)
-        return step, value_range
-
-    def too_coarse(self, step: float, length: int) -> str | None:
-        """Where rounding to such steps adds more to a sensitivity than noise was made for, a sentence about it."""
-        return None
+        return nearest_step(value_range, sites), value_range
 
     @property
     def largest_update(self) -> float | None:
         """The largest number of an update that a secure sum's integers hold; None: no limit is set."""
         secure = self.asked.secure
-        if secure is None or secure.value_range is None or not isinstance(secure, SecureAggregation):
-            return None if secure is None else secure.value_range
+        if secure is None or secure.value_range is None or self.shares_noise:
+            return None
+        if not isinstance(secure, SecureAggregation):
+            return secure.value_range
         # That of a session bounds weight x delta.
         weighed = secure.largest_weight if self.asked.weighting == "examples" else None
         return secure.value_range / (self.asked.weight_cap or weighed or 1.0)
@@ -402,10 +347,6 @@ class Mechanism(ABC):
         """What noise by the sites costs the sum of a plan with a session; None where they bring none."""
         return None
 
-    def decoded(self, total: "np.ndarray[Any, np.dtype[np.uint32]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
-        """What a secure sum (d,) stands for."""
-        return Encoding(self.session.step).decode(total)
-
     # The ledger, and what a receipt says of it
 
     def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:
@@ -414,24 +355,24 @@ class Mechanism(ABC):
 
     def possible_charges(self, examples: int) -> tuple[Charge, ...]:
         """What a site's ledger may have booked, but for what only the site can work out. Raises PrivacyError."""
-        return (UNPROTECTED,)
+        return (self.charge(examples, trust_server_noise=True),)
 
     def receipt_fields(self, examples: int, charge: Charge) -> dict[str, object]:
         """What a receipt says that follows from what was asked and what was charged."""
-        event = charge.mechanism
-        fields: dict[str, object] = {
+        event, asked, central = charge.mechanism, self.guarantee(), self.asked.central
+        return {
             "mechanism": charge.kind,
             "trust": charge.trust,
             "secure_aggregation": self.asked.secure is not None,
-            "central": self.central,
+            "central": CentralReceipt(**fields_of(central, CentralReceipt)) if central else None,
             "sampler": "poisson" if self.is_sampled else "shuffle",
             "accountant": "none" if event is None else "pld" if event.family == "gaussian" else "rdp",
             "sample_rate": self.sample_rate(examples) if event is None else event.sample_rate,
             "steps": self.asked.training.local_steps(examples),
             "noise_multiplier": 0.0 if event is None else event.noise_multiplier,
             "max_grad_norm": self.clip,
+            **({"delta": asked.delta} if asked else {}),
         }
-        return fields if self.delta is None else {**fields, "delta": self.delta}
 
     def sample_rate(self, examples: int) -> float:
         """The share of the examples in a batch."""
@@ -444,3 +385,15 @@ def clip_out_of_range(name: str, clip: float) -> str | None:
         return None
     bounds = f"[{SMALLEST_CLIP:g}, {LARGEST_CLIP:g}]"
     return Reason(Setting(name), f" is {clip:g}, and a clipping bound lies in {bounds}")
+
+
+def protects_examples(request: CentralRequest) -> bool:
+    """Whether noise on the sum that is asked for like that promises its epsilon to single examples."""
+    return request.unit == "example"
+
+
+def _leaving(part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
+    """What is not released leaves by the clause of the policy that whom the charge trusts comes to."""
+    if isinstance(part, Released):
+        return part
+    return Permitted(part.value, "trust_server_noise" if charge.trust == "server" else "allow_training_without_privacy")

@@ -45,7 +45,10 @@ def _determined(receipt: Receipt, mechanism: Mechanism, examples: int) -> dict[s
             f"{' or '.join(charge.kind for charge in charges)}"
         )
     fields = mechanism.receipt_fields(examples, charge)
-    return {name: value for name, value in fields.items() if name not in mechanism.calibrated_here}
+    if mechanism.noises_steps:
+        # Calibrated at the site.
+        del fields["noise_multiplier"]
+    return fields
 
 
 def _impossible(receipt: Receipt) -> str | None:

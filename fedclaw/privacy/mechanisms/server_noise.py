@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fedclaw.errors import UsageError
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN, SumNoise
 from fedclaw.protocol.limits import LARGEST_CLIP, SMALLEST_CLIP
-from fedclaw.protocol.terms import AdaptiveClip, CentralNoise, CentralRequest, PrivacyRequest, SecureAggregation
+from fedclaw.protocol.terms import AdaptiveClip, CentralRequest, SecureAggregation, SecureRequest
 from fedclaw.protocol.update import Update
 
 _ROUNDING = 1e-3
@@ -37,27 +38,8 @@ def noise_of_the_server(**fields: Any) -> CentralRequest:
 class ServerNoise(SumNoise):
     """The server adds the noise, and everybody trusts it to; a site's policy says whether that counts."""
 
-    noise_from: ClassVar[str] = "the server"
-
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
-        """See Mechanism."""
-        return self.request if trust_server_noise else None
-
-    @property
-    def counts_within_clip(self) -> bool:
-        """See Mechanism."""
-        return self.request.adaptive is not None
-
-    @property
-    def fixed_divisor(self) -> float | None:
-        """See Mechanism."""
-        return self.request.expected_sites
-
-    @property
-    def sum_dtype(self) -> type[np.floating[Any]]:
-        """float64: rounded once, with the noise in it, as the roundings of all the others would differ by who is in
-        the sum."""
-        return np.float64
+    sum_dtype: ClassVar[type[np.floating[Any]]] = np.float64
+    """Rounded once, with the noise in it, as the roundings of all the others would differ by who is in the sum."""
 
     @property
     def update_noise_multiplier(self) -> float:
@@ -80,20 +62,23 @@ class ServerNoise(SumNoise):
 
     def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:
         """See Mechanism."""
-        return Charge("central", self.example_event, "server") if trust_server_noise else UNPROTECTED
+        event = self.event(self.request.noise_multiplier)
+        return Charge("central", event, "server") if trust_server_noise else UNPROTECTED
 
     def possible_charges(self, examples: int) -> tuple[Charge, ...]:
         """See Mechanism. The site says if its ledger counts the server's noise."""
-        return self.charge(examples, trust_server_noise=True), UNPROTECTED
+        return *super().possible_charges(examples), UNPROTECTED
 
-    def too_coarse(self, step: float, length: int) -> str | None:
-        """To the nearest step, rounding moves two vectors of d numbers apart by at most sqrt(d) steps more."""
-        if step * math.sqrt(length) <= _ROUNDING * self.sum_sensitivity:
-            return None
-        return (
-            f"secure: steps of {step:.3g} are too coarse for noise by the server on updates of {length} numbers; set a "
-            "smaller secure.value_range or secure.largest_weight, or let the sites bring the noise (central.noise_by)"
-        )
+    def scale(self, request: SecureRequest, length: int, sites: int, honest: int) -> tuple[float, float | None]:
+        """See Mechanism. To the nearest step, rounding moves two vectors of d numbers apart by up to sqrt(d) steps."""
+        step, value_range = super().scale(request, length, sites, honest)
+        if step * math.sqrt(length) > _ROUNDING * self.sum_sensitivity:
+            raise UsageError(
+                f"secure: steps of {step:.3g} are too coarse for noise by the server on updates of {length} numbers; "
+                "set a smaller secure.value_range or secure.largest_weight, or let the sites bring the noise "
+                "(central.noise_by)"
+            )
+        return step, value_range
 
     def noised(self, total: Update) -> Update:
         """Add the noise that the mean's sensitivity asks for."""

@@ -17,7 +17,6 @@ from fedclaw.privacy.mechanisms.mechanism import Charge, T
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
 from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import SecureAggregation, SecureRequest
 
 if TYPE_CHECKING:
@@ -31,23 +30,7 @@ _EXACT = 1 + 1e-9
 class SharedNoise(SumNoise):
     """A site trusts only that enough other sites add their shares: as many as the session counts on."""
 
-    noise_from: ClassVar[str] = "all sites together"
-    no_noise: ClassVar[RefusalCode] = RefusalCode.SECURE_AGGREGATION
-
-    @property
-    def noised_at_site(self) -> bool:
-        """See Mechanism."""
-        return True
-
-    @property
-    def shares_noise(self) -> bool:
-        """See Mechanism."""
-        return True
-
-    @property
-    def largest_update(self) -> float | None:
-        """See Mechanism."""
-        return None
+    shares_noise: ClassVar[bool] = True
 
     @property
     def shares(self) -> Shares:
@@ -58,7 +41,7 @@ class SharedNoise(SumNoise):
         """See Mechanism."""
         if self.request.adaptive:
             return "an adaptive clipping bound goes with unit: site and noise_by: server"
-        if self.samples_sites:
+        if self.site_rate < 1:
             return "distributed noise for the unit site asks every site: sample_rate is 1"
         if self.asked.hidden is False:
             return "noise by the sites is enough only in their sum: it needs secure aggregation"
@@ -72,10 +55,6 @@ class SharedNoise(SumNoise):
         The sum is a function of one Gaussian mechanism (`fedclaw.privacy.distributed.gaussian_multiplier`).
         """
         return Charge("distributed", self.event(self.shares.noise_multiplier), "aggregation")
-
-    def possible_charges(self, examples: int) -> tuple[Charge, ...]:
-        """See Mechanism."""
-        return (self.charge(examples, trust_server_noise=False),)
 
     def integers(self, examples: int | None = None) -> Integers:
         """See Mechanism."""
@@ -91,7 +70,7 @@ class SharedNoise(SumNoise):
         self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
     ) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
         """See Mechanism."""
-        return with_share(vector, self.shares, integers, source)
+        return with_share(self.covered(vector), self.shares, integers, source)
 
     def scale(self, request: SecureRequest, length: int, sites: int, honest: int) -> tuple[float, float | None]:
         """See Mechanism. No range of values: nothing is cut off but what noise by the sites has no room for."""

@@ -10,23 +10,18 @@ and one example would move every gradient of that round, sampled in it or not.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, Reason, Setting
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.mechanisms.integers import Integers, Vector
-from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
-from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
+from fedclaw.privacy.mechanisms.mechanism import DataUse, Mechanism, SampledSteps, T, clip_out_of_range
+from fedclaw.privacy.provenance import Bounded, Part, Raw, Released
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.receipt import CentralReceipt
-from fedclaw.protocol.terms import CentralNoise, CentralRequest, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise
 from fedclaw.protocol.update import Update
-
-if TYPE_CHECKING:
-    from fedclaw.privacy.noise import GaussianSource
 
 WITHIN = "fedclaw.within_clip"
 """The array beside the parameters that counts who stayed within an adaptive bound: +1/2 or -1/2 a site."""
@@ -43,8 +38,7 @@ _FOR_EXAMPLES, _FOR_SITES = Setting("central.unit", "example"), Setting("central
 class SumNoise(Mechanism):
     """Noise on the sum, as `request` announces it."""
 
-    noise_from: ClassVar[str]
-    """Whose noise it is."""
+    claims_privacy: ClassVar[bool] = True
 
     @property
     def request(self) -> CentralNoise:
@@ -53,58 +47,9 @@ class SumNoise(Mechanism):
         return self.asked.central
 
     @property
-    def takes_one_step(self) -> bool:
-        """True for the unit example."""
-        return protects_examples(self.request)
-
-    @property
-    def clips_updates(self) -> bool:
-        """True for the unit site."""
-        return not self.takes_one_step
-
-    @property
-    def is_sampled(self) -> bool:
-        """True for the unit example: each site takes its one step on a sample."""
-        return self.takes_one_step
-
-    @property
-    def central(self) -> CentralReceipt | None:
-        """The noise that the plan announces."""
-        request = self.request
-        return CentralReceipt(
-            unit=request.unit, noise_by=request.noise_by, epsilon=request.epsilon, delta=request.delta
-        )
-
-    @property
-    def delta(self) -> float | None:
-        """That of the request."""
-        return self.request.delta
-
-    @property
     def clip(self) -> float:
         """Of an example's gradient, or of a site's update."""
         return self.request.clip
-
-    @property
-    def site_rate(self) -> float:
-        """See Mechanism."""
-        return 1.0 if self.takes_one_step else self.request.sample_rate
-
-    def in_round(self, connected: int, clip: float | None) -> CentralNoise:
-        """See Mechanism."""
-        expected = self.site_rate * connected if self.samples_sites else None
-        return self.request.model_copy(update={"clip": clip or self.request.clip, "expected_sites": expected})
-
-    def promises(self) -> tuple[str, ...]:
-        """See Mechanism."""
-        asked = self.request
-        return (
-            f"epsilon {asked.epsilon:g}, delta {asked.delta:g} in the sum (unit {asked.unit}) by {self.noise_from}",
-        )
-
-    def guarantee(self, *, trust_server_noise: bool) -> PrivacyRequest | CentralNoise | None:
-        """See Mechanism."""
-        return self.request
 
     @property
     def sum_sensitivity(self) -> float:
@@ -124,11 +69,6 @@ class SumNoise(Mechanism):
         units = self.request.sample_rate * (examples if self.takes_one_step else sites)
         return units * math.sqrt(self.asked.rounds) / self.update_noise_multiplier
 
-    @property
-    def example_event(self) -> NoiseEvent:
-        """What a round costs an example."""
-        return self.event(self.request.noise_multiplier)
-
     def event(self, noise_multiplier: float) -> NoiseEvent:
         """What a round costs an example, by the noise multiplier for the unit that it was made for.
 
@@ -144,11 +84,11 @@ class SumNoise(Mechanism):
         """See Mechanism."""
         if reason := super().contradiction():
             return reason
-        if self.asked.hidden and self.samples_sites:
+        if self.asked.hidden and self.site_rate < 1:
             return "secure aggregation tells its sites who is asked, which sample_rate below 1 counts on hiding"
         if self.takes_one_step:
             return self._not_one_step()
-        if (self.samples_sites or self.request.adaptive) and self.asked.weighting != "uniform":
+        if (self.site_rate < 1 or self.request.adaptive) and self.asked.weighting != "uniform":
             return "sites asked at random, and an adaptive clipping bound, go with weighting: uniform"
         return None
 
@@ -193,13 +133,8 @@ class SumNoise(Mechanism):
 
     def bound(self, part: Part[Update]) -> Part[Update]:
         """Unit site: scale the update to an L2 norm of at most `clip`. Unit example: it is the one clipped step."""
-        if not self.takes_one_step:
-            return self._clipped(part)
-        if isinstance(part, Raw):
-            raise PrivacyError("makes more of the one clipped step than the noise on the sum is made for")
-        return part
-
-    def _clipped(self, part: Part[Update]) -> Part[Update]:
+        if self.takes_one_step:
+            return self.covered(part)
         arrays = part.value.arrays
         norm = clip_to(arrays, self.request.clip)
         clipped = part.then(lambda update: update)
@@ -208,34 +143,19 @@ class SumNoise(Mechanism):
             clipped = clipped.then(lambda update: replace(update, arrays={**arrays, WITHIN: vote}))
         return clipped if isinstance(clipped, Released) else Bounded(clipped.value, self.request.clip)
 
-    def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
+    def covered(self, part: Part[T]) -> Part[T]:
         """See Mechanism."""
-        return super().let_out(_bounded(part), charge)
-
-    def encode(
-        self, vector: Part[Vector], integers: Integers, charge: Charge, source: "GaussianSource"
-    ) -> Released[NDArray[np.uint32]] | Permitted[NDArray[np.uint32]]:
-        """See Mechanism."""
-        return super().encode(_bounded(vector), integers, charge, source)
-
-
-def _bounded(part: Part[T]) -> Part[T]:
-    """Raises PrivacyError for what no noise on the sum is made for."""
-    if isinstance(part, Raw):
-        raise PrivacyError("what leaves is not within the bound that the noise on the sum is made for")
-    return part
-
-
-def protects_examples(request: CentralRequest) -> bool:
-    """Whether noise on the sum that is asked for like that promises its epsilon to single examples."""
-    return request.unit == "example"
+        if isinstance(part, Raw):
+            wrong = "makes more of the one clipped step than" if self.takes_one_step else "is not within the bound that"
+            raise PrivacyError(f"{wrong} the noise on the sum is made for")
+        return part
 
 
 def _unsummed(use: DataUse) -> str | None:
     """What noise on the sum does not go with."""
     if use.needs_single_updates:
         return Reason("takes no mean of the updates, and noise on the sum is made for a mean; take ", _AT_THE_SITES)
-    if use.extras:
+    if use.sends_extras:
         # The server's half would take the noise for them.
         return Reason("sends more than updates, and noise on the sum is made for updates alone; take ", _AT_THE_SITES)
     if use.trains_own_model:
@@ -245,7 +165,7 @@ def _unsummed(use: DataUse) -> str | None:
 
 def _unstepped(use: DataUse) -> str | None:
     """What does not go with one clipped step a round whose noise is on the sum."""
-    if use.personal:
+    if use.keeps_parameters:
         return Reason(
             "keeps parameters at each site, which ",
             _FOR_EXAMPLES,

@@ -120,7 +120,7 @@ def _beyond_flower(record: RunRecord) -> str | None:
         return f"strategy that chooses whom a round asks ({record.strategy.name})"
     if record.secure is not None:
         return "secure aggregation"
-    if mechanism.samples_sites:
+    if mechanism.site_rate < 1:
         return "sites asked at random, which central.sample_rate counts on"
     if mechanism.counts_within_clip:
         return "adaptive clipping bound (central.adaptive)"
