@@ -114,7 +114,7 @@ class Dealing:
         """What `holder` checks its shares by. Raises KeyError for one that has none."""
         if holder not in self._proofs:
             x = parameters.point(holder)
-            points = evaluate(self.seed_proof, x, ORDER), evaluate(self.key_proof, x, ORDER)
+            points = evaluate(self.seed_proof, x), evaluate(self.key_proof, x)
             self._proofs[holder] = ShareProof(self.challenge, *points, self.commitments[holder])
         return self._proofs[holder]
 
@@ -126,10 +126,10 @@ def deal(
     seed, blind_seed = _polynomial(keys.seed, parameters), _polynomial(None, parameters)
     key, blind_key = _polynomial(keys.mask_secret, parameters), _polynomial(None, parameters)
     points = {holder: parameters.point(holder) for holder in holders}
-    shares = {holder: SecretShares(evaluate(seed, x, ORDER), evaluate(key, x, ORDER)) for holder, x in points.items()}
+    shares = {holder: SecretShares(evaluate(seed, x), evaluate(key, x)) for holder, x in points.items()}
     commitments = {
-        holder: _commit(parameters, dealer, holder, "seed", evaluate(blind_seed, x, ORDER), shares[holder].seed)
-        + _commit(parameters, dealer, holder, "key", evaluate(blind_key, x, ORDER), shares[holder].key)
+        holder: _commit(parameters, dealer, holder, "seed", evaluate(blind_seed, x), shares[holder].seed)
+        + _commit(parameters, dealer, holder, "key", evaluate(blind_key, x), shares[holder].key)
         for holder, x in points.items()
     }
     nonce_public = curve.public_of(blind_key[0])

@@ -7,7 +7,6 @@ so that none serves twice.
 """
 
 import secrets
-from collections.abc import Callable
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -31,9 +30,6 @@ SEALED_BYTES = PUBLIC_BYTES + 2 * SHARE_BYTES + 16
 
 # Every key encrypts one message, in one direction.
 _NONCE = bytes(12)
-
-Check = Callable[[bytes], bool]
-"""Whether a recovered secret is the one that was shared."""
 
 
 class SealedShares(NamedTuple):
@@ -93,10 +89,6 @@ class SessionKeys:
         """A signature that `check_signature` checks by `sign_public`."""
         return self._sign.sign(framed(purpose.encode(), message))
 
-    def pair_key(self, parameters: Parameters, me: str, peer: str, peer_public: bytes) -> bytes:
-        """The key of the mask with `peer`; the same at both ends. Raises SecureAggregationError for a bad key."""
-        return pair_key(parameters, self.mask_secret, me, peer, peer_public)
-
     def open(self, parameters: Parameters, me: str, sender: str, sealed: bytes) -> bytes:
         """What `sender` sealed for `me`. Raises SecureAggregationError if it does not open."""
         return _opened(parameters, sender, me, self._share, sealed[:PUBLIC_BYTES], sealed)
@@ -138,7 +130,10 @@ def reopened(
 
 
 def pair_key(parameters: Parameters, mask_secret: bytes, owner: str, peer: str, peer_public: bytes) -> bytes:
-    """The key of the mask between `owner`, whose private key is given, and `peer`."""
+    """The key of the mask between `owner`, whose private key is given, and `peer`: the same from either end.
+
+    Raises SecureAggregationError for a public key that is no point.
+    """
     first, second = sorted((owner, peer))
     context = framed(b"fedclaw pair mask v2", parameters.digest, first.encode(), second.encode())
     try:

@@ -11,7 +11,7 @@ unmask    Unmasking                   UnmaskRequest
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self, TypeVar
 
 from flwr.app import ConfigRecordValues
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -44,24 +44,19 @@ Ephemeral = Annotated[bytes, Field(min_length=EPHEMERAL_BYTES, max_length=EPHEME
 SealedBytes = Annotated[bytes, Field(min_length=SEALED_BYTES, max_length=SEALED_BYTES)]
 ShareValue = Annotated[bytes, Field(min_length=SHARE_BYTES, max_length=SHARE_BYTES)]
 
-Many = Field(max_length=MAX_SITES)
-Names = Annotated[tuple[Name, ...], Many]
-Publics = Annotated[tuple[Public, ...], Many]
-Points = Annotated[tuple[Point, ...], Many]
-Commitments = Annotated[tuple[Commitment, ...], Many]
-Proofs = Annotated[tuple[Proof, ...], Many]
-Ephemerals = Annotated[tuple[Ephemeral, ...], Many]
-Certificates = Annotated[tuple[Certificate, ...], Many]
-Signatures = Annotated[tuple[Signature, ...], Many]
-SessionSignatures = Annotated[tuple[SessionSignature, ...], Many]
-Sealeds = Annotated[tuple[SealedBytes, ...], Many]
-ShareValues = Annotated[tuple[ShareValue, ...], Many]
+T = TypeVar("T")
+Column = Annotated[tuple[T, ...], Field(max_length=MAX_SITES)]
+"""A value for each of several sites."""
+Names = Column[Name]
+Columns = tuple[tuple[str, ...], ...]
+"""Groups of fields of equal length, the names first."""
 
 
 class Wire(Frozen):
     """A message of one session. Columns are tuples of equal length; the names in a column of names are distinct."""
 
     model_config = ConfigDict(strict=True)
+    columns: ClassVar[Columns] = ()
 
     session: Session
 
@@ -85,14 +80,9 @@ class Wire(Frozen):
                 f"malformed {cls.__name__}: {where:.80}: {first['msg'].removeprefix('Value error, '):.200}"
             ) from None
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        """Groups of fields of equal length, the names first."""
-        return ()
-
     @model_validator(mode="after")
     def _regular(self) -> Self:
-        for names, *others in self._columns():
+        for names, *others in self.columns:
             column = getattr(self, names)
             if len(set(column)) != len(column):
                 raise ValueError(f"{names} names a site twice")
@@ -116,11 +106,11 @@ class KeyList(Wire):
     """The advertisements of a site's neighbours, as columns."""
 
     sites: Names
-    mask_publics: Points
-    share_publics: Publics
-    sign_publics: Publics
-    certificates: Certificates
-    signatures: Signatures
+    mask_publics: Column[Point]
+    share_publics: Column[Public]
+    sign_publics: Column[Public]
+    certificates: Column[Certificate]
+    signatures: Column[Signature]
 
     @classmethod
     def of(cls, session: str, advertisements: Iterable[Advertisement]) -> Self:
@@ -161,9 +151,9 @@ class KeyList(Wire):
             for site, mask, share, sign, certificate, signature in rows
         )
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("sites", "mask_publics", "share_publics", "sign_publics", "certificates", "signatures"),)
+    columns: ClassVar[Columns] = (
+        ("sites", "mask_publics", "share_publics", "sign_publics", "certificates", "signatures"),
+    )
 
 
 class ShareBundle(Wire):
@@ -179,13 +169,11 @@ class ShareBundle(Wire):
     key_proof: Numbers
     nonce_public: Point
     receivers: Names
-    sealed: Sealeds
-    commitments: Commitments
-    signatures: SessionSignatures
+    sealed: Column[SealedBytes]
+    commitments: Column[Commitment]
+    signatures: Column[SessionSignature]
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("receivers", "sealed", "commitments", "signatures"),)
+    columns: ClassVar[Columns] = (("receivers", "sealed", "commitments", "signatures"),)
 
 
 class ShareDelivery(Wire):
@@ -193,13 +181,11 @@ class ShareDelivery(Wire):
 
     receiver: Name
     senders: Names
-    sealed: Sealeds
-    proofs: Proofs
-    signatures: SessionSignatures
+    sealed: Column[SealedBytes]
+    proofs: Column[Proof]
+    signatures: Column[SessionSignature]
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("senders", "sealed", "proofs", "signatures"),)
+    columns: ClassVar[Columns] = (("senders", "sealed", "proofs", "signatures"),)
 
 
 class Confirmation(Wire):
@@ -211,22 +197,18 @@ class Confirmation(Wire):
     site: Name
     unsigned: Names
     accused: Names
-    signatures: SessionSignatures
+    signatures: Column[SessionSignature]
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("unsigned",), ("accused", "signatures"))
+    columns: ClassVar[Columns] = (("unsigned",), ("accused", "signatures"))
 
 
 class Accusations(Wire):
     """Who says that what they had of the receiver are no shares."""
 
     accusers: Names
-    signatures: SessionSignatures
+    signatures: Column[SessionSignature]
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("accusers", "signatures"),)
+    columns: ClassVar[Columns] = (("accusers", "signatures"),)
 
 
 class Opening(Wire):
@@ -234,11 +216,9 @@ class Opening(Wire):
 
     site: Name
     accusers: Names
-    keys: Ephemerals = Field(repr=False)
+    keys: Column[Ephemeral] = Field(repr=False)
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("accusers", "keys"),)
+    columns: ClassVar[Columns] = (("accusers", "keys"),)
 
 
 class Roster(Wire):
@@ -247,9 +227,7 @@ class Roster(Wire):
     receiver: Name
     peers: Names
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("peers",),)
+    columns: ClassVar[Columns] = (("peers",),)
 
 
 class MaskedInput(Wire):
@@ -258,9 +236,7 @@ class MaskedInput(Wire):
     site: Name
     peers: Names
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("peers",),)
+    columns: ClassVar[Columns] = (("peers",),)
 
 
 class SurvivorList(Wire):
@@ -268,9 +244,7 @@ class SurvivorList(Wire):
 
     survivors: Names
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("survivors",),)
+    columns: ClassVar[Columns] = (("survivors",),)
 
 
 class Consent(Wire):
@@ -286,11 +260,9 @@ class UnmaskRequest(Wire):
     survivors: Names
     dropped: Names
     consenting: Names
-    signatures: SessionSignatures
+    signatures: Column[SessionSignature]
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("survivors",), ("dropped",), ("consenting", "signatures"))
+    columns: ClassVar[Columns] = (("survivors",), ("dropped",), ("consenting", "signatures"))
 
 
 class Unmasking(Wire):
@@ -298,10 +270,8 @@ class Unmasking(Wire):
 
     site: Name
     seed_owners: Names
-    seed_shares: ShareValues = Field(repr=False)
+    seed_shares: Column[ShareValue] = Field(repr=False)
     key_owners: Names
-    key_shares: ShareValues = Field(repr=False)
+    key_shares: Column[ShareValue] = Field(repr=False)
 
-    @classmethod
-    def _columns(cls) -> tuple[tuple[str, ...], ...]:
-        return (("seed_owners", "seed_shares"), ("key_owners", "key_shares"))
+    columns: ClassVar[Columns] = (("seed_owners", "seed_shares"), ("key_owners", "key_shares"))

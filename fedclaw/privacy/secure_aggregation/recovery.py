@@ -3,11 +3,11 @@
 from collections.abc import Collection, Mapping
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.privacy.secure_aggregation import curve, keys
+from fedclaw.privacy.secure_aggregation import keys
 from fedclaw.privacy.secure_aggregation.dealing import Dealing, Secret
 from fedclaw.privacy.secure_aggregation.messages import Advertisement, Unmasking
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
-from fedclaw.privacy.secure_aggregation.shamir import Share, recover
+from fedclaw.privacy.secure_aggregation.shamir import recover
 from fedclaw.privacy.secure_aggregation.site import adds
 
 
@@ -32,15 +32,16 @@ class Recovery:
         self._parameters = parameters
         self._advertised = advertised
         self._dealings = dealings
-        self._seeds: dict[str, list[Share]] = {site: [] for site in survivors}
-        self._keys: dict[str, list[Share]] = {site: [] for site in dropped}
+        self._seeds: dict[str, dict[int, int]] = {site: {} for site in survivors}
+        self._keys: dict[str, dict[int, int]] = {site: {} for site in dropped}
+        """By owner, and by its holder's x: shares that were found right."""
 
     def add(self, item: Unmasking) -> None:
         """Take what one site gave. Raises SecureAggregationError, and takes nothing, if it is not what was asked."""
         point = self._parameters.point(item.site)
         around = {item.site, *self._parameters.neighbours_of(item.site)}
         given = []
-        columns: tuple[tuple[Secret, tuple[str, ...], tuple[bytes, ...], dict[str, list[Share]]], ...] = (
+        columns: tuple[tuple[Secret, tuple[str, ...], tuple[bytes, ...], dict[str, dict[int, int]]], ...] = (
             ("seed", item.seed_owners, item.seed_shares, self._seeds),
             ("key", item.key_owners, item.key_shares, self._keys),
         )
@@ -48,18 +49,23 @@ class Recovery:
             if set(owners) != around.intersection(wanted):
                 raise SecureAggregationError(f"{item.site} did not give the shares that it was asked for")
             for owner, value in zip(owners, values, strict=True):
-                self._check(item.site, owner, secret, value)
-                given.append((wanted[owner], Share(point, value)))
+                share = int.from_bytes(value, "big")
+                self._check(item.site, owner, secret, share)
+                given.append((wanted[owner], share))
         for shares, share in given:
-            shares.append(share)
+            shares[point] = share
         self.answered.add(item.site)
 
     def mask_keys(self) -> tuple[list[bytes], list[bytes]]:
         """Keys of the masks that survivors have added to the sum, and of those that they have subtracted."""
-        added = [keys.own_key(self._parameters, site, self._seed(site)) for site in self._seeds]
+        threshold = self._parameters.threshold
+        added = [keys.own_key(self._parameters, site, recover(self._seeds[site], threshold)) for site in self._seeds]
         subtracted: list[bytes] = []
         for site in self._keys:
-            secret = self._mask_secret(site)
+            secret = recover(self._keys[site], threshold)
+            # Up to its sign, which no mask depends on: the first byte of a compressed point.
+            if keys.mask_public_of(secret)[1:] != self._advertised[site].mask_public[1:]:
+                raise SecureAggregationError(f"the masks of {site} cannot be taken off: this is not its key")
             for peer in self._parameters.neighbours_of(site):
                 if peer in self._seeds:
                     public = self._advertised[peer].mask_public
@@ -67,24 +73,10 @@ class Recovery:
                     (added if adds(self._parameters, peer, site) else subtracted).append(key)
         return added, subtracted
 
-    def _seed(self, site: str) -> bytes:
-        return self._recovered(site, self._seeds[site], lambda _seed: True)
-
-    def _mask_secret(self, site: str) -> bytes:
-        # Up to its sign, which no mask depends on: the first byte of a compressed point.
-        public = self._advertised[site].mask_public[1:]
-        return self._recovered(site, self._keys[site], lambda secret: keys.mask_public_of(secret)[1:] == public)
-
-    def _recovered(self, site: str, shares: list[Share], is_right: keys.Check) -> bytes:
-        try:
-            return recover(shares, self._parameters.threshold, is_right, curve.ORDER)[0]
-        except (SecureAggregationError, ValueError) as error:
-            raise SecureAggregationError(f"the masks of {site} cannot be taken off: {error}") from None
-
-    def _check(self, holder: str, owner: str, secret: Secret, value: bytes) -> None:
+    def _check(self, holder: str, owner: str, secret: Secret, share: int) -> None:
         """Raise SecureAggregationError for a share that `holder` was not dealt."""
         proof = self._dealings[owner].proof_for(self._parameters, holder)
-        if not proof.fits(self._parameters, owner, holder, secret, int.from_bytes(value, "big")):
+        if not proof.fits(self._parameters, owner, holder, secret, share):
             self.suspects.add(holder)
             raise SecureAggregationError(
                 f"{holder} gave a share of {owner}'s {secret} that is not the one which {owner} dealt to it"

@@ -339,7 +339,8 @@ class SiteSession:
         """Keys of the masks to add and to subtract: of two sites, the one with the lower index adds."""
         added, subtracted = [keys.own_key(self.parameters, self.me, self._keys.seed)], list[bytes]()
         for peer in peers:
-            key = self._keys.pair_key(self.parameters, self.me, peer, self._peers[peer].mask_public)
+            public = self._peers[peer].mask_public
+            key = keys.pair_key(self.parameters, self._keys.mask_secret, self.me, peer, public)
             (added if adds(self.parameters, self.me, peer) else subtracted).append(key)
         return added, subtracted
 
