@@ -105,11 +105,6 @@ class Shares:
         )
 
     @property
-    def promised_std(self) -> float:
-        """Standard deviation of the noise in each number of the decoded sum (not in steps), from `honest` shares."""
-        return self.sigma * math.sqrt(self.honest) * self.step
-
-    @property
     def price(self) -> Price:
         """What this costs, for the report."""
         return Price(
@@ -168,7 +163,7 @@ def share_noise(
         step = choose_step(clip, dimension, sites, noise_multiplier, honest=honest)
     sensitivity = rounded_sensitivity(clip, step, dimension)
     total = math.hypot(noise_multiplier * sensitivity * _MARGIN, SMOOTHING)
-    sigma = max(_SMALLEST_SHARE, share_sigma(total, sites, tolerated, colluding))
+    sigma = max(_SMALLEST_SHARE, total / math.sqrt(honest))
     DiscreteGaussian(sigma)
     return Shares(clip=clip, step=step, dimension=dimension, sites=sites, honest=honest, sigma=sigma)
 
@@ -202,14 +197,6 @@ def choose_step(
 def rounded_sensitivity(clip: float, step: float, dimension: int) -> float:
     """The largest L2 norm, in steps, that a vector of norm `clip` has after rounding."""
     return math.nextafter(math.sqrt(rounded_norm_squared(clip, step, dimension)), math.inf)
-
-
-def share_sigma(total: float, sites: int, tolerated: int = 0, colluding: int = 0) -> float:
-    """Each site's sigma with which what the honest rest adds up to has the standard deviation `total`.
-
-    Raises PrivacyError if drop-outs and colluding sites are all there are.
-    """
-    return total / math.sqrt(_honest(sites, tolerated, colluding))
 
 
 def closeness(sigma: float, shares: int) -> float:

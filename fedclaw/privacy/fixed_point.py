@@ -88,20 +88,16 @@ class Encoding:
             raise PrivacyError("the sum that was to leave is longer than its clipped parts can make it; nothing leaves")
         return rounded.view(np.uint32), beyond
 
-    def encode_nearest(self, vector: Vector, value_range: float) -> tuple[NDArray[np.uint32], int]:
-        """`vector` (d,), each number brought into [-value_range, value_range] and rounded to the nearest step.
-
-        The second value is how many numbers were outside; those that are not numbers count as outside and become 0.
-        """
+    def encode_nearest(self, vector: Vector, value_range: float) -> NDArray[np.uint32]:
+        """`vector` (d,), each number brought into [-value_range, value_range] and rounded to the nearest step; what is
+        no number becomes 0."""
         encoded = np.empty(len(vector), dtype=np.int32)
-        clipped = 0
         for start in range(0, len(vector), _CHUNK):
             part = vector[start : start + _CHUNK].astype(np.float64)
-            clipped += int(np.count_nonzero(~(np.abs(part) <= value_range)))
             np.nan_to_num(part, copy=False, nan=0.0, posinf=value_range, neginf=-value_range)
             np.clip(part, -value_range, value_range, out=part)
             encoded[start : start + _CHUNK] = np.rint(part / self.step)
-        return encoded.view(np.uint32), clipped
+        return encoded.view(np.uint32)
 
     def decode(self, total: NDArray[np.uint32]) -> NDArray[np.float64]:
         """A sum (d,) of encoded vectors as real numbers (d,): representatives in [-2^31, 2^31) times the step."""

@@ -106,11 +106,6 @@ class GaussianSource:
             flat.add_(self.standard(len(flat)).mul_(std).to(flat.device))
         return values
 
-    def add_(self, values: Sequence[torch.Tensor], std: float) -> list[torch.Tensor]:
-        """New tensors values + N(0, std^2), in the values' shapes, dtypes and devices; otherwise as `perturb_`."""
-        _check_deviation(std)
-        return [self.perturb_(value.clone(memory_format=torch.contiguous_format), std) for value in values]
-
     def bernoulli(self, count: int, q: float) -> NDArray[np.bool_]:
         """(count,) mask, each True with probability `q`, exact to 2^-53. Raises PrivacyError outside [0, 1]."""
         if not 0 <= q <= 1:

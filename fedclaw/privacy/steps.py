@@ -23,10 +23,11 @@ is a multiple of COMPANY, so chunks are filled up to one.
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -43,24 +44,27 @@ COMPANY = 4
 any other such number of rows."""
 
 
-class StepTaker(Protocol):
+class StepTaker(ABC):
     """A way of taking a local step. It switches the model to training mode, and as a context manager leaves nothing
     else behind on it."""
 
+    @abstractmethod
     def gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Replace each trainable parameter's `.grad` by the step's gradient for inputs (B, *D), targets (B, ...)."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Take everything off the model that was put on it; calling it again does nothing."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
-class PlainGradients:
+class PlainGradients(StepTaker):
     """The gradient of the mean loss over the batch; no privacy. Zero for an empty batch."""
 
     def __init__(self, model: torch.nn.Module, loss: Loss) -> None:
@@ -78,19 +82,8 @@ class PlainGradients:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def close(self) -> None:
-        """See StepTaker."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class PrivateGradients:
+class PrivateGradients(StepTaker):
     """DP-SGD (Abadi et al. 2016, algorithm 1): clip each example's gradient, sum, add noise, divide by expected B.
 
     gradient = (sum_i g_i min(1, C / ||g_i||) + N(0, (noise_multiplier C)^2)) / expected_batch_size, C = max_grad_norm
@@ -176,14 +169,6 @@ class PrivateGradients:
         self._closed = True
         if self._engine is not None:
             self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor, products: Products) -> None:
         engine = self._engine or self._begin(inputs, targets)

@@ -13,6 +13,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent, calibrate, epsilon_of
 from fedclaw.privacy.distributed import (
     INFLATION,
+    SMOOTHING,
     WRAP,
     choose_step,
     closeness,
@@ -20,7 +21,6 @@ from fedclaw.privacy.distributed import (
     gaussian_multiplier,
     rounded_sensitivity,
     share_noise,
-    share_sigma,
     with_noise,
     wrap_probability,
 )
@@ -49,6 +49,11 @@ def bounded(count, dimension, clip, seed=0):
     return vectors * (clip * 0.999 / np.linalg.norm(vectors, axis=1, keepdims=True))
 
 
+def promised_std(shares):
+    """Of the noise in each number of the decoded sum, from the shares that are counted on."""
+    return shares.sigma * math.sqrt(shares.honest) * shares.step
+
+
 def noise_fits(noise, std):
     """Whether the variance of `noise` (n,) is that of a normal distribution with deviation `std`."""
     statistic = float((noise**2).sum()) / std**2
@@ -64,11 +69,11 @@ def test_the_decoded_sum_carries_the_promised_noise(dropped):
     shares = share_noise(2.0, DIMENSION, 10, 1.5, tolerated=3)
     vectors = bounded(10, DIMENSION, 2.0)[: 10 - dropped]
     noise = summed(shares, vectors, sources(10)) - vectors.sum(axis=0)
-    expected = shares.promised_std * math.sqrt((10 - dropped) / 7)
+    expected = promised_std(shares) * math.sqrt((10 - dropped) / 7)
     assert noise_fits(noise, expected)
     assert not noise_fits(noise, expected / 0.9)
     assert not noise_fits(noise, expected * 0.9)
-    assert shares.promised_std == pytest.approx(1.5 * 2.0 * shares.price.rounding_inflation)
+    assert promised_std(shares) == pytest.approx(1.5 * 2.0 * shares.price.rounding_inflation)
 
 
 def test_colluding_sites_cannot_take_the_promised_noise_away():
@@ -80,8 +85,8 @@ def test_colluding_sites_cannot_take_the_promised_noise_away():
     again = summed(shares, vectors[:2], sources(7)[:2])
     own_noise = again - shares.decode(known[0] + known[1])
     left = seen - own_noise - vectors.sum(axis=0)
-    assert noise_fits(left, shares.promised_std)
-    assert not noise_fits(left, shares.promised_std / 0.9)
+    assert noise_fits(left, promised_std(shares))
+    assert not noise_fits(left, promised_std(shares) / 0.9)
 
 
 def test_shares_made_for_nobody_dropping_out_are_found_too_small_when_somebody_does():
@@ -119,8 +124,8 @@ def test_sums_of_parts_carry_the_same_noise():
         assert beyond == 0
         total += encoded
     noise = shares.decode(total) - vectors.sum(axis=0)
-    assert noise_fits(noise, shares.promised_std)
-    assert not noise_fits(noise, shares.promised_std / 0.9)
+    assert noise_fits(noise, promised_std(shares))
+    assert not noise_fits(noise, promised_std(shares) / 0.9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -137,7 +142,7 @@ def test_a_chosen_step_keeps_its_promises(clip, dimension, sites, noise_multipli
     assert noise_multiplier <= shares.noise_multiplier <= noise_multiplier * 1.001
     if shares.sigma > 3.6:
         assert shares.noise_multiplier <= noise_multiplier * (1 + 1e-8)
-    assert shares.promised_std <= noise_multiplier * clip * 1.002
+    assert promised_std(shares) <= noise_multiplier * clip * 1.002
     assert shares.sigma >= 3.6
 
 
@@ -168,9 +173,12 @@ def test_the_effective_multiplier_by_hand():
     )
 
 
-def test_share_sigma_by_hand():
-    assert share_sigma(12.0, 9) == 4.0
-    assert share_sigma(12.0, 14, tolerated=3, colluding=2) == 4.0
+def test_a_share_by_hand():
+    """Nine honest sites' shares add up to a deviation of 3 sigma, whoever else there is."""
+    alone, beside = share_noise(1.0, 50, 9, 4.0), share_noise(1.0, 50, 14, 4.0, tolerated=3, colluding=2, step=2.0**-9)
+    for shares in (alone, beside):
+        total = math.hypot(4.0 * shares.sensitivity, SMOOTHING)
+        assert shares.sigma == pytest.approx(total / 3, rel=1e-8)
 
 
 def summed_probabilities(sigma, shares):

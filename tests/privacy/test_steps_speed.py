@@ -334,7 +334,7 @@ def test_totals_are_added_to_unless_fresh() -> None:
     inputs, targets = batch(shape, 4)
     for mode in EAGER:
         way = made(mode, model, loss, Clip(1.0))
-        totals = [torch.ones_like(parameter) for parameter in trainable(model)]
+        totals = [torch.ones_like(parameter, dtype=torch.float64) for parameter in trainable(model)]
         way.add(totals, inputs, targets, fresh=True)
         once = [total.clone() for total in totals]
         way.add(totals, inputs, targets, fresh=False)

@@ -13,22 +13,15 @@ with it would be taken by another engine than one without it, and the two be fur
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from fedclaw.privacy.gradients.clipping import (
-    CACHED_NUMBERS,
-    clip_factors,
-    overflows,
-    with_more_digits,
-    without_overflow,
-)
-from fedclaw.privacy.gradients.interface import Clip, Loss, Products, Unsuited, trainable
+from fedclaw.privacy.gradients.clipping import clip_factors, overflows, without_overflow
+from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited
 from fedclaw.privacy.gradients.layers import LayerRule, LinearRule, Spread, rule_for
 
 _SAME_GRADIENT = 1e-3
@@ -80,27 +73,19 @@ class _Rows:
         return replace(self, gradients=without_overflow(self.gradients, norms), activations=activations)
 
 
-class Bookkeeping:
+class Bookkeeping(ClippedSums):
     """See ClippedSums."""
 
     name = "bookkeeping"
 
     def __init__(self, model: nn.Module, loss: Loss, clip: Clip) -> None:
         """Raises Unsuited if the model has trainable parameters outside of layers with a rule."""
-        self._model = model
-        self._loss = loss
-        self._clip = clip
-        self._parameters = trainable(model)
+        super().__init__(model, loss, clip)
         layers = _layers(model, self._parameters)
         self._numbers = sum(parameter.shape[0] for parameter in self._parameters)
         self._passes: list[_Pass] = []
         self._recording = self._trusted = False
         self._hooks = [layer.module.register_forward_hook(self._recorder(layer)) for layer in layers]
-
-    @property
-    def chunk_size(self) -> int:
-        """See ClippedSums."""
-        return max(1, CACHED_NUMBERS // max(1, self._numbers))
 
     def add(
         self,
@@ -113,9 +98,6 @@ class Bookkeeping:
         products: Products | None = None,
     ) -> None:
         """See ClippedSums."""
-        if totals[0].dtype != torch.float64:
-            with_more_digits(totals, lambda wide: self.add(wide, inputs, targets, fresh=fresh, padding=padding))
-            return
         if not self._trusted:
             self._verify(inputs, targets)
         rows, _ = self._rows(inputs, targets)
@@ -128,11 +110,6 @@ class Bookkeeping:
             if overflow:
                 rows = [row.without_overflow(norms) for row in rows]
             _add_sums(totals, rows, factors, fresh=fresh, products=products)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """See ClippedSums."""
-        yield
 
     def close(self) -> None:
         """See ClippedSums."""

@@ -11,7 +11,7 @@ steps ahead would last many times longer than it takes.
 import logging
 import math
 import time
-from collections.abc import Callable
+from contextlib import closing
 
 import torch
 
@@ -24,9 +24,7 @@ from fedclaw.privacy.speed import Mode, StepSpeed
 
 logger = logging.getLogger(__name__)
 
-MakeEngine = Callable[[torch.nn.Module, Loss, Clip], ClippedSums]
-
-ENGINES: dict[Mode, MakeEngine] = {
+ENGINES: dict[Mode, type[ClippedSums]] = {
     "bookkeeping": Bookkeeping,
     "opacus": OpacusHooks,
     "vmap": Vmap,
@@ -107,18 +105,13 @@ def _seconds(
     totals = [torch.empty(p.shape, dtype=torch.float64, device=p.device) for p in trainable(model)]
     times = []
     try:
-        engine = ENGINES[mode](model, loss, clip)
+        with closing(ENGINES[mode](model, loss, clip)) as engine:
+            for _ in range(_GOES):
+                began = time.perf_counter()
+                for start in range(0, len(inputs), engine.chunk_size):
+                    part = slice(start, start + engine.chunk_size)
+                    engine.add(totals, inputs[part], targets[part], fresh=start == 0)
+                times.append(time.perf_counter() - began)
     except Unsuited:
         return math.inf
-    try:
-        for _ in range(_GOES):
-            began = time.perf_counter()
-            for start in range(0, len(inputs), engine.chunk_size):
-                part = slice(start, start + engine.chunk_size)
-                engine.add(totals, inputs[part], targets[part], fresh=start == 0)
-            times.append(time.perf_counter() - began)
-    except Unsuited:
-        return math.inf
-    finally:
-        engine.close()
     return min(times[1:])

@@ -7,15 +7,12 @@ float32 would round it up to the next denormal; and a sum of a million clipped g
 them. So one example moves a sum by at most the bound: what rounding adds is less than what NORM_MARGIN takes off.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from fedclaw.privacy.gradients.interface import Clip
 
-CACHED_NUMBERS = 1 << 21
-"""Per-example gradients held at a time (8 MiB of float32): larger batches are worked off in chunks, which bounds memory
-and is faster besides, as they stay in the cache."""
 NORM_MARGIN = 1 + 1e-6
 """What a clipped gradient stays below the bound by. Rounding to float32, of a sum that is one gradient, takes 2^-24."""
 LARGEST_NORM = float(torch.finfo(torch.float32).max)
@@ -55,14 +52,11 @@ def add_clipped(
     fresh: bool = False,
     padding: int = 0,
 ) -> None:
-    """Add to `totals`, best float64, the sum over the examples of gradients (B, *shape), clipped.
+    """Add to `totals`, float64, the sum over the examples of gradients (B, *shape), clipped.
 
     The last `padding` examples count nothing.
     """
     if not samples:
-        return
-    if totals[0].dtype != torch.float64:
-        with_more_digits(totals, lambda wide: add_clipped(wide, samples, clip, fresh=fresh, padding=padding))
         return
     rows = [sample.flatten(1).to(torch.float64) for sample in samples]
     norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]).norm(2, dim=0)
@@ -72,11 +66,3 @@ def add_clipped(
         rows = [without_overflow(row, norms) for row in rows]
     for total, row in zip(totals, rows, strict=True):
         total.view(-1).addmv_(row.t(), factors, beta=0 if fresh else 1)
-
-
-def with_more_digits(totals: Sequence[torch.Tensor], add: Callable[[Sequence[torch.Tensor]], None]) -> None:
-    """Let `add` work on float64 forms of `totals`, and round what it leaves."""
-    wide = [total.to(torch.float64) for total in totals]
-    add(wide)
-    for total, exact in zip(totals, wide, strict=True):
-        total.copy_(exact)

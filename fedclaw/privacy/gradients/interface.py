@@ -3,10 +3,11 @@
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch.func import functional_call
@@ -19,6 +20,10 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Products = dict[int, tuple[torch.Tensor, torch.Tensor]]
 """By a parameter's place, float64 factors (out, B) and (B, in) whose product is its clipped sum."""
 
+CACHED_NUMBERS = 1 << 21
+"""Per-example gradients held at a time (8 MiB of float32): larger batches are worked off in chunks, which bounds memory
+and is faster besides, as they stay in the cache."""
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -29,16 +34,27 @@ class Clip:
     scale: float = 1.0
 
 
-class ClippedSums(Protocol):
+class ClippedSums(ABC):
     """An engine that works out the sum of clipped gradients of a model, which it may put hooks on until `close`."""
 
-    name: str
+    name: ClassVar[str]
     """The speed mode that asks for it."""
+
+    def __init__(self, model: torch.nn.Module, loss: Loss, clip: Clip) -> None:
+        """Raises Unsuited for a model that this engine cannot take, as far as its layers show."""
+        self._model = model
+        self._loss = loss
+        self._clip = clip
+        self._parameters = trainable(model)
+        self._numbers = sum(parameter.numel() for parameter in self._parameters)
+        """That one example takes in memory."""
 
     @property
     def chunk_size(self) -> int:
         """The number of examples to hand over at once, at most, where nobody has set one."""
+        return max(1, CACHED_NUMBERS // max(1, self._numbers))
 
+    @abstractmethod
     def add(
         self,
         totals: Sequence[torch.Tensor],
@@ -57,10 +73,12 @@ class ClippedSums(Protocol):
         it has touched `totals`, if this engine cannot take the model after all.
         """
 
-    def paused(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """While it lasts, the model behaves as if nothing had been put on it."""
+        yield
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Take everything off the model; calling it again does nothing."""
 
 

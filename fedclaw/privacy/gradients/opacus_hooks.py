@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 from opacus.grad_sample import GradSampleModule
 
-from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, add_clipped
-from fedclaw.privacy.gradients.interface import Clip, Loss, Products, trainable
+from fedclaw.privacy.gradients.clipping import add_clipped
+from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products
 
 # Opacus' hooks sit on the first layer too, whose inputs need no gradient; that is meant.
 warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
@@ -17,21 +17,14 @@ _LEFT_BEHIND = ("activations", "max_batch_len")
 # What Opacus leaves on modules when a backward pass was broken off.
 
 
-class OpacusHooks:
+class OpacusHooks(ClippedSums):
     """See ClippedSums."""
 
     name = "opacus"
 
     def __init__(self, model: torch.nn.Module, loss: Loss, clip: Clip) -> None:
-        self._loss = loss
-        self._clip = clip
-        self._parameters = trainable(model)
+        super().__init__(model, loss, clip)
         self._hooked: GradSampleModule | None = GradSampleModule(model, batch_first=True, loss_reduction="sum")
-
-    @property
-    def chunk_size(self) -> int:
-        """See ClippedSums."""
-        return max(1, CACHED_NUMBERS // max(1, sum(parameter.numel() for parameter in self._parameters)))
 
     def add(
         self,

@@ -9,15 +9,14 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.func import grad, vmap
 
-from fedclaw.privacy.gradients.clipping import CACHED_NUMBERS, LARGEST_NORM, NORM_MARGIN, add_clipped
-from fedclaw.privacy.gradients.interface import Clip, Loss, Products, Unsuited, functional, trainable
+from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, add_clipped
+from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited, functional
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +24,15 @@ Parameters = dict[str, torch.Tensor]
 _SMALLEST_PAD = 8
 
 
-class Vmap:
+class Vmap(ClippedSums):
     """See ClippedSums."""
 
     name = "vmap"
 
     def __init__(self, model: torch.nn.Module, loss: Loss, clip: Clip) -> None:
-        self._model = model
-        self._clip = clip
-        self._places = trainable(model)
+        super().__init__(model, loss, clip)
         self._names = {parameter: name for name, parameter in model.named_parameters()}
         self._samples = vmap(grad(_loss_of_one(model, loss)), in_dims=(None, None, 0, 0), randomness="different")
-
-    @property
-    def chunk_size(self) -> int:
-        """See ClippedSums."""
-        return max(1, CACHED_NUMBERS // max(1, sum(parameter.numel() for parameter in self._places)))
 
     def add(
         self,
@@ -60,17 +52,9 @@ class Vmap:
             raise Unsuited(f"torch.func.vmap says: {_first_line(error)}") from error
         add_clipped(totals, list(samples.values()), self._clip, fresh=fresh, padding=padding)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """See ClippedSums."""
-        yield
-
-    def close(self) -> None:
-        """See ClippedSums."""
-
     def _split(self) -> tuple[Parameters, Parameters]:
         """The trainable parameters by name, and everything else."""
-        moving = {self._names[parameter]: parameter.detach() for parameter in self._places}
+        moving = {self._names[parameter]: parameter.detach() for parameter in self._parameters}
         fixed = {name: value.detach() for name, value in self._model.named_parameters() if name not in moving}
         return moving, fixed | dict(self._model.named_buffers())
 

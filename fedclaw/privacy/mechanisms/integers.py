@@ -30,7 +30,7 @@ class Nearest:
 
     def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
         """(d,) integers modulo 2^32; `source` is not used."""
-        return Encoding(self.step).encode_nearest(vector, self.value_range)[0]
+        return Encoding(self.step).encode_nearest(vector, self.value_range)
 
     def hides_others(self, vector: Vector) -> bool:
         """Whether what this site adds to a sum could not be known beforehand: a known part hides nobody else's.
