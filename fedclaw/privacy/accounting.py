@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import JsonValue
@@ -30,10 +30,6 @@ from pydantic import JsonValue
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy import renyi
 from fedclaw.protocol.terms import CentralNoise
-
-if TYPE_CHECKING:
-    # Takes seconds to import: not before something is accounted for.
-    import dp_accounting
 
 SMALLEST_NOISE = 0.01
 """Noise multipliers below this are counted as no noise; calibration never goes below it."""
@@ -97,24 +93,24 @@ class NoiseEvent:
         return float(1 / (2 * Fraction(self.noise_multiplier) ** 2))
 
 
-def event_of(mechanism: NoiseEvent | None) -> "dp_accounting.DpEvent":
-    """The mechanism in dp_accounting's vocabulary; None is training without privacy."""
-    import dp_accounting
-
-    if mechanism is None:
-        return dp_accounting.NonPrivateDpEvent()
-    event = (
-        dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
-        if mechanism.family == "gaussian"
-        else dp_accounting.ZCDpEvent(mechanism.rho)
-    )
-    step = dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, event)
-    return dp_accounting.SelfComposedDpEvent(step, mechanism.steps)
-
-
 def event_to_json(mechanism: NoiseEvent | None) -> dict[str, JsonValue]:
-    """`event_of(mechanism)` as JSON: each event by its class name, its fields by theirs."""
-    return _plain(event_of(mechanism))
+    """The mechanism in dp_accounting's vocabulary: each event by its class's name, and its fields by theirs.
+
+    None is training without privacy.
+    """
+    if mechanism is None:
+        return {"event": "NonPrivateDpEvent"}
+    noise = (
+        _event("GaussianDpEvent", noise_multiplier=mechanism.noise_multiplier)
+        if mechanism.family == "gaussian"
+        else _event("ZCDpEvent", rho=mechanism.rho, xi=0.0)
+    )
+    step = _event("PoissonSampledDpEvent", sampling_probability=mechanism.sample_rate, event=noise)
+    return _event("SelfComposedDpEvent", event=step, count=mechanism.steps)
+
+
+def _event(name: str, **fields: JsonValue) -> dict[str, JsonValue]:
+    return {"event": name, "fields": fields}
 
 
 def event_from_json(plain: Mapping[str, Any]) -> NoiseEvent | None:
@@ -252,6 +248,7 @@ def _epsilon(groups: tuple[NoiseEvent, ...], delta: float) -> float:
 @lru_cache(maxsize=128)
 def _distribution(group: NoiseEvent, interval: float) -> Any:
     """The privacy loss distribution of one group, on a grid of `interval`."""
+    # Takes seconds to import: not before something is accounted for.
     from dp_accounting.pld import privacy_loss_distribution
 
     if group.sample_rate == 1:
@@ -305,14 +302,3 @@ def _renyi_bracket(epsilon: float, delta: float, rate: float, steps: int, family
         else:
             low = middle
     return math.exp(high)
-
-
-def _plain(event: "dp_accounting.DpEvent") -> dict[str, JsonValue]:
-    import dp_accounting
-
-    fields: dict[str, JsonValue] = {}
-    for field in getattr(event, "__attrs_attrs__", ()):
-        value = getattr(event, field.name)
-        fields[field.name] = _plain(value) if isinstance(value, dp_accounting.DpEvent) else value
-    plain: dict[str, JsonValue] = {"event": type(event).__name__}
-    return plain | ({"fields": fields} if fields else {})

@@ -35,6 +35,7 @@ import torch
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.choice import choose, instead
+from fedclaw.privacy.gradients.clipping import filled
 from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited, trainable
 from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
@@ -171,7 +172,9 @@ class PrivateGradients(StepTaker):
             self._engine.close()
 
     def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor, products: Products) -> None:
-        engine = self._engine or self._begin(inputs, targets)
+        engine = self._engine = self._engine or choose(
+            self._speed, self._model, self._loss, self._clip, inputs, targets, steps_ahead=self._steps_ahead
+        )
         with _threads_for(self._speed.chunk_size or engine.chunk_size) as company:
             self._add_chunks(engine, inputs, targets, company, products)
 
@@ -194,20 +197,10 @@ class PrivateGradients(StepTaker):
             try:
                 engine.add(self._sums.exact, rows, labels, fresh=start == 0, padding=padding, products=left)
             except Unsuited as reason:
-                engine = self._replace(engine, reason)
+                engine.close()
+                engine = self._engine = instead(engine.name, reason, self._model, self._loss, self._clip)
                 continue
             start = end
-
-    def _begin(self, inputs: torch.Tensor, targets: torch.Tensor) -> ClippedSums:
-        self._engine = choose(
-            self._speed, self._model, self._loss, self._clip, inputs, targets, steps_ahead=self._steps_ahead
-        )
-        return self._engine
-
-    def _replace(self, engine: ClippedSums, reason: Unsuited) -> ClippedSums:
-        engine.close()
-        self._engine = instead(engine.name, reason, self._model, self._loss, self._clip)
-        return self._engine
 
 
 def poisson_batches(count: int, q: float, steps: int, source: GaussianSource) -> Iterator[torch.Tensor]:
@@ -335,8 +328,4 @@ def _in_company(
     padding = -inputs.shape[0] % company
     if padding == 0 or size == 1:
         return inputs, targets, 0
-    return _filled(inputs, padding), _filled(targets, padding), padding
-
-
-def _filled(rows: torch.Tensor, padding: int) -> torch.Tensor:
-    return torch.cat([rows, rows[-1:].expand(padding, *rows.shape[1:])])
+    return filled(inputs, padding), filled(targets, padding), padding

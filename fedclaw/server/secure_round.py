@@ -19,6 +19,7 @@ from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
+from fedclaw.privacy.mechanisms.shared_noise import SharedNoise
 from fedclaw.protocol.arrays import shapes_of, unflattened
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question
@@ -94,7 +95,9 @@ class _Round:
         self._asked = training_question(plan, outgoing)
         self._weights: dict[str, tuple[float, int]] = {}
         self._receipts: dict[str, SiteReceipt] = {}
-        self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=mechanism_of(plan).price)
+        mechanism = mechanism_of(plan)
+        price = mechanism.shares.price if isinstance(mechanism, SharedNoise) else None
+        self._result = SecurelyTrained(total=WeightedSum({}), weighting=plan.weighting, price=price)
         self._outgoing = outgoing.nbytes
         self._exchange = SecureExchange(grid, nodes, plan, deadline, self._result)
 

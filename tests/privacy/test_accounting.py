@@ -18,7 +18,6 @@ from fedclaw.privacy.accounting import (
     calibrate,
     epsilon_of,
     event_from_json,
-    event_of,
     event_to_json,
 )
 from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS
@@ -41,10 +40,18 @@ def exact_gaussian(noise: float, delta: float) -> float:
     return brentq(excess, 0, 600)
 
 
+def event_of(plain: dict[str, Any]) -> dp_accounting.DpEvent:
+    """What a ledger's JSON names, as dp_accounting has it."""
+    fields = plain.get("fields", {})
+    return getattr(dp_accounting, plain["event"])(
+        **{name: event_of(value) if isinstance(value, dict) else value for name, value in fields.items()}
+    )
+
+
 def reference(mechanisms: list[NoiseEvent], delta: float, interval: float = 4e-4) -> float:
     accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
     for mechanism in mechanisms:
-        accountant.compose(event_of(mechanism))
+        accountant.compose(event_of(event_to_json(mechanism)))
     return float(accountant.get_epsilon(delta))
 
 

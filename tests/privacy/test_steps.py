@@ -52,9 +52,9 @@ def private(model: nn.Module, **changes: object) -> PrivateGradients:
 
 
 def clipped_sums(samples: list[torch.Tensor], bound: float) -> list[torch.Tensor]:
-    totals = [torch.ones(sample.shape[1:]) for sample in samples]
+    totals = [torch.ones(sample.shape[1:], dtype=torch.float64) for sample in samples]
     add_clipped(totals, samples, Clip(bound), fresh=True)
-    return totals
+    return [total.to(torch.float32) for total in totals]
 
 
 def gradient(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], **changes: object) -> torch.Tensor:

@@ -141,21 +141,12 @@ class Bookkeeping(ClippedSums):
         self, inputs: torch.Tensor, targets: torch.Tensor, checked: Sequence[nn.Parameter] = ()
     ) -> tuple[list[_Rows], Sequence[torch.Tensor | None]]:
         """Each example's shares by layer, and the plain gradient of the sum of losses for the parameters `checked`."""
-        try:
-            return self._pass(inputs, targets, checked)
-        finally:
-            self._passes.clear()
-
-    def _pass(
-        self, inputs: torch.Tensor, targets: torch.Tensor, checked: Sequence[nn.Parameter]
-    ) -> tuple[list[_Rows], Sequence[torch.Tensor | None]]:
-        count = inputs.shape[0]
         self._recording = True
         try:
             loss = self._loss(inputs, self._model(inputs), targets)
         finally:
             self._recording = False
-        passes = self._passes
+            passes, self._passes = self._passes, []
         if len({id(one.layer) for one in passes}) < len(passes):
             raise Unsuited("a layer is used more than once in a forward pass")
         if any((one.inputs._version, one.output._version) != one.versions for one in passes):
@@ -165,7 +156,7 @@ class Bookkeeping(ClippedSums):
             return [], ()
         # Times the number of examples, the gradient of the mean is that of the examples' own losses.
         found = torch.autograd.grad(
-            loss, [*outputs, *checked], grad_outputs=loss.new_full((), count), allow_unused=True
+            loss, [*outputs, *checked], grad_outputs=loss.new_full((), len(inputs)), allow_unused=True
         )
         with torch.no_grad():
             rows = _merged(

@@ -24,7 +24,7 @@ from fedclaw.privacy.speed import Mode, StepSpeed
 
 logger = logging.getLogger(__name__)
 
-ENGINES: dict[Mode, type[ClippedSums]] = {
+ENGINES: dict[str, type[ClippedSums]] = {
     "bookkeeping": Bookkeeping,
     "opacus": OpacusHooks,
     "vmap": Vmap,
@@ -65,13 +65,12 @@ def choose(
 
 def made(mode: str, model: torch.nn.Module, loss: Loss, clip: Clip) -> ClippedSums:
     """The engine of that mode, or the next one that can take the model as far as its layers show."""
-    for known, engine in ENGINES.items():
-        if known == mode:
-            try:
-                return engine(model, loss, clip)
-            except Unsuited as reason:
-                return instead(mode, reason, model, loss, clip)
-    raise PrivacyError(f"no engine of a private step is called {mode!r}; there are: auto, {', '.join(ENGINES)}")
+    if mode not in ENGINES:
+        raise PrivacyError(f"no engine of a private step is called {mode!r}; there are: auto, {', '.join(ENGINES)}")
+    try:
+        return ENGINES[mode](model, loss, clip)
+    except Unsuited as reason:
+        return instead(mode, reason, model, loss, clip)
 
 
 def instead(mode: str, reason: Unsuited, model: torch.nn.Module, loss: Loss, clip: Clip) -> ClippedSums:

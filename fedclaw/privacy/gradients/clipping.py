@@ -19,6 +19,11 @@ LARGEST_NORM = float(torch.finfo(torch.float32).max)
 """An example whose gradient has a larger norm, or is not finite, counts as zero."""
 
 
+def filled(rows: torch.Tensor, padding: int) -> torch.Tensor:
+    """`rows` (B, ...), then the last of them again `padding` times."""
+    return torch.cat([rows, rows[-1:].expand(padding, *rows.shape[1:])])
+
+
 def clip_factors(norms: torch.Tensor, clip: Clip, padding: int = 0, *, overflow: bool = True) -> torch.Tensor:
     """The factors (B,) of examples with gradient norms (B,), both float64; the last `padding` examples count nothing.
 

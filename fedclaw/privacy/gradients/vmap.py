@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.func import grad, vmap
 
-from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, add_clipped
+from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, add_clipped, filled
 from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited, functional
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class CompiledVmap(Vmap):
         weights = inputs.new_zeros(size, dtype=torch.float64)
         weights[: count - padding] = 1.0
         moving, fixed = self._split()
-        arguments = moving, fixed, _padded(inputs, size), _padded(targets, size), weights
+        arguments = moving, fixed, filled(inputs, size - count), filled(targets, size - count), weights
         sums = self._sums(*arguments) if size in self._sizes else self._first(size, arguments)
         for total, clipped in zip(totals, sums, strict=True):
             total.copy_(clipped) if fresh else total.add_(clipped)
@@ -128,12 +128,6 @@ def _padded_sums(samples: Callable[..., Parameters], clip: Clip) -> Callable[...
         return [total.view_as(value) for total, value in zip(summed, moving.values(), strict=True)]
 
     return sums
-
-
-def _padded(values: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, ...) filled up to (size, ...) with the first example."""
-    missing = size - len(values)
-    return torch.cat([values, values[:1].expand(missing, *values.shape[1:])]) if missing else values
 
 
 def _keep_compiled_code_private() -> None:

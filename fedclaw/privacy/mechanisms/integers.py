@@ -2,13 +2,13 @@
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.privacy.distributed import Shares
-from fedclaw.privacy.fixed_point import Encoding
+from fedclaw.privacy.fixed_point import Encoding, Vector
 
 if TYPE_CHECKING:
     from fedclaw.privacy.noise import GaussianSource
@@ -17,8 +17,6 @@ log = logging.getLogger(__name__)
 
 _told: set[str] = set()
 """Runs in which it was said that numbers were cut off."""
-
-Vector = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,6 @@ class LocalNoise(Mechanism):
         assert self.asked.privacy is not None
         return self.asked.privacy
 
-    @property
-    def clip(self) -> float:
-        """See Mechanism."""
-        return self.local.max_grad_norm
-
     def out_of_range(self) -> str | None:
         """See Mechanism."""
         return clip_out_of_range("privacy.max_grad_norm", self.local.max_grad_norm) or super().out_of_range()

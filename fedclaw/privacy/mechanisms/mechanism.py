@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, Reason, Setting, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.fixed_point import nearest_step
-from fedclaw.privacy.mechanisms.integers import Integers, Nearest, Vector
+from fedclaw.privacy.fixed_point import Vector, nearest_step
+from fedclaw.privacy.mechanisms.integers import Integers, Nearest
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen, fields_of
@@ -37,7 +37,6 @@ from fedclaw.protocol.update import Update
 if TYPE_CHECKING:
     import torch
 
-    from fedclaw.privacy.distributed import Price
     from fedclaw.privacy.noise import GaussianSource
     from fedclaw.privacy.speed import StepSpeed
     from fedclaw.privacy.steps import StepTaker
@@ -177,7 +176,8 @@ class Mechanism:
     @property
     def clip(self) -> float:
         """The L2 bound of an example's gradient, or of a site's update; 0: none."""
-        return 0.0
+        local, central = self.asked.privacy, self.asked.central
+        return local.max_grad_norm if local else central.clip if central else 0.0
 
     # Refused at both ends
 
@@ -341,11 +341,6 @@ class Mechanism:
         if not isinstance(self.asked.secure, SecureAggregation):
             raise PrivacyError("noise by the sites hides nothing without secure aggregation")
         return self.asked.secure
-
-    @property
-    def price(self) -> "Price | None":
-        """What noise by the sites costs the sum of a plan with a session; None where they bring none."""
-        return None
 
     # The ledger, and what a receipt says of it
 

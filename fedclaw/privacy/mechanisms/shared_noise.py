@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.distributed import Price, Shares, choose_step, share_noise
-from fedclaw.privacy.mechanisms.integers import Integers, SumWithShare, Vector, WithShare
+from fedclaw.privacy.distributed import Shares, choose_step, share_noise
+from fedclaw.privacy.fixed_point import Vector
+from fedclaw.privacy.mechanisms.integers import Integers, SumWithShare, WithShare
 from fedclaw.privacy.mechanisms.mechanism import Charge, T
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
@@ -75,11 +76,6 @@ class SharedNoise(SumNoise):
     def scale(self, request: SecureRequest, length: int, sites: int, honest: int) -> tuple[float, float | None]:
         """See Mechanism. No range of values: nothing is cut off but what noise by the sites has no room for."""
         return choose_step(self.sum_sensitivity, length, sites, self.request.noise_multiplier, honest=honest), None
-
-    @property
-    def price(self) -> Price | None:
-        """See Mechanism."""
-        return self.shares.price
 
 
 def with_share(

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.distributed import Shares
-from fedclaw.privacy.mechanisms.integers import SumWithShare, Vector
+from fedclaw.privacy.fixed_point import Vector
+from fedclaw.privacy.mechanisms.integers import SumWithShare
 from fedclaw.privacy.mechanisms.local_noise import Doubles, OwnNoise
 from fedclaw.privacy.mechanisms.shared_noise import session_shares, with_share
 from fedclaw.privacy.provenance import Part, Released

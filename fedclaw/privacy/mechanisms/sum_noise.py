@@ -47,11 +47,6 @@ class SumNoise(Mechanism):
         return self.asked.central
 
     @property
-    def clip(self) -> float:
-        """Of an example's gradient, or of a site's update."""
-        return self.request.clip
-
-    @property
     def sum_sensitivity(self) -> float:
         """How far, in L2 norm, one unit can move the sum over the sites of weight x delta."""
         if self.takes_one_step:

@@ -270,10 +270,6 @@ class ServerSession:
         return total
 
     @property
-    def _threshold(self) -> int:
-        return self.parameters.threshold
-
-    @property
     def _dropped(self) -> tuple[str, ...]:
         """Sites without a vector in the sum, whose masks with survivors are in it."""
         return tuple(
@@ -360,7 +356,7 @@ class ServerSession:
         """The sites that go on: those with enough neighbours that go on. Raises if fewer than the minimum do."""
         self._advance(stage)
         alive = set(answered)
-        while lonely := {site for site in alive if len(self._near(site, alive)) + 1 < self._threshold}:
+        while lonely := {site for site in alive if len(self._near(site, alive)) + 1 < self.parameters.threshold}:
             alive -= lonely
         self._require(len(alive) >= self.parameters.minimum, len(answered), what)
         return self._ordered(alive)
@@ -376,7 +372,9 @@ class ServerSession:
         """Raises unless threshold of `holders` hold shares of every secret that is needed."""
         for site in (*self.survivors, *self._dropped):
             count = len(self._near(site, holders)) + (site in holders)
-            self._require(count >= self._threshold, len(holders), what, f"; {count} of them hold shares of {site}")
+            self._require(
+                count >= self.parameters.threshold, len(holders), what, f"; {count} of them hold shares of {site}"
+            )
 
     def _require(self, holds: bool, count: int, what: str, more: str = "") -> None:
         if holds:
@@ -384,5 +382,6 @@ class ServerSession:
         self._failed = True
         raise SecureAggregationError(
             f"secure sum of round {self.parameters.round}: {count} of {len(self.parameters.sites)} sites {what}{more}: "
-            f"too few (threshold {self._threshold}, at least {self.parameters.minimum} sites); nothing is unmasked"
+            f"too few (threshold {self.parameters.threshold}, at least {self.parameters.minimum} sites); nothing is "
+            "unmasked"
         )

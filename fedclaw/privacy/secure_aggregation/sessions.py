@@ -54,7 +54,7 @@ class Sessions:
 
         Raises SecureAggregationError if the round has been unmasked, or as SiteSession does.
         """
-        key = _key(parameters)
+        key = _Unmasked(federation=parameters.federation, run=parameters.run, round=parameters.round)
         with self._lock:
             self._refuse_second(key)
             session = SiteSession(parameters, me, signer, verifier, claim=lambda: self._record(key, parameters.session))
@@ -102,10 +102,6 @@ class Sessions:
                 f"this site has unmasked {MAX_UNMASKED} rounds and remembers no more; start a new journal of unmasked "
                 "rounds once none of these runs can come back"
             )
-
-
-def _key(parameters: Parameters) -> _Unmasked:
-    return _Unmasked(federation=parameters.federation, run=parameters.run, round=parameters.round)
 
 
 def _append(journal: Path, key: _Unmasked) -> None:
