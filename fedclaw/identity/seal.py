@@ -1,14 +1,23 @@
-"""Updates sealed to the aggregator: HPKE for a fresh key, then AES-256-GCM in segments under it.
+"""Updates sealed to the aggregator: HPKE for a session's secret, then AES-256-GCM in segments under a message's key.
 
 TLS may end at a hospital's proxy; the seal ends in the aggregation process. A sealed message is
 
-    header  = magic (4 bytes) || HPKE one-shot ciphertext of a random 32-byte content key, info = context
-    segment = AES-256-GCM(content key, nonce = zeros(7) || index (4) || last (1), aad = SHA-256(context)), tag last
+    session = HPKE one-shot ciphertext of a random 32-byte secret(0), info = label || suite
+    header  = magic (4 bytes) || session || index (4) || salt (16) || check (16)
+    segment = AES-256-GCM(key, nonce = zeros(7) || segment's index (4) || last (1), aad = SHA-256(context)), tag last
+
+    secret(i + 1) = HKDF-Expand(secret(i), "next"), 32 bytes
+    key || check  = HKDF-Expand(secret(index), "message" || salt || context), 32 and 16 bytes
 
 with context = label || suite || binding. HPKE is RFC 9180 (base mode, HKDF-SHA256, AES-256-GCM); the KEM is X25519 or
 the hybrid ML-KEM-768 + X25519. The segments follow the STREAM construction (Hoang, Reyhanitabar, Rogaway, Vizar 2015,
 "Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance", section 6): a segment that is
-changed, moved, repeated, dropped or cut off does not open. The nonce starts at zero because the key is used once.
+changed, moved, repeated, dropped or cut off does not open. The nonce starts at zero because the key is used once:
+the salt is fresh for each message. `check` commits to the key, so the header alone shows a wrong binding.
+
+A session serves SESSION_MESSAGES messages of SESSION_SECONDS at most, because the KEM costs more than all the rest of a
+small message. Its sealer keeps the secret of the next message only: whoever reads the site's memory learns
+nothing of what was sealed before. A header opens by itself, after a restart of either end too.
 
 What it promises: only the holder of the federation's seal key reads the plaintext, and it opens only under the
 `Binding` it was sealed for. What it does not: base-mode HPKE does not prove who sealed. The sender is
@@ -17,7 +26,11 @@ known by its TLS certificate, and the server puts that certificate's name into t
 
 import base64
 import hashlib
+import hmac
 import secrets
+import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -27,6 +40,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hpke import (
     AEAD,
     KDF,
@@ -35,21 +49,30 @@ from cryptography.hazmat.primitives.hpke import (
     MLKEM768X25519PublicKey,
     Suite,
 )
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from fedclaw.errors import SealError
+from fedclaw.protocol.buffers import Buffer, JoinedBuffers
 
 SealSuite = Literal["x25519", "mlkem768-x25519"]
 SUITES: tuple[SealSuite, ...] = get_args(SealSuite)
-
-Buffer = bytes | bytearray | memoryview
 
 SEGMENT = 1 << 20
 """Plaintext bytes of every segment but the last."""
 
 TAG = 16
-_MAGIC = b"FCS1"
-_LABEL = b"fedclaw seal v1"
-_CONTENT_KEY = 32
+SESSION_MESSAGES = 64
+SESSION_SECONDS = 60.0
+_MAGIC = b"FCS2"
+_LABEL = b"fedclaw seal v2"
+_EARLIER_MAGIC, _EARLIER_LABEL = b"FCS1", b"fedclaw seal v1"
+"""Of the format in which each message had an HPKE ciphertext of its own: magic || HPKE of the key, info = context."""
+_KEY = 32
+_INDEX = 4
+_SALT = 16
+_CHECK = 16
+_OPEN_SESSIONS = 512
+"""Sessions whose secrets an opener keeps, which saves it the KEM."""
 _MLKEM_SEED = 64
 _MLKEM_PUBLIC = 1184
 _MAX_SEGMENTS = 1 << 32
@@ -80,17 +103,34 @@ class SealKeys:
     private: bytes = field(repr=False)
 
 
-@dataclass(frozen=True)
 class Sealed:
-    """A message under seal. `segments` may be walked once; each item is made when it is asked for.
+    """A message under seal. Its segments are made when they are asked for, in any order and by any thread."""
 
-    `size` counts the header and all segments, `plain_size` the plaintext, both in bytes.
-    """
+    def __init__(self, header: bytes, plain: JoinedBuffers, cipher: AESGCM, aad: bytes) -> None:
+        self.header = header
+        self.plain_size = plain.size
+        """Bytes of the plaintext."""
+        self.count = segment_count(plain.size)
+        """How many segments there are."""
+        self._plain = plain
+        self._cipher = cipher
+        self._aad = aad
 
-    header: bytes
-    segments: Iterator[bytes]
-    size: int
-    plain_size: int
+    @property
+    def size(self) -> int:
+        """Bytes of the header and all segments."""
+        return len(self.header) + self.plain_size + TAG * self.count
+
+    def segment(self, index: int) -> bytes:
+        """The sealed segment at `index`, from 0. Its plaintext is copied only where it spans two of the parts."""
+        pieces = self._plain.read(index * SEGMENT, SEGMENT)
+        plain = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return self._cipher.encrypt(_nonce(index, index + 1 == self.count), plain, self._aad)
+
+    @property
+    def segments(self) -> Iterator[bytes]:
+        """All segments, in order."""
+        return map(self.segment, range(self.count))
 
 
 def generate(suite: SealSuite) -> SealKeys:
@@ -107,7 +147,7 @@ def generate(suite: SealSuite) -> SealKeys:
 def header_size(suite: SealSuite) -> int:
     """Length in bytes of every header of `suite`."""
     _check_suite(suite)
-    return len(_MAGIC) + _KEMS[suite].enc_length() + _CONTENT_KEY + TAG
+    return len(_MAGIC) + _session_size(suite) + _INDEX + _SALT + _CHECK
 
 
 def segment_count(plain_size: int) -> int:
@@ -121,13 +161,15 @@ def sealed_size(suite: SealSuite, plain_size: int) -> int:
 
 
 class Sealer:
-    """Seals to one public key. Holds no secret; may be shared between threads."""
+    """Seals to one public key. May be shared between threads."""
 
     def __init__(self, suite: SealSuite, public_key: bytes) -> None:
         """Raises SealError if `public_key` is not a raw public key of `suite`."""
         _check_suite(suite)
         self._suite: SealSuite = suite
         self._key = _public_key(suite, public_key)
+        self._lock = threading.Lock()
+        self._session, self._secret, self._index, self._ends = b"", b"", SESSION_MESSAGES, 0.0
 
     def __repr__(self) -> str:
         return f"Sealer({self._suite!r})"
@@ -137,19 +179,25 @@ class Sealer:
 
         Raises SealError if there is more than STREAM's counter can number (4 PiB).
         """
-        views = [view for view in (memoryview(part).cast("B") for part in parts) if len(view)]
-        plain_size = sum(map(len, views))
-        if segment_count(plain_size) > _MAX_SEGMENTS:
-            raise SealError(f"{plain_size} bytes are too many for one sealed message")
-        context = _context(self._suite, binding)
-        content_key = secrets.token_bytes(_CONTENT_KEY)
-        header = _MAGIC + _hpke(self._suite).encrypt(content_key, self._key, info=context)
-        return Sealed(
-            header=header,
-            segments=_segments(views, segment_count(plain_size), AESGCM(content_key), _digest(context)),
-            size=sealed_size(self._suite, plain_size),
-            plain_size=plain_size,
-        )
+        plain = JoinedBuffers(parts)
+        if segment_count(plain.size) > _MAX_SEGMENTS:
+            raise SealError(f"{plain.size} bytes are too many for one sealed message")
+        context, salt = _context(self._suite, binding), secrets.token_bytes(_SALT)
+        session, index, secret = self._take_secret()
+        key, check = _message_key(secret, salt, context)
+        header = _MAGIC + session + index.to_bytes(_INDEX, "big") + salt + check
+        return Sealed(header, plain, AESGCM(key), _digest(context))
+
+    def _take_secret(self) -> tuple[bytes, int, bytes]:
+        """The session, the index and the secret of one message; the secret is kept no longer."""
+        with self._lock:
+            if self._index >= SESSION_MESSAGES or time.monotonic() >= self._ends:
+                self._secret, self._index = secrets.token_bytes(_KEY), 0
+                self._session = _hpke(self._suite).encrypt(self._secret, self._key, info=_label(self._suite))
+                self._ends = time.monotonic() + SESSION_SECONDS
+            taken = self._session, self._index, self._secret
+            self._secret, self._index = _next_secret(self._secret), self._index + 1
+            return taken
 
 
 class Opener:
@@ -160,6 +208,9 @@ class Opener:
         _check_suite(suite)
         self._suite: SealSuite = suite
         self._key = _private_key(suite, private_key)
+        self._lock = threading.Lock()
+        self._sessions: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
+        """By session: the index and the secret of the last message of it that has opened."""
 
     def __repr__(self) -> str:
         return f"Opener({self._suite!r})"
@@ -174,18 +225,47 @@ class Opener:
         """
         if plain_size < 0 or segment_count(plain_size) > _MAX_SEGMENTS:
             raise SealError(f"a sealed message cannot hold {plain_size} bytes")
-        wrong_size = len(header) != header_size(self._suite)
-        if wrong_size or bytes(header[: len(_MAGIC)]) != _MAGIC:
+        raw = bytes(header)
+        sizes = {_MAGIC: header_size(self._suite), _EARLIER_MAGIC: len(_EARLIER_MAGIC) + _session_size(self._suite)}
+        if len(raw) != sizes.get(raw[: len(_MAGIC)]):
             raise SealError(f"the seal's header is damaged or of another suite than {self._suite}")
-        context = _context(self._suite, binding)
+        earlier = raw.startswith(_EARLIER_MAGIC)
+        context = _context(self._suite, binding, _EARLIER_LABEL if earlier else _LABEL)
         try:
-            content_key = _hpke(self._suite).decrypt(bytes(header[len(_MAGIC) :]), self._key, info=context)
+            key = self._decrypt(raw[len(_MAGIC) :], context) if earlier else self._key_of(raw[len(_MAGIC) :], context)
         except InvalidTag:
             raise SealError(
                 f"the seal does not open for site {binding.site!r}, message {binding.message_id!r}: it was tampered "
                 "with, or sealed for another message, run, site or federation"
             ) from None
-        return OpenStream(AESGCM(content_key), _digest(context), plain_size, memory or fresh_buffer)
+        return OpenStream(AESGCM(key), _digest(context), plain_size, memory or fresh_buffer)
+
+    def _decrypt(self, session: bytes, info: bytes) -> bytes:
+        return _hpke(self._suite).decrypt(session, self._key, info=info)
+
+    def _key_of(self, header: bytes, context: bytes) -> bytes:
+        """The message's key, from its header without the magic. Raises InvalidTag."""
+        size = _session_size(self._suite)
+        session, salt = header[:size], header[size + _INDEX : -_CHECK]
+        index = int.from_bytes(header[size : size + _INDEX], "big")
+        if index >= SESSION_MESSAGES:
+            # No sealer of ours goes on for so long, and each step costs.
+            raise InvalidTag
+        with self._lock:
+            at, secret = self._sessions.get(session, (SESSION_MESSAGES, b""))
+        if at > index:
+            at, secret = 0, self._decrypt(session, _label(self._suite))
+        for _ in range(at, index):
+            secret = _next_secret(secret)
+        key, check = _message_key(secret, salt, context)
+        if not hmac.compare_digest(check, header[-_CHECK:]):
+            raise InvalidTag
+        with self._lock:
+            self._sessions[session] = index, secret
+            self._sessions.move_to_end(session)
+            if len(self._sessions) > _OPEN_SESSIONS:
+                self._sessions.popitem(last=False)
+        return key
 
 
 class OpenStream:
@@ -254,38 +334,30 @@ def decode_key(text: str) -> bytes:
         raise SealError("a seal key is not valid base64") from None
 
 
-def _segments(views: list[memoryview], count: int, cipher: AESGCM, aad: bytes) -> Iterator[bytes]:
-    chunks = _chunks(views)
-    for index in range(count):
-        yield cipher.encrypt(_nonce(index, index + 1 == count), next(chunks, b""), aad)
-
-
-def _chunks(views: list[memoryview]) -> Iterator[Buffer]:
-    """The concatenation of `views` in pieces of SEGMENT bytes; copied only where a piece spans two views."""
-    pending = bytearray()
-    for view in views:
-        start = 0
-        if pending:
-            start = min(SEGMENT - len(pending), len(view))
-            pending += view[:start]
-            if len(pending) < SEGMENT:
-                continue
-            yield pending
-            pending = bytearray()
-        whole = start + (len(view) - start) // SEGMENT * SEGMENT
-        for offset in range(start, whole, SEGMENT):
-            yield view[offset : offset + SEGMENT]
-        pending += view[whole:]
-    if pending:
-        yield pending
-
-
 def _nonce(index: int, last: bool) -> bytes:
     return index.to_bytes(11, "big") + (b"\x01" if last else b"\x00")
 
 
-def _context(suite: SealSuite, binding: Binding) -> bytes:
-    return _prefixed(_LABEL) + _prefixed(suite.encode()) + binding.to_bytes()
+def _label(suite: SealSuite, label: bytes = _LABEL) -> bytes:
+    return _prefixed(label) + _prefixed(suite.encode())
+
+
+def _context(suite: SealSuite, binding: Binding, label: bytes = _LABEL) -> bytes:
+    return _label(suite, label) + binding.to_bytes()
+
+
+def _session_size(suite: SealSuite) -> int:
+    return _KEMS[suite].enc_length() + _KEY + TAG
+
+
+def _next_secret(secret: bytes) -> bytes:
+    return HKDFExpand(SHA256(), _KEY, b"next").derive(secret)
+
+
+def _message_key(secret: bytes, salt: bytes, context: bytes) -> tuple[bytes, bytes]:
+    """The key of one message, and what shows that it is the one."""
+    both = HKDFExpand(SHA256(), _KEY + _CHECK, b"message" + salt + context).derive(secret)
+    return both[:_KEY], both[_KEY:]
 
 
 def _digest(context: bytes) -> bytes:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import hashlib
+import hmac
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -79,10 +82,19 @@ def test_no_bit_can_be_flipped(data: st.DataObject, size: int) -> None:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-@pytest.mark.parametrize("where", ["magic", "encapsulation", "wrapped key", "key tag"])
+@pytest.mark.parametrize("where", ["magic", "encapsulation", "wrapped secret", "secret tag", "index", "salt", "check"])
 def test_header_tampering(suite: SealSuite, where: str) -> None:
     header, segments = sealed_parts(suite, b"update")
-    position = {"magic": 0, "encapsulation": 5, "wrapped key": len(header) - 40, "key tag": len(header) - 1}[where]
+    end = len(header)
+    position = {
+        "magic": 0,
+        "encapsulation": 5,
+        "wrapped secret": end - 76,
+        "secret tag": end - 37,
+        "index": end - 33,
+        "salt": end - 20,
+        "check": end - 1,
+    }[where]
     changed = bytearray(header)
     changed[position] ^= 1
     with pytest.raises(SealError):
@@ -224,22 +236,154 @@ def test_equal_messages_look_different() -> None:
     assert one[1] != other[1]
 
 
-def test_the_format_is_the_documented_one() -> None:
-    """Opened by hand from the docstring: RFC 9180 for the key, STREAM for the segments."""
-    keys = KEYS["x25519"]
-    plain = np.random.default_rng(1).bytes(2 * SEGMENT + 9)
-    header, segments = sealed_parts("x25519", plain)
-    fields = (b"fedclaw seal v1", b"x25519", b"heart", b"7", b"3", b"m-1", b"hospital-a")
-    context = b"".join(len(field).to_bytes(4, "big") + field for field in fields)
-    hpke = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
-    assert header[:4] == b"FCS1"
-    key = hpke.decrypt(header[4:], X25519PrivateKey.from_private_bytes(keys.private), info=context)
-    assert len(key) == 32
+HPKE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
+PRIVATE = X25519PrivateKey.from_private_bytes(KEYS["x25519"].private)
+
+
+def joined(label: bytes, *fields: bytes) -> bytes:
+    return b"".join(len(field).to_bytes(4, "big") + field for field in (label, b"x25519", *fields))
+
+
+def decrypted(key: bytes, segments: list[bytes], context: bytes) -> bytes:
     found = b""
     for index, segment in enumerate(segments):
-        nonce = bytes(7) + index.to_bytes(4, "big") + bytes([index == 2])
+        nonce = bytes(7) + index.to_bytes(4, "big") + bytes([index == len(segments) - 1])
         found += AESGCM(key).decrypt(nonce, segment, hashlib.sha256(context).digest())
-    assert found == plain
+    return found
+
+
+def expanded(secret: bytes, info: bytes, length: int) -> bytes:
+    """HKDF-Expand as in RFC 5869, section 2.3."""
+    found, block = b"", b""
+    for number in range(1, 3):
+        block = hmac.digest(secret, block + info + bytes([number]), "sha256")
+        found += block
+    return found[:length]
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+def test_the_format_is_the_documented_one(before: int) -> None:
+    """Opened by hand from the docstring: RFC 9180 for the secret, RFC 5869 for the key, STREAM for the segments."""
+    plain = np.random.default_rng(1).bytes(2 * SEGMENT + 9)
+    sealer = Sealer("x25519", KEYS["x25519"].public)
+    for _ in range(before):
+        sealer.seal([b"an earlier message"], BINDING)
+    sealed = sealer.seal([plain], BINDING)
+    magic, session, index = sealed.header[:4], sealed.header[4:84], sealed.header[84:88]
+    salt, check = sealed.header[88:104], sealed.header[104:]
+    assert (magic, index, len(check)) == (b"FCS2", before.to_bytes(4, "big"), 16)
+    secret = HPKE.decrypt(session, PRIVATE, info=joined(b"fedclaw seal v2"))
+    assert len(secret) == 32
+    for _ in range(before):
+        secret = expanded(secret, b"next", 32)
+    context = joined(b"fedclaw seal v2", b"heart", b"7", b"3", b"m-1", b"hospital-a")
+    both = expanded(secret, b"message" + salt + context, 48)
+    assert both[32:] == check
+    assert decrypted(both[:32], list(sealed.segments), context) == plain
+
+
+def test_a_message_in_the_earlier_format_opens_under_its_binding_alone() -> None:
+    """One that an earlier version sealed and stored, and that leaves after an upgrade."""
+    context, key, plain = (
+        joined(b"fedclaw seal v1", b"heart", b"7", b"3", b"m-1", b"hospital-a"),
+        bytes(range(32)),
+        b"w",
+    )
+    header = b"FCS1" + HPKE.encrypt(key, PRIVATE.public_key(), info=context)
+    segment = AESGCM(key).encrypt(bytes(11) + b"\1", plain, hashlib.sha256(context).digest())
+    assert unsealed("x25519", header, [segment], 1) == plain
+    with pytest.raises(SealError, match="does not open for site"):
+        unsealed("x25519", header, [segment], 1, dataclasses.replace(BINDING, group_id="4"))
+    with pytest.raises(SealError, match="damaged or of another suite"):
+        unsealed("x25519", b"FCS2" + header[4:], [segment], 1)
+
+
+def session_of(header: bytes) -> bytes:
+    return header[4:84]
+
+
+def test_a_session_serves_so_many_messages_and_no_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sealer = Sealer("x25519", KEYS["x25519"].public)
+    headers = [sealer.seal([b""], BINDING).header for _ in range(2 * seal.SESSION_MESSAGES)]
+    sessions = list(map(session_of, headers))
+    assert len(set(sessions[: seal.SESSION_MESSAGES])) == len(set(sessions[seal.SESSION_MESSAGES :])) == 1
+    assert len(set(sessions)) == 2
+    fresh = Sealer("x25519", KEYS["x25519"].public)
+    first = session_of(fresh.seal([b""], BINDING).header)
+    assert session_of(fresh.seal([b""], BINDING).header) == first
+    now = time.monotonic() + seal.SESSION_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert session_of(fresh.seal([b""], BINDING).header) != first
+
+
+def test_what_a_sealer_keeps_opens_nothing_that_it_has_sealed() -> None:
+    """Forward secrecy at the site: its memory, read later, does not give an earlier key away."""
+    sealer = Sealer("x25519", KEYS["x25519"].public)
+    header = sealer.seal([b"update"], BINDING).header
+    kept = next(value for value in vars(sealer).values() if isinstance(value, bytes) and len(value) == 32)
+    context = joined(b"fedclaw seal v2", b"heart", b"7", b"3", b"m-1", b"hospital-a")
+    for _ in range(seal.SESSION_MESSAGES):
+        assert expanded(kept, b"message" + header[88:104] + context, 48)[32:] != header[104:]
+        kept = expanded(kept, b"next", 32)
+
+
+def test_messages_of_a_session_open_in_any_order_and_after_a_restart() -> None:
+    sealer = Sealer("x25519", KEYS["x25519"].public)
+    sealed = [sealer.seal([bytes([number])], BINDING) for number in range(6)]
+    opener = Opener("x25519", KEYS["x25519"].private)
+    for number in (2, 0, 5, 5, 1, 4, 3):
+        for one in (opener, Opener("x25519", KEYS["x25519"].private)):
+            stream = one.open(sealed[number].header, BINDING, 1)
+            stream.feed(sealed[number].segment(0))
+            assert stream.finish() == bytes([number])
+
+
+def test_the_opener_does_the_expensive_step_once_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    decrypt = Opener._decrypt
+    monkeypatch.setattr(Opener, "_decrypt", lambda *arguments: done.append(1) or decrypt(*arguments))
+    sealer, opener = Sealer("x25519", KEYS["x25519"].public), Opener("x25519", KEYS["x25519"].private)
+    for _ in range(5):
+        opener.open(sealer.seal([b""], BINDING).header, BINDING, 0)
+    assert len(done) == 1
+
+
+def test_a_forged_header_moves_no_session_on_and_costs_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer may repeat a session that it has seen, with any index: it is not believed, and it is not followed far."""
+    sealer, opener = Sealer("x25519", KEYS["x25519"].public), Opener("x25519", KEYS["x25519"].private)
+    first, second = (sealer.seal([b""], BINDING).header for _ in range(2))
+    opener.open(first, BINDING, 0)
+    steps = []
+    monkeypatch.setattr(seal, "_next_secret", lambda secret: steps.append(1) or hashlib.sha256(secret).digest())
+    for index in (7, seal.SESSION_MESSAGES - 1, seal.SESSION_MESSAGES, (1 << 32) - 1):
+        with pytest.raises(SealError, match="does not open"):
+            opener.open(first[:84] + index.to_bytes(4, "big") + first[88:], BINDING, 0)
+    assert len(steps) == 7 + seal.SESSION_MESSAGES - 1
+    monkeypatch.undo()
+    monkeypatch.setattr(Opener, "_decrypt", None)
+    opener.open(second, BINDING, 0)
+
+
+def test_sessions_that_an_opener_keeps_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seal, "_OPEN_SESSIONS", 3)
+    opener = Opener("x25519", KEYS["x25519"].private)
+    headers = [sealed_parts("x25519", b"")[0] for _ in range(5)]
+    for header in [*headers, headers[0]]:
+        opener.open(header, BINDING, 0)
+    assert len(opener._sessions) == 3
+
+
+def test_many_threads_never_seal_two_messages_under_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(secret: bytes) -> bytes:
+        time.sleep(0.002)
+        return hashlib.sha256(secret).digest()
+
+    monkeypatch.setattr(seal, "_next_secret", slow)
+    sealer = Sealer("x25519", KEYS["x25519"].public)
+    with ThreadPoolExecutor(8) as pool:
+        headers = list(pool.map(lambda _: sealer.seal([b""], BINDING).header, range(40)))
+    assert len({header[4:88] for header in headers}) == 40
+    assert len({header[88:104] for header in headers}) == 40
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.privacy.secure_aggregation import CertificateVerifier
+from fedclaw.protocol.buffers import JoinedBuffers
 from fedclaw.protocol.message_identity import (
     assign_message_id,
     assume_server_identity,
@@ -26,7 +27,7 @@ from fedclaw.server.grids import StreamingGrid
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.connection_manager import ConnectionManager
 from fedclaw.transport.grpc.limits import CHUNK_BYTES, INLINE_BYTES, Limits
-from fedclaw.transport.grpc.message_codec import EncodedMessage, encode
+from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.reply_receiver import error_reply
@@ -131,7 +132,7 @@ class GrpcGrid(StreamingGrid):
         A reply larger than its request's `MessageRecords.reply_bytes` is refused. Raises TransportError for a message
         of another run, or one larger than the limit.
         """
-        bodies: dict[int, tuple[RecordDict, EncodedMessage, bytes]] = {}
+        bodies: dict[int, tuple[RecordDict, JoinedBuffers, bytes]] = {}
         requests = [self._request(message, bodies) for message in messages]
         for request in requests:
             self._pending.add(request)
@@ -198,7 +199,7 @@ class GrpcGrid(StreamingGrid):
         seconds_away = min(self._connections.seconds_away(request.node_id), time.monotonic() - request.asked)
         return seconds_away < self._limits.gone
 
-    def _request(self, message: Message, bodies: dict[int, tuple[RecordDict, EncodedMessage, bytes]]) -> PendingRequest:
+    def _request(self, message: Message, bodies: dict[int, tuple[RecordDict, JoinedBuffers, bytes]]) -> PendingRequest:
         if message.metadata.run_id != self._run.run_id:
             raise TransportError(f"the message belongs to run {message.metadata.run_id}, not {self._run.run_id}")
         assign_message_id(message)

@@ -6,7 +6,6 @@ Encoding copies no array: the result is a list of buffers. Decoding trusts nothi
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
@@ -16,6 +15,7 @@ from google.protobuf.message import DecodeError
 from numpy.lib import format as npy
 
 from fedclaw.errors import TransportError
+from fedclaw.protocol.buffers import JoinedBuffers
 from fedclaw.protocol.records import MessageRecords, ViewedArray, serialised
 from fedclaw.transport.grpc.chunk_codec import read_varint
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
@@ -45,30 +45,7 @@ Plain = bool | int | float | str | bytes
 V = TypeVar("V")
 
 
-@dataclass(frozen=True)
-class EncodedMessage:
-    """A message's bytes as a sequence of buffers; `size` is the number of bytes in all of them."""
-
-    parts: tuple[bytes | memoryview, ...]
-    size: int
-
-    def read(self, offset: int, length: int) -> list[memoryview]:
-        """Up to `length` bytes from `offset`, as views of the buffers."""
-        found: list[memoryview] = []
-        for part in self.parts:
-            if length == 0:
-                break
-            if offset >= len(part):
-                offset -= len(part)
-                continue
-            piece = memoryview(part)[offset : offset + length]
-            found.append(piece)
-            length -= len(piece)
-            offset = 0
-        return found
-
-
-def encode(content: Content, *, arrays: bool = True) -> EncodedMessage:
+def encode(content: Content, *, arrays: bool = True) -> JoinedBuffers:
     """Encode `content`, without array records if `arrays` is false. Raises TransportError for what cannot travel."""
     header = pb.Content()
     data: list[bytes | memoryview] = []
@@ -86,7 +63,7 @@ def encode(content: Content, *, arrays: bool = True) -> EncodedMessage:
     if len(raw) > _MAX_HEADER:
         raise TransportError(f"the message's records other than arrays take {len(raw)} bytes, limit {_MAX_HEADER}")
     parts = (MAGIC + len(raw).to_bytes(4, "big") + raw + _padding(_PREFIX + len(raw)), *data)
-    return EncodedMessage(parts, sum(map(len, parts)))
+    return JoinedBuffers(parts)
 
 
 def decode(buffer: bytes | bytearray | memoryview) -> Content:

@@ -14,11 +14,12 @@ from flwr.app import Error, Message
 
 from fedclaw.errors import FedClawError, TransportError
 from fedclaw.identity.seal import Binding, Sealer
+from fedclaw.protocol.buffers import JoinedBuffers
 from fedclaw.protocol.message_identity import Envelope, envelope_of, rebuild
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.grpc.limits import Limits
-from fedclaw.transport.grpc.message_codec import EncodedMessage, decode, encode
+from fedclaw.transport.grpc.message_codec import decode, encode
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class Worker:
             body = encode(content)
         return self._seal(task, envelope_of(reply), body, encode(content, arrays=False))
 
-    def _seal(self, task: Envelope, reply: Envelope, body: EncodedMessage, summary: EncodedMessage) -> StoredReply:
+    def _seal(self, task: Envelope, reply: Envelope, body: JoinedBuffers, summary: JoinedBuffers) -> StoredReply:
         binding = Binding(
             federation=self._federation,
             run_id=task.run_id,
