@@ -47,15 +47,18 @@ def replacing(path: Path, mode: int = PUBLIC_MODE) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte of `data`. Raises OSError: `os.write` alone says how much it wrote, and writes less when the
-    disk is full."""
+def write_all(descriptor: int, data: bytes, offset: int | None = None) -> None:
+    """Write every byte of `data`, at `offset` (None: where the file stands).
+
+    Raises OSError: `os.write` alone says how much it wrote, and writes less when the disk is full.
+    """
     view = memoryview(data)
     while view:
-        written = os.write(descriptor, view)
+        written = os.write(descriptor, view) if offset is None else os.pwrite(descriptor, view, offset)
         if written <= 0:
             raise OSError(errno.EIO, "nothing more could be written")
         view = view[written:]
+        offset = None if offset is None else offset + written
 
 
 def append_all(descriptor: int, data: bytes, *, durable: bool = True) -> None:

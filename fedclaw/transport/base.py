@@ -17,8 +17,9 @@ class SiteHandler(Protocol):
     def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
         """Called when the reply to `message` is durable at the site, before its first byte leaves.
 
-        `size` is the number of bytes that leave, `digest` their SHA-256 (hexadecimal). Called again with the same
-        arguments when the same reply is sent again after a restart. If it raises, nothing is sent.
+        `size` is the number of bytes that leave, `digest` their SHA-256 (hexadecimal; `tree:` before it: that of the
+        SHA-256 of each chunk). Called again with the same arguments when the same reply is sent again after a restart.
+        If it raises, nothing is sent.
         """
 
 

@@ -52,7 +52,7 @@ class OutboundEntry(Frozen):
     bytes: int = Field(ge=0)
     """Size of what left, sealed."""
     digest: str
-    """SHA-256 (hexadecimal) of what left, sealed."""
+    """SHA-256 (hexadecimal) of what left, sealed; `tree:` before it: of the SHA-256 of each of its chunks, joined."""
     receipt: dict[str, JsonValue] | None
     """The privacy receipt inside, if the message carried one."""
     resent: bool

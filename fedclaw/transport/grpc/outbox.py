@@ -19,11 +19,11 @@ half of all the work, in every round, against an accident that costs one round.
 import hashlib
 import logging
 import os
-import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from google.protobuf.message import DecodeError
 from fedclaw.errors import TransportError
 from fedclaw.files import sync_data, sync_directory, write_all
 from fedclaw.identity.seal import SEGMENT, TAG, Sealed
+from fedclaw.processors import usable
 from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.limits import INLINE_BYTES, Limits
@@ -53,8 +54,11 @@ _CHUNK = SEGMENT + TAG
 """A chunk of a reply is one segment of the seal."""
 FLUSHED_BYTES = 8 << 20
 """Replies up to this size survive a power cut."""
-_HASH_AHEAD = 4
-_SMALL = 4 * _CHUNK
+_TREE = "tree:"
+"""Begins a digest: SHA-256 of the SHA-256 of the seal's header and of each chunk, joined. So the chunks of a large
+reply are hashed side by side. A digest without it is SHA-256 of all bytes: an earlier version has stored that reply."""
+_COPIERS = 8
+"""Threads that seal and store one reply, at most."""
 _BLOCK = 4096
 """A file's length is a multiple of this, so that most replies to one question fit where another was."""
 
@@ -95,7 +99,7 @@ class StoredReply:
             transfer_id=self.task.message_id,
             envelope=frames.envelope_to_proto(self.reply),
             size=self.body_size,
-            stamp=bytes.fromhex(self.digest),
+            stamp=bytes.fromhex(self.digest.removeprefix(_TREE)),
             seal_header=self.header,
             plain_size=self.plain_size,
         )
@@ -107,13 +111,16 @@ class StoredReply:
 
     def is_intact(self) -> bool:
         """Whether the file still holds what was stored."""
-        digest = hashlib.sha256(self.header)
+        earlier, leaves = hashlib.sha256(self.header), []
         try:
             for offset in range(0, self.body_size, _CHUNK):
-                digest.update(b"".join(self.read(offset)))
+                chunk = b"".join(self.read(offset))
+                leaves.append(hashlib.sha256(chunk).digest())
+                if not self.digest.startswith(_TREE):
+                    earlier.update(chunk)
         except OSError:
             return False
-        return digest.hexdigest() == self.digest
+        return self.digest in (_tree_digest(self.header, leaves), earlier.hexdigest())
 
 
 class Outbox:
@@ -178,7 +185,7 @@ class Outbox:
         descriptor, temporary, length = self._blank()
         try:
             try:
-                body_size, digest = _copy(sealed, descriptor)
+                body_size, digest = sealed.size - len(sealed.header), _copy(sealed, descriptor)
                 trailer = pb.Spooled(
                     task=frames.envelope_to_proto(task),
                     reply=frames.envelope_to_proto(reply),
@@ -193,8 +200,7 @@ class Outbox:
                 wanted = _length(body_size + len(end), length) if flushed else body_size + len(end)
                 if wanted != length:
                     os.ftruncate(descriptor, wanted)
-                os.lseek(descriptor, wanted - len(end), os.SEEK_SET)
-                write_all(descriptor, end)
+                write_all(descriptor, end, wanted - len(end))
                 if flushed:
                     (sync_data if length else os.fsync)(descriptor)
             finally:
@@ -356,38 +362,22 @@ def _trailer(descriptor: int) -> tuple[pb.Spooled, int]:
     return pb.Spooled.FromString(trailer), room
 
 
-def _copy(sealed: Sealed, descriptor: int) -> tuple[int, str]:
-    """Write all segments; returns their size and the digest of header and segments."""
-    digest = hashlib.sha256(sealed.header)
-    written = 0
-    for segment in (
-        _hashed_beside(sealed.segments, digest) if sealed.size > _SMALL else _hashed(sealed.segments, digest)
-    ):
-        write_all(descriptor, segment)
-        written += len(segment)
-    return written, digest.hexdigest()
+def _copy(sealed: Sealed, descriptor: int) -> str:
+    """Write all segments; returns the digest of the header and them.
+
+    Hashing takes longer than sealing and writing together, so the segments of a large reply go side by side.
+    """
+
+    def copy(index: int) -> bytes:
+        segment = sealed.segment(index)
+        write_all(descriptor, segment, index * _CHUNK)
+        return hashlib.sha256(segment).digest()
+
+    if sealed.count == 1:
+        return _tree_digest(sealed.header, [copy(0)])
+    with ThreadPoolExecutor(min(_COPIERS, usable()), "fedclaw-seal") as pool:
+        return _tree_digest(sealed.header, pool.map(copy, range(sealed.count)))
 
 
-def _hashed(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
-    for segment in segments:
-        digest.update(segment)
-        yield segment
-
-
-def _hashed_beside(segments: Iterable[bytes], digest: "hashlib._Hash") -> Iterator[bytes]:
-    """The same, hashing on a second core: hashing takes longer than sealing and writing together."""
-    todo: queue.Queue[bytes | None] = queue.Queue(_HASH_AHEAD)
-
-    def work() -> None:
-        while (segment := todo.get()) is not None:
-            digest.update(segment)
-
-    worker = threading.Thread(target=work, name="fedclaw-digest")
-    worker.start()
-    try:
-        for segment in segments:
-            todo.put(segment)
-            yield segment
-    finally:
-        todo.put(None)
-        worker.join()
+def _tree_digest(header: bytes, leaves: Iterable[bytes]) -> str:
+    return _TREE + hashlib.sha256(hashlib.sha256(header).digest() + b"".join(leaves)).hexdigest()

@@ -16,6 +16,7 @@ from fedclaw.transport.grpc import Limits
 from fedclaw.transport.grpc import outbox as outbox_module
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
+from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 KEYS = seal.generate("x25519")
 
@@ -42,8 +43,10 @@ def test_what_is_stored_is_found_whole_after_a_restart(tmp_path: Path, size: int
     found = Outbox(tmp_path, Limits()).find(task(1))
     assert found is not None
     assert {**found.__dict__, "stored": 0} == {**stored.__dict__, "stored": 0}
-    body = b"".join(b"".join(found.read(offset)) for offset in range(0, found.body_size, seal.SEGMENT + seal.TAG))
-    assert hashlib.sha256(found.header + body).hexdigest() == found.digest
+    chunks = [b"".join(found.read(offset)) for offset in range(0, found.body_size, seal.SEGMENT + seal.TAG)]
+    leaves = b"".join(hashlib.sha256(part).digest() for part in (found.header, *chunks))
+    assert "tree:" + hashlib.sha256(leaves).hexdigest() == found.digest
+    body = b"".join(chunks)
     binding = seal.Binding("f", 1, "1", task(1).message_id, "s")
     stream = seal.Opener("x25519", KEYS.private).open(found.header, binding, size)
     for offset in range(0, len(body), seal.SEGMENT + seal.TAG):
@@ -68,9 +71,9 @@ def test_files_are_for_their_owner_only(tmp_path: Path):
     assert stat.S_IMODE((tmp_path / "outbox").stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("where", [0, 500, -1, -30])
+@pytest.mark.parametrize("where", [0, 500, 1_500_000, -1, -30])
 def test_a_damaged_file_is_not_sent(tmp_path: Path, where: int):
-    path = store(Outbox(tmp_path, Limits()), 1).path
+    path = store(Outbox(tmp_path, Limits()), 1, size=2_000_000).path
     content = bytearray(path.read_bytes())
     content[where] ^= 1
     path.write_bytes(content)
@@ -244,10 +247,10 @@ def test_a_reply_that_was_being_written_over_another_when_the_process_died_is_no
     class Killed(BaseException):
         pass
 
-    def dying(descriptor: int, data: bytes) -> None:
+    def dying(descriptor: int, data: bytes, offset: int) -> None:
         if when == "before" or (when == "within" and written):
             raise Killed
-        written.append(write(descriptor, data))
+        written.append(write(descriptor, data, offset))
 
     def no_flush(_descriptor: int) -> None:
         raise Killed
@@ -285,3 +288,24 @@ def test_a_file_of_before_trailers_had_a_digest_is_read(tmp_path: Path):
     found = Outbox(tmp_path, Limits()).find(task(1))
     assert found is not None
     assert {**found.__dict__, "stored": 0} == {**stored.__dict__, "stored": 0}
+
+
+@pytest.mark.parametrize("magic", [b"FCO1", b"FCO2"])
+def test_a_reply_that_an_earlier_version_stored_keeps_its_digest_and_is_checked_by_it(tmp_path: Path, magic: bytes):
+    """Its digest was that of all bytes, and is in the outbound log: what is sent again is the very same message."""
+    stored = store(Outbox(tmp_path, Limits()), 1, size=3_000_000)
+    content = stored.path.read_bytes()
+    body = content[: stored.body_size]
+    size = int.from_bytes(content[-24:-20], "big")
+    trailer = pb.Spooled.FromString(content[-24 - size : -24])
+    trailer.digest = hashlib.sha256(stored.header + body).hexdigest()
+    raw = trailer.SerializeToString()
+    check = hashlib.sha256(raw).digest()[:16] if magic == b"FCO2" else b""
+    earlier = body + raw + len(raw).to_bytes(4, "big") + check + magic
+    stored.path.write_bytes(earlier)
+    found = Outbox(tmp_path, Limits()).find(task(1))
+    assert found is not None
+    assert found.digest == trailer.digest
+    assert found.outgoing().offer.stamp.hex() == trailer.digest
+    stored.path.write_bytes(earlier[:2_000_000] + b"x" + earlier[2_000_001:])
+    assert Outbox(tmp_path, Limits()).find(task(1)) is None
