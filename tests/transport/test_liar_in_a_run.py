@@ -40,7 +40,7 @@ class Liar:
                     threading.Thread(target=self._trickle, daemon=True).start()
 
     def _trickle(self) -> None:
-        for number in range(len(self.site.pieces)):
+        for number in range(self.site.sealed.count):
             self.site.send(number, 1)
             if self._stop.wait(self._pause):
                 return

@@ -48,7 +48,7 @@ def test_the_server_confirms_a_reply_with_its_next_frame(kit):
     stream = grid.send_and_receive([kit.message("site-a")], timeout=20)
     site.offer(0, content=b"".join(encode(kit.content()).parts))
     site.accepted()
-    site.send(0, len(site.pieces))
+    site.send(0, site.sealed.count)
     assert next(stream).has_content()
     assert list(site.raw.hear("heartbeat").also_done) == [site.task.transfer_id]
 

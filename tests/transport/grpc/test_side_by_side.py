@@ -72,7 +72,7 @@ def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(k
             site.send(first, 1)
         held.append(grid._connections._replies.held_bytes())
     for site in sites:
-        site.send(40, len(site.pieces) - 40)
+        site.send(40, site.sealed.count - 40)
     thread.join(60)
     assert sorted(found) == names
     for reply in found.values():
@@ -104,7 +104,7 @@ def test_what_waits_on_disk_has_no_name_there_and_is_gone_after_it_was_read(kit,
     assert all(link.endswith("(deleted)") for link in open_there())
     assert list(tmp_path.iterdir()) == []
     for site in sites:
-        site.send(3, len(site.pieces) - 3)
+        site.send(3, site.sealed.count - 3)
     thread.join(60)
     assert sorted(found) == names
     kit.until(lambda: open_there() == [], "nothing is left")
@@ -179,7 +179,7 @@ def test_a_liar_within_the_bound_delays_nobody_and_is_named_by_its_rate(kit, clo
     for site in honest:
         site.offer(0, content=arrays(8))
         site.accepted()
-        site.send(0, len(site.pieces))
+        site.send(0, site.sealed.count)
     for number in range(1, 4):
         kit.until(lambda: len(found) == 3, "the honest ones are through while the liar has hardly begun")
         liar.send(number, 1)
@@ -284,7 +284,7 @@ def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(ki
     promises = threading.Thread(target=promise, daemon=True)
     promises.start()
     liar.accepted()
-    honest.send(0, len(honest.pieces))
+    honest.send(0, honest.sealed.count)
     kit.until(lambda: "site-a" in found, "the honest one is through")
     clock.forward(60)
     thread.join(60)
@@ -310,7 +310,7 @@ def test_a_reply_on_disk_whose_site_goes_as_its_last_piece_comes_is_read_all_the
         site.accepted()
         site.send(0, 3)
     for site in sites:
-        site.send(3, len(site.pieces) - 3)
+        site.send(3, site.sealed.count - 3)
     thread.join(60)
     assert sorted(found) == ["site-a", "site-b"]
     assert all(reply.has_content() for reply in found.values())
@@ -339,7 +339,7 @@ def test_a_site_that_goes_as_its_turn_comes_may_come_back_and_nobody_else_is_hun
     again.say(pb.Frame(offer=site.made))
     site.raw = again
     assert site.accepted() == 0
-    site.send(0, len(site.pieces))
+    site.send(0, site.sealed.count)
     thread.join(60)
     assert found["site-a"].has_content()
     assert "failed" not in caplog.text
@@ -361,7 +361,7 @@ def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inb
         site.accepted()
         site.send(0, 3)
     for site in sites:
-        site.send(3, len(site.pieces) - 3)
+        site.send(3, site.sealed.count - 3)
     thread.join(30)
     assert [reply.error.code for reply in found.values()] == [RefusalCode.FAILED] * 2
     assert grid._connections._replies.held_bytes() == 0
@@ -392,12 +392,12 @@ def test_hundreds_of_waiting_replies_with_bad_seals_are_refused_one_by_one(kit):
     receiver._buffers.no_disk_until = time.monotonic() + 3600
     tasks = [site.raw.hear("offer").offer for _ in messages]
     site.reply(tasks[0], MIB)
-    pieces = site.pieces
+    sealed = site.sealed
     site.accepted()
     for task in tasks[1:]:
         site.reply(task, 100, header=b"bad seal")
     kit.until(lambda: len(receiver._buffers.waiting) == len(messages) - 1, "all others wait")
-    site.task, site.pieces = tasks[0], pieces
+    site.task, site.sealed = tasks[0], sealed
     site.send(0, 1)
     for reply in stream:
         found.append(reply)

@@ -28,18 +28,17 @@ class Uploader:
         binding = Binding(
             self.keys.descriptor.name, asked.run_id, asked.group_id, asked.message_id, self.keys.site_name
         )
-        sealed = self.keys.sealer().seal([bytes(size) if content is None else content], binding)
-        self.pieces = [bytes(segment) for segment in sealed.segments]
+        self.sealed = self.keys.sealer().seal([bytes(size) if content is None else content], binding)
         envelope = pb.Envelope()
         envelope.CopyFrom(asked)
         envelope.reply_to_message_id = asked.message_id
         self.made = pb.Offer(
             transfer_id=self.task.transfer_id,
             envelope=envelope,
-            size=sum(map(len, self.pieces)),
-            plain_size=sealed.plain_size,
+            size=self.sealed.size - len(self.sealed.header),
+            plain_size=self.sealed.plain_size,
             stamp=self.stamp,
-            seal_header=sealed.header if header is None else header,
+            seal_header=self.sealed.header if header is None else header,
         )
         self.raw.say(pb.Frame(offer=self.made))
 
@@ -48,7 +47,7 @@ class Uploader:
 
     def send(self, first: int, count: int) -> None:
         for number in range(first, first + count):
-            self.raw.say(encode_chunk(self.task.transfer_id, number * (SEGMENT + TAG), [self.pieces[number]]))
+            self.raw.say(encode_chunk(self.task.transfer_id, number * (SEGMENT + TAG), [self.sealed.segment(number)]))
 
     def refusal(self) -> pb.Refuse:
         for frame in self.raw.responses:
