@@ -1,7 +1,5 @@
 """Pixels from .npz archives and image files. Pillow is needed for image files only."""
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,27 +19,6 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's pixel mode for each number of channels that an image file can have."""
 LOSSLESS = {"L": {"1", "L"}, "RGB": {"1", "L", "P", "RGB"}, "RGBA": {"1", "L", "P", "RGB", "RGBA"}}
 """Modes of a file that become the wanted one without loss."""
-MAX_ARCHIVE_BYTES = 64 * 2**30
-
-
-def read_archive(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays `images` and, if it is there, `labels` of an .npz file. Raises DataError; never unpickles."""
-    if not path.is_file():
-        raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > MAX_ARCHIVE_BYTES:
-            raise DataError(f"{path}: would unpack to {size} bytes; at most {MAX_ARCHIVE_BYTES} are read")
-        with np.load(path, allow_pickle=False) as arrays:
-            if "images" not in arrays.files:
-                raise DataError(f"{path}: has no array 'images'; it has {', '.join(arrays.files) or 'none'}")
-            found = {name: arrays[name] for name in ("images", "labels") if name in arrays.files}
-            if not all(isinstance(array, np.ndarray) for array in found.values()):
-                raise ValueError("a member is not in numpy's format")
-            return found
-    except (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a readable .npz archive of plain arrays: {error}") from error
 
 
 def pixels_of(path: Path, images: NDArray[Any], shape: Shape) -> NDArray[np.float32]:

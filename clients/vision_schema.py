@@ -27,8 +27,9 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, model_validator
 
+from fedclaw.clients.arrays import read_archive
 from fedclaw.clients.definitions import Labels, Weights, canonical_json, parse_definition, shown, weights_of
-from fedclaw.clients.images import Shape, image_files, pixels_of, read_archive, read_image, targets_of
+from fedclaw.clients.images import Shape, image_files, pixels_of, read_image, targets_of
 from fedclaw.clients.values import normal
 from fedclaw.errors import DataError
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
@@ -103,7 +104,7 @@ class VisionSchema(Schema):
         if path.is_dir():
             files, targets = self._labelled_files(path)
             return Table(self._read_files(path, files), np.array(targets, np.int64))
-        arrays = read_archive(path)
+        arrays = read_archive(path, "images", "labels")
         if "labels" not in arrays:
             raise DataError(f"{path}: has no array 'labels'")
         inputs = self._standardised_archive(path, arrays["images"])
@@ -114,7 +115,7 @@ class VisionSchema(Schema):
         if path.is_dir():
             return self._read_files(path, list(_all_images(path)))
         if path.suffix.lower() == ".npz":
-            return self._standardised_archive(path, read_archive(path)["images"])
+            return self._standardised_archive(path, read_archive(path, "images")["images"])
         return self._read_files(path, [path])
 
     def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:

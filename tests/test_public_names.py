@@ -1,6 +1,7 @@
 """What `import fedclaw` promises: these names and no others, documented, and not paid for before they are used."""
 
 import re
+import shutil
 import subprocess
 import sys
 import typing
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import fedclaw
+from fedclaw.identity.provisioning import initialise
 from tests.conftest import environment
+from tests.ledgers import make_site
 
 NAMES = [
     "Bundle",
@@ -66,9 +69,9 @@ def blocks(page: Path, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_the_ten_lines_of_the_page_run_as_they_stand(tmp_path):
+def test_the_code_of_the_page_runs_as_it_stands(tmp_path):
     """In a directory with packages of the names that FedClaw's own once had, as a project may have them."""
-    ten, strategy, _ = blocks(PAGE)
+    ten, strategy, export, read = blocks(PAGE)
     lines = [line for line in ten.splitlines() if line.strip()]
     assert len(lines) <= 10
     for name in ("strategies", "clients", "experiments"):
@@ -82,7 +85,15 @@ assert run.model()(torch.zeros(2, 64)).shape == (2, 10)
 assert not {"hydra", "omegaconf", "mlflow", "experiments"} & set(sys.modules)
 """
     again = "\nassert len(run.history) == 5 and run.record.strategy.settings == {'share': 0.7}\n"
-    (tmp_path / "notebook.py").write_text(ten + after + strategy + again)
+    home = initialise(tmp_path / "coordinator", "trial", "localhost:9443").root
+    shutil.copy(home / "ca.crt", tmp_path)
+    make_site(tmp_path / "sites" / "hospital-north")
+    exported = "\nassert bundle.trusted and bundle.predict(x[:3] / 16).shape == (3, 10)\n"
+    kept = "\nimport shutil\nshutil.copytree(run.path, 'runs/trial')\n"
+    ends = "\nassert len(run.history) == 5 and bundle.trusted and spending.data_sets\n"
+    program = ten + after + strategy + again + export + exported + kept + read + ends
+    (tmp_path / "notebook.py").write_text(program)
+    before = {path.name for path in tmp_path.iterdir()}
     values = environment() | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
     done = subprocess.run([sys.executable, "notebook.py"], env=values, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -92,7 +103,7 @@ assert not {"hydra", "omegaconf", "mlflow", "experiments"} & set(sys.modules)
     )
     assert said[0] == shown[0]
     assert re.sub(r"accuracy [0-9.]+", "", said[1]) == re.sub(r"accuracy [0-9.]+", "", shown[1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["clients", "experiments", "notebook.py", "strategies"]
+    assert {path.name for path in tmp_path.iterdir()} - before == {"bundle", "runs"}
 
 
 def test_what_the_page_names_is_there():

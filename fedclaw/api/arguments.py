@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from functools import wraps
+from numbers import Integral
 from typing import ParamSpec, TypeVar
 
-from fedclaw.errors import FedClawError, Reason, Setting
+from fedclaw.errors import FedClawError, Reason, Setting, UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,6 +17,8 @@ _WORDS = {
     "central.unit=site": 'fedclaw.CentralPrivacy(..., unit="site")',
     "central.unit=example": 'unit="example"',
     "sites.minimum": "clients= times fraction=",
+    "overwrite=true": "overwrite=True",
+    "output=…": "another target",
     "runtime=sites": "fedclaw server",
 }
 
@@ -44,3 +47,10 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             raise error.with_traceback(None) from None
 
     return called
+
+
+def whole(value: object, name: str, least: int) -> int:
+    """The argument of that name, as an integer. Raises UsageError unless it is one, and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise UsageError(f"{name}={value!r:.60}: a whole number of at least {least} is needed")
+    return int(value)

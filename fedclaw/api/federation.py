@@ -4,32 +4,20 @@ Legend: N examples, D shape of one input, C classes, K clients.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from fedclaw.api.arguments import argument, public
-from fedclaw.api.arrays import (
-    FrameEncoder,
-    as_list,
-    classes_of,
-    indices_among,
-    inputs_of,
-    is_frame,
-    labels_of,
-    numbers_of,
-    require_pairs,
-    whole,
-)
-from fedclaw.api.module import ArraySchema
+from fedclaw.api.arguments import argument, public, whole
+from fedclaw.api.frames import FrameReader, as_list, is_frame
 from fedclaw.catalogue import did_you_mean
+from fedclaw.clients.array_schema import ArraySchema
+from fedclaw.clients.arrays import ClassReader, NumberReader, classes_of, inputs_of, labels_of, require_pairs
 from fedclaw.errors import DataError, UsageError
-from fedclaw.learning.tasks.base import Targets
 from fedclaw.learning.tasks.regression import NumberTarget, RegressionLoss
-from fedclaw.learning.workload import Table
+from fedclaw.learning.workload import Schema, Table
 from fedclaw.protocol.frozen import explain
 from fedclaw.simulation.partitions.base import Partition, PartitionMethod
 from fedclaw.simulation.partitions.settings import PartitionSettings
@@ -43,23 +31,25 @@ _NAMES = ("iid", "dirichlet", "shards", "quantity", "feature_shift")
 class Federation:
     """Examples and who has them; made by `from_arrays`, `from_clients`, `from_frame` or `from_frames`.
 
-    Nothing in it changes. Use it for as many runs as you like: `fedclaw.simulate(federation, MyNet, ...)`.
+    Nothing in it changes. Use it for as many runs as you like: `fedclaw.simulate(federation, MyNet, ...)`. `names` are
+    the clients', and `columns` those of the inputs (D,), where the data had them.
     """
 
     def __init__(
         self,
-        schema: ArraySchema,
+        schema: Schema,
         table: Table,
         shares: Sequence[Rows],
         *,
         test: Table | None = None,
         tests: Sequence[Rows] | None = None,
         names: Sequence[str] | None = None,
+        columns: Sequence[str] = (),
     ) -> None:
         """For those that make one; `fedclaw.simulation.SimulatedFederation` says what is what."""
         self.schema, self.table, self.test = schema, table, test
         self.shares, self.tests = tuple(shares), None if tests is None else tuple(tests)
-        self.names = None if names is None else tuple(names)
+        self.names, self.columns = None if names is None else tuple(names), tuple(columns)
 
     @classmethod
     @public
@@ -158,23 +148,23 @@ class Federation:
         frames = [frame, *([test] if is_frame(test) else [])]
         if by is not None and is_frame(test) and by not in test.columns:
             frames[1] = test.assign(**{by: ""})
-        encoder = FrameEncoder(frames, target, [] if by is None else [by])
+        reader = FrameReader(frames, target, [] if by is None else [by])
         if by is not None and frame[by].isna().any():
             raise DataError(f"column {by!r} does not say which client {int(frame[by].isna().sum())} rows are from")
         made = cls.from_arrays(
-            encoder.inputs(frame, "the frame"),
+            reader.inputs(frame, "the frame"),
             _target(frame, target),
             clients=clients,
             partition=partition,
             by=None if by is None else frame[by].astype(str).to_numpy(),
-            test=(encoder.inputs(test, "test"), _target(test, target)) if is_frame(test) else test,
+            test=(reader.inputs(test, "test"), _target(test, target)) if is_frame(test) else test,
             test_at=test_at,
             seed=seed,
             value_range=value_range,
             loss=loss,
             **options,
         )
-        return made._with_columns(encoder.names)
+        return made._of_table(reader)
 
     @classmethod
     @public
@@ -192,14 +182,13 @@ class Federation:
         """One pandas data frame a client, in a list, or by name in a dict. Raises DataError, UsageError."""
         items, given = as_list(frames)
         names = given or _numbered(len(items))
-        encoder = FrameEncoder([*items, *([test] if is_frame(test) else [])], target)
+        reader = FrameReader([*items, *([test] if is_frame(test) else [])], target)
         pairs = {
-            name: (encoder.inputs(frame, name), _target(frame, target))
-            for name, frame in zip(names, items, strict=True)
+            name: (reader.inputs(frame, name), _target(frame, target)) for name, frame in zip(names, items, strict=True)
         }
-        outside = (encoder.inputs(test, "test"), _target(test, target)) if is_frame(test) else test
+        outside = (reader.inputs(test, "test"), _target(test, target)) if is_frame(test) else test
         made = cls.from_clients(pairs, test=outside, test_at=test_at, seed=seed, value_range=value_range, loss=loss)
-        return made._with_columns(encoder.names)
+        return made._of_table(reader)
 
     def __len__(self) -> int:
         """K."""
@@ -220,11 +209,6 @@ class Federation:
         """D."""
         return self.schema.input_shape
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the inputs, where they came in a data frame."""
-        return self.schema.columns
-
     def __repr__(self) -> str:
         what = f"{len(self.labels)} classes" if self.labels else "one number to predict"
         tested = sum(map(len, self.tests)) if self.tests is not None else len(self.test) if self.test is not None else 0
@@ -236,7 +220,7 @@ class Federation:
     @classmethod
     def _dealt(
         cls,
-        schema: ArraySchema,
+        schema: Schema,
         table: Table,
         clients: int | None,
         method: PartitionMethod,
@@ -272,9 +256,13 @@ class Federation:
         tests = [own[:cut] for own, cut in zip(shares, cuts, strict=True)] if share else None
         return cls(schema, train, [own[cut:] for own, cut in zip(shares, cuts, strict=True)], tests=tests, names=names)
 
-    def _with_columns(self, columns: tuple[str, ...]) -> Self:
-        schema = self.schema.with_columns(columns)
-        return type(self)(schema, self.table, self.shares, test=self.test, tests=self.tests, names=self.names)
+    def _of_table(self, reader: FrameReader) -> Self:
+        """The same, of data frames: files of the same columns can be read by its schema."""
+        assert isinstance(self.schema, ArraySchema)
+        schema = reader.schema(self.schema.target)
+        return type(self)(
+            schema, self.table, self.shares, test=self.test, tests=self.tests, names=self.names, columns=reader.names
+        )
 
 
 def _method(partition: str, owners: NDArray[Any] | None, options: dict[str, Any]) -> PartitionMethod:
@@ -308,7 +296,7 @@ def _as_seen(train: Table, dealt: Partition) -> tuple[Table, list[Rows]]:
     return Table(inputs, train.targets), list(dealt.shares)
 
 
-def _test_table(test: Any, reader: "_Classes | _Numbers", shape: tuple[int, ...]) -> Table:
+def _test_table(test: Any, reader: ClassReader | NumberReader, shape: tuple[int, ...]) -> Table:
     try:
         x, y = test
     except (TypeError, ValueError):
@@ -320,38 +308,14 @@ def _test_table(test: Any, reader: "_Classes | _Numbers", shape: tuple[int, ...]
     return Table(inputs, targets)
 
 
-@dataclass(frozen=True)
-class _Classes:
-    """How labels are read."""
-
-    classes: NDArray[Any]
-
-    @property
-    def target(self) -> tuple[str, ...]:
-        return tuple(map(str, self.classes))
-
-    def read(self, y: ArrayLike, name: str) -> Targets:
-        return indices_among(labels_of(y, name), self.classes, name)
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    """How numbers to predict are read."""
-
-    target: NumberTarget
-
-    def read(self, y: ArrayLike, name: str) -> Targets:
-        return numbers_of(y, self.target, name)
-
-
-def _reader(y: ArrayLike, value_range: tuple[float, float] | None, loss: RegressionLoss) -> _Classes | _Numbers:
+def _reader(y: ArrayLike, value_range: tuple[float, float] | None, loss: RegressionLoss) -> ClassReader | NumberReader:
     """Of targets such as those of `y`. Raises DataError, UsageError."""
     if value_range is None:
         if loss != "squared":
             raise UsageError(f"loss={loss!r} is of numbers: say which, value_range=(smallest, largest)")
-        return _Classes(classes_of(labels_of(y)))
+        return ClassReader(classes_of(labels_of(y)))
     try:
-        return _Numbers(NumberTarget(name="y", kind="numeric", range=value_range, loss=loss))
+        return NumberReader(NumberTarget(name="y", kind="numeric", range=value_range, loss=loss))
     except ValidationError as error:
         raise UsageError(f"value_range={value_range!r}: {explain(error)}") from None
 

@@ -1,31 +1,24 @@
-"""A workload around a torch module of the caller's own, on arrays held in memory; nothing has to be installed for it.
+"""A workload around a torch module of the caller's own; nothing has to be installed for it.
 
 Legend: N examples, D shape of one input, C classes.
 """
 
 import copy
 import inspect
-import json
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
-from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
-from fedclaw.errors import DataError, PluginError, UsageError
-from fedclaw.learning.registry import SCHEMAS, WORKLOADS
+from fedclaw.errors import UsageError
 from fedclaw.learning.tasks.base import Task
-from fedclaw.learning.tasks.regression import NumberTarget
-from fedclaw.learning.workload import Floats, Schema, Table, Workload
-from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.learning.workload import Floats, Workload
 from fedclaw.protocol.terms import ModelSpec
 
-NAME = "arrays"
-"""The workload's name in a run's record."""
+OWN = "module"
+"""What a run's record calls a model that is the caller's own module."""
 Model = type[nn.Module] | nn.Module | Callable[[], nn.Module]
 """A module's class that takes no arguments, a module (its parameters are what the run begins with), or a function that
 makes one."""
@@ -33,119 +26,30 @@ makes one."""
 _PROBES = 2
 
 
-class _Content(Frozen):
-    input_shape: tuple[int, ...] = Field(min_length=1)
-    labels: tuple[str, ...] = ()
-    """Of the classes; or there is a `target`."""
-    target: NumberTarget | None = None
-    columns: tuple[str, ...] = ()
-    """Names of the inputs, where a data frame had them."""
-
-    @model_validator(mode="after")
-    def _one_task(self) -> Self:
-        if (len(self.labels) < 2) != (self.target is not None):
-            raise ValueError("there are labels of two classes or more, or a target")
-        return self
-
-
-class ArraySchema(Schema):
-    """Inputs and labels of arrays in memory: there are no files to read."""
-
-    name: ClassVar[str] = NAME
-
-    def __init__(self, content: _Content) -> None:
-        self._content = content
-
-    @classmethod
-    def of(cls, input_shape: tuple[int, ...], target: tuple[str, ...] | NumberTarget) -> Self:
-        """The schema of arrays of that shape, whose target is of classes or a number."""
-        if isinstance(target, NumberTarget):
-            return cls(_Content(input_shape=input_shape, target=target))
-        return cls(_Content(input_shape=input_shape, labels=target))
-
-    def with_columns(self, columns: tuple[str, ...]) -> Self:
-        """The same, with names of the inputs."""
-        return type(self)(self._content.model_copy(update={"columns": columns}))
-
-    @classmethod
-    def parse(cls, text: str, origin: str) -> Self:
-        """Read what `to_json` wrote. Raises DataError."""
-        try:
-            return cls(_Content.model_validate_json(text))
-        except ValidationError as error:
-            raise DataError(f"{origin}: {explain(error)}") from error
-
-    def to_json(self) -> str:
-        """Canonical JSON."""
-        return json.dumps(self._content.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """D."""
-        return self._content.input_shape
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the C classes; none where the target is a number."""
-        return self._content.labels
-
-    @property
-    def task(self) -> Task:
-        """Classification by the labels, or regression to the target."""
-        return super().task if self._content.target is None else self._content.target.task
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the inputs; none where they came as an array."""
-        return self._content.columns
-
-    def read_examples(self, path: Path) -> Table:
-        """Raises DataError: the examples are in memory."""
-        raise self._refusal(path)
-
-    def read_inputs(self, path: Path) -> Floats:
-        """Raises DataError: the examples are in memory."""
-        raise self._refusal(path)
-
-    def describe_inputs(self) -> Mapping[str, Any]:
-        """Shape and columns."""
-        return self._content.model_dump(mode="json")
-
-    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
-        """(count, *D) standard normal numbers: the schema knows no more of them."""
-        return generator.standard_normal((count, *self.input_shape)).astype(np.float32)
+class ModuleWorkload(Workload, ABC):
+    """Builds a module of the caller's own (`around`) for whatever schema the data has."""
 
     @staticmethod
-    def _refusal(path: Path) -> DataError:
-        return DataError(f"{path}: a federation of arrays reads no files; give its data to fedclaw.Federation")
-
-
-class ArrayWorkload(Workload):
-    """Builds what its subclass was given (`around`); by itself it knows no model."""
-
-    name: ClassVar[str] = NAME
-    make: ClassVar[Any] = None
-    """What makes a module, a static method; None where nobody gave one."""
+    @abstractmethod
+    def make() -> nn.Module:
+        """A fresh module."""
 
     def default_model(self) -> ModelSpec:
         """The one that there is."""
-        return ModelSpec(name="module")
+        return ModelSpec(name=OWN)
 
     def build(self, spec: ModelSpec) -> nn.Module:
-        """A fresh module. Raises PluginError where nobody gave one."""
-        if self.make is None:
-            raise PluginError("the model is a torch module of the program that made the run: give it, run.model(MyNet)")
-        model: nn.Module = self.make()
-        return model
+        """A fresh module."""
+        return self.make()
 
     def spec_of(self, model: nn.Module) -> ModelSpec:
         """The same spec for every module."""
-        return ModelSpec(name="module", args={"class": type(model).__name__})
+        return ModelSpec(name=OWN, args={"class": type(model).__name__})
 
 
-def around(model: Model) -> type[ArrayWorkload]:
-    """The workload whose model is `model`. Raises UsageError for what is none."""
-    return type("ArrayWorkload", (ArrayWorkload,), {"make": staticmethod(factory_of(model))})
+def around(model: Model, name: str) -> type[ModuleWorkload]:
+    """The workload of that name whose model is `model`. Raises UsageError for what is none."""
+    return type("ModuleWorkload", (ModuleWorkload,), {"name": name, "make": staticmethod(factory_of(model))})
 
 
 def factory_of(model: Model) -> Callable[[], nn.Module]:
@@ -160,12 +64,7 @@ def factory_of(model: Model) -> Callable[[], nn.Module]:
     return model
 
 
-def plugins(workload: type[ArrayWorkload] = ArrayWorkload) -> dict[tuple[str, str], type[Any]]:
-    """What to lend (`fedclaw.learning.registry.lent`) for a run on arrays."""
-    return {(SCHEMAS, NAME): ArraySchema, (WORKLOADS, NAME): workload}
-
-
-def check_model(workload: ArrayWorkload, inputs: Floats) -> ModelSpec:
+def check_model(workload: ModuleWorkload, inputs: Floats) -> ModelSpec:
     """Build the model and have it predict a few examples; its spec.
 
     Raises UsageError for a module that cannot be made, has state besides its parameters, is not float32 in main memory
@@ -177,7 +76,7 @@ def check_model(workload: ArrayWorkload, inputs: Floats) -> ModelSpec:
     return workload.spec_of(model)
 
 
-def _made(workload: ArrayWorkload) -> nn.Module:
+def _made(workload: ModuleWorkload) -> nn.Module:
     make = workload.make
     assert make is not None
     name = getattr(make, "__name__", "the model")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.api.arguments import public
-from fedclaw.api.arrays import inputs_of
+from fedclaw.clients.arrays import inputs_of
 from fedclaw.errors import DataError
 from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.layout import CARD, ONNX, PRIVACY, SCHEMA, Manifest

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.api.arguments import public
-from fedclaw.errors import UsageError
+from fedclaw.errors import PluginError, UsageError
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedclaw.api.module import Model
+    from fedclaw.api.reading import Bundle
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,64 @@ class Run:
         `model`: its class, for a run that was read again and whose module is the caller's own. Raises UsageError if
         the parameters are not those of that module, PluginError if none was given and no workload builds it.
         """
-        from fedclaw.api.module import factory_of, plugins
-        from fedclaw.learning.registry import lent
-
-        if (given := model or self._factory) is not None:
-            built = factory_of(given)()
-        else:
-            with lent(plugins()):
-                built = self.record.make_workload().build(self.record.model)
+        built = self._build(model)
         _fill(built, self.parameters)
         return built.eval()
+
+    @public
+    def export(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        federation: str | os.PathLike[str],
+        model: "Model | None" = None,
+        inputs: "ArrayLike | None" = None,
+        quantise: bool = False,
+        overwrite: bool = False,
+    ) -> "Bundle":
+        """Write the trained model as a signed bundle, and return it verified.
+
+        Any installation serves it (`fedclaw predict bundle=...`): the graph is in it, and none of the module's code. Of
+        a federation of data frames rows are read from CSV or Parquet with the same columns, of arrays from .npz files
+        with `x` (N, *D).
+
+        Args:
+            target: the bundle's directory, not there yet.
+            federation: the coordinator's directory, whose release key signs (`fedclaw provision init`).
+            model: the module's class, for a run that was read again.
+            inputs: (N, *D) real inputs on which the graph is compared with the module; None: such as the schema makes.
+            quantise: add an 8-bit graph.
+            overwrite: replace a bundle that is there.
+
+        A simulation's bundle says that it is one, in its card and its privacy statement. Raises BundleError for a
+        module that cannot be exported, or whose graph gives other answers, UsageError where the export extra is
+        missing, ProvisionError for a directory that is no coordinator's.
+        """
+        from fedclaw.api.exporting import export_run
+        from fedclaw.clients.arrays import inputs_of
+        from fedclaw.export.bundle import Request
+
+        given = model or self._factory
+        self._require_module(given)
+        real = None if inputs is None else inputs_of(inputs, "inputs")
+        request = Request(inputs=real, quantised=quantise, overwrite=overwrite)
+        return export_run(self.path, given, Path(federation), Path(target), request)
+
+    def _require_module(self, given: "Model | None") -> None:
+        from fedclaw.api.module import OWN
+
+        if given is None and self.record.model.name == OWN:
+            raise PluginError(
+                "the model is a torch module of the program that made the run: give its class, model=MyNet"
+            )
+
+    def _build(self, model: "Model | None") -> "torch.nn.Module":
+        from fedclaw.api.module import factory_of
+
+        self._require_module(given := model or self._factory)
+        if given is not None:
+            return factory_of(given)()
+        return self.record.make_workload().build(self.record.model)
 
     @cached_property
     def receipts(self) -> Mapping[str, SiteReceipt]:

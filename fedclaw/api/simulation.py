@@ -8,13 +8,12 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from fedclaw.api.arguments import argument, public
-from fedclaw.api.arrays import whole
+from fedclaw.api.arguments import argument, public, whole
 from fedclaw.api.federation import Federation
-from fedclaw.api.module import ArrayWorkload, Model, around, check_model, factory_of, plugins
+from fedclaw.api.module import Model, ModuleWorkload, around, check_model, factory_of
 from fedclaw.api.runs import Run
 from fedclaw.errors import UsageError
-from fedclaw.learning.registry import STRATEGIES, installed, lent, strategy_class
+from fedclaw.learning.registry import SCHEMAS, STRATEGIES, WORKLOADS, installed, lent, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.server_noise import noise_of_the_server
@@ -145,7 +144,8 @@ def simulate(
         )
     if on_round is not None and not callable(on_round):
         raise UsageError(f"on_round={on_round!r:.60}: a function is needed, on_round(number, metrics)")
-    own = around(model)
+    schema = federation.schema
+    own = around(model, schema.name)
     name, lend, settings = _strategy(strategy)
     if privacy is not None and not isinstance(privacy, LocalPrivacy | CentralPrivacy):
         raise UsageError(f"privacy={privacy!r:.60}: give fedclaw.LocalPrivacy(...) or fedclaw.CentralPrivacy(...)")
@@ -163,15 +163,15 @@ def simulate(
     way = _checked(
         {"workers": workers, "repeatable_noise": repeatable_noise, "save_every": 60.0}, SimulationSettings, "simulate"
     )
-    with lent({**plugins(own), **lend}):
-        workload = own(federation.schema)
+    with lent({(SCHEMAS, schema.name): type(schema), (WORKLOADS, schema.name): own, **lend}):
+        workload = own(schema)
         fields = {
             "run": _RUN,
             "federation": "simulation",
             "workload": workload.name,
             "task": workload.task.name,
             "metrics": workload.task.metrics,
-            "schema_text": federation.schema.to_json(),
+            "schema_text": schema.to_json(),
             "model": check_model(workload, federation.table.inputs),
             "strategy": StrategyRecord(name=name, settings=settings),
             "rounds": whole(rounds, "rounds", 1),
@@ -192,7 +192,7 @@ def simulate(
     return Run(path, factory_of(model), holder)
 
 
-def _simulated(federation: Federation, workload: ArrayWorkload) -> SimulatedFederation:
+def _simulated(federation: Federation, workload: ModuleWorkload) -> SimulatedFederation:
     return SimulatedFederation(
         workload,
         federation.table,

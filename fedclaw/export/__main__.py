@@ -38,8 +38,9 @@ from fedclaw import startup
 from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
 from fedclaw.compress.record import read_compressed
 from fedclaw.console import make_console
-from fedclaw.errors import BundleError, UsageError
-from fedclaw.identity.federation_home import CA_CERTIFICATE, FederationHome
+from fedclaw.errors import UsageError
+from fedclaw.export.signer import signing_home
+from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.late import late_notes
 from fedclaw.server.run_directory import RunDirectory
@@ -76,12 +77,7 @@ def export(settings: ExportSettings, console: Console) -> None:
     """Export by checked settings; says what it does on `console`."""
     directory = RunDirectory.open(settings.run)
     with naming(federation=settings.federation):
-        home = FederationHome.open(settings.federation)
-    if home.name != (of := directory.record().federation):
-        raise BundleError(
-            f"{settings.run} is a run of the federation {of!r}, but {settings.federation} holds the keys of "
-            f"{home.name!r}"
-        )
+        home = signing_home(directory.record(), settings.federation)
     require_paths(
         inputs=settings.inputs,
         threshold_data=settings.threshold_data,
@@ -100,7 +96,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         from fedclaw.server.statistics_release import read_release
     startup.next_step("no bundle was written, or it is as it was: give the same command again")
     scores = None if settings.threshold_statistics is None else read_release(settings.threshold_statistics)
-    source = load_source(directory, settings.model)
+    source = load_source(directory, settings.model).signed_by(home.name)
     inputs = None if settings.inputs is None else source.schema.read_inputs(settings.inputs)
     public = None
     if settings.threshold_data is not None:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from fedclaw.compress.record import SitesReport
-from fedclaw.errors import BundleError
+from fedclaw.errors import BundleError, Setting
 from fedclaw.export import graph, layout, parity, signature
 from fedclaw.export.card import how_to_verify, model_card
 from fedclaw.export.check import Trust, Verified, verify_bundle
@@ -179,6 +179,7 @@ def _write_texts(
         source.record.central,
         source.record.statistics,
         ReleaseUse(run=scores.run, epsilon=scores.epsilon, delta=scores.delta) if scores else None,
+        source.record.simulated,
     )
     authority = signature.parse_certificate(signer.ca_pem, "the federation's CA certificate")
     texts = {
@@ -222,9 +223,17 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
-        raise BundleError(f"{target} already exists; pass overwrite=true to replace it, or output=… for another place")
+        raise BundleError(
+            f"{target} already exists; pass ",
+            Setting("overwrite", "true"),
+            " to replace it, or ",
+            Setting("output", "…"),
+            " for another place",
+        )
     if target.is_symlink() or not (target / layout.DIGESTS).is_file():
-        raise BundleError(f"{target} is not a bundle and is left alone; pass output=… for another place")
+        raise BundleError(
+            f"{target} is not a bundle and is left alone; pass ", Setting("output", "…"), " for another place"
+        )
 
 
 def _publish(staging: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from fedclaw.export.parity import allowed
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
 from fedclaw.learning.tasks.base import Task
+from fedclaw.server.run_directory import RunRecord
 
 TO_BE_FILLED_IN = (
     "_To be filled in by the coordinator: what the model is for, for whom, and what it must not be used for. "
@@ -68,10 +69,16 @@ def _head(source: Source, manifest: Manifest, statement: PrivacyStatement) -> st
     warnings = "".join(f"\n\n> **{_cell(warning)}**" for warning in statement.warnings)
     return (
         f"# Model card: {_cell(source.record.run)}\n\n"
-        f"A {_cell(source.record.workload)} model trained by the federation {_cell(source.record.federation)}, "
+        f"A {_cell(source.record.workload)} model trained {_where(source.record)}, "
         f"exported {manifest.created:%Y-%m-%d %H:%M} UTC.\n\n"
         f"{statement.summary}{warnings}"
     )
+
+
+def _where(record: RunRecord) -> str:
+    if record.simulated is None:
+        return f"by the federation {_cell(record.federation)}"
+    return f"in a simulation of {record.simulated.clients} clients, signed by the federation {_cell(record.federation)}"
 
 
 def _model(source: Source, manifest: Manifest) -> str:

@@ -1,7 +1,7 @@
 """What is exported: a run's model, rebuilt, with the facts that a bundle states about it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +35,10 @@ class Source:
     def variant(self) -> Literal["final", "compressed"]:
         """Which of the run's models this is."""
         return "final" if self.compression is None else "compressed"
+
+    def signed_by(self, federation: str) -> "Source":
+        """The same, for a federation to sign that `signing_home` allows."""
+        return replace(self, record=self.record.model_copy(update={"federation": federation}))
 
     @property
     def data_dependent(self) -> bool:
@@ -88,8 +92,8 @@ def _recovery_receipts(directory: RunDirectory, report: SitesReport) -> Receipts
 
 
 def _fill(model: nn.Module, arrays: Mapping[str, NDArray[Any]], what: str) -> nn.Module:
-    """`model` with `arrays` as its state, in evaluation mode on the CPU."""
-    state = model.state_dict()
+    """`model` with `arrays` as its parameters, in evaluation mode on the CPU."""
+    state = dict(model.named_parameters())
     if set(state) != set(arrays):
         names = ", ".join(sorted(set(state) ^ set(arrays))[:3])
         raise BundleError(f"{what} does not fit its spec: parameter names differ ({names}, …)")
@@ -101,5 +105,7 @@ def _fill(model: nn.Module, arrays: Mapping[str, NDArray[Any]], what: str) -> nn
             )
         if not np.isfinite(array).all():
             raise BundleError(f"{what} holds NaN or infinite values in {name}")
-    model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    with torch.no_grad():
+        for name, parameter in state.items():
+            parameter.copy_(torch.from_numpy(np.array(arrays[name])))
     return model.cpu().eval()

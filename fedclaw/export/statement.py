@@ -13,7 +13,7 @@ from pydantic import Field
 from fedclaw.protocol.frozen import Frozen, fields_of
 from fedclaw.protocol.receipt import TrainingCost
 from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
-from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
+from fedclaw.server.run_directory import ReleaseUse, Simulated, SiteReceipt
 
 UNIT = (
     "One training example of one site (example-level, add-or-remove-one neighbours). For a site with differential "
@@ -45,6 +45,10 @@ SOURCE = (
     "Figures are the sites' own, from the last receipt of each that arrived: what a site spent on a later round whose "
     "answer never arrived is on its ledger, not here. The coordinator cannot check the figures, but each names the "
     "head of the site's hash-chained ledger, against which the site can be audited."
+)
+SIMULATED_SOURCE = (
+    "Figures are the simulation's own: its clients keep no ledgers, and there is nothing that they could be audited "
+    "against."
 )
 
 
@@ -123,14 +127,16 @@ def state(
     central: CentralNoise | None = None,
     statistics: ReleaseUse | None = None,
     threshold: ReleaseUse | None = None,
+    simulated: Simulated | None = None,
 ) -> PrivacyStatement:
     """The statement for a model that came out of `runs`.
 
     `compression` is a sentence about what that cost; `data_dependent` says that sites prepared their inputs with
-    constants computed from their own training data.
+    constants computed from their own training data; `simulated`, that the sites are clients of a simulation.
     """
     names = sorted({name for run in runs for name in run.by_site})
-    sites = tuple(_site(name, runs) for name in names)
+    random = simulated is None or not simulated.repeatable_noise
+    sites = tuple(_site(name, runs, random) for name in names)
     exposed = tuple(site.site for site in sites if not site.differential_privacy)
     complete = all(run.by_site for run in runs) and bool(sites)
     guarantee = _guarantee(len(sites), len(exposed), complete)
@@ -144,7 +150,8 @@ def state(
     return PrivacyStatement(
         guarantee=guarantee,
         warnings=(
-            *_warnings(exposed, complete, data_dependent),
+            *(_simulated_warnings(simulated, exposed) if simulated else ()),
+            *_warnings(() if simulated else exposed, complete, data_dependent),
             *_loss_warnings(sites),
             *_trust_warnings(sites),
             *_cohort_warnings(central),
@@ -157,13 +164,15 @@ def state(
         statistics=statistics,
         threshold=threshold,
         compression=compression,
+        source=SIMULATED_SOURCE if simulated else SOURCE,
     )
 
 
-def _site(name: str, runs: Sequence[Receipts]) -> SiteStatement:
+def _site(name: str, runs: Sequence[Receipts], random: bool) -> SiteStatement:
+    """`random`: whether nobody can know the noise, without which no epsilon counts."""
     costs = tuple(_cost(run, run.by_site[name]) for run in runs if name in run.by_site)
     bounded = [cost.epsilon for cost in costs if cost.epsilon is not None]
-    private = len(bounded) == len(costs)
+    private = random and len(bounded) == len(costs)
     return SiteStatement(
         site=name,
         differential_privacy=private,
@@ -171,6 +180,23 @@ def _site(name: str, runs: Sequence[Receipts]) -> SiteStatement:
         delta=sum(cost.delta for cost in costs),
         runs=costs,
     )
+
+
+def _simulated_warnings(simulated: Simulated, exposed: Sequence[str]) -> tuple[str, ...]:
+    warnings = [
+        f"SIMULATED: the sites below are {simulated.clients} clients to whom one machine dealt data that it holds. No "
+        "site trained, checked or refused anything; the figures are what such a federation would have spent."
+    ]
+    if simulated.repeatable_noise:
+        warnings.append(
+            "NO DIFFERENTIAL PRIVACY: the noise was drawn from the run's seed, and whoever knows that can subtract it."
+        )
+    elif exposed:
+        warnings.append(
+            f"NO DIFFERENTIAL PRIVACY FOR {len(exposed)} OF THE CLIENTS: they trained without noise. Nothing bounds "
+            "what this model may reveal about their examples, up to reproducing them."
+        )
+    return tuple(warnings)
 
 
 def _cost(run: Receipts, entry: SiteReceipt) -> RunCost:

@@ -242,3 +242,8 @@ def test_an_identifier_is_no_category():
     frame = pd.DataFrame({"patient": [f"p{number}" for number in range(1200)], "y": [0, 1] * 600})
     with pytest.raises(fedclaw.DataError, match=r"1200 different values.*leave an identifier out"):
         Federation.from_frame(frame, target="y", clients=2)
+    few = frame[:30]
+    with pytest.raises(fedclaw.DataError, match=r"'patient' has 30 different values in 30 rows.*astype\('category'\)"):
+        Federation.from_frame(few, target="y", clients=2)
+    declared = Federation.from_frame(few.assign(patient=few.patient.astype("category")), target="y", clients=2)
+    assert declared.input_shape == (30,)

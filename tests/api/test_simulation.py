@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fedclaw
+from fedclaw.api.module import around
 from fedclaw.learning.registry import STRATEGIES, installed, lent, workload_class
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
@@ -56,10 +57,8 @@ def test_the_module_that_comes_out_is_the_one_that_was_tested(federation):
 def test_it_is_the_simulation_itself(federation, tmp_path):
     """The record that `simulate` made, run by what it runs: the same to the last bit."""
     run = fedclaw.simulate(federation, Net, seed=7, strategy="fedadam", **QUICK)
-    from fedclaw.api.module import around, plugins
-
-    own = around(Net)
-    with lent(plugins(own)):
+    own = around(Net, "arrays")
+    with lent({("fedclaw.clients", "arrays"): own}):
         again = SimulatedFederation(own(federation.schema), federation.table, federation.shares, test=federation.test)
         settings = SimulationSettings()
         directory = RunDirectory.create(tmp_path / "again", simulated(run.record, settings, 4))

@@ -141,7 +141,7 @@ def test_pickles_broken_archives_and_no_archive(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedclaw.clients.images.MAX_ARCHIVE_BYTES", 2**20)
+    monkeypatch.setattr("fedclaw.clients.arrays.MAX_ARCHIVE_BYTES", 2**20)
     path = tmp_path / "bomb.npz"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("images.npy", bytes(2**21))

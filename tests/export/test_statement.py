@@ -4,7 +4,7 @@ import pytest
 
 from fedclaw.export.statement import Receipts, state
 from fedclaw.protocol.terms import CentralNoise
-from fedclaw.server.run_directory import ReleaseUse, SiteReceipt
+from fedclaw.server.run_directory import ReleaseUse, Simulated, SiteReceipt
 
 
 def training(by_site):
@@ -39,6 +39,28 @@ def test_a_site_without_privacy_is_named_loudly_and_there_is_no_bound(samples):
     assert "1 of 3 sites trained without differential privacy" in statement.summary
     assert [site.differential_privacy for site in statement.sites] == [True, True, False]
     assert statement.sites[2].epsilon is None
+
+
+def of_a_simulation(by_site, **about):
+    simulated = Simulated(clients=len(by_site), **about)
+    return state([training(by_site)], None, "none.", simulated=simulated)
+
+
+def test_a_simulation_says_that_it_is_one(samples):
+    statement = of_a_simulation(samples.private)
+    assert [warning.split(":")[0] for warning in statement.warnings] == ["SIMULATED"]
+    assert (statement.guarantee, statement.overall.epsilon) == ("every site", 2.0)
+    assert "keep no ledgers" in statement.source
+    bare = of_a_simulation({**samples.private, "west": samples.bare})
+    assert bare.guarantee == "some sites"
+    assert bare.warnings[1].startswith("NO DIFFERENTIAL PRIVACY FOR 1 OF THE CLIENTS")
+
+
+def test_noise_that_can_be_made_again_is_none(samples):
+    statement = of_a_simulation(samples.private, repeatable_noise=True)
+    assert (statement.guarantee, statement.overall) == ("no site", None)
+    assert "whoever knows that can subtract it" in statement.warnings[1]
+    assert [site.epsilon for site in statement.sites] == [None, None]
 
 
 def test_no_site_with_privacy(samples):

@@ -1,0 +1,116 @@
+"""Arrays of numbers and their targets: what a notebook's federation is made of, and .npz files of the same.
+
+A file holds `x` (N, *D), and where it is labelled `y` (N,): names of the classes, or numbers within the target's range.
+Nothing is scaled or encoded: inputs are what the model takes.
+
+Legend: N examples, D shape of one input, C classes.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError, model_validator
+
+from fedclaw.clients.arrays import ClassReader, NumberReader, inputs_of, read_archive, require_pairs
+from fedclaw.errors import DataError
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.regression import NumberTarget
+from fedclaw.learning.workload import Floats, Schema, Table
+from fedclaw.protocol.frozen import Frozen, explain
+
+
+class _Content(Frozen):
+    input_shape: tuple[int, ...] = Field(min_length=1)
+    labels: tuple[str, ...] = ()
+    """Of the classes; or there is a `target`."""
+    target: NumberTarget | None = None
+    columns: tuple[str, ...] = ()
+    """Names of the inputs, as runs of earlier versions on data frames say them."""
+
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if (len(self.labels) < 2) != (self.target is not None):
+            raise ValueError("there are labels of two classes or more, or a target")
+        return self
+
+
+class ArraySchema(Schema):
+    """Arrays of one shape, and what is predicted of them."""
+
+    name: ClassVar[str] = "arrays"
+
+    def __init__(self, content: _Content) -> None:
+        self._content = content
+
+    @classmethod
+    def of(cls, input_shape: tuple[int, ...], target: tuple[str, ...] | NumberTarget) -> Self:
+        """The schema of arrays of that shape, whose target is of classes or a number."""
+        if isinstance(target, NumberTarget):
+            return cls(_Content(input_shape=input_shape, target=target))
+        return cls(_Content(input_shape=input_shape, labels=target))
+
+    @classmethod
+    def parse(cls, text: str, origin: str) -> Self:
+        """Read what `to_json` wrote. Raises DataError."""
+        try:
+            return cls(_Content.model_validate_json(text))
+        except ValidationError as error:
+            raise DataError(f"{origin}: {explain(error)}") from error
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(self._content.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """D."""
+        return self._content.input_shape
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the C classes; none where the target is a number."""
+        return self._content.labels
+
+    @property
+    def target(self) -> tuple[str, ...] | NumberTarget:
+        """What is predicted: one of these classes, or a number."""
+        return self._content.target or self.labels
+
+    @property
+    def task(self) -> Task:
+        """Classification by the labels, or regression to the target."""
+        return super().task if self._content.target is None else self._content.target.task
+
+    def read_examples(self, path: Path) -> Table:
+        """Read `x` and `y` of an .npz file. Raises DataError."""
+        arrays = read_archive(path, "x", "y")
+        if "y" not in arrays:
+            raise DataError(f"{path}: has no array 'y'")
+        inputs, where = self._inputs(path, arrays), f"y of {path}"
+        target = self._content.target
+        reader = ClassReader(np.array(self.labels)) if target is None else NumberReader(target)
+        targets = reader.read(arrays["y"], where)
+        require_pairs(inputs, targets, str(path))
+        return Table(inputs, targets)
+
+    def read_inputs(self, path: Path) -> Floats:
+        """Read `x` of an .npz file, (N, *D). Raises DataError."""
+        return self._inputs(path, read_archive(path, "x"))
+
+    def describe_inputs(self) -> Mapping[str, Any]:
+        """The input tensor: its numbers are taken as they are."""
+        return {"dtype": "float32", "shape": ["batch", *self.input_shape]}
+
+    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
+        """(count, *D) standard normal numbers: the schema knows no more of them."""
+        return generator.standard_normal((count, *self.input_shape)).astype(np.float32)
+
+    def _inputs(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> Floats:
+        inputs = inputs_of(arrays["x"], f"x of {path}", "encode them as they were for training")
+        if inputs.shape[1:] != self.input_shape:
+            raise DataError(f"{path}: an example has the shape {inputs.shape[1:]}; expected {self.input_shape}")
+        return inputs
