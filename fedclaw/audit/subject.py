@@ -21,12 +21,12 @@ from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server import exchange, secure_round
-from fedclaw.server.answers import Trained
+from fedclaw.server.exchange import ask as ask_cohort
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters, make_record
 from fedclaw.server.settings import RunSettings
+from fedclaw.server.training import TrainingQuestion, session_of
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.policy import Policy, permissive
 from fedclaw.site.secure import SecureIdentity
@@ -124,16 +124,14 @@ def synthetic_sites(settings: RunSettings, sizes: Sequence[int]) -> dict[str, Si
     return sites
 
 
-def ask(sites: Mapping[str, SiteService], record: RunRecord, parameters: Arrays) -> tuple[Trained, Plan]:
+def ask(sites: Mapping[str, SiteService], record: RunRecord, parameters: Arrays) -> tuple[TrainingQuestion, Plan]:
     """One round's exchange with `sites`, by the server's own code. Raises PrivacyError when a site declines."""
     plan = make_plan(record, make_strategy(record), 1, len(sites), record.central)
     grid = local_grid(sites, record.run)
     nodes, outgoing = list(grid.get_node_ids()), Outgoing(parameters)
-    if record.secure is None:
-        trained = exchange.train(grid, nodes, plan, outgoing, _DEADLINE)
-    else:
-        plan = secure_round.session_of(plan, sorted(sites), outgoing, record.secure, record.rules.minimum)
-        trained = secure_round.train(grid, nodes, plan, outgoing, _DEADLINE)
+    if record.secure is not None:
+        plan = session_of(plan, sorted(sites), outgoing, record.secure, record.rules.minimum)
+    trained = ask_cohort(grid, nodes, TrainingQuestion(plan, outgoing), _DEADLINE)
     for declined in trained.declined:
         raise PrivacyError(f"the configuration cannot be audited: {declined.site} declined: {declined.reason}")
     if len(trained.answered) < len(sites):

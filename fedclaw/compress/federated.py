@@ -25,9 +25,9 @@ from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.terms import CentralNoise, CentralRequest, Distillation, ModelSpec, PrivacyRequest
-from fedclaw.server import exchange
-from fedclaw.server.answers import Evaluated
 from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.evaluation import EvaluationQuestion
+from fedclaw.server.exchange import ask
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory, RunRecord
@@ -167,20 +167,22 @@ def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: A
     return Accuracies(
         "federated evaluation",
         after.examples,
-        before.metrics,
-        start.metrics,
-        after.metrics,
+        before.read().metrics,
+        start.read().metrics,
+        after.read().metrics,
         teacher.workload.task.score,
     )
 
 
-def _ask(grid: Grid, nodes: Sequence[int], record: RunRecord, model: ModelSpec, parameters: Arrays) -> Evaluated:
+def _ask(
+    grid: Grid, nodes: Sequence[int], record: RunRecord, model: ModelSpec, parameters: Arrays
+) -> EvaluationQuestion:
     about = record.model_copy(update={"model": model, "distillation": None})
     plan = make_plan(about, make_strategy(about), record.rounds, len(nodes))
     task = record.make_schema().task
-    evaluated = exchange.evaluate(grid, nodes, plan, parameters, record.rules.deadline, task)
+    evaluated = ask(grid, nodes, EvaluationQuestion(plan, parameters, task), record.rules.deadline)
     evaluated.answered.sort()
-    if task.score not in evaluated.metrics:
+    if task.score not in evaluated.read().metrics:
         refused = "; ".join(f"{item.site}: {item.reason}" for item in evaluated.declined) or "nobody answered"
         raise RoundError(f"the sites sent no {task.score} ({refused})")
     return evaluated

@@ -39,7 +39,7 @@ class Outgoing:
         return payload(self.parameters) + payload(self.teacher or {}) + sum(map(payload, self.broadcast.values()))
 
 
-def question(plan: Plan, outgoing: Outgoing | None = None, answer_bytes: int = 0) -> RecordDict:
+def question(plan: Plan, outgoing: Outgoing | None = None, answer_bytes: int = 0) -> MessageRecords:
     """What is asked: the plan, and what goes with it. `answer_bytes` is what the arrays of an answer take."""
     content = MessageRecords({PLAN: ConfigRecord({JSON: plan.model_dump_json()})})
     content.reply_bytes = HEADER_BYTES + answer_bytes

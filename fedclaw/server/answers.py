@@ -1,37 +1,31 @@
-"""What comes back from a cohort, added up as it comes, and how an answer is read: nothing in it is believed."""
+"""What comes back from a cohort, and how one answer is read: nothing in it is believed."""
 
+import logging
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
-from numpy.typing import NDArray
+from flwr.serverapp import Grid
 from pydantic import ValidationError
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning import postprocess
-from fedclaw.learning.postprocess import Reader, as_sent
-from fedclaw.learning.tasks.base import Sums, Tally, Task
-from fedclaw.learning.tasks.classification import Classification
-from fedclaw.privacy.mechanisms.receipts import LONGEST_RECEIPT, check_receipt
-from fedclaw.protocol.arrays import LARGEST, unpack_wire
-from fedclaw.protocol.frozen import explain
+from fedclaw.privacy.mechanisms.receipts import LONGEST_RECEIPT
+from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.limits import MAX_COLUMNS, MOST_EXAMPLES
-from fedclaw.protocol.messages import EXAMPLES, JSON, METRICS, RECEIPT, SCORE_NOISE, SCORES, SUM, WEIGHT
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.messages import EXAMPLES, JSON, METRICS, RECEIPT, WEIGHT
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import Weighting, weight_of
-from fedclaw.server.accumulator import RobustAggregate, UpdateStack, WeightedSum
-from fedclaw.server.run_directory import SiteReceipt
+from fedclaw.server.grids import site_name
 
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Frozen)
 R = TypeVar("R")
 
-MOST_NOISE = 1e9
-"""Deviation of the noise in a cell of a histogram: a site with more says nothing."""
 LONGEST_REASON = 300
 MOST_REASONS = 20
 """Sites named in the line that ends a run."""
@@ -46,7 +40,7 @@ class Declined:
     reason: str
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CohortAnswers(ABC):
     """The answers of one exchange, added up. `silent` are the sites that did not answer in time."""
 
@@ -54,6 +48,21 @@ class CohortAnswers(ABC):
     answered: list[str] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+    failure: str | None = None
+    """Why there is no secure sum, where one was asked for."""
+
+    def collect(self, grid: Grid, messages: Sequence[Message], deadline: float) -> None:
+        """Send `messages`, one per site, and add the replies of the next `deadline` seconds."""
+        began = time.monotonic()
+        waiting = {message.metadata.dst_node_id: site_name(grid, message.metadata.dst_node_id) for message in messages}
+        for reply in grid.send_and_receive(messages, timeout=deadline):
+            site = waiting.pop(reply.metadata.src_node_id, None)
+            if site is None:
+                log.warning("a second reply of node %d was dropped", reply.metadata.src_node_id)
+            else:
+                self.add_reply(site, reply)
+        self.silent = sorted(waiting.values())
+        self.seconds = time.monotonic() - began
 
     def add_reply(self, site: str, reply: Message) -> None:
         """Add the answer of `site`, or record why it cannot be added."""
@@ -72,113 +81,10 @@ class CohortAnswers(ABC):
         """Add a whole answer or nothing. Raises UpdateError."""
 
 
-@dataclass
-class Trained(CohortAnswers):
-    """The sum of the sites' weighted deltas, and the receipts by site."""
-
-    total: WeightedSum = field(default_factory=lambda: WeightedSum({}))
-    weighting: Weighting = "examples"
-    weight_cap: int | None = None
-    receipts: dict[str, SiteReceipt] = field(default_factory=dict)
-    asked: Plan | None = None
-    """What the answers' receipts are held against; None: not looked at."""
-    discount: float = 1.0
-    """What the next delta is multiplied by; its weight stays what it is."""
-    read: Reader = as_sent
-    bytes_up: int = 0
-    """Of the arrays in the answers that were added."""
-    bytes_down: int = 0
-    """Of the arrays that the sites of those answers trained from."""
-
-    @classmethod
-    def for_plan(
-        cls, plan: Plan, parameters: Mapping[str, NDArray[np.float32]], robust: RobustAggregate | None = None
-    ) -> "Trained":
-        """An empty sum for the answers of sites that are asked with `plan` and `parameters`. Raises PluginError."""
-        template = postprocess.sum_of(parameters, plan)
-        bounded = plan.weighting == "capped"
-        total = (
-            WeightedSum(template, largest=LARGEST)
-            if robust is None
-            else UpdateStack(template, robust, bounded=bounded, largest=LARGEST)
-        )
-        return cls(
-            total=total,
-            weighting=plan.weighting,
-            weight_cap=plan.weight_cap,
-            asked=plan,
-            read=postprocess.reader(parameters, plan),
-        )
-
-    def add(self, site: str, content: RecordDict) -> None:
-        """Add a weighted delta."""
-        weight, examples = weights_in(content)
-        check_weight(weight, examples, self.weighting, self.weight_cap)
-        receipt = receipt_in(content)
-        if self.asked is not None:
-            check_receipt(receipt, self.asked, examples)
-        arrays, size = self.read(part(content.array_records, SUM))
-        if self.discount != 1:
-            arrays = {name: array * np.float32(self.discount) for name, array in arrays.items()}
-        self.total.add(arrays, weight, examples)
-        self.bytes_up += size
-        self.receipts[site] = SiteReceipt(examples=examples, receipt=receipt)
-
-
-@dataclass
-class Evaluated(CohortAnswers):
-    """The sums of the sites' test examples, and the figures that the task makes of them.
-
-    A site counts by its test examples and by nothing else, and what it says that they add up to is held against how
-    many they are, so that no answer moves a figure further than so many examples can.
-    """
-
-    wanted: tuple[str, ...] = ()
-    task: Task = field(default_factory=Classification)
-    score_bins: int | None = None
-    examples: int = 0
-    by_site: dict[str, int] = field(default_factory=dict)
-    """Test examples that each site says it has."""
-    tally: Tally = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tally = self.task.tally(self.wanted, self.score_bins)
-
-    def add(self, site: str, content: RecordDict) -> None:
-        """Add sums over a site's test examples."""
-        weight, examples = weights_in(content)
-        check_weight(weight, examples, "examples")
-        self.include(site, examples, self._sums(content, part(content.metric_records, METRICS)))
-
-    def include(self, site: str, examples: int, sums: Sums) -> None:
-        """Add what a site found on so many test examples. Raises UpdateError for what cannot be."""
-        self.tally.add(sums, examples)
-        self.examples += examples
-        self.by_site[site] = examples
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The figures by name; one without a value is left out."""
-        return self.tally.metrics
-
-    def _sums(self, content: RecordDict, record: MetricRecord) -> Sums:
-        """The numbers in an answer that the tally knows, and its arrays. Raises UpdateError for malformed ones."""
-        numbers = {name: _number(record, name) for name in self.tally.numbers if name in record}
-        lists = {name: _numbers(record, name) for name in self.tally.lists if name in record}
-        noised = RECEIPT in content.config_records
-        if not self.tally.arrays or SCORES not in content.array_records:
-            return Sums(numbers, lists, noised=noised)
-        deviation = _number(record, SCORE_NOISE)
-        if not 0 <= deviation <= MOST_NOISE:
-            raise UpdateError(f"the answer's {SCORE_NOISE!r} of {deviation:.4g} is not within 0 and {MOST_NOISE:g}")
-        arrays = unpack_wire(content.array_records[SCORES], dict(self.tally.arrays))
-        return Sums(numbers, lists, arrays, deviation, noised)
-
-
 def weights_in(content: RecordDict) -> tuple[float, int]:
     """Weight and number of examples of an answer. Raises UpdateError for impossible ones."""
     record = part(content.metric_records, METRICS)
-    weight, examples = _number(record, WEIGHT), _number(record, EXAMPLES)
+    weight, examples = number_in(record, WEIGHT), number_in(record, EXAMPLES)
     if not 1 <= examples <= MOST_EXAMPLES or examples != int(examples) or weight <= 0:
         raise UpdateError(f"the answer claims {examples:g} examples and weight {weight:g}")
     return weight, int(examples)
@@ -201,7 +107,8 @@ def part(records: Mapping[str, R], name: str) -> R:
     return records[name]
 
 
-def _number(record: MetricRecord, name: str) -> float:
+def number_in(record: MetricRecord, name: str) -> float:
+    """A finite number. Raises UpdateError for anything else."""
     value = record.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise UpdateError(f"the answer's {name!r} is of type {type(value).__name__}, expected a number")
@@ -210,7 +117,8 @@ def _number(record: MetricRecord, name: str) -> float:
     return float(value)
 
 
-def _numbers(record: MetricRecord, name: str) -> list[float]:
+def numbers_in(record: MetricRecord, name: str) -> list[float]:
+    """A list of numbers of examples. Raises UpdateError for anything else."""
     values = record.get(name)
     if not isinstance(values, list) or len(values) > MAX_COLUMNS:
         raise UpdateError(f"the answer's {name!r} is no list of numbers")
@@ -219,25 +127,20 @@ def _numbers(record: MetricRecord, name: str) -> list[float]:
     return [float(value) for value in values]
 
 
-def receipt_in(content: RecordDict) -> Receipt:
-    """The privacy receipt of an answer. Raises UpdateError when it is malformed."""
+def receipt_in(content: RecordDict, kind: type[F]) -> F:
+    """The privacy receipt of an answer, of class `kind`. Raises UpdateError when it is malformed."""
+    text = part(content.config_records, RECEIPT).get(JSON)
+    if not isinstance(text, str) or len(text) > LONGEST_RECEIPT:
+        raise UpdateError(f"the privacy receipt is malformed: it is no text of at most {LONGEST_RECEIPT} characters")
     try:
-        return Receipt.model_validate_json(receipt_text(content))
+        return kind.model_validate_json(text)
     except ValidationError as error:
         raise UpdateError(f"the privacy receipt is malformed: {explain(error)}") from error
 
 
-def receipt_text(content: RecordDict) -> str:
-    """The JSON of an answer's receipt. Raises UpdateError if it is missing, no text, or longer than any receipt."""
-    text = part(content.config_records, RECEIPT).get(JSON)
-    if not isinstance(text, str) or len(text) > LONGEST_RECEIPT:
-        raise UpdateError(f"the privacy receipt is malformed: it is no text of at most {LONGEST_RECEIPT} characters")
-    return text
-
-
-def reasons_of(answers: CohortAnswers, failure: str | None = None) -> str:
-    """Why each site gave no usable answer, after `failure`; at most the first `MOST_REASONS`."""
-    reasons = [failure] if failure else []
+def reasons_of(answers: CohortAnswers) -> str:
+    """Why there is no secure sum, and why each site gave no usable answer; at most the first `MOST_REASONS`."""
+    reasons = [answers.failure] if answers.failure else []
     reasons += [f"{declined.site}: {declined.reason}" for declined in answers.declined]
     reasons += [f"{site}: no answer in time" for site in answers.silent]
     more = [f"and {len(reasons) - MOST_REASONS} more"] if len(reasons) > MOST_REASONS else []

@@ -14,15 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message, MessageType
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedclaw.learning.strategy import Buffered
 from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.questions import Outgoing, questions
-from fedclaw.server.answers import Trained
-from fedclaw.server.exchange import training_question
+from fedclaw.protocol.questions import Outgoing
 from fedclaw.server.grids import site_name
+from fedclaw.server.training import TrainingQuestion
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Buffer:
         self._grid = grid
         self._strategy = strategy
         self._in_flight: dict[int, _Asked] = {}
-        self._gathered: Trained | None = None
+        self._gathered: TrainingQuestion | None = None
         self._asked: set[int] = set()
 
     @property
@@ -53,39 +52,33 @@ class Buffer:
         """Nodes that are working; they answer further questions later."""
         return frozenset(self._in_flight)
 
-    def train(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing, deadline: float) -> Trained:
+    def train(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing, deadline: float) -> TrainingQuestion:
         """Have the idle ones of `nodes` train by `plan`, and gather answers of whoever is at work for its step.
 
         Returns when `Buffered.size` sites have answered, when nobody is left at work, or after `deadline` seconds;
         called again for the same step it goes on gathering. Nobody is `silent`: who is at work may answer later.
         """
         began = time.monotonic()
-        gathered = self._begin(plan, outgoing)
-        self._ask(plan, nodes, outgoing)
+        gathered = self._gathered = self._gathered or TrainingQuestion(plan, outgoing)
+        self._ask(gathered, nodes)
         while len(gathered.answered) < self._strategy.size and self._in_flight:
             if not self._take_arrived(gathered, plan.round):
                 if time.monotonic() - began > deadline:
                     break
                 time.sleep(LOOK_AGAIN)
         gathered.seconds += time.monotonic() - began
-        gathered.bytes_down = outgoing.nbytes * len(gathered.answered)
         if len(gathered.answered) >= self._strategy.size:
             self._gathered, self._asked = None, set()
         return gathered
 
-    def _begin(self, plan: Plan, outgoing: Outgoing) -> Trained:
-        if self._gathered is None:
-            self._gathered = Trained.for_plan(plan, outgoing.parameters)
-        return self._gathered
-
-    def _ask(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing) -> None:
+    def _ask(self, question: TrainingQuestion, nodes: Sequence[int]) -> None:
         idle = [node for node in nodes if node not in self._in_flight and node not in self._asked]
-        messages = questions(idle, plan.round, MessageType.TRAIN, training_question(plan, outgoing))
+        messages = question.messages(idle)
         for message, identity in zip(messages, self._grid.push_messages(messages), strict=True):
-            self._in_flight[message.metadata.dst_node_id] = _Asked(identity, plan.round)
+            self._in_flight[message.metadata.dst_node_id] = _Asked(identity, question.asked.round)
         self._asked.update(idle)
 
-    def _take_arrived(self, gathered: Trained, step: int) -> bool:
+    def _take_arrived(self, gathered: TrainingQuestion, step: int) -> bool:
         """Add the answers that have arrived, as many as the step still needs. Whether any had arrived."""
         arrived = False
         for node, asked in list(self._in_flight.items()):
@@ -97,7 +90,7 @@ class Buffer:
                 self._take(gathered, site_name(self._grid, node), reply, step - asked.step)
         return arrived
 
-    def _take(self, gathered: Trained, site: str, reply: Message, staleness: int) -> None:
+    def _take(self, gathered: TrainingQuestion, site: str, reply: Message, staleness: int) -> None:
         if staleness > self._strategy.oldest:
             log.info("%s answered %d steps late, which is dropped", site, staleness)
             return

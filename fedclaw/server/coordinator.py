@@ -11,16 +11,17 @@ from fedclaw.errors import RoundError, UpdateError
 from fedclaw.learning.strategy import Buffered, Participation
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import Plan
-from fedclaw.server import exchange
-from fedclaw.server.answers import Evaluated, Trained
 from fedclaw.server.cohorts import Cohorts
+from fedclaw.server.evaluation import EvaluationQuestion
+from fedclaw.server.exchange import ask
 from fedclaw.server.pending_round import PendingRound
-from fedclaw.server.plans import make_plan, make_strategy, task_of
+from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.round_report import Observer, Outcome, RoundReport, RoundResult
 from fedclaw.server.round_training import RoundTraining
-from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.server.run_receipts import RunReceipts
 from fedclaw.server.run_state import RunState
+from fedclaw.server.training import TrainingQuestion
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class _Loop:
         self.observers = observers
         self.record = record = directory.record()
         self.strategy = strategy = make_strategy(record)
-        self.task = task_of(record)
+        self.task = record.make_schema().task
         self.receipts = RunReceipts(directory, record)
         self.state = RunState(directory, record, strategy, initial)
         self.cohorts = Cohorts(grid, directory.root, record, strategy)
@@ -108,12 +109,14 @@ class _Loop:
         trained = self._train(plan, pending)
         norm = self._step(plan, trained, pending)
         self.receipts.add(trained)
-        self.state.complete(number, RoundResult.of(trained, norm))
+        result = RoundResult.of(trained, norm)
+        self.state.complete(number, result)
         # Before anybody sees the new parameters: a server that is killed later does not draw its noise a second time.
         if self._is_saved(number):
             self._save(number, pending)
         busy = self.training.busy if number < self.record.rounds else frozenset()
-        return self._evaluate(plan, self.cohorts.answering(pending, trained.silent, busy), trained, norm)
+        nodes = self.cohorts.answering(pending, trained.silent, busy)
+        return self._report(number, result, self._evaluated(plan, nodes), trained.receipts)
 
     def _plan(self, pending: PendingRound) -> Plan:
         central, rate, cohort = self.record.central, mechanism_of(self.record).site_rate, len(pending.nodes)
@@ -127,7 +130,7 @@ class _Loop:
             cohort = self.strategy.size
         return make_plan(self.record, self.strategy, pending.round, cohort, central)
 
-    def _train(self, plan: Plan, pending: PendingRound) -> Trained:
+    def _train(self, plan: Plan, pending: PendingRound) -> TrainingQuestion:
         trained, enough = self.training.attempt(plan, pending, self.state)
         if enough:
             return trained
@@ -136,9 +139,9 @@ class _Loop:
         self.receipts.write()
         raise self.training.failure(plan, pending, trained)
 
-    def _step(self, plan: Plan, trained: Trained, pending: PendingRound) -> float:
+    def _step(self, plan: Plan, trained: TrainingQuestion, pending: PendingRound) -> float:
         try:
-            summed = trained.total.take()
+            summed = trained.read()
             heard = {**self.receipts.by_site, **trained.receipts}.values()
             known = [plan.weight(item.examples) for item in heard]
             connected = max(pending.connected, len(pending.nodes))
@@ -175,31 +178,35 @@ class _Loop:
             pending = None
         if result is None and pending is None:
             return
-        result = result or RoundResult(answered=())
-        trained = result.restored(self.receipts.by_site)
-        if pending is not None:
-            nodes = self.cohorts.evaluators(pending)
-            self._tell(self._evaluate(self._plan(pending), nodes, trained, result.update_norm))
-        else:
-            self._tell(self._write_line(self.state.completed, trained, Evaluated(), result.update_norm))
+        result, known = result or RoundResult(answered=()), self.receipts.by_site
+        evaluated = self._evaluated(self._plan(pending), self.cohorts.evaluators(pending)) if pending else None
+        receipts = {site: known[site] for site in result.answered if site in known}
+        self._tell(self._report(self.state.completed, result, evaluated, receipts))
 
-    def _evaluate(self, plan: Plan, nodes: Sequence[int], trained: Trained, norm: float) -> RoundReport:
-        deadline, parameters = self.record.rules.deadline, self.state.model.parameters
-        evaluated = exchange.evaluate(self.grid, nodes, plan, parameters, deadline, self.task)
+    def _evaluated(self, plan: Plan, nodes: Sequence[int]) -> EvaluationQuestion:
+        question = EvaluationQuestion(plan, self.state.model.parameters, self.task)
+        evaluated = ask(self.grid, nodes, question, self.record.rules.deadline)
         self._say_who_outweighs(evaluated)
-        return self._write_line(plan.round, trained, evaluated, norm)
+        return evaluated
 
-    def _write_line(self, number: int, trained: Trained, evaluated: Evaluated, norm: float) -> RoundReport:
-        receipts = trained.receipts if self._has_receipts(number) else {}
-        report = RoundReport.of(number, self.record.rounds, trained, evaluated, norm, receipts)
+    def _report(
+        self,
+        number: int,
+        result: RoundResult,
+        evaluated: EvaluationQuestion | None,
+        receipts: Mapping[str, SiteReceipt],
+    ) -> RoundReport:
+        """The round's report, whose line is in the metrics on return."""
+        told = receipts if self._has_receipts(number) else {}
+        report = RoundReport.of(number, self.record.rounds, result, evaluated, told)
         self.directory.append_metrics(number, report.as_line(), durable=self.record.simulated is None)
         return report
 
-    def _say_who_outweighs(self, evaluated: Evaluated) -> None:
+    def _say_who_outweighs(self, evaluated: EvaluationQuestion) -> None:
         """Warn once about a site with nearly all test examples, for their number is only its own word."""
-        if len(evaluated.by_site) < 2:
+        if len(evaluated.besides) < 2:
             return
-        for site, examples in evaluated.by_site.items():
+        for site, examples in evaluated.besides.items():
             if examples > MOST_OF_ALL * evaluated.examples and site not in self.outweighing:
                 self.outweighing.add(site)
                 log.warning(

@@ -1,17 +1,11 @@
 """What the server asks of a `Grid` beyond Flower's own interface; transports and the simulation implement it."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
-from numpy.typing import NDArray
-
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.questions import Outgoing
-from fedclaw.server.answers import Evaluated, Trained
 
 if TYPE_CHECKING:
     from fedclaw.privacy.secure_aggregation import Verifier
@@ -41,20 +35,6 @@ class StreamingGrid(Grid):
     def verifier(self) -> "Verifier | None":
         """Checks the sites' signatures; None where no authority has certified the sites."""
         return None
-
-
-class CohortGrid(StreamingGrid):
-    """A simulation's Grid: it answers for a whole cohort at once, without messages."""
-
-    @abstractmethod
-    def train_cohort(self, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, trained: Trained) -> None:
-        """Train as `plan` asks, and add to `trained` what replies of `nodes` would have added."""
-
-    @abstractmethod
-    def evaluate_cohort(
-        self, nodes: Sequence[int], plan: Plan, parameters: Mapping[str, NDArray[np.float32]], evaluated: Evaluated
-    ) -> None:
-        """Evaluate `parameters` as `plan` asks, and add the results to `evaluated`."""
 
 
 def site_name(grid: Grid, node_id: int) -> str:

@@ -10,11 +10,11 @@ from fedclaw.errors import CheckpointError
 from fedclaw.privacy.distributed import Price
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.server.accumulator import WeightedSum
-from fedclaw.server.answers import Declined, Evaluated, Trained
+from fedclaw.server.answers import Declined
 from fedclaw.server.checkpoint import Checkpoint
+from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
-from fedclaw.server.secure_round import SecurelyTrained
+from fedclaw.server.training import TrainingQuestion
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,29 @@ class RoundReport:
         cls,
         number: int,
         rounds: int,
-        trained: Trained,
-        evaluated: Evaluated,
-        norm: float,
+        result: "RoundResult",
+        evaluated: EvaluationQuestion | None,
         receipts: Mapping[str, SiteReceipt],
     ) -> "RoundReport":
-        """The report of round `number` of `rounds`, whose update had the norm `norm`."""
+        """The report of round `number` of `rounds`; `evaluated` None: nobody was asked."""
+        tally = evaluated.read() if evaluated else None
         return cls(
             round=number,
             rounds=rounds,
-            answered=tuple(trained.answered),
-            declined=tuple(trained.declined),
-            silent=tuple(trained.silent),
-            update_norm=norm,
-            train_seconds=trained.seconds,
-            evaluate_seconds=evaluated.seconds,
-            metrics=evaluated.metrics,
-            test_examples=evaluated.examples,
+            answered=result.answered,
+            declined=tuple(Declined(*item) for item in result.declined),
+            silent=result.silent,
+            update_norm=result.update_norm,
+            train_seconds=result.seconds,
+            evaluate_seconds=evaluated.seconds if evaluated else 0.0,
+            metrics=tally.metrics if tally else {},
+            test_examples=evaluated.examples if evaluated else 0,
             receipts=receipts,
-            price=trained.price if isinstance(trained, SecurelyTrained) else None,
-            bytes_up=trained.bytes_up,
-            bytes_down=trained.bytes_down,
-            over_sites=evaluated.tally.over_sites,
-            beside=evaluated.tally.beside,
+            price=None if result.price is None else Price(**result.price),
+            bytes_up=result.bytes_up,
+            bytes_down=result.bytes_down,
+            over_sites=tally.over_sites if tally else {},
+            beside=tally.beside if tally else {},
         )
 
     def as_line(self) -> dict[str, Any]:
@@ -135,9 +135,9 @@ class RoundResult(Frozen):
     price: dict[str, float] | None = None
 
     @classmethod
-    def of(cls, trained: Trained, norm: float) -> "RoundResult":
+    def of(cls, trained: TrainingQuestion, norm: float) -> "RoundResult":
         """The result of a round that has counted."""
-        price = trained.price if isinstance(trained, SecurelyTrained) else None
+        price = trained.price
         return cls(
             answered=tuple(trained.answered),
             declined=tuple((item.site, item.code, item.reason) for item in trained.declined),
@@ -147,20 +147,6 @@ class RoundResult(Frozen):
             bytes_up=trained.bytes_up,
             bytes_down=trained.bytes_down,
             price=None if price is None else asdict(price),
-        )
-
-    def restored(self, receipts: Mapping[str, SiteReceipt]) -> Trained:
-        """The round's answers without their sum. `receipts` are the run's, by site."""
-        return SecurelyTrained(
-            total=WeightedSum({}),
-            answered=list(self.answered),
-            declined=[Declined(*item) for item in self.declined],
-            silent=list(self.silent),
-            seconds=self.seconds,
-            bytes_up=self.bytes_up,
-            bytes_down=self.bytes_down,
-            receipts={site: receipts[site] for site in self.answered if site in receipts},
-            price=None if self.price is None else Price(**self.price),
         )
 
 

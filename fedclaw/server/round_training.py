@@ -11,15 +11,15 @@ from fedclaw.errors import RoundError
 from fedclaw.learning.strategy import Buffered, Strategy
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.server import exchange, secure_round
 from fedclaw.server.accumulator import robust_aggregation
-from fedclaw.server.answers import Trained, reasons_of
+from fedclaw.server.answers import reasons_of
 from fedclaw.server.asynchronous import Buffer
 from fedclaw.server.cohorts import Cohorts
+from fedclaw.server.exchange import ask
 from fedclaw.server.pending_round import PendingRound
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.run_state import RunState
-from fedclaw.server.secure_round import SecurelyTrained
+from fedclaw.server.training import TrainingQuestion, session_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class RoundTraining:
         """Nodes that are still working on an earlier question, if the strategy does not wait for all."""
         return self._buffer.busy if self._buffer else frozenset()
 
-    def attempt(self, plan: Plan, pending: PendingRound, state: RunState) -> tuple[Trained, bool]:
+    def attempt(self, plan: Plan, pending: PendingRound, state: RunState) -> tuple[TrainingQuestion, bool]:
         """Ask until enough sites have answered, or as often as the rules allow. The answers, and whether they suffice.
 
         The question is the same each time, so no site pays twice.
@@ -76,13 +76,12 @@ class RoundTraining:
             )
         return trained, False
 
-    def failure(self, plan: Plan, pending: PendingRound, trained: Trained) -> RoundError:
+    def failure(self, plan: Plan, pending: PendingRound, trained: TrainingQuestion) -> RoundError:
         """The error for a round with too few answers: the reasons, and how to continue."""
-        why = reasons_of(trained, trained.failure if isinstance(trained, SecurelyTrained) else None)
         return RoundError(
             f"round {plan.round} of run {plan.run}: {len(trained.answered)} sites trained, "
-            f"{self.minimum(plan, pending)} are needed ({why}). {_settled(trained)} continue with resume={self._root}"
-            f"{_WAY_OUT if trained.silent else ''}"
+            f"{self.minimum(plan, pending)} are needed ({reasons_of(trained)}). {_settled(trained)} "
+            f"continue with resume={self._root}{_WAY_OUT if trained.silent else ''}"
         )
 
     def minimum(self, plan: Plan, pending: PendingRound) -> int:
@@ -97,29 +96,30 @@ class RoundTraining:
             return self._strategy.size
         return min(self._record.rules.minimum, len(pending.nodes))
 
-    def _exchange(self, plan: Plan, pending: PendingRound, state: RunState) -> Trained:
+    def _exchange(self, plan: Plan, pending: PendingRound, state: RunState) -> TrainingQuestion:
         cohort, deadline = self._cohorts.willing(pending.nodes), self._record.rules.deadline
         outgoing = Outgoing(state.model.parameters, self._teacher, self._strategy.broadcast(state.memory))
         if self._buffer is not None:
             return self._buffer.train(plan, cohort, outgoing, deadline)
-        if self._record.secure is None:
-            robust = robust_aggregation(self._strategy, state.memory)
-            return exchange.train(self._grid, cohort, plan, outgoing, deadline, robust)
-        names = list(self._cohorts.names(cohort).values())
-        session = secure_round.session_of(plan, names, outgoing, self._record.secure, self._record.rules.minimum)
+        rules, secure = self._record.rules, self._record.secure
+        if secure is not None:
+            plan = session_of(plan, list(self._cohorts.names(cohort).values()), outgoing, secure, rules.minimum)
+        question = TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, state.memory))
         mark = pending.model_copy(update={"unmasking": True})
-        return secure_round.train(self._grid, cohort, session, outgoing, deadline, lambda: mark.write(self._root))
+        return ask(self._grid, cohort, question, deadline, lambda: mark.write(self._root))
 
-    def _is_final(self, trained: Trained) -> bool:
+    def _is_final(self, trained: TrainingQuestion) -> bool:
         """Whether asking again is useless, or would make sites pay a second time for one round."""
-        if isinstance(trained, SecurelyTrained):
+        if self._record.secure is not None:
             return trained.spent
         if self._buffer is not None:
             return not self._buffer.busy
         return not trained.silent
 
-    def _say_who_is_missing(self, number: int, trained: Trained) -> None:
-        """Log each missing site once for each reason, until it has answered again."""
+    def _say_who_is_missing(self, number: int, trained: TrainingQuestion) -> None:
+        """Log why there is no secure sum, and each missing site once for each reason, until it has answered again."""
+        if trained.failure:
+            log.warning("round %d: %s", number, trained.failure)
         for site in trained.answered:
             self._missing.pop(site, None)
         for declined in trained.declined:
@@ -131,9 +131,9 @@ class RoundTraining:
         self._missing |= {item.site: item.code for item in trained.declined} | dict.fromkeys(trained.silent, SILENT)
 
 
-def _settled(trained: Trained) -> str:
-    if isinstance(trained, SecurelyTrained) and trained.unmasking:
+def _settled(trained: TrainingQuestion) -> str:
+    if trained.unmasking:
         return "Its sites unmask a round once, so it will be passed over, paid as it is; when that is settled,"
-    if isinstance(trained, SecurelyTrained) and trained.spent:
+    if trained.spent:
         return "Its sites have paid for the round and pay again for another secure sum; when that is settled,"
     return "Nothing is lost: when that is settled,"

@@ -2,9 +2,9 @@
 
 import logging
 
-from fedclaw.server.answers import Trained
 from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
+from fedclaw.server.training import TrainingQuestion
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ class RunReceipts:
         self._judged_noise = False
         self.by_site: dict[str, SiteReceipt] = directory.read_receipts()
 
-    def add(self, trained: Trained) -> None:
+    def add(self, trained: TrainingQuestion) -> None:
         """Take up a round's receipts; those in `trained` say no less afterwards than each site said before."""
         if self._record.simulated is None:
             for site, now in trained.receipts.items():

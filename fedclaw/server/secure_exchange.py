@@ -8,8 +8,8 @@
     query.consent   signature over the survivors          <- the survivors
     query.unmask    shares of masks                       <- survivors, and the neighbours' signatures over them
 
-Each message holds what is asked, a `Plan` or a `StatisticsRequest` with its session (`secure`), and, in the record
-"secure", what the protocol says (`fedclaw.privacy.secure_aggregation.messages`). A site that does not answer a stage,
+Each message holds the values of what is asked, its session (`secure`) with them, and, in the record "secure", what the
+protocol says (`fedclaw.privacy.secure_aggregation.messages`). A site that does not answer a stage,
 or whose answer is wrong, has dropped out; the others go on as long as they are enough. Until the question itself is
 asked nobody has put anything into the sum: who lies before costs nobody anything.
 """
@@ -19,10 +19,10 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -44,11 +44,11 @@ from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import unpack_integers
 from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, HEADER_BYTES, KEYS, MASKED, SECURE, SHARES, UNMASK
-from fedclaw.protocol.questions import Asked, questions
+from fedclaw.protocol.questions import questions
 from fedclaw.protocol.records import MessageRecords, hash_of
 from fedclaw.protocol.terms import SecureAggregation, SecureRequest
 from fedclaw.server.answers import CohortAnswers, Declined, part
-from fedclaw.server.exchange import ask
+from fedclaw.server.cohort_question import CohortQuestion
 from fedclaw.server.grids import StreamingGrid, site_name
 
 W = TypeVar("W", bound=Wire)
@@ -139,56 +139,49 @@ def _say_none_is_corrupt(share: float, sites: int) -> None:
 
 
 class SecureExchange:
-    """One attempt at one sum, over `nodes`. What sites say of themselves, and how long it takes, goes to `outcome`."""
+    """One attempt at one sum, over `nodes`. What sites say of themselves, and how long it takes, goes to `question`."""
 
-    def __init__(self, grid: Grid, nodes: Sequence[int], asked: Asked, deadline: float, outcome: CohortAnswers) -> None:
+    def __init__(self, grid: Grid, nodes: Sequence[int], question: CohortQuestion[Any, Any], deadline: float) -> None:
         self._grid = grid
-        self._round = asked.round
+        self._question = question
         self._deadline = deadline
         self._nodes = {site_name(grid, node): node for node in nodes}
-        parameters = parameters_of(asked)
+        parameters = parameters_of(question.asked)
         self._session = ServerSession(parameters, grid.verifier if isinstance(grid, StreamingGrid) else None)
         # A masked number has four bytes; what a stage says beside it is as small as any header.
         self._reply_bytes = HEADER_BYTES + 4 * parameters.length
-        self._outcome = outcome
-        self.spent = False
-        """Whether sites had been asked for what costs them."""
-        self.unmasking = False
-        """Whether sites had been asked for what takes the masks off, which they give once."""
 
-    def sum(
-        self,
-        kind: str,
-        content: RecordDict,
-        further: Mapping[str, ArrayRecord],
-        accept: Callable[[str, RecordDict], None],
-        before_unmasking: Callable[[], None] = lambda: None,
-    ) -> tuple[NDArray[np.uint32], tuple[str, ...]]:
-        """The sum modulo 2^32 of what the survivors masked, and who they are.
+    def run(self, before_unmasking: Callable[[], None]) -> None:
+        """Hand the sum of what the survivors masked to the question, or tell it why there is none."""
+        question = self._question
+        try:
+            total, survivors = self._sum(before_unmasking)
+            question.add_sum(total, [question.besides[site] for site in survivors])
+            question.answered = survivors
+        except SecureAggregationError as error:
+            question.failure = str(error)
 
-        `content` is what is asked and goes with every message, `further` goes with the question itself, which is of
-        type `kind`. Each answer to that is handed to `accept` first, which may raise UpdateError. Raises
-        SecureAggregationError if there is no sum.
-        """
-        session = self._session
-        self._stage(KEYS, content, dict.fromkeys(self._nodes), self._protocol(Advertisement, session.add_advertisement))
-        self._stage(SHARES, content, session.key_lists(), self._protocol(ShareBundle, session.add_shares))
+    def _sum(self, before_unmasking: Callable[[], None]) -> tuple[NDArray[np.uint32], list[str]]:
+        """The sum (d,) modulo 2^32, and the sites in it. Raises SecureAggregationError if there is none."""
+        session, content = self._session, self._question.content()
+        terms = MessageRecords({**content.config_records})
+        self._stage(KEYS, terms, dict.fromkeys(self._nodes), self._protocol(Advertisement, session.add_advertisement))
+        self._stage(SHARES, terms, session.key_lists(), self._protocol(ShareBundle, session.add_shares))
         deliveries = session.deliveries()
-        self._stage(CONFIRM, content, deliveries, self._protocol(Confirmation, session.add_confirmation))
+        self._stage(CONFIRM, terms, deliveries, self._protocol(Confirmation, session.add_confirmation))
         if accusations := session.accusations():
-            self._stage(DISPUTE, content, accusations, self._protocol(Opening, session.add_opening))
+            self._stage(DISPUTE, terms, accusations, self._protocol(Opening, session.add_opening))
         rosters = self._rosters()
-        self.spent = True
-        asked = MessageRecords({**content, **further})
-        self._ask(self._questions(kind, asked, rosters), self._deadline, self._masked(accept))
+        self._question.spent = True
+        self._ask(self._questions(self._question.kind, content, rosters), self._deadline, self._add_masked)
         survivors = session.survivor_list()
         everyone = dict.fromkeys(survivors.survivors, survivors)
-        self._stage(CONSENT, content, everyone, self._protocol(Consent, session.add_consent))
+        self._stage(CONSENT, terms, everyone, self._protocol(Consent, session.add_consent))
         requests = session.unmask_requests()
         before_unmasking()
-        self.unmasking = True
-        self._stage(UNMASK, content, requests, self._protocol(Unmasking, session.add_unmasking))
-        return session.result(), tuple(survivors.survivors)
+        self._question.unmasking = True
+        self._stage(UNMASK, terms, requests, self._protocol(Unmasking, session.add_unmasking))
+        return session.result(), list(survivors.survivors)
 
     def _rosters(self) -> dict[str, Roster]:
         """Who is left, and masks with whom; whoever was found to have lied is named, enough being left or not."""
@@ -196,17 +189,15 @@ class SecureExchange:
             return self._session.rosters()
         finally:
             excluded = self._session.excluded
-            self._outcome.declined += [Declined(site, "unusable", reason) for site, reason in excluded.items()]
+            self._question.declined += [Declined(site, "unusable", reason) for site, reason in excluded.items()]
 
-    def _masked(self, accept: Callable[[str, RecordDict], None]) -> Callable[[str, RecordDict], None]:
-        def take(site: str, content: RecordDict) -> None:
-            item = MaskedInput.unpack(_said(content))
-            self._match(site, item)
-            vector = unpack_integers(part(content.array_records, MASKED))
-            accept(site, content)
-            self._session.add_masked(item, vector)
-
-        return take
+    def _add_masked(self, site: str, content: RecordDict) -> None:
+        """An answer to the question itself: what goes beside it is checked first."""
+        item = MaskedInput.unpack(_said(content))
+        self._match(site, item)
+        vector = unpack_integers(part(content.array_records, MASKED))
+        self._question.besides[site] = self._question.beside(content)
+        self._session.add_masked(item, vector)
 
     def _stage(
         self,
@@ -224,16 +215,16 @@ class SecureExchange:
             own.reply_bytes = self._reply_bytes
             if item is not None:
                 own[SECURE] = ConfigRecord(item.pack())
-            messages += questions([self._nodes[site]], self._round, kind, own, self._deadline, arrays)
+            messages += questions([self._nodes[site]], self._question.asked.round, kind, own, self._deadline, arrays)
         return messages
 
     def _ask(self, messages: Sequence[Message], deadline: float, accept: Callable[[str, RecordDict], None]) -> None:
         stage = _Stage(accept=accept)
-        ask(self._grid, messages, deadline, stage)
-        outcome = self._outcome
-        outcome.seconds += stage.seconds
-        outcome.declined += stage.declined
-        outcome.silent = sorted({*outcome.silent, *stage.silent})
+        stage.collect(self._grid, messages, deadline)
+        question = self._question
+        question.seconds += stage.seconds
+        question.declined += stage.declined
+        question.silent = sorted({*question.silent, *stage.silent})
 
     def _protocol(self, kind: type[W], add: Callable[[W], None]) -> Callable[[str, RecordDict], None]:
         def accept(site: str, content: RecordDict) -> None:

@@ -8,11 +8,12 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
-from pydantic import ValidationError
+from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
 from fedclaw.learning.score_statistics import parameters_digest
@@ -23,17 +24,16 @@ from fedclaw.privacy.estimates import estimate
 from fedclaw.privacy.mechanisms.statistics import mechanism_of_request, shared_of
 from fedclaw.privacy.statistics import Doubles
 from fedclaw.protocol.arrays import Arrays, pack, unpack
-from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.limits import MOST_EXAMPLES
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
-from fedclaw.protocol.questions import questions
 from fedclaw.protocol.records import MessageRecords
-from fedclaw.protocol.statistics import REQUEST, ROUND, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.statistics import REQUEST, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
 from fedclaw.protocol.terms import SecureRequest
-from fedclaw.server.answers import CohortAnswers, part, reasons_of, receipt_text
+from fedclaw.server.answers import part, reasons_of, receipt_in
+from fedclaw.server.cohort_question import CohortQuestion
 from fedclaw.server.exchange import ask
-from fedclaw.server.secure_exchange import Seats, SecureExchange
-from fedclaw.server.statistics_release import Release, ScoresOf, make_release
+from fedclaw.server.secure_exchange import Seats
+from fedclaw.server.statistics_release import Release, ScoresOf, make_release, release_mechanism
 
 log = logging.getLogger(__name__)
 
@@ -48,36 +48,45 @@ _SECURELY = "Each attempt at a secure sum is a new question: those that were ask
 
 
 @dataclass
-class Collected(CohortAnswers):
-    """The sum of the sites' noised vectors, (d,), and their receipts."""
+class StatisticsQuestion(CohortQuestion[StatisticsReceipt, Release]):
+    """One vector of statistics. Read is the release that the sum (d,) of the sites' noised vectors makes.
 
-    noise: float = 0.0
-    """The noise multiplier that the request determines: every site's, and no other is believed."""
-    total: Doubles = field(default_factory=lambda: np.zeros(0))
-    asked: StatisticsRequest | None = None
-    receipts: dict[str, StatisticsReceipt] = field(default_factory=dict)
-    shares: Shares | None = None
-    """Of a secure sum."""
-    failure: str | None = None
-    """Why there is no secure sum."""
+    Raises DataError for a request that the schema does not allow, and UsageError when no noise keeps what is asked for.
+    """
 
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of the noise in each coordinate of the sum."""
-        if self.shares is not None:
-            return self.shares.sigma * self.shares.step * math.sqrt(len(self.answered))
-        return math.hypot(*(receipt.noise_multiplier for receipt in self.receipts.values()))
+    asked: StatisticsRequest
+    schema: Schema
+    probabilities: tuple[float, ...] = ()
+    """Quantiles to read from the histograms, if any are asked for."""
+    parameters: Arrays | None = None
+    """Those of the model whose scores are asked for."""
+    total: Doubles = field(init=False)
+    kind: ClassVar[str] = STATISTICS
 
-    def receipt(self, content: RecordDict) -> StatisticsReceipt:
-        """The answer's receipt. Raises UpdateError when it is malformed, or of something else than was asked."""
-        receipt = _receipt(content)
-        if self.asked is not None:
-            _check_receipt(receipt, self.asked, self.noise)
+    def __post_init__(self) -> None:
+        self._design = design_for(self.schema, self.asked)
+        self.total = np.zeros(self._design.dimension)
+        try:
+            self._noise = mechanism_of_request(self.asked).event.noise_multiplier
+        except PrivacyError as error:
+            raise UsageError(f"epsilon={self.asked.epsilon:g}: {error}") from error
+
+    def content(self) -> MessageRecords:
+        """See CohortQuestion."""
+        content = MessageRecords({REQUEST: ConfigRecord({JSON: self.asked.model_dump_json()})})
+        if self.parameters is not None:
+            content[ARRAYS] = pack(self.parameters)
+        content.reply_bytes = HEADER_BYTES + 4 * self._design.dimension
+        return content
+
+    def beside(self, content: RecordDict) -> StatisticsReceipt:
+        """See CohortQuestion."""
+        receipt = receipt_in(content, StatisticsReceipt)
+        _check_receipt(receipt, self.asked, self._noise)
         return receipt
 
-    def add(self, site: str, content: RecordDict) -> None:
-        """Add a noised vector."""
-        receipt = self.receipt(content)
+    def add_open(self, content: RecordDict, beside: StatisticsReceipt) -> None:
+        """See CohortQuestion."""
         vector = unpack(part(content.array_records, SUM)).get(VECTOR)
         if vector is None or vector.shape != self.total.shape:
             raise UpdateError(f"the answer holds no vector of {len(self.total)} numbers")
@@ -85,7 +94,24 @@ class Collected(CohortAnswers):
         if not np.all(np.abs(values) <= MOST_EXAMPLES):
             raise UpdateError("the answer holds numbers that no data set has")
         self.total += values
-        self.receipts[site] = receipt
+
+    def add_sum(self, total: NDArray[np.uint32], besides: Sequence[StatisticsReceipt]) -> None:
+        """See CohortQuestion."""
+        self.total += shared_of(self.asked).shares.decode(total)
+
+    def read(self) -> Release:
+        """See CohortQuestion."""
+        asked, scores = self.asked, self.asked.scores
+        shares = None if asked.secure is None else shared_of(asked).shares
+        receipts = {site: self.besides[site] for site in self.answered}
+        mechanism = release_mechanism(asked, receipts, shares)
+        wanted = self.probabilities if asked.bins else ()
+        statistics = estimate(self._design, self.total, mechanism.deviation, wanted, additive=scores is not None)
+        scored = None
+        if scores is not None:
+            labels = (self.schema.labels[0], self.schema.labels[1])
+            scored = ScoresOf(model=parameters_digest(self.parameters or {}), bins=scores.bins, labels=labels)
+        return make_release(asked, receipts, mechanism, statistics, scored)
 
 
 def release_statistics(
@@ -101,37 +127,20 @@ def release_statistics(
 ) -> Release:
     """Ask `nodes` for the statistics that `request` names, within `deadline` seconds, and read their sum.
 
-    `parameters` are those of the model whose scores are asked for.
-
-    Raises DataError for a request that the schema does not allow, before anybody is asked, and RoundError if fewer than
-    `minimum` sites answer.
+    Raises what StatisticsQuestion does, before anybody is asked, and RoundError if fewer than `minimum` sites answer.
     """
-    design = design_for(schema, request)
-    collected = Collected(total=np.zeros(design.dimension), asked=request, noise=_noise_of(request))
-    if request.secure is None:
-        messages = statistics_questions(nodes, request, deadline, design.dimension, parameters)
-        ask(grid, messages, deadline, collected)
-    else:
-        _ask_securely(grid, nodes, request, deadline, collected)
-    for declined in collected.declined:
+    question = ask(grid, nodes, StatisticsQuestion(request, schema, probabilities, parameters), deadline)
+    for declined in question.declined:
         log.warning("%s declined (%s): %s", declined.site, declined.code, declined.reason)
-    if collected.silent:
-        log.warning("no answer from %s", ", ".join(collected.silent))
-    if len(collected.answered) < minimum:
+    if question.silent:
+        log.warning("no answer from %s", ", ".join(question.silent))
+    if len(question.answered) < minimum:
         raise RoundError(
-            f"{len(collected.answered)} sites sent statistics, {minimum} are needed ({_reasons(collected)}). "
+            f"{len(question.answered)} sites sent statistics, {minimum} are needed "
+            f"({reasons_of(question) or 'nobody was asked'}). "
             f"{_OPENLY if request.secure is None else _SECURELY}"
         )
-    wanted, scored = probabilities if request.bins else (), request.scores is not None
-    statistics = estimate(design, collected.total, collected.deviation, wanted, additive=scored)
-    scores = None
-    if request.scores is not None:
-        scores = ScoresOf(
-            model=parameters_digest(parameters or {}),
-            bins=request.scores.bins,
-            labels=(schema.labels[0], schema.labels[1]),
-        )
-    return make_release(request, collected.receipts, collected.shares, statistics, scores)
+    return question.read()
 
 
 def with_session(
@@ -173,59 +182,6 @@ def _step(largest: float, sites: int) -> float:
     return step
 
 
-def _ask_securely(
-    grid: Grid, nodes: Sequence[int], request: StatisticsRequest, deadline: float, collected: Collected
-) -> None:
-    """Add the sum of the survivors' vectors, which nobody saw, to `collected`."""
-    shares = shared_of(request).shares
-    receipts: dict[str, StatisticsReceipt] = {}
-
-    def accept(site: str, content: RecordDict) -> None:
-        receipts[site] = collected.receipt(content)
-
-    attempt = SecureExchange(grid, nodes, request, deadline, collected)
-    try:
-        total, survivors = attempt.sum(STATISTICS, _question(request), {}, accept)
-    except SecureAggregationError as error:
-        collected.failure = str(error)
-        return
-    collected.total += shares.decode(total)
-    collected.shares = shares
-    collected.answered = list(survivors)
-    collected.receipts = {site: receipts[site] for site in survivors}
-
-
-def statistics_questions(
-    nodes: Sequence[int],
-    request: StatisticsRequest,
-    ttl: float,
-    numbers: int | None = None,
-    parameters: Arrays | None = None,
-) -> list[Message]:
-    """The same question to each of `nodes`, each with an identity of its own that only the question determines.
-
-    An answer holds so many `numbers`; None: not known. `parameters` are those of the model whose scores are asked for.
-    """
-    content = _question(request)
-    if parameters is not None:
-        content[ARRAYS] = pack(parameters)
-    if numbers is not None:
-        content.reply_bytes = HEADER_BYTES + 4 * numbers
-    return questions(nodes, ROUND, STATISTICS, content, ttl)
-
-
-def _question(request: StatisticsRequest) -> MessageRecords:
-    return MessageRecords({REQUEST: ConfigRecord({JSON: request.model_dump_json()})})
-
-
-def _noise_of(request: StatisticsRequest) -> float:
-    """What every site's ledger is charged. Raises UsageError when no noise keeps what is asked for."""
-    try:
-        return mechanism_of_request(request).event.noise_multiplier
-    except PrivacyError as error:
-        raise UsageError(f"epsilon={request.epsilon:g}: {error}") from error
-
-
 def _check_receipt(receipt: StatisticsReceipt, request: StatisticsRequest, noise: float) -> None:
     """Raise UpdateError for a receipt that no site has of `request`."""
     trust = "nobody" if request.secure is None else "aggregation"
@@ -241,14 +197,3 @@ def _check_receipt(receipt: StatisticsReceipt, request: StatisticsRequest, noise
         )
     if receipt.epsilon_lifetime is None and receipt.epsilon_left is not None:
         raise UpdateError("the privacy receipt cannot be true: after an unbounded amount something is left")
-
-
-def _receipt(content: RecordDict) -> StatisticsReceipt:
-    try:
-        return StatisticsReceipt.model_validate_json(receipt_text(content))
-    except ValidationError as error:
-        raise UpdateError(f"the privacy receipt is malformed: {explain(error)}") from error
-
-
-def _reasons(collected: Collected) -> str:
-    return reasons_of(collected, collected.failure) or "nobody was asked"

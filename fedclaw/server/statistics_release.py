@@ -73,11 +73,11 @@ class Release(Frozen):
 def make_release(
     request: StatisticsRequest,
     receipts: Mapping[str, StatisticsReceipt],
-    shares: Shares | None,
+    mechanism: ReleaseMechanism,
     statistics: Statistics,
     scores: ScoresOf | None = None,
 ) -> Release:
-    """The release of `statistics` that came of what the sites with these receipts sent; `shares` of a secure sum."""
+    """The release of `statistics` that came of what the sites with these receipts sent."""
     return Release(
         federation=request.federation,
         run=request.run,
@@ -86,16 +86,17 @@ def make_release(
         schema_digest=request.schema_digest,
         epsilon=request.epsilon,
         delta=request.delta,
-        mechanism=_mechanism(request, receipts, shares),
+        mechanism=mechanism,
         sites=dict(sorted(receipts.items())),
         statistics=statistics,
         scores=scores,
     )
 
 
-def _mechanism(
+def release_mechanism(
     request: StatisticsRequest, receipts: Mapping[str, StatisticsReceipt], shares: Shares | None
 ) -> ReleaseMechanism:
+    """How the sum of what the sites with these receipts sent became private; `shares` of a secure sum."""
     if shares is None:
         noise = {site: receipt.noise_multiplier for site, receipt in sorted(receipts.items())}
         return ReleaseMechanism(

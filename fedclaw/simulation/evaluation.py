@@ -10,10 +10,10 @@ from torch import nn
 
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import PERSONAL
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.terms import ModelSpec
-from fedclaw.server.answers import Declined, Evaluated
+from fedclaw.server.answers import Declined
+from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State
 from fedclaw.simulation.trainer import load, loaded_model
@@ -31,20 +31,13 @@ class Evaluator:
         self._inputs = torch.from_numpy(federation.table.inputs)
         self._models: dict[str, nn.Module] = {}
 
-    def evaluate(
-        self,
-        clients: Sequence[int],
-        plan: Plan,
-        parameters: Mapping[str, NDArray[np.float32]],
-        memory: Mapping[int, State],
-        evaluated: Evaluated,
-    ) -> None:
-        """Add the metrics of `parameters` to `evaluated`; of clients with parameters of their own, of those."""
-        federation = self._federation
+    def evaluate(self, clients: Sequence[int], memory: Mapping[int, State], evaluated: EvaluationQuestion) -> None:
+        """Add what the clients find; those with parameters of their own evaluate these."""
+        federation, plan, parameters = self._federation, evaluated.asked, evaluated.parameters
         if not federation.has_tests:
             if federation.test is not None:
                 outputs = _outputs(self._model(plan.model, parameters), torch.from_numpy(federation.test.inputs))
-                _add(federation, plan, outputs, federation.test.targets, evaluated, WHOLE)
+                _add(federation, outputs, federation.test.targets, evaluated, WHOLE)
             return
         own_models = bool(plan.personal) or strategy_class(plan.strategy).personal_model
         model = self._model(plan.model, parameters)
@@ -56,7 +49,7 @@ class Evaluator:
                 mine = memory.get(client, {}).get(PERSONAL, {})
                 model = self._model(plan.model, {**parameters, **mine})
             outputs = _outputs(model, self._inputs[torch.from_numpy(rows)])
-            _add(federation, plan, outputs, federation.table.targets[rows], evaluated, federation.name(client))
+            _add(federation, outputs, federation.table.targets[rows], evaluated, federation.name(client))
 
     def _model(self, spec: ModelSpec, parameters: Mapping[str, NDArray[np.float32]]) -> nn.Module:
         key = spec.model_dump_json()
@@ -70,20 +63,18 @@ class Evaluator:
 
 def _add(
     federation: SimulatedFederation,
-    plan: Plan,
     outputs: torch.Tensor,
     targets: NDArray[Any],
-    evaluated: Evaluated,
+    evaluated: EvaluationQuestion,
     name: str,
 ) -> None:
-    count, workload = len(targets), federation.workload
+    count, workload, plan = len(targets), federation.workload, evaluated.asked
     try:
         wanted, bins = permitted(federation.policy(plan), workload.task, plan, count)
     except Refusal as refusal:
         evaluated.declined.append(Declined(name, refusal.code.name.lower(), refusal.reason))
         return
     sums = exact_sums(workload, wanted, bins, outputs, torch.from_numpy(targets))
-    evaluated.answered.append(name)
     evaluated.include(name, count, sums)
 
 

@@ -1,24 +1,25 @@
 """The server's view of simulated clients: a Grid that answers for a whole cohort at once, without a message."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.supercore.run import Run
-from numpy.typing import NDArray
 
 from fedclaw.errors import RoundError, TransportError, UpdateError
 from fedclaw.learning import postprocess
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.message_identity import empty_run, number_of
 from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.update import Update
 from fedclaw.server.accumulator import UpdateStack
-from fedclaw.server.answers import Declined, Evaluated, Trained
-from fedclaw.server.grids import CohortGrid
+from fedclaw.server.answers import Declined
+from fedclaw.server.cohort_question import CohortQuestion
+from fedclaw.server.evaluation import EvaluationQuestion
+from fedclaw.server.exchange import CohortGrid
+from fedclaw.server.training import TrainingQuestion
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.evaluation import Evaluator
 from fedclaw.simulation.executors import Executor
@@ -38,9 +39,19 @@ class SimulationGrid(CohortGrid):
         self._memory: dict[int, State] = {}
         self._first = True
 
-    def train_cohort(self, nodes: Sequence[int], plan: Plan, outgoing: Outgoing, trained: Trained) -> None:
-        """See CohortGrid."""
+    def answer_cohort(self, nodes: Sequence[int], question: CohortQuestion[Any, Any]) -> None:
+        """See CohortGrid. A test table that the federation has as a whole is evaluated once, whoever is asked."""
         began = time.monotonic()
+        if isinstance(question, TrainingQuestion):
+            self._train(nodes, question)
+        elif isinstance(question, EvaluationQuestion):
+            self._evaluator.evaluate([node - 1 for node in nodes], self._memory, question)
+        else:
+            raise self._refusal()
+        question.seconds = time.monotonic() - began
+
+    def _train(self, nodes: Sequence[int], trained: TrainingQuestion) -> None:
+        plan, outgoing = trained.asked, trained.outgoing
         template = shapes_of(postprocess.template(outgoing.parameters, plan))
         single, parameters = isinstance(trained.total, UpdateStack), sum(a.size for a in outgoing.parameters.values())
         clients, mechanisms = [], {}
@@ -61,22 +72,12 @@ class SimulationGrid(CohortGrid):
             self._take(round, answer, trained)
         trained.answered.sort()
         self._give_receipts(plan, parameters, trained)
-        trained.seconds = time.monotonic() - began
-
-    def evaluate_cohort(
-        self, nodes: Sequence[int], plan: Plan, parameters: Mapping[str, NDArray[np.float32]], evaluated: Evaluated
-    ) -> None:
-        """See CohortGrid. A test table that the federation has as a whole is evaluated once, whoever is asked."""
-        began = time.monotonic()
-        clients = [node - 1 for node in nodes]
-        self._evaluator.evaluate(clients, plan, parameters, self._memory, evaluated)
-        evaluated.seconds = time.monotonic() - began
 
     def close(self) -> None:
         """End the worker processes."""
         self._executor.close()
 
-    def _take(self, round: Round, answer: Answer, trained: Trained) -> None:
+    def _take(self, round: Round, answer: Answer, trained: TrainingQuestion) -> None:
         if answer.clients and not round.single:
             sizes = [self._federation.examples(client) for client in answer.clients]
             arrays = shaped(answer.numbers[0], round.template)
@@ -103,7 +104,7 @@ class SimulationGrid(CohortGrid):
         for client, state in answer.memory.items():
             self._memory.setdefault(client, {}).update(state)
 
-    def _give_receipts(self, plan: Plan, parameters: int, trained: Trained) -> None:
+    def _give_receipts(self, plan: Plan, parameters: int, trained: TrainingQuestion) -> None:
         """Of those that trained; in the first round of this process, and in the last one, of all that ever did."""
         if self._first or plan.round == plan.rounds:
             clients = self._accounts.clients

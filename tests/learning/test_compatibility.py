@@ -13,7 +13,7 @@ from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.plans import make_plan
-from fedclaw.server.secure_round import session_of
+from fedclaw.server.training import session_of
 from tests.hostile import EXAMPLE, ONE_STEP, SITE
 from tests.least_squares import asked
 from tests.small_nets import SmallNets, first

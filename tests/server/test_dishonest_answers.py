@@ -12,12 +12,15 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UpdateError
 from fedclaw.export.statement import Receipts, state
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.tasks.regression import Regression
 from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest
-from fedclaw.server.answers import LONGEST_REASON, Declined, Evaluated, reasons_of
+from fedclaw.server.answers import LONGEST_REASON, Declined, reasons_of
 from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.privacy_budget import LedgerFigures as LedgerBooks
@@ -183,16 +186,20 @@ def test_whom_a_site_once_trusted_stays_told():
     ],
 )
 def test_figures_out_of_their_range_are_unusable(figures, says):
-    evaluated = Evaluated(wanted=("loss", "accuracy", "auroc"))
+    evaluated = evaluation(("loss", "accuracy", "auroc"), Classification(("no", "yes")))
     assert not declined_of(evaluated, "north", {"loss": 12.0, "accuracy": 15.0, "auroc": 20.0})
-    before = dict(evaluated.metrics)
+    before = dict(evaluated.tally.metrics)
     (declined,) = declined_of(evaluated, "liar", {"loss": 12.0, "accuracy": 15.0, "auroc": 20.0, **figures})
     assert (declined.site, declined.code) == ("liar", "unusable")
     assert says in declined.reason
-    assert evaluated.metrics == before == {"loss": 0.6, "accuracy": 0.75, "auroc": 1.0}
+    assert evaluated.tally.metrics == before == {"loss": 0.6, "accuracy": 0.75, "auroc": 1.0}
 
 
-def declined_of(evaluated: Evaluated, site: str, figures) -> list[Declined]:
+def evaluation(metrics: tuple[str, ...], task: Task) -> EvaluationQuestion:
+    return EvaluationQuestion(plan_of(run_record(metrics=metrics)), {}, task)
+
+
+def declined_of(evaluated: EvaluationQuestion, site: str, figures) -> list[Declined]:
     asked = Message(RecordDict(), dst_node_id=1, message_type="evaluate")
     content = RecordDict({"metrics": MetricRecord({"weight": 20.0, "examples": 20, **figures})})
     count = len(evaluated.declined)
@@ -244,8 +251,10 @@ def test_a_receipt_is_kept_with_an_example_count_that_can_be():
 
 
 def test_a_line_names_twenty_sites_however_many_lie():
-    answers = Evaluated(declined=[Declined(f"site-{n}", "unusable", "r" * LONGEST_REASON) for n in range(1000)])
-    told = reasons_of(answers, "no sum")
+    answers = evaluation(("loss",), Classification())
+    answers.declined = [Declined(f"site-{n}", "unusable", "r" * LONGEST_REASON) for n in range(1000)]
+    answers.failure = "no sum"
+    told = reasons_of(answers)
     assert told.startswith("no sum; site-0: ")
     assert told.endswith("; and 981 more")
     assert len(told) < 20 * 2 * LONGEST_REASON
@@ -265,13 +274,13 @@ def test_a_line_names_twenty_sites_however_many_lie():
 def test_a_numbers_sums_beyond_what_its_examples_allow_are_unusable(figures, says):
     """No answer moves RMSE or R2 further than so many targets in range can."""
     assume_server_identity(3)
-    evaluated = Evaluated(wanted=("rmse", "mae", "r2"), task=Regression("y", 0.0, 10.0, center=5.0, scale=5.0))
+    evaluated = evaluation(("rmse", "mae", "r2"), Regression("y", 0.0, 10.0, center=5.0, scale=5.0))
     honest = {"squared_error": 5.0, "absolute_error": 8.0, "target": 2.0, "target_square": 6.0}
     assert not declined_of(evaluated, "north", honest)
-    before = dict(evaluated.metrics)
+    before = dict(evaluated.tally.metrics)
     (declined,) = declined_of(evaluated, "liar", {**honest, **figures})
     assert (declined.site, declined.code) == ("liar", "unusable")
     assert says in declined.reason
-    assert evaluated.metrics == before
+    assert evaluated.tally.metrics == before
     assert before["rmse"] == pytest.approx(10 * (5 / 20) ** 0.5)
     assert before["r2"] == pytest.approx(1 - 4 * 5 / (6 - 2**2 / 20))

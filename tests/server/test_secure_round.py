@@ -22,12 +22,12 @@ from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
-from fedclaw.server import secure_round
 from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.exchange import ask
 from fedclaw.server.pending_round import PendingRound
 from fedclaw.server.run_directory import RunDirectory
-from fedclaw.server.secure_round import session_of
 from fedclaw.server.session import initial_parameters
+from fedclaw.server.training import TrainingQuestion, session_of
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
 from tests.chance import TINY, frequencies_fit
@@ -289,7 +289,7 @@ def test_a_server_that_cries_garbage_gets_no_second_sum_without_a_second_charge(
 
     def attempt():
         plan = session_of(plan_of(private).model_copy(update={"cohort": 5}), sorted(sites), outgoing, private.secure, 2)
-        return secure_round.train(grid, nodes, plan, outgoing, 10)
+        return ask(grid, nodes, TrainingQuestion(plan, outgoing), 10)
 
     def charged():
         return [flaky.site.ledger.rounds("run-1") for flaky in sites.values()]
@@ -324,7 +324,7 @@ def test_within_a_session_nothing_is_done_twice(sites, record):
     outgoing = Outgoing(initial_parameters(record))
     asked = secure(record)
     plan = session_of(plan_of(asked).model_copy(update={"cohort": 5}), sorted(sites), outgoing, asked.secure, 2)
-    trained = secure_round.train(grid, sorted(grid.get_node_ids()), plan, outgoing, 10)
+    trained = ask(grid, sorted(grid.get_node_ids()), TrainingQuestion(plan, outgoing), 10)
     assert {kind for kind, error in refused if not error} <= {KEYS}, "a session that is opened anew begins anew"
     assert trained.answered == [], "the first session of each was closed by the second"
     refused.clear()
@@ -334,7 +334,7 @@ def test_within_a_session_nothing_is_done_twice(sites, record):
 
     grid._answer = later
     plan = session_of(plan_of(asked).model_copy(update={"cohort": 5}), sorted(sites), outgoing, asked.secure, 2)
-    trained = secure_round.train(grid, sorted(grid.get_node_ids()), plan, outgoing, 10)
+    trained = ask(grid, sorted(grid.get_node_ids()), TrainingQuestion(plan, outgoing), 10)
     assert len(trained.answered) == 5
     assert {kind for kind, _ in refused} == {SHARES, CONFIRM, "train", CONSENT, UNMASK}
     assert all(error for _, error in refused)

@@ -15,7 +15,7 @@ from fedclaw.protocol.terms import LocalTraining, PrivacyRequest, RoundRules
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings, WorkloadChoice
-from fedclaw.server.statistics import release_statistics, statistics_questions
+from fedclaw.server.statistics import StatisticsQuestion, release_statistics
 from fedclaw.server.statistics_release import constants_from, read_release, write_release
 from fedclaw.transport.in_process import open_sites, simulate
 from fedclaw.transport.local import LocalGrid
@@ -109,7 +109,7 @@ def test_a_release_says_what_it_cost_and_whom_and_comes_back_from_its_file(sites
 
 def test_the_same_question_has_the_same_identity_and_another_run_another(sites):
     def identities(**changes):
-        messages = statistics_questions([1, 2], request_for(sites, **changes), 10)
+        messages = StatisticsQuestion(request_for(sites, **changes), schema_of(sites)).messages([1, 2], 10)
         return [message.metadata.message_id for message in messages]
 
     assert identities() == identities()
@@ -140,7 +140,8 @@ def test_answers_that_cannot_be_added_are_left_out(sites):
     (name, honest), *_ = sites.items()
     assume_server_identity(1)
     grid = LocalGrid({name: honest}, 1)
-    (good,) = grid.send_and_receive(statistics_questions(list(grid.get_node_ids()), request_for(sites), 10))
+    question = StatisticsQuestion(request_for(sites), schema_of(sites))
+    (good,) = grid.send_and_receive(question.messages(list(grid.get_node_ids()), 10))
     receipt = good.content["receipt"]
     size = good.content["sum"]["statistics"].shape[0]
 

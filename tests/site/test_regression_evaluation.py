@@ -12,7 +12,8 @@ from fedclaw.learning.tasks.regression import ABSOLUTE_ERROR, SQUARED_ERROR, TAR
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.exchange import evaluate
+from fedclaw.server.evaluation import EvaluationQuestion
+from fedclaw.server.exchange import ask
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.journal.ledger import Ledger
@@ -50,7 +51,7 @@ def asked(sites, record, metrics):
     parameters = initial_parameters(record)
     plan = plan_of(record).model_copy(update={"metrics": metrics})
     grid = local_grid(sites, record.run)
-    found = evaluate(grid, list(grid.get_node_ids()), plan, parameters, 30.0, record.make_schema().task)
+    found = ask(grid, list(grid.get_node_ids()), EvaluationQuestion(plan, parameters, record.make_schema().task), 30.0)
     return found, parameters
 
 
@@ -66,7 +67,7 @@ def together(sites, parameters):
 
 def test_figures_are_of_all_test_examples_together(sites, record):
     found, parameters = asked(sites, record, NAMES)
-    assert found.metrics == pytest.approx(together(sites, parameters), rel=1e-5)
+    assert found.read().metrics == pytest.approx(together(sites, parameters), rel=1e-5)
     assert found.examples == sum(len(site.data.test) for site in sites.values())
     alone = [site.workload.task for site in sites.values()]
     assert found.tally.over_sites["rmse"]["sites"] == len(alone) == 3
@@ -114,7 +115,8 @@ def heard_from(sites, record, metrics, policy):
 
     listening = Listening(sites, 1)
     plan = plan_of(record).model_copy(update={"metrics": metrics})
-    evaluate(listening, list(grid.get_node_ids()), plan, initial_parameters(record), 30.0, record.make_schema().task)
+    question = EvaluationQuestion(plan, initial_parameters(record), record.make_schema().task)
+    ask(listening, list(grid.get_node_ids()), question, 30.0)
     return answers
 
 
@@ -146,8 +148,8 @@ def test_noised_figures_are_near_the_exact_ones(sites, record):
         site.policy = site.policy.model_copy(update={"metrics_epsilon": 60.0, "metrics_budget": budget})
         site.test_ledger = Ledger.open(":memory:", f"{site.name}/test")
     found, _ = asked(sites, record.model_copy(update={"run": "noised"}), NAMES)
-    assert found.metrics["rmse"] == pytest.approx(exact.metrics["rmse"], rel=0.1)
-    assert found.metrics["rmse"] != exact.metrics["rmse"]
+    assert found.read().metrics["rmse"] == pytest.approx(exact.read().metrics["rmse"], rel=0.1)
+    assert found.read().metrics["rmse"] != exact.read().metrics["rmse"]
 
 
 @pytest.mark.parametrize("metrics", [("accuracy",), ("rmse", "auroc"), METRICS])
@@ -168,7 +170,7 @@ def test_a_model_of_classes_is_no_model_of_a_number(sites, record):
     plan = plan_of(record).model_copy(update={"model": ModelSpec(name="logistic")})
     grid = local_grid(sites, record.run)
     arrays = {"head.weight": np.zeros((1, 10), np.float32), "head.bias": np.zeros(1, np.float32)}
-    found = evaluate(grid, list(grid.get_node_ids()), plan, arrays, 30.0, record.make_schema().task)
+    found = ask(grid, list(grid.get_node_ids()), EvaluationQuestion(plan, arrays, record.make_schema().task), 30.0)
     assert {declined.code for declined in found.declined} == {"model"}
     assert "tells classes apart" in found.declined[0].reason
 

@@ -10,12 +10,13 @@ from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, RoundRules, SecureRequest, StrategyRecord
-from fedclaw.server import exchange
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
+from fedclaw.server.exchange import ask
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
+from fedclaw.server.training import TrainingQuestion
 from fedclaw.strategies.fedbuff import FedBuff
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
@@ -84,7 +85,7 @@ def delta(sites, record, name, parameters):
     """What one site's full-batch step from `parameters` changes: the same each time."""
     plan = make_plan(record, make_strategy(record), 1, 2)
     grid = LocalGrid({name: sites[name]}, 9)
-    total = exchange.train(grid, list(grid.get_node_ids()), plan, Outgoing(parameters), 10).total.take()
+    total = ask(grid, list(grid.get_node_ids()), TrainingQuestion(plan, Outgoing(parameters)), 10).read()
     return {key: array / np.float32(total.weight) for key, array in total.arrays.items()}
 
 

@@ -22,10 +22,11 @@ from fedclaw.protocol.arrays import LARGEST, all_within, pack, pack_wire, shapes
 from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import LocalTraining, StrategyRecord
 from fedclaw.server.accumulator import robust_aggregation
-from fedclaw.server.answers import Trained
 from fedclaw.server.plans import make_strategy
+from fedclaw.server.training import TrainingQuestion
 from tests.samples import plan_of, receipt, run_record
 
 SITES = 13
@@ -146,7 +147,7 @@ def test_what_hostile_sites_send_is_refused_or_moves_nothing_far(
     strategy, asked, draw = made(name), plan(name, *weighting), np.random.default_rng(seed)
     hostile = min(2, strategy.byzantine_tolerance(SITES))
     state = strategy.server_state(TEMPLATE)
-    trained = Trained.for_plan(asked, TEMPLATE, robust_aggregation(strategy, state))
+    trained = TrainingQuestion(asked, Outgoing(TEMPLATE), robust_aggregation(strategy, state))
     longest, asking = 0.0, question()
     for site in range(SITES):
         content = honest(asked, draw, int(draw.integers(5, 50)))
@@ -176,7 +177,7 @@ def test_a_weight_that_the_plan_does_not_give_is_refused(
 ) -> None:
     """Of these, 1e-46 made five strategies NaN, 100 moved RFA to 0, and 1e12 took all of a mean."""
     strategy, asked, draw = made(name), plan(name, *weighting), np.random.default_rng(1)
-    trained = Trained.for_plan(asked, TEMPLATE, robust_aggregation(strategy, strategy.server_state(TEMPLATE)))
+    trained = TrainingQuestion(asked, Outgoing(TEMPLATE), robust_aggregation(strategy, strategy.server_state(TEMPLATE)))
     asking = question()
     for site in range(SITES):
         content = honest(asked, draw, 10)
@@ -192,7 +193,9 @@ def test_examples_that_a_site_claims_do_not_decide_where_a_strategy_promises_any
         results = []
         for claimed in (10, 10**12):
             strategy, asked, draw = made(name), plan(name, "examples", None), np.random.default_rng(1)
-            trained = Trained.for_plan(asked, TEMPLATE, robust_aggregation(strategy, strategy.server_state(TEMPLATE)))
+            trained = TrainingQuestion(
+                asked, Outgoing(TEMPLATE), robust_aggregation(strategy, strategy.server_state(TEMPLATE))
+            )
             asking = question()
             for site in range(SITES):
                 content = honest(asked, draw, claimed if site == 0 else 10)
@@ -208,7 +211,7 @@ def test_examples_that_a_site_claims_do_not_decide_where_a_strategy_promises_any
 def test_numbers_that_would_overflow_a_mean_are_refused_where_they_come_from(value: float) -> None:
     """Of two such a plain mean made infinity, and the run ended without naming anybody."""
     asked, draw = plan("fedavg", "uniform", None), np.random.default_rng(1)
-    trained = Trained.for_plan(asked, TEMPLATE)
+    trained = TrainingQuestion(asked, Outgoing(TEMPLATE))
     asking = question()
     for site in range(4):
         content = honest(asked, draw, 10)
@@ -238,12 +241,12 @@ def test_bytes_of_a_compressed_update_are_refused_or_stand_for_numbers(form: Com
     asked = plan_of(run_record(privacy=None, compression=form))
     compressor = compressor_of(asked)
     assert compressor is not None
-    trained, wire = Trained.for_plan(asked, template), {}
+    trained, wire = TrainingQuestion(asked, Outgoing(template)), {}
     for name, kind in layout(compressor, shapes_of(postprocess.template(template, asked))).items():
         content = data.draw(st.binary(min_size=1, max_size=8)) * kind.nbytes
         wire[name] = np.frombuffer(content[: kind.nbytes], kind.dtype).reshape(kind.shape)
     try:
-        arrays, _ = trained.read(pack_wire(wire))
+        arrays, _ = postprocess.reader(template, asked)(pack_wire(wire))
         trained.total.add(arrays, 10.0, 10)
     except UpdateError:
         assert not any(array.any() for array in trained.total.arrays.values())

@@ -16,7 +16,7 @@ bound, a teacher. For those there is `fedclaw.server.coordinator.run_rounds`.
 import logging
 from collections.abc import Iterable
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as AbstractFlowerStrategy
 
@@ -25,13 +25,14 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.strategy import Participation
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
-from fedclaw.protocol.questions import Outgoing, questions
-from fedclaw.server import exchange
+from fedclaw.protocol.questions import Outgoing
 from fedclaw.server.accumulator import robust_aggregation
-from fedclaw.server.answers import CohortAnswers, Evaluated, Trained
+from fedclaw.server.answers import CohortAnswers
+from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.global_model import GlobalModel
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
+from fedclaw.server.training import TrainingQuestion
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class FlowerStrategy(AbstractFlowerStrategy):
         self._memory: dict[str, Arrays] = {}
         self._asked = 0
         self._weights: dict[str, float] = {}
-        self.trained: Trained | None = None
+        self.trained: TrainingQuestion | None = None
         """The last round's answers, with the sites' receipts."""
 
     def configure_train(
@@ -62,21 +63,22 @@ class FlowerStrategy(AbstractFlowerStrategy):
             self._model = GlobalModel(unpack(arrays), self._strategy)
             shared = {name: a for name, a in self._model.parameters.items() if name not in self._record.personal}
             self._memory = self._strategy.server_state(shared)
-        return self._questions(server_round, MessageType.TRAIN, grid)
+        nodes = sorted(grid.get_node_ids())
+        self._asked = len(nodes)
+        return self._training(server_round, len(nodes)).messages(nodes)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The stepped parameters and the number of sites; None when fewer sites trained than the record needs."""
         model = self._started()
-        plan = make_plan(self._record, self._strategy, server_round, 1)
-        robust = robust_aggregation(self._strategy, self._memory)
-        self.trained = trained = Trained.for_plan(plan, model.parameters, robust)
+        self.trained = trained = self._training(server_round, self._asked)
+        plan = trained.asked
         _take(trained, replies, server_round)
         if len(trained.answered) < self._record.rules.minimum:
             log.warning("round %d does not count: %d sites trained", server_round, len(trained.answered))
             return None, None
-        summed = trained.total.take()
+        summed = trained.read()
         self._weights.update({site: plan.weight(item.examples) for site, item in trained.receipts.items()})
         participation = Participation.of(summed.weight, len(trained.answered), self._asked, self._weights.values())
         mean = postprocess.at_server(summed, plan, shapes_of(model.parameters)).arrays
@@ -87,26 +89,27 @@ class FlowerStrategy(AbstractFlowerStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The evaluation's question to every node."""
-        return self._questions(server_round, MessageType.EVALUATE, grid)
+        nodes = sorted(grid.get_node_ids())
+        return self._evaluation(server_round, len(nodes)).messages(nodes)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The figures of all test examples that the sites permit; None when nobody evaluated."""
-        task = self._record.make_schema().task
-        evaluated = Evaluated(wanted=self._record.metrics, task=task, score_bins=self._record.score_bins)
+        evaluated = self._evaluation(server_round, self._asked)
         _take(evaluated, replies, server_round)
-        return MetricRecord(dict(evaluated.metrics)) if evaluated.answered else None
+        return MetricRecord(dict(evaluated.read().metrics)) if evaluated.answered else None
 
     def summary(self) -> None:
         """One line in the log."""
         log.info("%s over %d rounds: run %s", self._record.strategy.name, self._record.rounds, self._record.run)
 
-    def _questions(self, server_round: int, kind: str, grid: Grid) -> list[Message]:
-        nodes = sorted(grid.get_node_ids())
-        plan = make_plan(self._record, self._strategy, server_round, len(nodes))
-        self._asked = len(nodes)
-        sent = self._strategy.broadcast(self._memory) if kind == MessageType.TRAIN else {}
-        outgoing = Outgoing(self._started().parameters, broadcast=sent)
-        return questions(nodes, plan.round, kind, exchange.training_question(plan, outgoing))
+    def _training(self, server_round: int, cohort: int) -> TrainingQuestion:
+        plan = make_plan(self._record, self._strategy, server_round, cohort)
+        outgoing = Outgoing(self._started().parameters, broadcast=self._strategy.broadcast(self._memory))
+        return TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, self._memory))
+
+    def _evaluation(self, server_round: int, cohort: int) -> EvaluationQuestion:
+        plan = make_plan(self._record, self._strategy, server_round, cohort)
+        return EvaluationQuestion(plan, self._started().parameters, self._record.make_schema().task)
 
     def _started(self) -> GlobalModel:
         assert self._model is not None, "Flower configures a round before it aggregates it"

@@ -17,12 +17,12 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import pack_wire
 from fedclaw.protocol.messages import SCORE_NOISE, SCORES
 from fedclaw.protocol.terms import SCORE_HISTOGRAM, PrivacyRequest
-from fedclaw.server.answers import Evaluated
+from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.site.noised_metrics import bounded_together, noised
 from fedclaw.site.policy.policy import Policy
-from tests.samples import receipt, run_record
+from tests.samples import plan_of, receipt, run_record
 
 LABELS = ("a", "b", "c", "d", "e")
 
@@ -177,8 +177,9 @@ def answer(
     return content
 
 
-def evaluated(**changes: object) -> Evaluated:
-    return Evaluated(wanted=METRICS, task=Classification(("no", "yes")), **changes)
+def evaluated(labels: tuple[str, ...] = ("no", "yes"), score_bins: int | None = None) -> EvaluationQuestion:
+    plan = plan_of(run_record(metrics=METRICS, score_bins=score_bins))
+    return EvaluationQuestion(plan, {}, Classification(labels))
 
 
 def of_site(logits: np.ndarray, targets: np.ndarray) -> RecordDict:
@@ -194,9 +195,9 @@ def test_a_site_without_positives_is_no_zero() -> None:
     total = evaluated()
     total.add("north", of_site(positive, np.ones(40, np.int64)))
     total.add("south", of_site(np.tile([1.0, 0.0], (40, 1)), np.zeros(40, np.int64)))
-    assert total.metrics["recall"] == pytest.approx(39 / 40)
-    assert total.metrics["precision"] == 1
-    assert total.metrics["f1"] == pytest.approx(78 / 79)
+    assert total.tally.metrics["recall"] == pytest.approx(39 / 40)
+    assert total.tally.metrics["precision"] == 1
+    assert total.tally.metrics["f1"] == pytest.approx(78 / 79)
     assert total.tally.over_sites["recall"] == {"mean": pytest.approx(39 / 40), "spread": 0.0, "sites": 1}
     assert total.tally.over_sites["accuracy"]["sites"] == 2
     assert total.tally.majority == ("no", 0.5)
@@ -205,28 +206,28 @@ def test_a_site_without_positives_is_no_zero() -> None:
 def test_without_any_positive_there_is_no_recall() -> None:
     total = evaluated()
     total.add("south", of_site(np.tile([1.0, 0.0], (4, 1)), np.zeros(4, np.int64)))
-    assert total.metrics.keys() >= {"accuracy", "loss"}
-    assert not total.metrics.keys() & {"precision", "recall", "f1"}
+    assert total.tally.metrics.keys() >= {"accuracy", "loss"}
+    assert not total.tally.metrics.keys() & {"precision", "recall", "f1"}
 
 
 def test_a_site_that_sends_no_counts_leaves_the_mean_over_sites() -> None:
     total = evaluated()
     total.add("new", of_site(np.eye(2), np.arange(2)))
     total.add("old", answer({"recall": 0.5 * 2, "accuracy": 0.5 * 2}, {}, 2))
-    assert total.metrics["recall"] == pytest.approx(0.75)
+    assert total.tally.metrics["recall"] == pytest.approx(0.75)
     alone = evaluated()
     alone.add("old", answer({"accuracy": 1.0}, {}, 2))
-    assert alone.metrics == {"accuracy": 0.5}
+    assert alone.tally.metrics == {"accuracy": 0.5}
     assert alone.tally.majority is None
 
 
 def test_the_area_over_sites_of_one_class_each() -> None:
     """Neither has an AUROC; both together have one."""
-    total = Evaluated(wanted=METRICS, task=Classification(("no", "yes")), score_bins=64)
+    total = evaluated(score_bins=64)
     for label in (0, 1):
         logits, targets = np.array([[0.0, 2.0 * label], [0.0, 2.0 * label - 1]]), np.full(2, label)
         total.add(str(label), answer({}, {}, 2, histograms_of(logits, targets, 64)))
-    assert total.metrics["auroc"] == pytest.approx(1.0)
+    assert total.tally.metrics["auroc"] == pytest.approx(1.0)
     assert total.tally.area.bound == 0
 
 
@@ -251,7 +252,7 @@ def test_counts_that_cannot_be_are_refused_and_leave_nothing_behind(counts: dict
     total = evaluated()
     with pytest.raises(UpdateError, match=words):
         total.add("liar", answer({"accuracy": 3.0}, {**GOOD, **counts}, 4))
-    assert total.metrics == {}
+    assert total.tally.metrics == {}
     total.add("honest", answer({"accuracy": 3.0}, GOOD, 4))
     assert total.examples == 4
 
@@ -267,7 +268,7 @@ def test_counts_that_cannot_be_are_refused_and_leave_nothing_behind(counts: dict
     ],
 )
 def test_histograms_that_cannot_be_are_refused(change: object, words: str) -> None:
-    total = Evaluated(wanted=METRICS, task=Classification(("no", "yes")), score_bins=64)
+    total = evaluated(score_bins=64)
     scores = change(histograms_of(np.zeros((2, 2)), np.arange(2), 64))
     with pytest.raises(UpdateError, match=words):
         total.add("liar", answer({}, {}, 2, scores))
@@ -275,7 +276,7 @@ def test_histograms_that_cannot_be_are_refused(change: object, words: str) -> No
 
 
 def test_more_than_two_classes_have_figures_each() -> None:
-    total = Evaluated(wanted=METRICS, task=Classification(("a", "b", "c")))
+    total = evaluated(("a", "b", "c"))
     predicted, targets = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1])
     counts = {name: own.tolist() for name, own in counts_of(predicted, targets, 3).items()}
     total.add("one", answer({"accuracy": 2.0}, counts, 4))
