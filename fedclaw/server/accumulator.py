@@ -41,40 +41,28 @@ class WeightedSum:
         self.heaviest = 0.0
         self.count = 0
 
-    def add(self, arrays: Mapping[str, NDArray[np.float32]], weight: float, examples: int = 0) -> None:
+    def add(self, arrays: Arrays, weight: float, examples: int = 0) -> None:
         """Add one weighted update. Raises UpdateError for wrong names, shapes or weight, NaN or absurd sizes."""
-        self._check(arrays, weight)
-        for name, total in self.arrays.items():
-            with np.errstate(over="ignore"):
-                np.add(total, arrays[name], out=total)
-        self._count(weight, examples)
+        self.include(Update(arrays, weight, examples, heaviest=weight), 1)
 
     def include(self, part: Update, count: int) -> None:
         """Add a sum over `count` sites that was made elsewhere. Raises UpdateError as `add` does."""
         self._check(part.arrays, part.weight)
-        for name, total in self.arrays.items():
-            with np.errstate(over="ignore"):
-                np.add(total, part.arrays[name], out=total)
+        self._put(part, count)
         self.weight += part.weight
         self.examples += part.examples
         self.heaviest = max(self.heaviest, part.heaviest)
         self.count += count
-
-    def restore(self, total: Update, count: int) -> None:
-        """Replace the sum by one over `count` sites that was made elsewhere."""
-        self.arrays, self.weight, self.examples, self.count = total.arrays, total.weight, total.examples, count
-        self.heaviest = total.heaviest
 
     def take(self) -> Update:
         """Hand over the sum. Nothing can be added afterwards."""
         arrays, self.arrays = self.arrays, {}
         return Update(arrays, self.weight, self.examples, self.heaviest)
 
-    def _count(self, weight: float, examples: int) -> None:
-        self.weight += weight
-        self.examples += examples
-        self.heaviest = max(self.heaviest, weight)
-        self.count += 1
+    def _put(self, part: Update, count: int) -> None:
+        for name, total in self.arrays.items():
+            with np.errstate(over="ignore"):
+                np.add(total, part.arrays[name], out=total)
 
     def _check(self, arrays: Mapping[str, NDArray[np.float32]], weight: float) -> None:
         if not (np.isfinite(weight) and weight > 0):
@@ -117,18 +105,6 @@ class UpdateStack(WeightedSum):
         self._updates: list[NDArray[np.float32]] = []
         self._weights: list[float] = []
 
-    def add(self, arrays: Mapping[str, NDArray[np.float32]], weight: float, examples: int = 0) -> None:
-        """Keep one weighted update. Raises UpdateError as the sum does."""
-        self._check(arrays, weight)
-        flat = np.concatenate([arrays[name].reshape(-1) for name in self.arrays])
-        self._updates.append(np.divide(flat, np.float32(weight), dtype=np.float32))
-        self._weights.append(weight)
-        self._count(weight, examples)
-
-    def include(self, part: Update, count: int) -> None:
-        """Raises UpdateError: single updates are needed here, not a sum of them."""
-        raise UpdateError("single updates are wanted here, not a sum of them")
-
     def take(self) -> Update:
         """Hand over the robust aggregate. Raises UpdateError when there are too few updates for it."""
         if self._updates:
@@ -139,6 +115,14 @@ class UpdateStack(WeightedSum):
                 start += array.size
         self._updates, self._weights = [], []
         return super().take()
+
+    def _put(self, part: Update, count: int) -> None:
+        """Keep one weighted update."""
+        if count != 1:
+            raise UpdateError("single updates are wanted here, not a sum of them")
+        flat = np.concatenate([part.arrays[name].reshape(-1) for name in self.arrays])
+        self._updates.append(np.divide(flat, np.float32(part.weight), dtype=np.float32))
+        self._weights.append(part.weight)
 
     def _in_order(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Updates (n, d) and weights (n,). Each update is released as it is copied: at most n + 1 are held."""

@@ -15,7 +15,7 @@ from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.frozen import check_settings, fields_of
-from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, RoundRules, SharedTerms, StrategyRecord
+from fedclaw.protocol.terms import CentralNoise, ModelSpec, RoundRules, SharedTerms, StrategyRecord
 from fedclaw.server.run_directory import RUN_NAME, RunRecord
 from fedclaw.server.settings import ALL_METRICS, RunSettings, WorkloadChoice
 from fedclaw.server.statistics_release import constants_from
@@ -48,7 +48,8 @@ def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schem
         strategy=chosen,
         schema=schema,
         model=ModelSpec(name=choice.model.name or "unbuilt", args=choice.model.args or {}),
-        central=_noised(settings.central),
+        # These checks do not read how much noise there is.
+        central=CentralNoise(**settings.central.model_dump(), noise_multiplier=1.0) if settings.central else None,
     )
     _raise(strategy, early_refusal(record, strategy) or strategy.refuse_rules(rules))
 
@@ -143,8 +144,3 @@ def record_of(
     if reason := mechanism_of(record).out_of_range():
         raise UsageError("configuration: ", reason)
     return record
-
-
-def _noised(asked: CentralRequest | None) -> CentralNoise | None:
-    """The request with a placeholder for the noise, which these checks do not read."""
-    return None if asked is None else CentralNoise(**asked.model_dump(), noise_multiplier=1.0)

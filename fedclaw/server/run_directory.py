@@ -202,10 +202,6 @@ class RunDirectory:
         """The run's workload, with its schema."""
         return self.record().make_workload()
 
-    def schema(self) -> Schema:
-        """The run's schema; needs no torch."""
-        return self.record().make_schema()
-
     def write_model(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
         """Write the final global parameters."""
         with replacing(self.model_path) as file:

@@ -1,7 +1,5 @@
 """From settings to a run: what the server, the experiments and the compression stage share."""
 
-from pathlib import Path
-
 import torch
 
 from fedclaw.errors import PluginError, PrivacyError, UnknownModel, UsageError
@@ -32,10 +30,14 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
         strategy=chosen_strategy(settings),
         schema=schema,
         model=model,
-        central=_calibrated(settings),
+        central=calibrated(settings.central, settings.rounds) if settings.central else None,
     )
+    if settings.statistics is not None:
+        release = read_release(settings.statistics)
+        used = ReleaseUse(run=release.run, epsilon=release.epsilon, delta=release.delta)
+        record = record.model_copy(update={"statistics": used})
     try:
-        return with_strategy(record.model_copy(update={"statistics": _used(settings.statistics)}))
+        return with_strategy(record)
     except UnknownModel as error:
         raise UsageError(f"workload.model: {error}") from error
 
@@ -45,17 +47,6 @@ def with_strategy(record: RunRecord) -> RunRecord:
     chosen, built = make_strategy(record), _initial_model(record)
     check_combination(record, chosen, built)
     return record.model_copy(update={"personal": tuple(sorted(chosen.personal(built)))})
-
-
-def _used(path: Path | None) -> ReleaseUse | None:
-    if path is None:
-        return None
-    release = read_release(path)
-    return ReleaseUse(run=release.run, epsilon=release.epsilon, delta=release.delta)
-
-
-def _calibrated(settings: RunSettings) -> CentralNoise | None:
-    return calibrated(settings.central, settings.rounds) if settings.central else None
 
 
 def calibrated(asked: CentralRequest, rounds: int) -> CentralNoise:

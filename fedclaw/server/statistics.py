@@ -19,7 +19,7 @@ from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, Upd
 from fedclaw.learning.score_statistics import parameters_digest
 from fedclaw.learning.statistics import design_for
 from fedclaw.learning.workload import Schema
-from fedclaw.privacy.distributed import WRAP, Shares
+from fedclaw.privacy.distributed import WRAP
 from fedclaw.privacy.estimates import estimate
 from fedclaw.privacy.mechanisms.statistics import mechanism_of_request, shared_of
 from fedclaw.privacy.statistics import Doubles
@@ -154,18 +154,15 @@ def with_session(
         step = _step(asked.largest_weight, len(names))
         secure = seats.session(dimension, step, largest_weight=asked.largest_weight)
         request = request.model_copy(update={"secure": secure})
-        _check_room(shared_of(request).shares)
+        shares = shared_of(request).shares
+        # A number of the sum that noise carried out of its range, now and then, would come back as another.
+        if shares.price.wrap_probability >= WRAP:
+            raise PrivacyError(
+                f"32 bits hold no sum over {shares.sites} sites with so much noise; ask for a larger epsilon or delta"
+            )
     except (SecureAggregationError, PrivacyError) as error:
         raise UsageError(f"secure: {error}") from error
     return request
-
-
-def _check_room(shares: Shares) -> None:
-    """Raise PrivacyError for noise that would carry a number of the sum out of its range, now and then."""
-    if shares.price.wrap_probability >= WRAP:
-        raise PrivacyError(
-            f"32 bits hold no sum over {shares.sites} sites with so much noise; ask for a larger epsilon or delta"
-        )
 
 
 def _step(largest: float, sites: int) -> float:

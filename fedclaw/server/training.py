@@ -49,12 +49,14 @@ class TrainingQuestion(CohortQuestion[SiteReceipt, Update]):
     bytes_up: int = field(default=0, init=False)
     """Of the arrays in the answers that were added."""
     total: WeightedSum = field(init=False)
+    _summed: Update | None = field(default=None, init=False, repr=False)
+    """The secure sum."""
     kind: ClassVar[str] = MessageType.TRAIN
 
     def __post_init__(self) -> None:
         parameters, plan = self.outgoing.parameters, self.asked
         self._reader = postprocess.reader(parameters, plan)
-        # What nobody sees a part of is not added up here.
+        # Of a secure sum no part is seen, so nothing is added up here.
         template = postprocess.sum_of(parameters, plan) if plan.secure is None else {}
         self.total = (
             WeightedSum(template, largest=LARGEST)
@@ -104,12 +106,12 @@ class TrainingQuestion(CohortQuestion[SiteReceipt, Update]):
         arrays = unflattened(mechanism.decoded(total), shapes, mechanism.sum_dtype)
         examples = [beside.examples for beside in besides]
         weights = [self.asked.weight(one) for one in examples]
-        self.total.restore(Update(arrays, sum(weights), sum(examples), heaviest=max(weights)), len(besides))
+        self._summed = Update(arrays, sum(weights), sum(examples), heaviest=max(weights))
         self.bytes_up = len(besides) * total.nbytes
 
     def read(self) -> Update:
         """See CohortQuestion. Raises UpdateError when there are too few updates for a robust aggregate."""
-        return self.total.take()
+        return self.total.take() if self._summed is None else self._summed
 
 
 def session_of(plan: Plan, names: Sequence[str], outgoing: Outgoing, request: SecureRequest, minimum: int) -> Plan:
