@@ -2,14 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from numpy.typing import NDArray
 
 from fedclaw.protocol.arrays import Arrays, payload
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,12 @@ if TYPE_CHECKING:
     import torch
 
 
-def check_early(settings: RunSettings, run: str | None, rules: RoundRules) -> Schema:
-    """The run's schema, after everything that `session.make_record` would refuse and that needs no model is checked.
+def check_early(settings: RunSettings, run: str | None, rules: RoundRules) -> None:
+    """Check everything that `session.make_record` would refuse and that needs no model.
 
     Raises UsageError, DataError or PluginError, the same as `make_record`.
     """
-    schema = read_schema(settings.workload)
-    check_terms(settings, run, rules, schema)
-    return schema
+    check_terms(settings, run, rules, read_schema(settings.workload))
 
 
 def check_terms(settings: RunSettings, run: str | None, rules: RoundRules, schema: Schema | None = None) -> None:

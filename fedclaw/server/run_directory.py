@@ -196,7 +196,8 @@ class RunDirectory:
 
     def record(self) -> RunRecord:
         """The run's record. Raises CheckpointError when it is damaged."""
-        return _read_model(self._record_path, RunRecord)
+        with _damage_told(self._record_path):
+            return RunRecord.model_validate_json(self._record_path.read_bytes())
 
     def workload(self) -> Workload:
         """The run's workload, with its schema."""
@@ -248,16 +249,12 @@ class RunDirectory:
         """
         if not self.metrics_path.is_file():
             return []
-        lines = _read_text(self.metrics_path).split("\n")[:-1]
-        return [self._metrics_line(number, line) for number, line in enumerate(lines, 1)]
-
-    def _metrics_line(self, number: int, text: str) -> dict[str, Any]:
-        try:
-            _MetricsLine.model_validate_json(text)
-        except ValidationError as error:
-            raise CheckpointError(f"{self.metrics_path} is damaged in line {number}: {explain(error)}") from error
-        line: dict[str, Any] = json.loads(text)
-        return line
+        with _damage_told(self.metrics_path):
+            lines = self.metrics_path.read_text(encoding="utf-8").split("\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            with _damage_told(self.metrics_path, f" in line {number}"):
+                _MetricsLine.model_validate_json(line)
+        return [json.loads(line) for line in lines]
 
     def write_receipts(self, receipts: Mapping[str, SiteReceipt]) -> None:
         """Replace the last receipt of every site, by site name, a line each: there may be very many."""
@@ -272,10 +269,8 @@ class RunDirectory:
         path = self.root / "receipts.json"
         if not path.is_file():
             return {}
-        try:
+        with _damage_told(path):
             return _RECEIPTS.validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
 
     def check(self) -> None:
         """Read what a run goes on with, before a site is asked for anything. Raises CheckpointError."""
@@ -314,15 +309,11 @@ def _locked(root: Path) -> Iterator[None]:
             _HELD.discard(path)
 
 
-def _read_model(path: Path, model: type[RunRecord]) -> RunRecord:
+@contextmanager
+def _damage_told(path: Path, where: str = "") -> Iterator[None]:
+    """What cannot be read, as JSON or as text, is a CheckpointError that names the file."""
     try:
-        return model.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        yield
+    except ValueError as error:
+        wrong = explain(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"{path} is damaged{where}: {wrong}") from error
