@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError, SecureAggregationError, UsageError
 from fedclaw.learning import postprocess
 from fedclaw.privacy.distributed import Price
+from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
+from fedclaw.privacy.mechanisms.shared_noise import SharedNoise
 from fedclaw.protocol.arrays import LARGEST, shapes_of, unflattened
 from fedclaw.protocol.messages import SUM
 from fedclaw.protocol.plan import Plan
@@ -77,7 +79,8 @@ class TrainingQuestion(CohortQuestion[SiteReceipt, Update]):
     @property
     def price(self) -> Price | None:
         """What the sites' noise costs beside a trusted server's, where they bring it."""
-        return None if self.asked.secure is None else mechanism_of(self.asked).price
+        mechanism = mechanism_of(self.asked)
+        return mechanism.shares.price if self.asked.secure and isinstance(mechanism, SharedNoise) else None
 
     def content(self) -> MessageRecords:
         """See CohortQuestion."""
@@ -101,9 +104,10 @@ class TrainingQuestion(CohortQuestion[SiteReceipt, Update]):
 
     def add_sum(self, total: NDArray[np.uint32], besides: Sequence[SiteReceipt]) -> None:
         """See CohortQuestion."""
-        mechanism = mechanism_of(self.asked)
+        assert self.asked.secure is not None
         shapes = shapes_of(postprocess.template(self.outgoing.parameters, self.asked))
-        arrays = unflattened(mechanism.decoded(total), shapes, mechanism.sum_dtype)
+        vector = Encoding(self.asked.secure.step).decode(total)
+        arrays = unflattened(vector, shapes, mechanism_of(self.asked).sum_dtype)
         examples = [beside.examples for beside in besides]
         weights = [self.asked.weight(one) for one in examples]
         self._summed = Update(arrays, sum(weights), sum(examples), heaviest=max(weights))
