@@ -341,7 +341,7 @@ def _under_masks(site: SiteService, asked: Asked, number: int, message: Message)
         return Left((RefusalCode(joined.error.code), joined.error.reason))
     plan = Plan.model_validate_json(str(message.content.config_records[PLAN][JSON]))
     seen: list[Arrays] = []
-    training = Watched(site, plan, message.content, Asking(message), seen=seen)
+    training = Watched(site, Asking(message, plan.federation, plan.run, plan.round, plan.rounds), plan, seen=seen)
     try:
         content = pipeline.answer(training, lambda _: {})
     except Refusal as refusal:

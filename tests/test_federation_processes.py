@@ -49,7 +49,7 @@ def test_a_run_from_connection_to_model(deployment):
         assert receipt.rounds == 3
         assert receipt.epsilon_run == pytest.approx(ledger.spent(1e-3, run="test"))
         assert 0 < receipt.epsilon_run <= 4
-        assert ledger.contains(receipt.ledger_head)
+        assert receipt.ledger_head in ledger.index().heads
         OutboundLog(site / "state" / "outbound.jsonl").verify()
         lines = [json.loads(line) for line in (site / "state" / "outbound.jsonl").read_text().splitlines()]
         kinds = [line["entry"]["kind"] for line in lines]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.server import checkpoint
@@ -10,7 +11,7 @@ from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.training import session_of
 from fedclaw.site.journal.ledger import Budget
-from fedclaw.site.privacy_budget import charge_of
+from fedclaw.site.privacy_budget import charge_for
 from fedclaw.site.service import SiteService
 from fedclaw.site.state import SiteStates
 
@@ -61,7 +62,7 @@ def _charge(site: SiteService, plan: Plan) -> None:
         federation=plan.federation,
         run=plan.run,
         round=plan.round,
-        mechanism=charge_of(site, plan).mechanism,
+        mechanism=charge_for(site.policy, len(site.data.train), mechanism_of(plan)).mechanism,
         budget=_UNLIMITED,
     )
     site.ledger.settle(key)

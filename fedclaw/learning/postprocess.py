@@ -1,8 +1,9 @@
 """What happens to an update between local training and the step: ordered postprocessors, each in two halves.
 
 The site applies its halves in order to its own update; the server applies the other halves in reverse to the sum. A
-postprocessor sees an update, the plan, randomness, and what it kept of the last update, never a model or data, so it is
-post-processing under differential privacy; what it changes about sensitivity is its own to say.
+postprocessor has its settings, made from the plan, and sees an update, randomness, and what it kept of the last update,
+never a model or data, so it is post-processing under differential privacy; what it changes about sensitivity is its own
+to say.
 
 Random positions come before the clipping, so that what is clipped is what is sent; a form of its own, in fewer bytes,
 is the last thing that a site makes of an update, and the server opens it before it adds it (`reader`).
@@ -12,7 +13,7 @@ after all of these and is not one of them: it is an exchange of its own (`fedcla
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,16 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning.compression.encoded import SiteEncoding, compressor_of, layout, opened
-from fedclaw.learning.compression.randomk import SharedPositions, shortened
+from fedclaw.learning.compression.feedback import terms_of
+from fedclaw.learning.compression.randomk import SharedPositions
 from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.learning.registry import strategy_class
 from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN
-from fedclaw.privacy.provenance import Part, Raw
+from fedclaw.privacy.provenance import Part
 from fedclaw.protocol.arrays import Arrays, Shapes, all_finite, payload, shapes_of, unpack, unpack_wire
+from fedclaw.protocol.compression import RandomK
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.update import Update
 
@@ -38,22 +42,26 @@ Reader = Callable[[ArrayRecord], tuple[Arrays, int]]
 """Opens what a site sent: its weighted update, and how many bytes it came in. Raises UpdateError."""
 
 
+@dataclass(frozen=True)
 class Bounding(Postprocessor):
     """The mechanism's two halves: it bounds at the site, and adds the server's noise if there is any."""
 
-    def on_part(self, part: Part[Update], plan: Plan, context: SiteContext) -> Part[Update]:
+    mechanism: Mechanism
+
+    def at_site(self, part: Part[Update], context: SiteContext) -> Part[Update]:
         """See Mechanism.bound."""
-        return mechanism_of(plan).bound(part)
+        return self.mechanism.bound(part)
 
-    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
-        """The same for an update of which nothing is known."""
-        return self.on_part(Raw(update), plan, context).value
+    def template(self, arrays: Arrays) -> Arrays:
+        """With the count of who stayed within an adaptive bound, where there is one."""
+        return {**arrays, WITHIN: np.zeros(1, np.float32)} if self.mechanism.counts_within_clip else arrays
 
-    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+    def at_server(self, total: Update, shapes: Shapes) -> Update:
         """See Mechanism.noised."""
-        return mechanism_of(plan).noised(total)
+        return self.mechanism.noised(total)
 
 
+@dataclass(frozen=True)
 class Weighting(Postprocessor):
     """Sum of weight x delta at the sites, divided by the sum of weights at the server (McMahan et al. 2017, alg. 1).
 
@@ -62,21 +70,23 @@ class Weighting(Postprocessor):
     a fixed denominator).
     """
 
-    def stretch(self, update: Update, plan: Plan) -> float:
-        """The site's weight."""
-        return plan.weight(update.examples)
+    weight_of: Callable[[int], float]
+    """What a site with so many examples counts by."""
+    fixed_divisor: float | None = None
 
-    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
-        """Multiply by the site's weight."""
-        weight = plan.weight(update.examples)
+    def at_site(self, part: Part[Update], context: SiteContext) -> Part[Update]:
+        """Multiply by the site's weight, which brings two updates that many times further apart."""
+        return part.scaled(self.weight_of(part.value.examples), self._weighted)
+
+    def _weighted(self, update: Update) -> Update:
+        weight = self.weight_of(update.examples)
         for array in update.arrays.values():
             np.multiply(array, array.dtype.type(weight), out=array)
         return replace(update, weight=weight, heaviest=weight)
 
-    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+    def at_server(self, total: Update, shapes: Shapes) -> Update:
         """Divide by the sum of weights."""
-        fixed = plan.central.expected_sites if plan.central else None
-        divisor = total.weight if fixed is None else fixed
+        divisor = total.weight if self.fixed_divisor is None else self.fixed_divisor
         if divisor <= 0:
             raise UpdateError("no update was added, so there is no mean")
         for name, array in total.arrays.items():
@@ -86,8 +96,15 @@ class Weighting(Postprocessor):
         return replace(total, weight=1.0, heaviest=total.heaviest / divisor, divisor=divisor)
 
 
-PIPELINE: tuple[Postprocessor, ...] = (SharedPositions(), Bounding(), Weighting(), SiteEncoding())
-"""In the order in which a site applies them."""
+def postprocessors(plan: Plan) -> tuple[Postprocessor, ...]:
+    """Those of `plan`, in the order in which a site applies them. What it does not ask for is not among them."""
+    divisor, compression = plan.central.expected_sites if plan.central else None, plan.compression
+    always = Bounding(mechanism_of(plan)), Weighting(plan.weight, divisor)
+    if isinstance(compression, RandomK):
+        return SharedPositions(compression, plan.round, terms_of(plan)), *always
+    if (compressor := compressor_of(compression)) is not None:
+        return *always, SiteEncoding(compressor, bool(getattr(compression, "feedback", False)), terms_of(plan))
+    return always
 
 
 def at_site(part: Part[Update], plan: Plan, context: SiteContext) -> Part[Update]:
@@ -96,15 +113,15 @@ def at_site(part: Part[Update], plan: Plan, context: SiteContext) -> Part[Update
     Whoever answers for a site without a message adds `arrays` as they are. Raises PrivacyError for what the plan's
     mechanism does not cover.
     """
-    for postprocessor in PIPELINE:
-        part = postprocessor.on_part(part, plan, context)
+    for postprocessor in postprocessors(plan):
+        part = postprocessor.at_site(part, context)
     return part
 
 
 def at_server(total: Update, plan: Plan, shapes: Shapes) -> Update:
     """What the server's optimiser steps along; `shapes` are those of the global parameters."""
-    for postprocessor in reversed(PIPELINE):
-        total = postprocessor.at_server(total, plan, shapes)
+    for postprocessor in reversed(postprocessors(plan)):
+        total = postprocessor.at_server(total, shapes)
     return total
 
 
@@ -114,21 +131,21 @@ def template(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Array
     Raises PluginError for a strategy that is not installed.
     """
     arrays = {name: array for name, array in parameters.items() if name not in plan.personal}
-    arrays = shortened(arrays | strategy_class(plan.strategy).extras(arrays), plan)
-    if mechanism_of(plan).counts_within_clip:
-        arrays[WITHIN] = np.zeros(1, np.float32)
+    arrays |= strategy_class(plan.strategy).extras(arrays)
+    for postprocessor in postprocessors(plan):
+        arrays = postprocessor.template(arrays)
     return arrays
 
 
 def sum_of(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> dict[str, NDArray[Any]]:
-    """Arrays as `template` has them, in the type of the sum."""
-    dtype = mechanism_of(plan).sum_dtype
-    return {name: array.astype(dtype, copy=False) for name, array in template(parameters, plan).items()}
+    """Zeros of the shapes that `template` has, in the type of the sum. They take no memory."""
+    zero = mechanism_of(plan).sum_dtype(0)
+    return {name: np.broadcast_to(zero, array.shape) for name, array in template(parameters, plan).items()}
 
 
 def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:
     """What opens the answers of the sites that were asked with `plan` and `parameters`. Raises PluginError."""
-    if (compressor := compressor_of(plan)) is None:
+    if (compressor := compressor_of(plan.compression)) is None:
         return as_sent
     shapes = shapes_of(template(parameters, plan))
     expected = layout(compressor, shapes)
@@ -142,7 +159,7 @@ def reader(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> Reader:
 def answer_bytes(parameters: Mapping[str, NDArray[np.float32]], plan: Plan) -> int:
     """What the arrays of an answer to `plan` and `parameters` take as a message. Raises PluginError."""
     arrays = template(parameters, plan)
-    compressor = None if plan.secure else compressor_of(plan)
+    compressor = None if plan.secure else compressor_of(plan.compression)
     sizes = {name: array.nbytes for name, array in arrays.items()}
     if compressor is not None:
         sizes = {name: form.nbytes for name, form in layout(compressor, shapes_of(arrays)).items()}

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from fedclaw.privacy.provenance import Part
 from fedclaw.protocol.arrays import Arrays, Shapes
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteContext:
-    """What a site hands to its postprocessors beside the update and the plan: none of its data."""
+    """What a site hands to its postprocessors beside the update: none of its data."""
 
     source: "GaussianSource"
     """Randomness that nobody else knows."""
@@ -25,26 +24,22 @@ class SiteContext:
 
 
 class Postprocessor(ABC):
-    """One kind of processing. Either half may change the update's arrays in place and return them."""
+    """One kind of processing, with its settings. Either half may change the arrays in place and return them."""
 
     @abstractmethod
-    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
-        """Before the update leaves. What the site is to keep goes into `Update.state`."""
+    def at_site(self, part: Part[Update], context: SiteContext) -> Part[Update]:
+        """Before the update leaves, with what becomes of where it comes from. Raises PrivacyError.
 
-    def stretch(self, update: Update, plan: Plan) -> float | None:
-        """How many times further apart `at_site` brings two updates, at most; None: nobody knows."""
-        return None
+        What the site is to keep goes into `Update.state`.
+        """
 
-    def on_part(self, part: Part[Update], plan: Plan, context: SiteContext) -> Part[Update]:
-        """`at_site`, with what it makes of where the update comes from. Raises PrivacyError."""
-        stretch = self.stretch(part.value, plan)
-        if stretch is None:
-            return part.then(lambda update: self.at_site(update, plan, context))
-        return part.scaled(stretch, lambda update: self.at_site(update, plan, context))
+    def template(self, arrays: Arrays) -> Arrays:
+        """Arrays of the shapes in which updates of the shapes of `arrays` are summed."""
+        return arrays
 
-    @abstractmethod
-    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
+    def at_server(self, total: Update, shapes: Shapes) -> Update:
         """After all updates were added. Raises UpdateError when the sum cannot be used.
 
         `shapes` are those of the global parameters.
         """
+        return total

@@ -18,6 +18,8 @@ from fedclaw.errors import UpdateError
 if TYPE_CHECKING:
     from flwr.app import Array, ArrayRecord
 
+    from fedclaw.protocol.records import ViewedArray
+
 Arrays = dict[str, NDArray[np.float32]]
 """Parameters, or anything of their shapes, by state-dict name; float32."""
 
@@ -45,7 +47,6 @@ S = TypeVar("S", bound=np.generic)
 
 _STYPE = "numpy.ndarray"
 _VECTOR = "vector"
-_LONGEST_HEADER = 4096
 
 
 def pack(arrays: Mapping[str, NDArray[np.float32]]) -> "ArrayRecord":
@@ -60,19 +61,36 @@ def pack_wire(arrays: Mapping[str, NDArray[Any]]) -> "ArrayRecord":
     return ArrayRecord({name: _packed(array) for name, array in arrays.items()})
 
 
+def pack_leaving(arrays: Mapping[str, NDArray[Any]]) -> "ArrayRecord":
+    """The same without a copy, of arrays that nobody changes any more."""
+    from flwr.app import ArrayRecord
+
+    record = ArrayRecord()
+    # One by one: given a whole dictionary, Flower's class copies what is in it.
+    record.update((name, _viewed(array)) for name, array in arrays.items())
+    return record
+
+
 def _packed(array: NDArray[Any]) -> "Array":
     from flwr.app import Array
+
+    viewed = _viewed(array)
+    return Array(dtype=viewed.dtype, shape=viewed.shape, stype=viewed.stype, data=viewed.data)
+
+
+def _viewed(array: NDArray[Any]) -> "ViewedArray":
+    from fedclaw.protocol.records import ViewedArray
 
     contiguous = np.ascontiguousarray(array).reshape(array.shape)
     header = io.BytesIO()
     npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(contiguous))
-    data = b"".join((header.getvalue(), contiguous.data))
-    return Array(dtype=str(contiguous.dtype), shape=tuple(contiguous.shape), stype=_STYPE, data=data)
+    numbers = contiguous.reshape(-1).view(np.uint8).data
+    return ViewedArray(str(contiguous.dtype), contiguous.shape, _STYPE, header.getbuffer(), numbers)
 
 
 def pack_integers(vector: NDArray[np.uint32]) -> "ArrayRecord":
-    """A flat vector (d,) of integers as a Flower record."""
-    return pack_wire({_VECTOR: vector})
+    """A flat vector (d,) of integers, which nobody changes any more, as a Flower record. No copy."""
+    return pack_leaving({_VECTOR: vector})
 
 
 def unpack_integers(record: "ArrayRecord") -> NDArray[np.uint32]:
@@ -132,21 +150,15 @@ def unflattened(
 
 
 def _view(name: str, array: "Array", expected: np.dtype[S]) -> NDArray[S]:
-    from fedclaw.protocol.records import serialised
+    from fedclaw.protocol.records import read_npy
 
     if array.stype != _STYPE:
         raise UpdateError(f"array {name!r} is serialised as {array.stype!r}, expected {_STYPE!r}")
-    data = serialised(array)
-    head = io.BytesIO(data[:_LONGEST_HEADER])
     try:
-        version = npy.read_magic(head)
-        if version != (1, 0):
-            raise ValueError(f"unsupported .npy version {version}")
-        shape, fortran, dtype = npy.read_array_header_1_0(head)
-        if dtype != expected or fortran:
-            raise ValueError(f"expected C-ordered {expected}, got {dtype}")
-        values = np.frombuffer(data, dtype=expected, offset=head.tell())
-        return values.reshape(shape)
+        fortran, values = read_npy(array)
+        if values.dtype != expected or fortran:
+            raise ValueError(f"expected C-ordered {expected}, got {values.dtype}")
+        return values
     except ValueError as error:
         raise UpdateError(f"array {name!r} cannot be read: {error}") from error
 

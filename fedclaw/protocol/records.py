@@ -4,7 +4,7 @@ Flower's `RecordDict.array_records` (and its two sisters) returns a dictionary t
 whole content. Each use of it therefore keeps the content, 40 MB or more of it, until Python's cycle collector happens
 to run: measured here, a server held the updates of all 16 sites at once. The views made here refer to their
 owner only. Flower's `Array` wants its data as `bytes` of its own; the one made here looks into the received
-message until somebody asks for that.
+message, or at an array that is about to leave, until somebody asks for that.
 """
 
 import hashlib
@@ -21,32 +21,31 @@ R = TypeVar("R", bound=ArrayRecord | MetricRecord | ConfigRecord)
 
 
 class ViewedArray(Array):
-    """An Array whose serialised bytes are `view`, read-only and part of something larger."""
+    """An Array whose serialised bytes are `views`, one after the other, read-only and part of something larger."""
 
-    view: memoryview
+    views: tuple[memoryview, ...]
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, view: memoryview) -> None:
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, *views: memoryview) -> None:
         # Not by assignment, which Flower's class watches for changes of an array that it has sent: four times as long.
-        self.__dict__.update(dtype=dtype, shape=shape, stype=stype, view=view.toreadonly())
+        self.__dict__.update(dtype=dtype, shape=shape, stype=stype, views=tuple(view.toreadonly() for view in views))
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
         """The serialised bytes, copied."""
-        return bytes(self.view)
+        return b"".join(self.views)
 
     def numpy(self) -> NDArray[Any]:
-        """The array, writable and the caller's own. The view must hold a .npy file of version 1."""
-        head = io.BytesIO(self.view[:_LONGEST_HEADER])
-        npy.read_magic(head)
-        shape, fortran, dtype = npy.read_array_header_1_0(head)
-        values = np.frombuffer(self.view, dtype=dtype, offset=head.tell())
-        return values.reshape(shape, order="F" if fortran else "C").copy(order="K")
+        """The array, writable and the caller's own. The views must hold a .npy file of version 1."""
+        return read_npy(self)[1].copy(order="K")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Array):
             return NotImplemented
-        mine = (self.dtype, self.shape, self.stype, bytes(self.view))
+        mine = (self.dtype, self.shape, self.stype, self.data)
         return mine == (other.dtype, tuple(other.shape), other.stype, other.data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -54,9 +53,23 @@ class ViewedArray(Array):
 _LONGEST_HEADER = 4096
 
 
-def serialised(array: Array) -> bytes | memoryview:
-    """The bytes of `array` as they are, without a copy."""
-    return array.view if isinstance(array, ViewedArray) else array.data
+def serialised(array: Array) -> tuple[bytes | memoryview, ...]:
+    """The bytes of `array` as they are, one part after the other, without a copy."""
+    return array.views if isinstance(array, ViewedArray) else (array.data,)
+
+
+def read_npy(array: Array) -> tuple[bool, NDArray[Any]]:
+    """Whether the .npy file in `array` is in Fortran's order, and a read-only view of what it holds.
+
+    Raises ValueError for anything but a file of version 1, whole or its header and its numbers apart.
+    """
+    *apart, numbers = serialised(array)
+    head = io.BytesIO(b"".join(apart) or numbers[:_LONGEST_HEADER])
+    if (version := npy.read_magic(head)) != (1, 0):
+        raise ValueError(f"unsupported .npy version {version}")
+    shape, fortran, dtype = npy.read_array_header_1_0(head)
+    values = np.frombuffer(numbers, dtype=dtype, offset=0 if apart else head.tell())
+    return fortran, values.reshape(shape, order="F" if fortran else "C")
 
 
 def hash_of(records: Mapping[str, ArrayRecord]) -> "hashlib._Hash":
@@ -68,9 +81,10 @@ def hash_of(records: Mapping[str, ArrayRecord]) -> "hashlib._Hash":
     digest = hashlib.sha256()
     for key, record in sorted(records.items()):
         for name, array in sorted(record.items()):
-            data = serialised(array)
-            digest.update(f"{key}/{name}/{array.shape}/{len(data)}|".encode())
-            digest.update(data)
+            parts = serialised(array)
+            digest.update(f"{key}/{name}/{array.shape}/{sum(map(len, parts))}|".encode())
+            for data in parts:
+                digest.update(data)
     return digest
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, cast
 
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Charge
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.receipt import NO_LEDGER, Receipt
@@ -17,7 +18,7 @@ from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.site.journal.history import History
 from fedclaw.site.policy.checks import check_plan
-from fedclaw.site.privacy_budget import LedgerFigures, charge_for, delta_of, receipt_for
+from fedclaw.site.privacy_budget import charge_for, delta_of
 
 
 class Accounts:
@@ -36,7 +37,7 @@ class Accounts:
             policy = self._federation.policy(plan)
             try:
                 check_plan(policy, plan, examples=examples, parameters=parameters)
-                self._charges[key] = charge_for(policy, examples, plan)
+                self._charges[key] = charge_for(policy, examples, mechanism_of(plan))
             except Refusal as refusal:
                 self._charges[key] = refusal
         return self._charges[key]
@@ -65,13 +66,11 @@ class Accounts:
             history = History()
             for _ in range(rounds):
                 history.add(charge.mechanism)
-            figures = LedgerFigures(
-                epsilon_run=history.epsilon(delta_of(policy, plan)),
-                epsilon_lifetime=history.epsilon(policy.delta),
-                rounds=rounds,
-                head=NO_LEDGER,
-            )
-            self._receipts[key] = receipt_for(policy, examples, plan, charge, figures)
+            mechanism = mechanism_of(plan)
+            delta = delta_of(policy, mechanism)
+            spent = Receipt.figures(history.epsilon(delta), history.epsilon(policy.delta), policy.epsilon)
+            told: dict[str, Any] = {**mechanism.receipt_fields(examples, charge), **spent, "delta": delta}
+            self._receipts[key] = Receipt(**told, rounds=rounds, ledger_head=NO_LEDGER)
         return self._receipts[key]
 
 

@@ -26,7 +26,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.privacy.provenance import Part, Permitted, Released, leaving
 from fedclaw.protocol.messages import ABOUT, CHARGE
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.site.privacy_budget import Due, reserve
+from fedclaw.site.privacy_budget import Asking, Due, reserve
 from fedclaw.site.site import Site
 
 A = TypeVar("A")
@@ -43,8 +43,14 @@ class Answering(ABC, Generic[A, L]):
     """One question on its way through a site: `A` is worked out from the data, and `L` leaves."""
 
     site: Site
+    asking: Asking
     masked: ClassVar[bool] = True
     """Whether an answer is masked where what is asked has a session."""
+
+    @property
+    def content(self) -> RecordDict:
+        """The records of the message that asks."""
+        return self.asking.message.content
 
     @contextmanager
     def ready(self) -> Iterator[Due | None]:

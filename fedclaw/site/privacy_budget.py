@@ -17,10 +17,8 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedclaw.errors import BudgetExceeded, LedgerError, PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.mechanism import Charge
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.receipt import Receipt
+from fedclaw.privacy.mechanisms.mechanism import Charge, Mechanism
+from fedclaw.protocol.receipt import BudgetSpent, Receipt
 from fedclaw.protocol.records import serialised
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.journal.ledger import Budget, Ledger, Remaining, Reservation
@@ -33,9 +31,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Asking:
-    """One question, as a charge names it: by its message's id, which the server chooses, and by all that it says."""
+    """One question, as a charge names it: its message, with the id that the server chooses and all that it says, and
+    which round of which run it is."""
 
     message: Message
+    federation: str
+    run: str
+    round: int
+    rounds: int = 1
+    """Of the whole run."""
 
     @property
     def key(self) -> str:
@@ -43,9 +47,22 @@ class Asking:
         return self.message.metadata.message_id
 
     @cached_property
-    def content(self) -> str:
+    def digest(self) -> str:
         """SHA-256 (hexadecimal) of the message's type and records."""
         return content_digest(self.message.metadata.message_type, self.message.content)
+
+    def remaining(self, policy: Policy, purpose: str = "") -> Remaining:
+        """What the run has still to be charged, its present round included, if each round costs as much.
+
+        What is charged for different purposes (training, or evaluation with noise) is agreed to apart.
+        """
+        return Remaining(
+            charges=max(1, self.rounds - self.round + 1),
+            last=self.rounds,
+            days=policy.agreement_days,
+            partly=policy.allow_part_of_a_run,
+            purpose=purpose,
+        )
 
 
 def content_digest(kind: str, content: RecordDict) -> str:
@@ -55,36 +72,20 @@ def content_digest(kind: str, content: RecordDict) -> str:
         digest.update(f"{type(record).__name__}/{len(name)}/{name}|".encode())
         if isinstance(record, ArrayRecord):
             for key, array in sorted(record.items()):
-                data = serialised(array)
-                digest.update(f"{len(key)}/{key}/{len(data)}|".encode())
-                digest.update(data)
+                parts = serialised(array)
+                digest.update(f"{len(key)}/{key}/{sum(map(len, parts))}|".encode())
+                for data in parts:
+                    digest.update(data)
         else:
             digest.update(f"{sorted(record.items())!r}|".encode())
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class LedgerFigures:
-    """What a ledger says after a round was charged; epsilons may be infinite."""
+def charge_for(policy: Policy, examples: int, mechanism: Mechanism) -> Charge:
+    """What a round costs a site with that policy and so many training examples.
 
-    epsilon_run: float
-    """Of the run, at the delta that the plan asks for, or the policy's."""
-    epsilon_lifetime: float
-    """Of all runs, at the policy's delta."""
-    rounds: int
-    head: str
-    losses: int = 0
-    """How often the ledger was gone on with after a loss."""
-
-
-def charge_of(site: Site, plan: Plan) -> Charge:
-    """What `plan` costs at `site`. Raises Refusal when no noise keeps it within the epsilon that it asks for."""
-    return charge_for(site.policy, len(site.data.train), plan)
-
-
-def charge_for(policy: Policy, examples: int, plan: Plan) -> Charge:
-    """The same for any site with that policy and so many training examples."""
-    mechanism = mechanism_of(plan)
+    Raises Refusal when no noise keeps it within the epsilon that it asks for.
+    """
     try:
         return mechanism.charge(examples, trust_server_noise=policy.trust_server_noise)
     except PrivacyError as error:
@@ -92,44 +93,37 @@ def charge_for(policy: Policy, examples: int, plan: Plan) -> Charge:
         raise Refusal(code, str(error)) from error
 
 
+def delta_of(policy: Policy, mechanism: Mechanism) -> float:
+    """The delta at which a run's epsilon is told."""
+    asked = mechanism.guarantee()
+    return asked.delta if asked else policy.delta
+
+
 @dataclass(frozen=True)
 class Account:
-    """One data set's ledger and what may be spent there: in all, and by one run (None: no limit), at `delta`."""
+    """One data set's ledger, and what may be spent there: in all, and by one run (None: as much)."""
 
     ledger: Ledger
-    epsilon: float | None
-    delta: float
-    epsilon_per_run: float | None = None
+    budget: Budget
+    run_budget: Budget | None = None
 
     @classmethod
     def training(cls, site: Site) -> "Account":
         """That of the site's training data."""
         policy = site.policy
-        return cls(site.ledger, policy.epsilon, policy.delta, policy.epsilon_per_run)
+        run = Budget(policy.epsilon_per_run, policy.delta)
+        return cls(site.ledger, Budget(policy.epsilon, policy.delta), run)
 
-    @property
-    def budget(self) -> Budget:
-        """What may be spent in all."""
-        return Budget(epsilon=self.epsilon, delta=self.delta)
+    def spent(self, asking: Asking, delta: float) -> dict[str, Any]:
+        """What a receipt says of it after a charge: of the run at `delta`, of all runs at the budget's own."""
+        run = self.ledger.spent(delta, run=asking.run, federation=asking.federation)
+        figures = BudgetSpent.figures(run, self.ledger.spent(self.budget.delta), self.budget.epsilon)
+        return {**figures, "delta": delta, "ledger_head": self.ledger.head()}
 
-    @property
-    def run_budget(self) -> Budget:
-        """What one run may spend."""
-        return Budget(epsilon=self.epsilon_per_run, delta=self.delta)
-
-
-def remaining_of(policy: Policy, plan: Plan, purpose: str = "") -> Remaining:
-    """What the run of `plan` has still to be charged, its present round included, if each round costs as much.
-
-    What is charged for different purposes (training, or evaluation with noise) is agreed to apart.
-    """
-    return Remaining(
-        charges=max(1, plan.rounds - plan.round + 1),
-        last=plan.rounds,
-        days=policy.agreement_days,
-        partly=policy.allow_part_of_a_run,
-        purpose=purpose,
-    )
+    def figures(self, asking: Asking, delta: float) -> dict[str, Any]:
+        """The same with the run's rounds, and how often the ledger was gone on with after a loss."""
+        rounds = self.ledger.rounds(asking.run, asking.federation)
+        return {**self.spent(asking, delta), "rounds": rounds, "ledger_losses": self.ledger.losses()}
 
 
 @dataclass(frozen=True)
@@ -137,9 +131,6 @@ class Due:
     """What one question is charged before it is answered."""
 
     asking: Asking
-    federation: str
-    run: str
-    round: int
     mechanism: NoiseEvent | None
     account: Account
     """That of the data that is used."""
@@ -147,36 +138,34 @@ class Due:
     """What the run has still to be charged there: it is agreed to or refused as a whole."""
 
     @classmethod
-    def of_plan(
-        cls, site: Site, plan: Plan, asking: Asking, mechanism: NoiseEvent | None, account: Account, purpose: str = ""
-    ) -> "Due":
-        """For a round of `plan`."""
-        remaining = remaining_of(site.policy, plan, purpose)
-        return cls(asking, plan.federation, plan.run, plan.round, mechanism, account, remaining)
+    def training(cls, site: Site, asking: Asking, mechanism: NoiseEvent | None) -> "Due":
+        """For a round on the training data."""
+        return cls(asking, mechanism, Account.training(site), asking.remaining(site.policy))
 
     @property
     def is_waiting(self) -> bool:
         """Whether a reservation is open for this very question, which `reserve` would take up."""
+        asking = self.asking
         return self.account.ledger.is_waiting(
-            self.asking.key, self.federation, self.run, self.round, self.mechanism, self.asking.content
+            asking.key, asking.federation, asking.run, asking.round, self.mechanism, asking.digest
         )
 
 
 def reserve(site: Site, due: Due) -> Reservation:
     """Charge the ledger, durably, before anything is computed. Raises Refusal when the budget is not enough, or when
     it is too early for another round."""
-    account = due.account
+    account, asking = due.account, due.asking
     with _refusing():
         # What takes up a charge again, because the very same question was asked before, is no new round.
         if not due.is_waiting:
             check_charge(site.policy, account.ledger)
         return account.ledger.reserve(
-            due.asking.key,
-            federation=due.federation,
-            run=due.run,
-            round=due.round,
+            asking.key,
+            federation=asking.federation,
+            run=asking.run,
+            round=asking.round,
             mechanism=due.mechanism,
-            content=due.asking.content,
+            content=asking.digest,
             budget=account.budget,
             run_budget=account.run_budget,
             remaining=due.remaining,
@@ -185,27 +174,13 @@ def reserve(site: Site, due: Due) -> Reservation:
 
 def check_affordable(site: Site, due: Due) -> None:
     """Raise the Refusal that `reserve` would, and charge nothing: before what is done ahead of the charge."""
-    account = due.account
+    account, asking = due.account, due.asking
     with _refusing():
         if not due.is_waiting:
             check_charge(site.policy, account.ledger)
             account.ledger.check_budgets(
-                due.federation, due.run, due.mechanism, account.budget, account.run_budget, due.remaining
+                asking.federation, asking.run, due.mechanism, account.budget, account.run_budget, due.remaining
             )
-
-
-def check_agreeable(site: Site, plan: Plan, mechanism: NoiseEvent | None) -> None:
-    """Raise the Refusal that the charge of `plan` would meet, and charge nothing: before the session it belongs to."""
-    account = Account.training(site)
-    with _refusing():
-        account.ledger.check_budgets(
-            plan.federation,
-            plan.run,
-            mechanism,
-            account.budget,
-            account.run_budget,
-            remaining_of(site.policy, plan),
-        )
 
 
 @contextmanager
@@ -225,37 +200,13 @@ def _refusing() -> Iterator[None]:
         raise Refusal(RefusalCode.FAILED, "the site's privacy ledger cannot be used; it does not train") from error
 
 
-def receipt_of(site: Site, plan: Plan, charge: Charge) -> Receipt:
+def receipt_of(site: Site, asking: Asking, mechanism: Mechanism, charge: Charge) -> Receipt:
     """The receipt of a round that was just charged."""
-    figures = LedgerFigures(
-        epsilon_run=site.ledger.spent(delta_of(site.policy, plan), run=plan.run, federation=plan.federation),
-        epsilon_lifetime=site.ledger.spent(site.policy.delta),
-        rounds=site.ledger.rounds(plan.run, plan.federation),
-        head=site.ledger.head(),
-        losses=site.ledger.losses(),
-    )
-    return receipt_for(site.policy, len(site.data.train), plan, charge, figures)
+    figures = Account.training(site).figures(asking, delta_of(site.policy, mechanism))
+    return Receipt(**{**mechanism.receipt_fields(len(site.data.train), charge), **figures})
 
 
-def delta_of(policy: Policy, plan: Plan) -> float:
-    """The delta at which a run's epsilon is told."""
-    asked = mechanism_of(plan).guarantee()
-    return asked.delta if asked else policy.delta
-
-
-def receipt_for(policy: Policy, examples: int, plan: Plan, charge: Charge, figures: LedgerFigures) -> Receipt:
-    """The receipt of any site with that policy and so many training examples, whose ledger says this."""
-    fields: dict[str, Any] = {"delta": policy.delta, **mechanism_of(plan).receipt_fields(examples, charge)}
-    return Receipt(
-        **fields,
-        rounds=figures.rounds,
-        **Receipt.figures(figures.epsilon_run, figures.epsilon_lifetime, policy.epsilon),
-        ledger_head=figures.head,
-        ledger_losses=figures.losses,
-    )
-
-
-def log_spending(plan: Plan, receipt: Receipt) -> None:
+def log_spending(asking: Asking, receipt: Receipt) -> None:
     """Tell the operator what the round cost."""
     run, lifetime = (
         "unbounded" if value is None else f"{value:.3f}" for value in (receipt.epsilon_run, receipt.epsilon_lifetime)
@@ -263,5 +214,5 @@ def log_spending(plan: Plan, receipt: Receipt) -> None:
     left = "no limit set" if receipt.epsilon_left is None else f"{receipt.epsilon_left:.3f} left"
     log.info(
         "run %s, round %d of %d: trained %d steps; epsilon %s by this run, %s in all, %s",
-        *(plan.run, plan.round, plan.rounds, receipt.steps, run, lifetime, left),
+        *(asking.run, asking.round, asking.rounds, receipt.steps, run, lifetime, left),
     )

@@ -36,9 +36,8 @@ from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.pipeline import Mask, ReplyRecords
-from fedclaw.site.policy.checks import check_plan
-from fedclaw.site.policy.statistics import check_statistics
-from fedclaw.site.privacy_budget import charge_of, check_agreeable
+from fedclaw.site.policy.checks import check_plan, check_statistics
+from fedclaw.site.privacy_budget import Asking, Due, charge_for, check_affordable
 from fedclaw.site.rate_limit import check_charge
 from fedclaw.site.site import Site
 from fedclaw.site.strategy_client import check_terms
@@ -53,12 +52,10 @@ class SecureIdentity:
     sessions: Sessions
 
 
-def answer_stage(
-    site: Site, identity: SecureIdentity | None, asked: Asked, kind: str, content: RecordDict
-) -> RecordDict:
+def answer_stage(site: Site, identity: SecureIdentity | None, asked: Asked, asking: Asking) -> RecordDict:
     """The site's part in a stage in which it works nothing out from its data. Raises Refusal."""
     try:
-        return RecordDict({SECURE: ConfigRecord(_answer(site, _known(identity), asked, kind, content).pack())})
+        return RecordDict({SECURE: ConfigRecord(_answer(site, _known(identity), asked, asking).pack())})
     except SecureAggregationError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
@@ -86,9 +83,10 @@ def masking(identity: SecureIdentity | None, asked: Asked, content: RecordDict) 
     return mask
 
 
-def _answer(site: Site, identity: SecureIdentity, asked: Asked, kind: str, content: RecordDict) -> Wire:
+def _answer(site: Site, identity: SecureIdentity, asked: Asked, asking: Asking) -> Wire:
+    kind, content = asking.message.metadata.message_type, asking.message.content
     if kind == KEYS:
-        return _join(site, identity, asked).advertise()
+        return _join(site, identity, asked, asking).advertise()
     session = _session(identity, asked)
     answers: dict[str, Callable[[], Wire]] = {
         SHARES: lambda: session.share(KeyList.unpack(_said(content))),
@@ -100,7 +98,7 @@ def _answer(site: Site, identity: SecureIdentity, asked: Asked, kind: str, conte
     return answers[kind]()
 
 
-def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
+def _join(site: Site, identity: SecureIdentity, asked: Asked, asking: Asking) -> SiteSession:
     """A new session, if what is asked is what this site would do."""
     if asked.secure is None:
         raise SecureAggregationError("the message names no session")
@@ -112,8 +110,10 @@ def _join(site: Site, identity: SecureIdentity, asked: Asked) -> SiteSession:
     check_charge(site.policy, site.ledger)
     try:
         if isinstance(asked, Plan):
-            mechanism_of(asked).integers()
-            check_agreeable(site, asked, charge_of(site, asked).mechanism)
+            mechanism = mechanism_of(asked)
+            mechanism.integers()
+            charge = charge_for(site.policy, len(site.data.train), mechanism)
+            check_affordable(site, Due.training(site, asking, charge.mechanism))
         else:
             mechanism_of_request(asked)
     except PrivacyError as error:

@@ -24,9 +24,8 @@ from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
 from fedclaw.site import pipeline
 from fedclaw.site.data import check_constants
-from fedclaw.site.evaluation import EvaluationAnswer
+from fedclaw.site.evaluation import EvaluationAnswer, charged_ledger
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.noised_metrics import charged_ledger
 from fedclaw.site.pipeline import Answering
 from fedclaw.site.policy.checks import check_request
 from fedclaw.site.privacy_budget import Asking, reserve
@@ -121,12 +120,13 @@ class SiteService(Site):
 
     def _answer(self, message: Message) -> RecordDict:
         asked, kind = self._asked(message), message.metadata.message_type
+        asking = _asking(message, asked)
         if kind in STAGES:
-            answered = answer_stage(self, self.secure, asked, kind, message.content)
+            answered = answer_stage(self, self.secure, asked, asking)
         elif (make := _KINDS.get((type(asked), kind))) is None:
             raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
         else:
-            answering = make(self, asked, message)
+            answering = make(self, asking, asked)
             sums = answering.masked and asked.secure is not None
             mask = masking(self.secure, asked, message.content) if sums else None
             answered = pipeline.answer(answering, mask)
@@ -140,7 +140,7 @@ class SiteService(Site):
         asked = self._asked(message)
         if not isinstance(asked, Plan):
             raise Refusal(RefusalCode.MALFORMED, "no training is asked for")
-        with TrainingAnswer(self, asked, message.content, Asking(message)).ready() as due:
+        with TrainingAnswer(self, _asking(message, asked), asked).ready() as due:
             reserve(self, due)
             return due.mechanism
 
@@ -171,16 +171,17 @@ class SiteService(Site):
             raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
 
 
-_KINDS: Mapping[tuple[type, str], Callable[[SiteService, Any, Message], Answering[Any, Any]]] = {
-    (Plan, MessageType.TRAIN): lambda site, plan, message: TrainingAnswer(site, plan, message.content, Asking(message)),
-    (Plan, MessageType.EVALUATE): lambda site, plan, message: EvaluationAnswer(
-        site, plan, message.content, Asking(message), site.outbound
-    ),
-    (StatisticsRequest, STATISTICS): lambda site, request, message: StatisticsAnswer(
-        site, request, message.content, Asking(message)
-    ),
+_KINDS: Mapping[tuple[type, str], Callable[[SiteService, Asking, Any], Answering[Any, Any]]] = {
+    (Plan, MessageType.TRAIN): TrainingAnswer,
+    (Plan, MessageType.EVALUATE): lambda site, asking, plan: EvaluationAnswer(site, asking, plan, site.outbound),
+    (StatisticsRequest, STATISTICS): StatisticsAnswer,
 }
 """What is worked out from a site's data, by what asks for it and the message's type."""
+
+
+def _asking(message: Message, asked: Asked) -> Asking:
+    rounds = asked.rounds if isinstance(asked, Plan) else 1
+    return Asking(message, asked.federation, asked.run, asked.round, rounds)
 
 
 def _about(answer: RecordDict, run: str) -> RecordDict:

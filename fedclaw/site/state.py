@@ -23,12 +23,10 @@ import numpy as np
 from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import CheckpointError
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
-from fedclaw.learning.strategy import PERSONAL, Strategy
-from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.mechanism import Origin
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.compression import Compression
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.terms import ModelSpec, Weighting
 
 State = Mapping[str, Arrays]
@@ -36,7 +34,6 @@ State = Mapping[str, Arrays]
 
 _ROUND, _BEFORE, _AFTER, _MADE = "round", "before", "after", "made"
 _STAGED = ".staged"
-_AT_ONCE = "0"
 
 
 class Provenance(Origin):
@@ -51,20 +48,6 @@ class Provenance(Origin):
     compression: Compression | None
     weighting: Weighting
     weight_cap: int | None
-
-    @classmethod
-    def of(cls, plan: Plan, strategy: type[Strategy]) -> "Provenance":
-        """What training by `plan` makes."""
-        return cls(
-            **mechanism_of(plan).origin.model_dump(),
-            strategy=plan.strategy,
-            own_model=strategy.personal_model,
-            model=plan.model,
-            personal=tuple(sorted(plan.personal)),
-            compression=plan.compression,
-            weighting=plan.weighting,
-            weight_cap=plan.weight_cap,
-        )
 
     def covers(self, kind: str) -> bool:
         """Whether what is kept of that kind follows from noised steps alone: is released."""
@@ -87,7 +70,12 @@ class Remembered:
     """None: it was kept by a version that did not note it, and may be anything that the data make."""
 
     def beginning(self, round: int) -> State:
-        """What `round` begins with: after what the newest left, or, asked again, where it began."""
+        """What `round` begins with: after what the newest left, or, asked again, where it began.
+
+        Nothing for round 1, whatever an earlier run of that name left.
+        """
+        if round <= 1:
+            return {}
         return self.after if round > self.round else self.before
 
 
@@ -99,24 +87,6 @@ class SiteStates:
     _memory: dict[str, Remembered] = field(default_factory=dict, init=False, repr=False)
     _staged: dict[str, tuple[str, Remembered]] = field(default_factory=dict, init=False, repr=False)
 
-    def before(self, federation: str, run: str, round: int) -> State:
-        """What the site begins `round` with; empty the first time. Raises CheckpointError for a damaged file.
-
-        Empty for round 1, too, whatever an earlier run of that name left.
-        """
-        remembered = self.find(federation, run)
-        return {} if remembered is None or round <= 1 else remembered.beginning(round)
-
-    def newest(self, federation: str, run: str) -> State:
-        """What the site has after the last round that it trained in. Raises CheckpointError for a damaged file."""
-        remembered = self.find(federation, run)
-        return remembered.after if remembered else {}
-
-    def keep(self, federation: str, run: str, round: int, state: State) -> None:
-        """Remember `state` as what `round` left; a kind that it lacks stays as it was. Durable when it returns."""
-        self.stage(federation, run, round, state, _AT_ONCE)
-        self.commit(federation, run, _AT_ONCE)
-
     def stage(
         self,
         federation: str,
@@ -124,20 +94,18 @@ class SiteStates:
         round: int,
         state: State,
         charge: str,
-        made: Provenance | None = None,
-        before: State | None = None,
+        made: Provenance | None,
+        before: State,
     ) -> None:
         """Have `state` ready as what `round` left under `made`, in the place of whatever of this run was staged before.
 
-        `charge` is the hash of what was paid for it; `before` what the round began with (None: what there is). Durable
-        when it returns; `commit` makes it count.
+        `charge` is the hash of what was paid for it; `before` what the round began with: a kind that `state` lacks
+        stays as it was. Durable when it returns; `commit` makes it count.
         """
         key = _key(federation, run)
         self._unstage(key)
         if not state:
             return
-        if before is None:
-            before = self.before(federation, run, round)
         remembered = Remembered(round, before, {**before, **state}, made)
         if self.root is None:
             self._staged[key] = (charge, remembered)

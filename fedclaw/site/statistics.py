@@ -31,13 +31,13 @@ from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ARRAYS, JSON, RECEIPT, SUM
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.statistics import REQUEST, ROUND, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.statistics import REQUEST, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
 from fedclaw.protocol.terms import SecureAggregation
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.outputs import one_by_one
 from fedclaw.site.pipeline import Answering, ReplyRecords
-from fedclaw.site.policy.statistics import check_statistics
-from fedclaw.site.privacy_budget import Account, Asking, Due
+from fedclaw.site.policy.checks import check_statistics
+from fedclaw.site.privacy_budget import Account, Due
 from fedclaw.site.site import Site, sent_arrays
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,7 @@ log = logging.getLogger(__name__)
 class StatisticsAnswer(Answering[Doubles, Doubles]):
     """One vector of the training data."""
 
-    site: Site
     request: StatisticsRequest
-    content: RecordDict
-    """Holds the parameters of the model whose scores are asked for."""
-    asking: Asking
-    _design: Design = field(init=False, repr=False)
     _model: torch.nn.Module | None = field(default=None, init=False, repr=False)
 
     @cached_property
@@ -73,8 +68,7 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
             self._model = _scored(site, request.scores, self.content)
         if request.secure is not None:
             _check_sum(site, request.secure, self._design)
-        account = Account.training(site)
-        return Due(self.asking, request.federation, request.run, ROUND, self._mechanism.event, account)
+        return Due(self.asking, self._mechanism.event, Account.training(site))
 
     def answer(self, charge: str) -> Part[Doubles]:
         """See Answering."""
@@ -100,10 +94,15 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
 
     def beside(self) -> ReplyRecords:
         """See Answering."""
-        receipt = _receipt(self.site, self.request, self._mechanism)
+        request, mechanism = self.request, self._mechanism
+        receipt = StatisticsReceipt(
+            trust=mechanism.trust,
+            noise_multiplier=mechanism.event.noise_multiplier,
+            **Account.training(self.site).spent(self.asking, request.delta),
+        )
         log.info(
             "statistics %s of %d columns leave with noise; epsilon %.3f by this run",
-            *(self.request.run, len(self.request.columns), receipt.epsilon_run or 0.0),
+            *(request.run, len(request.columns), receipt.epsilon_run or 0.0),
         )
         return {RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()})}
 
@@ -170,14 +169,3 @@ def _design(site: Site, request: StatisticsRequest) -> Design:
         return design_for(site.workload.schema, request)
     except DataError as error:
         raise Refusal(RefusalCode.SCHEMA, str(error)) from error
-
-
-def _receipt(site: Site, request: StatisticsRequest, mechanism: StatisticsMechanism) -> StatisticsReceipt:
-    run = site.ledger.spent(request.delta, run=request.run, federation=request.federation)
-    return StatisticsReceipt(
-        trust=mechanism.trust,
-        noise_multiplier=mechanism.event.noise_multiplier,
-        delta=request.delta,
-        **StatisticsReceipt.figures(run, site.ledger.spent(site.policy.delta), site.policy.epsilon),
-        ledger_head=site.ledger.head(),
-    )

@@ -18,6 +18,7 @@ from fedclaw.learning.strategy import (
     Strategy,
     as_arrays,
     client_update_of,
+    is_overridden,
 )
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.provenance import Clause, Part, Permitted, Released, leaving
@@ -51,7 +52,16 @@ class ClientHalf:
         """Raises Refusal, before anything is paid for, for a strategy, fields or combination that cannot be right."""
         strategy, sent = check_terms(site, plan), _sent(content)
         _check_sent(strategy, sent, sent_arrays(content, ARRAYS), plan)
-        made = Provenance.of(plan, strategy)
+        made = Provenance(
+            **mechanism_of(plan).origin.model_dump(),
+            strategy=plan.strategy,
+            own_model=strategy.personal_model,
+            model=plan.model,
+            personal=tuple(sorted(plan.personal)),
+            compression=plan.compression,
+            weighting=plan.weighting,
+            weight_cap=plan.weight_cap,
+        )
         return cls(site, plan, strategy, sent, *_begin(site, plan, made), made)
 
     def own(self, parameters: Arrays) -> Arrays:
@@ -61,8 +71,10 @@ class ClientHalf:
             name: mine.get(name, array) if name in self.plan.personal else array for name, array in parameters.items()
         }
 
-    def correction(self, model: torch.nn.Module, steps: int) -> Correction:
-        """The strategy's, for `steps` local steps of `model`, which holds what the round begins with."""
+    def correction(self, model: torch.nn.Module, steps: int) -> Correction | None:
+        """The strategy's, if it has one, for `steps` local steps of `model`, which holds what the round begins with."""
+        if not is_overridden(self.strategy, "correct_gradients"):
+            return None
         return self._corrected(self.strategy.correct_gradients, model, _tensors(model), steps)
 
     def personal_correction(self, model: torch.nn.Module, start: Arrays, steps: int) -> Correction:
@@ -79,8 +91,8 @@ class ClientHalf:
 
     def client_update(self, delta: Part[Arrays], steps: int, loss: Callable[[], float]) -> Part[ClientUpdate]:
         """What leaves of `delta`, by parameter name, and what the site remembers."""
-        plan = self.plan
-        shared = delta.scaled(1.0, lambda arrays: {n: a for n, a in arrays.items() if n not in plan.personal})
+        plan, stays = self.plan, self.plan.personal
+        shared = delta.scaled(1.0, lambda arrays: {n: a for n, a in arrays.items() if n not in stays})
         state = {kind: as_arrays(self.before, kind, shared.value) for kind in self.strategy.client_state}
         context = RoundContext(plan.strategy_fields, plan.training, steps, loss, self.broadcast, state)
         return client_update_of(self.strategy, shared, context, released=self.begins_released)

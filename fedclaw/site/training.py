@@ -1,8 +1,8 @@
 """How a site answers a request to train: policy, reservation, one round of local steps, the update and its receipt."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,10 +19,10 @@ from fedclaw.learning.step_loop import ModelSteps, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.integers import Integers
-from fedclaw.privacy.mechanisms.mechanism import Charge, Mechanism
+from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, shuffled_batches
-from fedclaw.protocol.arrays import Arrays, flattened, pack_wire
+from fedclaw.protocol.arrays import Arrays, flattened, pack_leaving
 from fedclaw.protocol.messages import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.records import hash_of
@@ -33,15 +33,7 @@ from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.pipeline import Answering, ReplyRecords
 from fedclaw.site.policy.checks import check_plan
-from fedclaw.site.privacy_budget import (
-    Account,
-    Asking,
-    Due,
-    charge_of,
-    check_affordable,
-    log_spending,
-    receipt_of,
-)
+from fedclaw.site.privacy_budget import Due, charge_for, check_affordable, log_spending, receipt_of
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.strategy_client import ClientHalf
 
@@ -53,18 +45,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class TrainingAnswer(Answering[Update, Update]):
     """A round of local steps; what leaves is the weighted delta, and what a strategy makes of it."""
 
-    site: Site
     plan: Plan
-    content: RecordDict
-    asking: Asking
-    _half: ClientHalf = field(init=False, repr=False)
-    _model: torch.nn.Module = field(init=False, repr=False)
-    _steps: StepTaker = field(init=False, repr=False)
-    _charge: Charge = field(init=False, repr=False)
-    _loss: Loss = field(init=False, repr=False)
-    _start: Arrays = field(init=False, repr=False)
-    """What the round begins with."""
-    _left: Update = field(init=False, repr=False)
 
     @cached_property
     def _mechanism(self) -> Mechanism:
@@ -103,8 +84,8 @@ class TrainingAnswer(Answering[Update, Update]):
         self._start = self._half.own(sent)
         self._model = site.model(plan.model, self._start)
         set_threads(size)
-        self._charge = charge_of(site, plan)
-        due = Due.of_plan(site, plan, self.asking, self._charge.mechanism, Account.training(site))
+        self._charge = charge_for(site.policy, self._examples, self._mechanism)
+        due = Due.training(site, self.asking, self._charge.mechanism)
         # New constants take all data to be read, so every reason to refuse comes first.
         if not is_prepared(site, plan.preprocessing):
             check_affordable(site, due)
@@ -160,12 +141,12 @@ class TrainingAnswer(Answering[Update, Update]):
             name: array.astype(np.float32) if array.dtype == np.float64 else array
             for name, array in left.leaving.items()
         }
-        return {SUM: pack_wire(leaving)}
+        return {SUM: pack_leaving(leaving)}
 
     def beside(self) -> ReplyRecords:
         """See Answering."""
-        receipt = receipt_of(self.site, self.plan, self._charge)
-        log_spending(self.plan, receipt)
+        receipt = receipt_of(self.site, self.asking, self._mechanism, self._charge)
+        log_spending(self.asking, receipt)
         return {
             METRICS: MetricRecord({WEIGHT: self._left.weight, EXAMPLES: self._left.examples}),
             RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()}),
@@ -244,15 +225,15 @@ class TrainingAnswer(Answering[Update, Update]):
         """
         site, plan, half = self.site, self.plan, self._half
         if not half.strategy.personal_model:
-            trained = _copied(self._model)
-            return delta.then(lambda _: {name: trained[name] for name in plan.personal if name in trained})
+            trained = _copied(self._model, plan.personal)
+            return delta.then(lambda _: trained)
         own = site.model(plan.model, {**self._start, **half.before.get(PERSONAL, {})}, role="personal")
         take_steps(
             shuffled_batches(self._examples, plan.training.batch_size, self._count, site.source),
             self._model_steps(PlainGradients(own, self._loss), own),
             half.personal_correction(own, self._start, self._count),
         )
-        return Raw(_copied(own))
+        return Raw(_copied(own, self._start))
 
     def _training_loss(self) -> float:
         """The mean loss over the training data of the parameters that the round began with."""
@@ -262,8 +243,9 @@ class TrainingAnswer(Answering[Update, Update]):
             return float(self._loss(inputs, model(inputs), targets))
 
 
-def _copied(model: torch.nn.Module) -> Arrays:
-    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.named_parameters()}
+def _copied(model: torch.nn.Module, names: Collection[str]) -> Arrays:
+    parameters = model.named_parameters()
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in parameters if name in names}
 
 
 def _loss_of(site: Site, plan: Plan, content: RecordDict) -> Loss:

@@ -29,7 +29,7 @@ def measure(reply: Message) -> tuple[int, str]:
     if reply.has_content():
         for record in reply.content.values():
             for array in record.values() if isinstance(record, ArrayRecord) else ():
-                data = serialised(array)
-                digest.update(data)
-                size += len(data)
+                for data in serialised(array):
+                    digest.update(data)
+                    size += len(data)
     return size, digest.hexdigest()

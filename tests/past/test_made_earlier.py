@@ -39,6 +39,7 @@ from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.state import SiteStates
 from fedclaw.transport.in_process import simulate
+from tests import states
 from tests.conftest import Background, run_module
 from tests.ports import free_port
 from tests.privacy.secure_aggregation.rehearsal import identities, parameters
@@ -219,7 +220,7 @@ def test_what_a_site_kept_is_what_its_next_round_begins_with(past, opened, name)
         assert remembered is not None
         assert (remembered.made is None) == (past.name == OLDEST)
         assert remembered.round >= done
-        begun[site] = dict(service.states.before("clinic", name, done + 1))
+        begun[site] = dict(states.before(service.states, "clinic", name, done + 1))
         assert begun[site]
     before = [json.dumps(line) for line in directory.read_metrics()]
     simulate(directory, services)
@@ -278,7 +279,7 @@ def test_an_interrupted_private_run_goes_on_to_its_end(past, opened):
     assert lines[0] == first
     assert [line["round"] for line in lines] == [1, 2, 3]
     for name, service in services.items():
-        assert service.ledger.contains(heads[name])
+        assert heads[name] in service.ledger.index().heads
         assert service.ledger.spent(1e-3) > spent[name]
         charged = service.ledger.rounds("interrupted", "clinic") - before[name]
         # Round 3, and round 2 where it is another question now than it was when it was charged.

@@ -328,7 +328,9 @@ def test_a_sum_that_leaves_in_integers_was_never_rounded_to_float32(wire, monkey
     kept = []
     monkeypatch.setattr(
         "fedclaw.site.training.postprocess.at_site",
-        lambda part, plan, context: kept.append(part.value) or postprocess.Weighting().on_part(part, plan, context),
+        lambda part, plan, context: (
+            kept.append(part.value) or postprocess.Weighting(plan.weight).at_site(part, context)
+        ),
     )
     wire.leaves(training=sgd(1, 16), privacy=None, central=EXAMPLE)
     assert {array.dtype for array in kept[0].arrays.values()} == {np.dtype("float64")}

@@ -1,13 +1,16 @@
 """Received records behave as Flower's, cost no copy and leave no cycles."""
 
 import gc
+import pickle
 import weakref
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedclaw.protocol.records import MessageRecords, ViewedArray, serialised
+from fedclaw.protocol.arrays import Form, pack_leaving, pack_wire, unpack_wire
+from fedclaw.protocol.records import MessageRecords, ViewedArray, hash_of, serialised
+from fedclaw.transport.grpc.message_codec import encode
 
 
 def viewed(values: np.ndarray) -> ViewedArray:
@@ -56,6 +59,20 @@ def test_a_viewed_array_is_an_array(order):
     assert array == Array(values)
     assert array != Array(values + 1)
     assert isinstance(array.data, bytes)
-    assert serialised(array) is array.view
+    assert serialised(array) is array.views
     again = ArrayRecord({"w": array})
     np.testing.assert_array_equal(again["w"].numpy(), values)
+
+
+@pytest.mark.parametrize("values", [np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros((0, 2)), np.array(7.0)])
+def test_what_leaves_is_packed_without_a_copy_and_is_the_same_to_everybody(values):
+    left, copied = pack_leaving({"w": values}), pack_wire({"w": values})
+    assert left["w"] == copied["w"]
+    assert hash_of({"sum": left}).digest() == hash_of({"sum": copied}).digest()
+    assert encode(RecordDict({"sum": left})).size == encode(RecordDict({"sum": copied})).size
+    assert b"".join(encode(RecordDict({"sum": left})).parts) == b"".join(encode(RecordDict({"sum": copied})).parts)
+    (read,) = unpack_wire(left, {"w": Form(values.dtype, values.shape)}).values()
+    assert np.shares_memory(read, values) == bool(values.size)
+    assert not read.flags.writeable
+    np.testing.assert_array_equal(left["w"].numpy(), values)
+    assert pickle.loads(pickle.dumps(left["w"])) == copied["w"]

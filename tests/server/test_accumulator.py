@@ -1,5 +1,7 @@
 """The streaming sum against answers worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -131,20 +133,20 @@ def test_postprocessors_are_undone_in_reverse(monkeypatch):
     """(x + 1) * 2 at the site is y / 2 - 1 at the server; in any other order the result would not be x."""
 
     class Shift(Postprocessor):
-        def at_site(self, update, plan, context):
-            return Update({name: array + 1 for name, array in update.arrays.items()}, update.weight, update.examples)
+        def at_site(self, part, context):
+            return part.then(lambda one: replace(one, arrays={name: array + 1 for name, array in one.arrays.items()}))
 
-        def at_server(self, total, plan, shapes):
+        def at_server(self, total, shapes):
             return Update({name: array - 1 for name, array in total.arrays.items()}, total.weight, total.examples)
 
     class Scale(Postprocessor):
-        def at_site(self, update, plan, context):
-            return Update({name: array * 2 for name, array in update.arrays.items()}, update.weight, update.examples)
+        def at_site(self, part, context):
+            return part.then(lambda one: replace(one, arrays={name: array * 2 for name, array in one.arrays.items()}))
 
-        def at_server(self, total, plan, shapes):
+        def at_server(self, total, shapes):
             return Update({name: array / 2 for name, array in total.arrays.items()}, total.weight, total.examples)
 
-    monkeypatch.setattr(postprocess, "PIPELINE", (Shift(), Scale()))
+    monkeypatch.setattr(postprocess, "postprocessors", lambda _plan: (Shift(), Scale()))
     sent = postprocess.at_site(Released(Update(update([[1, 2], [3, 4]], [5, 6]), 1.0, 1)), PLAN, CONTEXT).value
     assert sent.arrays["b"].tolist() == [12, 14]
     assert postprocess.at_server(sent, PLAN, {}).arrays["b"].tolist() == [5, 6]

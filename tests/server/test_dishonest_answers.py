@@ -15,16 +15,17 @@ from fedclaw.export.statement import Receipts, state
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.tasks.regression import Regression
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.message_identity import assume_server_identity
+from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest
 from fedclaw.server.answers import LONGEST_REASON, Declined, reasons_of
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.server.session import initial_parameters
-from fedclaw.site.privacy_budget import LedgerFigures as LedgerBooks
-from fedclaw.site.privacy_budget import charge_for, receipt_for
+from fedclaw.site.privacy_budget import charge_for
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
 from tests.samples import plan_of, receipt, run_record
@@ -235,10 +236,12 @@ def test_what_an_honest_site_says_of_any_mechanism_is_believed(sites):
     }
     for kind, (asked, policy) in kinds.items():
         plan = plan_of(asked)
-        charge = charge_for(policy, 120, plan)
+        mechanism = mechanism_of(plan)
+        charge = charge_for(policy, 120, mechanism)
         bounded = kind != "none"
-        books = LedgerBooks(1.0 if bounded else float("inf"), 2.0 if bounded else float("inf"), 1, "ab" * 32)
-        honest = receipt_for(policy, 120, plan, charge, books)
+        spent = Receipt.figures(1.0 if bounded else float("inf"), 2.0 if bounded else float("inf"), policy.epsilon)
+        fields = {"delta": policy.delta, **mechanism.receipt_fields(120, charge), **spent}
+        honest = Receipt(**fields, rounds=1, ledger_head="ab" * 32)
         assert honest.mechanism == kind
         check_receipt(honest, plan, 120)
         with pytest.raises(UpdateError, match="contradicts"):

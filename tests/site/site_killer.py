@@ -30,6 +30,7 @@ from fedclaw.transport.grpc import Limits
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 from fedclaw.transport.grpc.worker import Worker
 from tests.site.conftest import Asker
+from tests.states import newest
 
 KEYS = seal.generate("x25519")
 SCHEMA = "columns: [{name: a, kind: numeric}, {name: b, kind: numeric}]\ntarget: {name: y, labels: [n, p]}\n"
@@ -75,7 +76,7 @@ def ask(root: Path, round: int, ready: Callable[[], None] = lambda: None) -> Ask
 
 def memory_of(asker: Asker) -> np.ndarray:
     """What the strategy keeps: the sum of all that the site sent."""
-    return np.concatenate([array.ravel() for array in asker.site.states.newest("clinic", "run-1")["moved"].values()])
+    return np.concatenate([array.ravel() for array in newest(asker.site.states, "clinic", "run-1")["moved"].values()])
 
 
 def look(root: Path, expected: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from fedclaw.strategies.fedavg import FedAvg
 from fedclaw.strategies.qfedavg import QFedAvg
 from tests.hostile import DP, EXAMPLE, ONE_STEP, SITE, SOME_STEPS, ask, central, session, wary_site
 from tests.least_squares import identified
+from tests.states import newest
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def refused(reply: Message, site: SiteService, code: RefusalCode = RefusalCode.S
     assert reply.has_error(), "the site took part"
     assert RefusalCode(reply.error.code) is code, reply.error.reason
     assert site.ledger.rounds("run-1") == 0, "it was paid for"
-    assert not site.states.newest("clinic", "run-1")
+    assert not newest(site.states, "clinic", "run-1")
     return reply.error.reason
 
 
@@ -157,7 +158,7 @@ def finishing(monkeypatch, site: SiteService, finish) -> None:
     reply = ask(site, "fedavg")
     assert reply.has_error()
     assert RefusalCode(reply.error.code) is RefusalCode.FAILED
-    assert not site.states.newest("clinic", "run-1")
+    assert not newest(site.states, "clinic", "run-1")
 
 
 def test_what_a_strategy_does_not_declare_does_not_leave(site: SiteService, monkeypatch, caplog) -> None:

@@ -13,6 +13,7 @@ from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.site.service import SiteService
 from fedclaw.site.state import SiteStates
 from tests.hostile import DP, SITE, ask, wary_site
+from tests.states import before, keep, newest
 
 OPEN = {"allow_training_without_privacy": True, "epsilon": None}
 NONE, LOCAL, SUMMED = {"privacy": None}, {"privacy": DP}, {"privacy": None, "central": SITE}
@@ -56,12 +57,12 @@ def test_a_round_under_other_terms_than_made_the_state_is_refused(first, second)
     """Nothing is paid for it, the state is as it was, and the run goes on under its own terms."""
     site = wary_site(**OPEN)
     accepted(ask(site, first[0], **first[1]))
-    kept = site.states.newest("clinic", "run-1")
+    kept = newest(site.states, "clinic", "run-1")
     reason = refused(ask(site, second[0], **second[1], round=2))
     assert "was made under" in reason
     assert "begin another" in reason
     assert paid(site) == 1
-    assert site.states.newest("clinic", "run-1") is kept
+    assert newest(site.states, "clinic", "run-1") is kept
     accepted(ask(site, first[0], **first[1], round=2))
     accepted(ask(site, second[0], **second[1], round=2, run="another run"))
 
@@ -92,7 +93,7 @@ def test_a_memory_of_compression_alone_begins_anew() -> None:
     site = wary_site(**OPEN)
     topk = TopK(method="topk", fraction=0.2)
     accepted(ask(site, "fedavg", **NONE, compression=topk))
-    assert site.states.newest("clinic", "run-1")
+    assert newest(site.states, "clinic", "run-1")
     accepted(ask(site, "fedavg", **LOCAL, compression=topk, round=2))
     found = site.states.find("clinic", "run-1")
     assert found is not None
@@ -105,9 +106,9 @@ def test_what_an_earlier_version_kept_opens_and_enters_no_private_round(tmp_path
     """It did not note what noise covers it."""
     site = wary_site(tmp_path, **OPEN)
     accepted(ask(site, "fedper", **LOCAL))
-    kept = site.states.newest("clinic", "run-1")
-    SiteStates(tmp_path).keep("clinic", "run-1", 1, kept)
-    assert set(SiteStates(tmp_path).before("clinic", "run-1", 2)) == set(kept)
+    kept = newest(site.states, "clinic", "run-1")
+    keep(SiteStates(tmp_path), "clinic", "run-1", 1, kept)
+    assert set(before(SiteStates(tmp_path), "clinic", "run-1", 2)) == set(kept)
     for noise in (LOCAL, SUMMED):
         assert "earlier version" in refused(ask(site, "fedper", **noise, round=2))
     accepted(ask(site, "fedper", **NONE, round=2))
@@ -125,7 +126,7 @@ def test_what_was_made_is_kept_with_the_state_over_a_restart(tmp_path: Path) -> 
         arrays = dict(archive)
     np.savez(path, **{**arrays, "made": np.array('{"strategy": "scaffold"}')})
     with pytest.raises(CheckpointError, match="damaged"):
-        SiteStates(tmp_path).newest("clinic", "run-1")
+        newest(SiteStates(tmp_path), "clinic", "run-1")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_metrics_of_a_model_whose_own_part_is_noised_as_the_rest_leave() -> None
     site = wary_site()
     accepted(ask(site, "fedper", **LOCAL))
     before = accepted(ask(site, "fedper", "evaluate", **LOCAL)).content["metrics"]
-    own = site.states.newest("clinic", "run-1")["personal"]
+    own = newest(site.states, "clinic", "run-1")["personal"]
     assert set(own) == {"head.weight", "head.bias"}
     sent = accepted(ask(site, "fedavg", "evaluate", **LOCAL)).content["metrics"]
     assert before != sent, "it was evaluated with its own head"
@@ -160,7 +161,7 @@ def test_metrics_of_a_model_whose_own_part_is_noised_as_the_rest_leave() -> None
 def test_metrics_of_an_old_state_need_the_clause(tmp_path: Path) -> None:
     site = wary_site(tmp_path)
     accepted(ask(site, "fedper", **LOCAL))
-    SiteStates(tmp_path).keep("clinic", "run-1", 1, site.states.newest("clinic", "run-1"))
+    keep(SiteStates(tmp_path), "clinic", "run-1", 1, newest(site.states, "clinic", "run-1"))
     refused(ask(site, "fedper", "evaluate", **LOCAL), RefusalCode.METRICS)
 
 

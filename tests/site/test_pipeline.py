@@ -11,6 +11,7 @@ from fedclaw.site.state import Provenance
 from fedclaw.strategies.fedavg import FedAvg
 from fedclaw.strategies.qfedavg import QFedAvg
 from tests.hostile import DP, EXAMPLE, ONE_STEP, SITE, ask, wary_site
+from tests.states import newest
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def test_what_the_training_loss_made_does_not_leave_as_released(monkeypatch) -> 
     monkeypatch.setattr(QFedAvg, "refuse", lambda *_: None)
     site = wary_site()
     assert "noised steps" in refused(ask(site, "qfedavg", privacy=DP), RefusalCode.STRATEGY)
-    assert not site.states.newest("clinic", "run-1")
+    assert not newest(site.states, "clinic", "run-1")
 
 
 def test_what_was_made_of_the_one_clipped_step_has_no_bound(monkeypatch) -> None:
@@ -63,7 +64,7 @@ def test_what_no_noise_covers_is_not_kept_as_covered(monkeypatch, caplog) -> Non
     monkeypatch.setattr(Provenance, "covers", lambda *_: True)
     assert ask(site, "feddyn", privacy=None).has_error()
     assert "kept as released" in caplog.text
-    assert not site.states.newest("clinic", "run-1")
+    assert not newest(site.states, "clinic", "run-1")
 
 
 def test_a_clause_that_the_policy_lacks_lets_nothing_out(monkeypatch) -> None:

@@ -12,7 +12,7 @@ from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Workload
 from fedclaw.privacy.accounting import epsilon_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.site.noised_metrics import bounded_sums, bounded_together, metrics_mechanism, noised
+from fedclaw.site.evaluation import bounded_sums, bounded_together, metrics_mechanism, noised
 from fedclaw.site.policy.policy import Policy
 from tests.chance import FAR, scale_is_right, uncorrelated
 

@@ -23,7 +23,7 @@ from fedclaw.report.tracking import _values
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.site.noised_metrics import metrics_mechanism
+from fedclaw.site.evaluation import metrics_mechanism
 from fedclaw.site.policy.policy import SAFE_METRICS, DataSetBudget
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid

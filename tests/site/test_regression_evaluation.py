@@ -16,8 +16,8 @@ from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.exchange import ask
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
+from fedclaw.site.evaluation import metrics_mechanism
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.noised_metrics import metrics_mechanism
 from fedclaw.site.policy.policy import DataSetBudget
 from fedclaw.transport.in_process import local_grid, open_sites
 from tests.samples import plan_of, run_record

@@ -13,6 +13,7 @@ from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import LocalTraining
 from tests.conftest import environment
 from tests.site.conftest import Asker
+from tests.states import newest
 
 KILLER = Path(__file__).with_name("site_killer.py")
 REMEMBERS = {"strategy": "feddyn", "strategy_fields": {"alpha": 0.1}, "privacy": None}
@@ -34,7 +35,7 @@ def charges(asker):
 
 
 def kept(asker):
-    return asker.site.states.newest("clinic", "run-1").get("moved", {})
+    return newest(asker.site.states, "clinic", "run-1").get("moved", {})
 
 
 def same(left, right):

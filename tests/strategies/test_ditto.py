@@ -15,6 +15,7 @@ from fedclaw.strategies.ditto import Ditto
 from fedclaw.transport.local import LocalGrid
 from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, PLACE, Bowl, asked, bottom, bowls, place, play
+from tests.states import newest
 
 SITES = {"a": Bowl((1.0,), None, 3), "b": Bowl((1.5,), None, 2), "odd": Bowl((9.0,), (2.0,), 1)}
 
@@ -32,7 +33,7 @@ def test_a_step_by_hand() -> None:
 
 
 def owned(sites, run: str) -> dict[str, np.ndarray]:
-    return {name: site.states.newest(FEDERATION, run)[PERSONAL][PLACE] for name, site in sites.items()}
+    return {name: newest(site.states, FEDERATION, run)[PERSONAL][PLACE] for name, site in sites.items()}
 
 
 def test_the_rounds_by_hand(tmp_path) -> None:

@@ -239,7 +239,7 @@ def test_bytes_of_a_compressed_update_are_refused_or_stand_for_numbers(form: Com
     """Scales of NaN, positions that are not there, factors of 1e38: whatever the bytes of each array are."""
     template = {"w": np.zeros((8, 6), np.float32), "b": np.zeros(40, np.float32)}
     asked = plan_of(run_record(privacy=None, compression=form))
-    compressor = compressor_of(asked)
+    compressor = compressor_of(asked.compression)
     assert compressor is not None
     trained, wire = TrainingQuestion(asked, Outgoing(template)), {}
     for name, kind in layout(compressor, shapes_of(postprocess.template(template, asked))).items():

@@ -21,6 +21,7 @@ from fedclaw.transport.local import LocalGrid
 from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, asked
 from tests.small_nets import SmallNets, first, nets, own_labels, own_scales, record_of, run
+from tests.states import newest
 
 LABELS, SCALES = own_labels(), own_scales()
 
@@ -144,7 +145,7 @@ def test_what_is_personal_stays_at_its_site(tmp_path, strategy, model, tables) -
     sums = [unpack(answer["sum"]) for _, answer in Listening.seen if "sum" in answer.array_records]
     assert len(sums) == 2 * len(sites)
     assert all(set(left) == shared for left in sums)
-    kept = [site.states.newest(FEDERATION, record.run)[PERSONAL] for site in sites.values()]
+    kept = [newest(site.states, FEDERATION, record.run)[PERSONAL] for site in sites.values()]
     for name, begun in first(model, inputs).items():
         if name in record.personal:
             assert np.array_equal(outcome.parameters[name], begun), "the server has what it began with"

@@ -7,29 +7,29 @@ What a strategy adds to an update (control variates, normalisers) travels as it 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 
 from fedclaw.learning.compression.compressor import Compressor, broken
-from fedclaw.learning.compression.feedback import ERROR, WARM, add_memory, remembered, to_remember
+from fedclaw.learning.compression.feedback import ERROR, WARM, Terms, add_memory, remembered, to_remember
 from fedclaw.learning.compression.fp16 import Fp16
 from fedclaw.learning.compression.powersgd import LowRank
 from fedclaw.learning.compression.stochastic import Stochastic
 from fedclaw.learning.compression.topk import LargestK
 from fedclaw.learning.postprocessor import Postprocessor, SiteContext
+from fedclaw.privacy.provenance import Part
 from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire, all_finite, shapes_of
-from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, TopK
-from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
 from fedclaw.protocol.update import Update, is_extra
 
 T = TypeVar("T")
 
 
-def compressor_of(plan: Plan) -> Compressor | None:
+def compressor_of(compression: Compression | None) -> Compressor | None:
     """What makes a site's own form of an update; None: it travels as it is summed."""
-    match plan.compression:
+    match compression:
         case HalfPrecision():
             return Fp16()
         case Quantisation(method=method, block=block):
@@ -42,37 +42,41 @@ def compressor_of(plan: Plan) -> Compressor | None:
             return None
 
 
+@dataclass(frozen=True)
 class SiteEncoding(Postprocessor):
-    """Leaves the update as the server will read it, and beside it the form that travels."""
+    """Leaves the update as the server will read it, and beside it the form that travels.
 
-    def stretch(self, update: Update, plan: Plan) -> float | None:
-        """Rounding, and leaving out what is small, may bring two updates further apart."""
-        return 1.0 if compressor_of(plan) is None else None
+    The server's half is nothing: each answer was opened when it came.
+    """
 
-    def at_site(self, update: Update, plan: Plan, context: SiteContext) -> Update:
-        """Encode the update and what was not sent before. One that is not finite leaves as one that says so."""
-        if (compressor := compressor_of(plan)) is None:
-            return update
+    compressor: Compressor
+    feedback: bool
+    """Whether what was not sent goes into the next update."""
+    terms: Terms
+
+    def at_site(self, part: Part[Update], context: SiteContext) -> Part[Update]:
+        """Encode the update and what was not sent before. One that is not finite leaves as one that says so.
+
+        Rounding, and leaving out what is small, may bring two updates further apart.
+        """
+        return part.then(lambda update: self._encoded(update, context))
+
+    def _encoded(self, update: Update, context: SiteContext) -> Update:
         own, extras = _parts(update.arrays)
-        feedback = bool(getattr(plan.compression, "feedback", False))
-        if feedback:
-            add_memory(own, remembered(context.state, ERROR, plan))
+        if self.feedback:
+            add_memory(own, remembered(context.state, ERROR, self.terms))
         shapes = shapes_of(own)
         if not all(all_finite(array) for array in own.values()):
-            return replace(update, encoded={**broken(compressor.layout(shapes)), **extras})
-        encoded = compressor.encode(own, context.source, remembered(context.state, WARM, plan))
-        read = compressor.decode(encoded.wire, shapes)
-        error = {name: np.subtract(own[name], read[name], out=own[name]) for name in own} if feedback else {}
+            return replace(update, encoded={**broken(self.compressor.layout(shapes)), **extras})
+        encoded = self.compressor.encode(own, context.source, remembered(context.state, WARM, self.terms))
+        read = self.compressor.decode(encoded.wire, shapes)
+        error = {name: np.subtract(own[name], read[name], out=own[name]) for name in own} if self.feedback else {}
         return replace(
             update,
             arrays={**read, **extras},
             encoded={**encoded.wire, **extras},
-            state={**update.state, **to_remember({ERROR: error, WARM: encoded.warm}, plan)},
+            state={**update.state, **to_remember({ERROR: error, WARM: encoded.warm}, self.terms)},
         )
-
-    def at_server(self, total: Update, plan: Plan, shapes: Shapes) -> Update:
-        """Nothing: each answer was opened when it came."""
-        return total
 
 
 def layout(compressor: Compressor, shapes: Shapes) -> dict[str, Form]:

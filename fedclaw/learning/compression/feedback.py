@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.plan import Plan
@@ -20,16 +21,26 @@ KINDS = frozenset({ERROR, WARM, TERMS})
 """Kinds of a site's state."""
 _DIGEST = "sha256"
 
+Terms = NDArray[np.float32]
+"""What a memory was made under, as the numbers (32,) of a digest."""
 
-def remembered(state: Mapping[str, Arrays], kind: str, plan: Plan) -> Arrays:
-    """The arrays of one kind that the site kept under the terms of `plan`; empty if there are none."""
+
+def terms_of(plan: Plan) -> Terms:
+    """What a memory is made under: whoever asks otherwise begins with none."""
+    terms = (plan.compression, plan.model, plan.personal, plan.strategy, plan.privacy, plan.central, plan.weighting)
+    digest = hashlib.sha256(f"{terms}|{plan.weight_cap}|{plan.secure is not None}".encode()).digest()
+    return np.frombuffer(digest, np.uint8).astype(np.float32)
+
+
+def remembered(state: Mapping[str, Arrays], kind: str, terms: Terms) -> Arrays:
+    """The arrays of one kind that the site kept under `terms`; empty if there are none."""
     found = state.get(TERMS, {}).get(_DIGEST)
-    return state.get(kind, {}) if found is not None and np.array_equal(found, _terms(plan)) else {}
+    return state.get(kind, {}) if found is not None and np.array_equal(found, terms) else {}
 
 
-def to_remember(kinds: dict[str, Arrays], plan: Plan) -> dict[str, Arrays]:
-    """`kinds`, marked with the terms of `plan`; empty if there is nothing to keep."""
-    return {**kinds, TERMS: {_DIGEST: _terms(plan)}} if any(kinds.values()) else {}
+def to_remember(kinds: dict[str, Arrays], terms: Terms) -> dict[str, Arrays]:
+    """`kinds`, marked with `terms`; empty if there is nothing to keep."""
+    return {**kinds, TERMS: {_DIGEST: terms}} if any(kinds.values()) else {}
 
 
 def add_memory(arrays: Arrays, memory: Arrays) -> None:
@@ -38,10 +49,3 @@ def add_memory(arrays: Arrays, memory: Arrays) -> None:
         missing = memory.get(name)
         if missing is not None and missing.shape == array.shape:
             np.add(array, missing, out=array)
-
-
-def _terms(plan: Plan) -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
-    """What the memory was made under, as numbers (32,): whoever asks otherwise begins with none."""
-    terms = (plan.compression, plan.model, plan.personal, plan.strategy, plan.privacy, plan.central, plan.weighting)
-    digest = hashlib.sha256(f"{terms}|{plan.weight_cap}|{plan.secure is not None}".encode()).digest()
-    return np.frombuffer(digest, np.uint8).astype(np.float32)

@@ -81,7 +81,7 @@ class ServerNoise(SumNoise):
         return step, value_range
 
     def noised(self, total: Update) -> Update:
-        """Add the noise that the mean's sensitivity asks for."""
+        """Add the noise that the mean's sensitivity asks for; a float64 `total` is overwritten."""
         import torch
 
         from fedclaw.privacy.noise import GaussianSource
@@ -90,8 +90,8 @@ class ServerNoise(SumNoise):
         arrays = dict(total.arrays)
         votes = arrays.pop(WITHIN, None)
         deviation = self.update_noise_multiplier * self.mean_sensitivity(total)
-        # In float64 and rounded once, with the noise in it.
-        exact = [torch.from_numpy(array.astype(np.float64)) for array in arrays.values()]
+        # In float64, in place if it is that already, and rounded once, with the noise in it.
+        exact = [torch.from_numpy(array.astype(np.float64, copy=False)) for array in arrays.values()]
         noisy = [source.perturb_(values, deviation).to(torch.float32) for values in exact]
         arrays = {name: values.numpy() for name, values in zip(arrays, noisy, strict=True)}
         clip = None

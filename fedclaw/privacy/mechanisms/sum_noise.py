@@ -28,6 +28,7 @@ WITHIN = "fedclaw.within_clip"
 
 _NORM_MARGIN = 1 + 1e-6
 # Keeps the rounding to float32 from lifting a clipped update over the bound.
+_BLOCK = 1 << 16
 _LARGEST_NUMBER = 1e30
 # What a plan's numbers multiply to stays below, and its reciprocal above: a float32 has room for it.
 _AT_THE_SITES = Setting("privacy", "dp")
@@ -211,5 +212,7 @@ def clip_to(arrays: Arrays, bound: float) -> float:
 
 
 def _square(array: NDArray[np.float32]) -> float:
-    flat = array.reshape(-1).astype(np.float64)
-    return float(np.dot(flat, flat))
+    """The square of the L2 norm, in float64, a block at a time: a model in float64 takes twice its memory."""
+    flat = array.reshape(-1)
+    blocks = (flat[start : start + _BLOCK].astype(np.float64) for start in range(0, flat.size, _BLOCK))
+    return float(sum(np.dot(block, block) for block in blocks))

@@ -17,8 +17,8 @@ same lock under which the entry is written.
 Tampering. Every entry that is read is checked against the chain; opening reads all of them (ten thousand entries take
 under a second), and so does every use after somebody else has touched the file, past SQLite's cache. A changed,
 removed or inserted entry is named. A file that is exchanged under a running process is found by its inode. Entries
-cut off the end, or an old copy put back while nobody looks, leave a valid chain: `contains` tells whether a head that
-was handed out earlier is still in it, and the outbound log keeps every head that left
+cut off the end, or an old copy put back while nobody looks, leave a valid chain: `index().heads` tells whether a head
+that was handed out earlier is still in it, and the outbound log keeps every head that left
 (`fedclaw.site.journal.reconciliation`).
 
 Reading. `fedclaw.site.journal.ledger_file.read_ledger` needs no right to write and holds no lock for longer than one
@@ -308,11 +308,6 @@ class Ledger:
         """How often it was gone on with though entries were lost."""
         with self._reading():
             return len(self._index.losses)
-
-    def contains(self, head: str) -> bool:
-        """Whether `head` was this ledger's head once; if not, it was cut or replaced since `head` was handed out."""
-        with self._reading():
-            return head in self._index.heads
 
     def entries(self) -> tuple[Entry, ...]:
         """All entries, of all data sets, verified."""

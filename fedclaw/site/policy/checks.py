@@ -7,8 +7,9 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.secure_aggregation.graph import Topology, is_enough
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.statistics import STATISTICS_VERSION, StatisticsRequest
 from fedclaw.protocol.terms import SecureAggregation
-from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS, Combination, Policy, listed
+from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS, Policy, listed
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +63,37 @@ def check_request(policy: Policy, plan: Plan) -> None:
     mechanism = mechanism_of(plan)
     if reason := mechanism.out_of_range():
         raise Refusal(RefusalCode.MALFORMED, reason)
-    if policy.federations is not None:
-        _require(RefusalCode.FEDERATION, "federation", plan.federation, policy.federations)
-    _require(RefusalCode.WORKLOAD, "workload", plan.workload, policy.workloads)
-    _require(RefusalCode.STRATEGY, "strategy", plan.strategy, policy.strategies)
-    if policy.combinations is not None:
-        _check_combination(policy, policy.combinations, plan)
-    _check_cohort(policy, plan)
+    _check_who(policy, plan.federation, plan.workload, plan.strategy)
+    _check_cohort(policy, plan.cohort)
     if plan.secure is not None:
         check_session(policy, plan.secure, noised=mechanism.shares_noise)
+
+
+def check_statistics(policy: Policy, request: StatisticsRequest, examples: int) -> None:
+    """Raise a typed Refusal for the first clause of `policy` that `request` breaks; see `check_plan`."""
+    if request.version != STATISTICS_VERSION:
+        raise Refusal(
+            RefusalCode.MALFORMED,
+            f"version {request.version} of a request for statistics was sent; this site speaks {STATISTICS_VERSION}",
+        )
+    _check_who(policy, request.federation, request.workload)
+    if policy.statistics is None:
+        raise Refusal(RefusalCode.STATISTICS, "statistics were asked for; this site's policy does not allow them")
+    if request.scores is not None and not policy.statistics.scores:
+        raise Refusal(
+            RefusalCode.STATISTICS,
+            "how a model scores the training rows was asked for; this site's policy does not say statistics: scores",
+        )
+    if policy.require_secure_aggregation and request.secure is None:
+        raise Refusal(
+            RefusalCode.SECURE_AGGREGATION,
+            "statistics with this site's own noise were asked for, in the clear; this site requires secure aggregation",
+        )
+    _check_cohort(policy, request.cohort)
+    if request.secure is not None:
+        check_session(policy, request.secure, noised=True)
+    limits = ((policy.statistics.epsilon, "release"), (policy.epsilon_per_run, "run"), (policy.epsilon, "data set"))
+    check_guarantee(policy, "statistics at epsilon", request.epsilon, request.delta, examples, limits)
 
 
 def _require(code: RefusalCode, what: str, asked: str, allowed: tuple[str, ...]) -> None:
@@ -78,31 +101,41 @@ def _require(code: RefusalCode, what: str, asked: str, allowed: tuple[str, ...])
         raise Refusal(code, f"{what} {asked!r} was asked for; this site allows {listed(allowed, 'none')}")
 
 
-def _check_combination(policy: Policy, combinations: tuple[Combination, ...], plan: Plan) -> None:
-    rules = [rule for rule in combinations if rule.federation == plan.federation]
-    federations = tuple(dict.fromkeys(rule.federation for rule in combinations))
-    _require(RefusalCode.FEDERATION, "federation", plan.federation, federations)
-    rules = [rule for rule in rules if plan.workload in (rule.workloads or policy.workloads)]
+def _check_who(policy: Policy, federation: str, workload: str, strategy: str | None = None) -> None:
+    """Who may ask for what; statistics have no strategy, whose place is then not looked at."""
+    if policy.federations is not None:
+        _require(RefusalCode.FEDERATION, "federation", federation, policy.federations)
+    _require(RefusalCode.WORKLOAD, "workload", workload, policy.workloads)
+    if strategy is not None:
+        _require(RefusalCode.STRATEGY, "strategy", strategy, policy.strategies)
+    if policy.combinations is None:
+        return
+    federations = tuple(dict.fromkeys(rule.federation for rule in policy.combinations))
+    _require(RefusalCode.FEDERATION, "federation", federation, federations)
+    rules = [
+        rule
+        for rule in policy.combinations
+        if rule.federation == federation and workload in (rule.workloads or policy.workloads)
+    ]
     if not rules:
         raise Refusal(
             RefusalCode.WORKLOAD,
-            f"workload {plan.workload!r} was asked for by federation {plan.federation!r}, to which this site does not "
-            "allow it",
+            f"workload {workload!r} was asked for by federation {federation!r}, to which this site does not allow it",
         )
     strategies = tuple(dict.fromkeys(name for rule in rules for name in rule.strategies or policy.strategies))
-    if plan.strategy not in strategies:
+    if strategy is not None and strategy not in strategies:
         raise Refusal(
             RefusalCode.STRATEGY,
-            f"strategy {plan.strategy!r} was asked for; to federation {plan.federation!r} this site allows "
-            f"{listed(strategies, 'none')} with workload {plan.workload!r}",
+            f"strategy {strategy!r} was asked for; to federation {federation!r} this site allows "
+            f"{listed(strategies, 'none')} with workload {workload!r}",
         )
 
 
-def _check_cohort(policy: Policy, plan: Plan) -> None:
-    if plan.cohort < policy.minimum_cohort:
+def _check_cohort(policy: Policy, cohort: int) -> None:
+    if cohort < policy.minimum_cohort:
         raise Refusal(
             RefusalCode.COHORT,
-            f"a round of {plan.cohort} site(s) was asked for; this site takes part in rounds of at least "
+            f"a round of {cohort} site(s) was asked for; this site takes part in rounds of at least "
             f"{policy.minimum_cohort}",
         )
 

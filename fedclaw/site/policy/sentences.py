@@ -2,7 +2,7 @@
 
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.installed import can_be_noised, told_with
-from fedclaw.site.policy.policy import Combination, DataSetBudget, Policy, listed
+from fedclaw.site.policy.policy import TEST, Combination, DataSetBudget, Policy, listed
 
 
 def sentences(policy: Policy, data_set: str | None = None, task: Task | None = None) -> list[str]:
@@ -131,10 +131,9 @@ def _metrics(policy: Policy, task: Task | None) -> list[str]:
             "counts it."
         )
         return said
-    budget = policy.metrics_budget or DataSetBudget(epsilon=None)
     said.append(
         f"They leave with noise: each evaluation costs the test data epsilon {policy.metrics_epsilon:g}, "
-        f"{_budget(budget)} for ever. Their number of examples is sent as it is."
+        f"{_budget(policy.budget_of(TEST))} for ever. Their number of examples is sent as it is."
     )
     if "loss" in shared:
         said.append(f"A single example's loss counts for at most {policy.metrics_loss_bound:g}.")

@@ -178,11 +178,11 @@ def _encode_record(
         target.arrays.SetInParent()
         items = target.arrays.items
         for name, array in record.items():
-            raw = serialised(array)
-            size = len(raw)
-            _check_array(name, array.dtype, tuple(array.shape), array.stype, raw)
+            parts = serialised(array)
+            size = sum(map(len, parts))
+            _check_array(name, array.dtype, tuple(array.shape), array.stype, parts[0], size)
             items.add(name=name, dtype=array.dtype, shape=array.shape, stype=array.stype, length=size)
-            data.append(raw)
+            data += parts
             if size % ALIGNMENT:
                 data.append(_padding(size))
         return
@@ -244,7 +244,7 @@ def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord,
         if len(shape) > _MAX_DIMENSIONS:
             raise _malformed(f"array {name!r} has {len(shape)} dimensions")
         data = body[:length]
-        _check_array(name, dtype, shape, stype, data)
+        _check_array(name, dtype, shape, stype, data, length)
         record[name] = ViewedArray(dtype, shape, stype, data)
         body = _after_padding(body, length)
     return record, body
@@ -275,15 +275,17 @@ def _plain(name: str, scalar: pb.Scalar) -> Plain:
     return cast(Plain, getattr(scalar, kind))
 
 
-def _check_array(name: str, dtype: str, shape: tuple[int, ...], stype: str, data: bytes | memoryview) -> None:
-    """Raises TransportError unless `data` is a .npy file of exactly this dtype and shape."""
+def _check_array(
+    name: str, dtype: str, shape: tuple[int, ...], stype: str, data: bytes | memoryview, size: int
+) -> None:
+    """Raises TransportError unless `data` begins a .npy file, of so many bytes, of exactly this dtype and shape."""
     if stype != _NPY:
         raise _malformed(f"array {name!r} is serialised as {stype!r}; only {_NPY!r} travels")
     if dtype not in _DTYPES:
         raise _malformed(f"array {name!r} has dtype {dtype!r}, which does not travel")
     header, nbytes = _npy_header(dtype, shape)
-    if len(data) != len(header) + nbytes or data[: len(header)] != header:
-        _check_unusual_npy(name, dtype, shape, memoryview(data))
+    if size != len(header) + nbytes or data[: len(header)] != header:
+        _check_unusual_npy(name, dtype, shape, memoryview(data), size)
 
 
 @lru_cache(maxsize=4096)
@@ -298,7 +300,7 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, int]:
     return out.getvalue(), count * np.dtype(dtype).itemsize
 
 
-def _check_unusual_npy(name: str, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
+def _check_unusual_npy(name: str, dtype: str, shape: tuple[int, ...], data: memoryview, size: int) -> None:
     """The same check for a header in another form (Fortran order, other padding)."""
     head = io.BytesIO(data[:4096])
     try:
@@ -312,8 +314,8 @@ def _check_unusual_npy(name: str, dtype: str, shape: tuple[int, ...], data: memo
     if str(found_dtype) != dtype or found_shape != shape:
         raise _malformed(f"array {name!r} is declared {dtype}{list(shape)} and holds {found_dtype}{list(found_shape)}")
     expected = head.tell() + _npy_header(dtype, shape)[1]
-    if len(data) != expected:
-        raise _malformed(f"array {name!r} has {len(data)} bytes instead of {expected}")
+    if size != expected:
+        raise _malformed(f"array {name!r} has {size} bytes instead of {expected}")
 
 
 def _padding(size: int) -> bytes:

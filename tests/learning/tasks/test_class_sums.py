@@ -20,7 +20,7 @@ from fedclaw.protocol.terms import SCORE_HISTOGRAM, PrivacyRequest
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import SiteReceipt
-from fedclaw.site.noised_metrics import bounded_together, noised
+from fedclaw.site.evaluation import bounded_together, noised
 from fedclaw.site.policy.policy import Policy
 from tests.samples import plan_of, receipt, run_record
 

@@ -22,7 +22,7 @@ from fedclaw.learning.tasks.regression import (
 )
 from fedclaw.learning.workload import Workload
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.site.noised_metrics import bounded_sums, bounded_together, noised
+from fedclaw.site.evaluation import bounded_sums, bounded_together, noised
 from fedclaw.site.policy.policy import Policy
 
 PLAIN = Regression("y", minimum=0.0, maximum=10.0, center=5.0, scale=5.0)

@@ -34,7 +34,7 @@ from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.pending_round import PENDING
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated, initial_parameters
-from fedclaw.site.privacy_budget import charge_of
+from fedclaw.site.privacy_budget import charge_for
 from fedclaw.transport.in_process import open_sites
 from fedclaw.transport.local import LocalGrid
 from tests.chance import scale_is_right
@@ -338,7 +338,7 @@ def test_hiding_a_site_hides_an_example_half_as_well(sites, record):
     setting = central(noise_multiplier=3.0)
     plan = plan_of(record.model_copy(update={"central": setting}))
     site = next(iter(sites.values()))
-    assert charge_of(site, plan).mechanism == NoiseEvent(1.0, 1.5, 1)
+    assert charge_for(site.policy, len(site.data.train), mechanism_of(plan)).mechanism == NoiseEvent(1.0, 1.5, 1)
     ones, others = (
         postprocess.at_site(Raw(Update({"w": np.full(4, value, np.float32)}, 1.0, 1)), plan, CONTEXT).value.arrays["w"]
         for value in (9.0, -9.0)

@@ -282,9 +282,9 @@ def test_everything_survives_reopening(path: Path) -> None:
         assert (ledger.spent(DELTA), ledger.head(), ledger.entries()) == (spent, head, entries)
         assert reserve(ledger, "a") == first
         assert reserve(ledger, "b").attempt == 2
-        assert ledger.contains(head)
+        assert head in ledger.index().heads
         assert ledger.head() != head
-        assert not ledger.contains("00" * 32)
+        assert "00" * 32 not in ledger.index().heads
 
 
 def test_only_the_owner_may_read_it(path: Path) -> None:
@@ -362,7 +362,7 @@ def test_an_old_copy_put_back_is_a_ledger_without_the_later_head(path: Path) -> 
         head = ledger.head()
     path.write_bytes(copy)
     with Ledger.open(path, "data") as ledger:
-        assert not ledger.contains(head)
+        assert head not in ledger.index().heads
 
 
 def test_what_is_no_ledger_is_one_clear_error(path: Path) -> None:

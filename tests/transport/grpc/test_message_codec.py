@@ -86,7 +86,7 @@ def test_received_arrays_are_aligned_for_computing():
     buffer = np.empty(encode(content).size, dtype=np.uint8)
     buffer[:] = np.frombuffer(raw(content), dtype=np.uint8)
     found = decode(buffer.data)
-    assert all(np.frombuffer(array.view, np.float32, offset=128).flags.aligned for array in found["a"].values())
+    assert all(np.frombuffer(array.views[0], np.float32, offset=128).flags.aligned for array in found["a"].values())
 
 
 def test_without_arrays_keeps_the_rest():
