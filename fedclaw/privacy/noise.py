@@ -20,7 +20,6 @@ That is a mitigation, not a proof; the proof needs integer noise, as in secure a
 
 import math
 import os
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from fedclaw.errors import PrivacyError
 _KEY_BYTES = 32
 CHUNK = 1 << 15
 """Values made at a time: 512 KiB of doubles and as much keystream stay in the cache. Even, for Box-Muller's pairs."""
-_TO_UNIT = 2.0**-53
+_UNIFORM_BITS = 53
 _MANTISSA = np.uint64(2**52 - 1)
 _ONE = np.uint64(0x3FF << 52)
 # (word & _MANTISSA) | _ONE is a double in [1, 2), uniform with 52 bits.
@@ -73,7 +72,6 @@ class GaussianSource:
         self._keystream = _Keystream(key)
         self._process = os.getpid()
         self._zeros = memoryview(bytes(8 * CHUNK))
-        self._words = np.empty(CHUNK, dtype=np.uint64)
         self._benches: dict[int, _Bench] = {}
 
     def __repr__(self) -> str:
@@ -88,17 +86,13 @@ class GaussianSource:
         self._perturb(values, 1.0)
         return values
 
-    def normal(self, shape: Sequence[int], std: float, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Independent N(0, std^2) of `shape`, float32, on `device`. Raises PrivacyError if std is not >= 0."""
-        _check_deviation(std)
-        return self.standard(math.prod(shape)).mul_(std).to(torch.float32).reshape(tuple(shape)).to(device)
-
     def perturb_(self, values: torch.Tensor, std: float) -> torch.Tensor:
         """Add independent N(0, std^2) to each number of `values` (contiguous) in place, and return it.
 
         The sum is made in float64 and rounded once. Raises PrivacyError if std is not >= 0.
         """
-        _check_deviation(std)
+        if not 0 <= std < math.inf:
+            raise PrivacyError(f"a standard deviation is a number of at least 0, not {std}")
         flat = values.view(-1)
         if flat.device.type == "cpu":
             self._perturb(flat, std)
@@ -110,27 +104,22 @@ class GaussianSource:
         """(count,) mask, each True with probability `q`, exact to 2^-53. Raises PrivacyError outside [0, 1]."""
         if not 0 <= q <= 1:
             raise PrivacyError(f"a probability lies in [0, 1], not {q}")
-        mask = np.empty(count, dtype=np.bool_)
+        mask, most = np.empty(count, dtype=np.bool_), np.uint64(math.ceil(q * 2**_UNIFORM_BITS))
         for start in range(0, count, CHUNK):
             part = mask[start : start + CHUNK]
-            np.less(self._uniforms(len(part)), q, out=part)
+            np.less(self._uniforms(len(part)), most, out=part)
         return mask
+
+    def permutation(self, count: int) -> NDArray[np.int64]:
+        """A uniformly random order of 0 .. count-1 (by sorting 53-bit keys; a tie changes nothing that matters)."""
+        return np.argsort(self._uniforms(count), kind="stable")
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """(count,) uniform 64-bit words of the keystream."""
         words = np.empty(count, dtype=np.uint64)
         for start in range(0, count, CHUNK):
-            part = words[start : start + CHUNK]
-            part[:] = self._keystream_words(len(part))
+            self._fill(words[start : start + CHUNK])
         return words
-
-    def permutation(self, count: int) -> NDArray[np.int64]:
-        """A uniformly random order of 0 .. count-1 (by sorting 53-bit keys; a tie changes nothing that matters)."""
-        keys = np.empty(count)
-        for start in range(0, count, CHUNK):
-            part = keys[start : start + CHUNK]
-            part[:] = self._uniforms(len(part))
-        return np.argsort(keys, kind="stable")
 
     def _perturb(self, flat: torch.Tensor, std: float) -> None:
         """Add N(0, std^2) to (n,) numbers on the CPU, in place."""
@@ -143,19 +132,9 @@ class GaussianSource:
             self._fill(bench.words)
             bench.add_normals(part, std)
 
-    def _uniforms(self, count: int) -> NDArray[np.float64]:
-        """(count,) doubles k / 2^53, 0 <= k < 2^53, uniform; count <= CHUNK."""
-        words = self._keystream_words(count)
-        words >>= np.uint64(11)
-        uniforms = words.astype(np.float64)
-        uniforms *= _TO_UNIT
-        return uniforms
-
-    def _keystream_words(self, count: int) -> NDArray[np.uint64]:
-        """(count,) words in a buffer that the next call overwrites; count <= CHUNK."""
-        words = self._words[:count]
-        self._fill(words)
-        return words
+    def _uniforms(self, count: int) -> NDArray[np.uint64]:
+        """(count,) uniform numbers of 53 bits."""
+        return self.words(count) >> np.uint64(64 - _UNIFORM_BITS)
 
     def _fill(self, words: NDArray[np.uint64]) -> None:
         if os.getpid() != self._process:
@@ -241,8 +220,3 @@ class _Bench:
         self._values.copy_(values)
         torch.addcmul(self._sum, self._point, self._radius_torch, out=self._sum)
         values.copy_(self._values)
-
-
-def _check_deviation(std: float) -> None:
-    if not 0 <= std < math.inf:
-        raise PrivacyError(f"a standard deviation is a number of at least 0, not {std}")

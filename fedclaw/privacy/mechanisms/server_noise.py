@@ -97,7 +97,7 @@ class ServerNoise(SumNoise):
         clip = None
         if request.adaptive and votes is not None:
             one_site = total.heaviest if request.expected_sites is None else 1 / request.expected_sites
-            share = 0.5 + float(votes[0]) + source.normal((1,), request.adaptive.count_noise * one_site).item()
+            share = 0.5 + float(votes[0]) + source.standard(1).item() * request.adaptive.count_noise * one_site
             clip = moved(request.clip, share, request.adaptive)
         return replace(total, arrays=arrays, clip=clip)
 
