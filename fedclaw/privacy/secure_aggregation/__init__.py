@@ -1,14 +1,15 @@
-"""The sum of the sites' vectors, and nothing else, for the server: SecAgg+ without a transport.
+"""Secure aggregation (SecAgg+): the server learns the sum of the sites' vectors and nothing else.
 
 Bell, Bonawitz, Gascon, Lepoint, Raykova 2020, "Secure Single-Server Aggregation with (Poly)Logarithmic Overhead",
 on the protocol of Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning". Each
-site adds to its vector (uint32, modulo 2^32) a mask of its own and one for each neighbour; the neighbours' cancel in
-the sum. The secrets behind the masks are shared among the neighbours, so that they can be recovered when sites drop
-out: the seed of the own mask of a site that stayed, the mask key of one that did not, never both. Shares come with
-commitments (`dealing`), so that a wrong one is found before anybody pays, and its sender named by proof.
+site adds masks to its vector (uint32, modulo 2^32): one of its own and one for each neighbour. The masks of two
+neighbours cancel in the sum. The secrets behind the masks are shared among the neighbours, so that they can be
+recovered when sites drop out: the seed of the own mask for a site that stayed, the mask key for one that left, never
+both. Shares come with commitments (`dealing`): a holder finds a wrong one before it has spent anything, and can prove
+who sent it.
 
-`Parameters` say who takes part; `SiteSession` (opened by `Sessions`) and `ServerSession` are the two halves;
-`messages` is what goes between them. See `graph` for what is guaranteed against whom.
+`Parameters` say who takes part. `SiteSession` (opened by `Sessions`) and `ServerSession` are the two halves, `messages`
+is what they exchange. There is no transport here. See `graph` for what is guaranteed, and against whom.
 """
 
 from fedclaw.privacy.secure_aggregation.graph import Topology, neighbours_needed

@@ -1,6 +1,7 @@
-"""The group of the mask keys: P-256 (FIPS 186-5, NIST SP 800-186), whose ECDH hands out x-coordinates alone.
+"""The group of the mask keys: P-256 (FIPS 186-5, NIST SP 800-186).
 
-What a proof of a key needs beside that is one addition of public points, written out here; nothing secret enters it.
+The library's ECDH returns x-coordinates only. A proof of a key also needs to add two points, which is written out here;
+the points are public.
 """
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -8,30 +9,30 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 CURVE = ec.SECP256R1()
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
-"""Of the group; a prime."""
+"""The order of the group, a prime."""
 FIELD = 2**256 - 2**224 + 2**192 + 2**96 - 1
-"""The prime that coordinates are reduced by."""
+"""Coordinates are numbers modulo this prime."""
 POINT_BYTES = 33
-"""A point, compressed."""
+"""Length of a compressed point."""
 
 
 def private_key(secret: int) -> ec.EllipticCurvePrivateKey:
-    """The key of the number `secret`. Raises ValueError outside of 1 .. ORDER - 1."""
+    """The private key with the number `secret`. Raises ValueError outside 1 .. ORDER - 1."""
     return ec.derive_private_key(secret, CURVE)
 
 
 def encoded(public: ec.EllipticCurvePublicKey) -> bytes:
-    """(POINT_BYTES,)"""
+    """The compressed point, POINT_BYTES long."""
     return public.public_bytes(Encoding.X962, PublicFormat.CompressedPoint)
 
 
 def public_of(secret: int) -> bytes:
-    """`secret` times the generator, encoded."""
+    """The public key of `secret`, encoded: `secret` times the generator."""
     return encoded(private_key(secret).public_key())
 
 
 def point(data: bytes) -> ec.EllipticCurvePublicKey:
-    """The point that `data` encodes. Raises ValueError for none of the curve."""
+    """The point that `data` encodes. Raises ValueError if it is not on the curve."""
     return ec.EllipticCurvePublicKey.from_encoded_point(CURVE, data)
 
 

@@ -1,24 +1,24 @@
-"""Shares that can be checked: by their holder when it gets them, and by the server when it is given them.
+"""Verifiable secret sharing: a holder checks its shares when it receives them, and the server when they are revealed.
 
-A dealer shares its seed s and its mask key y by polynomials f of degree t - 1 over Z_q (`shamir`, q the order of P-256)
-and proves, without interaction, that all its shares of one secret lie on one such polynomial:
+A dealer shares its seed and its mask key, each by a polynomial f of degree t - 1 over Z_q (`shamir`, q the order of
+P-256). It proves, without interaction, that all its shares of one secret lie on one such polynomial:
 
-    draw r, a polynomial of the same degree; commit to each holder's two values:  c_i = H(r(x_i), f(x_i))
-    the challenge d = H(all c_i, ...) ; publish  z = r + d f  (t coefficients)
+    draw a polynomial r of the same degree and commit to both values at each holder:  c_i = H(r(x_i), f(x_i))
+    compute the challenge d = H(all c_i, ...) and publish  z = r + d f  (t coefficients)
     holder i, who has f(x_i), checks  c_i = H(z(x_i) - d f(x_i), f(x_i))
 
-Atapoor, Baghery, Cozzo, Pedersen 2023, "VSS from Distributed ZK Proofs and Applications" (ASIACRYPT 2023), the scheme
-from hash commitments; made non-interactive by Fiat and Shamir. z says nothing of f, whose values c_i hides as long as
-fewer than t of them are known (random oracle). The share is in c_i, and so in the challenge: were r(x_i) there alone, a
-dealer that knows d could choose any z, and for each holder the share that fits it. So shares that are not of one
-polynomial pass for one d in q. After that c_i binds holder i to f(x_i): who gives the server another value has lied,
-and nobody else can be to blame.
+This is the scheme from hash commitments of Atapoor, Baghery, Cozzo, Pedersen 2023, "VSS from Distributed ZK Proofs and
+Applications" (ASIACRYPT 2023), made non-interactive by Fiat and Shamir. z reveals nothing about f, and c_i hides
+f(x_i), as long as fewer than t shares are known (random oracle). The share is part of c_i and so of the challenge. With
+r(x_i) alone in it, a dealer that knows d could choose any z, and then a share for each holder that fits it. As it is,
+shares that do not lie on one polynomial pass for only one d in q. Afterwards c_i binds holder i to f(x_i): if it gives
+the server another value, the holder has lied, and nobody else can be to blame.
 
-That f(0) is the mask key of the dealer's public key Y is Schnorr's proof of the same challenge (Schnorr 1991,
-"Efficient Signature Generation by Smart Cards"): the dealer publishes R = r(0) G and z(0) G - R = d Y is checked, up
-to the sign of d Y, which no mask depends on (ECDH has the x-coordinate alone). The seed is whatever f(0) is.
+Schnorr's proof with the same challenge (Schnorr 1991, "Efficient Signature Generation by Smart Cards") shows that f(0)
+is the private key of the dealer's public mask key Y: the dealer publishes R = r(0) G, and z(0) G - R = d Y is checked,
+up to the sign of d Y. No mask depends on the sign, since ECDH uses the x-coordinate only. The seed is whatever f(0) is.
 
-All of it grows with the number of neighbours, and not with the vector.
+The cost grows with the number of neighbours, not with the length of the vector.
 """
 
 import hashlib
@@ -44,18 +44,18 @@ _KEY: Secret = "key"
 
 
 class SecretShares(NamedTuple):
-    """What one holder has of one dealer."""
+    """One holder's shares of one dealer's secrets."""
 
     seed: int
     key: int
 
     def pack(self) -> bytes:
-        """As it is sealed."""
+        """The bytes that are sealed."""
         return self.seed.to_bytes(SHARE_BYTES, "big") + self.key.to_bytes(SHARE_BYTES, "big")
 
     @classmethod
     def unpack(cls, plain: bytes) -> "SecretShares":
-        """Back from `pack`. Raises SecureAggregationError for values outside of the field."""
+        """The inverse of `pack`. Raises SecureAggregationError for values outside the field."""
         made = cls(int.from_bytes(plain[:SHARE_BYTES], "big"), int.from_bytes(plain[SHARE_BYTES:], "big"))
         if len(plain) != 2 * SHARE_BYTES or max(made) >= ORDER:
             raise SecureAggregationError("a share is malformed")
@@ -64,11 +64,11 @@ class SecretShares(NamedTuple):
 
 @dataclass(frozen=True)
 class ShareProof:
-    """What one holder checks its shares of one dealer by; the dealer signs it."""
+    """What one holder checks its shares of one dealer with. The dealer signs it."""
 
     challenge: int
     seed_point: int
-    """z(x) of the seed's polynomial at the holder's x."""
+    """z(x) at the holder's x, for the seed's polynomial."""
     key_point: int
     commitment: bytes
     """H(r(x), f(x)) for the seed, then for the key."""
@@ -85,7 +85,7 @@ class ShareProof:
         return cls(challenge, seed_point, key_point, packed[3 * NUMBER_BYTES :])
 
     def fits(self, parameters: Parameters, dealer: str, holder: str, secret: Secret, share: int) -> bool:
-        """Whether `share` is what `dealer` committed to for `holder`."""
+        """Whether `share` is the one that `dealer` committed to for `holder`."""
         of_key = secret == _KEY
         point = self.key_point if of_key else self.seed_point
         half = self.commitment[32:] if of_key else self.commitment[:32]
@@ -93,7 +93,7 @@ class ShareProof:
         return share < ORDER and hmac.compare_digest(_commit(parameters, dealer, holder, secret, blind, share), half)
 
     def holds(self, parameters: Parameters, dealer: str, holder: str, shares: SecretShares) -> bool:
-        """Whether both of `shares` are."""
+        """Whether both of `shares` are the ones that `dealer` committed to for `holder`."""
         pairs: tuple[tuple[Secret, int], ...] = (("seed", shares.seed), ("key", shares.key))
         return all(self.fits(parameters, dealer, holder, secret, share) for secret, share in pairs)
 
@@ -111,7 +111,7 @@ class Dealing:
     _proofs: dict[str, ShareProof] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def proof_for(self, parameters: Parameters, holder: str) -> ShareProof:
-        """What `holder` checks its shares by. Raises KeyError for one that has none."""
+        """The proof for `holder`. Raises KeyError for a site that was dealt no shares."""
         if holder not in self._proofs:
             x = parameters.point(holder)
             points = evaluate(self.seed_proof, x), evaluate(self.key_proof, x)
@@ -122,7 +122,7 @@ class Dealing:
 def deal(
     parameters: Parameters, dealer: str, holders: Sequence[str], keys: "DealerKeys"
 ) -> tuple[dict[str, SecretShares], Dealing]:
-    """Shares of both secrets by holder, and what proves them."""
+    """Shares of both secrets by holder, and the published proof of them."""
     seed, blind_seed = _polynomial(keys.seed, parameters), _polynomial(None, parameters)
     key, blind_key = _polynomial(keys.mask_secret, parameters), _polynomial(None, parameters)
     points = {holder: parameters.point(holder) for holder in holders}
@@ -145,7 +145,7 @@ def deal(
 
 
 class DealerKeys(NamedTuple):
-    """What is dealt, and the public key that the second secret belongs to."""
+    """The two secrets to deal, and the public key of the second."""
 
     seed: int
     mask_secret: int
@@ -161,7 +161,7 @@ def checked(
     key_proof: bytes,
     nonce_public: bytes,
 ) -> Dealing:
-    """The dealing that was published. Raises SecureAggregationError, naming the dealer, for one that proves nothing."""
+    """A published dealing, verified. Raises SecureAggregationError, naming the dealer, if it proves nothing."""
     seed, key = _numbers(seed_proof), _numbers(key_proof)
     if len(seed) != parameters.threshold or len(key) != parameters.threshold or max(*seed, *key) >= ORDER:
         raise SecureAggregationError(f"{dealer} proves shares of another threshold than {parameters.threshold}")
@@ -172,7 +172,7 @@ def checked(
 
 
 def packed(coefficients: Sequence[int]) -> bytes:
-    """Coefficients as they travel."""
+    """Coefficients as they go over the wire."""
     return b"".join(number.to_bytes(NUMBER_BYTES, "big") for number in coefficients)
 
 
@@ -183,7 +183,7 @@ def _numbers(data: bytes) -> tuple[int, ...]:
 
 
 def _polynomial(secret: int | None, parameters: Parameters) -> list[int]:
-    """Random but for the constant term, if that is given; never 0 there."""
+    """Random coefficients; `secret` is the constant term, which is never 0 when it is drawn."""
     first = 1 + secrets.randbelow(ORDER - 1) if secret is None else secret
     return [first, *(secrets.randbelow(ORDER) for _ in range(parameters.threshold - 1))]
 
@@ -202,7 +202,7 @@ def _commit(parameters: Parameters, dealer: str, holder: str, secret: Secret, bl
 def _challenge(
     parameters: Parameters, dealer: str, mask_public: bytes, nonce_public: bytes, commitments: dict[str, bytes]
 ) -> int:
-    """From 1 below the order. Statistically 2^-128 from uniform, which 512 bits reduced are."""
+    """A number in [1, ORDER), made from 512 bits and so within 2^-128 of uniform."""
     held = (part for holder in sorted(commitments) for part in (holder.encode(), commitments[holder]))
     parts = (b"fedclaw dealing v1", parameters.digest, dealer.encode(), mask_public, nonce_public, *held)
     return 1 + int.from_bytes(hashlib.sha512(framed(*parts)).digest(), "big") % (ORDER - 1)

@@ -1,22 +1,22 @@
 """Who shares masks with whom: a Harary graph over a random order of the sites, and how dense it has to be.
 
 Bell, Bonawitz, Gascon, Lepoint, Raykova 2020 ("Secure Single-Server Aggregation with (Poly)Logarithmic Overhead"),
-sections 3.2 to 3.4. In a Harary graph of even degree k over a ring each site is joined to the k/2 next on either
-side. All parties compute the order from the session's 128 random bits, so a server cannot tell two sites different
+sections 3.2 to 3.4. A Harary graph of even degree k joins each site to the k/2 next on either side of a ring. All
+parties compute the order on the ring from the session's 128 random bits, so a server cannot tell two sites different
 neighbours.
 
-What has to hold, here with one more condition than the paper's three:
+Three conditions must hold for n sites and a threshold of t shares; E1 is stricter than the paper's:
 
-E1 exclusive  2 t > k + 1 + c, where at most c of any honest site's neighbours collude with the server. The two groups
-              of at least t holders that could give away a site's seed and its key then overlap in an honest site,
-              which gives one of the two only. (The paper needs c < t against a server that follows the protocol.)
-E2 connected  the sites that are honest and stay are joined among themselves: no run of k/2 sites on the ring is gone.
-E3 correct    every secret that has to be recovered has t holders that stay.
+E1 exclusive  2 t > k + 1 + c, where at most c of any honest site's neighbours collude with the server. To obtain both
+              the seed and the key of a site takes two groups of t holders; they then overlap in an honest site, which
+              gives only one of the two. (The paper needs c < t, against a server that follows the protocol.)
+E2 connected  the honest sites that stay form a connected graph: no run of k/2 sites on the ring is gone.
+E3 correct    t holders stay for every secret that has to be recovered.
 
-With the complete graph (k = n - 1) E2 is certain and E1 makes the list of survivors unique: no two lists can each find
-t consents. A server that breaks every rule then learns one sum, over at least `minimum` survivors. In a sparse graph
-that much is claimed for drop-outs and collusions which do not depend on the order on the ring: a server that draws
-sessions until the order suits it, or chooses who 'drops out' by it, is not covered by E2, only by E1.
+In the complete graph (k = n - 1) E2 is certain, and E1 makes the list of survivors unique: no two lists can each find
+t consents. Even a server that breaks every rule then learns a single sum, over at least `minimum` survivors. In a
+sparse graph this holds for drop-outs and collusions that do not depend on the order on the ring. A server that draws
+sessions until the order suits it, or picks by it who 'drops out', is covered by E1 alone.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from fedclaw.errors import SecureAggregationError
 SECURITY_BITS = 40
 CORRECTNESS_BITS = 30
 COMPLETE_UP_TO = 64
-"""Sites up to which the complete graph is taken anyhow: what it promises beyond a sparse one is worth some masks."""
+"""Up to so many sites the complete graph is taken: what it promises beyond a sparse one is worth the extra masks."""
 
 
 class Topology(NamedTuple):
-    """Degree of the graph, and shares that recover a secret out of `neighbours + 1`."""
+    """Degree of the graph, and how many of the `neighbours + 1` shares recover a secret."""
 
     neighbours: int
     threshold: int
@@ -60,7 +60,7 @@ class Graph:
 
 
 def permutation(session: str, count: int) -> list[int]:
-    """A random order of 0 .. count-1: by SHA-256 of session and index, whose ties are out of reach."""
+    """A random order of 0 .. count-1: by the SHA-256 of session and index, in which nobody finds a tie."""
     return sorted(
         range(count), key=lambda index: hashlib.sha256(f"fedclaw ring v1 {session} {index}".encode()).digest()
     )
@@ -77,10 +77,10 @@ def complete_graph(sites: int, corrupt: int) -> Topology:
 
 
 def is_enough(topology: Topology, sites: int, dropouts: int, corrupt: int, *, complete: bool) -> bool:
-    """Whether a graph that somebody else chose keeps its promises against `corrupt` sites in league with the server.
+    """Whether a graph that somebody else chose holds against `corrupt` sites that collude with the server.
 
-    `complete`: only the complete graph will do, as it has to for few sites, and where a server that chooses who
-    drops out must not be able to cut a few sites off from the others.
+    `complete`: accept the complete graph only. It is needed where a server that chooses who drops out must not be able
+    to cut a few sites off from the rest, and always for few sites.
     """
     neighbours, threshold = topology
     if complete or sites <= COMPLETE_UP_TO:
@@ -92,11 +92,11 @@ def is_enough(topology: Topology, sites: int, dropouts: int, corrupt: int, *, co
 
 @lru_cache(maxsize=64)
 def neighbours_needed(sites: int, dropouts: int, corrupt: int) -> Topology:
-    """The graph and its threshold for up to `dropouts` sites lost and `corrupt` in league with the server.
+    """The graph and threshold that tolerate `dropouts` lost sites and `corrupt` sites that collude with the server.
 
-    The complete graph for few sites, where all three conditions are certain; beyond, the sparsest one in which E1 and
-    E2 each fail with a probability of at most 2^-40, and E3 of at most 2^-30, over the random order. Raises
-    SecureAggregationError if not even the complete graph does.
+    For few sites, the complete graph: all three conditions are certain. For more, the sparsest graph in which E1 and E2
+    each fail with a probability of at most 2^-40, and E3 of at most 2^-30, over the random order. Raises
+    SecureAggregationError if not even the complete graph is enough.
     """
     if sites < 2 or dropouts < 0 or corrupt < 0:
         raise SecureAggregationError(
@@ -115,7 +115,7 @@ def neighbours_needed(sites: int, dropouts: int, corrupt: int) -> Topology:
         colluding = _most_met(sites, corrupt, neighbours, SECURITY_BITS)
         lost = _most_met(sites, dropouts, neighbours, CORRECTNESS_BITS)
         threshold = least_threshold(neighbours, colluding)
-        # A site that dropped out keeps no share for us: its key has to come from its neighbours alone.
+        # A site that dropped out gives no share: its key has to come from its neighbours alone.
         spare = neighbours - lost if dropouts else neighbours + 1
         if threshold <= spare and _stays_connected(sites, dropouts + corrupt, neighbours):
             return Topology(neighbours, threshold)
@@ -123,9 +123,9 @@ def neighbours_needed(sites: int, dropouts: int, corrupt: int) -> Topology:
 
 
 def _most_met(sites: int, marked: int, neighbours: int, bits: int) -> int:
-    """The least m such that some site has more than m marked neighbours with a probability of at most 2^-bits.
+    """The least m such that any site has more than m marked neighbours with a probability of at most 2^-bits.
 
-    The marked neighbours of one site are hypergeometric; a union bound covers all sites.
+    The number of marked neighbours of one site is hypergeometric; a union bound covers all sites.
     """
     bound = 2.0**-bits / sites
     tail = 0.0

@@ -1,4 +1,4 @@
-"""Whose keys these are: signatures by the sites' certificate keys, checked against the federation's CA."""
+"""Whose keys these are: a site's certificate key signs them, and the federation's CA vouches for the certificate."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from fedclaw.identity.site_home import SiteKeys, check_site_certificate
 from fedclaw.privacy.secure_aggregation.parameters import MAX_SITES, Parameters, framed
 
 KEYS_PURPOSE = "secure aggregation keys"
-"""What a site's certificate key signs: the keys of a session. All else in it is signed by one of those."""
+"""A site's certificate key signs only its keys of a session. Those sign everything else in the session."""
 SHARES_PURPOSE = "secure aggregation shares"
 ACCUSATION_PURPOSE = "secure aggregation accusation"
 SURVIVORS_PURPOSE = "secure aggregation survivors"
@@ -24,30 +24,30 @@ MAX_SIGNATURE = 128
 
 
 class Signer(Protocol):
-    """A site's own identity; `SiteKeys` is one."""
+    """A site's own identity, such as `SiteKeys`."""
 
     site_name: str
     certificate: x509.Certificate
 
     def sign(self, purpose: str, message: bytes) -> bytes:
-        """A signature that the certificate's key checks."""
+        """A signature that the certificate's public key verifies."""
 
 
 class Verifier(Protocol):
-    """Decides whether a signature is by the site that it is said to be by."""
+    """Decides whether a signature is the named site's."""
 
     def check(self, site: str, certificate: bytes, purpose: str, message: bytes, signature: bytes) -> None:
-        """Raises SecureAggregationError if not. `certificate` is PEM."""
+        """Raise SecureAggregationError if it is not. `certificate` is PEM."""
 
 
 class CertificateVerifier:
-    """Believes site certificates of one federation, by the CA in the descriptor that the site was set up with.
+    """Accepts the site certificates of one federation, by the CA in the descriptor that the site was set up with.
 
-    A certificate must be issued by that CA for a site of that federation, be named after the site, and be valid now.
+    A certificate must be issued by that CA for a site of that federation, carry the site's name, and be valid now.
 
-    What this rests on: the holder of the CA's key makes only certificates for sites that exist; sites that he invents
-    would count as survivors. Revocation: a site has no way to fetch a CRL, it knows only the serial numbers in
-    `revoked`. The server refuses revoked sites at the connection; a dishonest server could still let one in.
+    This trusts the holder of the CA's key to certify only sites that exist: invented ones would count as survivors.
+    Sites cannot fetch a revocation list; they know only the serial numbers in `revoked`. The server turns revoked sites
+    away when they connect, but a dishonest server could let one in.
     """
 
     def __init__(self, descriptor: Descriptor, revoked: Collection[int] = ()) -> None:
@@ -56,7 +56,7 @@ class CertificateVerifier:
         self._issued: dict[bytes, x509.Certificate] = {}
 
     def check(self, site: str, certificate: bytes, purpose: str, message: bytes, signature: bytes) -> None:
-        """Raises SecureAggregationError, naming the site, unless its certificate and signature are good."""
+        """Raise SecureAggregationError, naming the site, unless its certificate and its signature are valid."""
         try:
             parsed = self._certificate(site, certificate)
             pki.check_signature(parsed, purpose, message, signature, site)
@@ -64,7 +64,7 @@ class CertificateVerifier:
             raise SecureAggregationError(str(error)) from None
 
     def _certificate(self, site: str, pem: bytes) -> x509.Certificate:
-        """The certificate, believed for `site`. Only who issued it is remembered; dates are looked at each time."""
+        """The certificate of `site`, verified. The issuer's signature is checked once, the dates every time."""
         origin, remedy = f"the certificate sent for {site}", f"{site} has to renew it"
         certificate = self._issued.get(pem)
         if certificate is None:
@@ -84,22 +84,22 @@ class CertificateVerifier:
 def keys_message(
     parameters: Parameters, site: str, mask_public: bytes, share_public: bytes, sign_public: bytes
 ) -> bytes:
-    """What a site signs of its keys: with the digest, for one session under one set of parameters."""
+    """What a site signs to advertise its keys. The parameters' digest ties them to one session."""
     return _statement(parameters, site, mask_public, share_public, sign_public)
 
 
 def shares_message(parameters: Parameters, dealer: str, holder: str, sealed: bytes, proof: bytes) -> bytes:
-    """What a dealer signs of the shares of one holder: what was sealed, and what it is checked by."""
+    """What a dealer signs for one holder: the sealed shares, and the proof that they are checked with."""
     return _statement(parameters, dealer, holder.encode(), sealed, proof)
 
 
 def accusation_message(parameters: Parameters, accuser: str, dealer: str, shares: bytes) -> bytes:
-    """What a holder signs when the shares that `dealer` signed for it, `shares_message`, are none."""
+    """What a holder signs to accuse `dealer`: `shares` is the `shares_message` that the dealer signed for it."""
     return _statement(parameters, accuser, dealer.encode(), shares)
 
 
 def survivors_message(parameters: Parameters, site: str, survivors: Sequence[str]) -> bytes:
-    """What a site signs of the survivors; the order of `survivors` does not matter."""
+    """What a site signs to consent to the survivors, in whatever order they come."""
     return _statement(parameters, site, *(name.encode() for name in sorted(survivors)))
 
 
@@ -109,7 +109,7 @@ def _statement(parameters: Parameters, site: str, *parts: bytes) -> bytes:
 
 
 def local_identities(federation: str, sites: Sequence[str]) -> tuple[dict[str, SiteKeys], CertificateVerifier]:
-    """Identities for a simulation: a CA and certificates that live in this process alone and for a day."""
+    """Identities for a simulation: a CA and certificates that are valid for a day and never leave this process."""
     ca_key = pki.new_key()
     ca = pki.new_ca(federation, ca_key)
     descriptor = Descriptor(

@@ -1,9 +1,9 @@
-"""The secrets of a site in one session, and the keys that come of them.
+"""A site's secrets in one session, and the keys derived from them.
 
-Fresh for each session: a P-256 pair that agrees on masks (`curve`), an X25519 pair (RFC 7748) that shares are sealed
-to, an Ed25519 pair (RFC 8032) that signs what the site says in the session, and a seed for the site's own mask. All
-derived keys are HKDF-SHA256 (RFC 5869) with an info that names their use, the digest of the parameters and both ends,
-so that none serves twice.
+Each session has fresh ones: a P-256 key pair to agree on masks (`curve`), an X25519 pair (RFC 7748) that shares are
+sealed to, an Ed25519 pair (RFC 8032) that signs the site's messages, and a seed for the site's own mask. Keys are
+derived by HKDF-SHA256 (RFC 5869). Its info names the use, the digest of the parameters and both ends, so that no key
+serves twice.
 """
 
 import secrets
@@ -26,21 +26,21 @@ PUBLIC_BYTES = 32
 EPHEMERAL_BYTES = 32
 SESSION_SIGNATURE_BYTES = 64
 SEALED_BYTES = PUBLIC_BYTES + 2 * SHARE_BYTES + 16
-"""The sender's ephemeral public key; a share of the seed and one of the mask key, encrypted."""
+"""The sender's ephemeral public key, then a share of the seed and one of the mask key, encrypted."""
 
 # Every key encrypts one message, in one direction.
 _NONCE = bytes(12)
 
 
 class SealedShares(NamedTuple):
-    """What goes to one receiver, and the private key (raw) that opens it beside the receiver's own."""
+    """What goes to one receiver, and the ephemeral private key (raw), which opens it as the receiver's own does."""
 
     content: bytes
     ephemeral: bytes
 
 
 class SessionKeys:
-    """A site's secrets for one session. `wipe` forgets them; until then they never leave but as shares."""
+    """A site's secrets for one session. They leave only as shares, and `wipe` forgets them."""
 
     def __init__(self) -> None:
         self._mask = curve.private_key(_number())
@@ -76,17 +76,17 @@ class SessionKeys:
 
     @property
     def mask_secret(self) -> bytes:
-        """The private key of the masks, big-endian: what is shared among the neighbours."""
+        """The private key of the masks, 32 bytes, big-endian. It is shared among the neighbours."""
         return self._mask.private_numbers().private_value.to_bytes(SECRET_BYTES, "big")
 
     @property
     def dealt(self) -> DealerKeys:
-        """Both secrets as numbers, to be shared."""
+        """Both secrets as numbers, ready to be shared."""
         seed, secret = int.from_bytes(self._seed, "big"), self._mask.private_numbers().private_value
         return DealerKeys(seed, secret, self.mask_public)
 
     def sign(self, purpose: str, message: bytes) -> bytes:
-        """A signature that `check_signature` checks by `sign_public`."""
+        """A signature that `check_signature` accepts with `sign_public`."""
         return self._sign.sign(framed(purpose.encode(), message))
 
     def open(self, parameters: Parameters, me: str, sender: str, sealed: bytes) -> bytes:
@@ -94,9 +94,9 @@ class SessionKeys:
         return _opened(parameters, sender, me, self._share, sealed[:PUBLIC_BYTES], sealed)
 
     def wipe(self) -> None:
-        """Forget the secrets: the seed's bytes are overwritten, the private keys exchanged for useless ones.
+        """Forget the secrets: overwrite the seed's bytes, and put other private keys in the place of these.
 
-        Python may have left copies in freed memory; nothing in the process refers to them any more.
+        Python may have left copies in freed memory, but nothing in the process refers to them any more.
         """
         self._seed[:] = bytes(len(self._seed))
         self._mask = curve.private_key(_number())
@@ -105,9 +105,9 @@ class SessionKeys:
 
 
 def seal(parameters: Parameters, sender: str, receiver: str, receiver_public: bytes, plain: bytes) -> SealedShares:
-    """`plain`, which `receiver` opens, as from `sender` in this session. Raises SecureAggregationError for a bad key.
+    """Encrypt `plain` from `sender` to `receiver` for this session. Raises SecureAggregationError for a bad key.
 
-    The ephemeral key is each receiver's own: to show what one was sent shows nothing of what others were.
+    Each receiver has an ephemeral key of its own: revealing it shows what this receiver was sent, and nothing else.
     """
     ephemeral = X25519PrivateKey.generate()
     public = ephemeral.public_key().public_bytes_raw()
@@ -119,9 +119,9 @@ def seal(parameters: Parameters, sender: str, receiver: str, receiver_public: by
 def reopened(
     parameters: Parameters, sender: str, receiver: str, receiver_public: bytes, sealed: bytes, ephemeral: bytes
 ) -> bytes:
-    """What `sender` sealed for `receiver`, by the ephemeral private key that it has shown.
+    """Open what `sender` sealed for `receiver`, with the ephemeral private key that it revealed.
 
-    Raises SecureAggregationError if that is not the key, or nothing opens.
+    Raises SecureAggregationError if it is another key, or if the shares do not open.
     """
     private = X25519PrivateKey.from_private_bytes(ephemeral)
     if private.public_key().public_bytes_raw() != sealed[:PUBLIC_BYTES]:
@@ -130,9 +130,9 @@ def reopened(
 
 
 def pair_key(parameters: Parameters, mask_secret: bytes, owner: str, peer: str, peer_public: bytes) -> bytes:
-    """The key of the mask between `owner`, whose private key is given, and `peer`: the same from either end.
+    """The key of the mask that `owner`, whose private key is given, shares with `peer`. Both ends derive the same.
 
-    Raises SecureAggregationError for a public key that is no point.
+    Raises SecureAggregationError for a public key that is not on the curve.
     """
     first, second = sorted((owner, peer))
     context = framed(b"fedclaw pair mask v2", parameters.digest, first.encode(), second.encode())
@@ -143,17 +143,17 @@ def pair_key(parameters: Parameters, mask_secret: bytes, owner: str, peer: str, 
 
 
 def own_key(parameters: Parameters, site: str, seed: bytes) -> bytes:
-    """The key of the mask that `site` adds by itself."""
+    """The key of the site's own mask."""
     return _derive(seed, framed(b"fedclaw own mask v1", parameters.digest, site.encode()))
 
 
 def mask_public_of(mask_secret: bytes) -> bytes:
-    """The public key that belongs to a mask key. Raises ValueError for a number that is none."""
+    """The public key of a mask key. Raises ValueError for a number that is no private key."""
     return curve.public_of(int.from_bytes(mask_secret, "big"))
 
 
 def check_publics(site: str, mask_public: bytes, share_public: bytes) -> None:
-    """Raise SecureAggregationError, naming the site, for public keys that nobody can agree on anything with."""
+    """Raise SecureAggregationError, naming the site, for public keys that cannot be used for key agreement."""
     _agree(X25519PrivateKey.generate(), share_public, site)
     try:
         curve.point(mask_public)
@@ -176,7 +176,7 @@ def _number() -> int:
 def _opened(
     parameters: Parameters, sender: str, receiver: str, private: X25519PrivateKey, public: bytes, sealed: bytes
 ) -> bytes:
-    """The content of `sealed`, by the agreement of `private` with `public`: of either end."""
+    """The content of `sealed`; `private` and `public` are one end's private key and the other's public key."""
     key, context = _cipher_key(parameters, sender, receiver, sealed[:PUBLIC_BYTES], _agree(private, public, sender))
     try:
         return AESGCM(key).decrypt(_NONCE, sealed[PUBLIC_BYTES:], context)

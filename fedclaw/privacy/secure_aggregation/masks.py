@@ -1,8 +1,8 @@
 """Masks: AES-256-CTR keystreams read as little-endian 32-bit words, added to a vector modulo 2^32.
 
-A key makes one mask and is never used for anything else, so the counter starts at 0. The whole work is done a block
-at a time, all masks of a block before the next block: vector, keystream and zeros of a block stay in the cache, and
-besides the vector nothing grows with its length.
+A key makes one mask and nothing else, so the counter starts at 0. The vector is masked block by block, with all masks
+of a block before the next: a block of the vector, of keystream and of zeros fits into the cache, and no memory beside
+the vector grows with its length.
 """
 
 from collections.abc import Sequence

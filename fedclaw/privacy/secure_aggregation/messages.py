@@ -1,10 +1,10 @@
-"""What the stages exchange. Each message packs into values that a Flower ConfigRecord holds, and unpacks with checks.
+"""The messages of each stage. One packs into values that a Flower ConfigRecord holds, and is checked on unpacking.
 
 stage     site -> server              server -> site
 keys      Advertisement               (the parameters)
 shares    ShareBundle                 KeyList
 confirm   Confirmation                ShareDelivery
-dispute   Opening                     Accusations     (only of those that were accused)
+dispute   Opening                     Accusations     (accused sites only)
 train     MaskedInput, and a vector   Roster
 consent   Consent                     SurvivorList
 unmask    Unmasking                   UnmaskRequest
@@ -46,7 +46,7 @@ ShareValue = Annotated[bytes, Field(min_length=SHARE_BYTES, max_length=SHARE_BYT
 
 T = TypeVar("T")
 Column = Annotated[tuple[T, ...], Field(max_length=MAX_SITES)]
-"""A value for each of several sites."""
+"""One value for each of several sites."""
 Names = Column[Name]
 Columns = tuple[tuple[str, ...], ...]
 """Groups of fields of equal length, the names first."""
@@ -69,7 +69,7 @@ class Wire(Frozen):
 
     @classmethod
     def unpack(cls, mapping: Mapping[str, object]) -> Self:
-        """Back from `pack`. Raises SecureAggregationError for anything malformed, without repeating its content."""
+        """The inverse of `pack`. Raises SecureAggregationError for a malformed message, without quoting its content."""
         plain = {name: tuple(value) if isinstance(value, list) else value for name, value in mapping.items()}
         try:
             return cls.model_validate(plain)
@@ -128,7 +128,7 @@ class KeyList(Wire):
 
     @property
     def advertisements(self) -> tuple[Advertisement, ...]:
-        """Row by row."""
+        """The list's rows."""
         rows = zip(
             self.sites,
             self.mask_publics,
@@ -157,10 +157,11 @@ class KeyList(Wire):
 
 
 class ShareBundle(Wire):
-    """What a site has for its neighbours: a share of its seed and one of its mask key, encrypted to each.
+    """A site's shares for its neighbours: one of its seed and one of its mask key, encrypted to each.
 
-    And what proves them (`dealing`): a commitment for each holder, `own` for the site itself, and for each secret the
-    coefficients of a polynomial. The session key signs what each receiver will be shown (`identity.shares_message`).
+    With them comes what proves them (`dealing`): a commitment for each holder, `own` for the site itself, and the
+    coefficients of a polynomial for each secret. The session key signs what each receiver gets to see
+    (`identity.shares_message`).
     """
 
     site: Name
@@ -177,7 +178,7 @@ class ShareBundle(Wire):
 
 
 class ShareDelivery(Wire):
-    """What a site's neighbours have for it, and what it is checked by (`dealing.ShareProof`), signed by each."""
+    """The shares that a site's neighbours sent it, with the proofs to check them (`dealing.ShareProof`), all signed."""
 
     receiver: Name
     senders: Names
@@ -189,9 +190,10 @@ class ShareDelivery(Wire):
 
 
 class Confirmation(Wire):
-    """Whose shares a site could not use: not signed by their sender; or signed, and not what was committed to.
+    """The senders of shares that a site could not use: not signed by the sender, or signed but not as committed to.
 
-    An accusation is signed, for it is what the accused shows those shares upon (`Opening`), and shows nobody else's.
+    Accusations are signed, because an accused site opens the accuser's shares, and only those, on the strength of one
+    (`Opening`).
     """
 
     site: Name
@@ -203,7 +205,7 @@ class Confirmation(Wire):
 
 
 class Accusations(Wire):
-    """Who says that what they had of the receiver are no shares."""
+    """The sites that accuse the receiver of having sent them something other than shares."""
 
     accusers: Names
     signatures: Column[SessionSignature]
@@ -212,7 +214,7 @@ class Accusations(Wire):
 
 
 class Opening(Wire):
-    """The keys (raw, X25519) that a site sealed the shares of its accusers with."""
+    """The ephemeral keys (raw, X25519) with which a site sealed its accusers' shares."""
 
     site: Name
     accusers: Names
@@ -222,7 +224,7 @@ class Opening(Wire):
 
 
 class Roster(Wire):
-    """The neighbours with whom the receiver masks its vector: their shares are right, and its own with them."""
+    """The neighbours that the receiver masks its vector with: each holds right shares of the other."""
 
     receiver: Name
     peers: Names
@@ -231,7 +233,7 @@ class Roster(Wire):
 
 
 class MaskedInput(Wire):
-    """Goes with a masked vector: whose it is, and which neighbours it shares masks with."""
+    """Goes with a masked vector: the site, and the neighbours that it shares masks with."""
 
     site: Name
     peers: Names
@@ -255,7 +257,7 @@ class Consent(Wire):
 
 
 class UnmaskRequest(Wire):
-    """The survivors, the sites whose masks have to be recovered, and consents of the receiver's neighbours."""
+    """The survivors, the sites whose masks have to be recovered, and the consents of the receiver's neighbours."""
 
     survivors: Names
     dropped: Names
@@ -266,7 +268,7 @@ class UnmaskRequest(Wire):
 
 
 class Unmasking(Wire):
-    """The shares that a site gives away: of the seeds of survivors, of the mask keys of the dropped."""
+    """The shares that a site reveals: of survivors' seeds, and of dropped sites' mask keys."""
 
     site: Name
     seed_owners: Names

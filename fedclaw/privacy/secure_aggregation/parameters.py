@@ -1,4 +1,4 @@
-"""What all parties of one secure sum have to agree on; every signature and key is bound to its digest."""
+"""What all parties of one secure sum agree on. Every signature and every key is bound to its digest."""
 
 import hashlib
 from functools import cached_property
@@ -20,27 +20,27 @@ Session = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Parameters(Frozen):
-    """One sum: who takes part, how the graph is drawn, how many must be left. Raises ValidationError if unsafe.
+    """One sum: who takes part, how the graph is drawn, how many sites must be left. Raises ValidationError if unsafe.
 
-    The order of `sites` gives each its index, and with it the x-coordinate of its shares.
+    A site's place in `sites` is its index, which also gives the x-coordinate of its shares.
     """
 
     session: Session
-    """128 random bits (`secrets.token_hex(16)`), drawn for this sum alone; the graph is drawn from them too."""
+    """128 random bits (`secrets.token_hex(16)`), drawn for this sum alone. The graph is drawn from them too."""
     federation: Name
     run: str = Field(min_length=1, max_length=256)
     round: int = Field(ge=0, lt=1 << 63)
     sites: tuple[Name, ...] = Field(min_length=2, max_length=MAX_SITES)
     threshold: int
-    """Shares that recover a secret, out of `neighbours + 1`: a site keeps a share of its own seed."""
+    """Shares that recover a secret, of `neighbours + 1`: a site keeps a share of its own seed."""
     neighbours: int
-    """Sites that each site shares masks with: all others, or an even number below that."""
+    """Sites that each site shares masks with: all others, or an even number of them."""
     length: int = Field(ge=1, le=MAX_LENGTH)
     """Numbers in a vector."""
     minimum: int
     """Survivors below which no site takes part in unmasking."""
     terms: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
-    """SHA-256 of whatever else all sites have to be told alike: how much noise each of them brings, say."""
+    """SHA-256 of everything else that all sites must be told alike, such as how much noise each of them adds."""
 
     @model_validator(mode="after")
     def _safe(self) -> Self:
@@ -71,14 +71,14 @@ class Parameters(Frozen):
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of all of it."""
+        """SHA-256 of all fields."""
         numbers = (self.round, self.threshold, self.neighbours, self.length, self.minimum, len(self.sites))
         texts = (self.session, self.federation, self.run, self.terms, *map(str, numbers), *self.sites)
         return hashlib.sha256(framed(b"fedclaw secure sum v2", *(text.encode() for text in texts))).digest()
 
     @property
     def colluding(self) -> int:
-        """Neighbours of a site that may collude with the server without getting at both of its secrets."""
+        """How many neighbours of a site may collude with the server and still not obtain both of its secrets."""
         return 2 * self.threshold - self.neighbours - 2
 
     def index(self, site: str) -> int:
@@ -90,20 +90,20 @@ class Parameters(Frozen):
         return self._indices[site] + 1
 
     def neighbours_of(self, site: str) -> tuple[str, ...]:
-        """Whom `site` shares masks with, in the order of `sites`. Raises KeyError if it takes no part."""
+        """The sites that `site` shares masks with, in the order of `sites`. Raises KeyError if it takes no part."""
         return tuple(self.sites[index] for index in self.graph.neighbours_of(self._indices[site]))
 
 
 def framed(*parts: bytes) -> bytes:
-    """Each part after its length: different parts never give the same bytes."""
+    """The parts, each after its length: different parts never give the same bytes."""
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
 def parameters_of(asked: Asked) -> Parameters:
-    """What sites and server agree on, from what is asked. Raises ValidationError if that is not safe.
+    """The parameters of the session in a question. Raises ValidationError if they are not safe.
 
-    The sites sign a digest of all of it with their keys: each counts on the others' noise, so no server may tell them
-    different things.
+    The sites sign their digest, which covers the whole question: each site counts on the others' noise, so a server
+    must not be able to tell them different things.
     """
     secure = asked.secure
     assert secure is not None

@@ -1,4 +1,4 @@
-"""What the server makes of the shares it was given: the keys of the masks that are still in the sum."""
+"""From the shares that the sites reveal, the server recovers the keys of the masks that are still in the sum."""
 
 from collections.abc import Collection, Mapping
 
@@ -14,8 +14,8 @@ from fedclaw.privacy.secure_aggregation.site import adds
 class Recovery:
     """Shares of the survivors' seeds and of the dropped sites' mask keys.
 
-    Each is checked against what its dealer committed to for its holder, who found it right when it came: a share that
-    does not fit is its holder's lie, and enough that fit give the secret.
+    Each share is checked against its dealer's commitment for the holder. The holder confirmed the share when it came,
+    so one that does not fit now is the holder's lie. Enough that fit give the secret.
     """
 
     def __init__(
@@ -28,16 +28,16 @@ class Recovery:
     ) -> None:
         self.answered: set[str] = set()
         self.suspects: set[str] = set()
-        """Holders that gave a share which is not the one that they were dealt."""
+        """Holders that revealed a share other than the one they were dealt."""
         self._parameters = parameters
         self._advertised = advertised
         self._dealings = dealings
         self._seeds: dict[str, dict[int, int]] = {site: {} for site in survivors}
         self._keys: dict[str, dict[int, int]] = {site: {} for site in dropped}
-        """By owner, and by its holder's x: shares that were found right."""
+        """By owner: the shares that were found right, by their holder's x."""
 
     def add(self, item: Unmasking) -> None:
-        """Take what one site gave. Raises SecureAggregationError, and takes nothing, if it is not what was asked."""
+        """Take what one site revealed. Raises SecureAggregationError, and takes nothing, for anything not asked for."""
         point = self._parameters.point(item.site)
         around = {item.site, *self._parameters.neighbours_of(item.site)}
         given = []
@@ -57,13 +57,16 @@ class Recovery:
         self.answered.add(item.site)
 
     def mask_keys(self) -> tuple[list[bytes], list[bytes]]:
-        """Keys of the masks that survivors have added to the sum, and of those that they have subtracted."""
+        """Keys of the masks that survivors added to the sum, and of those that they subtracted.
+
+        Raises SecureAggregationError if a recovered key is not the one that its site advertised.
+        """
         threshold = self._parameters.threshold
         added = [keys.own_key(self._parameters, site, recover(self._seeds[site], threshold)) for site in self._seeds]
         subtracted: list[bytes] = []
         for site in self._keys:
             secret = recover(self._keys[site], threshold)
-            # Up to its sign, which no mask depends on: the first byte of a compressed point.
+            # The first byte of a compressed point is its sign, which no mask depends on.
             if keys.mask_public_of(secret)[1:] != self._advertised[site].mask_public[1:]:
                 raise SecureAggregationError(f"the masks of {site} cannot be taken off: this is not its key")
             for peer in self._parameters.neighbours_of(site):
@@ -74,7 +77,7 @@ class Recovery:
         return added, subtracted
 
     def _check(self, holder: str, owner: str, secret: Secret, share: int) -> None:
-        """Raise SecureAggregationError for a share that `holder` was not dealt."""
+        """Raise SecureAggregationError for a share other than the one that `holder` was dealt."""
         proof = self._dealings[owner].proof_for(self._parameters, holder)
         if not proof.fits(self._parameters, owner, holder, secret, share):
             self.suspects.add(holder)

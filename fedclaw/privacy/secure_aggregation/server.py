@@ -1,16 +1,17 @@
-"""The server's half of a secure sum: it routes, adds up masked vectors as they come, and takes the masks off.
+"""The server's half of a secure sum: it routes messages, adds up masked vectors as they arrive, and removes the masks.
 
     add_advertisement* -> key_lists      -> add_shares*    -> deliveries
     -> add_confirmation* -> accusations  -> add_opening*   -> rosters
     -> add_masked*     -> survivor_list  -> add_consent*   -> unmask_requests
     -> add_unmasking*  -> result
 
-Whoever has not answered when the next stage is opened has dropped out. An answer that is wrong is refused
-(SecureAggregationError, naming the site) and changes nothing: the site counts as one that did not answer. Opening a
-stage raises SecureAggregationError when too few are left, and then nothing more may be asked of anyone.
+A site that has not answered when the next stage begins has dropped out. A wrong answer is refused
+(SecureAggregationError, naming the site) and changes nothing: the site counts as one that did not answer. Beginning a
+stage raises SecureAggregationError when too few sites are left; the session is then over.
 
-Who sent shares that are none is found before anybody puts work into a vector, and by proof (`excluded`): what it signed
-for a neighbour, opened by the key that it sealed it with. What is wrong later, a signature or a share, shows by itself.
+Sites that sent wrong shares are found before anybody spends work on a vector, and by proof (`excluded`): what the site
+signed for a neighbour, opened with the key that sealed it. Later mistakes, in a signature or a share, show by
+themselves.
 """
 
 from collections.abc import Collection, Mapping
@@ -68,17 +69,17 @@ class _Stage(IntEnum):
 
 @dataclass(frozen=True)
 class _Dealt:
-    """What one site signed for one neighbour."""
+    """The sealed shares of one site for one neighbour, and its signature."""
 
     sealed: bytes
     signature: bytes
 
 
 class ServerSession:
-    """The server in one session. Holds one vector, whatever the number of sites."""
+    """The server's part in one session. It holds a single vector, whatever the number of sites."""
 
     def __init__(self, parameters: Parameters, verifier: Verifier | None = None) -> None:
-        """`verifier`, if there is one, catches false keys here, before they stop the sites that must believe them."""
+        """With a `verifier`, false keys are refused here, before they stop the sites that would have to verify them."""
         self.parameters = parameters
         self._verifier = verifier
         self._stage = _Stage.KEYS
@@ -91,7 +92,7 @@ class ServerSession:
         self._openings: dict[str, Opening] = {}
         self._rostered: set[str] = set()
         self.excluded: dict[str, str] = {}
-        """Sites that lied about shares, and what shows it: all of them after `rosters`."""
+        """Sites that lied about shares, each with the proof in words. Complete after `rosters`."""
         self._masked: set[str] = set()
         self._sum: NDArray[np.uint32] | None = None
         self._consents: dict[str, bytes] = {}
@@ -107,11 +108,11 @@ class ServerSession:
 
     @property
     def suspects(self) -> tuple[str, ...]:
-        """Sites that gave another share than they were dealt."""
+        """Sites that revealed a share other than the one they were dealt."""
         return () if self._recovery is None else self._ordered(self._recovery.suspects)
 
     def add_advertisement(self, item: Advertisement) -> None:
-        """A site's keys."""
+        """Take a site's keys."""
         self._accept(item, item.site, _Stage.KEYS, self.parameters.sites, self._advertised)
         mine = {item.mask_public, item.share_public, item.sign_public}
         if len(mine) < 3:
@@ -126,7 +127,7 @@ class ServerSession:
         self._advertised[item.site] = item
 
     def key_lists(self) -> dict[str, KeyList]:
-        """What to send to whom: to each site the keys of its neighbours that advertised."""
+        """What to send to each site: the keys of its neighbours that advertised."""
         alive = self._close(_Stage.KEYS, self._advertised, "advertised keys")
         self._advertised = {site: self._advertised[site] for site in alive}
         return {
@@ -135,7 +136,7 @@ class ServerSession:
         }
 
     def add_shares(self, item: ShareBundle) -> None:
-        """A site's encrypted shares for its neighbours, with what proves that they are shares of its secrets."""
+        """Take a site's encrypted shares for its neighbours, with the proof that they are shares of its secrets."""
         self._accept(item, item.site, _Stage.SHARES, self._advertised, self._bundles)
         if set(item.receivers) != set(self._near(item.site, self._advertised)):
             raise SecureAggregationError(f"{item.site} has shares for others than its neighbours")
@@ -147,7 +148,7 @@ class ServerSession:
         self._bundles[item.site] = {receiver: _Dealt(*rest) for receiver, *rest in dealt}
 
     def deliveries(self) -> dict[str, ShareDelivery]:
-        """What to send to whom, to be opened and checked."""
+        """What to send to each site: the shares for it, to open and check."""
         alive = self._close(_Stage.SHARES, self._bundles, "sent shares")
         self._bundles = {site: self._bundles[site] for site in alive}
         return {
@@ -163,7 +164,7 @@ class ServerSession:
         }
 
     def add_confirmation(self, item: Confirmation) -> None:
-        """Whose shares a site found right, and whom it accuses of what."""
+        """Take a site's word on the shares that it received: which are not signed, and which are wrong."""
         self._accept(item, item.site, _Stage.CONFIRM, self._bundles, self._confirmed)
         near = self._near(item.site, self._bundles)
         if strangers := {*item.unsigned, *item.accused}.difference(near):
@@ -177,9 +178,9 @@ class ServerSession:
         self._confirmed[item.site] = item
 
     def accusations(self) -> dict[str, Accusations]:
-        """What to send to whom: to each site that is accused, by whom. Often empty, and then nobody has to be asked.
+        """What to send to each accused site: its accusers. Usually empty, and then no site has to be asked.
 
-        Whether a dealer signed what it sent is settled here, between the two.
+        This also settles, for each complaint of a missing signature, whether the dealer or the holder lied.
         """
         self._advance(_Stage.CONFIRM)
         for site, item in self._confirmed.items():
@@ -197,14 +198,14 @@ class ServerSession:
         }
 
     def add_opening(self, item: Opening) -> None:
-        """The keys that show what the accusers of a site had of it."""
+        """Take the keys that open what an accused site sent its accusers."""
         self._accept(item, item.site, _Stage.DISPUTE, self._accusers, self._openings)
         if set(item.accusers) != set(self._accusers[item.site]):
             raise SecureAggregationError(f"{item.site} has not shown what all of its accusers had")
         self._openings[item.site] = item
 
     def rosters(self) -> dict[str, Roster]:
-        """What to send to whom, together with the request for the vector: whom to mask it with."""
+        """What to send to each site with the request for its vector: the neighbours to mask it with."""
         for accused, accusers in self._accusers.items():
             self._settle(accused, accusers)
         honest = {site for site in self._confirmed if site not in self.excluded}
@@ -216,7 +217,7 @@ class ServerSession:
         }
 
     def add_masked(self, item: MaskedInput, vector: NDArray[np.uint32]) -> None:
-        """Add a masked vector to the sum; it may be thrown away afterwards."""
+        """Add a masked vector, (length,) uint32, to the sum. The caller may discard it afterwards."""
         self._accept(item, item.site, _Stage.MASKED, self._rostered, self._masked)
         if set(item.peers) != set(self._near(item.site, self._rostered)):
             raise SecureAggregationError(f"{item.site} has not masked its vector with the neighbours it was told")
@@ -232,7 +233,7 @@ class ServerSession:
         return SurvivorList(session=self.parameters.session, survivors=survivors)
 
     def add_consent(self, item: Consent) -> None:
-        """A survivor's signature over the survivors."""
+        """Take a survivor's signature over the survivors."""
         self._accept(item, item.site, _Stage.CONSENT, self._masked, self._consents)
         message = survivors_message(self.parameters, item.site, self.survivors)
         public = self._advertised[item.site].sign_public
@@ -240,20 +241,20 @@ class ServerSession:
         self._consents[item.site] = item.signature
 
     def unmask_requests(self) -> dict[str, UnmaskRequest]:
-        """What to send to whom. Made only if enough sites consented that the answers can take every mask off."""
+        """What to send to each survivor that consented. Raises unless their answers can remove every mask."""
         willing = self._survive(_Stage.CONSENT, self._consents, "consented to the survivors")
         self._recovery = Recovery(self.parameters, self._advertised, self._dealings, self.survivors, self._dropped)
         return {site: self._request(site) for site in willing}
 
     def add_unmasking(self, item: Unmasking) -> None:
-        """A survivor's shares."""
+        """Take the shares that a survivor reveals."""
         recovery = self._recovery
         self._accept(item, item.site, _Stage.UNMASK, self._consents, recovery.answered if recovery else ())
         assert recovery is not None
         recovery.add(item)
 
     def result(self) -> NDArray[np.uint32]:
-        """(length,) the exact sum of the survivors' vectors modulo 2^32."""
+        """The exact sum of the survivors' vectors modulo 2^32, (length,) uint32."""
         recovery, total = self._recovery, self._sum
         if recovery is None or total is None:
             raise SecureAggregationError("there is no sum yet: nothing has been unmasked")
@@ -271,7 +272,7 @@ class ServerSession:
 
     @property
     def _dropped(self) -> tuple[str, ...]:
-        """Sites without a vector in the sum, whose masks with survivors are in it."""
+        """Sites whose vector is not in the sum, while the masks that they share with survivors are."""
         return tuple(
             site
             for site in self._ordered(self._rostered)
@@ -289,12 +290,12 @@ class ServerSession:
         )
 
     def _signed(self, dealer: str, holder: str) -> bytes:
-        """What `dealer` has, or should have, signed of what it sent to `holder`."""
+        """What `dealer` signed, or should have signed, for the shares that it sent to `holder`."""
         proof = self._dealings[dealer].proof_for(self.parameters, holder).pack()
         return shares_message(self.parameters, dealer, holder, self._bundles[dealer][holder].sealed, proof)
 
     def _settle_signature(self, holder: str, dealer: str) -> None:
-        """Exclude the dealer if it has not signed what it sent, or else the holder, who says so."""
+        """Exclude the dealer if it did not sign what it sent, else the holder that says so."""
         public, signature = self._advertised[dealer].sign_public, self._bundles[dealer][holder].signature
         try:
             keys.check_signature(dealer, public, SHARES_PURPOSE, self._signed(dealer, holder), signature)
@@ -304,7 +305,7 @@ class ServerSession:
             self.excluded.setdefault(holder, f"{holder} says that {dealer} has not signed its shares, and it has")
 
     def _settle(self, accused: str, accusers: Mapping[str, bytes]) -> None:
-        """Exclude, of an accused site and its accusers, whoever the shares in question show to have lied."""
+        """Exclude the accused or its accusers: whoever lied, as the opened shares show."""
         opening = self._openings.get(accused)
         if opening is None:
             self.excluded.setdefault(accused, f"{accused} has not shown the shares that {min(accusers)} says are none")
@@ -316,7 +317,7 @@ class ServerSession:
                 self.excluded.setdefault(accused, f"{accused} sent {accuser} what are no shares of its secrets")
 
     def _are_shares(self, dealer: str, holder: str, key: bytes) -> bool:
-        """Whether what `dealer` sealed for `holder`, by `key`, is what it committed to."""
+        """Whether what `dealer` sealed for `holder` with the ephemeral `key` is what it committed to."""
         public, sealed = self._advertised[holder].share_public, self._bundles[dealer][holder].sealed
         try:
             shares = SecretShares.unpack(keys.reopened(self.parameters, dealer, holder, public, sealed, key))
@@ -353,7 +354,7 @@ class ServerSession:
         self._stage = _Stage(stage + 1)
 
     def _close(self, stage: _Stage, answered: Collection[str], what: str) -> tuple[str, ...]:
-        """The sites that go on: those with enough neighbours that go on. Raises if fewer than the minimum do."""
+        """The sites that go on: those with enough neighbours that go on too. Raises if fewer than the minimum do."""
         self._advance(stage)
         alive = set(answered)
         while lonely := {site for site in alive if len(self._near(site, alive)) + 1 < self.parameters.threshold}:
@@ -362,14 +363,14 @@ class ServerSession:
         return self._ordered(alive)
 
     def _survive(self, stage: _Stage, answered: Collection[str], what: str) -> tuple[str, ...]:
-        """All that answered, when they can take off every mask. Raises otherwise, before anything is asked of them."""
+        """All sites that answered, if they can remove every mask. Else raises, before anything is asked of them."""
         self._advance(stage)
         self._require(len(self._masked) >= self.parameters.minimum, len(self._masked), what)
         self._can_recover(answered, what)
         return self._ordered(answered)
 
     def _can_recover(self, holders: Collection[str], what: str) -> None:
-        """Raises unless threshold of `holders` hold shares of every secret that is needed."""
+        """Raise unless `holders` hold enough shares of every secret that is needed."""
         for site in (*self.survivors, *self._dropped):
             count = len(self._near(site, holders)) + (site in holders)
             self._require(

@@ -1,7 +1,7 @@
-"""The sessions of a site: one at a time for a round, and no round unmasked twice, not even after a restart.
+"""A site's sessions: one at a time for a round, and no round is unmasked twice, not even after a restart.
 
-Two sums over the same vectors and different survivors would give away the difference: what one site sent. So before
-shares leave, the round is written to a journal (an appended line, flushed to disk), and from then on refused.
+Two sums over the same vectors with different survivors would reveal their difference: what one site sent. So before the
+site reveals shares, it writes the round to a journal (an appended line, flushed to disk), and refuses it from then on.
 """
 
 import errno
@@ -22,7 +22,7 @@ from fedclaw.protocol.frozen import Frozen
 
 CAPACITY = 8
 MAX_UNMASKED = 1_000_000
-"""Rounds that a site remembers; it refuses more rather than forget one."""
+"""The most rounds that a site remembers. It refuses further ones rather than forget one."""
 
 
 class _Unmasked(Frozen):
@@ -32,13 +32,13 @@ class _Unmasked(Frozen):
 
 
 class Sessions:
-    """The open sessions of one site, and the rounds it has unmasked. Safe for use by several threads."""
+    """The open sessions of one site, and the rounds that it has unmasked. Thread-safe."""
 
     def __init__(self, journal: Path | None = None, capacity: int = CAPACITY) -> None:
-        """`journal`: the file (mode 0600) that outlives the process; without one the rule holds within it only.
+        """`journal` is a file (mode 0600) that outlives the process; without one the rule holds in this process only.
 
-        At most `capacity` sessions are open; beyond, the oldest is closed. Raises SecureAggregationError for a damaged
-        journal.
+        At most `capacity` sessions are open: a further one closes the oldest. Raises SecureAggregationError for a
+        damaged journal.
         """
         self._journal = journal
         self._capacity = capacity
@@ -50,9 +50,9 @@ class Sessions:
         return f"Sessions({len(self._open)} open, {len(self._unmasked)} unmasked)"
 
     def start(self, parameters: Parameters, me: str, signer: Signer, verifier: Verifier) -> SiteSession:
-        """A new session. An earlier one of the same round is closed: only one of them can ever be unmasked.
+        """Open a new session and close an earlier one of the same round: only one can ever be unmasked.
 
-        Raises SecureAggregationError if the round has been unmasked, or as SiteSession does.
+        Raises SecureAggregationError if the round has been unmasked, and where SiteSession does.
         """
         key = _Unmasked(federation=parameters.federation, run=parameters.run, round=parameters.round)
         with self._lock:
@@ -66,7 +66,7 @@ class Sessions:
         return session
 
     def get(self, federation: str, run: str, number: int, session: str) -> SiteSession:
-        """The open session of round `number`. Raises SecureAggregationError if there is none with this id."""
+        """The open session of round `number` with the id `session`. Raises SecureAggregationError if there is none."""
         with self._lock:
             found = self._open.get(_Unmasked(federation=federation, run=run, round=number))
         if found is None or found.parameters.session != session:
@@ -123,14 +123,14 @@ def _append(journal: Path, key: _Unmasked) -> None:
 
 
 def _require_whole(descriptor: int) -> None:
-    """Raise OSError for a file that ends within a line: what is added would be lost in it."""
+    """Raise OSError for a file that ends within a line: a line appended to it could not be read again."""
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
         raise OSError(errno.EIO, "it ends within a line; start the site again, which repairs it")
 
 
 def _read(journal: Path) -> set[_Unmasked]:
-    """The rounds in the journal. A torn last line was never acted on: it is cut off."""
+    """The rounds in the journal. An incomplete last line is cut off: nothing was revealed after it."""
     try:
         content = journal.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]

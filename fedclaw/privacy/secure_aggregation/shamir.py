@@ -1,8 +1,8 @@
 """Secret sharing (Shamir 1979, "How to Share a Secret") of numbers modulo the order of P-256 (`curve`).
 
-A secret is the constant term of a random polynomial of degree threshold - 1; the share of a holder is the value at the
-holder's x, from 1. Any `threshold` shares recover the secret, and fewer are independent of it. Here are the polynomials
-alone: `dealing` draws them, and proves to each holder and to the server that a share lies on one of them.
+A secret is the constant term of a random polynomial of degree threshold - 1. A holder's share is the polynomial's value
+at the holder's x, from 1. Any `threshold` shares recover the secret, and fewer are independent of it. This module only
+evaluates and interpolates: `dealing` draws the polynomials and proves that a share lies on one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from fedclaw.privacy.secure_aggregation.curve import ORDER
 
 SECRET_BYTES = 32
 SHARE_BYTES = 33
-"""A share on the wire, big-endian."""
+"""Length of a share on the wire, big-endian."""
 
 
 def evaluate(coefficients: Sequence[int], x: int) -> int:
@@ -25,10 +25,10 @@ def evaluate(coefficients: Sequence[int], x: int) -> int:
 
 
 def recover(shares: Mapping[int, int], threshold: int) -> bytes:
-    """The secret (32 bytes, big-endian) that `shares`, by their x, have in common: by Lagrange, from the first of them.
+    """The secret (32 bytes, big-endian) behind `shares`, values by x: Lagrange interpolation of the first `threshold`.
 
-    Each share has to be right: who gave it was checked (`dealing.ShareProof`). Raises SecureAggregationError if there
-    are fewer than `threshold`.
+    Every share has to be right; it is checked before it gets here (`dealing.ShareProof`). Raises SecureAggregationError
+    for fewer than `threshold`.
     """
     if len(shares) < threshold:
         raise SecureAggregationError(f"{len(shares)} shares are too few: {threshold} recover a secret")

@@ -1,16 +1,15 @@
-"""A site's half of a secure sum: stages, each once and in order, and no way to both secrets of a neighbour.
+"""The site's half of a secure sum. Each stage runs once, in this order:
 
     advertise -> share -> confirm (-> open_for) -> mask -> consent -> unmask
 
-A call that is refused (SecureAggregationError) changes nothing and gives nothing away. What a site is told by the
-server it takes for a claim: keys count if their owner signed them, shares if they fit what their dealer has signed, the
-list of survivors if enough neighbours signed the same.
+A refused call raises SecureAggregationError, changes nothing and reveals nothing. A site never reveals both secrets of
+a neighbour. It treats what the server says as a claim: it accepts keys that their owner signed, shares that match what
+their dealer signed, and a list of survivors that enough neighbours signed too.
 
-Shares are opened, and checked, in `confirm`: before the site puts any work, or any of its budget, into a vector. Who
-sent something else is accused of it. An accused site shows, by the key that it sealed them with, the shares that the
-accuser had, and nothing that others had; who of the two has lied is then plain. It takes the accuser's signature, over
-what the accused has signed itself, so that a server alone gets no share in this way; and an accuser who lies gives
-away what it had itself.
+`confirm` opens and checks the shares, before the site spends any work or privacy budget on a vector, and accuses
+whoever sent wrong ones. An accused site reveals the ephemeral key with which it sealed the accuser's shares. The key
+opens those shares and no others, and shows which of the two lied. An accusation carries the accuser's signature over
+what the accused signed, so a server alone obtains no shares in this way; an accuser that lies reveals only its own.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -58,7 +57,7 @@ from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES
 
 
 class Stage(IntEnum):
-    """What a site does next."""
+    """The stage that is next."""
 
     ADVERTISE = 0
     SHARE = 1
@@ -71,27 +70,27 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class _Held:
-    """A neighbour's shares in a site's keeping."""
+    """The shares of one dealer that a site holds."""
 
     seed: bytes = field(repr=False)
     key: bytes | None = field(repr=False)
-    """None for the site's own: its key it never gives away."""
+    """None for the site's own key, of which it never reveals a share."""
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """What a site signed for one neighbour, and the key that it sealed it with."""
+    """What a site signed for one neighbour, and the ephemeral key that sealed it."""
 
     signed: bytes = field(repr=False)
     ephemeral: bytes = field(repr=False)
 
 
 class _NotShares(Exception):
-    """What a dealer has signed is no share of anything."""
+    """A dealer signed something that is not the share it committed to."""
 
 
 class SiteSession:
-    """One site in one session."""
+    """One site's part in one session."""
 
     def __init__(
         self,
@@ -101,7 +100,7 @@ class SiteSession:
         verifier: Verifier,
         claim: Callable[[], None] | None = None,
     ) -> None:
-        """`claim` is called once, before shares leave the site; what it raises stops them. `Sessions` gives one."""
+        """`claim` is called once, before `unmask` reveals shares; if it raises, they stay (see `Sessions`)."""
         if me not in parameters.sites:
             raise SecureAggregationError(f"{me} takes no part in this secure sum")
         if signer.site_name != me:
@@ -140,10 +139,10 @@ class SiteSession:
         return advertisement
 
     def share(self, neighbours: KeyList) -> ShareBundle:
-        """Shares of the site's seed and mask key for the neighbours that advertised, once their keys are believed.
+        """Verify the keys of the neighbours that advertised, and share this site's seed and mask key among them.
 
-        Refused: keys not signed by their site for this session, sites that are no neighbours of this one, the same keys
-        under two names, and fewer than the threshold (this site included).
+        Refuses keys that their site did not sign for this session, sites that are not neighbours of this one, a key
+        that appears twice, and fewer sites than the threshold (this one included).
         """
         self._expect(Stage.SHARE)
         self._belongs(neighbours)
@@ -163,9 +162,9 @@ class SiteSession:
         return bundle
 
     def confirm(self, delivery: ShareDelivery) -> Confirmation:
-        """Open the neighbours' shares and check them; whose are right is kept, the others are named.
+        """Open and check the neighbours' shares. Right ones are kept, and the senders of the others are named.
 
-        Refused: a delivery for another site, and shares of strangers or of sites whose keys were never shown.
+        Refuses a delivery for another site, and shares from strangers or from sites whose keys this site never saw.
         """
         self._expect(Stage.CONFIRM)
         self._belongs(delivery)
@@ -194,9 +193,9 @@ class SiteSession:
         )
 
     def open_for(self, accusations: Accusations) -> Opening:
-        """The keys that sealed what the accusers had of this site; before it masks anything, and not afterwards.
+        """The ephemeral keys that sealed the accusers' shares. Only before this site masks its vector.
 
-        Refused: accusers that this site sent nothing, and accusations that they have not signed.
+        Refuses accusers that this site sent nothing to, and accusations that they did not sign.
         """
         if self.stage is not Stage.CONFIRM:
             self._expect(Stage.MASK)
@@ -215,9 +214,9 @@ class SiteSession:
         )
 
     def check_roster(self, roster: Roster) -> None:
-        """Whether `mask` would take `roster`, before any work is put into a vector.
+        """Raise what `mask` would raise for `roster`, so that no work is spent on a vector.
 
-        Refused: peers whose shares this site does not hold, and fewer than the threshold (this site included).
+        Refuses peers whose shares this site does not hold, and fewer sites than the threshold (this one included).
         """
         self._expect(Stage.MASK)
         self._belongs(roster)
@@ -229,9 +228,9 @@ class SiteSession:
         self._enough(roster.peers, "have shared their secrets")
 
     def mask(self, vector: NDArray[np.uint32], roster: Roster) -> MaskedInput:
-        """Mask `vector` in place, against the peers in `roster`; (length,) uint32.
+        """Mask `vector`, (length,) uint32, in place, with the peers in `roster`.
 
-        Refused as by `check_roster`, and a vector of another kind.
+        Refuses what `check_roster` refuses, and a vector of another shape or type.
         """
         self.check_roster(roster)
         check_vector(vector, self.parameters.length)
@@ -242,10 +241,10 @@ class SiteSession:
         return MaskedInput(session=self.parameters.session, site=self.me, peers=roster.peers)
 
     def consent(self, listed: SurvivorList) -> Consent:
-        """The site's signature over the survivors: it signs one list in a session, and no second.
+        """The site's signature over the survivors. It signs a single list in a session.
 
-        Refused: a list without this site, with strangers or neighbours that share no mask with it, with fewer sites
-        than the minimum or, among the neighbours, the threshold.
+        Refuses a list without this site, with strangers, with neighbours that share no mask with this site, with fewer
+        sites than the minimum, or with fewer neighbours than the threshold (this site included).
         """
         self._expect(Stage.CONSENT)
         self._belongs(listed)
@@ -271,10 +270,10 @@ class SiteSession:
         return consent
 
     def unmask(self, request: UnmaskRequest) -> Unmasking:
-        """Shares of the seeds of survivors and of the mask keys of dropped neighbours; then everything is wiped.
+        """Reveal shares of the survivors' seeds and of the dropped neighbours' mask keys, then forget everything.
 
-        Refused: other survivors than those this site signed, a site that is dropped and a survivor at once, and too
-        few or false consents. Whatever `claim` raises goes through, and nothing leaves.
+        Refuses survivors other than those that this site signed, a site that is both dropped and a survivor, and too
+        few or false consents. If `claim` raises, its exception passes through and nothing is revealed.
         """
         self._expect(Stage.UNMASK)
         self._belongs(request)
@@ -290,7 +289,7 @@ class SiteSession:
         return answer
 
     def close(self) -> None:
-        """Forget every secret; the session can do nothing any more."""
+        """Forget every secret and end the session."""
         self.stage = Stage.CLOSED
         self._keys.wipe()
         self._held = {}
@@ -298,7 +297,7 @@ class SiteSession:
         self._peers = {}
 
     def _shared(self, peers: Mapping[str, Advertisement]) -> tuple[ShareBundle, _Held]:
-        """The bundle for `peers`, and the share of the site's seed that it keeps."""
+        """The bundle for `peers`, and the share of its own seed that the site keeps."""
         shares, dealing = deal(self.parameters, self.me, [self.me, *peers], self._keys.dealt)
         sealed, signatures = [], []
         for peer, item in peers.items():
@@ -323,8 +322,8 @@ class SiteSession:
         return bundle, _Held(shares[self.me].seed.to_bytes(SHARE_BYTES, "big"), None)
 
     def _opened(self, sender: str, sealed: bytes, proof: bytes, signature: bytes) -> _Held:
-        """What `sender` has for this site. Raises SecureAggregationError if it has not signed it, _NotShares if it has
-        and should not have."""
+        """The shares that `sender` sent. Raises SecureAggregationError if it did not sign them, _NotShares if it signed
+        something else."""
         message = shares_message(self.parameters, sender, self.me, sealed, proof)
         keys.check_signature(sender, self._peers[sender].sign_public, SHARES_PURPOSE, message, signature)
         try:
@@ -336,7 +335,7 @@ class SiteSession:
         return _Held(plain.seed.to_bytes(SHARE_BYTES, "big"), plain.key.to_bytes(SHARE_BYTES, "big"))
 
     def _mask_keys(self, peers: Iterable[str]) -> tuple[list[bytes], list[bytes]]:
-        """Keys of the masks to add and to subtract: of two sites, the one with the lower index adds."""
+        """Keys of the masks to add, and of those to subtract: the site with the lower index of a pair adds."""
         added, subtracted = [keys.own_key(self.parameters, self.me, self._keys.seed)], list[bytes]()
         for peer in peers:
             public = self._peers[peer].mask_public
@@ -363,7 +362,7 @@ class SiteSession:
         self._verifier.check(item.site, item.certificate, KEYS_PURPOSE, message, item.signature)
 
     def _check_consents(self, request: UnmaskRequest) -> None:
-        """At least threshold sites, this one included, have signed the same survivors."""
+        """Raise unless as many sites as the threshold, this one included, signed the same survivors."""
         near = self._survivors.intersection(self._held) - {self.me}
         consenting = dict(zip(request.consenting, request.signatures, strict=True))
         if strangers := set(consenting) - near:
@@ -398,7 +397,7 @@ class SiteSession:
 
 
 def adds(parameters: Parameters, site: str, peer: str) -> bool:
-    """Whether `site` adds the mask that it shares with `peer`, who then subtracts it."""
+    """Whether `site` adds the mask that it shares with `peer`, which then subtracts it."""
     return parameters.index(site) < parameters.index(peer)
 
 
