@@ -155,11 +155,6 @@ def segment_count(plain_size: int) -> int:
     return max(1, -(-plain_size // SEGMENT))
 
 
-def sealed_size(suite: SealSuite, plain_size: int) -> int:
-    """Bytes of header and segments of a message of `plain_size` bytes."""
-    return header_size(suite) + plain_size + TAG * segment_count(plain_size)
-
-
 class Sealer:
     """Seals to one public key. May be shared between threads."""
 

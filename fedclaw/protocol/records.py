@@ -53,6 +53,13 @@ class ViewedArray(Array):
 _LONGEST_HEADER = 4096
 
 
+def array_record(arrays: dict[str, Array]) -> ArrayRecord:
+    """An ArrayRecord of `arrays`. Flower's own check of each builds types anew: half the time of a small decoding."""
+    record = ArrayRecord()
+    record.__dict__["_data"].update(arrays)
+    return record
+
+
 def serialised(array: Array) -> tuple[bytes | memoryview, ...]:
     """The bytes of `array` as they are, one part after the other, without a copy."""
     return array.views if isinstance(array, ViewedArray) else (array.data,)

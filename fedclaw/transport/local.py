@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.supercore.run import Run
 
 from fedclaw.errors import TransportError
@@ -42,12 +42,6 @@ class LocalGrid(StreamingGrid):
     def verifier(self) -> "Verifier | None":
         """Checks the sites' signatures."""
         return self._verifier
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message from this run's server."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """All sites; they are always connected."""

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedclaw.protocol.arrays import Form, pack_leaving, pack_wire, unpack_wire
-from fedclaw.protocol.records import MessageRecords, ViewedArray, hash_of, serialised
+from fedclaw.protocol.records import MessageRecords, ViewedArray, array_record, hash_of, serialised
 from fedclaw.transport.grpc.message_codec import encode
 
 
@@ -76,3 +76,13 @@ def test_what_leaves_is_packed_without_a_copy_and_is_the_same_to_everybody(value
     assert not read.flags.writeable
     np.testing.assert_array_equal(left["w"].numpy(), values)
     assert pickle.loads(pickle.dumps(left["w"])) == copied["w"]
+
+
+def test_an_array_record_made_at_once_is_the_one_that_flower_would_make():
+    arrays = {"w": Array(np.ones(3, np.float32)), "b": Array(np.zeros(1))}
+    made = array_record(dict(arrays))
+    assert made == ArrayRecord(arrays)
+    assert list(made.items()) == list(arrays.items())
+    made["more"] = arrays["w"]
+    with pytest.raises(TypeError):
+        made["wrong"] = 3

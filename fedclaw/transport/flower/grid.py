@@ -63,12 +63,6 @@ class NamedGrid(StreamingGrid):
         """Flower's run record."""
         return self._grid.run
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message from this run's server."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """The connected sites, by the numbers of their names. Waits for new nodes to give theirs."""
         present = set(self._grid.get_node_ids())

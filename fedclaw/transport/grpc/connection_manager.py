@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class ConnectionManager:
         self._pending = pending
         self._limits = limits
         self._on_event = on_event
-        self._replies = ReplyReceiver(home.name, home.opener(), pending, limits, spool)
+        self.replies = ReplyReceiver(home.name, home.opener(), pending, limits, spool)
         self._sessions: dict[int, Session] = {}
         self._streams: set[Session] = set()
         self._names: dict[int, str] = {}
@@ -94,7 +94,7 @@ class ConnectionManager:
                 f"cannot listen on {self._address}: the address is taken or not this machine's"
             ) from error
         self._server.start()
-        self._replies.start()
+        self.replies.start()
         self._ticker.start()
         self._watcher.start()
 
@@ -109,7 +109,7 @@ class ConnectionManager:
         for thread in (self._ticker, self._watcher):
             if thread.is_alive():
                 thread.join()
-        self._replies.stop()
+        self.replies.stop()
 
     def connected(self) -> dict[int, str]:
         """Names of the connected sites, by node id."""
@@ -144,18 +144,6 @@ class ConnectionManager:
             session.sender.withdraw(identity)
             session.sender.post(frames.refuse(pb.REASON_RECALLED, "nobody waits for it any more", identity))
 
-    def record_late(self, ids: Collection[str]) -> None:
-        """See ReplyReceiver."""
-        self._replies.record_late(ids)
-
-    def take_late(self, ids: Collection[str]) -> list[tuple[PendingRequest, str]]:
-        """See ReplyReceiver."""
-        return self._replies.take_late(ids)
-
-    def excluded_nodes(self) -> Mapping[int, str]:
-        """See ReplyReceiver."""
-        return self._replies.excluded_nodes()
-
     def _serve(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         try:
             peer = peer_of(context, self._home)
@@ -187,7 +175,7 @@ class ConnectionManager:
                 session.touch()
                 chunk = decode_chunk(raw) if session.welcomed else None
                 if chunk is not None:
-                    self._replies.on_chunk(session, chunk)
+                    self.replies.on_chunk(session, chunk)
                 else:
                     self._handle(session, pb.Frame.FromString(raw))
         except NotAdmitted as error:
@@ -207,7 +195,7 @@ class ConnectionManager:
     def _handle(self, session: Session, frame: pb.Frame) -> None:
         frames.check_frame(frame)
         for identity in frame.also_done if session.welcomed else ():
-            self._delivered(session, identity)
+            session.sender.withdraw(identity)
         kind = frame.WhichOneof("body")
         if not session.welcomed:
             if kind != "hello":
@@ -215,13 +203,13 @@ class ConnectionManager:
             self._welcome(session, frame.hello)
         elif kind == "chunk":
             chunk = frame.chunk
-            self._replies.on_chunk(session, Chunk(chunk.transfer_id, chunk.offset, chunk.data))
+            self.replies.on_chunk(session, Chunk(chunk.transfer_id, chunk.offset, chunk.data))
         elif kind == "offer":
-            self._replies.on_offer(session, frame.offer)
+            self.replies.on_offer(session, frame.offer)
         elif kind == "accept":
             session.sender.start(frame.accept.transfer_id, frame.accept.offset)
         elif kind == "done":
-            self._delivered(session, frame.done.transfer_id)
+            session.sender.withdraw(frame.done.transfer_id)
         elif kind == "refuse":
             self._refused_by_site(session, frame.refuse)
         elif kind != "heartbeat":
@@ -251,7 +239,7 @@ class ConnectionManager:
         if replaced is not None:
             text = f"another connection of site {peer.site!r} has taken this one's place"
             log.warning(text)
-            self._replies.on_disconnect(replaced)
+            self.replies.on_disconnect(replaced)
             replaced.close(frames.refuse(pb.REASON_REPLACED, text))
         else:
             self._event("joined", peer.site, frames.printable(hello.software))
@@ -280,11 +268,6 @@ class ConnectionManager:
             self.changed.notify_all()
         return replaced
 
-    def _delivered(self, session: Session, transfer_id: str) -> None:
-        request = self._pending.find(session.peer.node_id, transfer_id)
-        if session.sender.withdraw(transfer_id) is not None and request is not None:
-            request.delivered = True
-
     def _refused_by_site(self, session: Session, refusal: pb.Refuse) -> None:
         request = self._pending.find(session.peer.node_id, refusal.transfer_id)
         if request is None:
@@ -302,7 +285,7 @@ class ConnectionManager:
 
     def _detach(self, session: Session) -> None:
         node_id = session.peer.node_id
-        self._replies.on_disconnect(session)
+        self.replies.on_disconnect(session)
         with self.changed:
             self._streams.discard(session)
             gone = self._sessions.get(node_id) is session
@@ -327,7 +310,7 @@ class ConnectionManager:
                 sessions = list(self._streams)
             for session in sessions:
                 self._guarded(self._check, session)
-            self._guarded(self._replies.drop_slow)
+            self._guarded(self.replies.drop_slow)
             self._guarded(self._recall_expired)
 
     def _limit_connections(self) -> None:

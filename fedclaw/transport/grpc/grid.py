@@ -100,12 +100,6 @@ class GrpcGrid(StreamingGrid):
             raise TransportError(f"this grid serves run {self._run.run_id}, not {run.run_id}")
         self._run = run
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message to a site, as in Flower's Grid."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> Iterable[int]:
         """The sites that are connected now."""
         return sorted(self._connections.connected())
@@ -116,7 +110,7 @@ class GrpcGrid(StreamingGrid):
 
     def excluded_nodes(self) -> Mapping[int, str]:
         """See StreamingGrid."""
-        return self._connections.excluded_nodes()
+        return self._connections.replies.excluded_nodes()
 
     def wait_for_sites(self, count: int, timeout: float) -> tuple[str, ...]:
         """Names of the connected sites, as soon as there are `count` of them or after `timeout` seconds."""
@@ -171,10 +165,10 @@ class GrpcGrid(StreamingGrid):
                     self._pending.read(reply)
                     reply = None
             if deadline is not None:
-                self._connections.record_late(ids)
+                self._connections.replies.record_late(ids)
         finally:
             self._end(ids)
-        for request, text in self._connections.take_late(ids):
+        for request, text in self._connections.replies.take_late(ids):
             yield error_reply(request, RefusalCode.SLOW, text)
 
     def _end(self, ids: frozenset[str]) -> None:

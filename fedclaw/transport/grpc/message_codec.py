@@ -10,13 +10,13 @@ from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Error, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Error, MetricRecord, RecordDict
 from google.protobuf.message import DecodeError
 from numpy.lib import format as npy
 
 from fedclaw.errors import TransportError
 from fedclaw.protocol.buffers import JoinedBuffers
-from fedclaw.protocol.records import MessageRecords, ViewedArray, serialised
+from fedclaw.protocol.records import MessageRecords, ViewedArray, array_record, serialised
 from fedclaw.transport.grpc.chunk_codec import read_varint
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
@@ -234,10 +234,10 @@ def _decode_records(records: pb.Records, body: memoryview) -> RecordDict:
 
 
 def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord, memoryview]:
-    record = ArrayRecord()
+    arrays: dict[str, Array] = {}
     for item in items.items:
         name, dtype, shape, stype, length = item.name, item.dtype, tuple(item.shape), item.stype, item.length
-        if name in record:
+        if name in arrays:
             raise _malformed(f"two arrays are called {name!r}")
         if length > len(body):
             raise _malformed(f"array {name!r} claims {length} bytes, {len(body)} are left")
@@ -245,9 +245,9 @@ def _decode_arrays(items: pb.ArrayItems, body: memoryview) -> tuple[ArrayRecord,
             raise _malformed(f"array {name!r} has {len(shape)} dimensions")
         data = body[:length]
         _check_array(name, dtype, shape, stype, data, length)
-        record[name] = ViewedArray(dtype, shape, stype, data)
+        arrays[name] = ViewedArray(dtype, shape, stype, data)
         body = _after_padding(body, length)
-    return record, body
+    return array_record(arrays), body
 
 
 def _decode_values(items: pb.ValueItems, make: Callable[[Any], V]) -> V:

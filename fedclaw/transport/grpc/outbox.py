@@ -149,22 +149,19 @@ class Outbox:
         A refusal is dropped when its task is asked again: it cost nothing, and its cause may be gone.
         """
         with self._lock:
-            return self._find(task)
-
-    def _find(self, task: Envelope) -> StoredReply | None:
-        entry = self._entries.get(task.message_id)
-        if entry is None or (entry.task.run_id, entry.task.group_id) != (task.run_id, task.group_id):
-            return None
-        if entry.is_refusal:
-            self._drop(entry)
-            return None
-        if task.message_id in self._unchecked:
-            if not entry.is_intact():
-                log.error("%s is damaged and dropped; its task will be done again", entry.path)
+            entry = self._entries.get(task.message_id)
+            if entry is None or (entry.task.run_id, entry.task.group_id) != (task.run_id, task.group_id):
+                return None
+            if entry.is_refusal:
                 self._drop(entry)
                 return None
-            self._unchecked.discard(task.message_id)
-        return entry
+            if task.message_id in self._unchecked:
+                if not entry.is_intact():
+                    log.error("%s is damaged and dropped; its task will be done again", entry.path)
+                    self._drop(entry)
+                    return None
+                self._unchecked.discard(task.message_id)
+            return entry
 
     def store(self, task: Envelope, reply: Envelope, sealed: Sealed, summary: bytes) -> StoredReply:
         """Write a sealed reply, then give the file its name. Up to FLUSHED_BYTES it then survives a power cut.
@@ -245,22 +242,19 @@ class Outbox:
     def prune(self, newest: StoredReply) -> None:
         """Drop old replies: of this run all but the newest few, others by age, any beyond the size; never `newest`."""
         with self._lock:
-            self._prune(newest)
-
-    def _prune(self, newest: StoredReply) -> None:
-        others = [entry for entry in self._entries.values() if entry is not newest]
-        same_run = [entry for entry in others if entry.task.run_id == newest.task.run_id]
-        oldest = time.time() - self._limits.outbox_age
-        doomed = same_run[: max(0, len(same_run) + 1 - self._limits.outbox_replies)]
-        doomed += [entry for entry in others if entry.task.run_id != newest.task.run_id and entry.stored < oldest]
-        for entry in doomed:
-            self._retire(entry)
-        total = sum(entry.size for entry in self._entries.values())
-        for entry in list(self._entries.values()):
-            if total <= self._limits.outbox_bytes or entry is newest:
-                break
-            total -= entry.size
-            self._drop(entry)
+            others = [entry for entry in self._entries.values() if entry is not newest]
+            same_run = [entry for entry in others if entry.task.run_id == newest.task.run_id]
+            oldest = time.time() - self._limits.outbox_age
+            doomed = same_run[: max(0, len(same_run) + 1 - self._limits.outbox_replies)]
+            doomed += [entry for entry in others if entry.task.run_id != newest.task.run_id and entry.stored < oldest]
+            for entry in doomed:
+                self._retire(entry)
+            total = sum(entry.size for entry in self._entries.values())
+            for entry in list(self._entries.values()):
+                if total <= self._limits.outbox_bytes or entry is newest:
+                    break
+                total -= entry.size
+                self._drop(entry)
 
     def _retire(self, entry: StoredReply) -> None:
         """Drop an entry, but keep one such file to write the next reply to."""

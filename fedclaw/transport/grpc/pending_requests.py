@@ -22,8 +22,6 @@ class PendingRequest:
     outgoing: OutgoingTransfer
     asked: float
     expires: float
-    delivered: bool = False
-    """Whether the site has confirmed that it holds the message."""
     reply_bytes: int | None = None
     """Bytes that its reply has at most; None: not known."""
 
@@ -46,8 +44,8 @@ class PendingRequests:
         self.changed = threading.Condition()
         self.on_released: Callable[[Collection[str]], None] = lambda _ids: None
         self._open: dict[str, PendingRequest] = {}
-        self._ready: OrderedDict[str, Message] = OrderedDict()
-        self._kept_until: dict[str, float] = {}
+        self._ready: dict[str, tuple[Message, float]] = {}
+        """Unread replies, oldest first, and until when each is kept."""
         self._answered: OrderedDict[str, int] = OrderedDict()
 
     def add(self, request: PendingRequest) -> None:
@@ -80,8 +78,7 @@ class PendingRequests:
             identity = request.envelope.message_id
             if self._open.pop(identity, None) is None:
                 return False
-            self._ready[identity] = reply
-            self._kept_until[identity] = max(request.expires, time.monotonic() + self._unread)
+            self._ready[identity] = reply, max(request.expires, time.monotonic() + self._unread)
             self._answered[identity] = request.node_id
             while len(self._answered) > _REMEMBERED:
                 self._answered.popitem(last=False)
@@ -92,7 +89,7 @@ class PendingRequests:
         """The earliest unread reply to one of `ids`, or None. The reader calls `read` when it is done with it."""
         with self.changed:
             identity = next((identity for identity in self._ready if identity in ids), None)
-            return None if identity is None else self._pop_ready(identity)
+            return None if identity is None else self._ready.pop(identity)[0]
 
     def read(self, reply: Message) -> None:
         """The reader is done with `reply`: it is no longer charged to the server's memory."""
@@ -118,7 +115,7 @@ class PendingRequests:
         with self.changed:
             dropped = [request for identity in ids if (request := self._open.pop(identity, None)) is not None]
             for identity in ids:
-                self._pop_ready(identity)
+                self._ready.pop(identity, None)
             self.changed.notify_all()
         self.on_released(ids)
         return dropped
@@ -127,9 +124,5 @@ class PendingRequests:
         """Ids of expired requests, and of replies that nobody has read in time. The caller cancels them."""
         now = time.monotonic()
         with self.changed:
-            unread = [identity for identity, until in self._kept_until.items() if until <= now]
+            unread = [identity for identity, (_, until) in self._ready.items() if until <= now]
             return [identity for identity, request in self._open.items() if request.expires <= now] + unread
-
-    def _pop_ready(self, identity: str) -> Message | None:
-        self._kept_until.pop(identity, None)
-        return self._ready.pop(identity, None)

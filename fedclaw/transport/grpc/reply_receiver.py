@@ -308,9 +308,10 @@ class ReplyReceiver:
     def _deliver(self, session: Session, reply: IncomingReply, content: Content) -> None:
         identity = reply.offer.transfer_id
         envelope = _reply_envelope(reply.request, frames.envelope_from_proto(reply.offer.envelope))
+        session.sender.confirm(identity)
+        # Last, for it wakes a thread that wants the interpreter.
         if not self._pending.finish(reply.request, rebuild(envelope, content)):
             self.release([identity])
-        session.sender.confirm(identity)
 
     def _run(self) -> None:
         """Accept what is due by time alone, and read back what is on disk."""

@@ -42,12 +42,6 @@ class OutgoingTransfer:
         return self.offer.transfer_id
 
 
-@dataclass
-class _Running:
-    outgoing: OutgoingTransfer
-    offset: int
-
-
 class Sender:
     """The frames of one stream, in the order in which they leave. Safe for several threads; `frames` for one."""
 
@@ -55,7 +49,8 @@ class Sender:
         self._wake = threading.Condition()
         self._control: deque[pb.Frame] = deque()
         self._offered: dict[str, OutgoingTransfer] = {}
-        self._running: deque[_Running] = deque()
+        self._running: dict[str, int] = {}
+        """The offset at which each accepted transfer goes on, by its id; the first is next."""
         self._confirmed: list[str] = []
         self._closed = False
 
@@ -99,14 +94,13 @@ class Sender:
                 return
             if offset >= outgoing.offer.size:
                 raise TransportError(f"the peer accepted from byte {offset} of {outgoing.offer.size}")
-            self._forget_running(transfer_id)
-            self._running.append(_Running(outgoing, offset))
+            self._running[transfer_id] = offset
             self._wake.notify()
 
     def withdraw(self, transfer_id: str) -> OutgoingTransfer | None:
         """Stop sending that transfer. Returns it if it had been offered."""
         with self._wake:
-            self._forget_running(transfer_id)
+            self._running.pop(transfer_id, None)
             return self._offered.pop(transfer_id, None)
 
     def close(self, last: pb.Frame | None = None) -> None:
@@ -134,25 +128,18 @@ class Sender:
                 return frame.SerializeToString()
             if self._closed:
                 return None
-            running = self._running.popleft()
-            offset = running.offset
-            outgoing = running.outgoing
+            identity = next(iter(self._running))
+            offset, outgoing = self._running.pop(identity), self._offered[identity]
         # Read outside the lock: it may touch the disk.
         try:
             data = outgoing.read(offset)
         except OSError as error:
             log.error("a message that was being sent cannot be read any more: %s", error)
-            self.withdraw(outgoing.transfer_id)
+            self.withdraw(identity)
             return _NOTHING
+        after = offset + sum(map(len, data))
         with self._wake:
-            running.offset += sum(map(len, data))
-            unfinished = running.offset < outgoing.offer.size
-            if unfinished and outgoing.transfer_id in self._offered and not self._is_running(outgoing.transfer_id):
-                self._running.append(running)
-        return encode_chunk(outgoing.transfer_id, offset, data)
-
-    def _is_running(self, transfer_id: str) -> bool:
-        return any(item.outgoing.transfer_id == transfer_id for item in self._running)
-
-    def _forget_running(self, transfer_id: str) -> None:
-        self._running = deque(item for item in self._running if item.outgoing.transfer_id != transfer_id)
+            # Meanwhile it may have been withdrawn, or accepted anew from elsewhere.
+            if after < outgoing.offer.size and self._offered.get(identity) is outgoing:
+                self._running.setdefault(identity, after)
+        return encode_chunk(identity, offset, data)

@@ -138,8 +138,13 @@ class SiteConnection:
     @property
     def connected(self) -> bool:
         """Whether the server has welcomed the current stream."""
-        stream = self._stream
-        return stream is not None and stream.welcomed and not stream.ended.is_set()
+        stream = self._welcomed()
+        return stream is not None and not stream.ended.is_set()
+
+    def _welcomed(self) -> _Stream | None:
+        """The current stream, once the server has welcomed it."""
+        with self._lock:
+            return self._stream if self._stream is not None and self._stream.welcomed else None
 
     def run(self, stop: threading.Event) -> None:
         """Connect, serve and reconnect until `stop` is set.
@@ -231,8 +236,7 @@ class SiteConnection:
         proxy = proxy_for(self._address)
         if proxy is not None and "Connection refused" in (details or ""):
             return f"nobody listens at the proxy (connection refused){self._proxy_hint()}"
-        stream = self._stream
-        return _describe(error) + ("" if stream is not None and stream.welcomed else self._proxy_hint())
+        return _describe(error) + ("" if self._welcomed() else self._proxy_hint())
 
     def _proxy_hint(self) -> str:
         if (proxy := proxy_for(self._address)) is None:
@@ -246,16 +250,12 @@ class SiteConnection:
 
     def _offer_reply(self, entry: StoredReply) -> None:
         """Offer a stored reply, if there is a stream; if not, the server asks again when there is."""
-        with self._lock:
-            stream = self._stream
-        if stream is not None and stream.welcomed:
+        if (stream := self._welcomed()) is not None:
             stream.sender.offer(entry.outgoing())
 
     def _report_unanswered(self, message_id: str, text: str) -> None:
         """Tell the server that no reply to a task will come; without a stream it asks again."""
-        with self._lock:
-            stream = self._stream
-        if stream is not None and stream.welcomed:
+        if (stream := self._welcomed()) is not None:
             stream.sender.post(frames.refuse(pb.REASON_UNANSWERED, text, message_id))
 
     def on_frame(self, stream: _Stream, frame: pb.Frame) -> None:
@@ -348,8 +348,9 @@ class SiteConnection:
             self._refuse_task(stream, pb.REASON_MALFORMED, str(error), chunk.transfer_id)
             return
         if task is not None:
-            self._worker.submit(task.message, task.expires)
+            # Last, for it wakes a thread that wants the interpreter.
             stream.sender.confirm(chunk.transfer_id)
+            self._worker.submit(task.message, task.expires)
 
     def _reply_refused(self, stream: _Stream, refusal: pb.Refuse) -> None:
         outgoing = stream.sender.withdraw(refusal.transfer_id)

@@ -48,7 +48,7 @@ def asked(kit, grid, names, *, timeout=60.0, body=None):
 
 def received(grid) -> int:
     """Bytes that have arrived of all replies that are on their way."""
-    return sum(one.received for one in list(grid._connections._replies._buffers.accepted.values()))
+    return sum(one.received for one in list(grid._connections.replies._buffers.accepted.values()))
 
 
 def limits(kit, **changed):
@@ -70,7 +70,7 @@ def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(k
     for first in range(40):
         for site in sites:
             site.send(first, 1)
-        held.append(grid._connections._replies.held_bytes())
+        held.append(grid._connections.replies.held_bytes())
     for site in sites:
         site.send(40, site.sealed.count - 40)
     thread.join(60)
@@ -79,12 +79,12 @@ def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(k
         values = reply.content["sum"]["w"].numpy()
         assert (values.size, values[-1]) == (10 * MIB, 10 * MIB - 1)
     assert max(held) <= 64 * MIB
-    kit.until(lambda: grid._connections._replies.held_bytes() == 0, "all memory is free again")
+    kit.until(lambda: grid._connections.replies.held_bytes() == 0, "all memory is free again")
 
 
 def test_what_waits_on_disk_has_no_name_there_and_is_gone_after_it_was_read(kit, tmp_path):
     grid = kit.grid(limits(kit, inbound_bytes=MIB))
-    grid._connections._replies._buffers.directory = tmp_path
+    grid._connections.replies._buffers.directory = tmp_path
     names = ["site-a", "site-b"]
     sites = [uploader(kit, grid, name) for name in names]
     thread, found = asked(kit, grid, names)
@@ -120,7 +120,7 @@ def test_a_withdrawn_reply_leaves_neither_memory_nor_disk_behind(kit, clock):
     kit.until(lambda: received(grid) == 6 * (SEGMENT + TAG), "all that was sent is there")
     clock.forward(60)
     thread.join(60)
-    receiver = grid._connections._replies
+    receiver = grid._connections.replies
     kit.until(lambda: not receiver._buffers.accepted and not receiver._buffers.waiting, "nothing is held")
 
 
@@ -139,7 +139,7 @@ def test_a_full_disk_brings_replies_one_after_the_other_and_loses_none(kit, capl
         kit.link(name, grid.port, Large())
     grid.wait_for_sites(3, 20)
     gate = threading.Event()
-    receiver = grid._connections._replies
+    receiver = grid._connections.replies
     real = receiver._buffers.charge
     # All three begin before one has ended, as on a slow line.
     receiver._buffers.charge = lambda reply, more: real(reply, more) and (gate.wait(0.1) or True)
@@ -269,7 +269,7 @@ def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(ki
     honest.offer(0, content=arrays(4))
     honest.accepted()
     kit.until(
-        lambda: any(one.memory_was_short for one in grid._connections._replies._buffers.accepted.values()),
+        lambda: any(one.memory_was_short for one in grid._connections.replies._buffers.accepted.values()),
         "there is no memory",
     )
 
@@ -295,7 +295,7 @@ def test_a_site_that_offers_another_reply_every_moment_keeps_no_reply_on_disk(ki
 def test_a_reply_on_disk_whose_site_goes_as_its_last_piece_comes_is_read_all_the_same(kit, monkeypatch):
     grid = kit.grid(limits(kit, inbound_bytes=MIB))
     sites = [uploader(kit, grid, name) for name in ("site-a", "site-b")]
-    receiver = grid._connections._replies
+    receiver = grid._connections.replies
     spool = receiver._buffers.spool
 
     def gone_meanwhile(reply, chunk) -> None:
@@ -320,7 +320,7 @@ def test_a_site_that_goes_as_its_turn_comes_may_come_back_and_nobody_else_is_hun
     """Its turn may come on the thread of another site's stream."""
     grid = kit.grid(limits(kit))
     site = uploader(kit, grid, "site-a")
-    receiver = grid._connections._replies
+    receiver = grid._connections.replies
     accept_next, gone = receiver._buffers.accept_next, []
 
     def gone_meanwhile():
@@ -364,7 +364,7 @@ def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inb
         site.send(3, site.sealed.count - 3)
     thread.join(30)
     assert [reply.error.code for reply in found.values()] == [RefusalCode.FAILED] * 2
-    assert grid._connections._replies.held_bytes() == 0
+    assert grid._connections.replies.held_bytes() == 0
 
 
 def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit):
@@ -383,7 +383,7 @@ def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit
 def test_hundreds_of_waiting_replies_with_bad_seals_are_refused_one_by_one(kit):
     """They wait behind one that holds what memory there is; each refusal made room for the next, ever deeper."""
     grid = kit.grid(limits(kit, inbound_bytes=MIB, spool_bytes=0))
-    receiver = grid._connections._replies
+    receiver = grid._connections.replies
     site = uploader(kit, grid, "site-a")
     messages = [kit.message("site-a", group=str(number)) for number in range(500)]
     found: list[object] = []
@@ -455,7 +455,7 @@ def test_junk_at_a_trickle_sends_no_honest_reply_to_disk_and_lets_none_wait(kit,
         kit.link(name, grid.port, Heavy(), limits=patient)
     liar = uploader(kit, grid, "site-liar")
     grid.wait_for_sites(4, 30)
-    buffers, held_back, on_disk = grid._connections._replies._buffers, [], []
+    buffers, held_back, on_disk = grid._connections.replies._buffers, [], []
     may_begin, spool = buffers._may_begin, buffers.spool
 
     def begins(reply, now) -> bool:
