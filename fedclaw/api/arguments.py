@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from functools import wraps
 from numbers import Integral
+from os import PathLike
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from fedclaw.errors import FedClawError, Reason, Setting, UsageError
@@ -18,7 +20,7 @@ _WORDS = {
     "central.unit=example": 'unit="example"',
     "sites.minimum": "clients= times fraction=",
     "overwrite=true": "overwrite=True",
-    "output=…": "another target",
+    "output=…": "target=…",
     "runtime=sites": "fedclaw server",
 }
 
@@ -54,3 +56,10 @@ def whole(value: object, name: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise UsageError(f"{name}={value!r:.60}: a whole number of at least {least} is needed")
     return int(value)
+
+
+def place(value: object, name: str) -> Path:
+    """The argument of that name, as a path. Raises UsageError unless it is one."""
+    if not isinstance(value, str | PathLike):
+        raise UsageError(f"{name}={value!r:.60}: the path of a file or a directory is needed")
+    return Path(value)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from fedclaw.api.arguments import argument, public, whole
-from fedclaw.api.frames import FrameReader, as_list, is_frame
+from fedclaw.api.frames import FrameReader, as_list, is_frame, named
 from fedclaw.catalogue import did_you_mean
 from fedclaw.clients.array_schema import ArraySchema
 from fedclaw.clients.arrays import ClassReader, NumberReader, classes_of, inputs_of, labels_of, require_pairs
@@ -25,6 +25,7 @@ from fedclaw.simulation.partitions.settings import PartitionSettings
 TestAt = Literal["federation", "clients"]
 Rows = NDArray[np.int64]
 _PARTITIONS: TypeAdapter[PartitionMethod] = TypeAdapter(PartitionSettings)
+_ARGUMENTS = ("clients", "partition", "by", "test", "test_at", "seed", "value_range", "loss")
 _NAMES = ("iid", "dirichlet", "shards", "quantity", "feature_shift")
 
 
@@ -145,6 +146,8 @@ class Federation:
         """
         if not is_frame(frame):
             raise UsageError(f"a data frame is needed, and this is a {type(frame).__name__}")
+        frame, test = named(frame), named(test) if is_frame(test) else test
+        target, by = str(target), None if by is None else str(by)
         frames = [frame, *([test] if is_frame(test) else [])]
         if by is not None and is_frame(test) and by not in test.columns:
             frames[1] = test.assign(**{by: ""})
@@ -181,6 +184,7 @@ class Federation:
     ) -> Self:
         """One pandas data frame a client, in a list, or by name in a dict. Raises DataError, UsageError."""
         items, given = as_list(frames)
+        items, test, target = [named(item) for item in items], named(test) if is_frame(test) else test, str(target)
         names = given or _numbered(len(items))
         reader = FrameReader([*items, *([test] if is_frame(test) else [])], target)
         pairs = {
@@ -232,6 +236,8 @@ class Federation:
     ) -> Self:
         if test_at not in ("federation", "clients"):
             raise UsageError(f'test_at={test_at!r}: "federation" or "clients"')
+        if test_at == "clients" and outside is not None:
+            raise UsageError('test_at="clients" holds a share of each client\'s own out: test= is to be that share')
         if not 0 <= share < 1:
             raise UsageError(f"test={share:g}: a share of the examples, from 0 to below 1, or a pair of arrays")
         generator, names = np.random.default_rng(whole(seed, "seed", 0)), None
@@ -250,7 +256,7 @@ class Federation:
         sites = None if owners is None else owners[kept]
         dealt = method.deal(train.targets, train.inputs, clients, generator, sites=sites)
         train, shares = _as_seen(train, dealt)
-        if test_at == "federation" or outside is not None:
+        if test_at == "federation":
             return cls(schema, train, shares, test=test, names=names)
         cuts = [min(len(own) - 1, round(share * len(own))) for own in shares]
         tests = [own[:cut] for own, cut in zip(shares, cuts, strict=True)] if share else None
@@ -275,6 +281,10 @@ def _method(partition: str, owners: NDArray[Any] | None, options: dict[str, Any]
         raise UsageError(
             f"partition={partition!r}{did_you_mean(str(partition), _NAMES)}; there are: {', '.join(_NAMES)}"
         )
+    known = type(_PARTITIONS.validate_python({"name": partition})).model_fields.keys() - {"name"}
+    for name in options.keys() - known:
+        near = did_you_mean(name, [*known, *_ARGUMENTS])
+        raise UsageError(f"{name}= is no argument, and no setting of partition={partition!r}{near}")
     try:
         return _PARTITIONS.validate_python({"name": partition, **options})
     except ValidationError as error:

@@ -3,7 +3,8 @@
 Legend: N rows of a frame, D inputs of the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedclaw.clients.arrays import SHOWN, inputs_of, rows_in_words
 from fedclaw.clients.columns import AnyColumn, Boolean, Categorical, Numeric
 from fedclaw.clients.table_definition import ClassTarget, NumberColumn, TableDefinition
 from fedclaw.clients.tabular_schema import TabularSchema
+from fedclaw.clients.values import repeated
 from fedclaw.errors import DataError, UsageError
 from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.learning.workload import Floats
@@ -33,6 +35,10 @@ class FrameReader:
     def __init__(self, frames: Sequence[Any], target: str, leave_out: Sequence[str] = ()) -> None:
         """Raises DataError for frames that do not have the same columns, or lack the target, or identify rows."""
         names = [str(column) for column in frames[0].columns]
+        if twice := repeated(names):
+            raise DataError(f"the frame has the column {twice[0]!r} more than once")
+        if target in leave_out:
+            raise UsageError(f"target= and by= are the same column, {target!r}")
         for name in (target, *leave_out):
             if name not in names:
                 raise DataError(f"there is no column {name!r}; there are: {', '.join(names)}")
@@ -75,6 +81,11 @@ def is_frame(value: object) -> bool:
     return all(hasattr(value, name) for name in ("columns", "iloc", "to_numpy"))
 
 
+def named(frame: Any) -> Any:
+    """The frame with the names of its columns as text."""
+    return frame.rename(columns=str)
+
+
 def as_list(frames: Mapping[str, Any] | Sequence[Any]) -> tuple[list[Any], list[str] | None]:
     """The frames one after another, and their names if they have any. Raises UsageError."""
     named = isinstance(frames, Mapping)
@@ -87,29 +98,42 @@ def as_list(frames: Mapping[str, Any] | Sequence[Any]) -> tuple[list[Any], list[
 def _column(frames: Sequence[Any], name: str) -> AnyColumn:
     """The kind of a column by its values. Raises DataError for one that has none, or identifies its rows."""
     kinds = {getattr(frame[name].dtype, "kind", "O") for frame in frames}
-    if kinds == {"b"}:
-        return Boolean(name=name, kind="boolean")
-    if kinds <= set("biuf"):
-        return Numeric(name=name, kind="numeric")
     if kinds & set("mMc"):
         raise DataError(
             f"column {name!r} holds times or complex numbers: make numbers of it, such as days since a date"
         )
-    levels = sorted({str(level) for frame in frames for level in frame[name].dropna().unique()})
-    rows = sum(len(frame) for frame in frames)
+    try:
+        if kinds == {"b"}:
+            return Boolean(name=name, kind="boolean")
+        if kinds <= set("biuf"):
+            return Numeric(name=name, kind="numeric")
+        return Categorical(name=name, kind="categorical", levels=_levels(frames, name))
+    except ValidationError as error:
+        raise DataError(f"column {name!r} cannot be one of a table: {explain(error)}") from error
+
+
+def _levels(frames: Sequence[Any], name: str) -> tuple[str, ...]:
+    """The values of a column of categories, as text. Raises DataError for one that is no such column."""
+    values = {value for frame in frames for value in frame[name].dropna() if _is_category(value, name)}
+    declared = all(str(frame[name].dtype) == "category" for frame in frames)
+    if not declared and any(isinstance(value, Number) and not isinstance(value, bool) for value in values):
+        raise DataError(f"column {name!r} holds numbers as objects: make numbers of it, frame[{name!r}].astype(float)")
+    levels, rows = sorted(set(map(str, values))), sum(len(frame) for frame in frames)
     if not levels:
         raise DataError(f"column {name!r} has no value at all in {rows} rows: leave it out")
-    declared = all(str(frame[name].dtype) == "category" for frame in frames)
     if len(levels) > _MOST_LEVELS or (not declared and rows >= _FEW_ROWS and 2 * len(levels) > rows):
         raise DataError(
             f"column {name!r} has {len(levels)} different values in {rows} rows, and each would be an input: leave an "
             "identifier out, make numbers of text, or, if they are categories, say so: "
             f"frame[{name!r}].astype('category')"
         )
-    try:
-        return Categorical(name=name, kind="categorical", levels=tuple(levels))
-    except ValidationError as error:
-        raise DataError(f"column {name!r} cannot be one of categories: {explain(error)}") from error
+    return tuple(levels)
+
+
+def _is_category(value: object, name: str) -> bool:
+    if not isinstance(value, Hashable):
+        raise DataError(f"column {name!r} holds a {type(value).__name__} in a row, and a single value is needed")
+    return True
 
 
 def _encoded(values: Any, column: AnyColumn, which: str) -> NDArray[np.float32]:

@@ -140,3 +140,7 @@ def _require_shape(model: nn.Module, inputs: torch.Tensor, task: Task) -> None:
         )
     if not torch.isfinite(outputs).all():
         raise UsageError("the model gives numbers that are not finite for the first examples")
+    if task.labels and (outputs >= 0).all() and torch.allclose(outputs.sum(dim=1), torch.ones(len(inputs)), atol=1e-4):
+        raise UsageError(
+            "the model gives probabilities, which add up to 1, and the loss takes logits: leave the last softmax out"
+        )

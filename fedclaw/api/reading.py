@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedclaw.api.arguments import public
+from fedclaw.api.arguments import place, public
 from fedclaw.clients.arrays import inputs_of
 from fedclaw.errors import DataError
 from fedclaw.export.check import Verified, verify_bundle
@@ -38,6 +38,11 @@ class Bundle:
     card: str
     """The model card, Markdown."""
     _verified: Verified = field(repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        about = self.manifest
+        kind = f"{about.workload} model of {about.parameters:,} parameters"
+        return f"Bundle({str(self.path)!r}, {kind}, signed by {about.federation}, trusted={self.trusted})"
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -74,12 +79,16 @@ def read_bundle(
     the bundle; `crl` that CA's revocation list. Raises BundleError naming what is changed, missing or signed by
     somebody else.
     """
-    authority, descriptor, revoked = (None if place is None else Path(place) for place in (ca, federation, crl))
+    authority, descriptor, revoked = (
+        None if value is None else place(value, name)
+        for name, value in (("ca", ca), ("federation", federation), ("crl", crl))
+    )
     trust = load_trust(authority, descriptor, revoked)
-    verified = verify_bundle(Path(path), trust, keep=(ONNX, SCHEMA, PRIVACY, CARD))
+    root = place(path, "path")
+    verified = verify_bundle(root, trust, keep=(ONNX, SCHEMA, PRIVACY, CARD))
     privacy = json.loads(verified.contents[PRIVACY])
     card = verified.contents[CARD].decode("utf-8")
-    return Bundle(Path(path), verified.manifest, verified.pinned, privacy, card, verified)
+    return Bundle(root, verified.manifest, verified.pinned, privacy, card, verified)
 
 
 @public
@@ -89,6 +98,6 @@ def read_ledger(site: Pathlike) -> Spending:
     The whole chain is walked and compared with what left the site. Raises UsageError if there is no such site,
     LedgerError naming the first entry that is wrong. Nothing is written, and a client may be running.
     """
-    journal = open_journal(Path(site))
+    journal = open_journal(place(site, "site"))
     check_journal(journal)
     return journal.spending()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedclaw.api.arguments import public
+from fedclaw.api.arguments import place, public
 from fedclaw.errors import PluginError, UsageError
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
@@ -109,7 +109,7 @@ class Run:
         self._require_module(given)
         real = None if inputs is None else inputs_of(inputs, "inputs")
         request = Request(inputs=real, quantised=quantise, overwrite=overwrite)
-        return export_run(self.path, given, Path(federation), Path(target), request)
+        return export_run(self.path, given, place(federation, "federation"), place(target, "target"), request)
 
     def _require_module(self, given: "Model | None") -> None:
         from fedclaw.api.module import OWN
@@ -165,7 +165,7 @@ class Run:
 @public
 def read_run(path: str | os.PathLike[str]) -> Run:
     """The run in a directory such as runs/NAME. Raises UsageError if it is none, CheckpointError if it is damaged."""
-    run = Run(Path(path))
+    run = Run(place(path, "path"))
     RunDirectory.open(run.path).check()
     return run
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from fedclaw.api.arguments import argument, public, whole
+from fedclaw.api.arguments import argument, place, public, whole
 from fedclaw.api.federation import Federation
 from fedclaw.api.module import Model, ModuleWorkload, around, check_model, factory_of
 from fedclaw.api.runs import Run
@@ -16,6 +16,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.registry import SCHEMAS, STRATEGIES, WORKLOADS, installed, lent, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.mechanisms.server_noise import noise_of_the_server
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.terms import (
@@ -101,6 +102,7 @@ def simulate(
     weight_decay: float = 0.0,
     fraction: float = 1.0,
     weighting: Weighting = "examples",
+    weight_cap: int | None = None,
     privacy: LocalPrivacy | CentralPrivacy | None = None,
     workers: int = 1,
     seed: int = 0,
@@ -127,7 +129,8 @@ def simulate(
         momentum: of sgd.
         weight_decay: of either.
         fraction: share of the clients that each round asks, drawn anew.
-        weighting: examples, a client counts by how many it has; uniform, by one.
+        weighting: examples, a client counts by how many it has; uniform, by one; capped, by at most `weight_cap`.
+        weight_cap: the largest weight, with weighting capped.
         privacy: whose noise, for which guarantee; None: none.
         workers: processes. They are forked, so that the module may be defined in a notebook; more need more memory.
         seed: of the first parameters, batches and the clients asked.
@@ -179,17 +182,30 @@ def simulate(
             "privacy": privacy._request() if isinstance(privacy, LocalPrivacy) else None,
             "central": calibrated(privacy._request(), rounds) if isinstance(privacy, CentralPrivacy) else None,
             "weighting": weighting,
+            "weight_cap": weight_cap,
             "rules": _rules(len(federation), fraction),
             "seed": seed,
         }
         record = _checked(fields, RunRecord, "simulate")
-        if reason := mechanism_of(record).out_of_range():
+        mechanism = mechanism_of(record)
+        if reason := mechanism.out_of_range():
             raise UsageError("simulate: ", reason)
+        _require_small_delta(mechanism, max(federation.sizes))
         record = with_strategy(simulated(record, way, len(federation)))
         path, holder = _place(directory)
         kept = RunDirectory.create(path, record)
         simulate_cohorts(kept, _simulated(federation, workload), way, [_Teller(on_round)] if on_round else [])
     return Run(path, factory_of(model), holder)
+
+
+def _require_small_delta(mechanism: Mechanism, examples: int) -> None:
+    """Raise UsageError where a client with so many examples would refuse delta, as publishing one of them keeps it."""
+    asked = mechanism.guarantee(trust_server_noise=True)
+    if asked is not None and asked.delta * examples >= 1:
+        raise UsageError(
+            f"privacy: delta={asked.delta:g} means nothing to a client with {examples} examples: it has to be below "
+            f"one over their number, {1 / examples:.2g}"
+        )
 
 
 def _simulated(federation: Federation, workload: ModuleWorkload) -> SimulatedFederation:
@@ -244,10 +260,12 @@ def _rules(clients: int, fraction: float) -> RoundRules:
 def _place(directory: str | Path | None) -> tuple[Path, object]:
     """Where the run is kept, and what keeps that there."""
     if directory is not None:
-        if (path := Path(directory)).exists() and not path.is_dir():
+        if (path := place(directory, "directory")).exists() and not path.is_dir():
             raise UsageError(f"directory={str(path)!r} is a file; name a directory that is empty, or not there yet")
         if (path / "run.json").exists():
             raise UsageError(f"{path} already holds a run: read it, fedclaw.read_run(...), or name another directory")
+        if path.exists() and any(path.iterdir()):
+            raise UsageError(f"{path} holds other files; name a directory that is empty, or not there yet")
         return path, None
     holder = tempfile.TemporaryDirectory(prefix="fedclaw-run-")
     return Path(holder.name) / _RUN, holder

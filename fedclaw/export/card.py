@@ -69,7 +69,7 @@ def _head(source: Source, manifest: Manifest, statement: PrivacyStatement) -> st
     warnings = "".join(f"\n\n> **{_cell(warning)}**" for warning in statement.warnings)
     return (
         f"# Model card: {_cell(source.record.run)}\n\n"
-        f"A {_cell(source.record.workload)} model trained {_where(source.record)}, "
+        f"A model of the workload {_cell(source.record.workload)}, trained {_where(source.record)}, "
         f"exported {manifest.created:%Y-%m-%d %H:%M} UTC.\n\n"
         f"{statement.summary}{warnings}"
     )

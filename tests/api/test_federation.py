@@ -112,6 +112,13 @@ def test_a_data_frame_by_one_of_its_columns():
     assert by_client == [[[30, 1, 1, 0, 0], [52, 1, 1, 0, 0]], [[41, 0, 0, 1, 0], [63, 1, 0, 0, 1]]]
 
 
+def test_columns_may_be_called_by_numbers():
+    frame = pd.DataFrame({0: [1.5, 2.5, 3.5, 4.5], 1: ["a", "b"] * 2})
+    federation = Federation.from_frame(frame, target=1, clients=2, test=0)
+    assert (federation.columns, federation.labels) == (("0",), ("a", "b"))
+    assert sorted(federation.table.inputs[:, 0].tolist()) == [1.5, 2.5, 3.5, 4.5]
+
+
 def test_a_data_frame_a_client_has_the_levels_of_all():
     parts = {name: part.drop(columns="clinic") for name, part in FRAME.groupby("clinic")}
     federation = Federation.from_frames(parts, target="outcome", test=0)
@@ -194,7 +201,7 @@ HUGE[0, 1] = 1e300
             lambda: from_arrays(X, Y, clients=2, partition="dirichlet", alpha=0),
             "'dirichlet': alpha: .*greater",
         ),
-        (lambda: from_arrays(X, Y, clients=2, alpha=0.1), "partition='iid': alpha"),
+        (lambda: from_arrays(X, Y, clients=2, alpha=0.1), "alpha= is no argument, and no setting of partition='iid'"),
         (lambda: from_arrays(X, Y, by=Y, clients=7), "clients=7, and by= names 3"),
         (lambda: from_arrays(X, Y, by=Y, partition="shards"), "leave partition and its settings out"),
         (lambda: from_arrays(X, Y, by=Y[:3]), "x and by: 12 examples and 3 labels"),
@@ -217,6 +224,14 @@ HUGE[0, 1] = 1e300
         (lambda: from_frame(FRAME.assign(stage=None), target="outcome", clients=1), "'stage'.*in 4 rows"),
         (lambda: from_frame(FRAME.assign(age=pd.Timestamp(0)), target="outcome", clients=1), "days since"),
         (lambda: from_frames([FRAME, FRAME.drop(columns="age")], target="outcome"), "other columns.*: age"),
+        (lambda: from_frame(pd.concat([FRAME, FRAME.age], axis=1), "outcome", clients=2), "'age' more than once"),
+        (lambda: from_frame(FRAME, "outcome", by="outcome"), "are the same column, 'outcome'"),
+        (lambda: from_frame(FRAME.assign(age=[[1]] * 4), "outcome", clients=1), "'age' holds a list in a row"),
+        (lambda: from_frame(FRAME.assign(age=[1, "2"] * 2), "outcome", clients=1), "holds numbers as objects"),
+        (lambda: from_frame(FRAME.rename(columns={"age": ""}), "outcome", clients=1), "column '' cannot be one"),
+        (lambda: from_frame(FRAME.assign(stage=["I", "I "] * 2), "outcome", clients=1), "more than once: 'I'"),
+        (lambda: from_arrays(X, Y, client=2), "client= is no argument.*did you mean clients"),
+        (lambda: from_arrays(X, Y, clients=2, test=(X, Y), test_at="clients"), "test= is to be that share"),
         (lambda: from_frames([FRAME, 3], target="outcome"), "one data frame a client"),
         (lambda: from_arrays(X, Y, clients="two"), "clients='two': a whole number of at least 1"),
         (lambda: from_arrays(X, Y, clients=2.5), r"clients=2\.5: a whole number"),

@@ -32,6 +32,12 @@ def test_a_run_is_read_again(kept):
         fedclaw.read_run(kept.path)
 
 
+@pytest.mark.parametrize("read", [fedclaw.read_run, fedclaw.read_bundle, fedclaw.read_ledger])
+def test_what_is_no_path(read):
+    with pytest.raises(fedclaw.UsageError, match="=3: the path of a file or a directory is needed"):
+        read(3)
+
+
 def test_a_ledger_is_walked_and_read(tmp_path):
     site = make_site(tmp_path / "site")
     spending = fedclaw.read_ledger(str(site))

@@ -278,6 +278,7 @@ def infinite():
         (nn.Identity, {}, "no parameters to train"),
         (lambda: Net().double(), {}, "torch.float64 on cpu"),
         (infinite, {}, "parameter head.bias begins with numbers that are not finite"),
+        (lambda: nn.Sequential(Net(), nn.Softmax(1)), {}, "gives probabilities.* leave the last softmax out"),
         (lambda: 3, {}, "made a int, and a torch.nn.Module"),
         ("net", {}, "'net' is no torch module"),
         (Net, {"strategy": "fedvag"}, "did you mean fedavg"),
@@ -304,6 +305,9 @@ def infinite():
         ),
         (Net, {"strategy": "krum"}, "at least 5 .*counts with 4: set clients= times fraction= to 5 or more"),
         (Net, {"weighting": "equal"}, "weighting: "),
+        (Net, {"weighting": "capped"}, "weight_cap goes with weighting: capped"),
+        (Net, {"privacy": fedclaw.LocalPrivacy(4, 0.5, 1)}, r"delta=0.5 means nothing to a client with \d+ examples"),
+        (Net, {"directory": 3}, "directory=3: the path of a file or a directory is needed"),
         (Net, {"privacy": 8}, "give fedclaw.LocalPrivacy"),
         (Net, {"privacy": PRIVATE, "strategy": "qfedavg"}, "training data, which no noise covers; take privacy=None$"),
         (
@@ -316,7 +320,7 @@ def infinite():
 )
 def test_what_cannot_be_right_is_told_before_anybody_trains(federation, tmp_path, model, changes, words):
     with pytest.raises(fedclaw.FedClawError, match=words) as raised:
-        fedclaw.simulate(federation, model, directory=tmp_path / "run", **{**QUICK, **changes})
+        fedclaw.simulate(federation, model, **{"directory": tmp_path / "run", **QUICK, **changes})
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
 
@@ -345,6 +349,21 @@ def test_what_a_thread_was_lent_is_its_own():
 def test_data_that_is_no_federation():
     with pytest.raises(fedclaw.UsageError, match=r"federation is a ndarray: make one, fedclaw.Federation.from_arrays"):
         fedclaw.simulate(np.ones((4, 5)), Net, **QUICK)
+
+
+def test_a_directory_with_other_files_is_left_alone(federation, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(fedclaw.UsageError, match="holds other files; name a directory that is empty"):
+        fedclaw.simulate(federation, Net, directory=tmp_path, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_a_client_counts_by_at_most_the_cap(federation):
+    run = fedclaw.simulate(federation, Net, weighting="capped", weight_cap=5, **QUICK)
+    same = fedclaw.simulate(federation, Net, weighting="uniform", **QUICK)
+    assert run.record.weight_cap == 5
+    for name, array in run.parameters.items():
+        np.testing.assert_allclose(array, same.parameters[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_directory_that_is_a_file(federation, tmp_path):
