@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.layout import Decision
-from fedclaw.learning.score_statistics import SCORES, edges, parameters_digest
+from fedclaw.learning.statistics import SCORES, edges, parameters_digest
 from fedclaw.learning.workload import Floats, Labels, Table
 from fedclaw.privacy.estimates import ENOUGH
 from fedclaw.server.statistics_release import Release

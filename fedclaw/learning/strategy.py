@@ -296,8 +296,6 @@ def checked_client_update(strategy: type[Strategy], delta: Arrays, context: Roun
 
     Nothing else that a strategy could return has been looked at: not by what bounds it, nor by what adds it up.
     """
-    if not is_overridden(strategy, "client_update"):
-        return ClientUpdate(delta)
     shapes = shapes_of(delta)
     extras = shapes_of(strategy.extras({name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}))
     if not strategy.uses_training_loss:

@@ -39,7 +39,7 @@ ROUND = 0
 
 
 class ScoreQuestion(Frozen):
-    """How a model of two classes scores the rows (`fedclaw.learning.score_statistics`), parameters sent along."""
+    """How a model of two classes scores the rows (`fedclaw.learning.statistics`), parameters sent along."""
 
     model: ModelSpec
     bins: int = Field(default=33, ge=3, le=MAX_SCORE_BINS)

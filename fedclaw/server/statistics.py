@@ -16,8 +16,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, UpdateError, UsageError
-from fedclaw.learning.score_statistics import parameters_digest
-from fedclaw.learning.statistics import design_for
+from fedclaw.learning.statistics import design_for, parameters_digest
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.distributed import WRAP
 from fedclaw.privacy.estimates import estimate

@@ -14,8 +14,7 @@ from fedclaw.site.directory import only_client
 from fedclaw.site.journal.history import Index
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.ledger_file import read_ledger
-from fedclaw.site.journal.ledger_mark import LedgerMark, check_mark, read_mark, write_mark
-from fedclaw.site.journal.reconciliation import check_site
+from fedclaw.site.journal.reconciliation import LedgerMark, check_mark, check_site, read_mark, write_mark
 from fedclaw.site.layout import answers_directory, ledger_file, outbound_file, outbox_directory, state_directory
 from fedclaw.site.settings import load_site_settings
 

@@ -1,7 +1,7 @@
 """A site's directory, opened: settings, data, ledger and log as one service.
 
 site.yaml  schema file  data files  keys/  federation.json        what the operator put there
-ledger.json        that a ledger was begun: see `fedclaw.site.journal.ledger_mark`
+ledger.json        that a ledger was begun: see `fedclaw.site.journal.reconciliation`
 state/ledger.sqlite  state/outbound.jsonl  state/outbox/  state/strategy/          what the client keeps there
 """
 
@@ -22,9 +22,8 @@ from fedclaw.privacy.secure_aggregation import CertificateVerifier, Sessions
 from fedclaw.site.data import load_data
 from fedclaw.site.device import choose_device
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.journal.ledger_mark import check_mark, write_mark
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.journal.reconciliation import check, check_site, losses
+from fedclaw.site.journal.reconciliation import check, check_mark, check_site, losses, write_mark
 from fedclaw.site.layout import ledger_file, outbound_file, strategy_directory
 from fedclaw.site.layout import state_directory as state_directory
 from fedclaw.site.policy.policy import TEST

@@ -89,11 +89,8 @@ def _refuse(limit: str, opens: datetime, now: datetime) -> None:
 
 def charge_times(entries: Iterable[Entry], data_set: str) -> list[str]:
     """When the data set was charged, in the ledger's order."""
-    return [str(entry.body["time"]) for entry in _charges(entries, data_set)]
-
-
-def _charges(entries: Iterable[Entry], data_set: str) -> list[Entry]:
-    return [entry for entry in entries if entry.body["kind"] == "reserve" and entry.body["data_set"] == data_set]
+    bodies = (entry.body for entry in entries)
+    return [str(body["time"]) for body in bodies if body["kind"] == "reserve" and body["data_set"] == data_set]
 
 
 def evaluation_times(lines: Iterable[OutboundEntry]) -> list[str]:

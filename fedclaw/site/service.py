@@ -130,7 +130,8 @@ class SiteService(Site):
             sums = answering.masked and asked.secure is not None
             mask = masking(self.secure, asked, message.content) if sums else None
             answered = pipeline.answer(answering, mask)
-        return _about(answered, asked.run)
+        answered[ABOUT] = ConfigRecord({**answered.config_records.get(ABOUT, {}), RUN: asked.run})
+        return answered
 
     def begin(self, message: Message) -> NoiseEvent | None:
         """Do all that comes before training when `message` asks for it, the charge included, and say what that was.
@@ -182,12 +183,6 @@ _KINDS: Mapping[tuple[type, str], Callable[[SiteService, Asking, Any], Answering
 def _asking(message: Message, asked: Asked) -> Asking:
     rounds = asked.rounds if isinstance(asked, Plan) else 1
     return Asking(message, asked.federation, asked.run, asked.round, rounds)
-
-
-def _about(answer: RecordDict, run: str) -> RecordDict:
-    """`answer` with the run that it belongs to beside its charge, if it has one."""
-    answer[ABOUT] = ConfigRecord({**answer.config_records.get(ABOUT, {}), RUN: run})
-    return answer
 
 
 def _is_for_statistics(message: Message) -> bool:

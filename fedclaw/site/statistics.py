@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
-from fedclaw.learning.score_statistics import score_records
-from fedclaw.learning.statistics import design_for
+from fedclaw.learning.statistics import design_for, score_records
 from fedclaw.privacy.mechanisms.statistics import (
     SENSITIVITY,
     SharedStatistics,

@@ -75,7 +75,8 @@ class ClientHalf:
         """The strategy's, if it has one, for `steps` local steps of `model`, which holds what the round begins with."""
         if not is_overridden(self.strategy, "correct_gradients"):
             return None
-        return self._corrected(self.strategy.correct_gradients, model, _tensors(model), steps)
+        start = [parameter.detach().clone() for parameter in model.parameters()]
+        return self._corrected(self.strategy.correct_gradients, model, start, steps)
 
     def personal_correction(self, model: torch.nn.Module, start: Arrays, steps: int) -> Correction:
         """The same for the site's own model, beside the global parameters `start`."""
@@ -260,10 +261,6 @@ def _check_sent(strategy: type[Strategy], sent: Mapping[str, Arrays], parameters
                 RefusalCode.STRATEGY,
                 f"strategy {plan.strategy!r} needs the server's {kind!r} for each parameter, and what came is not that",
             )
-
-
-def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def _zeros(like: Arrays) -> Arrays:

@@ -8,8 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.threshold import threshold_of_release
-from fedclaw.learning.score_statistics import SPAN, edges
-from fedclaw.learning.statistics import design_for
+from fedclaw.learning.statistics import SPAN, design_for, edges
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity

@@ -317,7 +317,7 @@ class Ledger:
     def verify(self) -> None:
         """Read the whole file again and walk the chain. Raises LedgerError naming the first bad entry."""
         with self._transaction("BEGIN"):
-            self._read_again()
+            self._index = self._verified()[1]
 
     def close(self) -> None:
         """Close the file."""
@@ -441,11 +441,8 @@ class Ledger:
     def _check_file(self) -> None:
         """Read all of it again if somebody else has touched it; inside a transaction."""
         if self._watch is not None and (now := self._watch.look()) != self._watch.known and self._index.sequence:
-            self._read_again()
+            self._index = self._verified()[1]
             self._watch.known = now
-
-    def _read_again(self) -> None:
-        self._index = self._verified()[1]
 
     def _catch_up(self) -> None:
         """Follow what other processes have written since; inside a transaction."""

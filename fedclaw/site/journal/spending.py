@@ -7,11 +7,9 @@ do not add up to that of the data set: composed together they cost less than the
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.site.journal.history import Budget, Entry, History, Index, Reservation
-from fedclaw.site.journal.ledger_file import read_ledger
 
 BudgetOf = Callable[[str], Budget]
 """A data set's budget, by its name."""
@@ -109,16 +107,8 @@ class Point:
     epsilon: float
 
 
-def summary(path: Path, budget_of: BudgetOf, also: Iterable[str] = ()) -> Spending:
-    """What the ledger at `path` says, read without writing to it; `also` names data sets to list uncharged.
-
-    Raises LedgerError if there is none, or naming the first bad entry.
-    """
-    return spending_of(*read_ledger(path), budget_of, also)
-
-
 def spending_of(entries: Sequence[Entry], index: Index, budget_of: BudgetOf, also: Iterable[str] = ()) -> Spending:
-    """What these entries of one ledger say; see `summary`."""
+    """What these entries of one ledger say; `also` names data sets to list uncharged."""
     charges = [LedgerCharge.of(entry, index) for entry in entries if entry.sequence in index.reservations]
     names = dict.fromkeys([*(charge.reservation.data_set for charge in charges), *also])
     return Spending(

@@ -18,9 +18,16 @@ from fedclaw.protocol.refusal import Refusal
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.history import Budget, Index
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.journal.ledger_mark import check_mark
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.journal.reconciliation import SiteJournal, agreements, check, check_journal, losses, open_journal
+from fedclaw.site.journal.reconciliation import (
+    SiteJournal,
+    agreements,
+    check,
+    check_journal,
+    check_mark,
+    losses,
+    open_journal,
+)
 from fedclaw.site.journal.spending import DataSetSpending
 from fedclaw.site.layout import ledger_file, outbound_file
 from fedclaw.site.policy.policy import TEST, Policy

@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.compression import positions
 from fedclaw.learning.compression.compressor import kept
 from fedclaw.learning.compression.fp16 import Fp16
 from fedclaw.learning.compression.powersgd import LowRank
 from fedclaw.learning.compression.stochastic import Stochastic, packed, unpacked
-from fedclaw.learning.compression.topk import LargestK
+from fedclaw.learning.compression.topk import LargestK, encoded_positions, position_form, read_positions
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack_wire, payload, shapes_of, unpack_wire
 
@@ -160,10 +159,10 @@ def test_top_k_leaves_no_more_than_its_share_of_the_square(seed, fraction):
 @settings(max_examples=80, deadline=None)
 def test_positions_come_back(numbers, data):
     chosen = np.array(sorted(data.draw(st.sets(st.integers(0, numbers - 1), min_size=1))), np.int64)
-    coded = positions.coded(chosen, numbers)
-    form = positions.form(len(chosen), numbers)
+    coded = encoded_positions(chosen, numbers)
+    form = position_form(len(chosen), numbers)
     assert (coded.dtype, coded.shape) == (form.dtype, form.shape)
-    assert positions.read(coded, len(chosen), numbers).tolist() == chosen.tolist()
+    assert read_positions(coded, len(chosen), numbers).tolist() == chosen.tolist()
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_positions_come_back(numbers, data):
     [(10, 1000, 20), (100, 1000, 125), (10, 1 << 16, 20), (10, (1 << 16) + 1, 40), (1 << 15, 1 << 20, 1 << 17)],
 )
 def test_positions_take_the_shorter_form(count, numbers, expected):
-    assert positions.form(count, numbers).nbytes == expected
+    assert position_form(count, numbers).nbytes == expected
 
 
 # PowerSGD

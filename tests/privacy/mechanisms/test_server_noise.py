@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -344,3 +345,16 @@ def test_hiding_a_site_hides_an_example_half_as_well(sites, record):
         for value in (9.0, -9.0)
     )
     assert np.linalg.norm(ones - others) == pytest.approx(2 * setting.clip, rel=1e-5)
+
+
+def test_neither_a_norm_nor_the_noise_on_the_sum_takes_another_model():
+    """Both are worked out in float64, which a second copy of a large model would be twice its size in."""
+    update, total = np.ones(1 << 20, np.float32), np.ones(1 << 20)
+    noise = mechanism_of(plan_of(run_record(privacy=None, central=central(), weighting="uniform")))
+    tracemalloc.start()
+    try:
+        assert clip_to({"w": update}, 1.0) == pytest.approx(1 << 10)
+        noise.noised(Update({"w": total}, 1.0, 1))
+        assert tracemalloc.get_traced_memory()[1] < update.nbytes
+    finally:
+        tracemalloc.stop()

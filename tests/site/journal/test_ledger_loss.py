@@ -153,7 +153,7 @@ def test_nothing_is_trained_when_the_mark_cannot_be_written(root, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedclaw.site.journal.ledger_mark.write_atomic", full)
+    monkeypatch.setattr("fedclaw.site.journal.reconciliation.write_atomic", full)
     monkeypatch.setattr("fedclaw.site.training.take_steps", lambda *_, **__: pytest.fail("it trained"))
     assert RefusalCode(asker.ask().error.code) is RefusalCode.FAILED
 

@@ -11,7 +11,7 @@ from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.site.journal.history import Budget
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.ledger_file import read_ledger
-from fedclaw.site.journal.spending import epsilon_over_time, summary
+from fedclaw.site.journal.spending import epsilon_over_time, spending_of
 from tests.ledgers import ROUND, Run, make_site
 
 DELTA = 1e-3
@@ -36,7 +36,7 @@ def path(original: Path, tmp_path: Path) -> Path:
 
 
 def test_what_was_spent_by_whom(path: Path) -> None:
-    spending = summary(path, budget_of)
+    spending = spending_of(*read_ledger(path), budget_of)
     assert [item.name for item in spending.data_sets] == ["ward-4", "outpatients"]
     ward = spending.data_set("ward-4")
     assert ward.epsilon == pytest.approx(cost(9))
@@ -52,7 +52,7 @@ def test_what_was_spent_by_whom(path: Path) -> None:
 
 
 def test_it_says_what_the_ledger_says(path: Path) -> None:
-    spending = summary(path, budget_of)
+    spending = spending_of(*read_ledger(path), budget_of)
     with Ledger.open(path, "ward-4") as ledger:
         assert spending.head == ledger.head()
         assert spending.entries == len(ledger.entries())
@@ -65,24 +65,24 @@ def test_it_says_what_the_ledger_says(path: Path) -> None:
 
 
 def test_training_without_privacy_is_unbounded_and_leaves_nothing(path: Path) -> None:
-    item = summary(path, budget_of).data_set("outpatients")
+    item = spending_of(*read_ledger(path), budget_of).data_set("outpatients")
     assert item.epsilon == item.runs[0].epsilon == math.inf
     assert item.left == 0
     assert item.runs[0].mechanisms == (None,)
-    assert summary(path, lambda _: Budget(None, DELTA)).data_set("outpatients").left is None
+    assert spending_of(*read_ledger(path), lambda _: Budget(None, DELTA)).data_set("outpatients").left is None
 
 
 def test_an_uncharged_data_set_is_listed_when_asked_for(path: Path) -> None:
-    item = summary(path, budget_of, also=["ward-5"]).data_set("ward-5")
+    item = spending_of(*read_ledger(path), budget_of, also=["ward-5"]).data_set("ward-5")
     assert (item.epsilon, item.left, item.charges, item.runs) == (0.0, 8.0, 0, ())
     with pytest.raises(KeyError):
-        summary(path, budget_of).data_set("ward-5")
+        spending_of(*read_ledger(path), budget_of).data_set("ward-5")
 
 
 def test_a_round_that_was_charged_again_is_one_round(path: Path) -> None:
     with Ledger.open(path, "ward-4", "cd" * 32) as ledger:
         ledger.reserve("heart/summer/1", "heart", "summer", 1, ROUND, Budget(None, DELTA))
-    run = summary(path, budget_of).data_set("ward-4").run("summer", "heart")
+    run = spending_of(*read_ledger(path), budget_of).data_set("ward-4").run("summer", "heart")
     assert run is not None
     assert (run.rounds, run.charges, run.open) == (3, 4, 2)
 
@@ -91,7 +91,7 @@ def test_epsilon_over_time_ends_where_the_ledger_is(path: Path) -> None:
     points = epsilon_over_time(*read_ledger(path), "ward-4", DELTA, most=100)
     assert [point.charges for point in points] == list(range(1, 10))
     assert [point.epsilon for point in points] == [pytest.approx(cost(rounds)) for rounds in range(1, 10)]
-    assert points[-1].epsilon == summary(path, budget_of).data_set("ward-4").epsilon
+    assert points[-1].epsilon == spending_of(*read_ledger(path), budget_of).data_set("ward-4").epsilon
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5])
@@ -114,7 +114,7 @@ def test_a_clock_that_was_set_back_changes_no_order(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("fedclaw.site.journal.ledger.datetime", Past)
     with Ledger.open(path, "ward-4", "ab" * 32) as ledger:
         ledger.reserve("later", "heart", "first", 2, ROUND, Budget(None, DELTA))
-    run = summary(path, budget_of).data_set("ward-4").runs[0]
+    run = spending_of(*read_ledger(path), budget_of).data_set("ward-4").runs[0]
     assert run.first > run.last == "1970-01-01T00:00:00+00:00"
     points = epsilon_over_time(*read_ledger(path), "ward-4", DELTA, most=9)
     assert points[0].epsilon < points[1].epsilon
