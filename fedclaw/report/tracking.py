@@ -49,7 +49,7 @@ _NOISY = {
 
 
 _TELL_EVERY, _TELL_AT_LATEST = 2.0, 30.0
-"""Seconds: rounds that follow one another faster are told to the store together."""
+"""Seconds: rounds that follow one another faster are told to the store together, by class of the last one alone."""
 _SHARE_OF_TELLING = 0.03
 """Of a run's time that goes into telling, at most, between those bounds: on a busy machine a store takes longer, and so
 do rounds, so that it would be told more often the more that costs."""
@@ -174,6 +174,8 @@ class MlflowTracker:
         self._run_id: str | None = None
         self._waiting: list[tuple[str, float, int, int]] = []
         """(metric, value, milliseconds since the epoch, round) that the store has not been told yet."""
+        self._by_class: list[tuple[str, float, int, int]] = []
+        """The same by class, of the last round alone: they are most of a round's figures, and each costs the same."""
         self._next = 0.0
         """When the store is told again, by the monotonic clock."""
         for name, value in _PATIENCE.items():
@@ -190,7 +192,7 @@ class MlflowTracker:
     def finished_round(self, report: "RoundReport") -> None:
         """Metrics and epsilons at this round."""
         with self._forgiving():
-            self._note(report.round, _values(report.as_line()))
+            self._note(report.round, report.as_line())
             if report.round >= report.rounds or time.monotonic() >= self._next:
                 self._tell(self._run_id or self._begin())
 
@@ -240,18 +242,20 @@ class MlflowTracker:
         noted = {point.step for point in self._client.get_metric_history(run_id, _ALWAYS)}
         for line in self._directory.read_metrics():
             if line["round"] not in noted and _ALWAYS in line:
-                self._note(line["round"], _values(line))
+                self._note(line["round"], line)
         self._tell(run_id)
 
-    def _note(self, number: int, values: Mapping[str, float]) -> None:
+    def _note(self, number: int, line: Mapping[str, Any]) -> None:
         now = int(time.time() * 1000)
-        self._waiting += [(name, value, now, number) for name, value in values.items()]
+        self._waiting += [(name, value, now, number) for name, value in _values(line).items()]
+        self._by_class = [(name, value, now, number) for name, value in _by_class(line).items()]
 
     def _tell(self, run_id: str) -> None:
         """The store all that is waiting: in few transactions, each of which costs as much as a small round."""
         from mlflow.entities import Metric
 
-        waiting, self._waiting = self._waiting, []
+        waiting = self._waiting + self._by_class
+        self._waiting, self._by_class = [], []
         began = time.monotonic()
         try:
             for start in range(0, len(waiting), _MOST_METRICS):
@@ -395,17 +399,24 @@ def _values(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _beside(line: Mapping[str, Any]) -> dict[str, float]:
-    """The figures beside a round's metrics: means over the sites, by class, the AUROC's bounds, the majority class."""
+    """The figures beside a round's metrics: means over the sites, the AUROC's bounds, the majority class."""
     values: dict[str, float] = {}
     for name, own in (line.get("over_sites") or {}).items():
         values |= {f"over_sites/{name}": own["mean"], f"over_sites/{name}_spread": own["spread"]}
-    for label, own in (line.get("by_class") or {}).items():
-        values |= {f"class/{_label(label)}/{name}": value for name, value in own.items()}
     if area := line.get("auroc"):
         values |= {"auroc_low": area["interval"][0], "auroc_high": area["interval"][1]}
     if majority := line.get("majority"):
         values["majority_class"] = majority["accuracy"]
     return values
+
+
+def _by_class(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of each class."""
+    return {
+        f"class/{_label(label)}/{name}": value
+        for label, own in (line.get("by_class") or {}).items()
+        for name, value in own.items()
+    }
 
 
 def _label(text: str) -> str:

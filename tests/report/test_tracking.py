@@ -103,7 +103,10 @@ def test_rounds_that_the_store_lacks_are_noted_when_the_run_goes_on(run):
 
 @pytest.mark.parametrize(("seconds", "calls"), [(0.01, [1, 4, 7, 8]), (0.3, [1, 8])])
 def test_a_store_that_takes_long_is_told_less_often_and_of_everything(run, monkeypatch, seconds, calls):
-    """Rounds of a second: a store that is told quickly hears of them every 2 s, one that takes 0.3 s every 10 s."""
+    """Rounds of a second: a store that is told quickly hears of them every 2 s, one that takes 0.3 s every 10 s.
+
+    Of everything in each round, but for the figures by class: those of the last round that it is told of.
+    """
     clock, heard = SimpleNamespace(now=1000.0), []
     monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
     tracker = MlflowTracker(TrackingSettings(), run.directory)
@@ -117,13 +120,16 @@ def test_a_store_that_takes_long_is_told_less_often_and_of_everything(run, monke
 
     monkeypatch.setattr(tracker._client, "log_batch", slow)
     for number in range(1, 9):
-        tracker.finished_round(replace(report(number), rounds=100))
+        beside = {"by_class": {"ill": {"recall": number / 10}}}
+        tracker.finished_round(replace(report(number), rounds=100, beside=beside))
         clock.now += 0.99
     tracker.failed()
     assert heard == calls
     client = MlflowClient(f"sqlite:///{run.runs / 'mlflow.db'}")
     history = client.get_metric_history(tracker._run_id, "accuracy")
     assert [point.step for point in history] == list(range(1, 9))
+    recalls = client.get_metric_history(tracker._run_id, "class/ill/recall")
+    assert [(point.step, point.value) for point in recalls] == [(step, step / 10) for step in calls]
 
 
 @contextmanager
