@@ -19,11 +19,12 @@ from hypothesis import HealthCheck, settings
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.identity import provisioning
+from tests import warm
 from tests.ports import free_port
 
 FEDERATION = "clinic"
-PATIENCE = 90.0
-"""Seconds after which a process that should have ended, or a line that should have come, is given up."""
+PATIENCE = 200.0
+"""Seconds after which a process that should have ended, or a line that should have come, is given up: it hangs."""
 
 
 # The same examples in every run, or (`--hypothesis-profile explore`) others in each. Neither looks at a clock.
@@ -62,15 +63,7 @@ class Command:
 
 def run_module(module: str, *arguments: str | Path, cwd: Path | None = None, timeout: float = PATIENCE) -> Command:
     """Run `python -m MODULE` to its end."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(),
-        cwd=cwd,
-        check=False,
-    )
+    done = warm.run(["-m", module, *arguments], env=environment(), cwd=cwd, timeout=timeout)
     return Command(done.returncode, done.stdout, done.stderr)
 
 
@@ -83,12 +76,16 @@ def environment() -> dict[str, str]:
 class Background:
     """A process in the background that writes to a file."""
 
-    def __init__(self, log: Path, module: str, *arguments: str | Path) -> None:
+    def __init__(self, log: Path, module: str, *arguments: str | Path, fresh: bool = False) -> None:
+        """`fresh`: started by the system and not by `tests.warm`."""
         self.log = log
+        words, env = ["-m", module, *map(str, arguments)], environment()
+        self.process: warm.Warm | subprocess.Popen[bytes]
         with log.open("ab") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, arguments)], stdout=file, stderr=file, env=environment()
-            )
+            if fresh:
+                self.process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file, env=env)
+            else:
+                self.process = warm.start(words, stdout=file, stderr=file, env=env)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -132,6 +129,7 @@ class Deployment:
     federation: Path
     sites: tuple[Path, ...]
     background: list[Background]
+    fresh: bool = False
 
     @property
     def schema(self) -> Path:
@@ -155,7 +153,8 @@ class Deployment:
         return self.server(*defaults, *privacy, f"sites.minimum={len(self.sites)}", *arguments)
 
     def _start(self, name: str, module: str, *arguments: str) -> Background:
-        process = Background(self.root / f"{name}-{len(self.background)}.log", module, *arguments)
+        log = self.root / f"{name}-{len(self.background)}.log"
+        process = Background(log, module, *arguments, fresh=self.fresh)
         self.background.append(process)
         return process
 

@@ -14,6 +14,7 @@ from fedclaw.cli import compose_settings, config_directory, split
 from fedclaw.errors import UsageError
 from fedclaw.server.__main__ import ServerSettings
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
+from tests import warm
 from tests.conftest import environment, run_module
 from tests.ports import free_port
 from tests.samples import receipt, run_record
@@ -189,13 +190,7 @@ def test_a_damaged_run_is_refused_before_a_site_is_asked(deployment, tmp_path):
 
 def run_main_raising(expression, level="INFO"):
     program = f"from fedclaw.cli import run_main\ndef body(arguments):\n    raise {expression}\nrun_main('m', '', body)"
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment() | {"FEDCLAW_LOG": level},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return warm.run(["-c", program], env=environment() | {"FEDCLAW_LOG": level}, timeout=60)
 
 
 def test_what_nobody_foresaw_is_one_line_without_its_text():

@@ -35,6 +35,8 @@ def reservations(site):
 
 
 def test_a_run_from_connection_to_model(deployment):
+    """Started as people start them."""
+    deployment.fresh = True
     clients = [deployment.client(index) for index in range(2)]
     server = deployment.new_run()
     assert server.finish() == 0, server.text()

@@ -12,6 +12,7 @@ from fedclaw.__main__ import COMMANDS, _file_of
 from fedclaw.catalogue import STRATEGIES, WORKLOADS, plugin_points
 from fedclaw.cli import compose_settings
 from fedclaw.server.__main__ import ServerSettings
+from tests import warm
 from tests.conftest import environment, run_module
 
 SIGN = '''"""The sign of the mean (only a made-up strategy).
@@ -73,11 +74,14 @@ def outsider(tmp_path):
     return place
 
 
-def with_outsider(outsider: Path, program: str, *arguments: str):
+def with_outsider(outsider: Path, program: str, *arguments: str, fresh: bool = False):
+    """Run a module or a line of Python where the package is installed; `fresh`: without libraries at hand."""
     values = environment()
     values["PYTHONPATH"] = os.pathsep.join([values["PYTHONPATH"], str(outsider)])
-    command = [sys.executable, *("-c" if " " in program else "-m", program)]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=values, check=False, timeout=90)
+    words = ["-c" if " " in program else "-m", program, *arguments]
+    if fresh:
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=values, check=False)
+    return warm.run(words, env=values, timeout=90)
 
 
 def test_the_console_script_is_this_module():
@@ -137,7 +141,7 @@ def test_a_strategy_of_another_package_is_listed_and_not_imported(outsider):
         "import sys; from fedclaw.__main__ import overview; print(overview()); "
         "assert not {'theirs', 'torch', 'fedclaw.strategies', 'fedclaw.clients'} & set(sys.modules)"
     )
-    done = with_outsider(outsider, program)
+    done = with_outsider(outsider, program, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "  fedsign           The sign of the mean (only a made-up strategy)\n" in done.stdout
     assert "  wards    Wards: a made-up workload of another package\n" in done.stdout

@@ -19,6 +19,7 @@ from fedclaw.identity.pki import host_names, parse_certificate
 from fedclaw.identity.provisioning import accept, approve, initialise, request_site
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.provision import main
+from tests import warm
 
 INIT = ("init", "federation=heart", "name=heart", "address=127.0.0.1:9443")
 REQUEST = ("request", "site=a", "name=hospital-a", "descriptor=heart/federation.json")
@@ -35,15 +36,8 @@ def run(*arguments: str) -> str:
 
 
 def process(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fedclaw.provision", *arguments],
-        cwd=directory,
-        env={**os.environ, "FEDCLAW_LOG": "DEBUG"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    words = ["-m", "fedclaw.provision", *arguments]
+    return warm.run(words, cwd=directory, env={**os.environ, "FEDCLAW_LOG": "DEBUG"}, timeout=60)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_a_site_that_is_killed_drops_out_and_is_back_in_a_later_round(deployment
     for index in range(2):
         deployment.client(index)
     victim = deployment.client(2)
-    server = deployment.new_run(*DISTRIBUTED, "sites.minimum=2", "sites.wait_for=3", "rounds=5000", "sites.deadline=5")
+    server = deployment.new_run(*DISTRIBUTED, "sites.minimum=2", "sites.wait_for=3", "rounds=5000", "sites.deadline=10")
     site = deployment.sites[2]
     journal = site / "state" / "unmasked.jsonl"
     victim.wait_for(lambda: journal.exists() and len(journal.read_text().splitlines()) >= 3, "took part")

@@ -60,7 +60,7 @@ def start(tmp_path):
     started = []
 
     def begin(module, *arguments):
-        process = Background(tmp_path / f"{len(started)}.log", module, *arguments)
+        process = Background(tmp_path / f"{len(started)}.log", module, *arguments, fresh=True)
         started.append(process)
         return process
 

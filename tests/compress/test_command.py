@@ -1,13 +1,13 @@
 """The command line: one clear line for each mistake, and the exit code."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from fedclaw.compress.__main__ import main
 from fedclaw.errors import CompressionError, DataError, FedClawError, ProvisionError, UsageError
+from tests import warm
+from tests.conftest import environment
 
 
 @pytest.fixture
@@ -66,9 +66,7 @@ def test_too_few_inputs_and_wrong_columns(run, digits, tmp_path):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "fedclaw.compress", *arguments], capture_output=True, text=True, timeout=100
-    )
+    return warm.run(["-m", "fedclaw.compress", *arguments], env=environment(), timeout=100)
 
 
 def test_command_line(run, digits):

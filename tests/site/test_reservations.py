@@ -1,7 +1,5 @@
 """A charge is for one question, and what a site remembers of it stays only if its answer left."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ from flwr.app import Error, Message
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import LocalTraining
+from tests import warm
 from tests.conftest import environment
 from tests.site.conftest import Asker
 from tests.states import newest
@@ -142,9 +141,7 @@ def unlimited():
 @pytest.mark.timeout(300)
 def test_kill_nine_at_every_step_leaves_one_charge_one_answer_and_its_state(tmp_path):
     """From before the reservation to after the line in the outbound log: see `site_killer`."""
-    done = subprocess.run(
-        [sys.executable, KILLER, tmp_path], capture_output=True, text=True, env=environment(), check=False, timeout=280
-    )
+    done = warm.run([KILLER, tmp_path], env=environment(), timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     places, answered_before = done.stdout.split()[-2:]
     assert int(places) >= 15

@@ -9,6 +9,7 @@ import pytest
 
 from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
 from fedclaw.site.journal.ledger import Ledger
+from tests import warm
 from tests.conftest import environment
 
 KILLER = Path(__file__).with_name("ledger_killer.py")
@@ -17,9 +18,7 @@ KILLER = Path(__file__).with_name("ledger_killer.py")
 @pytest.mark.parametrize(("how", "least"), [("call", 150), pytest.param("instruction", 300, marks=pytest.mark.slow)])
 def test_kill_nine_at_every_place_loses_nothing(tmp_path: Path, how: str, least: int) -> None:
     """Places from before the file exists to after the last charge; each is a process of its own."""
-    done = subprocess.run(
-        [sys.executable, KILLER, tmp_path, how], capture_output=True, text=True, env=environment(), check=False
-    )
+    done = warm.run([KILLER, tmp_path, how], env=environment(), timeout=900)
     assert done.returncode == 0, done.stderr
     places, _, said = done.stdout.partition(" ")
     assert int(places) > least
