@@ -3,9 +3,10 @@
     python -m experiments.benchmarks.exchange [EXCHANGES]
 
 Server here, site in a process of its own; a model of 6,000 float32 parameters (24 kB) in six arrays goes out and comes
-back. Everything that a real exchange does is in the figure: encoding, the offer and its acceptance, sealing (HPKE), the
-reply stored in the site's outbox and flushed to the disk before it leaves, opening, decoding. So the figure depends on
-the disk of the temporary directory: the two flushes took 0.4 ms of it on a virtual machine's disk.
+back. Everything that a real exchange does is in the figure: encoding, the offer and its acceptance, sealing (an HPKE
+session serves a minute's messages, 64 at most), the reply stored in the site's outbox and flushed to the disk before it
+leaves, opening, decoding. So the figure depends on the disk of the temporary directory: the flush took 0.2 ms of it on
+a virtual machine's disk.
 The reference is a bare echo of 24 kB on a mutually authenticated stream between the same two kinds of process, measured
 in the same run.
 """

@@ -172,7 +172,7 @@ class ConnectionManager:
     def _read(self, session: Session, requests: Iterator[bytes]) -> None:
         try:
             for raw in requests:
-                session.touch()
+                session.heard = time.monotonic()
                 chunk = decode_chunk(raw) if session.welcomed else None
                 if chunk is not None:
                     self.replies.on_chunk(session, chunk)

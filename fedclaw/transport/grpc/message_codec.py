@@ -71,19 +71,7 @@ def decode(buffer: bytes | bytearray | memoryview) -> Content:
 
     Raises TransportError for anything not exactly well-formed.
     """
-    view = memoryview(buffer).cast("B")
-    if len(view) < _PREFIX or view[: len(MAGIC)] != MAGIC:
-        raise TransportError("the message is not a FedClaw message")
-    length = int.from_bytes(view[len(MAGIC) : _PREFIX], "big")
-    if length > min(_MAX_HEADER, len(view) - _PREFIX):
-        raise TransportError(f"the message's header claims {length} bytes of {len(view)}")
-    raw = bytes(view[_PREFIX : _PREFIX + length])
-    check_items(raw)
-    try:
-        header = pb.Content.FromString(raw)
-    except DecodeError as error:
-        raise TransportError("the message's header is malformed") from error
-    body = _after_padding(view, _PREFIX + length)
+    header, body = _split(memoryview(buffer).cast("B"))
     kind = header.WhichOneof("body")
     if kind == "failure":
         if len(body):
@@ -160,15 +148,23 @@ def _extent(raw: bytes, wire_type: int, at: int) -> tuple[int, int]:
 
 def is_error(buffer: bytes) -> bool:
     """Whether a message is an error reply. Raises TransportError if it has no header."""
-    length = int.from_bytes(buffer[len(MAGIC) : _PREFIX], "big")
-    if buffer[: len(MAGIC)] != MAGIC or length > len(buffer) - _PREFIX:
+    return bool(_split(memoryview(buffer))[0].WhichOneof("body") == "failure")
+
+
+def _split(view: memoryview) -> tuple[pb.Content, memoryview]:
+    """A message's header, and the arrays' data after it. Raises TransportError."""
+    if len(view) < _PREFIX or view[: len(MAGIC)] != MAGIC:
         raise TransportError("the message is not a FedClaw message")
-    raw = buffer[_PREFIX : _PREFIX + length]
+    length = int.from_bytes(view[len(MAGIC) : _PREFIX], "big")
+    if length > min(_MAX_HEADER, len(view) - _PREFIX):
+        raise TransportError(f"the message's header claims {length} bytes of {len(view)}")
+    raw = bytes(view[_PREFIX : _PREFIX + length])
     check_items(raw)
     try:
-        return bool(pb.Content.FromString(raw).WhichOneof("body") == "failure")
+        header = pb.Content.FromString(raw)
     except DecodeError as error:
         raise TransportError("the message's header is malformed") from error
+    return header, _after_padding(view, _PREFIX + length)
 
 
 def _encode_record(

@@ -26,10 +26,6 @@ class Session:
         self._lock = threading.Lock()
         context.add_callback(self.sender.close)
 
-    def touch(self) -> None:
-        """Note that a frame has come from the site."""
-        self.heard = time.monotonic()
-
     def close(self, last: pb.Frame | None = None) -> None:
         """Send `last`, then end the stream."""
         with self._lock:
