@@ -32,7 +32,7 @@ from pydantic import Field
 
 from experiments.partitions.dealing import Dealt, deal_out
 from experiments.sources import DatasetSettings, Source, pixels, schema_of
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import run_main, settings_of
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import STRATEGIES, installed
@@ -175,7 +175,7 @@ def _write_yaml(path: Path, content: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Write the layout as the command line says."""
-    settings = compose_settings("datasets", split(arguments).overrides, DealSettings)
+    settings = settings_of(arguments, "datasets", DealSettings)
     if settings.output.exists():
         raise UsageError(f"{settings.output} exists already; choose another output=")
     directories = write_sites(

@@ -28,7 +28,7 @@ from experiments.datasets import SitePolicy, write_sites
 from experiments.processes import Processes, free_port
 from experiments.sources import DatasetSettings
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import run_main, settings_of
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
@@ -72,10 +72,7 @@ class DemoSettings(Frozen):
 
 def main(arguments: Sequence[str]) -> None:
     """Run the demo as the command line says."""
-    line = split(arguments)
-    if line.words:
-        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
-    settings = compose_settings("demo", line.overrides, DemoSettings)
+    settings = settings_of(arguments, "demo", DemoSettings)
     console = make_console()
     began = time.monotonic()
     _clear(settings.output)

@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel
 from rich.console import Console
@@ -65,18 +65,30 @@ def split(arguments: Sequence[str]) -> CommandLine:
     return CommandLine(tuple(words), tuple(overrides))
 
 
+def settings_of(arguments: Sequence[str], config_name: str, settings: type[S]) -> S:
+    """The settings of a command that takes key=value and no bare word. Raises UsageError."""
+    line = split(arguments)
+    if line.words:
+        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
+    return compose_settings(config_name, line.overrides, settings)
+
+
 def compose_settings(config_name: str, overrides: Sequence[str], settings: type[S]) -> S:
     """Compose conf/<config_name>.yaml with `overrides` and check it. Raises UsageError."""
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
-            composed = compose(config_name, overrides=as_text(with_plugins(overrides), settings))
+        composed = _composed(config_name, as_text(with_plugins(overrides), settings))
         plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise _wrong_configuration(error, config_name, overrides) from error
     checked = check_settings(plain, settings)
     startup.clear_line()
     return checked
+
+
+def _composed(config_name: str, overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
+        return compose(config_name, overrides=overrides)
 
 
 def expanded(path: Path) -> Path:
@@ -303,10 +315,8 @@ def _installed_beside(group: str) -> frozenset[str]:
 def _keys(config_name: str, overrides: Sequence[str]) -> list[str]:
     """Every setting of conf/<config_name>.yaml with the groups that `overrides` choose, as on the command line."""
     chosen = [override for override in overrides if (config_directory() / override.partition("=")[0]).is_dir()]
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(config_directory())):
-            plain = OmegaConf.to_container(compose(config_name, overrides=chosen), resolve=False)
+        plain = OmegaConf.to_container(_composed(config_name, chosen), resolve=False)
     except (HydraException, OmegaConfBaseException):
         return []
     return list(_paths(plain))

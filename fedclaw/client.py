@@ -106,7 +106,9 @@ def _require_directory(site: Path) -> None:
 def serve(settings: ClientSettings) -> None:
     """Connect and answer until told to stop."""
     site = load_site_settings(settings.site) if settings.app is None else None
-    keys = _keys(settings, site)
+    keys = SiteKeys.open(settings.site)
+    if site is not None:
+        require_name(settings.site, site, keys.site_name)
     with startup.loading(_LIBRARIES):
         from fedclaw.site.directory import only_client, state_directory
         from fedclaw.transport.grpc import SiteConnection
@@ -118,13 +120,6 @@ def serve(settings: ClientSettings) -> None:
         )
         log.info("site %s serves federation %s", keys.site_name, keys.descriptor.name)
         connection.run(threading.Event())
-
-
-def _keys(settings: ClientSettings, site: SiteSettings | None) -> SiteKeys:
-    keys = SiteKeys.open(settings.site)
-    if site is not None:
-        require_name(settings.site, site, keys.site_name)
-    return keys
 
 
 def _handler(settings: ClientSettings, site: SiteSettings | None, keys: SiteKeys) -> "SiteHandler":

@@ -6,15 +6,17 @@ import os
 # without a shared cipher, while TLS 1.3 negotiates its own suites: so only TLS 1.3 is left.
 TLS13_ONLY_CIPHERS = "ECDHE-RSA-AES256-GCM-SHA384"
 
-os.environ["GRPC_SSL_CIPHER_SUITES"] = TLS13_ONLY_CIPHERS
-os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-os.environ["DO_NOT_TRACK"] = "true"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# One row of a matrix product is rounded alike wherever it stands and whatever else is there: else one example moves the
-# gradients of others (fedclaw.privacy.steps). A guarantee rests on it, so no value that is there already is kept.
-os.environ["MKL_CBWR"] = "AUTO,STRICT"
+os.environ |= {
+    "GRPC_SSL_CIPHER_SUITES": TLS13_ONLY_CIPHERS,
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # One row of a matrix product is rounded alike wherever it stands and whatever else is there: else one example moves
+    # the gradients of others (fedclaw.privacy.steps). A guarantee rests on it, so no value that is there already stays.
+    "MKL_CBWR": "AUTO,STRICT",
+}
 # fork() in a process with gRPC threads is never done here; its handlers only print warnings.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -40,19 +40,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedclaw.cli import CommandLine, compose_settings, run_main, split
+from fedclaw.cli import compose_settings, run_main, split
 from fedclaw.console import make_console
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.tables import Figures
-from fedclaw.site.journal.history import Entry
 from fedclaw.site.journal.ledger import describe
 from fedclaw.site.journal.reconciliation import SiteJournal, agreements, check_journal, losses, open_journal
 from fedclaw.site.journal.spending import DataSetSpending, Spending
 
 STATEMENT_FILE = "privacy-statement.html"
-BEGIN_AGAIN = "begin-again"
 
 
 class LedgerSettings(Frozen):
@@ -69,18 +67,15 @@ class LedgerSettings(Frozen):
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Run one command. Raises FedClawError."""
     line = split(arguments)
-    if len(line.words) != 1 or line.words[0] not in {*_COMMANDS, BEGIN_AGAIN}:
+    if len(line.words) != 1 or line.words[0] not in _COMMANDS:
         given = " ".join(line.words) or "none"
-        raise UsageError(f"give one command of {', '.join([BEGIN_AGAIN, *_COMMANDS])} (given: {given})")
-    if line.words == (BEGIN_AGAIN,):
-        _take(line, {"reason"})
-        settings = compose_settings("ledger", [_quoted(override) for override in line.overrides], LedgerSettings)
-        _begin_again(settings, console or make_console())
-        return
+        raise UsageError(f"give one command of {', '.join(_COMMANDS)} (given: {given})")
     run, takes = _COMMANDS[line.words[0]]
-    _take(line, takes)
-    settings = compose_settings("ledger", line.overrides, LedgerSettings)
-    run(settings, open_journal(settings.site), console or make_console())
+    given_keys = {override.lstrip("+").partition("=")[0] for override in line.overrides}
+    if superfluous := given_keys - takes - {"site"}:
+        raise UsageError(f"{line.words[0]} does not take {', '.join(sorted(superfluous))}")
+    settings = compose_settings("ledger", [_quoted(override) for override in line.overrides], LedgerSettings)
+    run(settings, console or make_console())
 
 
 def _quoted(override: str) -> str:
@@ -92,19 +87,22 @@ def _quoted(override: str) -> str:
     return f"{key}='{plain}'"
 
 
-def _take(line: CommandLine, takes: set[str]) -> None:
-    """Raise UsageError for a key that the command does not take."""
-    given_keys = {override.lstrip("+").partition("=")[0] for override in line.overrides}
-    if superfluous := given_keys - takes - {"site"}:
-        raise UsageError(f"{line.words[0]} does not take {', '.join(sorted(superfluous))}")
-
-
-def _show(settings: LedgerSettings, journal: SiteJournal, console: Console) -> None:
+def _show(settings: LedgerSettings, console: Console) -> None:
+    journal = open_journal(settings.site)
     spending, problem = journal.spending(), _problem(journal)
     if settings.as_json:
-        plain = _plain(spending) | {"problem": problem, "losses": [asdict(loss) for loss in journal.index.losses]}
+        plain: dict[str, Any] = {
+            "ledger": spending.ledger,
+            "head": spending.head,
+            "entries": spending.entries,
+            "data_sets": [_plain_data_set(item) for item in spending.data_sets],
+            "problem": problem,
+            "losses": [asdict(loss) for loss in journal.index.losses],
+        }
         if settings.entries:
-            plain["chain"] = [_plain_entry(entry) for entry in journal.entries]
+            plain["chain"] = [
+                {"sequence": entry.sequence, "hash": entry.hash, "body": dict(entry.body)} for entry in journal.entries
+            ]
         console.out(json.dumps(plain, indent=2), highlight=False)
         return
     console.print(_overview(journal, spending), soft_wrap=False)
@@ -128,7 +126,8 @@ def _problem(journal: SiteJournal) -> str | None:
     return None
 
 
-def _verify(settings: LedgerSettings, journal: SiteJournal, console: Console) -> None:
+def _verify(settings: LedgerSettings, console: Console) -> None:
+    journal = open_journal(settings.site)
     head = None if settings.head is None else settings.head.lower()
     if head is not None and not re.fullmatch(r"[0-9a-f]{64}", head):
         raise UsageError(f"head={settings.head}: a ledger head has 64 hexadecimal digits")
@@ -157,9 +156,10 @@ def _verify(settings: LedgerSettings, journal: SiteJournal, console: Console) ->
         )
 
 
-def _statement(settings: LedgerSettings, journal: SiteJournal, console: Console) -> None:
+def _statement(settings: LedgerSettings, console: Console) -> None:
     from fedclaw.report.ledger_page import render
 
+    journal = open_journal(settings.site)
     check_journal(journal)
     path = settings.out or settings.site / STATEMENT_FILE
     if path.is_dir():
@@ -169,7 +169,16 @@ def _statement(settings: LedgerSettings, journal: SiteJournal, console: Console)
     console.print(f"{path} is written, readable by you only; who may see it is your decision.", markup=False)
 
 
-_COMMANDS: dict[str, tuple[Callable[[LedgerSettings, SiteJournal, Console], None], set[str]]] = {
+def _begin_again(settings: LedgerSettings, console: Console) -> None:
+    from fedclaw.site.begin_again import begin_again
+
+    if settings.reason is None:
+        raise UsageError('begin-again needs reason="…": what happened to the ledger; it is kept for ever')
+    console.print(begin_again(settings.site, settings.reason), markup=False)
+
+
+_COMMANDS: dict[str, tuple[Callable[[LedgerSettings, Console], None], set[str]]] = {
+    "begin-again": (_begin_again, {"reason"}),
     "show": (_show, {"entries", "json"}),
     "verify": (_verify, {"head"}),
     "statement": (_statement, {"out"}),
@@ -229,25 +238,8 @@ def _figure(epsilon: float | None) -> str:
     return "unbounded" if math.isinf(epsilon) else f"{epsilon:.4g}"
 
 
-def _plain(spending: Spending) -> dict[str, Any]:
-    """For machines: an unbounded epsilon is null, and so is what is left without a limit."""
-    return {
-        "ledger": spending.ledger,
-        "head": spending.head,
-        "entries": spending.entries,
-        "data_sets": [_plain_data_set(item) for item in spending.data_sets],
-    }
-
-
-def _begin_again(settings: LedgerSettings, console: Console) -> None:
-    from fedclaw.site.begin_again import begin_again
-
-    if settings.reason is None:
-        raise UsageError('begin-again needs reason="…": what happened to the ledger; it is kept for ever')
-    console.print(begin_again(settings.site, settings.reason), markup=False)
-
-
 def _plain_data_set(item: DataSetSpending) -> dict[str, Any]:
+    """For machines: an unbounded epsilon is null, and so is what is left without a limit."""
     return {
         "name": item.name,
         "budget": item.budget.epsilon,
@@ -276,10 +268,6 @@ def _plain_data_set(item: DataSetSpending) -> dict[str, Any]:
             for use in item.contents
         ],
     }
-
-
-def _plain_entry(entry: Entry) -> dict[str, Any]:
-    return {"sequence": entry.sequence, "hash": entry.hash, "body": dict(entry.body)}
 
 
 def _finite(epsilon: float) -> float | None:

@@ -27,61 +27,41 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from rich.markup import escape
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
+from fedclaw.cli import naming, require_paths, run_main, settings_of
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.export.predictor import Predictor
-from fedclaw.export.trust import load_trust
-from fedclaw.file_format import Delimiter, FileFormat
+from fedclaw.export.trust import TrustSettings, load_trust
+from fedclaw.file_format import FileFormat
 from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.workload import Floats, Rows
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import fields_of
 
 SHOWN_ROWS = 50
 DIGITS = 4
 """Of a probability at a terminal."""
 
 
-class PredictSettings(Frozen):
-    """conf/predict.yaml."""
+class PredictSettings(TrustSettings, FileFormat):
+    """conf/predict.yaml: the bundle, whom to trust, the input, and how that is written."""
 
     bundle: Path
     input: Path
-    ca: Path | None
-    federation: Path | None
-    crl: Path | None
-    expired: Literal["accept", "refuse"]
     constants: Path | None
     identifiers: tuple[str, ...]
-    delimiter: Delimiter | None
-    decimal: Literal[".", ","]
-    encoding: Literal["utf-8", "utf-16", "latin-1", "windows-1252"]
-    title_lines: int = Field(ge=0, le=100)
     output: Path | None
-
-    @property
-    def written(self) -> FileFormat:
-        """How the input is written."""
-        return FileFormat(
-            delimiter=self.delimiter, decimal=self.decimal, encoding=self.encoding, title_lines=self.title_lines
-        )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Predict by the command line."""
-    command = split(arguments)
-    if command.words:
-        raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
-    settings = compose_settings("predict", command.overrides, PredictSettings)
+    settings = settings_of(arguments, "predict", PredictSettings)
     if settings.output is not None and settings.output.suffix.lower() != ".csv":
         raise UsageError(f"output={settings.output}: predictions are written as CSV, name a file that ends in .csv")
     if settings.output is not None and _same(settings.output, settings.input):
@@ -92,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         predictor = Predictor.open(settings.bundle, trust)
     if settings.constants is not None:
         predictor.use_constants(settings.constants)
-    predictor.read_as(settings.written)
+    predictor.read_as(FileFormat(**fields_of(settings, FileFormat)))
     answers = Answers.of(predictor, predictor.read_rows(settings.input, settings.identifiers))
     console = make_console()
     manifest = predictor.verified.manifest

@@ -122,20 +122,24 @@ def _init(settings: ProvisionSettings, console: Console) -> None:
     root = _path(settings.federation)
     name, address = _text(settings.name), _text(settings.address)
     home = provisioning.initialise(root, name, address, settings.seal, settings.days, settings.addresses)
-    console.print(f"Federation {home.name} is in {root} (keys are readable by you only; back them up).")
-    console.print(f"CA fingerprint: {pki.fingerprint(pki.p384_key(home.ca, 'the CA'))}")
-    console.print(f"Next: hand {root / DESCRIPTOR_FILE} to the sites and read the fingerprint to them;")
-    console.print("      they run request and send you their request file, you run approve.")
+    console.print(
+        f"Federation {home.name} is in {root} (keys are readable by you only; back them up).\n"
+        f"CA fingerprint: {pki.fingerprint(pki.p384_key(home.ca, 'the CA'))}\n"
+        f"Next: hand {root / DESCRIPTOR_FILE} to the sites and read the fingerprint to them;\n"
+        "      they run request and send you their request file, you run approve."
+    )
 
 
 def _request(settings: ProvisionSettings, console: Console) -> None:
     root, name = _site_directory(settings), _text(settings.name)
     path = provisioning.request_site(root, _path(settings.descriptor), name, settings.fingerprint)
     overview = site_overview(root)
-    console.print(f"{name} asks to join the federation {overview.descriptor.name}; its private key stays in {root}.")
-    console.print(f"CA fingerprint:  {overview.ca_fingerprint}")
-    console.print(f"Key fingerprint: {overview.entries[0].fingerprint}")
-    console.print("Compare both with the coordinator over the phone.")
+    console.print(
+        f"{name} asks to join the federation {overview.descriptor.name}; its private key stays in {root}.\n"
+        f"CA fingerprint:  {overview.ca_fingerprint}\n"
+        f"Key fingerprint: {overview.entries[0].fingerprint}\n"
+        "Compare both with the coordinator over the phone."
+    )
     _print_next_request(root, path, console)
 
 
@@ -143,12 +147,13 @@ def _approve(settings: ProvisionSettings, console: Console) -> None:
     root, request = _path(settings.federation), _path(settings.request)
     path = provisioning.approve(root, request, settings.days, settings.fingerprint)
     fingerprint = read_request(request, federation_home.FederationHome.open(root).name).fingerprint
-    console.print(f"Approved {path.stem} for {settings.days} days.")
-    console.print(f"Key fingerprint: {fingerprint}")
+    console.print(f"Approved {path.stem} for {settings.days} days.\nKey fingerprint: {fingerprint}")
     if settings.fingerprint is None:
         console.print(f"Compare it with the site over the phone. If it differs, revoke {path.stem} and send nothing.")
-    console.print(f"Next: send {path} to the site, which runs:")
-    console.print(f"      python -m fedclaw.provision install site=DIR certificate={path.name}")
+    console.print(
+        f"Next: send {path} to the site, which runs:\n"
+        f"      python -m fedclaw.provision install site=DIR certificate={path.name}"
+    )
 
 
 def _install(settings: ProvisionSettings, console: Console) -> None:
@@ -156,8 +161,10 @@ def _install(settings: ProvisionSettings, console: Console) -> None:
     provisioning.accept(root, _path(settings.certificate))
     keys = SiteKeys.open(root)
     expires = f"{keys.certificate.not_valid_after_utc:%Y-%m-%d}"
-    console.print(f"{keys.site_name} is a member of {keys.descriptor.name} until {expires}.")
-    console.print(f"Next: python -m fedclaw.client site={root}")
+    console.print(
+        f"{keys.site_name} is a member of {keys.descriptor.name} until {expires}.\n"
+        f"Next: python -m fedclaw.client site={root}"
+    )
 
 
 def _renew(settings: ProvisionSettings, console: Console) -> None:
@@ -165,8 +172,10 @@ def _renew(settings: ProvisionSettings, console: Console) -> None:
         if settings.rotate:
             raise UsageError("rotate=true is for sites; the federation's keys stay")
         home = provisioning.renew_federation(_path(settings.federation), settings.days, settings.addresses or None)
-        console.print(f"Server and release certificates of {home.name} are good for {settings.days} more days.")
-        console.print("Next: restart the server; it reads its certificate when it starts.")
+        console.print(
+            f"Server and release certificates of {home.name} are good for {settings.days} more days.\n"
+            "Next: restart the server; it reads its certificate when it starts."
+        )
         return
     if settings.addresses:
         raise UsageError("addresses=[...] are the server's: renew federation=DIR takes them")
@@ -193,14 +202,18 @@ def _show(settings: ProvisionSettings, console: Console) -> None:
 
 
 def _print_next_request(root: Path, path: Path, console: Console) -> None:
-    console.print(f"Next: send {path} to the coordinator; when the certificate comes back, run:")
-    console.print(f"      python -m fedclaw.provision install site={root} certificate=FILE")
+    console.print(
+        f"Next: send {path} to the coordinator; when the certificate comes back, run:\n"
+        f"      python -m fedclaw.provision install site={root} certificate=FILE"
+    )
 
 
 def _print_overview(overview: Overview, console: Console) -> None:
     descriptor = overview.descriptor
-    console.print(f"Federation {descriptor.name} at {descriptor.address}, updates sealed with {descriptor.seal_suite}")
-    console.print(f"CA fingerprint: {overview.ca_fingerprint}")
+    console.print(
+        f"Federation {descriptor.name} at {descriptor.address}, updates sealed with {descriptor.seal_suite}\n"
+        f"CA fingerprint: {overview.ca_fingerprint}"
+    )
     table = Table("name")
     table.add_column("key fingerprint", no_wrap=True)
     table.add_column("expires", no_wrap=True)

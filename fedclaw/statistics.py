@@ -34,7 +34,6 @@ if __name__ == "__main__":
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,7 +42,7 @@ from pydantic import Field, field_validator
 from rich.console import Console
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, naming, run_main, split
+from fedclaw.cli import naming, run_main, settings_of
 from fedclaw.console import make_console
 from fedclaw.errors import DataError, UsageError
 from fedclaw.identity.federation_home import FederationHome
@@ -112,10 +111,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     from fedclaw.learning.statistics import design_of
     from fedclaw.server.early_checks import read_schema
 
-    line = split(arguments)
-    if line.words:
-        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
-    settings = compose_settings("statistics", line.overrides, StatisticsSettings)
+    settings = settings_of(arguments, "statistics", StatisticsSettings)
     with naming(federation=settings.federation):
         home = FederationHome.open(settings.federation)
     schema = read_schema(settings.workload)
@@ -127,13 +123,13 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         if settings.secure is not None:
             raise UsageError("scores= is asked for openly, with each site's own noise: leave secure= out")
         _check_scored(settings, home, schema)
-        serve(settings, home, schema, (), run, out, console or make_console())
-        return
-    try:
-        columns = settings.columns or tuple(column.name for column in schema.statistic_columns())
-        design_of(schema, columns, settings.labels, settings.bins)
-    except DataError as error:
-        raise UsageError(f"{settings.workload.schema_file}: {error}") from error
+        columns: tuple[str, ...] = ()
+    else:
+        try:
+            columns = settings.columns or tuple(column.name for column in schema.statistic_columns())
+            design_of(schema, columns, settings.labels, settings.bins)
+        except DataError as error:
+            raise UsageError(f"{settings.workload.schema_file}: {error}") from error
     serve(settings, home, schema, columns, run, out, console or make_console())
 
 
@@ -149,17 +145,10 @@ def _check_scored(settings: StatisticsSettings, home: FederationHome, schema: Sc
         raise UsageError(f"scores= is for two classes, and the schema has {len(schema.labels)}")
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """The model whose scores are asked for."""
-
-    question: "ScoreQuestion"
-    parameters: "Arrays"
-
-
-def _scored(settings: StatisticsSettings) -> _Scored | None:
+def _scored(settings: StatisticsSettings) -> "tuple[ScoreQuestion, Arrays] | tuple[None, None]":
+    """What is asked of scores, and the parameters of the model whose they are."""
     if settings.scores is None:
-        return None
+        return None, None
     from fedclaw.compress.record import read_compressed
     from fedclaw.protocol.statistics import ScoreQuestion
     from fedclaw.server.run_directory import RunDirectory
@@ -171,7 +160,7 @@ def _scored(settings: StatisticsSettings) -> _Scored | None:
     if settings.scores_model == "compressed":
         compression, parameters = read_compressed(directory)
         spec = compression.model
-    return _Scored(ScoreQuestion(model=spec, bins=settings.scores_bins, preprocessing=record.preprocessing), parameters)
+    return ScoreQuestion(model=spec, bins=settings.scores_bins, preprocessing=record.preprocessing), parameters
 
 
 def serve(
@@ -193,7 +182,7 @@ def serve(
         from fedclaw.server.statistics_release import write_release
         from fedclaw.transport.grpc import GrpcGrid
 
-        scored = _scored(settings)
+        question, parameters = _scored(settings)
     startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")
     run_id = number_of(run)
     assume_server_identity(run_id)
@@ -211,9 +200,9 @@ def serve(
                 "workload": settings.workload.name,
                 "schema_digest": schema_digest(schema.to_json()),
                 "columns": columns,
-                "labels": settings.labels and scored is None,
-                "bins": 0 if scored else settings.bins,
-                "scores": scored.question if scored else None,
+                "labels": settings.labels and question is None,
+                "bins": 0 if question else settings.bins,
+                "scores": question,
                 "epsilon": settings.epsilon,
                 "delta": settings.delta,
             },
@@ -226,7 +215,7 @@ def serve(
             *(grid, nodes, schema, request, settings.quantiles),
             minimum=sites.minimum,
             deadline=sites.deadline,
-            parameters=scored.parameters if scored else None,
+            parameters=parameters,
         )
     write_release(out, release)
     for table in statistics_tables(release):

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -27,18 +26,13 @@ from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Verified, verify_bundle
-from fedclaw.export.trust import load_trust
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.export.trust import TrustSettings, load_trust
 
 
-class VerifySettings(Frozen):
+class VerifySettings(TrustSettings):
     """conf/verify.yaml."""
 
     bundle: Path | None
-    ca: Path | None
-    federation: Path | None
-    crl: Path | None
-    expired: Literal["accept", "refuse"]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,15 +52,15 @@ def report(verified: Verified, console: Console) -> None:
     """Print what was proved, and what was not."""
     manifest, signer = verified.manifest, verified.signer
     console.print(f"verified  {verified.path}", style="bold green", markup=False)
-    console.print(f"files     {len(verified.files)}, none changed, missing or added", markup=False)
     console.print(
+        f"files     {len(verified.files)}, none changed, missing or added\n"
         f"model     {manifest.variant} {manifest.workload} model of run {manifest.run}, federation "
-        f"{manifest.federation}, {manifest.parameters:,} parameters",
+        f"{manifest.federation}, {manifest.parameters:,} parameters\n"
+        f"signed    by {signer.name}, {manifest.created:%Y-%m-%d %H:%M} UTC by its own clock\n"
+        f"CA        certificate SHA-256 {signer.fingerprint}\n"
+        f"          key SHA-256 {signer.key_fingerprint} (what provision show prints)",
         markup=False,
     )
-    console.print(f"signed    by {signer.name}, {manifest.created:%Y-%m-%d %H:%M} UTC by its own clock", markup=False)
-    console.print(f"CA        certificate SHA-256 {signer.fingerprint}", markup=False)
-    console.print(f"          key SHA-256 {signer.key_fingerprint} (what provision show prints)", markup=False)
     if verified.expired:
         console.print(f"note      the release certificate has expired since ({signer.expires:%Y-%m-%d})", markup=False)
     if verified.pinned:

@@ -23,9 +23,8 @@ from experiments.partitions.dealing import deal_out
 from experiments.partitions.description import Description, label_distances
 from experiments.partitions.record import write_record
 from experiments.sources import DatasetSettings
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import run_main, settings_of
 from fedclaw.console import make_console
-from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.simulation.partitions.settings import PartitionSettings
 
@@ -46,10 +45,7 @@ class ShowSettings(Frozen):
 
 def main(arguments: Sequence[str]) -> None:
     """Deal, show, and write if there is an output."""
-    line = split(arguments)
-    if line.words:
-        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
-    settings = compose_settings("partitions", line.overrides, ShowSettings)
+    settings = settings_of(arguments, "partitions", ShowSettings)
     description = deal_out(settings.dataset, settings.partition, settings.clients).describe()
     console = make_console()
     show(description, console)

@@ -6,13 +6,13 @@
     federation  the coordinator's federation directory; its release key signs
     inputs      file with real inputs (the workload's format) for comparing the exported model with the torch model;
                 without it, inputs made from the schema
-    threshold_data  labelled file of public data (no site's): from which probability on a model of two classes answers
-                the second one is chosen on it, where F1 is largest, and goes into the bundle
-    threshold_statistics  in its place, a statistics.json of python -m fedclaw.statistics scores=runs/NAME, which the
-                sites' ledgers were charged for: the threshold then comes of their training rows
+    threshold_data  labelled file of public data (no site's): the decision threshold of a model of two classes is the
+                one with the largest F1 on it, and goes into the bundle
+    threshold_statistics  instead, a statistics.json of python -m fedclaw.statistics scores=runs/NAME, which was
+                charged to the sites' ledgers: the threshold then comes from their training rows
     model       auto | final | compressed   (auto: the compressed one if there is one)
-    tolerance   largest difference allowed, 1e-4; of outputs beyond 10 also what float32 allows, 1e-5 of the largest
-    output      where to, runs/NAME/bundle; overwrite=true replaces a bundle there
+    tolerance   largest difference allowed (1e-4); for outputs above 10, at least 1e-5 of the largest, float32's limit
+    output      where the bundle goes (runs/NAME/bundle); overwrite=true replaces a bundle there
     quantise    true adds an 8-bit ONNX model
 
 Examples:
@@ -35,7 +35,7 @@ from pydantic import Field
 from rich.console import Console
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, naming, require_paths, run_main, split
+from fedclaw.cli import naming, require_paths, run_main, settings_of
 from fedclaw.compress.record import read_compressed
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
@@ -46,7 +46,7 @@ from fedclaw.report.late import late_notes
 from fedclaw.server.run_directory import RunDirectory
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
-"""Paths that neither Hydra nor a shell reads as anything else."""
+"""Paths that need no quotes, neither for Hydra nor for a shell."""
 
 
 class ExportSettings(Frozen):
@@ -66,15 +66,12 @@ class ExportSettings(Frozen):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Export by the command line."""
-    command = split(arguments)
-    if command.words:
-        raise UsageError(f"unexpected argument {command.words[0]!r}; everything is written key=value")
-    export(compose_settings("export", command.overrides, ExportSettings), make_console())
+    """Export as the command line says."""
+    export(settings_of(arguments, "export", ExportSettings), make_console())
 
 
 def export(settings: ExportSettings, console: Console) -> None:
-    """Export by checked settings; says what it does on `console`."""
+    """Export with checked settings and print each step on `console`."""
     directory = RunDirectory.open(settings.run)
     with naming(federation=settings.federation):
         home = signing_home(directory.record(), settings.federation)
@@ -93,6 +90,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         from fedclaw.export.card import threshold_in_words
         from fedclaw.export.parity import allowed
         from fedclaw.export.source import load_source
+        from fedclaw.privacy.mechanisms.choice import mechanism_of
         from fedclaw.server.statistics_release import read_release
     startup.next_step("no bundle was written, or it is as it was: give the same command again")
     scores = None if settings.threshold_statistics is None else read_release(settings.threshold_statistics)
@@ -121,14 +119,14 @@ def export(settings: ExportSettings, console: Console) -> None:
         )
     if manifest.decision is not None:
         console.print(f"threshold {threshold_in_words(manifest)}", markup=False)
-    for note in late_notes(source.metrics) if source.record.privacy else ():
+    for note in late_notes(source.metrics) if mechanism_of(source.record).claims_privacy else ():
         console.print(f"note      {note}", style="yellow", markup=False, soft_wrap=True)
     console.print(f"signed    by {verified.signer.name}, CA SHA-256 {verified.signer.fingerprint}", markup=False)
     console.print(f"next      {verify_command(target, home.root / CA_CERTIFICATE)}", markup=False, soft_wrap=True)
 
 
 def verify_command(bundle: Path, ca: Path) -> str:
-    """The shell command that verifies `bundle` against the CA certificate `ca`, whatever their names hold."""
+    """The shell command that verifies `bundle` against the CA certificate `ca`, quoted where a name needs it."""
     word = str(bundle)
     bare = "=" not in word and not word.startswith(("-", "~"))
     return f"python -m fedclaw.verify {shlex.quote(word) if bare else _setting('bundle', bundle)} {_setting('ca', ca)}"

@@ -7,8 +7,16 @@ from typing import Literal
 from fedclaw.errors import BundleError, ProvisionError, UsageError
 from fedclaw.export.check import Trust
 from fedclaw.export.signature import parse_certificate, parse_revocations
+from fedclaw.protocol.frozen import Frozen
 
-DESCRIPTOR = "federation.json"
+
+class TrustSettings(Frozen):
+    """What the commands that open a bundle are told of whom to trust."""
+
+    ca: Path | None
+    federation: Path | None
+    crl: Path | None
+    expired: Literal["accept", "refuse"]
 
 
 def load_trust(
@@ -24,9 +32,9 @@ def load_trust(
     if ca is not None:
         authority = _read(ca, "ca", parse_certificate)
     elif federation is not None:
-        from fedclaw.identity.descriptor import load_descriptor
+        from fedclaw.identity.descriptor import DESCRIPTOR_FILE, load_descriptor
 
-        path = federation / DESCRIPTOR if federation.is_dir() else federation
+        path = federation / DESCRIPTOR_FILE if federation.is_dir() else federation
         try:
             authority = load_descriptor(path).ca_certificate.encode()
         except ProvisionError as error:

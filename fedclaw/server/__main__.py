@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, naming, run_main, split
+from fedclaw.cli import naming, run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.report.late import late_notes
@@ -64,10 +64,7 @@ class ServerSettings(RunSettings):
 
 def main(arguments: Sequence[str]) -> None:
     """Run the server as the command line says."""
-    line = split(arguments)
-    if line.words:
-        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
-    settings = compose_settings("server", line.overrides, ServerSettings)
+    settings = settings_of(arguments, "server", ServerSettings)
     with naming(federation=settings.federation):
         home = FederationHome.open(settings.federation)
     if settings.app is not None:
@@ -76,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     if settings.resume is not None:
         directory = RunDirectory.open(settings.resume)
         directory.check()
-        _only_resume_settings(line.overrides)
+        _only_resume_settings(arguments)
         record = directory.record()
     else:
         record, directory = new_run(settings, home)

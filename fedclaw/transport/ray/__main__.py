@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
+from fedclaw.cli import run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.site.settings import SITE_FILE
 from fedclaw.transport.flower.settings import FlowerSettings, observed, open_run
@@ -34,10 +34,7 @@ class RaySimulation(FlowerSettings):
 
 def main(arguments: Sequence[str]) -> None:
     """Simulate as the command line says."""
-    line = split(arguments)
-    if line.words:
-        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
-    settings = compose_settings("ray", line.overrides, RaySimulation)
+    settings = settings_of(arguments, "ray", RaySimulation)
     require_ray()
     sites = sorted(path.parent for path in settings.site_directories.glob(f"*/{SITE_FILE}"))
     if not sites:
