@@ -1,11 +1,25 @@
-"""How far long work is, told to the log every few seconds: short work says nothing."""
+"""What work tells the log: long work, every few seconds, how far it is; and less where nobody wants to hear it."""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 TELL_EVERY = 10.0
 """Seconds between two lines."""
+
+
+@contextmanager
+def quieter(level: int, *names: str) -> Iterator[None]:
+    """Inside, the loggers of these names tell nothing under `level`."""
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        for name, usual in before.items():
+            logging.getLogger(name).setLevel(usual)
 
 
 class Progress:

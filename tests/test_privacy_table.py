@@ -11,7 +11,7 @@ from experiments.privacy_table.cells import AuditResult, CellResult, Store
 from experiments.privacy_table.page import render
 from experiments.privacy_table.results import Results, Row
 from experiments.privacy_table.settings import TableSettings, rows
-from fedclaw.audit.options import AuditOptions
+from fedclaw.audit.findings import AuditOptions
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
 from tests.conftest import run_module

@@ -13,7 +13,7 @@ from experiments.cell_files import read_result, write_result
 from experiments.datasets import write_sites
 from experiments.privacy_table.settings import Cell
 from experiments.sweeps.identity import digest_of
-from fedclaw.audit.options import AuditOptions
+from fedclaw.audit.findings import AuditOptions
 from fedclaw.audit.run import audit_run
 from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.protocol.frozen import Frozen

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from experiments.datasets import SitePolicy
 from experiments.sources import DatasetSettings, with_content
-from fedclaw.audit.options import AuditOptions
+from fedclaw.audit.findings import AuditOptions
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import CentralRequest, LocalTraining, PrivacyRequest, SecureRequest, Unit
 from fedclaw.server.settings import RunSettings, WorkloadChoice

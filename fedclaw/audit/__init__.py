@@ -1,6 +1,5 @@
-"""The audit: attacks and measurements that tell a mechanism that is less private than it claims.
+"""The audit: attacks and measurements that expose a mechanism that is less private than it claims.
 
-An audit runs the real site code and the real server code in this process and plays the adversary, who knows
-everything but the one bit that is attacked. What it finds is a lower bound: above the claim it proves a fault; below,
-it proves nothing.
+An audit runs the real code of the sites and the server in this process. The adversary knows everything except the one
+bit under attack. The result is a lower bound on epsilon: above the claim it proves a fault, below it proves nothing.
 """

@@ -36,12 +36,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fedclaw import startup
-from fedclaw.audit.findings import AuditReport, Check
-from fedclaw.audit.options import AuditOptions
-from fedclaw.cli import compose_settings, require_paths, run_main, split
+from fedclaw.audit.findings import AuditOptions, AuditReport, Check
+from fedclaw.cli import require_paths, run_main, settings_of
 from fedclaw.console import make_console
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
+from fedclaw.protocol.frozen import fields_of
 from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.early_checks import check_early
 from fedclaw.server.settings import RunSettings
@@ -60,15 +60,12 @@ class AuditSettings(RunSettings, AuditOptions):
     runs: Path
     run: str | None
     tracking: dict[str, JsonValue]
-    """The last three are for real runs, which share conf/federated.yaml; an audit keeps nothing of its run."""
+    """Unused, as the two above: they come with conf/federated.yaml, and an audit keeps nothing of its run."""
 
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Audit as the command line says. Raises PrivacyError when a claim is refuted."""
-    line = split(arguments)
-    if line.words:
-        raise UsageError(f"unknown command {' '.join(line.words)!r}; settings are written key=value")
-    settings = compose_settings("audit", line.overrides, AuditSettings)
+    settings = settings_of(arguments, "audit", AuditSettings)
     for site in settings.sites or ():
         require_paths(sites=site)
     run = _run_settings(settings)
@@ -76,7 +73,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     with startup.loading("torch, Opacus and Flower"):
         from fedclaw.audit.run import audit_run
     sites = _sites(settings, run)
-    options = AuditOptions(**{name: getattr(settings, name) for name in AuditOptions.model_fields})
+    options = AuditOptions(**fields_of(settings, AuditOptions))
     report = audit_run(run, sites, options)
     if settings.report is not None:
         write_atomic(settings.report, report.model_dump_json(indent=2).encode(), PRIVATE_MODE)
@@ -87,7 +84,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
 
 
 def show(report: AuditReport, console: Console, *, real: bool) -> None:
-    """Print what was found, and what it means. `real`: on somebody's data."""
+    """Print the findings and what they mean. `real`: they are of real data."""
     table = Table(title="privacy audit", title_justify="left", header_style="bold")
     for heading in ("check", "epsilon claimed", f"at least, {report.confidence:.0%}", "", "seen"):
         table.add_column(heading, justify="right" if "epsilon" in heading or "least" in heading else "left")
@@ -97,7 +94,13 @@ def show(report: AuditReport, console: Console, *, real: bool) -> None:
             table.add_section()
             table.add_row(check.subject, style="bold")
             subject = check.subject
-        table.add_row(f"  {check.name}", _epsilon(check.epsilon_claimed), _lower(check), _verdict(check), check.seen)
+        table.add_row(
+            f"  {check.name}",
+            _epsilon(check.epsilon_claimed),
+            "-" if check.epsilon_lower == 0 else _epsilon(check.epsilon_lower),
+            _verdict(check),
+            check.seen,
+        )
     console.print(table)
     console.print(_summary(report), style="bold")
     for sentence in (*report.notes, *_meaning(report, real)):
@@ -106,7 +109,7 @@ def show(report: AuditReport, console: Console, *, real: bool) -> None:
 
 def _run_settings(settings: AuditSettings) -> RunSettings:
     """The run's own settings; without a schema file, with that of the first site. Raises UsageError."""
-    run = RunSettings.model_construct(**{name: getattr(settings, name) for name in RunSettings.model_fields})
+    run = RunSettings.model_construct(**fields_of(settings, RunSettings))
     if settings.sites is None:
         return run
     if not settings.sites:
@@ -135,10 +138,6 @@ def _epsilon(value: float | None) -> str:
     if value is None:
         return "none"
     return f"> {LARGEST_EPSILON:g}" if value >= LARGEST_EPSILON else f"{value:.3g}"
-
-
-def _lower(check: Check) -> str:
-    return "-" if check.epsilon_lower == 0 else _epsilon(check.epsilon_lower)
 
 
 def _verdict(check: Check) -> str:

@@ -1,7 +1,7 @@
-"""From guesses to a lower bound on epsilon: what an attack's success says, with confidence, about a mechanism.
+"""Lower bounds on epsilon from the success of an attack, at a given confidence.
 
-Every bound has the same meaning. If the mechanism is as private as claimed, then the bound exceeds the claim with a
-probability of at most 1 - confidence. A bound below the claim proves nothing.
+All bounds mean the same: if the mechanism is as private as claimed, the bound exceeds the claim with probability at
+most 1 - confidence. A bound below the claim proves nothing.
 """
 
 import math
@@ -14,16 +14,16 @@ from scipy.special import log_ndtr
 from fedclaw.errors import PrivacyError
 
 LARGEST_EPSILON = 1e4
-"""Where bounds end: whatever is as large as this is no privacy at all."""
+"""The largest bound that is reported: at this size there is no privacy left."""
 
 _HALVINGS = 40
 
 
 def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """How likely an (epsilon, delta) mechanism lets at least `right` of `guesses` be right, at most.
+    """An upper bound on the probability of at least `right` correct guesses under (epsilon, delta)-DP.
 
-    Each of `canaries` was in the data by the toss of a fair coin; the attacker guessed `guesses` of them and kept
-    silent about the others. Theorem 5.2 of Steinke, Nasr, Jagielski 2023 ("Privacy Auditing with One (1) Training
+    Each of `canaries` was in the data by the toss of a fair coin; the attacker guessed `guesses` of them and abstained
+    on the others. Theorem 5.2 of Steinke, Nasr, Jagielski 2023 ("Privacy Auditing with One (1) Training
     Run"): with W ~ Binomial(guesses, e^epsilon / (1 + e^epsilon)),
 
         P[W >= right] + 2 canaries delta max_i P[right > W >= right - i] / i,    i = 1 .. right.
@@ -103,7 +103,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def _last(refuted: Callable[[float], bool]) -> float:
-    """The end of the epsilons that are refuted; they are those from 0 up to there."""
+    """The largest refuted epsilon, by bisection: all from 0 up to it are refuted."""
     if not refuted(0.0):
         return 0.0
     low, high = 0.0, 1.0

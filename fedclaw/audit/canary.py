@@ -1,4 +1,4 @@
-"""A canary that is loud, and a blank in its place: what the adversary plants to see one bit.
+"""The canary that the adversary plants, an example with a large gradient, and the blank that takes its place.
 
 The server may send whatever parameters it likes, so the adversary chooses them such that the same input has no
 gradient with one target, and with another one as large a gradient as it likes:
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedclaw.audit.subject import load
 from fedclaw.errors import PrivacyError
+from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.tasks.base import Targets
 from fedclaw.learning.workload import Floats, Table, Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.terms import ModelSpec
 
 LOUD = 20.0
-"""How far over the clipping bound a canary's gradient is."""
+"""The norm of a canary's gradient, at least, in units of the clipping bound."""
 
 _SILENT = 1e-4
 # A blank's gradient over the clipping bound.
@@ -59,7 +59,7 @@ def make_canary(
     for factor in _FACTORS:
         scaled = {name: np.float32(factor) * array for name, array in parameters.items()}
         for chosen in (scaled, _with_zero_head(scaled)):
-            load(model, chosen)
+            load_parameters(model, chosen)
             for row in np.float32(factor) * inputs[:, None]:
                 found = _canary(workload, model, chosen, row, clip)
                 if found is not None:
@@ -88,7 +88,7 @@ def gradient(workload: Workload, model: torch.nn.Module, inputs: Floats, targets
 
 
 def coins(count: int) -> NDArray[np.bool_]:
-    """Fair coins from the operating system's cryptographic source; not from the sources that are audited."""
+    """Fair coins from the operating system's cryptographic source, which is none of those under audit."""
     bits = np.unpackbits(np.frombuffer(os.urandom(-(-count // 8)), np.uint8))
     return bits[:count].astype(np.bool_)
 

@@ -1,4 +1,4 @@
-"""What an audit found: bounds next to claims, and which of them exceed."""
+"""What an audit is asked for, and what it found: bounds next to claims, and which of them exceed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,23 +8,40 @@ from pydantic import Field
 
 from fedclaw.protocol.frozen import Frozen
 
+
+class AuditOptions(Frozen):
+    """How thorough an audit is: more of each gives tighter bounds and takes longer."""
+
+    canaries: int = Field(default=200, ge=8)
+    """Canaries of the one-run audit, over all sites."""
+    examples: int = Field(default=300, ge=1)
+    """At most so many of each site's own examples are used in the attacked run, each included by the toss of a coin."""
+    attacked_rounds: int | None = Field(default=5, ge=1)
+    """Rounds of the attacked run, at most; null: as many as the configuration has."""
+    trials: int = Field(default=300, ge=20)
+    """Releases of each probed mechanism, at most."""
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    """The confidence with which all bounds hold simultaneously."""
+    alarm: float = Field(default=1e-4, gt=0, lt=1)
+    """The probability of flagging a configuration that keeps its claims."""
+
+
 Kind = Literal["attack", "measurement"]
-"""An attack guesses what it should not be able to guess. A measurement looks at the noise and the signal themselves,
-and takes the noise to be Gaussian."""
+"""An attack guesses something secret. A measurement estimates noise and signal directly, assuming Gaussian noise."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw: a lower bound on epsilon for whatever confidence is asked."""
+    """The result of one check: a lower bound on epsilon as a function of the confidence."""
 
     name: str
     subject: str
-    """Which mechanism it looked at."""
+    """The mechanism that was checked."""
     kind: Kind
     claimed: float | None
     """The epsilon claimed; None: nothing is."""
     bound: Callable[[float], float]
-    """confidence -> epsilon that the mechanism has at least."""
+    """Confidence to a lower bound on the mechanism's epsilon."""
     seen: str
     fault: str
     """What is wrong if the bound exceeds the claim."""
@@ -38,15 +55,15 @@ class Check(Frozen):
     kind: Kind
     epsilon_claimed: float | None
     epsilon_lower: float
-    """At least this, with the report's confidence."""
+    """The lower bound at the report's confidence."""
     flagged: bool
-    """The claim is refuted, at the risk of a false alarm that the report names."""
+    """Whether the claim is refuted, at the report's risk of a false alarm."""
     seen: str
     fault: str
 
 
 class AuditReport(Frozen):
-    """All checks. `epsilon_lower` is the best attack's bound; all bounds hold together with `confidence`."""
+    """All checks. `epsilon_lower` is the best attack's bound; all bounds hold simultaneously with `confidence`."""
 
     epsilon_claimed: float | None
     epsilon_lower: float
@@ -74,7 +91,7 @@ def conclude(
     notes: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> AuditReport:
-    """The report on `findings`. Risks are shared out evenly among them (Bonferroni), so they hold for all together."""
+    """The report on `findings`. The risks are split evenly among them (Bonferroni), so that they hold for all."""
     each = max(1, len(findings))
     checks = tuple(_check(finding, 1 - (1 - confidence) / each, 1 - alarm / each) for finding in findings)
     attacks = [check.epsilon_lower for check in checks if check.kind == "attack"]

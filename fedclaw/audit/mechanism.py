@@ -15,7 +15,7 @@ of them in each answer, so that a scale that is a few per cent too small is seen
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -109,14 +109,18 @@ def examine(probe: Probe, trials: Trials) -> list[Finding]:
 def _guesses(probe: Probe, trials: Trials) -> Finding:
     count, right = trials.guessed()
     return Finding(
-        name="canary guesses",
-        subject=probe.label,
-        kind="attack",
-        claimed=probe.epsilon,
-        bound=lambda confidence: guessing_bound(count, right, probe.delta, confidence),
+        "canary guesses",
+        probe.label,
+        "attack",
+        probe.epsilon,
+        lambda confidence: guessing_bound(count, right, probe.delta, confidence),
         seen=f"{right} of {count} guesses right",
         fault="whether one canary is there can be told too often: too little noise, or too large a contribution",
     )
+
+
+def _measured(probe: Probe, name: str, bound: Callable[[float], float], *, seen: str, fault: str) -> Finding:
+    return Finding(name, probe.label, "measurement", probe.epsilon, bound, seen, fault)
 
 
 def _size(probe: Probe, trials: Trials) -> Finding:
@@ -132,12 +136,10 @@ def _size(probe: Probe, trials: Trials) -> Finding:
         least = moved - float(stats.norm.ppf(confidence)) * error
         return gaussian_epsilon(least / needed, probe.delta)
 
-    return Finding(
-        name="canary size",
-        subject=probe.label,
-        kind="measurement",
-        claimed=probe.epsilon,
-        bound=bound,
+    return _measured(
+        probe,
+        "canary size",
+        bound,
         seen=f"the canary moves the release by {moved:.3g} +- {error:.2g} of the sensitivity",
         fault="one contribution is larger than the clipping bound allows: clipping is off or wrong",
     )
@@ -151,12 +153,10 @@ def _scale(probe: Probe, trials: Trials) -> Finding:
         most = largest_deviation(probe.counted * trials.squares, trials.degrees, confidence)
         return gaussian_epsilon(1 / most, probe.delta) if most else LARGEST_EPSILON
 
-    return Finding(
-        name="noise scale",
-        subject=probe.label,
-        kind="measurement",
-        claimed=probe.epsilon,
-        bound=bound,
+    return _measured(
+        probe,
+        "noise scale",
+        bound,
         seen=f"deviation {_deviation(trials):.4g} of the sensitivity; the claim needs "
         f"{needed / math.sqrt(probe.counted):.4g}",
         fault="the noise at the wire is smaller than the claim needs: noise off, scaled down, or for a smaller "
@@ -178,12 +178,10 @@ def _shared(probe: Probe, echoes: Mapping[str, NDArray[np.float64]]) -> Finding:
         least = max(0.0, math.atanh(min(alike.correlation, _ALMOST_ONE)) - spread)
         return _left(probe, math.tanh(least))
 
-    return Finding(
-        name="shared noise",
-        subject=probe.label,
-        kind="measurement",
-        claimed=probe.epsilon,
-        bound=bound,
+    return _measured(
+        probe,
+        "shared noise",
+        bound,
         seen=f"largest correlation {alike.correlation:.3g}, of {alike.first} and {alike.second}",
         fault=f"{alike.first} and {alike.second} have the same noise: a seed or a source is shared, and one answer "
         "takes the noise off the other",
@@ -203,12 +201,10 @@ def _apart(probe: Probe, trials: Trials) -> Finding:
         alike = correlation(variance)
         return _left(probe, alike) if alike else 0.0
 
-    return Finding(
-        name="separate shares",
-        subject=probe.label,
-        kind="measurement",
-        claimed=probe.epsilon,
-        bound=bound,
+    return _measured(
+        probe,
+        "separate shares",
+        bound,
         seen=f"correlation {correlation(_deviation(trials) ** 2):.3g} between the parts of {probe.shares} sites",
         fault="the parts of the noise that sites bring are alike: a seed or a source is shared, and each site can take "
         "the others' noise off the sum",

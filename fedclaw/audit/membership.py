@@ -1,4 +1,4 @@
-"""Who was in the training data? What the scores of a whole run tell.
+"""Membership inference on a whole run: which examples were in the training data, judging by their scores?
 
 The one-run audit guesses the canaries' coins: the best scores were in, the worst were not (Steinke, Nasr, Jagielski
 2023). The membership inference attack asks the same of the sites' own examples, by their loss (Yeom, Giacomelli,
@@ -35,7 +35,7 @@ class Claim:
 
 
 def one_run(claim: Claim, scores: NDArray[np.float64], present: NDArray[np.bool_], how: str) -> Finding:
-    """The one-run audit of canaries with these scores, (m,). `how` says what they are made of."""
+    """The one-run audit of canaries with these scores, (m,). `how` names what the scores are based on."""
     count = len(scores)
     order = np.argsort(scores)
     guessed: dict[int, int] = {}

@@ -1,10 +1,10 @@
-"""One mechanism at a time, with nothing in it but a canary: what leaves is the canary, or not, and noise.
+"""One mechanism at a time, on blank data with or without a canary: what leaves is noise, and the canary if present.
 
-A probe runs the code of the configuration under the conditions in which its guarantee is tight: one step, every
-example in the batch, all data blank but for one canary that reaches the clipping bound. Its noise is calibrated by the
-code that is audited to the very epsilon that the run claims. What leaves is given in units of the sensitivity that the
-definition of the mechanism has, worked out here once more: the canary moves it by 1 into a known direction, and its
-noise has to have the deviation that epsilon asks for.
+A probe runs the configuration's code under the conditions in which its guarantee is tight: one step, every example in
+the batch, all data blank except one canary that reaches the clipping bound. The audited code calibrates the noise to
+the epsilon that the run claims. What leaves is divided by the mechanism's sensitivity, which is computed here a second
+time from its definition: the canary then moves it by 1 in a known direction, and the noise must have the deviation that
+epsilon requires.
 
 Legend: d trainable parameters.
 """
@@ -41,21 +41,22 @@ _RATE = 1.0
 
 
 class Probe(ABC):
-    """A mechanism with one bit of input."""
+    """A mechanism with one bit of input: whether the canary is present."""
 
     label: str
-    """Whose noise it is, for people."""
+    """Whose noise it is, in words."""
     epsilon: float
     delta: float
     counted: float = 1.0
-    """Share of the noise's variance at the wire that the claim counts on: there may be more than it needs."""
+    """The share of the released noise's variance that the claim relies on; there may be more than it needs."""
     shares: int = 1
     """Parties that each bring a part of the noise."""
+    canary: Canary
 
     @property
-    @abstractmethod
     def direction(self) -> NDArray[np.float64]:
         """Where the canary moves the release to, (d,), of length 1."""
+        return self.canary.direction
 
     @abstractmethod
     def release(self, present: bool) -> NDArray[np.float64]:
@@ -83,11 +84,6 @@ class LocalProbe(Probe):
         self.label, self.epsilon, self.delta = f"local noise, {self.site.name}", asked.epsilon, asked.delta
         self._clip = asked.max_grad_norm
         self._blank = self.others[self.site.name]
-
-    @property
-    def direction(self) -> NDArray[np.float64]:
-        """See Probe."""
-        return self.canary.direction
 
     def release(self, present: bool) -> NDArray[np.float64]:
         """The answer of the site."""
@@ -124,11 +120,6 @@ class CentralProbe(Probe):
         self.label = f"{by} on the mean, unit {unit}, canary at {self.heavy.name}"
         self.epsilon, self.delta = mechanism.request.epsilon, mechanism.request.delta
         self._scale = sensitivity(self.record, [len(site.data.train) for site in self.sites.values()])
-
-    @property
-    def direction(self) -> NDArray[np.float64]:
-        """See Probe."""
-        return self.canary.direction
 
     def release(self, present: bool) -> NDArray[np.float64]:
         """The mean that the server's optimiser sees."""

@@ -3,19 +3,19 @@
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 
-from fedclaw.audit.findings import AuditReport, Finding, conclude
+from fedclaw.audit.findings import AuditOptions, AuditReport, Finding, conclude
 from fedclaw.audit.mechanism import enough_trials, examine, run_trials
 from fedclaw.audit.membership import Claim, membership, one_run
-from fedclaw.audit.options import AuditOptions
 from fedclaw.audit.probe import probes
 from fedclaw.audit.subject import Subject
 from fedclaw.audit.training_run import attacked_run, toss
-from fedclaw.privacy.mechanisms.mechanism import protects_examples
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.mechanism import Mechanism
+from fedclaw.progress import quieter
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.device import set_threads
 from fedclaw.site.service import SiteService
@@ -33,7 +33,8 @@ def audit_run(
     The sites' ledgers, policies and logs are neither read nor written. What the attacks find out is made from the
     sites' data without noise: a report on real data stays where the data is.
     """
-    with _quietly():
+    # What sites and the server tell their operators of each round is of no interest in thousands of them.
+    with quieter(logging.ERROR, "fedclaw.site", "fedclaw.server"):
         return _audit(Subject(settings, sites), options or AuditOptions())
 
 
@@ -41,11 +42,11 @@ def _audit(subject: Subject, chosen: AuditOptions) -> AuditReport:
     settings, began = subject.settings, time.monotonic()
     generator = np.random.default_rng(secrets.randbits(128))
     findings = probe_mechanisms(subject, chosen, generator)
-    claim = claim_of(settings)
+    mechanism = mechanism_of(subject.record())
+    claim, asked = claim_of(mechanism), mechanism.guarantee(trust_server_noise=True)
     notes = _notes(settings, chosen, claim is not None)
     if claim is not None:
         findings += attack_run(subject, claim, chosen, generator)
-    asked = settings.privacy or settings.central
     return conclude(
         findings,
         epsilon=asked.epsilon if asked else None,
@@ -57,15 +58,14 @@ def _audit(subject: Subject, chosen: AuditOptions) -> AuditReport:
     )
 
 
-def claim_of(settings: RunSettings) -> Claim | None:
+def claim_of(mechanism: Mechanism) -> Claim | None:
     """What a whole run claims for single examples; None if its unit is a site."""
-    if settings.privacy is not None:
-        return Claim("the run, local noise", settings.privacy.epsilon, settings.privacy.delta)
-    if not settings.central:
+    asked = mechanism.guarantee(trust_server_noise=True)
+    if asked is None:
         return Claim("the run, no privacy claimed", None, _NO_CLAIM_DELTA)
-    if not protects_examples(settings.central):
-        return None
-    return Claim("the run, noise on the mean", settings.central.epsilon, settings.central.delta)
+    if mechanism.noises_steps:
+        return Claim("the run, local noise", asked.epsilon, asked.delta)
+    return Claim("the run, noise on the mean", asked.epsilon, asked.delta) if mechanism.takes_one_step else None
 
 
 def probe_mechanisms(subject: Subject, options: AuditOptions, generator: np.random.Generator) -> list[Finding]:
@@ -109,17 +109,3 @@ def _notes(settings: RunSettings, options: AuditOptions, attacked: bool) -> tupl
             "many within the same epsilon."
         )
     return tuple(notes)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """What sites and the server tell their operators of each round is of no interest in thousands of them."""
-    loggers = [logging.getLogger(name) for name in ("fedclaw.site", "fedclaw.server")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, UsageError
+from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.workload import Table
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import Arrays
@@ -103,7 +104,7 @@ def synthetic_sites(settings: RunSettings, sizes: Sequence[int]) -> dict[str, Si
     generator = np.random.default_rng(settings.seed)
     inputs = workload.schema.synthetic_inputs(sum(sizes), generator)
     model = workload.build(record.model)
-    load(model, initial_parameters(record))
+    load_parameters(model, initial_parameters(record))
     with torch.no_grad():
         logits = model(torch.from_numpy(inputs))
     targets = workload.task.answers(logits - logits.mean(dim=0))
@@ -137,13 +138,6 @@ def ask(sites: Mapping[str, SiteService], record: RunRecord, parameters: Arrays)
     if len(trained.answered) < len(sites):
         raise PrivacyError("the configuration cannot be audited: a round of secure aggregation failed")
     return trained, plan
-
-
-def load(model: torch.nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> None:
-    """Put `parameters`, by name, into `model`."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(parameters[name])))
 
 
 def flat(arrays: Mapping[str, NDArray[np.float32]], names: Iterable[str]) -> NDArray[np.float64]:

@@ -21,9 +21,9 @@ from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 
 from fedclaw.audit.canary import coins, gradient
-from fedclaw.audit.contributions import contributions
-from fedclaw.audit.subject import Subject, flat, load
+from fedclaw.audit.subject import Subject, flat
 from fedclaw.errors import PrivacyError
+from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.workload import Table, Workload
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays, unpack
@@ -33,6 +33,8 @@ from fedclaw.server.session import initial_parameters
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.in_process import simulate
 
+_GRID = np.logspace(-6, 6, 25)
+# Noise over signal, in units of the mean square of a gradient.
 _COORDINATES = 1 << 13
 # Of the gradients that the adversary looks at: memory is examples x coordinates.
 
@@ -169,7 +171,7 @@ class _Adversary:
 
     def losses(self, parameters: Arrays, table: Table) -> NDArray[np.float64]:
         """The loss of each example by itself, (E,)."""
-        load(self._model, parameters)
+        load_parameters(self._model, parameters)
         with torch.no_grad():
             logits = self._model(torch.from_numpy(table.inputs))
             targets = torch.from_numpy(table.targets)
@@ -178,7 +180,7 @@ class _Adversary:
 
     def contributions(self, parameters: Arrays, moved: NDArray[np.float64], table: Table) -> NDArray[np.float64]:
         """How much of what moved (d,) each example explains, (E,), to first order: by gradients at `parameters`."""
-        load(self._model, parameters)
+        load_parameters(self._model, parameters)
         gradients = np.empty((len(table), len(self._coordinates)))
         for row in range(len(table)):
             rows = slice(row, row + 1)
@@ -186,3 +188,31 @@ class _Adversary:
             norm = float(np.linalg.norm(pull))
             gradients[row] = -pull[self._coordinates] * min(1.0, self._clip / norm if norm else 1.0)
         return contributions(gradients, moved[self._coordinates])
+
+
+def contributions(gradients: NDArray[np.float64], moved: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The most plausible multiple of each gradient in `moved`, (E,), but for a constant; gradients (E, d), moved (d,).
+
+    Model: moved = sum of (c + b_i) x gradient_i + noise, with b_i and the noise normal and their ratio unknown. The
+    common c is taken out by least squares, the ratio chosen by marginal likelihood, the b_i are then those of a ridge
+    regression. Only gradients and update go in, so the choice cannot favour what the coins were.
+    """
+    common = gradients.sum(axis=0)
+    square = float(common @ common)
+    rest = moved - (float(moved @ common) / square) * common if square else moved
+    scale = float((gradients**2).sum()) / len(gradients)
+    if not (scale and np.any(rest)):
+        return np.zeros(len(gradients))
+    values, vectors = np.linalg.eigh(gradients @ gradients.T / scale)
+    values = np.maximum(values, 0.0)
+    along = vectors.T @ (gradients @ rest) / np.sqrt(scale)
+    best = max(_GRID, key=lambda ratio: _likelihood(ratio, values, along, rest))
+    return np.asarray(vectors @ (along / (values + best)) / np.sqrt(scale))
+
+
+def _likelihood(
+    ratio: float, values: NDArray[np.float64], along: NDArray[np.float64], rest: NDArray[np.float64]
+) -> float:
+    """Logarithm, but for a constant, with the best scale: by the matrix inversion lemma in the examples' space."""
+    left = max(float(rest @ rest - (along**2 / (values + ratio)).sum()), np.finfo(float).tiny)
+    return -float(np.log1p(values / ratio).sum()) - len(rest) * float(np.log(left))

@@ -1,6 +1,6 @@
-"""A torch model as a torch.export program and as an ONNX model, both with a dynamic batch and nothing of ours inside.
+"""A torch model as a torch.export program and as an ONNX model, both for any batch size and independent of FedClaw.
 
-Neither file carries the example it was traced with, source paths or stack traces of the machine that made it.
+Neither file contains the example that it was traced with, source paths, or stack traces.
 """
 
 import io
@@ -18,15 +18,16 @@ from torch import nn
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.export.layout import BATCH, INPUT
 from fedclaw.learning.tasks.base import Task
+from fedclaw.progress import quieter
 
 TRACE_BATCH = 3
-"""Any size but 0 and 1, which torch.export would take for constants."""
+"""Any size except 0 and 1: torch.export takes those for constants."""
 PROTOBUF_LIMIT = 2**31 - 1
 CHATTY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
 class Linked(nn.Module):
-    """`model` with both outputs that a bundle promises, (N, K) each: as it gives them, and behind its task's link."""
+    """`model` with the two outputs of a bundle, (N, K) each: the raw output, and the same after the task's link."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class Linked(nn.Module):
         self.task = task
 
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (N, *D) to the outputs, and to what they mean: probabilities, values."""
+        """Inputs (N, *D) to raw outputs and to what they mean: probabilities or values."""
         outputs = self.model(inputs)
         return outputs, self.task.link(outputs)
 
@@ -52,8 +53,8 @@ def require_exporter() -> Any:
 def trace(model: nn.Module, task: Task, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
     """The program of `Linked(model, task)` in evaluation mode, for any batch size.
 
-    Traced with zeros: no example, real or synthetic, is left in it. Raises BundleError if the model cannot be traced
-    or only for one batch size.
+    It is traced with zeros, so no example is left in it. Raises BundleError if the model cannot be traced, or only for
+    one batch size.
     """
     linked = Linked(model, task).eval()
     example = torch.zeros(TRACE_BATCH, *input_shape)
@@ -77,7 +78,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def load_program(path: Path) -> nn.Module:
-    """The module of a .pt2 file written by this process. A bundle from elsewhere has to be verified first."""
+    """Load a .pt2 file that this process wrote. Never use it on a file from elsewhere that was not verified."""
     with quiet(), _as_bundle_error("the torch.export program cannot be read back"):
         return torch.export.load(path).module()
 
@@ -116,23 +117,16 @@ def save_onnx(program: torch.export.ExportedProgram, task: Task, input_shape: tu
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the exporters' progress, warnings and log lines from the user; errors still come as exceptions."""
-    levels = {name: logging.getLogger(name).level for name in CHATTY_LOGGERS}
+    """Suppress the exporters' progress, warnings and log lines. Errors are raised as usual."""
     sink = io.StringIO()
-    try:
-        for name in levels:
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+    hidden = warnings.catch_warnings(action="ignore")
+    with quieter(logging.CRITICAL, *CHATTY_LOGGERS), redirect_stdout(sink), redirect_stderr(sink), hidden:
+        yield
 
 
 @contextmanager
 def _as_bundle_error(what: str) -> Iterator[None]:
-    """What torch's, onnx's and protobuf's own errors become: they have no common base, and say nothing to a user."""
+    """Turn the errors of torch, onnx and protobuf, which have no common base, into a BundleError about `what`."""
     try:
         yield
     except OSError:
@@ -153,7 +147,7 @@ def torch_outputs(module: nn.Module, inputs: "np.ndarray[Any, np.dtype[np.float3
 
 
 def _tidy(model: Any) -> None:
-    """Drop what the exporter noted about this machine, and give the batch dimension its name."""
+    """Remove what the exporter recorded about this machine, and name the batch dimension."""
     graph = model.graph
     symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):

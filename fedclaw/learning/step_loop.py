@@ -5,10 +5,12 @@ gradient is made is no concern of the loop: of one model (`ModelSteps`) or of ma
 (`fedclaw.learning.stacked.steps`), with or without differential privacy.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedclaw.protocol.terms import LocalTraining
 
@@ -16,6 +18,13 @@ Batch = TypeVar("Batch")
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
 Correction = Callable[[Sequence[torch.Tensor], int], None]
 """Changes the parameters' `.grad` in place before a step, whose number (from 0) it is told; sees no data."""
+
+
+def load_parameters(model: torch.nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+    """Put `parameters`, by name, into `model`."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(np.array(parameters[name])))
 
 
 class Steps(Protocol[Batch_contra]):

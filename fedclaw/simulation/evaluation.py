@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedclaw.learning.registry import strategy_class
+from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.terms import ModelSpec
@@ -16,7 +17,7 @@ from fedclaw.server.answers import Declined
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State
-from fedclaw.simulation.trainer import load, loaded_model
+from fedclaw.simulation.trainer import loaded_model
 from fedclaw.site.evaluation import EVALUATION_BATCH, exact_sums, permitted
 
 WHOLE = "federation"
@@ -57,7 +58,7 @@ class Evaluator:
             model = loaded_model(self._federation, spec, parameters).eval()
             # Pooling is several times faster with channels last.
             self._models[key] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        load(self._models[key], parameters)
+        load_parameters(self._models[key], parameters)
         return self._models[key]
 
 

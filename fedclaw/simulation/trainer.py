@@ -19,7 +19,7 @@ from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.learning.stacked.steps import ClientSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
-from fedclaw.learning.step_loop import take_steps
+from fedclaw.learning.step_loop import load_parameters, take_steps
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, client_update_of, is_overridden
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
@@ -366,15 +366,8 @@ def loaded_model(
     """A model with these parameters."""
     with torch.random.fork_rng(devices=[]):
         model = federation.workload.build(spec)
-    load(model, parameters)
+    load_parameters(model, parameters)
     return model
-
-
-def load(model: nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> None:
-    """Put these parameters into `model`."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(parameters[name])))
 
 
 def _is_weighting_alone(plan: Plan) -> bool:

@@ -3,11 +3,11 @@
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from flwr.app import RecordDict
 
 from fedclaw.errors import FedClawError, PluginError
+from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.workload import Table, Workload
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
@@ -105,9 +105,7 @@ class Site:
             model = self.workload.build(spec).to(self.device) if warm is None else warm
         except PluginError as error:
             raise Refusal(RefusalCode.MODEL, str(error)) from error
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(torch.from_numpy(np.array(parameters[name])))
+        load_parameters(model, parameters)
         self._models[key] = model
         self._models.move_to_end(key)
         return model

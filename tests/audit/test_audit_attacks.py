@@ -5,18 +5,18 @@ import pytest
 
 from fedclaw.audit.bounds import one_run_bound
 from fedclaw.audit.canary import LOUD, coins, gradient, make_canary
-from fedclaw.audit.contributions import contributions
-from fedclaw.audit.findings import Finding, conclude
+from fedclaw.audit.findings import AuditOptions, Finding, conclude
 from fedclaw.audit.mechanism import Trials, most_alike
 from fedclaw.audit.membership import Claim, auc, membership, one_run
-from fedclaw.audit.options import AuditOptions
 from fedclaw.audit.probe import sensitivity
 from fedclaw.audit.run import attack_run, claim_of
-from fedclaw.audit.subject import Subject, load, synthetic_sites
-from fedclaw.audit.training_run import toss
+from fedclaw.audit.subject import Subject, synthetic_sites
+from fedclaw.audit.training_run import contributions, toss
 from fedclaw.errors import PrivacyError, UsageError
+from fedclaw.learning.step_loop import load_parameters
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.server.session import initial_parameters
-from tests.audit.conftest import SIZES
+from tests.audit.conftest import MODES, SIZES
 
 CLAIM = Claim("the run", 3.0, 1e-5)
 
@@ -27,7 +27,7 @@ def test_a_canary_is_loud_and_a_blank_is_silent(subject, schema, model):
     workload = record.make_workload()
     canary = make_canary(workload, record.model, initial_parameters(record), 2.0, np.random.default_rng(0))
     network = workload.build(record.model)
-    load(network, canary.parameters)
+    load_parameters(network, canary.parameters)
     loud = gradient(workload, network, canary.inputs, canary.loud)
     assert np.linalg.norm(loud) >= LOUD * 2.0
     assert np.linalg.norm(gradient(workload, network, canary.inputs, canary.silent)) < 1e-3
@@ -162,11 +162,25 @@ def test_the_sensitivity_to_an_example_is_that_of_one_step(subject):
     assert sensitivity(record, list(SIZES)) == pytest.approx(0.3 * 0.5 / (0.3 * 80))
 
 
-def test_a_claim_is_about_examples(configured):
-    assert claim_of(configured()).epsilon == 3
-    assert claim_of(configured("central-example")).epsilon == 3
-    assert claim_of(configured("central-site")) is None
-    assert claim_of(configured(privacy=None)).epsilon is None
+@pytest.mark.parametrize(
+    ("mode", "changes", "label"),
+    [
+        ("local", {}, "local noise"),
+        ("central-example", {}, "noise on the mean"),
+        ("distributed-example", {}, "noise on the mean"),
+        ("local", {"central": {**MODES["central-site"]["central"], "epsilon": 9}}, "local noise"),
+    ],
+)
+def test_a_claim_is_about_examples(subject, mode, changes, label):
+    claim = claim_of(mechanism_of(subject(mode, **changes).record()))
+    assert (claim.epsilon, claim.delta) == (3, 1e-3)
+    assert label in claim.label
+
+
+def test_without_noise_and_for_whole_sites_nothing_is_claimed_of_an_example(subject):
+    assert claim_of(mechanism_of(subject("central-site").record())) is None
+    assert claim_of(mechanism_of(subject("distributed-site").record())) is None
+    assert claim_of(mechanism_of(subject(privacy=None).record())).epsilon is None
 
 
 def test_the_middle_moves_only_for_a_canary_that_is_too_large():

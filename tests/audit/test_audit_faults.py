@@ -8,8 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from fedclaw.audit.findings import conclude
-from fedclaw.audit.options import AuditOptions
+from fedclaw.audit.findings import AuditOptions, conclude
 from fedclaw.audit.run import audit_run, probe_mechanisms
 from fedclaw.privacy import distributed, steps
 from fedclaw.privacy import noise as noise_module

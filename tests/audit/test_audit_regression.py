@@ -10,9 +10,9 @@ from rich.console import Console
 
 from fedclaw.audit.__main__ import main
 from fedclaw.audit.canary import LOUD, gradient, make_canary
-from fedclaw.audit.subject import load
 from fedclaw.errors import PrivacyError
 from fedclaw.learning.registry import schema_class, workload_class
+from fedclaw.learning.step_loop import load_parameters
 from fedclaw.privacy.noise import GaussianSource
 
 SCHEMA = """
@@ -70,7 +70,7 @@ def test_a_canary_is_loud_with_one_target_and_silent_with_another(model, loss):
     network = workload.build(spec)
     start = {name: array.detach().numpy().copy() for name, array in network.named_parameters()}
     canary = make_canary(workload, spec, start, 2.0, np.random.default_rng(0))
-    load(network, canary.parameters)
+    load_parameters(network, canary.parameters)
     assert np.linalg.norm(gradient(workload, network, canary.inputs, canary.loud)) >= 2.0 * LOUD
     assert np.linalg.norm(gradient(workload, network, canary.inputs, canary.silent)) <= 1e-4
     with torch.no_grad():
