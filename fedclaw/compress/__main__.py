@@ -27,22 +27,18 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, naming, run_main, split
+from fedclaw.cli import naming, require_paths, run_main, settings_of
 from fedclaw.compress.record import require_room
-from fedclaw.compress.settings import CompressSettings, check_paths
+from fedclaw.compress.settings import CompressSettings
 from fedclaw.console import make_console
-from fedclaw.errors import UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.server.run_directory import RunDirectory
 
 
 def main(arguments: Sequence[str]) -> None:
     """Compress and print the table. Raises FedClawError."""
-    line = split(arguments)
-    if line.words:
-        raise UsageError(f"unknown command {line.words[0]!r}; arguments are written key=value")
-    settings = compose_settings("compress", line.overrides, CompressSettings)
-    check_paths(settings)
+    settings = settings_of(arguments, "compress", CompressSettings)
+    require_paths(inputs=settings.inputs, evaluation=settings.evaluation, labelled=settings.labelled)
     if settings.federation is not None:
         with naming(federation=settings.federation):
             FederationHome.open(settings.federation)

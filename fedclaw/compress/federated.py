@@ -1,8 +1,8 @@
 """Recovery at the sites: more rounds of training, under differential privacy and on the sites' own ledgers.
 
-It is a run of its own, with its own name, plan and checkpoints, in a directory inside the teacher's. The name is
-made from what is asked, so that the same compression begun again goes on where it stopped and no site pays
-twice, and a different one is a different run on the ledgers.
+It is a run of its own, with its own name, plan and checkpoints, in a directory inside the teacher's. Its name is
+derived from the settings. So the same compression, started again, resumes where it stopped and no site pays twice; a
+different one is a different run on the ledgers.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from flwr.serverapp import Grid
 
@@ -71,8 +70,8 @@ def recover_by_rounds(
 
     Raises RoundError when too few sites take part; begun again it goes on from its last checkpoint.
     """
-    evaluation = settings.evaluation  # read before a site spends anything
-    table = teacher.workload.schema.read_examples(evaluation) if evaluation is not None else None
+    # Read before a site spends anything.
+    table = None if settings.evaluation is None else teacher.workload.schema.read_examples(settings.evaluation)
     record = distillation_record(settings, teacher, student)
     directory = _open(teacher, record)
     start = arrays_of(student.model)
@@ -137,23 +136,19 @@ def _guarantees(
 
 
 def _digest(record: RunRecord, teacher: Teacher) -> str:
-    """Eight digits of everything that makes this recovery another one."""
+    """Eight hexadecimal digits of all that distinguishes this recovery from another."""
     about = {"record": record.model_dump(mode="json", exclude={"created"}), "teacher": teacher.sha256}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _open(teacher: Teacher, record: RunRecord) -> RunDirectory:
-    """The recovery's directory, begun now or earlier."""
-    root = _root(teacher, record)
+    """The recovery's directory; made if it does not exist."""
+    root = teacher.directory.root / DIRECTORY / record.run
     return RunDirectory.open(root) if (root / "run.json").exists() else RunDirectory.create(root, record)
 
 
-def _root(teacher: Teacher, record: RunRecord) -> Path:
-    return teacher.directory.root / DIRECTORY / record.run
-
-
 def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: Arrays, recovered: Arrays) -> Accuracies:
-    """All three models on the sites' own test data, asked of the same sites."""
+    """Evaluate all three models on the test data of the same sites."""
     nodes = sorted(grid.get_node_ids())
     before = _ask(grid, nodes, record, teacher.record.model, teacher.parameters)
     start = _ask(grid, nodes, record, record.model, pruned)

@@ -1,4 +1,4 @@
-"""Recovery at the coordinator, with the controls that a claim about it needs.
+"""Recovery at the coordinator, with the control experiments that a claim about it needs.
 
 Legend: N examples, C classes, D input shape without the batch.
 """
@@ -14,8 +14,9 @@ from fedclaw.compress.recover import Recovered, Split, distil, predict_logits, s
 from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import Teacher
 from fedclaw.compress.student import Accuracies, Student, StudentOutcome, compare_on, evaluate
-from fedclaw.errors import CompressionError, UsageError
+from fedclaw.errors import CompressionError
 from fedclaw.learning.workload import Table
+from fedclaw.site.device import choose_device
 
 
 def recover_by_proxy(
@@ -50,7 +51,7 @@ def recover_by_proxy(
 
 
 def proxy_inputs(settings: CompressSettings, teacher: Teacher) -> tuple[torch.Tensor, str]:
-    """Inputs (N, *D) at the coordinator, and where they come from, in words. Raises DataError."""
+    """The coordinator's inputs (N, *D) and a description of their origin. Raises DataError."""
     schema = teacher.workload.schema
     if settings.inputs is not None:
         inputs = schema.read_inputs(settings.inputs)
@@ -59,15 +60,6 @@ def proxy_inputs(settings: CompressSettings, teacher: Teacher) -> tuple[torch.Te
         inputs = schema.synthetic_inputs(settings.synthetic, np.random.default_rng(settings.seed))
         origin = f"{len(inputs)} synthetic inputs made from the schema"
     return torch.from_numpy(np.array(inputs, dtype=np.float32)), origin
-
-
-def choose_device(name: str) -> torch.device:
-    """auto, cpu or cuda as a device. Raises UsageError when CUDA is asked for and not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device=cuda, but torch sees no CUDA device here; use device=cpu or device=auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _read(teacher: Teacher, path: Path | None) -> Table | None:
@@ -93,7 +85,7 @@ def _controls(
     table: Table | None,
     labelled: Table | None,
 ) -> tuple[Control, ...]:
-    """The two ways to the same shapes that a claim has to be compared with; the first needs labelled data."""
+    """The two baselines of the same shapes to compare with; the first needs labelled data."""
     device = split.train.device
 
     def control(name: str, model: nn.Module) -> Control:

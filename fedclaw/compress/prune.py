@@ -9,8 +9,7 @@ counted within one normalisation or convolution group where there are such (they
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from types import ModuleType
@@ -196,24 +195,24 @@ def _fill(groups: Mapping[str, _Group], widths: dict[str, int], fits: Fits) -> d
 
 def _output_layer(model: nn.Module, example: torch.Tensor) -> nn.Module:
     """The last layer with weights that a forward pass goes through."""
-    with _recorded(model) as called, torch.no_grad():
-        model(example)
+    called = layer_calls(model, example)
     if not called:
         raise CompressionError("the model has no convolution or linear layer, so there is nothing to prune")
-    return called[-1]
+    return called[-1][0]
 
 
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """The prunable layers in the order in which forward passes call them."""
-    called: list[nn.Module] = []
+def layer_calls(model: nn.Module, example: torch.Tensor) -> list[tuple[nn.Module, int]]:
+    """The prunable layers in the order in which a forward pass calls them, each with how many numbers it gives."""
+    called: list[tuple[nn.Module, int]] = []
     layers = [module for module in model.modules() if isinstance(module, PRUNABLE)]
-    hooks = [layer.register_forward_hook(lambda module, _, __: called.append(module)) for layer in layers]
+    hooks = [layer.register_forward_hook(lambda of, _, out: called.append((of, out.numel()))) for layer in layers]
     try:
-        yield called
+        with torch.no_grad():
+            model(example)
     finally:
         for hook in hooks:
             hook.remove()
+    return called
 
 
 def _check_output(model: nn.Module, pruned: nn.Module, example: torch.Tensor) -> None:

@@ -20,9 +20,9 @@ MODEL, RECORD = "model.npz", "compression.json"
 _LEFTOVER, _REPLACED = ".compressed.", "old"
 
 Measure = Literal["evaluation file", "federated evaluation", "agreement with the teacher"]
-"""What the accuracies of a record are: on labelled public data, at the sites on their own test data, or not an
-accuracy at all but how far the model says what the teacher says on held-out proxy inputs: the share of the same
-classes, or R2 with the teacher's values as the targets."""
+"""What the accuracies of a record measure: labelled public data, the sites' own test data, or, as no accuracy at all,
+agreement with the teacher on held-out proxy inputs: the share of equal classes, or R2 with the teacher's values as the
+targets."""
 
 
 class Side(Frozen):
@@ -39,7 +39,7 @@ class Side(Frozen):
 
 
 class Control(Frozen):
-    """The same pruned shapes, arrived at another way; what the recovery has to be compared with."""
+    """A baseline: the same pruned shapes, trained in another way."""
 
     name: Literal["fine-tuned without teacher", "distilled from scratch"]
     accuracy: float | None
@@ -58,7 +58,7 @@ class ProxyReport(Frozen):
     """Optimiser steps taken."""
     agreement_pruned: float
     agreement_after: float
-    """How far the student says what the teacher says on held-out proxy inputs (`Task.agreement`)."""
+    """The student's agreement with the teacher on held-out proxy inputs (`Task.agreement`)."""
     controls: tuple[Control, ...] = ()
 
 
@@ -110,9 +110,9 @@ def require_room(run: RunDirectory, overwrite: bool) -> None:
 
 
 def write_compressed(run: RunDirectory, record: Compression, parameters: Arrays) -> Path:
-    """Write <run>/compressed as a whole: both files under a temporary name, then a rename; an older one goes last.
+    """Write <run>/compressed atomically: both files to a temporary directory, then a rename. An older result goes last.
 
-    An older one is there under one of two names at any moment; `require_room` puts it back after a crash in between.
+    At any moment the older result exists under one of two names; after a crash in between `require_room` restores it.
     """
     _put_back(run)
     for stale in run.root.glob(f"{_LEFTOVER}*"):

@@ -5,7 +5,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.server.listening import ListenAddress
 from fedclaw.server.waiting import CohortWaiting
@@ -80,11 +79,3 @@ class CompressSettings(Frozen):
                 "inputs= and controls= belong to mode=proxy; in mode=federated the data stays at the sites"
             )
         return self
-
-
-def check_paths(settings: CompressSettings) -> None:
-    """Raise UsageError for a named file that is not there."""
-    for name in ("inputs", "evaluation", "labelled"):
-        path: Path | None = getattr(settings, name)
-        if path is not None and not path.exists():
-            raise UsageError(f"{name}={path}: there is no such file")

@@ -68,8 +68,8 @@ def arrays_of(model: nn.Module) -> Arrays:
 def rebuild(workload: Workload, pruned: nn.Module) -> tuple[ModelSpec, nn.Module]:
     """The spec of a pruned model, and the model that the workload builds from it with the same parameters.
 
-    From here on only what a name and its arguments can describe is used: that is what a site builds, and what a
-    bundle says. Raises CompressionError when the workload's description does not give the same function.
+    From here on only models that a name and arguments describe are used, because that is what sites build and bundles
+    state. Raises CompressionError when the spec does not give the same function.
     """
     spec = workload.spec_of(pruned)
     built = workload.build(spec)

@@ -11,7 +11,7 @@ from fedclaw.compress.measure import LATENCY_BATCHES, compare_latency, multiply_
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import Compression, Side, require_room, write_compressed
-from fedclaw.compress.settings import CompressSettings, check_paths
+from fedclaw.compress.settings import CompressSettings
 from fedclaw.compress.source import Teacher, arrays_of, load_teacher
 from fedclaw.compress.student import Student, StudentOutcome, make_student
 from fedclaw.server.round_report import Observer
@@ -25,7 +25,6 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
 
     Raises FedClawError; then <run>/compressed is as it was.
     """
-    check_paths(settings)
     require_room(RunDirectory.open(settings.run), settings.overwrite)
     teacher = load_teacher(settings.run)
     student = make_student(teacher, settings.fraction)
@@ -44,7 +43,7 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
 def _record(settings: CompressSettings, teacher: Teacher, student: Student, outcome: StudentOutcome) -> Compression:
     accuracies = outcome.accuracies
     inputs = torch.randn(max(LATENCY_BATCHES), *teacher.input_shape, generator=torch.Generator().manual_seed(0))
-    latency = compare_latency(teacher.model, outcome.model, inputs, settings.latency_repeats)
+    latency_before, latency_after = compare_latency(teacher.model, outcome.model, inputs, settings.latency_repeats)
     old_size = teacher.directory.model_path.stat().st_size
     new_size = len(arrays_to_npz(arrays_of(outcome.model)))
     return Compression(
@@ -60,8 +59,8 @@ def _record(settings: CompressSettings, teacher: Teacher, student: Student, outc
         accuracy_before=accuracies.before[accuracies.score],
         accuracy_pruned=accuracies.pruned[accuracies.score],
         accuracy_after=accuracies.after[accuracies.score],
-        before=_side(teacher, teacher.model, old_size, latency.before, accuracies.before),
-        after=_side(teacher, outcome.model, new_size, latency.after, accuracies.after),
+        before=_side(teacher, teacher.model, old_size, latency_before, accuracies.before),
+        after=_side(teacher, outcome.model, new_size, latency_after, accuracies.after),
         recovery=outcome.report,
         seed=settings.seed,
     )

@@ -40,7 +40,7 @@ class Accuracies:
 
 @dataclass(frozen=True)
 class StudentOutcome:
-    """What either way of recovery ends with; the model is on the CPU."""
+    """The result of either kind of recovery; the model is on the CPU."""
 
     model: nn.Module
     accuracies: Accuracies
@@ -55,7 +55,7 @@ def make_student(teacher: Teacher, fraction: float) -> Student:
 
 
 def compare_on(table: Table, teacher: Teacher, student: Student, recovered: nn.Module) -> Accuracies:
-    """Metrics of the three models on labelled public data.."""
+    """Metrics of the three models on labelled public data."""
     models = (teacher.model, student.model, recovered)
     before, pruned, after = (evaluate(teacher.workload, model, table) for model in models)
     return Accuracies("evaluation file", len(table), before, pruned, after, teacher.workload.task.score)

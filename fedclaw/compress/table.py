@@ -34,7 +34,7 @@ def before_after(record: Compression) -> Table:
 
 
 def notes(record: Compression, compressed: Path) -> list[str]:
-    """What has to be said beside the table: what was measured on what, what it cost, where it is."""
+    """Notes below the table: what was measured on which data, the privacy cost, and where the result is."""
     return [_measure_note(record), _cost_note(record), f"Written to {compressed}."]
 
 

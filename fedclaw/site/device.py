@@ -15,7 +15,7 @@ SMALL_MODEL = 1_000_000
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """CUDA where there is one, unless told otherwise. Raises UsageError when `cuda` is wanted and absent."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device: cuda is asked for, but torch finds no CUDA device here; use device: auto or cpu")
+        raise UsageError("the device cuda is asked for, but torch sees no CUDA device here; use auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -200,10 +200,10 @@ def test_multiply_adds_by_hand():
 def test_latency_restores_threads_and_tells_models_apart():
     small, large = nn.Linear(64, 2), nn.Sequential(*[nn.Linear(64, 64) for _ in range(60)], nn.Linear(64, 2))
     threads = torch.get_num_threads()
-    timed = compare_latency(large, small, torch.randn(3, 64), repeats=15)
+    slower, faster = compare_latency(large, small, torch.randn(3, 64), repeats=15)
     assert torch.get_num_threads() == threads
-    assert timed.before.keys() == timed.after.keys() == {1, 32}
-    assert all(0 < timed.after[size] < timed.before[size] for size in (1, 32))
+    assert slower.keys() == faster.keys() == {1, 32}
+    assert all(0 < faster[size] < slower[size] for size in (1, 32))
 
 
 def test_threads_are_one_for_small_models_only():
