@@ -1,22 +1,31 @@
 """The privacy statement of a site: one HTML page on what its ledger says, for people who are no engineers.
 
 The page is whole in itself: it asks for nothing from anywhere, and its content security policy forbids it to. It is
-well-formed XML too. All that comes from a ledger, a log or a setting is escaped (`fedclaw.report.pages`).
+well-formed XML too. The templates lie beside this file; Jinja2 escapes all that comes from a ledger, a log or a
+setting. Epsilon over time is one SVG picture: a staircase, and the budget as a broken line.
 """
 
 import math
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import cache
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedclaw import __version__
-from fedclaw.report import ledger_chart, ledger_words, pages
+from fedclaw.report import ledger_words
 from fedclaw.site.journal.reconciliation import SiteJournal, check_journal, losses
-from fedclaw.site.journal.spending import DataSetSpending, Spending, epsilon_over_time
+from fedclaw.site.journal.spending import DataSetSpending, Point, Spending, epsilon_over_time
 from fedclaw.site.layout import ledger_file
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 _CHART_POINTS = 40
+_WIDTH, _HEIGHT = 480.0, 250.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 12.0, 24.0, 34.0
+_DAYS_SHOWN_AS_DATES = timedelta(days=3)
 
 Receipts = Mapping[tuple[str, str, str], Mapping[str, Any]]
 """The last receipt that left, by data set, federation and run."""
@@ -27,7 +36,7 @@ def render(journal: SiteJournal) -> str:
     check_journal(journal)
     spending = journal.spending()
     receipts = _receipts(journal)
-    return pages.render(
+    return _filled(
         "ledger_page.html",
         words=ledger_words,
         infinite=math.inf,
@@ -67,10 +76,131 @@ def _chart(number: int, item: DataSetSpending, journal: SiteJournal) -> str:
     points = epsilon_over_time(journal.entries, journal.index, item.name, item.budget.delta, _CHART_POINTS)
     if math.isinf(points[0].epsilon):
         return ""
-    return ledger_chart.draw(points, item.budget.epsilon, f"chart-{number}")
+    return draw(points, item.budget.epsilon, f"chart-{number}")
 
 
 def _is_discrete(spending: Spending) -> bool:
     """Whether any charge was for discrete noise."""
     runs = (run for item in spending.data_sets for run in item.runs)
     return any(mechanism.family == "discrete" for run in runs for mechanism in run.mechanisms if mechanism)
+
+
+def draw(points: Sequence[Point], budget: float | None, identity: str) -> str:
+    """The chart of at least one point as an <svg> element; `identity` tells its ids apart within a page.
+
+    Epsilons are drawn up to the first that is infinite. Where a clock was set back the line stays where it was.
+    """
+    finite = [point for point in points if math.isfinite(point.epsilon)]
+    times = _never_back([point.time for point in finite])
+    highest = max([point.epsilon for point in finite] + [budget or 0.0, 1e-9])
+    ticks = _ticks(highest)
+    top = max(highest, ticks[-1])
+
+    def y(epsilon: float) -> float:
+        return round(_HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * epsilon / top, 1)
+
+    return _filled(
+        "ledger_chart.svg",
+        identity=identity,
+        says=_says(points, finite, budget),
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=_WIDTH - _RIGHT,
+        ticks=[(y(tick), f"{tick:g}") for tick in ticks],
+        line=_line(times, [y(point.epsilon) for point in finite]) if finite else None,
+        budget=None if budget is None else {"y": y(budget), "text": f"{budget:g}"},
+    )
+
+
+def _line(times: Sequence[datetime], heights: Sequence[float]) -> dict[str, Any]:
+    """The staircase, its end, and the first and the last time: as dates, or with the time of day when they are close.
+
+    The first is None if no time passes.
+    """
+    positions = _positions(times)
+    shape = "%Y-%m-%d" if times[-1] - times[0] > _DAYS_SHOWN_AS_DATES else "%Y-%m-%d %H:%M"
+    return {
+        "path": _staircase(positions, heights),
+        "x": f"{positions[-1]:.1f}",
+        "y": heights[-1],
+        "first": None if times[0] == times[-1] else times[0].strftime(shape),
+        "last": times[-1].strftime(shape),
+    }
+
+
+def _says(points: Sequence[Point], finite: Sequence[Point], budget: float | None) -> str:
+    limit = "no budget is set" if budget is None else f"the budget is {budget:g}"
+    if not finite:
+        return f"Epsilon is unbounded from the first charge on; {limit}."
+    ends = "then unbounded" if len(finite) < len(points) else "the latest"
+    first, last = finite[0], finite[-1]
+    return (
+        f"Epsilon was {first.epsilon:.3g} after charge {first.charges} ({first.time}) and {last.epsilon:.3g} after "
+        f"charge {last.charges} ({last.time}), {ends}; {limit}."
+    )
+
+
+def _never_back(texts: Sequence[str]) -> list[datetime]:
+    times: list[datetime] = []
+    for text in texts:
+        time = datetime.fromisoformat(text)
+        times.append(max(time, times[-1]) if times else time)
+    return times
+
+
+def _positions(times: Sequence[datetime]) -> list[float]:
+    """Horizontal positions; all at the right end if no time passes."""
+    span = (times[-1] - times[0]).total_seconds()
+    width = _WIDTH - _LEFT - _RIGHT
+    return [_LEFT + width * ((time - times[0]).total_seconds() / span if span else 1.0) for time in times]
+
+
+def _staircase(positions: Sequence[float], heights: Sequence[float]) -> str:
+    """From zero, level until the next charge, then straight up."""
+    floor = _HEIGHT - _BOTTOM
+    path = [f"M{_LEFT:g} {floor:g}"]
+    for position, height in zip(positions, heights, strict=True):
+        path.append(f"H{position:.1f}V{height:.1f}")
+    return "".join(path)
+
+
+def _ticks(highest: float) -> list[float]:
+    """Round numbers from 0 to at least `highest`, four to six of them."""
+    rough = highest / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    return [number * step for number in range(math.ceil(highest / step - 1e-9) + 1)]
+
+
+def _filled(template: str, **values: Any) -> str:
+    """The template of that name, filled in."""
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"moment": _moment, "epsilon": _epsilon}
+    return environment
+
+
+def _moment(text: str) -> str | None:
+    """A time of the ledger without its seconds; None if it is no time."""
+    try:
+        return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M}"
+    except ValueError:
+        return None
+
+
+def _epsilon(epsilon: float) -> str:
+    return "no bound" if math.isinf(epsilon) else ledger_words.rounded(epsilon)

@@ -127,9 +127,29 @@ def open_store(settings: TrackingSettings, runs: Path, directory: Path) -> Store
 
 
 def check_reachable(settings: TrackingSettings) -> None:
-    """Raise TransportError unless the host of the store takes a connection; asked before MLflow is imported."""
-    if settings.uri and settings.uri != NO_TRACKING:
-        _require_reachable(settings.uri)
+    """Raise TransportError unless the host of the store, where it names one, takes a connection; a proxy is trusted to.
+
+    Asked before MLflow is imported.
+    """
+    uri = settings.uri
+    if not uri or uri == NO_TRACKING:
+        return
+    try:
+        parts = urlsplit(uri)
+        scheme, host, port = parts.scheme.partition("+")[0], parts.hostname, parts.port
+    except ValueError as error:
+        raise TransportError(f"tracking.uri={_public(uri)} is not a usable address: {error}") from error
+    if scheme in {"http", "https"} and not host:
+        raise TransportError(f"tracking.uri={_public(uri)} names no host; it is written http://HOST:PORT")
+    if scheme not in _PORTS or not host or (scheme in getproxies() and not proxy_bypass(host)):
+        return
+    try:
+        socket.create_connection((host, port or _PORTS[scheme]), timeout=_PROBE).close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TransportError(
+            f"tracking.uri={_public(uri)} cannot be reached: {reason}; correct it, or use tracking=none"
+        ) from error
 
 
 def known_run(directory: Path) -> str | None:
@@ -164,11 +184,9 @@ class MlflowTracker:
         Raises what `open_store` does.
         """
         self._store = open_store(settings, directory.root.parent, directory.root)
-        self._client = self._store.client
         self._directory = directory
         self._tags = dict(tags or {})
         self._files = tuple(files)
-        self._record: RunRecord | None = None
         self._asked = 0
         self._lost = 0
         self._run_id: str | None = None
@@ -183,9 +201,8 @@ class MlflowTracker:
 
     def started(self, record: RunRecord, first_round: int) -> None:
         """Begin, or take up again, the MLflow run and note what was asked, and the rounds before that it lacks."""
-        self._record = record
         with self._forgiving():
-            run_id = self._begin()
+            run_id = self._begin(record)
             if first_round > 1:
                 self._fill_in(run_id)
 
@@ -217,8 +234,8 @@ class MlflowTracker:
                 outcome.directory.root / "receipts.json",
                 *(outcome.directory.root / name for name in self._files),
             ):
-                self._client.log_artifact(run_id, str(path))
-            self._client.set_terminated(run_id, "FINISHED")
+                self._store.client.log_artifact(run_id, str(path))
+            self._store.client.set_terminated(run_id, "FINISHED")
         self._say_what_was_lost()
 
     def failed(self, error: BaseException | None = None) -> None:
@@ -226,12 +243,12 @@ class MlflowTracker:
         if self._run_id is not None:
             with self._forgiving():
                 self._tell(self._run_id)
-                self._client.set_terminated(self._run_id, ended_by(error))
+                self._store.client.set_terminated(self._run_id, ended_by(error))
         self._say_what_was_lost()
 
-    def _begin(self) -> str:
-        """The MLflow run, which is running from now on."""
-        record = self._record or self._directory.record()
+    def _begin(self, record: RunRecord | None = None) -> str:
+        """The MLflow run, which is running from now on; its record is read where it is not given."""
+        record = record or self._directory.record()
         self._run_id = self._store.begin(self._directory.root, record.run, self._tags)
         if self._store.known is None:
             self._describe(self._run_id, _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})))
@@ -239,7 +256,7 @@ class MlflowTracker:
 
     def _fill_in(self, run_id: str) -> None:
         """Note the rounds in the run's directory that the store has not: who notes a round may stop before it does."""
-        noted = {point.step for point in self._client.get_metric_history(run_id, _ALWAYS)}
+        noted = {point.step for point in self._store.client.get_metric_history(run_id, _ALWAYS)}
         for line in self._directory.read_metrics():
             if line["round"] not in noted and _ALWAYS in line:
                 self._note(line["round"], line)
@@ -260,7 +277,7 @@ class MlflowTracker:
         try:
             for start in range(0, len(waiting), _MOST_METRICS):
                 part = waiting[start : start + _MOST_METRICS]
-                self._client.log_batch(run_id, metrics=[Metric(*note) for note in part])
+                self._store.client.log_batch(run_id, metrics=[Metric(*note) for note in part])
         except Exception:
             # Each round is a note of its own, and whoever forgives this counts one.
             self._lost += max(0, len({number for *_, number in waiting}) - 1)
@@ -274,7 +291,7 @@ class MlflowTracker:
 
         for start in range(0, len(values), _MOST_PARAMETERS):
             part = values[start : start + _MOST_PARAMETERS]
-            self._client.log_batch(run_id, params=[Param(name, str(value)) for name, value in part])
+            self._store.client.log_batch(run_id, params=[Param(name, str(value)) for name, value in part])
 
     @contextmanager
     def _forgiving(self) -> Iterator[None]:
@@ -311,26 +328,6 @@ def make_tracker(
 ) -> MlflowTracker | None:
     """A tracker, or None for tracking=none. Raises TransportError when the store cannot be used."""
     return None if settings.uri == NO_TRACKING else MlflowTracker(settings, directory, tags, files)
-
-
-def _require_reachable(uri: str) -> None:
-    """Raise TransportError unless the host of `uri`, where it names one, takes a connection. A proxy is trusted to."""
-    try:
-        parts = urlsplit(uri)
-        scheme, host, port = parts.scheme.partition("+")[0], parts.hostname, parts.port
-    except ValueError as error:
-        raise TransportError(f"tracking.uri={_public(uri)} is not a usable address: {error}") from error
-    if scheme in {"http", "https"} and not host:
-        raise TransportError(f"tracking.uri={_public(uri)} names no host; it is written http://HOST:PORT")
-    if scheme not in _PORTS or not host or (scheme in getproxies() and not proxy_bypass(host)):
-        return
-    try:
-        socket.create_connection((host, port or _PORTS[scheme]), timeout=_PROBE).close()
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise TransportError(
-            f"tracking.uri={_public(uri)} cannot be reached: {reason}; correct it, or use tracking=none"
-        ) from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fedclaw.errors import LedgerError
-from fedclaw.report import ledger_chart
+from fedclaw.report import ledger_page
 from fedclaw.report.ledger_page import render
 from fedclaw.report.ledger_words import certainty, factor, meaning, rounded
 from fedclaw.site.journal.reconciliation import open_journal
@@ -179,7 +179,7 @@ def path_of(drawing: str) -> list[tuple[float, float]]:
 
 
 def test_the_line_only_goes_up_and_right() -> None:
-    steps = path_of(ledger_chart.draw(points(1.0, 2.0, 4.0), 8.0, "c"))
+    steps = path_of(ledger_page.draw(points(1.0, 2.0, 4.0), 8.0, "c"))
     assert [x for x, _ in steps] == sorted(x for x, _ in steps)
     heights = [216 - y for _, y in steps]
     assert heights[1] / heights[0] == pytest.approx(2, rel=1e-2)
@@ -189,16 +189,16 @@ def test_the_line_only_goes_up_and_right() -> None:
 def test_a_clock_that_was_set_back_does_not_draw_backwards() -> None:
     history = points(1.0, 2.0, 3.0)
     history[1] = Point("1970-01-01T00:00:00+00:00", 2, 2.0)
-    xs = [x for x, _ in path_of(ledger_chart.draw(history, None, "c"))]
+    xs = [x for x, _ in path_of(ledger_page.draw(history, None, "c"))]
     assert xs[0] == xs[1] < xs[2]
 
 
 def test_one_charge_an_unbounded_one_and_tiny_ones_can_be_drawn() -> None:
-    assert len(path_of(ledger_chart.draw(points(1.0), None, "c"))) == 1
-    assert len(path_of(ledger_chart.draw(points(1.0, float("inf")), 8.0, "c"))) == 1
-    assert "unbounded from the first" in ledger_chart.draw(points(float("inf")), 8.0, "c")
-    assert len(path_of(ledger_chart.draw(points(1e-6, 2e-6), None, "c"))) == 2
-    assert len(path_of(ledger_chart.draw(points(0.0), None, "c"))) == 1
+    assert len(path_of(ledger_page.draw(points(1.0), None, "c"))) == 1
+    assert len(path_of(ledger_page.draw(points(1.0, float("inf")), 8.0, "c"))) == 1
+    assert "unbounded from the first" in ledger_page.draw(points(float("inf")), 8.0, "c")
+    assert len(path_of(ledger_page.draw(points(1e-6, 2e-6), None, "c"))) == 2
+    assert len(path_of(ledger_page.draw(points(0.0), None, "c"))) == 1
 
 
 def luminance(colour: str) -> float:

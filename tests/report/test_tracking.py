@@ -111,14 +111,14 @@ def test_a_store_that_takes_long_is_told_less_often_and_of_everything(run, monke
     monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: clock.now, time=time.time))
     tracker = MlflowTracker(TrackingSettings(), run.directory)
     tracker.started(run.record, 1)
-    log_batch = tracker._client.log_batch
+    log_batch = tracker._store.client.log_batch
 
     def slow(run_id, metrics):
         clock.now += seconds
         heard.append(max(metric.step for metric in metrics))
         log_batch(run_id, metrics=metrics)
 
-    monkeypatch.setattr(tracker._client, "log_batch", slow)
+    monkeypatch.setattr(tracker._store.client, "log_batch", slow)
     for number in range(1, 9):
         beside = {"by_class": {"ill": {"recall": number / 10}}}
         tracker.finished_round(replace(report(number), rounds=100, beside=beside))
