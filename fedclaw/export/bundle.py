@@ -1,4 +1,4 @@
-"""Assembling and signing a bundle: written aside, checked like a stranger's, then renamed into place."""
+"""Assemble and sign a bundle: write it to a temporary directory, verify it as a recipient would, then rename it."""
 
 import importlib.metadata
 import json
@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
 from fedclaw.export.threshold import choose_threshold, threshold_of_release
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
+from fedclaw.identity.federation_home import ReleaseSigner
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Floats, Table
 from fedclaw.server.run_directory import ReleaseUse
@@ -35,19 +35,9 @@ DIRECTORY_MODE = 0o755
 THRESHOLD_BATCH = 256
 
 
-class BundleSigner(Protocol):
-    """The federation's release key, as `FederationHome.signer()` gives it."""
-
-    certificate_pem: bytes
-    ca_pem: bytes
-
-    def sign(self, content: bytes) -> bytes:
-        """ECDSA-SHA384 over `content`, DER."""
-
-
 @dataclass(frozen=True)
 class Request:
-    """How a bundle is to be made. `inputs` are real ones (N, *D) for the parity check; None: synthetic ones."""
+    """Options of an export. `inputs` (N, *D) are real ones for the parity check; None: synthetic ones."""
 
     tolerance: float = 1e-4
     inputs: Floats | None = None
@@ -55,23 +45,23 @@ class Request:
     overwrite: bool = False
     seed: int = 0
     public: Table | None = None
-    """Labelled examples that no site holds, on which the threshold of a model of two classes is chosen."""
+    """Labelled examples that no site holds: the threshold of a model of two classes is chosen on them."""
     scores: Release | None = None
-    """Or the sites' statistics of how the model scores their training rows."""
+    """Instead of those, statistics of the model's scores on the sites' training rows."""
 
 
 def export_bundle(
     source: Source,
-    signer: BundleSigner,
+    signer: ReleaseSigner,
     target: Path,
     request: Request,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Verified:
-    """Export `source`, compare, state, sign, and leave the bundle at `target`, verified against the signer's CA.
+    """Export `source` to a signed bundle at `target` and return it, verified against the signer's CA.
 
-    `progress` hears a few words before each step. Raises BundleError when an exported form is further from the torch
-    model than the tolerance, or `target` exists and may not be overwritten; then nothing is left behind. Raises
-    UsageError when the export extra is not installed.
+    `progress` is called with a few words before each step. Raises BundleError when an exported model differs from the
+    torch model by more than the tolerance, or when `target` exists and may not be overwritten; nothing is left behind
+    then. Raises UsageError when the export extra is not installed.
     """
     graph.require_exporter()
     _check_target(target, request.overwrite)
@@ -92,7 +82,7 @@ def export_bundle(
 
 
 def _fill(
-    staging: Path, source: Source, signer: BundleSigner, request: Request, progress: Callable[[str], None]
+    staging: Path, source: Source, signer: ReleaseSigner, request: Request, progress: Callable[[str], None]
 ) -> None:
     inputs, kind = _parity_inputs(source, request)
     shape = source.schema.input_shape
@@ -153,7 +143,7 @@ def _parity_inputs(source: Source, request: Request) -> tuple[Floats, layout.Inp
 
 
 def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) -> dict[str, layout.ParityFigures]:
-    """Both forms, loaded back from their files, against the torch model that they were made from."""
+    """Load both exported models back from their files and compare them with the torch model."""
     reference = graph.Linked(source.model, source.schema.task).eval()
     program = graph.load_program(staging / layout.PROGRAM)
     session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
@@ -169,13 +159,13 @@ def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) ->
 
 
 def _write_texts(
-    staging: Path, source: Source, manifest: layout.Manifest, signer: BundleSigner, scores: Release | None = None
+    staging: Path, source: Source, manifest: layout.Manifest, signer: ReleaseSigner, scores: Release | None = None
 ) -> None:
     statement = state(
         source.receipts,
         source.record.privacy,
         _compression_cost(source),
-        source.data_dependent,
+        source.schema.data_dependent,
         source.record.central,
         source.record.statistics,
         ReleaseUse(run=scores.run, epsilon=scores.epsilon, delta=scores.delta) if scores else None,
@@ -210,7 +200,7 @@ def _compression_cost(source: Source) -> str:
     )
 
 
-def _sign(staging: Path, signer: BundleSigner) -> None:
+def _sign(staging: Path, signer: ReleaseSigner) -> None:
     names = sorted(path.name for path in staging.iterdir())
     for name in names:
         (staging / name).chmod(PUBLIC_MODE)
@@ -237,7 +227,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def _publish(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`; an older bundle there goes only when the new one is whole."""
+    """Rename `staging` to `target`. A bundle that was there is removed last, once the new one is in place."""
     old = staging.with_name(staging.name + ".old")
     if target.exists():
         target.rename(old)
@@ -251,7 +241,7 @@ def _pretty(model: layout.Manifest | PrivacyStatement) -> str:
     if plain.get("threshold", ...) is None:
         del plain["threshold"]
     if isinstance(model, layout.Manifest):
-        # What is not there is not in the manifest: an older reader knows no such fields.
+        # Leave out fields without a value: older readers do not know them.
         if plain["task"] == Classification.name:
             del plain["task"]
         for fields, name in [

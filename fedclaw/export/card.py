@@ -1,7 +1,7 @@
 """MODEL_CARD.md and VERIFY.md: facts of the run in words, for people.
 
-The order follows Mitchell et al. (2019), "Model Cards for Model Reporting". What no run directory knows (who should
-use the model, and who must not) is said to be missing, never invented.
+The order follows Mitchell et al. (2019), "Model Cards for Model Reporting". What a run directory does not hold, such as
+the intended use, is marked as missing and never invented.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,7 +118,7 @@ def _quantised(figures: QuantisedFigures) -> str:
 
 
 def threshold_in_words(manifest: Manifest) -> str:
-    """From which probability on the second class is the answer, and what that was chosen on; '' if nothing was."""
+    """The decision threshold and the data that it was chosen on; '' without a threshold."""
     decision = manifest.decision
     if decision is None:
         return ""
@@ -254,7 +254,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(value: str) -> str:
-    """`value` on one line, unable to end a table cell or to begin markup of its own."""
+    """`value` on one line, escaped so that it can neither end a table cell nor start markup."""
     return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;")
 
 

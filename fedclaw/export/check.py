@@ -1,7 +1,7 @@
-"""Verification of a bundle: every file is what the federation signed, and nothing else is there.
+"""Verification of a bundle: each file is the one that the federation signed, and there are no others.
 
-Needs neither torch nor ONNX. Each file is read once, from an open handle that follows no link; what a caller asks
-to keep is handed out from those same bytes, so that nothing can be exchanged between the check and the use.
+Needs neither torch nor ONNX. Each file is read once, from a handle that follows no symbolic link. A caller gets the
+very bytes that were checked, so a file cannot be exchanged between check and use.
 """
 
 import hashlib
@@ -33,25 +33,25 @@ from fedclaw.protocol.frozen import explain
 
 LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,99})$")
 SMALL = 1 << 20
-"""No list of digests, signature or certificate is larger; a larger one is refused unread."""
+"""Largest size in bytes of a digest list, a signature or a certificate; a larger file is refused unread."""
 CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What the verifier brings along, from another way than the bundle came."""
+    """What the verifier trusts, obtained in another way than the bundle."""
 
     authority: bytes | None = None
-    """The CA certificate (PEM) that must have signed; None: the bundle's own is taken, which proves no identity."""
+    """The CA certificate (PEM) that must have signed. None: take the bundle's own, which proves no identity."""
     revocations: bytes | None = None
     """A revocation list (PEM) of that CA."""
     expired: Literal["accept", "refuse"] = "accept"
-    """What becomes of a bundle whose release certificate has run out since it was signed."""
+    """Whether to accept a bundle whose release certificate has expired since it was signed."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """A bundle that passed every check. `contents` holds the bytes that were asked for, as they were checked."""
+    """A bundle that passed every check. `contents` has the requested files, byte for byte as they were checked."""
 
     path: Path
     manifest: Manifest
@@ -63,9 +63,10 @@ class Verified:
 
 
 def verify_bundle(path: Path, trust: Trust | None = None, keep: Iterable[str] = ()) -> Verified:
-    """Verify the bundle directory `path` and return it with the bytes of the files named in `keep`.
+    """Verify the bundle directory `path`; `contents` of the result has the files named in `keep`.
 
-    Raises BundleError naming the file that is changed, missing, extra, a link or signed by somebody else.
+    Raises BundleError naming the file that was changed, is missing, does not belong there, is a link, or was signed by
+    somebody else.
     """
     trust = trust or Trust()
     names = _list(path)

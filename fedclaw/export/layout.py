@@ -36,18 +36,18 @@ RELEASE_CERTIFICATE = "release.crt"
 CA_CERTIFICATE = "ca.crt"
 
 UNSIGNED = frozenset({DIGESTS, SIGNATURE})
-"""Not listed in SHA256SUMS: the list itself, and its signature."""
+"""Files that SHA256SUMS does not list: itself and its signature."""
 REQUIRED = frozenset(
     {ONNX, PROGRAM, MANIFEST, SCHEMA, PRIVACY, CARD, HOW_TO_VERIFY, RELEASE_CERTIFICATE, CA_CERTIFICATE}
 )
-"""A bundle without one of these is incomplete, however well it is signed."""
+"""A bundle that lacks one of these is incomplete, even if its signature is valid."""
 
 INPUT = "inputs"
 BATCH = "batch"
 
 
 class TensorSpec(Frozen):
-    """One tensor of the graph; `shape` names the dynamic dimension instead of giving its size."""
+    """One tensor of the graph. In `shape` the dynamic dimension is a name instead of a size."""
 
     name: str
     dtype: Literal["float32"] = "float32"
@@ -55,20 +55,20 @@ class TensorSpec(Frozen):
 
 
 class ParityFigures(Frozen):
-    """How far one exported form was from the torch model: the largest absolute difference over all outputs."""
+    """The largest absolute difference between an exported model and the torch model, over all outputs."""
 
     max_abs_diff: float = Field(ge=0)
     examples: int = Field(ge=1)
     batch_sizes: tuple[int, ...]
     scale: float | None = Field(default=None, ge=0)
-    """The largest absolute output of the torch model, where it is so large that the difference is measured by it."""
+    """The largest absolute output of the torch model, if it is so large that the tolerance is relative to it."""
 
 
 InputKind = Literal["real", "synthetic"]
 
 
 class Parity(Frozen):
-    """What the comparison was made on, what was allowed, and what came out, by file name."""
+    """What the models were compared on, the tolerance, and the figures by file name."""
 
     inputs: InputKind
     tolerance: float = Field(gt=0)
@@ -76,28 +76,28 @@ class Parity(Frozen):
 
 
 class QuantisedFigures(Frozen):
-    """How the 8-bit model differs from the exact one; it is not held to the parity tolerance."""
+    """How the 8-bit model differs from the exact one. The parity tolerance does not apply to it."""
 
     max_abs_diff_probability: float | None = Field(default=None, ge=0)
     same_label: float | None = Field(default=None, ge=0, le=1)
-    """Share of the compared examples for which both name the same class; None, as the line above: there are none."""
+    """Share of examples that both give the same class. None, as the line above, for a task without classes."""
     max_abs_diff_value: float | None = Field(default=None, ge=0)
-    """Where the task has no classes: of its values."""
+    """The largest difference of values, for a task without classes."""
     examples: int = Field(ge=1)
 
 
 class Decision(Frozen):
-    """From which probability on a model of two classes answers the second one, and how that was chosen."""
+    """The probability from which a model of two classes answers with the second one, and how it was chosen."""
 
     threshold: float = Field(gt=0, lt=1)
     objective: Literal["f1"] = "f1"
-    """What is largest at this threshold."""
+    """The score that the threshold maximises."""
     value: float = Field(ge=0, le=1)
-    """The objective at the threshold, on what it was chosen on."""
+    """The objective at the threshold, on the data that it was chosen on."""
     value_at_half: float = Field(ge=0, le=1)
-    """The objective where the likelier class is the answer."""
+    """The objective at one half, where the answer is the likelier class."""
     chosen_on: Literal["public data", "training data, by statistics"]
-    """Never the test data that metrics are reported of. Public data: the coordinator's word that no site holds it."""
+    """Never the test data of the reported metrics. For public data, the coordinator vouches that no site holds it."""
     examples: int = Field(ge=1)
     content: str | None = None
     """SHA-256 of the public file."""
@@ -113,7 +113,7 @@ class Manifest(Frozen):
     run: Name
     workload: Name
     task: Name = Classification.name
-    """What is predicted; a manifest that does not say so is of classes."""
+    """The task's name; a manifest without it is of a classification."""
     variant: Literal["final", "compressed"]
     model: ModelSpec
     parameters: int = Field(ge=1)
@@ -125,12 +125,12 @@ class Manifest(Frozen):
     labels: tuple[str, ...]
     """None where the task has no classes."""
     target: dict[str, JsonValue] | None = None
-    """What is predicted, where labels do not say it: a number's name, range and loss (`Task.describe`)."""
+    """The target of a task without labels: a number's name, range and loss (`Task.describe`)."""
     preprocessing: dict[str, JsonValue]
     parity: Parity
     quantised: QuantisedFigures | None = None
     decision: Decision | None = None
-    """None: the likeliest class is the answer."""
+    """None: the answer is the likeliest class."""
 
     @model_validator(mode="after")
     def _of_one_task(self) -> Self:

@@ -1,4 +1,4 @@
-"""Is an exported model the model that was trained? The largest difference over batches of several sizes.
+"""The parity check: does an exported model compute what the torch model does, for batches of several sizes?
 
 Legend: N examples, C classes, D input shape without the batch.
 """
@@ -15,14 +15,14 @@ Forward = Callable[[Floats], Sequence[Floats]]
 """A batch (n, *D) to its outputs, each (n, C)."""
 
 BATCH_SIZES = (1, 2, 7, 64)
-"""1 and an odd one catch a batch size frozen into a graph; the largest catches a kernel switched by size."""
+"""1 and an odd size catch a batch size fixed in the graph; the largest, a kernel that depends on the size."""
 ORDINARY = 10.0
-"""Outputs up to this are held to the tolerance alone."""
+"""Up to outputs of this size only the absolute tolerance counts."""
 RELATIVE = 1e-5
-"""Of the largest output: what two orders of adding up may differ by in float32, whose own step is 6e-8. Outputs of
-20,000 differ by 0.004, which is no error: a bound of 1e-4 asks for digits that float32 does not have there."""
+"""Relative to the largest output: how much float32 results may differ when terms are added in another order (its
+machine epsilon is 6e-8). Outputs of 20,000 may differ by 0.004; 1e-4 asks for digits that float32 does not have."""
 MAX_EXAMPLES = 4096
-"""More inputs than this add time and no certainty."""
+"""More inputs take time and add no certainty."""
 
 
 def compare(reference: Forward, exported: Forward, inputs: Floats) -> ParityFigures:
@@ -47,12 +47,12 @@ def compare(reference: Forward, exported: Forward, inputs: Floats) -> ParityFigu
 
 
 def allowed(figures: ParityFigures, tolerance: float) -> float:
-    """How far an exported form may be: `tolerance`, or `RELATIVE` of the largest output where that is more."""
+    """The largest difference allowed: `tolerance`, or `RELATIVE` times the largest output if that is more."""
     return max(tolerance, RELATIVE * (figures.scale or 0.0))
 
 
 def require(figures: ParityFigures, tolerance: float, form: str) -> None:
-    """Raise BundleError when `form` is further from the torch model than is `allowed`."""
+    """Raise BundleError when `form` differs from the torch model by more than is `allowed`."""
     bound = allowed(figures, tolerance)
     if figures.max_abs_diff > bound:
         raise BundleError(

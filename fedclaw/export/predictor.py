@@ -24,7 +24,7 @@ SHOWN_REASONS = 3
 
 
 class Predictor:
-    """Reads raw inputs by the bundle's schema and answers each by its task. Never imports torch."""
+    """Reads raw inputs as the bundle's schema says and predicts. Never imports torch."""
 
     def __init__(self, verified: Verified, schema: Schema, session: Any) -> None:
         self.verified = verified
@@ -40,16 +40,16 @@ class Predictor:
 
     @classmethod
     def open(cls, bundle: Path, trust: Trust | None = None) -> "Predictor":
-        """Verify `bundle`, then load what was verified: the same bytes, read once.
+        """Verify `bundle`, then load the very bytes that were verified.
 
-        Raises BundleError when it does not verify or its parts do not fit each other, PluginError when its workload
+        Raises BundleError when it does not verify or its files contradict each other, PluginError when its workload
         is not installed here, UsageError when ONNX Runtime is missing.
         """
         return cls.of(verify_bundle(bundle, trust, keep=(ONNX, SCHEMA)))
 
     @classmethod
     def of(cls, verified: Verified) -> "Predictor":
-        """Load a bundle that was verified, of which the graph and the schema were kept. Raises as `open` does."""
+        """Load a verified bundle whose graph and schema were kept. Raises what `open` does."""
         manifest, origin = verified.manifest, f"{verified.path}/{SCHEMA}"
         schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), origin)
         if schema.labels != manifest.labels or schema.input_shape != manifest.inputs[0].shape[1:]:
@@ -60,7 +60,7 @@ class Predictor:
         return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict"))
 
     def use_constants(self, path: Path) -> None:
-        """Prepare inputs with a site's own constants (its state/preprocessing.json). Raises DataError."""
+        """Standardise inputs with a site's own constants (its state/preprocessing.json). Raises DataError."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -79,16 +79,16 @@ class Predictor:
 
     @property
     def threshold(self) -> float | None:
-        """Of the second of two classes; None: the likeliest is the answer."""
+        """The probability from which the second of two classes is the answer; None: the likeliest class is."""
         decision = self.verified.manifest.decision
         return None if decision is None else decision.threshold
 
     def read_as(self, written: FileFormat) -> None:
-        """Read files that are written like that. Raises DataError where files have no such form."""
+        """Read files in that format from now on. Raises DataError for a workload without such formats."""
         self.schema = self.schema.written_as(written)
 
     def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
-        """Raw inputs from a file, row by row: a bad one is refused alone. Raises DataError if none can be answered."""
+        """Raw inputs from a file; each unusable row is refused by itself. Raises DataError if no row is usable."""
         if not path.exists():
             raise DataError(f"{path}: no such file")
         rows = self.schema.read_rows(path, identifiers)
@@ -101,7 +101,7 @@ class Predictor:
         return rows
 
     def decide(self, probabilities: Floats) -> Labels:
-        """The class of each row (N,), by the bundle's threshold if it has one, else the likeliest."""
+        """The class of each row, (N,): by the bundle's threshold if it has one, else the likeliest."""
         return decide(probabilities, self.threshold)
 
     def read(self, path: Path) -> Floats:
@@ -114,7 +114,7 @@ class Predictor:
         return inputs
 
     def predict(self, inputs: Floats) -> Floats:
-        """Inputs (N, *D) to what the outputs mean, (N, K): probabilities, or values in the target's unit."""
+        """Inputs (N, *D) to predictions (N, K): probabilities, or values in the target's unit."""
         parts = [
             run_session(self._session, inputs[start : start + BATCH])[self._output]
             for start in range(0, len(inputs), BATCH)

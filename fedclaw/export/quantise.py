@@ -1,12 +1,11 @@
-"""An 8-bit copy of the ONNX model: smaller and often faster on a CPU, and not the same function.
+"""An 8-bit copy of the ONNX model: smaller, often faster on a CPU, and not exactly the same function.
 
-Static quantisation (weights and activations) with ranges taken from the parity inputs; the ranges end up in the
-file, so with real inputs the smallest and largest activations of those inputs are part of what is published.
+Static quantisation of weights and activations. The ranges are those of the parity inputs and are stored in the file: if
+the inputs are real, their smallest and largest activations are published.
 """
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,13 @@ def quantise(exact: Path, target: Path, inputs: Floats, task: Task) -> Quantised
     except ImportError as error:
         raise UsageError(f"quantise=true needs {error.name}; install: pip install 'fedclaw[export]'") from error
 
-    class Batches(CalibrationDataReader):  # type: ignore[misc]
-        """The inputs, batch by batch, as the quantiser wants them."""
+    starts = iter(range(0, len(inputs), CALIBRATION_BATCH))
 
-        def __init__(self) -> None:
-            self.batches = _batches(inputs)
+    class Batches(CalibrationDataReader):  # type: ignore[misc]
+        """The inputs in batches, in the form that the quantiser reads."""
 
         def get_next(self) -> dict[str, Any] | None:
-            return next(self.batches, None)
+            return next(({INPUT: inputs[start : start + CALIBRATION_BATCH]} for start in starts), None)
 
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
@@ -52,11 +50,6 @@ def quantise(exact: Path, target: Path, inputs: Floats, task: Task) -> Quantised
             raise BundleError(f"the model cannot be quantised: {' '.join(str(error).split())[:300]}") from error
         shutil.copyfile(scratch / QUANTISED, target)
     return _measure(exact, target, inputs, task)
-
-
-def _batches(inputs: Floats) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(inputs), CALIBRATION_BATCH):
-        yield {INPUT: inputs[start : start + CALIBRATION_BATCH]}
 
 
 def _measure(exact: Path, quantised: Path, inputs: Floats, task: Task) -> QuantisedFigures:

@@ -1,4 +1,4 @@
-"""ONNX Runtime, as every part of FedClaw opens it: quiet, without telemetry, refusing what is not a model."""
+"""The one place that opens ONNX Runtime: errors only, no telemetry, and a clear error for what is not a model."""
 
 from typing import Any
 

@@ -1,10 +1,9 @@
 """Who signed a bundle: the release certificate, the CA above it, and the signature over the digests.
 
-How expiry is treated: a model is used for longer than the 90 days that a release certificate lives, so a bundle
-stays valid after the certificate has run out, provided that it was signed while the certificate (and the CA) was
-valid. The time of signing is `created` in bundle.json: it is covered by the signature, but it is the signer's own
-word, not a trusted time stamp. Whoever steals an expired key can date a bundle back; a verifier for whom that
-matters asks for a certificate that is valid now (`expired=refuse`).
+Expiry: models are used for longer than the 90 days of a release certificate. So a bundle stays valid after the
+certificate has expired, if certificate and CA were valid when it was signed. The time of signing is `created` in
+bundle.json. The signature covers it, but it is the signer's own word and no trusted time stamp: a thief of an expired
+key can backdate a bundle. Who cannot accept that requires a certificate that is valid now (`expired=refuse`).
 """
 
 from dataclasses import dataclass
@@ -31,12 +30,12 @@ UNUSABLE = (
     x509.InvalidVersion,
     x509.UnsupportedGeneralNameType,
 )
-"""All that a damaged certificate makes cryptography raise."""
+"""What cryptography raises for a damaged certificate."""
 
 
 @dataclass(frozen=True)
 class VerifiedSigner:
-    """Who signed, as the certificates have it."""
+    """Who signed, according to the certificates."""
 
     name: str
     fingerprint: str
@@ -129,7 +128,7 @@ def check_times(release: x509.Certificate, authority: x509.Certificate, signed: 
 def check_not_revoked(release: x509.Certificate, authority: x509.Certificate, crl_pem: bytes, origin: str) -> None:
     """Check `release` against a revocation list of `authority`. Raises BundleError.
 
-    A revoked certificate is refused whatever the time of signing: once a key has leaked, its holder writes the date.
+    A revoked certificate is refused whatever the time of signing: whoever has a leaked key can choose the date.
     """
     revocations = parse_revocations(crl_pem, origin)
     key = authority.public_key()

@@ -1,4 +1,4 @@
-"""What is exported: a run's model, rebuilt, with the facts that a bundle states about it."""
+"""What is exported: the model of a run, rebuilt, and the facts about it that a bundle states."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,14 +20,14 @@ from fedclaw.server.run_directory import RunDirectory, RunRecord
 
 @dataclass(frozen=True)
 class Source:
-    """One model of a run. `compression` is its compression.json, None for the model as it was trained."""
+    """One model of a run. `compression` is its compression.json; None for the model as trained."""
 
     record: RunRecord
     schema: Schema
     spec: ModelSpec
     model: nn.Module
     receipts: tuple[Receipts, ...]
-    """Of the training run, and of the recovery at the sites if there was one."""
+    """Those of the training run, then those of the recovery at the sites, if there was one."""
     metrics: tuple[Mapping[str, Any], ...]
     compression: Compression | None
 
@@ -41,22 +41,17 @@ class Source:
         return replace(self, record=self.record.model_copy(update={"federation": federation}))
 
     @property
-    def data_dependent(self) -> bool:
-        """Whether sites prepare inputs with constants of their own data."""
-        return self.schema.data_dependent
-
-    @property
     def parameters(self) -> int:
-        """Number of trained values."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compressed"] = "auto") -> Source:
     """The model that `wanted` names; `auto` takes the compressed one where there is one.
 
-    Raises UsageError when the compressed model is wanted and missing or the server has no whole model, BundleError when
-    parameters do not fit their spec or the compressed model was made from another one; CheckpointError when a file of
-    the run is damaged or the run has not finished.
+    Raises UsageError when there is no compressed model, or no complete one (some parameters stay at the sites),
+    BundleError when parameters do not fit their spec or the compressed model was made from another one, and
+    CheckpointError when a file of the run is damaged or the run has not finished.
     """
     record = directory.record()
     directory.require_whole()
@@ -86,13 +81,13 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
 
 
 def _recovery_receipts(directory: RunDirectory, report: SitesReport) -> Receipts:
-    """Receipts of the rounds at the sites that recovered a pruned model."""
+    """Receipts of the rounds that recovered a pruned model at the sites."""
     recovery = RunDirectory.open(directory.root / report.directory)
     return Receipts(report.run, "recovery after pruning", recovery.read_receipts())
 
 
 def _fill(model: nn.Module, arrays: Mapping[str, NDArray[Any]], what: str) -> nn.Module:
-    """`model` with `arrays` as its parameters, in evaluation mode on the CPU."""
+    """`model` with `arrays` as its parameters, on the CPU and in evaluation mode."""
     state = dict(model.named_parameters())
     if set(state) != set(arrays):
         names = ", ".join(sorted(set(state) ^ set(arrays))[:3])

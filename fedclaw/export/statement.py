@@ -1,4 +1,4 @@
-"""privacy.json: what training cost each site, from the sites' own receipts, and what that does and does not promise.
+"""privacy.json: what training cost each site by its own receipts, and what that does and does not guarantee.
 
 The wording follows Dwork and Roth (2014), "The Algorithmic Foundations of Differential Privacy", definitions 2.4
 and theorem 2.2 (groups), propositions 2.1 (post-processing), and McSherry (2009) for disjoint data sets.
@@ -56,22 +56,22 @@ Guarantee = Literal["every site", "some sites", "no site", "unknown"]
 
 
 class RunCost(TrainingCost):
-    """What one run cost a site, by the last receipt that it sent in it; the mechanism is that of its last round."""
+    """What one run cost a site, from the last receipt that it sent in it. The mechanism is that of its last round."""
 
     run: str
     purpose: Literal["training", "recovery after pruning"]
     examples: int
     epsilon: float | None
-    """Of this run; None: unbounded, trained without differential privacy."""
+    """Spent in this run. None: unbounded, because it trained without differential privacy."""
 
 
 class SiteStatement(Frozen):
-    """One site: what this model cost it. Several runs add up by basic composition (Dwork and Roth, theorem 3.16)."""
+    """What this model cost one site. Several runs add up by basic composition (Dwork and Roth, theorem 3.16)."""
 
     site: str
     differential_privacy: bool
     epsilon: float | None
-    """None: unbounded, as one of the runs trained without differential privacy."""
+    """None: unbounded, because one of the runs trained without differential privacy."""
     delta: float
     runs: tuple[RunCost, ...]
 
@@ -89,20 +89,19 @@ class PrivacyStatement(Frozen):
     format_version: Literal[1] = 1
     guarantee: Guarantee
     warnings: tuple[str, ...]
-    """To be read first; empty only if every site trained with differential privacy, preprocessing included."""
+    """Read these first. Empty only if every site trained with differential privacy, preprocessing included."""
     summary: str
     overall: Bound | None
-    """Largest epsilon and delta of all sites, when every site has one: valid for a person's example that is held by one
-    site only."""
+    """The largest epsilon and delta of all sites, if every site has one. Holds for an example at one site only."""
     sites: tuple[SiteStatement, ...]
     requested: PrivacyRequest | None
-    """What the coordinator asked of each site; what counts is what the sites report."""
+    """What the coordinator asked each site for. What counts is what the sites report."""
     requested_central: CentralNoise | None = None
-    """The noise on the sum that it asked for."""
+    """The noise on the sum that the coordinator asked for."""
     statistics: ReleaseUse | None = None
-    """The release that the preprocessing constants come from; `overall` counts it."""
+    """The release that the preprocessing constants come from; included in `overall`."""
     threshold: ReleaseUse | None = None
-    """The release of the model's scores that the threshold of its answers comes from; `overall` counts it."""
+    """The release of the model's scores that the decision threshold comes from; included in `overall`."""
     compression: str
     unit: str = UNIT
     holds_against: str = AGAINST
@@ -131,8 +130,8 @@ def state(
 ) -> PrivacyStatement:
     """The statement for a model that came out of `runs`.
 
-    `compression` is a sentence about what that cost; `data_dependent` says that sites prepared their inputs with
-    constants computed from their own training data; `simulated`, that the sites are clients of a simulation.
+    `compression` is a sentence about its cost. `data_dependent`: sites standardised their inputs with constants of
+    their own training data. `simulated`: the sites are clients of a simulation.
     """
     names = sorted({name for run in runs for name in run.by_site})
     random = simulated is None or not simulated.repeatable_noise
@@ -207,7 +206,7 @@ def _cost(run: Receipts, entry: SiteReceipt) -> RunCost:
 
 
 def _trust_warnings(sites: Sequence[SiteStatement]) -> tuple[str, ...]:
-    """What has to be believed for the figures of these sites to hold."""
+    """Whom a reader has to trust for the figures of these sites to hold."""
     trusting: dict[str, list[str]] = {trust: [] for trust in _BELIEVED}
     for site in sites:
         for trust in trusting:

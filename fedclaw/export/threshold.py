@@ -1,8 +1,8 @@
-"""The threshold at which a model of two classes answers the second one: where F1 is largest on labelled examples.
+"""The decision threshold of a model of two classes: the probability with the largest F1 on labelled examples.
 
-The likelier class is a poor answer where positives are rare: a model that ranks well may give none of them a half. The
-threshold is a figure of the examples that it is chosen on, so these must not be a site's unless the site is asked and
-charged for it, nor the test data, whose metrics would flatter the model afterwards.
+One half is a poor threshold where positives are rare: a model that ranks well may give none of them so much. The
+threshold tells something about the examples that it is chosen on. So they must not be a site's, unless the site is
+asked and charged, and not the test data, whose metrics would flatter the model afterwards.
 
 Legend: N examples.
 """
@@ -20,11 +20,11 @@ from fedclaw.privacy.estimates import ENOUGH
 from fedclaw.server.statistics_release import Release
 
 LEAST_OF_A_CLASS = 5
-"""With fewer examples of a class than this, a threshold is an accident."""
+"""With fewer examples of a class a threshold is a matter of chance."""
 
 
 def choose_threshold(positive: Floats, table: Table) -> Decision:
-    """The threshold for `positive` (N,), probabilities of the second of two classes, from the labels of public data.
+    """The threshold for `positive` (N,), probabilities of the second class, chosen by the labels of public data.
 
     Raises BundleError when a class has too few examples.
     """
@@ -49,7 +49,7 @@ def choose_threshold(positive: Floats, table: Table) -> Decision:
 
 
 def threshold_of_release(release: Release, parameters: Mapping[str, NDArray[np.float32]]) -> Decision:
-    """The threshold that a release of a model's scores over the sites' training rows gives: noised counts, no row.
+    """The threshold chosen on noised counts of the model's scores over the sites' training rows.
 
     Raises DataError for a release of something else, BundleError when the noise leaves too little of a class.
     """
@@ -79,7 +79,7 @@ def threshold_of_release(release: Release, parameters: Mapping[str, NDArray[np.f
 
 
 def f1(positive: Floats, labels: Labels, threshold: float) -> float:
-    """2 TP / (2 TP + FP + FN) when probabilities (N,) from `threshold` on are positive; 0 without a positive."""
+    """2 TP / (2 TP + FP + FN), where a probability (N,) of `threshold` or more is positive; 0 without positives."""
     chosen = positive >= threshold
     hits = int((chosen & (labels == 1)).sum())
     every = int(chosen.sum()) + int((labels == 1).sum())
@@ -87,7 +87,7 @@ def f1(positive: Floats, labels: Labels, threshold: float) -> float:
 
 
 def _cuts(positive: Floats) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    """One half, and the middles between neighbouring probabilities, at most 1,000 of them: all that cut differently."""
+    """One half and the midpoints between neighbouring probabilities, at most 1,000: all thresholds that differ."""
     values = np.unique(positive.astype(np.float64))
     middles = (values[1:] + values[:-1]) / 2
     if len(middles) > 1000:

@@ -7,11 +7,11 @@ compares the CA's fingerprint with the coordinator once, when it joins, and refu
 import base64
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from fedclaw.errors import ProvisionError, SealError
 from fedclaw.identity import pki
@@ -20,7 +20,6 @@ from fedclaw.identity.names import check_address, check_name
 from fedclaw.identity.seal import Sealer, SealSuite, decode_key
 from fedclaw.protocol.frozen import Frozen, explain
 
-DESCRIPTOR_VERSION = 1
 DESCRIPTOR_FILE = "federation.json"
 
 _MAX_BYTES = 64 * 1024
@@ -29,7 +28,7 @@ _MAX_BYTES = 64 * 1024
 class Descriptor(Frozen):
     """What a site needs besides its own key and certificate."""
 
-    version: int = Field(default=DESCRIPTOR_VERSION, ge=DESCRIPTOR_VERSION, le=DESCRIPTOR_VERSION)
+    version: Literal[1] = 1
     name: Annotated[str, AfterValidator(check_name)]
     address: Annotated[str, AfterValidator(check_address)]
     """Where the server is: "host:port"."""

@@ -219,7 +219,8 @@ def revoke(federation_root: Path, name: str) -> int:
         fresh = [serial for item in record.certificates if (serial := int(item.serial, 16)) not in known_serials]
         if fresh:
             entries = [*crl, *map(pki.revoked_entry, fresh)]
-            write_atomic(path, pki.pem_of(pki.new_crl(home.ca, ca_key, entries, _crl_number(crl) + 1)))
+            number = crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+            write_atomic(path, pki.pem_of(pki.new_crl(home.ca, ca_key, entries, number + 1)))
         save_record(sites, record.model_copy(update={"revoked": True}))
         logger.debug("revoked %s: %d certificates", name, len(fresh))
         return len(fresh)
@@ -334,10 +335,6 @@ def _present_names(root: Path) -> list[str]:
 def _private_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
-
-
-def _crl_number(crl: x509.CertificateRevocationList) -> int:
-    return crl.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
 
 
 def _digits(fingerprint: str) -> str:

@@ -30,7 +30,7 @@ def run(tmp_path, samples):
 
 def test_the_bundle_prepares_inputs_as_the_sites_did(run, home, tmp_path):
     source = load_source(run)
-    assert not source.data_dependent
+    assert not source.schema.data_dependent
     export_bundle(source, home.signer(), tmp_path / "bundle", Request())
     rows = tmp_path / "rows.csv"
     rows.write_text(ROWS)

@@ -7,15 +7,22 @@ from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
+from fedclaw.learning.tasks.regression import Regression
+from fedclaw.protocol.frozen import check_settings
+from fedclaw.protocol.terms import RoundRules
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.session import initial_parameters, make_record
+from fedclaw.server.settings import RunSettings
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.layout import ledger_file
 from fedclaw.site.settings import load_site_settings
-from fedclaw.transport.ray import RaySettings
+from fedclaw.transport.in_process import open_sites, simulate
+from fedclaw.transport.ray import RaySettings, simulate_on_ray
 from fedclaw.transport.ray.__main__ import main
 from fedclaw.transport.ray.simulate import own_directory
 from tests.conftest import Background, run_module
@@ -88,6 +95,40 @@ def address(text: str) -> str:
 def test_listeners_are_found():
     with socket.create_server((LOOPBACK, 0)), socket.create_server(("::", 0), family=socket.AF_INET6):
         assert {LOOPBACK, "::"} <= listeners(os.getpid())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_number_is_predicted_on_ray_as_in_this_process(tmp_path):
+    """Every example in each step, so that nothing is drawn: the same parameters and the same errors, in days."""
+    policy = SitePolicy(epsilon=None, delta=1e-3, allow_training_without_privacy=True, metrics=Regression.METRICS)
+    sites = write_sites(tmp_path, DatasetSettings(name="diabetes", sites=2), policy)
+    settings = check_settings(
+        {
+            "workload": {"name": "tabular", "schema_file": tmp_path / "schema.yaml", "model": {"name": "linear"}},
+            "strategy": {"name": "fedavg"},
+            "training": {"steps": 3, "batch_size": 1000, "learning_rate": 0.1},
+            "privacy": None,
+            "rounds": 2,
+            "seed": 0,
+            "metrics": ["rmse", "mae", "r2"],
+        },
+        RunSettings,
+    )
+
+    def begin(run: str) -> RunDirectory:
+        record = make_record(settings, "clinic", run, RoundRules(minimum=2))
+        return RunDirectory.create(tmp_path / "runs" / run, record)
+
+    here = simulate(begin("here"), open_sites(sites, "clinic"))
+    there = simulate_on_ray(begin("there"), sites, RaySettings(cpus=2, object_store=100 << 20))
+    start = initial_parameters(there.directory.record())
+    for name, array in here.parameters.items():
+        np.testing.assert_allclose(there.parameters[name], array, atol=1e-5)
+        assert np.abs(array - start[name]).max() > 0.01, "the run has gone somewhere"
+    assert there.metrics == pytest.approx(here.metrics, rel=1e-5)
+    assert set(there.metrics) == {"rmse", "mae", "r2"}
+    assert there.metrics["rmse"] > 1, "in the target's own unit"
 
 
 @pytest.mark.slow
