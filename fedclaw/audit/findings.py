@@ -1,12 +1,11 @@
 """What an audit is asked for, and what it found: bounds next to claims, and which of them exceed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen, fields_of
 
 
 class AuditOptions(Frozen):
@@ -30,36 +29,34 @@ Kind = Literal["attack", "measurement"]
 """An attack guesses something secret. A measurement estimates noise and signal directly, assuming Gaussian noise."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check: a lower bound on epsilon as a function of the confidence."""
+class _Checked(Frozen):
+    """What was checked, and what was seen."""
 
     name: str
     subject: str
     """The mechanism that was checked."""
     kind: Kind
-    claimed: float | None
-    """The epsilon claimed; None: nothing is."""
-    bound: Callable[[float], float]
-    """Confidence to a lower bound on the mechanism's epsilon."""
+    epsilon_claimed: float | None
+    """None: nothing is claimed."""
     seen: str
     fault: str
     """What is wrong if the bound exceeds the claim."""
 
 
-class Check(Frozen):
+class Finding(_Checked):
+    """The result of one check: a lower bound on epsilon as a function of the confidence."""
+
+    bound: Callable[[float], float]
+    """Confidence to a lower bound on the mechanism's epsilon."""
+
+
+class Check(_Checked):
     """A finding at the confidence of the report."""
 
-    name: str
-    subject: str
-    kind: Kind
-    epsilon_claimed: float | None
     epsilon_lower: float
     """The lower bound at the report's confidence."""
     flagged: bool
     """Whether the claim is refuted, at the report's risk of a false alarm."""
-    seen: str
-    fault: str
 
 
 class AuditReport(Frozen):
@@ -108,14 +105,9 @@ def conclude(
 
 
 def _check(finding: Finding, confidence: float, surely: float) -> Check:
-    claimed = finding.claimed
+    claimed = finding.epsilon_claimed
     return Check(
-        name=finding.name,
-        subject=finding.subject,
-        kind=finding.kind,
-        epsilon_claimed=claimed,
+        **fields_of(finding, _Checked),
         epsilon_lower=finding.bound(confidence),
         flagged=claimed is not None and finding.bound(surely) > claimed,
-        seen=finding.seen,
-        fault=finding.fault,
     )

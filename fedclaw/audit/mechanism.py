@@ -109,18 +109,26 @@ def examine(probe: Probe, trials: Trials) -> list[Finding]:
 def _guesses(probe: Probe, trials: Trials) -> Finding:
     count, right = trials.guessed()
     return Finding(
-        "canary guesses",
-        probe.label,
-        "attack",
-        probe.epsilon,
-        lambda confidence: guessing_bound(count, right, probe.delta, confidence),
+        name="canary guesses",
+        subject=probe.label,
+        kind="attack",
+        epsilon_claimed=probe.epsilon,
+        bound=lambda confidence: guessing_bound(count, right, probe.delta, confidence),
         seen=f"{right} of {count} guesses right",
         fault="whether one canary is there can be told too often: too little noise, or too large a contribution",
     )
 
 
 def _measured(probe: Probe, name: str, bound: Callable[[float], float], *, seen: str, fault: str) -> Finding:
-    return Finding(name, probe.label, "measurement", probe.epsilon, bound, seen, fault)
+    return Finding(
+        name=name,
+        subject=probe.label,
+        kind="measurement",
+        epsilon_claimed=probe.epsilon,
+        bound=bound,
+        seen=seen,
+        fault=fault,
+    )
 
 
 def _size(probe: Probe, trials: Trials) -> Finding:

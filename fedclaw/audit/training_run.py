@@ -67,26 +67,26 @@ class Shown:
     """How much of what the adversary saw move the example's gradient explains, summed over the rounds, (E,)."""
 
 
+@dataclass(frozen=True)
 class Tap:
     """A site whose answers are listened to. Implements `fedclaw.transport.base.SiteHandler`."""
 
-    def __init__(self, site: SiteHandler, observer: Observer) -> None:
-        self._site = site
-        self._observer = observer
+    site: SiteHandler
+    observer: Observer
 
     def answer(self, message: Message) -> Message:
         """The site's answer. Raises PrivacyError when it is a refusal: there is nothing to audit then."""
-        reply = self._site.answer(message)
+        reply = self.site.answer(message)
         if message.metadata.message_type == MessageType.TRAIN:
             if reply.has_error():
                 raise PrivacyError(f"the configuration cannot be audited: a site declined: {reply.error.reason}")
             parameters = unpack(message.content.array_records[ARRAYS])
-            self._observer(parameters, _delta(reply, parameters))
+            self.observer(parameters, _delta(reply, parameters))
         return reply
 
     def release(self, message: Message, reply: Message, size: int, digest: str) -> None:
         """Passed on to the site."""
-        self._site.release(message, reply, size, digest)
+        self.site.release(message, reply, size, digest)
 
 
 def _delta(reply: Message, parameters: Arrays) -> NDArray[np.float64] | None:

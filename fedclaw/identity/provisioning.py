@@ -96,7 +96,8 @@ def request_site(site_root: Path, descriptor_path: Path, name: str, ca_fingerpri
         )
     _adopt_descriptor(site_root, descriptor_path, descriptor)
     key_path = site_root / SITE_KEY
-    _private_directory(key_path.parent)
+    key_path.parent.mkdir(parents=True, exist_ok=True)
+    key_path.parent.chmod(0o700)
     if not key_path.exists():
         save_key(key_path, pki.new_key())
     key = load_key(key_path, "the site's key")
@@ -330,11 +331,6 @@ def _present_names(root: Path) -> list[str]:
         return pki.host_names(load_certificate(path, "the server's certificate"))
     except ValueError as error:
         raise ProvisionError(f"{path}: {error}; give addresses=[...]") from None
-
-
-def _private_directory(path: Path) -> None:
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
 
 
 def _digits(fingerprint: str) -> str:

@@ -220,7 +220,9 @@ def test_risks_are_shared_out():
         asked.append(confidence)
         return 2.0 if confidence < 0.99 else 0.5
 
-    finding = Finding("name", "subject", "attack", 1.0, bound, "seen", "fault")
+    finding = Finding(
+        name="name", subject="subject", kind="attack", epsilon_claimed=1.0, bound=bound, seen="seen", fault="fault"
+    )
     report = conclude([finding, finding], epsilon=1.0, delta=1e-5, confidence=0.95, alarm=1e-3)
     assert asked == pytest.approx([0.975, 0.9995] * 2)
     assert report.epsilon_lower == 2.0
