@@ -34,7 +34,7 @@ CASES = [
     ("fedclaw.verify", ["bundle={nowhere}"]),
     ("fedclaw.verify", ["{run}", "ca={nowhere}"]),
     ("fedclaw.verify", ["{run}", "federation={nowhere}"]),
-    ("fedclaw.verify", ["{run}", "ca={schema}", "crl={nowhere}"]),
+    ("fedclaw.verify", ["{run}", "ca={federation}/ca.crt", "crl={nowhere}"]),
     ("fedclaw.predict", ["bundle={nowhere}", "input={schema}"]),
     ("fedclaw.predict", ["bundle={run}", "input={nowhere}"]),
     ("fedclaw.predict", ["bundle={run}", "input={schema}", "ca={nowhere}"]),
