@@ -126,7 +126,7 @@ def test_a_run_without_privacy_gives_its_canaries_away(configured):
             }
         )
         subject = Subject(wide, synthetic_sites(wide, SIZES))
-        found = attack_run(subject, claim_of(wide), options, np.random.default_rng(2))
+        found = attack_run(subject, claim_of(mechanism_of(subject.record())), options, np.random.default_rng(2))
         bounds[name] = next(item for item in found if item.name == "one run, gradients").bound(0.95)
     assert bounds["none"] > 1.0
     assert bounds["dp"] < 1.0
