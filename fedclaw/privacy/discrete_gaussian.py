@@ -25,6 +25,7 @@ numerical Python; who can measure that at a site has the site.
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -47,7 +48,8 @@ _TAIL = Fraction(61, 5)
 # 12.2 deviations: 2 exp(-12.2^2 / 2) < 2^-106.
 _SMOOTH = 2.2
 _POINT = 256
-# Binary digits after the point while a table is made.
+# Binary digits after the point while a table is made; 77 decimal ones.
+_DIGITS = 100
 _WORD = 64
 _GUIDE = 16
 # The first 16 bits of a number choose a cell; most cells hold one boundary between two values, or none.
@@ -169,15 +171,6 @@ def _weights(variance: Fraction, bound: int) -> list[int]:
 
 
 def _exponential(exponent: Fraction) -> int:
-    """exp(-exponent) times 2^_POINT, 0 < exponent <= 2, to about a dozen bits of the last place."""
-    halvings = 10
-    small = (exponent.numerator << _POINT) // (exponent.denominator << halvings)
-    term = total = 1 << _POINT
-    number = 1
-    while term:
-        term = -((term * small) >> _POINT) // number if term > 0 else ((-term * small) >> _POINT) // number
-        total += term
-        number += 1
-    for _ in range(halvings):
-        total = (total * total) >> _POINT
-    return total
+    """exp(-exponent) times 2^_POINT, for an exponent above 0, to within one unit of the last place."""
+    with localcontext(prec=_DIGITS):
+        return int((Decimal(-exponent.numerator) / exponent.denominator).exp() * 2**_POINT)

@@ -2,11 +2,14 @@
 
 from io import StringIO
 
+import pytest
 from rich.console import Console
 
-from fedclaw.report.terminal import MOST_SITES, receipt_table
+from fedclaw.protocol.terms import PrivacyRequest, SecureRequest
+from fedclaw.report.terminal import MOST_SITES, privacy_words, receipt_table
 from fedclaw.server.run_directory import SiteReceipt
-from tests.samples import receipt
+from tests.hostile import SITE, central
+from tests.samples import receipt, run_record
 
 
 def shown(receipts):
@@ -30,3 +33,24 @@ def test_of_a_thousand_simulated_clients_those_that_paid_most_are_shown():
     named = {line.split()[1] for line in lines if "client-" in line}
     assert named == {"client-7", *(f"client-{n}" for n in range(981, 1000))}
     assert lines[-1].strip() == "and 980 sites that paid no more than these; receipts.json has all"
+
+
+OWN = PrivacyRequest(epsilon=2, delta=1e-6, max_grad_norm=1)
+AT_EACH_SITE, IN_THE_SUM = "epsilon 2, delta 1e-06 at each site (unit example)", "epsilon 3, delta 1e-05 in the sum"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"privacy": None}, "without differential privacy"),
+        ({"privacy": None, "secure": SecureRequest()}, "secure aggregation"),
+        ({"privacy": OWN}, AT_EACH_SITE),
+        ({"privacy": None, "central": SITE}, f"{IN_THE_SUM} (unit site) by the server"),
+        (
+            {"privacy": OWN, "central": central("site", "sites"), "weighting": "uniform", "secure": SecureRequest()},
+            f"{AT_EACH_SITE}, {IN_THE_SUM} (unit site) by all sites together, secure aggregation",
+        ),
+    ],
+)
+def test_what_a_run_promises_is_said_in_a_few_words(asked, words):
+    assert privacy_words(run_record(**asked)) == words

@@ -75,8 +75,7 @@ class ShareProof:
 
     def pack(self) -> bytes:
         """(PROOF_BYTES,)"""
-        numbers = (self.challenge, self.seed_point, self.key_point)
-        return b"".join(number.to_bytes(NUMBER_BYTES, "big") for number in numbers) + self.commitment
+        return packed((self.challenge, self.seed_point, self.key_point)) + self.commitment
 
     @classmethod
     def unpack(cls, packed: bytes) -> Self:
