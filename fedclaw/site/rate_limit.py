@@ -32,7 +32,7 @@ def check_charge(policy: Policy, ledger: Ledger) -> None:
     For a question of several stages before the first: none that was broken off can be taken up again.
     """
     if is_limited(policy):
-        check_frequency(policy, ledger.charge_times(_needed(policy)))
+        check_frequency(policy, ledger.charge_times(policy.rounds_per_day or 1))
 
 
 def check_evaluation(policy: Policy, outbound: OutboundLog | None) -> None:
@@ -41,17 +41,12 @@ def check_evaluation(policy: Policy, outbound: OutboundLog | None) -> None:
     A site that keeps no outbound log (a simulation) does not limit them.
     """
     if is_limited(policy) and outbound is not None:
-        check_frequency(policy, outbound.evaluation_times(_needed(policy)))
+        check_frequency(policy, outbound.evaluation_times(policy.rounds_per_day or 1))
 
 
 def is_limited(policy: Policy) -> bool:
     """Whether the policy has a limit, for which the outbound log has to be read."""
     return policy.rounds_per_day is not None or policy.minimum_seconds_between_rounds > 0
-
-
-def _needed(policy: Policy) -> int:
-    """How many of the last times the limits rest on."""
-    return policy.rounds_per_day or 1
 
 
 def check_frequency(policy: Policy, times: Iterable[str], now: datetime | None = None) -> None:

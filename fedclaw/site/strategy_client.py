@@ -23,7 +23,7 @@ from fedclaw.learning.strategy import (
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.provenance import Clause, Part, Permitted, Released, leaving
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.messages import ARRAYS, BROADCAST
+from fedclaw.protocol.messages import BROADCAST
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import by_kind
 from fedclaw.protocol.refusal import Refusal, RefusalCode
@@ -48,10 +48,13 @@ class ClientHalf:
     """What this round makes is made under."""
 
     @classmethod
-    def open(cls, site: Site, plan: Plan, content: RecordDict) -> "ClientHalf":
-        """Raises Refusal, before anything is paid for, for a strategy, fields or combination that cannot be right."""
+    def open(cls, site: Site, plan: Plan, content: RecordDict, parameters: Arrays) -> "ClientHalf":
+        """Raises Refusal, before anything is paid for, for a strategy, fields or combination that cannot be right.
+
+        `parameters` are those in `content`.
+        """
         strategy, sent = check_terms(site, plan), _sent(content)
-        _check_sent(strategy, sent, sent_arrays(content, ARRAYS), plan)
+        _check_sent(strategy, sent, parameters, plan)
         made = Provenance(
             **mechanism_of(plan).origin.model_dump(),
             strategy=plan.strategy,
@@ -120,21 +123,24 @@ class ClientHalf:
         start: Sequence[torch.Tensor],
         steps: int,
     ) -> Correction:
-        names = [name for name, _ in model.named_parameters()]
-        like = {name: parameter.detach().cpu().numpy() for name, parameter in model.named_parameters()}
-        sent = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in self.broadcast.items()}
-        kept = {kind: as_arrays(self.before, kind, like) for kind in self.strategy.client_state}
-        state = {kind: self._aligned({**_zeros(like), **arrays}, names) for kind, arrays in kept.items()}
-        personal = [name in self.plan.personal for name in names]
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+        def aligned(arrays: Arrays) -> list[torch.Tensor]:
+            """In the parameters' order; zeros for one that `arrays` lacks."""
+            return [
+                torch.tensor(arrays[name], device=self.site.device) if name in arrays else torch.zeros_like(parameter)
+                for name, parameter in parameters.items()
+            ]
+
+        sent = {kind: aligned(arrays) for kind, arrays in self.broadcast.items()}
+        state = {kind: aligned(self.before.get(kind, {})) for kind in self.strategy.client_state}
+        personal = [name in self.plan.personal for name in parameters]
         fields, rate = self.plan.strategy_fields, self.plan.training.learning_rate
 
         def apply(parameters: Sequence[torch.Tensor], step: int) -> None:
             correct(parameters, StepContext(fields, start, sent, state, step, steps, rate, personal))
 
         return apply
-
-    def _aligned(self, arrays: Arrays, names: Sequence[str]) -> list[torch.Tensor]:
-        return [torch.tensor(arrays[name], device=self.site.device) for name in names]
 
 
 def _begin(site: Site, plan: Plan, made: Provenance) -> tuple[State, Provenance | None]:
@@ -261,7 +267,3 @@ def _check_sent(strategy: type[Strategy], sent: Mapping[str, Arrays], parameters
                 RefusalCode.STRATEGY,
                 f"strategy {plan.strategy!r} needs the server's {kind!r} for each parameter, and what came is not that",
             )
-
-
-def _zeros(like: Arrays) -> Arrays:
-    return as_arrays({}, "", like)

@@ -74,13 +74,13 @@ class TrainingAnswer(Answering[Update, Update]):
     def prepare(self) -> Due:
         """See Answering."""
         site, plan = self.site, self.plan
-        if plan.secure is not None:
-            self._check_session(plan.secure)
         sent = sent_arrays(self.content, ARRAYS)
+        if plan.secure is not None:
+            self._check_session(plan.secure, sent)
         size = sum(array.size for array in sent.values())
         check_plan(site.policy, plan, examples=self._examples, parameters=size)
         self._check_preprocessing()
-        self._half = ClientHalf.open(site, plan, self.content)
+        self._half = ClientHalf.open(site, plan, self.content, sent)
         self._start = self._half.own(sent)
         self._model = site.model(plan.model, self._start)
         set_threads(size)
@@ -152,7 +152,7 @@ class TrainingAnswer(Answering[Update, Update]):
             RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()}),
         }
 
-    def _check_session(self, secure: SecureAggregation) -> None:
+    def _check_session(self, secure: SecureAggregation, sent: Arrays) -> None:
         """All sites begin with the same, and what comes of it fits the sum: checked before anything is paid for."""
         try:
             self._integers  # noqa: B018
@@ -169,8 +169,7 @@ class TrainingAnswer(Answering[Update, Update]):
             raise Refusal(
                 RefusalCode.SECURE_AGGREGATION, "the parameters are not those that the session's sites were told of"
             )
-        start = sent_arrays(self.content, ARRAYS)
-        length = sum(array.size for array in template(start, self.plan).values())
+        length = sum(array.size for array in template(sent, self.plan).values())
         if length != secure.length:
             raise Refusal(
                 RefusalCode.SECURE_AGGREGATION,
