@@ -15,7 +15,7 @@ from fedclaw.server.cohorts import Cohorts
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.exchange import ask
 from fedclaw.server.pending_round import PendingRound
-from fedclaw.server.plans import make_plan, make_strategy
+from fedclaw.server.plans import make_plan, make_strategy, task_of
 from fedclaw.server.round_report import Observer, Outcome, RoundReport, RoundResult
 from fedclaw.server.round_training import RoundTraining
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
@@ -63,7 +63,7 @@ class _Loop:
         self.observers = observers
         self.record = record = directory.record()
         self.strategy = strategy = make_strategy(record)
-        self.task = record.make_schema().task
+        self.task = task_of(record)
         self.receipts = RunReceipts(directory, record)
         self.state = RunState(directory, record, strategy, initial)
         self.cohorts = Cohorts(grid, directory.root, record, strategy)

@@ -1,11 +1,26 @@
-"""From a run's record to what its rounds need: the strategy, and the plan of each round."""
+"""From a run's record to what its rounds need: the strategy, the task, and the plan of each round."""
 
+from fedclaw.errors import PluginError
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Strategy
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import check_settings, fields_of
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.terms import CentralNoise, Terms
 from fedclaw.server.run_directory import RunRecord
+
+
+def task_of(record: RunRecord) -> Task:
+    """The run's task.
+
+    If its workload is not installed beside the server, classification without labels: rounds need no workload, and only
+    means are then reported.
+    """
+    try:
+        return record.make_schema().task
+    except PluginError:
+        return Classification()
 
 
 def make_strategy(record: RunRecord) -> Strategy:
