@@ -88,7 +88,8 @@ def test_tensors_images_and_labels_of_every_kind():
         assert federation.input_shape == (1, 3, 3)
         assert len(federation.labels) == 2
         assert federation.table.inputs.dtype == np.float32
-    eleven = Federation.from_arrays(np.zeros((33, 2)), np.arange(33) % 11, clients=1, test=0)
+    eleven = Federation.from_arrays(np.arange(66).reshape(33, 2), np.arange(33) % 11, clients=1, test=0)
+    assert (eleven.table.inputs[:, 0] / 2 % 11).tolist() == eleven.table.targets.tolist()
     assert eleven.labels == tuple(map(str, range(11))), "numbers are in the order of numbers"
 
 

@@ -16,23 +16,21 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-Doubles = NDArray[np.float64]
-Integers = NDArray[np.int64]
+from fedclaw.learning.tasks.base import Doubles
+from fedclaw.learning.tasks.class_sums import RATIOS, Labels, counts_of, ratio_of
 
 
-def classification(logits: Doubles, targets: Integers) -> dict[str, float]:
+def classification(logits: Doubles, targets: Labels) -> dict[str, float]:
     """Loss (mean cross-entropy in nats), accuracy, precision, recall, f1 and auroc, as far as they are defined."""
     if not len(targets):
         return {}
     log_probabilities = log_softmax(logits)
     predicted = np.argmax(logits, axis=1)
-    precision, recall, f1 = precision_recall_f1(predicted, targets, logits.shape[1])
+    counts = counts_of(predicted, targets, logits.shape[1])
     values = {
         "loss": float(-log_probabilities[np.arange(len(targets)), targets].mean()),
         "accuracy": float((predicted == targets).mean()),
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
+        **{ratio: ratio_of(ratio, counts) or 0.0 for ratio in RATIOS},
         "auroc": auroc(log_probabilities, targets),
     }
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
@@ -46,19 +44,7 @@ def log_softmax(logits: Doubles) -> Doubles:
     return normalised
 
 
-def precision_recall_f1(predicted: Integers, targets: Integers, classes: int) -> tuple[float, float, float]:
-    """Of the last class for two classes, else the means over the classes that occur. N > 0."""
-    hits = np.bincount(targets[predicted == targets], minlength=classes).astype(np.float64)
-    asked = np.bincount(targets, minlength=classes)
-    given = np.bincount(predicted, minlength=classes)
-    chosen = np.array([1]) if classes == 2 else np.flatnonzero(asked + given)
-    precision = hits[chosen] / np.maximum(given[chosen], 1)
-    recall = hits[chosen] / np.maximum(asked[chosen], 1)
-    f1 = 2 * hits[chosen] / np.maximum(asked[chosen] + given[chosen], 1)
-    return float(precision.mean()), float(recall.mean()), float(f1.mean())
-
-
-def auroc(scores: Doubles, targets: Integers) -> float | None:
+def auroc(scores: Doubles, targets: Labels) -> float | None:
     """Area under the ROC curve from scores (N, C); None if a class is missing or a score is NaN."""
     classes = scores.shape[1]
     if np.isnan(scores).any() or len(np.unique(targets)) < classes:

@@ -18,13 +18,14 @@ Legend: N examples, C classes, B bins; logits (N, C), targets (N,).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
+from fedclaw.learning.tasks.base import Doubles
 
-Doubles = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 HITS, GIVEN, ASKED = "hits", "given", "asked"
@@ -110,11 +111,8 @@ class Pooled:
 
 def counts_of(predicted: Labels, targets: Labels, classes: int) -> dict[str, Labels]:
     """`COUNTS` of one test set, (C,) each."""
-    return {
-        HITS: np.bincount(targets[predicted == targets], minlength=classes),
-        GIVEN: np.bincount(predicted, minlength=classes),
-        ASKED: np.bincount(targets, minlength=classes),
-    }
+    counted = {HITS: targets[predicted == targets], GIVEN: predicted, ASKED: targets}
+    return {name: np.bincount(labels, minlength=classes) for name, labels in counted.items()}
 
 
 def needed_for(metrics: Sequence[str]) -> tuple[str, ...]:
@@ -122,7 +120,7 @@ def needed_for(metrics: Sequence[str]) -> tuple[str, ...]:
     return COUNTS if set(metrics) & set(RATIOS) else ()
 
 
-def ratio_of(ratio: str, counts: Mapping[str, Doubles]) -> float | None:
+def ratio_of(ratio: str, counts: Mapping[str, NDArray[Any]]) -> float | None:
     """Precision, recall or f1 from counts (C,): of the last class for C = 2, else the mean over classes that occur.
 
     A class that occurs, but has no cases for the ratio, counts as 0, as in one evaluation of all examples; None if
@@ -137,7 +135,7 @@ def ratio_of(ratio: str, counts: Mapping[str, Doubles]) -> float | None:
     return float((parts[occurs] / np.maximum(wholes[occurs], 1)).mean())
 
 
-def _parts(ratio: str, counts: Mapping[str, Doubles]) -> tuple[Doubles, Doubles]:
+def _parts(ratio: str, counts: Mapping[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Numerators and denominators by class."""
     if ratio == "f1":
         return 2 * counts[HITS], counts[GIVEN] + counts[ASKED]
