@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.api.arguments import place, public
 from fedclaw.errors import PluginError, UsageError
+from fedclaw.learning.workload import load_parameters
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
@@ -69,7 +70,10 @@ class Run:
         the parameters are not those of that module, PluginError if none was given and no workload builds it.
         """
         built = self._build(model)
-        _fill(built, self.parameters)
+        try:
+            load_parameters(built, self.parameters)
+        except ValueError as error:
+            raise UsageError(f"the run's model is not a {type(built).__name__}: {error}") from error
         return built.eval()
 
     @public
@@ -168,20 +172,3 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     run = Run(place(path, "path"))
     RunDirectory.open(run.path).check()
     return run
-
-
-def _fill(model: "torch.nn.Module", parameters: Mapping[str, NDArray[np.float32]]) -> None:
-    """Put the parameters into the model. Raises UsageError unless it has those names and shapes."""
-    import torch
-
-    own: dict[str, Any] = dict(model.named_parameters())
-    found = {name: tuple(array.shape) for name, array in parameters.items()}
-    wanted = {name: tuple(parameter.shape) for name, parameter in own.items()}
-    if odd := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
-        shown = ", ".join(
-            f"{name} {found.get(name, 'nothing')} against {wanted.get(name, 'nothing')}" for name in odd[:3]
-        )
-        raise UsageError(f"the run's model is not a {type(model).__name__}: {shown}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(torch.from_numpy(np.array(parameters[name])))

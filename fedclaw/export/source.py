@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -13,7 +12,7 @@ from fedclaw.compress.record import RECORD, Compression, SitesReport, read_compr
 from fedclaw.errors import BundleError
 from fedclaw.export.statement import Receipts
 from fedclaw.files import sha256_file
-from fedclaw.learning.workload import Schema
+from fedclaw.learning.workload import Schema, load_parameters
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 
@@ -88,19 +87,11 @@ def _recovery_receipts(directory: RunDirectory, report: SitesReport) -> Receipts
 
 def _fill(model: nn.Module, arrays: Mapping[str, NDArray[Any]], what: str) -> nn.Module:
     """`model` with `arrays` as its parameters, on the CPU and in evaluation mode."""
-    state = dict(model.named_parameters())
-    if set(state) != set(arrays):
-        names = ", ".join(sorted(set(state) ^ set(arrays))[:3])
-        raise BundleError(f"{what} does not fit its spec: parameter names differ ({names}, …)")
-    for name, tensor in state.items():
-        array = arrays[name]
-        if tuple(tensor.shape) != array.shape:
-            raise BundleError(
-                f"{what} does not fit its spec: {name} is {array.shape}, the spec says {tuple(tensor.shape)}"
-            )
+    try:
+        load_parameters(model, arrays)
+    except ValueError as error:
+        raise BundleError(f"{what} does not fit its spec: {error}") from error
+    for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise BundleError(f"{what} holds NaN or infinite values in {name}")
-    with torch.no_grad():
-        for name, parameter in state.items():
-            parameter.copy_(torch.from_numpy(np.array(arrays[name])))
     return model.cpu().eval()

@@ -227,6 +227,24 @@ class Workload(ABC):
         return self.task.evaluate(doubles(outputs), targets.detach().cpu().numpy())
 
 
+def load_parameters(model: "torch.nn.Module", arrays: Mapping[str, Floats]) -> None:
+    """Put the arrays into the model's parameters of the same names.
+
+    Raises ValueError that shows up to three names whose shape is another here and there, or that are on one side only.
+    """
+    import torch
+
+    own = dict(model.named_parameters())
+    found = {name: array.shape for name, array in arrays.items()}
+    wanted = {name: tuple(parameter.shape) for name, parameter in own.items()}
+    if odd := sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)):
+        pairs = [f"{name} {found.get(name, 'nothing')} against {wanted.get(name, 'nothing')}" for name in odd[:3]]
+        raise ValueError(", ".join(pairs))
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.from_numpy(np.array(arrays[name])))
+
+
 def doubles(outputs: "torch.Tensor") -> NDArray[np.float64]:
     """A model's outputs for the numpy half of a task."""
     found: NDArray[np.float64] = outputs.detach().cpu().numpy().astype(np.float64)

@@ -255,8 +255,8 @@ class TestSource:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda a: {**a, "extra": np.zeros(1, np.float32)}, "parameter names differ"),
-            (lambda a: {**a, "head.bias": np.zeros(3, np.float32)}, "head.bias is"),
+            (lambda a: {**a, "extra": np.zeros(1, np.float32)}, r"does not fit its spec: extra \(1,\) against nothing"),
+            (lambda a: {**a, "head.bias": np.zeros(3, np.float32)}, r"head.bias \(3,\) against \(2,\)"),
             (lambda a: {**a, "head.bias": np.full(2, np.nan, np.float32)}, "NaN"),
         ],
     )
