@@ -21,8 +21,8 @@ test: $(VENV)/.dev ## ruff, mypy, import-linter and the test suite
 	$(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-slow: $(VENV)/.dev ## the tests that take long, and every property on examples that it has not seen
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile explore --timeout 900 -n 2 --dist worksteal
+test-slow: $(VENV)/.dev ## the tests that take long, and every property on new examples
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile explore --timeout 900
 
 lint: $(VENV)/.dev ## ruff, mypy and import-linter alone
 	$(BIN)/ruff check .
