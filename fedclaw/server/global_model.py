@@ -25,8 +25,11 @@ class GlobalModel:
         self._tensors = {name: torch.from_numpy(array) for name, array in self.parameters.items()}
         self._optimizer = strategy.server_optimizer(list(self._tensors.values()))
 
+    @np.errstate(over="ignore")
     def step(self, mean_delta: Mapping[str, NDArray[np.float32]]) -> float:
         """Move along the mean of the sites' deltas and return its L2 norm. `mean_delta` is overwritten.
+
+        The norm is infinite where its square is too large for float32: a model that has diverged is no error here.
 
         Parameters that it lacks, which the sites keep to themselves, stay where they are.
         """

@@ -244,6 +244,7 @@ class Fussy(nn.Module):
         return self.head(inputs)[{}]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     "model",
     [

@@ -22,6 +22,12 @@ from fedclaw.privacy.accounting import (
 )
 from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS
 
+# Of Opacus' accountants, the references here.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning"),
+]
+
 MECHANISMS = st.builds(
     NoiseEvent,
     sample_rate=st.sampled_from([0.003, 0.02, 0.1, 0.5, 1.0]),

@@ -21,6 +21,7 @@ def test_cuda_that_is_not_there_is_said(monkeypatch):
         choose_device("cuda")
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_mixed_precision_only_for_large_models_on_cuda_without_privacy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
