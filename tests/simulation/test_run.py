@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import MessageType
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.workload import Table
@@ -128,15 +129,15 @@ def test_no_account_is_less_after_a_crash_before_an_evaluation(run, tmp_path, mo
     whole = run("mlp", settings, federation=federation, **changes)
     record = simulated(make_record(federation, "mlp", **changes), settings, len(federation))
     directory = RunDirectory.create(tmp_path / "stopped", record)
-    evaluate = SimulationGrid.evaluate_cohort
+    answer = SimulationGrid.answer_cohort
 
-    def dying(self, nodes, plan, parameters, evaluated):
-        if plan.round == 3:
+    def dying(self, nodes, question):
+        if question.kind == MessageType.EVALUATE and question.asked.round == 3:
             raise Crash
-        evaluate(self, nodes, plan, parameters, evaluated)
+        answer(self, nodes, question)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SimulationGrid, "evaluate_cohort", dying)
+        patch.setattr(SimulationGrid, "answer_cohort", dying)
         with pytest.raises(Crash):
             simulate_cohorts(directory, federation, settings)
     outcome = simulate_cohorts(RunDirectory.open(directory.root), federation, settings)
