@@ -7,6 +7,7 @@ site answers it from its outbox instead of training, and paying, again.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -17,10 +18,32 @@ from fedclaw.protocol.message_identity import assign_message_id
 from fedclaw.protocol.messages import ARRAYS, BROADCAST, HEADER_BYTES, JSON, PLAN, TEACHER
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.records import MessageRecords, hash_of
-from fedclaw.protocol.statistics import StatisticsRequest
+from fedclaw.protocol.terms import SecureAggregation
 
-Asked = Plan | StatisticsRequest
-"""What a secure sum can be over the answers to."""
+
+class Asked(Protocol):
+    """What every question says of itself, whatever it asks: `Plan`, `StatisticsRequest`. A frozen value."""
+
+    federation: str
+    run: str
+    """The name under which sites charge it."""
+    cohort: int
+    """Number of sites asked, by the server's own word."""
+    workload: str
+    schema_digest: str
+    secure: SecureAggregation | None
+    """The session of its secure sum; None: answers are added in the open."""
+
+    @property
+    def round(self) -> int:
+        """Of the run; 0 where there are none."""
+
+    @property
+    def rounds(self) -> int:
+        """Of the whole run; 1 where there are none."""
+
+    def model_dump_json(self) -> str:
+        """All that is asked but arrays. Deterministic: the same question has the same text."""
 
 
 @dataclass(frozen=True)

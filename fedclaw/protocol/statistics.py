@@ -78,6 +78,11 @@ class StatisticsRequest(Frozen):
         """Statistics have none."""
         return ROUND
 
+    @property
+    def rounds(self) -> int:
+        """One question alone."""
+        return 1
+
     @model_serializer(mode="wrap")
     def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without scores a request is what it was before there were any: a site that knows of none reads it."""

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, MetricRecord
+from flwr.app import ConfigRecord, MessageType, MetricRecord
 
 from fedclaw.errors import DataError, LedgerError, PrivacyError
 from fedclaw.learning.tasks.base import LOSS, BoundedSum, Sums, Task
@@ -44,9 +44,9 @@ from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.journal.ledger import Budget, Ledger
-from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.outputs import one_by_one
-from fedclaw.site.pipeline import Answering, ReplyRecords
+from fedclaw.site.pipeline import ReplyRecords
+from fedclaw.site.plan_answer import PlanAnswer
 from fedclaw.site.policy.checks import permitted_metrics
 from fedclaw.site.policy.policy import TEST, Policy
 from fedclaw.site.privacy_budget import Account, Asking, Due, check_affordable
@@ -64,15 +64,14 @@ BoundedSums = Mapping[str, BoundedSum]
 
 
 @dataclass
-class EvaluationAnswer(Answering[Sums | BoundedSums, Sums]):
+class EvaluationAnswer(PlanAnswer[Sums | BoundedSums, Sums]):
     """Metrics of parameters on the site's test data, as the sums that they are made of (`fedclaw.learning.tasks`).
 
     Where the policy has them noised they are paid for, on the test data, and leave within a bound; else they leave as
-    they are, if it names `metrics` and no `metrics_epsilon`, and `outbound` tells how often there was one.
+    they are, if it names `metrics` and no `metrics_epsilon`, and the outbound log tells how often there was one.
     """
 
-    plan: Plan
-    outbound: OutboundLog | None = None
+    kind: ClassVar[str] = MessageType.EVALUATE
     masked: ClassVar[bool] = False
 
     @property
@@ -81,7 +80,7 @@ class EvaluationAnswer(Answering[Sums | BoundedSums, Sums]):
 
     def prepare(self) -> Due | None:
         """See Answering."""
-        site, plan = self.site, self.plan
+        site, plan = self.site, self.asked
         if site.data.test is None:
             raise Refusal(RefusalCode.METRICS, "this site holds no test data, so it does not evaluate")
         self._examples = len(site.data.test)
@@ -103,7 +102,7 @@ class EvaluationAnswer(Answering[Sums | BoundedSums, Sums]):
                 RefusalCode.METRICS,
                 "this site's test data is not held out from its training data, so its metrics do not leave as they are",
             )
-        check_evaluation(self.site.policy, self.outbound)
+        check_evaluation(self.site.policy, self.site.outbound)
 
     def answer(self, charge: str) -> Part[Sums | BoundedSums]:
         """See Answering."""

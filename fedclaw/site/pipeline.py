@@ -9,7 +9,8 @@
 
 The service then stores the reply, settles the charge, logs that it leaves, and hands it to what seals it.
 
-A kind of question is a class (`Answering`): training, statistics, evaluation. It has no other way out.
+A kind of question is a class (`Answering`): training, statistics, evaluation. It has no other way out. Its other half
+is a class at the server; `SiteService.kinds` has those that are answered here.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.provenance import Part, Permitted, Released, leaving
 from fedclaw.protocol.messages import ABOUT, CHARGE
+from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.terms import SecureAggregation
 from fedclaw.site.privacy_budget import Asking, Due, reserve
 from fedclaw.site.site import Site
 
@@ -44,6 +47,11 @@ class Answering(ABC, Generic[A, L]):
 
     site: Site
     asking: Asking
+    asked: Asked
+    kind: ClassVar[str]
+    """The type of the message that asks."""
+    record: ClassVar[str]
+    """Its record that holds what is asked, in the stages of a secure sum too."""
     masked: ClassVar[bool] = True
     """Whether an answer is masked where what is asked has a session."""
 
@@ -51,6 +59,22 @@ class Answering(ABC, Generic[A, L]):
     def content(self) -> RecordDict:
         """The records of the message that asks."""
         return self.asking.message.content
+
+    @classmethod
+    @abstractmethod
+    def read(cls, content: RecordDict) -> Asked:
+        """What a message with these records asks. Raises Refusal."""
+
+    @abstractmethod
+    def admit(self) -> None:
+        """Raise Refusal for what the policy does not let anybody ask, in the stages of a secure sum too."""
+
+    def check_session(self, secure: SecureAggregation) -> None:
+        """Check, before a session is joined, that the site would put its answer into its sum.
+
+        Raises Refusal or PrivacyError.
+        """
+        raise PrivacyError("a secure sum of this was not asked for")
 
     @contextmanager
     def ready(self) -> Iterator[Due | None]:

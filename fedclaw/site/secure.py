@@ -6,6 +6,7 @@ has dropped out of it. That a round was unmasked is written down, and survives.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
@@ -13,8 +14,6 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from fedclaw.errors import PrivacyError, SecureAggregationError
-from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.statistics import mechanism_of_request
 from fedclaw.privacy.secure_aggregation import (
     Accusations,
     KeyList,
@@ -32,15 +31,10 @@ from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import pack_integers
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, KEYS, MASKED, SECURE, SHARES, UNMASK
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.site.pipeline import Mask, ReplyRecords
-from fedclaw.site.policy.checks import check_plan, check_statistics
-from fedclaw.site.privacy_budget import Asking, Due, charge_for, check_affordable
+from fedclaw.site.pipeline import Answering, Mask, ReplyRecords
 from fedclaw.site.rate_limit import check_charge
-from fedclaw.site.site import Site
-from fedclaw.site.strategy_client import check_terms
 
 
 @dataclass(frozen=True)
@@ -52,23 +46,23 @@ class SecureIdentity:
     sessions: Sessions
 
 
-def answer_stage(site: Site, identity: SecureIdentity | None, asked: Asked, asking: Asking) -> RecordDict:
+def answer_stage(identity: SecureIdentity | None, answering: Answering[Any, Any]) -> RecordDict:
     """The site's part in a stage in which it works nothing out from its data. Raises Refusal."""
     try:
-        return RecordDict({SECURE: ConfigRecord(_answer(site, _known(identity), asked, asking).pack())})
+        return RecordDict({SECURE: ConfigRecord(_answer(_known(identity), answering).pack())})
     except SecureAggregationError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
 
 
-def masking(identity: SecureIdentity | None, asked: Asked, content: RecordDict) -> Mask:
-    """How a vector of integers is masked in the session that `asked` opened, with the peers in `content`.
+def masking(identity: SecureIdentity | None, answering: Answering[Any, Any]) -> Mask:
+    """How a vector of integers is masked in the session that the question opened, with the peers in its message.
 
     Raises Refusal, before anything is paid for, if the site is in no such session or does not hold the shares of those
     peers; so does the mask itself.
     """
     try:
-        session = _session(_known(identity), asked)
-        roster = Roster.unpack(_said(content))
+        session = _session(_known(identity), answering.asked)
+        roster = Roster.unpack(_said(answering.content))
         session.check_roster(roster)
     except SecureAggregationError as error:
         raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
@@ -83,11 +77,11 @@ def masking(identity: SecureIdentity | None, asked: Asked, content: RecordDict) 
     return mask
 
 
-def _answer(site: Site, identity: SecureIdentity, asked: Asked, asking: Asking) -> Wire:
-    kind, content = asking.message.metadata.message_type, asking.message.content
+def _answer(identity: SecureIdentity, answering: Answering[Any, Any]) -> Wire:
+    kind, content = answering.asking.message.metadata.message_type, answering.content
     if kind == KEYS:
-        return _join(site, identity, asked, asking).advertise()
-    session = _session(identity, asked)
+        return _join(identity, answering).advertise()
+    session = _session(identity, answering.asked)
     answers: dict[str, Callable[[], Wire]] = {
         SHARES: lambda: session.share(KeyList.unpack(_said(content))),
         CONFIRM: lambda: session.confirm(ShareDelivery.unpack(_said(content))),
@@ -98,26 +92,16 @@ def _answer(site: Site, identity: SecureIdentity, asked: Asked, asking: Asking) 
     return answers[kind]()
 
 
-def _join(site: Site, identity: SecureIdentity, asked: Asked, asking: Asking) -> SiteSession:
+def _join(identity: SecureIdentity, answering: Answering[Any, Any]) -> SiteSession:
     """A new session, if what is asked is what this site would do."""
+    site, asked = answering.site, answering.asked
     if asked.secure is None:
         raise SecureAggregationError("the message names no session")
-    if isinstance(asked, Plan):
-        check_plan(site.policy, asked, examples=len(site.data.train), parameters=asked.secure.length)
-        check_terms(site, asked)
-    else:
-        check_statistics(site.policy, asked, len(site.data.train))
-    check_charge(site.policy, site.ledger)
     try:
-        if isinstance(asked, Plan):
-            mechanism = mechanism_of(asked)
-            mechanism.integers()
-            charge = charge_for(site.policy, len(site.data.train), mechanism)
-            check_affordable(site, Due.training(site, asking, charge.mechanism))
-        else:
-            mechanism_of_request(asked)
+        answering.check_session(asked.secure)
     except PrivacyError as error:
         raise SecureAggregationError(str(error)) from error
+    check_charge(site.policy, site.ledger)
     try:
         parameters = parameters_of(asked)
     except ValidationError as error:

@@ -5,33 +5,23 @@ holds a reservation before the first gradient), and writes down what leaves (the
 """
 
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
-from pydantic import BaseModel, Field, ValidationError
 
-from fedclaw import __version__
 from fedclaw.errors import LedgerError
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN, RECEIPT, RUN, STAGES
-from fedclaw.protocol.plan import PLAN_VERSION, Plan
+from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, RECEIPT, RUN, STAGES
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.statistics import REQUEST, STATISTICS, StatisticsRequest
 from fedclaw.site import pipeline
-from fedclaw.site.data import check_constants
 from fedclaw.site.evaluation import EvaluationAnswer, charged_ledger
-from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.pipeline import Answering
-from fedclaw.site.policy.checks import check_request
 from fedclaw.site.privacy_budget import Asking, reserve
 from fedclaw.site.secure import SecureIdentity, answer_stage, masking
 from fedclaw.site.site import Site
-from fedclaw.site.statistics import StatisticsAnswer, request_of
+from fedclaw.site.statistics import StatisticsAnswer
 from fedclaw.site.training import TrainingAnswer
 
 log = logging.getLogger(__name__)
@@ -44,9 +34,10 @@ MOST_TOLD = 100
 class SiteService(Site):
     """A site that answers messages. Implements `fedclaw.transport.base.SiteHandler`."""
 
-    outbound: OutboundLog | None = None
     secure: SecureIdentity | None = None
     """Without one the site takes no part in secure aggregation."""
+    kinds: tuple[type[Answering[Any, Any]], ...] = (TrainingAnswer, EvaluationAnswer, StatisticsAnswer)
+    """The kinds of questions that are answered here."""
     _told: tuple[str, set[str]] = field(default=("", set()), init=False, repr=False)
     """The run of the last refusal, and what was logged of that run's refusals."""
 
@@ -56,7 +47,7 @@ class SiteService(Site):
             return Message(self._answer(message), reply_to=message)
         except Refusal as refusal:
             reply = _error(refusal, message)
-            self._tell(refusal, _run_name(message, reply))
+            self._tell(refusal, self._run_name(message, reply))
             return reply
         except Exception:
             log.exception("the task failed")
@@ -84,7 +75,7 @@ class SiteService(Site):
         if self.outbound is not None:
             self.outbound.append(
                 federation=self.federation,
-                run=_run_name(message, reply),
+                run=self._run_name(message, reply),
                 round=message.metadata.group_id,
                 kind=message.metadata.message_type,
                 message_id=message.metadata.message_id,
@@ -119,18 +110,14 @@ class SiteService(Site):
             log.error("%s", error)
 
     def _answer(self, message: Message) -> RecordDict:
-        asked, kind = self._asked(message), message.metadata.message_type
-        asking = _asking(message, asked)
-        if kind in STAGES:
-            answered = answer_stage(self, self.secure, asked, asking)
-        elif (make := _KINDS.get((type(asked), kind))) is None:
-            raise Refusal(RefusalCode.MALFORMED, f"messages of type {kind!r} are not answered here")
+        answering = self._answering(message)
+        if message.metadata.message_type in STAGES:
+            answered = answer_stage(self.secure, answering)
         else:
-            answering = make(self, asking, asked)
-            sums = answering.masked and asked.secure is not None
-            mask = masking(self.secure, asked, message.content) if sums else None
-            answered = pipeline.answer(answering, mask)
-        answered[ABOUT] = ConfigRecord({**answered.config_records.get(ABOUT, {}), RUN: asked.run})
+            sums = answering.masked and answering.asked.secure is not None
+            answered = pipeline.answer(answering, masking(self.secure, answering) if sums else None)
+        run = answering.asked.run
+        answered[ABOUT] = ConfigRecord({**answered.config_records.get(ABOUT, {}), RUN: run})
         return answered
 
     def begin(self, message: Message) -> NoiseEvent | None:
@@ -138,26 +125,43 @@ class SiteService(Site):
 
         For a site whose ledger is a copy: what would happen if a server asked. Raises the Refusal that it would get.
         """
-        asked = self._asked(message)
-        if not isinstance(asked, Plan):
+        answering = self._answering(message)
+        if not isinstance(answering, TrainingAnswer):
             raise Refusal(RefusalCode.MALFORMED, "no training is asked for")
-        with TrainingAnswer(self, _asking(message, asked), asked).ready() as due:
+        with answering.ready() as due:
             reserve(self, due)
             return due.mechanism
 
-    def _asked(self, message: Message) -> Asked:
-        """What `message` asks, if it is meant for this site and its policy allows it to be asked. Raises Refusal."""
-        if _is_for_statistics(message):
-            request = request_of(message.content)
-            self._check_place(request)
-            return request
-        plan = _plan_of(message)
-        self._check_place(plan)
-        check_request(self.policy, plan)
-        check_constants(self, plan.preprocessing)
-        return plan
+    def _answering(self, message: Message) -> Answering[Any, Any]:
+        """The answer to be, if what is asked is meant for this site and may be asked of it. Raises Refusal."""
+        kind = self._kind_of(message)
+        asked = kind.read(message.content)
+        self._check_place(asked)
+        answering = kind(self, Asking(message, asked.federation, asked.run, asked.round, asked.rounds), asked)
+        answering.admit()
+        return answering
 
-    def _check_place(self, asked: Plan | StatisticsRequest) -> None:
+    def _kind_of(self, message: Message) -> type[Answering[Any, Any]]:
+        """By the message's type; in a stage of a secure sum, by what it is over. Raises Refusal."""
+        named = message.metadata.message_type
+        held = message.content.config_records if named in STAGES else {}
+        for kind in self.kinds:
+            if kind.kind == named or (kind.masked and kind.record in held):
+                return kind
+        raise Refusal(RefusalCode.MALFORMED, f"messages of type {named!r} are not answered here")
+
+    def _run_name(self, message: Message, reply: Message) -> str:
+        """The run that `reply` belongs to. After a restart `message` has no content, and an error never has any."""
+        if reply.has_content() and ABOUT in reply.content.config_records:
+            return str(reply.content.config_records[ABOUT][RUN])
+        try:
+            if message.has_content():
+                return self._kind_of(message).read(message.content).run
+        except Refusal:
+            pass
+        return f"number {message.metadata.run_id}"
+
+    def _check_place(self, asked: Asked) -> None:
         """That this site is who is meant: of this federation, with this workload and schema."""
         if asked.federation != self.federation:
             raise Refusal(
@@ -170,67 +174,6 @@ class SiteService(Site):
             )
         if asked.schema_digest != self.schema_digest:
             raise Refusal(RefusalCode.SCHEMA, "the server's schema is not this site's: compare the two schema files")
-
-
-_KINDS: Mapping[tuple[type, str], Callable[[SiteService, Asking, Any], Answering[Any, Any]]] = {
-    (Plan, MessageType.TRAIN): TrainingAnswer,
-    (Plan, MessageType.EVALUATE): lambda site, asking, plan: EvaluationAnswer(site, asking, plan, site.outbound),
-    (StatisticsRequest, STATISTICS): StatisticsAnswer,
-}
-"""What is worked out from a site's data, by what asks for it and the message's type."""
-
-
-def _asking(message: Message, asked: Asked) -> Asking:
-    rounds = asked.rounds if isinstance(asked, Plan) else 1
-    return Asking(message, asked.federation, asked.run, asked.round, rounds)
-
-
-def _is_for_statistics(message: Message) -> bool:
-    """By its type or by what it holds; after a restart a message has no content."""
-    if not message.has_content():
-        return False
-    return message.metadata.message_type == STATISTICS or REQUEST in message.content.config_records
-
-
-def _plan_of(message: Message) -> Plan:
-    """The plan in `message`. Raises Refusal, of one of another version before anything else of it is read."""
-    try:
-        text = str(message.content.config_records[PLAN][JSON])
-        _check_version(text)
-        plan = Plan.model_validate_json(text)
-    except (KeyError, ValueError) as error:
-        reason = explain(error) if isinstance(error, ValidationError) else f"the message lacks {error}"
-        raise Refusal(RefusalCode.MALFORMED, f"the plan cannot be read: {reason}") from error
-    if wrong := mechanism_of(plan).contradiction():
-        raise Refusal(RefusalCode.MALFORMED, f"the plan cannot be read: {wrong}")
-    return plan
-
-
-class _Version(BaseModel):
-    """All that is read of a plan before its version is known to be this one."""
-
-    version: int = Field(default=0, ge=0, le=10**6)
-
-
-def _check_version(plan: str) -> None:
-    version = _Version.model_validate_json(plan).version
-    if version != PLAN_VERSION:
-        raise Refusal(
-            RefusalCode.MALFORMED,
-            f"plan version {version} is asked for; this site speaks {PLAN_VERSION} (fedclaw {__version__}): install "
-            "the same version at the server and its sites",
-        )
-
-
-def _run_name(message: Message, reply: Message) -> str:
-    """The run that `reply` belongs to. After a restart, `message` has no content, and an error never has any."""
-    if reply.has_content() and ABOUT in reply.content.config_records:
-        return str(reply.content.config_records[ABOUT][RUN])
-    try:
-        asked = request_of(message.content) if _is_for_statistics(message) else _plan_of(message)
-        return asked.run
-    except Refusal:
-        return f"number {message.metadata.run_id}"
 
 
 def _error(refusal: Refusal, message: Message) -> Message:

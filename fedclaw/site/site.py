@@ -15,6 +15,7 @@ from fedclaw.protocol.arrays import Arrays, all_finite, unpack
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.site.journal.ledger import Ledger
+from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.policy.checks import check_size
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.settings import DataFiles
@@ -56,6 +57,7 @@ class Site:
     speed: StepSpeed = field(default_factory=StepSpeed)
     states: SiteStates = field(default_factory=SiteStates)
     """What strategies remember here from round to round."""
+    outbound: OutboundLog | None = None
     preprocessing: str | None = field(default=None, init=False, repr=False)
     """The federation's constants that the tables are standardised by, if the schema takes any and they have come."""
     shared_test_rows: int = field(default=0, init=False)

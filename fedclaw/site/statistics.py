@@ -9,6 +9,7 @@ content has to be what the ledger is charged for.
 import logging
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ARRAYS, JSON, RECEIPT, SUM
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.statistics import REQUEST, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.statistics import REQUEST, STATISTICS, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
 from fedclaw.protocol.terms import SecureAggregation
 from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
 from fedclaw.site.outputs import one_by_one
@@ -46,21 +47,39 @@ log = logging.getLogger(__name__)
 class StatisticsAnswer(Answering[Doubles, Doubles]):
     """One vector of the training data."""
 
-    request: StatisticsRequest
+    asked: StatisticsRequest
+    kind: ClassVar[str] = STATISTICS
+    record: ClassVar[str] = REQUEST
     _model: torch.nn.Module | None = field(default=None, init=False, repr=False)
 
     @cached_property
     def _mechanism(self) -> StatisticsMechanism:
         """The noise that keeps the request's epsilon. Raises Refusal when none does."""
         try:
-            return mechanism_of_request(self.request)
+            return mechanism_of_request(self.asked)
         except PrivacyError as error:
             raise Refusal(RefusalCode.EPSILON, f"statistics: {error}") from error
 
+    @classmethod
+    def read(cls, content: RecordDict) -> StatisticsRequest:
+        """See Answering."""
+        try:
+            return StatisticsRequest.model_validate_json(str(content.config_records[REQUEST][JSON]))
+        except (KeyError, ValueError) as error:
+            reason = explain(error) if isinstance(error, ValidationError) else f"the message lacks {error}"
+            raise Refusal(RefusalCode.MALFORMED, f"the request cannot be read: {reason}") from error
+
+    def admit(self) -> None:
+        """See Answering."""
+        check_statistics(self.site.policy, self.asked, len(self.site.data.train))
+
+    def check_session(self, secure: SecureAggregation) -> None:
+        """See Answering."""
+        mechanism_of_request(self.asked)
+
     def prepare(self) -> Due:
         """See Answering."""
-        site, request = self.site, self.request
-        check_statistics(site.policy, request, len(site.data.train))
+        site, request = self.site, self.asked
         self._design = _design(site, request)
         files_of(site.data)
         if request.scores is not None:
@@ -71,10 +90,10 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
 
     def answer(self, charge: str) -> Part[Doubles]:
         """See Answering."""
-        if self.request.scores is None or self._model is None:
+        if self.asked.scores is None or self._model is None:
             vector = statistics_vector(self.site, self._design)
         else:
-            vector = self._design.vector([scores_of(self.site, self.request.scores, self._model)])
+            vector = self._design.vector([scores_of(self.site, self.asked.scores, self._model)])
         return Bounded(vector, SENSITIVITY)
 
     def let_out(self, contribution: Part[Doubles]) -> Released[Doubles]:
@@ -93,7 +112,7 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
 
     def beside(self) -> ReplyRecords:
         """See Answering."""
-        request, mechanism = self.request, self._mechanism
+        request, mechanism = self.asked, self._mechanism
         receipt = StatisticsReceipt(
             trust=mechanism.trust,
             noise_multiplier=mechanism.event.noise_multiplier,
@@ -104,15 +123,6 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
             *(request.run, len(request.columns), receipt.epsilon_run or 0.0),
         )
         return {RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()})}
-
-
-def request_of(content: RecordDict) -> StatisticsRequest:
-    """The request in a message. Raises Refusal."""
-    try:
-        return StatisticsRequest.model_validate_json(str(content.config_records[REQUEST][JSON]))
-    except (KeyError, ValueError) as error:
-        reason = explain(error) if isinstance(error, ValidationError) else f"the message lacks {error}"
-        raise Refusal(RefusalCode.MALFORMED, f"the request cannot be read: {reason}") from error
 
 
 def statistics_vector(site: Site, design: Design) -> Doubles:

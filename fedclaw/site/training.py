@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
@@ -31,25 +32,26 @@ from fedclaw.protocol.terms import SecureAggregation
 from fedclaw.protocol.update import Update
 from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads
-from fedclaw.site.pipeline import Answering, ReplyRecords
+from fedclaw.site.pipeline import ReplyRecords
+from fedclaw.site.plan_answer import PlanAnswer
 from fedclaw.site.policy.checks import check_plan
 from fedclaw.site.privacy_budget import Due, charge_for, check_affordable, log_spending, receipt_of
 from fedclaw.site.site import Site, sent_arrays
-from fedclaw.site.strategy_client import ClientHalf
+from fedclaw.site.strategy_client import ClientHalf, check_terms
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs, outputs, targets) -> mean loss."""
 
 
 @dataclass
-class TrainingAnswer(Answering[Update, Update]):
+class TrainingAnswer(PlanAnswer[Update, Update]):
     """A round of local steps; what leaves is the weighted delta, and what a strategy makes of it."""
 
-    plan: Plan
+    kind: ClassVar[str] = MessageType.TRAIN
 
     @cached_property
     def _mechanism(self) -> Mechanism:
-        return mechanism_of(self.plan)
+        return mechanism_of(self.asked)
 
     @cached_property
     def _integers(self) -> Integers:
@@ -62,7 +64,15 @@ class TrainingAnswer(Answering[Update, Update]):
     @property
     def _count(self) -> int:
         """Local steps of the round."""
-        return self.plan.training.local_steps(self._examples)
+        return self.asked.training.local_steps(self._examples)
+
+    def check_session(self, secure: SecureAggregation) -> None:
+        """See Answering."""
+        check_plan(self.site.policy, self.asked, examples=self._examples, parameters=secure.length)
+        check_terms(self.site, self.asked)
+        self._mechanism.integers()
+        charge = charge_for(self.site.policy, self._examples, self._mechanism)
+        check_affordable(self.site, Due.training(self.site, self.asking, charge.mechanism))
 
     @contextmanager
     def ready(self) -> Iterator[Due]:
@@ -73,7 +83,7 @@ class TrainingAnswer(Answering[Update, Update]):
 
     def prepare(self) -> Due:
         """See Answering."""
-        site, plan = self.site, self.plan
+        site, plan = self.site, self.asked
         sent = sent_arrays(self.content, ARRAYS)
         if plan.secure is not None:
             self._check_session(plan.secure, sent)
@@ -112,9 +122,9 @@ class TrainingAnswer(Answering[Update, Update]):
         personal = self._personal(delta)
         whole = finished.scaled(1.0, lambda made: Update({**made.delta, **made.extras}, 1.0, self._examples))
         try:
-            left = postprocess.at_site(whole, self.plan, SiteContext(self.site.source, half.before))
+            left = postprocess.at_site(whole, self.asked, SiteContext(self.site.source, half.before))
         except PrivacyError as error:
-            raise Refusal(RefusalCode.STRATEGY, f"strategy {self.plan.strategy!r} {error}") from error
+            raise Refusal(RefusalCode.STRATEGY, f"strategy {self.asked.strategy!r} {error}") from error
         self._left = left.value
         further = left.scaled(1.0, lambda update: update.state)
         half.remember(finished.then(lambda made: made.state), personal, further, charge)
@@ -158,7 +168,7 @@ class TrainingAnswer(Answering[Update, Update]):
             self._integers  # noqa: B018
         except PrivacyError as error:
             raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
-        if secure.largest_weight is not None and self.plan.weight(self._examples) > secure.largest_weight:
+        if secure.largest_weight is not None and self.asked.weight(self._examples) > secure.largest_weight:
             # The range of values was set for weights up to it; beyond, the update would be cut off unseen.
             raise Refusal(
                 RefusalCode.SECURE_AGGREGATION,
@@ -169,7 +179,7 @@ class TrainingAnswer(Answering[Update, Update]):
             raise Refusal(
                 RefusalCode.SECURE_AGGREGATION, "the parameters are not those that the session's sites were told of"
             )
-        length = sum(array.size for array in template(sent, self.plan).values())
+        length = sum(array.size for array in template(sent, self.asked).values())
         if length != secure.length:
             raise Refusal(
                 RefusalCode.SECURE_AGGREGATION,
@@ -199,7 +209,7 @@ class TrainingAnswer(Answering[Update, Update]):
         """Steps of `model` on the site's training data by the local optimiser of the plan."""
         inputs, targets = self.site.on_device("train", self.site.data.train)
         parameters: Sequence[torch.Tensor] = list(model.parameters())
-        optimizer = make_optimizer(parameters, self.plan.training)
+        optimizer = make_optimizer(parameters, self.asked.training)
         return ModelSteps(lambda rows: taker.gradients(inputs[rows], targets[rows]), parameters, optimizer.step)
 
     def _delta(self) -> Arrays:
@@ -213,7 +223,7 @@ class TrainingAnswer(Answering[Update, Update]):
             return {name: parameter.detach().cpu().numpy() - self._start[name] for name, parameter in named}
         names = [name for name, parameter in named if parameter.requires_grad]
         assert isinstance(self._steps, PrivateGradients)
-        rate, exact = self.plan.training.learning_rate, self._steps.exact
+        rate, exact = self.asked.training.learning_rate, self._steps.exact
         return {name: (gradient * -rate).cpu().numpy() for name, gradient in zip(names, exact, strict=True)}
 
     def _personal(self, delta: Part[Arrays]) -> Part[Arrays]:
@@ -222,7 +232,7 @@ class TrainingAnswer(Answering[Update, Update]):
         The latter takes its steps without noise, whatever the plan asks for: nothing of it leaves but the metrics that
         the site's policy permits.
         """
-        site, plan, half = self.site, self.plan, self._half
+        site, plan, half = self.site, self.asked, self._half
         if not half.strategy.personal_model:
             trained = _copied(self._model, plan.personal)
             return delta.then(lambda _: trained)
@@ -236,7 +246,7 @@ class TrainingAnswer(Answering[Update, Update]):
 
     def _training_loss(self) -> float:
         """The mean loss over the training data of the parameters that the round began with."""
-        model = self.site.model(self.plan.model, self._start, role="start").eval()
+        model = self.site.model(self.asked.model, self._start, role="start").eval()
         inputs, targets = self.site.on_device("train", self.site.data.train)
         with torch.no_grad():
             return float(self._loss(inputs, model(inputs), targets))
