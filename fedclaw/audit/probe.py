@@ -97,7 +97,7 @@ class LocalProbe(Probe):
 
     def _answer(self, site: SiteService) -> NDArray[np.float64]:
         trained, _ = ask({site.name: unspent(site)}, self.record, self.canary.parameters)
-        update = trained.total.take()
+        update = trained.read()
         # delta = -rate (clipped sum + noise) / examples; one example adds `clip` to the sum.
         return flat(update.arrays, self.canary.parameters) / update.weight * (ROWS / (_RATE * self._clip))
 
@@ -129,7 +129,7 @@ class CentralProbe(Probe):
         if plan.secure is not None:
             honest = len(sites) - plan.secure.tolerated - plan.secure.colluding
             self.counted, self.shares = honest / len(sites), len(sites)
-        mean = postprocess.at_server(trained.total.take(), plan, shapes_of(self.canary.parameters))
+        mean = postprocess.at_server(trained.read(), plan, shapes_of(self.canary.parameters))
         return flat(mean.arrays, self.canary.parameters) / self._scale
 
 

@@ -144,6 +144,8 @@ class SiteService(Site):
     def _kind_of(self, message: Message) -> type[Answering[Any, Any]]:
         """By the message's type; in a stage of a secure sum, by what it is over. Raises Refusal."""
         named = message.metadata.message_type
+        if not message.has_content():
+            raise Refusal(RefusalCode.MALFORMED, "the message holds nothing")
         held = message.content.config_records if named in STAGES else {}
         for kind in self.kinds:
             if kind.kind == named or (kind.masked and kind.record in held):
@@ -155,11 +157,9 @@ class SiteService(Site):
         if reply.has_content() and ABOUT in reply.content.config_records:
             return str(reply.content.config_records[ABOUT][RUN])
         try:
-            if message.has_content():
-                return self._kind_of(message).read(message.content).run
+            return self._kind_of(message).read(message.content).run
         except Refusal:
-            pass
-        return f"number {message.metadata.run_id}"
+            return f"number {message.metadata.run_id}"
 
     def _check_place(self, asked: Asked) -> None:
         """That this site is who is meant: of this federation, with this workload and schema."""

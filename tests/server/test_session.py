@@ -1,11 +1,13 @@
-"""What a run's record is made of: a wrong model is wrong use, told with the setting's name."""
+"""What a run's record is made of: a wrong model is wrong use, told with the setting's name; a task is not guessed."""
 
 import pytest
 
-from fedclaw.errors import UsageError
+from fedclaw.errors import PluginError, UsageError
 from fedclaw.protocol.terms import LocalTraining, RoundRules
+from fedclaw.server.plans import task_of
 from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings, WorkloadChoice
+from tests.samples import run_record
 
 SCHEMA = """
 columns: [{name: age, kind: numeric}]
@@ -33,3 +35,9 @@ def test_a_model_that_there_is_not_is_wrong_use(tmp_path, model, words):
     )
     with pytest.raises(UsageError, match=words):
         make_record(settings, "clinic", None, RoundRules())
+
+
+def test_the_task_of_a_workload_that_is_not_installed_is_the_records_word_or_an_error():
+    assert task_of(run_record(workload="elsewhere", metrics=("loss",))).name == "classification"
+    with pytest.raises(PluginError, match="elsewhere"):
+        task_of(run_record(workload="elsewhere", task="regression", metrics=("loss",)))

@@ -163,7 +163,7 @@ def test_what_hostile_sites_send_is_refused_or_moves_nothing_far(
     assert set(refused.values()) <= {"unusable"}
     assert set(refused).isdisjoint(map(str, range(hostile, SITES))), "an honest site was refused"
     assert len(trained.answered) + len(refused) == SITES
-    mean = postprocess.at_server(trained.total.take(), asked, shapes_of(TEMPLATE)).arrays
+    mean = postprocess.at_server(trained.read(), asked, shapes_of(TEMPLATE)).arrays
     result = np.concatenate([array.reshape(-1) for array in mean.values()]).astype(np.float64)
     assert np.isfinite(result).all()
     assert np.linalg.norm(result) <= 2 * SITES * longest
@@ -203,7 +203,7 @@ def test_examples_that_a_site_claims_do_not_decide_where_a_strategy_promises_any
                     content["sum"] = pack({key: np.full_like(array, 5.0 * claimed) for key, array in TEMPLATE.items()})
                 trained.add_reply(str(site), Message(content, reply_to=asking))
             assert len(trained.answered) == SITES
-            results.append(postprocess.at_server(trained.total.take(), asked, shapes_of(TEMPLATE)).arrays["w"])
+            results.append(postprocess.at_server(trained.read(), asked, shapes_of(TEMPLATE)).arrays["w"])
         np.testing.assert_allclose(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
@@ -219,7 +219,7 @@ def test_numbers_that_would_overflow_a_mean_are_refused_where_they_come_from(val
             content["sum"] = pack({name: np.full_like(array, value) for name, array in TEMPLATE.items()})
         trained.add_reply(str(site), Message(content, reply_to=asking))
     assert [item.site for item in trained.declined] == ["0", "1"]
-    mean = postprocess.at_server(trained.total.take(), asked, shapes_of(TEMPLATE)).arrays
+    mean = postprocess.at_server(trained.read(), asked, shapes_of(TEMPLATE)).arrays
     assert all(np.isfinite(array).all() for array in mean.values())
 
 
