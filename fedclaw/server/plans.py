@@ -11,18 +11,6 @@ from fedclaw.protocol.terms import CentralNoise, Terms
 from fedclaw.server.run_directory import RunRecord
 
 
-def task_of(record: RunRecord) -> Task:
-    """The run's task.
-
-    If its workload is not installed beside the server, classification without labels: rounds need no workload, and only
-    means are then reported.
-    """
-    try:
-        return record.make_schema().task
-    except PluginError:
-        return Classification()
-
-
 def make_strategy(record: RunRecord) -> Strategy:
     """The run's strategy with its settings. Raises PluginError, or UsageError for wrong settings."""
     return check_settings(record.strategy.settings, strategy_class(record.strategy.name))
