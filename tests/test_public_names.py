@@ -1,5 +1,6 @@
 """What `import fedclaw` promises: these names and no others, documented, and not paid for before they are used."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -48,12 +49,14 @@ def test_the_public_names_are_these():
 
 def test_every_argument_of_theirs_has_a_type():
     functions = [fedclaw.simulate, fedclaw.read_run, fedclaw.read_bundle, fedclaw.read_ledger]
+    functions += [fedclaw.Run.model, fedclaw.Run.export, fedclaw.Bundle.predict]
     functions += [getattr(fedclaw.Federation, name) for name in dir(fedclaw.Federation) if name.startswith("from_")]
-    assert len(functions) == 8
+    assert len(functions) == 11
     for function in functions:
-        code = function.__code__
-        given = set(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]) - {"cls"}
+        given = inspect.signature(function).parameters.keys() - {"cls", "self"}
+        assert given
         assert given | {"return"} <= set(function.__annotations__)
+        assert function.__doc__
     assert typing.get_type_hints(fedclaw.simulate)["return"] is fedclaw.Run
 
 

@@ -36,7 +36,7 @@ class Run:
     """Its directory."""
     _factory: "Model | None" = field(default=None, repr=False, compare=False)
     _holder: object = field(default=None, repr=False, compare=False)
-    """What keeps a temporary directory."""
+    """Keeps a temporary directory from being removed."""
 
     @cached_property
     def record(self) -> RunRecord:
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Those of the last round that was evaluated: accuracy, f1, auroc and others, of numbers rmse, mae and r2."""
+        """Those of the last round that was evaluated: accuracy, f1, auroc and others; for numbers rmse, mae and r2."""
         last = next((entry for entry in reversed(self.history) if len(entry) > 1), {})
         return {name: value for name, value in last.items() if name != "round"}
 
@@ -133,16 +133,16 @@ class Run:
 
     @cached_property
     def receipts(self) -> Mapping[str, SiteReceipt]:
-        """By client or site, how many examples it has and what it spent."""
+        """How many examples each client or site has and what it spent, by its name."""
         return RunDirectory.open(self.path).read_receipts()
 
     @property
     def epsilon(self) -> float:
-        """What the run cost at most, in epsilon at `delta`, for the unit that was asked for.
+        """An upper bound on what the run cost, at `delta`, for the unit that was asked for; infinite without noise.
 
-        With noise by the clients: of one example of the client that spent most, whoever else may be dishonest. With
-        noise on the sum alone: what was asked for, as long as the server is honest. Without noise: infinite. It says
-        nothing of rounds outside the run, nor of metrics, which are exact.
+        With noise by the clients it is that of the client that spent most, and holds for each of its examples, whoever
+        else may be dishonest. With noise on the sum alone it is what was asked for, and holds if the server is honest.
+        It covers neither other runs nor metrics, which are exact.
         """
         if (asked := self._guarantee) is not None and not mechanism_of(self.record).noises_steps:
             return asked.epsilon

@@ -43,12 +43,14 @@ _RUN = "run"
 class LocalPrivacy:
     """Each client's own noise, DP-SGD: (epsilon, delta) for one example, whoever else may be dishonest.
 
-    Neighbouring data sets differ in one example, which is there or not. Each client works out the noise at which the
-    whole run costs it epsilon.
+    Neighbouring data sets differ in one example, which is there or not. Each client works out the noise with which the
+    whole run costs it at most epsilon.
     """
 
     epsilon: float
+    """Of all rounds together."""
     delta: float
+    """Below one over the number of examples of any client."""
     clip: float
     """Of an example's gradient, L2."""
 
@@ -70,7 +72,9 @@ class CentralPrivacy:
     """
 
     epsilon: float
+    """Of all rounds together."""
     delta: float
+    """Below one over the number of examples of any client."""
     clip: float
     """Of a client's update (unit "site") or of an example's gradient, L2."""
     unit: Unit = "site"
@@ -112,9 +116,9 @@ def simulate(
 ) -> Run:
     """Train `model` over the federation's clients and return the run.
 
-    The server's loop, the strategies and the mechanisms are those of a federation of real sites; clients are trained in
-    this process, or in `workers` processes forked from it, each with one thread. The result is the same for the same
-    data and seed, with noise only if it is to be repeatable.
+    The server's loop, the strategies and the mechanisms are those of a federation of real sites. Clients are trained in
+    this process, or in `workers` processes forked from it, each with one thread. The same data and seed give the same
+    result, however many workers there are; with privacy only if the noise is to be repeatable.
 
     Args:
         federation: who has which examples.
@@ -131,11 +135,11 @@ def simulate(
         fraction: share of the clients that each round asks, drawn anew.
         weighting: examples, a client counts by how many it has; uniform, by one; capped, by at most `weight_cap`.
         weight_cap: the largest weight, with weighting capped.
-        privacy: whose noise, for which guarantee; None: none.
-        workers: processes. They are forked, so that the module may be defined in a notebook; more need more memory.
+        privacy: whose noise, for which guarantee; None: no noise.
+        workers: processes that train. They are forked, so the module may be defined in a notebook; each needs memory.
         seed: of the first parameters, batches and the clients asked.
         repeatable_noise: draw noise from the seed. For research only: such noise guarantees nothing.
-        directory: where the run is to be kept; none: in a temporary directory, as long as the `Run` is held.
+        directory: where to keep the run, empty or not there yet; None: a temporary one, which goes with the `Run`.
         on_round: called with the number and the metrics of each round that is done.
 
     Raises UsageError, DataError or PluginError for what cannot be right, before a client trains; PrivacyError for a
