@@ -1,7 +1,7 @@
 """A strategy's correction of the gradients of one client, or of many at once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -9,8 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.learning.stacked.layout import Layout
-from fedclaw.learning.step_loop import Correction as StepCorrection
-from fedclaw.learning.strategy import StepContext, Strategy, is_overridden
+from fedclaw.learning.strategy import StepContext
 from fedclaw.simulation.job import Round, State
 
 Correct = Callable[[Sequence[torch.Tensor], StepContext], None]
@@ -18,65 +17,49 @@ Correct = Callable[[Sequence[torch.Tensor], StepContext], None]
 
 @dataclass(frozen=True)
 class Correction:
-    """What a correction is told of a stack of clients; tensors in the parameters' order."""
+    """Corrects the gradients of a stack of clients; called by the step loop on rows (k, D)."""
 
-    correct: Correct | None
-    """None: there is nothing to correct."""
+    correct: Correct
     round: Round
     layout: Layout
     start: Sequence[torch.Tensor]
+    """This and what follows: tensors in the parameters' order."""
     broadcast: Mapping[str, Sequence[torch.Tensor]]
     state: Mapping[str, Sequence[torch.Tensor]]
     """By kind, one row a client."""
+    steps: int
+    """Of the round."""
+    alone: bool
+    """Whether the strategy sees one client, its tensors as they are."""
 
     @classmethod
-    def of(cls, strategy: type[Strategy], round: Round, layout: Layout, states: Sequence[State]) -> Self:
-        """The strategy's, for clients that remember `states`."""
-        correct = strategy.correct_gradients if is_overridden(strategy, "correct_gradients") else None
-        if correct is None:
-            return cls(None, round, layout, (), {}, {})
-        return cls._told(correct, strategy, round, layout, states)
-
-    @classmethod
-    def of_personal(cls, strategy: type[Strategy], round: Round, layout: Layout, states: Sequence[State]) -> Self:
-        """The same for the clients' own models."""
-        return cls._told(strategy.correct_personal_gradients, strategy, round, layout, states)
-
-    @classmethod
-    def _told(
+    def of(
         cls,
         correct: Correct,
-        strategy: type[Strategy],
+        kinds: Sequence[str],
         round: Round,
         layout: Layout,
         states: Sequence[State],
+        *,
+        steps: int,
+        alone: bool,
     ) -> Self:
+        """`correct` of a strategy whose clients remember `states`, of these kinds."""
         start = _tensors(layout, round.parameters)
         sent = {kind: _tensors(layout, arrays) for kind, arrays in round.broadcast.items()}
-        state = {kind: _stacked(layout, states, kind) for kind in strategy.client_state}
-        return cls(correct, round, layout, start, sent, state)
+        return cls(
+            correct, round, layout, start, sent, {kind: _stacked(layout, states, kind) for kind in kinds}, steps, alone
+        )
 
-    def without(self) -> Self:
-        """None at all: where a gradient still waits for its noise, whose bound nothing may change."""
-        return replace(self, correct=None)
-
-    def of_rows(self, steps: int, *, alone: bool) -> StepCorrection | None:
-        """What the step loop calls on rows (k, D), of `steps` steps; None: there is nothing to correct.
-
-        `alone`: the strategy sees one client, its tensors as they are.
-        """
-        if self.correct is None:
-            return None
-        return lambda rows, step: self._apply(rows[0], step, steps, alone=alone)
-
-    def _apply(self, stack: torch.Tensor, step: int, steps: int, *, alone: bool) -> None:
+    def __call__(self, rows: Sequence[torch.Tensor], step: int) -> None:
+        """See `fedclaw.learning.step_loop.Correction`."""
+        (stack,) = rows
         gradients = stack.grad
-        assert self.correct is not None
         assert gradients is not None
         parameters = self.layout.views(stack)
         changes = self.layout.views(gradients)
         state = {kind: [own[: len(stack)] for own in tensors] for kind, tensors in self.state.items()}
-        if alone:
+        if self.alone:
             parameters, changes = [part[0] for part in parameters], [part[0] for part in changes]
             state = {kind: [own[0] for own in tensors] for kind, tensors in state.items()}
         for parameter, change in zip(parameters, changes, strict=True):
@@ -84,7 +67,7 @@ class Correction:
         plan = self.round.plan
         personal = [place.name in plan.personal for place in self.layout.places]
         rate = plan.training.learning_rate
-        context = StepContext(plan.strategy_fields, self.start, self.broadcast, state, step, steps, rate, personal)
+        context = StepContext(plan.strategy_fields, self.start, self.broadcast, state, step, self.steps, rate, personal)
         with torch.no_grad():
             self.correct(parameters, context)
         for parameter, change in zip(parameters, changes, strict=True):

@@ -29,7 +29,7 @@ from fedclaw.errors import FedClawError, RoundError, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.plan import Plan
-from fedclaw.simulation.job import Answer, Round, State, flat, shaped
+from fedclaw.simulation.job import Answer, Round, State, flat, shaped, size_of
 from fedclaw.simulation.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -114,10 +114,10 @@ class ProcessPoolExecutor:
         self._links, self._processes = [], []
 
     def _start(self, round: Round, shapes: dict[str, Shapes]) -> None:
-        sizes = [_size(own) for own in shapes.values()]
+        sizes = [size_of(own) for own in shapes.values()]
         self._outgoing = shared_numbers(sum(sizes))
         rows = self._largest if round.single else 1
-        self._slots = shared_numbers(2 * self._count, rows, _size(round.template))
+        self._slots = shared_numbers(2 * self._count, rows, size_of(round.template))
         # A garbage collection writes into every object that it looks at, and so copies the page that it is on.
         gc.freeze()
         context = multiprocessing.get_context("fork")
@@ -244,7 +244,7 @@ class _Worker:
     def _round(self, head: Mapping[str, Any]) -> Round:
         arrays, start = {}, 0
         for name, shapes in self.shapes.items():
-            size = _size(shapes)
+            size = size_of(shapes)
             arrays[name] = shaped(self.outgoing[start : start + size], shapes)
             start += size
         broadcast = {name.removeprefix(_BROADCAST): own for name, own in arrays.items() if name.startswith(_BROADCAST)}
@@ -259,10 +259,6 @@ def shared_numbers(*shape: int) -> NDArray[np.float32]:
     """Zeros of `shape` in memory that processes forked from this one share."""
     count = math.prod(shape)
     return np.frombuffer(mmap.mmap(-1, max(1, count) * 4), np.float32, count=count).reshape(shape)
-
-
-def _size(shapes: Shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _memory_to_bytes(memory: Mapping[int, State]) -> bytes:

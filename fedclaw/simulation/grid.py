@@ -1,10 +1,9 @@
 """The server's view of simulated clients: a Grid that answers for a whole cohort at once, without a message."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
-from flwr.app import Message, RecordDict
 from flwr.supercore.run import Run
 
 from fedclaw.errors import RoundError, TransportError, UpdateError
@@ -47,7 +46,7 @@ class SimulationGrid(CohortGrid):
         elif isinstance(question, EvaluationQuestion):
             self._evaluator.evaluate([node - 1 for node in nodes], self._memory, question)
         else:
-            raise self._refusal()
+            self._refuse()
         question.seconds = time.monotonic() - began
 
     def _train(self, nodes: Sequence[int], trained: TrainingQuestion) -> None:
@@ -134,24 +133,8 @@ class SimulationGrid(CohortGrid):
         """Flower's run record."""
         return self._run
 
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         """Raises TransportError: a simulated client answers no messages."""
-        raise self._refusal()
+        raise TransportError("simulated clients train and evaluate; they answer no messages: use runtime=sites")
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Raises TransportError: a simulated client answers no messages."""
-        raise self._refusal()
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Raises TransportError: a simulated client answers no messages."""
-        raise self._refusal()
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Raises TransportError: a simulated client answers no messages."""
-        raise self._refusal()
-
-    @staticmethod
-    def _refusal() -> TransportError:
-        return TransportError("simulated clients train and evaluate; they answer no messages: use runtime=sites")
+    create_message = push_messages = pull_messages = send_and_receive = _refuse

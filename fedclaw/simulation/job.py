@@ -101,6 +101,11 @@ def _in_matrices(shapes: Iterable[Sequence[int]]) -> float:
     return sum(size for size, is_matrix in sizes if is_matrix) / max(1, sum(size for size, _ in sizes))
 
 
+def size_of(template: Mapping[str, tuple[int, ...]]) -> int:
+    """How many numbers arrays of these shapes have."""
+    return sum(math.prod(shape) for shape in template.values())
+
+
 def flat(arrays: Mapping[str, NDArray[np.float32]], template: Mapping[str, tuple[int, ...]]) -> NDArray[np.float32]:
     """(d,) the arrays of `template`, one after another."""
     return np.concatenate([arrays[name].reshape(-1) for name in template])
@@ -110,7 +115,7 @@ def shaped(numbers: NDArray[np.float32], template: Mapping[str, tuple[int, ...]]
     """Views, by name, of what `flat` made."""
     arrays, start = {}, 0
     for name, shape in template.items():
-        size = int(np.prod(shape, dtype=np.int64))
-        arrays[name] = numbers[start : start + size].reshape(shape)
-        start += size
+        end = start + math.prod(shape)
+        arrays[name] = numbers[start:end].reshape(shape)
+        start = end
     return arrays

@@ -29,23 +29,21 @@ from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.protocol.update import Update
 from fedclaw.simulation.choice import Choice, make_engine
-from fedclaw.simulation.correction import Correction
+from fedclaw.simulation.correction import Correct, Correction
 from fedclaw.simulation.federation import SimulatedFederation
-from fedclaw.simulation.job import Answer, Round, State, flat
+from fedclaw.simulation.job import Answer, Round, State, flat, size_of
 from fedclaw.simulation.streams import generator_of, noise_of
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepared:
     """What all units of a round share."""
 
     round: Round
     strategy: type[Strategy]
     engine: Engine
-    loss: Loss
     start: torch.Tensor
     """(D,) the round's parameters."""
-    private: PrivateStep | None
 
 
 class Trainer:
@@ -59,7 +57,9 @@ class Trainer:
         self._repeatable = repeatable_noise
         self._inputs = torch.from_numpy(federation.table.inputs)
         self._targets = torch.from_numpy(federation.table.targets)
-        self._engines: dict[str, tuple[Engine, list[Loss]]] = {}
+        self._engines: dict[str, Engine] = {}
+        self._private: dict[Engine, PrivateStep] = {}
+        self._loss: Loss = lambda _inputs, outputs, _targets: outputs.sum()
         self._source: GaussianSource | None = None
         self._rows = torch.zeros(2, 0, 0)
         self._prepared: Prepared | None = None
@@ -68,7 +68,7 @@ class Trainer:
         """Train the clients of `unit`, whose first has the most steps and which remember `memory`."""
         self._memory = memory
         prepared = self._prepare(round)
-        answer = Answer(np.zeros((len(unit) if round.single else 1, _numbers(round)), np.float32))
+        answer = Answer(np.zeros((len(unit) if round.single else 1, size_of(round.template)), np.float32))
         plain, total = self._is_plain_sum(prepared), torch.zeros(len(prepared.start))
         for group in [list(unit)] if self._choice.many else [[client] for client in unit]:
             steps, counts = self._train(prepared, group)
@@ -88,42 +88,28 @@ class Trainer:
         if self._prepared is not None and self._prepared.round is round:
             return self._prepared
         plan = round.plan
-        engine, holder = self._engine(plan.model)
-        holder[0] = loss = make_loss(self._federation, plan, round.teacher)
-        private = None
-        if mechanism_of(plan).is_sampled and self._choice.many:
+        engine = self._engine(plan.model)
+        self._loss = make_loss(self._federation, plan, round.teacher)
+        if mechanism_of(plan).is_sampled and self._choice.many and engine not in self._private:
             assert isinstance(engine, BatchedModel)
-            private = self._private(engine)
-        self._prepared = Prepared(
-            round=round,
-            strategy=strategy_class(plan.strategy),
-            engine=engine,
-            loss=loss,
-            start=engine.layout.row(dict(round.parameters)),
-            private=private,
-        )
+            self._private[engine] = PrivateStep(engine)
+        start = engine.layout.row(dict(round.parameters))
+        self._prepared = Prepared(round, strategy_class(plan.strategy), engine, start)
         return self._prepared
 
-    def _engine(self, spec: ModelSpec) -> tuple[Engine, list[Loss]]:
+    def _engine(self, spec: ModelSpec) -> Engine:
         key = spec.model_dump_json()
         if key not in self._engines:
-            holder: list[Loss] = [lambda _inputs, outputs, _targets: outputs.sum()]
             with torch.random.fork_rng(devices=[]):
-                engine = make_engine(
+                self._engines[key] = make_engine(
                     self._choice.kind,
                     lambda: self._federation.workload.build(spec),
-                    lambda inputs, outputs, targets: holder[0](inputs, outputs, targets),
+                    lambda inputs, outputs, targets: self._loss(inputs, outputs, targets),
                 )
-            self._engines[key] = engine, holder
         return self._engines[key]
 
     def _state(self, client: int) -> State:
         return self._memory.get(client, {})
-
-    def _private(self, engine: BatchedModel) -> PrivateStep:
-        before = self._prepared
-        kept = before.private if before is not None and before.engine is engine else None
-        return kept or PrivateStep(engine)
 
     def _bound(self, engine: Engine, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (count, size) for parameters and gradients that `engine` works on.
@@ -142,27 +128,34 @@ class Trainer:
         samplings = self._samplings(prepared.round, group) if mechanism_of(plan).is_sampled else []
         batches = self._batches(plan, group, samplings)
         packings = pack(batches, self._choice.spare)
-        correction = Correction.of(
-            prepared.strategy, prepared.round, engine.layout, [self._state(client) for client in group]
-        )
-        if mechanism_of(plan).takes_one_step:
-            correction = correction.without()
+        correct: Correction | None = None
+        # Nothing may change a gradient whose noise, on the sum, is still to come.
+        if is_overridden(prepared.strategy, "correct_gradients") and not mechanism_of(plan).takes_one_step:
+            correct = self._correction(
+                prepared, prepared.strategy.correct_gradients, group, len(packings), alone=not self._choice.many
+            )
         if not isinstance(engine, BatchedModel):
             torch.manual_seed(int(generator_of(self._seed, plan.round, group[0]).integers(2**63)))
-        corrected = correction.of_rows(len(packings), alone=not self._choice.many)
         alike = not (samplings or plan.personal)
         if not alike:
             stack.copy_(prepared.start.expand_as(stack))
             self._put_personal(prepared, group, stack)
         if samplings:
-            steps: ClientSteps = self._private_steps(prepared, samplings, packings, stack, gradients, corrected)
+            steps: ClientSteps = self._private_steps(prepared, samplings, packings, stack, gradients, correct)
         else:
             start = prepared.start if alike else None
-            steps = self._plain_steps(prepared, packings, start, stack, gradients, corrected)
+            steps = self._plain_steps(prepared, packings, start, stack, gradients, correct)
         if mechanism_of(plan).takes_one_step:
             # The one plain step from its gradient: as a difference of parameters it would be rounded to those.
             stack.copy_(prepared.start.expand_as(stack)).add_(gradients, alpha=-plan.training.learning_rate)
         return steps, [len(own) for own in batches]
+
+    def _correction(
+        self, prepared: Prepared, correct: Correct, group: Sequence[int], steps: int, *, alone: bool
+    ) -> Correction:
+        states = [self._state(client) for client in group]
+        kinds, layout = prepared.strategy.client_state, prepared.engine.layout
+        return Correction.of(correct, kinds, prepared.round, layout, states, steps=steps, alone=alone)
 
     def _samplings(self, round: Round, group: Sequence[int]) -> list[ClientSampling]:
         samplings, plan = [], round.plan
@@ -223,15 +216,15 @@ class Trainer:
         self, prepared: Prepared, samplings: Sequence[ClientSampling], gradients: torch.Tensor, steps: int
     ) -> Iterator[Callable[[Packing], None]]:
         """What leaves the noised gradients of a step in `gradients` (K, D)."""
-        engine, private = prepared.engine, prepared.private
-        if private is not None:
+        engine = prepared.engine
+        if private := self._private.get(engine):
             yield lambda packing: private.gradients(packing, *self._examples(packing), gradients, samplings)
             return
         (sampling,) = samplings
         assert isinstance(engine, PlainModel)
         with PrivateGradients(
             engine.model,
-            prepared.loss,
+            self._loss,
             max_grad_norm=sampling.bound,
             noise_multiplier=sampling.noise,
             expected_batch_size=sampling.expected,
@@ -286,7 +279,8 @@ class Trainer:
         """Whether nothing happens to an update but that it is weighted and added."""
         round, strategy = prepared.round, prepared.strategy
         quiet = not (is_overridden(strategy, "client_update") or strategy.client_state or strategy.personal_model)
-        return quiet and not round.single and not round.plan.personal and _is_weighting_alone(round.plan)
+        weighted_alone = round.plan.compression is None and not mechanism_of(round.plan).clips_updates
+        return quiet and weighted_alone and not round.single and not round.plan.personal
 
     def _update(self, prepared: Prepared, client: int, row: torch.Tensor, steps: int) -> tuple[Update, State]:
         """What leaves one client, whose parameters have become `row` (D,), and what it remembers."""
@@ -329,9 +323,11 @@ class Trainer:
         engine.bind(row, gradients)
         generator = generator_of(self._seed, round.plan.round, client + len(self._federation))
         batches = shuffled(self._federation.share(client), round.plan.training, generator)
-        correction = Correction.of_personal(prepared.strategy, round, engine.layout, [self._state(client)])
         packings = pack([batches])
-        self._plain_steps(prepared, packings, None, row, gradients, correction.of_rows(len(packings), alone=True))
+        correct = self._correction(
+            prepared, prepared.strategy.correct_personal_gradients, [client], len(packings), alone=True
+        )
+        self._plain_steps(prepared, packings, None, row, gradients, correct)
         return engine.layout.arrays(row[0])
 
     def _training_loss(self, prepared: Prepared, client: int) -> float:
@@ -341,7 +337,7 @@ class Trainer:
         rows = torch.from_numpy(self._federation.share(client))
         inputs, targets = self._inputs[rows], self._targets[rows]
         with torch.no_grad():
-            return float(prepared.loss(inputs, model.eval()(inputs), targets))
+            return float(self._loss(inputs, model.eval()(inputs), targets))
 
 
 def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Mapping[str, NDArray[np.float32]] | None) -> Loss:
@@ -368,12 +364,3 @@ def loaded_model(
         model = federation.workload.build(spec)
     load_parameters(model, parameters)
     return model
-
-
-def _is_weighting_alone(plan: Plan) -> bool:
-    """Whether the postprocessors do no more to an update than weight it."""
-    return plan.compression is None and not mechanism_of(plan).clips_updates
-
-
-def _numbers(round: Round) -> int:
-    return sum(int(np.prod(shape, dtype=np.int64)) for shape in round.template.values())
