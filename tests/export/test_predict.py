@@ -144,7 +144,7 @@ MISTAKES = [
     (["bundle={b}", "input={i}", "ca=missing.crt"], 2, "ca=missing.crt cannot be read"),
     (["bundle={b}", "input={i}", "output=table.xlsx"], 2, "name a file that ends in .csv"),
     (["bundle={b}", "input={i}", "colour=red"], 2, "colour"),
-    (["{b}"], 2, "everything is written key=value"),
+    (["{b}"], 2, "settings are written key=value"),
 ]
 
 
