@@ -15,7 +15,7 @@ What stands in the way of less, by these profiles: with the MLP the noise, 3 to 
 is, of which a fifth is AES, a half the logarithm, root, sine and cosine, the rest passes over memory in the cache; and
 the sum in float64, whose product takes twice the time of float32's (137 us against 71 for the 512 x 512 layer at batch
 8, 790 against 360 at batch 64), and which the bound rests on. With the CNN at batch 8 it is some 50 calls of a few
-microseconds each, which only compiling would fuse.
+microseconds each, which only compiling would fuse; but that takes minutes, and STEPS_AHEAD such steps about a second.
 """
 
 if __name__ == "__main__":

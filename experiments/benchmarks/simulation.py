@@ -8,9 +8,10 @@ model file, the MLflow run. `ratio` is the median over the runs of FedClaw's wal
 same run, `processor` the same of this process's processor time (others' load is not in it; with two workers their own
 work is not either). `accuracy` is the median of the last round's. What is imported once is not counted, for either.
 
-What moves the MLP's ratio from machine to machine is the cache: many clients at once hold some 12 MB of weights, the
-plain loop one client's 1.2 MB. Where the last-level cache is shared with busy neighbours, every weight comes from
-memory twice a step, and a step costs about twice as much; the plain loop's cost grows less. Threads are one everywhere.
+What decides the MLP's ratio is how often a weight comes from memory. Ten clients' weights are 12 MB, and each was read
+and written in every step; since plain steps keep large weights as factors (`fedclaw.learning.stacked.factors`), clients
+share the one that they begin with, which stays in the cache. What is left beside the steps, with either model, is the
+evaluation, which the plain loop has too, and what MLflow is told. Threads are one everywhere.
 
 Where they are installed, Flower on Ray with two actors (the extra `ray`) and Apple's pfl in one process (see
 `experiments.benchmarks.rival_pfl`) do the same job in the first `rivals` of these runs; 0 leaves them out. One run is
