@@ -94,9 +94,12 @@ def start(
     stderr: IO[bytes],
     env: Mapping[str, str],
     cwd: Path | None = None,
-) -> Warm:
-    """`python WORDS` in the background, which reads nothing."""
+) -> "Warm | subprocess.Popen[bytes]":
+    """`python WORDS` in the background, which reads nothing. Elsewhere than on Linux it starts from nothing."""
     with Path(os.devnull).open("rb") as nothing:
+        if sys.platform != "linux":
+            command = [sys.executable, *map(str, words)]
+            return subprocess.Popen(command, stdin=nothing, stdout=stdout, stderr=stderr, env=env, cwd=cwd)
         return Warm(words, files=[one.fileno() for one in (nothing, stdout, stderr)], env=env, cwd=cwd)
 
 
@@ -124,8 +127,10 @@ class _Server:
     def address(self) -> str:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
+                # Each fork is told a PYTHONPATH of its own, and Ray writes all of sys.path into this process's.
+                env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
                 self._process = subprocess.Popen(
-                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                    [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
                 )
                 assert self._process.stdout is not None
                 if not self._process.stdout.readline():
@@ -206,9 +211,8 @@ def _become(request: dict[str, Any]) -> None:
     kind = words[0] if words[0] in ("-m", "-c") else ""
     sys.orig_argv = [sys.executable, *words]
     sys.argv = [kind, *words[2:]] if kind else words
-    own = [entry for entry in sys.path if entry not in _NAMED]
     first = {"-m": str(Path.cwd()), "-c": ""}.get(kind, str(Path(words[0]).absolute().parent))
-    sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *own]
+    sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path]
     sys.stdin = os.fdopen(0, "r")
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace")
@@ -250,7 +254,6 @@ def _end(words: Sequence[str]) -> NoReturn:
 if __name__ == "__main__":
     sys.path.pop(0)
     runpy.run_path(str(Path(__file__).parent.parent / "fedclaw" / "environment.py"))
-    _NAMED = set(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     import importlib
 
     for _name in _PRELOADED:
