@@ -29,8 +29,7 @@ from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
 from fedclaw.site.state import SiteStates
 from fedclaw.transport.base import SiteHandler
-from fedclaw.transport.in_process import local_grid
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, local_grid
 from tests.samples import run_record
 
 PLACE = "place"

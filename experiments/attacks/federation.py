@@ -16,7 +16,7 @@ from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.service import SiteService
 from fedclaw.transport.base import SiteHandler
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 
 
 class AttackedGrid(LocalGrid):

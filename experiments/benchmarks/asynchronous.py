@@ -36,8 +36,7 @@ from fedclaw.server.round_report import RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.base import SiteHandler
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 
 FEDERATION = "benchmark"
 SITES = 4

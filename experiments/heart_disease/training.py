@@ -22,8 +22,7 @@ from fedclaw.server.settings import ModelChoice, RunSettings, WorkloadChoice
 from fedclaw.server.statistics import release_statistics, with_session
 from fedclaw.server.statistics_release import write_release
 from fedclaw.site.service import SiteService
-from fedclaw.transport.in_process import local_grid, open_sites, simulate
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, local_grid, open_sites, simulate
 
 FEDERATION = "heart-disease"
 TRAINING_RUN, STATISTICS_RUN = "training", "statistics"

@@ -29,7 +29,7 @@ from fedclaw.site.policy.policy import Policy
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
 from fedclaw.transport.grpc import Limits, SiteConnection
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 
 NAMES = ("north", "south", "west")
 EPSILON = 30.0

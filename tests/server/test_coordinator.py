@@ -28,8 +28,7 @@ from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.strategies.fedavg import FedAvg
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.conftest import environment
 from tests.crashes import Crash, server_dies
 from tests.samples import run_record

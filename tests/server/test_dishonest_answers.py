@@ -26,8 +26,7 @@ from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.privacy_budget import charge_for
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.samples import plan_of, receipt, run_record
 
 LIES = {

@@ -36,8 +36,7 @@ from fedclaw.site.pipeline import Answering, ReplyRecords
 from fedclaw.site.policy.checks import check_session
 from fedclaw.site.privacy_budget import Account, Due
 from fedclaw.site.service import SiteService
-from fedclaw.transport.in_process import local_grid, open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, local_grid, open_sites
 from tests.made_tables import make_sites
 
 HISTOGRAM, COUNTS = "histogram", "counts"

@@ -9,7 +9,7 @@ from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.grpc.message_codec import encode
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 from tests.learning.compression.test_runs import METHODS, SECURE, directories, record, sites, with_
 
 __all__ = ["directories", "record", "sites"]

@@ -28,8 +28,7 @@ from fedclaw.server.pending_round import PendingRound
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.training import TrainingQuestion, session_of
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.chance import TINY, frequencies_fit
 from tests.samples import plan_of, run_record
 

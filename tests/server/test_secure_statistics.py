@@ -12,8 +12,7 @@ from fedclaw.protocol.statistics import STATISTICS
 from fedclaw.protocol.terms import SecureRequest
 from fedclaw.server.statistics import release_statistics, with_session
 from fedclaw.site.statistics import statistics_vector
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.made_tables import make_sites
 from tests.server.test_statistics import QUANTILES, request_for, schema_of
 

@@ -17,8 +17,7 @@ from fedclaw.server.session import make_record
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from fedclaw.server.statistics import StatisticsQuestion, release_statistics
 from fedclaw.server.statistics_release import constants_from, read_release, write_release
-from fedclaw.transport.in_process import open_sites, simulate
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites, simulate
 from tests.made_tables import make_sites
 
 QUANTILES = (0.25, 0.5, 0.75)

@@ -25,8 +25,7 @@ from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.evaluation import metrics_mechanism
 from fedclaw.site.policy.policy import SAFE_METRICS, DataSetBudget
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.samples import run_record
 
 BINS = 32

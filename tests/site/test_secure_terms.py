@@ -27,7 +27,7 @@ from fedclaw.server.early_checks import check_combination
 from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.site.service import SiteService
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 from tests.least_squares import asked, identified, service
 from tests.small_nets import SmallNets, first
 

@@ -22,8 +22,7 @@ from fedclaw.site.policy.policy import StatisticsAllowance
 from fedclaw.site.policy.sentences import sentences
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.statistics import scores_of
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.chance import scale_is_right
 from tests.made_tables import make_sites
 

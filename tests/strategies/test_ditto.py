@@ -12,7 +12,7 @@ from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.terms import CentralNoise
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.ditto import Ditto
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, PLACE, Bowl, asked, bottom, bowls, place, play
 from tests.states import newest

@@ -18,8 +18,7 @@ from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.training import TrainingQuestion
 from fedclaw.strategies.fedbuff import FedBuff
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.samples import run_record
 
 FULL_BATCH = LocalTraining(steps=1, batch_size=10_000, learning_rate=0.5)

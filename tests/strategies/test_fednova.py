@@ -12,7 +12,7 @@ from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.fednova import FedNova, accumulated
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 from tests.least_squares import PLACE, Bowl, Sampled, asked, bottom, bowls, identified, place, play
 
 

@@ -17,7 +17,7 @@ from fedclaw.server.run_directory import RunDirectory
 from fedclaw.strategies.fedbn import FedBN
 from fedclaw.strategies.fedper import FedPer
 from fedclaw.strategies.fedrep import FedRep
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 from tests.crashes import server_dies
 from tests.least_squares import FEDERATION, asked
 from tests.small_nets import SmallNets, first, nets, own_labels, own_scales, record_of, run

@@ -17,8 +17,7 @@ from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.strategies.centred_clipping import CENTRE
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.crashes import server_dies
 from tests.samples import run_record
 

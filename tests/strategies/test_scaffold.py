@@ -10,7 +10,7 @@ from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.early_checks import check_combination
 from fedclaw.strategies.scaffold import Scaffold
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 from tests.crashes import server_dies
 from tests.least_squares import PLACE, Bowl, asked, bottom, bowls, identified, place, play
 

@@ -20,12 +20,11 @@ from fedclaw.transport.grpc.allocator import tune_allocator
 from fedclaw.transport.grpc.chunk_codec import Chunk, decode_chunk
 from fedclaw.transport.grpc.connection_limiter import INTERVAL, ConnectionLimiter
 from fedclaw.transport.grpc.limits import Limits
-from fedclaw.transport.grpc.peer import NotAdmitted, Peer, check_standing, peer_of
 from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
 from fedclaw.transport.grpc.protocol import METHOD, PROTOCOL_VERSION, SERVICE
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.reply_receiver import ReplyReceiver, error_reply
-from fedclaw.transport.grpc.session import Session
+from fedclaw.transport.grpc.session import NotAdmitted, Peer, Session, check_standing, peer_of
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,12 @@ from fedclaw.identity.seal import TAG, Binding, Opener, OpenStream, segment_coun
 from fedclaw.protocol.message_identity import SERVER_NODE_ID, Envelope, rebuild
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
-from fedclaw.transport.grpc.buffer_pool import BufferPool
 from fedclaw.transport.grpc.chunk_codec import Chunk
-from fedclaw.transport.grpc.incoming_reply import IncomingReply
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.message_codec import Content, decode
 from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
-from fedclaw.transport.grpc.reply_buffers import ReplyBuffers
+from fedclaw.transport.grpc.reply_buffers import BufferPool, IncomingReply, ReplyBuffers
 from fedclaw.transport.grpc.session import Session
 
 log = logging.getLogger(__name__)

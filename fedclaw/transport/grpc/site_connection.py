@@ -27,8 +27,7 @@ from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Sender
 from fedclaw.transport.grpc.server_address import channel_target, proxy_for
-from fedclaw.transport.grpc.task_reassembler import TaskReassembler
-from fedclaw.transport.grpc.worker import Worker
+from fedclaw.transport.grpc.worker import TaskReassembler, Worker
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,7 @@ from fedclaw.server.settings import RunSettings
 from fedclaw.site.directory import open_service
 from fedclaw.site.settings import load_site_settings
 from fedclaw.strategies.fedavg import FedAvg
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.samples import plan_of, run_record
 from tests.site.conftest import Asker
 

@@ -36,8 +36,7 @@ from fedclaw.server.pending_round import PENDING
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import calibrated, initial_parameters
 from fedclaw.site.privacy_budget import charge_for
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.chance import scale_is_right
 from tests.samples import plan_of, run_record
 

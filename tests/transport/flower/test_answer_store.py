@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedclaw.protocol.arrays import pack, unpack
-from fedclaw.transport.flower.answer_store import KEPT, AnswerStore, for_flower
+from fedclaw.transport.flower.site import KEPT, AnswerStore, for_flower
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
 

@@ -10,7 +10,7 @@ from fedclaw.protocol.terms import RoundRules
 from fedclaw.transport.flower.client import app
 from fedclaw.transport.flower.strategy import FlowerStrategy
 from fedclaw.transport.grpc.apps import ClientAppHandler
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid
 from tests.samples import run_record
 from tests.site.conftest import Asker
 

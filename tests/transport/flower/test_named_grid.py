@@ -21,8 +21,7 @@ from fedclaw.site.layout import ledger_file
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower import FLOWER_RECORD, SITE
 from fedclaw.transport.flower import rounds as flower_rounds
-from fedclaw.transport.flower.grid import NamedGrid
-from fedclaw.transport.flower.rounds import run_over
+from fedclaw.transport.flower.rounds import NamedGrid, run_over
 from tests.samples import run_record
 
 PRIVACY = PrivacyRequest(epsilon=4, delta=1e-3, max_grad_norm=1)

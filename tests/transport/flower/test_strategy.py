@@ -13,8 +13,7 @@ from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.flower.strategy import FlowerStrategy
-from fedclaw.transport.in_process import open_sites
-from fedclaw.transport.local import LocalGrid
+from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.samples import run_record
 
 

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from fedclaw.transport.grpc.buffer_pool import BufferPool
+from fedclaw.transport.grpc.reply_buffers import BufferPool
 
 MIB = 1 << 20
 

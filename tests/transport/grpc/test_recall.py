@@ -15,7 +15,7 @@ from fedclaw.transport.grpc.chunk_codec import Chunk
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Sender
-from fedclaw.transport.grpc.task_reassembler import TaskReassembler
+from fedclaw.transport.grpc.worker import TaskReassembler
 
 MIB = 1 << 20
 
