@@ -1,4 +1,4 @@
-"""Runs the real server loop and the real site code in one process, over a Grid that calls the sites' handlers directly."""
+"""Runs the real server loop and the real site code in one process: `LocalGrid` calls the handlers directly."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence

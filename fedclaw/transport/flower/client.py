@@ -3,50 +3,22 @@
 A SuperNode runs `app`. The site's directory and the federation's name come from the node's configuration, which its
 operator writes (`--node-config 'site="PATH" federation="NAME"'`). The site refuses, pays and logs as always. But
 Flower's transport has no seal: the SuperLink can read what leaves.
-
-Imports nothing heavy: stock Flower starts a process for each answer, and a site's name is answered from here.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedclaw.cli import start_logging
 from fedclaw.console import make_console
-from fedclaw.errors import FedClawError, UsageError
-from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.site.settings import load_site_settings
-from fedclaw.transport.flower import FLOWER_RECORD, NAME_QUERY, SITE
+from fedclaw.errors import UsageError
+from fedclaw.transport.flower import NAME_QUERY
+from fedclaw.transport.flower.site_location import SiteLocation, say_name
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SiteLocation:
-    """The site of a node: its directory, and the federation that it takes part in."""
-
-    root: Path
-    federation: str
-
-
-def say_name(location: SiteLocation, message: Message) -> Message:
-    """The reply to `fedclaw.transport.flower.NAME_QUERY`: the name in site.yaml, or an error."""
-    try:
-        name = load_site_settings(location.root).name
-    except FedClawError as error:
-        log.error("%s", error)
-        return failure(message)
-    return Message(RecordDict({FLOWER_RECORD: ConfigRecord({SITE: name})}), reply_to=message)
-
-
-def failure(message: Message) -> Message:
-    """An error reply without a reason, which stays at the site."""
-    reason = "the site failed at this task; its operator finds why in its log"
-    return Message(Error(RefusalCode.FAILED, reason), reply_to=message)
 
 
 def client_app(location_of: Callable[[Context], SiteLocation]) -> ClientApp:

@@ -30,7 +30,7 @@ from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.base import measure
 from fedclaw.transport.flower import FLOWER_RECORD, IDENTITY
-from fedclaw.transport.flower.client import SiteLocation, failure
+from fedclaw.transport.flower.site_location import SiteLocation, failure
 from fedclaw.transport.grpc.message_codec import decode, encode
 
 log = logging.getLogger(__name__)

@@ -21,9 +21,10 @@ from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.waiting import CohortWaiting
 from fedclaw.site.settings import SITE_FILE, load_site_settings
-from fedclaw.transport.flower.client import SiteLocation, client_app
+from fedclaw.transport.flower.client import client_app
 from fedclaw.transport.flower.rounds import run_over
 from fedclaw.transport.flower.settings import check
+from fedclaw.transport.flower.site_location import SiteLocation
 from fedclaw.transport.ray.settings import RaySettings, require_ray
 
 SITES = "sites"

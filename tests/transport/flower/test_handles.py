@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from fedclaw.transport.flower import site as flower_site
-from fedclaw.transport.flower.client import SiteLocation
 from fedclaw.transport.flower.site import AnswerStore
+from fedclaw.transport.flower.site_location import SiteLocation
 from tests.site.conftest import Asker
 
 
