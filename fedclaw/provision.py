@@ -43,8 +43,7 @@ from fedclaw.identity import federation_home, pki, provisioning
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE
 from fedclaw.identity.overview import KeyStatus, Overview, State, federation_overview, site_overview
 from fedclaw.identity.seal import SealSuite
-from fedclaw.identity.site_home import SiteKeys
-from fedclaw.identity.site_request import read_request
+from fedclaw.identity.site_home import SiteKeys, read_request
 from fedclaw.protocol.frozen import Frozen
 
 _MAX_DAYS = 398

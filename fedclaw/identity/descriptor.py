@@ -15,7 +15,6 @@ from pydantic import AfterValidator, ValidationError
 
 from fedclaw.errors import ProvisionError, SealError
 from fedclaw.identity import pki
-from fedclaw.identity.key_files import read_file
 from fedclaw.identity.names import check_address, check_name
 from fedclaw.identity.seal import Sealer, SealSuite, decode_key
 from fedclaw.protocol.frozen import Frozen, explain
@@ -65,7 +64,7 @@ def load_descriptor(path: Path) -> Descriptor:
 
     Raises ProvisionError.
     """
-    content = read_file(path, "the federation descriptor", limit=_MAX_BYTES)
+    content = pki.read_file(path, "the federation descriptor", limit=_MAX_BYTES)
     try:
         signed = _Signed.model_validate_json(content)
     except ValidationError as error:

@@ -1,20 +1,80 @@
-"""The coordinator's federation directory: what the server and the export read of it."""
+"""The coordinator's federation directory: what the server and the export read of it, and the records of its sites.
 
+A record, sites/NAME.json, is what the coordinator remembers of an approved site, with every certificate it ever got.
+"""
+
+import datetime as dt
 import logging
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 from cryptography import x509
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from fedclaw.errors import ProvisionError, SealError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.identity import pki
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE, Descriptor, load_descriptor
-from fedclaw.identity.key_files import belongs, load_certificate, load_key, read_file, read_private
+from fedclaw.identity.names import check_name
 from fedclaw.identity.seal import Opener, SealSuite, decode_key, encode_key, public_of
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen, explain
+
+
+class IssuedCertificate(Frozen):
+    """One certificate that a site was given."""
+
+    serial: str
+    """Hexadecimal, as openssl shows it."""
+    key_fingerprint: str
+    issued: dt.datetime
+    expires: dt.datetime
+
+
+class SiteRecord(Frozen):
+    """A site and its certificates, the newest last. Revoking a site revokes all of them."""
+
+    version: int = 1
+    name: Annotated[str, AfterValidator(check_name)]
+    revoked: bool = False
+    """Set by revoke, cleared when the name is approved for a new key."""
+    certificates: tuple[IssuedCertificate, ...]
+
+    @property
+    def current(self) -> IssuedCertificate:
+        """The newest certificate."""
+        return self.certificates[-1]
+
+
+def record_path(sites: Path, name: str) -> Path:
+    """Where the record of the site `name` is."""
+    return sites / f"{check_name(name)}.json"
+
+
+def load_record(sites: Path, name: str) -> SiteRecord | None:
+    """The record of a site, None if there never was one. Raises ProvisionError if it is damaged."""
+    path = record_path(sites, name)
+    if not path.exists():
+        return None
+    try:
+        record = SiteRecord.model_validate_json(pki.read_file(path, "the record of a site"))
+    except ValidationError as error:
+        raise ProvisionError(f"{path} is damaged: {explain(error)}; restore it from a backup") from None
+    if record.name != name or not record.certificates:
+        raise ProvisionError(f"{path} is damaged: it is not the record of {name!r}; restore it from a backup")
+    return record
+
+
+def load_records(sites: Path) -> tuple[SiteRecord, ...]:
+    """All records, by name. Raises ProvisionError."""
+    names = sorted(path.stem for path in sites.glob("*.json"))
+    return tuple(record for name in names if (record := load_record(sites, name)) is not None)
+
+
+def save_record(sites: Path, record: SiteRecord) -> None:
+    """Write a record, whole or not at all."""
+    write_atomic(record_path(sites, record.name), record.model_dump_json(indent=2).encode() + b"\n")
+
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +140,7 @@ class FederationHome:
             if not (path / file).is_file():
                 raise ProvisionError(f"{path / file} is missing: {what}; restore it from a backup")
         home = cls(path, descriptor)
-        if load_certificate(path / CA_CERTIFICATE, "the CA's certificate") != home.ca:
+        if pki.load_certificate(path / CA_CERTIFICATE, "the CA's certificate") != home.ca:
             raise ProvisionError(f"{path / CA_CERTIFICATE} is not the CA that {path / DESCRIPTOR_FILE} names")
         home._revocations.load()
         return home
@@ -106,7 +166,7 @@ class FederationHome:
     def opener(self) -> Opener:
         """Opens sealed updates. Raises ProvisionError if the key is not the one in the descriptor."""
         path = self.root / SEAL_KEY
-        content = read_private(path, "the key that updates are sealed to")
+        content = pki.read_private(path, "the key that updates are sealed to")
         try:
             stored = _SealKeyFile.model_validate_json(content)
             private = decode_key(stored.private_key)
@@ -130,10 +190,10 @@ class FederationHome:
     ) -> tuple[x509.Certificate, pki.PrivateKey]:
         path = self.root / certificate_file
         renew = f"run: python -m fedclaw.provision renew federation={self.root}"
-        certificate = load_certificate(path, f"the {purpose.name.lower()} certificate")
+        certificate = pki.load_certificate(path, f"the {purpose.name.lower()} certificate")
         pki.check_leaf(certificate, self.ca, purpose, str(path), renew)
-        key = load_key(self.root / key_file, f"the {purpose.name.lower()} key")
-        if not belongs(certificate, key):
+        key = pki.load_key(self.root / key_file, f"the {purpose.name.lower()} key")
+        if not pki.belongs(certificate, key):
             raise ProvisionError(f"{path} is not for the key in {self.root / key_file}; {renew}")
         return certificate, key
 
@@ -164,7 +224,7 @@ class _Revocations:
             if stamp == self._stamp:
                 return
             self._stamp = None
-            crl = pki.parse_crl(read_file(self._path, "the list of revoked sites"), self._ca, str(self._path))
+            crl = pki.parse_crl(pki.read_file(self._path, "the list of revoked sites"), self._ca, str(self._path))
             self._serials = frozenset(item.serial_number for item in crl)
             self._stamp = stamp
             logger.debug("read %s: %d certificates are revoked", self._path, len(self._serials))

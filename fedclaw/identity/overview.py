@@ -12,12 +12,9 @@ from cryptography import x509
 from fedclaw.identity import federation_home as home_files
 from fedclaw.identity import pki
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE, Descriptor, load_descriptor
-from fedclaw.identity.federation_home import FederationHome
-from fedclaw.identity.key_files import belongs, load_certificate, load_key
+from fedclaw.identity.federation_home import FederationHome, load_records
 from fedclaw.identity.provisioning import site_certificate_path
-from fedclaw.identity.site_home import SITE_CERTIFICATE, SITE_KEY, SITE_REQUEST, check_site_certificate
-from fedclaw.identity.site_records import load_records
-from fedclaw.identity.site_request import read_request
+from fedclaw.identity.site_home import SITE_CERTIFICATE, SITE_KEY, SITE_REQUEST, check_site_certificate, read_request
 
 Role = Literal["CA", "server", "release", "site"]
 State = Literal["valid", "expires soon", "expired", "revoked", "waiting"]
@@ -56,12 +53,12 @@ def federation_overview(root: Path) -> Overview:
         ("release", home_files.RELEASE_CERTIFICATE, pki.Purpose.RELEASE),
     )
     for role, file, purpose in leaves:
-        certificate = load_certificate(root / file, f"the {role} certificate")
+        certificate = pki.load_certificate(root / file, f"the {role} certificate")
         pki.check_leaf(certificate, home.ca, purpose, str(root / file), renew, expired_ok=True)
         entries.append(_entry(role, pki.common_name(certificate), certificate, False, renew))
     for record in load_records(root / home_files.SITES):
         path = site_certificate_path(root, record.name)
-        certificate = load_certificate(path, f"the certificate of {record.name}")
+        certificate = pki.load_certificate(path, f"the certificate of {record.name}")
         check_site_certificate(certificate, home.descriptor, str(path), "", expired_ok=True)
         revoked = home.is_revoked(certificate.serial_number)
         entries.append(_entry("site", record.name, certificate, revoked, "the site runs provision renew"))
@@ -72,12 +69,12 @@ def site_overview(root: Path) -> Overview:
     """What a site has; it cannot know whether it is revoked. Raises ProvisionError if the directory is damaged."""
     descriptor = load_descriptor(root / DESCRIPTOR_FILE)
     path = root / SITE_CERTIFICATE
-    key = load_key(root / SITE_KEY, "the site's key")
+    key = pki.load_key(root / SITE_KEY, "the site's key")
     if path.exists():
-        certificate = load_certificate(path, "the site's certificate")
+        certificate = pki.load_certificate(path, "the site's certificate")
         name = check_site_certificate(certificate, descriptor, str(path), "", expired_ok=True)
         entry = _entry("site", name, certificate, False, f"python -m fedclaw.provision renew site={root}")
-        if not belongs(certificate, key):
+        if not pki.belongs(certificate, key):
             entry = _waiting(name, key, f"python -m fedclaw.provision install site={root} certificate=FILE")
     else:
         request = read_request(root / SITE_REQUEST, descriptor.name)

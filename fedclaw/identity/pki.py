@@ -2,13 +2,17 @@
 
 ECDSA on P-384 with SHA-384 throughout; the CA signs leaves directly (path length 0). A leaf says by its extended key
 usage what it is for, and nothing accepts it for anything else: serverAuth, clientAuth or codeSigning. RFC 5280.
+
+Keys and certificates are read from files with errors that say which file and what to do.
 """
 
 import datetime as dt
 import ipaddress
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -24,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedclaw.errors import ProvisionError
+from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.identity.names import is_loopback, site_uri
 
 PrivateKey = ec.EllipticCurvePrivateKey
@@ -354,3 +359,49 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+_MAX_BYTES = 16 * 1024 * 1024
+
+
+def read_file(path: Path, what: str, *, limit: int = _MAX_BYTES) -> bytes:
+    """The content of `path`. Raises ProvisionError if it is missing, unreadable or longer than `limit` bytes."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except FileNotFoundError:
+        raise ProvisionError(f"{path} is missing: {what}") from None
+    except OSError as error:
+        raise ProvisionError(f"{path} ({what}) cannot be read: {error.strerror}") from None
+    if len(content) > limit:
+        raise ProvisionError(f"{path} ({what}) is longer than {limit} bytes; that is not what belongs there")
+    return content
+
+
+def read_private(path: Path, what: str) -> bytes:
+    """The content of a file that only its owner may read. Raises ProvisionError if others may."""
+    content = read_file(path, what)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ProvisionError(f"{path} ({what}) can be read by others (mode {mode:04o}); run: chmod 600 {path}")
+    return content
+
+
+def load_key(path: Path, what: str) -> PrivateKey:
+    """A P-384 key from a private file. Raises ProvisionError."""
+    return parse_key(read_private(path, what), str(path))
+
+
+def load_certificate(path: Path, what: str) -> x509.Certificate:
+    """A certificate from a file. Raises ProvisionError."""
+    return parse_certificate(read_file(path, what), str(path))
+
+
+def save_key(path: Path, key: PrivateKey) -> None:
+    """Write a private key that only its owner can read."""
+    write_atomic(path, key_pem(key), PRIVATE_MODE)
+
+
+def belongs(certificate: x509.Certificate, key: PrivateKey) -> bool:
+    """Whether `certificate` is for `key`."""
+    return certificate.public_key() == key.public_key()

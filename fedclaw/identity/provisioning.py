@@ -23,19 +23,27 @@ from fedclaw.files import sync_directory, write_atomic
 from fedclaw.identity import federation_home as home_files
 from fedclaw.identity import pki, seal
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE, Descriptor, encode_descriptor, load_descriptor
-from fedclaw.identity.federation_home import FederationHome, save_seal_key
-from fedclaw.identity.key_files import belongs, load_certificate, load_key, read_file, save_key
+from fedclaw.identity.federation_home import (
+    FederationHome,
+    IssuedCertificate,
+    SiteRecord,
+    load_record,
+    load_records,
+    save_record,
+    save_seal_key,
+)
 from fedclaw.identity.names import canonical_address, canonical_host, check_host, check_name, split_address
 from fedclaw.identity.site_home import (
     NEXT_KEY,
     SITE_CERTIFICATE,
     SITE_KEY,
     SITE_REQUEST,
+    SiteRequest,
     check_site_certificate,
+    encode_request,
+    read_request,
     renew_advice,
 )
-from fedclaw.identity.site_records import IssuedCertificate, SiteRecord, load_record, load_records, save_record
-from fedclaw.identity.site_request import SiteRequest, encode_request, read_request
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +107,8 @@ def request_site(site_root: Path, descriptor_path: Path, name: str, ca_fingerpri
     key_path.parent.mkdir(parents=True, exist_ok=True)
     key_path.parent.chmod(0o700)
     if not key_path.exists():
-        save_key(key_path, pki.new_key())
-    key = load_key(key_path, "the site's key")
+        pki.save_key(key_path, pki.new_key())
+    key = pki.load_key(key_path, "the site's key")
     write_atomic(site_root / SITE_REQUEST, encode_request(key, descriptor.name, name))
     return site_root / SITE_REQUEST
 
@@ -142,14 +150,14 @@ def accept(site_root: Path, approval: Path) -> Path:
     Raises ProvisionError unless it is for this site's own key, for the name it asked for, and from its federation.
     """
     descriptor = load_descriptor(site_root / DESCRIPTOR_FILE)
-    certificate = load_certificate(approval, "the certificate to install")
+    certificate = pki.load_certificate(approval, "the certificate to install")
     name = check_site_certificate(certificate, descriptor, str(approval), renew_advice(site_root))
     requested = read_request(site_root / SITE_REQUEST, descriptor.name).site
     if name != requested:
         raise ProvisionError(f"{approval} is for the site {name!r}; this one asked to be {requested!r}")
     next_key, key_path = site_root / NEXT_KEY, site_root / SITE_KEY
-    rotated = next_key.exists() and belongs(certificate, load_key(next_key, "the site's new key"))
-    if not rotated and not belongs(certificate, load_key(key_path, "the site's key")):
+    rotated = next_key.exists() and pki.belongs(certificate, pki.load_key(next_key, "the site's new key"))
+    if not rotated and not pki.belongs(certificate, pki.load_key(key_path, "the site's key")):
         raise ProvisionError(f"{approval} is not for this site's key; was it made from an older request?")
     write_atomic(site_root / SITE_CERTIFICATE, pki.pem_of(certificate))
     if rotated:
@@ -167,17 +175,17 @@ def renew_site(site_root: Path, rotate: bool = False) -> Path:
     """
     descriptor = load_descriptor(site_root / DESCRIPTOR_FILE)
     path = site_root / SITE_CERTIFICATE
-    certificate = load_certificate(path, "the site's certificate; a new site runs request, not renew")
+    certificate = pki.load_certificate(path, "the site's certificate; a new site runs request, not renew")
     name = check_site_certificate(certificate, descriptor, str(path), "", expired_ok=True)
-    key = load_key(site_root / SITE_KEY, "the site's key")
+    key = pki.load_key(site_root / SITE_KEY, "the site's key")
     next_key = site_root / NEXT_KEY
     if not rotate:
         next_key.unlink(missing_ok=True)
         content = encode_request(key, descriptor.name, name)
     else:
         if not next_key.exists():
-            save_key(next_key, pki.new_key())
-        content = encode_request(load_key(next_key, "the site's new key"), descriptor.name, name, old_key=key)
+            pki.save_key(next_key, pki.new_key())
+        content = encode_request(pki.load_key(next_key, "the site's new key"), descriptor.name, name, old_key=key)
     write_atomic(site_root / SITE_REQUEST, content)
     return site_root / SITE_REQUEST
 
@@ -192,8 +200,8 @@ def renew_federation(root: Path, days: int = pki.LEAF_DAYS, addresses: Sequence[
     with _coordinator(root) as (home, ca_key):
         host = canonical_host(split_address(home.descriptor.address)[0])
         others = _present_names(root) if given is None else given
-        server = load_key(root / home_files.SERVER_KEY, "the server's key").public_key()
-        release = load_key(root / home_files.RELEASE_KEY, "the key that signs bundles").public_key()
+        server = pki.load_key(root / home_files.SERVER_KEY, "the server's key").public_key()
+        release = pki.load_key(root / home_files.RELEASE_KEY, "the key that signs bundles").public_key()
         server_certificate = pki.issue_server(home.ca, ca_key, server, host, days, others)
         release_certificate = pki.issue_release(home.ca, ca_key, release, home.name, days)
         write_atomic(root / home_files.SERVER_CERTIFICATE, pki.pem_of(server_certificate))
@@ -215,7 +223,7 @@ def revoke(federation_root: Path, name: str) -> int:
             known = ", ".join(item.name for item in load_records(sites)) or "none"
             raise UsageError(f"no site called {name!r} was ever approved; approved: {known}")
         path = home.root / home_files.REVOKED
-        crl = pki.parse_crl(read_file(path, "the list of revoked sites"), home.ca, str(path))
+        crl = pki.parse_crl(pki.read_file(path, "the list of revoked sites"), home.ca, str(path))
         known_serials = {item.serial_number for item in crl}
         fresh = [serial for item in record.certificates if (serial := int(item.serial, 16)) not in known_serials]
         if fresh:
@@ -249,7 +257,7 @@ def _fill(root: Path, name: str, address: str, others: Sequence[str], seal_suite
         (home_files.SERVER_KEY, server_key),
         (home_files.RELEASE_KEY, release_key),
     ):
-        save_key(root / file, key)
+        pki.save_key(root / file, key)
     save_seal_key(root / home_files.SEAL_KEY, seal_suite, seal_keys.private)
     public = {
         home_files.CA_CERTIFICATE: pki.pem_of(ca),
@@ -271,8 +279,8 @@ def _coordinator(root: Path) -> Iterator[tuple[FederationHome, pki.PrivateKey]]:
     home = FederationHome.open(root)
     with (root / _LOCK).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        ca_key = load_key(root / home_files.CA_KEY, "the CA's key")
-        if not belongs(home.ca, ca_key):
+        ca_key = pki.load_key(root / home_files.CA_KEY, "the CA's key")
+        if not pki.belongs(home.ca, ca_key):
             raise ProvisionError(f"{root / home_files.CA_KEY} is not the key of {root / home_files.CA_CERTIFICATE}")
         yield home, ca_key
 
@@ -295,7 +303,7 @@ def _check_name_is_free(root: Path, record: SiteRecord, request: SiteRequest) ->
     if request.fingerprint == record.current.key_fingerprint:
         return
     path = site_certificate_path(root, record.name)
-    current = load_certificate(path, "the site's certificate") if path.exists() else None
+    current = pki.load_certificate(path, "the site's certificate") if path.exists() else None
     old_key = pki.p384_key(current, str(path)) if current is not None else None
     is_current = old_key is not None and pki.fingerprint(old_key) == record.current.key_fingerprint
     if not (is_current and old_key is not None and request.has_consent_of(old_key)):
@@ -322,13 +330,13 @@ def _adopt_descriptor(site_root: Path, source: Path, descriptor: Descriptor) -> 
         raise ProvisionError(
             f"{source} is of another federation (or another CA) than {target}; a site has one federation"
         )
-    write_atomic(target, read_file(source, "the federation descriptor"))
+    write_atomic(target, pki.read_file(source, "the federation descriptor"))
 
 
 def _present_names(root: Path) -> list[str]:
     path = root / home_files.SERVER_CERTIFICATE
     try:
-        return pki.host_names(load_certificate(path, "the server's certificate"))
+        return pki.host_names(pki.load_certificate(path, "the server's certificate"))
     except ValueError as error:
         raise ProvisionError(f"{path}: {error}; give addresses=[...]") from None
 

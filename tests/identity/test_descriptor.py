@@ -12,7 +12,6 @@ from fedclaw.errors import ProvisionError
 from fedclaw.identity import pki, seal
 from fedclaw.identity.descriptor import Descriptor, encode_descriptor, load_descriptor
 from fedclaw.identity.federation_home import FederationHome
-from fedclaw.identity.key_files import load_key
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -70,7 +69,7 @@ def test_another_ca_is_refused(home: FederationHome) -> None:
 
 def test_a_leaf_is_no_ca(home: FederationHome) -> None:
     """A site cannot make a descriptor out of the certificate that it was given."""
-    server_key = load_key(home.root / "server.key", "")
+    server_key = pki.load_key(home.root / "server.key", "")
     leaf = (home.root / "server.crt").read_text()
     signed = encode_descriptor(home.descriptor.model_copy(update={"ca_certificate": leaf}), server_key)
     (home.root / "x.json").write_bytes(signed)
@@ -105,7 +104,7 @@ def test_garbage(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_signed_but_useless_seal_key_is_refused(home: FederationHome) -> None:
-    ca_key = load_key(home.root / "ca.key", "")
+    ca_key = pki.load_key(home.root / "ca.key", "")
     signed = encode_descriptor(home.descriptor.model_copy(update={"seal_public_key": "AAAA"}), ca_key)
     (home.root / "x.json").write_bytes(signed)
     with pytest.raises(ProvisionError, match="not one of the suite x25519"):
@@ -127,7 +126,7 @@ def test_expired_ca(home: FederationHome, days_pass: Callable[[float], None]) ->
 
 
 def test_holds_no_secret(home: FederationHome) -> None:
-    text = encode_descriptor(home.descriptor, load_key(home.root / "ca.key", "")).decode()
+    text = encode_descriptor(home.descriptor, pki.load_key(home.root / "ca.key", "")).decode()
     assert "PRIVATE" not in text
     assert json.loads((home.root / "seal.key").read_text())["private_key"] not in text
     assert set(Descriptor.model_fields) == {

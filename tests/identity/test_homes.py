@@ -10,7 +10,6 @@ from cryptography import x509
 from fedclaw.errors import ProvisionError
 from fedclaw.identity import pki
 from fedclaw.identity.federation_home import FederationHome
-from fedclaw.identity.key_files import load_key
 from fedclaw.identity.provisioning import initialise, request_site, revoke
 from fedclaw.identity.seal import SUITES, Binding, SealSuite
 from fedclaw.identity.site_home import SiteKeys
@@ -210,8 +209,8 @@ class TestSite:
             SiteKeys.open(site)
 
     def test_certificate_must_be_for_the_named_federation(self, home: FederationHome, site: Path) -> None:
-        key = load_key(site / "keys" / "site.key", "")
-        ca_key = load_key(home.root / "ca.key", "")
+        key = pki.load_key(site / "keys" / "site.key", "")
+        ca_key = pki.load_key(home.root / "ca.key", "")
         wrong = pki.issue_site(home.ca, ca_key, key.public_key(), "lung", "hospital-a", 9)
         (site / "keys" / "site.crt").write_bytes(pki.pem_of(wrong))
         with pytest.raises(ProvisionError, match="not for a site of the federation 'heart'"):

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from fedclaw.errors import ProvisionError
 from fedclaw.identity import pki
 from fedclaw.identity.federation_home import FederationHome
-from fedclaw.identity.key_files import load_key
 from fedclaw.identity.provisioning import initialise, revoke
 from fedclaw.identity.site_home import SiteKeys
 
@@ -167,7 +166,7 @@ def test_no_tls_with_another_ca(home: FederationHome, site: Path, tmp_path: Path
 
 
 def test_a_longer_life_than_the_ca_is_refused(home: FederationHome) -> None:
-    ca_key = load_key(home.root / "ca.key", "")
+    ca_key = pki.load_key(home.root / "ca.key", "")
     with pytest.raises(ProvisionError, match="longer than the CA lives"):
         pki.issue_site(home.ca, ca_key, pki.new_key().public_key(), "heart", "a", pki.CA_DAYS + 1)
 

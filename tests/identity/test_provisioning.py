@@ -12,7 +12,7 @@ from cryptography import x509
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.identity import federation_home, pki, provisioning
 from fedclaw.identity.descriptor import Descriptor
-from fedclaw.identity.federation_home import FederationHome
+from fedclaw.identity.federation_home import FederationHome, load_record
 from fedclaw.identity.overview import federation_overview, site_overview
 from fedclaw.identity.provisioning import (
     accept,
@@ -23,9 +23,7 @@ from fedclaw.identity.provisioning import (
     request_site,
     revoke,
 )
-from fedclaw.identity.site_home import SiteKeys
-from fedclaw.identity.site_records import load_record
-from fedclaw.identity.site_request import encode_request, read_request
+from fedclaw.identity.site_home import SiteKeys, encode_request, read_request
 
 
 def mode(path: Path) -> int:
@@ -58,7 +56,7 @@ class TestInitialise:
 
         for module in (provisioning, federation_home):
             monkeypatch.setattr(module, "write_atomic", watching)
-        monkeypatch.setattr("fedclaw.identity.key_files.write_atomic", watching)
+        monkeypatch.setattr("fedclaw.identity.pki.write_atomic", watching)
         initialise(tmp_path / "f", "heart", "127.0.0.1:9443")
         assert {name for name, file_mode in written.items() if file_mode == 0o600} == {
             "ca.key",

@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 from fedclaw.errors import ProvisionError
 from fedclaw.identity import pki
 from fedclaw.identity.names import site_uri
-from fedclaw.identity.site_request import encode_request, read_request
+from fedclaw.identity.site_home import encode_request, read_request
 
 Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
