@@ -36,8 +36,8 @@ from rich.table import Table
 from fedclaw.cli import naming, require_paths, run_main, settings_of
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
+from fedclaw.export.check import TrustSettings, load_trust
 from fedclaw.export.predictor import Predictor
-from fedclaw.export.trust import TrustSettings, load_trust
 from fedclaw.file_format import FileFormat
 from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.base import Task

@@ -25,8 +25,7 @@ from rich.console import Console
 from fedclaw.cli import compose_settings, naming, run_main, split
 from fedclaw.console import make_console
 from fedclaw.errors import UsageError
-from fedclaw.export.check import Verified, verify_bundle
-from fedclaw.export.trust import TrustSettings, load_trust
+from fedclaw.export.check import TrustSettings, Verified, load_trust, verify_bundle
 
 
 class VerifySettings(TrustSettings):

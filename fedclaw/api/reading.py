@@ -13,10 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from fedclaw.api.arguments import place, public
 from fedclaw.clients.arrays import inputs_of
 from fedclaw.errors import DataError
-from fedclaw.export.check import Verified, verify_bundle
+from fedclaw.export.check import Verified, load_trust, verify_bundle
 from fedclaw.export.layout import CARD, ONNX, PRIVACY, SCHEMA, Manifest
 from fedclaw.export.predictor import Predictor
-from fedclaw.export.trust import load_trust
 from fedclaw.site.journal.reconciliation import check_journal, open_journal
 from fedclaw.site.journal.spending import Spending
 

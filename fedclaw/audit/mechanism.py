@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fedclaw.audit.bounds import LARGEST_EPSILON, gaussian_epsilon, guessing_bound, largest_deviation
-from fedclaw.audit.canary import coins
 from fedclaw.audit.findings import Finding
 from fedclaw.audit.probe import Probe, guaranteed
+from fedclaw.audit.subject import coins
 from fedclaw.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.audit.canary import Canary, make_canary
-from fedclaw.audit.subject import Subject, ask, flat, unspent
+from fedclaw.audit.subject import Canary, Subject, ask, flat, make_canary, unspent
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.privacy.accounting import calibrate

@@ -9,10 +9,9 @@ import numpy as np
 
 from fedclaw.audit.findings import AuditOptions, AuditReport, Finding, conclude
 from fedclaw.audit.mechanism import enough_trials, examine, run_trials
-from fedclaw.audit.membership import Claim, membership, one_run
 from fedclaw.audit.probe import probes
 from fedclaw.audit.subject import Subject
-from fedclaw.audit.training_run import attacked_run, toss
+from fedclaw.audit.training_run import Claim, attacked_run, membership, one_run, toss
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.progress import quieter

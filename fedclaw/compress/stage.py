@@ -7,13 +7,21 @@ import torch
 from torch import nn
 
 from fedclaw.array_files import arrays_to_npz
-from fedclaw.compress.measure import LATENCY_BATCHES, compare_latency, multiply_adds
+from fedclaw.compress.models import (
+    LATENCY_BATCHES,
+    Student,
+    StudentOutcome,
+    Teacher,
+    arrays_of,
+    compare_latency,
+    load_teacher,
+    make_student,
+    multiply_adds,
+)
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import Compression, Side, require_room, write_compressed
 from fedclaw.compress.settings import CompressSettings
-from fedclaw.compress.source import Teacher, arrays_of, load_teacher
-from fedclaw.compress.student import Student, StudentOutcome, make_student
 from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory
 

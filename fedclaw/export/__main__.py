@@ -88,7 +88,7 @@ def export(settings: ExportSettings, console: Console) -> None:
     with startup.loading("torch and ONNX"):
         from fedclaw.export.bundle import Request, export_bundle
         from fedclaw.export.card import threshold_in_words
-        from fedclaw.export.parity import allowed
+        from fedclaw.export.graph import allowed
         from fedclaw.export.source import load_source
         from fedclaw.privacy.mechanisms.choice import mechanism_of
         from fedclaw.server.statistics_release import read_release

@@ -14,10 +14,9 @@ import numpy as np
 
 from fedclaw.compress.record import SitesReport
 from fedclaw.errors import BundleError, Setting
-from fedclaw.export import graph, layout, parity, signature
+from fedclaw.export import graph, layout, signature
 from fedclaw.export.card import how_to_verify, model_card
 from fedclaw.export.check import Trust, Verified, verify_bundle
-from fedclaw.export.quantise import quantise
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
@@ -97,7 +96,7 @@ def _fill(
     quantised = None
     if request.quantised:
         progress("quantising to 8 bits")
-        quantised = quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs, task)
+        quantised = graph.quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs, task)
     decision = None if request.public is None else _decision(staging, request.public)
     if request.scores is not None:
         decision = threshold_of_release(request.scores, graph.parameters_of(source.model))
@@ -147,14 +146,14 @@ def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) ->
     reference = graph.Linked(source.model, source.schema.task).eval()
     program = graph.load_program(staging / layout.PROGRAM)
     session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
-    forms: Mapping[str, parity.Forward] = {
+    forms: Mapping[str, graph.Forward] = {
         layout.ONNX: lambda batch: run_session(session, batch),
         layout.PROGRAM: lambda batch: graph.torch_outputs(program, batch),
     }
     figures = {}
     for name, forward in forms.items():
-        figures[name] = parity.compare(lambda batch: graph.torch_outputs(reference, batch), forward, inputs)
-        parity.require(figures[name], tolerance, name)
+        figures[name] = graph.compare(lambda batch: graph.torch_outputs(reference, batch), forward, inputs)
+        graph.require_parity(figures[name], tolerance, name)
     return figures
 
 

@@ -7,8 +7,8 @@ the intended use, is marked as missing and never invented.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedclaw.export.graph import allowed
 from fedclaw.export.layout import Manifest, QuantisedFigures
-from fedclaw.export.parity import allowed
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
 from fedclaw.learning.tasks.base import Task

@@ -1,14 +1,15 @@
 """Verification of a bundle: each file is the one that the federation signed, and there are no others.
 
 Needs neither torch nor ONNX. Each file is read once, from a handle that follows no symbolic link. A caller gets the
-very bytes that were checked, so a file cannot be exchanged between check and use.
+very bytes that were checked, so a file cannot be exchanged between check and use. `load_trust` makes a `Trust` of what
+a user names on the command line: a certificate, a descriptor, a revocation list.
 """
 
 import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Literal
 from cryptography import x509
 from pydantic import ValidationError
 
-from fedclaw.errors import BundleError
+from fedclaw.errors import BundleError, ProvisionError, UsageError
 from fedclaw.export import signature
 from fedclaw.export.layout import (
     CA_CERTIFICATE,
@@ -29,7 +30,8 @@ from fedclaw.export.layout import (
     UNSIGNED,
     Manifest,
 )
-from fedclaw.protocol.frozen import explain
+from fedclaw.export.signature import parse_certificate, parse_revocations
+from fedclaw.protocol.frozen import Frozen, explain
 
 LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,99})$")
 SMALL = 1 << 20
@@ -189,3 +191,47 @@ def _open(path: Path, name: str) -> int:
         os.close(descriptor)
         raise BundleError(f"{name} is not a plain file; a bundle holds plain files only")
     return descriptor
+
+
+class TrustSettings(Frozen):
+    """What the commands that open a bundle are told of whom to trust."""
+
+    ca: Path | None
+    federation: Path | None
+    crl: Path | None
+    expired: Literal["accept", "refuse"]
+
+
+def load_trust(
+    ca: Path | None, federation: Path | None, crl: Path | None, expired: Literal["accept", "refuse"] = "accept"
+) -> Trust:
+    """Read the CA to trust from `ca` (PEM) or from the descriptor `federation` (the file, or its directory).
+
+    Raises UsageError when both are given, or a file cannot be read or is nothing of the kind.
+    """
+    if ca is not None and federation is not None:
+        raise UsageError("give ca=… or federation=…, not both")
+    authority = None
+    if ca is not None:
+        authority = _read(ca, "ca", parse_certificate)
+    elif federation is not None:
+        from fedclaw.identity.descriptor import DESCRIPTOR_FILE, load_descriptor
+
+        path = federation / DESCRIPTOR_FILE if federation.is_dir() else federation
+        try:
+            authority = load_descriptor(path).ca_certificate.encode()
+        except ProvisionError as error:
+            raise UsageError(f"federation={federation}: {error}") from error
+    return Trust(authority, None if crl is None else _read(crl, "crl", parse_revocations), expired)
+
+
+def _read(path: Path, setting: str, parse: Callable[[bytes, str], object]) -> bytes:
+    """The file's content, which `parse` can read."""
+    try:
+        content = path.read_bytes()
+        parse(content, f"{setting}={path}")
+    except OSError as error:
+        raise UsageError(f"{setting}={path} cannot be read: {error.strerror}") from error
+    except BundleError as error:
+        raise UsageError(str(error)) from error
+    return content

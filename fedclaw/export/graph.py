@@ -1,12 +1,21 @@
 """A torch model as a torch.export program and as an ONNX model, both for any batch size and independent of FedClaw.
 
-Neither file contains the example that it was traced with, source paths, or stack traces.
+Neither file contains the example that it was traced with, source paths, or stack traces. `compare` is the parity check:
+does an exported model compute what the torch model does, for batches of several sizes?
+
+`quantise` makes an 8-bit copy of the ONNX model: smaller, often faster on a CPU, and not exactly the same function.
+Weights and activations are quantised statically. The ranges are those of the parity inputs and are stored in the file:
+if the inputs are real, their smallest and largest activations are published.
+
+Legend: N examples, C classes, D input shape without the batch.
 """
 
 import io
 import logging
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,8 +25,10 @@ import torch
 from torch import nn
 
 from fedclaw.errors import BundleError, UsageError
-from fedclaw.export.layout import BATCH, INPUT
+from fedclaw.export.layout import BATCH, INPUT, ONNX, QUANTISED, ParityFigures, QuantisedFigures
+from fedclaw.export.runtime import open_session, run_session
 from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.workload import Floats
 from fedclaw.progress import quieter
 
 TRACE_BATCH = 3
@@ -166,3 +177,118 @@ def _tidy(model: Any) -> None:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+Forward = Callable[[Floats], Sequence[Floats]]
+"""A batch (n, *D) to its outputs, each (n, C)."""
+
+BATCH_SIZES = (1, 2, 7, 64)
+"""1 and an odd size catch a batch size fixed in the graph; the largest, a kernel that depends on the size."""
+ORDINARY = 10.0
+"""Up to outputs of this size only the absolute tolerance counts."""
+RELATIVE = 1e-5
+"""Relative to the largest output: how much float32 results may differ when terms are added in another order (its
+machine epsilon is 6e-8). Outputs of 20,000 may differ by 0.004; 1e-4 asks for digits that float32 does not have."""
+MAX_EXAMPLES = 4096
+"""More inputs take time and add no certainty."""
+
+
+def compare(reference: Forward, exported: Forward, inputs: Floats) -> ParityFigures:
+    """The largest absolute difference over all outputs, for `inputs` (N >= 1, *D) cut into each of `BATCH_SIZES`.
+
+    Inputs are repeated where there are fewer than a batch. Raises BundleError when the number or the shapes of the
+    outputs differ, or a value is not finite: a NaN on both sides is no agreement.
+    """
+    if len(inputs) == 0:
+        raise BundleError("the parity check was given no inputs")
+    inputs = inputs[:MAX_EXAMPLES]
+    largest, scale = 0.0, 0.0
+    for batch in _batches(inputs):
+        expected, given = reference(batch), exported(batch)
+        if len(expected) != len(given):
+            raise BundleError(f"the exported model has {len(given)} outputs, the torch model {len(expected)}")
+        for left, right in zip(expected, given, strict=True):
+            largest = max(largest, _difference(left, right))
+            scale = max(scale, float(np.abs(left).max()))
+    own = scale if scale > ORDINARY else None
+    return ParityFigures(max_abs_diff=largest, examples=len(inputs), batch_sizes=BATCH_SIZES, scale=own)
+
+
+def allowed(figures: ParityFigures, tolerance: float) -> float:
+    """The largest difference allowed: `tolerance`, or `RELATIVE` times the largest output if that is more."""
+    return max(tolerance, RELATIVE * (figures.scale or 0.0))
+
+
+def require_parity(figures: ParityFigures, tolerance: float, form: str) -> None:
+    """Raise BundleError when `form` differs from the torch model by more than is `allowed`."""
+    bound = allowed(figures, tolerance)
+    if figures.max_abs_diff > bound:
+        raise BundleError(
+            f"{form} differs from the torch model by {figures.max_abs_diff:.3g} on {figures.examples} inputs, "
+            f"allowed is {bound:g}; nothing was written (tolerance=… sets another bound)"
+        )
+
+
+def _batches(inputs: Floats) -> Iterator[Floats]:
+    for size in BATCH_SIZES[:-1]:
+        yield inputs[np.arange(size) % len(inputs)]
+    largest = BATCH_SIZES[-1]
+    if len(inputs) < largest:
+        yield inputs[np.arange(largest) % len(inputs)]
+    for start in range(0, len(inputs), largest):
+        yield inputs[start : start + largest]
+
+
+def _difference(left: Floats, right: Floats) -> float:
+    if left.shape != right.shape:
+        raise BundleError(f"the exported model's output has shape {right.shape}, the torch model's {left.shape}")
+    difference = np.abs(left.astype(np.float64) - right.astype(np.float64)).max()
+    if not np.isfinite(difference):
+        raise BundleError("the outputs of the torch model or of the exported model hold NaN or infinite values")
+    return float(difference)
+
+
+CALIBRATION_BATCH = 64
+
+
+def quantise(exact: Path, target: Path, inputs: Floats, task: Task) -> QuantisedFigures:
+    """Write the 8-bit form of `exact` to `target` and measure how it differs on `inputs` (N, *D).
+
+    Raises UsageError when ONNX Runtime's quantiser is not installed, BundleError when it fails.
+    """
+    try:
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as error:
+        raise UsageError(f"quantise=true needs {error.name}; install: pip install 'fedclaw[export]'") from error
+
+    starts = iter(range(0, len(inputs), CALIBRATION_BATCH))
+
+    class Batches(CalibrationDataReader):  # type: ignore[misc]
+        """The inputs in batches, in the form that the quantiser reads."""
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(({INPUT: inputs[start : start + CALIBRATION_BATCH]} for start in starts), None)
+
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        try:
+            with quiet():
+                quant_pre_process(exact, scratch / ONNX)
+                quantize_static(scratch / ONNX, scratch / QUANTISED, Batches(), quant_format=QuantFormat.QDQ)
+        except Exception as error:  # the quantiser raises whatever it meets
+            raise BundleError(f"the model cannot be quantised: {' '.join(str(error).split())[:300]}") from error
+        shutil.copyfile(scratch / QUANTISED, target)
+    return _measure(exact, target, inputs, task)
+
+
+def _measure(exact: Path, quantised: Path, inputs: Floats, task: Task) -> QuantisedFigures:
+    expected = run_session(open_session(exact.read_bytes(), ONNX, "export"), inputs)[1]
+    given = run_session(open_session(quantised.read_bytes(), QUANTISED, "export"), inputs)[1]
+    if not task.labels:
+        return QuantisedFigures(max_abs_diff_value=float(np.abs(expected - given).max()), examples=len(inputs))
+    return QuantisedFigures(
+        max_abs_diff_probability=float(np.abs(expected - given).max()),
+        same_label=float((expected.argmax(1) == given.argmax(1)).mean()),
+        examples=len(inputs),
+    )

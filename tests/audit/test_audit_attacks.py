@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 
 from fedclaw.audit.bounds import one_run_bound
-from fedclaw.audit.canary import LOUD, coins, gradient, make_canary
 from fedclaw.audit.findings import AuditOptions, Finding, conclude
 from fedclaw.audit.mechanism import Trials, most_alike
-from fedclaw.audit.membership import Claim, auc, membership, one_run
 from fedclaw.audit.probe import sensitivity
 from fedclaw.audit.run import attack_run, claim_of
-from fedclaw.audit.subject import Subject, synthetic_sites
-from fedclaw.audit.training_run import contributions, toss
+from fedclaw.audit.subject import LOUD, Subject, coins, gradient, make_canary, synthetic_sites
+from fedclaw.audit.training_run import Claim, auc, contributions, membership, one_run, toss
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.learning.step_loop import load_parameters
 from fedclaw.privacy.mechanisms.choice import mechanism_of

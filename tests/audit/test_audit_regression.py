@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from fedclaw.audit.__main__ import main
-from fedclaw.audit.canary import LOUD, gradient, make_canary
+from fedclaw.audit.subject import LOUD, gradient, make_canary
 from fedclaw.errors import PrivacyError
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.step_loop import load_parameters

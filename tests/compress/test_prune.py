@@ -12,9 +12,8 @@ from fedclaw.clients.tabular import TabularWorkload
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.clients.vision import VisionWorkload
 from fedclaw.clients.vision_schema import VisionSchema
-from fedclaw.compress.measure import compare_latency, multiply_adds, threads_for
+from fedclaw.compress.models import compare_latency, multiply_adds, rebuild, threads_for
 from fedclaw.compress.prune import count_parameters, prune_to_fraction
-from fedclaw.compress.source import rebuild
 from fedclaw.errors import CompressionError, UsageError
 from fedclaw.protocol.terms import ModelSpec
 

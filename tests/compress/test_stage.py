@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.compress import recover, stage
+from fedclaw.compress import proxy, stage
+from fedclaw.compress.models import load_arrays
+from fedclaw.compress.proxy import RecoverySettings
 from fedclaw.compress.record import read_compressed
-from fedclaw.compress.recover import RecoverySettings
 from fedclaw.compress.settings import CompressSettings
-from fedclaw.compress.source import load_arrays
 from fedclaw.compress.stage import compress
 from fedclaw.errors import CheckpointError, CompressionError, UsageError
 from fedclaw.learning.distillation import distillation_loss
@@ -76,7 +76,7 @@ def test_recovery_fails_without_the_teachers_knowledge(run, digits, monkeypatch,
     sound = compress(asked)
     assert sound.accuracy_after >= sound.accuracy_before - 0.05
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(recover, "distillation_loss", shuffled)
+    monkeypatch.setattr(proxy, "distillation_loss", shuffled)
     assert compress(asked).accuracy_after < sound.accuracy_before - 0.15
 
 

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedclaw.errors import BundleError
+from fedclaw.errors import BundleError, UsageError
 from fedclaw.export import layout, signature
-from fedclaw.export.check import SMALL, Trust, verify_bundle
+from fedclaw.export.check import SMALL, Trust, load_trust, verify_bundle
 from fedclaw.identity import pki
 from fedclaw.identity.federation_home import ReleaseSigner
 
@@ -309,3 +309,36 @@ def test_a_revoked_release_certificate_is_refused(bundle, home, stranger):
         verify_bundle(bundle, Trust(revocations=(stranger.root / "revoked.crl").read_bytes()))
     with pytest.raises(BundleError, match="not a PEM certificate revocation list"):
         verify_bundle(bundle, Trust(revocations=b"nothing"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "content", "words"),
+    [
+        ("ca", b"hello", r"ca=.*notes is not a PEM certificate"),
+        ("ca", b"", r"ca=.*notes is not a PEM certificate"),
+        ("crl", b"hello", r"crl=.*notes is not a PEM certificate revocation list"),
+        ("federation", b"{}", r"federation=.*notes is not a federation descriptor"),
+    ],
+)
+def test_a_file_of_another_kind(tmp_path, setting, content, words):
+    (tmp_path / "notes").write_bytes(content)
+    asked = {"ca": None, "federation": None, "crl": None, setting: tmp_path / "notes"}
+    with pytest.raises(UsageError, match=words):
+        load_trust(**asked)
+
+
+def test_two_certificates_name_no_authority(tmp_path, home):
+    pem = (home.root / "ca.crt").read_bytes()
+    (tmp_path / "two").write_bytes(pem + pem)
+    with pytest.raises(UsageError, match="holds 2 certificates, it should hold one"):
+        load_trust(tmp_path / "two", None, None)
+    (tmp_path / "one").write_bytes(pem)
+    assert load_trust(tmp_path / "one", None, None).authority == pem
+
+
+def test_a_descriptor_that_was_changed(tmp_path, home):
+    text = (home.root / "federation.json").read_text()
+    assert "127.0.0.1:9443" in text
+    (tmp_path / "federation.json").write_text(text.replace("127.0.0.1:9443", "127.0.0.2:9443"))
+    with pytest.raises(UsageError, match=r"federation=.*was changed after the coordinator signed it"):
+        load_trust(None, tmp_path, None)

@@ -5,7 +5,7 @@ import torch
 from fedclaw.clients.tabular import Mlp
 from fedclaw.errors import BundleError
 from fedclaw.export import graph
-from fedclaw.export.parity import BATCH_SIZES, compare, require
+from fedclaw.export.graph import BATCH_SIZES, compare, require_parity
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.learning.tasks.classification import Classification
 
@@ -24,9 +24,9 @@ def test_finds_the_largest_difference_over_all_outputs_and_rows():
     figures = compare(double, off, INPUTS)
     assert figures.max_abs_diff == 0.25
     assert figures.examples == 10
-    require(figures, 0.25, "it")
+    require_parity(figures, 0.25, "it")
     with pytest.raises(BundleError, match=r"it differs from the torch model by 0\.25 on 10 inputs, allowed is 0\.2"):
-        require(figures, 0.2, "it")
+        require_parity(figures, 0.2, "it")
 
 
 def test_runs_every_batch_size_and_every_input():
@@ -82,9 +82,9 @@ def test_large_outputs_are_held_to_what_float32_has_digits_for():
     """Raw units make logits of 10^7: a difference of 1 there is in the seventh digit."""
     figures = compare(large, lambda batch: [large(batch)[0] + 1], INPUTS)
     assert (figures.max_abs_diff, figures.scale) == (1, 1.9e7)
-    require(figures, 1e-4, "it")
+    require_parity(figures, 1e-4, "it")
     with pytest.raises(BundleError, match=r"differs from the torch model by 191 on 10 inputs, allowed is 190"):
-        require(compare(large, lambda batch: [large(batch)[0] + 191], INPUTS), 1e-4, "it")
+        require_parity(compare(large, lambda batch: [large(batch)[0] + 191], INPUTS), 1e-4, "it")
 
 
 def test_ordinary_outputs_are_held_to_the_tolerance_alone():
@@ -94,7 +94,7 @@ def test_ordinary_outputs_are_held_to_the_tolerance_alone():
     figures = compare(small, lambda batch: [small(batch)[0] + np.float32(2e-4)], INPUTS)
     assert figures.scale is None
     with pytest.raises(BundleError, match=r"allowed is 0\.0001"):
-        require(figures, 1e-4, "it")
+        require_parity(figures, 1e-4, "it")
 
 
 def test_a_model_of_raw_units_is_exported(tmp_path):
@@ -107,7 +107,9 @@ def test_a_model_of_raw_units_is_exported(tmp_path):
     graph.save_onnx(graph.trace(model, task, (2,)), task, (2,), path)
     session, reference = open_session(path.read_bytes(), "model.onnx", "export"), graph.Linked(model, task).eval()
     figures = compare(lambda batch: graph.torch_outputs(reference, batch), lambda b: run_session(session, b), inputs)
-    require(figures, 1e-4, "model.onnx")
+    require_parity(figures, 1e-4, "model.onnx")
     other = graph.Linked(Mlp(2, (64, 32), 2), task).eval()
     with pytest.raises(BundleError, match="differs from the torch model"):
-        require(compare(lambda b: graph.torch_outputs(other, b), lambda b: run_session(session, b), inputs), 1e-4, "it")
+        require_parity(
+            compare(lambda b: graph.torch_outputs(other, b), lambda b: run_session(session, b), inputs), 1e-4, "it"
+        )

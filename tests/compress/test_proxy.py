@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedclaw.compress.recover import RecoverySettings, distil, predict_logits, split_inputs, train
+from fedclaw.compress.models import predict_logits
+from fedclaw.compress.proxy import distil, split_inputs, train
+from fedclaw.compress.settings import RecoverySettings
 from fedclaw.errors import CompressionError
 from fedclaw.learning.distillation import CLASSES
 

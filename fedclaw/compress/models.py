@@ -1,0 +1,220 @@
+"""The models of a compression: the teacher, its student before and after recovery, how they compare and what they cost.
+
+They come from a run directory and go back to arrays. Legend: N examples, C classes, D input shape without the batch.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedclaw.compress.prune import layer_calls, prune_to_fraction
+from fedclaw.compress.record import Measure, ProxyReport, SitesReport
+from fedclaw.errors import CheckpointError, CompressionError
+from fedclaw.files import sha256_file
+from fedclaw.learning.workload import Table, Workload
+from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.terms import ModelSpec
+from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.site.device import SMALL_MODEL
+
+SCORING_BATCH = 1024
+REBUILD_TOLERANCE = 1e-5
+"""Largest difference of logits, relative to their size, between a pruned model and the one built from its spec."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A finished run's global model."""
+
+    directory: RunDirectory
+    record: RunRecord
+    workload: Workload
+    model: nn.Module
+    parameters: Arrays
+    sha256: str
+    """Of the run's model.npz."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """D, without the batch."""
+        return self.workload.schema.input_shape
+
+
+def load_teacher(run: Path) -> Teacher:
+    """The global model of a finished run, on the CPU. Raises UsageError or CheckpointError."""
+    directory = RunDirectory.open(run)
+    record = directory.record()
+    directory.require_whole()
+    workload = directory.workload()
+    parameters = directory.read_model()
+    model = workload.build(record.model)
+    try:
+        load_arrays(model, parameters)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{directory.model_path} does not fit the model of {run / 'run.json'}: {' '.join(str(error).split())}"
+        ) from error
+    return Teacher(directory, record, workload, model.eval(), parameters, sha256_file(directory.model_path))
+
+
+def load_arrays(model: nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> None:
+    """Set a model's state. Raises RuntimeError, as torch does, when names or shapes differ."""
+    model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in parameters.items()})
+
+
+def arrays_of(model: nn.Module) -> Arrays:
+    """A model's state as float32 arrays by state-dict name."""
+    return {name: tensor.detach().cpu().float().numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def rebuild(workload: Workload, pruned: nn.Module) -> tuple[ModelSpec, nn.Module]:
+    """The spec of a pruned model, and the model that the workload builds from it with the same parameters.
+
+    From here on only models that a name and arguments describe are used, because that is what sites build and bundles
+    state. Raises CompressionError when the spec does not give the same function.
+    """
+    spec = workload.spec_of(pruned)
+    built = workload.build(spec)
+    try:
+        built.load_state_dict({name: tensor.cpu() for name, tensor in pruned.state_dict().items()})
+    except RuntimeError as error:
+        raise CompressionError(
+            f"the workload {workload.name!r} describes the pruned model as {spec.model_dump_json()}, but that builds "
+            f"other shapes: {' '.join(str(error).split())}"
+        ) from error
+    shape = workload.schema.input_shape
+    sample = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, got = pruned.cpu().eval()(sample), built.eval()(sample)
+    if (expected - got).abs().max() > REBUILD_TOLERANCE * (1 + expected.abs().max()):
+        raise CompressionError(
+            f"the workload {workload.name!r} describes the pruned model as {spec.model_dump_json()}, but that model "
+            "computes something else with the same parameters"
+        )
+    return spec, built
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pruned teacher as the workload builds it, before recovery."""
+
+    spec: ModelSpec
+    model: nn.Module
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Metrics of teacher, student before recovery and student after it, on the same examples; each has the score."""
+
+    measure: Measure
+    examples: int
+    before: dict[str, float]
+    pruned: dict[str, float]
+    after: dict[str, float]
+    score: str = "accuracy"
+    """The task's metric by which models are compared."""
+
+
+@dataclass(frozen=True)
+class StudentOutcome:
+    """The result of either kind of recovery; the model is on the CPU."""
+
+    model: nn.Module
+    accuracies: Accuracies
+    report: ProxyReport | SitesReport
+
+
+def make_student(teacher: Teacher, fraction: float) -> Student:
+    """The teacher pruned to `fraction`, built from its spec. Raises CompressionError."""
+    pruned = prune_to_fraction(teacher.model, teacher.input_shape, fraction)
+    spec, model = rebuild(teacher.workload, pruned.model)
+    return Student(spec, model, pruned.parameters_before, pruned.parameters_after)
+
+
+def predict_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """(N, *D) -> (N, C) in evaluation mode, without gradients."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(part) for part in torch.split(inputs, SCORING_BATCH)])
+
+
+def compare_on(table: Table, teacher: Teacher, student: Student, recovered: nn.Module) -> Accuracies:
+    """Metrics of the three models on labelled public data."""
+    models = (teacher.model, student.model, recovered)
+    before, pruned, after = (evaluate(teacher.workload, model, table) for model in models)
+    return Accuracies("evaluation file", len(table), before, pruned, after, teacher.workload.task.score)
+
+
+def evaluate(workload: Workload, model: nn.Module, table: Table) -> dict[str, float]:
+    """Metrics of `model` on labelled public data. Raises CompressionError when the table is empty, or has no score."""
+    if len(table) == 0:
+        raise CompressionError("the evaluation data holds no examples")
+    device = next(model.parameters()).device
+    logits = predict_logits(model, torch.from_numpy(np.array(table.inputs)).to(device)).cpu()
+    found, score = workload.evaluate(logits, torch.from_numpy(np.array(table.targets))), workload.task.score
+    if score not in found:
+        raise CompressionError(
+            f"the evaluation data gives no {score}: its targets are all the same, or the model's outputs not finite"
+        )
+    return found
+
+
+WARM_UP = 10
+LATENCY_BATCHES = (1, 32)
+
+
+@contextmanager
+def threads_for(parameters: int) -> Iterator[None]:
+    """Inside, torch uses one thread for a small model, and its own choice otherwise."""
+    usual = torch.get_num_threads()
+    if parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Multiply-adds of one example (1, *D) in linear and convolution layers; biases, norms and activations not."""
+    example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
+    return sum(outputs * layer.get_parameter("weight")[0].numel() for layer, outputs in layer_calls(model, example))
+
+
+def compare_latency(
+    before: nn.Module, after: nn.Module, inputs: torch.Tensor, repeats: int
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Median milliseconds of a forward pass by batch size, of both models.
+
+    On the CPU with one thread, alternately, so that both see the same machine. `inputs` (N, *D) are repeated to fill
+    the largest batch.
+    """
+    models = (before.cpu().eval(), after.cpu().eval())
+    largest = max(LATENCY_BATCHES)
+    rows = inputs.cpu().repeat(-(-largest // len(inputs)), *[1] * (inputs.dim() - 1))
+    with threads_for(0), torch.inference_mode():
+        timed = {size: _alternate(models, rows[:size].clone(), repeats) for size in LATENCY_BATCHES}
+    return {size: pair[0] for size, pair in timed.items()}, {size: pair[1] for size, pair in timed.items()}
+
+
+def _alternate(models: tuple[nn.Module, nn.Module], batch: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Median milliseconds of each model on `batch`."""
+    for model in models * WARM_UP:
+        model(batch)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for model, times in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model(batch)
+            times.append(time.perf_counter() - start)
+    return 1e3 * median(seconds[0]), 1e3 * median(seconds[1])
