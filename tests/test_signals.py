@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclaw.descendants import descendants
+from fedclaw.startup import descendants
 from tests.commands import COMMANDS
 from tests.conftest import Background, environment
 

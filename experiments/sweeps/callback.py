@@ -18,9 +18,9 @@ from experiments.sweeps.identity import digest_of, identify, is_relevant
 from experiments.sweeps.parent import Parent, make_parent
 from fedclaw.cli import report_failure, start_logging
 from fedclaw.console import make_console
-from fedclaw.descendants import end_all
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.report.tracking import TrackingSettings
+from fedclaw.startup import end_all
 
 _begun: list[Parent] = []
 """The MLflow run of the sweep that this process began, until it has its end."""

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedclaw.compress.__main__ import before_after, notes
 from fedclaw.compress.settings import CompressSettings, RecoverySettings
 from fedclaw.compress.stage import compress
-from fedclaw.compress.table import before_after, notes
 from fedclaw.console import make_console
 from fedclaw.errors import BundleError
 from fedclaw.export import layout
