@@ -50,9 +50,8 @@ from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.protocol.frozen import Frozen, check_settings
 from fedclaw.protocol.statistics import MAX_BINS, MAX_SCORE_BINS
 from fedclaw.protocol.terms import SecureRequest
-from fedclaw.server.listening import ListenAddress
 from fedclaw.server.run_directory import RUN_NAME
-from fedclaw.server.settings import WorkloadChoice
+from fedclaw.server.settings import ListenAddress, WorkloadChoice
 from fedclaw.server.waiting import Waiting, wait_for_sites
 from fedclaw.transport.grpc.limits import Limits
 

@@ -11,7 +11,7 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, ModelSpec, PrivacyRequest, SecureAggregation
-from fedclaw.server.plans import make_plan, make_strategy
+from fedclaw.server.session import make_plan, make_strategy
 from fedclaw.site.service import SiteService
 from tests.least_squares import asked, service
 from tests.small_nets import SmallNets, first

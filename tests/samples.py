@@ -5,8 +5,8 @@ from typing import Any
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest, RoundRules, StrategyRecord
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
+from fedclaw.server.session import make_plan, make_strategy
 
 
 def run_record(**changes: Any) -> RunRecord:

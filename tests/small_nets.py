@@ -17,9 +17,9 @@ from fedclaw.learning.workload import Table, Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.early_checks import check_combination
-from fedclaw.server.plans import make_strategy
 from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunRecord
+from fedclaw.server.session import make_strategy
 from fedclaw.site.service import SiteService
 from tests.least_squares import Bowls, asked, play, service
 

@@ -229,7 +229,7 @@ def test_nothing_below_the_entry_points_needs_hydra():
 import importlib, sys
 for name in ("server.session", "report.terminal", "report.tracking", "site.directory", "transport.grpc"):
     importlib.import_module(f"fedclaw.{name}")
-from fedclaw.server.plans import make_strategy
+from fedclaw.server.session import make_strategy
 from types import SimpleNamespace as Record
 make_strategy(Record(strategy=Record(name="fedavg", settings={})))
 assert not {"hydra", "omegaconf", "fedclaw.cli"} & set(sys.modules), sys.modules.keys()

@@ -26,8 +26,8 @@ from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import ModelSpec, RoundRules, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.early_checks import check_combination
-from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.session import make_strategy
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulated
 from fedclaw.simulation.partitions.settings import PartitionSettings
 

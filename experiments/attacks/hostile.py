@@ -11,7 +11,7 @@ from experiments.attacks.base import Attack, Round, Vector
 from fedclaw.errors import UsageError
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.messages import SUM
-from fedclaw.server.answers import weights_in
+from fedclaw.server.cohort_question import weights_in
 from fedclaw.site.service import SiteService
 
 LARGEST = 1e30

@@ -33,7 +33,7 @@ from experiments.benchmarks.report import report
 from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.arrays import Arrays, pack, unpack
-from fedclaw.server.accumulator import WeightedSum
+from fedclaw.server.training import WeightedSum
 from fedclaw.transport.grpc import GrpcGrid
 
 SITES = 16

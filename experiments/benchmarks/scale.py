@@ -29,9 +29,9 @@ from fedclaw.clients.vision import VisionWorkload
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
-from fedclaw.server.accumulator import WeightedSum
 from fedclaw.server.round_report import Outcome, RoundReport
 from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.training import WeightedSum
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 
 CLIENTS, ASKED, EXAMPLES, ROUNDS = 10_000, 100, 10, 200

@@ -7,7 +7,7 @@ from experiments.datasets import site_names
 from experiments.privacy_table.results import Results, Row
 from experiments.privacy_table.settings import Placement, PlacementSettings, TaskSettings
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.secure_exchange import Seats
+from fedclaw.server.exchange import Seats
 
 _NOISE: dict[Placement, str] = {
     "none": "none",

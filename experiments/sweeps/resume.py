@@ -7,8 +7,8 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.server import checkpoint
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.session import make_plan, make_strategy
 from fedclaw.server.training import session_of
 from fedclaw.site.journal.ledger import Budget
 from fedclaw.site.privacy_budget import charge_for

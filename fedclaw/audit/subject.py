@@ -35,9 +35,8 @@ from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import ModelSpec, RoundRules
 from fedclaw.server.exchange import ask as ask_cohort
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
-from fedclaw.server.session import initial_parameters, make_record
+from fedclaw.server.session import initial_parameters, make_plan, make_record, make_strategy
 from fedclaw.server.settings import RunSettings
 from fedclaw.server.training import TrainingQuestion, session_of
 from fedclaw.site.journal.ledger import Ledger

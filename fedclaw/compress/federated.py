@@ -26,10 +26,9 @@ from fedclaw.protocol.terms import CentralNoise, CentralRequest, Distillation, M
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.exchange import ask
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory, RunRecord
-from fedclaw.server.session import calibrated
+from fedclaw.server.session import calibrated, make_plan, make_strategy
 from fedclaw.server.waiting import wait_for_cohort
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.server.listening import ListenAddress
+from fedclaw.server.settings import ListenAddress
 from fedclaw.server.waiting import CohortWaiting
 
 

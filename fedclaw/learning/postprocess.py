@@ -9,7 +9,7 @@ Random positions come before the clipping, so that what is clipped is what is se
 is the last thing that a site makes of an update, and the server opens it before it adds it (`reader`).
 
 What clips at the site knows the sensitivity, so the same postprocessor makes the noise at the server. Masking comes
-after all of these and is not one of them: it is an exchange of its own (`fedclaw.server.secure_exchange`).
+after all of these and is not one of them: it is an exchange of its own (`fedclaw.server.exchange`).
 """
 
 from collections.abc import Callable, Mapping

@@ -17,6 +17,6 @@ HEADER_BYTES = 4 << 20
 KEYS, SHARES, CONFIRM, DISPUTE = "query.keys", "query.shares", "query.confirm", "query.dispute"
 CONSENT, UNMASK = "query.consent", "query.unmask"
 STAGES = (KEYS, SHARES, CONFIRM, DISPUTE, CONSENT, UNMASK)
-"""Message types of a secure sum (`fedclaw.server.secure_exchange`), in order."""
+"""Message types of a secure sum (`fedclaw.server.exchange`), in order."""
 SECURE, MASKED = "secure", "masked"
 """What the protocol says, and the masked vector."""

@@ -10,7 +10,7 @@ and a site that trained answers
     {"sum": ArrayRecord (weight x parameter delta; float32, or what `compression` makes of it),
      "metrics": MetricRecord {"weight", "examples"}, "receipt": ConfigRecord {"json": Receipt}}
 
-Under secure aggregation the exchange has further stages (`fedclaw.server.secure_exchange`), and the trained answer has
+Under secure aggregation the exchange has further stages (`fedclaw.server.exchange`), and the trained answer has
 {"masked": ArrayRecord (one flat uint32 vector)} in place of the sum.
 
 A site that evaluated answers {"metrics": MetricRecord {"weight", "examples", name: value x weight}}.

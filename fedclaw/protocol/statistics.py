@@ -7,7 +7,7 @@ with scores asked for also {"arrays": ArrayRecord of the model's parameters}, an
     {"sum": ArrayRecord {"statistics": its noised vector (d,), float32}, "receipt": ConfigRecord {"json":
      StatisticsReceipt}, "about": ConfigRecord {"run"}}
 
-Under secure aggregation the exchange has further stages (`fedclaw.server.secure_exchange`), and the answer has
+Under secure aggregation the exchange has further stages (`fedclaw.server.exchange`), and the answer has
 {"masked": ArrayRecord (one flat uint32 vector)} in place of the sum.
 
 The vector is that of `fedclaw.privacy.statistics.Design`, which both sides make from the schema and the request.

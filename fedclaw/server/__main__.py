@@ -30,9 +30,8 @@ from fedclaw.identity.federation_home import FederationHome
 from fedclaw.report.late import late_notes
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, check_reachable, make_tracker
 from fedclaw.server.early_checks import check_early, run_name
-from fedclaw.server.listening import ListenAddress
 from fedclaw.server.run_directory import RunDirectory, RunRecord
-from fedclaw.server.settings import RunSettings
+from fedclaw.server.settings import ListenAddress, RunSettings
 from fedclaw.server.waiting import SitesSettings, wait_for_cohort
 from fedclaw.transport.grpc.limits import Limits
 

@@ -11,8 +11,7 @@ from fedclaw.learning.strategy import Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.server.grids import StreamingGrid, site_name
-from fedclaw.server.pending_round import PendingRound
-from fedclaw.server.run_directory import RunRecord
+from fedclaw.server.run_directory import PendingRound, RunRecord
 from fedclaw.server.waiting import poll
 
 LOOK_AGAIN = 0.2

@@ -14,13 +14,12 @@ from fedclaw.protocol.plan import Plan
 from fedclaw.server.cohorts import Cohorts
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.exchange import ask
-from fedclaw.server.pending_round import PendingRound
-from fedclaw.server.plans import make_plan, make_strategy, task_of
 from fedclaw.server.round_report import Observer, Outcome, RoundReport, RoundResult
 from fedclaw.server.round_training import RoundTraining
-from fedclaw.server.run_directory import RunDirectory, SiteReceipt
+from fedclaw.server.run_directory import PendingRound, RunDirectory, SiteReceipt
 from fedclaw.server.run_receipts import RunReceipts
 from fedclaw.server.run_state import RunState
+from fedclaw.server.session import make_plan, make_strategy, task_of
 from fedclaw.server.training import TrainingQuestion
 
 log = logging.getLogger(__name__)

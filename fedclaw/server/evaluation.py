@@ -15,8 +15,7 @@ from fedclaw.protocol.messages import METRICS, RECEIPT, SCORE_NOISE, SCORES
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.records import MessageRecords
-from fedclaw.server.answers import check_weight, number_in, numbers_in, part, weights_in
-from fedclaw.server.cohort_question import CohortQuestion
+from fedclaw.server.cohort_question import CohortQuestion, check_weight, number_in, numbers_in, part, weights_in
 
 MOST_NOISE = 1e9
 """Deviation of the noise in a cell of a histogram: a site with more says nothing."""

@@ -10,8 +10,8 @@ from fedclaw.errors import CheckpointError
 from fedclaw.privacy.distributed import Price
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.server.answers import Declined
 from fedclaw.server.checkpoint import Checkpoint
+from fedclaw.server.cohort_question import Declined
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.server.training import TrainingQuestion

@@ -11,15 +11,13 @@ from fedclaw.errors import RoundError
 from fedclaw.learning.strategy import Buffered, Strategy
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.server.accumulator import robust_aggregation
-from fedclaw.server.answers import reasons_of
 from fedclaw.server.asynchronous import Buffer
+from fedclaw.server.cohort_question import reasons_of
 from fedclaw.server.cohorts import Cohorts
 from fedclaw.server.exchange import ask
-from fedclaw.server.pending_round import PendingRound
-from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.run_directory import PendingRound, RunDirectory, RunRecord
 from fedclaw.server.run_state import RunState
-from fedclaw.server.training import TrainingQuestion, session_of
+from fedclaw.server.training import TrainingQuestion, robust_aggregation, session_of
 
 log = logging.getLogger(__name__)
 

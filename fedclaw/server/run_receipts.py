@@ -1,12 +1,58 @@
-"""The sites' receipts of a run. Of each figure the worst that a site has reported is kept."""
+"""The sites' receipts of a run. Of each figure the worst that a site has reported is kept.
+
+By them a run whose noise leaves nothing to learn is called that. By its figures: `Task.nothing_learned`.
+"""
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 
-from fedclaw.server.learned import hopeless_noise
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 from fedclaw.server.training import TrainingQuestion
 
 log = logging.getLogger(__name__)
+
+_LEAST_SIGNAL = 3.0
+# Standard deviations. Below, not even gradients that all point one way can be told from the noise.
+
+
+def hopeless_noise(record: RunRecord, receipts: Mapping[str, SiteReceipt], sites: int) -> str | None:
+    """The warning for a run whose noise drowns whatever there is to learn; None: it does not.
+
+    A run's steps move the model by at most the clipping bound each, and by that only if the gradients of all examples
+    point one way at every step; of the noise's own path, its deviation in that one direction is compared with the sum.
+    """
+    found = [signal for signal in _signals(record, list(receipts.values()), sites) if signal < _LEAST_SIGNAL]
+    if not found:
+        return None
+    return (
+        f"with this noise nothing can be learned: even if all gradients pointed one way, {record.rounds} rounds would "
+        f"move the model by {max(found):.2g} standard deviations of the noise; take a larger epsilon, more examples or "
+        "sites, larger batches or more rounds"
+    )
+
+
+def _signals(record: RunRecord, receipts: Sequence[SiteReceipt], sites: int) -> list[float]:
+    """Largest possible signal over the noise in its direction, over the whole run; empty without noise."""
+    if record.privacy is not None:
+        noised = [item for item in receipts if item.receipt.mechanism == "dp-sgd" and item.receipt.noise_multiplier > 0]
+        if not noised or len(noised) < len(receipts):
+            return []
+        # A mean of K sites' paths: signals add up to at most K of the best one's, deviations to the root of K.
+        best = max(_of_one(item, record.rounds) for item in noised)
+        return [best * math.sqrt(len(noised))]
+    mechanism = mechanism_of(record)
+    if not isinstance(mechanism, SumNoise):
+        return []
+    return [mechanism.signal_to_noise(sum(item.examples for item in receipts), sites)]
+
+
+def _of_one(item: SiteReceipt, rounds: int) -> float:
+    """Of T steps on samples of B: T C against sqrt(T) z C / B."""
+    receipt = item.receipt
+    return receipt.sample_rate * item.examples * math.sqrt(receipt.steps * rounds) / receipt.noise_multiplier
 
 
 class RunReceipts:

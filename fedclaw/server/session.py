@@ -1,17 +1,64 @@
-"""From settings to a run: what the server, the experiments and the compression stage share."""
+"""From settings to a run's record, and from that to what its rounds need: strategy, task, model, each round's plan.
+
+The server, the experiments and the compression stage share it.
+"""
 
 import torch
 
 from fedclaw.errors import PluginError, PrivacyError, UnknownModel, UsageError
-from fedclaw.learning.registry import workload_class
+from fedclaw.learning.registry import strategy_class, workload_class
+from fedclaw.learning.strategy import Strategy
+from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, RoundRules
+from fedclaw.protocol.frozen import check_settings, fields_of
+from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, RoundRules, Terms
 from fedclaw.server.early_checks import check_combination, chosen_strategy, read_schema, record_of, run_name
-from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import ReleaseUse, RunRecord
 from fedclaw.server.settings import RunSettings
 from fedclaw.server.statistics_release import read_release
+
+
+def make_strategy(record: RunRecord) -> Strategy:
+    """The run's strategy with its settings. Raises PluginError, or UsageError for wrong settings."""
+    return check_settings(record.strategy.settings, strategy_class(record.strategy.name))
+
+
+def make_plan(
+    record: RunRecord, strategy: Strategy, number: int, cohort: int, central: CentralNoise | None = None
+) -> Plan:
+    """The plan of round `number` for `cohort` sites. `central` is the record's with this round's values.
+
+    A round of secure aggregation adds its session.
+    """
+    fields = {
+        **fields_of(record, Terms),
+        "round": number,
+        "cohort": cohort,
+        "schema_digest": record.schema_digest,
+        "strategy": record.strategy.name,
+        "strategy_fields": dict(strategy.client_fields()),
+        "strategy_settings": strategy.model_dump(mode="json"),
+        "central": central or record.central,
+        "secure": None,
+    }
+    return Plan(**fields)
+
+
+def task_of(record: RunRecord) -> Task:
+    """The run's task, as its schema has it.
+
+    Where the workload is not installed beside the server, classification by the record's own word, without labels:
+    rounds need no workload, and only means are then reported. Raises PluginError for any other task.
+    """
+    try:
+        return record.make_schema().task
+    except PluginError:
+        if record.task != Classification.name:
+            raise
+        return Classification()
 
 
 def make_record(settings: RunSettings, federation: str, run: str | None, rules: RoundRules) -> RunRecord:

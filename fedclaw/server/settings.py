@@ -1,15 +1,33 @@
-"""What determines a run, as conf/ says it. Imports nothing heavy: a wrong setting is told at once."""
+"""What determines a run, and where a server may be told to listen, as conf/ says it.
+
+Imports nothing heavy: a wrong setting is told at once.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator
 
 from fedclaw.learning.tasks.installed import metrics_and_clauses, unknown
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import Name
 from fedclaw.protocol.terms import CentralRequest, SecureRequest, SharedTerms
+
+_LARGEST_PORT = 65535
+
+
+def check_listening(address: str) -> str:
+    """`address`, if it is HOST:PORT; any interface ("0.0.0.0", "[::]") will do here. Raises ValueError."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > _LARGEST_PORT:
+        raise ValueError(f"{address!r} is not HOST:PORT with a port up to {_LARGEST_PORT}")
+    return address
+
+
+ListenAddress = Annotated[str, AfterValidator(check_listening)]
+"""HOST:PORT, checked."""
+
 
 ALL_METRICS = ("all",)
 

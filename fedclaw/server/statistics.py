@@ -28,10 +28,8 @@ from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
 from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
 from fedclaw.protocol.terms import SecureRequest
-from fedclaw.server.answers import part, reasons_of, receipt_in
-from fedclaw.server.cohort_question import CohortQuestion
-from fedclaw.server.exchange import ask
-from fedclaw.server.secure_exchange import Seats
+from fedclaw.server.cohort_question import CohortQuestion, part, reasons_of, receipt_in
+from fedclaw.server.exchange import Seats, ask
 from fedclaw.server.statistics_release import Release, ScoresOf, make_release, release_mechanism
 
 log = logging.getLogger(__name__)

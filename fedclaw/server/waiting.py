@@ -10,8 +10,7 @@ from pydantic import Field
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.protocol.frozen import Frozen, fields_of
 from fedclaw.protocol.terms import RoundRules
-from fedclaw.server.pending_round import PendingRound
-from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.run_directory import PendingRound, RunDirectory
 
 log = logging.getLogger(__name__)
 

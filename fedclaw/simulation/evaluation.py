@@ -13,7 +13,7 @@ from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.terms import ModelSpec
-from fedclaw.server.answers import Declined
+from fedclaw.server.cohort_question import Declined
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import State

@@ -13,12 +13,10 @@ from fedclaw.protocol.message_identity import empty_run, number_of
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.update import Update
-from fedclaw.server.accumulator import UpdateStack
-from fedclaw.server.answers import Declined
-from fedclaw.server.cohort_question import CohortQuestion
+from fedclaw.server.cohort_question import CohortQuestion, Declined
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.exchange import CohortGrid
-from fedclaw.server.training import TrainingQuestion
+from fedclaw.server.training import TrainingQuestion, UpdateStack
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.evaluation import Evaluator
 from fedclaw.simulation.executors import Executor

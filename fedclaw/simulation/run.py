@@ -14,11 +14,9 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import shapes_of
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.pending_round import PENDING
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.round_report import Observer, Outcome, result_of
-from fedclaw.server.run_directory import RunDirectory, RunRecord, Simulated
-from fedclaw.server.session import initial_parameters
+from fedclaw.server.run_directory import PENDING, RunDirectory, RunRecord, Simulated
+from fedclaw.server.session import initial_parameters, make_plan, make_strategy
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.choice import Choice, choose
 from fedclaw.simulation.executors import Executor, ProcessPoolExecutor, SerialExecutor

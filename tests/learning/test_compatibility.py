@@ -12,7 +12,7 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
-from fedclaw.server.plans import make_plan
+from fedclaw.server.session import make_plan
 from fedclaw.server.training import session_of
 from tests.hostile import EXAMPLE, ONE_STEP, SITE
 from tests.least_squares import asked

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedclaw.report.tables import Figures, parts_in_lines, shortened
 from fedclaw.report.terminal import TerminalProgress, receipt_table
-from fedclaw.server.answers import Declined
+from fedclaw.server.cohort_question import Declined
 from fedclaw.server.round_report import RoundReport
 from fedclaw.server.run_directory import SiteReceipt
 from tests.samples import receipt

@@ -15,7 +15,7 @@ from fedclaw.privacy.provenance import Released
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.terms import LocalTraining, ModelSpec
 from fedclaw.protocol.update import Update
-from fedclaw.server.accumulator import WeightedSum
+from fedclaw.server.training import WeightedSum
 
 TEMPLATE = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}
 

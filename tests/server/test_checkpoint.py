@@ -12,8 +12,8 @@ from fedclaw.array_files import arrays_to_npz
 from fedclaw.errors import CheckpointError
 from fedclaw.server import checkpoint
 from fedclaw.server.checkpoint import Checkpoint
-from fedclaw.server.global_model import GlobalModel
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.run_state import GlobalModel
 from fedclaw.strategies.fedadam import FedAdam
 from fedclaw.strategies.fedavg import FedAvg
 

@@ -23,10 +23,8 @@ from fedclaw.protocol.terms import (
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
-from fedclaw.server.pending_round import PENDING, PendingRound
-from fedclaw.server.plans import make_strategy
-from fedclaw.server.run_directory import RunDirectory
-from fedclaw.server.session import initial_parameters
+from fedclaw.server.run_directory import PENDING, PendingRound, RunDirectory
+from fedclaw.server.session import initial_parameters, make_strategy
 from fedclaw.strategies.fedavg import FedAvg
 from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.conftest import environment

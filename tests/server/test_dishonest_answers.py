@@ -20,7 +20,7 @@ from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest
-from fedclaw.server.answers import LONGEST_REASON, Declined, reasons_of
+from fedclaw.server.cohort_question import LONGEST_REASON, Declined, reasons_of
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt

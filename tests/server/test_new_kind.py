@@ -28,10 +28,8 @@ from fedclaw.protocol.receipt import BudgetSpent
 from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.terms import SecureAggregation, SecureRequest
-from fedclaw.server.answers import part, receipt_in
-from fedclaw.server.cohort_question import CohortQuestion
-from fedclaw.server.exchange import ask
-from fedclaw.server.secure_exchange import Seats
+from fedclaw.server.cohort_question import CohortQuestion, part, receipt_in
+from fedclaw.server.exchange import Seats, ask
 from fedclaw.site.pipeline import Answering, ReplyRecords
 from fedclaw.site.policy.checks import check_session
 from fedclaw.site.privacy_budget import Account, Due

@@ -11,7 +11,7 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.questions import questions
 from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, SecureRequest
-from fedclaw.server import secure_exchange
+from fedclaw.server import exchange
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
@@ -32,7 +32,7 @@ def seen(monkeypatch):
         return hash_of(records)
 
     monkeypatch.setattr(questions_module, "hash_of", counted)
-    monkeypatch.setattr(secure_exchange, "hash_of", counted)
+    monkeypatch.setattr(exchange, "hash_of", counted)
     return found
 
 

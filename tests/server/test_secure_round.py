@@ -24,8 +24,7 @@ from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.exchange import ask
-from fedclaw.server.pending_round import PendingRound
-from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.run_directory import PendingRound, RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.training import TrainingQuestion, session_of
 from fedclaw.transport.in_process import LocalGrid, open_sites

@@ -4,8 +4,7 @@ import pytest
 
 from fedclaw.errors import PluginError, UsageError
 from fedclaw.protocol.terms import LocalTraining, RoundRules
-from fedclaw.server.plans import task_of
-from fedclaw.server.session import make_record
+from fedclaw.server.session import make_record, task_of
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from tests.samples import run_record
 

@@ -3,8 +3,7 @@
 import pytest
 
 from fedclaw.errors import RoundError
-from fedclaw.server.pending_round import PENDING, PendingRound
-from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.run_directory import PENDING, PendingRound, RunDirectory
 from fedclaw.server.waiting import LATECOMERS, CohortWaiting, wait_for_cohort
 from tests.samples import run_record
 

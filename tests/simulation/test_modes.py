@@ -6,8 +6,8 @@ import torch
 
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.session import make_plan, make_strategy
 from fedclaw.simulation import SimulationSettings
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.service import SiteService

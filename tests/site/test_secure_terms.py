@@ -24,8 +24,8 @@ from fedclaw.protocol.terms import (
 )
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.session import make_plan, make_strategy
 from fedclaw.site.service import SiteService
 from fedclaw.transport.in_process import LocalGrid
 from tests.least_squares import asked, identified, service

@@ -13,9 +13,8 @@ from fedclaw.protocol.terms import CentralNoise, LocalTraining, RoundRules, Secu
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
 from fedclaw.server.exchange import ask
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunDirectory
-from fedclaw.server.session import initial_parameters
+from fedclaw.server.session import initial_parameters, make_plan, make_strategy
 from fedclaw.server.training import TrainingQuestion
 from fedclaw.strategies.fedbuff import FedBuff
 from fedclaw.transport.in_process import LocalGrid, open_sites

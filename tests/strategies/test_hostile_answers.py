@@ -24,9 +24,8 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
 from fedclaw.protocol.terms import LocalTraining, StrategyRecord
-from fedclaw.server.accumulator import robust_aggregation
-from fedclaw.server.plans import make_strategy
-from fedclaw.server.training import TrainingQuestion
+from fedclaw.server.session import make_strategy
+from fedclaw.server.training import TrainingQuestion, robust_aggregation
 from tests.samples import plan_of, receipt, run_record
 
 SITES = 13

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from fedclaw.server.accumulator import UpdateStack, robust_aggregation
+from fedclaw.server.training import UpdateStack, robust_aggregation
 from fedclaw.strategies.bulyan import Bulyan
 from fedclaw.strategies.centred_clipping import CENTRE, CentredClipping
 from fedclaw.strategies.krum import Krum

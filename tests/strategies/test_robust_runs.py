@@ -13,9 +13,8 @@ from fedclaw.protocol.terms import CentralNoise, LocalTraining, RoundRules, Secu
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination
-from fedclaw.server.plans import make_strategy
 from fedclaw.server.run_directory import RunDirectory, RunRecord
-from fedclaw.server.session import initial_parameters
+from fedclaw.server.session import initial_parameters, make_strategy
 from fedclaw.strategies.centred_clipping import CENTRE
 from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.crashes import server_dies

@@ -26,13 +26,12 @@ from fedclaw.learning.strategy import Participation
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays, pack, shapes_of, unpack
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.server.accumulator import robust_aggregation
-from fedclaw.server.answers import CohortAnswers
+from fedclaw.server.cohort_question import CohortAnswers
 from fedclaw.server.evaluation import EvaluationQuestion
-from fedclaw.server.global_model import GlobalModel
-from fedclaw.server.plans import make_plan, make_strategy
 from fedclaw.server.run_directory import RunRecord
-from fedclaw.server.training import TrainingQuestion
+from fedclaw.server.run_state import GlobalModel
+from fedclaw.server.session import make_plan, make_strategy
+from fedclaw.server.training import TrainingQuestion, robust_aggregation
 
 log = logging.getLogger(__name__)
 

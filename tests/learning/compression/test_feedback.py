@@ -15,7 +15,7 @@ from fedclaw.protocol.arrays import shapes_of
 from fedclaw.protocol.compression import PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.terms import CentralNoise
 from fedclaw.protocol.update import Update
-from fedclaw.server.accumulator import WeightedSum
+from fedclaw.server.training import WeightedSum
 from tests.samples import plan_of, run_record
 
 SOURCE = GaussianSource()

@@ -18,8 +18,8 @@ from fedclaw.protocol.arrays import pack_wire
 from fedclaw.protocol.messages import SCORE_NOISE, SCORES
 from fedclaw.protocol.terms import SCORE_HISTOGRAM, PrivacyRequest
 from fedclaw.server.evaluation import EvaluationQuestion
-from fedclaw.server.learned import hopeless_noise
 from fedclaw.server.run_directory import SiteReceipt
+from fedclaw.server.run_receipts import hopeless_noise
 from fedclaw.site.evaluation import bounded_together, noised
 from fedclaw.site.policy.policy import Policy
 from tests.samples import plan_of, receipt, run_record

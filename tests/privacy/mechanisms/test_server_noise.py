@@ -30,11 +30,10 @@ from fedclaw.protocol.terms import (
 )
 from fedclaw.protocol.update import Update
 from fedclaw.server import checkpoint
-from fedclaw.server.accumulator import WeightedSum
 from fedclaw.server.coordinator import run_rounds
-from fedclaw.server.pending_round import PENDING
-from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.run_directory import PENDING, RunDirectory
 from fedclaw.server.session import calibrated, initial_parameters
+from fedclaw.server.training import WeightedSum
 from fedclaw.site.privacy_budget import charge_for
 from fedclaw.transport.in_process import LocalGrid, open_sites
 from tests.chance import scale_is_right
