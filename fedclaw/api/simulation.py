@@ -17,7 +17,7 @@ from fedclaw.learning.registry import SCHEMAS, STRATEGIES, WORKLOADS, installed,
 from fedclaw.learning.strategy import Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
-from fedclaw.privacy.mechanisms.server_noise import noise_of_the_server
+from fedclaw.privacy.mechanisms.sum_noise import noise_of_the_server
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.terms import (
     CentralRequest,

@@ -10,7 +10,7 @@ alone, and the model treats the examples of a batch separately. Both are checked
 computed from the gradients afterwards is post-processing.
 
 Floating point. Norms, factors and sums are float64, and a clipped gradient keeps 1e-6 of the bound in hand
-(`fedclaw.privacy.gradients.clipping`), so that one example moves the sum before noise (`exact`) by at most the
+(`fedclaw.privacy.gradients.interface`), so that one example moves the sum before noise (`exact`) by at most the
 sensitivity, at batches of up to ten million examples, whatever the parameters are; noise is added to that sum, and what
 is rounded to float32 is the noisy one. A large sum is multiplied out, noised and rounded some rows at a time, so that
 its float64 form need not go through memory; each number is still a float64 sum, and gets its noise before it is
@@ -35,8 +35,7 @@ import torch
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.choice import choose, instead
-from fedclaw.privacy.gradients.clipping import filled
-from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited, trainable
+from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited, filled, trainable
 from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 

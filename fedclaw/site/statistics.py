@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
 from fedclaw.learning.statistics import design_for, score_records
-from fedclaw.privacy.mechanisms.statistics import (
+from fedclaw.privacy.mechanisms.choice import (
     SENSITIVITY,
     SharedStatistics,
     StatisticsMechanism,

@@ -18,8 +18,8 @@ from fedclaw.learning.postprocess import template
 from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.learning.step_loop import ModelSteps, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
+from fedclaw.privacy.distributed import Integers
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.integers import Integers
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, shuffled_batches

@@ -13,7 +13,7 @@ from fedclaw.audit.run import audit_run, probe_mechanisms
 from fedclaw.privacy import distributed, steps
 from fedclaw.privacy import noise as noise_module
 from fedclaw.privacy.mechanisms import shared_noise, sum_noise
-from fedclaw.privacy.mechanisms.server_noise import ServerNoise
+from fedclaw.privacy.mechanisms.sum_noise import ServerNoise
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
 from tests.audit.conftest import MODES

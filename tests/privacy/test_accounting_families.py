@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy import renyi
+from fedclaw.privacy import accounting
 from fedclaw.privacy.accounting import SMALLEST_NOISE, NoiseEvent, calibrate, epsilon_of, event_from_json, event_to_json
 from fedclaw.site.journal.history import History
 
@@ -103,9 +103,9 @@ def test_curves_are_those_of_dp_accounting_at_integer_orders(rate: float, noise:
     orders = [2, 3, 5, 8, 24, 1024]
     accountant = RdpAccountant(orders=orders)
     accountant.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)))
-    curve = renyi.sampled_curve(rate, 1 / (2 * noise**2))
+    curve = accounting.sampled_curve(rate, 1 / (2 * noise**2))
     # dp_accounting adds up a sum around 1 and divides: its small values are exact to some 1e-14.
-    there = curve[np.searchsorted(renyi.ORDERS, orders)]
+    there = curve[np.searchsorted(accounting.ORDERS, orders)]
     assert np.all(np.abs(there / accountant.rdp - 1) < 1e-9 + 1e-13 / accountant.rdp)
 
 
@@ -119,8 +119,8 @@ def test_both_directions_of_a_sampled_discrete_gaussian_are_bounded(
     absent = np.exp(-(values**2.0) / (2 * sigma**2))
     there = np.exp(-((values - shift) ** 2.0) / (2 * sigma**2))
     absent, sampled = absent / absent.sum(), (1 - rate) * absent / absent.sum() + rate * there / there.sum()
-    curve = renyi.sampled_curve(rate, shift**2 / (2 * sigma**2))
-    bound = curve[np.searchsorted(renyi.ORDERS, order)]
+    curve = accounting.sampled_curve(rate, shift**2 / (2 * sigma**2))
+    bound = curve[np.searchsorted(accounting.ORDERS, order)]
     both = (absent > 1e-280) & (sampled > 1e-280)
     for first, second in ((absent, sampled), (sampled, absent)):
         terms = order * np.log(first[both]) + (1 - order) * np.log(second[both])
@@ -129,8 +129,8 @@ def test_both_directions_of_a_sampled_discrete_gaussian_are_bounded(
 
 def test_tiny_rates_keep_their_digits() -> None:
     """The leading term is rate^2 (exp(2 rho) - 1) at order 2; a sum around 1 would lose it."""
-    curve = renyi.sampled_curve(1e-9, 0.5)
-    assert curve[np.searchsorted(renyi.ORDERS, 2.0)] == pytest.approx(1e-18 * math.expm1(1.0), rel=1e-6)
+    curve = accounting.sampled_curve(1e-9, 0.5)
+    assert curve[np.searchsorted(accounting.ORDERS, 2.0)] == pytest.approx(1e-18 * math.expm1(1.0), rel=1e-6)
 
 
 def test_the_price_of_renyi_accounting_is_moderate() -> None:

@@ -20,12 +20,10 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.stacked.batched import BatchedModel
 from fedclaw.learning.stacked.packing import pack
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
-from fedclaw.privacy.distributed import share_noise
+from fedclaw.privacy.distributed import SumWithShare, share_noise
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.integers import SumWithShare
-from fedclaw.privacy.mechanisms.server_noise import moved
-from fedclaw.privacy.mechanisms.sum_noise import clip_to
+from fedclaw.privacy.mechanisms.sum_noise import clip_to, moved
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PrivateGradients

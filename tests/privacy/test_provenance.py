@@ -9,9 +9,8 @@ import pytest
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.postprocessor import SiteContext
-from fedclaw.privacy.distributed import share_noise
+from fedclaw.privacy.distributed import Nearest, SumWithShare, share_noise
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.integers import Nearest, SumWithShare
 from fedclaw.privacy.mechanisms.local_noise import OwnNoise
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.shared_noise import with_share

@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.gradients.clipping import add_clipped
-from fedclaw.privacy.gradients.interface import Clip
+from fedclaw.privacy.gradients.interface import Clip, add_clipped
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, poisson_batches, shuffled_batches

@@ -9,7 +9,7 @@ from flwr.app import Message
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.workload import Table
-from fedclaw.privacy.secure_aggregation.graph import complete_graph, neighbours_needed
+from fedclaw.privacy.secure_aggregation.parameters import complete_graph, neighbours_needed
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import KEYS
 from fedclaw.protocol.questions import Outgoing, question, questions

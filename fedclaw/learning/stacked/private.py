@@ -17,7 +17,7 @@ from fedclaw.learning.stacked.product import StackedLinear
 from fedclaw.learning.stacked.stack import StackedLayer
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.gradients import checks
-from fedclaw.privacy.gradients.clipping import LARGEST_NORM, NORM_MARGIN, without_overflow
+from fedclaw.privacy.gradients.interface import LARGEST_NORM, NORM_MARGIN, without_overflow
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource

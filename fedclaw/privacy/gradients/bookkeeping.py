@@ -20,8 +20,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from fedclaw.privacy.gradients.clipping import clip_factors, overflows, without_overflow
-from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited
+from fedclaw.privacy.gradients.interface import (
+    Clip,
+    ClippedSums,
+    Loss,
+    Products,
+    Unsuited,
+    clip_factors,
+    overflows,
+    without_overflow,
+)
 from fedclaw.privacy.gradients.layers import LayerRule, LinearRule, Spread, rule_for
 
 _SAME_GRADIENT = 1e-3

@@ -18,8 +18,7 @@ import torch
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.gradients.bookkeeping import Bookkeeping
 from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Unsuited, trainable
-from fedclaw.privacy.gradients.opacus_hooks import OpacusHooks
-from fedclaw.privacy.gradients.vmap import CompiledVmap, Vmap
+from fedclaw.privacy.gradients.per_example import CompiledVmap, OpacusHooks, Vmap
 from fedclaw.privacy.speed import Mode, StepSpeed
 
 logger = logging.getLogger(__name__)

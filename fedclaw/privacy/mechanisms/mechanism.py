@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, Reason, Setting, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.privacy.distributed import Integers, Nearest
 from fedclaw.privacy.fixed_point import Vector, nearest_step
-from fedclaw.privacy.mechanisms.integers import Integers, Nearest
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import Frozen, fields_of

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.distributed import Shares, choose_step, share_noise
+from fedclaw.privacy.distributed import Integers, Shares, SumWithShare, WithShare, choose_step, share_noise
 from fedclaw.privacy.fixed_point import Vector
-from fedclaw.privacy.mechanisms.integers import Integers, SumWithShare, WithShare
 from fedclaw.privacy.mechanisms.mechanism import Charge, T
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released

@@ -9,10 +9,9 @@ both. Shares come with commitments (`dealing`): a holder finds a wrong one befor
 who sent it.
 
 `Parameters` say who takes part. `SiteSession` (opened by `Sessions`) and `ServerSession` are the two halves, `messages`
-is what they exchange. There is no transport here. See `graph` for what is guaranteed, and against whom.
+is what they exchange. There is no transport here. See `parameters` for what is guaranteed, and against whom.
 """
 
-from fedclaw.privacy.secure_aggregation.graph import Topology, neighbours_needed
 from fedclaw.privacy.secure_aggregation.identity import CertificateVerifier, Signer, Verifier, local_identities
 from fedclaw.privacy.secure_aggregation.messages import (
     Accusations,
@@ -30,7 +29,7 @@ from fedclaw.privacy.secure_aggregation.messages import (
     Unmasking,
     UnmaskRequest,
 )
-from fedclaw.privacy.secure_aggregation.parameters import Parameters
+from fedclaw.privacy.secure_aggregation.parameters import Parameters, Topology, neighbours_needed
 from fedclaw.privacy.secure_aggregation.server import ServerSession
 from fedclaw.privacy.secure_aggregation.sessions import Sessions
 from fedclaw.privacy.secure_aggregation.site import SiteSession

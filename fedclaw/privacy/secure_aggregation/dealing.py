@@ -1,7 +1,8 @@
 """Verifiable secret sharing: a holder checks its shares when it receives them, and the server when they are revealed.
 
-A dealer shares its seed and its mask key, each by a polynomial f of degree t - 1 over Z_q (`shamir`, q the order of
-P-256). It proves, without interaction, that all its shares of one secret lie on one such polynomial:
+A dealer shares its seed and its mask key, each by a polynomial f of degree t - 1 over Z_q (Shamir 1979, "How to Share a
+Secret"; q is the order of P-256, `curve`). The secret is f(0); a holder's share is f at the holder's x, from 1. Any t
+shares recover the secret, and fewer are independent of it. The dealer proves, without interaction, that all its shares of one secret lie on one such polynomial:
 
     draw a polynomial r of the same degree and commit to both values at each holder:  c_i = H(r(x_i), f(x_i))
     compute the challenge d = H(all c_i, ...) and publish  z = r + d f  (t coefficients)
@@ -24,15 +25,47 @@ The cost grows with the number of neighbours, not with the length of the vector.
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple, Self
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import curve
 from fedclaw.privacy.secure_aggregation.curve import ORDER
 from fedclaw.privacy.secure_aggregation.parameters import Parameters, framed
-from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES, evaluate
+
+SECRET_BYTES = 32
+SHARE_BYTES = 33
+"""Length of a share on the wire, big-endian."""
+
+
+def evaluate(coefficients: Sequence[int], x: int) -> int:
+    """The value at `x` of the polynomial with these coefficients, the constant term first."""
+    value = 0
+    for coefficient in reversed(coefficients):
+        value = (value * x + coefficient) % ORDER
+    return value
+
+
+def recover(shares: Mapping[int, int], threshold: int) -> bytes:
+    """The secret (32 bytes, big-endian) behind `shares`, values by x: Lagrange interpolation of the first `threshold`.
+
+    Every share has to be right; it is checked before it gets here (`ShareProof`). Raises SecureAggregationError
+    for fewer than `threshold`.
+    """
+    if len(shares) < threshold:
+        raise SecureAggregationError(f"{len(shares)} shares are too few: {threshold} recover a secret")
+    points = dict(islice(shares.items(), threshold))
+    secret = 0
+    for x, share in points.items():
+        above = below = 1
+        for other in points:
+            if other != x:
+                above, below = above * other % ORDER, below * (other - x) % ORDER
+        secret += share * above * pow(below, -1, ORDER)
+    return (secret % ORDER).to_bytes(SECRET_BYTES, "big")
+
 
 NUMBER_BYTES = 32
 """An element of Z_q on the wire, big-endian."""

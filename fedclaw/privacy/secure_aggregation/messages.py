@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation.curve import POINT_BYTES
-from fedclaw.privacy.secure_aggregation.dealing import COMMITMENT_BYTES, NUMBER_BYTES, PROOF_BYTES
+from fedclaw.privacy.secure_aggregation.dealing import COMMITMENT_BYTES, NUMBER_BYTES, PROOF_BYTES, SHARE_BYTES
 from fedclaw.privacy.secure_aggregation.identity import MAX_CERTIFICATE, MAX_SIGNATURE
 from fedclaw.privacy.secure_aggregation.keys import (
     EPHEMERAL_BYTES,
@@ -27,7 +27,6 @@ from fedclaw.privacy.secure_aggregation.keys import (
     SESSION_SIGNATURE_BYTES,
 )
 from fedclaw.privacy.secure_aggregation.parameters import MAX_SITES, Name, Session
-from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES
 from fedclaw.protocol.frozen import Frozen
 
 ConfigValue = ConfigRecordValues

@@ -4,10 +4,9 @@ from collections.abc import Collection, Mapping
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import keys
-from fedclaw.privacy.secure_aggregation.dealing import Dealing, Secret
+from fedclaw.privacy.secure_aggregation.dealing import Dealing, Secret, recover
 from fedclaw.privacy.secure_aggregation.messages import Advertisement, Unmasking
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
-from fedclaw.privacy.secure_aggregation.shamir import recover
 from fedclaw.privacy.secure_aggregation.site import adds
 
 

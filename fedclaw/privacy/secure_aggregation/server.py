@@ -35,7 +35,7 @@ from fedclaw.privacy.secure_aggregation.identity import (
     shares_message,
     survivors_message,
 )
-from fedclaw.privacy.secure_aggregation.masks import apply_masks, check_vector
+from fedclaw.privacy.secure_aggregation.keys import apply_masks, check_vector
 from fedclaw.privacy.secure_aggregation.messages import (
     Accusations,
     Advertisement,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedclaw.errors import SecureAggregationError
 from fedclaw.identity import pki
 from fedclaw.privacy.secure_aggregation import keys
-from fedclaw.privacy.secure_aggregation.dealing import SecretShares, ShareProof, deal, packed
+from fedclaw.privacy.secure_aggregation.dealing import SHARE_BYTES, SecretShares, ShareProof, deal, packed
 from fedclaw.privacy.secure_aggregation.identity import (
     ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
@@ -35,7 +35,7 @@ from fedclaw.privacy.secure_aggregation.identity import (
     shares_message,
     survivors_message,
 )
-from fedclaw.privacy.secure_aggregation.masks import apply_masks, check_vector
+from fedclaw.privacy.secure_aggregation.keys import apply_masks, check_vector
 from fedclaw.privacy.secure_aggregation.messages import (
     Accusations,
     Advertisement,
@@ -53,7 +53,6 @@ from fedclaw.privacy.secure_aggregation.messages import (
     Wire,
 )
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
-from fedclaw.privacy.secure_aggregation.shamir import SHARE_BYTES
 
 
 class Stage(IntEnum):

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Collection, Iterable
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.secure_aggregation.graph import Topology, is_enough
+from fedclaw.privacy.secure_aggregation.parameters import Topology, is_enough
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.statistics import STATISTICS_VERSION, StatisticsRequest

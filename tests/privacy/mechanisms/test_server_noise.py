@@ -14,8 +14,7 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.privacy.mechanisms.server_noise import moved
-from fedclaw.privacy.mechanisms.sum_noise import clip_to
+from fedclaw.privacy.mechanisms.sum_noise import clip_to, moved
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Raw
 from fedclaw.protocol.message_identity import assume_server_identity

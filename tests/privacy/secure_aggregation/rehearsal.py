@@ -23,8 +23,8 @@ from fedclaw.privacy.secure_aggregation import (
     UnmaskRequest,
     local_identities,
 )
-from fedclaw.privacy.secure_aggregation.graph import least_threshold
 from fedclaw.privacy.secure_aggregation.messages import Wire
+from fedclaw.privacy.secure_aggregation.parameters import least_threshold
 from fedclaw.transport.grpc.message_codec import decode, encode
 
 FEDERATION = "heart"

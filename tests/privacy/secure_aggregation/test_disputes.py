@@ -19,7 +19,9 @@ from fedclaw.privacy.secure_aggregation.dealing import (
     _challenge,
     _commit,
     deal,
+    evaluate,
     packed,
+    recover,
 )
 from fedclaw.privacy.secure_aggregation.identity import (
     ACCUSATION_PURPOSE,
@@ -27,7 +29,6 @@ from fedclaw.privacy.secure_aggregation.identity import (
     accusation_message,
     shares_message,
 )
-from fedclaw.privacy.secure_aggregation.shamir import evaluate, recover
 from fedclaw.privacy.secure_aggregation.site import SiteSession
 from tests.privacy.secure_aggregation.rehearsal import Exchange, names, parameters, wired
 

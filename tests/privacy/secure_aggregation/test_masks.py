@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.privacy.secure_aggregation.masks import BLOCK, apply_masks
+from fedclaw.privacy.secure_aggregation.keys import BLOCK, apply_masks
 
 ONE, OTHER = b"1" * 32, b"2" * 32
 

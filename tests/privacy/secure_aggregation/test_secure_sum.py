@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import ServerSession
-from fedclaw.privacy.secure_aggregation.graph import least_threshold
-from fedclaw.privacy.secure_aggregation.keys import SessionKeys
-from fedclaw.privacy.secure_aggregation.masks import BLOCK
+from fedclaw.privacy.secure_aggregation.keys import BLOCK, SessionKeys
+from fedclaw.privacy.secure_aggregation.parameters import least_threshold
 from tests.chance import frequencies_fit
 from tests.privacy.secure_aggregation.rehearsal import STAGES, Exchange, names, parameters, site_session
 

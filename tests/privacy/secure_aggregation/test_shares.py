@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation.curve import ORDER
-from fedclaw.privacy.secure_aggregation.shamir import evaluate, recover
+from fedclaw.privacy.secure_aggregation.dealing import evaluate, recover
 
 
 def split(secret: int, threshold: int, points: list[int]) -> dict[int, int]:

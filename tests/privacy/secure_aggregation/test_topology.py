@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.privacy.secure_aggregation.graph import (
+from fedclaw.privacy.secure_aggregation.parameters import (
     Graph,
+    Parameters,
     _hypergeometric,
     least_threshold,
     neighbours_needed,
     permutation,
 )
-from fedclaw.privacy.secure_aggregation.parameters import Parameters
 from tests.chance import frequencies_fit
 from tests.privacy.secure_aggregation.rehearsal import parameters
 
