@@ -81,8 +81,7 @@ def check(overrides: Sequence[str]) -> None:
     _require_directory(settings.site)
     site = load_site_settings(settings.site)
     with startup.loading(_LIBRARIES):
-        from fedclaw.site.preflight.check import examine
-        from fedclaw.site.preflight.what_if import what_if
+        from fedclaw.site.preflight.check import examine, what_if
     checked = examine(settings.site, site)
     console, findings = make_console(), checked.findings
     for fact in findings.facts:

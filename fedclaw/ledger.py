@@ -170,7 +170,7 @@ def _statement(settings: LedgerSettings, console: Console) -> None:
 
 
 def _begin_again(settings: LedgerSettings, console: Console) -> None:
-    from fedclaw.site.begin_again import begin_again
+    from fedclaw.site.directory import begin_again
 
     if settings.reason is None:
         raise UsageError('begin-again needs reason="…": what happened to the ledger; it is kept for ever')

@@ -21,9 +21,14 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.compression.encoded import SiteEncoding, compressor_of, layout, opened
-from fedclaw.learning.compression.feedback import terms_of
-from fedclaw.learning.compression.randomk import SharedPositions
+from fedclaw.learning.compression.postprocessors import (
+    SharedPositions,
+    SiteEncoding,
+    compressor_of,
+    layout,
+    opened,
+    terms_of,
+)
 from fedclaw.learning.postprocessor import Postprocessor, SiteContext
 from fedclaw.learning.registry import strategy_class
 from fedclaw.privacy.mechanisms.choice import mechanism_of

@@ -7,7 +7,8 @@ is there or is not. Costs of different units are never composed with each other.
 
 Family "gaussian": Gaussian noise, composed by privacy loss distributions. Family "discrete": discrete Gaussian noise
 or a sum of it, accounted as concentrated differential privacy with rho = 1 / (2 noise_multiplier^2) and composed by
-Renyi divergences (Canonne, Kamath, Steinke 2020; Kairouz, Liu, Steinke 2021). Shares of some steps or more may be accounted as the Gaussian mechanism behind them instead (`fedclaw.privacy.distributed`).
+Renyi divergences (Canonne, Kamath, Steinke 2020; Kairouz, Liu, Steinke 2021). Shares of some steps or more may be
+accounted as the Gaussian mechanism behind them instead (`fedclaw.privacy.distributed`).
 
 Composition: Koskela, Jalko, Honkela 2020 ("Computing Tight Differential Privacy Guarantees Using FFT") as dp_accounting
 implements it, with the 'connect the dots' discretisation of Doroshenko et al. 2022, which is pessimistic: a coarser
@@ -18,7 +19,7 @@ Renyi accounting is looser than privacy loss distributions, but it needs no more
 discrete Gaussians have such bounds (concentrated differential privacy) and no exact distribution in many dimensions,
 so it is what they are accounted by; and it is the way out where a distribution's grid gives no answer.
 
-A `Curve` is an array (K,): upper bounds on the divergences of ORDERS between neighbouring data sets, which differ in one
+A curve is an array (K,): upper bounds on the divergences of ORDERS between neighbouring data sets, which differ in one
 unit (an example, a site) being there or not, in both directions.
 """
 

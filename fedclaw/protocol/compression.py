@@ -32,7 +32,7 @@ class TopK(Frozen):
 
 
 class RandomK(Frozen):
-    """The numbers at positions drawn at random, the same at every site: `randomk`."""
+    """The numbers at positions drawn at random, the same at every site: `SharedPositions`."""
 
     method: Literal["randk"]
     fraction: float = Field(default=0.25, gt=0, le=1)

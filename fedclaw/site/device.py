@@ -1,4 +1,4 @@
-"""Where a site computes, and with what precision and how many threads."""
+"""Where a site computes, with what precision and how many threads, and one row without regard to the others."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -32,3 +32,14 @@ def precision(device: torch.device, parameters: int, private: bool) -> AbstractC
     """
     pays = device.type == "cuda" and parameters >= SMALL_MODEL and not private and torch.cuda.is_bf16_supported()
     return torch.autocast("cuda", dtype=torch.bfloat16) if pays else nullcontext()
+
+
+def one_by_one(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """The outputs (N, C) of inputs (N, *D), each row on its own, whatever else is there, and wherever it stands.
+
+    In a batch, how the products of one row are rounded can depend on how many rows there are, and on where in memory
+    it lies: so each has memory of its own. With parameters that leave little but rounding, one row more would otherwise
+    turn the outputs of many.
+    """
+    with torch.no_grad():
+        return torch.cat([model(row.clone()) for row in torch.split(inputs, 1)])

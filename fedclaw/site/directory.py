@@ -3,6 +3,13 @@
 site.yaml  schema file  data files  keys/  federation.json        what the operator put there
 ledger.json        that a ledger was begun: see `fedclaw.site.journal.reconciliation`
 state/ledger.sqlite  state/outbound.jsonl  state/outbox/  state/strategy/          what the client keeps there
+
+`begin_again` is the operator's explicit word that a site goes on though its privacy ledger is lost, or is older than
+what it spent.
+
+What was spent is not undone by losing the record of it, so the word is kept for ever: as an entry of the ledger that
+the site goes on with, which `show`, the statement and every receipt from then on repeat. A ledger that is there and
+whole, if only an older copy, is gone on with: what it has counts. All else is set aside, never deleted.
 """
 
 import fcntl
@@ -10,31 +17,39 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from fedclaw.errors import DataError, UsageError
+from fedclaw.errors import DataError, LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.secure_aggregation import CertificateVerifier, Sessions
-from fedclaw.site.data import load_data
 from fedclaw.site.device import choose_device
+from fedclaw.site.journal.history import Index, read_ledger
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.journal.reconciliation import check, check_mark, check_site, losses, write_mark
-from fedclaw.site.layout import ledger_file, outbound_file, strategy_directory
+from fedclaw.site.journal.reconciliation import LedgerMark, check, check_mark, check_site, losses, read_mark, write_mark
+from fedclaw.site.layout import (
+    answers_directory,
+    ledger_file,
+    outbound_file,
+    outbox_directory,
+    strategy_directory,
+)
 from fedclaw.site.layout import state_directory as state_directory
 from fedclaw.site.policy.policy import TEST
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
-from fedclaw.site.settings import SiteSettings
-from fedclaw.site.shared_rows import note
-from fedclaw.site.site import SiteData
+from fedclaw.site.settings import SiteSettings, load_site_settings
+from fedclaw.site.site import SiteData, load_data, note_on_shared_rows
 from fedclaw.site.state import SiteStates
 
 log = logging.getLogger(__name__)
+
+LONGEST_REASON = 500
 
 
 @contextmanager
@@ -97,7 +112,9 @@ def open_service(
         )
         if durable:
             _compare_journal(root, service)
-            if data.test is not None and (told := note(service.policy, service.shared_test_rows, len(data.test))):
+            if data.test is not None and (
+                told := note_on_shared_rows(service.policy, service.shared_test_rows, len(data.test))
+            ):
                 log.warning("%s", told)
         opened.pop_all()
     return service
@@ -151,3 +168,74 @@ def read_schema(settings: SiteSettings) -> Schema:
         raise DataError(f"the schema file {settings.schema_file} cannot be read: {error}") from error
     schema = schema_class(settings.workload).parse(text, str(settings.schema_file))
     return schema.written_as(settings.data.written)
+
+
+def begin_again(root: Path, reason: str) -> str:
+    """Have the site at `root` go on, and keep `reason`. Returns what was done, in a sentence.
+
+    Raises UsageError if nothing is lost, no reason is given, or a client is running.
+    """
+    settings = load_site_settings(root)
+    words = " ".join(reason.split())
+    if not words or len(words) > LONGEST_REASON or not words.isprintable():
+        raise UsageError(
+            f'reason="…" is what stays of this in the ledger: one line, at most {LONGEST_REASON} characters'
+        )
+    with only_client(root):
+        if (problem := what_is_lost(root)) is None:
+            raise UsageError(
+                f"nothing is lost at {root}: its ledger is whole, or none was begun yet; just start the client"
+            )
+        mark = _mark(root)
+        kept = _readable(root)
+        aside = _set_aside(root, with_ledger=kept is None)
+        with Ledger.open(ledger_file(root), settings.data_set) as ledger:
+            ledger.begin_again(words, problem, None if mark is None else mark.model_dump())
+            write_mark(root, ledger.index())
+    gone_on = "a new ledger was begun" if kept is None else f"the ledger of {kept.sequence} entries is gone on with"
+    return f"{gone_on}; what was lost is not counted, which stays written in it; the rest is in {aside}"
+
+
+def what_is_lost(root: Path) -> str | None:
+    """Why the site at `root` does not start on its ledger; None: it does."""
+    try:
+        if ledger_file(root).exists():
+            check_site(root)
+            check_mark(root, read_ledger(ledger_file(root))[1])
+        else:
+            check_mark(root, None)
+            if outbound_file(root).exists():
+                check_site(root)
+    except LedgerError as error:
+        return str(error)
+    return None
+
+
+def _mark(root: Path) -> LedgerMark | None:
+    try:
+        return read_mark(root)
+    except LedgerError as error:
+        log.warning("%s", error)
+        return None
+
+
+def _readable(root: Path) -> Index | None:
+    """The ledger that is there, if its own chain holds."""
+    try:
+        return read_ledger(ledger_file(root))[1]
+    except LedgerError:
+        return None
+
+
+def _set_aside(root: Path, *, with_ledger: bool) -> Path:
+    """Move what does not belong to the ledger that is gone on with, answers that wait to be sent again included."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+    aside = state_directory(root) / f"before-{stamp}"
+    aside.mkdir(mode=0o700)
+    ledger = ledger_file(root)
+    moved = [outbound_file(root), outbox_directory(root), answers_directory(root)]
+    moved += [ledger, ledger.with_name(ledger.name + "-journal")] if with_ledger else []
+    for path in moved:
+        if path.exists():
+            path.replace(aside / path.name)
+    return aside

@@ -42,16 +42,13 @@ from fedclaw.protocol.messages import (
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.site.data import is_prepared, prepare
+from fedclaw.site.device import one_by_one
 from fedclaw.site.journal.ledger import Budget, Ledger
-from fedclaw.site.outputs import one_by_one
-from fedclaw.site.pipeline import ReplyRecords
-from fedclaw.site.plan_answer import PlanAnswer
+from fedclaw.site.pipeline import PlanAnswer, ReplyRecords
 from fedclaw.site.policy.checks import permitted_metrics
 from fedclaw.site.policy.policy import TEST, Policy
-from fedclaw.site.privacy_budget import Account, Asking, Due, check_affordable
-from fedclaw.site.rate_limit import check_evaluation
-from fedclaw.site.site import Site, sent_arrays
+from fedclaw.site.privacy_budget import Account, Asking, Due, check_affordable, check_evaluation
+from fedclaw.site.site import Site, is_prepared, prepare, sent_arrays
 from fedclaw.site.strategy_client import personal_parameters
 
 EVALUATION_BATCH = 4096

@@ -34,7 +34,7 @@ from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, KEYS, MASKED, S
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.pipeline import Answering, Mask, ReplyRecords
-from fedclaw.site.rate_limit import check_charge
+from fedclaw.site.privacy_budget import check_charge
 
 
 @dataclass(frozen=True)

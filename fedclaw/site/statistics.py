@@ -33,12 +33,11 @@ from fedclaw.protocol.messages import ARRAYS, JSON, RECEIPT, SUM
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, VECTOR, ScoreQuestion, StatisticsReceipt, StatisticsRequest
 from fedclaw.protocol.terms import SecureAggregation
-from fedclaw.site.data import check_constants, files_of, fingerprint, prepare, require_same
-from fedclaw.site.outputs import one_by_one
+from fedclaw.site.device import one_by_one
 from fedclaw.site.pipeline import Answering, ReplyRecords
 from fedclaw.site.policy.checks import check_statistics
 from fedclaw.site.privacy_budget import Account, Due
-from fedclaw.site.site import Site, sent_arrays
+from fedclaw.site.site import Site, check_constants, files_of, fingerprint, prepare, require_same, sent_arrays
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 
 from fedclaw.errors import PluginError, PrivacyError, UsageError
 from fedclaw.learning.compatibility import refusal, strategy_of
-from fedclaw.learning.compression import feedback
+from fedclaw.learning.compression.postprocessors import KINDS as FEEDBACK
 from fedclaw.learning.step_loop import Correction
 from fedclaw.learning.strategy import (
     PERSONAL,
@@ -155,7 +155,7 @@ def _begin(site: Site, plan: Plan, made: Provenance) -> tuple[State, Provenance 
         return {}, None
     if found.made == made or (found.made is None and not mechanism_of(plan).claims_privacy):
         return found.beginning(plan.round), found.made
-    if found.after.keys() <= feedback.KINDS:
+    if found.after.keys() <= FEEDBACK:
         return {}, None
     raise Refusal(RefusalCode.STRATEGY, _mixed(plan, found.made, made))
 

@@ -30,13 +30,11 @@ from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.terms import SecureAggregation
 from fedclaw.protocol.update import Update
-from fedclaw.site.data import is_prepared, prepare
 from fedclaw.site.device import precision, set_threads
-from fedclaw.site.pipeline import ReplyRecords
-from fedclaw.site.plan_answer import PlanAnswer
+from fedclaw.site.pipeline import PlanAnswer, ReplyRecords
 from fedclaw.site.policy.checks import check_plan
 from fedclaw.site.privacy_budget import Due, charge_for, check_affordable, log_spending, receipt_of
-from fedclaw.site.site import Site, sent_arrays
+from fedclaw.site.site import Site, is_prepared, prepare, sent_arrays
 from fedclaw.site.strategy_client import ClientHalf, check_terms
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

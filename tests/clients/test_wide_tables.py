@@ -14,8 +14,8 @@ from fedclaw.clients.table_definition import MAX_FEATURES
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 from fedclaw.files import sha256_file
-from fedclaw.site.data import load_data
 from fedclaw.site.settings import DataFiles
+from fedclaw.site.site import load_data
 
 
 def schema_of(columns: int, more: str = "", kind: str = "numeric, center: 1, scale: 2") -> TabularSchema:

@@ -16,7 +16,7 @@ from fedclaw.learning.distillation import distilled
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.site.outputs import one_by_one
+from fedclaw.site.device import one_by_one
 
 ROWS = 64
 

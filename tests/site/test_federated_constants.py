@@ -13,11 +13,11 @@ from fedclaw.protocol.message_identity import assign_message_id, assume_server_i
 from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest
-from fedclaw.site import data as site_data
-from fedclaw.site.data import prepare
+from fedclaw.site import site as site_data
 from fedclaw.site.directory import open_service
 from fedclaw.site.policy.policy import DataSetBudget
 from fedclaw.site.settings import load_site_settings
+from fedclaw.site.site import prepare
 from tests.made_tables import make_sites
 
 MOMENTS = {"dose": (5000.0, 3000.0**2), "age": (50.0, 144.0)}

@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
-from fedclaw.learning.tasks.class_metrics import classification
 from fedclaw.learning.tasks.class_sums import COUNTS
-from fedclaw.learning.tasks.classification import METRICS
+from fedclaw.learning.tasks.classification import METRICS, classification
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.arrays import Form, unpack_wire
 from fedclaw.protocol.message_identity import assume_server_identity

@@ -1,10 +1,11 @@
 """What a clipping engine is: it adds a batch's clipped gradients to totals, and knows nothing of noise.
 
-Clipped sums of float32 gradients are worked out in float64. Squares of float32 numbers neither vanish nor overflow in it, so a norm is
-right to about 2^-52 a number whatever a model's parameters are, without scaling by the largest entry first; the factor
-that a gradient is clipped by, bound / norm / batch, may be as small as 1e-50 and is still an ordinary number, where
-float32 would round it up to the next denormal; and a sum of a million clipped gradients is right to 1e-7 of one of
-them. So one example moves a sum by at most the bound: what rounding adds is less than what NORM_MARGIN takes off.
+Clipped sums of float32 gradients are worked out in float64. Squares of float32 numbers neither vanish nor overflow in
+it, so a norm is right to about 2^-52 a number whatever a model's parameters are, without scaling by the largest entry
+first; the factor that a gradient is clipped by, bound / norm / batch, may be as small as 1e-50 and is still an ordinary
+number, where float32 would round it up to the next denormal; and a sum of a million clipped gradients is right to 1e-7
+of one of them. So one example moves a sum by at most the bound: what rounding adds is less than what NORM_MARGIN takes
+off.
 
 Legend: B examples in a batch, D input shape, P trainable parameters.
 """

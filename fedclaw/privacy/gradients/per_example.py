@@ -1,9 +1,9 @@
 """The engines that hold each example's gradient: by Opacus' hooks, or by torch.func, compiled or not.
 
 Opacus' hooks take the most models, and are what the other engines are tested against. torch.func maps the gradient of
-one example's loss over the batch, for every model that vmap takes. Compiled, the map becomes a few fused loops, which is fastest
-for small models; but compiling takes seconds for each shape, so batches are padded to a few sizes, with examples that
-count nothing.
+one example's loss over the batch, for every model that vmap takes. Compiled, the map becomes a few fused loops, which
+is fastest for small models; but compiling takes seconds for each shape, so batches are padded to a few sizes, with
+examples that count nothing.
 """
 
 import logging

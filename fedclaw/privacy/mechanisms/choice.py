@@ -1,7 +1,7 @@
 """Which mechanism is asked for: the one place that looks at whose noise it is.
 
-An update and a release of statistics leave alike: with the site's own noise, or every site's share of it inside a secure
-sum; an update also with noise by the server.
+An update and a release of statistics leave alike: with the site's own noise, or every site's share of it inside a
+secure sum; an update also with noise by the server.
 """
 
 from dataclasses import dataclass

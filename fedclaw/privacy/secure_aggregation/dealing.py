@@ -2,7 +2,8 @@
 
 A dealer shares its seed and its mask key, each by a polynomial f of degree t - 1 over Z_q (Shamir 1979, "How to Share a
 Secret"; q is the order of P-256, `curve`). The secret is f(0); a holder's share is f at the holder's x, from 1. Any t
-shares recover the secret, and fewer are independent of it. The dealer proves, without interaction, that all its shares of one secret lie on one such polynomial:
+shares recover the secret, and fewer are independent of it. The dealer
+proves, without interaction, that all its shares of one secret lie on one such polynomial:
 
     draw a polynomial r of the same degree and commit to both values at each holder:  c_i = H(r(x_i), f(x_i))
     compute the challenge d = H(all c_i, ...) and publish  z = r + d f  (t coefficients)

@@ -21,7 +21,7 @@ cut off the end, or an old copy put back while nobody looks, leave a valid chain
 that was handed out earlier is still in it, and the outbound log keeps every head that left
 (`fedclaw.site.journal.reconciliation`).
 
-Reading. `fedclaw.site.journal.ledger_file.read_ledger` needs no right to write and holds no lock for longer than one
+Reading. `fedclaw.site.journal.history.read_ledger` needs no right to write and holds no lock for longer than one
 read, so the ledger of a running client can be looked at.
 
 A data set is a name that the operator gave, not the bytes of a file: a nightly export changes the bytes and keeps
@@ -29,7 +29,7 @@ the people. The fingerprint of the content is noted with each charge, so that an
 the very content that was charged under one name is not opened under another.
 
 Times are written for people; no budget depends on them, only how often a site lets itself be asked
-(`fedclaw.site.rate_limit`), which trusts the entries' order more than their times.
+(`fedclaw.site.privacy_budget`), which trusts the entries' order more than their times.
 """
 
 import logging
@@ -51,17 +51,15 @@ from fedclaw.errors import BudgetExceeded, LedgerError
 from fedclaw.privacy.accounting import NoiseEvent, event_to_json
 from fedclaw.protocol.chain import GENESIS, canonical, link
 from fedclaw.site.journal.history import (
+    BUSY_SECONDS,
     LEDGER_VERSION,
     Budget,
     Entry,
+    FileWatch,
     History,
     Index,
     Remaining,
     Reservation,
-)
-from fedclaw.site.journal.ledger_file import (
-    BUSY_SECONDS,
-    FileWatch,
     blocking,
     connect_to_read,
     follow_all,

@@ -41,7 +41,7 @@ class OutboundEntry(Frozen):
 
     sequence: int = Field(ge=1)
     time: str
-    """UTC, ISO 8601; for people, and for how often the site lets itself be asked (`fedclaw.site.rate_limit`)."""
+    """UTC, ISO 8601; for people, and for how often the site lets itself be asked (`fedclaw.site.privacy_budget`)."""
     federation: str
     run: str
     round: str

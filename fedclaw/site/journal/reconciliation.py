@@ -9,7 +9,7 @@ The mark lies outside of `state/`: a budget must not begin again because a folde
 directory, beside `keys/`, holds the ledger's identity and the head it had when it was last charged. It is written
 before the first charge and after every one, each time before anything is trained; so it never knows of more than the
 ledger does, unless the ledger was lost, cut, or replaced by an older copy. Then the site does not start until the
-newest copy is back, or the operator says in so many words that it begins again (`fedclaw.site.begin_again`).
+newest copy is back, or the operator says in so many words that it begins again (`fedclaw.site.directory`).
 """
 
 from collections import Counter, defaultdict
@@ -24,8 +24,7 @@ from pydantic import Field, ValidationError
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.protocol.frozen import Frozen, explain
-from fedclaw.site.journal.history import Budget, Entry, Index
-from fedclaw.site.journal.ledger_file import read_ledger
+from fedclaw.site.journal.history import Budget, Entry, Index, read_ledger
 from fedclaw.site.journal.outbound import OutboundEntry, OutboundLog
 from fedclaw.site.journal.spending import Spending, spending_of
 from fedclaw.site.layout import ledger_file, mark_file, outbound_file

@@ -2,7 +2,7 @@
 
 Every clause is checked before anything is trained or evaluated (`fedclaw.site.policy.checks`), and a breach is
 answered with a typed refusal that says what was asked and what is allowed. How often a server may ask is checked
-against the site's books (`fedclaw.site.rate_limit`); what is left of a budget is the ledger's question.
+against the site's books (`fedclaw.site.privacy_budget`); what is left of a budget is the ledger's question.
 `fedclaw.site.policy.sentences` says in words what a policy allows.
 """
 

@@ -5,8 +5,7 @@ import pytest
 from scipy.stats import chi2
 
 from fedclaw.learning import postprocess
-from fedclaw.learning.compression.feedback import ERROR, WARM
-from fedclaw.learning.compression.randomk import positions
+from fedclaw.learning.compression.postprocessors import ERROR, WARM, positions
 from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource

@@ -7,11 +7,18 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.compression.compressor import kept
-from fedclaw.learning.compression.fp16 import Fp16
-from fedclaw.learning.compression.powersgd import LowRank
-from fedclaw.learning.compression.stochastic import Stochastic, packed, unpacked
-from fedclaw.learning.compression.topk import LargestK, encoded_positions, position_form, read_positions
+from fedclaw.learning.compression.compressor import (
+    Fp16,
+    LargestK,
+    LowRank,
+    Stochastic,
+    encoded_positions,
+    kept,
+    packed,
+    position_form,
+    read_positions,
+    unpacked,
+)
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack_wire, payload, shapes_of, unpack_wire
 

@@ -13,7 +13,7 @@ from sklearn import metrics as oracle
 
 from fedclaw.clients.vision import VisionWorkload
 from fedclaw.clients.vision_schema import VisionSchema
-from fedclaw.learning.tasks import class_metrics as metrics
+from fedclaw.learning.tasks import classification as metrics
 from fedclaw.learning.tasks.classification import METRICS
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.tasks import class_metrics as metrics
+from fedclaw.learning.tasks import classification as metrics
 from fedclaw.learning.tasks.class_sums import BINS, Pooled, area_of, counts_of, edges, histograms_of
 from fedclaw.learning.tasks.classification import METRICS, Classification
 from fedclaw.privacy.noise import GaussianSource

@@ -11,8 +11,8 @@ import pytest
 
 from fedclaw.errors import LedgerError
 from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.site.journal.history import read_ledger
 from fedclaw.site.journal.ledger import Budget, Ledger
-from fedclaw.site.journal.ledger_file import read_ledger
 from tests.conftest import environment
 
 UNLIMITED = Budget(None, 1e-5)

@@ -10,8 +10,7 @@ from fedclaw.errors import LedgerError, UsageError
 from fedclaw.ledger import main
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.site.begin_again import begin_again
-from fedclaw.site.directory import only_client
+from fedclaw.site.directory import begin_again, only_client
 from fedclaw.site.journal.reconciliation import check_journal, open_journal
 from fedclaw.site.preflight.check import examine
 from fedclaw.site.settings import load_site_settings

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedclaw.privacy.accounting import NoiseEvent, epsilon_of
-from fedclaw.site.journal.history import Budget
+from fedclaw.site.journal.history import Budget, read_ledger
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.journal.ledger_file import read_ledger
 from fedclaw.site.journal.spending import epsilon_over_time, spending_of
 from tests.ledgers import ROUND, Run, make_site
 

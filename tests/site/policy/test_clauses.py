@@ -253,7 +253,7 @@ class _Clock(datetime):
 
 @pytest.fixture
 def clock(monkeypatch):
-    for module in ("fedclaw.site.journal.ledger", "fedclaw.site.journal.outbound", "fedclaw.site.rate_limit"):
+    for module in ("fedclaw.site.journal.ledger", "fedclaw.site.journal.outbound", "fedclaw.site.privacy_budget"):
         monkeypatch.setattr(f"{module}.datetime", _Clock)
     monkeypatch.setattr(_Clock, "shift", timedelta())
     return _Clock
