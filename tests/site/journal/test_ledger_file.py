@@ -11,7 +11,7 @@ import pytest
 
 from fedclaw.errors import LedgerError
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.site.journal.history import read_ledger
+from fedclaw.site.journal.history import Entry, Index, read_ledger
 from fedclaw.site.journal.ledger import Budget, Ledger
 from tests.conftest import environment
 
@@ -162,7 +162,7 @@ def test_only_a_foreign_hand_makes_it_read_everything_again(path: Path, monkeypa
     with Ledger.open(path, "data") as ledger, Ledger.open(path, "data/test") as other:
         reserve(ledger, "a")
         with monkeypatch.context() as watched:
-            watched.setattr(Ledger, "_read_again", lambda *_: pytest.fail("all of it was read"))
+            watched.setattr(Ledger, "_verified", lambda *_: pytest.fail("all of it was read"))
             reserve(ledger, "b")
             ledger.settle("b")
             ledger.spent(1e-5)
@@ -172,11 +172,12 @@ def test_only_a_foreign_hand_makes_it_read_everything_again(path: Path, monkeypa
         path.touch()
         reads = 0
 
-        def count(one: Ledger) -> None:
+        def count(one: Ledger) -> tuple[tuple[Entry, ...], Index]:
             nonlocal reads
             reads += 1
+            return (), one._index
 
-        monkeypatch.setattr(Ledger, "_read_again", count)
+        monkeypatch.setattr(Ledger, "_verified", count)
         ledger.head()
         ledger.head()
         assert reads == 1
