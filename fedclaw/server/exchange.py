@@ -42,9 +42,8 @@ from fedclaw.privacy.secure_aggregation import (
     Unmasking,
     neighbours_needed,
 )
-from fedclaw.privacy.secure_aggregation.graph import complete_graph
 from fedclaw.privacy.secure_aggregation.messages import Wire
-from fedclaw.privacy.secure_aggregation.parameters import parameters_of
+from fedclaw.privacy.secure_aggregation.parameters import complete_graph, parameters_of
 from fedclaw.protocol.arrays import unpack_integers
 from fedclaw.protocol.messages import CONFIRM, CONSENT, DISPUTE, HEADER_BYTES, KEYS, MASKED, SECURE, SHARES, UNMASK
 from fedclaw.protocol.questions import questions
