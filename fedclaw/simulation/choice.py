@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.stacked.batched import BatchedModel, Loss, NotStackable
-from fedclaw.learning.stacked.engines import Build, Engine, PlainModel, VmapModel
+from fedclaw.learning.stacked.engines import BatchedModel, Build, Engine, Loss, NotStackable, PlainModel, VmapModel
 from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.steps import plain_steps
 from fedclaw.learning.step_loop import take_steps

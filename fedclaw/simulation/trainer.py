@@ -1,5 +1,14 @@
-"""Trains a unit of clients: many at once or one at a time, with the strategy's client half and the postprocessors."""
+"""Trains a unit of clients: many at once or one at a time, with the strategy's client half and the postprocessors.
 
+Randomness is by (seed, round, client): what a client draws does not depend on who computes it, or on who else is asked.
+It is counter-based (Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3": Philox): the seed
+is the key, round and client are the counter's upper words. It is fast and can be foreseen: for the order of batches,
+never for privacy. Poisson samples and noise come from `fedclaw.privacy.noise.GaussianSource`, under a key that the
+operating system draws; or, where a researcher asks for noise that can be repeated, under one made from the seed, which
+guarantees nothing to anybody.
+"""
+
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +22,7 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distillation_loss
 from fedclaw.learning.postprocessor import SiteContext
 from fedclaw.learning.registry import strategy_class
-from fedclaw.learning.stacked.batched import BatchedModel, Loss
-from fedclaw.learning.stacked.engines import Engine, PlainModel
+from fedclaw.learning.stacked.engines import BatchedModel, Engine, Loss, PlainModel
 from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.learning.stacked.steps import ClientSteps, RowSteps, plain_steps
@@ -32,7 +40,22 @@ from fedclaw.simulation.choice import Choice, make_engine
 from fedclaw.simulation.correction import Correct, Correction
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, flat, size_of
-from fedclaw.simulation.streams import generator_of, noise_of
+
+_KEY = 0x66656463_6C617721
+# Any constant: it keeps these streams apart from others that are made from the same seed.
+
+
+def generator_of(seed: int, round: int, client: int) -> np.random.Generator:
+    """The stream of one client in one round."""
+    return np.random.Generator(np.random.Philox(key=[seed, _KEY], counter=[0, 0, client, round]))
+
+
+def noise_of(seed: int | None, round: int, client: int) -> GaussianSource:
+    """The source of one client's Poisson samples and noise; `seed` None: cryptographic, never the same twice."""
+    if seed is None:
+        return GaussianSource()
+    key = hashlib.sha256(f"simulated noise, not private|{seed}|{round}|{client}".encode()).digest()
+    return GaussianSource(insecure_fixed_key_for_tests=key)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.learning.stacked.batched import BatchedModel
+from fedclaw.learning.stacked.engines import BatchedModel
 from fedclaw.learning.stacked.packing import pack
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.noise import GaussianSource

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from fedclaw.errors import PrivacyError
-from fedclaw.learning.stacked.batched import BatchedModel, NotStackable
+from fedclaw.learning.stacked.engines import BatchedModel, NotStackable
 from fedclaw.learning.stacked.packing import Packing, Rows
-from fedclaw.learning.stacked.product import StackedLinear
-from fedclaw.learning.stacked.stack import StackedLayer
+from fedclaw.learning.stacked.stack import StackedLayer, StackedLinear
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.interface import LARGEST_NORM, NORM_MARGIN, without_overflow

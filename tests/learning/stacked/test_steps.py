@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedclaw.learning.stacked.batched import BatchedModel
+from fedclaw.learning.stacked.engines import BatchedModel
 from fedclaw.learning.stacked.packing import pack
-from fedclaw.learning.stacked.product import _OUT_OF_CACHE
+from fedclaw.learning.stacked.stack import _OUT_OF_CACHE
 from fedclaw.learning.stacked.steps import DescendingSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import make_optimizer, take_steps
 from fedclaw.protocol.terms import LocalTraining
