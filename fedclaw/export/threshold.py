@@ -16,7 +16,7 @@ from fedclaw.errors import BundleError, DataError
 from fedclaw.export.layout import Decision
 from fedclaw.learning.statistics import SCORES, edges, parameters_digest
 from fedclaw.learning.workload import Floats, Labels, Table
-from fedclaw.privacy.estimates import ENOUGH
+from fedclaw.privacy.statistics import ENOUGH
 from fedclaw.server.statistics_release import Release
 
 LEAST_OF_A_CLASS = 5

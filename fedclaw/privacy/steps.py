@@ -33,9 +33,20 @@ import numpy as np
 import torch
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.gradients import checks
 from fedclaw.privacy.gradients.choice import choose, instead
-from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, Unsuited, filled, trainable
+from fedclaw.privacy.gradients.interface import (
+    PROBE,
+    Clip,
+    ClippedSums,
+    Loss,
+    Products,
+    Unsuited,
+    check_model,
+    check_separate,
+    check_settings,
+    filled,
+    trainable,
+)
 from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 
@@ -111,9 +122,9 @@ class PrivateGradients(StepTaker):
         taken, about) decide how fast a step is and nothing else. Raises PrivacyError for a model with layers that mix
         examples or keep statistics (batch normalisation) and for settings outside their range.
         """
-        checks.check_settings(max_grad_norm, noise_multiplier, expected_batch_size)
+        check_settings(max_grad_norm, noise_multiplier, expected_batch_size)
         self._model = model.train()
-        checks.check_model(model)
+        check_model(model)
         self._loss = loss
         self._clip = Clip(max_grad_norm, scale=1 / expected_batch_size)
         self._noise_multiplier = noise_multiplier
@@ -183,7 +194,7 @@ class PrivateGradients(StepTaker):
         count = inputs.shape[0]
         if self._unchecked and count > 1:
             with engine.paused():
-                checks.check_separate(self._model, self._loss, inputs[: checks.PROBE], targets[: checks.PROBE])
+                check_separate(self._model, self._loss, inputs[:PROBE], targets[:PROBE])
             self._unchecked = False
         # A sum that is wanted, or added to, is written out.
         writes = self._noise_multiplier == 0 or not self._sums.takes_products

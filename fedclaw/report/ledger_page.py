@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedclaw import __version__
 from fedclaw.report import ledger_words
-from fedclaw.site.journal.reconciliation import SiteJournal, check_journal, losses
+from fedclaw.site.journal.reconciliation import SiteJournal, check_journal, ledger_file, losses
 from fedclaw.site.journal.spending import DataSetSpending, Point, Spending, epsilon_over_time
-from fedclaw.site.layout import ledger_file
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from fedclaw.privacy.estimates import ColumnStatistics, Estimate
+from fedclaw.privacy.statistics import ColumnStatistics, Estimate
 from fedclaw.report.tables import Figures, epsilon_words
 from fedclaw.server.statistics_release import Release
 

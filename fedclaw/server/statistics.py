@@ -19,9 +19,8 @@ from fedclaw.errors import PrivacyError, RoundError, SecureAggregationError, Upd
 from fedclaw.learning.statistics import design_for, parameters_digest
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.distributed import WRAP
-from fedclaw.privacy.estimates import estimate
 from fedclaw.privacy.mechanisms.choice import mechanism_of_request, shared_of
-from fedclaw.privacy.statistics import Doubles
+from fedclaw.privacy.statistics import Doubles, estimate
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.protocol.limits import MOST_EXAMPLES
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM

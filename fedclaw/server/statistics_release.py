@@ -13,7 +13,7 @@ from fedclaw.errors import DataError, UsageError
 from fedclaw.files import write_atomic
 from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.distributed import Shares
-from fedclaw.privacy.estimates import Statistics, moments_of
+from fedclaw.privacy.statistics import Statistics, moments_of
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.receipt import Trust
 from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest

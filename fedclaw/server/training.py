@@ -22,7 +22,7 @@ from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
-from fedclaw.privacy.mechanisms.shared_noise import SharedNoise
+from fedclaw.privacy.mechanisms.site_noise import SharedNoise
 from fedclaw.protocol.arrays import LARGEST, Arrays, all_within, shapes_of, unflattened
 from fedclaw.protocol.messages import SUM
 from fedclaw.protocol.plan import Plan

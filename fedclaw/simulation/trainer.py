@@ -20,7 +20,7 @@ from torch import nn
 
 from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distillation_loss
-from fedclaw.learning.postprocessor import SiteContext
+from fedclaw.learning.postprocess import SiteContext
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.stacked.engines import BatchedModel, Engine, Loss, PlainModel
 from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled

@@ -31,15 +31,21 @@ from fedclaw.site.device import choose_device
 from fedclaw.site.journal.history import Index, read_ledger
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.journal.reconciliation import LedgerMark, check, check_mark, check_site, losses, read_mark, write_mark
-from fedclaw.site.layout import (
+from fedclaw.site.journal.reconciliation import (
+    LedgerMark,
     answers_directory,
+    check,
+    check_mark,
+    check_site,
     ledger_file,
+    losses,
     outbound_file,
     outbox_directory,
+    read_mark,
     strategy_directory,
+    write_mark,
 )
-from fedclaw.site.layout import state_directory as state_directory
+from fedclaw.site.journal.reconciliation import state_directory as state_directory
 from fedclaw.site.policy.policy import TEST
 from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService

@@ -8,7 +8,7 @@ from flwr.app import RecordDict
 
 from fedclaw.errors import PluginError, PrivacyError, UsageError
 from fedclaw.learning.compatibility import refusal, strategy_of
-from fedclaw.learning.compression.postprocessors import KINDS as FEEDBACK
+from fedclaw.learning.postprocess import KINDS as FEEDBACK
 from fedclaw.learning.step_loop import Correction
 from fedclaw.learning.strategy import (
     PERSONAL,

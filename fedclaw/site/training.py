@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distilled
-from fedclaw.learning.postprocess import template
-from fedclaw.learning.postprocessor import SiteContext
+from fedclaw.learning.postprocess import SiteContext, template
 from fedclaw.learning.step_loop import ModelSteps, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.distributed import Integers

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedclaw.privacy.estimates import _distribution, estimate, moments_of
-from fedclaw.privacy.statistics import Design, Records, StatisticColumn
+from fedclaw.privacy.statistics import Design, Records, StatisticColumn, _distribution, estimate, moments_of
 
 COLUMNS = (StatisticColumn("age", bounds=(0.0, 100.0)), StatisticColumn("ward", levels=("a", "b")))
 CLASSES = ("no", "yes")

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 from rich.console import Console
 
-from fedclaw.privacy.estimates import ColumnStatistics, Estimate, Statistics
+from fedclaw.privacy.statistics import ColumnStatistics, Estimate, Statistics
 from fedclaw.protocol.statistics import StatisticsReceipt
 from fedclaw.report.statistics_tables import shown, statistics_tables
 from fedclaw.server.statistics_release import Release, ReleaseMechanism

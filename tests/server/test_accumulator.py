@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning import postprocess
-from fedclaw.learning.postprocessor import Postprocessor, SiteContext
+from fedclaw.learning.postprocess import Postprocessor, SiteContext
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Released
 from fedclaw.protocol.plan import Plan

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import UpdateError
 from fedclaw.learning import postprocess
-from fedclaw.learning.compression.postprocessors import compressor_of, layout
+from fedclaw.learning.postprocess import compressor_of, layout
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.protocol.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack

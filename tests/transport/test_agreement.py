@@ -14,7 +14,7 @@ import pytest
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.layout import ledger_file
+from fedclaw.site.journal.reconciliation import ledger_file
 from tests.transport.federations import RUNTIMES, config_of, deal
 
 PRIVATE = "privacy.epsilon=4 privacy.delta=1e-3 training.batch_size=16"

@@ -19,7 +19,7 @@ from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters, make_record
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.layout import ledger_file
+from fedclaw.site.journal.reconciliation import ledger_file
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.in_process import open_sites, simulate
 from fedclaw.transport.ray import RaySettings, simulate_on_ray

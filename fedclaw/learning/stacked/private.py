@@ -15,8 +15,7 @@ from fedclaw.learning.stacked.engines import BatchedModel, NotStackable
 from fedclaw.learning.stacked.packing import Packing, Rows
 from fedclaw.learning.stacked.stack import StackedLayer, StackedLinear
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.gradients import checks
-from fedclaw.privacy.gradients.interface import LARGEST_NORM, NORM_MARGIN, without_overflow
+from fedclaw.privacy.gradients.interface import LARGEST_NORM, NORM_MARGIN, check_model, without_overflow
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
@@ -56,7 +55,7 @@ class PrivateStep:
 
     def __init__(self, engine: BatchedModel) -> None:
         """Raises NotStackable for a layer without a rule, PrivacyError for a model that mixes examples."""
-        checks.check_model(engine.model)
+        check_model(engine.model)
         self._engine = engine
         self._rules: dict[int, LayerRule] = {}
         for layer in engine.layers:

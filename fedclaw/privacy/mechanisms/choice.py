@@ -14,9 +14,8 @@ from fedclaw.errors import PrivacyError
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.distributed import Shares, SumWithShare
 from fedclaw.privacy.fixed_point import Vector
-from fedclaw.privacy.mechanisms.local_noise import Doubles, LocalNoise, OwnNoise
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
-from fedclaw.privacy.mechanisms.shared_noise import SharedNoise, session_shares, with_share
+from fedclaw.privacy.mechanisms.site_noise import Doubles, LocalNoise, OwnNoise, SharedNoise, session_shares, with_share
 from fedclaw.privacy.mechanisms.sum_noise import ServerNoise
 from fedclaw.privacy.provenance import Part, Released
 from fedclaw.protocol.statistics import StatisticsRequest

@@ -10,6 +10,8 @@ directory, beside `keys/`, holds the ledger's identity and the head it had when 
 before the first charge and after every one, each time before anything is trained; so it never knows of more than the
 ledger does, unless the ledger was lost, cut, or replaced by an older copy. Then the site does not start until the
 newest copy is back, or the operator says in so many words that it begins again (`fedclaw.site.directory`).
+
+Where these files are in a site's directory stands here too.
 """
 
 from collections import Counter, defaultdict
@@ -27,8 +29,42 @@ from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.site.journal.history import Budget, Entry, Index, read_ledger
 from fedclaw.site.journal.outbound import OutboundEntry, OutboundLog
 from fedclaw.site.journal.spending import Spending, spending_of
-from fedclaw.site.layout import ledger_file, mark_file, outbound_file
 from fedclaw.site.settings import SiteSettings, load_site_settings
+
+
+def state_directory(root: Path) -> Path:
+    """Where the client keeps what must survive it."""
+    return root / "state"
+
+
+def ledger_file(root: Path) -> Path:
+    """The privacy ledger."""
+    return state_directory(root) / "ledger.sqlite"
+
+
+def outbound_file(root: Path) -> Path:
+    """The outbound log."""
+    return state_directory(root) / "outbound.jsonl"
+
+
+def outbox_directory(root: Path) -> Path:
+    """Replies that wait, or may be asked for again."""
+    return state_directory(root) / "outbox"
+
+
+def answers_directory(root: Path) -> Path:
+    """The same on Flower's runtimes."""
+    return state_directory(root) / "answers"
+
+
+def mark_file(root: Path) -> Path:
+    """What says, outside of the state, that a ledger was begun."""
+    return root / "ledger.json"
+
+
+def strategy_directory(root: Path) -> Path:
+    """What strategies remember of each run."""
+    return state_directory(root) / "strategy"
 
 
 class LedgerMark(Frozen):

@@ -39,11 +39,12 @@ from fedclaw.site.journal.reconciliation import (
     check,
     check_journal,
     check_mark,
+    ledger_file,
     losses,
     open_journal,
+    outbound_file,
 )
 from fedclaw.site.journal.spending import DataSetSpending
-from fedclaw.site.layout import ledger_file, outbound_file
 from fedclaw.site.policy.policy import DEFAULT_DELTA, TEST, Policy
 from fedclaw.site.policy.sentences import sentences
 from fedclaw.site.preflight.question import Question

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import UsageError
 from fedclaw.learning import postprocess
-from fedclaw.learning.postprocessor import SiteContext
+from fedclaw.learning.postprocess import SiteContext
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.sum_noise import clip_to, moved

@@ -17,7 +17,7 @@ from fedclaw.server.waiting import CohortWaiting
 from fedclaw.site.directory import read_schema
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
-from fedclaw.site.layout import ledger_file
+from fedclaw.site.journal.reconciliation import ledger_file
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower import FLOWER_RECORD, SITE
 from fedclaw.transport.flower import rounds as flower_rounds

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedclaw.errors import TransportError, UpdateError
-from fedclaw.learning.compression.compressor import Stochastic
+from fedclaw.learning.compressors import Stochastic
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.compression import Quantisation
 from fedclaw.transport.grpc import frames

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from fedclaw.errors import UpdateError
-from fedclaw.learning.compression.compressor import (
+from fedclaw.learning.compressors import (
     Fp16,
     LargestK,
     LowRank,

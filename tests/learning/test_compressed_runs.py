@@ -7,8 +7,8 @@ import torch
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
-from fedclaw.learning.compression.compressor import LargestK, Stochastic, kept
-from fedclaw.learning.compression.postprocessors import positions
+from fedclaw.learning.compressors import LargestK, Stochastic, kept
+from fedclaw.learning.postprocess import positions
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack_wire, payload
 from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, RandomK, TopK

@@ -5,8 +5,7 @@ import pytest
 from scipy.stats import chi2
 
 from fedclaw.learning import postprocess
-from fedclaw.learning.compression.postprocessors import ERROR, WARM, positions
-from fedclaw.learning.postprocessor import SiteContext
+from fedclaw.learning.postprocess import ERROR, WARM, SiteContext, positions
 from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Released
