@@ -36,7 +36,7 @@ _WHICH = """## When to use which
 - **`fp16`** where nothing at all may change and half is enough.
 - **`topk` with feedback** where the uplink is what a round waits for: the fewest bytes to an accuracy, but it wants
   rounds, for what waits is sent late. Without feedback it can stop anywhere: the dashed lines, and a counter-example in
-  `tests/learning/compression/test_feedback.py`. Sites that take part seldom carry what waits for long.
+  `tests/learning/test_error_feedback.py`. Sites that take part seldom carry what waits for long.
 - **`powersgd`** for models of large matrices, whose factors are far smaller; small convolutions and vectors hardly
   shrink. It costs a site a QR decomposition a matrix.
 - **`randk`** under secure aggregation or noise on the sum, where nothing else goes. Otherwise `topk` is better at the

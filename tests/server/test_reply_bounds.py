@@ -10,7 +10,7 @@ from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.in_process import LocalGrid
-from tests.learning.compression.test_runs import METHODS, SECURE, directories, record, sites, with_
+from tests.learning.test_compressed_runs import METHODS, SECURE, directories, record, sites, with_
 
 __all__ = ["directories", "record", "sites"]
 MODEL_BYTES = 4 * (30 * 24 + 24 + 24 + 1)
