@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.compression import RandomK
+from fedclaw.protocol.terms import RandomK
 from fedclaw.strategies.norm_bounding import within
 from fedclaw.strategies.robust import RobustStrategy, Updates, distances_to, gram, weighted_sum
 

@@ -8,9 +8,8 @@ from flwr.app import Message
 
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
-from fedclaw.protocol.terms import CentralNoise, LocalTraining, ModelSpec, PrivacyRequest, SecureAggregation
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, ModelSpec, Plan, PrivacyRequest, SecureAggregation
 from fedclaw.server.session import make_plan, make_strategy
 from fedclaw.site.service import SiteService
 from tests.least_squares import asked, service

@@ -33,14 +33,12 @@ from fedclaw.privacy.mechanisms.sum_noise import WITHIN
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Part, Permitted, Released
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
-from fedclaw.protocol.arrays import pack
+from fedclaw.protocol.arrays import Update, pack
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import ABOUT, ARRAYS, BROADCAST, CHARGE, JSON, KEYS, METRICS, PLAN, RECEIPT, SUM
-from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.questions import questions
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.terms import ModelSpec
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.terms import PLAN_VERSION, ModelSpec, Plan
 from fedclaw.site import pipeline
 from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.secure import SecureIdentity

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.receipt import Receipt
-from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest, RoundRules, StrategyRecord
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest, RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import make_plan, make_strategy
 

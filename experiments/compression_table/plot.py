@@ -7,7 +7,7 @@ from typing import Any
 from experiments.compression_table.results import Row
 from experiments.compression_table.settings import TableSettings
 from fedclaw.files import write_atomic
-from fedclaw.protocol.compression import Compression, TopK
+from fedclaw.protocol.terms import Compression, TopK
 
 _COLOURS = {
     None: "#000000",

@@ -9,9 +9,8 @@ from pydantic import Field, model_validator
 
 from experiments.sources import DatasetSettings, with_content
 from experiments.sweeps.identity import digest_of
-from fedclaw.protocol.compression import Compression
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.terms import LocalTraining
+from fedclaw.protocol.terms import Compression, LocalTraining
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from fedclaw.simulation.partitions.settings import PartitionSettings
 

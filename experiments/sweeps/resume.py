@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
+from fedclaw.protocol.terms import Plan
 from fedclaw.server import checkpoint
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_plan, make_strategy

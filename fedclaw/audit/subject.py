@@ -31,9 +31,8 @@ from fedclaw.learning.tasks.base import Targets
 from fedclaw.learning.workload import Floats, Table, Workload
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import ModelSpec, RoundRules
+from fedclaw.protocol.terms import ModelSpec, Plan, RoundRules
 from fedclaw.server.exchange import ask as ask_cohort
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters, make_plan, make_record, make_strategy

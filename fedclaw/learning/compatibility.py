@@ -18,11 +18,9 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Buffered, Strategy, is_overridden
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import DataUse
-from fedclaw.protocol.compression import RandomK, TopK
+from fedclaw.protocol.arrays import is_extra
 from fedclaw.protocol.frozen import check_settings
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import Terms
-from fedclaw.protocol.update import is_extra
+from fedclaw.protocol.terms import Plan, RandomK, Terms, TopK
 
 if TYPE_CHECKING:
     import torch

@@ -44,10 +44,20 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.mechanisms.sum_noise import WITHIN
 from fedclaw.privacy.provenance import Part
-from fedclaw.protocol.arrays import Arrays, Form, Shapes, Wire, all_finite, payload, shapes_of, unpack, unpack_wire
-from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Quantisation, RandomK, TopK
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.update import Update, is_extra
+from fedclaw.protocol.arrays import (
+    Arrays,
+    Form,
+    Shapes,
+    Update,
+    Wire,
+    all_finite,
+    is_extra,
+    payload,
+    shapes_of,
+    unpack,
+    unpack_wire,
+)
+from fedclaw.protocol.terms import Compression, HalfPrecision, Plan, PowerSgd, Quantisation, RandomK, TopK
 
 if TYPE_CHECKING:
     from fedclaw.privacy.noise import GaussianSource

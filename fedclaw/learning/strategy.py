@@ -242,7 +242,7 @@ class Strategy(Frozen, ABC):
 
 
 class Buffered(Strategy, ABC):
-    """A strategy that steps as soon as some of the sites have answered (`fedclaw.server.asynchronous`)."""
+    """A strategy that steps as soon as some of the sites have answered (`fedclaw.server.round_training`)."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Named float arrays on the wire and back, without a copy where none is needed.
+"""Named float arrays on the wire and back, without a copy where none is needed, and the update that they make.
 
 Flower's `Array` holds the bytes of a .npy file. Reading them through `np.load` copies; here they are viewed.
 """
@@ -6,7 +6,7 @@ Flower's `Array` holds the bytes of a .npy file. Reading them through `np.load` 
 import io
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -183,3 +183,40 @@ def all_within(array: NDArray[np.float32], largest: float = LARGEST) -> bool:
 def all_finite(array: NDArray[np.float32]) -> bool:
     """Whether every element is finite; mostly one pass without a temporary."""
     return all_within(array, math.inf)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Parameter deltas by name (float32; float64 while noise on the sum waits to be added), or a sum of them; `weight`
+    and `examples` add up as they do.
+
+    `heaviest` is the largest weight of any one site in it, on the scale that the arrays are on.
+    """
+
+    arrays: Arrays
+    weight: float
+    examples: int
+    heaviest: float = 1.0
+    divisor: float = 1.0
+    """At the server: what the arrays have been divided by."""
+    clip: float | None = None
+    """Where the clipping bound of the next round is to be, if it follows the updates."""
+    encoded: Mapping[str, NDArray[Any]] | None = None
+    """At a site: the form that travels, where it is another; `arrays` is then what the server will read in it."""
+    state: Mapping[str, Arrays] = field(default_factory=dict)
+    """At a site: by kind, what it keeps for its next update."""
+
+    @property
+    def leaving(self) -> Mapping[str, NDArray[Any]]:
+        """What leaves the site."""
+        return self.arrays if self.encoded is None else self.encoded
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the arrays that leave the site."""
+        return payload(self.leaving)
+
+
+def is_extra(name: str) -> bool:
+    """Whether an update's array is none of a parameter's, but what a strategy adds (`Strategy.extras`)."""
+    return name.startswith("~")

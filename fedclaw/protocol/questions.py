@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from fedclaw.protocol.arrays import Arrays, pack, payload
 from fedclaw.protocol.message_identity import assign_message_id
 from fedclaw.protocol.messages import ARRAYS, BROADCAST, HEADER_BYTES, JSON, PLAN, TEACHER
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.records import MessageRecords, hash_of
-from fedclaw.protocol.terms import SecureAggregation
+from fedclaw.protocol.terms import Plan, SecureAggregation
 
 
 class Asked(Protocol):

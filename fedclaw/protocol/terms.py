@@ -1,15 +1,34 @@
 """What a run asks of its sites: training, privacy, secure aggregation, weighting, metrics.
 
 Settings, record and plans share these terms (`SharedTerms`, `Terms`). The record alone says the strategy's settings and
-when a round counts.
+when a round counts. Imports nothing heavy.
+
+What goes out to a site and what comes back is one frozen `Plan`, one additive statistic, one receipt.
+
+A round sends each site a `Message` whose content is
+
+    {"arrays": ArrayRecord (global parameters), "plan": ConfigRecord {"json": Plan},
+     "teacher": ArrayRecord (only when the plan distils)}
+
+and a site that trained answers
+
+    {"sum": ArrayRecord (weight x parameter delta; float32, or what `compression` makes of it),
+     "metrics": MetricRecord {"weight", "examples"}, "receipt": ConfigRecord {"json": Receipt}}
+
+Under secure aggregation the exchange has further stages (`fedclaw.server.exchange`), and the trained answer has
+{"masked": ArrayRecord (one flat uint32 vector)} in place of the sum.
+
+A site that evaluated answers {"metrics": MetricRecord {"weight", "examples", name: value x weight}}.
+Either answer also holds "about": ConfigRecord {"run": the run's name}, for the site's own outbound log.
+Sums and weights add up, so a sum of answers is itself an answer. A site that will not take part answers with
+a Flower `Error` whose code is a `RefusalCode` and whose reason is a sentence.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
 from fedclaw.errors import Reason, Setting
-from fedclaw.protocol.compression import Compression, check_compression
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import (
     MAX_BATCH,
@@ -18,12 +37,101 @@ from fedclaw.protocol.limits import (
     MAX_EPOCHS,
     MAX_LENGTH,
     MAX_ROUNDS,
+    MAX_SITES,
     MAX_STEPS,
     MAX_SUMMED,
     Arguments,
+    Digest,
     Name,
     ParameterName,
 )
+
+
+class HalfPrecision(Frozen):
+    """Two bytes a number, rounded to the nearest: `fp16`."""
+
+    method: Literal["fp16"]
+
+
+class Quantisation(Frozen):
+    """One byte a number, or half of one, rounded at random without bias: `stochastic`."""
+
+    method: Literal["int8", "int4"]
+    block: int | None = Field(default=256, ge=1, lt=1 << 31)
+    """Consecutive numbers of a tensor that share a scale; null: one scale for each tensor."""
+
+
+class TopK(Frozen):
+    """The numbers of largest magnitude, with their positions: `topk`."""
+
+    method: Literal["topk"]
+    fraction: float = Field(default=0.05, gt=0, le=1)
+    """Share of an update's numbers that is sent."""
+    feedback: bool = True
+    """Whether a site remembers what it did not send, and adds it to its next update."""
+
+
+class RandomK(Frozen):
+    """The numbers at positions drawn at random, the same at every site: `SharedPositions`."""
+
+    method: Literal["randk"]
+    fraction: float = Field(default=0.25, gt=0, le=1)
+    """Share of each tensor's numbers that is sent."""
+    feedback: bool = False
+    """As for `topk`; without it, what is sent is scaled by 1 / fraction, so that it is right in the mean."""
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Which positions: they follow from it, the round and the tensor's name."""
+
+
+class PowerSgd(Frozen):
+    """Two thin factors of each matrix: `powersgd`."""
+
+    method: Literal["powersgd"]
+    rank: int = Field(default=2, ge=1, lt=1 << 31)
+    feedback: bool = True
+    """As for `topk`."""
+
+
+Compression = Annotated[HalfPrecision | Quantisation | TopK | RandomK | PowerSgd, Field(discriminator="method")]
+"""How updates are compressed on their way to the server."""
+
+_UNDER_MASKS = {
+    "fp16": "a masked number has four bytes whatever it was before",
+    "int8": "a masked number has four bytes whatever it was before, and each site's scales are its own",
+    "int4": "a masked number has four bytes whatever it was before, and each site's scales are its own",
+    "topk": "each site sends other positions, which tell about its data, and masks cancel position by position",
+    "powersgd": "the product of two factors is no sum of theirs",
+}
+
+
+def check_compression(compression: Compression | None, *, central: bool, secure: bool | None) -> None:
+    """Raise ValueError, with the reason, for a compression that would break what a run promises.
+
+    `central`: whether there is noise on the sum over the sites. `secure`: whether updates leave under secure
+    aggregation; None: not known.
+    """
+    if compression is None:
+        return
+    method = compression.method
+    if secure and method in _UNDER_MASKS:
+        raise ValueError(
+            f"compression={method} does not go with secure aggregation: {_UNDER_MASKS[method]}; take "
+            "compression=randk, whose answers add up, or none"
+        )
+    if not central:
+        return
+    if not isinstance(compression, RandomK):
+        raise ValueError(
+            f"compression={method} does not go with noise on the sum: it comes after the clipping, and may enlarge "
+            "what was clipped beyond the bound that the noise was made for; take compression=randk "
+            "compression.feedback=false"
+        )
+    if compression.feedback:
+        raise ValueError(
+            "compression.feedback=true does not go with noise on the sum: what a site remembers of earlier rounds is "
+            "not within this round's bound; set compression.feedback=false"
+        )
+
 
 SCORE_HISTOGRAM = "score_histogram"
 """What a policy's clause calls the histograms of scores by class; no metric by itself."""
@@ -260,3 +368,31 @@ class RoundRules(Frozen):
     """Seconds that a site has to answer."""
     attempts: int = Field(default=3, ge=1)
     """How often the same question is asked before the run stops; a site that has answered pays nothing again."""
+
+
+PLAN_VERSION = 4
+
+
+class Plan(Terms):
+    """The frozen context of one round. Its JSON is deterministic, so a resumed server asks the same question."""
+
+    version: int = PLAN_VERSION
+    round: int = Field(ge=0, le=MAX_ROUNDS)
+    cohort: int = Field(ge=1, le=MAX_SITES)
+    """Number of sites asked in this round, by the server's own word: a site cannot count the others."""
+    schema_digest: Digest
+    strategy: Name
+    strategy_fields: dict[Name, float] = Field(default={}, max_length=64)
+    """What the strategy's client half needs, by name."""
+    strategy_settings: Arguments = {}
+    """The strategy's settings: what it refuses, and which parameters it leaves at the sites, follows from them."""
+    secure: SecureAggregation | None = None
+
+    @property
+    def hidden(self) -> bool | None:
+        """None without a session: a site is not asked to train (but to evaluate), or finds no session and refuses."""
+        return True if self.secure is not None else None
+
+    def weight(self, examples: int) -> float:
+        """What a site with that many examples counts by."""
+        return weight_of(examples, self.weighting, self.weight_cap)

@@ -10,15 +10,13 @@ from numpy.typing import NDArray
 from fedclaw.errors import RoundError, UpdateError
 from fedclaw.learning.strategy import Buffered, Participation
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.plan import Plan
-from fedclaw.server.cohorts import Cohorts
+from fedclaw.protocol.terms import Plan
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.exchange import ask
 from fedclaw.server.round_report import Observer, Outcome, RoundReport, RoundResult
-from fedclaw.server.round_training import RoundTraining
+from fedclaw.server.round_training import Cohorts, RoundTraining
 from fedclaw.server.run_directory import PendingRound, RunDirectory, SiteReceipt
-from fedclaw.server.run_receipts import RunReceipts
-from fedclaw.server.run_state import RunState
+from fedclaw.server.run_state import RunReceipts, RunState
 from fedclaw.server.session import make_plan, make_strategy, task_of
 from fedclaw.server.training import TrainingQuestion
 

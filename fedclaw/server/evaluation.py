@@ -12,9 +12,9 @@ from fedclaw.errors import UpdateError
 from fedclaw.learning.tasks.base import Sums, Tally, Task
 from fedclaw.protocol.arrays import unpack_wire
 from fedclaw.protocol.messages import METRICS, RECEIPT, SCORE_NOISE, SCORES
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.records import MessageRecords
+from fedclaw.protocol.terms import Plan
 from fedclaw.server.cohort_question import CohortQuestion, check_weight, number_in, numbers_in, part, weights_in
 
 MOST_NOISE = 1e9

@@ -1,25 +1,193 @@
-"""Training in one round: the cohort is asked the same question until enough sites have answered."""
+"""Training in one round: the cohort is asked the same question until enough sites have answered.
+
+`Cohorts` selects the sites. They are sampled once and written down first, so a resumed round asks the same ones.
+`Buffer` does not wait for all of them: a step is made as soon as enough have answered.
+"""
 
 import logging
-from collections.abc import Mapping
+import random
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from flwr.app import Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedclaw.errors import RoundError
 from fedclaw.learning.strategy import Buffered, Strategy
-from fedclaw.protocol.plan import Plan
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.server.asynchronous import Buffer
+from fedclaw.protocol.terms import Plan
 from fedclaw.server.cohort_question import reasons_of
-from fedclaw.server.cohorts import Cohorts
 from fedclaw.server.exchange import ask
+from fedclaw.server.grids import StreamingGrid, site_name
 from fedclaw.server.run_directory import PendingRound, RunDirectory, RunRecord
 from fedclaw.server.run_state import RunState
 from fedclaw.server.training import TrainingQuestion, robust_aggregation, session_of
+from fedclaw.server.waiting import poll
 
 log = logging.getLogger(__name__)
+
+_LOOK_WHO_IS_HERE = 0.2
+"""Seconds between two looks at who is connected."""
+
+
+class Cohorts:
+    """Selects the sites of each round of a run from those connected to `grid`. `root` is the run's directory."""
+
+    def __init__(self, grid: Grid, root: Path, record: RunRecord, strategy: Strategy) -> None:
+        self._grid = grid
+        self._root = root
+        self._record = record
+        self._strategy = strategy
+
+    def for_round(self, number: int) -> PendingRound:
+        """The round in flight if that is round `number`; otherwise a newly sampled one, on disk on return.
+
+        Raises RoundError when too few sites are connected until the rules' deadline.
+        """
+        pending = PendingRound.read(self._root)
+        if pending and pending.round == number:
+            return pending
+        rules, connected = self._record.rules, self._connected()
+        if len(connected) < rules.minimum:
+            raise RoundError(
+                f"round {number}: {len(connected)} sites are connected and {rules.minimum} are needed "
+                f"(waited {rules.deadline:g} s). Continue with resume={self._root}"
+            )
+        nodes = tuple(sorted(self._select(number, connected)))
+        pending = PendingRound(round=number, nodes=nodes, connected=len(connected))
+        if self._record.simulated is None:
+            pending.write(self._root)
+        return pending
+
+    def willing(self, nodes: Sequence[int]) -> list[int]:
+        """`nodes` without those that the grid excludes from this run because of what they sent, or how slowly."""
+        excluded = self._grid.excluded_nodes() if isinstance(self._grid, StreamingGrid) else {}
+        return [node for node in nodes if node not in excluded]
+
+    def names(self, nodes: Sequence[int]) -> dict[int, str]:
+        """The sites' names, by node."""
+        return {node: site_name(self._grid, node) for node in nodes}
+
+    def evaluators(self, pending: PendingRound) -> Sequence[int]:
+        """Nodes to evaluate: those that the round asked. If the strategy selects its clients itself: all nodes."""
+        if self._strategy.select_clients(pending.round, pending.nodes, self._record.seed) is None:
+            return pending.nodes
+        return sorted({*self._grid.get_node_ids(), *pending.nodes})
+
+    def answering(self, pending: PendingRound, silent: Collection[str], busy: Collection[int]) -> list[int]:
+        """Nodes to evaluate, without sites that were `silent` in the round and nodes that are still `busy`."""
+        names = self.names(self.willing(self.evaluators(pending)))
+        return [node for node, name in names.items() if name not in silent and node not in busy]
+
+    def _select(self, number: int, connected: list[int]) -> list[int]:
+        """Nodes to ask: the strategy's choice; each node at random, if privacy relies on that; else a sample."""
+        rules, seed, mechanism = self._record.rules, self._record.seed, mechanism_of(self._record)
+        if (chosen := self._strategy.select_clients(number, connected, seed)) is not None:
+            return list(chosen)
+        if mechanism.site_rate < 1:
+            asked = GaussianSource().bernoulli(len(connected), mechanism.site_rate)
+            return [node for node, chosen in zip(connected, asked, strict=True) if chosen]
+        size = max(rules.minimum, round(rules.fraction * len(connected)))
+        return random.Random(f"{seed}/{number}").sample(connected, min(size, len(connected)))  # noqa: S311
+
+    def _connected(self) -> list[int]:
+        """The connected nodes, once there are as many as a round needs or the deadline has passed."""
+        rules = self._record.rules
+        return poll(
+            lambda: self.willing(sorted(self._grid.get_node_ids())), rules.minimum, rules.deadline, _LOOK_WHO_IS_HERE
+        )
+
+
+_LOOK_FOR_ANSWERS = 0.02
+"""Seconds between two looks for answers: Flower's Grid has no way to wait for one."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question that a site is working on, and the step for which it was asked."""
+
+    message_id: str
+    step: int
+
+
+class Buffer:
+    """Buffered asynchronous rounds: a step as soon as enough sites have answered, whichever model they began with.
+
+    Nguyen, Malik, Zhan, Yousefpour, Rabbat, Malek, Huba 2022, "Federated Learning with Buffered Asynchronous
+    Aggregation", Algorithm 1 (https://arxiv.org/abs/2106.06639). All connected sites are at work all the time; a site
+    that answers waits for the step that its answer goes into and begins again with the new parameters, so that each is
+    in a step once at most. A site that is slow misses steps and holds nobody up; what it sends then counts by its
+    staleness.
+
+    What is in flight when a server stops is lost to the run, and stays on its site's ledger: the step that was being
+    gathered is asked for anew, and a site that has answered its question already answers from its outbox.
+    """
+
+    def __init__(self, grid: Grid, strategy: Buffered) -> None:
+        self._grid = grid
+        self._strategy = strategy
+        self._in_flight: dict[int, _Asked] = {}
+        self._gathered: TrainingQuestion | None = None
+        self._asked: set[int] = set()
+
+    @property
+    def busy(self) -> frozenset[int]:
+        """Nodes that are working; they answer further questions later."""
+        return frozenset(self._in_flight)
+
+    def train(self, plan: Plan, nodes: Sequence[int], outgoing: Outgoing, deadline: float) -> TrainingQuestion:
+        """Have the idle ones of `nodes` train by `plan`, and gather answers of whoever is at work for its step.
+
+        Returns when `Buffered.size` sites have answered, when nobody is left at work, or after `deadline` seconds;
+        called again for the same step it goes on gathering. Nobody is `silent`: who is at work may answer later.
+        """
+        began = time.monotonic()
+        gathered = self._gathered = self._gathered or TrainingQuestion(plan, outgoing)
+        self._ask(gathered, nodes)
+        while len(gathered.answered) < self._strategy.size and self._in_flight:
+            if not self._take_arrived(gathered, plan.round):
+                if time.monotonic() - began > deadline:
+                    break
+                time.sleep(_LOOK_FOR_ANSWERS)
+        gathered.seconds += time.monotonic() - began
+        if len(gathered.answered) >= self._strategy.size:
+            self._gathered, self._asked = None, set()
+        return gathered
+
+    def _ask(self, question: TrainingQuestion, nodes: Sequence[int]) -> None:
+        idle = [node for node in nodes if node not in self._in_flight and node not in self._asked]
+        messages = question.messages(idle)
+        for message, identity in zip(messages, self._grid.push_messages(messages), strict=True):
+            self._in_flight[message.metadata.dst_node_id] = _Asked(identity, question.asked.round)
+        self._asked.update(idle)
+
+    def _take_arrived(self, gathered: TrainingQuestion, step: int) -> bool:
+        """Add the answers that have arrived, as many as the step still needs. Whether any had arrived."""
+        arrived = False
+        for node, asked in list(self._in_flight.items()):
+            if len(gathered.answered) >= self._strategy.size:
+                break
+            for reply in self._grid.pull_messages([asked.message_id]):
+                arrived = True
+                del self._in_flight[node]
+                self._take(gathered, site_name(self._grid, node), reply, step - asked.step)
+        return arrived
+
+    def _take(self, gathered: TrainingQuestion, site: str, reply: Message, staleness: int) -> None:
+        if staleness > self._strategy.oldest:
+            log.info("%s answered %d steps late, which is dropped", site, staleness)
+            return
+        gathered.discount = self._strategy.discount(staleness)
+        gathered.add_reply(site, reply)
+        if staleness:
+            log.info("%s answered %d steps late and counts by %.3g", site, staleness, gathered.discount)
+
 
 SILENT = "silent"
 _WAY_OUT = (

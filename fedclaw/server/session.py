@@ -13,8 +13,7 @@ from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import check_settings, fields_of
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, RoundRules, Terms
+from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, Plan, RoundRules, Terms
 from fedclaw.server.early_checks import check_combination, chosen_strategy, read_schema, record_of, run_name
 from fedclaw.server.run_directory import ReleaseUse, RunRecord
 from fedclaw.server.settings import RunSettings

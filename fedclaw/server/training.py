@@ -23,14 +23,12 @@ from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
 from fedclaw.privacy.mechanisms.site_noise import SharedNoise
-from fedclaw.protocol.arrays import LARGEST, Arrays, all_within, shapes_of, unflattened
+from fedclaw.protocol.arrays import LARGEST, Arrays, Update, all_within, shapes_of, unflattened
 from fedclaw.protocol.messages import SUM
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.records import MessageRecords, hash_of
-from fedclaw.protocol.terms import SecureRequest
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.terms import Plan, SecureRequest
 from fedclaw.server.cohort_question import CohortQuestion, check_weight, part, receipt_in, weights_in
 from fedclaw.server.exchange import Seats
 from fedclaw.server.run_directory import SiteReceipt

@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Charge
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.receipt import NO_LEDGER, Receipt
 from fedclaw.protocol.refusal import Refusal
+from fedclaw.protocol.terms import Plan
 from fedclaw.server.run_directory import SiteReceipt
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.site.journal.history import History

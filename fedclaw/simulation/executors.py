@@ -28,7 +28,7 @@ from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import FedClawError, RoundError, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.arrays import shapes_of
-from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import Plan
 from fedclaw.simulation.job import Answer, Round, State, flat, shaped, size_of
 from fedclaw.simulation.trainer import Trainer
 

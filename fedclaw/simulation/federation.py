@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Table, Workload
-from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import Plan
 from fedclaw.site.policy.policy import Policy, permissive
 
 Rows = NDArray[np.int64]

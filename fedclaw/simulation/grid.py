@@ -18,12 +18,10 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.strategy import PERSONAL
-from fedclaw.protocol.arrays import shapes_of
+from fedclaw.protocol.arrays import Update, shapes_of
 from fedclaw.protocol.message_identity import empty_run, number_of
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import Refusal
-from fedclaw.protocol.terms import ModelSpec
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.terms import ModelSpec, Plan
 from fedclaw.server.cohort_question import CohortQuestion, Declined
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.exchange import CohortGrid

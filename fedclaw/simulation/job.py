@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import LocalTraining
+from fedclaw.protocol.terms import LocalTraining, Plan
 
 State = dict[str, Arrays]
 """What a client remembers of a run, by kind."""

@@ -32,10 +32,8 @@ from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_array
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import ModelSpec
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.arrays import Arrays, Update
+from fedclaw.protocol.terms import ModelSpec, Plan
 from fedclaw.simulation.choice import Choice, make_engine
 from fedclaw.simulation.correction import Correct, Correction
 from fedclaw.simulation.federation import SimulatedFederation

@@ -39,9 +39,9 @@ from fedclaw.protocol.messages import (
     SCORES,
     WEIGHT,
 )
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.terms import Plan
 from fedclaw.site.device import one_by_one
 from fedclaw.site.journal.ledger import Budget, Ledger
 from fedclaw.site.pipeline import PlanAnswer, ReplyRecords

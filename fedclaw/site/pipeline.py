@@ -30,10 +30,9 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.provenance import Part, Permitted, Released, leaving
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN
-from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.terms import SecureAggregation
+from fedclaw.protocol.terms import PLAN_VERSION, Plan, SecureAggregation
 from fedclaw.site.policy.checks import check_request
 from fedclaw.site.privacy_budget import Asking, Due, reserve
 from fedclaw.site.site import Site, check_constants

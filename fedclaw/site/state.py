@@ -26,8 +26,7 @@ from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.mechanism import Origin
 from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.compression import Compression
-from fedclaw.protocol.terms import ModelSpec, Weighting
+from fedclaw.protocol.terms import Compression, ModelSpec, Weighting
 
 State = Mapping[str, Arrays]
 """By kind, arrays by parameter name."""

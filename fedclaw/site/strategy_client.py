@@ -24,9 +24,9 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.provenance import Clause, Part, Permitted, Released, leaving
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.messages import BROADCAST
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import by_kind
 from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.terms import Plan
 from fedclaw.site.policy.policy import listed
 from fedclaw.site.site import Site, sent_arrays
 from fedclaw.site.state import Provenance, State

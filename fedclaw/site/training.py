@@ -22,13 +22,11 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, shuffled_batches
-from fedclaw.protocol.arrays import Arrays, flattened, pack_leaving
+from fedclaw.protocol.arrays import Arrays, Update, flattened, pack_leaving
 from fedclaw.protocol.messages import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.terms import SecureAggregation
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.terms import Plan, SecureAggregation
 from fedclaw.site.device import precision, set_threads
 from fedclaw.site.pipeline import PlanAnswer, ReplyRecords
 from fedclaw.site.policy.checks import check_plan

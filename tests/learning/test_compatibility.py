@@ -9,9 +9,8 @@ from fedclaw.learning.compatibility import refusal, strategy_of
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, Plan, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.session import make_plan
 from fedclaw.server.training import session_of
 from tests.hostile import EXAMPLE, ONE_STEP, SITE

@@ -11,10 +11,20 @@ from fedclaw.learning.compressors import LargestK, Stochastic, kept
 from fedclaw.learning.postprocess import positions
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack_wire, payload
-from fedclaw.protocol.compression import HalfPrecision, PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.terms import CentralNoise, LocalTraining, ModelSpec, PrivacyRequest, SecureRequest
+from fedclaw.protocol.terms import (
+    CentralNoise,
+    HalfPrecision,
+    LocalTraining,
+    ModelSpec,
+    PowerSgd,
+    PrivacyRequest,
+    Quantisation,
+    RandomK,
+    SecureRequest,
+    TopK,
+)
 from fedclaw.report.terminal import bytes_words
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination

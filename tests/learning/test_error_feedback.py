@@ -9,10 +9,8 @@ from fedclaw.learning.postprocess import ERROR, WARM, SiteContext, positions
 from fedclaw.privacy.mechanisms.sum_noise import clip_to
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Released
-from fedclaw.protocol.arrays import shapes_of
-from fedclaw.protocol.compression import PowerSgd, Quantisation, RandomK, TopK
-from fedclaw.protocol.terms import CentralNoise
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.arrays import Update, shapes_of
+from fedclaw.protocol.terms import CentralNoise, PowerSgd, Quantisation, RandomK, TopK
 from fedclaw.server.training import WeightedSum
 from tests.samples import plan_of, run_record
 

@@ -23,9 +23,9 @@ from fedclaw.learning.registry import schema_class
 from fedclaw.privacy.secure_aggregation import Sessions
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import JSON, PLAN
-from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import PLAN_VERSION, Plan
 from fedclaw.report.ledger_page import render
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import make_plan, make_strategy

@@ -27,10 +27,10 @@ from fedclaw.privacy.mechanisms.sum_noise import clip_to, moved
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import Mode, StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
+from fedclaw.protocol.arrays import Update
 from fedclaw.protocol.limits import LARGEST_CLIP, SMALLEST_CLIP
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import AdaptiveClip, CentralNoise, PrivacyRequest
-from fedclaw.protocol.update import Update
 from tests.privacy.wire import WireSite, sgd
 
 ENGINES: tuple[Mode, ...] = ("opacus", "vmap", "bookkeeping")

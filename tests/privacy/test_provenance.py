@@ -15,7 +15,7 @@ from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
 from fedclaw.privacy.mechanisms.site_noise import OwnNoise, with_share
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Bounded, Permitted, Raw, Released, leaving
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.arrays import Update
 from tests.hostile import DP, EXAMPLE, ONE_STEP, SITE, plan_for, wary_site
 
 

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.terms import (
+    PLAN_VERSION,
     CentralNoise,
     Distillation,
     LocalTraining,
     ModelSpec,
+    Plan,
     PrivacyRequest,
     RoundRules,
     SharedTerms,

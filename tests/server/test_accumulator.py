@@ -12,9 +12,8 @@ from fedclaw.learning import postprocess
 from fedclaw.learning.postprocess import Postprocessor, SiteContext
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Released
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import LocalTraining, ModelSpec
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.arrays import Update
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan
 from fedclaw.server.training import WeightedSum
 
 TEMPLATE = {"w": np.zeros((2, 2), np.float32), "b": np.zeros(2, np.float32)}

@@ -4,9 +4,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.statistics import StatisticsRequest
-from fedclaw.protocol.terms import ModelSpec
+from fedclaw.protocol.terms import ModelSpec, Plan
 from fedclaw.server.run_directory import RUN_NAME
 from tests.samples import plan_of, run_record
 

@@ -18,10 +18,9 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import flattened, pack, shapes_of, unflattened
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.protocol.messages import CONFIRM, CONSENT, KEYS, SHARES, UNMASK
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, RoundRules, SecureRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, Plan, PrivacyRequest, RoundRules, SecureRequest
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.exchange import ask
 from fedclaw.server.run_directory import PendingRound, RunDirectory

@@ -10,8 +10,7 @@ from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest
 from fedclaw.site.directory import open_service
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings

@@ -10,9 +10,8 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from fedclaw.errors import DataError
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest
 from fedclaw.site import site as site_data
 from fedclaw.site.directory import open_service
 from fedclaw.site.policy.policy import DataSetBudget

@@ -8,8 +8,8 @@ from flwr.app import Message
 
 from fedclaw.errors import CheckpointError
 from fedclaw.protocol.arrays import unpack
-from fedclaw.protocol.compression import TopK
 from fedclaw.protocol.refusal import RefusalCode
+from fedclaw.protocol.terms import TopK
 from fedclaw.site.service import SiteService
 from fedclaw.site.state import SiteStates
 from tests.hostile import DP, SITE, ask, wary_site

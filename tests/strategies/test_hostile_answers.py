@@ -19,11 +19,18 @@ from fedclaw.learning.postprocess import compressor_of, layout
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.strategy import Strategy
 from fedclaw.protocol.arrays import LARGEST, all_within, pack, pack_wire, shapes_of, unpack
-from fedclaw.protocol.compression import Compression, HalfPrecision, PowerSgd, Quantisation, TopK
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import LocalTraining, StrategyRecord
+from fedclaw.protocol.terms import (
+    Compression,
+    HalfPrecision,
+    LocalTraining,
+    Plan,
+    PowerSgd,
+    Quantisation,
+    StrategyRecord,
+    TopK,
+)
 from fedclaw.server.session import make_strategy
 from fedclaw.server.training import TrainingQuestion, robust_aggregation
 from tests.samples import plan_of, receipt, run_record

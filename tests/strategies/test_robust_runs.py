@@ -7,9 +7,8 @@ from torch import nn
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.errors import RoundError, UsageError
-from fedclaw.protocol.compression import RandomK
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.terms import CentralNoise, LocalTraining, RoundRules, SecureRequest, StrategyRecord
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, RandomK, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.early_checks import check_combination

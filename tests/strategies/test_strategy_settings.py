@@ -7,8 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
-from fedclaw.protocol.plan import Plan
-from fedclaw.protocol.terms import LocalTraining, ModelSpec
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan
 
 NAMES = tuple(sorted(installed(STRATEGIES)))
 CONF = Path(__file__).resolve().parents[2] / "conf" / "strategy"

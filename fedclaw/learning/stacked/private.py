@@ -19,7 +19,7 @@ from fedclaw.privacy.gradients.interface import LARGEST_NORM, NORM_MARGIN, check
 from fedclaw.privacy.gradients.layers import LayerRule, rule_for
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.terms import Plan
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.distributed import Integers, Nearest
 from fedclaw.privacy.fixed_point import Vector, nearest_step
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
-from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays, Update
 from fedclaw.protocol.frozen import Frozen, fields_of
 from fedclaw.protocol.limits import LARGEST_CLIP, LARGEST_RATE, SMALLEST_CLIP
 from fedclaw.protocol.receipt import CentralReceipt, Trust
@@ -32,7 +32,6 @@ from fedclaw.protocol.terms import (
     Terms,
     Unit,
 )
-from fedclaw.protocol.update import Update
 
 if TYPE_CHECKING:
     import torch

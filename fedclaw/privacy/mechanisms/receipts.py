@@ -10,8 +10,8 @@ import math
 from fedclaw.errors import PrivacyError, UpdateError
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.receipt import NO_LEDGER, CentralReceipt, Receipt
+from fedclaw.protocol.terms import Plan
 
 LONGEST_RECEIPT = 4096
 """Characters of a receipt's JSON; an honest one has about 500."""

@@ -40,10 +40,9 @@ from fedclaw.privacy.mechanisms.mechanism import (
     clip_out_of_range,
 )
 from fedclaw.privacy.provenance import Bounded, Part, Raw, Released
-from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays, Update
 from fedclaw.protocol.limits import LARGEST_CLIP, SMALLEST_CLIP
 from fedclaw.protocol.terms import AdaptiveClip, CentralNoise, CentralRequest, SecureAggregation, SecureRequest
-from fedclaw.protocol.update import Update
 
 WITHIN = "fedclaw.within_clip"
 """The array beside the parameters that counts who stayed within an adaptive bound: +1/2 or -1/2 a site."""

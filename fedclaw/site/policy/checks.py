@@ -5,10 +5,9 @@ from collections.abc import Collection, Iterable
 
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.secure_aggregation.parameters import Topology, is_enough
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.statistics import STATISTICS_VERSION, StatisticsRequest
-from fedclaw.protocol.terms import SecureAggregation
+from fedclaw.protocol.terms import Plan, SecureAggregation
 from fedclaw.site.policy.policy import MAX_PRIVATE_STEPS, Policy, listed
 
 log = logging.getLogger(__name__)

@@ -25,10 +25,9 @@ from fedclaw.identity.site_home import SITE_CERTIFICATE, SITE_KEY, SiteKeys, ren
 from fedclaw.learning.registry import STRATEGIES, WORKLOADS, installed, strategy_class
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.message_identity import assume_server_identity
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import Refusal
-from fedclaw.protocol.terms import LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import LocalTraining, Plan, PrivacyRequest
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.history import Budget, History, Index
 from fedclaw.site.journal.ledger import Ledger

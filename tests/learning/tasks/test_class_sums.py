@@ -19,7 +19,7 @@ from fedclaw.protocol.messages import SCORE_NOISE, SCORES
 from fedclaw.protocol.terms import SCORE_HISTOGRAM, PrivacyRequest
 from fedclaw.server.evaluation import EvaluationQuestion
 from fedclaw.server.run_directory import SiteReceipt
-from fedclaw.server.run_receipts import hopeless_noise
+from fedclaw.server.run_state import hopeless_noise
 from fedclaw.site.evaluation import bounded_together, noised
 from fedclaw.site.policy.policy import Policy
 from tests.samples import plan_of, receipt, run_record

@@ -17,6 +17,7 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.sum_noise import clip_to, moved
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Raw
+from fedclaw.protocol.arrays import Update
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.terms import (
     AdaptiveClip,
@@ -27,7 +28,6 @@ from fedclaw.protocol.terms import (
     RoundRules,
     SecureRequest,
 )
-from fedclaw.protocol.update import Update
 from fedclaw.server import checkpoint
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import PENDING, RunDirectory

@@ -5,9 +5,8 @@ from pydantic import ValidationError
 
 from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.plan import Plan
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.terms import LocalTraining, ModelSpec, PrivacyRequest
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest
 from fedclaw.site.policy.checks import check_plan, check_request, permitted_metrics
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.policy.sentences import sentences

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedclaw.errors import TransportError, UpdateError
 from fedclaw.learning.compressors import Stochastic
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.protocol.compression import Quantisation
+from fedclaw.protocol.terms import Quantisation
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.chunk_codec import decode_chunk, encode_chunk
 from fedclaw.transport.grpc.limits import MAX_FRAME_BYTES
