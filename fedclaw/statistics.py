@@ -174,7 +174,7 @@ def serve(
     """Listen, wait for the sites, ask those that are connected, and write what they say to `out`."""
     with startup.loading("torch and Flower"):
         from fedclaw.learning.statistics import design_of
-        from fedclaw.protocol.message_identity import assume_server_identity, number_of
+        from fedclaw.protocol.message_identity import number_of
         from fedclaw.protocol.statistics import StatisticsRequest
         from fedclaw.report.statistics_tables import statistics_tables
         from fedclaw.server.statistics import release_statistics, with_session
@@ -184,7 +184,6 @@ def serve(
         question, parameters = _scored(settings)
     startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")
     run_id = number_of(run)
-    assume_server_identity(run_id)
     sites = settings.sites
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
         log.info("statistics %s: listening on %s", run, settings.address or home.descriptor.address)

@@ -21,7 +21,7 @@ from fedclaw.identity.federation_home import FederationHome
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import fields_of
-from fedclaw.protocol.message_identity import assume_server_identity, number_of
+from fedclaw.protocol.message_identity import number_of
 from fedclaw.protocol.terms import CentralNoise, CentralRequest, Distillation, ModelSpec, PrivacyRequest
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.evaluation import EvaluationQuestion
@@ -54,7 +54,6 @@ def recover_at_sites(
     record = distillation_record(settings, teacher, student)
     directory = _open(teacher, record)
     run_id = number_of(record.run)
-    assume_server_identity(run_id)
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
         log.info("listening on %s", settings.address or home.descriptor.address)
         wait_for_cohort(grid, directory, settings.sites)

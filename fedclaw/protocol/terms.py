@@ -1,4 +1,4 @@
-"""What a run asks of its sites: training, privacy, secure aggregation, weighting, metrics.
+"""What a run asks of its sites: training, compression, privacy, secure aggregation, weighting, metrics.
 
 Settings, record and plans share these terms (`SharedTerms`, `Terms`). The record alone says the strategy's settings and
 when a round counts. Imports nothing heavy.

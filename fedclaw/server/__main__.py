@@ -109,18 +109,17 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
         _say_who_is_behind(directory, record, progress)
         return
     with startup.loading(_LIBRARIES):
-        from fedclaw.protocol.message_identity import assume_server_identity, number_of
+        from fedclaw.protocol.message_identity import number_of
         from fedclaw.server.coordinator import run_rounds
         from fedclaw.server.round_report import Observer
         from fedclaw.server.session import initial_parameters
         from fedclaw.transport.grpc import GrpcGrid
     tracker: MlflowTracker | None = None
-    run_id = number_of(record.run)
-    assume_server_identity(run_id)
     try:
         with ExitStack() as run:
             if settings.resume is not None:
                 run.enter_context(directory.held())
+            run_id = number_of(record.run)
             grid = run.enter_context(GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits))
             tracker = make_tracker(settings.tracking, directory)
             # Not before: a server that cannot start leaves no run behind.
@@ -151,12 +150,11 @@ def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:
     with startup.loading("Flower"):
         from flwr.serverapp import ServerApp
 
-        from fedclaw.protocol.message_identity import assume_server_identity, number_of
+        from fedclaw.protocol.message_identity import number_of
         from fedclaw.transport.grpc import GrpcGrid
         from fedclaw.transport.grpc.apps import load_app, run_server_app
     server_app = load_app(app, ServerApp)
     run_id = number_of(f"{home.name}/{app}")
-    assume_server_identity(run_id)
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:
         grid.wait_for_sites(settings.sites.wait_for or settings.sites.minimum, settings.sites.wait)
         run_server_app(server_app, grid, {"num-server-rounds": settings.rounds, **settings.run_config})

@@ -17,7 +17,6 @@ from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.allocator import tune_allocator
-from fedclaw.transport.grpc.chunk_codec import Chunk, decode_chunk
 from fedclaw.transport.grpc.connection_limiter import INTERVAL, ConnectionLimiter
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
@@ -172,7 +171,7 @@ class ConnectionManager:
         try:
             for raw in requests:
                 session.heard = time.monotonic()
-                chunk = decode_chunk(raw) if session.welcomed else None
+                chunk = frames.decode_chunk(raw) if session.welcomed else None
                 if chunk is not None:
                     self.replies.on_chunk(session, chunk)
                 else:
@@ -202,7 +201,7 @@ class ConnectionManager:
             self._welcome(session, frame.hello)
         elif kind == "chunk":
             chunk = frame.chunk
-            self.replies.on_chunk(session, Chunk(chunk.transfer_id, chunk.offset, chunk.data))
+            self.replies.on_chunk(session, frames.Chunk(chunk.transfer_id, chunk.offset, chunk.data))
         elif kind == "offer":
             self.replies.on_offer(session, frame.offer)
         elif kind == "accept":

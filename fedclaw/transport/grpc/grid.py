@@ -58,7 +58,8 @@ class GrpcGrid(StreamingGrid):
         """`address` is "host:port" to listen on (default: the descriptor's; port 0: a free one, see `port`).
 
         `on_event(kind, site, text)` is called when a site joins, leaves or is refused. `spool` is the directory for
-        replies that memory does not hold (default: the federation's). Raises ProvisionError.
+        replies that memory does not hold (default: the federation's). From now on this process is the run's server.
+        Raises ProvisionError.
         """
         self._limits = limits or Limits()
         self._run = empty_run(run_id)

@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from fedclaw.errors import TransportError
 from fedclaw.protocol.buffers import JoinedBuffers
 from fedclaw.protocol.records import MessageRecords, ViewedArray, array_record, serialised
-from fedclaw.transport.grpc.chunk_codec import read_varint
+from fedclaw.transport.grpc.frames import read_varint
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 Content = RecordDict | Error

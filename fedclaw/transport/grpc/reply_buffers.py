@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import SealError
 from fedclaw.identity.seal import SEGMENT, TAG, OpenStream, fresh_buffer
-from fedclaw.transport.grpc.chunk_codec import Chunk
+from fedclaw.transport.grpc.frames import Chunk
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.pending_requests import PendingRequest
 from fedclaw.transport.grpc.protocol import link_pb2 as pb

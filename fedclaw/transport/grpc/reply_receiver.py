@@ -21,7 +21,6 @@ from fedclaw.identity.seal import TAG, Binding, Opener, OpenStream, segment_coun
 from fedclaw.protocol.message_identity import SERVER_NODE_ID, Envelope, rebuild
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
-from fedclaw.transport.grpc.chunk_codec import Chunk
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.message_codec import Content, decode
 from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
@@ -141,7 +140,7 @@ class ReplyReceiver:
                 offer.ClearField("inline")
                 self._due.set()
 
-    def on_chunk(self, session: Session, chunk: Chunk) -> None:
+    def on_chunk(self, session: Session, chunk: frames.Chunk) -> None:
         """The next chunk of a reply. Raises TransportError for one at another offset than the next."""
         with self._buffers.lock:
             reply = self._buffers.accepted.get(chunk.transfer_id)
@@ -271,12 +270,12 @@ class ReplyReceiver:
             self._fail(session, request, pb.REASON_SEAL, str(error))
             return
         if offer.inline:
-            self.on_chunk(session, Chunk(offer.transfer_id, 0, offer.inline))
+            self.on_chunk(session, frames.Chunk(offer.transfer_id, 0, offer.inline))
             offer.ClearField("inline")
         else:
             session.sender.post(frames.accept(offer.transfer_id, 0))
 
-    def _take(self, session: Session, reply: IncomingReply, stream: OpenStream, chunk: Chunk) -> None:
+    def _take(self, session: Session, reply: IncomingReply, stream: OpenStream, chunk: frames.Chunk) -> None:
         try:
             spooling = reply.memory_was_short or reply.spool is not None
             if not spooling and self._buffers.charge(reply, len(chunk.data)):

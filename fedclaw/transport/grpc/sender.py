@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedclaw.errors import TransportError
-from fedclaw.transport.grpc.chunk_codec import Buffer, encode_chunk
+from fedclaw.transport.grpc.frames import MAX_CONFIRMATIONS, Buffer, encode_chunk
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 
 log = logging.getLogger(__name__)
 
 _MAX_CONTROL_FRAMES = 4096
-MAX_CONFIRMATIONS = 64
-"""Confirmations that go along with one frame."""
 _MOMENT = 0.001
 """Seconds left, as sent for a task whose time is over: zero would mean that it is unknown."""
 _NOTHING = pb.Frame(heartbeat=pb.Heartbeat()).SerializeToString()

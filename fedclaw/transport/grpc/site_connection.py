@@ -1,12 +1,17 @@
-"""A site's connection to its server: one stream, opened by the site, and opened again whenever it breaks."""
+"""A site's connection to its server: one stream, opened by the site, and opened again whenever it breaks.
+
+And how a site reaches its server: at which address, under which certified name, and through which proxy.
+"""
 
 import logging
+import os
 import random
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -14,22 +19,50 @@ from google.protobuf.message import DecodeError
 from fedclaw import __version__
 from fedclaw.errors import ConnectionRefused, ProvisionError, TransportError, UsageError
 from fedclaw.identity import pki
-from fedclaw.identity.names import split_address
+from fedclaw.identity.names import canonical_address, canonical_host, split_address
 from fedclaw.identity.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
 from fedclaw.protocol.message_identity import number_of
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.allocator import tune_allocator
-from fedclaw.transport.grpc.chunk_codec import Chunk, decode_chunk
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Sender
-from fedclaw.transport.grpc.server_address import channel_target, proxy_for
 from fedclaw.transport.grpc.worker import TaskReassembler, Worker
 
 log = logging.getLogger(__name__)
+
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+_EXEMPT = ("no_grpc_proxy", "no_proxy")
+"""The environment variables that gRPC reads, in its order; lower case only."""
+
+
+def channel_target(descriptor_address: str, given: str | None) -> tuple[str, list[tuple[str, Any]]]:
+    """The address to connect to, and the channel options for it. Raises ValueError for a malformed address.
+
+    At any address the server has to show a certificate of the federation's CA for the name in the descriptor.
+    `given`, if there is one, replaces the descriptor's address; it need not be in the certificate.
+    """
+    name = canonical_host(split_address(descriptor_address)[0])
+    address = canonical_address(given or descriptor_address)
+    return address, [("grpc.ssl_target_name_override", name)]
+
+
+def proxy_for(address: str) -> tuple[str, str] | None:
+    """The proxy that gRPC uses for `address`, without user and password, and the variable that names it; or None."""
+    found = next(((name, value) for name in _PROXIES if (value := os.environ.get(name))), None)
+    if found is None:
+        return None
+    host = split_address(address)[0]
+    exempt = next((value for name in _EXEMPT if (value := os.environ.get(name))), "")
+    if any(host.endswith(entry) for item in exempt.split(",") if (entry := item.strip())):
+        return None
+    name, value = found
+    parts = urlsplit(value if "://" in value else f"http://{value}")
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", name
+
 
 NOTHING_LISTENS = "nobody listens there (connection refused)"
 _GLANCE = 0.1
@@ -82,7 +115,7 @@ class _Stream:
     def _read_all(self, responses: Iterable[bytes]) -> None:
         for raw in responses:
             self.heard = time.monotonic()
-            chunk = decode_chunk(raw) if self.welcomed else None
+            chunk = frames.decode_chunk(raw) if self.welcomed else None
             if chunk is not None:
                 self._connection.on_chunk(self, chunk)
             else:
@@ -273,7 +306,7 @@ class SiteConnection:
             self._on_offer(stream, frame.offer)
         elif kind == "chunk":
             chunk = frame.chunk
-            self.on_chunk(stream, Chunk(chunk.transfer_id, chunk.offset, chunk.data))
+            self.on_chunk(stream, frames.Chunk(chunk.transfer_id, chunk.offset, chunk.data))
         elif kind == "accept":
             stream.sender.start(frame.accept.transfer_id, frame.accept.offset)
         elif kind == "done":
@@ -326,7 +359,7 @@ class SiteConnection:
             elif not self._has_room(offer):
                 self._refuse_task(stream, pb.REASON_BUSY, "too many tasks wait at this site", identity)
             elif (offset := self._reassembler.begin(offer, envelope, expires)) == 0 and offer.inline:
-                self.on_chunk(stream, Chunk(identity, 0, offer.inline))
+                self.on_chunk(stream, frames.Chunk(identity, 0, offer.inline))
             else:
                 stream.sender.post(frames.accept(identity, offset))
         except TransportError as error:
@@ -339,7 +372,7 @@ class SiteConnection:
         self._reassembler.drop(offer.transfer_id)
         return self._worker.has_room() and self._reassembler.has_room(offer.size, self._limits.queued_tasks)
 
-    def on_chunk(self, stream: _Stream, chunk: Chunk) -> None:
+    def on_chunk(self, stream: _Stream, chunk: frames.Chunk) -> None:
         """Handle a chunk of a task."""
         try:
             task = self._reassembler.add(chunk)

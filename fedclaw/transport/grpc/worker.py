@@ -24,7 +24,6 @@ from fedclaw.protocol.message_identity import Envelope, envelope_of, rebuild
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.base import SiteHandler
 from fedclaw.transport.grpc import frames
-from fedclaw.transport.grpc.chunk_codec import Chunk
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.message_codec import decode, encode
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
@@ -92,7 +91,7 @@ class TaskReassembler:
         held = self._partials.get(transfer_id)
         return held is not None and len(held.buffer) == size
 
-    def add(self, chunk: Chunk) -> ReceivedTask | None:
+    def add(self, chunk: frames.Chunk) -> ReceivedTask | None:
         """Add the next chunk; returns the task once complete. A wrong chunk drops it and raises TransportError."""
         partial = self._partials.get(chunk.transfer_id)
         if partial is None:

@@ -19,7 +19,6 @@ from fedclaw.learning.compressors import Stochastic
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.terms import Quantisation
 from fedclaw.transport.grpc import frames
-from fedclaw.transport.grpc.chunk_codec import decode_chunk, encode_chunk
 from fedclaw.transport.grpc.limits import MAX_FRAME_BYTES
 from fedclaw.transport.grpc.message_codec import ALIGNMENT, MAGIC, MAX_ITEMS, MAX_NUMBERS, decode, encode
 from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
@@ -122,7 +121,7 @@ def test_a_frame_costs_no_more_than_in_proportion_to_its_bytes(ends, end, kind, 
     raw = field(number, body)
 
     def take() -> None:
-        if decode_chunk(raw) is None:
+        if frames.decode_chunk(raw) is None:
             frame = pb.Frame.FromString(raw)
             ends[end](frame)
 
@@ -133,7 +132,7 @@ def test_a_frame_costs_no_more_than_in_proportion_to_its_bytes(ends, end, kind, 
 def test_two_mebibytes_of_repeated_fields_are_left_to_protobuf(filler):
     body = filler * (MAX_FRAME_BYTES // 2 - 8)
     raw = field(pb.Frame.CHUNK_FIELD_NUMBER, body)
-    cost = Cost(lambda: decode_chunk(raw))
+    cost = Cost(lambda: frames.decode_chunk(raw))
     assert cost.calls < 100
     assert cost.memory < MAX_FRAME_BYTES // 2
     assert cost.result is None
@@ -141,11 +140,11 @@ def test_two_mebibytes_of_repeated_fields_are_left_to_protobuf(filler):
 
 def test_a_chunk_as_we_write_it_is_still_read_without_a_copy():
     data = bytes(range(256)) * 4096
-    raw = encode_chunk("an-id", 7, [data])
-    cost = Cost(lambda: decode_chunk(raw))
+    raw = frames.encode_chunk("an-id", 7, [data])
+    cost = Cost(lambda: frames.decode_chunk(raw))
     assert (cost.result.transfer_id, cost.result.offset, bytes(cost.result.data)) == ("an-id", 7, data)
     assert cost.memory < 10_000
-    assert decode_chunk(encode_chunk("an-id", 0, [b""])).offset == 0
+    assert frames.decode_chunk(frames.encode_chunk("an-id", 0, [b""])).offset == 0
 
 
 def message(header: bytes, data: bytes = b"") -> bytes:

@@ -11,7 +11,6 @@ from fedclaw.errors import TransportError
 from fedclaw.protocol.message_identity import assign_message_id, expires_at, rebuild
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
-from fedclaw.transport.grpc.chunk_codec import Chunk
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.sender import Sender
@@ -71,7 +70,7 @@ def test_partly_received_tasks_expire_by_themselves_and_their_number_and_size_ar
     assert not reassembler.has_room(1, tasks=1)
     clock.forward(51)
     assert reassembler.has_room(20 * MIB, tasks=1), "a single one larger than the room comes alone"
-    assert reassembler.add(Chunk("a", 0, b"x")) is None
+    assert reassembler.add(frames.Chunk("a", 0, b"x")) is None
 
 
 def test_a_task_offered_again_as_a_larger_one_takes_no_more_than_the_room_there_is(kit):
@@ -211,7 +210,7 @@ def test_the_arrays_of_a_task_are_as_sent(kit):
     reassembler = TaskReassembler(room=MIB)
     offer = task(kit, "a", size=len(raw), created_at=1.0)
     assert begin(reassembler, offer) == 0
-    arrived = reassembler.add(Chunk("a", 0, raw))
+    arrived = reassembler.add(frames.Chunk("a", 0, raw))
     assert arrived is not None
     np.testing.assert_array_equal(arrived.message.content["arrays"]["w"].numpy(), body["arrays"]["w"].numpy())
     assert arrived.message.metadata.message_id == "a"

@@ -17,7 +17,6 @@ from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import envelope_of
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import SiteConnection, frames
-from fedclaw.transport.grpc.chunk_codec import encode_chunk
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
@@ -295,7 +294,7 @@ def test_a_replayed_reply_is_refused(kit):
     recorded = forger.sealed(content, task)
     forger.offer(task, recorded[0], len(recorded[1]), recorded[2])
     forger.raw.hear("accept")
-    forger.raw.say(encode_chunk(task.transfer_id, 0, [recorded[1]]))
+    forger.raw.say(frames.encode_chunk(task.transfer_id, 0, [recorded[1]]))
     forger.raw.hear("done")
     assert next(honest).has_content()
 
@@ -315,7 +314,7 @@ def test_a_duplicate_reply_is_confirmed_and_delivered_once(kit):
     header, body, plain = forger.sealed(b"".join(encode(kit.content()).parts), task)
     forger.offer(task, header, len(body), plain)
     forger.raw.hear("accept")
-    forger.raw.say(encode_chunk(task.transfer_id, 0, [body]))
+    forger.raw.say(frames.encode_chunk(task.transfer_id, 0, [body]))
     assert forger.raw.hear("done").done.transfer_id == task.transfer_id
 
     forger.offer(task, header, len(body), plain)
@@ -330,7 +329,7 @@ def test_a_tampered_segment_is_refused(forged):
     header, body, plain = forger.sealed(b"x" * 100, task)
     forger.offer(task, header, len(body), plain)
     forger.raw.hear("accept")
-    forger.raw.say(encode_chunk(task.transfer_id, 0, [body[:-1] + bytes([body[-1] ^ 1])]))
+    forger.raw.say(frames.encode_chunk(task.transfer_id, 0, [body[:-1] + bytes([body[-1] ^ 1])]))
     assert forger.refusal().reason == pb.REASON_SEAL
     assert outcome(grid, replies).code == RefusalCode.MALFORMED
 
@@ -341,7 +340,7 @@ def test_a_well_sealed_reply_that_is_nonsense_is_refused(forged):
     header, body, plain = forger.sealed(b"nonsense" * 20, task)
     forger.offer(task, header, len(body), plain)
     forger.raw.hear("accept")
-    forger.raw.say(encode_chunk(task.transfer_id, 0, [body]))
+    forger.raw.say(frames.encode_chunk(task.transfer_id, 0, [body]))
     assert forger.refusal().reason == pb.REASON_MALFORMED
     assert "not a FedClaw message" in outcome(grid, replies).reason
 

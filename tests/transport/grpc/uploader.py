@@ -3,7 +3,6 @@
 from fedclaw.identity.seal import SEGMENT, TAG, Binding
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.transport.grpc import frames
-from fedclaw.transport.grpc.chunk_codec import encode_chunk
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from tests.transport.grpc.conftest import RawSite
 
@@ -47,7 +46,9 @@ class Uploader:
 
     def send(self, first: int, count: int) -> None:
         for number in range(first, first + count):
-            self.raw.say(encode_chunk(self.task.transfer_id, number * (SEGMENT + TAG), [self.sealed.segment(number)]))
+            self.raw.say(
+                frames.encode_chunk(self.task.transfer_id, number * (SEGMENT + TAG), [self.sealed.segment(number)])
+            )
 
     def refusal(self) -> pb.Refuse:
         for frame in self.raw.responses:
