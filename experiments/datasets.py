@@ -32,8 +32,7 @@ from pydantic import Field
 
 from experiments.partitions.dealing import Dealt, deal_out
 from experiments.sources import DatasetSettings, Source, pixels, schema_of
-from fedclaw.cli import run_main, settings_of
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import STRATEGIES, installed
 from fedclaw.learning.tasks.classification import Classification

@@ -28,8 +28,7 @@ from experiments.datasets import SitePolicy, write_sites
 from experiments.processes import Processes, free_port
 from experiments.sources import DatasetSettings
 from fedclaw import startup
-from fedclaw.cli import run_main, settings_of
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.protocol.frozen import Frozen

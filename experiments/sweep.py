@@ -13,8 +13,7 @@ from pathlib import Path
 
 from experiments.sweeps.directory import SweepDirectory
 from experiments.sweeps.report import write_report
-from fedclaw.cli import run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, run_main, split
 from fedclaw.errors import UsageError
 
 

@@ -30,12 +30,13 @@ from rich.logging import RichHandler
 
 from fedclaw import startup
 from fedclaw.catalogue import STRATEGIES, WORKLOADS, did_you_mean, one_of, plugin_points
-from fedclaw.console import make_console
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.protocol.frozen import S, check_settings
 
 log = logging.getLogger(__name__)
 
+PLAIN_WIDTH = 132
+"""Columns when the output is a file or a pipe."""
 _LIKE_A_NUMBER = re.compile(r"[-+]?[0-9][0-9_.eE+-]*|true|false|yes|no|on|off", re.IGNORECASE)
 
 
@@ -118,6 +119,14 @@ def naming(**paths: Path | None) -> Iterator[None]:
         if any(path is not None and not expanded(path).exists() for path in paths.values()):
             error.exit_code = UsageError.exit_code
         raise
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """The terminal, as wide as it is; a file or pipe, wide enough that no table is cut and no line broken."""
+    console = Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False)
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, emoji=False, width=PLAIN_WIDTH)
 
 
 def run_main(module: str, usage: str, body: Callable[[Sequence[str]], None]) -> NoReturn:

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.identity.names import check_address
 from fedclaw.identity.site_home import SiteKeys

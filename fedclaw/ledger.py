@@ -40,8 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedclaw.cli import compose_settings, run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.protocol.frozen import Frozen

@@ -33,8 +33,7 @@ from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
-from fedclaw.cli import naming, require_paths, run_main, settings_of
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, load_trust
 from fedclaw.export.predictor import Predictor

@@ -36,8 +36,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from fedclaw.cli import compose_settings, expanded, naming, run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, expanded, make_console, naming, run_main, split
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.identity import federation_home, pki, provisioning
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE

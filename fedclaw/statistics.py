@@ -42,8 +42,7 @@ from pydantic import Field, field_validator
 from rich.console import Console
 
 from fedclaw import startup
-from fedclaw.cli import naming, run_main, settings_of
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, naming, run_main, settings_of
 from fedclaw.errors import DataError, UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.learning.workload import Schema, schema_digest

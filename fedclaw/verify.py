@@ -22,8 +22,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedclaw.cli import compose_settings, naming, run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console, naming, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, Verified, load_trust, verify_bundle
 

@@ -8,8 +8,7 @@ from experiments.attack_table import page
 from experiments.attack_table.cells import CellResult, Store, run_cell
 from experiments.attack_table.results import Results, collect, spread
 from experiments.attack_table.settings import TableSettings, attacks, cells
-from fedclaw.cli import compose_settings
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console
 from fedclaw.errors import UsageError
 
 TINY = (

@@ -4,8 +4,7 @@ import importlib
 
 import pytest
 
-from fedclaw.cli import report_failure
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, report_failure
 from fedclaw.identity import provisioning
 from fedclaw.server.run_directory import RunDirectory
 from tests.samples import run_record

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from experiments.compression_table.settings import TableSettings, cells
 from experiments.pace import Pace
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 

@@ -28,8 +28,7 @@ from experiments.heart_disease.source import read_centres
 from experiments.pace import Pace
 from experiments.workers import in_workers
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 

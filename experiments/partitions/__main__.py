@@ -23,8 +23,7 @@ from experiments.partitions.dealing import deal_out
 from experiments.partitions.description import Description, label_distances
 from experiments.partitions.record import write_record
 from experiments.sources import DatasetSettings
-from fedclaw.cli import run_main, settings_of
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, run_main, settings_of
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.simulation.partitions.settings import PartitionSettings
 

@@ -23,8 +23,7 @@ from experiments.pace import Pace
 from experiments.privacy_table.settings import TableSettings, rows
 from experiments.workers import in_workers
 from fedclaw import startup
-from fedclaw.cli import compose_settings, run_main, split
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 

@@ -16,8 +16,7 @@ from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import SweepDirectory, SweepRecord, read_overrides
 from experiments.sweeps.identity import digest_of, identify, is_relevant
 from experiments.sweeps.parent import Parent, make_parent
-from fedclaw.cli import report_failure, start_logging
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, report_failure, start_logging
 from fedclaw.protocol.frozen import check_settings
 from fedclaw.report.tracking import TrackingSettings
 from fedclaw.startup import end_all

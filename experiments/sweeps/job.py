@@ -19,8 +19,7 @@ from experiments.sweeps import PROGRAM
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
 from experiments.sweeps.identity import EXPERIMENT_FILE, identify, is_relevant
 from fedclaw import startup
-from fedclaw.cli import describe_failure, report_failure, start_logging
-from fedclaw.console import make_console
+from fedclaw.cli import describe_failure, make_console, report_failure, start_logging
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.installed import BUILT_IN

@@ -6,8 +6,7 @@ from pathlib import Path
 from fedclaw.api.module import Model, around
 from fedclaw.api.reading import Bundle, read_bundle
 from fedclaw.export.bundle import Request, export_bundle
-from fedclaw.export.signer import signing_home
-from fedclaw.export.source import load_source
+from fedclaw.export.source import load_source, signing_home
 from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.learning.registry import WORKLOADS, lent
 from fedclaw.server.run_directory import RunDirectory

@@ -37,8 +37,7 @@ from rich.table import Table
 
 from fedclaw import startup
 from fedclaw.audit.findings import AuditOptions, AuditReport, Check
-from fedclaw.cli import require_paths, run_main, settings_of
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, require_paths, run_main, settings_of
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.protocol.frozen import fields_of

@@ -30,10 +30,8 @@ from pathlib import Path
 from rich.table import Table
 
 from fedclaw import startup
-from fedclaw.cli import naming, require_paths, run_main, settings_of
-from fedclaw.compress.record import Compression, ProxyReport, require_room
-from fedclaw.compress.settings import CompressSettings
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
+from fedclaw.compress.record import Compression, CompressSettings, ProxyReport, require_room
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.server.run_directory import RunDirectory
 

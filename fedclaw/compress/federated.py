@@ -14,8 +14,7 @@ from datetime import UTC, datetime
 from flwr.serverapp import Grid
 
 from fedclaw.compress.models import Accuracies, Student, StudentOutcome, Teacher, arrays_of, compare_on, load_arrays
-from fedclaw.compress.record import SitesReport
-from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.record import CompressSettings, SitesReport
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.privacy.mechanisms.choice import mechanism_of

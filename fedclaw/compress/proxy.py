@@ -27,8 +27,7 @@ from fedclaw.compress.models import (
     threads_for,
 )
 from fedclaw.compress.prune import count_parameters
-from fedclaw.compress.record import Control, ProxyReport
-from fedclaw.compress.settings import CompressSettings, RecoverySettings
+from fedclaw.compress.record import CompressSettings, Control, ProxyReport, RecoverySettings
 from fedclaw.errors import CompressionError
 from fedclaw.learning.distillation import CLASSES, distillation_loss
 from fedclaw.learning.step_loop import ModelSteps, take_steps

@@ -20,8 +20,7 @@ from fedclaw.compress.models import (
 )
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
 from fedclaw.compress.prune import count_parameters
-from fedclaw.compress.record import Compression, Side, require_room, write_compressed
-from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.record import Compression, CompressSettings, Side, require_room, write_compressed
 from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory
 

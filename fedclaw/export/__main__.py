@@ -35,11 +35,10 @@ from pydantic import Field
 from rich.console import Console
 
 from fedclaw import startup
-from fedclaw.cli import naming, require_paths, run_main, settings_of
+from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
 from fedclaw.compress.record import read_compressed
-from fedclaw.console import make_console
 from fedclaw.errors import UsageError
-from fedclaw.export.signer import signing_home
+from fedclaw.export.source import signing_home
 from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.late import late_notes

@@ -1,20 +1,24 @@
-"""What is exported: the model of a run, rebuilt, and the facts about it that a bundle states."""
+"""What is exported: the model of a run, rebuilt, the facts about it that a bundle states, and who may sign it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from fedclaw.compress.record import RECORD, Compression, SitesReport, read_compressed
 from fedclaw.errors import BundleError
 from fedclaw.export.statement import Receipts
 from fedclaw.files import sha256_file
+from fedclaw.identity.federation_home import FederationHome
 from fedclaw.learning.workload import Schema, load_parameters
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, RunRecord
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Source:
     record: RunRecord
     schema: Schema
     spec: ModelSpec
-    model: nn.Module
+    model: "nn.Module"
     receipts: tuple[Receipts, ...]
     """Those of the training run, then those of the recovery at the sites, if there was one."""
     metrics: tuple[Mapping[str, Any], ...]
@@ -85,7 +89,7 @@ def _recovery_receipts(directory: RunDirectory, report: SitesReport) -> Receipts
     return Receipts(report.run, "recovery after pruning", recovery.read_receipts())
 
 
-def _fill(model: nn.Module, arrays: Mapping[str, NDArray[Any]], what: str) -> nn.Module:
+def _fill(model: "nn.Module", arrays: Mapping[str, NDArray[Any]], what: str) -> "nn.Module":
     """`model` with `arrays` as its parameters, on the CPU and in evaluation mode."""
     try:
         load_parameters(model, arrays)
@@ -95,3 +99,18 @@ def _fill(model: nn.Module, arrays: Mapping[str, NDArray[Any]], what: str) -> nn
         if not np.isfinite(array).all():
             raise BundleError(f"{what} holds NaN or infinite values in {name}")
     return model.cpu().eval()
+
+
+def signing_home(record: RunRecord, federation: Path) -> FederationHome:
+    """The coordinator's directory whose release key signs a model of this run.
+
+    A run of sites is signed by its own federation; a simulation belongs to none, and whoever signs stands behind it.
+    Raises ProvisionError for a directory that is no coordinator's, BundleError for that of another federation.
+    """
+    home = FederationHome.open(federation)
+    if record.simulated is None and home.name != record.federation:
+        raise BundleError(
+            f"{record.run} is a run of the federation {record.federation!r}, but {federation} holds the keys of "
+            f"{home.name!r}"
+        )
+    return home

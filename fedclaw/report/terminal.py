@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedclaw.console import make_console
+from fedclaw.cli import make_console
 from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.report.tables import Figures, epsilon_words, parts_in_lines, shortened

@@ -17,7 +17,7 @@ import torch
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.stacked.engines import BatchedModel, Build, Engine, Loss, NotStackable, PlainModel, VmapModel
-from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
+from fedclaw.learning.stacked.layout import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.steps import plain_steps
 from fedclaw.learning.step_loop import take_steps
 from fedclaw.learning.workload import Table

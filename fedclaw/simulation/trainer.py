@@ -23,7 +23,7 @@ from fedclaw.learning.distillation import distillation_loss
 from fedclaw.learning.postprocess import SiteContext
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.stacked.engines import BatchedModel, Engine, Loss, PlainModel
-from fedclaw.learning.stacked.packing import Packing, Rows, pack, shuffled
+from fedclaw.learning.stacked.layout import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.learning.stacked.steps import ClientSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection

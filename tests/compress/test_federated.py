@@ -12,8 +12,7 @@ from rich.console import Console
 from fedclaw.compress.__main__ import before_after, notes
 from fedclaw.compress.federated import DIRECTORY, distillation_record, recover_by_rounds
 from fedclaw.compress.models import load_teacher, make_student
-from fedclaw.compress.record import read_compressed
-from fedclaw.compress.settings import CompressSettings, SiteRecovery
+from fedclaw.compress.record import CompressSettings, SiteRecovery, read_compressed
 from fedclaw.compress.stage import compress
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.provisioning import accept, approve, initialise, request_site

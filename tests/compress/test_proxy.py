@@ -6,7 +6,7 @@ from torch import nn
 
 from fedclaw.compress.models import predict_logits
 from fedclaw.compress.proxy import distil, split_inputs, train
-from fedclaw.compress.settings import RecoverySettings
+from fedclaw.compress.record import RecoverySettings
 from fedclaw.errors import CompressionError
 from fedclaw.learning.distillation import CLASSES
 

@@ -9,8 +9,7 @@ import torch
 from fedclaw.compress import proxy, stage
 from fedclaw.compress.models import load_arrays
 from fedclaw.compress.proxy import RecoverySettings
-from fedclaw.compress.record import read_compressed
-from fedclaw.compress.settings import CompressSettings
+from fedclaw.compress.record import CompressSettings, read_compressed
 from fedclaw.compress.stage import compress
 from fedclaw.errors import CheckpointError, CompressionError, UsageError
 from fedclaw.learning.distillation import distillation_loss

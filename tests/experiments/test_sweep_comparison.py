@@ -17,7 +17,7 @@ from experiments.sweeps.labels import label_of
 from experiments.sweeps.results import Point, RunResult
 from experiments.sweeps.terminal import bytes_words, make_table
 from experiments.sweeps.wire import bytes_up
-from fedclaw.console import make_console
+from fedclaw.cli import make_console
 
 
 def result(accuracies, *, epsilon=None, sent=100, **settings):

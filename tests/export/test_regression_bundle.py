@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedclaw.cli import make_console
 from fedclaw.compress.__main__ import before_after, notes
-from fedclaw.compress.settings import CompressSettings, RecoverySettings
+from fedclaw.compress.record import CompressSettings, RecoverySettings
 from fedclaw.compress.stage import compress
-from fedclaw.console import make_console
 from fedclaw.errors import BundleError
 from fedclaw.export import layout
 from fedclaw.export.bundle import Request, export_bundle

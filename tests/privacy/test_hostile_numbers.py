@@ -18,7 +18,7 @@ from torch.nn import functional
 from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.stacked.engines import BatchedModel
-from fedclaw.learning.stacked.packing import pack
+from fedclaw.learning.stacked.layout import pack
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.distributed import SumWithShare, share_noise
 from fedclaw.privacy.fixed_point import Encoding

@@ -7,8 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.stacked.layout import Layout
-from fedclaw.learning.stacked.packing import pack, shuffled
+from fedclaw.learning.stacked.layout import Layout, pack, shuffled
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.terms import LocalTraining
 from fedclaw.simulation.choice import agrees, choose

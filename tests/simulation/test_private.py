@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedclaw.learning.stacked.engines import BatchedModel
-from fedclaw.learning.stacked.packing import pack
+from fedclaw.learning.stacked.layout import pack
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed

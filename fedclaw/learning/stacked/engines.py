@@ -14,8 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from fedclaw.errors import FedClawError
 from fedclaw.learning.stacked.layers import CHANNELS_LAST, stacked
-from fedclaw.learning.stacked.layout import Layout
-from fedclaw.learning.stacked.packing import Packing
+from fedclaw.learning.stacked.layout import Layout, Packing
 from fedclaw.learning.stacked.stack import Stack, StackedLayer, Through
 from fedclaw.privacy.gradients.interface import functional
 

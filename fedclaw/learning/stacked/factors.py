@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fedclaw.learning.stacked.packing import Packing, Segment
+from fedclaw.learning.stacked.layout import Packing, Segment
 
 
 class FactoredWeight:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedclaw.learning.stacked.packing import Segment
+from fedclaw.learning.stacked.layout import Segment
 from fedclaw.learning.stacked.stack import Product, Stack, StackedLayer, StackedLinear
 
 CHANNELS_LAST = (0, 2, 3, 1)

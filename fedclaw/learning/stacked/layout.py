@@ -1,4 +1,11 @@
-"""Parameters of many clients as rows of one matrix: a step, a delta or a weighted sum is one call, whatever the layers.
+"""How a stack of clients lies in memory: their parameters, and the rows of the table that each step sees.
+
+Parameters of many clients are rows of one matrix: a step, a delta or a weighted sum is one call, whatever the layers.
+
+The clients are in the order of their steps, the most first, so that those that have finished drop off the end of the
+stack: nothing is computed for them. A step's rows lie one after another by client. Clients that follow one another and
+have equally large batches are a segment, which one batched product serves. A batch that is a little smaller than its
+neighbours' is filled up with rows that count nothing where another segment would cost more than they do.
 
 Legend: K clients, P parameters (tensors) of the model, D numbers in all of them.
 """
@@ -6,12 +13,16 @@ Legend: K clients, P parameters (tensors) of the model, D numbers in all of them
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.terms import LocalTraining
 
 
 @dataclass(frozen=True)
@@ -82,3 +93,131 @@ class Layout:
             first = runs.pop().start if joins else place.offset
             runs.append(slice(first, place.offset + place.numbers))
         return runs
+
+
+Rows = NDArray[np.int64]
+
+
+class Segment(NamedTuple):
+    """Clients `first` to `last` (exclusive) of a stack with `size` rows each, the first of them row `row`."""
+
+    first: int
+    last: int
+    row: int
+    size: int
+
+    @property
+    def clients(self) -> int:
+        """How many clients."""
+        return self.last - self.first
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return (self.last - self.first) * self.size
+
+    @property
+    def own(self) -> slice:
+        """Its clients among those of a stack."""
+        return slice(self.first, self.last)
+
+    def of(self, values: torch.Tensor) -> torch.Tensor:
+        """(clients, size, n) of all rows (N, n): a view."""
+        return values[self.row : self.row + self.rows].view(self.clients, self.size, -1)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One step of the first `clients` of a stack: rows (N,) of the table, in the order of the segments.
+
+    A client that is in no segment has an empty batch.
+    """
+
+    clients: int
+    segments: tuple[Segment, ...]
+    rows: torch.Tensor
+    sizes: tuple[int, ...]
+    """By client, the rows that count."""
+
+    @cached_property
+    def even(self) -> int | None:
+        """The number of rows of every client, if it is the same and all of them count."""
+        return self.sizes[0] if self.sizes[0] and len(set(self.sizes)) == 1 else None
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """(N,) float32: one over the size of the client's batch; 0 for a row that only fills up."""
+        weights = np.zeros(len(self.rows), np.float32)
+        for segment in self.segments:
+            for client in range(segment.first, segment.last):
+                start, size = segment.row + (client - segment.first) * segment.size, self.sizes[client]
+                weights[start : start + size] = 1 / size
+        return torch.from_numpy(weights)
+
+    @cached_property
+    def client_of_row(self) -> torch.Tensor:
+        """(N,) int64: whose each row is."""
+        parts = [torch.arange(segment.first, segment.last).repeat_interleave(segment.size) for segment in self.segments]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def pack(batches: Sequence[Sequence[Rows]], spare: int = 0) -> list[Packing]:
+    """The steps of clients with these batches, by client; the one with the most steps first.
+
+    `spare`: rows that may be added to a segment's batches, all in all, to save another segment.
+    """
+    counts = [len(own) for own in batches]
+    if any(later > earlier for earlier, later in pairwise(counts)):
+        raise ValueError("the clients of a stack are in the order of their steps, the most first")
+    steps, active = [], len(batches)
+    for step in range(counts[0] if counts else 0):
+        while counts[active - 1] <= step:
+            active -= 1
+        steps.append(_packing([own[step] for own in batches[:active]], spare))
+    return steps
+
+
+def _packing(now: Sequence[Rows], spare: int) -> Packing:
+    sizes = tuple(len(part) for part in now)
+    segments = _segments(sizes, spare)
+    parts: list[Rows] = []
+    for segment in segments:
+        for part in now[segment.first : segment.last]:
+            parts.append(part)
+            if len(part) < segment.size:
+                parts.append(np.broadcast_to(part[:1], segment.size - len(part)))
+    rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return Packing(len(now), segments, torch.from_numpy(rows), sizes)
+
+
+def _segments(sizes: Sequence[int], spare: int) -> tuple[Segment, ...]:
+    """Runs of equal sizes; with those that follow filled up, or themselves, for as long as `spare` rows are enough."""
+    segments, row, first = [], 0, 0
+    while first < len(sizes):
+        size, last, total = sizes[first], first + 1, sizes[first]
+        while last < len(sizes) and size and sizes[last]:
+            larger = max(size, sizes[last])
+            if larger * (last + 1 - first) - total - sizes[last] > spare:
+                break
+            size, total, last = larger, total + sizes[last], last + 1
+        if size:
+            segments.append(Segment(first, last, row, size))
+            row += size * (last - first)
+        first = last
+    return tuple(segments)
+
+
+def shuffled(share: Rows, training: LocalTraining, generator: np.random.Generator) -> list[Rows]:
+    """The batches of a round without privacy: shuffled epochs over `share`, the last batch of each may be smaller.
+
+    The same as `fedclaw.privacy.steps.shuffled_batches`, from a seeded generator.
+    """
+    steps, size, count = training.local_steps(len(share)), training.batch_size, len(share)
+    if count <= size:
+        # One batch an epoch: its order is of no matter.
+        return [share] * steps
+    batches: list[Rows] = []
+    while len(batches) < steps:
+        order = share[generator.permutation(count)]
+        batches += [order[start : start + size] for start in range(0, count, size)]
+    return batches[:steps]

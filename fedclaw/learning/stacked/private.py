@@ -12,7 +12,7 @@ import torch
 
 from fedclaw.errors import PrivacyError
 from fedclaw.learning.stacked.engines import BatchedModel, NotStackable
-from fedclaw.learning.stacked.packing import Packing, Rows
+from fedclaw.learning.stacked.layout import Packing, Rows
 from fedclaw.learning.stacked.stack import StackedLayer, StackedLinear
 from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.gradients.interface import LARGEST_NORM, NORM_MARGIN, check_model, without_overflow

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fedclaw.learning.stacked.factors import FactoredWeight
-from fedclaw.learning.stacked.packing import Packing, Segment
+from fedclaw.learning.stacked.layout import Packing, Segment
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from fedclaw.learning.stacked.engines import BatchedModel, Engine
-from fedclaw.learning.stacked.packing import Packing
+from fedclaw.learning.stacked.layout import Packing
 from fedclaw.learning.step_loop import Steps
 from fedclaw.protocol.terms import LocalTraining
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedclaw.cli import start_logging
-from fedclaw.console import make_console
+from fedclaw.cli import make_console, start_logging
 from fedclaw.errors import UsageError
 from fedclaw.transport.flower import NAME_QUERY
 from fedclaw.transport.flower.site_location import SiteLocation, say_name

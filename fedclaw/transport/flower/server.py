@@ -25,8 +25,7 @@ from collections.abc import Mapping
 from flwr.app import Context, UserConfigValue
 from flwr.serverapp import Grid, ServerApp
 
-from fedclaw.cli import compose_settings, start_logging
-from fedclaw.console import make_console
+from fedclaw.cli import compose_settings, make_console, start_logging
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.transport.flower.rounds import run_over
 from fedclaw.transport.flower.settings import FlowerSettings, observed, open_run

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.learning.stacked.engines import BatchedModel
-from fedclaw.learning.stacked.packing import pack
+from fedclaw.learning.stacked.layout import pack
 from fedclaw.learning.stacked.stack import _OUT_OF_CACHE
 from fedclaw.learning.stacked.steps import DescendingSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import make_optimizer, take_steps

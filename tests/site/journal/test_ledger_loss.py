@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from fedclaw.console import make_console
+from fedclaw.cli import make_console
 from fedclaw.errors import LedgerError, UsageError
 from fedclaw.ledger import main
 from fedclaw.protocol.receipt import Receipt
