@@ -26,7 +26,7 @@ import numpy as np
 from fedclaw.clients.definitions import shown
 from fedclaw.clients.values import Cell, DecimalMark, normal, number_of, repeated
 from fedclaw.errors import DataError
-from fedclaw.file_format import FileFormat
+from fedclaw.learning.workload import FileFormat
 
 BLOCK_ROWS = 16_384
 BLOCK_CELLS = 2**21

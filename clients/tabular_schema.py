@@ -25,7 +25,8 @@ A value means the same however it is written (`values`): 1, 1.0 and Parquet's in
 compared after Unicode normalisation, an empty cell and Parquet's null are one thing. YAML's numbers are the text that
 they were written as (`fedclaw.yaml_text`): the level 001 is called 001.
 
-How a site's own files are written, `fedclaw.file_format`, is said in its site.yaml and is no part of the schema:
+How a site's own files are written (`fedclaw.learning.workload.FileFormat`) is said in its site.yaml and is no part of
+the schema:
 
     data: {train: train.csv, test: test.csv, delimiter: ";", decimal: ",", encoding: latin-1, title_lines: 1}
 
@@ -67,9 +68,8 @@ from fedclaw.clients.table_reading import MissingCells, RowEncoder, Seen, Values
 from fedclaw.clients.tables import Content, Faults, TableRows, Wanted, read_blocks
 from fedclaw.clients.values import Declared, Markers, shown_cell
 from fedclaw.errors import DataError
-from fedclaw.file_format import FileFormat
 from fedclaw.learning.tasks.base import Targets, Task
-from fedclaw.learning.workload import Floats, Rows, Schema, Table
+from fedclaw.learning.workload import FileFormat, Floats, Rows, Schema, Table
 from fedclaw.privacy.statistics import Records, StatisticColumn
 from fedclaw.protocol.frozen import Frozen
 

@@ -18,10 +18,9 @@ from fedclaw.clients.table_definition import MISSING
 from fedclaw.clients.tables import DELIMITERS, Content, Wanted, read_blocks, read_header
 from fedclaw.clients.values import DecimalMark, Markers, number_of
 from fedclaw.errors import DataError, UsageError
-from fedclaw.file_format import FileFormat
 from fedclaw.files import sha256_file
 from fedclaw.learning.tasks.regression import RegressionLoss
-from fedclaw.learning.workload import Floats
+from fedclaw.learning.workload import FileFormat, Floats
 from fedclaw.protocol.frozen import Frozen
 
 

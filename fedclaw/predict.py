@@ -37,10 +37,9 @@ from fedclaw.cli import make_console, naming, require_paths, run_main, settings_
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, load_trust
 from fedclaw.export.predictor import Predictor
-from fedclaw.file_format import FileFormat
 from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.base import Task
-from fedclaw.learning.workload import Floats, Rows
+from fedclaw.learning.workload import FileFormat, Floats, Rows
 from fedclaw.protocol.frozen import fields_of
 
 SHOWN_ROWS = 50

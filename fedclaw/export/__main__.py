@@ -38,7 +38,7 @@ from fedclaw import startup
 from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
 from fedclaw.compress.record import read_compressed
 from fedclaw.errors import UsageError
-from fedclaw.export.source import signing_home
+from fedclaw.export.source import load_source, signing_home
 from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.report.late import late_notes
@@ -88,7 +88,6 @@ def export(settings: ExportSettings, console: Console) -> None:
         from fedclaw.export.bundle import Request, export_bundle
         from fedclaw.export.card import threshold_in_words
         from fedclaw.export.graph import allowed
-        from fedclaw.export.source import load_source
         from fedclaw.privacy.mechanisms.choice import mechanism_of
         from fedclaw.server.statistics_release import read_release
     startup.next_step("no bundle was written, or it is as it was: give the same command again")

@@ -13,11 +13,10 @@ from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import MANIFEST, ONNX, SCHEMA
 from fedclaw.export.runtime import open_session, run_session
-from fedclaw.file_format import FileFormat
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import decide
-from fedclaw.learning.workload import Floats, Labels, Rows, Schema
+from fedclaw.learning.workload import FileFormat, Floats, Labels, Rows, Schema
 
 BATCH = 256
 SHOWN_REASONS = 3

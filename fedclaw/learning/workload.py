@@ -12,16 +12,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedclaw.errors import DataError
-from fedclaw.file_format import FileFormat
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.statistics import Records, StatisticColumn
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import ModelSpec
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Delimiter = Literal[",", ";", "\t", "|"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ class Rows:
     def answered(self) -> NDArray[np.int64]:
         """Numbers of the rows that get an answer, from 0."""
         return np.array([row for row in range(len(self.inputs)) if row not in self.refused], np.int64)
+
+
+class FileFormat(Frozen):
+    """How a site's text files are written: its own affair and no part of what was agreed on.
+
+    None of it changes what is read, so no digest covers it.
+    """
+
+    delimiter: Delimiter | None = None
+    """Between the cells; None: as the schema says."""
+    decimal: Literal[".", ","] = "."
+    """Before the decimals of a number. With a comma, a point in a number is refused: it may stand for thousands."""
+    encoding: Literal["utf-8", "utf-16", "latin-1", "windows-1252"] = "utf-8"
+    title_lines: int = Field(default=0, ge=0, le=100)
+    """Lines above the header that are no part of the table."""
 
 
 class Schema(ABC):

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from fedclaw.errors import UsageError
-from fedclaw.file_format import Delimiter, FileFormat
+from fedclaw.learning.workload import Delimiter, FileFormat
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.site.policy.policy import Policy

@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
-from fedclaw.file_format import FileFormat
+from fedclaw.learning.workload import FileFormat
 
 WARDS = ("Chirurgie", "Kinderstation Süd", "Ærø", "true", "NA")
 CODES = ("001", "010", "2", "1.5")

@@ -6,7 +6,7 @@ import pytest
 
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
-from fedclaw.file_format import FileFormat
+from fedclaw.learning.workload import FileFormat
 
 SCHEMA = """
 columns:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.errors import DataError
-from fedclaw.file_format import FileFormat
+from fedclaw.learning.workload import FileFormat
 
 GREY = "{shape: [1, 4, 6], labels: [cat, dog], mean: [0.5], std: [0.25]}"
 COLOUR = "{shape: [3, 4, 6], labels: [cat, dog]}"

@@ -15,8 +15,7 @@ from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
 from fedclaw.export.threshold import choose_threshold, f1
-from fedclaw.file_format import FileFormat
-from fedclaw.learning.workload import Table
+from fedclaw.learning.workload import FileFormat, Table
 from fedclaw.protocol.terms import ModelSpec
 
 WARD = {"name": "ward", "kind": "categorical", "levels": ["surgery", "medicine"]}

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from fedclaw.privacy.statistics import ColumnStatistics, Estimate, Statistics
 from fedclaw.protocol.statistics import StatisticsReceipt
-from fedclaw.report.statistics_tables import shown, statistics_tables
 from fedclaw.server.statistics_release import Release, ReleaseMechanism
+from fedclaw.statistics import shown, statistics_tables
 
 
 def figure(value, error=1.0):
