@@ -17,9 +17,8 @@ from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site import pipeline
 from fedclaw.site.evaluation import EvaluationAnswer, charged_ledger
-from fedclaw.site.pipeline import Answering
+from fedclaw.site.pipeline import Answering, SecureIdentity, answer_stage, masking
 from fedclaw.site.privacy_budget import Asking, reserve
-from fedclaw.site.secure import SecureIdentity, answer_stage, masking
 from fedclaw.site.site import Site
 from fedclaw.site.statistics import StatisticsAnswer
 from fedclaw.site.training import TrainingAnswer

@@ -15,7 +15,7 @@ from fedclaw.protocol.statistics import STATISTICS, StatisticsReceipt, Statistic
 from fedclaw.site.directory import open_service
 from fedclaw.site.journal.reconciliation import check as check_journal
 from fedclaw.site.journal.reconciliation import open_journal
-from fedclaw.site.policy.sentences import sentences
+from fedclaw.site.policy.policy import sentences
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.statistics import statistics_vector
 from tests.made_tables import make_sites

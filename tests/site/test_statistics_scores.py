@@ -18,8 +18,7 @@ from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.statistics import release_statistics
 from fedclaw.server.statistics_release import read_release, write_release
 from fedclaw.site.directory import open_service
-from fedclaw.site.policy.policy import StatisticsAllowance
-from fedclaw.site.policy.sentences import sentences
+from fedclaw.site.policy.policy import StatisticsAllowance, sentences
 from fedclaw.site.settings import load_site_settings
 from fedclaw.site.statistics import scores_of
 from fedclaw.transport.in_process import LocalGrid, open_sites

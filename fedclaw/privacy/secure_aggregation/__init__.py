@@ -12,7 +12,7 @@ who sent it.
 is what they exchange. There is no transport here. See `parameters` for what is guaranteed, and against whom.
 """
 
-from fedclaw.privacy.secure_aggregation.identity import CertificateVerifier, Signer, Verifier, local_identities
+from fedclaw.privacy.secure_aggregation.keys import CertificateVerifier, Signer, Verifier, local_identities
 from fedclaw.privacy.secure_aggregation.messages import (
     Accusations,
     Advertisement,

@@ -19,9 +19,10 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation.curve import POINT_BYTES
 from fedclaw.privacy.secure_aggregation.dealing import COMMITMENT_BYTES, NUMBER_BYTES, PROOF_BYTES, SHARE_BYTES
-from fedclaw.privacy.secure_aggregation.identity import MAX_CERTIFICATE, MAX_SIGNATURE
 from fedclaw.privacy.secure_aggregation.keys import (
     EPHEMERAL_BYTES,
+    MAX_CERTIFICATE,
+    MAX_SIGNATURE,
     PUBLIC_BYTES,
     SEALED_BYTES,
     SESSION_SIGNATURE_BYTES,
@@ -160,7 +161,7 @@ class ShareBundle(Wire):
 
     With them comes what proves them (`dealing`): a commitment for each holder, `own` for the site itself, and the
     coefficients of a polynomial for each secret. The session key signs what each receiver gets to see
-    (`identity.shares_message`).
+    (`keys.shares_message`).
     """
 
     site: Name

@@ -24,18 +24,19 @@ from numpy.typing import NDArray
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import keys
 from fedclaw.privacy.secure_aggregation.dealing import Dealing, SecretShares, checked
-from fedclaw.privacy.secure_aggregation.identity import (
+from fedclaw.privacy.secure_aggregation.keys import (
     ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
     SHARES_PURPOSE,
     SURVIVORS_PURPOSE,
     Verifier,
     accusation_message,
+    apply_masks,
+    check_vector,
     keys_message,
     shares_message,
     survivors_message,
 )
-from fedclaw.privacy.secure_aggregation.keys import apply_masks, check_vector
 from fedclaw.privacy.secure_aggregation.messages import (
     Accusations,
     Advertisement,

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.files import PRIVATE_MODE, append_all, sync_directory
-from fedclaw.privacy.secure_aggregation.identity import Signer, Verifier
+from fedclaw.privacy.secure_aggregation.keys import Signer, Verifier
 from fedclaw.privacy.secure_aggregation.parameters import Parameters
 from fedclaw.privacy.secure_aggregation.site import SiteSession
 from fedclaw.protocol.frozen import Frozen

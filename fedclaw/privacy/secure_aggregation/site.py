@@ -23,7 +23,7 @@ from fedclaw.errors import SecureAggregationError
 from fedclaw.identity import pki
 from fedclaw.privacy.secure_aggregation import keys
 from fedclaw.privacy.secure_aggregation.dealing import SHARE_BYTES, SecretShares, ShareProof, deal, packed
-from fedclaw.privacy.secure_aggregation.identity import (
+from fedclaw.privacy.secure_aggregation.keys import (
     ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
     SHARES_PURPOSE,
@@ -31,11 +31,12 @@ from fedclaw.privacy.secure_aggregation.identity import (
     Signer,
     Verifier,
     accusation_message,
+    apply_masks,
+    check_vector,
     keys_message,
     shares_message,
     survivors_message,
 )
-from fedclaw.privacy.secure_aggregation.keys import apply_masks, check_vector
 from fedclaw.privacy.secure_aggregation.messages import (
     Accusations,
     Advertisement,

@@ -44,8 +44,7 @@ from fedclaw.site.journal.reconciliation import (
     outbound_file,
 )
 from fedclaw.site.journal.spending import DataSetSpending
-from fedclaw.site.policy.policy import DEFAULT_DELTA, TEST, Policy
-from fedclaw.site.policy.sentences import sentences
+from fedclaw.site.policy.policy import DEFAULT_DELTA, TEST, Policy, sentences
 from fedclaw.site.preflight.question import Question
 from fedclaw.site.privacy_budget import charge_times, check_frequency, evaluation_times, is_limited
 from fedclaw.site.service import SiteService

@@ -9,8 +9,7 @@ import pytest
 from fedclaw.errors import SecureAggregationError
 from fedclaw.privacy.secure_aggregation import SurvivorList, Unmasking, UnmaskRequest, neighbours_needed
 from fedclaw.privacy.secure_aggregation.dealing import recover
-from fedclaw.privacy.secure_aggregation.identity import SURVIVORS_PURPOSE, survivors_message
-from fedclaw.privacy.secure_aggregation.keys import mask_public_of
+from fedclaw.privacy.secure_aggregation.keys import SURVIVORS_PURPOSE, mask_public_of, survivors_message
 from tests.privacy.secure_aggregation.rehearsal import Exchange, names, parameters
 
 VICTIM, COLLUDING = "site-a", "site-c"

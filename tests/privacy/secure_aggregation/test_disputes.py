@@ -23,7 +23,7 @@ from fedclaw.privacy.secure_aggregation.dealing import (
     packed,
     recover,
 )
-from fedclaw.privacy.secure_aggregation.identity import (
+from fedclaw.privacy.secure_aggregation.keys import (
     ACCUSATION_PURPOSE,
     SHARES_PURPOSE,
     accusation_message,

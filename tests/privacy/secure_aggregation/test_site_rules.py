@@ -8,8 +8,7 @@ import pytest
 from fedclaw.errors import SecureAggregationError
 from fedclaw.identity import pki
 from fedclaw.privacy.secure_aggregation import KeyList, SiteSession, SurvivorList, UnmaskRequest, local_identities
-from fedclaw.privacy.secure_aggregation.identity import KEYS_PURPOSE, keys_message
-from fedclaw.privacy.secure_aggregation.keys import SessionKeys
+from fedclaw.privacy.secure_aggregation.keys import KEYS_PURPOSE, SessionKeys, keys_message
 from fedclaw.privacy.secure_aggregation.site import Stage
 from tests.privacy.secure_aggregation.rehearsal import FEDERATION, Exchange, identities, names, parameters, site_session
 

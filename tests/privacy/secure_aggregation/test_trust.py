@@ -9,7 +9,7 @@ from fedclaw.identity import pki
 from fedclaw.identity.provisioning import accept, approve, initialise, request_site
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.privacy.secure_aggregation import CertificateVerifier, ServerSession, SiteSession, local_identities
-from fedclaw.privacy.secure_aggregation.identity import KEYS_PURPOSE, SURVIVORS_PURPOSE
+from fedclaw.privacy.secure_aggregation.keys import KEYS_PURPOSE, SURVIVORS_PURPOSE
 from tests.privacy.secure_aggregation.rehearsal import identities, parameters
 
 MESSAGE = b"the survivors are a, b and c"

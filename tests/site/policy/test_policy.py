@@ -8,8 +8,7 @@ from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest
 from fedclaw.site.policy.checks import check_plan, check_request, permitted_metrics
-from fedclaw.site.policy.policy import Policy
-from fedclaw.site.policy.sentences import sentences
+from fedclaw.site.policy.policy import Policy, sentences
 
 POLICY: dict[str, Any] = {
     "workloads": ["tabular"],

@@ -16,8 +16,7 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import PrivacyRequest
-from fedclaw.site.policy.policy import Policy
-from fedclaw.site.policy.sentences import sentences
+from fedclaw.site.policy.policy import Policy, sentences
 from fedclaw.site.settings import load_site_settings
 from tests.conftest import run_module
 from tests.site.conftest import Asker
