@@ -18,9 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distillation_loss
-from fedclaw.learning.postprocess import SiteContext
+from fedclaw.learning.postprocess import SiteContext, at_site
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.stacked.engines import BatchedModel, Engine, Loss, PlainModel
 from fedclaw.learning.stacked.layout import Packing, Rows, pack, shuffled
@@ -331,7 +330,7 @@ class Trainer:
         repeatable = self._repeatable or not mechanism.is_sampled
         source = noise_of(self._seed if repeatable else None, plan.round, -1 - client)
         whole = finished.scaled(1.0, lambda own: Update({**own.delta, **own.extras}, 1.0, examples))
-        update = postprocess.at_site(whole, plan, SiteContext(source, self._state(client))).value
+        update = at_site(whole, plan, SiteContext(source, self._state(client))).value
         state = {**finished.value.state, **update.state, **({PERSONAL: personal} if personal else {})}
         return update, {kind: dict(arrays) for kind, arrays in state.items()}
 

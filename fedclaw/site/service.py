@@ -15,9 +15,8 @@ from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, RECEIPT, RUN, STAGES
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.site import pipeline
 from fedclaw.site.evaluation import EvaluationAnswer, charged_ledger
-from fedclaw.site.pipeline import Answering, SecureIdentity, answer_stage, masking
+from fedclaw.site.pipeline import Answering, SecureIdentity, answer, answer_stage, masking
 from fedclaw.site.privacy_budget import Asking, reserve
 from fedclaw.site.site import Site
 from fedclaw.site.statistics import StatisticsAnswer
@@ -114,7 +113,7 @@ class SiteService(Site):
             answered = answer_stage(self.secure, answering)
         else:
             sums = answering.masked and answering.asked.secure is not None
-            answered = pipeline.answer(answering, masking(self.secure, answering) if sums else None)
+            answered = answer(answering, masking(self.secure, answering) if sums else None)
         run = answering.asked.run
         answered[ABOUT] = ConfigRecord({**answered.config_records.get(ABOUT, {}), RUN: run})
         return answered

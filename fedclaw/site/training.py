@@ -12,9 +12,8 @@ from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.learning import postprocess
 from fedclaw.learning.distillation import distilled
-from fedclaw.learning.postprocess import SiteContext, template
+from fedclaw.learning.postprocess import SiteContext, at_site, template
 from fedclaw.learning.step_loop import ModelSteps, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.distributed import Integers
@@ -117,7 +116,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         personal = self._personal(delta)
         whole = finished.scaled(1.0, lambda made: Update({**made.delta, **made.extras}, 1.0, self._examples))
         try:
-            left = postprocess.at_site(whole, self.asked, SiteContext(self.site.source, half.before))
+            left = at_site(whole, self.asked, SiteContext(self.site.source, half.before))
         except PrivacyError as error:
             raise Refusal(RefusalCode.STRATEGY, f"strategy {self.asked.strategy!r} {error}") from error
         self._left = left.value

@@ -325,7 +325,7 @@ def test_a_sum_that_leaves_in_integers_was_never_rounded_to_float32(wire, monkey
     """What one example adds to a sum of many is in its last digits."""
     kept = []
     monkeypatch.setattr(
-        "fedclaw.site.training.postprocess.at_site",
+        "fedclaw.site.training.at_site",
         lambda part, plan, context: (
             kept.append(part.value) or postprocess.Weighting(plan.weight).at_site(part, context)
         ),

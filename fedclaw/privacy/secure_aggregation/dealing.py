@@ -32,8 +32,7 @@ from itertools import islice
 from typing import Literal, NamedTuple, Self
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.privacy.secure_aggregation import curve
-from fedclaw.privacy.secure_aggregation.curve import ORDER
+from fedclaw.privacy.secure_aggregation.curve import ORDER, proves, public_of
 from fedclaw.privacy.secure_aggregation.parameters import Parameters, framed
 
 SECRET_BYTES = 32
@@ -165,7 +164,7 @@ def deal(
         + _commit(parameters, dealer, holder, "key", evaluate(blind_key, x), shares[holder].key)
         for holder, x in points.items()
     }
-    nonce_public = curve.public_of(blind_key[0])
+    nonce_public = public_of(blind_key[0])
     challenge = _challenge(parameters, dealer, keys.mask_public, nonce_public, commitments)
     return shares, Dealing(
         dealer,
@@ -199,7 +198,7 @@ def checked(
     if len(seed) != parameters.threshold or len(key) != parameters.threshold or max(*seed, *key) >= ORDER:
         raise SecureAggregationError(f"{dealer} proves shares of another threshold than {parameters.threshold}")
     challenge = _challenge(parameters, dealer, mask_public, nonce_public, commitments)
-    if not curve.proves(key[0], nonce_public, challenge, mask_public):
+    if not proves(key[0], nonce_public, challenge, mask_public):
         raise SecureAggregationError(f"{dealer} has not shared the key that it advertised")
     return Dealing(dealer, commitments, seed, key, nonce_public, challenge)
 

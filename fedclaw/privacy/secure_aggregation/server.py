@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError
-from fedclaw.privacy.secure_aggregation import keys
 from fedclaw.privacy.secure_aggregation.dealing import Dealing, SecretShares, checked
 from fedclaw.privacy.secure_aggregation.keys import (
     ACCUSATION_PURPOSE,
@@ -32,8 +31,11 @@ from fedclaw.privacy.secure_aggregation.keys import (
     Verifier,
     accusation_message,
     apply_masks,
+    check_publics,
+    check_signature,
     check_vector,
     keys_message,
+    reopened,
     shares_message,
     survivors_message,
 )
@@ -124,7 +126,7 @@ class ServerSession:
         message = keys_message(self.parameters, item.site, item.mask_public, item.share_public, item.sign_public)
         if self._verifier is not None:
             self._verifier.check(item.site, item.certificate, KEYS_PURPOSE, message, item.signature)
-        keys.check_publics(item.site, item.mask_public, item.share_public)
+        check_publics(item.site, item.mask_public, item.share_public)
         self._advertised[item.site] = item
 
     def key_lists(self) -> dict[str, KeyList]:
@@ -175,7 +177,7 @@ class ServerSession:
         for accused, signature in zip(item.accused, item.signatures, strict=True):
             message = accusation_message(self.parameters, item.site, accused, self._signed(accused, item.site))
             public = self._advertised[item.site].sign_public
-            keys.check_signature(item.site, public, ACCUSATION_PURPOSE, message, signature)
+            check_signature(item.site, public, ACCUSATION_PURPOSE, message, signature)
         self._confirmed[item.site] = item
 
     def accusations(self) -> dict[str, Accusations]:
@@ -238,7 +240,7 @@ class ServerSession:
         self._accept(item, item.site, _Stage.CONSENT, self._masked, self._consents)
         message = survivors_message(self.parameters, item.site, self.survivors)
         public = self._advertised[item.site].sign_public
-        keys.check_signature(item.site, public, SURVIVORS_PURPOSE, message, item.signature)
+        check_signature(item.site, public, SURVIVORS_PURPOSE, message, item.signature)
         self._consents[item.site] = item.signature
 
     def unmask_requests(self) -> dict[str, UnmaskRequest]:
@@ -299,7 +301,7 @@ class ServerSession:
         """Exclude the dealer if it did not sign what it sent, else the holder that says so."""
         public, signature = self._advertised[dealer].sign_public, self._bundles[dealer][holder].signature
         try:
-            keys.check_signature(dealer, public, SHARES_PURPOSE, self._signed(dealer, holder), signature)
+            check_signature(dealer, public, SHARES_PURPOSE, self._signed(dealer, holder), signature)
         except SecureAggregationError:
             self.excluded.setdefault(dealer, f"{dealer} has not signed the shares that it sent to {holder}")
         else:
@@ -321,7 +323,7 @@ class ServerSession:
         """Whether what `dealer` sealed for `holder` with the ephemeral `key` is what it committed to."""
         public, sealed = self._advertised[holder].share_public, self._bundles[dealer][holder].sealed
         try:
-            shares = SecretShares.unpack(keys.reopened(self.parameters, dealer, holder, public, sealed, key))
+            shares = SecretShares.unpack(reopened(self.parameters, dealer, holder, public, sealed, key))
         except SecureAggregationError:
             return False
         return self._dealings[dealer].proof_for(self.parameters, holder).holds(self.parameters, dealer, holder, shares)

@@ -21,19 +21,24 @@ from numpy.typing import NDArray
 
 from fedclaw.errors import SecureAggregationError
 from fedclaw.identity import pki
-from fedclaw.privacy.secure_aggregation import keys
 from fedclaw.privacy.secure_aggregation.dealing import SHARE_BYTES, SecretShares, ShareProof, deal, packed
 from fedclaw.privacy.secure_aggregation.keys import (
     ACCUSATION_PURPOSE,
     KEYS_PURPOSE,
     SHARES_PURPOSE,
     SURVIVORS_PURPOSE,
+    SessionKeys,
     Signer,
     Verifier,
     accusation_message,
     apply_masks,
+    check_publics,
+    check_signature,
     check_vector,
     keys_message,
+    own_key,
+    pair_key,
+    seal,
     shares_message,
     survivors_message,
 )
@@ -111,7 +116,7 @@ class SiteSession:
         self._signer = signer
         self._verifier = verifier
         self._claim = claim
-        self._keys = keys.SessionKeys()
+        self._keys = SessionKeys()
         self._peers: dict[str, Advertisement] = {}
         self._held: dict[str, _Held] = {}
         self._sent: dict[str, _Sent] = {}
@@ -205,7 +210,7 @@ class SiteSession:
                 raise SecureAggregationError(f"{accuser} cannot accuse {self.me}, which sent it nothing")
             message = accusation_message(self.parameters, accuser, self.me, self._sent[accuser].signed)
             public = self._peers[accuser].sign_public
-            keys.check_signature(accuser, public, ACCUSATION_PURPOSE, message, signature)
+            check_signature(accuser, public, ACCUSATION_PURPOSE, message, signature)
         return Opening(
             session=self.parameters.session,
             site=self.me,
@@ -301,7 +306,7 @@ class SiteSession:
         shares, dealing = deal(self.parameters, self.me, [self.me, *peers], self._keys.dealt)
         sealed, signatures = [], []
         for peer, item in peers.items():
-            content = keys.seal(self.parameters, self.me, peer, item.share_public, shares[peer].pack())
+            content = seal(self.parameters, self.me, peer, item.share_public, shares[peer].pack())
             proof = dealing.proof_for(self.parameters, peer).pack()
             message = shares_message(self.parameters, self.me, peer, content.content, proof)
             self._sent[peer] = _Sent(message, content.ephemeral)
@@ -325,7 +330,7 @@ class SiteSession:
         """The shares that `sender` sent. Raises SecureAggregationError if it did not sign them, _NotShares if it signed
         something else."""
         message = shares_message(self.parameters, sender, self.me, sealed, proof)
-        keys.check_signature(sender, self._peers[sender].sign_public, SHARES_PURPOSE, message, signature)
+        check_signature(sender, self._peers[sender].sign_public, SHARES_PURPOSE, message, signature)
         try:
             plain = SecretShares.unpack(self._keys.open(self.parameters, self.me, sender, sealed))
         except SecureAggregationError:
@@ -336,10 +341,10 @@ class SiteSession:
 
     def _mask_keys(self, peers: Iterable[str]) -> tuple[list[bytes], list[bytes]]:
         """Keys of the masks to add, and of those to subtract: the site with the lower index of a pair adds."""
-        added, subtracted = [keys.own_key(self.parameters, self.me, self._keys.seed)], list[bytes]()
+        added, subtracted = [own_key(self.parameters, self.me, self._keys.seed)], list[bytes]()
         for peer in peers:
             public = self._peers[peer].mask_public
-            key = keys.pair_key(self.parameters, self._keys.mask_secret, self.me, peer, public)
+            key = pair_key(self.parameters, self._keys.mask_secret, self.me, peer, public)
             (added if adds(self.parameters, self.me, peer) else subtracted).append(key)
         return added, subtracted
 
@@ -357,7 +362,7 @@ class SiteSession:
         )
 
     def _check_keys(self, item: Advertisement) -> None:
-        keys.check_publics(item.site, item.mask_public, item.share_public)
+        check_publics(item.site, item.mask_public, item.share_public)
         message = keys_message(self.parameters, item.site, item.mask_public, item.share_public, item.sign_public)
         self._verifier.check(item.site, item.certificate, KEYS_PURPOSE, message, item.signature)
 
@@ -370,7 +375,7 @@ class SiteSession:
         self._enough(consenting, "consented to these survivors")
         for site, signature in consenting.items():
             message = survivors_message(self.parameters, site, request.survivors)
-            keys.check_signature(site, self._peers[site].sign_public, SURVIVORS_PURPOSE, message, signature)
+            check_signature(site, self._peers[site].sign_public, SURVIVORS_PURPOSE, message, signature)
 
     def _expect(self, stage: Stage) -> None:
         if self.stage is Stage.CLOSED:
