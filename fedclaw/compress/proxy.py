@@ -29,8 +29,7 @@ from fedclaw.compress.models import (
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import CompressSettings, Control, ProxyReport, RecoverySettings
 from fedclaw.errors import CompressionError
-from fedclaw.learning.distillation import CLASSES, distillation_loss
-from fedclaw.learning.step_loop import ModelSteps, take_steps
+from fedclaw.learning.step_loop import CLASSES, ModelSteps, distillation_loss, take_steps
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.workload import Table
 from fedclaw.progress import Progress

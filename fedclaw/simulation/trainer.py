@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedclaw.learning.distillation import distillation_loss
 from fedclaw.learning.postprocess import SiteContext, at_site
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.stacked.engines import BatchedModel, Engine, Loss, PlainModel
@@ -26,7 +25,7 @@ from fedclaw.learning.stacked.layout import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.learning.stacked.steps import ClientSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
-from fedclaw.learning.step_loop import load_parameters, take_steps
+from fedclaw.learning.step_loop import distillation_loss, load_parameters, take_steps
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, client_update_of, is_overridden
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource

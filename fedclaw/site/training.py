@@ -12,9 +12,8 @@ from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.learning.distillation import distilled
 from fedclaw.learning.postprocess import SiteContext, at_site, template
-from fedclaw.learning.step_loop import ModelSteps, make_optimizer, take_steps
+from fedclaw.learning.step_loop import ModelSteps, distilled, make_optimizer, take_steps
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.distributed import Integers
 from fedclaw.privacy.mechanisms.choice import mechanism_of

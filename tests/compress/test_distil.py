@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedclaw.errors import CompressionError
-from fedclaw.learning.distillation import distillation_loss, distilled
+from fedclaw.learning.step_loop import distillation_loss, distilled
 
 
 def test_value_by_hand():

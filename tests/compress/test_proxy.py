@@ -8,7 +8,7 @@ from fedclaw.compress.models import predict_logits
 from fedclaw.compress.proxy import distil, split_inputs, train
 from fedclaw.compress.record import RecoverySettings
 from fedclaw.errors import CompressionError
-from fedclaw.learning.distillation import CLASSES
+from fedclaw.learning.step_loop import CLASSES
 
 INPUTS = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 

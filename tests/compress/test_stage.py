@@ -12,7 +12,7 @@ from fedclaw.compress.proxy import RecoverySettings
 from fedclaw.compress.record import CompressSettings, read_compressed
 from fedclaw.compress.stage import compress
 from fedclaw.errors import CheckpointError, CompressionError, UsageError
-from fedclaw.learning.distillation import distillation_loss
+from fedclaw.learning.step_loop import distillation_loss
 
 FRACTION = 0.25
 

@@ -10,9 +10,8 @@ from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.postprocess import SiteContext
 from fedclaw.privacy.distributed import Nearest, SumWithShare, share_noise
-from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.choice import OwnNoise, mechanism_of, with_share
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
-from fedclaw.privacy.mechanisms.site_noise import OwnNoise, with_share
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Bounded, Permitted, Raw, Released, leaving
 from fedclaw.protocol.arrays import Update

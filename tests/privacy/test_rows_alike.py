@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedclaw.clients.tabular import Mlp
-from fedclaw.learning.distillation import distilled
+from fedclaw.learning.step_loop import distilled
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
