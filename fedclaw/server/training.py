@@ -22,9 +22,7 @@ from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.fixed_point import Encoding
 from fedclaw.privacy.mechanisms.choice import SharedNoise, mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
-from fedclaw.privacy.mechanisms.site_noise import SharedNoise
 from fedclaw.protocol.arrays import LARGEST, Arrays, Update, all_within, shapes_of, unflattened
-from fedclaw.protocol.arrays import LARGEST, Arrays, all_within, shapes_of, unflattened
 from fedclaw.protocol.messages import SUM
 from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.receipt import Receipt

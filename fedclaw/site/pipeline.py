@@ -48,7 +48,6 @@ from fedclaw.privacy.secure_aggregation.messages import Wire
 from fedclaw.privacy.secure_aggregation.parameters import parameters_of
 from fedclaw.protocol.arrays import pack_integers
 from fedclaw.protocol.frozen import explain
-from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, PLAN
 from fedclaw.protocol.messages import (
     ABOUT,
     CHARGE,
@@ -63,7 +62,6 @@ from fedclaw.protocol.messages import (
     SHARES,
     UNMASK,
 )
-from fedclaw.protocol.plan import PLAN_VERSION, Plan
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.terms import PLAN_VERSION, Plan, SecureAggregation

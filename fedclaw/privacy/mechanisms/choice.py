@@ -27,11 +27,9 @@ from fedclaw.privacy.fixed_point import Vector
 from fedclaw.privacy.mechanisms.mechanism import Charge, DataUse, Mechanism, SampledSteps, T, clip_out_of_range
 from fedclaw.privacy.mechanisms.sum_noise import ServerNoise, SumNoise, by_the_loss
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
-from fedclaw.protocol.arrays import Arrays
-from fedclaw.protocol.plan import Plan
+from fedclaw.protocol.arrays import Arrays, Update
 from fedclaw.protocol.statistics import StatisticsRequest
-from fedclaw.protocol.terms import PrivacyRequest, SecureAggregation, SecureRequest, Terms
-from fedclaw.protocol.update import Update
+from fedclaw.protocol.terms import Plan, PrivacyRequest, SecureAggregation, SecureRequest, Terms
 
 if TYPE_CHECKING:
     from fedclaw.privacy.noise import GaussianSource
