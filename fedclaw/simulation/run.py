@@ -1,30 +1,221 @@
 """The server's loop over simulated clients: `run_rounds` as it is, with a grid that trains cohorts by itself."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from flwr.supercore.run import Run
 from numpy.typing import NDArray
+from torch import nn
 
-from fedclaw.errors import Setting, UsageError
+from fedclaw.errors import RoundError, Setting, TransportError, UpdateError, UsageError
+from fedclaw.learning import postprocess
 from fedclaw.learning.registry import strategy_class
-from fedclaw.learning.strategy import Buffered
+from fedclaw.learning.step_loop import load_parameters
+from fedclaw.learning.strategy import PERSONAL, Buffered
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.arrays import shapes_of
+from fedclaw.protocol.arrays import Update, shapes_of
+from fedclaw.protocol.message_identity import empty_run, number_of
+from fedclaw.protocol.refusal import Refusal
+from fedclaw.protocol.terms import ModelSpec, Plan
 from fedclaw.server import checkpoint
+from fedclaw.server.cohort_question import CohortQuestion, Declined
 from fedclaw.server.coordinator import run_rounds
+from fedclaw.server.evaluation import EvaluationQuestion
+from fedclaw.server.exchange import CohortGrid
 from fedclaw.server.round_report import Observer, Outcome, result_of
 from fedclaw.server.run_directory import PENDING, RunDirectory, RunRecord, Simulated
 from fedclaw.server.session import initial_parameters, make_plan, make_strategy
+from fedclaw.server.training import TrainingQuestion, UpdateStack
 from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.choice import Choice, choose
 from fedclaw.simulation.executors import Executor, ProcessPoolExecutor, SerialExecutor
 from fedclaw.simulation.federation import SimulatedFederation
-from fedclaw.simulation.grid import SimulationGrid
-from fedclaw.simulation.job import UNIT, units_of
+from fedclaw.simulation.job import UNIT, Answer, Round, State, shaped, units_of
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
-from fedclaw.simulation.trainer import Trainer, make_loss
+from fedclaw.simulation.trainer import Trainer, loaded_model, make_loss
+from fedclaw.site.evaluation import EVALUATION_BATCH, exact_sums, permitted
+
+WHOLE = "federation"
+"""Who answers with the metrics of a test table that belongs to no client."""
+
+
+class Evaluator:
+    """Keeps its model warm."""
+
+    def __init__(self, federation: SimulatedFederation) -> None:
+        self._federation = federation
+        self._inputs = torch.from_numpy(federation.table.inputs)
+        self._models: dict[str, nn.Module] = {}
+
+    def evaluate(self, clients: Sequence[int], memory: Mapping[int, State], evaluated: EvaluationQuestion) -> None:
+        """Add what the clients find; those with parameters of their own evaluate these."""
+        federation, plan, parameters = self._federation, evaluated.asked, evaluated.parameters
+        if not federation.has_tests:
+            if federation.test is not None:
+                outputs = _outputs(self._model(plan.model, parameters), torch.from_numpy(federation.test.inputs))
+                _add(federation, outputs, federation.test.targets, evaluated, WHOLE)
+            return
+        own_models = bool(plan.personal) or strategy_class(plan.strategy).personal_model
+        model = self._model(plan.model, parameters)
+        for client in clients:
+            rows = federation.tests(client)
+            if not len(rows):
+                continue
+            if own_models:
+                mine = memory.get(client, {}).get(PERSONAL, {})
+                model = self._model(plan.model, {**parameters, **mine})
+            outputs = _outputs(model, self._inputs[torch.from_numpy(rows)])
+            _add(federation, outputs, federation.table.targets[rows], evaluated, federation.name(client))
+
+    def _model(self, spec: ModelSpec, parameters: Mapping[str, NDArray[np.float32]]) -> nn.Module:
+        key = spec.model_dump_json()
+        if key not in self._models:
+            model = loaded_model(self._federation, spec, parameters).eval()
+            # Pooling is several times faster with channels last.
+            self._models[key] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        load_parameters(self._models[key], parameters)
+        return self._models[key]
+
+
+def _add(
+    federation: SimulatedFederation,
+    outputs: torch.Tensor,
+    targets: NDArray[Any],
+    evaluated: EvaluationQuestion,
+    name: str,
+) -> None:
+    count, workload, plan = len(targets), federation.workload, evaluated.asked
+    try:
+        wanted, bins = permitted(federation.policy(plan), workload.task, plan, count)
+    except Refusal as refusal:
+        evaluated.declined.append(Declined(name, refusal.code.name.lower(), refusal.reason))
+        return
+    sums = exact_sums(workload, wanted, bins, outputs, torch.from_numpy(targets))
+    evaluated.include(name, count, sums)
+
+
+def _outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(part) for part in torch.split(inputs, EVALUATION_BATCH)])
+
+
+class SimulationGrid(CohortGrid):
+    """Client k is node k + 1."""
+
+    def __init__(self, federation: SimulatedFederation, executor: Executor, accounts: Accounts, run: str) -> None:
+        self._federation = federation
+        self._executor = executor
+        self._accounts = accounts
+        self._evaluator = Evaluator(federation)
+        self._run = empty_run(number_of(run))
+        self._memory: dict[int, State] = {}
+        self._first = True
+
+    def answer_cohort(self, nodes: Sequence[int], question: CohortQuestion[Any, Any]) -> None:
+        """See CohortGrid. A test table that the federation has as a whole is evaluated once, whoever is asked."""
+        began = time.monotonic()
+        if isinstance(question, TrainingQuestion):
+            self._train(nodes, question)
+        elif isinstance(question, EvaluationQuestion):
+            self._evaluator.evaluate([node - 1 for node in nodes], self._memory, question)
+        else:
+            self._refuse()
+        question.seconds = time.monotonic() - began
+
+    def _train(self, nodes: Sequence[int], trained: TrainingQuestion) -> None:
+        plan, outgoing = trained.asked, trained.outgoing
+        template = shapes_of(postprocess.template(outgoing.parameters, plan))
+        single, parameters = isinstance(trained.total, UpdateStack), sum(a.size for a in outgoing.parameters.values())
+        clients, mechanisms = [], {}
+        for client in (node - 1 for node in nodes):
+            examples = self._federation.examples(client)
+            charge = self._accounts.charge(plan, examples, parameters)
+            if isinstance(charge, Refusal):
+                trained.declined.append(
+                    Declined(self._federation.name(client), charge.code.name.lower(), charge.reason)
+                )
+            else:
+                clients.append(client)
+                mechanisms[examples] = charge.mechanism
+        round = Round(plan, outgoing.parameters, outgoing.teacher, outgoing.broadcast, template, single, mechanisms)
+        sizes = [self._federation.examples(client) for client in clients]
+        units = units_of(clients, sizes, plan.training, shapes_of(outgoing.parameters).values())
+        for answer in self._executor.train(round, units, self._memory):
+            self._take(round, answer, trained)
+        trained.answered.sort()
+        self._give_receipts(plan, parameters, trained)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._executor.close()
+
+    def _take(self, round: Round, answer: Answer, trained: TrainingQuestion) -> None:
+        if answer.clients and not round.single:
+            sizes = [self._federation.examples(client) for client in answer.clients]
+            arrays = shaped(answer.numbers[0], round.template)
+            part = Update(arrays, sum(answer.weights), sum(sizes), max(answer.weights))
+            try:
+                trained.total.include(part, len(sizes))
+            except UpdateError as error:
+                raise RoundError(
+                    f"round {round.plan.round}: the updates of clients {', '.join(map(str, answer.clients))} cannot be "
+                    f"added: {error}; the learning rate may be too large"
+                ) from error
+        for row, (client, weight) in enumerate(zip(answer.clients, answer.weights, strict=True)):
+            name = self._federation.name(client)
+            if round.single:
+                arrays = shaped(answer.numbers[row], round.template)
+                try:
+                    trained.total.add(arrays, weight, self._federation.examples(client))
+                except UpdateError as error:
+                    trained.declined.append(Declined(name, "unusable", str(error)))
+                    continue
+            trained.answered.append(name)
+        trained.bytes_up += sum(answer.payloads)
+        self._accounts.took_part(answer.clients)
+        for client, state in answer.memory.items():
+            self._memory.setdefault(client, {}).update(state)
+
+    def _give_receipts(self, plan: Plan, parameters: int, trained: TrainingQuestion) -> None:
+        """Of those that trained; in the first round of this process, and in the last one, of all that ever did."""
+        if self._first or plan.round == plan.rounds:
+            clients = self._accounts.clients
+        else:
+            answered = set(trained.answered)
+            clients = [client for client in self._accounts.clients if self._federation.name(client) in answered]
+        self._first = False
+        for client in clients:
+            trained.receipts[self._federation.name(client)] = self._accounts.receipt(plan, client, parameters)
+
+    # What a Grid has besides
+
+    def site_name(self, node_id: int) -> str:
+        """The client's name."""
+        return self._federation.name(node_id - 1)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All clients are always there."""
+        return range(1, len(self._federation) + 1)
+
+    def set_run(self, run: Run) -> None:
+        """Take over Flower's run record."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Flower's run record."""
+        return self._run
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        """Raises TransportError: a simulated client answers no messages."""
+        raise TransportError("simulated clients train and evaluate; they answer no messages: use runtime=sites")
+
+    create_message = push_messages = pull_messages = send_and_receive = _refuse
+
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from fedclaw.protocol.terms import LocalTraining, PrivacyRequest, RoundRules, Se
 from fedclaw.server import checkpoint
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
-from fedclaw.simulation.grid import SimulationGrid
+from fedclaw.simulation.run import SimulationGrid
 from tests.crashes import Crash
 from tests.simulation.conftest import deal, make_federation, make_record
 from tests.simulation.test_modes import identical
