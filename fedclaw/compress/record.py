@@ -11,10 +11,9 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
-from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays, arrays_to_npz, npz_to_arrays
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory

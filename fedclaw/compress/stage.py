@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedclaw.array_files import arrays_to_npz
 from fedclaw.compress.models import (
     LATENCY_BATCHES,
     Student,
@@ -21,6 +20,7 @@ from fedclaw.compress.models import (
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
 from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import Compression, CompressSettings, Side, require_room, write_compressed
+from fedclaw.protocol.arrays import arrays_to_npz
 from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory
 

@@ -1,24 +1,27 @@
 """Named float arrays on the wire and back, without a copy where none is needed, and the update that they make.
 
-Flower's `Array` holds the bytes of a .npy file. Reading them through `np.load` copies; here they are viewed.
+Flower's `Array` holds the bytes of a .npy file. Reading them through `np.load` copies; here they are viewed. In files
+arrays are .npz, read without pickle.
 """
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fedclaw.errors import UpdateError
+from fedclaw.errors import CheckpointError, UpdateError
 
 if TYPE_CHECKING:
     from flwr.app import Array, ArrayRecord
 
     from fedclaw.protocol.records import ViewedArray
+
 
 Arrays = dict[str, NDArray[np.float32]]
 """Parameters, or anything of their shapes, by state-dict name; float32."""
@@ -131,22 +134,31 @@ def payload(arrays: Mapping[str, NDArray[Any]]) -> int:
     return sum(array.nbytes for array in arrays.values())
 
 
+def flat(arrays: Mapping[str, NDArray[np.float32]], names: Iterable[str]) -> NDArray[np.float32]:
+    """(d,) the arrays of these names, one after another."""
+    return np.concatenate([arrays[name].reshape(-1) for name in names])
+
+
+def shaped(vector: NDArray[Any], shapes: Shapes) -> Arrays:
+    """Views, by name, of what `flat` made of arrays of these names and shapes, in their order."""
+    arrays, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape)
+        arrays[name] = vector[start:end].reshape(shape)
+        start = end
+    return arrays
+
+
 def flattened(arrays: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
     """All arrays one after the other, in the order of their names: (d,)."""
-    return np.concatenate([arrays[name].reshape(-1) for name in sorted(arrays)])
+    return flat(arrays, sorted(arrays))
 
 
 def unflattened(
     vector: NDArray[np.floating[Any]], shapes: Shapes, precision: type[np.floating[Any]] = np.float32
 ) -> Arrays:
     """The arrays (of type `precision`) of these names and shapes that `flattened` made `vector` (d,) of."""
-    arrays: Arrays = {}
-    start = 0
-    for name in sorted(shapes):
-        size = math.prod(shapes[name])
-        arrays[name] = vector[start : start + size].astype(precision, copy=False).reshape(shapes[name])
-        start += size
-    return arrays
+    return shaped(vector.astype(precision, copy=False), dict(sorted(shapes.items())))
 
 
 def _view(name: str, array: "Array", expected: np.dtype[S]) -> NDArray[S]:
@@ -220,3 +232,29 @@ class Update:
 def is_extra(name: str) -> bool:
     """Whether an update's array is none of a parameter's, but what a strategy adds (`Strategy.extras`)."""
     return name.startswith("~")
+
+
+def write_npz(file: IO[bytes] | io.RawIOBase, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write `arrays` to `file` as an uncompressed .npz archive, a part of one array after the other."""
+    np.savez(file, allow_pickle=False, **arrays)
+
+
+def arrays_to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """`arrays` as the bytes of an uncompressed .npz file."""
+    buffer = io.BytesIO()
+    write_npz(buffer, arrays)
+    return buffer.getvalue()
+
+
+def npz_to_arrays(content: bytes, origin: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file. Raises CheckpointError naming `origin` when it is not one."""
+    return read_npz(io.BytesIO(content), origin)
+
+
+def read_npz(file: IO[bytes] | io.RawIOBase, origin: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of the .npz archive in `file`. Raises CheckpointError naming `origin` when it is none."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise CheckpointError(f"{origin} is damaged: {' '.join(str(error).split())}") from error

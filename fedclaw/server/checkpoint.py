@@ -15,10 +15,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.array_files import read_npz, write_npz
 from fedclaw.errors import CheckpointError
 from fedclaw.files import replacing
-from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays, read_npz, write_npz
 
 _MAGIC = b"FEDCLAW-CHECKPOINT-1\n"
 _DIGEST_SIZE = hashlib.sha256().digest_size

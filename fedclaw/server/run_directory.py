@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from fedclaw.array_files import read_npz, write_npz
 from fedclaw.errors import CheckpointError, DataError, RunInUse, UsageError
 from fedclaw.files import PRIVATE_MODE, append_all, replacing, write_atomic
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema, Workload, schema_digest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays, read_npz, write_npz
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.limits import MOST_EXAMPLES, Name
 from fedclaw.protocol.receipt import Receipt

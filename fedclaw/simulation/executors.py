@@ -24,20 +24,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import FedClawError, RoundError, UsageError
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.protocol.arrays import shapes_of
+from fedclaw.protocol.arrays import Shapes, arrays_to_npz, flat, npz_to_arrays, shaped, shapes_of
 from fedclaw.protocol.terms import Plan
-from fedclaw.simulation.job import Answer, Round, State, flat, shaped, size_of
+from fedclaw.simulation.job import Answer, Round, State, size_of
 from fedclaw.simulation.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 _BROADCAST = "broadcast/"
 """Begins the name of a group of arrays that holds a kind of what is broadcast."""
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Executor(Protocol):

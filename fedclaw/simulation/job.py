@@ -103,18 +103,3 @@ def _in_matrices(shapes: Iterable[Sequence[int]]) -> float:
 def size_of(template: Mapping[str, tuple[int, ...]]) -> int:
     """How many numbers arrays of these shapes have."""
     return sum(math.prod(shape) for shape in template.values())
-
-
-def flat(arrays: Mapping[str, NDArray[np.float32]], template: Mapping[str, tuple[int, ...]]) -> NDArray[np.float32]:
-    """(d,) the arrays of `template`, one after another."""
-    return np.concatenate([arrays[name].reshape(-1) for name in template])
-
-
-def shaped(numbers: NDArray[np.float32], template: Mapping[str, tuple[int, ...]]) -> Arrays:
-    """Views, by name, of what `flat` made."""
-    arrays, start = {}, 0
-    for name, shape in template.items():
-        end = start + math.prod(shape)
-        arrays[name] = numbers[start:end].reshape(shape)
-        start = end
-    return arrays

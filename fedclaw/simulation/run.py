@@ -17,7 +17,7 @@ from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.strategy import PERSONAL, Buffered
 from fedclaw.privacy.mechanisms.choice import mechanism_of
-from fedclaw.protocol.arrays import Update, shapes_of
+from fedclaw.protocol.arrays import Update, shaped, shapes_of
 from fedclaw.protocol.message_identity import empty_run, number_of
 from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.terms import ModelSpec, Plan
@@ -34,7 +34,7 @@ from fedclaw.simulation.accounts import Accounts
 from fedclaw.simulation.choice import Choice, choose
 from fedclaw.simulation.executors import Executor, ProcessPoolExecutor, SerialExecutor
 from fedclaw.simulation.federation import SimulatedFederation
-from fedclaw.simulation.job import UNIT, Answer, Round, State, shaped, units_of
+from fedclaw.simulation.job import UNIT, Answer, Round, State, units_of
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.simulation.trainer import Trainer, loaded_model, make_loss
 from fedclaw.site.evaluation import EVALUATION_BATCH, exact_sums, permitted

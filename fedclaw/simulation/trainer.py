@@ -30,12 +30,12 @@ from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_array
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.protocol.arrays import Arrays, Update
+from fedclaw.protocol.arrays import Arrays, Update, flat
 from fedclaw.protocol.terms import ModelSpec, Plan
 from fedclaw.simulation.choice import Choice, make_engine
 from fedclaw.simulation.correction import Correct, Correction
 from fedclaw.simulation.federation import SimulatedFederation
-from fedclaw.simulation.job import Answer, Round, State, flat, size_of
+from fedclaw.simulation.job import Answer, Round, State, size_of
 
 _KEY = 0x66656463_6C617721
 # Any constant: it keeps these streams apart from others that are made from the same seed.

@@ -20,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedclaw.array_files import arrays_to_npz, npz_to_arrays
 from fedclaw.errors import CheckpointError
 from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.mechanism import Origin
-from fedclaw.protocol.arrays import Arrays
+from fedclaw.protocol.arrays import Arrays, arrays_to_npz, npz_to_arrays
 from fedclaw.protocol.terms import Compression, ModelSpec, Weighting
 
 State = Mapping[str, Arrays]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.array_files import arrays_to_npz
 from fedclaw.errors import CheckpointError
+from fedclaw.protocol.arrays import arrays_to_npz
 from fedclaw.server import checkpoint
 from fedclaw.server.checkpoint import Checkpoint
 from fedclaw.server.run_directory import RunDirectory
