@@ -107,9 +107,7 @@ def test_what_cannot_be_exported_leaves_nothing(federation, home, tmp_path):
         again.export(target, federation=home, model=Net, inputs=np.ones((3, 4)))
     assert not target.exists()
     target.mkdir()
-    with pytest.raises(
-        fedclaw.FedClawError, match="already exists; pass overwrite=True to replace it, or another target"
-    ):
+    with pytest.raises(fedclaw.FedClawError, match="already exists; pass overwrite=True to replace it, or target=…"):
         again.export(target, federation=home, model=Net)
     sites = json.loads((tmp_path / "run" / "run.json").read_text()) | {"simulated": None}
     (tmp_path / "run" / "run.json").write_text(json.dumps(sites))
