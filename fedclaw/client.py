@@ -109,7 +109,7 @@ def serve(settings: ClientSettings) -> None:
         require_name(settings.site, site, keys.site_name)
     with startup.loading(_LIBRARIES):
         from fedclaw.site.directory import only_client, state_directory
-        from fedclaw.transport.grpc import SiteConnection
+        from fedclaw.transport.grpc.site_connection import SiteConnection
     startup.next_step("start it again with the same command; what is asked meanwhile waits at the server")
     with only_client(settings.site):
         handler = _handler(settings, site, keys)

@@ -8,7 +8,7 @@ from typing import Any
 def on_demand(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
     """A package's `__getattr__` (PEP 562) that gives each name of `places` from the module that it is in.
 
-        __getattr__ = on_demand(__name__, {"GrpcGrid": "fedclaw.transport.grpc.grid"})
+        __getattr__ = on_demand(__name__, {"simulate_on_ray": "fedclaw.transport.ray.simulate"})
 
     So a settings class beside something heavy costs only what it needs itself.
     """

@@ -182,7 +182,7 @@ def serve(
         from fedclaw.protocol.message_identity import number_of
         from fedclaw.protocol.statistics import StatisticsRequest
         from fedclaw.server.statistics import release_statistics, with_session
-        from fedclaw.transport.grpc import GrpcGrid
+        from fedclaw.transport.grpc.grid import GrpcGrid
 
         question, parameters = _scored(settings)
     startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")

@@ -227,7 +227,7 @@ def test_nothing_below_the_entry_points_needs_hydra():
     """A server loop in somebody else's program brings no command line with it."""
     program = """
 import importlib, sys
-for name in ("server.session", "report.terminal", "report.tracking", "site.directory", "transport.grpc"):
+for name in ("server.session", "report.terminal", "report.tracking", "site.directory", "transport.grpc.grid"):
     importlib.import_module(f"fedclaw.{name}")
 from fedclaw.server.session import make_strategy
 from types import SimpleNamespace as Record

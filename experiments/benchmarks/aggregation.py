@@ -34,7 +34,7 @@ from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.server.training import WeightedSum
-from fedclaw.transport.grpc import GrpcGrid
+from fedclaw.transport.grpc.grid import GrpcGrid
 
 SITES = 16
 UPDATE_MB = 40

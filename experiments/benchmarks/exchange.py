@@ -31,7 +31,7 @@ from experiments.benchmarks.report import report
 from fedclaw.errors import TransportError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.protocol.arrays import pack
-from fedclaw.transport.grpc import GrpcGrid
+from fedclaw.transport.grpc.grid import GrpcGrid
 
 PARAMETERS = 6000
 ARRAYS = 6

@@ -27,7 +27,8 @@ from fedclaw.identity import provisioning
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.arrays import pack
-from fedclaw.transport.grpc import Limits, SiteConnection
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.site_connection import SiteConnection
 
 RUN_ID = 1
 LIMITS = Limits(backoff_first=0.1, backoff_longest=1.0)

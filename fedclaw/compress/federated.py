@@ -42,7 +42,8 @@ def recover_at_sites(
 
     Raises UsageError for a federation that is not the run's, RoundError when too few sites come.
     """
-    from fedclaw.transport.grpc import GrpcGrid, Limits
+    from fedclaw.transport.grpc.grid import GrpcGrid
+    from fedclaw.transport.grpc.limits import Limits
 
     assert settings.federation is not None
     home = FederationHome.open(settings.federation)

@@ -113,7 +113,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
         from fedclaw.server.coordinator import run_rounds
         from fedclaw.server.round_report import Observer
         from fedclaw.server.session import initial_parameters
-        from fedclaw.transport.grpc import GrpcGrid
+        from fedclaw.transport.grpc.grid import GrpcGrid
     tracker: MlflowTracker | None = None
     try:
         with ExitStack() as run:
@@ -151,8 +151,8 @@ def serve_app(settings: ServerSettings, home: FederationHome, app: str) -> None:
         from flwr.serverapp import ServerApp
 
         from fedclaw.protocol.message_identity import number_of
-        from fedclaw.transport.grpc import GrpcGrid
         from fedclaw.transport.grpc.apps import load_app, run_server_app
+        from fedclaw.transport.grpc.grid import GrpcGrid
     server_app = load_app(app, ServerApp)
     run_id = number_of(f"{home.name}/{app}")
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=settings.limits) as grid:

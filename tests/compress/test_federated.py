@@ -26,7 +26,8 @@ from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
-from fedclaw.transport.grpc import Limits, SiteConnection
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.site_connection import SiteConnection
 from fedclaw.transport.in_process import LocalGrid
 
 NAMES = ("north", "south", "west")

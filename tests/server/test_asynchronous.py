@@ -12,7 +12,9 @@ from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
-from fedclaw.transport.grpc import GrpcGrid, Limits, SiteConnection
+from fedclaw.transport.grpc.grid import GrpcGrid
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.site_connection import SiteConnection
 from fedclaw.transport.in_process import open_sites
 from tests.samples import run_record
 

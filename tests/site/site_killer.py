@@ -26,7 +26,7 @@ from fedclaw.identity import seal
 from fedclaw.learning.registry import strategy_class
 from fedclaw.protocol.message_identity import envelope_of
 from fedclaw.protocol.terms import LocalTraining
-from fedclaw.transport.grpc import Limits
+from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 from fedclaw.transport.grpc.worker import Worker
 from tests.site.conftest import Asker

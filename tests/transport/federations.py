@@ -26,7 +26,8 @@ from fedclaw.server.session import initial_parameters, make_record
 from fedclaw.site.directory import open_service
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower.server import read_settings
-from fedclaw.transport.grpc import GrpcGrid, SiteConnection
+from fedclaw.transport.grpc.grid import GrpcGrid
+from fedclaw.transport.grpc.site_connection import SiteConnection
 from fedclaw.transport.in_process import open_sites, simulate
 from fedclaw.transport.ray import RaySettings, simulate_on_ray
 from tests.conftest import environment

@@ -11,7 +11,8 @@ from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import assume_server_identity, number_of
 from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.session import initial_parameters
-from fedclaw.transport.grpc import GrpcGrid, Limits
+from fedclaw.transport.grpc.grid import GrpcGrid
+from fedclaw.transport.grpc.limits import Limits
 from tests.transport.federations import FEDERATION, _linked, begin, config_of, deal
 from tests.transport.grpc.conftest import RawSite
 from tests.transport.grpc.uploader import Uploader

@@ -22,7 +22,7 @@ from fedclaw.protocol.message_identity import SERVER_NODE_ID, Envelope, rebuild
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.limits import Limits
-from fedclaw.transport.grpc.message_codec import Content, decode
+from fedclaw.transport.grpc.message_codec import decode
 from fedclaw.transport.grpc.pending_requests import PendingRequest, PendingRequests
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from fedclaw.transport.grpc.reply_buffers import BufferPool, IncomingReply, ReplyBuffers
@@ -81,10 +81,6 @@ class ReplyReceiver:
         with self._buffers.lock:
             for identity in list(self._buffers.accepted):
                 self._buffers.drop(identity)
-
-    def held_bytes(self) -> int:
-        """Memory that replies take now."""
-        return self._buffers.memory()
 
     def excluded_nodes(self) -> Mapping[int, str]:
         """Nodes not to ask again, and why: they sent more than was asked for, or too slowly."""
@@ -300,9 +296,6 @@ class ReplyReceiver:
         """All chunks have been fed: hand the reply to whoever waits. Raises SealError, TransportError."""
         content = decode(stream.finish())
         reply.stream = None
-        self._deliver(session, reply, content)
-
-    def _deliver(self, session: Session, reply: IncomingReply, content: Content) -> None:
         identity = reply.offer.transfer_id
         envelope = _reply_envelope(reply.request, frames.envelope_from_proto(reply.offer.envelope))
         session.sender.confirm(identity)

@@ -9,8 +9,10 @@ from flwr.serverapp import ServerApp
 
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
-from fedclaw.transport.grpc import GrpcGrid, Limits, SiteConnection
 from fedclaw.transport.grpc.apps import ClientAppHandler, load_app, run_server_app
+from fedclaw.transport.grpc.grid import GrpcGrid
+from fedclaw.transport.grpc.limits import Limits
+from fedclaw.transport.grpc.site_connection import SiteConnection
 
 LIMITS = Limits(heartbeat=0.5, backoff_first=0.05, backoff_longest=0.2)
 

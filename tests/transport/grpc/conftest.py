@@ -16,9 +16,12 @@ from fedclaw.identity import provisioning
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import number_of
-from fedclaw.transport.grpc import GrpcGrid, Limits, SiteConnection, frames
+from fedclaw.transport.grpc import frames
+from fedclaw.transport.grpc.grid import GrpcGrid
+from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.grpc.site_connection import SiteConnection
 
 RUN_ID = 77
 QUICK = Limits(heartbeat=0.15, missed_heartbeats=40, backoff_first=0.05, backoff_longest=0.2, handshake=5)

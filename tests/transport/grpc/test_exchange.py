@@ -8,7 +8,7 @@ from flwr.app import Message, RecordDict
 from fedclaw.errors import ConnectionRefused, SecureAggregationError, TransportError
 from fedclaw.protocol.message_identity import assign_message_id, empty_run
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.transport.grpc import Limits
+from fedclaw.transport.grpc.limits import Limits
 
 
 def test_a_reply_comes_back_from_every_site_with_the_same_content(kit):
@@ -53,7 +53,7 @@ def test_replies_above_the_budget_are_held_in_memory_one_after_the_other(kit):
     held = []
 
     for reply in grid.send_and_receive([kit.message(name, body) for name in names], timeout=30):
-        held.append(grid._connections.replies.held_bytes())
+        held.append(grid._connections.replies._buffers.memory())
         assert reply.content["arrays"]["w"].data == body["arrays"]["w"].data
 
     assert len(held) == 3

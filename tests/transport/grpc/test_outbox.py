@@ -12,8 +12,8 @@ from flwr.app import Error, RecordDict
 from fedclaw.errors import TransportError
 from fedclaw.identity import seal
 from fedclaw.protocol.message_identity import Envelope
-from fedclaw.transport.grpc import Limits
 from fedclaw.transport.grpc import outbox as outbox_module
+from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.outbox import Outbox, StoredReply
 from fedclaw.transport.grpc.protocol import link_pb2 as pb

@@ -16,10 +16,11 @@ from fedclaw.identity.seal import Binding
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.message_identity import envelope_of
 from fedclaw.protocol.refusal import RefusalCode
-from fedclaw.transport.grpc import SiteConnection, frames
+from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.message_codec import encode
 from fedclaw.transport.grpc.protocol import PROTOCOL_VERSION
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
+from fedclaw.transport.grpc.site_connection import SiteConnection
 
 
 def dial(port: int, ca: bytes, key: bytes | None = None, certificate: bytes | None = None) -> grpc.StatusCode:

@@ -9,8 +9,8 @@ from fedclaw.identity import pki, provisioning
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.names import canonical_address, check_host
 from fedclaw.identity.site_home import SiteKeys
-from fedclaw.transport.grpc import GrpcGrid, SiteConnection
-from fedclaw.transport.grpc.site_connection import channel_target, proxy_for
+from fedclaw.transport.grpc.grid import GrpcGrid
+from fedclaw.transport.grpc.site_connection import SiteConnection, channel_target, proxy_for
 from tests.transport.grpc.conftest import Running
 
 

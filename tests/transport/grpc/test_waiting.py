@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from fedclaw.transport.grpc import Limits
+from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.site_connection import SiteConnection
 from tests.ports import free_port
 
