@@ -15,6 +15,7 @@ from experiments.simulated import deal_in_memory, run_simulated, write_root
 from experiments.sweeps.identity import EXPERIMENT_FILE, identify
 from experiments.sweeps.resume import remember
 from fedclaw import startup
+from fedclaw.cli import make_console
 from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.classification import METRICS
 from fedclaw.learning.tasks.regression import Regression
@@ -49,7 +50,7 @@ def run_experiment(
     else:
         root = _data(settings) if settings.sites is None else None
     directory = _open_run(settings, root, 0 if dealt is None else len(dealt.shares), resume=resume)
-    progress = None if quiet else TerminalProgress()
+    progress = None if quiet else TerminalProgress(make_console())
     kept = [name for name in RECORD if root is not None and (root / name).is_file()]
     for name in kept:
         assert root is not None

@@ -47,18 +47,17 @@ def main(arguments: Sequence[str]) -> None:
     with startup.loading("torch and the pruning library"):
         from fedclaw.compress.stage import compress
     startup.next_step("the run is as it was: give the same command again")
-
+    console = make_console()
     if settings.mode == "federated":
         from fedclaw.report.terminal import TerminalProgress
 
-        progress = TerminalProgress()
+        progress = TerminalProgress(console)
         try:
             record = compress(settings, [progress])
         finally:
             progress.close()
     else:
         record = compress(settings)
-    console = make_console()
     console.print(before_after(record))
     for note in notes(record, settings.run / "compressed"):
         console.print(note, markup=False, soft_wrap=True)

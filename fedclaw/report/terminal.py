@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedclaw.cli import make_console
 from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.report.tables import Figures, epsilon_words, parts_in_lines, shortened
@@ -25,8 +24,8 @@ _LONGEST_NAME = 40
 class TerminalProgress:
     """Observer: a bar, a line a round, and a table at the end."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or make_console()
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

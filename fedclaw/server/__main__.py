@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedclaw import startup
-from fedclaw.cli import naming, run_main, settings_of
+from fedclaw.cli import make_console, naming, run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.report.late import late_notes
@@ -102,7 +102,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
         raise UsageError(f"{directory.root} is a compression's recovery; begin the same fedclaw.compress command again")
     if record.federation != home.name:
         raise UsageError(f"{directory.root} is a run of federation {record.federation!r}, not of {home.name!r}")
-    progress = TerminalProgress()
+    progress = TerminalProgress(make_console())
     if directory.model_path.is_file():
         progress.console.print(f"run {record.run} is finished: {directory.model_path}", markup=False)
         progress.console.print(receipt_table(directory.read_receipts()))

@@ -67,10 +67,11 @@ def _refuse_secure(secure: bool) -> None:
 @contextmanager
 def observed(directory: RunDirectory, tracking: TrackingSettings) -> Iterator["list[Observer]"]:
     """The observers of the run in `directory`: the terminal and, if configured, MLflow, which records a failure."""
+    from fedclaw.cli import make_console
     from fedclaw.report.terminal import TerminalProgress
 
     startup.next_step(f"continue with resume={directory.root}")
-    progress = TerminalProgress()
+    progress = TerminalProgress(make_console())
     tracker: MlflowTracker | None = None
     try:
         tracker = make_tracker(tracking, directory)
