@@ -225,7 +225,10 @@ def serve(
 
 
 def statistics_tables(release: Release) -> Iterator[Table | Figures]:
-    """Columns of numbers, columns of levels, labels and the cost by site; those that are empty are left out."""
+    """Columns of numbers, columns of levels, labels and the cost by site; those that are empty are left out.
+
+    Each figure is shown with its standard error.
+    """
     numbers = {name: column for name, column in release.statistics.columns.items() if not column.levels}
     levels = {name: column.levels for name, column in release.statistics.columns.items() if column.levels}
     if release.scores is not None:

@@ -101,30 +101,18 @@ def _fastest(
     shapes = tuple(parameter.shape for parameter in build().parameters())
     key = (*choices, shapes, table.inputs.shape[1:], training, len(shares), max(map(len, shares)))
     if key not in _known:
-        _known[key] = _measured(choices, build, loss, table, training, shares)
+        seconds = {choice: _seconds(choice, build, loss, table, training, shares) for choice in choices}
+        best = _known[key] = min(seconds, key=lambda choice: seconds[choice])
+        log.info(
+            "simulation: %s, by %s (%.3g s against %.3g s a unit)",
+            "many clients at once" if best.many else "one client at a time",
+            *(best.kind, seconds[best], max(seconds.values())),
+        )
     return _known[key]
 
 
 _known: dict[tuple[object, ...], Choice] = {}
 # What was fastest, by models and clients of these shapes.
-
-
-def _measured(
-    choices: Sequence[Choice],
-    build: Build,
-    loss: Loss,
-    table: Table,
-    training: LocalTraining,
-    shares: Sequence[Rows],
-) -> Choice:
-    seconds = {choice: _seconds(choice, build, loss, table, training, shares) for choice in choices}
-    best = min(seconds, key=lambda choice: seconds[choice])
-    log.info(
-        "simulation: %s, by %s (%.3g s against %.3g s a unit)",
-        "many clients at once" if best.many else "one client at a time",
-        *(best.kind, seconds[best], max(seconds.values())),
-    )
-    return best
 
 
 def agrees(kind: Kind, build: Build, loss: Loss, table: Table) -> bool:

@@ -1,4 +1,8 @@
-"""The server's loop over simulated clients: `run_rounds` as it is, with a grid that trains cohorts by itself."""
+"""The server's loop over simulated clients: `run_rounds` as it is, with a grid that trains cohorts by itself.
+
+The grid is the server's view of the clients: it answers for a whole cohort at once, without a message. They are
+evaluated on a table that the federation has as a whole, or each on its own rows.
+"""
 
 import logging
 import time
