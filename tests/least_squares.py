@@ -23,8 +23,8 @@ from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.round_report import Outcome
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.pipeline import SecureIdentity
 from fedclaw.site.policy.policy import Policy
+from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
 from fedclaw.site.state import SiteStates

@@ -40,8 +40,8 @@ from fedclaw.protocol.questions import questions
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.terms import PLAN_VERSION, ModelSpec, Plan
 from fedclaw.site import pipeline
-from fedclaw.site.pipeline import SecureIdentity
 from fedclaw.site.privacy_budget import Asking
+from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.training import TrainingAnswer
 from tests.least_squares import FEDERATION, service

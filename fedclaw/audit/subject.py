@@ -39,8 +39,8 @@ from fedclaw.server.session import initial_parameters, make_plan, make_record, m
 from fedclaw.server.settings import RunSettings
 from fedclaw.server.training import TrainingQuestion, session_of
 from fedclaw.site.journal.ledger import Ledger
-from fedclaw.site.pipeline import SecureIdentity
 from fedclaw.site.policy.policy import Policy, permissive
+from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.site import SiteData
 from fedclaw.site.state import SiteStates

@@ -20,8 +20,9 @@ from fedclaw.errors import PrivacyError, SecureAggregationError, UpdateError, Us
 from fedclaw.learning import postprocess
 from fedclaw.privacy.distributed import Price
 from fedclaw.privacy.fixed_point import Encoding
-from fedclaw.privacy.mechanisms.choice import SharedNoise, mechanism_of
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.receipts import check_receipt
+from fedclaw.privacy.mechanisms.shared_noise import SharedNoise
 from fedclaw.protocol.arrays import LARGEST, Arrays, Update, all_within, shapes_of, unflattened
 from fedclaw.protocol.messages import SUM
 from fedclaw.protocol.questions import Outgoing, question

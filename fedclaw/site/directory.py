@@ -46,11 +46,12 @@ from fedclaw.site.journal.reconciliation import (
     write_mark,
 )
 from fedclaw.site.journal.reconciliation import state_directory as state_directory
-from fedclaw.site.pipeline import SecureIdentity
 from fedclaw.site.policy.policy import TEST
+from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, load_site_settings
-from fedclaw.site.site import SiteData, load_data, note_on_shared_rows
+from fedclaw.site.shared_rows import note_on_shared_rows
+from fedclaw.site.site import SiteData, load_data
 from fedclaw.site.state import SiteStates
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from fedclaw.errors import DataError, LedgerError, PrivacyError
 from fedclaw.learning.tasks.base import LOSS, BoundedSum, Sums, Task
 from fedclaw.learning.tasks.means import MOST_LOSS
 from fedclaw.learning.workload import Table, Workload, doubles
-from fedclaw.privacy.mechanisms.choice import Doubles, OwnNoise
+from fedclaw.privacy.mechanisms.local_noise import Doubles, OwnNoise
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
 from fedclaw.protocol.arrays import pack_wire

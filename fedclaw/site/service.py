@@ -16,8 +16,9 @@ from fedclaw.protocol.messages import ABOUT, CHARGE, JSON, RECEIPT, RUN, STAGES
 from fedclaw.protocol.questions import Asked
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.site.evaluation import EvaluationAnswer, charged_ledger
-from fedclaw.site.pipeline import Answering, SecureIdentity, answer, answer_stage, masking
+from fedclaw.site.pipeline import Answering, answer
 from fedclaw.site.privacy_budget import Asking, reserve
+from fedclaw.site.secure import SecureIdentity, answer_stage, masking
 from fedclaw.site.site import Site
 from fedclaw.site.statistics import StatisticsAnswer
 from fedclaw.site.training import TrainingAnswer

@@ -19,12 +19,8 @@ from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
 from fedclaw.learning.statistics import design_for, score_records
-from fedclaw.privacy.mechanisms.choice import (
-    SENSITIVITY,
-    SharedStatistics,
-    StatisticsMechanism,
-    mechanism_of_request,
-)
+from fedclaw.privacy.mechanisms.choice import SENSITIVITY, StatisticsMechanism, mechanism_of_request
+from fedclaw.privacy.mechanisms.shared_noise import SharedStatistics
 from fedclaw.privacy.provenance import Bounded, Part, Released
 from fedclaw.privacy.statistics import Design, Doubles, Records
 from fedclaw.protocol.arrays import pack

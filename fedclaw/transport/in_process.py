@@ -17,7 +17,7 @@ from fedclaw.server.round_report import Observer, Outcome
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import initial_parameters
 from fedclaw.site.directory import open_service
-from fedclaw.site.pipeline import SecureIdentity
+from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.base import SiteHandler, measure

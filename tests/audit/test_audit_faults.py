@@ -12,7 +12,7 @@ from fedclaw.audit.findings import AuditOptions, conclude
 from fedclaw.audit.run import audit_run, probe_mechanisms
 from fedclaw.privacy import distributed, steps
 from fedclaw.privacy import noise as noise_module
-from fedclaw.privacy.mechanisms import choice, sum_noise
+from fedclaw.privacy.mechanisms import shared_noise, sum_noise
 from fedclaw.privacy.mechanisms.sum_noise import ServerNoise
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
@@ -154,9 +154,9 @@ def test_one_seed_for_all_shares_is_flagged(subject, mode):
 
 def test_shares_that_count_on_everybody_are_flagged(subject, monkeypatch):
     """One site may drop out and one may tell what it added: shares that forget it are too small."""
-    real = choice.share_noise
+    real = shared_noise.share_noise
     monkeypatch.setattr(
-        choice, "share_noise", lambda *asked, **others: real(*asked, **{**others, "tolerated": 0, "colluding": 0})
+        shared_noise, "share_noise", lambda *asked, **others: real(*asked, **{**others, "tolerated": 0, "colluding": 0})
     )
     assert "noise scale" in flagged(audited(subject("distributed-site")))
 

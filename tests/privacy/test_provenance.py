@@ -10,8 +10,10 @@ from fedclaw.errors import PrivacyError
 from fedclaw.learning import postprocess
 from fedclaw.learning.postprocess import SiteContext
 from fedclaw.privacy.distributed import Nearest, SumWithShare, share_noise
-from fedclaw.privacy.mechanisms.choice import OwnNoise, mechanism_of, with_share
+from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.local_noise import OwnNoise
 from fedclaw.privacy.mechanisms.mechanism import UNPROTECTED, Charge
+from fedclaw.privacy.mechanisms.shared_noise import with_share
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Bounded, Permitted, Raw, Released, leaving
 from fedclaw.protocol.arrays import Update

@@ -24,7 +24,7 @@ def wire(tmp_path):
 @pytest.fixture
 def no_noise(monkeypatch):
     """Local noise off: every multiplier is calibrated to zero."""
-    monkeypatch.setattr("fedclaw.privacy.mechanisms.choice.calibrate", lambda *_: 0.0)
+    monkeypatch.setattr("fedclaw.privacy.mechanisms.local_noise.calibrate", lambda *_: 0.0)
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError
 from fedclaw.errors import UpdateError
 from fedclaw.learning.workload import schema_digest
 from fedclaw.privacy.distributed import choose_step
-from fedclaw.privacy.mechanisms.choice import Doubles, OwnNoise, SharedStatistics, session_shares
+from fedclaw.privacy.mechanisms.local_noise import Doubles, OwnNoise
+from fedclaw.privacy.mechanisms.shared_noise import SharedStatistics, session_shares
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Released
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.frozen import Frozen

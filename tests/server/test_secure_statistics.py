@@ -5,7 +5,7 @@ import pytest
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.statistics import design_of
-from fedclaw.privacy.mechanisms.choice import OwnNoise
+from fedclaw.privacy.mechanisms.local_noise import OwnNoise
 from fedclaw.privacy.statistics import estimate
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.statistics import STATISTICS

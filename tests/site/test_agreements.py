@@ -6,7 +6,7 @@ from fedclaw.privacy.secure_aggregation import Sessions, local_identities
 from fedclaw.protocol.messages import KEYS
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import PrivacyRequest, SecureAggregation
-from fedclaw.site.pipeline import SecureIdentity
+from fedclaw.site.secure import SecureIdentity
 from tests.site.conftest import Asker
 
 

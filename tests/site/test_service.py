@@ -250,7 +250,7 @@ def test_an_unreachable_epsilon_is_refused_without_figures_of_the_site(asker):
 def test_a_plan_that_would_keep_the_site_busy_for_ever_is_refused(asker, monkeypatch):
     """One small message must not hang a site in the calibration of its noise."""
     monkeypatch.setattr(
-        "fedclaw.privacy.mechanisms.choice.calibrate", lambda *_: pytest.fail("the noise was calibrated")
+        "fedclaw.privacy.mechanisms.local_noise.calibrate", lambda *_: pytest.fail("the noise was calibrated")
     )
     forever = LocalTraining(steps=9_000, batch_size=16, learning_rate=0.1)
     refused(asker.ask(rounds=10**8), RefusalCode.MALFORMED)

@@ -13,7 +13,7 @@ from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.policy.policy import Policy
 from fedclaw.site.preflight.check import examine
 from fedclaw.site.settings import load_site_settings
-from fedclaw.site.site import are_held_out, note_on_shared_rows, shared_rows
+from fedclaw.site.shared_rows import are_held_out, note_on_shared_rows, shared_rows
 from tests.site.conftest import Asker
 
 NOISED = {"metrics": ["accuracy"], "metrics_epsilon": 0.5, "metrics_budget": {"epsilon": 3.0, "delta": 1e-3}}
@@ -148,7 +148,7 @@ def test_images_are_rows_too(shape):
 
 
 def test_many_rows_are_digested_in_blocks(monkeypatch):
-    monkeypatch.setattr("fedclaw.site.site._BLOCK", 64)
+    monkeypatch.setattr("fedclaw.site.shared_rows._BLOCK", 64)
     train = np.arange(3000, dtype=np.float32).reshape(1000, 3)
     assert shared_rows(table(train), table(train[::7])) == len(train[::7])
     assert shared_rows(table(train), table(train + np.float32(0.5))) == 0

@@ -49,7 +49,7 @@ from fedclaw.site.preflight.question import Question
 from fedclaw.site.privacy_budget import charge_times, check_frequency, evaluation_times, is_limited
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, require_name
-from fedclaw.site.site import note_on_shared_rows
+from fedclaw.site.shared_rows import note_on_shared_rows
 
 _CONSTANTS = "those that the federation agreed on"
 

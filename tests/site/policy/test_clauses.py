@@ -13,7 +13,7 @@ from fedclaw.site.evaluation import EvaluationAnswer
 from fedclaw.site.journal import history, outbound
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.reconciliation import open_journal
-from fedclaw.site.pipeline import SecureIdentity
+from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.settings import load_site_settings
 from tests.site.conftest import Asker
 
