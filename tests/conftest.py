@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,10 @@ FEDERATION = "clinic"
 PATIENCE = 200.0
 """Seconds after which a process that should have ended, or a line that should have come, is given up: it hangs."""
 
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job is deaf to Ctrl-C, and so would be all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, or (`--hypothesis-profile explore`) others in each. Neither looks at a clock.
 _UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
