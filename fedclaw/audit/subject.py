@@ -26,9 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from fedclaw.errors import PrivacyError, UsageError
-from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.tasks.base import Targets
-from fedclaw.learning.workload import Floats, Table, Workload
+from fedclaw.learning.workload import Floats, Table, Workload, load_parameters
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.questions import Outgoing

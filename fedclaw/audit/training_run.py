@@ -31,8 +31,7 @@ from fedclaw.audit.bounds import attack_bound, least_rate, one_run_bound
 from fedclaw.audit.findings import Finding
 from fedclaw.audit.subject import Subject, coins, flat, gradient
 from fedclaw.errors import PrivacyError
-from fedclaw.learning.step_loop import load_parameters
-from fedclaw.learning.workload import Table, Workload
+from fedclaw.learning.workload import Table, Workload, load_parameters
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays, unpack
 from fedclaw.protocol.messages import ARRAYS, METRICS, SUM, WEIGHT

@@ -10,12 +10,10 @@ sites' rounds.
 Legend: N examples, C classes.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedclaw.errors import CompressionError
 from fedclaw.learning.tasks.base import Task
@@ -28,13 +26,6 @@ Batch = TypeVar("Batch")
 Batch_contra = TypeVar("Batch_contra", contravariant=True)
 Correction = Callable[[Sequence[torch.Tensor], int], None]
 """Changes the parameters' `.grad` in place before a step, whose number (from 0) it is told; sees no data."""
-
-
-def load_parameters(model: torch.nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> None:
-    """Put `parameters`, by name, into `model`."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(parameters[name])))
 
 
 class Steps(Protocol[Batch_contra]):

@@ -1,7 +1,8 @@
-"""Message identity and metadata: the only file that uses Flower's internals.
+"""Message identity and metadata, by Flower's internals.
 
 `Message(...)` reads process-wide identities that Flower's own executables set, and offers no public way to
-rebuild a message that came over another wire. Checked by tests/protocol/test_flower_internals.py.
+rebuild a message that came over another wire. No other file uses internals, but for `fedclaw.protocol.records`
+(`array_record`). Checked by tests/protocol/test_flower_internals.py.
 """
 
 import hashlib

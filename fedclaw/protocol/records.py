@@ -1,4 +1,4 @@
-"""Received records that cost no copy, and are freed when the last user lets go of them.
+"""Records that cost no copy, received or about to leave, and are freed when the last user lets go of them.
 
 Flower's `RecordDict.array_records` (and its two sisters) returns a dictionary that refers to itself and to the
 whole content. Each use of it therefore keeps the content, 40 MB or more of it, until Python's cycle collector happens

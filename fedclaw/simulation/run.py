@@ -18,8 +18,8 @@ from torch import nn
 from fedclaw.errors import RoundError, Setting, TransportError, UpdateError, UsageError
 from fedclaw.learning import postprocess
 from fedclaw.learning.registry import strategy_class
-from fedclaw.learning.step_loop import load_parameters
 from fedclaw.learning.strategy import PERSONAL, Buffered
+from fedclaw.learning.workload import load_parameters
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Update, shaped, shapes_of
 from fedclaw.protocol.message_identity import empty_run, number_of

@@ -25,8 +25,9 @@ from fedclaw.learning.stacked.layout import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.learning.stacked.steps import ClientSteps, RowSteps, plain_steps
 from fedclaw.learning.step_loop import Correction as StepCorrection
-from fedclaw.learning.step_loop import distillation_loss, load_parameters, take_steps
+from fedclaw.learning.step_loop import distillation_loss, take_steps
 from fedclaw.learning.strategy import PERSONAL, RoundContext, Strategy, as_arrays, client_update_of, is_overridden
+from fedclaw.learning.workload import load_parameters
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients

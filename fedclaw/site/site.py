@@ -14,8 +14,7 @@ from flwr.app import RecordDict
 
 from fedclaw.errors import DataError, FedClawError, PluginError
 from fedclaw.files import sha256_file
-from fedclaw.learning.step_loop import load_parameters
-from fedclaw.learning.workload import Schema, Table, Workload
+from fedclaw.learning.workload import Schema, Table, Workload, load_parameters
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.protocol.arrays import Arrays, all_finite, unpack

@@ -11,7 +11,7 @@ from fedclaw.audit.run import attack_run, claim_of
 from fedclaw.audit.subject import LOUD, Subject, coins, gradient, make_canary, synthetic_sites
 from fedclaw.audit.training_run import Claim, auc, contributions, membership, one_run, toss
 from fedclaw.errors import PrivacyError, UsageError
-from fedclaw.learning.step_loop import load_parameters
+from fedclaw.learning.workload import load_parameters
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.server.session import initial_parameters
 from tests.audit.conftest import MODES, SIZES

@@ -12,7 +12,7 @@ from fedclaw.audit.__main__ import main
 from fedclaw.audit.subject import LOUD, gradient, make_canary
 from fedclaw.errors import PrivacyError
 from fedclaw.learning.registry import schema_class, workload_class
-from fedclaw.learning.step_loop import load_parameters
+from fedclaw.learning.workload import load_parameters
 from fedclaw.privacy.noise import GaussianSource
 
 SCHEMA = """

@@ -1,9 +1,11 @@
-"""Fails when Flower changes something that fedclaw/protocol/message_identity.py relies on: look at that file then."""
+"""Fails when Flower changes something that fedclaw/protocol/message_identity.py, or array_record in
+fedclaw/protocol/records.py, relies on: look at those files then."""
 
 import inspect
 
+import numpy as np
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
 from flwr.app.metadata import Metadata
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
@@ -11,6 +13,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedclaw.protocol import message_identity
+from fedclaw.protocol.records import array_record
 from fedclaw.protocol.refusal import RefusalCode
 
 ENVELOPE = message_identity.Envelope(
@@ -89,6 +92,11 @@ def test_the_grid_has_the_methods_that_are_implemented():
         "send_and_receive",
         "set_run",
     }
+
+
+def test_a_record_made_at_once_is_the_one_that_flower_makes():
+    arrays = {"a": Array(np.arange(3.0)), "b": Array(np.ones((2, 2), np.float32))}
+    assert array_record(arrays) == ArrayRecord(arrays)
 
 
 def test_numbers_of_names_are_stable_and_positive():
