@@ -43,6 +43,8 @@ from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.simulation.trainer import Trainer, loaded_model, make_loss
 from fedclaw.site.evaluation import EVALUATION_BATCH, exact_sums, permitted
 
+log = logging.getLogger(__name__)
+
 WHOLE = "federation"
 """Who answers with the metrics of a test table that belongs to no client."""
 
@@ -120,9 +122,14 @@ class SimulationGrid(CohortGrid):
         self._first = True
 
     def answer_cohort(self, nodes: Sequence[int], question: CohortQuestion[Any, Any]) -> None:
-        """See CohortGrid. A test table that the federation has as a whole is evaluated once, whoever is asked."""
+        """See CohortGrid. A test table that the federation has as a whole is evaluated once, whoever is asked.
+
+        Raises TransportError for a question with a session: nobody here could mask an answer.
+        """
         began = time.monotonic()
-        if isinstance(question, TrainingQuestion):
+        if question.asked.secure is not None:
+            self._refuse()
+        elif isinstance(question, TrainingQuestion):
             self._train(nodes, question)
         elif isinstance(question, EvaluationQuestion):
             self._evaluator.evaluate([node - 1 for node in nodes], self._memory, question)
@@ -219,9 +226,6 @@ class SimulationGrid(CohortGrid):
         raise TransportError("simulated clients train and evaluate; they answer no messages: use runtime=sites")
 
     create_message = push_messages = pull_messages = send_and_receive = _refuse
-
-
-log = logging.getLogger(__name__)
 
 
 def simulated(record: RunRecord, settings: SimulationSettings, clients: int) -> RunRecord:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import MessageType
 
-from fedclaw.errors import RoundError, UsageError
+from fedclaw.errors import RoundError, TransportError, UsageError
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.terms import LocalTraining, PrivacyRequest, RoundRules, SecureRequest, StrategyRecord
 from fedclaw.server import checkpoint
@@ -44,6 +44,15 @@ def test_secure_aggregation_is_refused():
     federation = make_federation("mlp")
     with pytest.raises(UsageError, match="runtime=sites"):
         simulated(make_record(federation, "mlp", secure=SecureRequest()), SimulationSettings(), len(federation))
+
+
+def test_a_session_is_never_answered_without_one(tmp_path: Path) -> None:
+    federation = make_federation("mlp")
+    record = simulated(make_record(federation, "mlp"), SimulationSettings(), len(federation))
+    masked = record.model_copy(update={"secure": SecureRequest(largest_weight=1000, corrupt=0.0)})
+    with pytest.raises(TransportError, match="answer no messages"):
+        simulate_cohorts(RunDirectory.create(tmp_path / "run", masked), federation)
+    assert not RunDirectory(tmp_path / "run").read_metrics()
 
 
 def test_a_run_with_sites_is_not_taken_up(tmp_path):
