@@ -50,6 +50,8 @@ class _Command:
     advice: str = _AGAIN
     signal: int | None = None
     """The first one that came."""
+    unbroken: bool = False
+    """Whether the main thread is at something that is not to be broken off."""
     line_shown: bool = False
     loaded: str = ""
     """What was said to be loaded."""
@@ -135,6 +137,24 @@ def loading(what: str) -> Iterator[None]:
         _command.at_once = before
 
 
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Let a signal wait for the end of what is done here, which breaks where it is broken off; ten seconds at most.
+
+    Raises Stopped at its end if one came. In another thread than the main one, which takes no signals, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread() or _command.unbroken:
+        yield
+        return
+    before, _command.unbroken = _command.signal, True
+    try:
+        yield
+    finally:
+        _command.unbroken = False
+        if _command.signal is not None and before is None:
+            raise Stopped(_command.signal)
+
+
 def is_stopping() -> bool:
     """Whether a signal has told this command to stop."""
     return _command.signal is not None
@@ -172,7 +192,8 @@ def _on_signal(number: int, _: FrameType | None) -> None:
         _say()
         _end(number)
     threading.Thread(target=_wait, args=(number,), name="fedclaw-stop", daemon=True).start()
-    raise Stopped(number)
+    if not _command.unbroken:
+        raise Stopped(number)
 
 
 def _wait(number: int) -> None:

@@ -141,6 +141,31 @@ def test_a_server_in_mid_round_says_how_to_continue_and_mlflow_knows(deployment,
         assert_stopped(client.finish(), client.text(), number, "fedclaw.client")
 
 
+UNBROKEN = """
+import os, signal
+from fedclaw import startup
+startup.begin("made"); startup.under_way()
+try:
+    with startup.unbroken():
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("whole")
+        {then}
+    print("never")
+except startup.Stopped as error:
+    with startup.unbroken():
+        print("and put away", error.code)
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "raise ValueError"])
+def test_what_is_not_to_be_broken_off_ends_before_the_signal_is_raised(then):
+    """A transaction with the store of metrics, which may keep its lock if it is left in the middle."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNBROKEN.format(then=then)], capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.stdout.splitlines() == ["whole", "and put away 143"], done.stderr
+
+
 SMALL = ("rounds=400", "training.steps=2", "training.epochs=null", "privacy=none", "workload.model.name=logistic")
 
 

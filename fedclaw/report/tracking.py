@@ -19,6 +19,7 @@ from fedclaw.errors import CheckpointError, TransportError, UsageError
 from fedclaw.files import write_atomic
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.startup import unbroken
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -297,11 +298,13 @@ class MlflowTracker:
     def _forgiving(self) -> Iterator[None]:
         """Count what the store did not take; the first time, say so.
 
-        Every Exception, because the stores of artefacts raise those of their own client libraries.
+        Every Exception, because the stores of artefacts raise those of their own client libraries. A signal waits: a
+        transaction that is broken off in the middle may keep the store locked for whoever notes the run's end.
         """
         self._asked += 1
         try:
-            yield
+            with unbroken():
+                yield
         except Exception as error:
             if not self._lost:
                 log.warning("MLflow failed and the run goes on without it: %s", _reason(error))
