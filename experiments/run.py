@@ -26,7 +26,7 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments.settings import ExperimentSettings
-from experiments.sweeps import PROGRAM
+from experiments.sweeps import AGAIN, PROGRAM
 from fedclaw import startup
 from fedclaw.cli import config_directory, run_hydra
 
@@ -42,7 +42,7 @@ def main(config: DictConfig) -> float:
 
 def run() -> None:
     """`main`, and an end in MLflow for a sweep that does not come to its own."""
-    startup.next_step("give the same command again: a sweep goes on where it was")
+    startup.next_step(AGAIN)
     try:
         main()
     except BaseException as error:

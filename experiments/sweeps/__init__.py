@@ -2,3 +2,5 @@
 
 PROGRAM = "experiments.run"
 """What errors are said to be from."""
+AGAIN = "give the same command again: a sweep goes on where it was"
+"""What to do after a sweep was stopped, in one of its runs too."""

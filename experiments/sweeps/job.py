@@ -15,7 +15,7 @@ from rich.console import Console
 
 from experiments.resumed import resumed
 from experiments.settings import ExperimentSettings, check_experiment, with_own_data
-from experiments.sweeps import PROGRAM
+from experiments.sweeps import AGAIN, PROGRAM
 from experiments.sweeps.directory import Member, SweepDirectory, read_overrides
 from experiments.sweeps.identity import EXPERIMENT_FILE, identify, is_relevant
 from fedclaw import startup
@@ -96,6 +96,10 @@ def _run_member(plain: dict[str, Any], console: Console) -> float:
         member = member.model_copy(update={"run": sweep.relative(root)})
         sweep.note(member)
         metrics = _run_once(settings.model_copy(update={"run": name}), sweep, console)
+    except KeyboardInterrupt:
+        # The run by itself would say how it alone goes on.
+        startup.next_step(AGAIN)
+        raise
     except Exception as error:
         reason = describe_failure(error)
         log.debug("%s", type(error).__name__, exc_info=error)
