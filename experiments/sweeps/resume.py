@@ -62,7 +62,7 @@ def _charge(site: SiteService, plan: Plan) -> None:
         federation=plan.federation,
         run=plan.run,
         round=plan.round,
-        mechanism=charge_for(site.policy, len(site.data.train), mechanism_of(plan)).mechanism,
+        mechanism=charge_for(site.policy, site.examples, mechanism_of(plan)).mechanism,
         budget=_UNLIMITED,
     )
     site.ledger.settle(key)

@@ -23,7 +23,7 @@ from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.statistics import Records, StatisticColumn
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.terms import ModelSpec
+from fedclaw.protocol.terms import DataUnit, ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +43,21 @@ class Table:
     """SHA-256 of the one file that this was read from, of the very bytes that were read."""
     notes: tuple[str, ...] = ()
     """What was seen while reading that the site's operator should know; it may count, so it never leaves the site."""
+    persons: NDArray[np.int64] | None = None
+    """Whose example each is, (N,), numbered from 0 in the order of their first example; None: of no known person."""
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def unit(self) -> DataUnit:
+        """What a guarantee for this data protects."""
+        return "example" if self.persons is None else "person"
+
+    @property
+    def units(self) -> int:
+        """How many of those there are."""
+        return len(self) if self.persons is None else int(self.persons.max(initial=-1)) + 1
 
 
 @dataclass(frozen=True)

@@ -321,15 +321,15 @@ class WithShare:
 
 @dataclass(frozen=True)
 class SumWithShare(WithShare):
-    """A sum of which one example is a bounded part, with this site's share of the noise; `examples` are all there are
+    """A sum of which one unit is a bounded part, with this site's share of the noise; `present` is how many there are
     (None: not known)."""
 
-    examples: int | None = None
+    present: int | None = None
     run: str = ""
 
     def encode(self, vector: Vector, source: "GaussianSource") -> NDArray[np.uint32]:
         """(d,) integers modulo 2^32."""
-        encoded, beyond = self.shares.encode_sum(vector, source, self.examples)
+        encoded, beyond = self.shares.encode_sum(vector, source, self.present)
         if beyond and self.run not in _told:
             _told.add(self.run)
             log.warning(

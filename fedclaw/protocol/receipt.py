@@ -7,7 +7,7 @@ from pydantic import Field
 
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import MOST_CHARGED
-from fedclaw.protocol.terms import SumNoiseTerms
+from fedclaw.protocol.terms import DataUnit, Relation, SumNoiseTerms
 
 NO_LEDGER = "simulated"
 """In the place of a ledger's head, where clients are simulated and have none."""
@@ -59,10 +59,12 @@ class BudgetSpent(Spent):
 
 
 class TrainingCost(Spent):
-    """What training cost a site, as receipts and a statement say it. All figures are for the unit example."""
+    """What training cost a site, as receipts and a statement say it. All figures are for one unit of its data."""
 
     mechanism: Literal["dp-sgd", "central", "distributed", "none", "metrics"]
     """Whose noise the ledger charged; `metrics`: the site's own on an evaluation, charged to its test data."""
+    unit: DataUnit = "example"
+    relation: Relation = "zero-out"
     trust: Trust = "nobody"
     """Who has to be honest for the figures to hold."""
     secure_aggregation: bool = False

@@ -195,7 +195,14 @@ class AdaptiveClip(Frozen):
 
 
 Unit = Literal["example", "site"]
-"""Whose presence a guarantee hides."""
+"""Whose contribution noise on the sum hides: a unit of a site's data, or all of a site's."""
+
+DataUnit = Literal["example", "person"]
+"""What a site's ledger counts: an example, or all examples of a person where the schema says whose they are."""
+
+Relation = Literal["zero-out", "add-or-remove"]
+"""Which data sets a guarantee tells apart by little: one unit is replaced by nothing and their number, which is public,
+stays; or one is there or not, and the number that is told is declared and rests on no data."""
 
 
 class SumNoiseTerms(Frozen):

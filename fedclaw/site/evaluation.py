@@ -80,7 +80,7 @@ class EvaluationAnswer(PlanAnswer[Sums | BoundedSums, Sums]):
         site, plan = self.site, self.asked
         if site.data.test is None:
             raise Refusal(RefusalCode.METRICS, "this site holds no test data, so it does not evaluate")
-        self._examples = len(site.data.test)
+        self._examples = site.test_examples
         self._wanted, self._bins = permitted(site.policy, site.workload.task, plan, self._examples)
         parameters = personal_parameters(site, plan, sent_arrays(self.content, ARRAYS))
         self._model = site.model(plan.model, parameters).eval()

@@ -219,7 +219,8 @@ def _refusing() -> Iterator[None]:
 def receipt_of(site: Site, asking: Asking, mechanism: Mechanism, charge: Charge) -> Receipt:
     """The receipt of a round that was just charged."""
     figures = Account.training(site).figures(asking, delta_of(site.policy, mechanism))
-    return Receipt(**{**mechanism.receipt_fields(len(site.data.train), charge), **figures})
+    figures |= {"unit": site.data.train.unit, "relation": site.relation}
+    return Receipt(**{**mechanism.receipt_fields(site.examples, charge), **figures})
 
 
 def log_spending(asking: Asking, receipt: Receipt) -> None:

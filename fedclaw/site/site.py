@@ -19,7 +19,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.protocol.arrays import Arrays, all_finite, unpack
 from fedclaw.protocol.refusal import Refusal, RefusalCode
-from fedclaw.protocol.terms import ModelSpec
+from fedclaw.protocol.terms import ModelSpec, Relation
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
 from fedclaw.site.policy.checks import check_size
@@ -43,6 +43,10 @@ class SiteData:
     test_fingerprint: str | None = None
     files: DataFiles | None = None
     """Where they were read from; None: made in memory."""
+    public_examples: int | None = None
+    """How many units of training data there are by the operator's declaration; None: they are counted."""
+    public_test_examples: int | None = None
+    """The same of the test data, in examples."""
 
 
 @dataclass
@@ -88,6 +92,25 @@ class Site:
 
     def __post_init__(self) -> None:
         self.shared_test_rows = shared_rows(self.data.train, self.data.test)
+
+    @property
+    def examples(self) -> int:
+        """The stated number of units of training data: all that is worked out of a number is worked out of this one.
+
+        It leaves with every answer. Where it is declared, the number that there are is for sampling alone.
+        """
+        return self.data.public_examples or self.data.train.units
+
+    @property
+    def relation(self) -> Relation:
+        """Between which training data sets what leaves differs by little."""
+        return "zero-out" if self.data.public_examples is None else "add-or-remove"
+
+    @property
+    def test_examples(self) -> int:
+        """The stated number of test examples; 0: the site does not evaluate."""
+        test = self.data.test
+        return 0 if test is None else self.data.public_test_examples or len(test)
 
     @property
     def is_tested_on_held_out_data(self) -> bool:

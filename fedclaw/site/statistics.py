@@ -66,7 +66,7 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
 
     def admit(self) -> None:
         """See Answering."""
-        check_statistics(self.site.policy, self.asked, len(self.site.data.train))
+        check_statistics(self.site.policy, self.asked, self.site.examples)
 
     def check_session(self, secure: SecureAggregation) -> None:
         """See Answering."""
@@ -160,7 +160,7 @@ def _check_sum(site: Site, secure: SecureAggregation, design: Design) -> None:
             RefusalCode.SECURE_AGGREGATION,
             f"a secure sum of {secure.length} numbers was asked for; the statistics have {design.dimension}",
         )
-    if secure.largest_weight is None or len(site.data.train) > secure.largest_weight:
+    if secure.largest_weight is None or site.examples > secure.largest_weight:
         raise Refusal(
             RefusalCode.SECURE_AGGREGATION,
             f"the secure sum is made for sites of at most {secure.largest_weight or 0:g} examples, and this one has "

@@ -48,23 +48,19 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
 
     @cached_property
     def _integers(self) -> Integers:
-        return self._mechanism.integers(self._examples)
-
-    @property
-    def _examples(self) -> int:
-        return len(self.site.data.train)
+        return self._mechanism.integers(self.site.data.train.units)
 
     @property
     def _count(self) -> int:
         """Local steps of the round."""
-        return self.asked.training.local_steps(self._examples)
+        return self.asked.training.local_steps(self.site.examples)
 
     def check_session(self, secure: SecureAggregation) -> None:
         """See Answering."""
-        check_plan(self.site.policy, self.asked, examples=self._examples, parameters=secure.length)
+        check_plan(self.site.policy, self.asked, examples=self.site.examples, parameters=secure.length)
         check_terms(self.site, self.asked)
         self._mechanism.integers()
-        charge = charge_for(self.site.policy, self._examples, self._mechanism)
+        charge = charge_for(self.site.policy, self.site.examples, self._mechanism)
         check_affordable(self.site, Due.training(self.site, self.asking, charge.mechanism))
 
     @contextmanager
@@ -81,13 +77,13 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         if plan.secure is not None:
             self._check_session(plan.secure, sent)
         size = sum(array.size for array in sent.values())
-        check_plan(site.policy, plan, examples=self._examples, parameters=size)
+        check_plan(site.policy, plan, examples=self.site.examples, parameters=size)
         self._check_preprocessing()
         self._half = ClientHalf.open(site, plan, self.content, sent)
         self._start = self._half.own(sent)
         self._model = site.model(plan.model, self._start)
         set_threads(size)
-        self._charge = charge_for(site.policy, self._examples, self._mechanism)
+        self._charge = charge_for(site.policy, self.site.examples, self._mechanism)
         due = Due.training(site, self.asking, self._charge.mechanism)
         # New constants take all data to be read, so every reason to refuse comes first.
         if not is_prepared(site, plan.preprocessing):
@@ -103,17 +99,19 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         correction = half.correction(self._model, self._count)
         with precision(self.site.device, sum(p.numel() for p in self._model.parameters()), mechanism.is_sampled):
             take_steps(
-                mechanism.batches(self._examples, self._charge.mechanism, self.site.source),
+                mechanism.batches(
+                    self.site.examples, self.site.data.train.units, self._charge.mechanism, self.site.source
+                ),
                 self._model_steps(self._steps, self._model),
                 None if mechanism.takes_one_step else correction,
             )
-        delta = mechanism.outcome(self._delta(), self._examples)
+        delta = mechanism.outcome(self._delta(), self.site.examples)
         if not half.begins_released:
             # Steps that begin with what no noise covers tell of it, whatever bounds or covers them.
             delta = Raw(delta.value)
         finished = half.client_update(delta, self._count, self._training_loss)
         personal = self._personal(delta)
-        whole = finished.scaled(1.0, lambda made: Update({**made.delta, **made.extras}, 1.0, self._examples))
+        whole = finished.scaled(1.0, lambda made: Update({**made.delta, **made.extras}, 1.0, self.site.examples))
         try:
             left = at_site(whole, self.asked, SiteContext(self.site.source, half.before))
         except PrivacyError as error:
@@ -161,7 +159,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
             self._integers  # noqa: B018
         except PrivacyError as error:
             raise Refusal(RefusalCode.SECURE_AGGREGATION, str(error)) from error
-        if secure.largest_weight is not None and self.asked.weight(self._examples) > secure.largest_weight:
+        if secure.largest_weight is not None and self.asked.weight(self.site.examples) > secure.largest_weight:
             # The range of values was set for weights up to it; beyond, the update would be cut off unseen.
             raise Refusal(
                 RefusalCode.SECURE_AGGREGATION,
@@ -194,7 +192,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         """The way of taking a step that the plan's mechanism has, before anything is paid for."""
         site, event = self.site, self._charge.mechanism
         try:
-            return self._mechanism.step_taker(self._model, self._loss, self._examples, event, site.source, site.speed)
+            return self._mechanism.step_taker(self._model, self._loss, site.examples, event, site.source, site.speed)
         except PrivacyError as error:
             raise Refusal(RefusalCode.MODEL, str(error)) from error
 
@@ -231,7 +229,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
             return delta.then(lambda _: trained)
         own = site.model(plan.model, {**self._start, **half.before.get(PERSONAL, {})}, role="personal")
         take_steps(
-            shuffled_batches(self._examples, plan.training.batch_size, self._count, site.source),
+            shuffled_batches(len(site.data.train), plan.training.batch_size, self._count, site.source),
             self._model_steps(PlainGradients(own, self._loss), own),
             half.personal_correction(own, self._start, self._count),
         )

@@ -258,15 +258,18 @@ class Mechanism:
             steps_ahead=self.asked.training.local_steps(examples),
         )
 
-    def batches(self, examples: int, charged: NoiseEvent | None, source: "GaussianSource") -> "Iterator[torch.Tensor]":
-        """The row indices of each step of a round."""
+    def batches(
+        self, examples: int, present: int, charged: NoiseEvent | None, source: "GaussianSource"
+    ) -> "Iterator[torch.Tensor]":
+        """The row indices of each step of a round, of `present` rows; rate and steps are made by the stated number
+        `examples`."""
         from fedclaw.privacy.steps import poisson_batches, shuffled_batches
 
         training, sampling = self.asked.training, self.sampling(examples, charged)
         count = training.local_steps(examples)
         if sampling is None:
-            return shuffled_batches(examples, training.batch_size, count, source)
-        return poisson_batches(examples, sampling.rate, count, source)
+            return shuffled_batches(present, training.batch_size, count, source)
+        return poisson_batches(present, sampling.rate, count, source)
 
     # What leaves
 
@@ -301,8 +304,8 @@ class Mechanism:
 
     # Inside a secure sum
 
-    def integers(self, examples: int | None = None) -> Integers:
-        """How a site with so many examples hands its update to secure aggregation. Raises PrivacyError."""
+    def integers(self, present: int | None = None) -> Integers:
+        """How a site where so many units are present hands its update to secure aggregation. Raises PrivacyError."""
         secure = self.session
         if secure.value_range is None:
             raise PrivacyError("secure aggregation without noise by the sites needs a range of values")

@@ -57,11 +57,11 @@ class SharedNoise(SumNoise):
         """
         return Charge("distributed", self.event(self.shares.noise_multiplier), "aggregation")
 
-    def integers(self, examples: int | None = None) -> Integers:
+    def integers(self, present: int | None = None) -> Integers:
         """See Mechanism."""
         if not self.takes_one_step:
             return WithShare(self.shares)
-        return SumWithShare(self.shares, examples, self.asked.run if isinstance(self.asked, Plan) else "")
+        return SumWithShare(self.shares, present, self.asked.run if isinstance(self.asked, Plan) else "")
 
     def let_out(self, part: Part[T], charge: Charge) -> Released[T] | Permitted[T]:
         """See Mechanism."""

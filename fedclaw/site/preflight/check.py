@@ -151,10 +151,10 @@ def _contradictions(policy: Policy, service: SiteService, federation: str | None
         warn(f"the policy does not allow this site's own workload, {service.workload.name}: nothing can run")
     if federation is not None and not allows_federation(policy, federation):
         warn(f"the policy does not allow the federation that this site is enrolled in, {federation}: nothing can run")
-    examples, test = len(service.data.train), service.data.test
+    examples, test = service.examples, service.data.test
     if policy.delta * examples >= 1:
         warn(f"delta {policy.delta:g} is not below one over the number of training examples; it protects nobody")
-    if test is not None and len(test) < policy.minimum_test_examples:
+    if test is not None and service.test_examples < policy.minimum_test_examples:
         warn("the test data has fewer examples than minimum_test_examples: no metrics leave")
     task = service.workload.task
     if policy.metrics and not set(policy.shared_metrics) & {*task.metrics, *task.CLAUSES}:
