@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 
 from experiments.datasets import DatasetSettings, SitePolicy, write_sites
 from fedclaw.identity import provisioning
+from fedclaw.protocol.message_identity import assume_server_identity
 from tests import warm
 from tests.ports import free_port
 
@@ -37,6 +38,11 @@ _UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow
 settings.register_profile("repeatable", _UNHURRIED, derandomize=True, print_blob=True)
 settings.register_profile("explore", _UNHURRIED, derandomize=False, print_blob=True)
 settings.load_profile("repeatable")
+
+
+def pytest_sessionstart() -> None:
+    """Messages can be made in any test, whichever of them comes first in its worker."""
+    assume_server_identity(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
