@@ -41,18 +41,23 @@ from fedclaw.privacy.gradients.interface import (
     Loss,
     Products,
     Unsuited,
+    add_clipped,
     check_model,
     check_separate,
     check_settings,
     filled,
     trainable,
 )
+from fedclaw.privacy.gradients.segments import Segments
 from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
+from fedclaw.privacy.units import Indices, starts_of
 
 COMPANY = 4
 """Rows that are worked out together are a multiple of it, or of more where there are threads: then each comes out as in
 any other such number of rows."""
+ALONE = 256
+"""Rows of one unit that are worked out together where it has more than go together with others."""
 
 
 class StepTaker(ABC):
@@ -60,8 +65,12 @@ class StepTaker(ABC):
     else behind on it."""
 
     @abstractmethod
-    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Replace each trainable parameter's `.grad` by the step's gradient for inputs (B, *D), targets (B, ...)."""
+    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, units: torch.Tensor | None = None) -> None:
+        """Replace each trainable parameter's `.grad` by the step's gradient for inputs (B, *D), targets (B, ...).
+
+        `units` (B,) int64: whose each row is, in ascending order, so that a unit's rows lie together; None: each row is
+        a unit.
+        """
 
     def close(self) -> None:  # noqa: B027
         """Take everything off the model that was put on it; calling it again does nothing."""
@@ -83,8 +92,8 @@ class PlainGradients(StepTaker):
         self._loss = loss
         self._parameters = trainable(model)
 
-    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """See StepTaker."""
+    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, units: torch.Tensor | None = None) -> None:
+        """See StepTaker. Whose the rows are makes no difference."""
         for parameter in self._parameters:
             parameter.grad = None
         if len(inputs):
@@ -160,15 +169,17 @@ class PrivateGradients(StepTaker):
         """The name of the engine that works out clipped sums; None before the first example."""
         return None if self._engine is None else self._engine.name
 
-    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """See StepTaker. Raises PrivacyError if closed, or if the loss or the model couples examples."""
+    def gradients(self, inputs: torch.Tensor, targets: torch.Tensor, units: torch.Tensor | None = None) -> None:
+        """See StepTaker. Raises PrivacyError if closed, if the loss or the model couples examples, or if the rows of a
+        unit do not lie together."""
         if self._closed:
             raise PrivacyError("private gradients were asked for after close()")
+        starts = None if units is None else _starts(units, len(inputs))
         for parameter in self._parameters:
             parameter.grad = None
         products: Products = {}
         if inputs.shape[0]:
-            self._add_all(inputs, targets, products)
+            self._add_all(inputs, targets, starts, products)
         else:
             self._sums.clear()
         noised = self._sums.noised(self._source, self.noise_std, products)
@@ -181,15 +192,31 @@ class PrivateGradients(StepTaker):
         if self._engine is not None:
             self._engine.close()
 
-    def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor, products: Products) -> None:
+    def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor, starts: Indices | None, products: Products) -> None:
         engine = self._engine = self._engine or choose(
             self._speed, self._model, self._loss, self._clip, inputs, targets, steps_ahead=self._steps_ahead
         )
+        try:
+            engine.prepare(inputs, targets)
+        except Unsuited as reason:
+            engine = self._give_way(engine, reason)
+            engine.prepare(inputs, targets)
         with _threads_for(self._speed.chunk_size or engine.chunk_size) as company:
-            self._add_chunks(engine, inputs, targets, company, products)
+            self._add_chunks(engine, inputs, targets, starts, company, products)
+
+    def _give_way(self, engine: ClippedSums, reason: Unsuited) -> ClippedSums:
+        engine.close()
+        later = self._engine = instead(engine.name, reason, self._model, self._loss, self._clip)
+        return later
 
     def _add_chunks(
-        self, engine: ClippedSums, inputs: torch.Tensor, targets: torch.Tensor, company: int, products: Products
+        self,
+        engine: ClippedSums,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        starts: Indices | None,
+        company: int,
+        products: Products,
     ) -> None:
         count = inputs.shape[0]
         if self._unchecked and count > 1:
@@ -201,16 +228,39 @@ class PrivateGradients(StepTaker):
         start = 0
         while start < count:
             size = _whole(self._speed.chunk_size or engine.chunk_size, company)
-            end = start + size
+            end = min(start + size, count) if starts is None else _whole_units(starts, start, size)
+            if end - start > size:
+                with engine.paused():
+                    self._add_alone(inputs[start:end], targets[start:end], fresh=start == 0)
+                start = end
+                continue
             rows, labels, padding = _in_company(inputs[start:end], targets[start:end], size, company)
+            units = None if starts is None else _segments(starts, start, end, padding, inputs.device)
             left = None if writes or start or end < count else products
             try:
-                engine.add(self._sums.exact, rows, labels, fresh=start == 0, padding=padding, products=left)
+                engine.add(
+                    self._sums.exact, rows, labels, fresh=start == 0, padding=padding, products=left, units=units
+                )
             except Unsuited as reason:
-                engine.close()
-                engine = self._engine = instead(engine.name, reason, self._model, self._loss, self._clip)
+                engine = self._give_way(engine, reason)
                 continue
             start = end
+
+    def _add_alone(self, inputs: torch.Tensor, targets: torch.Tensor, *, fresh: bool) -> None:
+        """Add the clipped sum of a unit that has more rows than go together. Of its gradients no one is needed by
+        itself: this is the gradient of the sum of its losses, some rows at a time from its first on."""
+        sums = [torch.zeros(p.shape, dtype=torch.float64, device=p.device) for p in self._parameters]
+        size = self._speed.chunk_size or ALONE
+        for rows, labels in zip(torch.split(inputs, size), torch.split(targets, size), strict=True):
+            loss = self._loss(rows, self._model(rows), labels)
+            if loss.requires_grad:
+                found = torch.autograd.grad(
+                    loss, self._parameters, grad_outputs=loss.new_full((), len(rows)), allow_unused=True
+                )
+                for own, part in zip(sums, found, strict=True):
+                    if part is not None:
+                        own.add_(part)
+        add_clipped(self._sums.exact, [own[None] for own in sums], self._clip, fresh=fresh)
 
 
 def poisson_batches(count: int, q: float, steps: int, source: GaussianSource) -> Iterator[torch.Tensor]:
@@ -319,6 +369,28 @@ def _threads_for(size: int) -> Iterator[int]:
         yield COMPANY
     finally:
         torch.set_num_threads(threads)
+
+
+def _starts(units: torch.Tensor, count: int) -> Indices | None:
+    """Where each unit's rows begin, and how many rows there are; None where each has one."""
+    if units.shape != (count,):
+        raise PrivacyError(f"{count} rows, and {tuple(units.shape)} numbers that say whose they are")
+    starts = starts_of(units.cpu().numpy())
+    return None if len(starts) == count + 1 else starts
+
+
+def _whole_units(starts: Indices, start: int, size: int) -> int:
+    """Where a chunk ends that begins with a unit at row `start` and has whole units of at most `size` rows together, or
+    one unit that has more."""
+    first = int(np.searchsorted(starts, start))
+    last = int(np.searchsorted(starts, start + size, side="right")) - 1
+    return int(starts[max(last, first + 1)])
+
+
+def _segments(starts: Indices, start: int, end: int, padding: int, device: torch.device) -> Segments | None:
+    """The units in the rows from `start` to `end`, padded; None where each has one row."""
+    inside = starts[np.searchsorted(starts, start) : np.searchsorted(starts, end) + 1]
+    return None if len(inside) == end - start + 1 else Segments(np.diff(inside), padding, device)
 
 
 def _whole(size: int, company: int) -> int:

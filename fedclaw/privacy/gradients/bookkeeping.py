@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fedclaw.privacy.gradients.interface import (
+    LARGEST_NORM,
     Clip,
     ClippedSums,
     Loss,
@@ -31,6 +32,7 @@ from fedclaw.privacy.gradients.interface import (
     without_overflow,
 )
 from fedclaw.privacy.gradients.layers import LayerRule, LinearRule, Spread, rule_for
+from fedclaw.privacy.gradients.segments import Segments, summed_product
 
 _SAME_GRADIENT = 1e-3
 _WORTH_MERGING = 1 << 17
@@ -39,6 +41,8 @@ _WORTH_WRITING_OUT = 1 << 10
 _WORTH_LEAVING = 1 << 14
 """Numbers of a total (128 KiB) from which it is left as its factors."""
 _MADE_UP = 4
+_CANCELS = 16
+"""Bounds that the rows of a clipped sum may be long, together, to be added to a total one by one."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,24 @@ class _Rows:
         activations = None if self.activations is None else without_overflow(self.activations, norms)
         return replace(self, gradients=without_overflow(self.gradients, norms), activations=activations)
 
+    def of(self, units: Segments) -> Self:
+        """The same in float64, in memory of its own, where gradients that are written out are summed: (U, n)."""
+        return replace(self, gradients=units.sums(self.gradients)) if self.activations is None else self.widened()
+
+    def lengths(self) -> torch.Tensor:
+        """(B,): the norm of each example's gradient, which is there as its factors."""
+        assert self.activations is not None
+        own = torch.linalg.vector_norm(self.activations, dim=1)
+        # The bias is one more activation, of 1.
+        own = own.square_().add_(1.0).sqrt_() if len(self.places) > 1 else own
+        lengths: torch.Tensor = own.mul_(torch.linalg.vector_norm(self.gradients, dim=1))
+        return lengths
+
+    def sum_over(self, part: slice) -> list[torch.Tensor]:
+        """The sum of the gradients of those rows, which are there as their factors, in the shapes of the parameters."""
+        assert self.activations is not None
+        return summed_product(self.gradients[part], self.activations[part], bias=len(self.places) > 1)
+
 
 class Bookkeeping(ClippedSums):
     """See ClippedSums."""
@@ -92,7 +114,7 @@ class Bookkeeping(ClippedSums):
         layers = _layers(model, self._parameters)
         self._numbers = sum(parameter.shape[0] for parameter in self._parameters)
         self._passes: list[_Pass] = []
-        self._recording = self._trusted = False
+        self._recording = self._trusted = self._prepared = False
         self._hooks = [layer.module.register_forward_hook(self._recorder(layer)) for layer in layers]
 
     def add(
@@ -104,20 +126,29 @@ class Bookkeeping(ClippedSums):
         fresh: bool,
         padding: int = 0,
         products: Products | None = None,
+        units: Segments | None = None,
     ) -> None:
         """See ClippedSums."""
-        if not self._trusted:
-            self._verify(inputs, targets)
+        if not self._prepared:
+            self.prepare(inputs, targets)
         rows, _ = self._rows(inputs, targets)
         with torch.no_grad():
-            self._numbers = sum(row.gradients.shape[1] for row in rows)
+            if units is not None:
+                _add_units(totals, rows, units, self._clip, fresh=fresh, padding=padding, products=products)
+                return
             rows = [row.widened() for row in rows]
             norms = _norms(rows) if rows else inputs.new_zeros(inputs.shape[0], dtype=torch.float64)
             overflow = overflows(norms)
             factors = clip_factors(norms, self._clip, padding, overflow=overflow)
             if overflow:
                 rows = [row.without_overflow(norms) for row in rows]
-            _add_sums(totals, rows, factors, fresh=fresh, products=products)
+            _add_sums(totals, rows, factors, factors, fresh=fresh, products=products)
+
+    def prepare(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """See ClippedSums."""
+        if not self._trusted:
+            self._verify(inputs, targets)
+        self._prepared = True
 
     def close(self) -> None:
         """See ClippedSums."""
@@ -142,6 +173,7 @@ class Bookkeeping(ClippedSums):
         with torch.random.fork_rng(devices=[]):
             rows, plain = self._rows(made, targets.new_zeros(_MADE_UP, *targets.shape[1:]), self._parameters)
         if rows:
+            self._numbers = sum(row.gradients.shape[1] for row in rows)
             with torch.no_grad():
                 self._compare(rows, plain, _MADE_UP)
 
@@ -179,7 +211,8 @@ class Bookkeeping(ClippedSums):
     def _compare(self, rows: Sequence[_Rows], plain: Sequence[torch.Tensor | None], count: int) -> None:
         """Raise Unsuited if the rules' gradients do not add up to the plain gradient."""
         sums = [torch.empty(p.shape, dtype=torch.float64, device=p.device) for p in self._parameters]
-        _add_sums(sums, [row.widened() for row in rows], sums[0].new_ones(count), fresh=True)
+        ones = sums[0].new_ones(count)
+        _add_sums(sums, [row.widened() for row in rows], ones, ones, fresh=True)
         wrong = [ours if other is None else ours - other for ours, other in zip(sums, plain, strict=True)]
         size = torch.stack([ours.norm() for ours in sums]).norm()
         error = torch.stack([part.norm() for part in wrong]).norm()
@@ -240,24 +273,105 @@ def _norms(rows: Sequence[_Rows]) -> torch.Tensor:
         return alone
     parts = first.new_empty(len(rows), first.shape[0])
     for row, part in zip(rows, parts, strict=True):
-        torch.linalg.vector_norm(row.gradients, dim=1, out=part)
-        if row.activations is not None:
-            own = torch.linalg.vector_norm(row.activations, dim=1)
-            # The bias is one more activation, of 1.
-            part.mul_(own.square_().add_(1.0).sqrt_() if len(row.places) > 1 else own)
+        if row.activations is None:
+            torch.linalg.vector_norm(row.gradients, dim=1, out=part)
+        else:
+            part.copy_(row.lengths())
     norms: torch.Tensor = torch.linalg.vector_norm(parts, dim=0)
     return norms
+
+
+def _add_units(
+    totals: Sequence[torch.Tensor],
+    rows: Sequence[_Rows],
+    units: Segments,
+    clip: Clip,
+    *,
+    fresh: bool,
+    padding: int,
+    products: Products | None,
+) -> None:
+    """`ClippedSums.add` for units, of their examples' shares.
+
+    A layer's gradients that are there as their factors are never summed by unit: each row is added to the total with
+    its unit's factor. Where a unit's rows nearly cancel, as parameters can bring about, this would add them with all of
+    their rounding, and the norm of their sum would be rounding itself. So a unit whose rows are together longer than
+    _CANCELS bounds after clipping has its sums written out, of its rows alone; by either way it comes out alike to
+    within a millionth of a millionth of the bound where the two meet.
+    """
+    parts = [row.of(units) for row in rows]
+    lengths, squares = _lengths(parts, units), _written_squares(parts, units)
+    finite = (lengths + squares).isfinite()
+    if not bool(finite.all()):
+        marks = torch.where(finite, 0.0, math.inf)
+        parts = [row.without_overflow(marks if row.activations is None else units.by_row(marks)) for row in parts]
+        squares = torch.where(finite, squares, math.inf)
+    for row in parts:
+        if row.activations is not None:
+            squares += units.squared_norms(row.gradients, row.activations, float(len(row.places) > 1))
+    norms = squares.sqrt_()
+    factors = clip_factors(norms, clip, padding)
+    doubtful = (lengths * factors > _CANCELS * clip.max_norm * clip.scale) | (norms > LARGEST_NORM / 2)
+    doubtful &= finite
+    if padding:
+        doubtful[-padding:] = False
+    by_row = units.by_row(factors)
+    if bool(doubtful.any()):
+        if fresh:
+            torch._foreach_zero_(list(totals))
+        fresh, products = False, None
+        for place in doubtful.nonzero()[:, 0].tolist():
+            factors[place] = _add_written_out(totals, parts, units, place, clip)
+            by_row[units.rows_of(place)] = 0.0
+    _add_sums(totals, parts, factors, by_row, fresh=fresh, products=products)
+
+
+def _add_written_out(
+    totals: Sequence[torch.Tensor], rows: Sequence[_Rows], units: Segments, place: int, clip: Clip
+) -> torch.Tensor:
+    """Add to `totals` what the unit in that place has of the layers whose gradients are there as their factors; its
+    factor, a scalar."""
+    part, squares = units.rows_of(place), []
+    found: list[tuple[int, torch.Tensor]] = []
+    for row in rows:
+        if row.activations is None:
+            squares.append(row.gradients[place].square().sum())
+            continue
+        sums = row.sum_over(part)
+        found += zip(row.places, sums, strict=True)
+        squares += [one.square().sum() for one in sums]
+    factor = clip_factors(torch.stack(squares).sum().sqrt(), clip)
+    for index, values in found:
+        totals[index].add_(values.mul_(factor))
+    return factor
+
+
+def _lengths(rows: Sequence[_Rows], units: Segments) -> torch.Tensor:
+    """(U,): the sum of the norms of a unit's rows, in the layers where they are there as their factors."""
+    by_row = [row.lengths() for row in rows if row.activations is not None]
+    if not by_row:
+        return rows[0].gradients.new_zeros(len(units)) if rows else torch.zeros(len(units), dtype=torch.float64)
+    lengths: torch.Tensor = torch.linalg.vector_norm(units.sums(torch.stack(by_row, 1)), dim=1)
+    return lengths
+
+
+def _written_squares(rows: Sequence[_Rows], units: Segments) -> torch.Tensor:
+    """(U,): the squared norms of the units' sums, in the layers where these are written out."""
+    squares = [row.gradients.square().sum(1) for row in rows if row.activations is None]
+    return torch.stack(squares).sum(0) if squares else torch.zeros_like(_lengths(rows, units))
 
 
 def _add_sums(
     totals: Sequence[torch.Tensor],
     rows: Sequence[_Rows],
     factors: torch.Tensor,
+    by_row: torch.Tensor,
     *,
     fresh: bool,
     products: Products | None = None,
 ) -> None:
-    """Add to `totals` the sums over the examples, weighted with `factors` (B,); `products` as in ClippedSums."""
+    """Add to `totals` the sums over the units, weighted with `factors` (U,), and where gradients are there as their
+    factors those over the examples, weighted with `by_row` (B,); `products` as in ClippedSums."""
     keep = 0 if fresh else 1
     if fresh:
         reached = {place for row in rows for place in row.places}
@@ -272,11 +386,11 @@ def _add_sums(
             parts += row.spread(torch.mv(gradients.t(), factors))
             continue
         if len(places) > 1:
-            totals[places[1]].addmv_(gradients.t(), factors, beta=keep)
+            totals[places[1]].addmv_(gradients.t(), by_row, beta=keep)
         if activations.shape[1] < gradients.shape[1]:
-            left, right = gradients.t(), activations * factors[:, None]
+            left, right = gradients.t(), activations * by_row[:, None]
         else:
-            left, right = (gradients * factors[:, None]).t(), activations
+            left, right = (gradients * by_row[:, None]).t(), activations
         if products is not None and totals[places[0]].numel() >= _WORTH_LEAVING:
             products[places[0]] = left, right
         else:

@@ -26,6 +26,7 @@ from opacus.validators import ModuleValidator
 from torch.func import functional_call
 
 from fedclaw.errors import PrivacyError
+from fedclaw.privacy.gradients.segments import Segments
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(inputs (B, *D), outputs (B, ...), targets (B, ...)) -> mean loss over the batch, a scalar."""
@@ -77,14 +78,20 @@ class ClippedSums(ABC):
         fresh: bool,
         padding: int = 0,
         products: Products | None = None,
+        units: Segments | None = None,
     ) -> None:
         """Add the clipped gradients of B >= 1 examples to `totals`: a contiguous tensor a trainable parameter, float64.
 
-        `fresh`: what `totals` hold is to be overwritten. The last `padding` examples count nothing. Where `products` is
+        `units`: it is the sum of each unit's gradients that is clipped; None: each example is a unit. `fresh`: what
+        `totals` hold is to be overwritten. The last `padding` examples, and units, count nothing. Where `products` is
         given, the engine may put a large total there as its two factors, and leave its place in `totals` as it was;
         whoever gives it has no more examples to add. Leaves nothing in the parameters' `.grad`. Raises Unsuited, before
         it has touched `totals`, if this engine cannot take the model after all.
         """
+
+    def prepare(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:  # noqa: B027
+        """Look at the shapes of inputs (B, *D) and targets (B, ...) of a batch, B >= 1; from then on `chunk_size` stays
+        what it is. Raises Unsuited if this engine cannot take the model after all."""
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -173,14 +180,16 @@ def add_clipped(
     *,
     fresh: bool = False,
     padding: int = 0,
+    units: Segments | None = None,
 ) -> None:
-    """Add to `totals`, float64, the sum over the examples of gradients (B, *shape), clipped.
+    """Add to `totals`, float64, the sum over the examples of gradients (B, *shape), clipped; over `units` if there are.
 
-    The last `padding` examples count nothing.
+    The last `padding` of them count nothing.
     """
     if not samples:
         return
-    rows = [sample.flatten(1).to(torch.float64) for sample in samples]
+    flat = [sample.flatten(1) for sample in samples]
+    rows = [row.to(torch.float64) if units is None else units.sums(row) for row in flat]
     norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]).norm(2, dim=0)
     overflow = overflows(norms)
     factors = clip_factors(norms, clip, padding, overflow=overflow)

@@ -8,6 +8,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 
 from fedclaw.privacy.gradients.interface import Clip, ClippedSums, Loss, Products, add_clipped
+from fedclaw.privacy.gradients.segments import Segments
 
 # Opacus' hooks sit on the first layer too, whose inputs need no gradient; that is meant.
 warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
@@ -34,6 +35,7 @@ class OpacusHooks(ClippedSums):
         fresh: bool,
         padding: int = 0,
         products: Products | None = None,
+        units: Segments | None = None,
     ) -> None:
         """See ClippedSums."""
         assert self._hooked is not None
@@ -51,7 +53,7 @@ class OpacusHooks(ClippedSums):
                     samples.append(sample.to(parameter.dtype))
                 elif fresh:
                     total.zero_()
-            add_clipped(used, samples, self._clip, fresh=fresh, padding=padding)
+            add_clipped(used, samples, self._clip, fresh=fresh, padding=padding, units=units)
         finally:
             self._hooked.set_grad_sample_to_none()
             for parameter in self._parameters:

@@ -27,6 +27,7 @@ from fedclaw.privacy.gradients.interface import (
     filled,
     functional,
 )
+from fedclaw.privacy.gradients.segments import Segments
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Vmap(ClippedSums):
         fresh: bool,
         padding: int = 0,
         products: Products | None = None,
+        units: Segments | None = None,
     ) -> None:
         """See ClippedSums."""
         moving, fixed = self._split()
@@ -60,7 +62,7 @@ class Vmap(ClippedSums):
             samples = self._samples(moving, fixed, inputs, targets)
         except RuntimeError as error:
             raise Unsuited(f"torch.func.vmap says: {_first_line(error)}") from error
-        add_clipped(totals, list(samples.values()), self._clip, fresh=fresh, padding=padding)
+        add_clipped(totals, list(samples.values()), self._clip, fresh=fresh, padding=padding, units=units)
 
     def _split(self) -> tuple[Parameters, Parameters]:
         """The trainable parameters by name, and everything else."""
@@ -91,8 +93,13 @@ class CompiledVmap(Vmap):
         fresh: bool,
         padding: int = 0,
         products: Products | None = None,
+        units: Segments | None = None,
     ) -> None:
-        """See ClippedSums. Raises Unsuited if the model cannot be compiled."""
+        """See ClippedSums. Raises Unsuited if the model cannot be compiled. Units of several rows are summed by code
+        that is not compiled: their sizes are others in each batch."""
+        if units is not None:
+            super().add(totals, inputs, targets, fresh=fresh, padding=padding, units=units)
+            return
         count = len(inputs)
         size = max(_SMALLEST_PAD, 1 << math.ceil(math.log2(count)))
         weights = inputs.new_zeros(size, dtype=torch.float64)

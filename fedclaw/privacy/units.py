@@ -1,0 +1,86 @@
+"""Whose rows they are: the unit that a guarantee protects is an example (a row) or a person, who may have many rows.
+
+Sampling is over units: each is in a batch with the same probability, independently, with all of its rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from fedclaw.errors import PrivacyError
+from fedclaw.privacy.noise import GaussianSource
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The rows of a table by unit, wherever they stand in it. Units are counted from 0, by ascending number."""
+
+    order: Indices
+    """(N,): the rows, those of the first unit first; a unit's own as they stand in the table."""
+    starts: Indices
+    """(U + 1,): where the rows of each unit begin in `order`; N at the end."""
+
+    @classmethod
+    def of(cls, numbers: ArrayLike) -> "Units":
+        """Of `numbers` (N,): whose each row is, as whole numbers that need not be dense. Raises PrivacyError."""
+        owners = np.asarray(numbers)
+        if owners.ndim != 1 or owners.dtype.kind not in "iu":
+            raise PrivacyError("whose rows they are is said by one whole number a row")
+        order = np.argsort(owners, kind="stable").astype(np.int64)
+        return cls(order, starts_of(owners[order]))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def sizes(self) -> Indices:
+        """(U,): how many rows each unit has, at least one."""
+        return np.diff(self.starts)
+
+    def batch_of(self, units: Indices) -> "UnitBatch":
+        """All rows of these `units` (K,), which ascend and come once each."""
+        sizes = self.sizes[units]
+        ends = np.cumsum(sizes)
+        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
+        rows = self.order[np.repeat(self.starts[units], sizes) + within]
+        return UnitBatch(torch.from_numpy(rows), torch.from_numpy(np.repeat(units, sizes)))
+
+
+@dataclass(frozen=True, eq=False)
+class UnitBatch:
+    """The rows of some units: what `StepTaker.gradients` is given, as indices."""
+
+    rows: torch.Tensor
+    """(B,) int64: rows of the table."""
+    units: torch.Tensor
+    """(B,) int64: whose they are, ascending."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def poisson_unit_batches(units: Units, q: float, steps: int, source: GaussianSource) -> Iterator[UnitBatch]:
+    """`steps` batches, each of `units` in it with probability `q`, independently, with all of its rows.
+
+    Draws as much from `source` as `poisson_batches` of as many rows does, one number a unit in their order. A batch may
+    be empty; that is a step like any other. However many rows there are, a batch has them all.
+    """
+    for _ in range(steps):
+        yield units.batch_of(np.flatnonzero(source.bernoulli(len(units), q)))
+
+
+def starts_of(units: ArrayLike) -> Indices:
+    """(U + 1,): where each unit begins among rows (B,) that say whose they are, and B. Raises PrivacyError unless a
+    unit's rows lie together, with ascending units: one that came twice would be clipped twice."""
+    numbers = np.asarray(units)
+    if numbers.ndim != 1:
+        raise PrivacyError("whose rows they are is said by one number a row")
+    if bool((numbers[1:] < numbers[:-1]).any()):
+        raise PrivacyError("the rows of a unit have to lie together, with units in ascending order")
+    inner = np.flatnonzero(numbers[1:] != numbers[:-1]) + 1
+    return np.concatenate([np.zeros(1, np.int64), inner, np.full(min(len(numbers), 1), len(numbers))]).astype(np.int64)
