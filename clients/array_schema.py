@@ -1,6 +1,7 @@
 """Arrays of numbers and their targets: what a notebook's federation is made of, and .npz files of the same.
 
 A file holds `x` (N, *D), and where it is labelled `y` (N,): names of the classes, or numbers within the target's range.
+Where the schema has `rows_per_person`, it holds `persons` (N,) too: whose each example is, text or a whole number.
 Nothing is scaled or encoded: inputs are what the model takes.
 
 Legend: N examples, D shape of one input, C classes.
@@ -13,9 +14,18 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
-from fedclaw.clients.arrays import ClassReader, NumberReader, inputs_of, read_archive, require_pairs
+from fedclaw.clients.arrays import (
+    PERSONS,
+    ClassReader,
+    NumberReader,
+    inputs_of,
+    persons_in,
+    read_archive,
+    require_pairs,
+)
+from fedclaw.clients.persons import RowsPerPerson
 from fedclaw.errors import DataError
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.regression import NumberTarget
@@ -30,6 +40,16 @@ class _Content(Frozen):
     target: NumberTarget | None = None
     columns: tuple[str, ...] = ()
     """Names of the inputs, as runs of earlier versions on data frames say them."""
+    rows_per_person: RowsPerPerson | None = None
+    """How many examples of a person, its first ones, metrics use; None: a guarantee is for each example."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without persons the schema, and its digest, is what it was before there were any."""
+        fields: dict[str, Any] = plain(self)
+        if fields["rows_per_person"] is None:
+            del fields["rows_per_person"]
+        return fields
 
     @model_validator(mode="after")
     def _one_task(self) -> Self:
@@ -47,11 +67,16 @@ class ArraySchema(Schema):
         self._content = content
 
     @classmethod
-    def of(cls, input_shape: tuple[int, ...], target: tuple[str, ...] | NumberTarget) -> Self:
-        """The schema of arrays of that shape, whose target is of classes or a number."""
+    def of(
+        cls,
+        input_shape: tuple[int, ...],
+        target: tuple[str, ...] | NumberTarget,
+        rows_per_person: int | None = None,
+    ) -> Self:
+        """The schema of arrays of that shape, whose target is of classes or a number; of persons, or not."""
         if isinstance(target, NumberTarget):
-            return cls(_Content(input_shape=input_shape, target=target))
-        return cls(_Content(input_shape=input_shape, labels=target))
+            return cls(_Content(input_shape=input_shape, target=target, rows_per_person=rows_per_person))
+        return cls(_Content(input_shape=input_shape, labels=target, rows_per_person=rows_per_person))
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
@@ -85,9 +110,14 @@ class ArraySchema(Schema):
         """Classification by the labels, or regression to the target."""
         return super().task if self._content.target is None else self._content.target.task
 
+    @property
+    def rows_per_person(self) -> int | None:
+        """See Schema."""
+        return self._content.rows_per_person
+
     def read_examples(self, path: Path) -> Table:
-        """Read `x` and `y` of an .npz file. Raises DataError."""
-        arrays = read_archive(path, "x", "y")
+        """Read `x`, `y` and, with `rows_per_person`, `persons` of an .npz file. Raises DataError."""
+        arrays = read_archive(path, "x", "y", PERSONS)
         if "y" not in arrays:
             raise DataError(f"{path}: has no array 'y'")
         inputs, where = self._inputs(path, arrays), f"y of {path}"
@@ -95,7 +125,8 @@ class ArraySchema(Schema):
         reader = ClassReader(np.array(self.labels)) if target is None else NumberReader(target)
         targets = reader.read(arrays["y"], where)
         require_pairs(inputs, targets, str(path))
-        return Table(inputs, targets)
+        table = Table(inputs, targets)
+        return table if self.rows_per_person is None else table.owned_by(*persons_in(path, arrays, len(table)))
 
     def read_inputs(self, path: Path) -> Floats:
         """Read `x` of an .npz file, (N, *D). Raises DataError."""

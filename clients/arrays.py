@@ -5,7 +5,7 @@ Legend: N examples, D shape of one input, C classes.
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedclaw.clients.persons import EXPECTED, identifier, numbered
 from fedclaw.errors import DataError
 from fedclaw.learning.tasks.base import Targets
 from fedclaw.learning.tasks.regression import NumberTarget
-from fedclaw.learning.workload import Floats, Labels
+from fedclaw.learning.workload import Floats, Indices, Labels
 
 SHOWN = 5
 _ENCODE = "encode text and categories first, or give a data frame to Federation.from_frame, which does"
 
 
+PERSONS = "persons"
+"""The array of an archive that says whose each example is."""
 MAX_ARCHIVE_BYTES = 64 * 2**30
 
 
@@ -144,6 +147,27 @@ def require_pairs(x: Floats, y: NDArray[Any], names: str) -> None:
     """Raise DataError unless there is one label an example, and an example at all."""
     if len(x) != len(y):
         raise DataError(f"{names}: {len(x)} examples and {len(y)} labels; each example has one label")
+
+
+def persons_of(persons: ArrayLike, count: int, name: str = "persons") -> tuple[Indices, tuple[str, ...]]:
+    """Whose each of `count` examples is, (N,), and what those P are called. Raises DataError naming the row."""
+    array = _array(persons, name)
+    if array.shape != (count,):
+        raise DataError(f"{name} has the shape {array.shape}; expected ({count},), one identifier an example")
+    if array.dtype.kind not in "iufUSO":
+        raise DataError(f"{name} holds {array.dtype}; persons are told apart by text or whole numbers")
+    cells = (array.astype(str) if array.dtype.kind == "S" else array).tolist()
+    names = [identifier(cell) if isinstance(cell, str | int | float) else None for cell in cells]
+    if missing := [row for row, found in enumerate(names) if found is None]:
+        raise DataError(f"{name} does not say in {rows_in_words(missing)} {EXPECTED}")
+    return numbered([found for found in names if found is not None])
+
+
+def persons_in(path: Path, arrays: Mapping[str, NDArray[Any]], count: int) -> tuple[Indices, tuple[str, ...]]:
+    """The same of the array `persons` of an .npz file."""
+    if PERSONS not in arrays:
+        raise DataError(f"{path}: has no array {PERSONS!r}, which says whose each example is, as the schema has it")
+    return persons_of(arrays[PERSONS], count, f"{path}: {PERSONS!r}")
 
 
 def read_archive(path: Path, needed: str, *others: str) -> dict[str, NDArray[Any]]:

@@ -105,13 +105,20 @@ def read_image(path: Path, shape: Shape, *, resize: bool) -> NDArray[np.float32]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32) / np.float32(255)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The PNG and JPEG files directly in `folder`, by name. Raises DataError for any other file but hidden ones."""
-    files = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    for entry in files:
+def image_files(folder: Path, levels: int = 0) -> list[Path]:
+    """The PNG and JPEG files in `folder`, by name; so many levels of folders below it.
+
+    Raises DataError for any other file or folder but hidden ones.
+    """
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    if levels:
+        if odd := next((entry for entry in entries if not entry.is_dir()), None):
+            raise DataError(f"{odd}: expected only folders in {folder}, as the schema's pattern of persons has it")
+        return [file for entry in entries for file in image_files(entry, levels - 1)]
+    for entry in entries:
         if not entry.is_file() or entry.suffix.lower() not in SUFFIXES:
             raise DataError(f"{entry}: expected only .png, .jpg and .jpeg files in {folder}")
-    return files
+    return entries
 
 
 def _pillow(path: Path) -> Any:

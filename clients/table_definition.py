@@ -7,6 +7,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 
 from fedclaw.clients.columns import AnyColumn, Categorical, Numeric, Unseen
 from fedclaw.clients.definitions import Labels, Text, Weights, as_text, distinct, sized, weights_of
+from fedclaw.clients.persons import RowsPerPerson, require_rows_of_persons
+from fedclaw.clients.values import normal
 from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.protocol.frozen import Frozen
 
@@ -79,6 +81,10 @@ class TableDefinition(Frozen):
     """Of all categorical columns that do not say it themselves; None: refuse_row."""
     identifiers: tuple[Text, ...] | None = None
     """Columns that say which row is which: allowed, never an input, and written beside a prediction."""
+    person: Text | None = None
+    """The column that says whose a row is; never an input. None: a guarantee is for each row."""
+    rows_per_person: RowsPerPerson | None = None
+    """How many rows of a person, its first ones, statistics and metrics use; 1 if not stated."""
 
     @property
     def resolved(self) -> tuple[AnyColumn, ...]:
@@ -91,6 +97,17 @@ class TableDefinition(Frozen):
             else column
             for column in self.columns
         )
+
+    @model_validator(mode="after")
+    def _persons(self) -> Self:
+        require_rows_of_persons(self.rows_per_person, self.person)
+        inputs = {normal(name) for name in (*(column.name for column in self.columns), self.target.name)}
+        if self.person is not None and normal(self.person) in inputs:
+            raise ValueError(
+                f"person: {self.person!r} is an input or the target too, and whose a row is can be neither: take it "
+                "out of columns"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

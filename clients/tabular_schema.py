@@ -12,7 +12,9 @@ A schema file, which all sites of a federation share:
     extra: refuse                                            # or ignore: columns with other names, the same or none
     delimiter: ","
     unseen: refuse_row                                       # or missing, or other: values that are no level
-    identifiers: [patient]                                   # no inputs; written beside a prediction
+    identifiers: [visit]                                     # no inputs; written beside a prediction
+    person: patient                                          # no input; whose a row is, see below
+    rows_per_person: 1                                       # of which statistics and metrics are made
 
 `target` takes `weights: {malignant: 10}` too: how much an example counts in the loss, by label, 1 if not stated. A
 number is predicted by `target: {name: dose, kind: numeric, range: [0, 40], loss: squared}` (or huber, or poisson), see
@@ -29,6 +31,11 @@ How a site's own files are written (`fedclaw.learning.workload.FileFormat`) is s
 the schema:
 
     data: {train: train.csv, test: test.csv, delimiter: ";", decimal: ",", encoding: latin-1, title_lines: 1}
+
+Persons. With `person`, a guarantee is for each person, all of whose rows have the same value in that column
+(`fedclaw.clients.persons`), not for each row. Training uses all rows. Statistics, metrics and histograms use a
+person's first `rows_per_person` rows in the order of the file: which they are depends on nobody else's rows, nor on
+what a server asks.
 
 Standardisation. With `schema`, every numeric column's `center` and `scale` are constants in this file: public,
 equal at all sites and in the bundle, and independent of anybody's data. With `site`, they are the site's own
@@ -60,16 +67,17 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Numeric, codes, describe, one_of
+from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Flags, Numeric, codes, describe, one_of
 from fedclaw.clients.definitions import canonical_json, parse_chosen, parse_definition, shown, weights_of
 from fedclaw.clients.moments import Moments
+from fedclaw.clients.persons import USUAL_ROWS, Persons
 from fedclaw.clients.table_definition import ClassTarget, NumberColumn, TableDefinition, table_of
 from fedclaw.clients.table_reading import MissingCells, RowEncoder, Seen, Values
 from fedclaw.clients.tables import Content, Faults, TableRows, Wanted, read_blocks
 from fedclaw.clients.values import Declared, Markers, shown_cell
 from fedclaw.errors import DataError
 from fedclaw.learning.tasks.base import Targets, Task
-from fedclaw.learning.workload import FileFormat, Floats, Rows, Schema, Table
+from fedclaw.learning.workload import FileFormat, Floats, Indices, Rows, Schema, Table
 from fedclaw.privacy.statistics import Records, StatisticColumn
 from fedclaw.protocol.frozen import Frozen
 
@@ -137,6 +145,11 @@ class TabularSchema(Schema):
         return super().task if isinstance(target, ClassTarget) else target.task
 
     @property
+    def rows_per_person(self) -> int | None:
+        """See Schema."""
+        return None if self.definition.person is None else self.definition.rows_per_person or USUAL_ROWS
+
+    @property
     def data_dependent(self) -> bool:
         """True if the inputs depend on other examples than their own, which no privacy accountant covers."""
         return self.definition.standardise == "site"
@@ -184,18 +197,24 @@ class TabularSchema(Schema):
         return columns if isinstance(target, ClassTarget) else (*columns, target.column.statistic())
 
     def records(self, path: Path) -> Iterator[Records]:
-        """The labelled rows as they are, a block at a time. Raises DataError, at the end if not before."""
-        target, faults = self._target(), Faults(path)
+        """See Schema: the rows as they are, a block at a time. Raises DataError, at the end if not before."""
+        target, faults, persons = self._target(), Faults(path), Persons(self.definition.missing)
         rules = self._encoder().rules
         for block in self._blocks(path, faults, target_required=True):
             values = {column.name: column.values(block, rules[column.name], faults) for column in self._columns}
-            found = target(block, faults)
-            if np.issubdtype(found.dtype, np.integer):
-                yield Records(values, found)
-            else:
+            labels = found = target(block, faults)
+            if not np.issubdtype(found.dtype, np.integer):
                 values[self.definition.target.name] = found.astype(np.float64)
-                yield Records(values, np.zeros(len(found), np.int64))
+                labels = np.zeros(len(found), np.int64)
+            used = self._used(block, persons, faults)
+            yield Records({name: column[used] for name, column in values.items()}, labels[used])
         faults.check()
+
+    def _used(self, block: TableRows, persons: Persons, faults: Faults) -> Flags | slice:
+        """Which rows of a block statistics use."""
+        if self.definition.person is None or self.rows_per_person is None:
+            return slice(None)
+        return persons.first(persons.read(block, self.definition.person, faults), self.rows_per_person)
 
     def missing(self, path: Path) -> MissingCells:
         """How many cells of the input columns are missing, and in how many rows.
@@ -215,7 +234,8 @@ class TabularSchema(Schema):
             for row, target in zip(table.inputs, table.targets, strict=True)
         }
         twice = len(table) - len(rows)
-        return (*table.notes, *([f"{twice} of {len(table)} rows are the same as an earlier one"] if twice else []))
+        same = [f"{twice} of {len(table)} rows are the same as an earlier one"] if twice else []
+        return (*super().notes(table), *same)
 
     def written_as(self, written: FileFormat) -> Self:
         """This schema for files with another delimiter, decimal mark or encoding than most."""
@@ -360,14 +380,18 @@ class TabularSchema(Schema):
         """The labelled rows in one pass, `encode` giving the inputs of each block. Raises DataError."""
         target, faults, content, seen = self._target(), Faults(path), Content(), Seen(self._columns)
         inputs, targets = [], []
+        person, persons, owners = self.definition.person, Persons(self.definition.missing), list[Indices]()
         for block in self._blocks(path, faults, target_required=True, content=content):
             values = encoder.read(block, faults)
             seen.add(values)
             inputs.append(encode(block, values, faults))
             targets.append(target(block, faults))
+            if person is not None:
+                owners.append(persons.read(block, person, faults))
         faults.check()
         notes = seen.notes(in_own_units=self.definition.standardise == "schema")
-        return Table(np.concatenate(inputs), np.concatenate(targets), content.hexdigest(), notes)
+        table = Table(np.concatenate(inputs), np.concatenate(targets), content.hexdigest(), notes)
+        return table if person is None else table.owned_by(np.concatenate(owners), persons.names)
 
     def _target(self) -> Callable[[TableRows, Faults], Targets]:
         """How the target's cells become class indices, or numbers, (N,); bad ones are told to the faults."""
@@ -385,10 +409,11 @@ class TabularSchema(Schema):
     ) -> Iterator[TableRows]:
         target = self.definition.target.name
         names = tuple(column.name for column in self._columns)
+        persons = () if self.definition.person is None else (self.definition.person,)
         wanted = Wanted(
-            required=(*names, target) if target_required else names,
+            required=(*names, target, *persons) if target_required else names,
             optional=tuple(name for name in identifiers if name not in names),
-            unread=frozenset({target, *(self.definition.identifiers or ())}),
+            unread=frozenset({target, *persons, *(self.definition.identifiers or ())}),
             ignore_others=self.definition.extra == "ignore",
         )
         for block in read_blocks(path, self._format, wanted, content or Content()):

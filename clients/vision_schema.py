@@ -8,6 +8,8 @@ A schema file, which all sites of a federation share:
     std: [0.25]                   # per channel, 1 if not stated
     resize: false                 # true: image files of another size are scaled, not refused
     weights: {"2": 5}             # how much an example counts in the loss, 1 if not stated
+    person: "{person}_*"          # whose an image is, by its file's path below the label's folder; see below
+    rows_per_person: 1            # images of a person of which metrics are made
 
 Pixels are brought to [0, 1] (uint8 divided by 255, floating point must be in [0, 1] already), then become
 (pixel - mean) / std.
@@ -18,6 +20,12 @@ Labelled data is an .npz archive with the arrays `images` (N, H, W), (N, K, H, W
 indices or label names), or a folder with a sub-directory of PNG/JPEG files for each label, read in the order
 of the labels and then of the file names. Data to predict is an archive, one image file, or a folder of image
 files (in the order of their names) or of such sub-directories. Rows in messages count images from 1.
+
+Persons. With `person`, a guarantee is for each person, not for each image. In a folder it is a pattern of files' paths
+below the folder of their label, with {person} for the person's identifier, to be as short as it can, and * for anything
+but a slash: "{person}_*" fits p17_left.png, "{person}/*" fits p17/left.png. A person's images may be of several labels.
+An archive has the array `persons` (N,) of text or whole numbers. Training uses all images, metrics a person's first
+`rows_per_person`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +33,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from fedclaw.clients.arrays import read_archive
+from fedclaw.clients.arrays import PERSONS, persons_in, read_archive
 from fedclaw.clients.definitions import Labels, Weights, canonical_json, parse_definition, shown, weights_of
 from fedclaw.clients.images import Shape, image_files, pixels_of, read_image, targets_of
+from fedclaw.clients.persons import USUAL_ROWS, FilePattern, RowsPerPerson, numbered, require_rows_of_persons
 from fedclaw.clients.values import normal
 from fedclaw.errors import DataError
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
@@ -51,10 +60,15 @@ class ImageDefinition(Frozen):
     resize: bool = False
     weights: Weights | None = None
     """How much an example counts in the loss, by label; 1 if not stated."""
+    person: Annotated[str, AfterValidator(FilePattern.checked)] | None = None
+    """Pattern of the files' paths, with {person} once. None: a guarantee is for each image."""
+    rows_per_person: RowsPerPerson | None = None
+    """How many images of a person, its first ones, metrics use; 1 if not stated."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         weights_of(self.labels, self.weights)
+        require_rows_of_persons(self.rows_per_person, self.person)
         channels, height, width = self.shape
         if channels * height * width > MAX_VALUES:
             raise ValueError(f"shape {list(self.shape)} is {channels * height * width} values; at most {MAX_VALUES}")
@@ -74,6 +88,7 @@ class VisionSchema(Schema):
         channels = definition.shape[0]
         self._mean = np.array(definition.mean or (0.0,) * channels, np.float32)[:, None, None]
         self._std = np.array(definition.std or (1.0,) * channels, np.float32)[:, None, None]
+        self._pattern = None if definition.person is None else FilePattern(definition.person)
 
     @classmethod
     def parse(cls, text: str, origin: str) -> Self:
@@ -99,21 +114,28 @@ class VisionSchema(Schema):
         """As the schema file states them."""
         return weights_of(self.labels, self.definition.weights)
 
+    @property
+    def rows_per_person(self) -> int | None:
+        """See Schema."""
+        return None if self._pattern is None else self.definition.rows_per_person or USUAL_ROWS
+
     def read_examples(self, path: Path) -> Table:
         """Read an archive with labels, or a folder with a sub-directory for each label. Raises DataError."""
         if path.is_dir():
-            files, targets = self._labelled_files(path)
-            return Table(self._read_files(path, files), np.array(targets, np.int64))
-        arrays = read_archive(path, "images", "labels")
+            files, targets, persons = self._labelled_files(path)
+            table = Table(self._read_files(path, files), np.array(targets, np.int64))
+            return table if self._pattern is None else table.owned_by(*numbered(persons))
+        arrays = read_archive(path, "images", "labels", PERSONS)
         if "labels" not in arrays:
             raise DataError(f"{path}: has no array 'labels'")
         inputs = self._standardised_archive(path, arrays["images"])
-        return Table(inputs, targets_of(path, arrays["labels"], len(inputs), self.labels))
+        table = Table(inputs, targets_of(path, arrays["labels"], len(inputs), self.labels))
+        return table if self._pattern is None else table.owned_by(*persons_in(path, arrays, len(table)))
 
     def read_inputs(self, path: Path) -> Floats:
         """Read an archive, an image file or a folder; labels are not looked at. Raises DataError."""
         if path.is_dir():
-            return self._read_files(path, list(_all_images(path)))
+            return self._read_files(path, list(_all_images(path, self._levels)))
         if path.suffix.lower() == ".npz":
             return self._standardised_archive(path, read_archive(path, "images")["images"])
         return self._read_files(path, [path])
@@ -124,7 +146,7 @@ class VisionSchema(Schema):
             return super().read_rows(path, identifiers)
         if identifiers:
             raise DataError(f"{path}: images have no columns, so there is no {shown(identifiers[0])}")
-        files, refused = list(_all_images(path)), dict[int, str]()
+        files, refused = list(_all_images(path, self._levels)), dict[int, str]()
         pixels = np.zeros((len(files), *self.definition.shape), np.float32)
         for row, file in enumerate(files):
             try:
@@ -178,29 +200,40 @@ class VisionSchema(Schema):
             pixels[row] = read_image(file, self.definition.shape, resize=self.definition.resize)
         return self._standardised(pixels)
 
-    def _labelled_files(self, path: Path) -> tuple[list[Path], list[int]]:
+    def _labelled_files(self, path: Path) -> tuple[list[Path], list[int], list[str]]:
+        """Files, label and person of each; no persons without a pattern. Raises DataError."""
         folders = {normal(entry.name): entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
         labels = set(map(normal, self.labels))
         for name, entry in folders.items():
             if not entry.is_dir() or name not in labels:
                 listed = ", ".join(map(repr, self.labels[:8]))
                 raise DataError(f"{path}: {shown(name)} is not a folder named after a label; the labels are {listed}")
-        files, targets = list[Path](), list[int]()
+        files, targets, persons = list[Path](), list[int](), list[str]()
         for index, label in enumerate(self.labels):
             folder = folders.get(normal(label))
-            found = image_files(folder) if folder is not None else []
+            found = [] if folder is None else image_files(folder, self._levels)
             files += found
             targets += [index] * len(found)
-        return files, targets
+            if folder is not None and self._pattern is not None:
+                persons += [self._pattern.person(file, folder) for file in found]
+        return files, targets, persons
+
+    @property
+    def _levels(self) -> int:
+        """Folders between that of a label and its files."""
+        return 0 if self._pattern is None else self._pattern.levels
 
 
-def _all_images(folder: Path) -> Iterator[Path]:
-    """The images of `folder`, or of its sub-directories if it has some."""
+def _all_images(folder: Path, levels: int) -> Iterator[Path]:
+    """The images of `folder`, or of its sub-directories if it has some, and of so many levels of theirs."""
     folders = [entry for entry in sorted(folder.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     if not folders:
         yield from image_files(folder)
     for entry in folders:
-        yield from image_files(entry)
+        if levels:
+            yield from _all_images(entry, levels - 1)
+        else:
+            yield from image_files(entry)
 
 
 def _bilinear(size: int, cells: int) -> Floats:

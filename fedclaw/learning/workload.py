@@ -4,13 +4,13 @@ A `Schema` is read from a small file that the federation agrees on; it turns a s
 somebody wants predicted, into arrays, and says what is predicted: its task (`fedclaw.learning.tasks`). It needs numpy
 only, so that prediction runs without torch and does exactly what training did. A `Workload` adds the model.
 
-Legend: N examples, K outputs of the model (the C classes, or one value), D input shape without the batch.
+Legend: N examples, P persons, K outputs of the model (the C classes, or one value), D input shape without the batch.
 """
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Indices = NDArray[np.int64]
 Delimiter = Literal[",", ";", "\t", "|"]
 
 
@@ -43,8 +44,10 @@ class Table:
     """SHA-256 of the one file that this was read from, of the very bytes that were read."""
     notes: tuple[str, ...] = ()
     """What was seen while reading that the site's operator should know; it may count, so it never leaves the site."""
-    persons: NDArray[np.int64] | None = None
+    persons: Indices | None = None
     """Whose example each is, (N,), numbered from 0 in the order of their first example; None: of no known person."""
+    person_names: tuple[str, ...] = field(default=(), repr=False)
+    """(P,) what the data calls them, to compare tables by; never to leave the site."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -58,6 +61,52 @@ class Table:
     def units(self) -> int:
         """How many of those there are."""
         return len(self) if self.persons is None else int(self.persons.max(initial=-1)) + 1
+
+    def take(self, rows: Indices | NDArray[np.bool_] | slice) -> "Table":
+        """The examples `rows`, in that order, with persons numbered anew; without the file's digest and notes."""
+        part = Table(self.inputs[rows], self.targets[rows])
+        return part if self.persons is None else part.owned_by(self.persons[rows], self.person_names)
+
+    def with_inputs(self, inputs: Floats) -> "Table":
+        """The same examples with other inputs (N, *D)."""
+        return replace(self, inputs=inputs)
+
+    def owned_by(self, persons: Indices, names: Sequence[str]) -> "Table":
+        """The same examples, each of the person whose place in `names` is in `persons` (N,)."""
+        known, first, which = np.unique(persons, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        numbers = np.empty(len(known), np.int64)
+        numbers[order] = np.arange(len(known))
+        return replace(self, persons=numbers[which], person_names=tuple(names[person] for person in known[order]))
+
+    def first_rows(self, most: int | None) -> Indices:
+        """Rows that are among the first `most` of their person, in order; None: all rows, of no known person.
+
+        Which they are depends on nobody else's rows.
+        """
+        if self.persons is None or most is None:
+            return np.arange(len(self))
+        return np.flatnonzero(ranks(self.persons) < most)
+
+    def evenly(self, count: int | None) -> Indices:
+        """`count` rows of each person, one person after another: the first, over again in turn where there are fewer.
+
+        So their number is that of the persons times `count`, whatever a person has. None: all rows, of no known person.
+        """
+        if self.persons is None or count is None:
+            return np.arange(len(self))
+        order, sizes = np.argsort(self.persons, kind="stable"), np.bincount(self.persons)
+        begins = np.cumsum(sizes) - sizes
+        places: Indices = begins[:, None] + np.arange(count) % sizes[:, None]
+        return order[places.reshape(-1)]
+
+
+def ranks(persons: Indices) -> Indices:
+    """(N,) how many rows before each one are of the same person."""
+    order, sizes = np.argsort(persons, kind="stable"), np.bincount(persons)
+    found = np.empty(len(persons), np.int64)
+    found[order] = np.arange(len(persons)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,9 +176,20 @@ class Schema(ABC):
         """What is predicted; classification by `labels` and `class_weights` unless a schema says otherwise."""
         return Classification(self.labels, self.class_weights)
 
+    @property
+    def rows_per_person(self) -> int | None:
+        """How many rows of a person, the first ones, statistics and metrics use; training uses all.
+
+        None: the data does not say whose a row is, and a guarantee is for each row.
+        """
+        return None
+
     @abstractmethod
     def read_examples(self, path: Path) -> Table:
-        """Read labelled data. Raises DataError naming file, row (1-based, header not counted) and column."""
+        """Read labelled data, with persons if there are `rows_per_person`.
+
+        Raises DataError naming file, row (1-based, header not counted) and column.
+        """
 
     @abstractmethod
     def read_inputs(self, path: Path) -> Floats:
@@ -150,7 +210,7 @@ class Schema(ABC):
 
         They may count private data, so they are for the site's own eyes, never to be sent.
         """
-        return table.notes
+        return (*table.notes, *_persons_seen(table))
 
     def written_as(self, written: FileFormat) -> Self:
         """This schema for files that are written like that; what is agreed on, and the digest, stay the same.
@@ -210,8 +270,12 @@ class Schema(ABC):
         return ()
 
     def records(self, path: Path) -> Iterator[Records]:
-        """The labelled data in `path`, in parts: every statistic column as it is, and labels. Raises DataError."""
-        yield Records({}, self.read_examples(path).targets)
+        """The labelled data in `path`, in parts: every statistic column as it is, and labels.
+
+        Of each person at most `rows_per_person` rows, the first ones of the file. Raises DataError.
+        """
+        table = self.read_examples(path)
+        yield Records({}, table.targets[table.first_rows(self.rows_per_person)])
 
     @abstractmethod
     def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
@@ -254,6 +318,13 @@ class Workload(ABC):
     def evaluate(self, outputs: "torch.Tensor", targets: "torch.Tensor") -> dict[str, float]:
         """The task's metrics of a test set, by name; undefined ones are left out."""
         return self.task.evaluate(doubles(outputs), targets.detach().cpu().numpy())
+
+
+def _persons_seen(table: Table) -> tuple[str, ...]:
+    if table.persons is None:
+        return ()
+    sizes = np.bincount(table.persons)
+    return (f"{len(table)} rows of {len(sizes)} persons, {np.median(sizes):g} in the median and at most {sizes.max()}",)
 
 
 def load_parameters(model: "torch.nn.Module", arrays: Mapping[str, Floats]) -> None:
