@@ -211,7 +211,7 @@ def serve(
         )
         if settings.secure is not None:
             design = design_of(schema, columns, settings.labels, settings.bins)
-            request = with_session(request, names, settings.secure, design.dimension, sites.minimum)
+            request = with_session(request, names, settings.secure, design, sites.minimum)
         release = release_statistics(
             *(grid, nodes, schema, request, settings.quantiles),
             minimum=sites.minimum,
@@ -245,7 +245,8 @@ def statistics_tables(release: Release) -> Iterator[Table | Figures]:
 
 def _numbers(release: Release, columns: dict[str, ColumnStatistics]) -> Figures:
     quantiles = list(dict.fromkeys(key for column in columns.values() for key in column.quantiles))
-    title = f"{shown(release.statistics.count)} training examples at {len(release.sites)} sites"
+    most = "" if release.rows_per_person is None else f" ({release.rows_per_person} of a person at most)"
+    title = f"{shown(release.statistics.count)} training examples{most} at {len(release.sites)} sites"
     table = Figures(("column", "missing", "mean", "deviation", *(f"q{key}" for key in quantiles)), title=title)
     for name, column in columns.items():
         table.add_row(

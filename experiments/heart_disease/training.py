@@ -114,10 +114,10 @@ def _release(cell: Cell, made: Federation) -> Path:
         delta=delta,
     )
     if cell.budget is None or cell.budget.placement == "distributed":
-        dimension = design_of(schema, columns, labels=False, bins=0).dimension
+        design = design_of(schema, columns, labels=False, bins=0)
         names = [grid.site_name(node) for node in nodes]
         asked = cell.secure.model_copy(update={"largest_weight": LARGEST_HOSPITAL})
-        request = with_session(request, names, asked, dimension, len(nodes))
+        request = with_session(request, names, asked, design, len(nodes))
     release = release_statistics(grid, nodes, schema, request, (), minimum=len(nodes), deadline=DEADLINE)
     path = made.root / "statistics.json"
     write_release(path, release)

@@ -26,7 +26,8 @@ SPAN = 8.0
 
 
 def design_of(schema: Schema, columns: Sequence[str], labels: bool, bins: int) -> Design:
-    """The vector's design, from the schema and a request's fields.
+    """The vector's design, from the schema, which says whose a row is and how many of a person are used, and a
+    request's fields.
 
     Raises DataError for a column that the schema does not have, or for which it declares no bounds.
     """
@@ -34,22 +35,22 @@ def design_of(schema: Schema, columns: Sequence[str], labels: bool, bins: int) -
     if unknown := [name for name in columns if name not in known]:
         listed = ", ".join(known) or "no columns"
         raise DataError(f"the schema has no column {unknown[0]!r} for statistics; it has {listed:.300}")
-    return Design([known[name] for name in columns], schema.labels if labels else (), bins)
+    return Design([known[name] for name in columns], schema.labels if labels else (), bins, schema.rows_per_person or 1)
 
 
 def design_for(schema: Schema, request: StatisticsRequest) -> Design:
     """The design of what `request` asks for. Raises DataError for what the schema does not have."""
     if request.scores is not None:
-        return score_design(schema.labels, request.scores.bins)
+        return score_design(schema.labels, request.scores.bins, schema.rows_per_person or 1)
     return design_of(schema, request.columns, request.labels, request.bins)
 
 
-def score_design(labels: Sequence[str], bins: int) -> Design:
+def score_design(labels: Sequence[str], bins: int, examples_of_unit: int) -> Design:
     """The vector's design: the number of rows, and the counts of the 2 B cells. Raises DataError unless C = 2."""
     if len(labels) != 2:
         raise DataError(f"scores are of a model of two classes, and the schema has {len(labels)} labels")
     cells = tuple(f"{label}/{number}" for label in labels for number in range(bins))
-    return Design([StatisticColumn(SCORES, levels=cells)], (), 0)
+    return Design([StatisticColumn(SCORES, levels=cells)], (), 0, examples_of_unit)
 
 
 def edges(bins: int) -> NDArray[np.float64]:

@@ -184,6 +184,11 @@ class Schema(ABC):
         """
         return None
 
+    @property
+    def unit(self) -> DataUnit:
+        """What a guarantee for data of this schema protects."""
+        return "example" if self.rows_per_person is None else "person"
+
     @abstractmethod
     def read_examples(self, path: Path) -> Table:
         """Read labelled data, with persons if there are `rows_per_person`.

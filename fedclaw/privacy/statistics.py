@@ -3,7 +3,8 @@
     v = sum over examples x of phi(x),        ||phi(x)|| <= 1 in the L2 norm,
 
 so that adding or removing one example moves v by at most 1, whatever the example holds. Gaussian noise of standard
-deviation z in every coordinate is then one Gaussian mechanism with the noise multiplier z: NoiseEvent(1.0, z, 1).
+deviation z in every coordinate is then one Gaussian mechanism with the noise multiplier z: NoiseEvent(1.0, z, 1). Where
+the unit is a person, of whom r examples at most are added up, v moves by at most r, and the deviation is r z.
 Everything that is read off the noised v, or off a sum of several sites', is post-processing: means, variances,
 quantiles, rates (`estimate`).
 
@@ -117,8 +118,12 @@ class Block:
 class Design:
     """Which coordinate is what: made from the schema and the request alone, equal at all sites and at the server."""
 
-    def __init__(self, columns: Sequence[StatisticColumn], classes: Sequence[str], bins: int) -> None:
+    def __init__(
+        self, columns: Sequence[StatisticColumn], classes: Sequence[str], bins: int, examples_of_unit: int = 1
+    ) -> None:
         """Ask about `columns`, about the labels if there are `classes`, with histograms of `bins` bins if not 0.
+
+        `examples_of_unit`: how many of the examples that are added up are of one unit, at most.
 
         Raises DataError for numbers without declared bounds.
         """
@@ -132,6 +137,8 @@ class Design:
         self.columns = tuple(columns)
         self.classes = tuple(classes)
         self.bins = bins
+        self.sensitivity = float(examples_of_unit)
+        """How far one unit, there or not, moves the vector in the L2 norm."""
         self.blocks: dict[tuple[Kind, str], Block] = {}
         self.dimension = 0
         share = 1 / (1 + bool(classes) + len(columns))

@@ -20,13 +20,13 @@ from fedclaw.learning.statistics import design_for, parameters_digest
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.distributed import WRAP
 from fedclaw.privacy.mechanisms.choice import mechanism_of_request, shared_of
-from fedclaw.privacy.statistics import Doubles, estimate
+from fedclaw.privacy.statistics import Design, Doubles, estimate
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.protocol.limits import MOST_EXAMPLES
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
 from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.statistics import REQUEST, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
-from fedclaw.protocol.terms import SecureRequest
+from fedclaw.protocol.terms import DataUnit, SecureRequest
 from fedclaw.server.cohort_question import CohortQuestion, part, reasons_of, receipt_in
 from fedclaw.server.exchange import Seats, ask
 from fedclaw.server.statistics_release import Release, ScoresOf, make_release, release_mechanism
@@ -63,7 +63,7 @@ class StatisticsQuestion(CohortQuestion[StatisticsReceipt, Release]):
         self._design = design_for(self.schema, self.asked)
         self.total = np.zeros(self._design.dimension)
         try:
-            self._noise = mechanism_of_request(self.asked).event.noise_multiplier
+            self._noise = mechanism_of_request(self.asked, self._design.sensitivity).event.noise_multiplier
         except PrivacyError as error:
             raise UsageError(f"epsilon={self.asked.epsilon:g}: {error}") from error
 
@@ -78,7 +78,7 @@ class StatisticsQuestion(CohortQuestion[StatisticsReceipt, Release]):
     def beside(self, content: RecordDict) -> StatisticsReceipt:
         """See CohortQuestion."""
         receipt = receipt_in(content, StatisticsReceipt)
-        _check_receipt(receipt, self.asked, self._noise)
+        _check_receipt(receipt, self.asked, self._noise, self.schema.unit)
         return receipt
 
     def add_open(self, content: RecordDict, beside: StatisticsReceipt) -> None:
@@ -93,21 +93,21 @@ class StatisticsQuestion(CohortQuestion[StatisticsReceipt, Release]):
 
     def add_sum(self, total: NDArray[np.uint32], besides: Sequence[StatisticsReceipt]) -> None:
         """See CohortQuestion."""
-        self.total += shared_of(self.asked).shares.decode(total)
+        self.total += shared_of(self.asked, self._design.sensitivity).shares.decode(total)
 
     def read(self) -> Release:
         """See CohortQuestion."""
         asked, scores = self.asked, self.asked.scores
-        shares = None if asked.secure is None else shared_of(asked).shares
+        shares = None if asked.secure is None else shared_of(asked, self._design.sensitivity).shares
         receipts = {site: self.besides[site] for site in self.answered}
-        mechanism = release_mechanism(asked, receipts, shares)
+        mechanism = release_mechanism(asked, receipts, shares, self._design.sensitivity)
         wanted = self.probabilities if asked.bins else ()
         statistics = estimate(self._design, self.total, mechanism.deviation, wanted, additive=scores is not None)
         scored = None
         if scores is not None:
             labels = (self.schema.labels[0], self.schema.labels[1])
             scored = ScoresOf(model=parameters_digest(self.parameters or {}), bins=scores.bins, labels=labels)
-        return make_release(asked, receipts, mechanism, statistics, scored)
+        return make_release(asked, self.schema, receipts, mechanism, statistics, scored)
 
 
 def release_statistics(
@@ -140,17 +140,20 @@ def release_statistics(
 
 
 def with_session(
-    request: StatisticsRequest, names: Sequence[str], asked: SecureRequest, dimension: int, minimum: int
+    request: StatisticsRequest, names: Sequence[str], asked: SecureRequest, design: Design, minimum: int
 ) -> StatisticsRequest:
-    """`request` with a fresh session over the sites `names`. Raises UsageError if there is no safe one."""
+    """`request` with a fresh session over the sites `names`. Raises UsageError if there is no safe one.
+
+    No site has more than `asked.largest_weight` examples, or persons where there are such.
+    """
     if asked.largest_weight is None:
         raise UsageError("secure.largest_weight is not set: say how many training examples no site exceeds")
     seats = Seats.of(names, asked, minimum)
     try:
-        step = _step(asked.largest_weight, len(names))
-        secure = seats.session(dimension, step, largest_weight=asked.largest_weight)
+        step = _step(asked.largest_weight * design.sensitivity, len(names))
+        secure = seats.session(design.dimension, step, largest_weight=asked.largest_weight)
         request = request.model_copy(update={"secure": secure})
-        shares = shared_of(request).shares
+        shares = shared_of(request, design.sensitivity).shares
         # A number of the sum that noise carried out of its range, now and then, would come back as another.
         if shares.price.wrap_probability >= WRAP:
             raise PrivacyError(
@@ -162,7 +165,7 @@ def with_session(
 
 
 def _step(largest: float, sites: int) -> float:
-    """The step with which a sum over `sites` sites of at most `largest` examples stays in its range.
+    """The step with which a sum over `sites` sites of at most `largest` rows stays in its range.
 
     No coordinate of an example's part is over 1. A power of two; finer than FINEST has no use.
     """
@@ -175,9 +178,11 @@ def _step(largest: float, sites: int) -> float:
     return step
 
 
-def _check_receipt(receipt: StatisticsReceipt, request: StatisticsRequest, noise: float) -> None:
+def _check_receipt(receipt: StatisticsReceipt, request: StatisticsRequest, noise: float, unit: DataUnit) -> None:
     """Raise UpdateError for a receipt that no site has of `request`."""
     trust = "nobody" if request.secure is None else "aggregation"
+    if receipt.unit != unit:
+        raise UpdateError(f"the privacy receipt is for the unit {receipt.unit}, and the schema makes it {unit}")
     if receipt.trust != trust or receipt.delta != request.delta:
         raise UpdateError(
             f"the privacy receipt contradicts what was asked: trust {receipt.trust}, delta {receipt.delta:g} where the "

@@ -17,8 +17,12 @@ from fedclaw.privacy.statistics import Statistics, moments_of
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.receipt import Trust
 from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.terms import DataUnit
 
-UNIT = "one training example of one site, there or not (add or remove one)"
+UNITS: Mapping[DataUnit, str] = {
+    "example": "one training example of one site, there or not (add or remove one)",
+    "person": "one person of one site with all training examples, there or not (add or remove one)",
+}
 
 
 class ReleaseMechanism(Frozen):
@@ -29,7 +33,7 @@ class ReleaseMechanism(Frozen):
     """Each site adds all the noise it needs before anything leaves it; or its share, in a sum that alone is seen."""
     trust: Trust
     sensitivity: float = 1.0
-    """Of each site's vector, in the L2 norm."""
+    """Of each site's vector, in the L2 norm: one example, or as many as are used of one person, count for so much."""
     noise: dict[str, float]
     """By site, the standard deviation of the noise that it added to each coordinate of its vector."""
     dropouts_tolerated: int = 0
@@ -61,7 +65,9 @@ class Release(Frozen):
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     """At most what the release cost each site, for one unit."""
-    unit: str = UNIT
+    unit: str = UNITS["example"]
+    rows_per_person: int | None = None
+    """How many examples of a person, the first ones, the figures are of at most; None: the unit is no person."""
     mechanism: ReleaseMechanism
     sites: dict[str, StatisticsReceipt]
     """Who is in it, with what its ledger then said."""
@@ -72,6 +78,7 @@ class Release(Frozen):
 
 def make_release(
     request: StatisticsRequest,
+    schema: Schema,
     receipts: Mapping[str, StatisticsReceipt],
     mechanism: ReleaseMechanism,
     statistics: Statistics,
@@ -86,6 +93,8 @@ def make_release(
         schema_digest=request.schema_digest,
         epsilon=request.epsilon,
         delta=request.delta,
+        unit=UNITS[schema.unit],
+        rows_per_person=schema.rows_per_person,
         mechanism=mechanism,
         sites=dict(sorted(receipts.items())),
         statistics=statistics,
@@ -94,19 +103,25 @@ def make_release(
 
 
 def release_mechanism(
-    request: StatisticsRequest, receipts: Mapping[str, StatisticsReceipt], shares: Shares | None
+    request: StatisticsRequest, receipts: Mapping[str, StatisticsReceipt], shares: Shares | None, sensitivity: float
 ) -> ReleaseMechanism:
     """How the sum of what the sites with these receipts sent became private; `shares` of a secure sum."""
     if shares is None:
-        noise = {site: receipt.noise_multiplier for site, receipt in sorted(receipts.items())}
+        noise = {site: receipt.noise_multiplier * sensitivity for site, receipt in sorted(receipts.items())}
         return ReleaseMechanism(
-            name="gaussian", placement="sites", trust="nobody", noise=noise, deviation=math.hypot(*noise.values())
+            name="gaussian",
+            placement="sites",
+            trust="nobody",
+            sensitivity=sensitivity,
+            noise=noise,
+            deviation=math.hypot(*noise.values()),
         )
     noise = dict.fromkeys(sorted(receipts), shares.sigma * shares.step)
     return ReleaseMechanism(
         name="discrete gaussian",
         placement="secure sum",
         trust="aggregation",
+        sensitivity=sensitivity,
         noise=noise,
         deviation=math.hypot(*noise.values()),
         dropouts_tolerated=request.secure.tolerated if request.secure else 0,
@@ -117,9 +132,10 @@ def release_mechanism(
 def write_release(path: Path, release: Release) -> None:
     """Write statistics.json, whole or not at all."""
     plain = release.model_dump(mode="json")
-    if release.scores is None:
-        # As a release was before there were scores: an older reader knows no such field.
-        del plain["scores"]
+    for later in ("scores", "rows_per_person"):
+        if plain[later] is None:
+            # As a release was before there was any: an older reader knows no such field.
+            del plain[later]
     write_atomic(path, (json.dumps(plain, indent=2) + "\n").encode())
 
 

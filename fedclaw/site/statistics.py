@@ -1,6 +1,6 @@
 """How a site answers a request for statistics: by its policy, under a reservation, with noise of its own.
 
-What leaves is one vector whose sensitivity is 1 (`fedclaw.privacy.statistics`), with Gaussian noise that the site
+What leaves is one vector of a known sensitivity (`fedclaw.privacy.statistics`), with Gaussian noise that the site
 calibrates itself for the epsilon and delta that are asked; or, in a secure sum, with its share of noise of that size,
 masked. It is worked out from the training data's file, whose
 content has to be what the ledger is charged for.
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from fedclaw.errors import DataError, PrivacyError
 from fedclaw.learning.statistics import design_for, score_records
-from fedclaw.privacy.mechanisms.choice import SENSITIVITY, StatisticsMechanism, mechanism_of_request
+from fedclaw.privacy.mechanisms.choice import StatisticsMechanism, mechanism_of_request
 from fedclaw.privacy.mechanisms.shared_noise import SharedStatistics
 from fedclaw.privacy.provenance import Bounded, Part, Released
 from fedclaw.privacy.statistics import Design, Doubles, Records
@@ -48,10 +48,18 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
     _model: torch.nn.Module | None = field(default=None, init=False, repr=False)
 
     @cached_property
+    def _design(self) -> Design:
+        """Raises Refusal for what the schema does not have."""
+        try:
+            return design_for(self.site.workload.schema, self.asked)
+        except DataError as error:
+            raise Refusal(RefusalCode.SCHEMA, str(error)) from error
+
+    @cached_property
     def _mechanism(self) -> StatisticsMechanism:
         """The noise that keeps the request's epsilon. Raises Refusal when none does."""
         try:
-            return mechanism_of_request(self.asked)
+            return mechanism_of_request(self.asked, self._design.sensitivity)
         except PrivacyError as error:
             raise Refusal(RefusalCode.EPSILON, f"statistics: {error}") from error
 
@@ -70,17 +78,17 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
 
     def check_session(self, secure: SecureAggregation) -> None:
         """See Answering."""
-        mechanism_of_request(self.asked)
+        mechanism_of_request(self.asked, self._design.sensitivity)
 
     def prepare(self) -> Due:
         """See Answering."""
         site, request = self.site, self.asked
-        self._design = _design(site, request)
+        design = self._design
         files_of(site.data)
         if request.scores is not None:
             self._model = _scored(site, request.scores, self.content)
         if request.secure is not None:
-            _check_sum(site, request.secure, self._design)
+            _check_sum(site, request.secure, design)
         return Due(self.asking, self._mechanism.event, Account.training(site))
 
     def answer(self, charge: str) -> Part[Doubles]:
@@ -89,7 +97,7 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
             vector = statistics_vector(self.site, self._design)
         else:
             vector = self._design.vector([scores_of(self.site, self.asked.scores, self._model)])
-        return Bounded(vector, SENSITIVITY)
+        return Bounded(vector, self._design.sensitivity)
 
     def let_out(self, contribution: Part[Doubles]) -> Released[Doubles]:
         """See Answering."""
@@ -109,6 +117,7 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
         """See Answering."""
         request, mechanism = self.asked, self._mechanism
         receipt = StatisticsReceipt(
+            unit=self.site.data.train.unit,
             trust=mechanism.trust,
             noise_multiplier=mechanism.event.noise_multiplier,
             **Account.training(self.site).spent(self.asking, request.delta),
@@ -141,13 +150,17 @@ def _scored(site: Site, asked: ScoreQuestion, content: RecordDict) -> torch.nn.M
 
 
 def scores_of(site: Site, asked: ScoreQuestion, model: torch.nn.Module) -> Records:
-    """In which cell each training row is, under any parameters whatever. Raises Refusal or DataError.
+    """In which cell each training row is, of a person the first ones, under any parameters whatever.
+
+    Raises Refusal or DataError.
 
     Row by row, though that is slower: in a batch, how the products of one row are rounded depends on how many rows
     there are, so that a row more could carry others over the edge of a bin, and one example would count for many.
     """
     prepare(site, asked.preprocessing)
     inputs, targets = site.on_device("train", site.data.train)
+    used = torch.from_numpy(site.data.train.first_rows(site.workload.schema.rows_per_person)).to(inputs.device)
+    inputs, targets = inputs[used], targets[used]
     logits = one_by_one(model, inputs).double().cpu().numpy()
     with np.errstate(invalid="ignore"):
         return score_records(logits[:, 1] - logits[:, 0], targets.cpu().numpy(), asked.bins)
@@ -166,10 +179,3 @@ def _check_sum(site: Site, secure: SecureAggregation, design: Design) -> None:
             f"the secure sum is made for sites of at most {secure.largest_weight or 0:g} examples, and this one has "
             "more",
         )
-
-
-def _design(site: Site, request: StatisticsRequest) -> Design:
-    try:
-        return design_for(site.workload.schema, request)
-    except DataError as error:
-        raise Refusal(RefusalCode.SCHEMA, str(error)) from error

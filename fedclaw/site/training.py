@@ -20,6 +20,7 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.privacy.provenance import Part, Permitted, Raw, Released
 from fedclaw.privacy.steps import PlainGradients, PrivateGradients, StepTaker, shuffled_batches
+from fedclaw.privacy.units import Units
 from fedclaw.protocol.arrays import Arrays, Update, flattened, pack_leaving
 from fedclaw.protocol.messages import ARRAYS, EXAMPLES, JSON, METRICS, RECEIPT, SUM, TEACHER, WEIGHT
 from fedclaw.protocol.records import hash_of
@@ -99,9 +100,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         correction = half.correction(self._model, self._count)
         with precision(self.site.device, sum(p.numel() for p in self._model.parameters()), mechanism.is_sampled):
             take_steps(
-                mechanism.batches(
-                    self.site.examples, self.site.data.train.units, self._charge.mechanism, self.site.source
-                ),
+                self._batches(),
                 self._model_steps(self._steps, self._model),
                 None if mechanism.takes_one_step else correction,
             )
@@ -196,12 +195,27 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         except PrivacyError as error:
             raise Refusal(RefusalCode.MODEL, str(error)) from error
 
+    def _batches(self) -> Iterator[torch.Tensor]:
+        """The rows of each step: all that each unit in it has."""
+        train = self.site.data.train
+        chosen = self._mechanism.batches(self.site.examples, train.units, self._charge.mechanism, self.site.source)
+        if train.persons is None:
+            return chosen
+        persons = Units.of(train.persons)
+        return (persons.batch_of(np.sort(batch.numpy())).rows for batch in chosen)
+
     def _model_steps(self, taker: StepTaker, model: torch.nn.Module) -> ModelSteps:
         """Steps of `model` on the site's training data by the local optimiser of the plan."""
-        inputs, targets = self.site.on_device("train", self.site.data.train)
+        train = self.site.data.train
+        inputs, targets = self.site.on_device("train", train)
+        persons = None if train.persons is None else torch.from_numpy(train.persons)
         parameters: Sequence[torch.Tensor] = list(model.parameters())
         optimizer = make_optimizer(parameters, self.asked.training)
-        return ModelSteps(lambda rows: taker.gradients(inputs[rows], targets[rows]), parameters, optimizer.step)
+
+        def gradients(rows: torch.Tensor) -> None:
+            taker.gradients(inputs[rows], targets[rows], None if persons is None else persons[rows])
+
+        return ModelSteps(gradients, parameters, optimizer.step)
 
     def _delta(self) -> Arrays:
         """parameters - start, float32 by name; of one step whose noise is on the sum, the step, float64.

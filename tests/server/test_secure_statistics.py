@@ -50,7 +50,7 @@ def released(sites, *, secure=SECURE, lost=(), minimum=3, **changes):
     grid = Watching(sites, lost)
     request = request_for(sites, **changes)
     design = design_of(schema_of(sites), request.columns, request.labels, request.bins)
-    asked = with_session(request, sorted(sites), secure, design.dimension, minimum)
+    asked = with_session(request, sorted(sites), secure, design, minimum)
     nodes = sorted(grid.get_node_ids())
     release = release_statistics(grid, nodes, schema_of(sites), asked, QUANTILES, minimum=minimum, deadline=10)
     return release, grid

@@ -8,9 +8,6 @@ from fedclaw.privacy.mechanisms.sum_noise import ServerNoise
 from fedclaw.protocol.statistics import StatisticsRequest
 from fedclaw.protocol.terms import Terms
 
-SENSITIVITY = 1.0
-"""Of a vector of statistics (`fedclaw.privacy.statistics.Design`): one example moves it by at most that, in L2 norm."""
-
 StatisticsMechanism = OwnNoise | SharedStatistics
 
 
@@ -32,14 +29,19 @@ def mechanism_of(asked: Terms) -> Mechanism:
     return (LocalAndServerNoise if local else ServerNoise)(asked)
 
 
-def mechanism_of_request(request: StatisticsRequest) -> StatisticsMechanism:
-    """The mechanism for what is asked. Raises PrivacyError when no noise keeps it within its epsilon and delta."""
-    return OwnNoise.calibrated(request.epsilon, request.delta) if request.secure is None else shared_of(request)
+def mechanism_of_request(request: StatisticsRequest, sensitivity: float) -> StatisticsMechanism:
+    """The mechanism for what is asked, of vectors with that sensitivity (`fedclaw.privacy.statistics.Design`).
+
+    Raises PrivacyError when no noise keeps it within its epsilon and delta.
+    """
+    if request.secure is None:
+        return OwnNoise.calibrated(request.epsilon, request.delta)
+    return shared_of(request, sensitivity)
 
 
-def shared_of(request: StatisticsRequest) -> SharedStatistics:
+def shared_of(request: StatisticsRequest, sensitivity: float) -> SharedStatistics:
     """The mechanism for a request with a session. Raises PrivacyError."""
     if request.secure is None:
         raise PrivacyError("the request names no session")
     multiplier = OwnNoise.calibrated(request.epsilon, request.delta).noise_multiplier
-    return SharedStatistics(session_shares(request.secure, SENSITIVITY, multiplier))
+    return SharedStatistics(session_shares(request.secure, sensitivity, multiplier))

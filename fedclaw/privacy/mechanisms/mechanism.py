@@ -261,8 +261,8 @@ class Mechanism:
     def batches(
         self, examples: int, present: int, charged: NoiseEvent | None, source: "GaussianSource"
     ) -> "Iterator[torch.Tensor]":
-        """The row indices of each step of a round, of `present` rows; rate and steps are made by the stated number
-        `examples`."""
+        """Which of `present` units are in each step of a round; rate and steps are made by the stated number
+        `examples`. A batch without noise has `batch_size` units."""
         from fedclaw.privacy.steps import poisson_batches, shuffled_batches
 
         training, sampling = self.asked.training, self.sampling(examples, charged)
