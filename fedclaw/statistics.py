@@ -7,7 +7,7 @@
 Counts, means, variances, quantiles and missing rates by column, and label counts. Each site adds noise of its own
 before anything leaves it, scaled by the bounds that the schema declares (range: [smallest, largest] of a number).
 
-  epsilon, delta   what the release may cost a site, for one training example; a site's policy has to allow it
+  epsilon, delta   what the release may cost a site, for one unit of its data; a site's policy has to allow it
                    (statistics: {epsilon: …}), and its budget to have it left
   columns          columns of the schema; null: all
   labels           whether to count the labels
@@ -221,6 +221,8 @@ def serve(
     write_release(out, release)
     for table in statistics_tables(release):
         console.print(table)
+    for sentence in (release.claim.protects, release.claim.against):
+        console.print(sentence, markup=False)
     console.print(f"statistics: {out}", markup=False, soft_wrap=True)
 
 
@@ -291,7 +293,7 @@ def _add_counts(table: Table, groups: list[tuple[tuple[str, ...], dict[str, Esti
 
 
 def _cost(release: Release) -> Figures:
-    title = f"Cost by site: epsilon {release.epsilon:g}, delta {release.delta:g}, {release.unit}"
+    title = f"Cost by site: epsilon {release.epsilon:g}, delta {release.delta:g}"
     table = Figures(("site", "noise", "epsilon: this run", "lifetime", "left"), title=title)
     for site, receipt in release.sites.items():
         table.add_row(

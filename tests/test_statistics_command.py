@@ -13,6 +13,7 @@ from fedclaw import statistics as command
 from fedclaw.errors import FedClawError
 from fedclaw.identity import provisioning
 from fedclaw.learning.registry import schema_class
+from fedclaw.privacy.claims import Claim
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 from fedclaw.site.journal.reconciliation import check_site, site_spending
@@ -121,6 +122,7 @@ def test_scores_of_the_training_rows_choose_the_threshold_that_a_bundle_carries(
     done = statistics(deployed, f"scores={run.root}")
     assert done.code == 0, done.errors
     assert "Cost by site" in done.output
+    assert Claim().protects in " ".join(done.output.split())
     path = deployed.runs / "first" / "statistics.json"
     exported = run_module(
         "fedclaw.export", f"run={run.root}", f"federation={deployed.federation}", f"threshold_statistics={path}"
@@ -131,7 +133,8 @@ def test_scores_of_the_training_rows_choose_the_threshold_that_a_bundle_carries(
     assert decision["threshold"] < 0.45
     assert decision["value"] > decision["value_at_half"] + 0.1
     private = json.loads((run.root / "bundle" / "privacy.json").read_text())
-    assert private["threshold"] == {"run": "first", "epsilon": 2.0, "delta": 1e-4}
+    promised = {"relation": "zero-out", "trust": "nobody"}
+    assert private["threshold"] == {"run": "first", "epsilon": 2.0, "delta": 1e-4, **promised}
     assert private["overall"]["epsilon"] == pytest.approx(4.0), "2 of the training and 2 of the scores"
     for client in clients:
         assert client.stop() == 143

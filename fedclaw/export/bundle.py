@@ -25,7 +25,6 @@ from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
 from fedclaw.identity.federation_home import ReleaseSigner
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Floats, Table
-from fedclaw.server.run_directory import ReleaseUse
 from fedclaw.server.statistics_release import Release
 
 SYNTHETIC_EXAMPLES = 256
@@ -167,8 +166,9 @@ def _write_texts(
         source.schema.data_dependent,
         source.record.central,
         source.record.statistics,
-        ReleaseUse(run=scores.run, epsilon=scores.epsilon, delta=scores.delta) if scores else None,
+        scores.use if scores else None,
         source.record.simulated,
+        source.schema.unit,
     )
     authority = signature.parse_certificate(signer.ca_pem, "the federation's CA certificate")
     texts = {

@@ -229,7 +229,7 @@ def _privacy(statement: PrivacyStatement) -> str:
     )
     if rows:
         parts.append(_table(head, rows))
-    parts += [f"Unit: {statement.unit}", statement.holds_against, f"Compression: {statement.compression}"]
+    parts += [statement.unit, statement.holds_against, f"Compression: {statement.compression}"]
     parts += ["Not covered:\n\n" + "\n".join(f"- {item}" for item in statement.not_covered), statement.source]
     return "\n\n".join(parts)
 

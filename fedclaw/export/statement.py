@@ -1,46 +1,19 @@
 """privacy.json: what training cost each site by its own receipts, and what that does and does not guarantee.
 
-The wording follows Dwork and Roth (2014), "The Algorithmic Foundations of Differential Privacy", definitions 2.4
-and theorem 2.2 (groups), propositions 2.1 (post-processing), and McSherry (2009) for disjoint data sets.
+The sentences about unit, relation, trust and what is not covered are those of `fedclaw.privacy.claims`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
-
+from fedclaw.errors import BundleError
+from fedclaw.privacy.claims import Claim, claim_of, weakest
 from fedclaw.protocol.frozen import Frozen, fields_of
-from fedclaw.protocol.receipt import TrainingCost
-from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
+from fedclaw.protocol.receipt import TrainingCost, Trust
+from fedclaw.protocol.terms import CentralNoise, DataUnit, PrivacyRequest
 from fedclaw.server.run_directory import ReleaseUse, Simulated, SiteReceipt
 
-UNIT = (
-    "One training example of one site (example-level, add-or-remove-one neighbours). For a site with differential "
-    "privacy and any two data sets of that site that differ in one example, the probability of any set of outcomes "
-    "differs by at most a factor exp(epsilon), plus delta."
-)
-AGAINST = (
-    "It depends on whose noise a site counts (mechanism and trust, by site). dp-sgd: the noise is added at the site, "
-    "in every local step, before an update leaves it, and the bound holds against everybody who sees the site's "
-    "updates: the coordinator, the other sites, and whoever holds this model. distributed: each site adds a share "
-    "inside secure aggregation, and it holds against all of these as long as enough sites are honest. central: the "
-    "server adds it, and it holds against all but the server. Whatever is computed from the model is covered too "
-    "(post-processing)."
-)
-NOT_COVERED = (
-    "People with several examples: for k examples of one person epsilon grows to k times its value, and delta by "
-    "more than that.",
-    "People whose data are held by several sites: add the epsilons and deltas of those sites.",
-    "Facts about a population: what the model learns about a group, a member shares, whether or not they took part.",
-    "The number of training examples of each site, which leaves as it is, and the evaluation metrics on the sites' "
-    "test data, which leave without noise unless a site's policy asks for it (and then on a budget of their own).",
-    "The schema and its preprocessing constants: if they were derived from the sites' data, that cost is not "
-    "counted here.",
-    "Other runs on the same data, and choices made by looking at their results (settings tried, the best of several "
-    "models): they are in epsilon_lifetime, but not in this model's epsilon.",
-    "Implementation: finite-precision noise, timing, and the security of the machines at the sites.",
-)
 SOURCE = (
     "Figures are the sites' own, from the last receipt of each that arrived: what a site spent on a later round whose "
     "answer never arrived is on its ledger, not here. The coordinator cannot check the figures, but each names the "
@@ -51,6 +24,8 @@ SIMULATED_SOURCE = (
     "against."
 )
 
+
+_NAMED: Mapping[DataUnit, str] = {"example": "training example", "person": "person"}
 
 Guarantee = Literal["every site", "some sites", "no site", "unknown"]
 
@@ -92,20 +67,22 @@ class PrivacyStatement(Frozen):
     """Read these first. Empty only if every site trained with differential privacy, preprocessing included."""
     summary: str
     overall: Bound | None
-    """The largest epsilon and delta of all sites, if every site has one. Holds for an example at one site only."""
+    """The largest epsilon and delta of all sites, if every site has one. Holds for a unit at one site only."""
     sites: tuple[SiteStatement, ...]
     requested: PrivacyRequest | None
     """What the coordinator asked each site for. What counts is what the sites report."""
     requested_central: CentralNoise | None = None
-    """The noise on the sum that the coordinator asked for."""
+    """The noise on the sum that the coordinator asked for. For the unit site `unit` says what that promises, too."""
     statistics: ReleaseUse | None = None
     """The release that the preprocessing constants come from; included in `overall`."""
     threshold: ReleaseUse | None = None
     """The release of the model's scores that the decision threshold comes from; included in `overall`."""
     compression: str
-    unit: str = UNIT
-    holds_against: str = AGAINST
-    not_covered: tuple[str, ...] = Field(default=NOT_COVERED)
+    unit: str
+    """Unit and relation of `overall`: the sites' own, and of relations that differ the weakest."""
+    holds_against: str
+    """The trust that `overall` needs: the most that any of these sites does."""
+    not_covered: tuple[str, ...]
     source: str = SOURCE
 
 
@@ -127,12 +104,15 @@ def state(
     statistics: ReleaseUse | None = None,
     threshold: ReleaseUse | None = None,
     simulated: Simulated | None = None,
+    unit: DataUnit = "example",
 ) -> PrivacyStatement:
     """The statement for a model that came out of `runs`.
 
     `compression` is a sentence about its cost. `data_dependent`: sites standardised their inputs with constants of
-    their own training data. `simulated`: the sites are clients of a simulation.
+    their own training data. `simulated`: the sites are clients of a simulation. `unit`: what the schema protects.
+    Raises BundleError for a receipt that says another unit.
     """
+    _check_units(runs, unit)
     names = sorted({name for run in runs for name in run.by_site})
     random = simulated is None or not simulated.repeatable_noise
     sites = tuple(_site(name, runs, random) for name in names)
@@ -140,12 +120,13 @@ def state(
     complete = all(run.by_site for run in runs) and bool(sites)
     guarantee = _guarantee(len(sites), len(exposed), complete)
     overall = None
+    further = [release for release in (statistics, threshold) if release is not None]
     if guarantee == "every site":
-        further = [release for release in (statistics, threshold) if release is not None]
         overall = Bound(
             epsilon=max(site.epsilon or 0.0 for site in sites) + sum(release.epsilon for release in further),
             delta=max(site.delta for site in sites) + sum(release.delta for release in further),
         )
+    claim = _claim(sites, further, unit)
     return PrivacyStatement(
         guarantee=guarantee,
         warnings=(
@@ -155,7 +136,7 @@ def state(
             *_trust_warnings(sites),
             *_cohort_warnings(central),
         ),
-        summary=_summary(guarantee, overall, len(sites), len(exposed)),
+        summary=_summary(guarantee, overall, len(sites), len(exposed), unit),
         overall=overall,
         sites=sites,
         requested=requested,
@@ -163,8 +144,38 @@ def state(
         statistics=statistics,
         threshold=threshold,
         compression=compression,
+        unit=" ".join([claim.protects, *_of_whole_sites(sites)]),
+        holds_against=claim.against,
+        not_covered=claim.not_covered,
         source=SIMULATED_SOURCE if simulated else SOURCE,
     )
+
+
+def _check_units(runs: Sequence[Receipts], unit: DataUnit) -> None:
+    """Raise BundleError, naming site and run, for a receipt of another unit than the schema's."""
+    for run in runs:
+        for name, entry in sorted(run.by_site.items()):
+            if entry.receipt.unit != unit:
+                raise BundleError(
+                    f"the receipt of {name} in run {run.run} is for the unit {entry.receipt.unit}, and the run's "
+                    f"schema makes it {unit}: no bound holds for both; look at that site's ledger, and train again "
+                    "without it"
+                )
+
+
+def _claim(sites: Sequence[SiteStatement], releases: Sequence[ReleaseUse], unit: DataUnit) -> Claim:
+    """What holds for every site that trained with differential privacy, the releases included."""
+    claims = [claim_of(run) for site in sites if site.differential_privacy for run in site.runs]
+    counted = [Claim(unit, release.relation, release.trust) for release in releases]
+    return weakest([*claims, *counted]) if claims else Claim(unit, trust="everybody")
+
+
+def _of_whole_sites(sites: Sequence[SiteStatement]) -> tuple[str, ...]:
+    """What noise on the sum promises to whole sites, where it is made for them."""
+    central = [run.central for site in sites for run in site.runs if run.central and run.central.unit == "site"]
+    trusted: list[Trust] = ["server" if noise.noise_by == "server" else "aggregation" for noise in central]
+    claims = dict.fromkeys(Claim("site", trust=trust) for trust in trusted)
+    return tuple(f"{claim.protects} {claim.against}" for claim in claims)
 
 
 def _site(name: str, runs: Sequence[Receipts], random: bool) -> SiteStatement:
@@ -268,11 +279,11 @@ def _warnings(exposed: tuple[str, ...], complete: bool, data_dependent: bool) ->
     return tuple(warnings)
 
 
-def _summary(guarantee: str, overall: Bound | None, sites: int, exposed: int) -> str:
+def _summary(guarantee: str, overall: Bound | None, sites: int, exposed: int, unit: DataUnit) -> str:
     if overall is not None:
         who = "The one site" if sites == 1 else f"All {sites} sites"
         return (
-            f"{who} trained with example-level differential privacy: this model cost no training example more than "
+            f"{who} trained with {unit}-level differential privacy: this model cost no {_NAMED[unit]} more than "
             f"epsilon = {overall.epsilon:.4g} at delta = {overall.delta:.4g} (as long as one site alone holds it)."
         )
     if guarantee == "unknown":

@@ -65,6 +65,8 @@ class TrainingCost(Spent):
     """Whose noise the ledger charged; `metrics`: the site's own on an evaluation, charged to its test data."""
     unit: DataUnit = "example"
     relation: Relation = "zero-out"
+    """Both make the sentence that every document says of the figures (`fedclaw.privacy.claims`). The defaults are those
+    of receipts from before they were noted."""
     trust: Trust = "nobody"
     """Who has to be honest for the figures to hold."""
     secure_aggregation: bool = False
@@ -101,6 +103,7 @@ class Receipt(TrainingCost, BudgetSpent):
             "rounds": max(before.rounds, self.rounds),
             "ledger_losses": max(before.ledger_losses, self.ledger_losses),
             "secure_aggregation": before.secure_aggregation and self.secure_aggregation,
+            "relation": self.relation if before.relation == self.relation else "zero-out",
         }
         trusts = get_args(Trust)
         if trusts.index(before.trust) > trusts.index(self.trust):

@@ -22,7 +22,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import MAX_COLUMNS, MAX_CONSTANTS, MAX_SITES, Digest, Name, ParameterName
 from fedclaw.protocol.receipt import BudgetSpent
-from fedclaw.protocol.terms import DataUnit, ModelSpec, SecureAggregation
+from fedclaw.protocol.terms import DataUnit, ModelSpec, Relation, SecureAggregation
 
 STATISTICS_VERSION = 1
 
@@ -66,7 +66,7 @@ class StatisticsRequest(Frozen):
     """Bins of each number's histogram, from which quantiles are read; 0: none, and less noise in means."""
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
-    """What the release may cost a site, for one unit being there or not."""
+    """What the release may cost a site, for one unit of its data."""
     secure: SecureAggregation | None = None
     """Secure aggregation, in which each site adds a share of the noise; None: each site adds all that it needs."""
 
@@ -105,10 +105,11 @@ class StatisticsRequest(Frozen):
 
 
 class StatisticsReceipt(BudgetSpent):
-    """What the answer cost a site, as its ledger has it: for one unit, there or not."""
+    """What the answer cost a site, as its ledger has it, for one unit of its data."""
 
     mechanism: Literal["statistics"] = "statistics"
     unit: DataUnit = "example"
+    relation: Relation = "zero-out"
     trust: Literal["nobody", "aggregation"] = "nobody"
     """Noise of the site's own, added before anything leaves; or shares of all sites in a secure sum."""
     noise_multiplier: float = Field(gt=0, lt=math.inf)

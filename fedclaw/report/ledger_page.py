@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedclaw import __version__
+from fedclaw.privacy.claims import Claim, claim_in
 from fedclaw.report import ledger_words
 from fedclaw.site.journal.reconciliation import SiteJournal, check_journal, ledger_file, losses
 from fedclaw.site.journal.spending import DataSetSpending, Point, Spending, epsilon_over_time
@@ -38,6 +39,7 @@ def render(journal: SiteJournal) -> str:
     return _filled(
         "ledger_page.html",
         words=ledger_words,
+        not_covered=_not_covered(receipts),
         infinite=math.inf,
         site=journal.settings.name,
         root=journal.root,
@@ -62,13 +64,21 @@ def _receipts(journal: SiteJournal) -> Receipts:
 
 
 def _data_set(number: int, item: DataSetSpending, journal: SiteJournal, receipts: Receipts) -> dict[str, Any]:
-    trusted = {str(receipt.get("trust")) for (name, _, _), receipt in receipts.items() if name == item.name}
+    own = [receipt for (name, _, _), receipt in receipts.items() if name == item.name]
+    claims = [claim_in(receipt) for receipt in own]
+    whole = [claim for receipt in own for claim in ledger_words.whole_site(receipt)]
     return {
         "spending": item,
-        "meaning": ledger_words.meaning(item),
-        "provided": ledger_words.provided(trusted),
+        "meaning": ledger_words.meaning(item, claims[-1].unit if claims else "example"),
+        "promises": list(dict.fromkeys(s for claim in (*claims, *whole) for s in (claim.protects, claim.against))),
         "chart": _chart(number, item, journal) if item.charges else "",
     }
+
+
+def _not_covered(receipts: Receipts) -> list[str]:
+    """Of all claims that receipts make; of a site that none left, of the usual one."""
+    claims = [claim_in(receipt) for receipt in receipts.values()] or [Claim()]
+    return list(dict.fromkeys(sentence for claim in claims for sentence in claim.not_covered))
 
 
 def _chart(number: int, item: DataSetSpending, journal: SiteJournal) -> str:

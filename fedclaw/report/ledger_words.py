@@ -1,73 +1,40 @@
 """What a ledger's figures mean, in sentences for people who are no engineers. Plain text: whoever shows it escapes it.
 
+What is promised, against whom and what is not, is said in the words of `fedclaw.privacy.claims`.
 The reading of epsilon follows Dwork and Roth (2014), definition 2.4 and section 2.3.2; the orientation by size follows
 Ponomareva et al. (2023), "How to DP-fy ML", section 5.2.
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any
 
 from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.privacy.claims import Claim, claim_in
 from fedclaw.site.journal.ledger import describe
 from fedclaw.site.journal.spending import DataSetSpending, RunSpending
 
 _LARGEST_IN_WORDS = 20.0
 
-NOT_COVERED = (
-    "People with several records in the data. For k records of one person, epsilon is up to k times as large, and "
-    "delta grows by more than that.",
-    "People whose records are held elsewhere too. Every site keeps a ledger of its own; what they spent adds up.",
-    "What is true of a group. If a model learns that smokers fall ill more often, that says something about every "
-    "smoker, whether or not they were in the data.",
-    "The number of records, and results on test data where the site's policy lets them leave without noise.",
-    "Constants that prepare the data, if the site computed them from its own records.",
-    "Whatever left this organisation by another way than this software, and the security of its machines.",
-)
 
-_TRUST = {
-    "nobody": "Noise was added here, before anything left: this holds against everybody.",
-    "aggregation": "Every site added a share of the noise to a masked answer: this holds as long as enough of the "
-    "other sites are honest.",
-    "server": "The federation's server added the noise: this holds against everybody else, not against the server.",
-    "everybody": "No noise was added.",
-}
-
-
-def meaning(item: DataSetSpending) -> list[str]:
-    """What a data set's epsilon and delta say about one record in it."""
+def meaning(item: DataSetSpending, unit: str = "example") -> list[str]:
+    """What a data set's epsilon and delta say about one unit of it."""
     if math.isinf(item.epsilon):
         return [
-            "At least one run used these records without differential privacy. Nothing bounds what its results may "
-            "reveal about single records, up to reproducing them, and nothing spent before or after changes that."
+            f"At least one run used these data without differential privacy. Nothing bounds what its results may "
+            f"reveal about a single {unit}, up to reproducing them, and nothing spent before or after changes that."
         ]
     if not item.charges:
-        return ["Nothing has been spent: no run has been charged for using these records."]
+        return ["Nothing has been spent: no run has been charged for using these data."]
     return [
-        "Take any one record. Whatever can be concluded from all that left this site could have been concluded without "
-        f"that record too, with a likelihood that differs by a factor of at most {factor(item.epsilon)} (e to the "
+        f"Take any one {unit}. Whatever can be concluded from all that left this site could have been concluded "
+        f"without it too, with a likelihood that differs by a factor of at most {factor(item.epsilon)} (e to the "
         f"power of epsilon), but for a chance of {chance(item.budget.delta)} (delta).",
-        "In other words: somebody who thinks it a toss-up whether a certain record is in the data can become at most "
+        f"In other words: somebody who thinks it a toss-up whether a certain {unit} is in the data can become at most "
         f"{certainty(item.epsilon)} sure of it by what left, but for the same small chance.",
         "For orientation: an epsilon of up to 1 counts as strong protection, up to 10 as reasonable, and more as weak, "
         "though attacks seen in practice stay well below such bounds.",
     ]
-
-
-def provided(trusted: Set[str]) -> list[str]:
-    """What `meaning` depends on, by whom the receipts of a data set trust."""
-    sentences = []
-    if "server" in trusted:
-        sentences.append(
-            "This does not hold against the federation's server: in at least one run it added the noise itself, and "
-            "saw this site's answers before."
-        )
-    if "aggregation" in trusted:
-        sentences.append(
-            "This holds as long as enough of the other sites are honest: in at least one run the noise was the sum of "
-            "all sites' shares."
-        )
-    return sentences
 
 
 def rounded(epsilon: float, *, down: bool = False) -> str:
@@ -112,8 +79,15 @@ def protection(receipt: Mapping[str, Any] | None) -> str:
     """Against whom the noise of a run holds, by the last receipt of it that left; None: none left."""
     if receipt is None:
         return "Nothing of it has left."
-    unit = " It hides this site's whole contribution." if receipt.get("unit") == "site" else ""
-    return _TRUST.get(str(receipt.get("trust", "nobody")), "") + unit
+    return " ".join(claim.against for claim in (claim_in(receipt), *whole_site(receipt)))
+
+
+def whole_site(receipt: Mapping[str, Any]) -> tuple[Claim, ...]:
+    """What noise on the sum promises to the site as a whole, by a receipt of a run that has it."""
+    central = receipt.get("central") or {}
+    if central.get("unit") != "site":
+        return ()
+    return (Claim("site", trust="server" if central.get("noise_by") == "server" else "aggregation"),)
 
 
 def counted(run: RunSpending) -> str:

@@ -21,7 +21,7 @@ from fedclaw.learning.strategy import Buffered, Strategy
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import Plan
+from fedclaw.protocol.terms import DataUnit, Plan
 from fedclaw.server.cohort_question import reasons_of
 from fedclaw.server.exchange import ask
 from fedclaw.server.grids import StreamingGrid, site_name
@@ -129,8 +129,9 @@ class Buffer:
     gathered is asked for anew, and a site that has answered its question already answers from its outbox.
     """
 
-    def __init__(self, grid: Grid, strategy: Buffered) -> None:
+    def __init__(self, grid: Grid, strategy: Buffered, unit: DataUnit) -> None:
         self._grid = grid
+        self._unit = unit
         self._strategy = strategy
         self._in_flight: dict[int, _Asked] = {}
         self._gathered: TrainingQuestion | None = None
@@ -148,7 +149,7 @@ class Buffer:
         called again for the same step it goes on gathering. Nobody is `silent`: who is at work may answer later.
         """
         began = time.monotonic()
-        gathered = self._gathered = self._gathered or TrainingQuestion(plan, outgoing)
+        gathered = self._gathered = self._gathered or TrainingQuestion(plan, outgoing, unit=self._unit)
         self._ask(gathered, nodes)
         while len(gathered.answered) < self._strategy.size and self._in_flight:
             if not self._take_arrived(gathered, plan.round):
@@ -214,7 +215,7 @@ class RoundTraining:
         self._record = record
         self._strategy = strategy
         self._teacher = teacher
-        self._buffer = Buffer(grid, strategy) if isinstance(strategy, Buffered) else None
+        self._buffer = Buffer(grid, strategy, record.unit) if isinstance(strategy, Buffered) else None
         self._missing: dict[str, str] = {}
         """By site, why it did not answer the last question to it."""
 
@@ -270,7 +271,7 @@ class RoundTraining:
         rules, secure = self._record.rules, self._record.secure
         if secure is not None:
             plan = session_of(plan, list(self._cohorts.names(cohort).values()), outgoing, secure, rules.minimum)
-        question = TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, state.memory))
+        question = TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, state.memory), self._record.unit)
         mark = pending.model_copy(update={"unmasking": True})
         return ask(self._grid, cohort, question, deadline, lambda: mark.write(self._root))
 

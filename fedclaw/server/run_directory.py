@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,8 +30,8 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.arrays import Arrays, read_npz, write_npz
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.limits import MOST_EXAMPLES, Name
-from fedclaw.protocol.receipt import Receipt
-from fedclaw.protocol.terms import RoundRules, SecureRequest, StrategyRecord, Terms
+from fedclaw.protocol.receipt import Receipt, Trust
+from fedclaw.protocol.terms import DataUnit, Relation, RoundRules, SecureRequest, StrategyRecord, Terms
 
 PENDING = "round.json"
 
@@ -102,6 +103,9 @@ class ReleaseUse(Frozen):
     run: str
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
+    relation: Relation = "zero-out"
+    trust: Trust = "nobody"
+    """The weakest of any site's. The unit is the schema's."""
 
 
 class RunRecord(Terms):
@@ -143,6 +147,11 @@ class RunRecord(Terms):
         if schema.task.name != self.task:
             raise DataError(f"{origin}: it says {self.task}, and its schema is of {schema.task.name}")
         return schema if self.preprocessing is None else schema.with_constants(self.preprocessing, origin)
+
+    @cached_property
+    def unit(self) -> DataUnit:
+        """What the run's schema protects."""
+        return self.make_schema().unit
 
     def make_workload(self) -> Workload:
         """The run's workload, with its schema."""

@@ -15,7 +15,7 @@ from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.frozen import check_settings, fields_of
 from fedclaw.protocol.terms import CentralNoise, CentralRequest, ModelSpec, Plan, RoundRules, Terms
 from fedclaw.server.early_checks import check_combination, chosen_strategy, read_schema, record_of, run_name
-from fedclaw.server.run_directory import ReleaseUse, RunRecord
+from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.settings import RunSettings
 from fedclaw.server.statistics_release import read_release
 
@@ -80,8 +80,7 @@ def make_record(settings: RunSettings, federation: str, run: str | None, rules: 
     )
     if settings.statistics is not None:
         release = read_release(settings.statistics)
-        used = ReleaseUse(run=release.run, epsilon=release.epsilon, delta=release.delta)
-        record = record.model_copy(update={"statistics": used})
+        record = record.model_copy(update={"statistics": release.use})
     try:
         return with_strategy(record)
     except UnknownModel as error:

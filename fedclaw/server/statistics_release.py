@@ -12,17 +12,13 @@ from pydantic import Field, ValidationError
 from fedclaw.errors import DataError, UsageError
 from fedclaw.files import write_atomic
 from fedclaw.learning.workload import Schema, schema_digest
+from fedclaw.privacy.claims import Claim, claim_of, weakest
 from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.statistics import Statistics, moments_of
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.receipt import Trust
 from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest
-from fedclaw.protocol.terms import DataUnit
-
-UNITS: Mapping[DataUnit, str] = {
-    "example": "one training example of one site, there or not (add or remove one)",
-    "person": "one person of one site with all training examples, there or not (add or remove one)",
-}
+from fedclaw.server.run_directory import ReleaseUse
 
 
 class ReleaseMechanism(Frozen):
@@ -65,7 +61,8 @@ class Release(Frozen):
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     """At most what the release cost each site, for one unit."""
-    unit: str = UNITS["example"]
+    unit: str = Claim().protects
+    """Unit and relation, in a sentence."""
     rows_per_person: int | None = None
     """How many examples of a person, the first ones, the figures are of at most; None: the unit is no person."""
     mechanism: ReleaseMechanism
@@ -74,6 +71,19 @@ class Release(Frozen):
     statistics: Statistics
     scores: ScoresOf | None = None
     """Of a histogram of a model's scores."""
+
+    @property
+    def claim(self) -> Claim:
+        """What holds at every site. Raises PrivacyError for sites that say different units."""
+        return weakest(map(claim_of, self.sites.values()))
+
+    @property
+    def use(self) -> ReleaseUse:
+        """What a run says of the release that it uses."""
+        claim = self.claim
+        return ReleaseUse(
+            run=self.run, epsilon=self.epsilon, delta=self.delta, relation=claim.relation, trust=claim.trust
+        )
 
 
 def make_release(
@@ -93,7 +103,7 @@ def make_release(
         schema_digest=request.schema_digest,
         epsilon=request.epsilon,
         delta=request.delta,
-        unit=UNITS[schema.unit],
+        unit=weakest(map(claim_of, receipts.values())).protects,
         rows_per_person=schema.rows_per_person,
         mechanism=mechanism,
         sites=dict(sorted(receipts.items())),

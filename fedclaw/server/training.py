@@ -28,7 +28,7 @@ from fedclaw.protocol.messages import SUM
 from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.records import MessageRecords, hash_of
-from fedclaw.protocol.terms import Plan, SecureRequest
+from fedclaw.protocol.terms import DataUnit, Plan, SecureRequest
 from fedclaw.server.cohort_question import CohortQuestion, check_weight, part, receipt_in, weights_in
 from fedclaw.server.exchange import Seats
 from fedclaw.server.run_directory import SiteReceipt
@@ -170,6 +170,8 @@ class TrainingQuestion(CohortQuestion[SiteReceipt, Update]):
     outgoing: Outgoing
     robust: RobustAggregate | None = None
     """What is made of single updates; None: their sum."""
+    unit: DataUnit = "example"
+    """What the run's schema protects."""
     discount: float = field(default=1.0, init=False)
     """What the next delta is multiplied by; its weight stays what it is."""
     bytes_up: int = field(default=0, init=False)
@@ -215,7 +217,7 @@ class TrainingQuestion(CohortQuestion[SiteReceipt, Update]):
         weight, examples = weights_in(content)
         check_weight(weight, examples, self.asked.weighting, self.asked.weight_cap)
         receipt = receipt_in(content, Receipt)
-        check_receipt(receipt, self.asked, examples)
+        check_receipt(receipt, self.asked, examples, self.unit)
         return SiteReceipt(examples=examples, receipt=receipt)
 
     def add_open(self, content: RecordDict, beside: SiteReceipt) -> None:

@@ -4,11 +4,12 @@ With noise, what one test example can add to a sum is bounded, so the sum can be
 
 Released is the vector of the permitted sums over the test set, each with its sensitivity (`fedclaw.learning.tasks`):
 losses divided by the bound that each is cut off at, correct answers, errors by the target's range (one example adds at
-most 1 to each of these), histograms of scores by class (one example adds 1 to one cell of each). Adding or removing one
-of the test examples moves the whole vector by at most the L2 norm s of those sensitivities, so N(0, (noise multiplier
+most 1 to each of these), histograms of scores by class (one example adds 1 to one cell of each). One test example
+there or not moves the whole vector by at most the L2 norm s of those sensitivities, so N(0, (noise multiplier
 x s)^2) in each makes it one Gaussian mechanism (Dwork, Roth 2014, appendix A), which the ledger accounts as such on the
 test data, NAME/test.
-Neighbouring: one test example more or less, while their number is public: it is sent as it is.
+Unit: a test example. Relation: zero-out, while their number is public, which is sent as it is; where the operator has
+declared one, that is what is sent, and the relation is add-or-remove (`fedclaw.privacy.claims`).
 """
 
 import json
@@ -193,8 +194,11 @@ def due_for_metrics(site: Site, asking: Asking) -> Due:
 def metrics_receipt(site: Site, asking: Asking) -> Receipt:
     """What an evaluation cost that was just charged."""
     account, event = _account(site), metrics_mechanism(site.policy).event
+    assert site.data.test is not None
     return Receipt(
         mechanism="metrics",
+        unit=site.data.test.unit,
+        relation=site.test_relation,
         sampler="poisson",
         accountant="pld",
         sample_rate=event.sample_rate,

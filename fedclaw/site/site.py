@@ -113,6 +113,11 @@ class Site:
         return 0 if test is None else self.data.public_test_examples or len(test)
 
     @property
+    def test_relation(self) -> Relation:
+        """The same of the test data, where its metrics leave with noise."""
+        return "zero-out" if self.data.public_test_examples is None else "add-or-remove"
+
+    @property
     def is_tested_on_held_out_data(self) -> bool:
         """Whether metrics of the test data tell nothing that the training data's budget protects."""
         test = self.data.test

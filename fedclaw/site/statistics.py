@@ -118,6 +118,7 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
         request, mechanism = self.asked, self._mechanism
         receipt = StatisticsReceipt(
             unit=self.site.data.train.unit,
+            relation=self.site.relation,
             trust=mechanism.trust,
             noise_multiplier=mechanism.event.noise_multiplier,
             **Account.training(self.site).spent(self.asking, request.delta),

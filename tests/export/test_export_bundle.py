@@ -16,6 +16,7 @@ from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import load_source
 from fedclaw.files import sha256_file
 from fedclaw.learning.registry import schema_class
+from fedclaw.privacy.claims import Claim
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
 
@@ -169,6 +170,25 @@ def test_privacy_and_card_warn_of_a_site_without_privacy(with_receipts, samples,
     head = card.partition("## Intended use")[0]
     assert "NO DIFFERENTIAL PRIVACY AT SITE west" in head
     assert "unbounded" in card
+
+
+def test_the_bundle_and_its_card_say_the_sentences_of_the_receipts_claim(with_receipts, samples, home, tmp_path):
+    told = {"relation": "add-or-remove", "trust": "aggregation", "mechanism": "distributed"}
+    by_site = {"north": SiteReceipt(examples=120, receipt=samples.receipt(**told))}
+    export_bundle(with_receipts(by_site), home.signer(), tmp_path / "b", Request())
+    claim = Claim("example", "add-or-remove", "aggregation")
+    statement = json.loads((tmp_path / "b" / layout.PRIVACY).read_bytes())
+    assert (statement["unit"], statement["holds_against"]) == (claim.protects, claim.against)
+    assert statement["not_covered"] == list(claim.not_covered)
+    card = (tmp_path / "b" / layout.CARD).read_text()
+    assert all(sentence in card for sentence in (claim.protects, claim.against, *claim.not_covered))
+
+
+def test_no_bundle_of_receipts_that_say_another_unit_than_the_schema(with_receipts, samples, home, tmp_path):
+    by_site = {**samples.private, "south": SiteReceipt(examples=80, receipt=samples.receipt(unit="person"))}
+    with pytest.raises(BundleError, match="south in run table is for the unit person, and the run's schema"):
+        export_bundle(with_receipts(by_site), home.signer(), tmp_path / "b", Request())
+    assert not (tmp_path / "b").exists()
 
 
 def test_the_card_states_facts_and_leaves_the_use_open(table_bundle):

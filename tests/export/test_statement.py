@@ -2,7 +2,10 @@ import json
 
 import pytest
 
+from fedclaw.errors import BundleError
 from fedclaw.export.statement import Receipts, state
+from fedclaw.privacy.claims import Claim, every_claim
+from fedclaw.protocol.receipt import CentralReceipt
 from fedclaw.protocol.terms import CentralNoise
 from fedclaw.server.run_directory import ReleaseUse, Simulated, SiteReceipt
 
@@ -126,6 +129,52 @@ def test_a_guarantee_that_counts_on_secret_cohorts_is_taken_back_towards_readers
     statement = state([training(samples.private)], None, "none.", central=central)
     assert any("does not hold towards readers" in warning for warning in statement.warnings)
     assert statement.requested_central == central
+
+
+def of_unit(samples, unit, **told):
+    return {
+        name: SiteReceipt(examples=item.examples, receipt=item.receipt.model_copy(update={"unit": unit, **told}))
+        for name, item in samples.private.items()
+    }
+
+
+@pytest.mark.parametrize("claim", [claim for claim in every_claim() if claim.unit != "site"], ids=str)
+def test_it_says_the_sentences_of_what_its_sites_claim(samples, claim):
+    bare = {"epsilon_run": None, "mechanism": "none"} if claim.trust == "everybody" else {}
+    by_site = of_unit(samples, claim.unit, relation=claim.relation, trust=claim.trust, **bare)
+    statement = state([training(by_site)], None, "none.", unit=claim.unit)
+    assert (statement.unit, statement.holds_against) == (claim.protects, claim.against)
+    told = Claim(claim.unit, "zero-out" if bare else claim.relation)
+    assert statement.not_covered == told.not_covered
+    assert f"{claim.unit}-level differential privacy" in statement.summary or bare
+
+
+def test_the_bound_over_all_sites_names_the_weakest_relation_and_trust(samples):
+    by_site = of_unit(samples, "example", relation="add-or-remove")
+    assert state([training(by_site)], None, "none.").unit == Claim("example", "add-or-remove").protects
+    by_site["south"] = samples.private["south"]
+    weaker = {"trust": "aggregation"}
+    by_site["north"] = SiteReceipt(examples=9, receipt=by_site["north"].receipt.model_copy(update=weaker))
+    statement = state([training(by_site)], None, "none.")
+    claim = Claim("example", "zero-out", "aggregation")
+    assert (statement.unit, statement.holds_against) == (claim.protects, claim.against)
+    used = ReleaseUse(run="statistics-1", epsilon=1.5, delta=1e-6, relation="zero-out", trust="aggregation")
+    statement = state([training(of_unit(samples, "example", relation="add-or-remove"))], None, "", statistics=used)
+    assert (statement.unit, statement.holds_against) == (claim.protects, claim.against), "a release is in the bound"
+
+
+def test_noise_for_whole_sites_says_so_beside_the_ledgers_unit(samples):
+    noise = CentralReceipt(unit="site", noise_by="sites", epsilon=2, delta=1e-5)
+    statement = state([training(of_unit(samples, "example", central=noise, trust="aggregation"))], None, "none.")
+    whole = Claim("site", "zero-out", "aggregation")
+    assert statement.unit == f"{Claim().protects} {whole.protects} {whole.against}"
+
+
+def test_receipts_of_another_unit_than_the_schemas_make_no_statement(samples):
+    mixed = {**samples.private, "south": of_unit(samples, "person")["south"]}
+    for unit in ("example", "person"):
+        with pytest.raises(BundleError, match=f"schema makes it {unit}"):
+            state([training(mixed)], None, "none.", unit=unit)
 
 
 def test_a_ledger_that_was_lost_is_said(samples):

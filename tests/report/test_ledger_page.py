@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fedclaw.errors import LedgerError
+from fedclaw.privacy.claims import Claim, every_claim
 from fedclaw.report import ledger_page
 from fedclaw.report.ledger_page import render
 from fedclaw.report.ledger_words import certainty, factor, meaning, rounded
@@ -115,13 +116,24 @@ def test_names_from_elsewhere_are_text(tmp_path: Path) -> None:
 def test_it_says_against_whom_it_does_not_hold(tmp_path: Path) -> None:
     root = make_site(tmp_path / "site", [Run("spring", 1)])
     journal = open_journal(root)
-    for trust, words in (("server", "not hold against the federation's server"), ("aggregation", "sites are honest")):
-        receipt = {**(journal.outbound[0].receipt or {}), "trust": trust, "unit": "site"}
-        line = journal.outbound[0].model_copy(update={"receipt": receipt})
+    for claim in every_claim():
+        fields: dict[str, object] = {"unit": claim.unit, "relation": claim.relation, "trust": claim.trust}
+        if claim.unit == "site":
+            # Of a whole site, a receipt speaks beside its own figures.
+            noise_by = {"server": "server", "aggregation": "sites"}.get(claim.trust)
+            fields = {"central": {"unit": "site", "noise_by": noise_by}, "trust": claim.trust}
+            if noise_by is None:
+                continue
+        line = journal.outbound[0].model_copy(update={"receipt": {**(journal.outbound[0].receipt or {}), **fields}})
         text = render(type(journal)(root, journal.settings, journal.entries, journal.index, (line,), journal.mark))
-        assert words in text_of(parsed(text)).partition("By which run")[0]
-        assert "hides this site's whole contribution" in text_of(parsed(text))
-    assert "not hold against" not in page_of(root)
+        said = text_of(parsed(text))
+        for sentence in (claim.protects, claim.against):
+            assert sentence in said.partition("By which run")[0], claim
+        assert claim.against in said.partition("By which run")[2], "beside the run"
+        for sentence in claim.not_covered if claim.unit != "site" else ():
+            assert sentence in said.partition("do not cover")[2], claim
+        assert ("One person" in said) == (claim.unit == "person" and claim.trust != "everybody")
+    assert Claim().protects in text_of(parsed(page_of(root)))
 
 
 def test_a_site_that_never_trained(tmp_path: Path) -> None:

@@ -51,6 +51,9 @@ LIES = {
     "nothing charged": {"rounds": 0},
     "no noise multiplier": {"noise_multiplier": 0.0},
     "unbounded but not in all": {"epsilon_run": None, "epsilon_lifetime": 1.0},
+    "another unit": {"unit": "person"},
+    "a unit of its own": {"unit": "site"},
+    "another relation": {"relation": "whatever"},
     "unbounded with a rest": {"epsilon_run": None, "epsilon_lifetime": None, "epsilon_left": 3.0},
 }
 

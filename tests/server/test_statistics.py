@@ -1,6 +1,7 @@
 """Statistics over real sites in one process: right figures, honest errors, and what they are used for."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import DataError, RoundError, UsageError
 from fedclaw.learning.workload import schema_digest
+from fedclaw.privacy.claims import Claim, claim_of
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.statistics import StatisticsRequest
@@ -96,7 +98,9 @@ def test_a_release_says_what_it_cost_and_whom_and_comes_back_from_its_file(sites
     release = released(sites, epsilon=1.0)
     assert list(release.sites) == sorted(sites)
     assert (release.epsilon, release.delta) == (1.0, 1e-4)
-    assert "add or remove one" in release.unit
+    claim = Claim("example", "zero-out", "nobody")
+    assert {claim_of(receipt) for receipt in release.sites.values()} == {claim}
+    assert (release.unit, release.claim) == (claim.protects, claim)
     assert release.mechanism.noise == {name: one.noise_multiplier for name, one in release.sites.items()}
     assert release.mechanism.deviation == pytest.approx(2 * release.sites["north"].noise_multiplier)
     for name, receipt in release.sites.items():
@@ -104,6 +108,26 @@ def test_a_release_says_what_it_cost_and_whom_and_comes_back_from_its_file(sites
         assert receipt.ledger_head in sites[name].ledger.index().heads
     write_release(tmp_path / "statistics.json", release)
     assert read_release(tmp_path / "statistics.json") == release
+
+
+def test_a_release_is_for_one_unit_and_names_the_weakest_relation(sites):
+    name, *others = sorted(sites)
+    for other in others:
+        sites[other].data = replace(sites[other].data, public_examples=250)
+    release = released(sites)
+    assert release.sites[others[0]].relation == "add-or-remove"
+    assert release.claim == Claim("example", "zero-out")
+    assert (release.use.relation, release.use.trust) == ("zero-out", "nobody")
+    sites[name].data = replace(sites[name].data, public_examples=250)
+    assert released(sites, run="statistics-2").unit == Claim("example", "add-or-remove").protects
+
+
+def test_a_site_that_says_another_unit_than_the_schemas_is_in_no_release(sites):
+    name = sorted(sites)[0]
+    train = sites[name].data.train
+    sites[name].data = replace(sites[name].data, train=replace(train, persons=np.arange(len(train))))
+    with pytest.raises(RoundError, match=rf"{name}.*the unit person, and the schema makes it example"):
+        released(sites, minimum=4)
 
 
 def test_the_same_question_has_the_same_identity_and_another_run_another(sites):

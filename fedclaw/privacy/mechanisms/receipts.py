@@ -1,8 +1,9 @@
 """What a site says that a round cost it, held against what was asked.
 
-A receipt is the site's own word. What the plan and the number of examples determine of it is compared with what the
-plan's mechanism says (`Mechanism.receipt_fields`, which a site writes its receipt by); the rest (epsilon, rounds, the
-ledger's head) is bounded by its type and never gets better within a run (`fedclaw.protocol.receipt.Receipt.after`).
+A receipt is the site's own word. What the plan, the schema and the number of examples determine of it is compared with
+what the plan's mechanism says (`Mechanism.receipt_fields`, which a site writes its receipt by); the rest (relation,
+epsilon, rounds, the ledger's head) is bounded by its type and never gets better within a run
+(`fedclaw.protocol.receipt.Receipt.after`).
 """
 
 import math
@@ -11,7 +12,7 @@ from fedclaw.errors import PrivacyError, UpdateError
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.protocol.receipt import NO_LEDGER, CentralReceipt, Receipt
-from fedclaw.protocol.terms import Plan
+from fedclaw.protocol.terms import DataUnit, Plan
 
 LONGEST_RECEIPT = 4096
 """Characters of a receipt's JSON; an honest one has about 500."""
@@ -19,8 +20,13 @@ LONGEST_RECEIPT = 4096
 _EXACT = 1e-9
 
 
-def check_receipt(receipt: Receipt, plan: Plan, examples: int) -> None:
-    """Raise UpdateError, naming each field, for a receipt that no site with `examples` examples has of `plan`."""
+def check_receipt(receipt: Receipt, plan: Plan, examples: int, unit: DataUnit = "example") -> None:
+    """Raise UpdateError, naming each field, for a receipt that no site of `examples` units has of `plan`.
+
+    `unit` is what the schema protects, which all sites share.
+    """
+    if receipt.unit != unit:
+        raise UpdateError(f"the privacy receipt is for the unit {receipt.unit}, and the schema makes it {unit}")
     wrong = [
         f"{name} {_shown(getattr(receipt, name))} where the plan makes it {_shown(expected)}"
         for name, expected in _determined(receipt, mechanism_of(plan), examples).items()

@@ -104,7 +104,7 @@ class FlowerStrategy(AbstractFlowerStrategy):
     def _training(self, server_round: int, cohort: int) -> TrainingQuestion:
         plan = make_plan(self._record, self._strategy, server_round, cohort)
         outgoing = Outgoing(self._started().parameters, broadcast=self._strategy.broadcast(self._memory))
-        return TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, self._memory))
+        return TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, self._memory), self._record.unit)
 
     def _evaluation(self, server_round: int, cohort: int) -> EvaluationQuestion:
         plan = make_plan(self._record, self._strategy, server_round, cohort)
