@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedclaw.learning.stacked.layout import Packing, Rows, pack, shuffled
 from fedclaw.learning.stacked.steps import plain_steps
 from fedclaw.learning.step_loop import take_steps
 from fedclaw.learning.workload import Table
+from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.terms import LocalTraining
 from fedclaw.simulation.settings import Mode
 
@@ -33,6 +34,31 @@ _SAME_GRADIENT = 1e-3
 _PROBES, _PROBE_STEPS = 3, 2
 SPARE = 40
 """Rows that may be filled up to save a segment of a batched model; found by trying with small models."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What engines are compared on: a model and its loss, the examples, and how some clients of a run train on them."""
+
+    build: Build
+    loss: Loss
+    table: Table
+    training: LocalTraining
+    shares: Sequence[Rows]
+    """By client, its rows of the table."""
+
+    @cached_property
+    def start(self) -> Arrays:
+        """The parameters of a fresh model."""
+        return {name: value.detach().numpy() for name, value in self.build().named_parameters()}
+
+    def engine(self, kind: Kind) -> Engine:
+        """A fresh engine. Raises NotStackable."""
+        return make_engine(kind, self.build, self.loss)
+
+    def examples(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inputs (N, *D) and targets (N, ...) of a step."""
+        return torch.from_numpy(self.table.inputs)[packing.rows], torch.from_numpy(self.table.targets)[packing.rows]
 
 
 @dataclass(frozen=True)
@@ -55,23 +81,13 @@ def make_engine(kind: Kind, build: Build, loss: Loss) -> Engine:
     return VmapModel(build(), loss) if kind == "vmap" else PlainModel(build(), loss)
 
 
-def choose(
-    mode: Mode,
-    build: Build,
-    loss: Loss,
-    table: Table,
-    training: LocalTraining,
-    shares: Sequence[Rows],
-    *,
-    elementwise: bool,
-    private: bool,
-) -> Choice:
-    """The engine for clients with these `shares`; see `fedclaw.simulation.settings` for `mode`.
+def choose(mode: Mode, trial: Trial, *, elementwise: bool, private: bool) -> Choice:
+    """The engine for clients such as those of `trial`; see `fedclaw.simulation.settings` for `mode`.
 
     `elementwise`: whether the strategy can correct many clients' gradients at once. Raises UsageError if mode=many is
     asked for and cannot be had.
     """
-    found = next((kind for kind in _STACKABLE if agrees(kind, build, loss, table)), None)
+    found = next((kind for kind in _STACKABLE if agrees(kind, trial)), None)
     stackable = [] if found is None else [found]
     alone = Choice(False, "plain")
     choices = [alone] + [Choice(False, "batched")] * ("batched" in stackable and not private)
@@ -80,28 +96,22 @@ def choose(
         if mode == "many" and (not usable or not elementwise):
             reason = "its strategy corrects clients one by one" if usable else "its model can only be trained by itself"
             raise UsageError(f"runtime.mode=many: {reason}; take mode=one or mode=auto")
-        return _fastest(choices, build, loss, table, training, shares)
+        return _fastest(choices, trial)
     together = Choice(True, usable[0])
     if mode == "many":
         return together
-    return _fastest([*choices, together], build, loss, table, training, shares)
+    return _fastest([*choices, together], trial)
 
 
-def _fastest(
-    choices: Sequence[Choice],
-    build: Build,
-    loss: Loss,
-    table: Table,
-    training: LocalTraining,
-    shares: Sequence[Rows],
-) -> Choice:
-    """The fastest of `choices` at a few steps of clients with these `shares`."""
+def _fastest(choices: Sequence[Choice], trial: Trial) -> Choice:
+    """The fastest of `choices` at a few steps of the trial's clients."""
     if len(choices) == 1:
         return choices[0]
-    shapes = tuple(parameter.shape for parameter in build().parameters())
-    key = (*choices, shapes, table.inputs.shape[1:], training, len(shares), max(map(len, shares)))
+    shapes = tuple(array.shape for array in trial.start.values())
+    shares = trial.shares
+    key = (*choices, shapes, trial.table.inputs.shape[1:], trial.training, len(shares), max(map(len, shares)))
     if key not in _known:
-        seconds = {choice: _seconds(choice, build, loss, table, training, shares) for choice in choices}
+        seconds = {choice: _seconds(choice, trial) for choice in choices}
         best = _known[key] = min(seconds, key=lambda choice: seconds[choice])
         log.info(
             "simulation: %s, by %s (%.3g s against %.3g s a unit)",
@@ -115,25 +125,24 @@ _known: dict[tuple[object, ...], Choice] = {}
 # What was fastest, by models and clients of these shapes.
 
 
-def agrees(kind: Kind, build: Build, loss: Loss, table: Table) -> bool:
+def agrees(kind: Kind, trial: Trial) -> bool:
     """Whether the engine gives what autograd gives for each client by itself, on a few rows of the table."""
-    rows = np.arange(min(len(table), _CLIENTS * _ROWS + 1))
+    rows = np.arange(min(len(trial.table), _CLIENTS * _ROWS + 1))
     parts = [part for part in np.array_split(rows, _CLIENTS) if len(part)]
     if kind == "vmap":
         parts = [part[:1] for part in parts]
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            engine, plain = make_engine(kind, build, loss), PlainModel(build(), loss)
-            start = {name: value.detach().numpy() for name, value in build().named_parameters()}
-            stack = engine.layout.row(start).expand(len(parts), -1).clone()
+            engine, plain = trial.engine(kind), PlainModel(trial.build(), trial.loss)
+            stack = engine.layout.row(trial.start).expand(len(parts), -1).clone()
             stack.add_(torch.randn_like(stack), alpha=0.01)
             (packing,) = pack([[part] for part in parts], SPARE if kind == "batched" else 0)
             found = torch.zeros_like(stack)
             engine.bind(stack, found)
-            engine.gradients(packing, *_examples(table, packing))
+            engine.gradients(packing, *trial.examples(packing))
             return all(
-                _same(plain, engine, stack[client], found[client], table, part) for client, part in enumerate(parts)
+                _same(plain, engine, stack[client], found[client], trial, part) for client, part in enumerate(parts)
             )
     except (NotStackable, RuntimeError) as error:
         log.debug("simulation: %s cannot take the model: %s", kind, error)
@@ -141,31 +150,25 @@ def agrees(kind: Kind, build: Build, loss: Loss, table: Table) -> bool:
 
 
 def _same(
-    plain: PlainModel, engine: Engine, parameters: torch.Tensor, found: torch.Tensor, table: Table, rows: Rows
+    plain: PlainModel, engine: Engine, parameters: torch.Tensor, found: torch.Tensor, trial: Trial, rows: Rows
 ) -> bool:
     row = plain.layout.row(engine.layout.arrays(parameters))[None]
     expected = torch.zeros_like(row)
     plain.bind(row, expected)
     (packing,) = pack([[rows]])
-    plain.gradients(packing, *_examples(table, packing))
+    plain.gradients(packing, *trial.examples(packing))
     ours = plain.layout.row(engine.layout.arrays(found))
     return bool((ours - expected[0]).norm() <= _SAME_GRADIENT * expected.norm())
 
 
-def _examples(table: Table, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(table.inputs)[packing.rows], torch.from_numpy(table.targets)[packing.rows]
-
-
-def _seconds(
-    choice: Choice, build: Build, loss: Loss, table: Table, training: LocalTraining, shares: Sequence[Rows]
-) -> float:
-    """Of processor time for a few steps of clients with these shares, after one that warms up."""
+def _seconds(choice: Choice, trial: Trial) -> float:
+    """Of processor time for a few steps of the trial's clients, after one that warms up."""
     generator = np.random.default_rng(0)
-    batches = [shuffled(share, training, generator)[:_PROBE_STEPS] for share in shares]
+    batches = [shuffled(share, trial.training, generator)[:_PROBE_STEPS] for share in trial.shares]
     batches.sort(key=len, reverse=True)
     with torch.random.fork_rng(devices=[]):
-        engine = make_engine(choice.kind, build, loss)
-        start = engine.layout.row({name: value.detach().numpy() for name, value in build().named_parameters()})
+        engine = trial.engine(choice.kind)
+        start = engine.layout.row(trial.start)
         groups = [batches] if choice.many else [[own] for own in batches]
         stack, gradients = torch.zeros(2, len(groups[0]), len(start))
         engine.bind(stack, gradients)
@@ -173,8 +176,10 @@ def _seconds(
         for _ in range(_PROBES):
             began = time.thread_time()
             for group in groups:
-                packings, examples = pack(group, choice.spare), partial(_examples, table)
-                steps = plain_steps(engine, training, start, stack, gradients, packings, examples, corrected=False)
+                packings = pack(group, choice.spare)
+                steps = plain_steps(
+                    engine, trial.training, start, stack, gradients, packings, trial.examples, corrected=False
+                )
                 take_steps(packings, steps)
                 steps.change(torch.ones(len(group)), start)
             best = min(best, time.thread_time() - began)

@@ -35,7 +35,7 @@ from fedclaw.server.run_directory import PENDING, RunDirectory, RunRecord, Simul
 from fedclaw.server.session import initial_parameters, make_plan, make_strategy
 from fedclaw.server.training import TrainingQuestion, UpdateStack
 from fedclaw.simulation.accounts import Accounts
-from fedclaw.simulation.choice import Choice, choose
+from fedclaw.simulation.choice import Choice, Trial, choose
 from fedclaw.simulation.executors import Executor, ProcessPoolExecutor, SerialExecutor
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import UNIT, Answer, Round, State, units_of
@@ -351,13 +351,12 @@ def _engine_choice(
     sizes = [federation.examples(client) for client in cohort]
     units = units_of(cohort, sizes, record.training, shapes_of(initial).values())
     unit = max(units, key=len)
-    return choose(
-        settings.mode,
+    trial = Trial(
         lambda: federation.workload.build(record.model),
         make_loss(federation, plan, None if teacher is None else dict(teacher)),
         federation.table,
         record.training,
         [federation.share(client) for client in unit],
-        elementwise=type(strategy).elementwise,
-        private=mechanism_of(plan).is_sampled,
     )
+    private = mechanism_of(plan).is_sampled
+    return choose(settings.mode, trial, elementwise=type(strategy).elementwise, private=private)

@@ -10,7 +10,7 @@ from fedclaw.errors import UsageError
 from fedclaw.learning.stacked.layout import Layout, pack, shuffled
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.terms import LocalTraining
-from fedclaw.simulation.choice import agrees, choose
+from fedclaw.simulation.choice import Trial, agrees, choose
 from fedclaw.simulation.job import units_of
 
 
@@ -84,6 +84,11 @@ def table():
     return Table(generator.normal(size=(60, 1, 6, 6)).astype(np.float32), generator.integers(0, 3, 60))
 
 
+def trial_of(table, model, loss):
+    training = LocalTraining(epochs=1, batch_size=4, learning_rate=0.1)
+    return Trial(model, loss, table, training, [np.arange(0, 9), np.arange(9, 15)])
+
+
 @pytest.mark.parametrize(
     ("model", "loss", "kinds"),
     [
@@ -95,24 +100,24 @@ def table():
     ],
 )
 def test_only_what_gives_the_plain_gradient_is_believed(table, model, loss, kinds):
+    trial = trial_of(table, model, loss)
     if model is Mixing:
         # Mapped over clients, each batch is one client's: that is right even so.
-        kinds = {"vmap"} if agrees("vmap", model, loss, table) else set()
-        assert not agrees("batched", model, loss, table)
-    assert {kind for kind in ("batched", "vmap") if agrees(kind, model, loss, table)} == kinds
+        kinds = {"vmap"} if agrees("vmap", trial) else set()
+        assert not agrees("batched", trial)
+    assert {kind for kind in ("batched", "vmap") if agrees(kind, trial)} == kinds
 
 
 def test_a_model_that_cannot_be_stacked_is_trained_by_itself(table):
-    shares = [np.arange(0, 9), np.arange(9, 15)]
-    training = LocalTraining(epochs=1, batch_size=4, learning_rate=0.1)
+    dropped, shared, strided = (trial_of(table, model, mean_loss) for model in (Dropped, Shared, Strided))
     options = {"elementwise": True, "private": False}
-    assert not choose("auto", Dropped, mean_loss, table, training, shares, **options).many
+    assert not choose("auto", dropped, **options).many
     with pytest.raises(UsageError, match="mode=many"):
-        choose("many", Dropped, mean_loss, table, training, shares, **options)
-    assert choose("many", Shared, mean_loss, table, training, shares, **options).kind == "vmap"
-    assert not choose("auto", Shared, mean_loss, table, training, shares, elementwise=True, private=True).many
+        choose("many", dropped, **options)
+    assert choose("many", shared, **options).kind == "vmap"
+    assert not choose("auto", shared, elementwise=True, private=True).many
     with pytest.raises(UsageError, match="one by one"):
-        choose("many", Strided, mean_loss, table, training, shares, elementwise=False, private=False)
+        choose("many", strided, elementwise=False, private=False)
 
 
 def test_nothing_is_computed_for_a_client_that_has_finished():
