@@ -1,6 +1,7 @@
 """Where a site computes, with what precision and how many threads, and one row without regard to the others."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -24,14 +25,33 @@ def set_threads(parameters: int) -> None:
     torch.set_num_threads(1 if parameters < SMALL_MODEL else usable())
 
 
-def precision(device: torch.device, parameters: int, private: bool) -> AbstractContextManager[object]:
-    """bfloat16 where it pays: a large model on CUDA. Never under differential privacy.
+@contextmanager
+def precision(device: torch.device, parameters: int, private: bool) -> Iterator[None]:
+    """bfloat16 where it pays: a large model on CUDA. Never under differential privacy. Else 32 bits, on CUDA too, whose
+    convolutions torch would have in TF32 otherwise: numbers with 10 bits behind the point.
 
     Rounding a gradient after its norm was taken could lift it over the clipping bound, so a private step stays
     in 32 bits.
     """
-    pays = device.type == "cuda" and parameters >= SMALL_MODEL and not private and torch.cuda.is_bf16_supported()
-    return torch.autocast("cuda", dtype=torch.bfloat16) if pays else nullcontext()
+    if device.type != "cuda":
+        yield
+    elif parameters >= SMALL_MODEL and not private and torch.cuda.is_bf16_supported():
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            yield
+    else:
+        with _without_tf32():
+            yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 def one_by_one(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,25 @@ def test_cuda_that_is_not_there_is_said(monkeypatch):
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_mixed_precision_only_for_large_models_on_cuda_without_privacy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    entered = []
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype: entered.append((kind, dtype)) or nullcontext())
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert isinstance(precision(cuda, SMALL_MODEL, private=True), nullcontext)
-    assert isinstance(precision(cuda, SMALL_MODEL - 1, private=False), nullcontext)
-    assert isinstance(precision(cpu, SMALL_MODEL, private=False), nullcontext)
-    assert not isinstance(precision(cuda, SMALL_MODEL, private=False), nullcontext)
+    for device, size, private in ((cuda, SMALL_MODEL, True), (cuda, SMALL_MODEL - 1, False), (cpu, SMALL_MODEL, False)):
+        with precision(device, size, private):
+            assert not entered
+    with precision(cuda, SMALL_MODEL, private=False):
+        assert entered == [("cuda", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_other_steps_on_cuda_have_32_bits(private):
+    """torch takes TF32 for convolutions unless told otherwise; afterwards it is as it was."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    assert any(before)
+    with precision(torch.device("cuda"), 0, private):
+        assert (products.allow_tf32, convolutions.allow_tf32) == (False, False)
+    assert (products.allow_tf32, convolutions.allow_tf32) == before
 
 
 def test_one_thread_for_a_small_model():
