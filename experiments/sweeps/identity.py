@@ -14,7 +14,7 @@ from fedclaw.protocol.frozen import Frozen
 IRRELEVANT = frozenset({"run", "runs", "resume", "tracking"}) | {
     f"runtime.{name}"
     for name in (
-        *("workers", "mode", "save_every"),
+        *("workers", "mode", "device", "save_every"),
         *("address", "cpus", "cpus_per_site", "gpus_per_site", "object_store"),
     )
 }

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.stacked.engines import BatchedModel, Build, Engine, Loss, NotStackable, PlainModel, VmapModel
@@ -28,6 +29,7 @@ from fedclaw.simulation.settings import Mode
 log = logging.getLogger(__name__)
 
 Kind = Literal["batched", "vmap", "plain"]
+CPU = torch.device("cpu")
 _STACKABLE: tuple[Kind, ...] = ("batched", "vmap")
 _CLIENTS, _ROWS = 3, 2
 _SAME_GRADIENT = 1e-3
@@ -46,19 +48,30 @@ class Trial:
     training: LocalTraining
     shares: Sequence[Rows]
     """By client, its rows of the table."""
+    device: torch.device = CPU
 
     @cached_property
     def start(self) -> Arrays:
         """The parameters of a fresh model."""
-        return {name: value.detach().numpy() for name, value in self.build().named_parameters()}
+        return {name: value.detach().cpu().numpy() for name, value in self.build().named_parameters()}
+
+    def model(self) -> nn.Module:
+        """A fresh model where it is to be trained."""
+        return self.build().to(self.device)
 
     def engine(self, kind: Kind) -> Engine:
         """A fresh engine. Raises NotStackable."""
-        return make_engine(kind, self.build, self.loss)
+        return make_engine(kind, self.model, self.loss)
 
     def examples(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs (N, *D) and targets (N, ...) of a step."""
-        return torch.from_numpy(self.table.inputs)[packing.rows], torch.from_numpy(self.table.targets)[packing.rows]
+        rows = packing.rows.cpu()
+        inputs, targets = torch.from_numpy(self.table.inputs)[rows], torch.from_numpy(self.table.targets)[rows]
+        return inputs.to(self.device), targets.to(self.device)
+
+    def pack(self, batches: Sequence[Sequence[Rows]], spare: int = 0) -> list[Packing]:
+        """The steps of clients with these batches; see `fedclaw.learning.stacked.layout.pack`."""
+        return pack(batches, spare, self.device)
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,15 @@ def _fastest(choices: Sequence[Choice], trial: Trial) -> Choice:
         return choices[0]
     shapes = tuple(array.shape for array in trial.start.values())
     shares = trial.shares
-    key = (*choices, shapes, trial.table.inputs.shape[1:], trial.training, len(shares), max(map(len, shares)))
+    key = (
+        *choices,
+        shapes,
+        trial.table.inputs.shape[1:],
+        trial.training,
+        len(shares),
+        max(map(len, shares)),
+        trial.device,
+    )
     if key not in _known:
         seconds = {choice: _seconds(choice, trial) for choice in choices}
         best = _known[key] = min(seconds, key=lambda choice: seconds[choice])
@@ -134,10 +155,10 @@ def agrees(kind: Kind, trial: Trial) -> bool:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            engine, plain = trial.engine(kind), PlainModel(trial.build(), trial.loss)
+            engine, plain = trial.engine(kind), PlainModel(trial.model(), trial.loss)
             stack = engine.layout.row(trial.start).expand(len(parts), -1).clone()
             stack.add_(torch.randn_like(stack), alpha=0.01)
-            (packing,) = pack([[part] for part in parts], SPARE if kind == "batched" else 0)
+            (packing,) = trial.pack([[part] for part in parts], SPARE if kind == "batched" else 0)
             found = torch.zeros_like(stack)
             engine.bind(stack, found)
             engine.gradients(packing, *trial.examples(packing))
@@ -155,32 +176,35 @@ def _same(
     row = plain.layout.row(engine.layout.arrays(parameters))[None]
     expected = torch.zeros_like(row)
     plain.bind(row, expected)
-    (packing,) = pack([[rows]])
+    (packing,) = trial.pack([[rows]])
     plain.gradients(packing, *trial.examples(packing))
     ours = plain.layout.row(engine.layout.arrays(found))
     return bool((ours - expected[0]).norm() <= _SAME_GRADIENT * expected.norm())
 
 
 def _seconds(choice: Choice, trial: Trial) -> float:
-    """Of processor time for a few steps of the trial's clients, after one that warms up."""
+    """Of this thread's processor time for a few steps of the trial's clients, after one that warms up; where another
+    device computes, which is waited for, of the clock's."""
     generator = np.random.default_rng(0)
     batches = [shuffled(share, trial.training, generator)[:_PROBE_STEPS] for share in trial.shares]
     batches.sort(key=len, reverse=True)
+    clock = time.thread_time if trial.device.type == "cpu" else time.perf_counter
     with torch.random.fork_rng(devices=[]):
         engine = trial.engine(choice.kind)
         start = engine.layout.row(trial.start)
         groups = [batches] if choice.many else [[own] for own in batches]
-        stack, gradients = torch.zeros(2, len(groups[0]), len(start))
+        stack, gradients = start.new_zeros(2, len(groups[0]), len(start))
         engine.bind(stack, gradients)
         best = float("inf")
         for _ in range(_PROBES):
-            began = time.thread_time()
+            began = clock()
             for group in groups:
-                packings = pack(group, choice.spare)
+                packings = trial.pack(group, choice.spare)
                 steps = plain_steps(
                     engine, trial.training, start, stack, gradients, packings, trial.examples, corrected=False
                 )
                 take_steps(packings, steps)
-                steps.change(torch.ones(len(group)), start)
-            best = min(best, time.thread_time() - began)
+                moved = steps.change(start.new_ones(len(group)), start)
+            float(moved[0])  # waits until all of it is computed
+            best = min(best, clock() - began)
     return best

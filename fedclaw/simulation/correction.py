@@ -79,13 +79,15 @@ class Correction:
 def _tensors(layout: Layout, arrays: Mapping[str, NDArray[np.float32]]) -> list[torch.Tensor]:
     """Zeros for a name that is not among them: a personal parameter has no part in what is sent."""
     return [
-        torch.from_numpy(np.array(arrays[place.name])) if place.name in arrays else torch.zeros(place.shape)
+        torch.tensor(arrays[place.name], device=layout.device)
+        if place.name in arrays
+        else torch.zeros(place.shape, device=layout.device)
         for place in layout.places
     ]
 
 
 def _stacked(layout: Layout, states: Sequence[State], kind: str) -> list[torch.Tensor]:
-    views = layout.views(torch.zeros(len(states), layout.size))
+    views = layout.views(torch.zeros(len(states), layout.size, device=layout.device))
     for number, state in enumerate(states):
         for place, view in zip(layout.places, views, strict=True):
             if place.name in state.get(kind, {}):

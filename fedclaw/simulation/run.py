@@ -35,12 +35,13 @@ from fedclaw.server.run_directory import PENDING, RunDirectory, RunRecord, Simul
 from fedclaw.server.session import initial_parameters, make_plan, make_strategy
 from fedclaw.server.training import TrainingQuestion, UpdateStack
 from fedclaw.simulation.accounts import Accounts
-from fedclaw.simulation.choice import Choice, Trial, choose
+from fedclaw.simulation.choice import CPU, Choice, Trial, choose
 from fedclaw.simulation.executors import Executor, ProcessPoolExecutor, SerialExecutor
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import UNIT, Answer, Round, State, units_of
 from fedclaw.simulation.settings import SimulationSettings, refuse_secure
 from fedclaw.simulation.trainer import Trainer, loaded_model, make_loss
+from fedclaw.site.device import choose_device
 from fedclaw.site.evaluation import EVALUATION_BATCH, exact_sums, permitted
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ WHOLE = "federation"
 class Evaluator:
     """Keeps its model warm."""
 
-    def __init__(self, federation: SimulatedFederation) -> None:
+    def __init__(self, federation: SimulatedFederation, device: torch.device = CPU) -> None:
         self._federation = federation
+        self._device = device
         self._inputs = torch.from_numpy(federation.table.inputs)
         self._models: dict[str, nn.Module] = {}
 
@@ -62,7 +64,8 @@ class Evaluator:
         federation, plan, parameters = self._federation, evaluated.asked, evaluated.parameters
         if not federation.has_tests:
             if federation.test is not None:
-                outputs = _outputs(self._model(plan.model, parameters), torch.from_numpy(federation.test.inputs))
+                inputs = torch.from_numpy(federation.test.inputs)
+                outputs = self._outputs(self._model(plan.model, parameters), inputs)
                 _add(federation, outputs, federation.test.targets, evaluated, WHOLE)
             return
         own_models = bool(plan.personal) or strategy_class(plan.strategy).personal_model
@@ -74,17 +77,21 @@ class Evaluator:
             if own_models:
                 mine = memory.get(client, {}).get(PERSONAL, {})
                 model = self._model(plan.model, {**parameters, **mine})
-            outputs = _outputs(model, self._inputs[torch.from_numpy(rows)])
+            outputs = self._outputs(model, self._inputs[torch.from_numpy(rows)])
             _add(federation, outputs, federation.table.targets[rows], evaluated, federation.name(client))
 
     def _model(self, spec: ModelSpec, parameters: Mapping[str, NDArray[np.float32]]) -> nn.Module:
         key = spec.model_dump_json()
         if key not in self._models:
-            model = loaded_model(self._federation, spec, parameters).eval()
+            model = loaded_model(self._federation, spec, parameters, self._device).eval()
             # Pooling is several times faster with channels last.
             self._models[key] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         load_parameters(self._models[key], parameters)
         return self._models[key]
+
+    def _outputs(self, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model(part.to(self._device)) for part in torch.split(inputs, EVALUATION_BATCH)])
 
 
 def _add(
@@ -104,19 +111,21 @@ def _add(
     evaluated.include(name, count, sums)
 
 
-def _outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([model(part) for part in torch.split(inputs, EVALUATION_BATCH)])
-
-
 class SimulationGrid(CohortGrid):
     """Client k is node k + 1."""
 
-    def __init__(self, federation: SimulatedFederation, executor: Executor, accounts: Accounts, run: str) -> None:
+    def __init__(
+        self,
+        federation: SimulatedFederation,
+        executor: Executor,
+        accounts: Accounts,
+        run: str,
+        device: torch.device = CPU,
+    ) -> None:
         self._federation = federation
         self._executor = executor
         self._accounts = accounts
-        self._evaluator = Evaluator(federation)
+        self._evaluator = Evaluator(federation, device)
         self._run = empty_run(number_of(run))
         self._memory: dict[int, State] = {}
         self._first = True
@@ -311,8 +320,10 @@ def _grid(
     around: Callable[[Executor], Executor],
 ) -> SimulationGrid:
     assert record.simulated is not None
-    choice = _engine_choice(record, federation, settings, initial, teacher)
-    trainer = Trainer(federation, choice, record.seed, repeatable_noise=record.simulated.repeatable_noise)
+    device = _device(settings)
+    choice = _engine_choice(record, federation, settings, initial, teacher, device)
+    repeatable = record.simulated.repeatable_noise
+    trainer = Trainer(federation, choice, record.seed, repeatable_noise=repeatable, device=device)
     executor: Executor = (
         SerialExecutor(trainer) if settings.workers == 1 else ProcessPoolExecutor(trainer, settings.workers, UNIT)
     )
@@ -320,7 +331,20 @@ def _grid(
     numbers = {federation.name(client): client for client in range(len(federation))}
     for answered in _rounds_before(directory):
         accounts.took_part(numbers[name] for name in answered if name in numbers)
-    return SimulationGrid(federation, around(executor), accounts, record.run)
+    return SimulationGrid(federation, around(executor), accounts, record.run, device)
+
+
+def _device(settings: SimulationSettings) -> torch.device:
+    """Where clients are trained. Raises UsageError when that is not here, or is a card for more than one process: a
+    process forked from one that has used CUDA cannot."""
+    device = choose_device(settings.device)
+    if device.type != "cpu" and settings.workers > 1:
+        raise UsageError(
+            f"runtime.workers={settings.workers}: a simulation on a card is one process, for its workers are forked: "
+            "take runtime.workers=1, or ",
+            Setting("runtime.device", "cpu"),
+        )
+    return device
 
 
 def _rounds_before(directory: RunDirectory) -> Iterator[Sequence[str]]:
@@ -343,6 +367,7 @@ def _engine_choice(
     settings: SimulationSettings,
     initial: Mapping[str, NDArray[np.float32]],
     teacher: Mapping[str, NDArray[np.float32]] | None,
+    device: torch.device,
 ) -> Choice:
     strategy = make_strategy(record)
     plan = make_plan(record, strategy, 1, len(federation), record.central)
@@ -353,10 +378,11 @@ def _engine_choice(
     unit = max(units, key=len)
     trial = Trial(
         lambda: federation.workload.build(record.model),
-        make_loss(federation, plan, None if teacher is None else dict(teacher)),
+        make_loss(federation, plan, None if teacher is None else dict(teacher), device),
         federation.table,
         record.training,
         [federation.share(client) for client in unit],
+        device,
     )
     private = mechanism_of(plan).is_sampled
     return choose(settings.mode, trial, elementwise=type(strategy).elementwise, private=private)

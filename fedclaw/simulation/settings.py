@@ -8,6 +8,7 @@ from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
 
 Mode = Literal["auto", "one", "many"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class SimulationSettings(Frozen):
@@ -18,6 +19,9 @@ class SimulationSettings(Frozen):
     mode: Mode = "auto"
     """One client at a time, or many at once; `auto` takes what is faster for the model and the clients' data. The same
     up to rounding."""
+    device: Device = "cpu"
+    """Where clients are trained and evaluated; `auto` takes CUDA where there is one. The same up to rounding. Small
+    models are faster on the CPU."""
     save_every: float = Field(default=5.0, ge=0)
     """Least seconds between two checkpoints. Nobody pays for a round of a simulation that has to be computed again."""
     repeatable_noise: bool = False

@@ -33,7 +33,7 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import PrivateGradients
 from fedclaw.protocol.arrays import Arrays, Update, flat
 from fedclaw.protocol.terms import ModelSpec, Plan
-from fedclaw.simulation.choice import Choice, make_engine
+from fedclaw.simulation.choice import CPU, Choice, make_engine
 from fedclaw.simulation.correction import Correct, Correction
 from fedclaw.simulation.federation import SimulatedFederation
 from fedclaw.simulation.job import Answer, Round, State, size_of
@@ -69,14 +69,23 @@ class Prepared:
 class Trainer:
     """One process's. What it computes depends on the round, the unit and the seed alone."""
 
-    def __init__(self, federation: SimulatedFederation, choice: Choice, seed: int, *, repeatable_noise: bool) -> None:
+    def __init__(
+        self,
+        federation: SimulatedFederation,
+        choice: Choice,
+        seed: int,
+        *,
+        repeatable_noise: bool,
+        device: torch.device = CPU,
+    ) -> None:
         self._federation = federation
+        self._device = device
         self._choice = choice
         self._memory: Mapping[int, State] = {}
         self._seed = seed
         self._repeatable = repeatable_noise
-        self._inputs = torch.from_numpy(federation.table.inputs)
-        self._targets = torch.from_numpy(federation.table.targets)
+        self._inputs = torch.from_numpy(federation.table.inputs).to(device)
+        self._targets = torch.from_numpy(federation.table.targets).to(device)
         self._engines: dict[str, Engine] = {}
         self._private: dict[Engine, PrivateStep] = {}
         self._loss: Loss = lambda _inputs, outputs, _targets: outputs.sum()
@@ -89,12 +98,12 @@ class Trainer:
         self._memory = memory
         prepared = self._prepare(round)
         answer = Answer(np.zeros((len(unit) if round.single else 1, size_of(round.template)), np.float32))
-        plain, total = self._is_plain_sum(prepared), torch.zeros(len(prepared.start))
+        plain, total = self._is_plain_sum(prepared), torch.zeros_like(prepared.start)
         for group in [list(unit)] if self._choice.many else [[client] for client in unit]:
             steps, counts = self._train(prepared, group)
             if plain:
                 weights = [round.plan.weight(self._federation.examples(client)) for client in group]
-                total.add_(steps.change(torch.tensor(weights), prepared.start))
+                total.add_(steps.change(total.new_tensor(weights), prepared.start))
                 answer.clients += group
                 answer.weights += weights
                 answer.payloads += [answer.numbers.shape[1] * answer.numbers.itemsize] * len(group)
@@ -109,7 +118,7 @@ class Trainer:
             return self._prepared
         plan = round.plan
         engine = self._engine(plan.model)
-        self._loss = make_loss(self._federation, plan, round.teacher)
+        self._loss = make_loss(self._federation, plan, round.teacher, self._device)
         if mechanism_of(plan).is_sampled and self._choice.many and engine not in self._private:
             assert isinstance(engine, BatchedModel)
             self._private[engine] = PrivateStep(engine)
@@ -123,7 +132,7 @@ class Trainer:
             with torch.random.fork_rng(devices=[]):
                 self._engines[key] = make_engine(
                     self._choice.kind,
-                    lambda: self._federation.workload.build(spec),
+                    lambda: self._federation.workload.build(spec).to(self._device),
                     lambda inputs, outputs, targets: self._loss(inputs, outputs, targets),
                 )
         return self._engines[key]
@@ -137,7 +146,7 @@ class Trainer:
         They are the first of as many as were ever needed: fresh memory is slow, and an engine need not be bound anew.
         """
         if self._rows.shape[1] < count or self._rows.shape[2] != size:
-            self._rows = torch.zeros(2, count, size)
+            self._rows = torch.zeros(2, count, size, device=self._device)
         engine.bind(self._rows[0], self._rows[1])
         return self._rows[0, :count], self._rows[1, :count]
 
@@ -147,7 +156,7 @@ class Trainer:
         stack, gradients = self._bound(engine, len(group), len(prepared.start))
         samplings = self._samplings(prepared.round, group) if mechanism_of(plan).is_sampled else []
         batches = self._batches(plan, group, samplings)
-        packings = pack(batches, self._choice.spare)
+        packings = pack(batches, self._choice.spare, self._device)
         correct: Correction | None = None
         # Nothing may change a gradient whose noise, on the sum, is still to come.
         if is_overridden(prepared.strategy, "correct_gradients") and not mechanism_of(plan).takes_one_step:
@@ -343,7 +352,7 @@ class Trainer:
         engine.bind(row, gradients)
         generator = generator_of(self._seed, round.plan.round, client + len(self._federation))
         batches = shuffled(self._federation.share(client), round.plan.training, generator)
-        packings = pack([batches])
+        packings = pack([batches], device=self._device)
         correct = self._correction(
             prepared, prepared.strategy.correct_personal_gradients, [client], len(packings), alone=True
         )
@@ -353,19 +362,25 @@ class Trainer:
     def _training_loss(self, prepared: Prepared, client: int) -> float:
         """The mean loss over a client's training data of the parameters that the round began with."""
         own = self._state(client).get(PERSONAL, {}) if prepared.round.plan.personal else {}
-        model = loaded_model(self._federation, prepared.round.plan.model, {**prepared.round.parameters, **own})
-        rows = torch.from_numpy(self._federation.share(client))
+        parameters = {**prepared.round.parameters, **own}
+        model = loaded_model(self._federation, prepared.round.plan.model, parameters, self._device)
+        rows = torch.from_numpy(self._federation.share(client)).to(self._device)
         inputs, targets = self._inputs[rows], self._targets[rows]
         with torch.no_grad():
             return float(self._loss(inputs, model.eval()(inputs), targets))
 
 
-def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Mapping[str, NDArray[np.float32]] | None) -> Loss:
-    """The loss that `plan` asks for."""
+def make_loss(
+    federation: SimulatedFederation,
+    plan: Plan,
+    teacher: Mapping[str, NDArray[np.float32]] | None,
+    device: torch.device = CPU,
+) -> Loss:
+    """The loss that `plan` asks for, of outputs on `device`."""
     if plan.distillation is None:
         return lambda _inputs, outputs, targets: federation.workload.loss(outputs, targets)
     wanted = plan.distillation
-    teaching = loaded_model(federation, wanted.teacher, teacher or {}).eval().requires_grad_(False)
+    teaching = loaded_model(federation, wanted.teacher, teacher or {}, device).eval().requires_grad_(False)
 
     def loss(inputs: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -377,10 +392,13 @@ def make_loss(federation: SimulatedFederation, plan: Plan, teacher: Mapping[str,
 
 
 def loaded_model(
-    federation: SimulatedFederation, spec: ModelSpec, parameters: Mapping[str, NDArray[np.float32]]
+    federation: SimulatedFederation,
+    spec: ModelSpec,
+    parameters: Mapping[str, NDArray[np.float32]],
+    device: torch.device = CPU,
 ) -> nn.Module:
-    """A model with these parameters."""
+    """A model with these parameters, on `device`."""
     with torch.random.fork_rng(devices=[]):
-        model = federation.workload.build(spec)
+        model = federation.workload.build(spec).to(device)
     load_parameters(model, parameters)
     return model

@@ -42,7 +42,7 @@ class BatchedModel:
         self.layers: list[StackedLayer] = []
         self.model = model.train()
         orders = self._find_layers()
-        self.layout = Layout({name: value.shape for name, value in model.named_parameters()}, orders)
+        self.layout = Layout.of(model, orders)
         self._bound: tuple[int, int, int] | None = None
         self._rows = torch.empty(0)
         for layer in self.layers:
@@ -101,7 +101,7 @@ class BatchedModel:
 
         Uses their rows up.
         """
-        total = torch.empty(self.layout.size)
+        total = torch.empty_like(start)
         for run in self._runs():
             torch.mv(self._rows[: len(weights), run].sub_(start[run]).t(), weights, out=total[run])
         views = self.layout.views(total[None])
@@ -220,7 +220,7 @@ class PlainModel:
         self._parameters = list(model.parameters())
         # Pooling, and to a lesser degree convolutions, are faster with channels last.
         orders = {name: CHANNELS_LAST for name, value in model.named_parameters() if value.dim() == 4}
-        self.layout = Layout({name: value.shape for name, value in model.named_parameters()}, orders)
+        self.layout = Layout.of(model, orders)
         self._gradients = torch.empty(0)
 
     def bind(self, parameters: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -245,7 +245,7 @@ class VmapModel:
         """Takes `model` over."""
         self._model = model.train()
         self._names = [name for name, _ in model.named_parameters()]
-        self.layout = Layout({name: value.shape for name, value in model.named_parameters()})
+        self.layout = Layout.of(model)
         self._views: list[torch.Tensor] = []
         self._changes: list[torch.Tensor] = []
 

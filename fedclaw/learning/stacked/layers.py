@@ -199,7 +199,11 @@ class StackedNormalisation(StackedLayer):
         if isinstance(norm, nn.LayerNorm):
             return torch.native_layer_norm(inputs.contiguous(), list(norm.normalized_shape), None, None, norm.eps)
         count, channels, *sizes = inputs.shape
-        return torch.native_group_norm(inputs, None, None, count, channels, math.prod(sizes), norm.num_groups, norm.eps)
+        normal, mean, root = torch.native_group_norm(
+            _as_kernels_take(inputs), None, None, count, channels, math.prod(sizes), norm.num_groups, norm.eps
+        )
+        # With channels last, as convolutions leave maps: rows of one client are then one after another.
+        return normal.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else normal, mean, root
 
     def _back(self, inputs: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         norm, only = self._norm, [True, False, False]
@@ -211,14 +215,19 @@ class StackedNormalisation(StackedLayer):
             return found[0]
         count, channels, *sizes = inputs.shape
         found = torch.ops.aten.native_group_norm_backward(
-            gradient,
-            inputs,
+            _as_kernels_take(gradient),
+            _as_kernels_take(inputs),
             self._mean,
             self._root,
             None,
             *(count, channels, math.prod(sizes), norm.num_groups, only),
         )
         return found[0]
+
+
+def _as_kernels_take(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (N, C, ...) as a group normalisation takes them: in any order on the CPU, elsewhere with channels first."""
+    return maps if maps.device.type == "cpu" else maps.contiguous()
 
 
 def stacked(module: nn.Module, places: tuple[int, ...], stack: Stack) -> StackedLayer | None:

@@ -15,11 +15,12 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.terms import LocalTraining
@@ -48,8 +49,14 @@ class Place:
 class Layout:
     """Where each parameter lies in a row of D numbers."""
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], orders: Mapping[str, Sequence[int]] | None = None) -> None:
-        """`shapes` by name, in the model's order; `orders`: the axes as they lie in memory, where not as they are."""
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        orders: Mapping[str, Sequence[int]] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """`shapes` by name, in the model's order; `orders`: the axes as they lie in memory, where not as they are;
+        `device`: where rows are made, None: on the CPU."""
         places, offset = [], 0
         for name, shape in shapes.items():
             order = tuple((orders or {}).get(name, range(len(shape))))
@@ -57,10 +64,18 @@ class Layout:
             offset += places[-1].numbers
         self.places = tuple(places)
         self.size = offset
+        self.device = device or torch.device("cpu")
+
+    @classmethod
+    def of(cls, model: nn.Module, orders: Mapping[str, Sequence[int]] | None = None) -> Self:
+        """That of a model's parameters, on the device on which they all are."""
+        parameters = dict(model.named_parameters())
+        device = next((parameter.device for parameter in parameters.values()), None)
+        return cls({name: value.shape for name, value in parameters.items()}, orders, device)
 
     def row(self, arrays: Mapping[str, NDArray[np.float32]], into: torch.Tensor | None = None) -> torch.Tensor:
         """Arrays by name as one row (D,); written to `into` where that is given."""
-        row = torch.empty(self.size) if into is None else into
+        row = torch.empty(self.size, device=self.device) if into is None else into
         for place, view in zip(self.places, self.views(row[None]), strict=True):
             array = arrays[place.name]
             view[0].copy_(torch.from_numpy(array if array.flags.writeable else np.array(array)))
@@ -69,7 +84,7 @@ class Layout:
     def arrays(self, row: torch.Tensor) -> Arrays:
         """Copies of what lies in a row (D,), by name."""
         return {
-            place.name: np.array(view[0].numpy(), order="C")
+            place.name: np.array(view[0].cpu().numpy(), order="C")
             for place, view in zip(self.places, self.views(row[None]), strict=True)
         }
 
@@ -152,19 +167,20 @@ class Packing:
             for client in range(segment.first, segment.last):
                 start, size = segment.row + (client - segment.first) * segment.size, self.sizes[client]
                 weights[start : start + size] = 1 / size
-        return torch.from_numpy(weights)
+        return torch.from_numpy(weights).to(self.rows.device)
 
     @cached_property
     def client_of_row(self) -> torch.Tensor:
         """(N,) int64: whose each row is."""
         parts = [torch.arange(segment.first, segment.last).repeat_interleave(segment.size) for segment in self.segments]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+        return (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)).to(self.rows.device)
 
 
-def pack(batches: Sequence[Sequence[Rows]], spare: int = 0) -> list[Packing]:
+def pack(batches: Sequence[Sequence[Rows]], spare: int = 0, device: torch.device | None = None) -> list[Packing]:
     """The steps of clients with these batches, by client; the one with the most steps first.
 
-    `spare`: rows that may be added to a segment's batches, all in all, to save another segment.
+    `spare`: rows that may be added to a segment's batches, all in all, to save another segment. `device`: where the
+    table is; None: on the CPU.
     """
     counts = [len(own) for own in batches]
     if any(later > earlier for earlier, later in pairwise(counts)):
@@ -173,11 +189,11 @@ def pack(batches: Sequence[Sequence[Rows]], spare: int = 0) -> list[Packing]:
     for step in range(counts[0] if counts else 0):
         while counts[active - 1] <= step:
             active -= 1
-        steps.append(_packing([own[step] for own in batches[:active]], spare))
+        steps.append(_packing([own[step] for own in batches[:active]], spare, device))
     return steps
 
 
-def _packing(now: Sequence[Rows], spare: int) -> Packing:
+def _packing(now: Sequence[Rows], spare: int, device: torch.device | None) -> Packing:
     sizes = tuple(len(part) for part in now)
     segments = _segments(sizes, spare)
     parts: list[Rows] = []
@@ -187,7 +203,7 @@ def _packing(now: Sequence[Rows], spare: int) -> Packing:
             if len(part) < segment.size:
                 parts.append(np.broadcast_to(part[:1], segment.size - len(part)))
     rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    return Packing(len(now), segments, torch.from_numpy(rows), sizes)
+    return Packing(len(now), segments, torch.from_numpy(rows).to(device or "cpu"), sizes)
 
 
 def _segments(sizes: Sequence[int], spare: int) -> tuple[Segment, ...]:

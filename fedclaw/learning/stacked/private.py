@@ -111,10 +111,10 @@ class PrivateStep:
     def _factors(self, packing: Packing, norms: torch.Tensor, samplings: Sequence[ClientSampling]) -> torch.Tensor:
         """(k, N), float64: what each example's gradient counts by in each client's sum."""
         owner = packing.client_of_row
-        bounds = torch.tensor([sampling.bound / NORM_MARGIN for sampling in samplings], dtype=torch.float64)[owner]
-        scales = torch.tensor([1 / sampling.expected for sampling in samplings], dtype=torch.float64)[owner]
+        bounds = norms.new_tensor([sampling.bound / NORM_MARGIN for sampling in samplings])[owner]
+        scales = norms.new_tensor([1 / sampling.expected for sampling in samplings])[owner]
         own = torch.div(bounds, norms).clamp_(max=1.0).mul_(scales)
         own = torch.where((norms <= LARGEST_NORM) & (packing.weights > 0), own, 0.0)
-        factors = torch.zeros(packing.clients, len(norms), dtype=torch.float64)
-        factors[owner, torch.arange(len(norms))] = own
+        factors = norms.new_zeros(packing.clients, len(norms))
+        factors[owner, torch.arange(len(norms), device=norms.device)] = own
         return factors
