@@ -45,6 +45,16 @@ def pytest_sessionstart() -> None:
     assume_server_identity(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the suite in tests/cuda computes: cpu, or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A card is for the suite that asks for one: all other tests, and what they start, see none."""
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts processes, which lies at the top, comes first: two workers then end at about the same time."""
     items.sort(key=lambda item: len(item.path.parts))
