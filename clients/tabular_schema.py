@@ -133,6 +133,11 @@ class TabularSchema(Schema):
         return target.classes if isinstance(target, ClassTarget) else ()
 
     @property
+    def target_name(self) -> str:
+        """The target column's name."""
+        return self.definition.target.name
+
+    @property
     def class_weights(self) -> tuple[float, ...] | None:
         """As the schema file states them."""
         target = self.definition.target
@@ -196,7 +201,7 @@ class TabularSchema(Schema):
         columns = tuple(column.statistic() for column in self.definition.resolved)
         return columns if isinstance(target, ClassTarget) else (*columns, target.column.statistic())
 
-    def records(self, path: Path) -> Iterator[Records]:
+    def records(self, path: Path, most: int | None = None) -> Iterator[Records]:
         """See Schema: the rows as they are, a block at a time. Raises DataError, at the end if not before."""
         target, faults, persons = self._target(), Faults(path), Persons(self.definition.missing)
         rules = self._encoder().rules
@@ -206,15 +211,15 @@ class TabularSchema(Schema):
             if not np.issubdtype(found.dtype, np.integer):
                 values[self.definition.target.name] = found.astype(np.float64)
                 labels = np.zeros(len(found), np.int64)
-            used = self._used(block, persons, faults)
+            used = self._used(block, persons, faults, most)
             yield Records({name: column[used] for name, column in values.items()}, labels[used])
         faults.check()
 
-    def _used(self, block: TableRows, persons: Persons, faults: Faults) -> Flags | slice:
-        """Which rows of a block statistics use."""
+    def _used(self, block: TableRows, persons: Persons, faults: Faults, most: int | None) -> Flags | slice:
+        """Which rows of a block statistics use: the first `most` of each person, or as many as the schema says."""
         if self.definition.person is None or self.rows_per_person is None:
             return slice(None)
-        return persons.first(persons.read(block, self.definition.person, faults), self.rows_per_person)
+        return persons.first(persons.read(block, self.definition.person, faults), most or self.rows_per_person)
 
     def missing(self, path: Path) -> MissingCells:
         """How many cells of the input columns are missing, and in how many rows.

@@ -3,6 +3,8 @@
     python -m fedclaw.statistics federation=DIR workload.schema_file=schema.yaml epsilon=0.5
     python -m fedclaw.statistics federation=DIR workload.schema_file=schema.yaml columns=[age,ward] quantiles=[0.5]
     python -m fedclaw.statistics federation=DIR workload.schema_file=schema.yaml bins=0 labels=false
+    python -m fedclaw.statistics survival federation=DIR workload.schema_file=schema.yaml \
+        survival.time=days survival.event=dead survival.group=arm
 
 Counts, means, variances, quantiles and missing rates by column, and label counts. Each site adds noise of its own
 before anything leaves it, scaled by the bounds that the schema declares (range: [smallest, largest] of a number).
@@ -19,6 +21,16 @@ before anything leaves it, scaled by the bounds that the schema declares (range:
                    the training rows, by label (scores_bins of them); a policy has to say statistics: {scores: true}.
                    export threshold_statistics=FILE then chooses the threshold of its answers by it
   scores_model     final or compressed: which of that run's models
+  survival         the word, in place of columns and labels: Kaplan-Meier curves of all sites' rows, medians, numbers at
+                   risk and, between the groups, the log-rank test, with the noise in their bands and p-values; the
+                   curves are drawn beside the file. A policy has to say statistics: {survival: true}
+  survival.time, survival.event, survival.event_level, survival.group
+                   columns: how long a row was followed; whether the event ended that, and which level of it is the
+                   event; and by whose levels curves are told apart (null: one curve)
+  survival.bins, survival.ends
+                   as many equal bins of time, over the range of the column, or where each ends; fewer have less noise
+  survival.smallest, survival.level
+                   a curve ends where fewer are at risk, by the noised number; with what probability a band holds
   run              the name that sites charge it to; with the same again, asked of as many, no site pays twice
   out              the file to write; null: RUNS/RUN/statistics.json
 
@@ -35,6 +47,7 @@ import logging
 import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -45,14 +58,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedclaw import startup
-from fedclaw.cli import make_console, naming, run_main, settings_of
+from fedclaw.cli import compose_settings, make_console, naming, run_main, split
 from fedclaw.errors import DataError, UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.statistics import ColumnStatistics, Estimate
 from fedclaw.protocol.frozen import Frozen, check_settings
-from fedclaw.protocol.statistics import MAX_BINS, MAX_SCORE_BINS
+from fedclaw.protocol.statistics import MAX_BINS, MAX_SCORE_BINS, MAX_SURVIVAL_BINS, SurvivalQuestion
 from fedclaw.protocol.terms import SecureRequest
+from fedclaw.report.survival import draw, survival_tables
 from fedclaw.report.tables import Figures, epsilon_words
 from fedclaw.server.run_directory import RUN_NAME
 from fedclaw.server.settings import ListenAddress, WorkloadChoice
@@ -66,12 +80,36 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedclaw.statistics")
 
+SURVIVAL = "survival"
+"""The word that asks for survival curves."""
+
 
 class AskedSites(Waiting):
     """conf/statistics.yaml: sites."""
 
     minimum: int = Field(default=2, ge=1)
     deadline: float = Field(default=600, gt=0)
+
+
+class SurvivalSettings(Frozen):
+    """conf/statistics.yaml: survival."""
+
+    time: str | None = None
+    event: str | None = None
+    event_level: str = "true"
+    group: str | None = None
+    bins: int = Field(default=20, ge=1, le=MAX_SURVIVAL_BINS)
+    ends: tuple[float, ...] | None = Field(default=None, max_length=MAX_SURVIVAL_BINS)
+    smallest: float = Field(default=10, ge=0)
+    level: float = Field(default=0.95, gt=0, lt=1)
+
+    def question(self) -> SurvivalQuestion:
+        """What sites are asked. Raises UsageError."""
+        if self.time is None or self.event is None:
+            raise UsageError("survival needs survival.time and survival.event, columns of the schema")
+        bins = {"ends": self.ends} if self.ends is not None else {"bins": self.bins}
+        asked = self.model_dump(include={"time", "event", "event_level", "group", "smallest"})
+        return check_settings({**asked, **bins}, SurvivalQuestion)
 
 
 class StatisticsSettings(Frozen):
@@ -89,6 +127,7 @@ class StatisticsSettings(Frozen):
     scores: Path | None = None
     scores_model: Literal["final", "compressed"] = "final"
     scores_bins: int = Field(default=33, ge=3, le=MAX_SCORE_BINS)
+    survival: SurvivalSettings = SurvivalSettings()
     secure: SecureRequest | None = None
     runs: Path = Path("runs")
     run: str | None = None
@@ -110,12 +149,27 @@ class StatisticsSettings(Frozen):
         return value
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What of the training data is asked for."""
+
+    columns: tuple[str, ...] = ()
+    labels: bool = False
+    bins: int = 0
+    survival: SurvivalQuestion | None = None
+
+
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
     """Ask for statistics as the command line says. Raises FedClawError."""
-    from fedclaw.learning.statistics import design_of
     from fedclaw.server.early_checks import read_schema
 
-    settings = settings_of(arguments, "statistics", StatisticsSettings)
+    line = split(arguments)
+    if line.words not in ((), (SURVIVAL,)):
+        raise UsageError(
+            f"unknown command {' '.join(line.words)!r}; settings are written key=value, and the one word that there "
+            f"is, {SURVIVAL}, asks for survival curves"
+        )
+    settings = compose_settings("statistics", line.overrides, StatisticsSettings)
     with naming(federation=settings.federation):
         home = FederationHome.open(settings.federation)
     schema = read_schema(settings.workload)
@@ -123,18 +177,35 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     out = settings.out or settings.runs / run / "statistics.json"
     if out.exists():
         raise UsageError(f"{out} exists already; choose another run= or out=")
+    asked = _checked_question(settings, home, schema, survival=bool(line.words))
+    serve(settings, home, schema, asked, run, out, console or make_console())
+
+
+def _checked_question(
+    settings: StatisticsSettings, home: FederationHome, schema: Schema, *, survival: bool
+) -> _Question:
+    """What the settings ask for, but for scores, which need more than is loaded yet. Raises UsageError."""
+    from fedclaw.learning.statistics import design_of, survival_design
+
+    if settings.survival.time is not None and not survival:
+        raise UsageError(f"survival.time= goes with the word {SURVIVAL}: python -m fedclaw.statistics {SURVIVAL} …")
     if settings.scores is not None:
+        if survival:
+            raise UsageError(f"scores= and {SURVIVAL} are two questions: ask one after the other")
         if settings.secure is not None:
             raise UsageError("scores= is asked for openly, with each site's own noise: leave secure= out")
         _check_scored(settings, home, schema)
-        columns: tuple[str, ...] = ()
-    else:
-        try:
-            columns = settings.columns or tuple(column.name for column in schema.statistic_columns())
-            design_of(schema, columns, settings.labels, settings.bins)
-        except DataError as error:
-            raise UsageError(f"{settings.workload.schema_file}: {error}") from error
-    serve(settings, home, schema, columns, run, out, console or make_console())
+        return _Question()
+    try:
+        if survival:
+            question = settings.survival.question()
+            survival_design(schema, question)
+            return _Question(survival=question)
+        columns = settings.columns or tuple(column.name for column in schema.statistic_columns())
+        design_of(schema, columns, settings.labels, settings.bins)
+    except DataError as error:
+        raise UsageError(f"{settings.workload.schema_file}: {error}") from error
+    return _Question(columns, settings.labels, settings.bins)
 
 
 def _check_scored(settings: StatisticsSettings, home: FederationHome, schema: Schema) -> None:
@@ -171,20 +242,20 @@ def serve(
     settings: StatisticsSettings,
     home: FederationHome,
     schema: Schema,
-    columns: tuple[str, ...],
+    asked: _Question,
     run: str,
     out: Path,
     console: Console,
 ) -> None:
     """Listen, wait for the sites, ask those that are connected, and write what they say to `out`."""
     with startup.loading("torch and Flower"):
-        from fedclaw.learning.statistics import design_of
+        from fedclaw.learning.statistics import design_for
         from fedclaw.protocol.message_identity import number_of
         from fedclaw.protocol.statistics import StatisticsRequest
         from fedclaw.server.statistics import release_statistics, with_session
         from fedclaw.transport.grpc.grid import GrpcGrid
 
-        question, parameters = _scored(settings)
+        scores, parameters = _scored(settings)
     startup.next_step(f"give the same command again with run={run}: whoever has answered does not pay again")
     run_id = number_of(run)
     sites = settings.sites
@@ -200,23 +271,25 @@ def serve(
                 "cohort": len(nodes),
                 "workload": settings.workload.name,
                 "schema_digest": schema_digest(schema.to_json()),
-                "columns": columns,
-                "labels": settings.labels and question is None,
-                "bins": 0 if question else settings.bins,
-                "scores": question,
+                "columns": asked.columns,
+                "labels": asked.labels,
+                "bins": asked.bins,
+                "scores": scores,
+                "survival": asked.survival,
                 "epsilon": settings.epsilon,
                 "delta": settings.delta,
             },
             StatisticsRequest,
         )
         if settings.secure is not None:
-            design = design_of(schema, columns, settings.labels, settings.bins)
+            design = design_for(schema, request)
             request = with_session(request, names, settings.secure, design, sites.minimum)
         release = release_statistics(
             *(grid, nodes, schema, request, settings.quantiles),
             minimum=sites.minimum,
             deadline=sites.deadline,
             parameters=parameters,
+            level=settings.survival.level,
         )
     write_release(out, release)
     for table in statistics_tables(release):
@@ -224,10 +297,14 @@ def serve(
     for sentence in (release.claim.protects, release.claim.against):
         console.print(sentence, markup=False)
     console.print(f"statistics: {out}", markup=False, soft_wrap=True)
+    if release.survival is not None:
+        plot = out.with_suffix(".png")
+        draw(release.survival, plot)
+        console.print(f"plot: {plot}", markup=False, soft_wrap=True)
 
 
 def statistics_tables(release: Release) -> Iterator[Table | Figures]:
-    """Columns of numbers, columns of levels, labels and the cost by site; those that are empty are left out.
+    """Columns of numbers, columns of levels, labels, survival curves and the cost by site; no empty ones.
 
     Each figure is shown with its standard error.
     """
@@ -242,6 +319,8 @@ def statistics_tables(release: Release) -> Iterator[Table | Figures]:
         yield _levels(levels)
     if release.statistics.labels:
         yield _labels(release.statistics.labels)
+    if release.survival is not None:
+        yield from survival_tables(release.survival)
     yield _cost(release)
 
 

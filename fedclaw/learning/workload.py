@@ -167,6 +167,11 @@ class Schema(ABC):
         return ()
 
     @property
+    def target_name(self) -> str:
+        """What the target is called among columns."""
+        return "label"
+
+    @property
     def class_weights(self) -> tuple[float, ...] | None:
         """How much an example of each of the C classes counts in the loss; None: all the same."""
         return None
@@ -274,13 +279,13 @@ class Schema(ABC):
         """The columns that statistics can be asked about; none where examples have no columns."""
         return ()
 
-    def records(self, path: Path) -> Iterator[Records]:
+    def records(self, path: Path, most: int | None = None) -> Iterator[Records]:
         """The labelled data in `path`, in parts: every statistic column as it is, and labels.
 
-        Of each person at most `rows_per_person` rows, the first ones of the file. Raises DataError.
+        Of each person at most `most` rows, the first ones of the file; None: `rows_per_person`. Raises DataError.
         """
         table = self.read_examples(path)
-        yield Records({}, table.targets[table.first_rows(self.rows_per_person)])
+        yield Records({}, table.targets[table.first_rows(most or self.rows_per_person)])
 
     @abstractmethod
     def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:

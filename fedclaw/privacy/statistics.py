@@ -41,7 +41,7 @@ Legend: N examples, d coordinates, C classes, B bins, T = sum of t, Q = sum of t
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,8 +115,29 @@ class Block:
         return slice(self.start, self.start + self.size)
 
 
+class VectorDesign(Protocol):
+    """What both sides have to know of a vector (d,) of statistics."""
+
+    @property
+    def rows_per_person(self) -> int | None:
+        """How many rows of a person are used, the first ones of the file; None: as many as the schema says."""
+
+    @property
+    def dimension(self) -> int:
+        """d."""
+
+    @property
+    def sensitivity(self) -> float:
+        """How far one unit, there or not, moves the vector in the L2 norm."""
+
+    def vector(self, records: Iterable[Records]) -> Doubles:
+        """The sum over all rows, (d,), without noise."""
+
+
 class Design:
     """Which coordinate is what: made from the schema and the request alone, equal at all sites and at the server."""
+
+    rows_per_person: ClassVar[None] = None
 
     def __init__(
         self, columns: Sequence[StatisticColumn], classes: Sequence[str], bins: int, examples_of_unit: int = 1

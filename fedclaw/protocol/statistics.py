@@ -10,9 +10,11 @@ with scores asked for also {"arrays": ArrayRecord of the model's parameters}, an
 Under secure aggregation the exchange has further stages (`fedclaw.server.exchange`), and the answer has
 {"masked": ArrayRecord (one flat uint32 vector)} in place of the sum.
 
-The vector is that of `fedclaw.privacy.statistics.Design`, which both sides make from the schema and the request.
+The vector is that of `fedclaw.privacy.statistics.Design`, or with survival asked for that of
+`fedclaw.privacy.survival.SurvivalDesign`; both sides make it from the schema and the request.
 """
 
+import itertools
 import math
 from collections import Counter
 from typing import Any, Literal, Self
@@ -33,6 +35,8 @@ REQUEST, VECTOR = "request", "statistics"
 
 MAX_BINS = 4096
 MAX_SCORE_BINS = 512
+MAX_SURVIVAL_BINS = 512
+MAX_SURVIVAL_GROUPS = 32
 
 ROUND = 0
 """What stands for the round where one is named: statistics have none."""
@@ -45,6 +49,35 @@ class ScoreQuestion(Frozen):
     bins: int = Field(default=33, ge=3, le=MAX_SCORE_BINS)
     preprocessing: str | None = Field(default=None, max_length=MAX_CONSTANTS)
     """The federation's constants, of a schema that takes them."""
+
+
+class SurvivalQuestion(Frozen):
+    """Who was followed for how long, as a histogram (`fedclaw.privacy.survival`), for Kaplan-Meier and log-rank."""
+
+    time: ParameterName
+    """The column that says how long a row was followed, a number."""
+    event: ParameterName
+    """The column that says whether the event ended that, of levels; or the target."""
+    event_level: ParameterName
+    """Its level that is the event. Every other one is censored."""
+    group: ParameterName | None = None
+    """The column by whose levels curves are told apart; or the target."""
+    bins: int | None = Field(default=None, ge=1, le=MAX_SURVIVAL_BINS)
+    """Number of equal bins over the range that the schema declares of `time`."""
+    ends: tuple[float, ...] = Field(default=(), max_length=MAX_SURVIVAL_BINS)
+    """In place of `bins`: where each bin ends. What is later than the last was seen without the event up to there."""
+    smallest: float = Field(default=10.0, ge=0)
+    """A curve ends where fewer than these are at risk, by the noised number: what is shown, not what is asked."""
+
+    @model_validator(mode="after")
+    def _binned(self) -> Self:
+        if (self.bins is None) == (not self.ends):
+            raise ValueError("survival takes either bins or ends")
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.ends)):
+            raise ValueError("ends: each has to be larger than the one before")
+        if self.group == self.event:
+            raise ValueError(f"{self.event!r} cannot tell both the event and the groups")
+        return self
 
 
 class StatisticsRequest(Frozen):
@@ -72,6 +105,8 @@ class StatisticsRequest(Frozen):
 
     scores: ScoreQuestion | None = None
     """In place of columns and labels."""
+    survival: SurvivalQuestion | None = None
+    """In place of columns and labels, in a secure sum too."""
 
     @property
     def round(self) -> int:
@@ -85,16 +120,19 @@ class StatisticsRequest(Frozen):
 
     @model_serializer(mode="wrap")
     def _as_before(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without scores a request is what it was before there were any: a site that knows of none reads it."""
+        """Without scores or survival a request is what it was before: a site that knows of none reads it."""
         fields: dict[str, Any] = plain(self)
-        if fields.get("scores", ...) is None:
-            del fields["scores"]
+        for name in ("scores", "survival"):
+            if fields.get(name, ...) is None:
+                del fields[name]
         return fields
 
     @model_validator(mode="after")
     def _alone(self) -> Self:
         if self.scores is not None and (self.columns or self.labels or self.bins or self.secure is not None):
             raise ValueError("scores are asked for alone: without columns, labels, bins and a secure sum")
+        if self.survival is not None and (self.columns or self.labels or self.bins or self.scores is not None):
+            raise ValueError("survival is asked for alone: without columns, labels, bins and scores")
         return self
 
     @model_validator(mode="after")

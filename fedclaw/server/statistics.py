@@ -20,21 +20,40 @@ from fedclaw.learning.statistics import design_for, parameters_digest
 from fedclaw.learning.workload import Schema
 from fedclaw.privacy.distributed import WRAP
 from fedclaw.privacy.mechanisms.choice import mechanism_of_request, shared_of
-from fedclaw.privacy.statistics import Design, Doubles, estimate
+from fedclaw.privacy.statistics import Design, Doubles, Estimate, Statistics, VectorDesign, estimate
+from fedclaw.privacy.survival import SurvivalDesign
+from fedclaw.privacy.survival_estimates import NoisedHistogram, curves, log_rank
 from fedclaw.protocol.arrays import Arrays, pack, unpack
 from fedclaw.protocol.limits import MOST_EXAMPLES
 from fedclaw.protocol.messages import ARRAYS, HEADER_BYTES, JSON, SUM
 from fedclaw.protocol.records import MessageRecords
-from fedclaw.protocol.statistics import REQUEST, STATISTICS, VECTOR, StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.statistics import (
+    REQUEST,
+    STATISTICS,
+    VECTOR,
+    StatisticsReceipt,
+    StatisticsRequest,
+    SurvivalQuestion,
+)
 from fedclaw.protocol.terms import DataUnit, SecureRequest
 from fedclaw.server.cohort_question import CohortQuestion, part, reasons_of, receipt_in
 from fedclaw.server.exchange import Seats, ask
-from fedclaw.server.statistics_release import Release, ScoresOf, make_release, release_mechanism
+from fedclaw.server.statistics_release import (
+    Release,
+    ReleaseMechanism,
+    ScoresOf,
+    SurvivalCurves,
+    make_release,
+    release_mechanism,
+)
 
 log = logging.getLogger(__name__)
 
 FINEST, COARSEST = 2.0**-14, 2.0**-6
 """Steps of a secure sum; an example's part has a norm of 1. The coarsest costs a tenth more noise with 200 numbers."""
+
+LEVEL = 0.95
+"""Of bands, unless another is asked for."""
 
 _CALIBRATED = 0.02
 """Calibration ends within a hundredth of the least noise; a site's accountant may be of another version."""
@@ -56,6 +75,8 @@ class StatisticsQuestion(CohortQuestion[StatisticsReceipt, Release]):
     """Quantiles to read from the histograms, if any are asked for."""
     parameters: Arrays | None = None
     """Those of the model whose scores are asked for."""
+    level: float = LEVEL
+    """Of the bands of survival curves."""
     total: Doubles = field(init=False)
     kind: ClassVar[str] = STATISTICS
 
@@ -97,17 +118,44 @@ class StatisticsQuestion(CohortQuestion[StatisticsReceipt, Release]):
 
     def read(self) -> Release:
         """See CohortQuestion."""
-        asked, scores = self.asked, self.asked.scores
+        asked = self.asked
         shares = None if asked.secure is None else shared_of(asked, self._design.sensitivity).shares
         receipts = {site: self.besides[site] for site in self.answered}
         mechanism = release_mechanism(asked, receipts, shares, self._design.sensitivity)
-        wanted = self.probabilities if asked.bins else ()
-        statistics = estimate(self._design, self.total, mechanism.deviation, wanted, additive=scores is not None)
-        scored = None
-        if scores is not None:
-            labels = (self.schema.labels[0], self.schema.labels[1])
-            scored = ScoresOf(model=parameters_digest(self.parameters or {}), bins=scores.bins, labels=labels)
-        return make_release(asked, self.schema, receipts, mechanism, statistics, scored)
+        if isinstance(self._design, SurvivalDesign):
+            assert asked.survival is not None
+            told, survived = survival_of(self._design, asked.survival, self.total, mechanism, self.level)
+            return make_release(asked, self.schema, receipts, mechanism, told, survival=survived)
+        statistics = self._statistics(self._design, mechanism)
+        return make_release(asked, self.schema, receipts, mechanism, statistics, self._scored())
+
+    def _statistics(self, design: Design, mechanism: ReleaseMechanism) -> Statistics:
+        wanted = self.probabilities if self.asked.bins else ()
+        additive = self.asked.scores is not None
+        return estimate(design, self.total, mechanism.deviation, wanted, additive=additive)
+
+    def _scored(self) -> ScoresOf | None:
+        """Whose scores were asked for."""
+        if self.asked.scores is None:
+            return None
+        labels = (self.schema.labels[0], self.schema.labels[1])
+        return ScoresOf(model=parameters_digest(self.parameters or {}), bins=self.asked.scores.bins, labels=labels)
+
+
+def survival_of(
+    design: SurvivalDesign, asked: SurvivalQuestion, total: Doubles, mechanism: ReleaseMechanism, level: float
+) -> tuple[Statistics, SurvivalCurves]:
+    """What the noised sum (d,) tells: the number of rows that were followed, and curves with bands of that level."""
+    histogram = NoisedHistogram(design.cells(total), mechanism.deviation, asked.smallest)
+    followed = Estimate(value=max(float(total.sum()), 0.0), error=mechanism.deviation * math.sqrt(len(total)))
+    found = SurvivalCurves(
+        question=asked,
+        ends=design.ends,
+        level=level,
+        groups=dict(zip(design.groups, curves(histogram, level=level), strict=True)),
+        log_rank=log_rank(histogram),
+    )
+    return Statistics(count=followed, labels={}, columns={}), found
 
 
 def release_statistics(
@@ -120,12 +168,13 @@ def release_statistics(
     minimum: int,
     deadline: float,
     parameters: Arrays | None = None,
+    level: float = LEVEL,
 ) -> Release:
     """Ask `nodes` for the statistics that `request` names, within `deadline` seconds, and read their sum.
 
     Raises what StatisticsQuestion does, before anybody is asked, and RoundError if fewer than `minimum` sites answer.
     """
-    question = ask(grid, nodes, StatisticsQuestion(request, schema, probabilities, parameters), deadline)
+    question = ask(grid, nodes, StatisticsQuestion(request, schema, probabilities, parameters, level), deadline)
     for declined in question.declined:
         log.warning("%s declined (%s): %s", declined.site, declined.code, declined.reason)
     if question.silent:
@@ -140,7 +189,7 @@ def release_statistics(
 
 
 def with_session(
-    request: StatisticsRequest, names: Sequence[str], asked: SecureRequest, design: Design, minimum: int
+    request: StatisticsRequest, names: Sequence[str], asked: SecureRequest, design: VectorDesign, minimum: int
 ) -> StatisticsRequest:
     """`request` with a fresh session over the sites `names`. Raises UsageError if there is no safe one.
 

@@ -15,9 +15,11 @@ from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.claims import Claim, claim_of, weakest
 from fedclaw.privacy.distributed import Shares
 from fedclaw.privacy.statistics import Statistics, moments_of
+from fedclaw.privacy.survival import SurvivalDesign
+from fedclaw.privacy.survival_estimates import Curve, LogRank
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.receipt import Trust
-from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest
+from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest, SurvivalQuestion
 from fedclaw.server.run_directory import ReleaseUse
 
 
@@ -48,6 +50,19 @@ class ScoresOf(Frozen):
     labels: tuple[str, str]
 
 
+class SurvivalCurves(Frozen):
+    """Kaplan-Meier curves by group, and whether the groups differ."""
+
+    question: SurvivalQuestion
+    ends: tuple[float, ...] = Field(min_length=1)
+    """Of the bins, in units of the time column. A curve has a number for each bin that it reaches."""
+    level: float = Field(gt=0, lt=1)
+    """With what probability a band holds the true share, at each end by itself, noise included."""
+    groups: dict[str, Curve]
+    log_rank: LogRank | None
+    """None: there is one group, or too few are at risk to compare."""
+
+
 class Release(Frozen):
     """statistics.json."""
 
@@ -71,6 +86,7 @@ class Release(Frozen):
     statistics: Statistics
     scores: ScoresOf | None = None
     """Of a histogram of a model's scores."""
+    survival: SurvivalCurves | None = None
 
     @property
     def claim(self) -> Claim:
@@ -93,8 +109,10 @@ def make_release(
     mechanism: ReleaseMechanism,
     statistics: Statistics,
     scores: ScoresOf | None = None,
+    survival: SurvivalCurves | None = None,
 ) -> Release:
     """The release of `statistics` that came of what the sites with these receipts sent."""
+    most = schema.rows_per_person
     return Release(
         federation=request.federation,
         run=request.run,
@@ -104,11 +122,12 @@ def make_release(
         epsilon=request.epsilon,
         delta=request.delta,
         unit=weakest(map(claim_of, receipts.values())).protects,
-        rows_per_person=schema.rows_per_person,
+        rows_per_person=most and SurvivalDesign.rows_per_person if survival is not None else most,
         mechanism=mechanism,
         sites=dict(sorted(receipts.items())),
         statistics=statistics,
         scores=scores,
+        survival=survival,
     )
 
 
@@ -142,7 +161,7 @@ def release_mechanism(
 def write_release(path: Path, release: Release) -> None:
     """Write statistics.json, whole or not at all."""
     plain = release.model_dump(mode="json")
-    for later in ("scores", "rows_per_person"):
+    for later in ("scores", "survival", "rows_per_person"):
         if plain[later] is None:
             # As a release was before there was any: an older reader knows no such field.
             del plain[later]

@@ -1,9 +1,9 @@
 """How a site answers a request for statistics: by its policy, under a reservation, with noise of its own.
 
-What leaves is one vector of a known sensitivity (`fedclaw.privacy.statistics`), with Gaussian noise that the site
-calibrates itself for the epsilon and delta that are asked; or, in a secure sum, with its share of noise of that size,
-masked. It is worked out from the training data's file, whose
-content has to be what the ledger is charged for.
+What leaves is one vector of a known sensitivity (`fedclaw.privacy.statistics`, `fedclaw.privacy.survival`), with
+Gaussian noise that the site calibrates itself for the epsilon and delta that are asked; or, in a secure sum, with its
+share of noise of that size, masked. It is worked out from the training data's file, whose content has to be what the
+ledger is charged for.
 """
 
 import logging
@@ -22,7 +22,7 @@ from fedclaw.learning.statistics import design_for, score_records
 from fedclaw.privacy.mechanisms.choice import StatisticsMechanism, mechanism_of_request
 from fedclaw.privacy.mechanisms.shared_noise import SharedStatistics
 from fedclaw.privacy.provenance import Bounded, Part, Released
-from fedclaw.privacy.statistics import Design, Doubles, Records
+from fedclaw.privacy.statistics import Doubles, Records, VectorDesign
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.messages import ARRAYS, JSON, RECEIPT, SUM
@@ -48,7 +48,7 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
     _model: torch.nn.Module | None = field(default=None, init=False, repr=False)
 
     @cached_property
-    def _design(self) -> Design:
+    def _design(self) -> VectorDesign:
         """Raises Refusal for what the schema does not have."""
         try:
             return design_for(self.site.workload.schema, self.asked)
@@ -124,16 +124,18 @@ class StatisticsAnswer(Answering[Doubles, Doubles]):
             **Account.training(self.site).spent(self.asking, request.delta),
         )
         log.info(
-            "statistics %s of %d columns leave with noise; epsilon %.3f by this run",
-            *(request.run, len(request.columns), receipt.epsilon_run or 0.0),
+            "statistics %s (%d numbers) leave with noise; epsilon %.3f by this run",
+            *(request.run, self._design.dimension, receipt.epsilon_run or 0.0),
         )
         return {RECEIPT: ConfigRecord({JSON: receipt.model_dump_json()})}
 
 
-def statistics_vector(site: Site, design: Design) -> Doubles:
+def statistics_vector(site: Site, design: VectorDesign) -> Doubles:
     """The vector of the site's training data, (d,), without noise: it must not leave like that. Raises DataError."""
-    train = files_of(site.data).train
-    vector = design.vector(site.workload.schema.records(train))
+    train, schema, most = files_of(site.data).train, site.workload.schema, design.rows_per_person
+    # A schema that knows no persons need not know of the argument.
+    fewer = most is not None and (schema.rows_per_person or 1) > most
+    vector = design.vector(schema.records(train, most) if fewer else schema.records(train))
     require_same(train, site.data.fingerprint, fingerprint(train))
     return vector
 
@@ -167,7 +169,7 @@ def scores_of(site: Site, asked: ScoreQuestion, model: torch.nn.Module) -> Recor
         return score_records(logits[:, 1] - logits[:, 0], targets.cpu().numpy(), asked.bins)
 
 
-def _check_sum(site: Site, secure: SecureAggregation, design: Design) -> None:
+def _check_sum(site: Site, secure: SecureAggregation, design: VectorDesign) -> None:
     """That the secure sum has room for this site's vector: a number that is cut off would be a wrong statistic."""
     if secure.length != design.dimension:
         raise Refusal(

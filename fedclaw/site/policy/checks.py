@@ -83,6 +83,11 @@ def check_statistics(policy: Policy, request: StatisticsRequest, examples: int) 
             RefusalCode.STATISTICS,
             "how a model scores the training rows was asked for; this site's policy does not say statistics: scores",
         )
+    if request.survival is not None and not policy.statistics.survival:
+        raise Refusal(
+            RefusalCode.STATISTICS,
+            "survival curves of the training rows were asked for; this site's policy does not say statistics: survival",
+        )
     if policy.require_secure_aggregation and request.secure is None:
         raise Refusal(
             RefusalCode.SECURE_AGGREGATION,

@@ -51,6 +51,8 @@ class StatisticsAllowance(Frozen):
     epsilon: float = Field(gt=0)
     scores: bool = False
     """Whether that may also be a histogram of how a model that the server sends scores the training rows, by label."""
+    survival: bool = False
+    """Whether that may also be how many rows were followed how long, by group, for survival curves."""
 
 
 class Combination(Frozen):
@@ -363,6 +365,7 @@ def _statistics(policy: Policy) -> str:
         "Statistics of the training data (counts, means, variances, quantiles, missing rates, label counts) leave with "
         f"noise added here: each release may cost at most epsilon {policy.statistics.epsilon:g} of the same budget."
         + (" So may a histogram of how a model scores the training rows." if policy.statistics.scores else "")
+        + (" So may how long rows were followed, for survival curves." if policy.statistics.survival else "")
     )
 
 
