@@ -79,21 +79,22 @@ class Table:
         numbers[order] = np.arange(len(known))
         return replace(self, persons=numbers[which], person_names=tuple(names[person] for person in known[order]))
 
-    def first_rows(self, most: int | None) -> Indices:
-        """Rows that are among the first `most` of their person, in order; None: all rows, of no known person.
+    def first_rows(self, most: int) -> Indices:
+        """Rows that are among the first `most` of their person, in order; all rows where persons are not known.
 
         Which they are depends on nobody else's rows.
         """
-        if self.persons is None or most is None:
+        if self.persons is None:
             return np.arange(len(self))
         return np.flatnonzero(ranks(self.persons) < most)
 
-    def evenly(self, count: int | None) -> Indices:
+    def evenly(self, count: int) -> Indices:
         """`count` rows of each person, one person after another: the first, over again in turn where there are fewer.
 
-        So their number is that of the persons times `count`, whatever a person has. None: all rows, of no known person.
+        So their number is that of the persons times `count`, whatever a person has. All rows where persons are not
+        known.
         """
-        if self.persons is None or count is None:
+        if self.persons is None:
             return np.arange(len(self))
         order, sizes = np.argsort(self.persons, kind="stable"), np.bincount(self.persons)
         begins = np.cumsum(sizes) - sizes
@@ -285,7 +286,7 @@ class Schema(ABC):
         Of each person at most `most` rows, the first ones of the file; None: `rows_per_person`. Raises DataError.
         """
         table = self.read_examples(path)
-        yield Records({}, table.targets[table.first_rows(most or self.rows_per_person)])
+        yield Records({}, table.targets[table.first_rows(most or self.rows_per_person or 1)])
 
     @abstractmethod
     def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:

@@ -8,8 +8,11 @@ most 1 to each of these), histograms of scores by class (one example adds 1 to o
 there or not moves the whole vector by at most the L2 norm s of those sensitivities, so N(0, (noise multiplier
 x s)^2) in each makes it one Gaussian mechanism (Dwork, Roth 2014, appendix A), which the ledger accounts as such on the
 test data, NAME/test.
-Unit: a test example. Relation: zero-out, while their number is public, which is sent as it is; where the operator has
-declared one, that is what is sent, and the relation is add-or-remove (`fedclaw.privacy.claims`).
+Unit: a test example, or a person where the data knows them: a person adds, and counts for, as many examples as the
+schema's `rows_per_person`, its first ones, over again in turn where it has fewer; so the number of examples is made by
+that of persons, and a person moves the vector by so many times s.
+Relation: zero-out, while the number of units is public, which is sent as it is; where the operator has declared one,
+that is what is sent, and the relation is add-or-remove (`fedclaw.privacy.claims`).
 """
 
 import json
@@ -25,7 +28,7 @@ from flwr.app import ConfigRecord, MessageType, MetricRecord
 from fedclaw.errors import DataError, LedgerError, PrivacyError
 from fedclaw.learning.tasks.base import LOSS, BoundedSum, Sums, Task
 from fedclaw.learning.tasks.means import MOST_LOSS
-from fedclaw.learning.workload import Table, Workload, doubles
+from fedclaw.learning.workload import Workload, doubles
 from fedclaw.privacy.mechanisms.local_noise import Doubles, OwnNoise
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.provenance import Bounded, Part, Permitted, Raw, Released
@@ -82,7 +85,7 @@ class EvaluationAnswer(PlanAnswer[Sums | BoundedSums, Sums]):
         if site.data.test is None:
             raise Refusal(RefusalCode.METRICS, "this site holds no test data, so it does not evaluate")
         self._examples = site.test_examples
-        self._wanted, self._bins = permitted(site.policy, site.workload.task, plan, self._examples)
+        self._wanted, self._bins = permitted(site.policy, site.workload.task, plan, site.test_units)
         parameters = personal_parameters(site, plan, sent_arrays(self.content, ARRAYS))
         self._model = site.model(plan.model, parameters).eval()
         due = due_for_metrics(site, self.asking) if self._is_noised else None
@@ -105,14 +108,14 @@ class EvaluationAnswer(PlanAnswer[Sums | BoundedSums, Sums]):
     def answer(self, charge: str) -> Part[Sums | BoundedSums]:
         """See Answering."""
         site, wanted, bins = self.site, self._wanted, self._bins
-        assert site.data.test is not None
         if not wanted and not bins:
             return Released(Sums())
         if not self._is_noised:
-            return Raw(exact_sums(site.workload, wanted, bins, *_outputs(site, self._model, site.data.test)))
-        inputs, targets = site.on_device("test", site.data.test)
+            return Raw(exact_sums(site.workload, wanted, bins, *_outputs(site, self._model)))
+        inputs, targets = site.on_device("test")
         outputs = one_by_one(self._model, inputs)
-        return bounded_together(bounded_sums(site.policy, site.workload, wanted, bins, outputs, targets))
+        sums = bounded_sums(site.policy, site.workload, wanted, bins, outputs, targets)
+        return bounded_together(sums, site.examples_of_test_unit)
 
     def let_out(self, contribution: Part[Sums | BoundedSums]) -> Released[Sums] | Permitted[Sums]:
         """See Answering."""
@@ -168,8 +171,8 @@ def permitted(policy: Policy, task: Task, plan: Plan, examples: int) -> tuple[tu
     return permitted_metrics(policy, asked, examples, known), bins
 
 
-def _outputs(site: Site, model: torch.nn.Module, test: Table) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, targets = site.on_device("test", test)
+def _outputs(site: Site, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, targets = site.on_device("test")
     with torch.no_grad():
         return torch.cat([model(part) for part in torch.split(inputs, EVALUATION_BATCH)]), targets
 
@@ -205,6 +208,7 @@ def metrics_receipt(site: Site, asking: Asking) -> Receipt:
         steps=event.steps,
         noise_multiplier=event.noise_multiplier,
         max_grad_norm=0.0,
+        unit=site.workload.schema.unit,
         **account.figures(asking, account.budget.delta),
     )
 
@@ -250,9 +254,9 @@ def _bounded_loss(bound: float, outputs: torch.Tensor, targets: torch.Tensor, lo
     return float(alone.double().nan_to_num(nan=bound, posinf=bound).clamp(0.0, bound).sum() / bound)
 
 
-def bounded_together(sums: BoundedSums) -> Bounded[BoundedSums]:
-    """All of them as one vector: their sensitivities add up in L2."""
-    return Bounded(sums, math.sqrt(sum(own.sensitivity**2 for own in sums.values())))
+def bounded_together(sums: BoundedSums, examples_of_unit: int = 1) -> Bounded[BoundedSums]:
+    """All of them as one vector: their sensitivities add up in L2, and count for each example of a unit."""
+    return Bounded(sums, examples_of_unit * math.sqrt(sum(own.sensitivity**2 for own in sums.values())))
 
 
 def noised(policy: Policy, sums: Part[BoundedSums], examples: int, source: GaussianSource) -> Released[Sums]:

@@ -8,6 +8,7 @@ import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from flwr.app import RecordDict
@@ -46,7 +47,7 @@ class SiteData:
     public_examples: int | None = None
     """How many units of training data there are by the operator's declaration; None: they are counted."""
     public_test_examples: int | None = None
-    """The same of the test data, in examples."""
+    """The same of the test data."""
 
 
 @dataclass
@@ -107,10 +108,27 @@ class Site:
         return "zero-out" if self.data.public_examples is None else "add-or-remove"
 
     @property
-    def test_examples(self) -> int:
-        """The stated number of test examples; 0: the site does not evaluate."""
+    def test_units(self) -> int:
+        """The stated number of units of test data; 0: the site does not evaluate."""
         test = self.data.test
-        return 0 if test is None else self.data.public_test_examples or len(test)
+        return 0 if test is None else self.data.public_test_examples or test.units
+
+    @property
+    def examples_of_test_unit(self) -> int:
+        """How many examples of each unit of test data metrics use."""
+        test = self.data.test
+        return 1 if test is None or test.persons is None else self.workload.schema.rows_per_person or 1
+
+    @property
+    def test_examples(self) -> int:
+        """The stated number of test examples that metrics use: it leaves with them."""
+        return self.test_units * self.examples_of_test_unit
+
+    def tested(self) -> Table:
+        """The test data as metrics use it: of each person as many examples (`Table.evenly`)."""
+        test = self.data.test
+        assert test is not None
+        return test if test.persons is None else test.take(test.evenly(self.examples_of_test_unit))
 
     @property
     def test_relation(self) -> Relation:
@@ -151,9 +169,10 @@ class Site:
         self.data, self.preprocessing = data, preprocessing
         self._tensors.clear()
 
-    def on_device(self, split: str, table: Table) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs (N, *D) and targets (N,) of `table`, moved once; `split` is what it is kept under."""
+    def on_device(self, split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (N, *D) and targets (N,) of the training data, or of the test data that metrics use; moved once."""
         if split not in self._tensors:
+            table = self.data.train if split == "train" else self.tested()
             inputs, targets = torch.from_numpy(table.inputs), torch.from_numpy(table.targets)
             self._tensors[split] = inputs.to(self.device), targets.to(self.device)
         return self._tensors[split]
@@ -182,6 +201,7 @@ def load_data(files: DataFiles, schema: Schema, train: Table | None = None) -> S
     if len(train) == 0:
         raise DataError(f"{files.train} holds no examples")
     test = reader.read_examples(files.test) if files.test else None
+    _require_other_persons(files, train, test)
     return SiteData(
         train=train,
         test=test,
@@ -189,6 +209,16 @@ def load_data(files: DataFiles, schema: Schema, train: Table | None = None) -> S
         test_fingerprint=(test.content or fingerprint(files.test)) if test is not None and files.test else None,
         files=files,
     )
+
+
+def _require_other_persons(files: DataFiles, train: Table, test: Table | None) -> None:
+    """Raise DataError if a person is in both: what is told of the test data would tell of the training data."""
+    names = () if test is None else test.person_names
+    if both := len(set(names).intersection(train.person_names)):
+        raise DataError(
+            f"{both} of {len(names)} persons in {files.test} are in {files.train} too, and nobody may be in both: a "
+            "metric of theirs would tell of training data. Split by person, or take their rows out of one of the files"
+        )
 
 
 def files_of(data: SiteData) -> DataFiles:

@@ -161,8 +161,8 @@ def scores_of(site: Site, asked: ScoreQuestion, model: torch.nn.Module) -> Recor
     there are, so that a row more could carry others over the edge of a bin, and one example would count for many.
     """
     prepare(site, asked.preprocessing)
-    inputs, targets = site.on_device("train", site.data.train)
-    used = torch.from_numpy(site.data.train.first_rows(site.workload.schema.rows_per_person)).to(inputs.device)
+    inputs, targets = site.on_device("train")
+    used = torch.from_numpy(site.data.train.first_rows(site.workload.schema.rows_per_person or 1)).to(inputs.device)
     inputs, targets = inputs[used], targets[used]
     logits = one_by_one(model, inputs).double().cpu().numpy()
     with np.errstate(invalid="ignore"):

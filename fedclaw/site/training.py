@@ -206,8 +206,8 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
 
     def _model_steps(self, taker: StepTaker, model: torch.nn.Module) -> ModelSteps:
         """Steps of `model` on the site's training data by the local optimiser of the plan."""
+        inputs, targets = self.site.on_device("train")
         train = self.site.data.train
-        inputs, targets = self.site.on_device("train", train)
         persons = None if train.persons is None else torch.from_numpy(train.persons)
         parameters: Sequence[torch.Tensor] = list(model.parameters())
         optimizer = make_optimizer(parameters, self.asked.training)
@@ -252,7 +252,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
     def _training_loss(self) -> float:
         """The mean loss over the training data of the parameters that the round began with."""
         model = self.site.model(self.asked.model, self._start, role="start").eval()
-        inputs, targets = self.site.on_device("train", self.site.data.train)
+        inputs, targets = self.site.on_device("train")
         with torch.no_grad():
             return float(self._loss(inputs, model(inputs), targets))
 

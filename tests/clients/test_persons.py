@@ -188,7 +188,7 @@ def test_a_table_keeps_its_persons_where_rows_are_taken() -> None:
     assert taken.inputs.ravel().tolist() == [5, 1, 3]
     nobody = Table(table.inputs, table.targets)
     assert nobody.take(np.array([1])).persons is None
-    assert nobody.first_rows(None).tolist() == nobody.evenly(None).tolist() == list(range(6))
+    assert nobody.first_rows(1).tolist() == nobody.evenly(1).tolist() == list(range(6))
     assert table.take(np.zeros(0, np.int64)).units == 0
 
 

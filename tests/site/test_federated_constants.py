@@ -66,7 +66,7 @@ def test_tables_and_tensors_are_those_of_the_newest_constants(site):
     assert site.data.train.inputs[:, 0] == pytest.approx((raw - 5000) / 3000, abs=1e-3)
     second = site.workload.schema.shared_constants(MOMENTS | {"dose": (6000.0, 100.0**2)})
     assert not asked(site, second, "evaluate").has_error()
-    assert site.on_device("train", site.data.train)[0][:, 0].numpy() == pytest.approx((raw - 6000) / 100, abs=2e-2)
+    assert site.on_device("train")[0][:, 0].numpy() == pytest.approx((raw - 6000) / 100, abs=2e-2)
     assert site.data.test.inputs[:, 0].std() > 10
 
 

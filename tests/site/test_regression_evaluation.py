@@ -177,6 +177,6 @@ def test_a_model_of_classes_is_no_model_of_a_number(sites, record):
 
 def test_targets_reach_the_model_as_numbers(sites):
     site = next(iter(sites.values()))
-    _, targets = site.on_device("test", site.data.test)
+    _, targets = site.on_device("test")
     assert targets.dtype == torch.float32
     assert float(targets.max()) > 100

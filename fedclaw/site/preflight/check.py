@@ -154,8 +154,8 @@ def _contradictions(policy: Policy, service: SiteService, federation: str | None
     examples, test = service.examples, service.data.test
     if policy.delta * examples >= 1:
         warn(f"delta {policy.delta:g} is not below one over the number of training examples; it protects nobody")
-    if test is not None and service.test_examples < policy.minimum_test_examples:
-        warn("the test data has fewer examples than minimum_test_examples: no metrics leave")
+    if test is not None and service.test_units < policy.minimum_test_examples:
+        warn(f"the test data has fewer {service.data.train.unit}s than minimum_test_examples: no metrics leave")
     task = service.workload.task
     if policy.metrics and not set(policy.shared_metrics) & {*task.metrics, *task.CLAUSES}:
         warn(f"the policy lets no metric of a {task.name} task leave; it has {', '.join(task.metrics)}")
