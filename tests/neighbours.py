@@ -1,4 +1,6 @@
-"""What a coordinator gets out of a site, on two data sets that differ in one example, all earlier noise held fixed.
+"""What a coordinator gets out of a site, on two data sets that differ in one unit, all earlier noise held fixed.
+
+The unit is an example, or a person with several, who is replaced by one with another number of other examples.
 
 Two sites get the same messages. The first records each noised value; the second is given those same values in the place
 of its own (`Coupled`), whatever its own would have been before the noise, and both draw the same random numbers for all
@@ -11,6 +13,7 @@ noise was made for, by the receipt; a value whose noise others add (`on the sum`
 and everything else is the same to the last bit, the reason of a refusal too.
 """
 
+import itertools
 import json
 import secrets
 from collections import OrderedDict
@@ -100,6 +103,7 @@ class Coupled(GaussianSource):
         super().__init__(insecure_fixed_key_for_tests=bytes(32))
         self._present = present
         self._earlier = iter(of)
+        self._shuffles = itertools.count()
         self.noised: list[Noised] = []
 
     def perturb_(self, values: torch.Tensor, std: float) -> torch.Tensor:
@@ -122,7 +126,8 @@ class Coupled(GaussianSource):
         return mask
 
     def permutation(self, count: int) -> NDArray[np.int64]:
-        order = super().permutation(count)
+        # However many rows there are, what is drawn after it is the same.
+        order = np.random.default_rng(next(self._shuffles)).permutation(count)
         return np.concatenate([[0], order[order != 0]])
 
 
@@ -144,6 +149,8 @@ class Asked:
     """What the strategy's fields are multiplied by."""
     task: str = "classes"
     """What the site's data and the model are of; the same in all that is asked of one site."""
+    unit: str = "example"
+    """What differs, example or person; the same too."""
 
     def __str__(self) -> str:
         return " ".join(
@@ -154,6 +161,7 @@ class Asked:
             + [f"fields x {self.amplify:g}"] * (self.amplify != 1)
             + [f"round={self.round}"] * (self.round is not None)
             + [f"task={self.task}"] * (self.task != "classes")
+            + [f"unit={self.unit}"] * (self.unit != "example")
         )
 
 
@@ -262,14 +270,16 @@ class Left:
     """What the site keeps and says to be covered."""
 
 
-def open_site(source: Coupled, *, present: bool, task: str = "classes") -> SiteService:
-    """A site whose policy wants differential privacy, with or without the example."""
+def open_site(source: Coupled, *, present: bool, task: str = "classes", unit: str = "example") -> SiteService:
+    """A site whose policy wants differential privacy, with or without the unit."""
     assume_server_identity(1)
     generator = np.random.default_rng(11)
     inputs = generator.normal(size=(2, EXAMPLES, INPUTS)).astype(np.float32)
     targets = (np.arange(EXAMPLES) % 2).astype(TASKS[task](INPUTS).task.target_dtype)
     inputs[0, 0] = (4.0, -3.0, 5.0) if present else (-1.0, 0.5, 0.2)
     train = Table(inputs[0], targets if present else np.concatenate([targets[1:2], targets[1:]]))
+    if unit == "person":
+        train = _of_persons(train, present=present)
     rules = {"allow_training_without_privacy": False, "trust_server_noise": True, "epsilon": None, "delta": 1e-5}
     site = service("a", TASKS[task](INPUTS), train, test=Table(inputs[1], targets), **rules)
     site.policy = site.policy.model_copy(update={"strategies": tuple(strategies())})
@@ -277,6 +287,15 @@ def open_site(source: Coupled, *, present: bool, task: str = "classes") -> SiteS
     signer, verifier = _identity()
     site.secure = SecureIdentity(signer, verifier, Sessions())
     return site
+
+
+def _of_persons(people: Table, *, present: bool) -> Table:
+    """The table's rows as persons, who have one to three rows like it each; the first has four, or is another one."""
+    sizes = [4 if present else 1, *(1 + number % 3 for number in range(1, len(people)))]
+    owners = np.repeat(np.arange(len(people)), sizes)
+    own = [np.random.default_rng(number).normal(size=(size, INPUTS)) for number, size in enumerate(sizes)]
+    inputs = people.inputs[owners] + 0.3 * np.concatenate(own).astype(np.float32)
+    return Table(inputs, people.targets[owners]).owned_by(owners, list(map(str, range(len(people)))))
 
 
 @cache
@@ -382,11 +401,11 @@ def complaints(asked: Sequence[Asked], before: Sequence[Asked] = ()) -> Iterator
 
     `before` is what was asked while the policy still allowed training without privacy, which no promise covers.
     """
-    with_it, task = Coupled(present=True), asked[0].task
-    here = open_site(with_it, present=True, task=task)
+    with_it, task, unit = Coupled(present=True), asked[0].task, asked[0].unit
+    here = open_site(with_it, present=True, task=task, unit=unit)
     seen = _all(here, asked, before)
     without = Coupled(present=False, of=with_it.noised)
-    there = open_site(without, present=False, task=task)
+    there = open_site(without, present=False, task=task, unit=unit)
     for question, one, other in zip(asked, seen, _all(there, asked, before), strict=True):
         for complaint in _compared(one, other):
             yield f"{' | '.join(map(str, [*before, *asked]))}: at {question}: {complaint}"

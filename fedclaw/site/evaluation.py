@@ -208,7 +208,6 @@ def metrics_receipt(site: Site, asking: Asking) -> Receipt:
         steps=event.steps,
         noise_multiplier=event.noise_multiplier,
         max_grad_norm=0.0,
-        unit=site.workload.schema.unit,
         **account.figures(asking, account.budget.delta),
     )
 

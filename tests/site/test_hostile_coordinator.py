@@ -67,6 +67,22 @@ def test_one_question_of_another_task(mechanism: str) -> None:
     nothing_is_told([ask("fedper", mechanism, task="number"), ask("fedper", "local", "evaluate", task="number")])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_question_about_persons(strategy: str) -> None:
+    mechanisms = ("local", "example-server") if is_quiet(strategy) else MECHANISMS
+    nothing_is_told(
+        *([ask(strategy, mechanism, unit="person")] for mechanism in mechanisms),
+        [ask(strategy, "site-server", unit="person", **STRONG)],
+    )
+
+
+@pytest.mark.parametrize("strategy", KEEPING)
+def test_what_is_kept_of_persons(strategy: str) -> None:
+    raw, noised, summed = (ask(strategy, mechanism, unit="person") for mechanism in ("none", "local", "site-server"))
+    nothing_is_told([ask(strategy, "local", unit="person", **LOUD)], before=[raw])
+    nothing_is_told([summed, noised, ask(strategy, "local", "evaluate", unit="person")])
+
+
 @pytest.mark.parametrize("strategy", KEEPING)
 def test_a_round_after_one_of_another_kind(strategy: str) -> None:
     other = KEEPING[(KEEPING.index(strategy) + 1) % len(KEEPING)]
@@ -113,8 +129,8 @@ def sampled(seed: int, length: int) -> tuple[list[Asked], list[Asked]]:
 
     before = [one(("none", "site-server"))] if draw.random() < 0.4 else []
     asked = [one(MECHANISMS) for _ in range(length)]
-    task = "number" if seed % 4 == 3 else "classes"
-    return [replace(question, task=task) for question in before], [replace(question, task=task) for question in asked]
+    of = {"task": "number" if seed % 4 == 3 else "classes", "unit": "person" if seed % 3 == 2 else "example"}
+    return [replace(question, **of) for question in before], [replace(question, **of) for question in asked]
 
 
 def test_any_three_questions() -> None:
@@ -134,6 +150,13 @@ def test_what_is_compared_can_differ() -> None:
     assert max(moved) * left.multiplier / left.noised[0].std == pytest.approx(1, abs=1e-3)
     summed = ask("fedavg", "example-server")
     sides = [left_of(open_site(Coupled(present=here), present=here), summed, 1) for here in (True, False)]
+    names = sides[0].on_the_sum
+    moved = [float(np.sum((sides[0].on_the_sum[name] - sides[1].on_the_sum[name]) ** 2)) for name in names]
+    assert np.sqrt(sum(moved)) == pytest.approx(sides[0].bound, rel=1e-3)
+    person = ask("fedavg", "example-server", unit="person")
+    sides = [
+        left_of(open_site(Coupled(present=here), present=here, unit="person"), person, 1) for here in (True, False)
+    ]
     names = sides[0].on_the_sum
     moved = [float(np.sum((sides[0].on_the_sum[name] - sides[1].on_the_sum[name]) ** 2)) for name in names]
     assert np.sqrt(sum(moved)) == pytest.approx(sides[0].bound, rel=1e-3)
