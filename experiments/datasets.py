@@ -31,13 +31,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from experiments.partitions.dealing import Dealt, deal_out
-from experiments.sources import DatasetSettings, Source, pixels, schema_of
+from experiments.sources import PERSON, DatasetSettings, Source, pixels, schema_of
 from fedclaw.cli import make_console, run_main, settings_of
+from fedclaw.clients.arrays import PERSONS
 from fedclaw.errors import UsageError
 from fedclaw.learning.registry import STRATEGIES, installed
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.tasks.regression import Regression
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.simulation.partitions.base import Indices
 from fedclaw.simulation.partitions.labels import Dirichlet
 from fedclaw.simulation.partitions.settings import PartitionSettings
 from fedclaw.site.policy.policy import SAFE_METRICS
@@ -101,7 +103,7 @@ def write_sites(
     _write_yaml(root / "schema.yaml", schema)
     _write_table(root / "public" / "inputs", source, source.inputs[public[:count]])
     labelled = public[count:]
-    _write_table(root / "public" / "labelled", source, source.inputs[labelled], source.targets[labelled])
+    _write_labelled(root / "public" / "labelled", source, labelled, source.inputs[labelled])
     directories = []
     for client, name in enumerate(names_of(source, settings.sites)):
         directory = root / "sites" / name
@@ -114,31 +116,46 @@ def write_sites(
 
 def _write_data(directory: Path, dealt: Dealt, client: int) -> dict[str, Path]:
     """The client's files, by what they are for; `test` is left out where nothing is held out."""
-    inputs, targets = dealt.inputs(client), dealt.source.targets[dealt.rows(client)]
+    inputs, rows = dealt.inputs(client), dealt.rows(client)
     held_out = dealt.held_out(client)
     parts = {"train": slice(held_out, None), "test": slice(held_out)}
     return {
-        name: _write_table(directory / name, dealt.source, inputs[part], targets[part])
+        name: _write_labelled(directory / name, dealt.source, rows[part], inputs[part])
         for name, part in parts.items()
         if name == "train" or held_out
     }
 
 
-def _write_table(stem: Path, source: Source, inputs: NDArray[Any], targets: NDArray[Any] | None = None) -> Path:
+def _write_labelled(stem: Path, source: Source, rows: Indices, inputs: NDArray[Any]) -> Path:
+    """The source's `rows` (N,) as `inputs` (N, *D) have them, with their targets and, if that is said, persons."""
+    owners = source.owners[rows] if source.owners is not None and source.says_whose else None
+    return _write_table(stem, source, inputs, source.targets[rows], owners)
+
+
+def _write_table(
+    stem: Path,
+    source: Source,
+    inputs: NDArray[Any],
+    targets: NDArray[Any] | None = None,
+    owners: Indices | None = None,
+) -> Path:
     stem.parent.mkdir(parents=True, exist_ok=True)
     if source.workload == "vision":
         path = stem.with_suffix(".npz")
         images = pixels(source, inputs)
-        arrays = {"images": images} if targets is None else {"images": images, "labels": targets}
+        named: dict[str, NDArray[Any] | None] = {"images": images, "labels": targets, PERSONS: owners}
+        arrays = {name: array for name, array in named.items() if array is not None}
         np.savez_compressed(path, allow_pickle=False, **arrays)
         return path
     path = stem.with_suffix(".csv")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(source.features if targets is None else [*source.features, source.target])
+        persons = [] if owners is None else [PERSON]
+        writer.writerow(source.features if targets is None else [*persons, *source.features, source.target])
         for row, numbers in enumerate(inputs):
             values: Sequence[Any] = [repr(float(value)) for value in numbers]
-            writer.writerow(values if targets is None else [*values, _cell(source, targets[row])])
+            person = [] if owners is None else [int(owners[row])]
+            writer.writerow(values if targets is None else [*person, *values, _cell(source, targets[row])])
     return path
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from experiments.persons import GroupedRows
 from experiments.synthetic_images import SyntheticImages, make_images
 from fedclaw.catalogue import did_you_mean
 from fedclaw.clients.columns import numbers
@@ -38,6 +39,8 @@ class DatasetSettings(Frozen):
     """Of the deal: what is public, and who has what."""
     synthetic: SyntheticImages | None = None
     """What images to make; null: the usual ones."""
+    persons: GroupedRows | None = None
+    """Rows are grouped into persons, who are dealt as a whole; null: each row is by itself."""
 
     data: Path | None = None
     """csv: the table, a CSV file with a header. images: a directory with one of images (PNG, JPEG) for each label."""
@@ -77,7 +80,8 @@ class DatasetSettings(Frozen):
         """Without what only data of one's own has: the other sets' runs keep the digests that they had before."""
         plain: dict[str, Any] = handler(self)
         numbers = () if self.is_of_numbers else ("range", "loss")
-        left_out, if_null = (numbers, ("content",)) if self.name in _OWN else (_OWN_SETTINGS, ("loss",))
+        left_out, unless_null = (numbers, "content") if self.name in _OWN else (_OWN_SETTINGS, "loss")
+        if_null = (unless_null, "persons")
         return {
             key: value
             for key, value in plain.items()
@@ -109,6 +113,8 @@ class DatasetSettings(Frozen):
         return self
 
 
+PERSON = "person"
+"""The column of a table that says whose a row is."""
 _OWN = ("csv", "images")
 _FEW_CLASSES = 20
 # Up to so many labels nobody wonders that they are numbers.
@@ -139,6 +145,10 @@ class Source:
     """What the data calls them, in the order of the numbers in `sites`."""
     target: str = "diagnosis"
     """Of a table, the name of the column of targets."""
+    owners: NDArray[np.int64] | None = None
+    """(N,) whose each row is, where rows are grouped into persons."""
+    says_whose: bool = False
+    """Whether files and schema say so."""
     range: tuple[float, float] | None = None
     """Of targets that are numbers: the smallest and the largest there can be; then there are no labels."""
     loss: RegressionLoss = "squared"
@@ -156,6 +166,13 @@ class Source:
 def load_source(settings: DatasetSettings) -> Source:
     """The whole data set, not yet dealt. Raises DataError for data of one's own that cannot be used, UsageError where
     there is none."""
+    source, persons = _load(settings), settings.persons
+    if persons is None:
+        return source
+    return replace(source, owners=persons.owners(len(source.targets)), says_whose=persons.unit == "person")
+
+
+def _load(settings: DatasetSettings) -> Source:
     _require_own_data(settings)
     if settings.name == "csv":
         return load_table(settings)
@@ -205,6 +222,7 @@ def schema_of(source: Source, public: NDArray[np.int64]) -> dict[str, Any]:
     if source.workload == "vision":
         scaled = inputs / source.brightest
         return {
+            **({"person": "{person}_*"} if source.says_whose else {}),
             "shape": [1, *inputs.shape[1:]],
             "labels": list(source.labels),
             "mean": [round(float(scaled.mean()), 4)],
@@ -214,7 +232,8 @@ def schema_of(source: Source, public: NDArray[np.int64]) -> dict[str, Any]:
         {"name": name, "kind": "numeric", **_constants(values[~np.isnan(values)])}
         for name, values in zip(source.features, inputs.T, strict=True)
     ]
-    return {"columns": columns, "target": _target_of(source)}
+    persons = {"person": PERSON} if source.says_whose else {}
+    return {**persons, "columns": columns, "target": _target_of(source)}
 
 
 def _target_of(source: Source) -> dict[str, Any]:

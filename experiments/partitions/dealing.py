@@ -29,7 +29,7 @@ class Dealt:
     partition: Partition
 
     def rows(self, client: int) -> Indices:
-        """The client's rows: first those that it holds out for testing, see `held_out`."""
+        """The client's rows, a person's together: first those that it holds out for testing, see `held_out`."""
         return self.private[self.partition.shares[client]]
 
     def inputs(self, client: int) -> NDArray[Any]:
@@ -39,9 +39,27 @@ class Dealt:
         return chosen if transform is None else transform.apply(client, chosen)
 
     def held_out(self, client: int) -> int:
-        """How many of the client's rows, the first, it keeps for testing; one at least is left for training."""
-        share, size = self.dataset.test, int(self.partition.sizes[client])
-        return min(max(1, round(share * size)), size - 1) if share else 0
+        """How many of the client's rows, the first, it keeps for testing; one at least is left for training.
+
+        Of persons, that many are kept, with all of their rows.
+        """
+        share = self.dataset.test
+        if not share:
+            return 0
+        sizes = self._unit_sizes(client)
+        return int(sizes[: min(max(1, round(share * len(sizes))), len(sizes) - 1)].sum())
+
+    def owners(self, client: int) -> Indices | None:
+        """Whose each of the client's rows is, if they are grouped into persons and that is said."""
+        owners = self.source.owners
+        return owners[self.rows(client)] if owners is not None and self.source.says_whose else None
+
+    def _unit_sizes(self, client: int) -> Indices:
+        """How many rows each unit has that is dealt as a whole, in the order of `rows`."""
+        if self.source.owners is None:
+            return np.ones(self.partition.sizes[client], np.int64)
+        owners = self.source.owners[self.rows(client)]
+        return np.diff(np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1], [True]])))
 
     def describe(self, names: Sequence[str] | None = None) -> Description:
         """What was dealt, for the run's record; `names` are the clients'."""
@@ -58,15 +76,62 @@ class Dealt:
 def deal_out(dataset: DatasetSettings, partition: PartitionSettings, clients: int | None = None) -> Dealt:
     """Deal the data set to `clients`, or to as many as it has sites. Raises UsageError naming the setting at fault."""
     source = load_source(dataset)
+    units = _units(source)
     generator = np.random.default_rng(dataset.seed)
-    order = generator.permutation(len(source.targets))
+    order = generator.permutation(len(units.sizes))
     count = round(dataset.public * len(order))
-    public, private = order[:count], order[count:]
+    private = units.firsts[order[count:]]
     hand = partition.deal(
-        source.groups[0][private],
+        units.groups[order[count:]],
         source.inputs[private],
         dataset.sites if clients is None else clients,
         generator,
         sites=None if source.sites is None else source.sites[private],
     )
-    return Dealt(source, dataset, public, private, hand)
+    return Dealt(source, dataset, units.rows(order[:count]), *_by_row(units, order[count:], hand))
+
+
+@dataclass(frozen=True, eq=False)
+class _Units:
+    """What is dealt as a whole: rows, or persons with all of theirs."""
+
+    order: Indices
+    """(N,) the rows, those of the first unit first."""
+    sizes: Indices
+    """(U,) how many rows each unit has."""
+    groups: Indices
+    """(U,) by which they are told apart when they are dealt: a row's group, or the commonest of a person's rows."""
+
+    @property
+    def starts(self) -> Indices:
+        return np.cumsum(self.sizes) - self.sizes
+
+    @property
+    def firsts(self) -> Indices:
+        """(U,) the first row of each."""
+        return self.order[self.starts]
+
+    def rows(self, units: Indices) -> Indices:
+        """All rows of those units, one unit after another."""
+        sizes, starts = self.sizes[units], self.starts[units]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows: Indices = self.order[np.repeat(starts, sizes) + within]
+        return rows
+
+
+def _units(source: Source) -> _Units:
+    groups, names = source.groups
+    if source.owners is None:
+        return _Units(np.arange(len(groups)), np.ones(len(groups), np.int64), groups)
+    sizes = np.bincount(source.owners)
+    counts = np.zeros((len(sizes), len(names)), np.int64)
+    np.add.at(counts, (source.owners, groups), 1)
+    return _Units(np.argsort(source.owners, kind="stable"), sizes, counts.argmax(axis=1))
+
+
+def _by_row(units: _Units, private: Indices, hand: Partition) -> tuple[Indices, Partition]:
+    """The rows of the `private` units, and `hand`, which dealt those units, as a partition of these rows."""
+    rows, sizes = units.rows(private), units.sizes[private]
+    within = _Units(np.arange(len(rows)), sizes, private)
+    bounds = np.concatenate([[0], np.cumsum(sizes[hand.rows])])[hand.bounds]
+    return rows, Partition(hand.method, within.rows(hand.rows), bounds, hand.transform)

@@ -60,12 +60,22 @@ def in_memory(dataset: DatasetSettings, partition: PartitionSettings, clients: i
     return InMemory(
         workload=source.workload,
         schema=schema,
-        table=Table(_inputs(dealt, definition), _targets(source, dealt.private[hand.rows])),
+        table=_owned(Table(_inputs(dealt, definition), _targets(source, dealt.private[hand.rows])), dealt),
         shares=tuple(np.arange(start + held, end) for start, held, end in spans),
         tests=tuple(np.arange(start, start + held) for start, held, _ in spans),
         public=Table(public, _targets(source, dealt.public)),
         description=dealt.describe(),
     )
+
+
+def _owned(table: Table, dealt: Dealt) -> Table:
+    """The table of all clients with its persons, if the data says whose a row is."""
+    owners = [dealt.owners(client) for client in range(dealt.partition.clients)]
+    said = [owner for owner in owners if owner is not None]
+    if not said:
+        return table
+    numbers = np.concatenate(said)
+    return table.owned_by(numbers, list(map(str, range(int(numbers.max()) + 1))))
 
 
 def _targets(source: Source, rows: Indices) -> NDArray[Any]:
