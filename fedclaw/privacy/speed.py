@@ -22,4 +22,4 @@ class StepSpeed(Frozen):
     the model (bookkeeping), or lacks a C++ compiler (compiled), gives way to the next one, with a line in the log."""
     chunk_size: int | None = Field(default=None, ge=1)
     """Examples worked on together, at most (2 and 3 are taken for 4), which bounds memory; None: as many as the
-    processor's cache takes."""
+    processor's cache takes. A person with more is worked on alone, so many examples at a time."""

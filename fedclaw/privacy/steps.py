@@ -3,19 +3,33 @@
 The training loop is the same for all (`fedclaw.learning.step_loop`): it asks a step taker for gradients, lets the
 strategy correct them, and lets an optimiser move. Differential privacy is one way of taking a step.
 
-Formal guarantee of `PrivateGradients`. Unit: one example; neighbouring: add or remove one. Over batches from
-`poisson_batches(count, q, ...)` with the same source, each call, an empty batch too, is one Poisson-sampled Gaussian
-mechanism with rate q and the given noise multiplier, if the loss is a mean of losses that each depend on one example
-alone, and the model treats the examples of a batch separately. Both are checked on the first batches. Whatever is
-computed from the gradients afterwards is post-processing.
+Formal guarantee of `PrivateGradients`. The unit is an example, or a person: all rows that `units` gives one number.
+
+- G_u is the sum of the gradients of the losses of unit u's rows. It depends on these rows and on the parameters alone,
+  if the loss is a mean of losses that each depend on one row alone, and the model treats the rows of a batch
+  separately. Both are checked on the first batches.
+- What gets noise is S(batch) = sum over the units in it of G_u min(1, C / ||G_u||), by a constant, the expected batch
+  size. No other unit's summand depends on unit v, so S with v and S without it are G_v min(1, C / ||G_v||) apart: at
+  most C, however many rows v has. The same if its rows are replaced by others whose gradients are nothing.
+- A step, that of an empty batch too, is therefore one Gaussian mechanism on the units in the batch. Over batches from
+  `poisson_batches(count, q, ...)`, or `fedclaw.privacy.units.poisson_unit_batches` with whole units, and the same
+  source, it is a Poisson-sampled one with rate q and the given noise multiplier.
+- Neighbouring: one unit more or less, if q, the number of steps and the expected batch size are the same for both. Who
+  works them out from the number of units has to make that number public; then one unit is replaced by nothing.
+
+Whatever is computed from the gradients afterwards is post-processing.
 
 Floating point. Norms, factors and sums are float64, and a clipped gradient keeps 1e-6 of the bound in hand
-(`fedclaw.privacy.gradients.interface`), so that one example moves the sum before noise (`exact`) by at most the
+(`fedclaw.privacy.gradients.interface`), so that one unit moves the sum before noise (`exact`) by at most the
 sensitivity, at batches of up to ten million examples, whatever the parameters are; noise is added to that sum, and what
-is rounded to float32 is the noisy one. A large sum is multiplied out, noised and rounded some rows at a time, so that
+is rounded to float32 is the noisy one. The rows of a unit may cancel, so that what is left of their sum is rounding,
+and points anywhere; hence a unit's rows are added in their order, or by one product or backward pass of theirs alone,
+and never among those of others, but where rounding is a small part of the bound whichever way it goes
+(`fedclaw.privacy.gradients.bookkeeping`). Whether a unit is one that has a pass of its own follows from its number of
+rows. A large sum is multiplied out, noised and rounded some rows at a time, so that
 its float64 form need not go through memory; each number is still a float64 sum, and gets its noise before it is
-rounded. Without noise of its own, `.grad` is the rounded sum: one example moves it by up to 2^-23 of the sum's own norm
-more. The gradients themselves are float32: one example's has to come out alike whatever else is in the batch and
+rounded. Without noise of its own, `.grad` is the rounded sum: one unit moves it by up to 2^-23 of the sum's own norm
+more. The gradients themselves are float32: one row's has to come out alike whatever else is in the batch and
 wherever it stands there, for parameters can be such that rounding is all that is left of it. On a CPU torch does that
 (measured with MKL, whose promise it is, and oneDNN) where MKL is told to (`fedclaw.environment`) and the number of rows
 is a multiple of COMPANY, so chunks are filled up to one.
@@ -104,13 +118,16 @@ class PlainGradients(StepTaker):
 
 
 class PrivateGradients(StepTaker):
-    """DP-SGD (Abadi et al. 2016, algorithm 1): clip each example's gradient, sum, add noise, divide by expected B.
+    """DP-SGD (Abadi et al. 2016, algorithm 1): clip each unit's gradient, sum, add noise, divide by expected B.
 
-    gradient = (sum_i g_i min(1, C / ||g_i||) + N(0, (noise_multiplier C)^2)) / expected_batch_size, C = max_grad_norm
+    gradient = (sum_u g_u min(1, C / ||g_u||) + N(0, (noise_multiplier C)^2)) / expected_batch_size, C = max_grad_norm
+
+    g_u is the sum of the gradients of unit u's rows, of each row's own loss; it is not divided by how many there are.
 
     The clipped sum comes from the engine that `speed` asks for (`fedclaw.privacy.gradients`), the noise from `source`.
-    An example whose gradient is not finite, or has a norm beyond float32, counts as zero: one that overflows must not
-    decide by itself whether the whole update is usable. The gradients' memory is the same at every step.
+    A unit whose gradient is not finite, or has a norm beyond float32, counts as zero with all of its rows: one that
+    overflows must not decide by itself whether the whole update is usable. The gradients' memory is the same at every
+    step; a unit of many rows takes as much as the sum besides.
     """
 
     def __init__(
@@ -127,7 +144,7 @@ class PrivateGradients(StepTaker):
     ) -> None:
         """Switch `model` to training mode; hooks are on it from the first batch until `close`.
 
-        `expected_batch_size` is q times the number of examples. `speed` and `steps_ahead` (how many steps are to be
+        `expected_batch_size` is q times the number of units. `speed` and `steps_ahead` (how many steps are to be
         taken, about) decide how fast a step is and nothing else. Raises PrivacyError for a model with layers that mix
         examples or keep statistics (batch normalisation) and for settings outside their range.
         """
@@ -148,7 +165,7 @@ class PrivateGradients(StepTaker):
 
     @property
     def sensitivity(self) -> float:
-        """How far, in the L2 norm over all parameters, one example can move the gradient before noise."""
+        """How far, in the L2 norm over all parameters, one unit can move the gradient before noise."""
         return self._clip.max_norm * self._clip.scale
 
     @property
@@ -179,6 +196,7 @@ class PrivateGradients(StepTaker):
             parameter.grad = None
         products: Products = {}
         if inputs.shape[0]:
+            self._ready(inputs, targets, rows_alone=units is None)
             self._add_all(inputs, targets, starts, products)
         else:
             self._sums.clear()
@@ -192,15 +210,26 @@ class PrivateGradients(StepTaker):
         if self._engine is not None:
             self._engine.close()
 
-    def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor, starts: Indices | None, products: Products) -> None:
+    def _ready(self, inputs: torch.Tensor, targets: torch.Tensor, *, rows_alone: bool) -> None:
+        """Have an engine that can take the model, as far as it can tell beforehand."""
         engine = self._engine = self._engine or choose(
-            self._speed, self._model, self._loss, self._clip, inputs, targets, steps_ahead=self._steps_ahead
+            self._speed,
+            self._model,
+            self._loss,
+            self._clip,
+            inputs,
+            targets,
+            steps_ahead=self._steps_ahead,
+            rows_alone=rows_alone,
         )
         try:
             engine.prepare(inputs, targets)
         except Unsuited as reason:
-            engine = self._give_way(engine, reason)
-            engine.prepare(inputs, targets)
+            self._give_way(engine, reason).prepare(inputs, targets)
+
+    def _add_all(self, inputs: torch.Tensor, targets: torch.Tensor, starts: Indices | None, products: Products) -> None:
+        engine = self._engine
+        assert engine is not None
         with _threads_for(self._speed.chunk_size or engine.chunk_size) as company:
             self._add_chunks(engine, inputs, targets, starts, company, products)
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import PrivacyError
+from fedclaw.privacy.gradients import bookkeeping
 from fedclaw.privacy.gradients.bookkeeping import _WORTH_LEAVING
 from fedclaw.privacy.noise import CHUNK, GaussianSource
 from fedclaw.privacy.speed import StepSpeed
@@ -47,7 +48,14 @@ def rows(count: int, loud: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, targets
 
 
-def step(model: nn.Module, noise: float, inputs: torch.Tensor, targets: torch.Tensor, **speed: object) -> torch.Tensor:
+def step(
+    model: nn.Module,
+    noise: float,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    units: torch.Tensor | None = None,
+    **speed: object,
+) -> torch.Tensor:
     """What is left in the parameters' `.grad`, float64."""
     with PrivateGradients(
         model,
@@ -58,7 +66,7 @@ def step(model: nn.Module, noise: float, inputs: torch.Tensor, targets: torch.Te
         source=GaussianSource(insecure_fixed_key_for_tests=KEY),
         speed=StepSpeed(mode="bookkeeping", **speed),
     ) as steps:
-        steps.gradients(inputs, targets)
+        steps.gradients(inputs, targets, units)
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).double()
 
 
@@ -81,6 +89,17 @@ def test_with_hardly_any_noise_it_is_the_clipped_sum(count: int, loud: float, ch
     inputs, targets = rows(count, loud)
     found = step(network(), 1e-9, inputs, targets, chunk_size=chunk)
     torch.testing.assert_close(found, one_at_a_time(network(), inputs, targets), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("loud", [1.0, math.inf])
+@pytest.mark.parametrize("cancels", [16, 0])
+def test_it_is_the_clipped_sum_of_units(loud: float, cancels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise of its own a step writes the sum out; and a unit that has its own written out is in it too."""
+    monkeypatch.setattr(bookkeeping, "_CANCELS", cancels)
+    units = torch.tensor([0, 0, 0, 1, 1, 2])
+    noised, written = (step(network(), noise, *rows(6, loud), units) for noise in (1e-9, 0.0))
+    torch.testing.assert_close(noised, written, rtol=1e-4, atol=1e-8)
+    assert float(written.norm()) > BOUND / EXPECTED
 
 
 def test_each_number_of_each_parameter_gets_noise_of_its_own() -> None:

@@ -6,6 +6,9 @@ activations a and output gradients g give the norm of the example's gradient wit
 (||g|| ||a, 1||, the ghost norm of Goodfellow 2015), and the clipped sum is one matrix product. Other layers' gradients
 are small, or have to be added over places anyway: they are worked out (`layers`), measured and summed.
 
+A unit of several rows has the sum of their gradients: the sum of g_i a_i^T over its rows i, with the squared norm sum
+<g_i, g_j> <a_i, a_j> over its pairs of rows; the clipped sum is the same one product, each row with its unit's factor.
+
 Goes for models whose trainable parameters all belong to layers that have a rule, each called once in a forward pass.
 Whether the rules tell the truth about the model is checked against the plain gradient before the first batch, on
 made-up examples. Would it depend on the batch, one huge example could hide a wrong rule behind its own gradient; a step

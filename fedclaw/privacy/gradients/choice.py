@@ -5,7 +5,7 @@ take the model, and torch.func's vmap elsewhere. With enough steps ahead that lo
 one made-up batch (zeros of the batch's shape: the choice cannot depend on anybody's data) a few times, and the fastest
 is taken. Opacus' hooks are left to those who ask for them and to models that nothing else takes: they are about as fast
 as vmap, but do not see a parameter that a model uses otherwise than through its layer. Compiling is tried only if the
-steps ahead would last many times longer than it takes.
+steps ahead would last many times longer than it takes, and for units of one row, whose sums alone are compiled.
 """
 
 import logging
@@ -48,16 +48,20 @@ def choose(
     targets: torch.Tensor,
     *,
     steps_ahead: int,
+    rows_alone: bool = True,
 ) -> ClippedSums:
     """The engine that `speed` asks for, or the next one that can take the model, on `model` now.
 
-    The shapes of a batch's inputs (B, *D) and targets (B, ...), B >= 1, and `steps_ahead` matter for `auto` only.
+    The shapes of a batch's inputs (B, *D) and targets (B, ...), B >= 1, `steps_ahead` and `rows_alone` (no unit has
+    several rows) matter for `auto` only.
     """
     if speed.mode != "auto":
         return made(speed.mode, model, loss, clip)
     mode: Mode = "bookkeeping"
     if steps_ahead >= _STEPS_WORTH_LOOKING:
-        mode = _fastest(model, loss, clip, torch.zeros_like(inputs), torch.zeros_like(targets), steps_ahead)
+        worth_compiling = _SECONDS_WORTH_COMPILING if rows_alone else math.inf
+        made_up = torch.zeros_like(inputs), torch.zeros_like(targets)
+        mode = _fastest(model, loss, clip, *made_up, steps_ahead, worth_compiling)
     engine = made(mode, model, loss, clip)
     logger.debug("private steps by %s, with %d steps ahead of about %d examples", engine.name, steps_ahead, len(inputs))
     return engine
@@ -85,12 +89,18 @@ def instead(mode: str, reason: Unsuited, model: torch.nn.Module, loss: Loss, cli
 
 
 def _fastest(
-    model: torch.nn.Module, loss: Loss, clip: Clip, inputs: torch.Tensor, targets: torch.Tensor, steps_ahead: int
+    model: torch.nn.Module,
+    loss: Loss,
+    clip: Clip,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    steps_ahead: int,
+    worth_compiling: float,
 ) -> Mode:
     with torch.random.fork_rng(devices=[]):
         seconds = {mode: _seconds(mode, model, loss, clip, inputs, targets) for mode in _EAGER}
         best = min(_EAGER, key=lambda mode: seconds[mode])
-        if steps_ahead * seconds[best] > _SECONDS_WORTH_COMPILING:
+        if steps_ahead * seconds[best] > worth_compiling:
             seconds["compiled"] = _seconds("compiled", model, loss, clip, inputs, targets)
             best = min(best, "compiled", key=lambda mode: seconds[mode])
     logger.debug("private steps: seconds by engine: %s", {mode: round(value, 5) for mode, value in seconds.items()})

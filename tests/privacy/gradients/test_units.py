@@ -310,6 +310,19 @@ def test_rows_that_cancel_leave_nothing_that_others_turn(mode: Mode, kind: str, 
                 assert float((there - gone - alone).norm()) <= 1e-6 * steps.sensitivity
 
 
+@pytest.mark.parametrize("mode", ENGINES)
+def test_a_first_step_is_like_any_other(mode: Mode) -> None:
+    """Whether a unit is worked on alone must not hang on whether somebody else's batch came before."""
+    torch.manual_seed(0)
+    model, inputs, targets = cancelling("deep", 10_000)
+    units = torch.full((10_000,), 5)
+    with taker(model, mode, max_grad_norm=1e-6) as steps:
+        steps.gradients(inputs, targets, units)
+        first = exact(steps)
+        steps.gradients(inputs, targets, units)
+        assert torch.equal(exact(steps), first)
+
+
 def test_a_unit_that_cancels_has_its_sum_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the two ways meet, they give the same."""
     model, shape = make("wide")
