@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedclaw.errors import PrivacyError
@@ -19,6 +19,7 @@ def repeatable() -> GaussianSource:
     return GaussianSource(insecure_fixed_key_for_tests=KEY)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-3, 10**12) | st.integers(0, 4), max_size=30), st.data())
 def test_rows_of_some_units_wherever_they_stand(numbers: list[int], data: st.DataObject) -> None:
     units, names = Units.of(np.array(numbers, np.int64)), sorted(set(numbers))

@@ -139,7 +139,7 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
 )
 def test_every_engine_clips_the_sum_of_a_unit_s_gradients(kind: str, mode: Mode) -> None:
     model, shape = make(kind)
-    for sizes in ([3], [1, 4, 2, 1, 4], [20, 1, 7, 20, 13, 2], [1, 1, 1]):
+    for sizes in ([3], [1, 4, 2, 1, 4], [20, 1, 7, 20, 13, 2]):
         data = batch(shape, sizes)
         expected = unit_by_unit(model, *data)
         for chunk in (None, 1, 8):
@@ -243,7 +243,7 @@ def weights_of(model: nn.Module, kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ENGINES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     kind=st.sampled_from(["linear", "mlp", "wide", "conv"]),
     weights=st.sampled_from(["plain", "huge", "vanishing", "saturated", "overflowing"]),
@@ -269,58 +269,68 @@ def test_one_unit_moves_the_sum_by_at_most_the_bound(
         assert float((there - exact(steps)).norm()) <= steps.sensitivity
 
 
-def cancelling(kind: str, size: int, width: int = 64) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A model, and a unit of `size` rows whose huge gradients cancel but for rounding."""
-    model = nn.Sequential(nn.Linear(30, width), nn.Linear(width, 2))
-    with torch.no_grad():
-        model[1].weight.mul_({"deep": 1e15, "shallow": 1e3}[kind])
-        model[1].bias.zero_()
-        model[1].weight[1] = model[1].weight[0]
+def weighted(_: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A loss whose gradient is a row's target times the same for all."""
+    return (outputs @ torch.linspace(0.3, 1.7, outputs.shape[1]) * targets).mean()
+
+
+def cancelling(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs (size, 30) and targets of a unit whose large gradients cancel, and whose small ones are lost in the
+    rounding of their sum: by the order of summing, something else is left."""
     generator = torch.Generator().manual_seed(size)
-    inputs = torch.randn(size // 2, 30, generator=generator)
-    return model, torch.cat([inputs, inputs.flip(0)]), torch.cat([torch.zeros(size // 2), torch.ones(size // 2)]).long()
+    large, small = size // 3, size - 2 * (size // 3)
+    inputs, others = torch.randn(large, 30, generator=generator), torch.randn(small, 30, generator=generator)
+    weights = 10 ** torch.linspace(25, 5, large)
+    rest = torch.rand(small, generator=generator) + 0.5
+    return torch.cat([inputs, others, inputs]), torch.cat([weights, rest, -weights])
+
+
+def networks() -> list[nn.Module]:
+    """Gradients that are there as their factors; that are written out; and both."""
+    return [
+        nn.Linear(30, 64),
+        nn.Linear(30, 8),
+        nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.LayerNorm(64), nn.Linear(64, 50, bias=False)),
+    ]
 
 
 @pytest.mark.parametrize("mode", ENGINES)
-@pytest.mark.parametrize("kind", ["deep", "shallow"])
-@pytest.mark.parametrize("size", [2, 10, 60])
+@pytest.mark.parametrize("size", [6, 13, 60])
 @pytest.mark.parametrize("chunk", [None, 16])
-def test_rows_that_cancel_leave_nothing_that_others_turn(mode: Mode, kind: str, size: int, chunk: int | None) -> None:
-    """A person with both answers to the same questions: what is left of the sum of gradients is rounding, and which way
-    it points must not hang on who else is there."""
+def test_rows_that_cancel_leave_nothing_that_others_turn(mode: Mode, size: int, chunk: int | None) -> None:
+    """What is left of such a unit is rounding, and which way it points must not hang on who else is there."""
     torch.manual_seed(0)
-    model, inputs, targets = cancelling(kind, size)
-    with taker(model, mode, chunk, max_grad_norm=1e-6, expected_batch_size=1.0) as steps:
-        steps.gradients(inputs, targets, torch.full((size,), 5))
-        alone = exact(steps)
-        assert float(alone.norm()) <= steps.sensitivity
-        for sizes in ([1], [3], [2, 7], [40], [5, 60]):
-            others, answers, owners = batch((30,), sizes)
-            for before in (True, False):
-                whole = [torch.cat([others, inputs]), torch.cat([answers % 2, targets])]
-                numbers = torch.cat([owners, torch.full((size,), 500)])
-                if not before:
-                    whole = [part.roll(size, 0) for part in whole]
-                    numbers = torch.cat([torch.full((size,), -5), owners])
-                steps.gradients(*whole, numbers)
-                there = exact(steps)
-                steps.gradients(others, answers % 2, owners)
+    inputs, targets = cancelling(size)
+    for model in networks():
+        with taker(model, mode, chunk, max_grad_norm=1e-3, expected_batch_size=1.0, loss=weighted) as steps:
+            steps.gradients(inputs, targets, torch.full((size,), 5))
+            alone = exact(steps)
+            assert float(alone.norm()) == pytest.approx(1e-3, rel=1e-5)
+            for sizes in ([1], [2, 7, 1], [5, 30]):
+                others, _, owners = batch((30,), sizes)
+                answers = torch.randn(len(others))
+                steps.gradients(others, answers, owners)
                 gone = exact(steps)
-                assert float((there - gone).norm()) <= steps.sensitivity
-                assert float((there - gone - alone).norm()) <= 1e-6 * steps.sensitivity
+                for first in (True, False):
+                    both = [(inputs, others), (targets, answers), (torch.full((size,), 0 if first else 500), owners)]
+                    steps.gradients(*(torch.cat(pair if first else pair[::-1]) for pair in both))
+                    there = exact(steps)
+                    assert float((there - gone).norm()) <= steps.sensitivity
+                    assert float((there - gone - alone).norm()) <= 1e-9 * steps.sensitivity
 
 
 @pytest.mark.parametrize("mode", ENGINES)
 def test_a_first_step_is_like_any_other(mode: Mode) -> None:
     """Whether a unit is worked on alone must not hang on whether somebody else's batch came before."""
     torch.manual_seed(0)
-    model, inputs, targets = cancelling("deep", 10_000)
+    inputs, targets = cancelling(10_000)
     units = torch.full((10_000,), 5)
-    with taker(model, mode, max_grad_norm=1e-6) as steps:
-        steps.gradients(inputs, targets, units)
-        first = exact(steps)
-        steps.gradients(inputs, targets, units)
-        assert torch.equal(exact(steps), first)
+    for model in networks():
+        with taker(model, mode, max_grad_norm=1e-6, loss=weighted) as steps:
+            steps.gradients(inputs, targets, units)
+            first = exact(steps)
+            steps.gradients(inputs, targets, units)
+            assert torch.equal(exact(steps), first)
 
 
 def test_a_unit_that_cancels_has_its_sum_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +342,25 @@ def test_a_unit_that_cancels_has_its_sum_written_out(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(bookkeeping, "_CANCELS", limit)
         found = summed(model, "bookkeeping", data)
         assert float((found - usual).norm()) <= 1e-12 * float(usual.norm())
+
+
+@pytest.mark.parametrize(("size", "apart"), [(1.0, False), (2.5e38, True)])
+def test_a_unit_that_hardly_counts_any_more_is_measured_by_its_rows_alone(
+    size: float, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is beyond float32 must not hang on how a norm was rounded among others."""
+    measured, written_out = [], bookkeeping._add_written_out
+    monkeypatch.setattr(
+        bookkeeping, "_add_written_out", lambda *values: measured.append(values[3]) or written_out(*values)
+    )
+    model = nn.Linear(30, 64, bias=False)
+    with taker(model, "bookkeeping", loss=weighted) as steps:
+        inputs = torch.zeros(4, 30)
+        inputs[:, 0] = 1.0
+        gradient = float(torch.linspace(0.3, 1.7, 64).norm())
+        steps.gradients(inputs, torch.tensor([0.5, 0.5, 1e-3, 1e-3]) * size / gradient, torch.tensor([0, 0, 1, 1]))
+        assert bool(measured) == apart
+        assert float(exact(steps).norm()) >= BOUND / EXPECTED * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("mode", ENGINES)
@@ -365,6 +394,7 @@ def test_without_privacy_it_does_not_matter_whose_rows_they_are() -> None:
             assert torch.equal(parameter.grad, expected)  # type: ignore[arg-type]
 
 
+@settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12), padding=st.integers(0, 3))
 def test_segments_add_each_unit_s_rows_in_their_order(sizes: list[int], padding: int) -> None:
     segments = Segments(np.array(sizes), padding)
