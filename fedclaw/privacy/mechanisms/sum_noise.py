@@ -232,6 +232,17 @@ def clip_to(arrays: Arrays, bound: float) -> float:
     return norm
 
 
+def shorten(arrays: Arrays, longest: float) -> None:
+    """Scale `arrays`, in place, to a joint L2 norm of at most `longest`, to the last digits of float64.
+
+    The nearest within the ball: it brings no two further apart, as `clip_to`, with its margin, may at the bound.
+    """
+    norm = math.sqrt(sum(_square(array) for array in arrays.values()))
+    if norm > longest:
+        for array in arrays.values():
+            array *= longest / norm
+
+
 def _square(array: NDArray[np.float32]) -> float:
     """The square of the L2 norm, in float64, a block at a time: a model in float64 takes twice its memory."""
     flat = array.reshape(-1)
@@ -315,6 +326,18 @@ class ServerNoise(SumNoise):
             clip = moved(request.clip, share, request.adaptive)
         return replace(total, arrays=arrays, clip=clip)
 
+    def bound(self, part: Part[Update]) -> Part[Update]:
+        """See SumNoise. Unit example: no longer than the largest sample that `_rounding` counts on.
+
+        Where a site declares how many examples it has, its samples can be larger. Scaling down to a length brings no
+        two updates further apart.
+        """
+        bounded = super().bound(part)
+        if self.takes_one_step and isinstance(bounded, Bounded):
+            longest = _largest_sample(self.request.sample_rate, bounded.value.examples) * bounded.sensitivity
+            shorten(bounded.value.arrays, longest)
+        return bounded
+
     def mean_sensitivity(self, mean: Update) -> float:
         """How far, in L2 norm, one unit can move `mean`: what the weighting made, with what it was made of."""
         return (1 + self._rounding(mean)) * self._exact_sensitivity(mean)
@@ -330,18 +353,24 @@ class ServerNoise(SumNoise):
         """What rounding adds to how far one unit moves a site's part of the sum, as a share of that.
 
         An update within its clipping bound stays within it in float32. A sum over sampled examples is as long as so
-        many bounds: two such that are rounded to float32 are up to 2^-23 of that further apart. A sample is larger than
-        m + 10 sqrt(m) + 50, m the expected size, with probability 2^-64 (Bernstein's inequality). A secure sum rounds
-        each of d numbers to the nearest step, two of which are up to sqrt(d) steps further apart.
+        many bounds: two such that are rounded to float32 are up to 2^-23 of that further apart. No site's is longer
+        than its `_largest_sample` allows (`bound`). A secure sum rounds each of d numbers to the nearest step, two of
+        which are up to sqrt(d) steps further apart.
         """
         share = 0.0
         if self.takes_one_step:
-            expected = self.request.sample_rate * mean.examples
-            share = min(mean.examples, expected + 10 * math.sqrt(expected) + 50) * 2.0**-23
+            share = _largest_sample(self.request.sample_rate, mean.examples) * 2.0**-23
         secure = self.asked.secure
         if isinstance(secure, SecureAggregation):
             share += secure.step * math.sqrt(secure.length) / (self._exact_sensitivity(mean) * mean.divisor)
         return share
+
+
+def _largest_sample(rate: float, examples: int) -> float:
+    """Of so many examples at that rate: more than m + 10 sqrt(m) + 50, m the expected size, come with probability
+    2^-64 (Bernstein's inequality)."""
+    expected = rate * examples
+    return min(examples, expected + 10 * math.sqrt(expected) + 50)
 
 
 def moved(clip: float, share: float, adaptive: AdaptiveClip) -> float:

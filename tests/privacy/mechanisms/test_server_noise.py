@@ -16,7 +16,7 @@ from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.sum_noise import clip_to, moved
 from fedclaw.privacy.noise import GaussianSource
-from fedclaw.privacy.provenance import Raw
+from fedclaw.privacy.provenance import Bounded, Raw
 from fedclaw.protocol.arrays import Update
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.terms import (
@@ -107,6 +107,22 @@ def test_an_update_that_is_not_finite_counts_as_zero(value):
     arrays = {"a": np.array([1.0, value], np.float32), "b": np.ones(3, np.float32)}
     assert clip_to(arrays, 1.0) == math.inf
     assert not any(array.any() for array in arrays.values())
+
+
+def test_a_sum_of_more_examples_than_were_declared_is_brought_within_the_length_that_its_rounding_is_counted_for():
+    """Of 100 examples at rate 0.25 a sample has at most min(100, 25 + 10 x 5 + 50) = 100; each adds 2 at most."""
+    request = central(unit="example", sample_rate=0.25)
+    mechanism = mechanism_of(plan_of(run_record(privacy=None, central=request, training=ONE_STEP)))
+    within, beyond = np.array([120.0, 160.0]), np.array([180.0, 240.0])
+    left = []
+    for vector in (within, beyond, beyond + np.array([0.6, 0.8])):
+        part = Bounded(Update({"w": vector.copy()}, 1.0, 100), 2.0)
+        bounded = mechanism.bound(part)
+        assert bounded.sensitivity == 2.0
+        left.append(bounded.value.arrays["w"])
+    assert np.array_equal(left[0], within)
+    assert left[1] == pytest.approx([120.0, 160.0], rel=1e-15)
+    assert np.linalg.norm(left[2] - left[1]) < 1e-12, "no jump at the bound: neighbours come no further apart"
 
 
 def test_an_adaptive_bound_finds_the_quantile_of_the_norms():
