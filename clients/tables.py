@@ -25,7 +25,7 @@ import numpy as np
 
 from fedclaw.clients.definitions import shown
 from fedclaw.clients.values import Cell, DecimalMark, normal, number_of, repeated
-from fedclaw.errors import DataError
+from fedclaw.errors import DataError, NoExamples
 from fedclaw.learning.workload import FileFormat
 
 BLOCK_ROWS = 16_384
@@ -309,7 +309,7 @@ def _gathered(
     if places:
         yield block()
     elif not first:
-        raise DataError(f"{path}: no data rows after the header")
+        raise NoExamples(f"{path}: no data rows after the header")
 
 
 def _picker(indices: list[int], width: int) -> Callable[[list[str]], Sequence[str]]:
@@ -418,7 +418,7 @@ def _parquet_blocks(
     except ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
     if not first:
-        raise DataError(f"{path}: no data rows")
+        raise NoExamples(f"{path}: no data rows")
 
 
 def _cells(path: Path, name: str, column: Any) -> list[Cell]:

@@ -40,7 +40,7 @@ from fedclaw.clients.definitions import Labels, Weights, canonical_json, parse_d
 from fedclaw.clients.images import Shape, image_files, pixels_of, read_image, targets_of
 from fedclaw.clients.persons import USUAL_ROWS, FilePattern, RowsPerPerson, numbered, require_rows_of_persons
 from fedclaw.clients.values import normal
-from fedclaw.errors import DataError
+from fedclaw.errors import DataError, NoExamples
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
 from fedclaw.protocol.frozen import Frozen
 
@@ -189,12 +189,12 @@ class VisionSchema(Schema):
 
     def _standardised_archive(self, path: Path, images: Any) -> Floats:
         if not len(images.shape) or not images.shape[0]:
-            raise DataError(f"{path}: 'images' is empty")
+            raise NoExamples(f"{path}: 'images' is empty")
         return self._standardised(pixels_of(path, images, self.definition.shape))
 
     def _read_files(self, path: Path, files: list[Path]) -> Floats:
         if not files:
-            raise DataError(f"{path}: no .png, .jpg or .jpeg files")
+            raise NoExamples(f"{path}: no .png, .jpg or .jpeg files")
         pixels = np.empty((len(files), *self.definition.shape), np.float32)
         for row, file in enumerate(files):
             pixels[row] = read_image(file, self.definition.shape, resize=self.definition.resize)

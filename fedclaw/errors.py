@@ -3,6 +3,7 @@
     FedClawError                 exit code 1
     ├── UsageError               exit code 2: wrong command line or configuration
     ├── DataError                a data or schema file is not what it should be (file, row, column)
+    │   └── NoExamples           a data file is well formed and holds no rows or images
     ├── ProvisionError           a key, certificate, descriptor or directory of a federation is missing or wrong
     ├── SealError                a sealed update does not open: tampered, replayed or meant for another run
     ├── TransportError           a peer broke the protocol, or cannot be reached
@@ -76,6 +77,10 @@ class UsageError(FedClawError):
 
 class DataError(FedClawError):
     """A data or schema file is not what it should be."""
+
+
+class NoExamples(DataError):
+    """A data file is well formed and holds no rows or images."""
 
 
 class ProvisionError(FedClawError):

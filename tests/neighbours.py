@@ -6,7 +6,8 @@ Two sites get the same messages. The first records each noised value; the second
 of its own (`Coupled`), whatever its own would have been before the noise, and both draw the same random numbers for all
 else. So what the coordinator has seen so far is the same, and what the two still say differently no noise has covered.
 Neighbouring: the one example is in every sample that is drawn (present), or in none of them, and is then another one
-wherever the site goes through all of its data, with the first batch.
+wherever the site goes through all of its data, with the first batch. Where the number of examples is declared
+(`removed`), it is not there at all then: the data has one row less.
 
 Of each answer: every value that was noised at the site moves, before the noise, by at most the sensitivity that the
 noise was made for, by the receipt; a value whose noise others add (`on the sum`) by at most what theirs is made for;
@@ -18,7 +19,7 @@ import json
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 from torch import nn
 
+from fedclaw.learning.postprocess import template
 from fedclaw.learning.registry import STRATEGIES, installed, strategy_class
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.regression import Regression
@@ -40,6 +42,7 @@ from fedclaw.protocol.arrays import Update, pack
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.messages import ABOUT, ARRAYS, BROADCAST, CHARGE, JSON, KEYS, METRICS, PLAN, RECEIPT, SUM
 from fedclaw.protocol.questions import questions
+from fedclaw.protocol.records import hash_of
 from fedclaw.protocol.refusal import Refusal, RefusalCode
 from fedclaw.protocol.terms import PLAN_VERSION, ModelSpec, Plan
 from fedclaw.site import pipeline
@@ -99,9 +102,10 @@ class Noised:
 class Coupled(GaussianSource):
     """Noise that makes the values of an earlier site of its own ones, where there was one."""
 
-    def __init__(self, *, present: bool, of: Sequence[Noised] = ()) -> None:
+    def __init__(self, *, present: bool, of: Sequence[Noised] = (), removed: bool = False) -> None:
         super().__init__(insecure_fixed_key_for_tests=bytes(32))
         self._present = present
+        self._removed = removed
         self._earlier = iter(of)
         self._shuffles = itertools.count()
         self.noised: list[Noised] = []
@@ -121,13 +125,18 @@ class Coupled(GaussianSource):
         return values
 
     def bernoulli(self, count: int, q: float) -> NDArray[np.bool_]:
+        if self._removed:
+            # As many words of the stream as beside the example, so that what is drawn after them is the same.
+            return super().bernoulli(count + 1, q)[1:]
         mask = super().bernoulli(count, q)
         mask[0] = self._present
         return mask
 
     def permutation(self, count: int) -> NDArray[np.int64]:
         # However many rows there are, what is drawn after it is the same.
-        order = np.random.default_rng(next(self._shuffles)).permutation(count)
+        order = np.random.default_rng(next(self._shuffles)).permutation(count + self._removed)
+        if self._removed:
+            return order[order != 0] - 1
         return np.concatenate([[0], order[order != 0]])
 
 
@@ -270,8 +279,11 @@ class Left:
     """What the site keeps and says to be covered."""
 
 
-def open_site(source: Coupled, *, present: bool, task: str = "classes", unit: str = "example") -> SiteService:
-    """A site whose policy wants differential privacy, with or without the unit."""
+def open_site(
+    source: Coupled, *, present: bool, task: str = "classes", unit: str = "example", declared: int | None = None
+) -> SiteService:
+    """A site whose policy wants differential privacy, with or without the unit: another one is in its place, or none if
+    the number of units is `declared`."""
     assume_server_identity(1)
     generator = np.random.default_rng(11)
     inputs = generator.normal(size=(2, EXAMPLES, INPUTS)).astype(np.float32)
@@ -280,9 +292,12 @@ def open_site(source: Coupled, *, present: bool, task: str = "classes", unit: st
     train = Table(inputs[0], targets if present else np.concatenate([targets[1:2], targets[1:]]))
     if unit == "person":
         train = _of_persons(train, present=present)
+    if declared is not None and not present:
+        train = train.take(np.arange(EXAMPLES) > 0 if train.persons is None else train.persons > 0)
     rules = {"allow_training_without_privacy": False, "trust_server_noise": True, "epsilon": None, "delta": 1e-5}
     site = service("a", TASKS[task](INPUTS), train, test=Table(inputs[1], targets), **rules)
     site.policy = site.policy.model_copy(update={"strategies": tuple(strategies())})
+    site.data = replace(site.data, public_examples=declared)
     site.source = source
     signer, verifier = _identity()
     site.secure = SecureIdentity(signer, verifier, Sessions())
@@ -311,9 +326,20 @@ def question_of(asked: Asked, site: SiteService, number: int, kind: str) -> Mess
         n: a + generator.normal(size=a.shape).astype(np.float32) / 10 for n, a in parameters_of(asked.task).items()
     }
     sent = {f"control/{n}": 0.1 * a for n, a in moved.items() if n not in _personal(asked.strategy)}
-    plan = ConfigRecord({JSON: json.dumps(plan_of(asked, site, number))})
-    content = RecordDict({ARRAYS: pack(moved), BROADCAST: pack(sent), PLAN: plan})
+    content = RecordDict({ARRAYS: pack(moved), BROADCAST: pack(sent)})
+    plan = plan_of(asked, site, number)
+    if plan["secure"] is not None:
+        plan["secure"] |= {"content": hash_of(content.array_records).hexdigest(), "length": _length(plan, moved)}
+    content[PLAN] = ConfigRecord({JSON: json.dumps(plan)})
     return questions([7], number, kind, content, 100.0)[0]
+
+
+def _length(plan: Mapping[str, Any], parameters: Arrays) -> int:
+    """Numbers of an update, as a site works them out; of a plan that nobody can read, of one with all parameters."""
+    try:
+        return sum(array.size for array in template(parameters, Plan.model_validate_json(json.dumps(plan))).values())
+    except ValueError:
+        return sum(array.size for array in parameters.values())
 
 
 def left_of(site: SiteService, asked: Asked, number: int) -> Left:
@@ -396,16 +422,17 @@ def _left(site: SiteService, asked: Asked, arrays: Arrays, content: RecordDict, 
     )
 
 
-def complaints(asked: Sequence[Asked], before: Sequence[Asked] = ()) -> Iterator[str]:
+def complaints(asked: Sequence[Asked], before: Sequence[Asked] = (), *, declared: int | None = None) -> Iterator[str]:
     """What is wrong with what leaves in answer to `asked`, one sentence each.
 
-    `before` is what was asked while the policy still allowed training without privacy, which no promise covers.
+    `before` is what was asked while the policy still allowed training without privacy, which no promise covers. With a
+    number of examples that is `declared` the one example is there or not, else another one is in its place.
     """
     with_it, task, unit = Coupled(present=True), asked[0].task, asked[0].unit
-    here = open_site(with_it, present=True, task=task, unit=unit)
+    here = open_site(with_it, present=True, task=task, unit=unit, declared=declared)
     seen = _all(here, asked, before)
-    without = Coupled(present=False, of=with_it.noised)
-    there = open_site(without, present=False, task=task, unit=unit)
+    without = Coupled(present=False, of=with_it.noised, removed=declared is not None)
+    there = open_site(without, present=False, task=task, unit=unit, declared=declared)
     for question, one, other in zip(asked, seen, _all(there, asked, before), strict=True):
         for complaint in _compared(one, other):
             yield f"{' | '.join(map(str, [*before, *asked]))}: at {question}: {complaint}"

@@ -202,6 +202,11 @@ class Schema(ABC):
         Raises DataError naming file, row (1-based, header not counted) and column.
         """
 
+    def no_examples(self) -> Table:
+        """Labelled data without a single example."""
+        empty = Table(np.zeros((0, *self.input_shape), np.float32), np.zeros(0, self.task.target_dtype))
+        return empty if self.rows_per_person is None else empty.owned_by(np.zeros(0, np.int64), ())
+
     @abstractmethod
     def read_inputs(self, path: Path) -> Floats:
         """Read unlabelled data, (N, *D); a target column, if there is one, is ignored. Raises DataError."""

@@ -51,7 +51,7 @@ from fedclaw.site.secure import SecureIdentity
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, load_site_settings
 from fedclaw.site.shared_rows import note_on_shared_rows
-from fedclaw.site.site import SiteData, load_data
+from fedclaw.site.site import SiteData, fitted, load_data
 from fedclaw.site.state import SiteStates
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def open_service(
     is refused. With `durable` off (simulation) nothing is written: the ledger lives in memory and nothing is logged.
     """
     agreed = read_schema(settings)
-    schema, train = agreed.fit_examples(settings.data.train)
+    schema, train = fitted(settings.data, agreed)
     data = load_data(settings.data, schema, train)
     state = state_directory(root)
     if durable:
@@ -95,9 +95,16 @@ def open_service(
     with ExitStack() as opened:
         # Whatever fails below, what was opened until then is closed.
         ledger = Ledger.open(
-            ledger_file(root) if durable else ":memory:", settings.data_set, fingerprint=data.fingerprint
+            ledger_file(root) if durable else ":memory:",
+            settings.data_set,
+            # No rows are nobody's content: an empty test file may be the same.
+            data.fingerprint if len(data.train) else None,
+            data.public_examples,
         )
         opened.callback(ledger.close)
+        ledger.check_declared(settings.data_set, data.public_examples)
+        # Without noise on metrics the test data has no ledger, and what was charged to it before counts all the same.
+        ledger.check_declared(settings.data_set + TEST, data.public_test_examples)
         if (test_ledger := _test_ledger(root, settings, data, durable=durable)) is not None:
             opened.callback(test_ledger.close)
         if (outbound := OutboundLog(outbound_file(root)) if durable else None) is not None:
@@ -158,13 +165,14 @@ def _test_ledger(root: Path, settings: SiteSettings, data: SiteData, *, durable:
     """The same ledger, seen from the test data, if evaluations are charged to it."""
     if settings.policy.metrics_epsilon is None or settings.data.test is None:
         return None
-    content = data.test_fingerprint
+    content = data.test_fingerprint if data.test is not None and len(data.test) else None
     if content == data.fingerprint:
         raise DataError(
             f"{settings.data.test} has the content of the training data; with metrics_epsilon the test data has a "
             "budget of its own and has to be held out"
         )
-    return Ledger.open(ledger_file(root) if durable else ":memory:", settings.data_set + TEST, fingerprint=content)
+    where = ledger_file(root) if durable else ":memory:"
+    return Ledger.open(where, settings.data_set + TEST, content, data.public_test_examples)
 
 
 def read_schema(settings: SiteSettings) -> Schema:

@@ -12,7 +12,8 @@ Unit: a test example, or a person where the data knows them: a person adds, and 
 schema's `rows_per_person`, its first ones, over again in turn where it has fewer; so the number of examples is made by
 that of persons, and a person moves the vector by so many times s.
 Relation: zero-out, while the number of units is public, which is sent as it is; where the operator has declared one,
-that is what is sent, and the relation is add-or-remove (`fedclaw.privacy.claims`).
+that is what is sent, and the relation is add-or-remove (`fedclaw.privacy.claims`): then metrics leave with noise alone,
+since sums without it tell how many there are.
 """
 
 import json
@@ -98,6 +99,12 @@ class EvaluationAnswer(PlanAnswer[Sums | BoundedSums, Sums]):
 
     def _check_exact(self) -> None:
         """Raise Refusal unless metrics may leave as they are, now."""
+        if self.site.data.public_test_examples is not None and (self._wanted or self._bins):
+            raise Refusal(
+                RefusalCode.METRICS,
+                "this site's number of test examples is declared (public_test_examples), and metrics without noise "
+                "would tell the true one; they leave with noise alone, and its policy sets no metrics_epsilon",
+            )
         if not self.site.is_tested_on_held_out_data:
             raise Refusal(
                 RefusalCode.METRICS,
@@ -248,6 +255,8 @@ def bounded_sums(
 
 
 def _bounded_loss(bound: float, outputs: torch.Tensor, targets: torch.Tensor, loss: Loss) -> float:
+    if not len(targets):
+        return 0.0
     # One by one, whatever the workload's loss is: its mean over several would not say what one of them adds.
     alone = torch.func.vmap(lambda output, target: loss(output[None], target[None]))(outputs, targets)
     return float(alone.double().nan_to_num(nan=bound, posinf=bound).clamp(0.0, bound).sum() / bound)

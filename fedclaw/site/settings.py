@@ -1,14 +1,15 @@
 """site.yaml: what a site's operator writes."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Delimiter, FileFormat
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.protocol.limits import MOST_EXAMPLES
 from fedclaw.site.policy.policy import Policy
 from fedclaw.yaml_text import read_yaml
 
@@ -30,6 +31,20 @@ class DataFiles(Frozen):
     encoding: Literal["utf-8", "utf-16", "latin-1", "windows-1252"] = "utf-8"
     title_lines: int = Field(default=0, ge=0, le=100)
     """Lines above the header; how else these files are written: `FileFormat`."""
+    public_examples: int | None = Field(default=None, ge=1, le=MOST_EXAMPLES)
+    """How many examples of training data there are, or persons where the schema names them, as the operator declares:
+    a number that was known before the data was looked at (a study's planned size, a round figure), never counted in it,
+    and the same for the data set's whole life. It leaves with every answer in the place of the true number, and nothing
+    that leaves depends on that. null: they are counted, and their number leaves."""
+    public_test_examples: int | None = Field(default=None, ge=1, le=MOST_EXAMPLES)
+    """The same of the test data. Metrics then need the policy's `metrics_epsilon`: without noise they tell
+    how many there are."""
+
+    @model_validator(mode="after")
+    def _of_some_test_data(self) -> Self:
+        if self.public_test_examples is not None and self.test is None:
+            raise ValueError("public_test_examples is the declared number of test examples, and there is no test file")
+        return self
 
     @property
     def written(self) -> FileFormat:

@@ -27,7 +27,7 @@ def shared_rows(train: Table, test: Table | None) -> int:
     equal count, for chance cannot be told from a split that was made after rows were copied; where people differ and
     rows do not (a few categories), the operator says so (`maximum_shared_test_rows`).
     """
-    if test is None or len(test) == 0 or train.inputs.shape[1:] != test.inputs.shape[1:]:
+    if test is None or 0 in (len(train), len(test)) or train.inputs.shape[1:] != test.inputs.shape[1:]:
         return 0
     width = int(np.prod(train.inputs.shape[1:], dtype=np.int64)) + 2
     seed = np.random.default_rng(secrets.randbits(128))

@@ -6,14 +6,14 @@ has to be what was read first: the ledger has charged that content, and charges 
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from flwr.app import RecordDict
 
-from fedclaw.errors import DataError, FedClawError, PluginError
+from fedclaw.errors import DataError, FedClawError, NoExamples, PluginError
 from fedclaw.files import sha256_file
 from fedclaw.learning.workload import Schema, Table, Workload, load_parameters
 from fedclaw.privacy.noise import GaussianSource
@@ -48,6 +48,11 @@ class SiteData:
     """How many units of training data there are by the operator's declaration; None: they are counted."""
     public_test_examples: int | None = None
     """The same of the test data."""
+
+    @property
+    def tells_no_number(self) -> bool:
+        """Whether the number of units of some of the data is declared, and the true one is not to be told."""
+        return self.public_examples is not None or self.public_test_examples is not None
 
 
 @dataclass
@@ -92,7 +97,16 @@ class Site:
         return shell
 
     def __post_init__(self) -> None:
+        """Raise DataError where what is answered would depend on rows that no number that is told covers."""
         self.shared_test_rows = shared_rows(self.data.train, self.data.test)
+        if self.data.tells_no_number and not self.is_tested_on_held_out_data:
+            # Elsewhere it decides what is refused and which budget pays: a row there or not could change that.
+            raise DataError(
+                f"{self.shared_test_rows} of {len(self.data.test or ())} test rows are training rows (the same values "
+                "and label), more than maximum_shared_test_rows allows. Beside a declared number of examples "
+                "(data.public_examples, data.public_test_examples) what is answered must not depend on that: take them "
+                "out of one of the two files, or raise maximum_shared_test_rows if they are of different people"
+            )
 
     @property
     def examples(self) -> int:
@@ -105,7 +119,7 @@ class Site:
     @property
     def relation(self) -> Relation:
         """Between which training data sets what leaves differs by little."""
-        return "zero-out" if self.data.public_examples is None else "add-or-remove"
+        return _relation(self.data.public_examples)
 
     @property
     def test_units(self) -> int:
@@ -133,7 +147,7 @@ class Site:
     @property
     def test_relation(self) -> Relation:
         """The same of the test data, where its metrics leave with noise."""
-        return "zero-out" if self.data.public_test_examples is None else "add-or-remove"
+        return _relation(self.data.public_test_examples)
 
     @property
     def is_tested_on_held_out_data(self) -> bool:
@@ -178,6 +192,10 @@ class Site:
         return self._tensors[split]
 
 
+def _relation(declared: int | None) -> Relation:
+    return "zero-out" if declared is None else "add-or-remove"
+
+
 def sent_arrays(content: RecordDict, name: str) -> Arrays:
     """The arrays that came under `name`. Raises Refusal when there are none, they cannot be read or are not finite."""
     try:
@@ -192,15 +210,40 @@ def sent_arrays(content: RecordDict, name: str) -> Arrays:
     return arrays
 
 
+def fitted(files: DataFiles, agreed: Schema) -> tuple[Schema, Table]:
+    """The schema with what it takes of the training data, and that data as it reads it. Raises DataError."""
+    try:
+        return agreed.fit_examples(files.train)
+    except NoExamples:
+        if files.public_examples is None:
+            raise
+        # Raises it again where the schema needs examples to standardise by.
+        schema = agreed.fit(files.train)
+        return schema, schema.provisional().no_examples()
+
+
+def _read(schema: Schema, path: Path, declared: int | None) -> Table:
+    """The labelled data in `path`; there may be none of it where its number is `declared`."""
+    try:
+        return schema.read_examples(path)
+    except NoExamples:
+        if declared is None:
+            raise
+        return schema.no_examples()
+
+
 def load_data(files: DataFiles, schema: Schema, train: Table | None = None) -> SiteData:
     """The site's tables, `train` where it has been read already; provisional ones if the schema waits for the
-    federation's constants. A file is read once: its fingerprint is that of the bytes that were read. Raises DataError.
+    federation's constants. A file is read once: its fingerprint is that of the bytes that were read.
+
+    Raises DataError, for no training examples too unless their number is declared: then whether there is one is not to
+    be told.
     """
     reader = schema.provisional()
-    train = train if train is not None else reader.read_examples(files.train)
-    if len(train) == 0:
+    train = train if train is not None else _read(reader, files.train, files.public_examples)
+    if len(train) == 0 and files.public_examples is None:
         raise DataError(f"{files.train} holds no examples")
-    test = reader.read_examples(files.test) if files.test else None
+    test = _read(reader, files.test, files.public_test_examples) if files.test else None
     _require_other_persons(files, train, test)
     return SiteData(
         train=train,
@@ -208,6 +251,8 @@ def load_data(files: DataFiles, schema: Schema, train: Table | None = None) -> S
         fingerprint=train.content or fingerprint(files.train),
         test_fingerprint=(test.content or fingerprint(files.test)) if test is not None and files.test else None,
         files=files,
+        public_examples=files.public_examples,
+        public_test_examples=files.public_test_examples,
     )
 
 
@@ -264,14 +309,15 @@ def prepare(site: Site, preprocessing: str | None) -> None:
     if preprocessing is None or is_prepared(site, preprocessing):
         return
     try:
-        fitted = site.workload.schema.with_constants(preprocessing, "the plan's preprocessing")
+        schema = site.workload.schema.with_constants(preprocessing, "the plan's preprocessing")
     except DataError as error:
         raise Refusal(RefusalCode.SCHEMA, str(error)) from error
     files = files_of(site.data)
-    data = load_data(files, fitted)
+    data = load_data(files, schema)
     require_same(files.train, site.data.fingerprint, data.fingerprint)
     require_same(files.test or files.train, site.data.test_fingerprint, data.test_fingerprint)
-    site.use(data, preprocessing)
+    declared = {name: getattr(site.data, name) for name in ("public_examples", "public_test_examples")}
+    site.use(replace(data, **declared), preprocessing)
 
 
 def fingerprint(path: Path) -> str:

@@ -135,7 +135,8 @@ def statistics_vector(site: Site, design: VectorDesign) -> Doubles:
     train, schema, most = files_of(site.data).train, site.workload.schema, design.rows_per_person
     # A schema that knows no persons need not know of the argument.
     fewer = most is not None and (schema.rows_per_person or 1) > most
-    vector = design.vector(schema.records(train, most) if fewer else schema.records(train))
+    records = schema.records(train, most) if fewer else schema.records(train)
+    vector = design.vector(records if len(site.data.train) else ())
     require_same(train, site.data.fingerprint, fingerprint(train))
     return vector
 

@@ -16,7 +16,18 @@ import pytest
 
 from fedclaw.learning.registry import strategy_class
 from fedclaw.learning.strategy import Strategy, is_overridden
-from tests.neighbours import COMPRESSIONS, MECHANISMS, TASKS, WEIGHTINGS, Asked, Coupled, complaints, left_of, open_site
+from tests.neighbours import (
+    COMPRESSIONS,
+    EXAMPLES,
+    MECHANISMS,
+    TASKS,
+    WEIGHTINGS,
+    Asked,
+    Coupled,
+    complaints,
+    left_of,
+    open_site,
+)
 from tests.neighbours import strategies as installed_strategies
 
 LIES = ("honest", "head", "none", "all")
@@ -49,8 +60,8 @@ def ask(strategy: str, mechanism: str, kind: str = "train", **how) -> Asked:
     return Asked(strategy, mechanism, kind, **{"weighting": weighting, **how})
 
 
-def nothing_is_told(*sequences: Sequence[Asked], before: Sequence[Asked] = ()) -> None:
-    found = [complaint for asked in sequences for complaint in complaints(asked, before)]
+def nothing_is_told(*sequences: Sequence[Asked], before: Sequence[Asked] = (), declared: int | None = None) -> None:
+    found = [complaint for asked in sequences for complaint in complaints(asked, before, declared=declared)]
     assert not found, "\n".join(found)
 
 
@@ -58,6 +69,16 @@ def nothing_is_told(*sequences: Sequence[Asked], before: Sequence[Asked] = ()) -
 def test_one_question(strategy: str) -> None:
     mechanisms = ("local", "example-server", "site-server") if is_quiet(strategy) else MECHANISMS
     nothing_is_told(*([ask(strategy, mechanism)] for mechanism in mechanisms), [ask(strategy, "site-server", **STRONG)])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_one_question_where_the_number_of_examples_is_declared(strategy: str) -> None:
+    """The example is there or not (add or remove), beside the declared number, which is right for one of the two."""
+    mechanisms = ("local",) if is_quiet(strategy) else ("local", "local-secure", "example-server", "site-server")
+    nothing_is_told(*([ask(strategy, mechanism)] for mechanism in mechanisms), declared=EXAMPLES)
+    if strategy == "fedavg":
+        units = product(MECHANISMS, ("example", "person"))
+        nothing_is_told(*([ask(strategy, mechanism, unit=unit)] for mechanism, unit in units), declared=EXAMPLES)
 
 
 @pytest.mark.parametrize("mechanism", ["local", "example-server", "site-sites"])
@@ -185,6 +206,20 @@ def test_every_single_question(strategy: str, task: str) -> None:
             [ask(strategy, mechanism, kind, compression=compression, task=task)]
             for mechanism, kind, compression in product(MECHANISMS, ("train", "evaluate"), COMPRESSIONS)
         ),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_single_question_where_the_number_of_examples_is_declared(strategy: str, task: str) -> None:
+    nothing_is_told(
+        *(
+            [ask(strategy, mechanism, compression=compression, task=task), ask(strategy, mechanism, kind, task=task)]
+            for mechanism, kind, compression in product(MECHANISMS, ("train", "evaluate"), COMPRESSIONS)
+        ),
+        declared=EXAMPLES,
     )
 
 

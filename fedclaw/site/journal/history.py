@@ -55,6 +55,8 @@ class Reservation:
     fingerprint: str | None = None
     content: str | None = None
     hash: str = ""
+    public_examples: int | None = None
+    """How many units the data set had by declaration; None: they were counted."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ class Index:
         """By data set, federation and run."""
         self.contents: dict[str, str] = {}
         """Fingerprint of each data set when it was last charged."""
+        self.declared: dict[str, int | None] = {}
+        """How many units each data set that was charged has by declaration; None: they were counted."""
         self.owners: dict[str, str] = {}
         """By fingerprint, the data set that was charged for this content."""
         self.times: dict[str, list[str]] = {}
@@ -233,7 +237,9 @@ class Index:
             fingerprint=plain.get("fingerprint"),
             content=plain.get("content"),
             hash=digest,
+            public_examples=plain.get("public_examples"),
         )
+        self.declared.setdefault(reservation.data_set, reservation.public_examples)
         if reservation.fingerprint is not None:
             self.contents[reservation.data_set] = reservation.fingerprint
             self.owners[reservation.fingerprint] = reservation.data_set

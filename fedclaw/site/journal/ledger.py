@@ -28,6 +28,9 @@ A data set is a name that the operator gave, not the bytes of a file: a nightly 
 the people. The fingerprint of the content is noted with each charge, so that an auditor sees when it changed, and
 the very content that was charged under one name is not opened under another.
 
+How many units a data set has by its operator's declaration (`data.public_examples` in site.yaml) is noted with each
+charge, and stays for the data set's life (`check_declared`).
+
 Times are written for people; no budget depends on them, only how often a site lets itself be asked
 (`fedclaw.site.privacy_budget`), which trusts the entries' order more than their times.
 """
@@ -65,6 +68,7 @@ from fedclaw.site.journal.history import (
     follow_all,
     make_private,
 )
+from fedclaw.site.policy.policy import TEST
 
 __all__ = ["Budget", "Entry", "Ledger", "Remaining", "Reservation", "describe"]
 
@@ -92,13 +96,19 @@ class Ledger:
     """The ledger file, seen from one data set. Safe for use by several threads and several processes at once."""
 
     def __init__(
-        self, connection: sqlite3.Connection, path: Path | str, data_set: str, fingerprint: str | None
+        self,
+        connection: sqlite3.Connection,
+        path: Path | str,
+        data_set: str,
+        fingerprint: str | None,
+        public_examples: int | None,
     ) -> None:
         """Use `open`."""
         self._connection = connection
         self._path = path
         self._data_set = data_set
         self._fingerprint = fingerprint
+        self._public_examples = public_examples
         self._lock = threading.RLock()
         self._index = Index()
         self._committed = (0, GENESIS)
@@ -109,12 +119,15 @@ class Ledger:
         """Is told of every charge."""
 
     @classmethod
-    def open(cls, path: Path | str, data_set: str, fingerprint: str | None = None) -> Self:
+    def open(
+        cls, path: Path | str, data_set: str, fingerprint: str | None = None, public_examples: int | None = None
+    ) -> Self:
         """Open or begin the ledger at `path` (":memory:" for a simulation) for the data set of that name.
 
-        `fingerprint` is of its present content; that it is another than at the last charge is logged. The file gets
-        mode 0600. Raises LedgerError if it is damaged, tampered with or cannot be written, or if this content was
-        charged under another name.
+        `fingerprint` is of its present content; that it is another than at the last charge is logged. `public_examples`
+        is the declared number of its units, None: they are counted; it is charged beside no other (`check_declared`).
+        The file gets mode 0600. Raises LedgerError if it is damaged, tampered with or cannot be written, or if this
+        content was charged under another name.
         """
         if str(path) != _MEMORY:
             make_private(Path(path))
@@ -122,7 +135,7 @@ class Ledger:
             connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
             raise LedgerError(f"privacy ledger {path}: {error}") from error
-        ledger = cls(connection, path, data_set, fingerprint)
+        ledger = cls(connection, path, data_set, fingerprint, public_examples)
         try:
             if str(path) != _MEMORY:
                 ledger._watch = FileWatch(Path(path))
@@ -135,13 +148,15 @@ class Ledger:
         return ledger
 
     @classmethod
-    def copied(cls, path: Path, data_set: str, fingerprint: str | None = None) -> Self:
+    def copied(
+        cls, path: Path, data_set: str, fingerprint: str | None = None, public_examples: int | None = None
+    ) -> Self:
         """The ledger at `path` as it is now, in memory: what is charged to it is charged to the copy alone.
 
         Raises LedgerError as `open` does.
         """
         connection = sqlite3.connect(_MEMORY, isolation_level=None, check_same_thread=False)
-        ledger = cls(connection, path, data_set, fingerprint)
+        ledger = cls(connection, path, data_set, fingerprint, public_examples)
         try:
             with closing(connect_to_read(path)) as disk:
                 disk.backup(connection)
@@ -158,6 +173,18 @@ class Ledger:
     def data_set(self) -> str:
         """The data set that this one is charged for."""
         return self._data_set
+
+    def check_declared(self, data_set: str, public_examples: int | None) -> None:
+        """Raise LedgerError if `data_set` was charged beside another number of units than `public_examples`, or beside
+        the true one where this is declared, or the other way about.
+
+        From counted to declared, the data set's charges would be called add-or-remove, and the true number left with
+        the earlier ones. From declared to counted, it would leave now, and undo what the earlier ones promised. From
+        one declared number to another nothing is lost if neither has to do with the data; nobody can see that it has
+        not, and what makes an operator think again is mostly that the first one turned out wrong.
+        """
+        with self._reading():
+            self._check_declared(data_set, public_examples)
 
     def reserve(
         self,
@@ -183,6 +210,7 @@ class Ledger:
         of all other runs that were agreed to has to be within the budget, too. The agreement is part of the charge.
         """
         with self._writing():
+            self._check_declared(self._data_set, self._public_examples)
             if (waiting := self._waiting(key, federation, run, round, mechanism, content)) is not None:
                 return waiting
             agreed = self._check_budgets(federation, run, mechanism, budget, run_budget, remaining)
@@ -197,6 +225,7 @@ class Ledger:
                 mechanism=event_to_json(mechanism),
                 **({} if self._fingerprint is None else {"fingerprint": self._fingerprint}),
                 **({} if content is None else {"content": content}),
+                **({} if self._public_examples is None else {"public_examples": self._public_examples}),
                 **({} if agreed is None else {"agreed": agreed}),
                 **({"purpose": remaining.purpose} if remaining is not None and remaining.purpose else {}),
             )
@@ -355,6 +384,23 @@ class Ledger:
                 "privacy budget goes on. Data on other people needs a data.name of its own in site.yaml",
                 *(self._data_set, before, self._fingerprint),
             )
+
+    def _check_declared(self, data_set: str, public_examples: int | None) -> None:
+        before = self._index.declared.get(data_set, public_examples)
+        if before == public_examples:
+            return
+        own = "public_test_examples" if data_set.endswith(TEST) else "public_examples"
+        now = f"{own}: {public_examples}" if public_examples is not None else f"no {own}"
+        if before is None:
+            problem, remedy = "their true number, which left with the charges", f"take data.{own} out of site.yaml"
+        else:
+            problem, remedy = f"{own}: {before}", f"put data.{own}: {before} back into site.yaml"
+        raise LedgerError(
+            f"{self._where()}: the data set {data_set!r} was charged beside {problem}, and site.yaml has {now}. The "
+            "number is fixed for a data set's life: a second one would be chosen by looking at the data, and a number "
+            f"that has left cannot be taken back. So {remedy}; only data on other people gets another data.name, with "
+            "a budget and a number of its own"
+        )
 
     def _check_budgets(
         self,

@@ -51,6 +51,8 @@ from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, require_name
 from fedclaw.site.shared_rows import note_on_shared_rows
 
+FAR_OFF = 0.1
+"""Share of the true number by which a declared one may be off before its operator is told."""
 _CONSTANTS = "those that the federation agreed on"
 
 
@@ -137,9 +139,35 @@ def _data(service: SiteService, findings: Findings) -> None:
     )
     for what, table in {"training data": train, "test data": test}.items():
         if table is None or not len(table):
-            findings.facts.append(f"{what}: there is none, so this site does not evaluate")
+            does = ", so this site does not evaluate" if service.test_examples == 0 and table is test else ""
+            findings.facts.append(f"{what}: there is none{does}")
         else:
             findings.facts += [f"{what}: {note}" for note in service.workload.schema.notes(table)]
+    _declared(service, findings)
+
+
+def _declared(service: SiteService, findings: Findings) -> None:
+    """What the operator should know of the numbers that are declared: the true ones stay here."""
+    data, test = service.data, service.data.test
+    numbers = {
+        "public_examples": (data.public_examples, data.train.units),
+        "public_test_examples": (data.public_test_examples, 0 if test is None else test.units),
+    }
+    for name, (said, present) in numbers.items():
+        if said is None:
+            continue
+        findings.facts.append(f"{name}: {said} is declared and told in the place of the true number")
+        if abs(said - present) > FAR_OFF * present:
+            findings.warnings.append(
+                f"{name}: {said} is declared, and there are {present}: what is worked out by it is off by as much "
+                "(sampling rate, batch size, weight, means of metrics), and no guarantee is. Once charged it cannot be "
+                "changed; before that, change it only by what was known before the data was looked at"
+            )
+    if data.public_test_examples is not None and service.policy.metrics_epsilon is None:
+        findings.warnings.append(
+            "public_test_examples is declared and the policy sets no metrics_epsilon: no metrics leave, since without "
+            "noise they would tell the true number"
+        )
 
 
 def _contradictions(policy: Policy, service: SiteService, federation: str | None, findings: Findings) -> None:
@@ -223,7 +251,7 @@ def _spent(item: DataSetSpending, *, served: bool) -> str:
 
 def _copy(root: Path, index: Index, service: SiteService, findings: Findings) -> None:
     """Give the service a copy of the site's ledger. Raises what the client would that opens it."""
-    name, content = service.ledger.data_set, service.data.fingerprint
+    name, content, data = service.ledger.data_set, service.data.fingerprint, service.data
     owner = index.owners.get(content, name)
     if owner != name:
         raise UsageError(
@@ -231,7 +259,9 @@ def _copy(root: Path, index: Index, service: SiteService, findings: Findings) ->
             f"{name!r}; write data.name: {owner} into site.yaml"
         )
     service.ledger.close()
-    service.ledger = Ledger.copied(ledger_file(root), name, content)
+    service.ledger = Ledger.copied(ledger_file(root), name, content, data.public_examples)
+    service.ledger.check_declared(name, data.public_examples)
+    service.ledger.check_declared(name + TEST, data.public_test_examples)
     if index.contents.get(name, content) != content:
         findings.facts.append(f"data set {name}: its content has changed since it was last charged; the budget goes on")
 
