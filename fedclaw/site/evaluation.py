@@ -270,9 +270,9 @@ def bounded_together(sums: BoundedSums, examples_of_unit: int = 1) -> Bounded[Bo
 def noised(policy: Policy, sums: Part[BoundedSums], examples: int, source: GaussianSource) -> Released[Sums]:
     """What may leave of bounded sums over so many examples: the same with noise, each number in its own unit.
 
-    A number is rounded to float32 and cut off at what it can be without noise, which costs nothing: it is done to the
-    noised value. An array is not: cut off cell by cell it would add up to more than there is. Raises PrivacyError for
-    sums without a bound.
+    All are rounded to float32, so that their last bits tell little of what the noise was added to, and a number is cut
+    off at what it can be without noise; neither costs anything, as it is done to the noised value. An array is not cut
+    off: cell by cell it would add up to more than there is. Raises PrivacyError for sums without a bound.
     """
     mechanism, own = metrics_mechanism(policy), sums.value
     vector = sums.scaled(1.0, lambda found: _flat(found))
@@ -288,9 +288,10 @@ def _named(vector: Doubles, sums: BoundedSums, examples: int, deviation: float) 
     numbers: dict[str, float] = {}
     arrays: dict[str, Doubles] = {}
     ends = np.cumsum([own.values.size for own in sums.values()])
-    for (name, own), values in zip(sums.items(), np.split(vector, ends[:-1]) if sums else [], strict=True):
+    rounded = vector.astype(np.float32).astype(np.float64)
+    for (name, own), values in zip(sums.items(), np.split(rounded, ends[:-1]) if sums else [], strict=True):
         if own.values.ndim:
             arrays[name] = values.reshape(own.values.shape)
         else:
-            numbers[name] = min(max(float(np.float32(values[0])), own.least * examples), own.most * examples) * own.unit
+            numbers[name] = min(max(float(values[0]), own.least * examples), own.most * examples) * own.unit
     return Sums(numbers, arrays=arrays, deviation=deviation, noised=True)

@@ -374,6 +374,9 @@ def _largest_sample(rate: float, examples: int) -> float:
 
 
 def moved(clip: float, share: float, adaptive: AdaptiveClip) -> float:
-    """The next bound, when the (noisy) `share` of the sites stayed within this one (Andrew et al. 2021, section 2)."""
+    """The next bound, when the (noisy) `share` of the sites stayed within this one (Andrew et al. 2021, section 2).
+
+    Every site is told it, so it has a float32's digits: the last ones of the noised share do not leave with it.
+    """
     wanted = clip * math.exp(-adaptive.learning_rate * (min(max(share, 0.0), 1.0) - adaptive.quantile))
-    return min(max(wanted, SMALLEST_CLIP), LARGEST_CLIP)
+    return min(max(float(np.float32(wanted)), SMALLEST_CLIP), LARGEST_CLIP)
