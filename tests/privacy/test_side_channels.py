@@ -58,6 +58,11 @@ def size_of(reply: Message) -> int:
     return encode(reply.error if reply.has_error() else reply.content).size
 
 
+def forms_in(reply: Message) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each array that left: on the way they are filled up to multiples of 64 bytes."""
+    return {name: (array.dtype, tuple(array.shape)) for name, array in reply.content["sum"].items()}
+
+
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "none": {},
     "fp16": {"method": "fp16"},
@@ -83,7 +88,7 @@ def test_an_answers_size_follows_from_the_model_and_the_plan(compression):
         terms = [{"round": round, "run": run} | changes for run, changes in RUNS.items() for round in (1, 2)]
         rounds = [ask(site, "fedavg", compression=compression or None, **changes) for changes in terms]
         assert not any(reply.has_error() for reply in rounds), rounds[0]
-        sizes[data] = [size_of(reply) for reply in rounds]
+        sizes[data] = [(size_of(reply), forms_in(reply)) for reply in rounds]
     assert sizes["one"] == sizes["another"] == sizes["nothing"]
 
 
