@@ -164,7 +164,8 @@ class Policy(Frozen):
     metrics_epsilon: float | None = Field(default=None, gt=0)
     """What one evaluation may cost each test example: with it, metrics leave with Gaussian noise, those alone
     whose sums have a bound for one example (`Task.NOISED`), and the cost is charged to the test data (NAME/test) in the
-    site's ledger. null: as they are. The number of test examples is sent as it is, either way."""
+    site's ledger. null: as they are. The number of test examples is sent as it is, or as it is declared, either way;
+    where it is declared, metrics without noise stay here."""
     metrics_budget: DataSetBudget | None = None
     """Budget of the test data for its whole life; `metrics_epsilon` needs one, and it has no other use."""
     metrics_loss_bound: float = Field(default=5.0, gt=0, le=MOST_LOSS)
@@ -397,7 +398,8 @@ def _metrics(policy: Policy, task: Task | None) -> list[str]:
         return said
     said.append(
         f"They leave with noise: each evaluation costs the test data epsilon {policy.metrics_epsilon:g}, "
-        f"{_budget(policy.budget_of(TEST))} for ever. Their number of examples is sent as it is."
+        f"{_budget(policy.budget_of(TEST))} for ever. Their number of examples is sent as it is, or as site.yaml "
+        "declares it."
     )
     if "loss" in shared:
         said.append(f"A single example's loss counts for at most {policy.metrics_loss_bound:g}.")
