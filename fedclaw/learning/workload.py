@@ -94,12 +94,15 @@ class Table:
         So their number is that of the persons times `count`, whatever a person has. All rows where persons are not
         known.
         """
-        if self.persons is None:
-            return np.arange(len(self))
-        order, sizes = np.argsort(self.persons, kind="stable"), np.bincount(self.persons)
-        begins = np.cumsum(sizes) - sizes
-        places: Indices = begins[:, None] + np.arange(count) % sizes[:, None]
-        return order[places.reshape(-1)]
+        return np.arange(len(self)) if self.persons is None else evenly(self.persons, count)
+
+
+def evenly(persons: Indices, count: int) -> Indices:
+    """`count` rows of each of `persons` (N,); see `Table.evenly`."""
+    order = np.argsort(persons, kind="stable")
+    _, begins, sizes = np.unique(persons[order], return_index=True, return_counts=True)
+    places: Indices = begins[:, None] + np.arange(count) % sizes[:, None]
+    return order[places.reshape(-1)]
 
 
 def ranks(persons: Indices) -> Indices:

@@ -12,7 +12,7 @@ Formal guarantee of `PrivateGradients`. The unit is an example, or a person: all
   size. No other unit's summand depends on unit v, so S with v and S without it are G_v min(1, C / ||G_v||) apart: at
   most C, however many rows v has. The same if its rows are replaced by others whose gradients are nothing.
 - A step, that of an empty batch too, is therefore one Gaussian mechanism on the units in the batch. Over batches from
-  `poisson_batches(count, q, ...)`, or `fedclaw.privacy.units.poisson_unit_batches` with whole units, and the same
+  `poisson_batches(count, q, ...)` of `count` units, each with all of its rows (`fedclaw.privacy.units`), and the same
   source, it is a Poisson-sampled one with rate q and the given noise multiplier.
 - Neighbouring: one unit more or less, if q, the number of steps and the expected batch size are the same for both. Who
   works them out from the number of units has to make that number public; then one unit is replaced by nothing.
@@ -293,9 +293,8 @@ class PrivateGradients(StepTaker):
 
 
 def poisson_batches(count: int, q: float, steps: int, source: GaussianSource) -> Iterator[torch.Tensor]:
-    """`steps` batches of row indices (int64), each of `count` rows in it with probability `q`, independently.
-
-    A batch may be empty; that is a step like any other.
+    """`steps` batches of rows, or other units, by number (int64): each of `count` is in it with probability `q`,
+    independently. A batch may be empty; that is a step like any other.
     """
     for _ in range(steps):
         yield torch.from_numpy(np.flatnonzero(source.bernoulli(count, q)))

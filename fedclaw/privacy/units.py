@@ -1,9 +1,8 @@
 """Whose rows they are: the unit that a guarantee protects is an example (a row) or a person, who may have many rows.
 
-Sampling is over units: each is in a batch with the same probability, independently, with all of its rows.
+Sampling is over units: `fedclaw.privacy.steps.poisson_batches` chooses among so many, and a batch has all rows of each.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.noise import GaussianSource
 
 Indices = NDArray[np.int64]
 
@@ -59,19 +57,6 @@ class UnitBatch:
     """(B,) int64: rows of the table."""
     units: torch.Tensor
     """(B,) int64: whose they are, ascending."""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def poisson_unit_batches(units: Units, q: float, steps: int, source: GaussianSource) -> Iterator[UnitBatch]:
-    """`steps` batches, each of `units` in it with probability `q`, independently, with all of its rows.
-
-    Draws as much from `source` as `poisson_batches` of as many rows does, one number a unit in their order. A batch may
-    be empty; that is a step like any other. However many rows there are, a batch has them all.
-    """
-    for _ in range(steps):
-        yield units.batch_of(np.flatnonzero(source.bernoulli(len(units), q)))
 
 
 def starts_of(units: ArrayLike) -> Indices:

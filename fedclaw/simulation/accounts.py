@@ -70,6 +70,7 @@ class Accounts:
             delta = delta_of(policy, mechanism)
             spent = Receipt.figures(history.epsilon(delta), history.epsilon(policy.delta), policy.epsilon)
             told: dict[str, Any] = {**mechanism.receipt_fields(examples, charge), **spent, "delta": delta}
+            told["unit"] = self._federation.table.unit
             self._receipts[key] = Receipt(**told, rounds=rounds, ledger_head=NO_LEDGER)
         return self._receipts[key]
 

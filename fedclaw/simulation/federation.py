@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import UsageError
-from fedclaw.learning.workload import Table, Workload
+from fedclaw.learning.workload import Table, Workload, evenly
+from fedclaw.privacy.units import Units
 from fedclaw.protocol.terms import Plan
 from fedclaw.site.policy.policy import Policy, permissive
 
@@ -16,7 +17,8 @@ Rows = NDArray[np.int64]
 class SimulatedFederation:
     """Clients as rows of shared tables. Client k is node k + 1.
 
-    `shares` are by client the rows of `table` that it trains on, at least one. Tests: `tests`, by client, rows of
+    `shares` are by client the rows of `table` that it trains on, at least one; where the table says whose they are, a
+    person who has some at two clients is one at each. Tests: `tests`, by client, rows of
     `table` that it is evaluated on; or `test`, a table of its own that the federation is evaluated on as a whole.
     """
 
@@ -33,8 +35,11 @@ class SimulatedFederation:
     ) -> None:
         """`policy` is every client's; None: it allows whatever is asked. `names` are the clients', all different.
 
-        Raises UsageError for wrong shares or names.
+        A test counts as many rows of each person as the schema says. Raises UsageError for wrong shares or names, and
+        for a table that does not say whose its rows are although the schema does, or the other way round.
         """
+        if table.unit != workload.schema.unit:
+            raise UsageError(f"the unit is the {workload.schema.unit} by the schema, and the {table.unit} by the data")
         if not shares or min(len(share) for share in shares) == 0:
             raise UsageError("a simulated client needs at least one training example, and there has to be a client")
         if tests is not None and len(tests) != len(shares):
@@ -43,11 +48,19 @@ class SimulatedFederation:
             raise UsageError(f"{len(shares)} clients need as many different names")
         self.workload = workload
         self.table = table
-        self.test = test
+        most = workload.schema.rows_per_person or 1
+        self.test = test if test is None or test.persons is None else test.take(test.evenly(most))
         self._policy = policy
         self._names = None if names is None else tuple(names)
         self._rows, self._bounds = _joined(shares, len(table))
+        self._persons = (
+            None
+            if table.persons is None
+            else [Units.of(table.persons[self.share(client)]) for client in range(len(self))]
+        )
         self._tests: tuple[Rows, Rows] | None = None if tests is None else _joined(tests, len(table))
+        if table.persons is not None and tests is not None:
+            self._tests = _joined([rows[evenly(table.persons[rows], most)] for rows in tests], len(table))
 
     def __len__(self) -> int:
         """The number of clients."""
@@ -63,9 +76,20 @@ class SimulatedFederation:
         """The rows that a client trains on."""
         return self._rows[self._bounds[client] : self._bounds[client + 1]]
 
+    def units(self, client: int) -> Rows:
+        """What a client's batches are drawn from: its rows; or, where persons are known, the numbers of its own."""
+        return self.share(client) if self._persons is None else np.arange(len(self._persons[client]))
+
+    def rows_of(self, client: int, units: Rows) -> Rows:
+        """The rows of some of a client's `units`: all that each of them has, by person."""
+        if self._persons is None:
+            return units
+        rows: Rows = self.share(client)[self._persons[client].batch_of(np.sort(units)).rows.numpy()]
+        return rows
+
     def examples(self, client: int) -> int:
-        """How many they are."""
-        return int(self._bounds[client + 1] - self._bounds[client])
+        """How many units a client has; what a site states."""
+        return len(self.share(client) if self._persons is None else self._persons[client])
 
     @property
     def sizes(self) -> Rows:

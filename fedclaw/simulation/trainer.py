@@ -86,6 +86,8 @@ class Trainer:
         self._repeatable = repeatable_noise
         self._inputs = torch.from_numpy(federation.table.inputs).to(device)
         self._targets = torch.from_numpy(federation.table.targets).to(device)
+        persons = federation.table.persons
+        self._persons = None if persons is None else torch.from_numpy(persons)
         self._engines: dict[str, Engine] = {}
         self._private: dict[Engine, PrivateStep] = {}
         self._loss: Loss = lambda _inputs, outputs, _targets: outputs.sum()
@@ -198,16 +200,22 @@ class Trainer:
         return samplings
 
     def _batches(self, plan: Plan, group: Sequence[int], samplings: Sequence[ClientSampling]) -> list[list[Rows]]:
-        shares = [self._federation.share(client) for client in group]
+        units = [self._federation.units(client) for client in group]
         if samplings:
-            return [
-                sampling.batches(share, plan.training.local_steps(len(share)))
-                for sampling, share in zip(samplings, shares, strict=True)
+            chosen = [
+                sampling.batches(own, plan.training.local_steps(len(own)))
+                for sampling, own in zip(samplings, units, strict=True)
             ]
-        return [
-            shuffled(share, plan.training, generator_of(self._seed, plan.round, client))
-            for client, share in zip(group, shares, strict=True)
-        ]
+        else:
+            chosen = [
+                shuffled(own, plan.training, generator_of(self._seed, plan.round, client))
+                for client, own in zip(group, units, strict=True)
+            ]
+        return [self._rows_of(client, batches) for client, batches in zip(group, chosen, strict=True)]
+
+    def _rows_of(self, client: int, batches: Sequence[Rows]) -> list[Rows]:
+        """The rows of batches of a client's units."""
+        return [self._federation.rows_of(client, batch) for batch in batches]
 
     def _plain_steps(
         self,
@@ -247,7 +255,9 @@ class Trainer:
         """What leaves the noised gradients of a step in `gradients` (K, D)."""
         engine = prepared.engine
         if private := self._private.get(engine):
-            yield lambda packing: private.gradients(packing, *self._examples(packing), gradients, samplings)
+            yield lambda packing: private.gradients(
+                packing, *self._examples(packing), gradients, samplings, self._owners(packing)
+            )
             return
         (sampling,) = samplings
         assert isinstance(engine, PlainModel)
@@ -263,7 +273,7 @@ class Trainer:
             views = [view[0] for view in engine.layout.views(gradients)]
 
             def write(packing: Packing) -> None:
-                taker.gradients(*self._examples(packing))
+                taker.gradients(*self._examples(packing), self._owners(packing))
                 for view, parameter in zip(views, engine.model.parameters(), strict=True):
                     if parameter.requires_grad:
                         assert parameter.grad is not None
@@ -275,6 +285,10 @@ class Trainer:
 
     def _examples(self, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
         return self._inputs.index_select(0, packing.rows), self._targets.index_select(0, packing.rows)
+
+    def _owners(self, packing: Packing) -> torch.Tensor | None:
+        """(N,): whose each row of a step is, where persons are known."""
+        return None if self._persons is None else self._persons[packing.rows.cpu()]
 
     def _put_personal(self, prepared: Prepared, group: Sequence[int], stack: torch.Tensor) -> None:
         """What clients have kept of parameters that never leave them, in the place of those that were sent."""
@@ -351,8 +365,8 @@ class Trainer:
         gradients = torch.zeros_like(row)
         engine.bind(row, gradients)
         generator = generator_of(self._seed, round.plan.round, client + len(self._federation))
-        batches = shuffled(self._federation.share(client), round.plan.training, generator)
-        packings = pack([batches], device=self._device)
+        batches = shuffled(self._federation.units(client), round.plan.training, generator)
+        packings = pack([self._rows_of(client, batches)], device=self._device)
         correct = self._correction(
             prepared, prepared.strategy.correct_personal_gradients, [client], len(packings), alone=True
         )

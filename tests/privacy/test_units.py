@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedclaw.errors import PrivacyError
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.steps import poisson_batches
-from fedclaw.privacy.units import Units, poisson_unit_batches, starts_of
+from fedclaw.privacy.units import Units, starts_of
 from tests.chance import counts_fit
 
 KEY = bytes(range(32))
@@ -30,7 +30,6 @@ def test_rows_of_some_units_wherever_they_stand(numbers: list[int], data: st.Dat
     expected = [(row, unit) for unit in chosen for row, number in enumerate(numbers) if number == names[unit]]
     assert list(zip(batch.rows.tolist(), batch.units.tolist(), strict=True)) == expected
     assert batch.rows.dtype == batch.units.dtype == torch.int64
-    assert len(batch) == len(expected)
 
 
 @pytest.mark.parametrize("wrong", [np.array([0.5, 1.0]), np.zeros((2, 2), np.int64), np.array(["a", "b"])])
@@ -44,37 +43,20 @@ def test_units_are_sampled_and_not_rows() -> None:
     numbers, q, steps = np.repeat(np.arange(20), [1000, *range(1, 20)]), 0.2, 2000
     units = Units.of(np.random.default_rng(0).permutation(numbers))
     often = np.zeros(20, np.int64)
-    for batch in poisson_unit_batches(units, q, steps, GaussianSource()):
+    for chosen in poisson_batches(len(units), q, steps, GaussianSource()):
+        batch = units.batch_of(chosen.numpy())
         found, rows = np.unique(batch.units.numpy(), return_counts=True)
         assert (rows == units.sizes[found]).all()
-        assert len(np.unique(batch.rows.numpy())) == len(batch)
+        assert len(np.unique(batch.rows.numpy())) == len(batch.rows)
         often[found] += 1
     assert counts_fit(often, steps, q)
 
 
-def test_units_of_one_row_are_sampled_as_rows_are() -> None:
-    rows = list(poisson_batches(50, 0.3, 5, repeatable()))
-    for batch, expected in zip(poisson_unit_batches(Units.of(np.arange(50)), 0.3, 5, repeatable()), rows, strict=True):
-        assert torch.equal(batch.rows, expected)
-        assert torch.equal(batch.units, expected)
-
-
-def test_a_unit_at_the_end_that_is_not_sampled_changes_no_batch_of_a_single_step() -> None:
+def test_a_unit_at_the_end_that_is_not_sampled_changes_no_batch() -> None:
     numbers = np.array([3, 1, 1, 2, 3, 3])
-    more = np.append(numbers, [9, 9, 9, 9])
-    (there,) = poisson_unit_batches(Units.of(more), 0.7, 1, repeatable())
-    (gone,) = poisson_unit_batches(Units.of(numbers), 0.7, 1, repeatable())
-    kept = there.units < 3
-    assert torch.equal(there.rows[kept], gone.rows)
-
-
-def test_the_ends_of_sampling() -> None:
-    units = Units.of(np.array([7, 7, 5]))
-    (all_of_them,) = poisson_unit_batches(units, 1.0, 1, GaussianSource())
-    assert all_of_them.rows.tolist() == [2, 0, 1]
-    for nobody in (units, Units.of(np.zeros(0, np.int64))):
-        (batch,) = poisson_unit_batches(nobody, 0.0, 1, GaussianSource())
-        assert batch.rows.tolist() == batch.units.tolist() == []
+    (there,) = poisson_batches(len(Units.of(np.append(numbers, [9, 9, 9, 9]))), 0.7, 1, repeatable())
+    (gone,) = poisson_batches(len(Units.of(numbers)), 0.7, 1, repeatable())
+    assert torch.equal(there[there < 3], gone)
 
 
 def test_a_unit_whose_rows_lie_apart_is_refused() -> None:

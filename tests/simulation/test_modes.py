@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedclaw.learning.workload import Table
 from fedclaw.protocol.terms import LocalTraining, RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.server.session import make_plan, make_strategy
@@ -88,7 +87,7 @@ def real_sites(federation, record):
     policy = federation.policy(make_plan(record, make_strategy(record), 1, len(federation)))
     for client in range(len(federation)):
         rows, name = federation.share(client), federation.name(client)
-        train = Table(federation.table.inputs[rows], federation.table.targets[rows])
+        train = federation.table.take(rows)
         yield (
             name,
             SiteService(

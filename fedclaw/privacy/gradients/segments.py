@@ -50,6 +50,11 @@ class Segments:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def first_rows(self) -> torch.Tensor:
+        """(U,): the first row of each unit."""
+        return self._rows_by_turn[0]
+
     def sums(self, rows: torch.Tensor) -> torch.Tensor:
         """(U, n), float64: the sum of each unit's rows (B, n), added in their order."""
         first, *others = self._rows_by_turn
