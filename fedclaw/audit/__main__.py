@@ -9,10 +9,10 @@ on the data of the site directories in sites=, or on made-up data; nothing is se
 
   sites=[DIR,...]    sites whose data is used; their policies, ledgers and logs are left alone
   synthetic=[N,...]  without sites=: examples of each made-up site (400, 100, 60 and 40)
-  canaries=N         planted examples of the one-run audit (200)
-  examples=N         most of each site's own examples in the attacked run (300)
+  canaries=N         planted examples, or persons, of the one-run audit (200)
+  examples=N         most of each site's own in the attacked run (300)
   attacked_rounds=N  most rounds of the attacked run (5; null: all)
-  trials=N           most releases of each mechanism that is probed (300)
+  trials=N           most releases of each mechanism that is probed (1000)
   confidence=0.95    with which all bounds hold together
   alarm=1e-4         the probability of a false alarm
   json=FILE          the report for machines
@@ -27,7 +27,8 @@ if __name__ == "__main__":
 
     begin("fedclaw.audit", __doc__, plugins=True)
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,26 +85,29 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
 
 def show(report: AuditReport, console: Console, *, real: bool) -> None:
     """Print the findings and what they mean. `real`: they are of real data."""
-    table = Table(title="privacy audit", title_justify="left", header_style="bold")
-    for heading in ("check", "epsilon claimed", f"at least, {report.confidence:.0%}", "", "seen"):
-        table.add_column(heading, justify="right" if "epsilon" in heading or "least" in heading else "left")
-    subject = None
-    for check in report.checks:
-        if check.subject != subject:
-            table.add_section()
-            table.add_row(check.subject, style="bold")
-            subject = check.subject
-        table.add_row(
-            f"  {check.name}",
-            _epsilon(check.epsilon_claimed),
-            "-" if check.epsilon_lower == 0 else _epsilon(check.epsilon_lower),
-            _verdict(check),
-            check.seen,
-        )
-    console.print(table)
+    for subject, checks in groupby(report.checks, lambda check: check.subject):
+        console.print(_table(subject, checks, report.confidence))
     console.print(_summary(report), style="bold")
     for sentence in (*report.notes, *_meaning(report, real)):
         console.print(sentence, markup=False)
+
+
+def _table(subject: str, checks: Iterable[Check], confidence: float) -> Table:
+    table = Table(title=f"privacy audit: {subject}", title_justify="left", header_style="bold")
+    numbers = ("claimed", f"at least, {confidence:.0%}", "share", "any mechanism")
+    for heading in ("check", *numbers, "", "seen"):
+        table.add_column(heading, justify="right" if heading in numbers else "left")
+    for check in checks:
+        table.add_row(
+            check.name,
+            _epsilon(check.epsilon_claimed),
+            _bound(check.epsilon_lower),
+            "" if check.share is None or not check.epsilon_lower else f"{check.share:.0%}",
+            _bound(check.epsilon_lower_any),
+            _verdict(check),
+            check.seen,
+        )
+    return table
 
 
 def _run_settings(settings: AuditSettings) -> RunSettings:
@@ -139,6 +143,10 @@ def _epsilon(value: float | None) -> str:
     return f"> {LARGEST_EPSILON:g}" if value >= LARGEST_EPSILON else f"{value:.3g}"
 
 
+def _bound(value: float | None) -> str:
+    return _epsilon(value) if value else "-"
+
+
 def _verdict(check: Check) -> str:
     if check.flagged:
         return "[bold red]EXCEEDS[/]"
@@ -157,7 +165,11 @@ def _summary(report: AuditReport) -> str:
     if not claims:
         return "Nothing was claimed, so there was nothing to refute."
     found = f"{len(report.flagged) or 'None'} of {claims} claims refuted"
-    return f"{found}, {unsure} unsure." if unsure else f"{found}."
+    found = f"{found}, {unsure} unsure." if unsure else f"{found}."
+    best = report.sharpest
+    if best is None or best.share is None:
+        return found
+    return f"{found} The best attack shows {best.share:.0%} of epsilon {best.epsilon_claimed:.2f}: {best.name}."
 
 
 def _meaning(report: AuditReport, real: bool) -> list[str]:
@@ -165,6 +177,8 @@ def _meaning(report: AuditReport, real: bool) -> list[str]:
         f"'At least' is a lower bound on the true epsilon at delta {report.delta:g}: all of them hold together with "
         f"{report.confidence:.0%} confidence. A bound above the claim proves a fault. A bound below it proves nothing: "
         "a better attack might find more, and what was not attacked was not seen.",
+        "'At least' assumes noise of the kind that the accountant counts, however much of it: of another mechanism it "
+        "bounds no epsilon. 'Any mechanism' assumes nothing of the noise. Share: 'at least' over the epsilon claimed.",
     ]
     if report.flagged:
         sentences.append(f"EXCEEDS: the claim is refuted, at a risk of a false alarm of {report.alarm:g}.")

@@ -7,7 +7,6 @@ most 1 - confidence. A bound below the claim proves nothing.
 import math
 from collections.abc import Callable
 
-import numpy as np
 from scipy import stats
 from scipy.special import log_ndtr
 
@@ -19,33 +18,6 @@ LARGEST_EPSILON = 1e4
 _HALVINGS = 40
 
 
-def one_run_p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
-    """An upper bound on the probability of at least `right` correct guesses under (epsilon, delta)-DP.
-
-    Each of `canaries` was in the data by the toss of a fair coin; the attacker guessed `guesses` of them and abstained
-    on the others. Theorem 5.2 of Steinke, Nasr, Jagielski 2023 ("Privacy Auditing with One (1) Training
-    Run"): with W ~ Binomial(guesses, e^epsilon / (1 + e^epsilon)),
-
-        P[W >= right] + 2 canaries delta max_i P[right > W >= right - i] / i,    i = 1 .. right.
-    """
-    _check_counts(guesses, right)
-    if not (guesses <= canaries and epsilon >= 0 and 0 <= delta <= 1):
-        raise PrivacyError("an audit has as many guesses as canaries at most, epsilon >= 0 and delta in [0, 1]")
-    accuracy = 1 / (1 + math.exp(-epsilon))
-    exact = float(stats.binom.sf(right - 1, guesses, accuracy))
-    if right == 0 or delta == 0:
-        return min(1.0, exact)
-    below = stats.binom.pmf(np.arange(right - 1, -1, -1), guesses, accuracy).cumsum()
-    worst = float((below / np.arange(1, right + 1)).max())
-    return min(1.0, exact + 2 * canaries * delta * worst)
-
-
-def one_run_bound(canaries: int, guesses: int, right: int, delta: float, confidence: float) -> float:
-    """The largest epsilon that the guesses refute: that of `one_run_p_value` equal to 1 - confidence; 0 if none."""
-    _check_confidence(confidence)
-    return _last(lambda epsilon: one_run_p_value(canaries, guesses, right, epsilon, delta) <= 1 - confidence)
-
-
 def guessing_bound(trials: int, right: int, delta: float, confidence: float) -> float:
     """A lower bound on epsilon at `delta` of a Gaussian mechanism, from one canary in independent trials.
 
@@ -55,6 +27,15 @@ def guessing_bound(trials: int, right: int, delta: float, confidence: float) -> 
     Machine Learning", section 4).
     """
     return gaussian_epsilon(2 * float(stats.norm.ppf(max(0.5, least_rate(trials, right, confidence)))), delta)
+
+
+def any_guessing_bound(trials: int, right: int, delta: float, confidence: float) -> float:
+    """The same of any mechanism: a guess is right with probability (e^epsilon + delta) / (1 + e^epsilon) at most.
+
+    Kairouz, Oh, Viswanath 2015 ("The Composition Theorem for Differential Privacy", theorem 2.1).
+    """
+    rate = least_rate(trials, right, confidence)
+    return math.log((rate - delta) / (1 - rate)) if 0.5 * (1 + delta) < rate else 0.0
 
 
 def attack_bound(hits: int, members: int, false_alarms: int, others: int, delta: float, confidence: float) -> float:
@@ -72,8 +53,8 @@ def attack_bound(hits: int, members: int, false_alarms: int, others: int, delta:
 
 def least_rate(trials: int, successes: int, confidence: float) -> float:
     """The one-sided lower confidence bound of a probability (Clopper, Pearson 1934)."""
-    _check_counts(trials, successes)
-    _check_confidence(confidence)
+    check_counts(trials, successes)
+    check_confidence(confidence)
     return float(stats.beta.ppf(1 - confidence, successes, trials - successes + 1)) if successes else 0.0
 
 
@@ -81,7 +62,7 @@ def largest_deviation(sum_of_squares: float, degrees: int, confidence: float) ->
     """The one-sided upper confidence bound of the standard deviation of normals with mean zero."""
     if degrees < 1 or not sum_of_squares >= 0:
         raise PrivacyError("a deviation is estimated from at least one number")
-    _check_confidence(confidence)
+    check_confidence(confidence)
     return math.sqrt(sum_of_squares / float(stats.chi2.ppf(1 - confidence, degrees)))
 
 
@@ -99,10 +80,10 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         raise PrivacyError(f"delta lies in (0, 1), not {delta}")
     if not mu < math.inf:
         return LARGEST_EPSILON
-    return _last(lambda epsilon: gaussian_delta(mu, epsilon) > delta)
+    return last_refuted(lambda epsilon: gaussian_delta(mu, epsilon) > delta)
 
 
-def _last(refuted: Callable[[float], bool]) -> float:
+def last_refuted(refuted: Callable[[float], bool]) -> float:
     """The largest refuted epsilon, by bisection: all from 0 up to it are refuted."""
     if not refuted(0.0):
         return 0.0
@@ -117,11 +98,13 @@ def _last(refuted: Callable[[float], bool]) -> float:
     return low
 
 
-def _check_counts(trials: int, successes: int) -> None:
+def check_counts(trials: int, successes: int) -> None:
+    """Raises PrivacyError."""
     if not (trials >= 1 and 0 <= successes <= trials):
         raise PrivacyError(f"{successes} of {trials} is no count of successes among trials")
 
 
-def _check_confidence(confidence: float) -> None:
+def check_confidence(confidence: float) -> None:
+    """Raises PrivacyError."""
     if not 0 < confidence < 1:
         raise PrivacyError(f"a confidence lies between 0 and 1, not {confidence}")

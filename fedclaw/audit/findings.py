@@ -17,7 +17,7 @@ class AuditOptions(Frozen):
     """At most so many of each site's own examples are used in the attacked run, each included by the toss of a coin."""
     attacked_rounds: int | None = Field(default=5, ge=1)
     """Rounds of the attacked run, at most; null: as many as the configuration has."""
-    trials: int = Field(default=300, ge=20)
+    trials: int = Field(default=1000, ge=20)
     """Releases of each probed mechanism, at most."""
     confidence: float = Field(default=0.95, gt=0, lt=1)
     """The confidence with which all bounds hold simultaneously."""
@@ -43,20 +43,35 @@ class _Checked(Frozen):
     """What is wrong if the bound exceeds the claim."""
 
 
+Bound = Callable[[float], float]
+"""Confidence to a lower bound on the mechanism's epsilon."""
+
+
 class Finding(_Checked):
     """The result of one check: a lower bound on epsilon as a function of the confidence."""
 
-    bound: Callable[[float], float]
-    """Confidence to a lower bound on the mechanism's epsilon."""
+    bound: Bound
+    """Of mechanisms of the kind that the accountant assumes: its noise, however much of it there is."""
+    bound_any: Bound | None = None
+    """Of any mechanism whatever; it holds wherever `bound` does. None: nothing is known of others."""
+    weight: int = 1
+    """How much of the risk of error it is given, beside the others; set before anything is seen."""
 
 
 class Check(_Checked):
     """A finding at the confidence of the report."""
 
     epsilon_lower: float
-    """The lower bound at the report's confidence."""
+    """The lower bound at the report's confidence, of a mechanism of the kind that the accountant assumes."""
+    epsilon_lower_any: float | None = None
+    """The lower bound of any mechanism; None: none is known."""
     flagged: bool
     """Whether the claim is refuted, at the report's risk of a false alarm."""
+
+    @property
+    def share(self) -> float | None:
+        """The lower bound as a share of the accountant's epsilon; None: nothing is claimed."""
+        return self.epsilon_lower / self.epsilon_claimed if self.epsilon_claimed else None
 
 
 class AuditReport(Frozen):
@@ -77,6 +92,12 @@ class AuditReport(Frozen):
         """The checks that refute a claim."""
         return tuple(check for check in self.checks if check.flagged)
 
+    @property
+    def sharpest(self) -> Check | None:
+        """The attack that shows the largest share of the epsilon that it attacks; None: nothing is claimed."""
+        attacks = [check for check in self.checks if check.kind == "attack" and check.share is not None]
+        return max(attacks, key=lambda check: check.share or 0.0, default=None)
+
 
 def conclude(
     findings: Sequence[Finding],
@@ -88,9 +109,10 @@ def conclude(
     notes: Sequence[str] = (),
     seconds: float = 0.0,
 ) -> AuditReport:
-    """The report on `findings`. The risks are split evenly among them (Bonferroni), so that they hold for all."""
-    each = max(1, len(findings))
-    checks = tuple(_check(finding, 1 - (1 - confidence) / each, 1 - alarm / each) for finding in findings)
+    """The report on `findings`. The risks are split among them by weight (Bonferroni), so that they hold for all."""
+    whole = sum(finding.weight for finding in findings)
+    parts = ((finding, finding.weight / whole) for finding in findings)
+    checks = tuple(_check(finding, 1 - (1 - confidence) * part, 1 - alarm * part) for finding, part in parts)
     attacks = [check.epsilon_lower for check in checks if check.kind == "attack"]
     return AuditReport(
         epsilon_claimed=epsilon,
@@ -109,5 +131,6 @@ def _check(finding: Finding, confidence: float, surely: float) -> Check:
     return Check(
         **fields_of(finding, _Checked),
         epsilon_lower=finding.bound(confidence),
+        epsilon_lower_any=None if finding.bound_any is None else finding.bound_any(confidence),
         flagged=claimed is not None and finding.bound(surely) > claimed,
     )

@@ -21,9 +21,16 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
-from fedclaw.audit.bounds import LARGEST_EPSILON, gaussian_epsilon, guessing_bound, largest_deviation
+from fedclaw.audit.bounds import (
+    LARGEST_EPSILON,
+    any_guessing_bound,
+    gaussian_delta,
+    gaussian_epsilon,
+    guessing_bound,
+    largest_deviation,
+)
 from fedclaw.audit.findings import Finding
 from fedclaw.audit.probe import Probe, guaranteed
 from fedclaw.audit.subject import coins
@@ -38,8 +45,12 @@ _LEAST_OVERLAP = 64
 # Numbers of two shifted vectors that a correlation is taken of.
 _MIDDLE = 0.5
 # Between the canary's absence, 0, and its presence, 1.
-_LEARNT, _FEWEST_LEARNT = 0.1, 10
-# Share, and least number, of the trials that show where the middle is.
+_LEARNT, _FEWEST_LEARNT, _MOST_LEARNT = 0.1, 10, 50
+# Share, and least and most number, of the trials that show where the middle is.
+_REACH = 0.6
+# Of the claimed epsilon: what the guesses are to show, where there are trials enough.
+_WEIGHT = 8
+# Of the guesses among the checks of a mechanism: the others measure, and lose little by being surer.
 _SURE = 5.0
 # Standard errors that it has to be off to be moved.
 
@@ -63,7 +74,7 @@ class Trials:
         That is 0 and 1, as the mechanism has it; but a canary that is larger than it may be moves the middle, so the
         first trials say where that is and are not guessed.
         """
-        learnt = max(_FEWEST_LEARNT, round(_LEARNT * len(self.scores)))
+        learnt = min(_MOST_LEARNT, max(_FEWEST_LEARNT, round(_LEARNT * len(self.scores))))
         there, away = self.scores[:learnt][self.present[:learnt]], self.scores[:learnt][~self.present[:learnt]]
         middle = _MIDDLE
         if len(there) and len(away):
@@ -74,8 +85,9 @@ class Trials:
         return len(right), int(right.sum())
 
 
-def enough_trials(probe: Probe, alarm: float, most: int) -> int:
-    """Trials after which half the noise is seen by guessing alone, but for one case in a thousand; `most` at most.
+def enough_trials(probe: Probe, alarm: float, risk: float, most: int) -> int:
+    """Trials after which half the noise is seen by guessing alone, but for one case in a thousand, and after which
+    more often than not the bound, at this `risk`, is _REACH of the claimed epsilon; `most` at most.
 
     By the normal approximation: a guess is right with probability Phi(mu / 2), with half the noise Phi(mu).
     """
@@ -83,7 +95,15 @@ def enough_trials(probe: Probe, alarm: float, most: int) -> int:
     honest, faulty = float(stats.norm.cdf(mu / 2)), float(stats.norm.cdf(mu))
     spread = stats.norm.isf(alarm) * math.sqrt(honest * (1 - honest))
     spread += stats.norm.isf(1e-3) * math.sqrt(faulty * (1 - faulty))
-    return min(most, max(100, math.ceil(1.2 * (float(spread) / (faulty - honest)) ** 2)))
+    seen = float(spread) / (faulty - honest)
+    least = float(stats.norm.cdf(_gaussian_mu(_REACH * probe.epsilon, probe.delta) / 2))
+    reached = float(stats.norm.isf(risk)) * math.sqrt(honest * (1 - honest)) / (honest - least)
+    return min(most, max(100, math.ceil(1.2 * max(seen, reached) ** 2)))
+
+
+def _gaussian_mu(epsilon: float, delta: float) -> float:
+    """The sensitivity over the deviation of the noise that keeps exactly that."""
+    return float(optimize.brentq(lambda mu: gaussian_delta(mu, epsilon) - delta, 1e-6, 1e3))
 
 
 def run_trials(probe: Probe, count: int) -> Trials:
@@ -114,6 +134,8 @@ def _guesses(probe: Probe, trials: Trials) -> Finding:
         kind="attack",
         epsilon_claimed=probe.epsilon,
         bound=lambda confidence: guessing_bound(count, right, probe.delta, confidence),
+        bound_any=lambda confidence: any_guessing_bound(count, right, probe.delta, confidence),
+        weight=_WEIGHT,
         seen=f"{right} of {count} guesses right",
         fault="whether one canary is there can be told too often: too little noise, or too large a contribution",
     )

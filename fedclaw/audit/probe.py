@@ -1,10 +1,11 @@
 """One mechanism at a time, on blank data with or without a canary: what leaves is noise, and the canary if present.
 
-A probe runs the configuration's code under the conditions in which its guarantee is tight: one step, every example in
-the batch, all data blank except one canary that reaches the clipping bound. The audited code calibrates the noise to
-the epsilon that the run claims. What leaves is divided by the mechanism's sensitivity, which is computed here a second
-time from its definition: the canary then moves it by 1 in a known direction, and the noise must have the deviation that
-epsilon requires.
+A probe runs the configuration's code under the conditions in which its guarantee is tight: one step, every unit in the
+batch, all data blank except one canary that reaches the clipping bound: an example, or a person with several. Where a
+site declares how many units it has (add or remove), the canary is there or is left out, and the number stays; else
+(zero out) a blank takes its place. The audited code calibrates the noise to the epsilon that the run claims. What
+leaves is divided by the mechanism's sensitivity, which is computed here a second time from its definition: the canary
+then moves it by 1 in a known direction, and the noise must have the deviation that epsilon requires.
 
 Legend: d trainable parameters.
 """
@@ -29,8 +30,8 @@ from fedclaw.server.session import initial_parameters
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.service import SiteService
 
-ROWS = 4
-"""Examples of a probed site, where their number does not matter."""
+UNITS = 4
+"""Units of a probed site, where their number does not matter."""
 
 MOST_COMPARED = 8
 """Sites whose noises are compared with one another, each pair by itself."""
@@ -68,19 +69,20 @@ class Probe(ABC):
 
 @dataclass
 class LocalProbe(Probe):
-    """DP-SGD at one site; unit: one example."""
+    """DP-SGD at one site; unit: an example, or a person."""
 
     record: RunRecord
     site: SiteService
     others: Mapping[str, SiteService]
-    """All sites with blanks alone, for what sites must not have in common."""
+    """All sites without the canary, for what sites must not have in common."""
     canary: Canary
 
     def __post_init__(self) -> None:
         asked = self.record.privacy
         if asked is None:
             raise PrivacyError("there is no local noise to probe")
-        self.label, self.epsilon, self.delta = f"local noise, {self.site.name}", asked.epsilon, asked.delta
+        self.label = f"local noise, {self.site.name}, unit one {self.canary.unit}"
+        self.epsilon, self.delta = asked.epsilon, asked.delta
         self._clip = asked.max_grad_norm
         self._blank = self.others[self.site.name]
 
@@ -97,8 +99,8 @@ class LocalProbe(Probe):
     def _answer(self, site: SiteService) -> NDArray[np.float64]:
         trained, _ = ask({site.name: unspent(site)}, self.record, self.canary.parameters)
         update = trained.read()
-        # delta = -rate (clipped sum + noise) / examples; one example adds `clip` to the sum.
-        return flat(update.arrays, self.canary.parameters) / update.weight * (ROWS / (_RATE * self._clip))
+        # delta = -rate (clipped sum + noise) / stated number; one unit adds `clip` to the sum.
+        return flat(update.arrays, self.canary.parameters) / update.weight * (UNITS / (_RATE * self._clip))
 
 
 @dataclass
@@ -107,18 +109,18 @@ class CentralProbe(Probe):
 
     record: RunRecord
     sites: Mapping[str, SiteService]
-    """All sites with blanks alone."""
+    """All sites without the canary."""
     heavy: SiteService
     """The heaviest of them, with the canary."""
     canary: Canary
 
     def __post_init__(self) -> None:
         mechanism = _sum_noise(self.record)
-        unit = "one site" if mechanism.clips_updates else "one example"
+        unit = "one site" if mechanism.clips_updates else f"one {self.canary.unit}"
         by = "the sites' noise" if mechanism.shares_noise else "the server's noise"
         self.label = f"{by} on the mean, unit {unit}, canary at {self.heavy.name}"
         self.epsilon, self.delta = mechanism.request.epsilon, mechanism.request.delta
-        self._scale = sensitivity(self.record, [len(site.data.train) for site in self.sites.values()])
+        self._scale = sensitivity(self.record, [site.examples for site in self.sites.values()])
 
     def release(self, present: bool) -> NDArray[np.float64]:
         """The mean that the server's optimiser sees."""
@@ -147,9 +149,8 @@ def local_probe(subject: Subject, name: str, generator: np.random.Generator) -> 
     record = subject.record(_one_step(subject.settings, {"central": None, "secure": None}))
     assert record.privacy is not None
     canary = _canary(subject, record, record.privacy.max_grad_norm, generator)
-    blank, loud = canary.rows(ROWS, 0), canary.rows(ROWS, 1)
-    blanks = {other: subject.dressed(other, blank) for other in subject.sites}
-    return LocalProbe(record, subject.dressed(name, loud), blanks, canary)
+    blanks = {other: _without(subject, other, canary, UNITS) for other in subject.sites}
+    return LocalProbe(record, _with(subject, name, canary, UNITS, 1), blanks, canary)
 
 
 def central_probe(subject: Subject, generator: np.random.Generator) -> CentralProbe:
@@ -165,14 +166,29 @@ def central_probe(subject: Subject, generator: np.random.Generator) -> CentralPr
     canary = _canary(subject, record, mechanism.clip, generator)
     name, whole = _heaviest(subject), mechanism.clips_updates
     own_size = whole and record.weighting != "uniform"
-    data = {other: canary.rows(len(site.data.train) if own_size else ROWS, 0) for other, site in subject.sites.items()}
-    loud = canary.rows(len(data[name]), len(data[name]) if whole else 1)
-    blanks = {other: subject.dressed(other, rows) for other, rows in data.items()}
-    return CentralProbe(record, blanks, subject.dressed(name, loud), canary)
+    sizes = {other: site.examples if own_size else UNITS for other, site in subject.sites.items()}
+    blanks = {other: _without(subject, other, canary, size) for other, size in sizes.items()}
+    loud = _with(subject, name, canary, sizes[name], sizes[name] if whole else 1)
+    return CentralProbe(record, blanks, loud, canary)
+
+
+def _with(subject: Subject, name: str, canary: Canary, count: int, present: int) -> SiteService:
+    """The site with `count` units, of which so many are the canary's."""
+    return subject.dressed(name, canary.units(count, present), _declared(subject, name, count))
+
+
+def _without(subject: Subject, name: str, canary: Canary, count: int) -> SiteService:
+    """The same with nothing in the canary's place: a blank, or no unit where their number is declared."""
+    declared = _declared(subject, name, count)
+    return subject.dressed(name, canary.units(count - (declared is not None), 0), declared)
+
+
+def _declared(subject: Subject, name: str, count: int) -> int | None:
+    return count if subject.relation(name) == "add-or-remove" else None
 
 
 def sensitivity(record: RunRecord, examples: list[int]) -> float:
-    """How far one unit may move the mean over sites with so many `examples` each, by the definition of the mechanism.
+    """How far one unit may move the mean over sites that state so many `examples` each, by the mechanism's definition.
 
     Deliberately not the code that makes the noise: it is what that code is compared with.
     """
@@ -194,7 +210,7 @@ def guaranteed(epsilon: float, delta: float) -> float:
 
 
 def _one_step(settings: RunSettings, changed: Mapping[str, object]) -> RunSettings:
-    training = LocalTraining(steps=1, batch_size=ROWS, learning_rate=_RATE)
+    training = LocalTraining(steps=1, batch_size=UNITS, learning_rate=_RATE)
     # What compresses an update comes after the noise, or leaves numbers out: the whole update tells more.
     return settings.model_copy(update={"rounds": 1, "training": training, "compression": None, **changed})
 
@@ -205,7 +221,7 @@ def _canary(subject: Subject, record: RunRecord, clip: float, generator: np.rand
 
 
 def _heaviest(subject: Subject) -> str:
-    return max(subject.sites, key=lambda name: len(subject.sites[name].data.train))
+    return max(subject.sites, key=lambda name: subject.sites[name].examples)
 
 
 def _sum_noise(record: RunRecord) -> SumNoise:

@@ -31,7 +31,7 @@ from fedclaw.learning.workload import Floats, Table, Workload, load_parameters
 from fedclaw.privacy.secure_aggregation import Sessions, Signer, Verifier, local_identities
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.questions import Outgoing
-from fedclaw.protocol.terms import ModelSpec, Plan, RoundRules
+from fedclaw.protocol.terms import DataUnit, ModelSpec, Plan, Relation, RoundRules
 from fedclaw.server.exchange import ask as ask_cohort
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters, make_plan, make_record, make_strategy
@@ -65,10 +65,20 @@ class Subject:
         chosen = (settings or self.settings).model_copy(update={"metrics": ()})
         return make_record(chosen, FEDERATION, f"audit-{secrets.token_hex(4)}", RoundRules(minimum=1))
 
-    def dressed(self, name: str, train: Table) -> SiteService:
+    @property
+    def unit(self) -> DataUnit:
+        """What the guarantee protects of the sites' data."""
+        return next(iter(self.sites.values())).workload.schema.unit
+
+    def relation(self, name: str) -> Relation:
+        """Between which data sets of that site the guarantee holds."""
+        return self.sites[name].relation
+
+    def dressed(self, name: str, train: Table, stated: int | None = None) -> SiteService:
         """The site of that name with `train` as its data, that refuses nothing.
 
         It has an empty ledger in memory and a certificate of the audit's own, and goes on with the site's noise source.
+        `stated`: the number of units that it states, whatever there are; None: it counts them.
         """
         site = self.sites[name]
         policy = permissive(site.workload.name, str(self.settings.strategy["name"]), delta=0.5)
@@ -76,7 +86,7 @@ class Subject:
         return replace(
             site,
             federation=FEDERATION,
-            data=SiteData(train=train, test=None, fingerprint=""),
+            data=SiteData(train=train, test=None, fingerprint="", public_examples=stated),
             policy=policy,
             ledger=Ledger.open(":memory:", site.name),
             device=torch.device("cpu"),
@@ -88,6 +98,21 @@ class Subject:
     @cached_property
     def _identities(self) -> tuple[Mapping[str, Signer], Verifier]:
         return local_identities(FEDERATION, sorted(self.sites))
+
+
+ROWS_OF_A_PERSON = 3
+"""Rows of a person that the audit makes up: more than one, so that clipping them one by one shows."""
+
+
+def rows_of(unit: DataUnit) -> int:
+    """Rows of a unit that the audit makes up."""
+    return ROWS_OF_A_PERSON if unit == "person" else 1
+
+
+def owned(table: Table, unit: DataUnit) -> Table:
+    """The rows in the hands of made-up persons, in their order, if that is the unit."""
+    owners = np.arange(len(table)) // rows_of(unit)
+    return table if unit == "example" else table.owned_by(owners, [str(owner) for owner in range(len(table))])
 
 
 def unspent(site: SiteService) -> SiteService:
@@ -102,7 +127,8 @@ def unspent(site: SiteService) -> SiteService:
 def synthetic_sites(settings: RunSettings, sizes: Sequence[int]) -> dict[str, SiteService]:
     """Sites with `sizes` examples each, made from the schema and the initial model alone. Raises UsageError.
 
-    The target of an example is what the run's initial model says of it, but for what it says of all.
+    The target of an example is what the run's initial model says of it, but for what it says of all. Where the unit is
+    a person, each has ROWS_OF_A_PERSON examples.
     """
     if not sizes or min(sizes) < 1:
         raise UsageError("synthetic: give the number of examples of each site, each at least 1")
@@ -126,7 +152,7 @@ def synthetic_sites(settings: RunSettings, sizes: Sequence[int]) -> dict[str, Si
             federation=FEDERATION,
             workload=workload,
             schema_digest=record.schema_digest,
-            data=SiteData(Table(inputs[rows], targets[rows]), None, ""),
+            data=SiteData(owned(Table(inputs[rows], targets[rows]), workload.schema.unit), None, ""),
             policy=policy,
             ledger=Ledger.open(":memory:", name),
         )
@@ -166,18 +192,21 @@ _CANDIDATES = 16
 @dataclass(frozen=True)
 class Canary:
     """A row (1, *D) with its loud and its silent label, the parameters at which they are that, and the direction
-    (d,), of length 1, into which one step from there moves the parameters."""
+    (d,), of length 1, into which one step from there moves the parameters. All rows of a unit are alike."""
 
     parameters: Arrays
     inputs: Floats
     loud: Targets
     silent: Targets
     direction: NDArray[np.float64]
+    unit: DataUnit = "example"
 
-    def rows(self, count: int, present: int) -> Table:
-        """`count` rows, of which the first `present` are canaries and the others blanks."""
-        inputs = np.repeat(self.inputs, count, axis=0)
-        return Table(inputs, np.concatenate([np.repeat(self.loud, present), np.repeat(self.silent, count - present)]))
+    def units(self, count: int, present: int) -> Table:
+        """`count` units, of which the first `present` are canaries and the others blanks."""
+        each = rows_of(self.unit)
+        inputs = np.repeat(self.inputs, count * each, axis=0)
+        targets = [np.repeat(self.loud, present * each), np.repeat(self.silent, (count - present) * each)]
+        return owned(Table(inputs, np.concatenate(targets)), self.unit)
 
 
 def make_canary(
@@ -231,4 +260,4 @@ def _canary(workload: Workload, model: torch.nn.Module, parameters: Arrays, row:
     norm = float(np.linalg.norm(signal))
     if not (np.isfinite(norm) and norm >= LOUD * clip and np.linalg.norm(rest) <= _SILENT * clip):
         return None
-    return Canary(parameters, row, loud, silent, -signal / norm)
+    return Canary(parameters, row, loud, silent, -signal / norm, workload.schema.unit)

@@ -1,23 +1,26 @@
-"""A whole run of the configuration, with examples that are in it or not by the toss of a coin, and how they show.
+"""A whole run of the configuration, with units that are in it or not by the toss of a coin, and how they show.
 
-Two kinds of examples are tossed for: planted canaries (inputs from the schema alone, labels at random, so that nothing
-but memory explains a small loss) and the sites' own examples. The run is the real one: the server's loop, the sites'
-code, their noise. What the adversary sees of it depends on whom the guarantee trusts: with noise of the site's own,
-every answer of every site; with noise on the mean, every global model.
+A unit is what the guarantee protects: an example, or a person with all of its rows. Two kinds are tossed for: planted
+canaries (inputs from the schema alone, labels at random, so that nothing but memory explains a small loss) and the
+sites' own. The run is the real one: the server's loop, the sites' code, their noise. Each site states the number of
+all units that were tossed for, in or out, so that no coin shows in a number: this is add or remove as it is written,
+and zero out as well, since a unit that is replaced by nothing adds nothing and leaves the number as it was. What the
+adversary sees of it depends on whom the guarantee trusts: with noise of the site's own, every answer of every site;
+with noise on the mean, every global model.
 
-The one-run audit guesses the canaries' coins: the best scores were in, the worst were not (Steinke, Nasr, Jagielski
-2023). The membership inference attack asks the same of the sites' own examples, by their loss (Yeom, Giacomelli,
+The one-run audit guesses the canaries' coins: the best scores were in, the worst were not (`fedclaw.audit.one_run`).
+The membership inference attack asks the same of the sites' own units, by their loss (Yeom, Giacomelli,
 Fredrikson, Jha 2018, "Privacy Risk in Machine Learning"), compared with the initial model's, so that an example that
 is easy for everybody does not count as known (the idea of Carlini et al. 2022, "Membership Inference Attacks From First
 Principles", with one reference).
 
-Legend: E examples that were tossed for, d trainable parameters.
+Legend: U units that were tossed for, N rows of all of them, d trainable parameters.
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,12 +30,15 @@ from flwr.app import Message, MessageType
 from numpy.typing import NDArray
 from scipy import stats
 
-from fedclaw.audit.bounds import attack_bound, least_rate, one_run_bound
-from fedclaw.audit.findings import Finding
-from fedclaw.audit.subject import Subject, coins, flat, gradient
+from fedclaw.audit.bounds import attack_bound, least_rate
+from fedclaw.audit.findings import Bound, Finding
+from fedclaw.audit.one_run import NoiseFamily, family_bound, guesses_of, one_run_bound
+from fedclaw.audit.subject import Subject, coins, flat, gradient, rows_of
 from fedclaw.errors import PrivacyError
 from fedclaw.learning.workload import Table, Workload, load_parameters
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.protocol.arrays import Arrays, unpack
 from fedclaw.protocol.messages import ARRAYS, METRICS, SUM, WEIGHT
 from fedclaw.server.run_directory import RunDirectory, RunRecord
@@ -43,7 +49,7 @@ from fedclaw.transport.in_process import simulate
 _GRID = np.logspace(-6, 6, 25)
 # Noise over signal, in units of the mean square of a gradient.
 _COORDINATES = 1 << 13
-# Of the gradients that the adversary looks at: memory is examples x coordinates.
+# Of the gradients that the adversary looks at: memory is units x coordinates.
 
 Observer = Callable[[Arrays, NDArray[np.float64] | None], None]
 """(global parameters, the site's delta (d,), or None where it left under a mask) of one round."""
@@ -51,27 +57,34 @@ Observer = Callable[[Arrays, NDArray[np.float64] | None], None]
 
 @dataclass(frozen=True)
 class Tossed:
-    """Examples at one site: `table` (E rows), which were in (E,), and which were planted (E,)."""
+    """Units at one site: `table` (N rows), which were in (U,), and which were planted (U,)."""
 
     table: Table
     present: NDArray[np.bool_]
     planted: NDArray[np.bool_]
 
+    @property
+    def owners(self) -> NDArray[np.int64]:
+        """Whose each row is, (N,)."""
+        return np.arange(len(self.table)) if self.table.persons is None else self.table.persons
+
     def training(self) -> Table:
         """What the site trains on."""
-        return Table(self.table.inputs[self.present], self.table.targets[self.present])
+        return self.table.take(self.present[self.owners])
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How the examples of all sites show after the run; larger scores are for being in it."""
+    """How the units of all sites show after the run; larger scores are for being in it."""
 
+    family: NoiseFamily | None
+    """The mechanism that the accountant assumes of the run, whatever the amount of its noise; None: no noise."""
     present: NDArray[np.bool_]
     planted: NDArray[np.bool_]
     by_loss: NDArray[np.float64]
-    """The initial model's loss minus the final model's, (E,)."""
+    """The initial model's loss minus the final model's, (U,)."""
     by_gradient: NDArray[np.float64]
-    """How much of what the adversary saw move the example's gradient explains, summed over the rounds, (E,)."""
+    """How much of what the adversary saw move the unit's gradient explains, summed over the rounds, (U,)."""
 
 
 @dataclass(frozen=True)
@@ -105,67 +118,101 @@ def _delta(reply: Message, parameters: Arrays) -> NDArray[np.float64] | None:
 
 
 def toss(subject: Subject, canaries: int, examples: int, generator: np.random.Generator) -> dict[str, Tossed]:
-    """`canaries` dealt out to the sites, and up to `examples` of each site's own, each in or out by a coin."""
+    """`canaries` dealt out to the sites, and up to `examples` units of each site's own, each in or out by a coin."""
     tossed = {}
     shares = np.array_split(np.arange(canaries), len(subject.sites))
     for share, (name, site) in zip(shares, subject.sites.items(), strict=True):
-        own = generator.permutation(len(site.data.train))[:examples]
-        planted = site.workload.schema.synthetic_inputs(len(share), generator)
-        targets = site.workload.task.random_targets(len(share), generator)
+        train = site.data.train
+        own = train.take(_rows_of_units(train, generator.permutation(train.units)[:examples]))
+        count = len(share) * rows_of(train.unit)
         table = Table(
-            np.concatenate([planted, site.data.train.inputs[own]]),
-            np.concatenate([targets, site.data.train.targets[own]]),
+            np.concatenate([site.workload.schema.synthetic_inputs(count, generator), own.inputs]),
+            np.concatenate([site.workload.task.random_targets(count, generator), own.targets]),
         )
-        present = coins(len(table))
-        # A site trains on something: the first row that came up tails everywhere has no say in the audit's outcome.
+        if own.persons is not None:
+            owners = np.concatenate([np.arange(count) // rows_of(train.unit), len(share) + own.persons])
+            table = table.owned_by(owners, [str(owner) for owner in range(len(share) + own.units)])
+        present = coins(table.units)
+        # A site trains on something: the last unit, where all came up tails, has no say in the audit's outcome.
         if not present.any():
             present[-1] = True
-        tossed[name] = Tossed(table, present, np.arange(len(table)) < len(share))
+        tossed[name] = Tossed(table, present, np.arange(table.units) < len(share))
     return tossed
 
 
+def _rows_of_units(table: Table, units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """All rows of these units, the rows of examples in the units' order."""
+    return units if table.persons is None else np.flatnonzero(np.isin(table.persons, units))
+
+
 def attacked_run(subject: Subject, tossed: Mapping[str, Tossed], rounds: int) -> Shown:
-    """Run `rounds` rounds of the configuration on what was tossed, and score every example."""
+    """Run `rounds` rounds of the configuration on what was tossed, and score every unit."""
     settings = subject.settings.model_copy(update={"rounds": rounds})
     if not settings.central:
         # Noise of the site's own trusts nobody: the adversary sees every answer, as without secure aggregation.
         settings = settings.model_copy(update={"secure": None})
     record = subject.record(settings)
     adversary = _Adversary(next(iter(subject.sites.values())).workload, record)
-    everybody = Tossed(
-        Table(
-            np.concatenate([item.table.inputs for item in tossed.values()]),
-            np.concatenate([item.table.targets for item in tossed.values()]),
-        ),
-        np.concatenate([item.present for item in tossed.values()]),
-        np.concatenate([item.planted for item in tossed.values()]),
-    )
-    sums = {name: np.zeros(len(item.table)) for name, item in tossed.items()}
+    everybody = _together(list(tossed.values()))
+    sums = {name: np.zeros(item.table.units) for name, item in tossed.items()}
     models: list[Arrays] = []
     first_site = next(iter(tossed))
 
     def listening(name: str) -> Observer:
         def observe(parameters: Arrays, moved: NDArray[np.float64] | None) -> None:
             if not record.central and moved is not None:
-                sums[name] += adversary.contributions(parameters, moved, tossed[name].table)
+                sums[name] += adversary.contributions(parameters, moved, tossed[name])
             elif name == first_site:
                 models.append({key: array.copy() for key, array in parameters.items()})
 
         return observe
 
-    taps = {name: Tap(subject.dressed(name, item.training()), listening(name)) for name, item in tossed.items()}
+    taps = {
+        name: Tap(subject.dressed(name, item.training(), item.table.units), listening(name))
+        for name, item in tossed.items()
+    }
     with tempfile.TemporaryDirectory() as root:
         final = simulate(RunDirectory.create(Path(root) / record.run, record), taps).parameters
     by_gradient = np.concatenate(list(sums.values()))
     for before, after in pairwise([*models, final]):
         moved = flat(after, before) - flat(before, before)
-        by_gradient += adversary.contributions(before, moved, everybody.table)
-    gained = adversary.losses(initial_parameters(record), everybody.table) - adversary.losses(final, everybody.table)
-    return Shown(everybody.present, everybody.planted, gained, by_gradient)
+        by_gradient += adversary.contributions(before, moved, everybody)
+    gained = adversary.losses(initial_parameters(record), everybody) - adversary.losses(final, everybody)
+    family = _accounted(record, [item.table.units for item in tossed.values()])
+    return Shown(family, everybody.present, everybody.planted, gained, by_gradient)
+
+
+def _together(tossed: Sequence[Tossed]) -> Tossed:
+    """The units of several sites, one site after another."""
+    table = Table(
+        np.concatenate([item.table.inputs for item in tossed]),
+        np.concatenate([item.table.targets for item in tossed]),
+    )
+    if tossed[0].table.persons is not None:
+        before = np.cumsum([0, *(item.table.units for item in tossed)])
+        owners = np.concatenate([start + item.owners for start, item in zip(before[:-1], tossed, strict=True)])
+        table = table.owned_by(owners, [str(owner) for owner in range(int(before[-1]))])
+    return Tossed(
+        table,
+        np.concatenate([item.present for item in tossed]),
+        np.concatenate([item.planted for item in tossed]),
+    )
+
+
+def _accounted(record: RunRecord, stated: Sequence[int]) -> NoiseFamily | None:
+    """What the ledgers of sites that state so many units book for the whole run; None: no noise."""
+    mechanism = mechanism_of(record)
+    if isinstance(mechanism, SumNoise):
+        # Shares of the noise add up to it in a session alone.
+        events: set[NoiseEvent | None] = {mechanism.event(mechanism.request.noise_multiplier)}
+    else:
+        events = {mechanism.charge(units, trust_server_noise=True).mechanism for units in stated}
+    booked = [replace(event, steps=event.steps * record.rounds) for event in events if event is not None]
+    return NoiseFamily(tuple(booked)) if len(booked) == len(events) else None
 
 
 class _Adversary:
-    """Somebody with a copy of the model, the clipping bound, and every example that was tossed for."""
+    """Somebody with a copy of the model, the clipping bound, and every unit that was tossed for."""
 
     def __init__(self, workload: Workload, record: RunRecord) -> None:
         self._workload = workload
@@ -176,24 +223,26 @@ class _Adversary:
         chosen = np.random.default_rng(0).permutation(numbers)[:_COORDINATES]
         self._coordinates = np.sort(chosen)
 
-    def losses(self, parameters: Arrays, table: Table) -> NDArray[np.float64]:
-        """The loss of each example by itself, (E,)."""
+    def losses(self, parameters: Arrays, tossed: Tossed) -> NDArray[np.float64]:
+        """The mean loss of each unit's rows, each by itself, (U,)."""
         load_parameters(self._model, parameters)
         with torch.no_grad():
-            logits = self._model(torch.from_numpy(table.inputs))
-            targets = torch.from_numpy(table.targets)
+            logits = self._model(torch.from_numpy(tossed.table.inputs))
+            targets = torch.from_numpy(tossed.table.targets)
             each = [self._workload.loss(logits[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
-        return torch.stack(each).double().numpy()
+        sums = np.bincount(tossed.owners, torch.stack(each).double().numpy())
+        return np.asarray(sums / np.bincount(tossed.owners))
 
-    def contributions(self, parameters: Arrays, moved: NDArray[np.float64], table: Table) -> NDArray[np.float64]:
-        """How much of what moved (d,) each example explains, (E,), to first order: by gradients at `parameters`."""
+    def contributions(self, parameters: Arrays, moved: NDArray[np.float64], tossed: Tossed) -> NDArray[np.float64]:
+        """How much of what moved (d,) each unit explains, (U,), to first order: by gradients at `parameters`."""
         load_parameters(self._model, parameters)
-        gradients = np.empty((len(table), len(self._coordinates)))
-        for row in range(len(table)):
-            rows = slice(row, row + 1)
-            pull = gradient(self._workload, self._model, table.inputs[rows], table.targets[rows])
+        gradients = np.empty((tossed.table.units, len(self._coordinates)))
+        order, counts = np.argsort(tossed.owners, kind="stable"), np.bincount(tossed.owners)
+        for unit, rows in enumerate(np.split(order, np.cumsum(counts)[:-1])):
+            table = tossed.table
+            pull = len(rows) * gradient(self._workload, self._model, table.inputs[rows], table.targets[rows])
             norm = float(np.linalg.norm(pull))
-            gradients[row] = -pull[self._coordinates] * min(1.0, self._clip / norm if norm else 1.0)
+            gradients[unit] = -pull[self._coordinates] * min(1.0, self._clip / norm if norm else 1.0)
         return contributions(gradients, moved[self._coordinates])
 
 
@@ -225,8 +274,6 @@ def _likelihood(
     return -float(np.log1p(values / ratio).sum()) - len(rest) * float(np.log(left))
 
 
-_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2)
-# Of the canaries that are guessed to be in, and as many to be out: few sure guesses or many unsure ones.
 _FALSE_ALARMS = 0.01
 _FEWEST = 20
 _CONFIDENCE = 0.95
@@ -235,45 +282,53 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Claim:
-    """What a run claims for single examples; `epsilon` None: nothing."""
+    """What a run claims for single units of the sites' data; `epsilon` None: nothing."""
 
     label: str
     epsilon: float | None
     delta: float
 
 
-def one_run(claim: Claim, scores: NDArray[np.float64], present: NDArray[np.bool_], how: str) -> Finding:
+def one_run(
+    claim: Claim,
+    family: NoiseFamily | None,
+    scores: NDArray[np.float64],
+    present: NDArray[np.bool_],
+    how: str,
+    weight: int = 1,
+) -> Finding:
     """The one-run audit of canaries with these scores, (m,). `how` names what the scores are based on."""
-    count = len(scores)
-    order = np.argsort(scores)
-    guessed: dict[int, int] = {}
-    for share in _SHARES:
-        each = max(1, int(share * count))
-        guessed[2 * each] = int(present[order[count - each :]].sum() + (~present[order[:each]]).sum())
+    count, order = len(scores), np.argsort(scores)
+    tried = guesses_of(count)
+    right = int(present[order[count - tried // 2 :]].sum() + (~present[order[: tried // 2]]).sum())
+
+    def any_bound(confidence: float) -> float:
+        return one_run_bound(count, tried, right, claim.delta, confidence)
 
     def bound(confidence: float) -> float:
-        """The best of the numbers of guesses; the risk is shared out among them."""
-        each = 1 - (1 - confidence) / len(guessed)
-        return max(one_run_bound(count, tried, right, claim.delta, each) for tried, right in guessed.items())
+        assert family is not None
+        return family_bound(family, count, tried, right, claim.delta, confidence)
 
-    best = max(guessed, key=lambda tried: one_run_bound(count, tried, guessed[tried], claim.delta, _CONFIDENCE))
+    chosen: Bound = any_bound if family is None else bound
     return Finding(
         name=f"one run, {how}",
         subject=claim.label,
         kind="attack",
         epsilon_claimed=claim.epsilon,
-        bound=bound,
-        seen=f"{guessed[best]} of {best} guesses about {count} canaries right",
-        fault="too many of the planted examples can be told from those that were left out",
+        bound=chosen,
+        bound_any=any_bound,
+        weight=weight,
+        seen=f"{right} of {tried} guesses about {count} canaries right",
+        fault="too many of the planted canaries can be told from those that were left out",
     )
 
 
 def membership(
     claim: Claim, scores: NDArray[np.float64], present: NDArray[np.bool_], generator: np.random.Generator, how: str
 ) -> Finding | None:
-    """The membership inference attack on examples with these scores, (E,); None if there are too few.
+    """The membership inference attack on units with these scores, (U,); None if there are too few.
 
-    The threshold is chosen on one half and counted on the other. The rates' bounds take the examples of one run to be
+    The threshold is chosen on one half and counted on the other. The rates' bounds take the units of one run to be
     independent trials; the one-run audit does without that.
     """
     half = np.zeros(len(scores), np.bool_)
@@ -283,12 +338,17 @@ def membership(
         return None
     threshold = _best_threshold(sides[0], sides[1], claim.delta)
     hits, alarms = int((sides[2] > threshold).sum()), int((sides[3] > threshold).sum())
+
+    def bound(confidence: float) -> float:
+        return attack_bound(hits, len(sides[2]), alarms, len(sides[3]), claim.delta, confidence)
+
     return Finding(
         name=f"membership inference, {how}",
         subject=claim.label,
         kind="attack",
         epsilon_claimed=claim.epsilon,
-        bound=lambda sure: attack_bound(hits, len(sides[2]), alarms, len(sides[3]), claim.delta, sure),
+        bound=bound,
+        bound_any=bound,
         seen=_curve(scores[present], scores[~present]),
         fault=f"training examples can be told from others by their {how}",
     )

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from fedclaw.audit.bounds import one_run_bound
 from fedclaw.audit.findings import AuditOptions, Finding, conclude
 from fedclaw.audit.mechanism import Trials, most_alike
+from fedclaw.audit.one_run import NoiseFamily, family_bound, one_run_bound
 from fedclaw.audit.probe import sensitivity
 from fedclaw.audit.run import attack_run, claim_of
 from fedclaw.audit.subject import LOUD, Subject, coins, gradient, make_canary, synthetic_sites
 from fedclaw.audit.training_run import Claim, auc, contributions, membership, one_run, toss
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.learning.workload import load_parameters
+from fedclaw.privacy.accounting import NoiseEvent
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.server.session import initial_parameters
 from tests.audit.conftest import MODES, SIZES
@@ -30,7 +31,7 @@ def test_a_canary_is_loud_and_a_blank_is_silent(subject, schema, model):
     assert np.linalg.norm(loud) >= LOUD * 2.0
     assert np.linalg.norm(gradient(workload, network, canary.inputs, canary.silent)) < 1e-3
     assert -loud / np.linalg.norm(loud) == pytest.approx(canary.direction)
-    rows = canary.rows(5, 2)
+    rows = canary.units(5, 2)
     assert list(rows.targets == canary.loud[0]) == [True, True, False, False, False]
 
 
@@ -87,13 +88,16 @@ def test_the_area_under_the_curve_counts_pairs():
 
 
 def test_one_run_guesses_the_ends():
-    """Scores that tell everything: all guesses right; four numbers of guesses are tried and share the risk."""
-    present = np.arange(400) % 2 == 0
-    finding = one_run(CLAIM, present + np.linspace(0, 0.1, 400), present, "gradients")
-    assert finding.seen == "400 of 400 guesses about 400 canaries right"
-    alone = [one_run_bound(400, tried, tried, CLAIM.delta, 1 - 0.05 / 4) for tried in (24, 100, 200, 400)]
-    assert finding.bound(0.95) == pytest.approx(max(alone))
-    blind = one_run(CLAIM, np.random.default_rng(0).random(400), present, "gradients")
+    """Scores that tell everything: all guesses, as many as were fixed beforehand, are right."""
+    present, family = np.arange(400) % 2 == 0, NoiseFamily((NoiseEvent(1.0, 1.5, 1),))
+    told = present + np.linspace(0, 0.1, 400)
+    finding = one_run(CLAIM, family, told, present, "gradients")
+    assert finding.seen == "120 of 120 guesses about 400 canaries right"
+    assert finding.bound(0.95) == family_bound(family, 400, 120, 120, CLAIM.delta, 0.95) > 2
+    assert finding.bound_any(0.95) == one_run_bound(400, 120, 120, CLAIM.delta, 0.95)
+    without = one_run(CLAIM, None, told, present, "gradients")
+    assert without.bound(0.95) == without.bound_any(0.95) == finding.bound_any(0.95)
+    blind = one_run(CLAIM, family, np.random.default_rng(0).random(400), present, "gradients")
     assert blind.bound(0.95) == 0
 
 
@@ -225,6 +229,25 @@ def test_risks_are_shared_out():
     assert asked == pytest.approx([0.975, 0.9995] * 2)
     assert report.epsilon_lower == 2.0
     assert not report.flagged
+
+
+def test_the_risk_is_shared_out_by_weight():
+    """Of three parts of the risk the attack has two, and its share of the claim is told."""
+    asked = []
+
+    def bound(confidence):
+        asked.append(confidence)
+        return 0.6
+
+    attack = Finding(
+        name="a", subject="s", kind="attack", epsilon_claimed=1.5, bound=bound, weight=2, seen="seen", fault="fault"
+    )
+    measured = attack.model_copy(update={"kind": "measurement", "weight": 1, "name": "b", "bound_any": lambda _: 0.1})
+    report = conclude([attack, measured], epsilon=1.5, delta=1e-5, confidence=0.97, alarm=3e-3)
+    assert asked == pytest.approx([0.98, 0.998, 0.99, 0.999])
+    assert report.sharpest.name == "a"
+    assert report.sharpest.share == pytest.approx(0.4)
+    assert [check.epsilon_lower_any for check in report.checks] == [None, 0.1]
 
 
 def test_an_audit_needs_sites(configured):
