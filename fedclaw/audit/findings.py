@@ -55,7 +55,8 @@ class Finding(_Checked):
     bound_any: Bound | None = None
     """Of any mechanism whatever; it holds wherever `bound` does. None: nothing is known of others."""
     weight: int = 1
-    """How much of the risk of error it is given, beside the others; set before anything is seen."""
+    """How much of the risk of error it is given, beside the others, set before anything is seen; 0: its bound is never
+    wrong."""
 
 
 class Check(_Checked):
@@ -110,7 +111,7 @@ def conclude(
     seconds: float = 0.0,
 ) -> AuditReport:
     """The report on `findings`. The risks are split among them by weight (Bonferroni), so that they hold for all."""
-    whole = sum(finding.weight for finding in findings)
+    whole = max(1, sum(finding.weight for finding in findings))
     parts = ((finding, finding.weight / whole) for finding in findings)
     checks = tuple(_check(finding, 1 - (1 - confidence) * part, 1 - alarm * part) for finding, part in parts)
     attacks = [check.epsilon_lower for check in checks if check.kind == "attack"]

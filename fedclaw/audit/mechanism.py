@@ -2,13 +2,15 @@
 
 Questions, each with a bound of its own:
 
+    told beside      do the numbers that leave with the noised ones tell whether the canary is there?
     canary guesses   can the adversary tell whether the canary is there? (attack; Nasr et al. 2023)
     canary size      does the canary move what leaves by more than the clipping bound allows?
     noise scale      is the noise at the wire as large as the claim needs?
     shared noise     does the noise of one answer tell about that of another?
     separate shares  where sites bring parts of one noise: does one part tell about the others?
 
-The first assumes nothing of the mechanism but that its claim is that of a Gaussian one. The others take what is left
+The first compares, and is never wrong; the guesses assume nothing of the mechanism but that its claim is that of a
+Gaussian one. The others take what is left
 when the known signal is taken away for independent Gaussian noise, of which every coordinate is a sample: thousands
 of them in each answer, so that a scale that is a few per cent too small is seen within a few answers.
 """
@@ -122,8 +124,31 @@ def run_trials(probe: Probe, count: int) -> Trials:
 
 def examine(probe: Probe, trials: Trials) -> list[Finding]:
     """All that is asked of a mechanism."""
-    found = [_guesses(probe, trials), _size(probe, trials), _scale(probe, trials), _shared(probe, probe.echoes())]
+    found = [
+        _told(probe),
+        _guesses(probe, trials),
+        _size(probe, trials),
+        _scale(probe, trials),
+        _shared(probe, probe.echoes()),
+    ]
     return [*found, _apart(probe, trials)] if probe.shares > 1 else found
+
+
+def _told(probe: Probe) -> Finding:
+    """A number without noise that differs with the canary gives it away, whatever the noise is."""
+    there, away = probe.told(True), probe.told(False)
+    lower = 0.0 if there == away else LARGEST_EPSILON
+    return Finding(
+        name="told beside",
+        subject=probe.label,
+        kind="attack",
+        epsilon_claimed=probe.epsilon,
+        bound=lambda _: lower,
+        bound_any=lambda _: lower,
+        weight=0,
+        seen="numbers and receipts are the same without the canary" if there == away else "other numbers or receipts",
+        fault="the numbers or the receipt beside the answer tell whether one canary is there",
+    )
 
 
 def _guesses(probe: Probe, trials: Trials) -> Finding:

@@ -24,10 +24,11 @@ from fedclaw.privacy.accounting import calibrate
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.sum_noise import SumNoise
 from fedclaw.protocol.arrays import shapes_of
-from fedclaw.protocol.terms import LocalTraining
+from fedclaw.protocol.terms import LocalTraining, Plan
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import initial_parameters
 from fedclaw.server.settings import RunSettings
+from fedclaw.server.training import TrainingQuestion
 from fedclaw.site.service import SiteService
 
 UNITS = 4
@@ -62,6 +63,10 @@ class Probe(ABC):
     def release(self, present: bool) -> NDArray[np.float64]:
         """What the adversary sees, (d,), in units of the sensitivity, with or without the canary."""
 
+    @abstractmethod
+    def told(self, present: bool) -> Mapping[str, object]:
+        """What leaves beside it, by site: the number of units and the receipt, but for the ledger's head."""
+
     def echoes(self) -> Mapping[str, NDArray[np.float64]]:
         """Releases without a canary, by where they come from, whose noises must not resemble one another."""
         return {f"mean {number}": self.release(False) for number in (1, 2)}
@@ -90,6 +95,10 @@ class LocalProbe(Probe):
         """The answer of the site."""
         return self._answer(self.site if present else self._blank)
 
+    def told(self, present: bool) -> Mapping[str, object]:
+        """See Probe."""
+        return _beside(self._ask(self.site if present else self._blank))
+
     def echoes(self) -> Mapping[str, NDArray[np.float64]]:
         """Two answers to the same question of every site, or of the first MOST_COMPARED."""
         asked = list(self.others.items())[:MOST_COMPARED]
@@ -97,10 +106,12 @@ class LocalProbe(Probe):
         return first | {f"{name}, answer 2": self._answer(site) for name, site in asked}
 
     def _answer(self, site: SiteService) -> NDArray[np.float64]:
-        trained, _ = ask({site.name: unspent(site)}, self.record, self.canary.parameters)
-        update = trained.read()
+        update = self._ask(site).read()
         # delta = -rate (clipped sum + noise) / stated number; one unit adds `clip` to the sum.
         return flat(update.arrays, self.canary.parameters) / update.weight * (UNITS / (_RATE * self._clip))
+
+    def _ask(self, site: SiteService) -> TrainingQuestion:
+        return ask({site.name: unspent(site)}, self.record, self.canary.parameters)[0]
 
 
 @dataclass
@@ -124,14 +135,20 @@ class CentralProbe(Probe):
 
     def release(self, present: bool) -> NDArray[np.float64]:
         """The mean that the server's optimiser sees."""
-        sites = {**self.sites, self.heavy.name: self.heavy} if present else self.sites
-        unspent_sites = {name: unspent(site) for name, site in sites.items()}
-        trained, plan = ask(unspent_sites, self.record, self.canary.parameters)
+        trained, plan = self._ask(present)
         if plan.secure is not None:
-            honest = len(sites) - plan.secure.tolerated - plan.secure.colluding
-            self.counted, self.shares = honest / len(sites), len(sites)
+            honest = len(self.sites) - plan.secure.tolerated - plan.secure.colluding
+            self.counted, self.shares = honest / len(self.sites), len(self.sites)
         mean = postprocess.at_server(trained.read(), plan, shapes_of(self.canary.parameters))
         return flat(mean.arrays, self.canary.parameters) / self._scale
+
+    def told(self, present: bool) -> Mapping[str, object]:
+        """See Probe."""
+        return _beside(self._ask(present)[0])
+
+    def _ask(self, present: bool) -> tuple[TrainingQuestion, Plan]:
+        sites = {**self.sites, self.heavy.name: self.heavy} if present else self.sites
+        return ask({name: unspent(site) for name, site in sites.items()}, self.record, self.canary.parameters)
 
 
 def probes(subject: Subject, generator: np.random.Generator) -> list[Probe]:
@@ -207,6 +224,13 @@ def sensitivity(record: RunRecord, examples: list[int]) -> float:
 def guaranteed(epsilon: float, delta: float) -> float:
     """The deviation of noise, in units of the sensitivity, with which one step keeps (epsilon, delta)."""
     return calibrate(epsilon, delta, 1.0, 1)
+
+
+def _beside(trained: TrainingQuestion) -> Mapping[str, object]:
+    return {
+        name: answer.model_dump(mode="json", exclude={"receipt": {"ledger_head"}})
+        for name, answer in trained.besides.items()
+    }
 
 
 def _one_step(settings: RunSettings, changed: Mapping[str, object]) -> RunSettings:

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -12,10 +12,11 @@ from fedclaw.audit.mechanism import enough_trials, examine, run_trials
 from fedclaw.audit.probe import probes
 from fedclaw.audit.subject import Subject
 from fedclaw.audit.training_run import Claim, attacked_run, membership, one_run, toss
+from fedclaw.privacy.claims import Claim as Promise
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.progress import quieter
-from fedclaw.protocol.terms import DataUnit
+from fedclaw.protocol.terms import DataUnit, Relation
 from fedclaw.server.settings import RunSettings
 from fedclaw.site.device import set_threads
 from fedclaw.site.service import SiteService
@@ -102,9 +103,7 @@ def attack_run(subject: Subject, claim: Claim, options: AuditOptions, generator:
 
 
 def _notes(subject: Subject, options: AuditOptions, attacked: bool) -> tuple[str, ...]:
-    settings, notes = subject.settings, []
-    if mechanism_of(subject.record()).guarantee(trust_server_noise=True) is not None:
-        notes.append(_relation_note(subject))
+    settings, notes = subject.settings, list(_attacked(subject))
     if not attacked:
         notes.append(
             "The unit is a site, of which there are few: whole runs were not attacked, the mechanism was probed with a "
@@ -118,14 +117,17 @@ def _notes(subject: Subject, options: AuditOptions, attacked: bool) -> tuple[str
     return tuple(notes)
 
 
-def _relation_note(subject: Subject) -> str:
-    """Between which data sets it was attacked."""
-    unit = subject.unit
-    declared = [name for name in subject.sites if subject.relation(name) == "add-or-remove"]
-    zero = f"zero-out: one {unit} replaced by nothing, their number stays"
-    added = f"add-or-remove: one {unit} there or not, beside a declared number"
-    if not declared:
-        return f"Attacked: {zero}."
-    if len(declared) == len(subject.sites):
-        return f"Attacked: {added}."
-    return f"Attacked: {added}, at {', '.join(declared)}; elsewhere {zero}."
+def _attacked(subject: Subject) -> Iterator[str]:
+    """What is promised, and so what was attacked, in the words of every document."""
+    mechanism = mechanism_of(subject.record())
+    if mechanism.guarantee(trust_server_noise=True) is None:
+        return
+    if mechanism.clips_updates and not mechanism.noises_steps:
+        yield f"Attacked: {Promise('site', 'zero-out').protects}"
+        return
+    by_relation: dict[Relation, list[str]] = {}
+    for name in subject.sites:
+        by_relation.setdefault(subject.relation(name), []).append(name)
+    for relation, names in by_relation.items():
+        where = f" ({', '.join(names)})" if len(by_relation) > 1 else ""
+        yield f"Attacked{where}: {Promise(subject.unit, relation).protects}"

@@ -167,7 +167,8 @@ def ask(sites: Mapping[str, SiteService], record: RunRecord, parameters: Arrays)
     nodes, outgoing = list(grid.get_node_ids()), Outgoing(parameters)
     if record.secure is not None:
         plan = session_of(plan, sorted(sites), outgoing, record.secure, record.rules.minimum)
-    trained = ask_cohort(grid, nodes, TrainingQuestion(plan, outgoing), _DEADLINE)
+    unit = next(iter(sites.values())).workload.schema.unit
+    trained = ask_cohort(grid, nodes, TrainingQuestion(plan, outgoing, unit=unit), _DEADLINE)
     for declined in trained.declined:
         raise PrivacyError(f"the configuration cannot be audited: {declined.site} declined: {declined.reason}")
     if len(trained.answered) < len(sites):
