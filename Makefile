@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_EXTRAS := compress,export,predict,data,experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format protocol benchmarks heart-disease clean
+.PHONY: help demo test test-slow test-cuda lint format protocol benchmarks heart-disease clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -23,6 +23,9 @@ test: $(VENV)/.dev ## ruff, mypy, import-linter and the test suite
 
 test-slow: $(VENV)/.dev ## the tests that take long, and every property on new examples
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile explore --timeout 900
+
+test-cuda: $(VENV)/.dev ## every path that touches a device, on a GPU; without one it says so
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.cuda
 
 lint: $(VENV)/.dev ## ruff, mypy and import-linter alone
 	$(BIN)/ruff check .

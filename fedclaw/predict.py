@@ -8,6 +8,7 @@
     identifiers columns to write beside each prediction, [a,b], with those that the bundle's schema names
     delimiter   and decimal, encoding, title_lines: how the input is written, where it is not as the schema says
     constants   the site's state/preprocessing.json, for a bundle whose schema says standardise: site
+    device      cpu, cuda (with onnxruntime-gpu), or auto: cuda where there is one
     output      writes a CSV with the label and the probability of every class, or the value, instead of a table
 
 A row that cannot be read costs itself its answer, not the others theirs: it comes with the reason in its place.
@@ -37,6 +38,7 @@ from fedclaw.cli import make_console, naming, require_paths, run_main, settings_
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, load_trust
 from fedclaw.export.predictor import Predictor
+from fedclaw.export.runtime import Device
 from fedclaw.files import write_atomic
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.workload import FileFormat, Floats, Rows
@@ -54,6 +56,7 @@ class PredictSettings(TrustSettings, FileFormat):
     input: Path
     constants: Path | None
     identifiers: tuple[str, ...]
+    device: Device
     output: Path | None
 
 
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     require_paths(input=settings.input, constants=settings.constants)
     with naming(bundle=settings.bundle, federation=settings.federation):
         trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
-        predictor = Predictor.open(settings.bundle, trust)
+        predictor = Predictor.open(settings.bundle, trust, settings.device)
     if settings.constants is not None:
         predictor.use_constants(settings.constants)
     predictor.read_as(FileFormat(**fields_of(settings, FileFormat)))

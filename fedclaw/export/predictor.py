@@ -12,7 +12,7 @@ import numpy as np
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import MANIFEST, ONNX, SCHEMA
-from fedclaw.export.runtime import open_session, run_session
+from fedclaw.export.runtime import Device, open_session, run_session
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import decide
@@ -38,16 +38,16 @@ class Predictor:
         self._output = names.index(wanted[1])
 
     @classmethod
-    def open(cls, bundle: Path, trust: Trust | None = None) -> "Predictor":
+    def open(cls, bundle: Path, trust: Trust | None = None, device: Device = "cpu") -> "Predictor":
         """Verify `bundle`, then load the very bytes that were verified.
 
         Raises BundleError when it does not verify or its files contradict each other, PluginError when its workload
-        is not installed here, UsageError when ONNX Runtime is missing.
+        is not installed here, UsageError when ONNX Runtime is missing, or cannot compute on `device`.
         """
-        return cls.of(verify_bundle(bundle, trust, keep=(ONNX, SCHEMA)))
+        return cls.of(verify_bundle(bundle, trust, keep=(ONNX, SCHEMA)), device)
 
     @classmethod
-    def of(cls, verified: Verified) -> "Predictor":
+    def of(cls, verified: Verified, device: Device = "cpu") -> "Predictor":
         """Load a verified bundle whose graph and schema were kept. Raises what `open` does."""
         manifest, origin = verified.manifest, f"{verified.path}/{SCHEMA}"
         schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), origin)
@@ -56,7 +56,7 @@ class Predictor:
         task, told = schema.task, tuple(output.name for output in manifest.outputs)
         if (task.name, task.describe()) != (manifest.task, manifest.target) or told != task.head:
             raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about the task: {task.name} and {manifest.task}")
-        return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict"))
+        return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict", device))
 
     def use_constants(self, path: Path) -> None:
         """Standardise inputs with a site's own constants (its state/preprocessing.json). Raises DataError."""

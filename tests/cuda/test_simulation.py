@@ -15,6 +15,7 @@ from tests.simulation.conftest import make_federation, make_record
 PRIVACY = PrivacyRequest(epsilon=6, delta=1e-3, max_grad_norm=0.7)
 CENTRAL = {"noise_by": "server", "epsilon": 5, "delta": 1e-3, "clip": 0.05, "noise_multiplier": 1e-9}
 """Next to no noise, which the server draws anew in each run."""
+SLOW = pytest.mark.slow
 ONE_STEP = LocalTraining(steps=1, batch_size=8, learning_rate=0.1)
 WIDE = ModelSpec(name="mlp", args={"hidden": [200, 130]})
 """With a weight that is kept as factors."""
@@ -37,7 +38,7 @@ def same(tmp_path, wanted):
     return go
 
 
-@pytest.mark.parametrize("mode", ["one", "many"])
+@pytest.mark.parametrize("mode", [pytest.param("one", marks=SLOW), "many"])
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])
 @pytest.mark.parametrize("privacy", [None, PRIVACY])
 def test_the_same_seed_leads_to_the_same_model(same, kind, mode, privacy):
@@ -46,7 +47,7 @@ def test_the_same_seed_leads_to_the_same_model(same, kind, mode, privacy):
     assert there.metrics["accuracy"] == pytest.approx(cpu.metrics["accuracy"], abs=0.05)
 
 
-@pytest.mark.parametrize("mode", ["one", "many"])
+@pytest.mark.parametrize("mode", ["one", pytest.param("many", marks=SLOW)])
 @pytest.mark.parametrize(
     "changes",
     [
