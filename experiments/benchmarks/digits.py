@@ -25,7 +25,7 @@ from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory, RunRecord
 from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate_cohorts, simulated
 from fedclaw.simulation.partitions.labels import Dirichlet
-from fedclaw.simulation.settings import Mode
+from fedclaw.simulation.settings import Device, Mode
 
 CLIENTS, ASKED, EPOCHS, BATCH, RATE = 100, 20, 2, 8, 0.1
 PIXELS, LABELS = 64, 10
@@ -58,10 +58,18 @@ class Job:
 
 
 def run_fedclaw(
-    job: Job, rounds: int, workers: int, runs: Path, name: str, *, seed: int = 0, mode: Mode = "auto"
+    job: Job,
+    rounds: int,
+    workers: int,
+    runs: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    mode: Mode = "auto",
+    device: Device = "cpu",
 ) -> float:
     """The last accuracy of a run with everything that a run has: record, checkpoints, metrics, model file, MLflow."""
-    settings, workload = SimulationSettings(workers=workers, mode=mode), job.federation.workload
+    settings, workload = SimulationSettings(workers=workers, mode=mode, device=device), job.federation.workload
     record = RunRecord(
         run=name,
         federation="benchmark",

@@ -1,5 +1,6 @@
 """On a machine without a card the suite and the benchmark say so in one line, and that is no failure."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.benchmarks.cuda import FIGURES
 from tests import warm
 from tests.conftest import environment
 
@@ -47,3 +49,16 @@ def test_make_says_it_in_one_line(tmp_path):
     assert done.returncode == 0, done.stderr
     (line,) = (done.stdout + done.stderr).splitlines()
     assert line.endswith("nothing to test.")
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_a_figure_for_each_way(wanted):
+    done = warm.run(["-m", "experiments.benchmarks.cuda", "quick", f"device={wanted}"], env=environment(), timeout=280)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == {*FIGURES, "reference", "device"}
+    assert found["private"].keys() == {f"cnn_6k_{mode}" for mode in ("auto", "bookkeeping", "opacus", "vmap")}
+    assert found["by_opacus"]["cnn_6k_opacus"] == 1.0
+    assert found["simulation"].keys() == {"mlp_many", "mlp_one"}
+    ratios = [ratio for name in FIGURES for ratio in found[name].values()]
+    assert min(ratios) > 0

@@ -93,7 +93,7 @@ def test_metrics_with_noise_are_worked_out_row_by_row_there(device):
         site = next(iter(sites_on(where, "cnn", record).values()))
         torch.manual_seed(0)
         model = site.workload.build(record.model).to(where).eval()
-        inputs, targets = site.on_device("test", site.data.test)
+        inputs, targets = (torch.from_numpy(part).to(where) for part in (site.data.test.inputs, site.data.test.targets))
         outputs = one_by_one(model, inputs)
         policy = site.policy.model_copy(update={"metrics_loss_bound": 10.0})
         found.append(bounded_sums(policy, site.workload, ("loss", "accuracy"), 8, outputs, targets))

@@ -37,6 +37,8 @@ Products = dict[int, tuple[torch.Tensor, torch.Tensor]]
 CACHED_NUMBERS = 1 << 21
 """Per-example gradients held at a time (8 MiB of float32): larger batches are worked off in chunks, which bounds memory
 and is faster besides, as they stay in the cache."""
+CARD_NUMBERS = 1 << 26
+"""The same on another device (256 MiB, and twice that for their float64 form), which is idle with few examples."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class ClippedSums(ABC):
     @property
     def chunk_size(self) -> int:
         """The number of examples to hand over at once, at most, where nobody has set one."""
-        return max(1, CACHED_NUMBERS // max(1, self._numbers))
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters)
+        return max(1, (CACHED_NUMBERS if on_cpu else CARD_NUMBERS) // max(1, self._numbers))
 
     @abstractmethod
     def add(
