@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedclaw.errors import UsageError
-from fedclaw.site.device import SMALL_MODEL, choose_device, precision, set_threads
+from fedclaw.site.device import SMALL_MODEL, choose_device, one_by_one, precision, set_threads
 
 
 def test_auto_takes_cuda_where_there_is_one():
@@ -65,3 +65,17 @@ def test_threads_where_the_system_does_not_tell_which_processors_may_be_used(mon
     set_threads(2 * SMALL_MODEL)
     assert asked == [3, 1]
     assert torch.get_num_threads() == before
+
+
+class Flattened(torch.nn.Module):
+    """As many models do it, and as no batch of no rows can be."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.view(len(inputs), -1)
+
+
+def test_of_no_rows_there_are_outputs_whatever_the_model() -> None:
+    with pytest.raises(RuntimeError):
+        Flattened()(torch.zeros(0, 2, 3))
+    assert one_by_one(Flattened(), torch.zeros(0, 2, 3)).shape == (0, 6)
+    assert one_by_one(Flattened(), torch.ones(2, 2, 3)).shape == (2, 6)
