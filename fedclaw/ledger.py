@@ -185,9 +185,9 @@ _COMMANDS: dict[str, tuple[Callable[[LedgerSettings, Console], None], set[str]]]
 
 
 def _overview(journal: SiteJournal, spending: Spending) -> Figures:
-    columns = ("data set", "budget", "delta", "spent", "left", "runs", "rounds", "open", "last charge (UTC)")
+    columns = ("data set", "budget", "delta", "spent", "left", "runs", "rounds", "open", "last charge (UTC)", "unit")
     table = Figures(
-        columns, title=f"What site {journal.settings.name} has spent", words=frozenset({"last charge (UTC)"})
+        columns, title=f"What site {journal.settings.name} has spent", words=frozenset({"last charge (UTC)", "unit"})
     )
     for item in spending.data_sets:
         last = max((run.last for run in item.runs), default="never")
@@ -199,6 +199,7 @@ def _overview(journal: SiteJournal, spending: Spending) -> Figures:
             _figure(item.left),
             *(str(len(item.runs)), str(item.rounds), str(item.open)),
             _time(last),
+            item.unit or "",
         )
     return table
 
@@ -241,6 +242,7 @@ def _plain_data_set(item: DataSetSpending) -> dict[str, Any]:
     """For machines: an unbounded epsilon is null, and so is what is left without a limit."""
     return {
         "name": item.name,
+        "unit": item.unit,
         "budget": item.budget.epsilon,
         "delta": item.budget.delta,
         "spent": _finite(item.epsilon),

@@ -105,8 +105,10 @@ def open_service(
         ledger.check_declared(settings.data_set, data.public_examples)
         # Without noise on metrics the test data has no ledger, and what was charged to it before counts all the same.
         ledger.check_declared(settings.data_set + TEST, data.public_test_examples)
+        ledger.check_unit(data.train.unit)
         if (test_ledger := _test_ledger(root, settings, data, durable=durable)) is not None:
             opened.callback(test_ledger.close)
+            test_ledger.check_unit(data.train.unit)
         if (outbound := OutboundLog(outbound_file(root)) if durable else None) is not None:
             opened.callback(outbound.close)
         service = SiteService(

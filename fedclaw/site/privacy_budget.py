@@ -185,6 +185,7 @@ def reserve(site: Site, due: Due) -> Reservation:
             budget=account.budget,
             run_budget=account.run_budget,
             remaining=due.remaining,
+            unit=site.data.train.unit,
         )
 
 

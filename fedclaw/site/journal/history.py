@@ -14,12 +14,13 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedclaw.errors import LedgerError, PrivacyError
 from fedclaw.files import PRIVATE_MODE
 from fedclaw.privacy.accounting import Family, NoiseEvent, epsilon_of, event_from_json
 from fedclaw.protocol.chain import GENESIS, link
+from fedclaw.protocol.terms import DataUnit
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class Reservation:
     hash: str = ""
     public_examples: int | None = None
     """How many units the data set had by declaration; None: they were counted."""
+    unit: DataUnit = "example"
+    """What was charged for: the mechanism is that of one of these, there or not."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,14 @@ class History:
         return (NoiseEvent(rate, noise, steps, family) for (rate, noise, family), steps in self.steps.items())
 
 
+def _unit_of(plain: Mapping[str, Any]) -> DataUnit:
+    """What an entry charges for; those that do not say it are of an example. Raises ValueError for what is no unit."""
+    unit: DataUnit = plain.get("unit", "example")
+    if unit not in get_args(DataUnit):
+        raise ValueError(f"the unit {unit!r:.40} is not known here")
+    return unit
+
+
 class Index:
     """What the entries say, in memory: follows the chain entry by entry and refuses one that does not fit."""
 
@@ -188,6 +199,8 @@ class Index:
         """Fingerprint of each data set when it was last charged."""
         self.declared: dict[str, int | None] = {}
         """How many units each data set that was charged has by declaration; None: they were counted."""
+        self.units: dict[str, DataUnit] = {}
+        """What each data set was charged for, with noise: all of its charges for the same (`Ledger.check_unit`)."""
         self.owners: dict[str, str] = {}
         """By fingerprint, the data set that was charged for this content."""
         self.times: dict[str, list[str]] = {}
@@ -238,8 +251,11 @@ class Index:
             content=plain.get("content"),
             hash=digest,
             public_examples=plain.get("public_examples"),
+            unit=_unit_of(plain),
         )
         self.declared.setdefault(reservation.data_set, reservation.public_examples)
+        if reservation.mechanism is not None:
+            self.units.setdefault(reservation.data_set, reservation.unit)
         if reservation.fingerprint is not None:
             self.contents[reservation.data_set] = reservation.fingerprint
             self.owners[reservation.fingerprint] = reservation.data_set

@@ -29,7 +29,8 @@ the people. The fingerprint of the content is noted with each charge, so that an
 the very content that was charged under one name is not opened under another.
 
 How many units a data set has by its operator's declaration (`data.public_examples` in site.yaml) is noted with each
-charge, and stays for the data set's life (`check_declared`).
+charge, and stays for the data set's life (`check_declared`). What a data set is charged for, an example or a person, is noted with each charge, and is the same for all of them
+(`check_unit`).
 
 Times are written for people; no budget depends on them, only how often a site lets itself be asked
 (`fedclaw.site.privacy_budget`), which trusts the entries' order more than their times.
@@ -53,6 +54,7 @@ from pydantic import JsonValue
 from fedclaw.errors import BudgetExceeded, LedgerError
 from fedclaw.privacy.accounting import NoiseEvent, event_to_json
 from fedclaw.protocol.chain import GENESIS, canonical, link
+from fedclaw.protocol.terms import DataUnit
 from fedclaw.site.journal.history import (
     BUSY_SECONDS,
     LEDGER_VERSION,
@@ -75,6 +77,7 @@ __all__ = ["Budget", "Entry", "Ledger", "Remaining", "Reservation", "describe"]
 log = logging.getLogger(__name__)
 
 _MEMORY = ":memory:"
+_SCHEMAS: dict[DataUnit, str] = {"example": "without person:", "person": "with person:"}
 MOST_AGREEMENTS = 16
 """Unfinished runs that are agreed to on one data set: nobody can fill the ledger with promises."""
 _SCHEMA = (
@@ -186,6 +189,16 @@ class Ledger:
         with self._reading():
             self._check_declared(data_set, public_examples)
 
+    def check_unit(self, unit: DataUnit) -> None:
+        """Raise LedgerError if the data set was charged for another unit, with noise.
+
+        What was spent on one says nothing of the other. A person with several rows lost more by each charge for a row,
+        how much more depends on how many rows there were at the time; and a row that goes, in place of its whole
+        person, moves a clipped sum by up to twice the bound. Training without privacy counts as unbounded for either.
+        """
+        with self._reading():
+            self._check_unit(unit)
+
     def reserve(
         self,
         key: str,
@@ -197,20 +210,23 @@ class Ledger:
         run_budget: Budget | None = None,
         content: str | None = None,
         remaining: Remaining | None = None,
+        unit: DataUnit = "example",
     ) -> Reservation:
         """Charge `mechanism` (None: training without privacy) before any of it is done; durable on return.
 
-        `content` is the SHA-256 of the question. An open reservation under the same key for the same question about the
-        same data is taken up again at no cost. A settled key, or another run, round, mechanism or content under the
-        same key, is charged anew. Raises BudgetExceeded, with the figures, if everything ever charged to the data set
-        and this would together exceed `budget`, or everything charged by this run and this exceed `run_budget`;
-        LedgerError if the ledger is damaged.
+        `mechanism` is for one `unit` of the data set. `content` is the SHA-256 of the question. An open reservation
+        under the same key for the same question about the same data is taken up again at no cost. A settled key, or
+        another run, round, mechanism or content under the same key, is charged anew. Raises BudgetExceeded, with the
+        figures, if everything ever charged to the data set and this would together exceed `budget`, or everything
+        charged by this run and this exceed `run_budget`; LedgerError if the ledger is damaged, or counts another unit
+        of the data set.
 
         With `remaining`, the whole run is agreed to with its first charge, or refused: what is still to come of it and
         of all other runs that were agreed to has to be within the budget, too. The agreement is part of the charge.
         """
         with self._writing():
             self._check_declared(self._data_set, self._public_examples)
+            self._check_unit(unit)
             if (waiting := self._waiting(key, federation, run, round, mechanism, content)) is not None:
                 return waiting
             agreed = self._check_budgets(federation, run, mechanism, budget, run_budget, remaining)
@@ -226,6 +242,7 @@ class Ledger:
                 **({} if self._fingerprint is None else {"fingerprint": self._fingerprint}),
                 **({} if content is None else {"content": content}),
                 **({} if self._public_examples is None else {"public_examples": self._public_examples}),
+                **({} if unit == "example" else {"unit": unit}),
                 **({} if agreed is None else {"agreed": agreed}),
                 **({"purpose": remaining.purpose} if remaining is not None and remaining.purpose else {}),
             )
@@ -401,6 +418,16 @@ class Ledger:
             f"that has left cannot be taken back. So {remedy}; only data on other people gets another data.name, with "
             "a budget and a number of its own"
         )
+
+    def _check_unit(self, unit: DataUnit) -> None:
+        before = self._index.units.get(self._data_set, unit)
+        if False:
+            raise LedgerError(
+                f"{self._where()}: the data set {self._data_set!r} was charged for each {before}, and by the schema it "
+                f"is to be charged for each {unit}: neither says what was spent on the other, so its budget cannot go "
+                f"on. Keep to a schema {_SCHEMAS[before]} for this data; only data on other people gets another "
+                "data.name in site.yaml, with a budget of its own"
+            )
 
     def _check_budgets(
         self,

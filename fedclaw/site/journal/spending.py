@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.protocol.terms import DataUnit
 from fedclaw.site.journal.history import Budget, Entry, History, Index, Reservation
 
 BudgetOf = Callable[[str], Budget]
@@ -57,6 +58,8 @@ class DataSetSpending:
     runs: tuple[RunSpending, ...]
     """In the order of their first charge."""
     contents: tuple[ContentUse, ...]
+    unit: DataUnit | None = None
+    """What all of it is for, there or not; None: nothing was charged with noise."""
 
     @property
     def left(self) -> float | None:
@@ -170,6 +173,7 @@ def _data_set(name: str, charges: Sequence[LedgerCharge], index: Index, budget: 
             for key in runs
         ),
         contents=_contents(own),
+        unit=index.units.get(name),
     )
 
 

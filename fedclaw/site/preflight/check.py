@@ -262,6 +262,7 @@ def _copy(root: Path, index: Index, service: SiteService, findings: Findings) ->
     service.ledger = Ledger.copied(ledger_file(root), name, content, data.public_examples)
     service.ledger.check_declared(name, data.public_examples)
     service.ledger.check_declared(name + TEST, data.public_test_examples)
+    service.ledger.check_unit(service.data.train.unit)
     if index.contents.get(name, content) != content:
         findings.facts.append(f"data set {name}: its content has changed since it was last charged; the budget goes on")
 
