@@ -189,7 +189,8 @@ def test_a_table_keeps_its_persons_where_rows_are_taken() -> None:
     nobody = Table(table.inputs, table.targets)
     assert nobody.take(np.array([1])).persons is None
     assert nobody.first_rows(1).tolist() == nobody.evenly(1).tolist() == list(range(6))
-    assert table.take(np.zeros(0, np.int64)).units == 0
+    for empty in (table.take(np.zeros(0, np.int64)), schema_of().no_examples()):
+        assert (empty.units, empty.unit, len(empty.evenly(2)), len(empty.first_rows(1))) == (0, "person", 0, 0)
 
 
 def test_the_operator_is_told_how_many_rows_persons_have(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ the people. The fingerprint of the content is noted with each charge, so that an
 the very content that was charged under one name is not opened under another.
 
 How many units a data set has by its operator's declaration (`data.public_examples` in site.yaml) is noted with each
-charge, and stays for the data set's life (`check_declared`). What a data set is charged for, an example or a person, is noted with each charge, and is the same for all of them
+charge, and stays for the data set's life (`check_declared`). So does what it is charged for, an example or a person
 (`check_unit`).
 
 Times are written for people; no budget depends on them, only how often a site lets itself be asked
