@@ -421,7 +421,7 @@ class Ledger:
 
     def _check_unit(self, unit: DataUnit) -> None:
         before = self._index.units.get(self._data_set, unit)
-        if False:
+        if before != unit:
             raise LedgerError(
                 f"{self._where()}: the data set {self._data_set!r} was charged for each {before}, and by the schema it "
                 f"is to be charged for each {unit}: neither says what was spent on the other, so its budget cannot go "
