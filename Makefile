@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_EXTRAS := compress,export,predict,data,experiments
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-cuda lint format protocol benchmarks heart-disease clean
+.PHONY: help demo test test-slow test-cuda lint format protocol benchmarks heart-disease survival-curves clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -50,6 +50,9 @@ benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregat
 
 heart-disease: $(VENV)/.demo ## FLamby's heart-disease table and beyond (DATA=directory of the four UCI files)
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.heart_disease data=$(DATA)
+
+survival-curves: $(VENV)/.demo ## survival curves over TCGA-BRCA's regions and GBSG2 (DATA=directory of brca.csv, GBSG2=file of GBSG2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.survival_curves data=$(DATA) gbsg2=$(GBSG2)
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) runs/demo .mypy_cache .pytest_cache .ruff_cache

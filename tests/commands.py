@@ -15,7 +15,7 @@ COMMANDS = (
     *("fedclaw.compress", "fedclaw.export", "fedclaw.verify", "fedclaw.predict", "fedclaw.transport.ray"),
     *("experiments.run", "experiments.sweep", "experiments.demo", "experiments.datasets", "experiments.partitions"),
     *("experiments.attack_table", "experiments.privacy_table", "experiments.compression_table"),
-    "experiments.heart_disease",
+    *("experiments.heart_disease", "experiments.survival_curves"),
 )
 
 _WATCHED = """

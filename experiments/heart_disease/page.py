@@ -1,6 +1,5 @@
 """docs/heart_disease.md, from the results: every measured number in it is one of theirs."""
 
-import textwrap
 from collections.abc import Sequence
 
 from experiments.heart_disease import words
@@ -8,10 +7,10 @@ from experiments.heart_disease.published import BEST_FEDERATED, PRIVATE, PUBLISH
 from experiments.heart_disease.results import Results, Row
 from experiments.heart_disease.search import Tried
 from experiments.heart_disease.settings import Method, Placement, PrivateMethod
+from experiments.markdown import filled
 
 _NOISE: dict[Placement, str] = {"distributed": "all hospitals', in shares", "local": "each hospital's own"}
 _TRUST = {"aggregation": "enough of the other hospitals", "nobody": "nobody"}
-WIDTH = 120
 _SHOWN = 6
 """Candidates of a search that the page has."""
 
@@ -28,26 +27,7 @@ def render(results: Results, image: str) -> str:
         parts += [words.PRIVATE.format(delta=private[0].delta, published=PRIVATE), _private(private)]
         parts += [_private_settings(results, private)]
     parts.append(words.LIMITS)
-    blocks = "\n\n".join(part.strip("\n") for part in parts if part.strip()).split("\n\n")
-    return "\n\n".join(_wrapped(block) for block in blocks if block.strip()) + "\n"
-
-
-def _wrapped(block: str) -> str:
-    """A paragraph or list, filled anew now that its numbers are in; anything else as it is."""
-    if block.startswith(("#", "|", "!", "    ")):
-        return block
-    items = block.split("\n- ") if block.startswith("- ") else [block]
-    marks = ["", *["- "] * (len(items) - 1)]
-    return "\n".join(
-        textwrap.fill(
-            " ".join(f"{mark}{item}".split()),
-            WIDTH,
-            subsequent_indent="  " if block.startswith("- ") else "",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for mark, item in zip(marks, items, strict=True)
-    )
+    return filled(parts)
 
 
 def _sizes(results: Results) -> str:

@@ -178,7 +178,7 @@ def truth():
     return np.array(curves(NoisedHistogram(population(np.random.default_rng(1), 1_000_000)[None], 0.0))[0].survival)
 
 
-@pytest.mark.parametrize("noise", [2.0, 6.0])
+@pytest.mark.parametrize("noise", [6.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_a_band_of_95_percent_holds_the_true_share_of_a_population_so_often(truth, noise):
     """Rows and noise drawn anew, 120 times.
 
@@ -210,7 +210,7 @@ def p_values(noise, scales, draws, size=500):
     return np.array([one.p_value for one in found if one is not None])
 
 
-@pytest.mark.parametrize("scales", [(1500, 1500), (1500, 1500, 1500)], ids=["2 groups", "3 groups"])
+@pytest.mark.parametrize("scales", [(1500,) * 2, pytest.param((1500,) * 3, marks=pytest.mark.slow)], ids=["2", "3"])
 def test_where_groups_do_not_differ_p_values_are_uniform_but_for_caution(scales):
     """Never smaller than uniform ones, and not much larger."""
     found = p_values(5.0, scales, draws := 120)
