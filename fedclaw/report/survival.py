@@ -91,17 +91,22 @@ def draw(curves: SurvivalCurves, path: Path) -> None:
     heights = (1, _ROW * (1 + 0.4 * len(curves.groups)))
     panel, numbers = figure.subplots(2, 1, height_ratios=heights, sharex=True)
     for place, (name, curve) in enumerate(curves.groups.items()):
-        draw_curve(panel, curves.ends, curve, _COLOURS[place % len(_COLOURS)], name)
+        draw_curve(panel, curves.ends, curve, _COLOURS[place % len(_COLOURS)], _plain(name))
     panel.set_ylim(0, 1.02)
     panel.set_ylabel("share without the event")
     panel.set_title(log_rank_words(curves), fontsize=9)
     panel.grid(alpha=0.3)
     if len(curves.groups) > 1:
-        panel.legend(title=curves.question.group, frameon=False)
+        panel.legend(title=_plain(curves.question.group or ""), frameon=False)
     _numbers_at_risk(numbers, curves)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
     write_atomic(path, content.getvalue())
+
+
+def _plain(text: str) -> str:
+    """A name as it is: between dollars matplotlib would look for a formula, and find a wrong one an error."""
+    return text.replace("$", r"\$")
 
 
 def draw_curve(panel: Any, ends: Sequence[float], curve: Curve, colour: str, label: str | None) -> None:
@@ -119,7 +124,7 @@ def start_of(ends: Sequence[float]) -> float:
 
 
 def _numbers_at_risk(panel: Any, curves: SurvivalCurves) -> None:
-    names = list(curves.groups)
+    names = list(map(_plain, curves.groups))
     longest = max(len(curve.at_risk) for curve in curves.groups.values())
     for row, curve in enumerate(curves.groups.values()):
         for place in sorted({longest * number // _TOLD for number in range(_TOLD)}):
@@ -129,7 +134,7 @@ def _numbers_at_risk(panel: Any, curves: SurvivalCurves) -> None:
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.set_ylim(len(names) - 0.5, -0.5)
     panel.set_title("at risk, noised", fontsize=8, loc="left")
-    panel.set_xlabel(curves.question.time)
+    panel.set_xlabel(_plain(curves.question.time))
     panel.tick_params(left=False)
     for side in ("top", "right", "left"):
         panel.spines[side].set_visible(False)

@@ -43,7 +43,7 @@ def test_the_tables_have_medians_numbers_at_risk_and_the_test():
     assert "too few are at risk to compare" in printed(made({"old": OLD, "new": EMPTY}))
 
 
-@pytest.mark.parametrize("groups", [{"all": OLD}, {"old": OLD, "new": EMPTY}, {"none": EMPTY}])
+@pytest.mark.parametrize("groups", [{"all": OLD}, {"old": OLD, r"$\frac$": EMPTY}, {"none": EMPTY}])
 def test_the_picture_is_drawn_of_whatever_was_released(tmp_path, groups):
     draw(made(groups), tmp_path / "survival.png")
     with Image.open(tmp_path / "survival.png") as picture:
