@@ -172,23 +172,23 @@ def population(random, size, scale=1500.0):
     return cells
 
 
-@pytest.fixture(scope="module")
-def truth():
-    """The curve of a million rows, whose own error is a thirtieth of that of 1000."""
-    return np.array(curves(NoisedHistogram(population(np.random.default_rng(1), 1_000_000)[None], 0.0))[0].survival)
+@pytest.mark.parametrize(
+    ("scale", "noise"), [(1500, 6.0), (30_000, 6.0), pytest.param(1500, 2.0, marks=pytest.mark.slow)]
+)
+def test_a_band_of_95_percent_holds_the_true_share_of_a_population_so_often(scale, noise):
+    """Rows and noise drawn anew, 120 times; with a scale of 30,000 days next to no bin has an event.
 
-
-@pytest.mark.parametrize("noise", [6.0, pytest.param(2.0, marks=pytest.mark.slow)])
-def test_a_band_of_95_percent_holds_the_true_share_of_a_population_so_often(truth, noise):
-    """Rows and noise drawn anew, 120 times.
+    Truth is the curve of a million rows, whose own error is a thirtieth of that of 1000.
 
     Within one draw bins miss together, so what has a bound is how often a bin is missed: one that holds with 94% misses
     more often than that once in 10^9.
     """
     random, draws = np.random.default_rng(2), 120
+    (whole,) = curves(NoisedHistogram(population(random, 1_000_000, scale)[None], 0.0))
+    truth = np.array(whole.survival)
     held, reached, widths = np.zeros(BINS), np.zeros(BINS), []
     for _ in range(draws):
-        cells = population(random, 1000)[None] + noise * random.normal(size=(1, BINS, 2))
+        cells = population(random, 1000, scale)[None] + noise * random.normal(size=(1, BINS, 2))
         (curve,) = curves(NoisedHistogram(cells, noise))
         end = len(curve.survival)
         inside = (np.array(curve.low) <= truth[:end]) & (truth[:end] <= np.array(curve.high))
@@ -198,7 +198,7 @@ def test_a_band_of_95_percent_holds_the_true_share_of_a_population_so_often(trut
     often = reached > draws / 2
     assert often.sum() > 8
     assert np.all((reached - held)[often] <= binom.isf(TINY / BINS, reached[often], 0.06))
-    assert held.sum() / reached.sum() == pytest.approx(0.95, abs=0.025)
+    assert 0.925 < held.sum() / reached.sum() < 0.985
     assert 0.02 < np.mean(widths) < 0.35
 
 
