@@ -125,7 +125,7 @@ NOISY = st.floats(-50, 200, allow_nan=False)
 @given(
     st.lists(st.tuples(NOISY, NOISY), min_size=1, max_size=12).map(np.array),
     st.sampled_from([0.5, 3.0, 40.0]),
-    st.sampled_from([0.0, 10.0]),
+    st.sampled_from([0.0, 150.0]),
 )
 def test_whatever_noise_makes_of_cells_a_curve_falls_within_0_and_1_and_shows_no_small_number(cells, noise, smallest):
     asked = NoisedHistogram(np.stack([cells, cells[::-1]]), noise, smallest)
