@@ -43,8 +43,8 @@ _RUN = "run"
 class LocalPrivacy:
     """Each client's own noise, DP-SGD: (epsilon, delta) for one example, whoever else may be dishonest.
 
-    Neighbouring data sets differ in one example, which is there or not. Each client works out the noise with which the
-    whole run costs it at most epsilon.
+    Relation: the example is replaced by nothing, while the client's number of examples stays public. Each client works
+    out the noise with which the whole run costs it at most epsilon.
     """
 
     epsilon: float
@@ -67,8 +67,8 @@ class LocalPrivacy:
 class CentralPrivacy:
     """The server's noise on the sum: (epsilon, delta) for one client, or one example, if the server is honest.
 
-    Unit "site": neighbouring runs differ in one client's contribution, replaced by zero. Unit "example": in one
-    example, which is there or not; each round is then one step (local_steps=1).
+    Relation: one client's contribution (unit "site"), or one example, is replaced by nothing, while the numbers of
+    examples stay public. Unit "example": each round is one step (local_steps=1).
     """
 
     epsilon: float

@@ -11,8 +11,8 @@ from fedclaw.audit.findings import AuditOptions, AuditReport, Finding, conclude
 from fedclaw.audit.mechanism import enough_trials, examine, run_trials
 from fedclaw.audit.probe import probes
 from fedclaw.audit.subject import Subject
-from fedclaw.audit.training_run import Claim, attacked_run, membership, one_run, toss
-from fedclaw.privacy.claims import Claim as Promise
+from fedclaw.audit.training_run import AuditedClaim, attacked_run, membership, one_run, toss
+from fedclaw.privacy.claims import Claim
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
 from fedclaw.progress import quieter
@@ -61,15 +61,15 @@ def _audit(subject: Subject, chosen: AuditOptions) -> AuditReport:
     )
 
 
-def claim_of(mechanism: Mechanism, unit: DataUnit = "example") -> Claim | None:
+def claim_of(mechanism: Mechanism, unit: DataUnit = "example") -> AuditedClaim | None:
     """What a whole run claims for single units of a site's data; None if its unit is a site."""
     asked = mechanism.guarantee(trust_server_noise=True)
     if asked is None:
-        return Claim("the run, no privacy claimed", None, _NO_CLAIM_DELTA)
+        return AuditedClaim("the run, no privacy claimed", None, _NO_CLAIM_DELTA)
     if not (mechanism.noises_steps or mechanism.takes_one_step):
         return None
     noise = "local noise" if mechanism.noises_steps else "noise on the mean"
-    return Claim(f"the run, {noise}, unit one {unit}", asked.epsilon, asked.delta)
+    return AuditedClaim(f"the run, {noise}, unit one {unit}", asked.epsilon, asked.delta)
 
 
 def probe_mechanisms(subject: Subject, options: AuditOptions, generator: np.random.Generator) -> list[Finding]:
@@ -83,7 +83,9 @@ def probe_mechanisms(subject: Subject, options: AuditOptions, generator: np.rand
     return findings
 
 
-def attack_run(subject: Subject, claim: Claim, options: AuditOptions, generator: np.random.Generator) -> list[Finding]:
+def attack_run(
+    subject: Subject, claim: AuditedClaim, options: AuditOptions, generator: np.random.Generator
+) -> list[Finding]:
     """What a whole run of the configuration tells about single units of the sites' data. Raises PrivacyError."""
     rounds = min(subject.settings.rounds, options.attacked_rounds or subject.settings.rounds)
     tossed = toss(subject, options.canaries, options.examples, generator)
@@ -123,11 +125,11 @@ def _attacked(subject: Subject) -> Iterator[str]:
     if mechanism.guarantee(trust_server_noise=True) is None:
         return
     if mechanism.clips_updates and not mechanism.noises_steps:
-        yield f"Attacked: {Promise('site', 'zero-out').protects}"
+        yield f"Attacked: {Claim('site', 'zero-out').protects}"
         return
     by_relation: dict[Relation, list[str]] = {}
     for name in subject.sites:
         by_relation.setdefault(subject.relation(name), []).append(name)
     for relation, names in by_relation.items():
         where = f" ({', '.join(names)})" if len(by_relation) > 1 else ""
-        yield f"Attacked{where}: {Promise(subject.unit, relation).protects}"
+        yield f"Attacked{where}: {Claim(subject.unit, relation).protects}"

@@ -281,7 +281,7 @@ _CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Claim:
+class AuditedClaim:
     """What a run claims for single units of the sites' data; `epsilon` None: nothing."""
 
     label: str
@@ -290,7 +290,7 @@ class Claim:
 
 
 def one_run(
-    claim: Claim,
+    claim: AuditedClaim,
     family: NoiseFamily | None,
     scores: NDArray[np.float64],
     present: NDArray[np.bool_],
@@ -324,7 +324,11 @@ def one_run(
 
 
 def membership(
-    claim: Claim, scores: NDArray[np.float64], present: NDArray[np.bool_], generator: np.random.Generator, how: str
+    claim: AuditedClaim,
+    scores: NDArray[np.float64],
+    present: NDArray[np.bool_],
+    generator: np.random.Generator,
+    how: str,
 ) -> Finding | None:
     """The membership inference attack on units with these scores, (U,); None if there are too few.
 

@@ -2,8 +2,10 @@
 
 A mechanism is what was really done: noise on a sum of bounded contributions, each of which takes part independently
 with probability q (Poisson sampling), a number of times, empty samples included. Unit: what is bounded and sampled,
-one training example (DP-SGD) or one site (noise on the sum of the sites' updates). Neighbouring relation: one unit
-is there or is not. Costs of different units are never composed with each other.
+one example or person (DP-SGD) or one site (noise on the sum of the sites' updates). Relation: one unit is there or is
+not, in both directions, while rate, number of steps and noise are the same for both. Where these follow from the number
+of units, that number is public and the unit is replaced by nothing (zero-out), which has the same distributions.
+Costs of different units are never composed with each other.
 
 Family "gaussian": Gaussian noise, composed by privacy loss distributions. Family "discrete": discrete Gaussian noise
 or a sum of it, accounted as concentrated differential privacy with rho = 1 / (2 noise_multiplier^2) and composed by
@@ -20,7 +22,7 @@ discrete Gaussians have such bounds (concentrated differential privacy) and no e
 so it is what they are accounted by; and it is the way out where a distribution's grid gives no answer.
 
 A curve is an array (K,): upper bounds on the divergences of ORDERS between neighbouring data sets, which differ in one
-unit (an example, a site) being there or not, in both directions.
+unit being there or not, in both directions.
 """
 
 import math

@@ -71,8 +71,8 @@ _DECLARED = (
 )
 _ANYWAY = (
     "Facts about a population: what a model learns about a group holds for its members, whether or not they took part.",
-    "Results on test data, which leave without noise unless a site's policy asks for it, and are then charged to a "
-    "budget of their own.",
+    "Results on test data, and whether a site gives any: they leave without noise unless its policy asks for it, and "
+    "are then charged to a budget of their own.",
     "Constants that prepare the data, if they were worked out from the data without noise.",
     "Choices made by looking at results (settings tried, the best of several models): a site's ledger counts every "
     "run, the epsilon of one run counts that run alone, and neither counts the choice.",

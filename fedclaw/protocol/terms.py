@@ -218,10 +218,11 @@ class SumNoiseTerms(Frozen):
 class CentralRequest(SumNoiseTerms):
     """Noise on the sum over the sites, as conf/central/*.yaml asks for it: (epsilon, delta) of the whole run.
 
-    Unit `site`: each site's parameter delta is clipped to the L2 norm `clip`. Neighbouring: one site's contribution is
+    Unit `site`: each site's parameter delta is clipped to the L2 norm `clip`. Relation: one site's contribution is
     replaced by zero; who takes part and on how many examples is public. Unit `example`: each site takes one step
-    on a Poisson sample with the rate `sample_rate`, each example's gradient clipped to `clip`, without noise of its
-    own; the sum over the sites is one DP-SGD step on the pooled data. Neighbouring: add or remove one example.
+    on a Poisson sample with the rate `sample_rate`, each example's gradient (or the sum of a person's) clipped to
+    `clip`, without noise of its own; the sum over the sites is one DP-SGD step on the pooled data. Relation: that of
+    each site's own receipts.
     """
 
     clip: float = Field(gt=0)

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedclaw.privacy.accounting import epsilon_of_sum, largest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
+from fedclaw.protocol.terms import CentralNoise
 from fedclaw.report.tables import Figures, epsilon_words, parts_in_lines, shortened
 from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
 
@@ -137,9 +138,14 @@ def central_words(record: RunRecord) -> str | None:
         return None
     spent = epsilon_of_sum(central, record.rounds)
     return (
-        f"noise on the sum, by the server, unit {central.unit}: epsilon {spent:.3f} at delta {central.delta:g}, "
-        "towards everybody but the server"
+        f"noise on the sum, by the server, unit {_unit_of_sum(record, central)}: epsilon {spent:.3f} at delta "
+        f"{central.delta:g}, towards everybody but the server"
     )
+
+
+def _unit_of_sum(record: RunRecord, central: CentralNoise) -> str:
+    """What noise on the sum hides: a site, or what the schema protects at each."""
+    return central.unit if central.unit == "site" else record.unit
 
 
 def price_words(price: "Price") -> str:
@@ -155,10 +161,11 @@ def privacy_words(record: RunRecord) -> str:
     """What a run asks for, in a few words."""
     words, local, central = list[str](), record.privacy, record.central
     if local:
-        words.append(f"epsilon {local.epsilon:g}, delta {local.delta:g} at each site (unit example)")
+        words.append(f"epsilon {local.epsilon:g}, delta {local.delta:g} at each site (unit {record.unit})")
     if central:
         by = "all sites together" if mechanism_of(record).shares_noise else "the server"
-        words.append(f"epsilon {central.epsilon:g}, delta {central.delta:g} in the sum (unit {central.unit}) by {by}")
+        unit = _unit_of_sum(record, central)
+        words.append(f"epsilon {central.epsilon:g}, delta {central.delta:g} in the sum (unit {unit}) by {by}")
     if record.secure is not None:
         words.append("secure aggregation")
     return ", ".join(words) or "without differential privacy"

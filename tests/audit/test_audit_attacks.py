@@ -9,7 +9,7 @@ from fedclaw.audit.one_run import NoiseFamily, family_bound, one_run_bound
 from fedclaw.audit.probe import sensitivity
 from fedclaw.audit.run import attack_run, claim_of
 from fedclaw.audit.subject import LOUD, Subject, coins, gradient, make_canary, synthetic_sites
-from fedclaw.audit.training_run import Claim, auc, contributions, membership, one_run, toss
+from fedclaw.audit.training_run import AuditedClaim, auc, contributions, membership, one_run, toss
 from fedclaw.errors import PrivacyError, UsageError
 from fedclaw.learning.workload import load_parameters
 from fedclaw.privacy.accounting import NoiseEvent
@@ -17,7 +17,7 @@ from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.server.session import initial_parameters
 from tests.audit.conftest import MODES, SIZES
 
-CLAIM = Claim("the run", 3.0, 1e-5)
+CLAIM = AuditedClaim("the run", 3.0, 1e-5)
 
 
 @pytest.mark.parametrize("model", [{"name": "logistic"}, {"name": "mlp", "args": {"hidden": [64, 32]}}])

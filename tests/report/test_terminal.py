@@ -1,15 +1,23 @@
 """What a person at the terminal sees at the end of a run."""
 
+import json
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
+from fedclaw.learning.registry import schema_class
 from fedclaw.protocol.terms import PrivacyRequest, SecureRequest
 from fedclaw.report.terminal import MOST_SITES, privacy_words, receipt_table
 from fedclaw.server.run_directory import SiteReceipt
-from tests.hostile import SITE, central
+from tests.hostile import EXAMPLE, ONE_STEP, SITE, central
 from tests.samples import receipt, run_record
+
+
+def schema_text(**changes):
+    columns = [{"name": "age", "kind": "numeric", "center": 50, "scale": 20}]
+    plain = {"columns": columns, "target": {"name": "outcome", "labels": ["no", "yes"]}, **changes}
+    return schema_class("tabular").parse(json.dumps(plain), "test schema").to_json()
 
 
 def shown(receipts):
@@ -53,4 +61,11 @@ AT_EACH_SITE, IN_THE_SUM = "epsilon 2, delta 1e-06 at each site (unit example)",
     ],
 )
 def test_what_a_run_promises_is_said_in_a_few_words(asked, words):
-    assert privacy_words(run_record(**asked)) == words
+    assert privacy_words(run_record(**asked, schema_text=schema_text())) == words
+
+
+def test_a_schema_that_names_persons_makes_them_the_unit():
+    record = run_record(privacy=OWN, schema_text=schema_text(person="patient"))
+    assert privacy_words(record) == AT_EACH_SITE.replace("example", "person")
+    asked = {"privacy": None, "central": EXAMPLE, "training": ONE_STEP}
+    assert "(unit person) by the server" in privacy_words(record.model_copy(update=asked))

@@ -87,10 +87,10 @@ class SumNoise(Mechanism):
         return units * math.sqrt(self.asked.rounds) / self.update_noise_multiplier
 
     def event(self, noise_multiplier: float) -> NoiseEvent:
-        """What a round costs an example, by the noise multiplier for the unit that it was made for.
+        """What a round costs an example or person, by the noise multiplier for the unit that it was made for.
 
-        Unit `site`: two data sets that differ in one example give two updates within the clipping bound, which may lie
-        twice the bound apart, while a site's absence moves the sum by the bound: so an example has half the multiplier.
+        Unit `site`: two data sets that differ in one of them give two updates within the clipping bound, which may lie
+        twice the bound apart, while a site's absence moves the sum by the bound: so they have half the multiplier.
         That a site is asked only now and then is not counted, as its ledger holds only the rounds that asked it.
         """
         if self.takes_one_step:

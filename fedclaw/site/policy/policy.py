@@ -79,8 +79,8 @@ class Policy(Frozen):
 
     epsilon: float | None = Field(gt=0)
     """Budget of each data set for its whole life, over all runs and federations; null: no limit. Under one (epsilon,
-    delta), what anybody learns from the site's training is at most e^epsilon times likelier, for any one example
-    being in the data, than without it, but for a chance of delta.
+    delta), what anybody learns from the site's training is at most e^epsilon times likelier with any one example in
+    the data, or any one person whom the schema names, than with nothing in that place, but for a chance of delta.
 
     A data set is what site.yaml names (`data.name`), not the bytes of its file: most people in tonight's export were
     in yesterday's too, and a changed byte must not give their budget back. The ledger notes the SHA-256 of the content
