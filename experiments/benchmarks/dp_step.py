@@ -8,8 +8,9 @@ and adds noise from the cryptographic source besides. In each of BLOCKS blocks e
 plain one first, and a figure is the median over the blocks of its processor time by the plain one's in the same block:
 load that others put on the machine hits both. `ratio` is that of what mode `auto` takes with STEPS_AHEAD steps to go,
 `by_mode` that of every way that is available here (`compiled` needs a C++ compiler; the time it takes to compile, a
-minute or several, is not in the figure; `eager` leaves it out). `profile` prints where the time of the plain and of the
-`auto` step goes, by operator.
+minute or several, is not in the figure; `eager` leaves it out). `persons_by_rows` is the step of a batch of persons
+with 1 to 20 rows each, whose gradients are summed and clipped together, by the private step of the same rows as units
+of their own. `profile` prints where the time of the plain and of the `auto` step goes, by operator.
 
 What stands in the way of less, by these profiles: with the MLP the noise, 3 to 5 ns a number by how busy the machine
 is, of which a fifth is AES, a half the logarithm, root, sine and cosine, the rest passes over memory in the cache; and
@@ -52,6 +53,8 @@ STEPS_AHEAD = 1000
 CLASSES = 10
 REACH = {"cnn_b8": 1.3, "cnn_b64": 1.8, "mlp_b8": 3.5, "mlp_b64": 2.0}
 PLAIN = "plain"
+PERSONS = (1, 2, 20, 4, 1, 12, 8, 16)
+"""The rows of each person of a batch."""
 PROFILED_STEPS = 50
 PROFILE_ROWS = 14
 
@@ -70,12 +73,18 @@ def loss(_: torch.Tensor, outputs: torch.Tensor, targets: torch.Tensor) -> torch
     return functional.cross_entropy(outputs, targets)
 
 
-def make_step(taker: StepTaker, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Step:
+def make_step(
+    taker: StepTaker,
+    model: nn.Module,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    units: torch.Tensor | None = None,
+) -> Step:
     """One step on the same batch: gradients and an update."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, foreach=True)
 
     def step() -> None:
-        taker.gradients(inputs, targets)
+        taker.gradients(inputs, targets, units)
         optimizer.step()
 
     return step
@@ -110,6 +119,30 @@ def make_steps(
     return steps, ways
 
 
+def make_steps_of_persons(kind: str, stack: ExitStack) -> dict[str, Step]:
+    """A private step of rows, and one of the same rows as those of PERSONS, warmed up."""
+    start, shape = make_model(kind)
+    persons = torch.repeat_interleave(torch.arange(len(PERSONS)), torch.tensor(PERSONS))
+    inputs, targets = torch.randn(len(persons), *shape), torch.randint(0, CLASSES, (len(persons),))
+    steps = {}
+    for name, units in {"rows": None, "persons": persons}.items():
+        model, _ = make_model(kind)
+        model.load_state_dict(start.state_dict())
+        taker = PrivateGradients(
+            model,
+            loss,
+            max_grad_norm=1.0,
+            noise_multiplier=1.0,
+            expected_batch_size=len(PERSONS),
+            source=GaussianSource(),
+            speed=StepSpeed(mode="bookkeeping"),
+        )
+        stack.enter_context(taker)
+        steps[name] = make_step(taker, model, inputs, targets, units)
+        steps[name]()
+    return steps
+
+
 def seconds(step: Step, count: int) -> float:
     """The median of `count` steps' seconds of processor time, after one that warms the caches."""
     if count > 1:
@@ -123,11 +156,12 @@ def seconds(step: Step, count: int) -> float:
 
 
 def measure(steps: dict[str, Step], blocks: int) -> tuple[float, dict[str, float]]:
-    """Seconds of a plain step, and each mode's time by the plain one's."""
+    """Seconds of the first step, and each other one's time by the first one's."""
+    (first, *others) = steps
     counts = {mode: 1 if seconds(step, 2) > LONG_STEP else BLOCK_STEPS for mode, step in steps.items()}
     table = [{mode: seconds(step, counts[mode]) for mode, step in steps.items()} for _ in range(blocks)]
-    plain = statistics.median(row[PLAIN] for row in table)
-    return plain, {mode: statistics.median(row[mode] / row[PLAIN] for row in table) for mode in steps if mode != PLAIN}
+    ratios = {mode: statistics.median(row[mode] / row[first] for row in table) for mode in others}
+    return statistics.median(row[first] for row in table), ratios
 
 
 def print_profile(console: Console, title: str, step: Step) -> None:
@@ -168,9 +202,19 @@ def main(arguments: Sequence[str]) -> None:
                 for mode in (PLAIN, "auto"):
                     print_profile(console, f"{case}: {mode} step", steps[mode])
     console.print(table)
+    of_persons: dict[str, float] = {}
+    for kind in ("cnn", "mlp"):
+        with ExitStack() as stack:
+            rows, ratios = measure(make_steps_of_persons(kind, stack), *(numbers or [BLOCKS]))
+        of_persons[kind] = round(ratios["persons"], 2)
+        console.print(
+            f"{kind}, {len(PERSONS)} persons of 1 to 20 rows, {sum(PERSONS)} in all: {of_persons[kind]:.2f} times the "
+            f"private step of rows, which takes {rows * 1e3:.2f} ms"
+        )
     figures = {
         "ratio": {case: ratios["auto"] for case, ratios in by_mode.items()},
         "by_mode": by_mode,
+        "persons_by_rows": of_persons,
         "reference": "the same step without DP",
     }
     print(json.dumps(figures), flush=True)

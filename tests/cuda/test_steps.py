@@ -42,7 +42,7 @@ def examples():
     return inputs, torch.randint(0, CLASSES, (EXAMPLES,), generator=generator)
 
 
-def private(model, mode="auto", noise=0.0, source=None):
+def private(model, mode="auto", noise=0.0, source=None, chunk=None):
     return PrivateGradients(
         model,
         loss,
@@ -50,7 +50,7 @@ def private(model, mode="auto", noise=0.0, source=None):
         noise_multiplier=noise,
         expected_batch_size=8.0,
         source=source or GaussianSource(),
-        speed=StepSpeed(mode=mode),
+        speed=StepSpeed(mode=mode, chunk_size=chunk),
     )
 
 
@@ -60,10 +60,10 @@ def distance(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> fl
     return float((one - other).norm() / other.norm())
 
 
-def clipped_sum(kind, mode, device):
+def clipped_sum(kind, mode, device, persons=None, chunk=None):
     model = network(kind).to(device)
-    with nothing_drawn(device), precision(device, 0, private=True), private(model, mode) as steps:
-        steps.gradients(*(part.to(device) for part in examples()))
+    with nothing_drawn(device), precision(device, 0, private=True), private(model, mode, chunk=chunk) as steps:
+        steps.gradients(*(part.to(device) for part in examples()), persons)
         assert steps.engine == mode
         assert {own.device.type for own in steps.exact} == {device.type}
         return [own.clone() for own in steps.exact]
@@ -76,6 +76,17 @@ def test_every_engine_gives_the_sum_of_the_cpu(device, kind, mode):
     expected = clipped_sum(kind, "opacus", CPU)
     assert distance(clipped_sum(kind, mode, device), expected) < SAME
     assert all(torch.isfinite(own).all() for own in expected)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in ENGINES if mode != "compiled"])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_every_engine_gives_the_sum_of_persons_of_the_cpu(device, kind, mode, chunk):
+    """Persons of one row and of several; with small chunks, one of more rows than go together."""
+    persons = torch.repeat_interleave(torch.arange(5), torch.tensor([1, 4, 12, 2, 5]))
+    expected = clipped_sum(kind, "opacus", CPU, persons)
+    assert distance(clipped_sum(kind, mode, device, persons, chunk), expected) < SAME
+    assert distance(clipped_sum(kind, mode, device), expected) > 0.1
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
