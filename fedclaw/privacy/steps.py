@@ -401,8 +401,8 @@ def _threads_for(size: int) -> Iterator[int]:
 
 def _starts(units: torch.Tensor, count: int) -> Indices | None:
     """Where each unit's rows begin, and how many rows there are; None where each has one."""
-    if units.shape != (count,):
-        raise PrivacyError(f"{count} rows, and {tuple(units.shape)} numbers that say whose they are")
+    if units.shape != (count,) or units.is_floating_point():
+        raise PrivacyError(f"{count} rows, and {tuple(units.shape)} {units.dtype} that say whose they are")
     starts = starts_of(units.cpu().numpy())
     return None if len(starts) == count + 1 else starts
 

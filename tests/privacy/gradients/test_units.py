@@ -379,8 +379,9 @@ def test_wrong_units_are_refused_before_anything_is_added() -> None:
     with taker(model, "bookkeeping") as steps:
         with pytest.raises(PrivacyError, match="ascending"):
             steps.gradients(inputs, targets, units.flip(0))
-        with pytest.raises(PrivacyError, match="5 rows"):
-            steps.gradients(inputs, targets, units[:4])
+        for wrong in (units[:4], units[:, None], units.double()):
+            with pytest.raises(PrivacyError, match="5 rows"):
+                steps.gradients(inputs, targets, wrong)
 
 
 def test_without_privacy_it_does_not_matter_whose_rows_they_are() -> None:
