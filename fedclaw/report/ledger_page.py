@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedclaw import __version__
 from fedclaw.privacy.claims import Claim, claim_in
+from fedclaw.protocol.terms import Relation
 from fedclaw.report import ledger_words
 from fedclaw.site.journal.reconciliation import SiteJournal, check_journal, ledger_file, losses
 from fedclaw.site.journal.spending import DataSetSpending, Point, Spending, epsilon_over_time
@@ -67,12 +68,24 @@ def _data_set(number: int, item: DataSetSpending, journal: SiteJournal, receipts
     own = [receipt for (name, _, _), receipt in receipts.items() if name == item.name]
     claims = [claim_in(receipt) for receipt in own]
     whole = [claim for receipt in own for claim in ledger_words.whole_site(receipt)]
+    charged = _charged_for(item.name, journal)
+    promises = [sentence for claim in (*claims, *whole) for sentence in (claim.protects, claim.against)]
+    if not promises and item.charges and math.isfinite(item.epsilon):
+        # No answer has left that would say who added the noise.
+        promises = [charged.protects]
     return {
         "spending": item,
-        "meaning": ledger_words.meaning(item, claims[-1].unit if claims else "example"),
-        "promises": list(dict.fromkeys(s for claim in (*claims, *whole) for s in (claim.protects, claim.against))),
+        "meaning": ledger_words.meaning(item, charged.unit),
+        "promises": list(dict.fromkeys(promises)),
         "chart": _chart(number, item, journal) if item.charges else "",
     }
+
+
+def _charged_for(data_set: str, journal: SiteJournal) -> Claim:
+    """Unit and relation of a data set's charges, by the ledger itself."""
+    declared = journal.index.declared.get(data_set)
+    relation: Relation = "zero-out" if declared is None else "add-or-remove"
+    return Claim(journal.index.units.get(data_set, "example"), relation)
 
 
 def _not_covered(receipts: Receipts) -> list[str]:

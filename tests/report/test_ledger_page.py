@@ -16,9 +16,10 @@ from fedclaw.privacy.claims import Claim, every_claim
 from fedclaw.report import ledger_page
 from fedclaw.report.ledger_page import render
 from fedclaw.report.ledger_words import certainty, factor, meaning, rounded
+from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.reconciliation import open_journal
 from fedclaw.site.journal.spending import Point
-from tests.ledgers import HISTORY, SITE, Run, make_site
+from tests.ledgers import HISTORY, ROUND, SITE, UNLIMITED, Run, make_site
 
 
 def page_of(root: Path) -> str:
@@ -134,6 +135,18 @@ def test_it_says_against_whom_it_does_not_hold(tmp_path: Path) -> None:
             assert sentence in said.partition("do not cover")[2], claim
         assert ("One person" in said) == (claim.unit == "person" and claim.trust != "everybody")
     assert Claim().protects in text_of(parsed(page_of(root)))
+
+
+def test_what_was_charged_and_never_left_is_said_in_the_ledgers_own_unit(tmp_path: Path) -> None:
+    root = make_site(tmp_path / "site", [Run("none", 0)])
+    for name, unit, declared in (("ward-4", "example", None), ("icu", "person", 40)):
+        with Ledger.open(root / "state" / "ledger.sqlite", name, name.encode().hex(), declared) as ledger:
+            ledger.reserve(name, "heart", "spring", 1, ROUND, UNLIMITED, unit=unit)
+    sections = {text_of(item.find("h2")): text_of(item) for item in parsed(page_of(root)).iter("section")}
+    assert Claim("example", "zero-out").protects in sections["Data set ward-4"]
+    assert Claim("person", "add-or-remove").protects in sections["Data set icu"]
+    assert "Take any one person" in sections["Data set icu"]
+    assert not any(Claim().against in text for text in sections.values())
 
 
 def test_a_site_that_never_trained(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fedclaw.identity.descriptor import DESCRIPTOR_FILE, load_descriptor
 from fedclaw.identity.site_home import SITE_CERTIFICATE, SITE_KEY, SiteKeys, renew_advice
 from fedclaw.learning.registry import STRATEGIES, WORKLOADS, installed, strategy_class
 from fedclaw.privacy.accounting import NoiseEvent
+from fedclaw.privacy.claims import Claim
 from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import Refusal
@@ -143,6 +144,7 @@ def _data(service: SiteService, findings: Findings) -> None:
             findings.facts.append(f"{what}: there is none{does}")
         else:
             findings.facts += [f"{what}: {note}" for note in service.workload.schema.notes(table)]
+    findings.facts.append(f"training with noise: {Claim(train.unit, service.relation).protects}")
     _declared(service, findings)
 
 

@@ -13,6 +13,7 @@ from fedclaw import client
 from fedclaw.errors import DataError, FedClawError, LedgerError, ProvisionError, UsageError
 from fedclaw.identity import pki, provisioning
 from fedclaw.learning.registry import strategy_class
+from fedclaw.privacy.claims import Claim
 from fedclaw.protocol.questions import Outgoing, question
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.terms import PrivacyRequest
@@ -79,7 +80,16 @@ def test_before_enrolment_it_says_what_is_missing_and_all_the_rest(root, said):
     assert "provision request" in text
     assert "epsilon 6 at delta 0.001" in text
     assert "data set hospital-north: nothing spent yet, 6.000 of 6 left" in text
+    assert Claim("example", "zero-out").protects in " ".join(text.split())
     assert files(root) == before, "nothing was written"
+
+
+def test_it_says_what_a_run_promises_before_there_is_one(root, said):
+    site = yaml.safe_load((root / "site.yaml").read_text())
+    site["data"]["public_examples"] = 400
+    (root / "site.yaml").write_text(yaml.safe_dump(site))
+    assert Claim("example", "add-or-remove").protects in " ".join(said().split())
+    assert said.failure is None
 
 
 def test_between_request_and_certificate(root, tmp_path, said):
