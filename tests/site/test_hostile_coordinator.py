@@ -216,9 +216,10 @@ def test_every_single_question(strategy: str, task: str) -> None:
 def test_every_single_question_where_the_number_of_examples_is_declared(strategy: str, task: str) -> None:
     nothing_is_told(
         *(
-            [ask(strategy, mechanism, compression=compression, task=task), ask(strategy, mechanism, kind, task=task)]
-            for mechanism, kind, compression in product(MECHANISMS, ("train", "evaluate"), COMPRESSIONS)
+            [ask(strategy, mechanism, task=task), ask(strategy, mechanism, kind, task=task)]
+            for mechanism, kind in product(MECHANISMS, ("train", "evaluate"))
         ),
+        *(2 * [ask(strategy, "local", compression=compression, task=task)] for compression in COMPRESSIONS),
         declared=EXAMPLES,
     )
 

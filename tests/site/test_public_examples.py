@@ -21,7 +21,8 @@ from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import pack
 from fedclaw.protocol.messages import ARRAYS, JSON, METRICS, PLAN, RECEIPT, SUM
 from fedclaw.protocol.questions import questions
-from fedclaw.protocol.refusal import Refusal, RefusalCode
+from fedclaw.protocol.records import hash_of
+from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.terms import Plan, PrivacyRequest
 from fedclaw.site import pipeline
 from fedclaw.site.directory import open_service
@@ -185,40 +186,50 @@ def changed(kind: str, session=None, privacy=None, **fields) -> tuple[Asked, Mes
     site = site_of(ROWS)
     asked = Asked("fedavg", "local-secure" if session else "local", kind)
     plan = plan_of(asked, site, 1)
-    plan["secure"] = {**plan["secure"], **session} if session else None
+    content = RecordDict({ARRAYS: pack(parameters_of())})
+    digest = hash_of(content.array_records).hexdigest()
+    plan["secure"] = {**plan["secure"], "content": digest, **session} if session else None
     plan |= {"privacy": {**plan["privacy"], **(privacy or {})}, **fields}
-    content = RecordDict({ARRAYS: pack(parameters_of()), PLAN: ConfigRecord({JSON: json.dumps(plan)})})
-    return replace(asked, mechanism="local"), questions([7], 1, kind, content, 100.0)[0]
+    content[PLAN] = ConfigRecord({JSON: json.dumps(plan)})
+    return asked, questions([7], 1, kind, content, 100.0)[0]
+
+
+def test_neither_does_how_many_steps_an_epoch_has():
+    """Of the rows that there are, 12 or 13, it would be 3 or 4."""
+    asked, message = changed("train", training={"epochs": 1.0, "batch_size": 4, "learning_rate": 0.1})
+    sides = [answered(site_of(rows), asked, message) for rows in (ROWS, ROWS + 1)]
+    assert sides[0] == sides[1]
+    assert b'"steps":5,' in sides[0]
 
 
 BETWEEN = ROWS + 0.5
 REFUSED = {
-    "delta beside the number of examples": (changed, {"privacy": {"delta": 1 / BETWEEN}}, {"delta": 0.2}),
-    "local steps of an epoch": (
-        changed,
+    "below one over the number of examples": ({"privacy": {"delta": 1 / BETWEEN}}, {"delta": 0.2}),
+    "at most 12 local steps": (
         {"training": {"epochs": 1.0, "batch_size": 1, "learning_rate": 0.1}},
         {"max_local_steps": ROWS},
     ),
-    "the weight in a secure sum": (changed, {"session": {"largest_weight": BETWEEN}}, {}),
-    "a small test set": (changed, {"kind": "evaluate"}, {"minimum_test_examples": 16}),
-    "metrics without noise": (changed, {"kind": "evaluate"}, {"metrics_epsilon": None, "metrics_budget": None}),
-    "a budget": (changed, {}, {"epsilon": 0.1, "epsilon_per_run": None}),
+    "this site has more examples": ({"session": {"largest_weight": BETWEEN}}, {}),
+    "at least 16 test examples": ({"kind": "evaluate"}, {"minimum_test_examples": 16}),
+    "sets no metrics_epsilon": ({"kind": "evaluate"}, {"metrics_epsilon": None, "metrics_budget": None}),
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refusals_are_by_the_declared_number(reason):
-    make, plan, rules = REFUSED[reason]
-    question = make(**{"kind": "train", **plan})
-    told = []
-    for rows in (ROWS, ROWS + 1):
-        test = table(rows + 3, 5)
-        site = site_of(rows, test=test, **rules)
-        reply = site.answer(question[1])
-        assert reply.has_error(), reason
-        told.append(content_of(reply))
-        assert RefusalCode(reply.error.code) is not RefusalCode.FAILED
+    plan, rules = REFUSED[reason]
+    question = changed(**{"kind": "train", **plan})
+    told = [answered(site_of(rows, test=table(rows + 3, 5), **rules), *question) for rows in (ROWS, ROWS + 1)]
     assert told[0] == told[1]
+    assert reason.encode() in told[0]
+
+
+def test_so_is_what_is_left_of_a_budget():
+    runs = [changed("train", run=name) for name in ("run-1", "run-2")]
+    sides = [answers(site_of(rows, epsilon=4.1, delta=1e-5), runs) for rows in (ROWS, ROWS + 1)]
+    assert sides[0] == sides[1]
+    assert b"add-or-remove" in sides[0][0]
+    assert b"privacy budget: what is left" in sides[0][1]
 
 
 def test_metrics_without_noise_would_tell_how_many_there_are():
