@@ -60,6 +60,12 @@ def _all_tests(sites: Mapping[str, SiteService]) -> Table:
 
 
 def _concatenated(tables: Sequence[Table]) -> Table:
-    return Table(
-        np.concatenate([table.inputs for table in tables]), np.concatenate([table.targets for table in tables])
-    )
+    """All of them; a person of one site is nobody of another, whatever they are called."""
+    inputs = np.concatenate([table.inputs for table in tables])
+    whole = Table(inputs, np.concatenate([table.targets for table in tables]))
+    owners = [table.persons for table in tables if table.persons is not None]
+    if len(owners) < len(tables):
+        return whole
+    begins = np.cumsum([0, *(table.units for table in tables)])
+    names = [f"{number}/{name}" for number, table in enumerate(tables) for name in table.person_names]
+    return whole.owned_by(np.concatenate([own + begin for own, begin in zip(owners, begins, strict=False)]), names)

@@ -1,5 +1,6 @@
 """Attacks through a site's training data."""
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ class LabelFlip(Attack):
 
     def poison(self, table: Table, labels: int, generator: np.random.Generator) -> Table:
         """See Attack."""
-        return Table(table.inputs, labels - 1 - table.targets)
+        return replace(table, targets=labels - 1 - table.targets)
 
 
 class Backdoor(Attack):
@@ -54,7 +55,7 @@ class Backdoor(Attack):
         inputs, targets = table.inputs.copy(), table.targets.copy()
         inputs[chosen] = self.marked(inputs[chosen])
         targets[chosen] = self.target
-        return Table(inputs, targets)
+        return replace(table, inputs=inputs, targets=targets)
 
     def marked(self, images: Floats) -> Floats:
         """Copies of `images` (N, K, H, W) with the mark."""

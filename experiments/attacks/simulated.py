@@ -107,5 +107,5 @@ def _poisoned(
             raise UsageError(f"attack: {error}") from error
         inputs[rows], targets[rows] = table.inputs, table.targets
     changed = copy.copy(federation)
-    changed.table = Table(inputs, targets)
+    changed.table = replace(federation.table, inputs=inputs, targets=targets)
     return changed

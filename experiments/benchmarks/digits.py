@@ -8,7 +8,7 @@ workload's (1-16-32 channels, group normalisation, 6 thousand parameters), and `
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class Job:
             workload = workload_class(dealt.workload)(dealt.schema)
             model = workload.default_model()
         else:
-            table, test = (Table(part.inputs.reshape(len(part), -1), part.targets) for part in (table, test))
+            table, test = (replace(part, inputs=part.inputs.reshape(len(part), -1)) for part in (table, test))
             columns = [{"name": f"p{i}", "kind": "numeric", "center": 0, "scale": 1} for i in range(PIXELS)]
             target = {"name": "digit", "labels": [str(label) for label in range(LABELS)]}
             schema = schema_class("tabular").parse(json.dumps({"columns": columns, "target": target}), "benchmark")

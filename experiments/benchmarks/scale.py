@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _first(table: Table, count: int) -> Table:
-    return Table(table.inputs[:count], table.targets[:count])
+    return table.take(slice(count))
 
 
 def _peak() -> float:

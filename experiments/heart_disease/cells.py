@@ -116,7 +116,7 @@ def _parts(everybody: Table, hospitals: Hospitals) -> dict[str, Table]:
     parts, start = {}, 0
     for name, split in hospitals.splits.items():
         where = slice(start, start + len(split.test))
-        parts[name] = Table(everybody.inputs[where], everybody.targets[where])
+        parts[name] = everybody.take(where)
         start = where.stop
     return parts
 

@@ -38,7 +38,7 @@ class FrameReader:
         if twice := repeated(names):
             raise DataError(f"the frame has the column {twice[0]!r} more than once")
         if target in leave_out:
-            raise UsageError(f"target= and by= are the same column, {target!r}")
+            raise UsageError(f"target= and by= or person= are the same column, {target!r}")
         for name in (target, *leave_out):
             if name not in names:
                 raise DataError(f"there is no column {name!r}; there are: {', '.join(names)}")
@@ -60,8 +60,11 @@ class FrameReader:
         """(N, D) float32. Raises DataError naming column and row of a missing or unknown value."""
         return np.concatenate([_encoded(frame[column.name], column, which) for column in self._columns], axis=1)
 
-    def schema(self, target: tuple[str, ...] | NumberTarget) -> TabularSchema:
-        """What the frames' columns are, and the target: names of classes, or a number. Raises DataError.
+    def schema(
+        self, target: tuple[str, ...] | NumberTarget, person: str | None = None, rows_per_person: int | None = None
+    ) -> TabularSchema:
+        """What the frames' columns are, and the target: names of classes, or a number; `person`, the column that says
+        whose a row is. Raises DataError.
 
         A file may have further columns, such as the one that says which client a row is from.
         """
@@ -71,7 +74,14 @@ class FrameReader:
         kind = NumberColumn if isinstance(target, NumberTarget) else ClassTarget
         try:
             predicted = kind(name=self._target, **wanted)
-            return TabularSchema(TableDefinition(columns=self._columns, target=predicted, extra="ignore"))
+            definition = TableDefinition(
+                columns=self._columns,
+                target=predicted,
+                extra="ignore",
+                person=person,
+                rows_per_person=rows_per_person,
+            )
+            return TabularSchema(definition)
         except ValidationError as error:
             raise DataError(f"the frame's columns cannot be a table's: {explain(error)}") from error
 

@@ -21,6 +21,7 @@ from fedclaw.privacy.mechanisms.sum_noise import noise_of_the_server
 from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.terms import (
     CentralRequest,
+    DataUnit,
     LocalTraining,
     PrivacyRequest,
     RoundRules,
@@ -41,10 +42,11 @@ _RUN = "run"
 
 @dataclass(frozen=True)
 class LocalPrivacy:
-    """Each client's own noise, DP-SGD: (epsilon, delta) for one example, whoever else may be dishonest.
+    """Each client's own noise, DP-SGD: (epsilon, delta) for one example, or one person where the federation knows whose
+    examples they are, whoever else may be dishonest.
 
-    Relation: the example is replaced by nothing, while the client's number of examples stays public. Each client works
-    out the noise with which the whole run costs it at most epsilon.
+    Relation: one of these is replaced by nothing, while the client's number of them stays public. Each client works out
+    the noise with which the whole run costs it at most epsilon.
     """
 
     epsilon: float
@@ -194,7 +196,7 @@ def simulate(
         mechanism = mechanism_of(record)
         if reason := mechanism.out_of_range():
             raise UsageError("simulate: ", reason)
-        _require_small_delta(mechanism, max(federation.sizes))
+        _require_small_delta(mechanism, max(federation.units), federation.table.unit)
         record = with_strategy(simulated(record, way, len(federation)))
         path, holder = _place(directory)
         kept = RunDirectory.create(path, record)
@@ -202,13 +204,13 @@ def simulate(
     return Run(path, factory_of(model), holder)
 
 
-def _require_small_delta(mechanism: Mechanism, examples: int) -> None:
-    """Raise UsageError where a client with so many examples would refuse delta, as publishing one of them keeps it."""
+def _require_small_delta(mechanism: Mechanism, count: int, unit: DataUnit) -> None:
+    """Raise UsageError where a client with so many units would refuse delta, as publishing one of them keeps it."""
     asked = mechanism.guarantee(trust_server_noise=True)
-    if asked is not None and asked.delta * examples >= 1:
+    if asked is not None and asked.delta * count >= 1:
         raise UsageError(
-            f"privacy: delta={asked.delta:g} means nothing to a client with {examples} examples: it has to be below "
-            f"one over their number, {1 / examples:.2g}"
+            f"privacy: delta={asked.delta:g} means nothing to a client with {count} {unit}s: it has to be below "
+            f"one over their number, {1 / count:.2g}"
         )
 
 

@@ -67,10 +67,6 @@ class Table:
         part = Table(self.inputs[rows], self.targets[rows])
         return part if self.persons is None else part.owned_by(self.persons[rows], self.person_names)
 
-    def with_inputs(self, inputs: Floats) -> "Table":
-        """The same examples with other inputs (N, *D)."""
-        return replace(self, inputs=inputs)
-
     def owned_by(self, persons: Indices, names: Sequence[str]) -> "Table":
         """The same examples, each of the person whose place in `names` is in `persons` (N,)."""
         known, first, which = np.unique(persons, return_index=True, return_inverse=True)

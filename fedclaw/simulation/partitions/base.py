@@ -5,9 +5,9 @@ Legend: N rows, K clients, D shape of one input.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,8 @@ class Partition:
 class PartitionMethod(Frozen, ABC):
     """conf/partition/*.yaml: a way of dealing rows to clients. Pure: the generator's state decides the hand."""
 
+    moves_rows: ClassVar[bool] = True
+    """Whether it decides which client has a row, whatever site the row is from."""
     minimum: int | None = Field(default=None, ge=1)
     """Fewest examples of a client. null: 20, or half of an even split where that is less, unless a method says else."""
 
@@ -96,12 +98,23 @@ class PartitionMethod(Frozen, ABC):
         generator: np.random.Generator,
         *,
         sites: NDArray[Any] | None = None,
+        persons: Indices | None = None,
     ) -> Partition:
         """Deal rows with `targets` (N,) and `inputs` (N, *D) to `clients`: every row once, and to each its minimum.
 
-        `sites` (N,) says which site a row is from, where the data set knows. Raises UsageError naming the setting
-        that the data cannot bear.
+        `sites` (N,) says which site a row is from, where the data set knows; `persons` (N,) whose it is, numbered from
+        0. Persons are dealt with all of their rows, by what their first row is, and the minimum counts them; but where
+        rows stay at the site that they are from, a person may be at several. Raises UsageError naming the setting that
+        the data cannot bear.
         """
+        if persons is not None and self.moves_rows:
+            order, ends = np.argsort(persons, kind="stable"), np.cumsum(np.bincount(persons))
+            own = np.split(order, ends[:-1])
+            firsts = np.array([rows[0] for rows in own], np.int64)
+            dealt = self.deal(targets[firsts], inputs[firsts], clients, generator)
+            sizes = np.array([len(own[person]) for person in dealt.rows], np.int64)
+            bounds = np.concatenate([[0], np.cumsum(sizes)])[dealt.bounds]
+            return replace(dealt, rows=np.concatenate([own[person] for person in dealt.rows]), bounds=bounds)
         if clients < 1:
             raise UsageError(f"clients: there must be at least one (given: {clients})")
         hand = Hand(targets, inputs, clients, self.fewest(len(targets), clients), generator, sites)

@@ -1,7 +1,7 @@
 """Clients that are the sites which the rows are from."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ class Natural(PartitionMethod):
     """
 
     name: Literal["natural"] = "natural"
+    moves_rows: ClassVar[bool] = False
     column: int | None = Field(default=None, ge=0)
     """The column that tells the site, from 0; null: the data set's own sites."""
     merge: bool = False
