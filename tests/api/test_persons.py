@@ -138,7 +138,7 @@ def test_a_simulation_protects_persons(tmp_path: Path) -> None:
     x, y, persons = data()
     federation = Federation.from_arrays(x, y, clients=3, persons=persons, test=0.2)
     private = fedclaw.LocalPrivacy(epsilon=4, delta=1e-3, clip=1.0)
-    run = fedclaw.simulate(federation, Small, rounds=1, batch_size=8, privacy=private)
+    run = fedclaw.simulate(federation, Small, rounds=1, batch_size=8, learning_rate=0.1, privacy=private)
     receipts = [found.receipt for found in run.receipts.values()]
     assert {receipt.unit for receipt in receipts} == {"person"}
     assert {receipt.sample_rate for receipt in receipts} == {8 / 16}
