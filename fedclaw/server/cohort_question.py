@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Frozen)
 R = TypeVar("R")
+B = TypeVar("B")
+S = TypeVar("S")
 
 LONGEST_REASON = 300
 MOST_REASONS = 20
@@ -174,10 +176,6 @@ def _code_name(code: int) -> str:
         return RefusalCode(code).name.lower()
     except ValueError:
         return f"error {code}"
-
-
-B = TypeVar("B")
-S = TypeVar("S")
 
 
 @dataclass

@@ -55,6 +55,7 @@ from fedclaw.server.grids import StreamingGrid, site_name
 log = logging.getLogger(__name__)
 
 W = TypeVar("W", bound=Wire)
+Q = TypeVar("Q", bound=CohortQuestion[Any, Any])
 
 STAGE_DEADLINE = 120.0
 """Seconds for a stage in which nobody trains, if the exchange's own deadline is not shorter."""
@@ -243,9 +244,6 @@ class SecureExchange:
 
 def _said(content: RecordDict) -> Mapping[str, object]:
     return dict(part(content.config_records, SECURE))
-
-
-Q = TypeVar("Q", bound=CohortQuestion[Any, Any])
 
 
 class CohortGrid(StreamingGrid):
