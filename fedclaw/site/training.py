@@ -114,7 +114,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         try:
             left = at_site(whole, self.asked, SiteContext(self.site.source, half.before))
         except PrivacyError as error:
-            raise Refusal(RefusalCode.STRATEGY, f"strategy {self.asked.strategy!r} {error}") from error
+            raise Refusal(RefusalCode.STRATEGY, f"strategy {self.asked.strategy!r}: {error}") from error
         self._left = left.value
         further = left.scaled(1.0, lambda update: update.state)
         half.remember(finished.then(lambda made: made.state), personal, further, charge)

@@ -29,7 +29,10 @@ def refused(reply: Message, code: RefusalCode) -> str:
 def test_what_the_training_loss_made_does_not_leave_as_released(monkeypatch) -> None:
     monkeypatch.setattr(QFedAvg, "refuse", lambda *_: None)
     site = wary_site()
-    assert "noised steps" in refused(ask(site, "qfedavg", privacy=DP), RefusalCode.STRATEGY)
+    reason = refused(ask(site, "qfedavg", privacy=DP), RefusalCode.STRATEGY)
+    assert (
+        reason == "strategy 'qfedavg': the update is worked out from more than noised steps, and no noise covers that"
+    )
     assert not newest(site.states, "clinic", "run-1")
 
 

@@ -66,7 +66,7 @@ class LocalNoise(Mechanism):
     def covered(self, part: Part[T]) -> Released[T]:
         """See Mechanism."""
         if not isinstance(part, Released):
-            raise PrivacyError("works out what leaves from more than noised steps, and no noise covers that")
+            raise PrivacyError("the update is worked out from more than noised steps, and no noise covers that")
         return part
 
     def charge(self, examples: int, *, trust_server_noise: bool) -> Charge:

@@ -163,8 +163,8 @@ class SumNoise(Mechanism):
     def covered(self, part: Part[T]) -> Part[T]:
         """See Mechanism."""
         if isinstance(part, Raw):
-            wrong = "makes more of the one clipped step than" if self.takes_one_step else "is not within the bound that"
-            raise PrivacyError(f"{wrong} the noise on the sum is made for")
+            meant = "more than the one clipped step" if self.takes_one_step else "not within the bound"
+            raise PrivacyError(f"the update is {meant} that the noise on the sum is made for")
         return part
 
 
