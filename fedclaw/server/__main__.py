@@ -27,6 +27,7 @@ from fedclaw import startup
 from fedclaw.cli import make_console, naming, run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.identity.federation_home import FederationHome
+from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.report.late import late_notes
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, check_reachable, make_tracker
 from fedclaw.server.early_checks import check_early, run_name
@@ -141,7 +142,7 @@ def coordinate(settings: ServerSettings, home: FederationHome, record: RunRecord
 
 
 def _say_who_is_behind(directory: RunDirectory, record: RunRecord, progress: "TerminalProgress") -> None:
-    for note in late_notes(directory.read_metrics()) if record.privacy or record.central else ():
+    for note in late_notes(directory.read_metrics()) if mechanism_of(record).claims_privacy else ():
         progress.console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=False)
 
 
