@@ -188,11 +188,6 @@ class ReplyBuffers:
         """Until then, on the monotonic clock, nothing is written to disk."""
         self._limits = limits
 
-    def memory(self) -> int:
-        """Bytes of memory that replies take now."""
-        with self.lock:
-            return sum(reply.memory for reply in self.accepted.values())
-
     def accept_next(self) -> tuple[IncomingReply, Session] | None:
         """Move the oldest waiting reply to the accepted ones, if it may begin.
 

@@ -212,6 +212,13 @@ class Kit:
     def message(self, name: str, body: RecordDict | None = None, group: str = "1", ttl: float = 60.0) -> Message:
         return Message(body or content(), number_of(name), "train", group_id=group, ttl=ttl)
 
+    @staticmethod
+    def memory(grid: GrpcGrid) -> int:
+        """Bytes of memory that incoming replies take now."""
+        buffers = grid._connections.replies._buffers
+        with buffers.lock:
+            return sum(reply.memory for reply in buffers.accepted.values())
+
     def close(self) -> None:
         for close in reversed(self._closing):
             close()

@@ -116,10 +116,10 @@ def test_replies_that_nobody_reads_expire(kit, clock):
     grid.wait_for_sites(1, 20)
     (identity,) = grid.push_messages([kit.message("site-a", kit.content(500_000), ttl=50.0)])
     kit.until(lambda: grid._pending.has_reply([identity]), "the reply is there")
-    assert grid._connections.replies._buffers.memory() > 0
+    assert kit.memory(grid) > 0
     clock.forward(51)
     kit.until(lambda: not grid._pending.has_reply([identity]), "it has expired")
-    kit.until(lambda: grid._connections.replies._buffers.memory() == 0, "and takes no memory any more")
+    kit.until(lambda: kit.memory(grid) == 0, "and takes no memory any more")
     assert list(grid.pull_messages([identity])) == []
 
 

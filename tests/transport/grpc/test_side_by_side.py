@@ -70,7 +70,7 @@ def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(k
     for first in range(40):
         for site in sites:
             site.send(first, 1)
-        held.append(grid._connections.replies._buffers.memory())
+        held.append(kit.memory(grid))
     for site in sites:
         site.send(40, site.sealed.count - 40)
     thread.join(60)
@@ -79,7 +79,7 @@ def test_four_uploads_of_40_mib_go_side_by_side_within_64_mib_and_arrive_whole(k
         values = reply.content["sum"]["w"].numpy()
         assert (values.size, values[-1]) == (10 * MIB, 10 * MIB - 1)
     assert max(held) <= 64 * MIB
-    kit.until(lambda: grid._connections.replies._buffers.memory() == 0, "all memory is free again")
+    kit.until(lambda: kit.memory(grid) == 0, "all memory is free again")
 
 
 def test_what_waits_on_disk_has_no_name_there_and_is_gone_after_it_was_read(kit, tmp_path):
@@ -364,7 +364,7 @@ def test_a_reply_on_which_the_server_fails_keeps_no_memory(kit, monkeypatch, inb
         site.send(3, site.sealed.count - 3)
     thread.join(30)
     assert [reply.error.code for reply in found.values()] == [RefusalCode.FAILED] * 2
-    assert grid._connections.replies._buffers.memory() == 0
+    assert kit.memory(grid) == 0
 
 
 def test_a_trickle_below_the_least_rate_is_given_up_long_before_the_deadline(kit):
