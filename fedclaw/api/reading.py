@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.api.arguments import place, public
+from fedclaw.api.frames import is_frame, named
 from fedclaw.clients.arrays import inputs_of
+from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 from fedclaw.export.check import Verified, load_trust, verify_bundle
 from fedclaw.export.layout import CARD, ONNX, PRIVACY, SCHEMA, Manifest
 from fedclaw.export.predictor import Predictor
+from fedclaw.learning.workload import FileFormat, Floats
 from fedclaw.site.journal.reconciliation import check_journal, open_journal
 from fedclaw.site.journal.spending import Spending
 
@@ -52,11 +56,14 @@ class Bundle:
     def predict(self, inputs: ArrayLike | Pathlike) -> NDArray[np.float32]:
         """(N, classes) probabilities, or (N, 1) values where the target is a number.
 
-        Of model inputs (N, *D), or of the rows of a file in the workload's format.
+        Of model inputs (N, *D), or of the rows of a file in the workload's format. Of a model of table rows also of a
+        data frame with the columns of such a file, whose cells mean what they would in it.
 
         Raises DataError for inputs that are not right, UsageError where ONNX Runtime is missing.
         """
         predictor = Predictor.of(self._verified)
+        if is_frame(inputs) and isinstance(predictor.schema, TabularSchema):
+            return predictor.predict(_read_frame(predictor, inputs))
         if isinstance(inputs, str | os.PathLike):
             return predictor.predict(predictor.read(Path(inputs)))
         numbers = inputs_of(inputs, "inputs", _FROM_FILE)
@@ -66,6 +73,18 @@ class Bundle:
                 f"{_FROM_FILE}"
             )
         return predictor.predict(numbers)
+
+
+def _read_frame(predictor: Predictor, frame: Any) -> Floats:
+    """A data frame as model inputs (N, *D), by the schema's own reader: as the file that it would be."""
+    predictor.read_as(FileFormat(delimiter=","))
+    with tempfile.TemporaryDirectory(prefix="fedclaw-frame-") as directory:
+        path = Path(directory) / "frame.csv"
+        named(frame).to_csv(path, index=False)
+        try:
+            return predictor.read(path)
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), "the frame, as a CSV file")) from error
 
 
 @public

@@ -41,6 +41,7 @@ def test_arrays(federation, home, tmp_path):
     x, y = examples(7, seed=3)
     wanted = torch.softmax(run.model()(torch.tensor(x, dtype=torch.float32)), 1).detach().numpy()
     np.testing.assert_allclose(bundle.predict(x), wanted, atol=1e-5)
+    np.testing.assert_allclose(bundle.predict(pd.DataFrame(x)), wanted, atol=1e-5)
     np.savez(tmp_path / "rows.npz", x=x, y=y)
     np.testing.assert_allclose(bundle.predict(tmp_path / "rows.npz"), wanted, atol=1e-5)
     np.savez(tmp_path / "wrong.npz", x=x[:, :4])
@@ -78,6 +79,10 @@ def test_a_data_frame_is_served_from_its_own_columns_by_a_process_that_never_saw
     )
     wanted = (10 + 10 * run.model()(inputs)).clamp(0, 20).detach().numpy()
     np.testing.assert_allclose(bundle.predict(rows), wanted, rtol=1e-4)
+    assert np.array_equal(bundle.predict(frame), bundle.predict(rows)), "a frame is the file that it would be"
+    assert np.array_equal(bundle.predict(frame[frame.columns[::-1]]), bundle.predict(rows)), "columns go by their names"
+    with pytest.raises(fedclaw.DataError, match=r"^the frame, as a CSV file: line 4, column 'ward': 'skin'"):
+        bundle.predict(frame.assign(ward=["skin" if row == 2 else ward for row, ward in enumerate(frame.ward)]))
     asked = [sys.executable, "-m", "fedclaw.predict", f"bundle={tmp_path / 'bundle'}", f"input={rows}"]
     asked += [f"ca={home / 'ca.crt'}", f"output={tmp_path / 'answers.csv'}"]
     done = subprocess.run(asked, env=environment(), cwd=tmp_path, capture_output=True, text=True)
