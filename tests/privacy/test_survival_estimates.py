@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, chi2, kstest
 
@@ -122,6 +122,7 @@ def test_without_noise_any_two_groups_have_the_statistic_of_the_definition(rows,
 NOISY = st.floats(-50, 200, allow_nan=False)
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(NOISY, NOISY), min_size=1, max_size=12).map(np.array),
     st.sampled_from([0.5, 3.0, 40.0]),
@@ -163,6 +164,12 @@ def test_the_same_release_has_the_same_bands():
 BINS = 24
 
 
+@pytest.fixture
+def fewer_draws(monkeypatch):
+    """A third of the usual ones, where hundreds of bands or p-values are made."""
+    monkeypatch.setattr("fedclaw.privacy.survival_estimates._DRAWS", 299)
+
+
 def population(random, size, scale=1500.0):
     """Weibull times, exponential censoring, in bins of 150 days, (K, 2)."""
     until_event, until_end = random.weibull(1.2, size) * scale, random.exponential(1800, size)
@@ -172,6 +179,7 @@ def population(random, size, scale=1500.0):
     return cells
 
 
+@pytest.mark.usefixtures("fewer_draws")
 @pytest.mark.parametrize(
     ("scale", "noise"), [(1500, 6.0), (30_000, 6.0), pytest.param(1500, 2.0, marks=pytest.mark.slow)]
 )
@@ -210,6 +218,7 @@ def p_values(noise, scales, draws, size=500):
     return np.array([one.p_value for one in found if one is not None])
 
 
+@pytest.mark.usefixtures("fewer_draws")
 @pytest.mark.parametrize("scales", [(1500,) * 2, pytest.param((1500,) * 3, marks=pytest.mark.slow)], ids=["2", "3"])
 def test_where_groups_do_not_differ_p_values_are_uniform_but_for_caution(scales):
     """Never smaller than uniform ones, and not much larger."""
@@ -220,6 +229,7 @@ def test_where_groups_do_not_differ_p_values_are_uniform_but_for_caution(scales)
     assert np.sum(found < 0.05) <= binom.isf(TINY, len(found), 0.05)
 
 
+@pytest.mark.usefixtures("fewer_draws")
 def test_noise_that_is_not_counted_would_make_p_values_far_too_small():
     """The same numbers with chi-squared: the test of the test before."""
     random, found = np.random.default_rng(3), []
@@ -229,5 +239,6 @@ def test_noise_that_is_not_counted_would_make_p_values_far_too_small():
     assert kstest(found, "uniform", alternative="greater").pvalue < TINY
 
 
+@pytest.mark.usefixtures("fewer_draws")
 def test_groups_that_differ_are_told_apart_through_the_noise():
     assert np.mean(p_values(3.0, (1200, 2200), 40) < 0.01) > 0.9
