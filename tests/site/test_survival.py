@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 
 from fedclaw.learning.statistics import survival_design
 from fedclaw.privacy.accounting import calibrate
+from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import unpack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.protocol.statistics import STATISTICS, ScoreQuestion, StatisticsRequest, SurvivalQuestion
-from fedclaw.protocol.terms import ModelSpec
+from fedclaw.protocol.terms import ModelSpec, SecureRequest
+from fedclaw.server.statistics import with_session
+from fedclaw.site import pipeline
 from fedclaw.site.directory import open_service
 from fedclaw.site.policy.policy import StatisticsAllowance, sentences
+from fedclaw.site.privacy_budget import Asking
 from fedclaw.site.settings import load_site_settings
-from fedclaw.site.statistics import statistics_vector
+from fedclaw.site.statistics import StatisticsAnswer, statistics_vector
 from tests.chance import scale_is_right
 from tests.made_survival import make_survival_sites
 from tests.neighbours import Coupled
@@ -199,9 +203,9 @@ class Pair:
         self.root = root
         self.lines = self.path.read_text().splitlines()[:12]
 
-    def answered(self, row, question, source):
-        """What leaves in answer, the receipt without the ledger's head among it, with `row` as the last one."""
-        self.path.write_text("\n".join([*self.lines, *([] if row is None else [row])]) + "\n")
+    def answered(self, rows, question, source):
+        """What leaves in answer, the receipt without the ledger's head among it, with `rows` as the last ones."""
+        self.path.write_text("\n".join([*self.lines, *rows]) + "\n")
         site = opened(self.root)
         site.source = source
         reply = ask(site, request_for(site, question))
@@ -213,11 +217,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    root = make_survival_sites(tmp_path_factory.mktemp("sites"), count=1, rows=20)[0]
-    settings = yaml.safe_load((root / "site.yaml").read_text())
-    settings["policy"]["delta"] = 0.02
-    (root / "site.yaml").write_text(yaml.safe_dump(settings))
-    return Pair(root)
+    return Pair(make_survival_sites(tmp_path_factory.mktemp("sites"), count=1, rows=20, delta=0.02)[0])
 
 
 @settings(max_examples=25, deadline=None)
@@ -230,8 +230,11 @@ def test_neighbouring_data_are_told_apart_by_noise_alone(pair, row, other, asked
     days, age, relapsed, arm = row
     event, level = asked["event"]
     question = SurvivalQuestion(time="days", event=event, event_level=level, group=asked["group"], **asked["bins"])
-    present = f"{days},{age},{relapsed},{arm},c1,{'dead' if died else 'alive'}"
-    absent = None if other == "no row" else ",,,,,alive"
+    present = [f"{days},{age},{relapsed},{arm},c1,{'dead' if died else 'alive'}"]
+    told_apart_by_noise_alone(pair, present, [] if other == "no row" else [",,,,,alive"], question)
+
+
+def told_apart_by_noise_alone(pair, present, absent, question):
     first = Coupled(present=True)
     one = pair.answered(present, question, first)
     second = Coupled(present=False, of=first.noised)
@@ -240,6 +243,33 @@ def test_neighbouring_data_are_told_apart_by_noise_alone(pair, row, other, asked
     moved = mine.before - theirs.before
     assert sorted(set(moved.tolist())) in ([0.0], [0.0, 1.0])
     assert np.abs(moved).sum() <= mine.std / one[1]["noise_multiplier"] == 1.0
+    return one
+
+
+@pytest.fixture(scope="module")
+def persons(tmp_path_factory):
+    """The same where the column `who` says whose a row is, and other statistics use three of each."""
+    root = make_survival_sites(tmp_path_factory.mktemp("sites"), count=1, rows=20, delta=0.02)[0]
+    schema = yaml.safe_load((root / "schema.yaml").read_text())
+    (root / "schema.yaml").write_text(yaml.safe_dump({**schema, "person": "who", "rows_per_person": 3}))
+    for name in ("train.csv", "test.csv"):
+        head, *rows = (root / name).read_text().splitlines()
+        owned = [f"{name}{number // 2},{row}" for number, row in enumerate(rows)]
+        (root / name).write_text("\n".join([f"who,{head}", *owned]) + "\n")
+    return Pair(root)
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.tuples(ROW, st.booleans()), min_size=1, max_size=5), asked=QUESTIONS)
+def test_a_person_with_all_rows_is_told_apart_by_noise_for_one_cell(persons, rows, asked):
+    event, level = asked["event"]
+    question = SurvivalQuestion(time="days", event=event, event_level=level, group=asked["group"], **asked["bins"])
+    present = [
+        f"anna,{days},{age},{relapsed},{arm},c1,{'dead' if died else 'alive'}"
+        for (days, age, relapsed, arm), died in rows
+    ]
+    _, receipt, _ = told_apart_by_noise_alone(persons, present, ["anna,,,,,,alive"], question)
+    assert receipt["unit"] == "person"
 
 
 def test_of_a_person_the_first_row_alone_is_in_a_cell(tmp_path):
@@ -253,3 +283,32 @@ def test_of_a_person_the_first_row_alone_is_in_a_cell(tmp_path):
         (root / name).write_text("\n".join(["who,days,age,relapsed,arm,code,outcome", *owned]) + "\n")
     cells = vector(opened(root)).reshape(2, 6, 2)
     assert cells[0, 0, 1] == cells.sum() == 3
+
+
+def under_the_mask(pair, row, question):
+    """The integers that a secure sum would mask, drawn with the same random numbers each time."""
+    pair.path.write_text("\n".join([*pair.lines, row]) + "\n")
+    site = opened(pair.root)
+    site.source = GaussianSource(insecure_fixed_key_for_tests=bytes(32))
+    asked = SecureRequest(dropouts=0.0, corrupt=0.0, largest_weight=1000)
+    design = survival_design(site.workload.schema, question)
+    request = with_session(request_for(site, question), ["east", "north", "west"], asked, design, 2)
+    content = RecordDict({"request": ConfigRecord({"json": request.model_dump_json()})})
+    message = Message(content, dst_node_id=7, message_type=STATISTICS, group_id="0")
+    assign_message_id(message, "message-1")
+    seen = []
+    answering = StatisticsAnswer(site, Asking(message, "clinic", request.run, request.round, request.rounds), request)
+    pipeline.answer(answering, lambda integers: seen.append(integers.astype(np.int64)) or {})
+    return seen[0], request.secure.step
+
+
+@settings(max_examples=10, deadline=None)
+@given(row=ROW, asked=QUESTIONS)
+def test_under_the_mask_of_a_secure_sum_neighbouring_data_differ_by_one_row_in_one_number(pair, row, asked):
+    days, age, relapsed, arm = row
+    event, level = asked["event"]
+    question = SurvivalQuestion(time="days", event=event, event_level=level, group=asked["group"], **asked["bins"])
+    present, step = under_the_mask(pair, f"{days},{age},{relapsed},{arm},c1,dead", question)
+    absent, _ = under_the_mask(pair, ",,,,,alive", question)
+    moved = np.abs((present - absent + 2**31) % 2**32 - 2**31) * step
+    assert sorted(moved[moved != 0].tolist()) in ([], [1.0])
