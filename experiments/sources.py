@@ -14,6 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from experiments.persons import GroupedRows
 from experiments.synthetic_images import SyntheticImages, make_images
 from fedclaw.catalogue import did_you_mean
+from fedclaw.clients.arrays import persons_of
 from fedclaw.clients.columns import numbers
 from fedclaw.clients.table_definition import MISSING
 from fedclaw.clients.tables import DELIMITERS, Content, Wanted, read_blocks, read_header
@@ -50,6 +51,8 @@ class DatasetSettings(Frozen):
     """csv: the column that says where a row is from; it is no input."""
     identifiers: tuple[str, ...] | None = None
     """csv: columns that say which row is which; they are no inputs."""
+    person: str | None = None
+    """csv: the column that says whose a row is, for all of whose rows there is one guarantee; it is no input."""
     written: FileFormat | None = None
     """csv: how the file is written; null: with commas and decimal points, in UTF-8."""
     range: tuple[float, float] | None = None
@@ -81,7 +84,7 @@ class DatasetSettings(Frozen):
         plain: dict[str, Any] = handler(self)
         numbers = () if self.is_of_numbers else ("range", "loss")
         left_out, unless_null = (numbers, "content") if self.name in _OWN else (_OWN_SETTINGS, "loss")
-        if_null = (unless_null, "persons")
+        if_null = (unless_null, "persons", "person")
         return {
             key: value
             for key, value in plain.items()
@@ -96,8 +99,10 @@ class DatasetSettings(Frozen):
             return self
         if self.data is None:
             raise ValueError(f"dataset={self.name} needs data=PATH")
-        if self.name == "images" and (self.target or self.site_column):
-            raise ValueError("target and a site's column are of tables; a directory of images has none")
+        if self.name == "images" and (self.target or self.site_column or self.person):
+            raise ValueError("target and a site's or a person's column are of tables; a directory of images has none")
+        if self.person is not None and self.persons is not None:
+            raise ValueError("person names the column that says whose a row is, and persons would group rows at random")
         return self
 
     @model_validator(mode="after")
@@ -118,7 +123,7 @@ PERSON = "person"
 _OWN = ("csv", "images")
 _FEW_CLASSES = 20
 # Up to so many labels nobody wonders that they are numbers.
-_OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "written", "range", "content")
+_OWN_SETTINGS = ("data", "target", "site_column", "identifiers", "person", "written", "range", "content")
 _OF_NUMBERS = ("diabetes", "friedman1")
 _FRIEDMAN_ROWS = 2000
 _PARTS = 5
@@ -284,7 +289,7 @@ def load_table(settings: DatasetSettings) -> Source:
     path, written = settings.origin, settings.written or FileFormat()
     columns = read_table(path, written)
     target, identifiers = settings.target or list(columns)[-1], settings.identifiers or ()
-    used = (target, *([settings.site_column] if settings.site_column else []))
+    used = (target, *filter(None, (settings.site_column, settings.person)))
     for name in (*used, *identifiers):
         if name not in columns:
             raise DataError(f"{path}: there is no column {name!r}{did_you_mean(name, columns)}")
@@ -302,6 +307,7 @@ def load_table(settings: DatasetSettings) -> Source:
     if len(np.unique(targets)) < 2:
         raise DataError(f"{path}: column {target!r} has one value alone, so there is nothing to learn")
     sites = None if settings.site_column is None else np.unique(columns.pop(settings.site_column), return_inverse=True)
+    owners = None if settings.person is None else _owners(path, columns.pop(settings.person), sites)
     features = {
         name: values
         for column, cells in columns.items()
@@ -319,9 +325,20 @@ def load_table(settings: DatasetSettings) -> Source:
         sites=None if sites is None else sites[1].astype(np.int64),
         site_names=None if sites is None else tuple(str(site) for site in sites[0]),
         target=target,
+        owners=owners,
+        says_whose=owners is not None,
         range=settings.range,
         loss=settings.loss or "squared",
     )
+
+
+def _owners(path: Path, cells: list[str], sites: tuple[NDArray[Any], NDArray[Any]] | None) -> NDArray[np.int64]:
+    """(N,) whose each row is. Who has rows at two sites is one person at each: no site knows of the other's."""
+    persons, _ = persons_of(cells, len(cells), f"{path}: the column of persons")
+    if sites is None:
+        return persons
+    pairs = persons * len(sites[0]) + sites[1]
+    return np.unique(pairs, return_inverse=True)[1].astype(np.int64)
 
 
 def _require_classes(path: Path, target: str, labels: Sequence[str], rows: int, written: FileFormat) -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from experiments.datasets import SitePolicy, write_sites
 from experiments.experiment import run_experiment
+from experiments.persons import GroupedRows
 from experiments.resumed import resumed
 from experiments.settings import ExperimentSettings, check_experiment, with_own_data
 from experiments.sources import DatasetSettings, load_source, with_content
@@ -19,6 +20,8 @@ from fedclaw.cli import compose_settings
 from fedclaw.errors import DataError, UsageError
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation.partitions.natural import Natural
+from fedclaw.site.directory import open_service
+from fedclaw.site.settings import load_site_settings
 
 TINY = ("tracking=none", "privacy=none", "rounds=1", "training.steps=1", "training.epochs=null")
 
@@ -61,6 +64,25 @@ def test_a_column_that_says_which_row_is_which_is_no_input(table):
     assert source.features == ("age", "ward=er", "ward=icu")
     with pytest.raises(DataError, match="no column 'pit'; did you mean pid"):
         load_source(DatasetSettings(name="csv", data=table, identifiers=("pit",)))
+
+
+def test_a_column_that_says_whose_a_row_is_is_dealt_by_and_protected(table, tmp_path):
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(["pid," + lines[0], *(f"P-{i // 4},{line}" for i, line in enumerate(lines[1:]))]) + "\n")
+    dataset = DatasetSettings(name="csv", data=table, person="pid", sites=3, public=0.2)
+    source = load_source(dataset)
+    assert not any("pid" in feature for feature in source.features)
+    directories = write_sites(tmp_path / "out", dataset, SitePolicy(epsilon=1.0, delta=1e-3))
+    services = [open_service(root, load_site_settings(root), "f", durable=False) for root in directories]
+    assert {service.data.train.unit for service in services} == {"person"}
+    homes = [set(s.data.train.person_names) | set(s.data.test.person_names) for s in services]
+    assert sum(map(len, homes)) == len(set.union(*homes)) == 24
+    # At hospitals of their own, who is at two is one person at each.
+    apart = load_source(dataset.model_copy(update={"site_column": "hospital"}))
+    assert len(np.unique(apart.owners)) == len({(i // 4, i % 3) for i in range(120)})
+    with pytest.raises(ValidationError, match="person names the column"):
+        DatasetSettings(name="csv", data=table, person="pid", persons=GroupedRows())
+    assert "person" not in DatasetSettings(name="csv", data=table).model_dump()
 
 
 def test_sites_take_rows_of_their_own_hospital_alone(table, tmp_path):
