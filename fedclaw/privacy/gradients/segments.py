@@ -42,10 +42,6 @@ class Segments:
         places = np.empty(len(by_size), np.int64)
         places[by_size] = np.arange(len(by_size))
         self._place_of_row = self._tensor(np.repeat(places, self.sizes))
-        longer = np.searchsorted(-self._lengths, -np.arange(1, self._lengths[0]))
-        self._rows_by_turn = [
-            self._tensor(self._starts[:count] + turn) for turn, count in enumerate([len(starts), *longer])
-        ]
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -53,15 +49,26 @@ class Segments:
     @property
     def first_rows(self) -> torch.Tensor:
         """(U,): the first row of each unit."""
-        return self._rows_by_turn[0]
+        return self._tensor(self._starts)
 
     def sums(self, rows: torch.Tensor) -> torch.Tensor:
         """(U, n), float64: the sum of each unit's rows (B, n), added in their order."""
-        first, *others = self._rows_by_turn
-        totals = rows.index_select(0, first).to(torch.float64)
-        for turn in others:
+        totals = rows.new_zeros(len(self), rows.shape[1], dtype=torch.float64)
+        if rows.device.type == "cpu":
+            return totals.index_add_(0, self._place_of_row, rows.to(torch.float64))
+        # Elsewhere that adds in any order.
+        return self._added_by_turn(totals, rows)
+
+    def _added_by_turn(self, totals: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`totals`, to which the first row of each unit is added, then the second of each that has one, and so on."""
+        for turn in self._rows_by_turn:
             totals[: len(turn)].add_(rows.index_select(0, turn))
         return totals
+
+    @cached_property
+    def _rows_by_turn(self) -> list[torch.Tensor]:
+        longer = np.searchsorted(-self._lengths, -np.arange(self._lengths[0]))
+        return [self._tensor(self._starts[:count] + turn) for turn, count in enumerate(longer)]
 
     def by_row(self, values: torch.Tensor) -> torch.Tensor:
         """(B,): each row's unit's, of values (U,)."""

@@ -399,16 +399,18 @@ def test_without_privacy_it_does_not_matter_whose_rows_they_are() -> None:
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=12), padding=st.integers(0, 3))
 def test_segments_add_each_unit_s_rows_in_their_order(sizes: list[int], padding: int) -> None:
     segments = Segments(np.array(sizes), padding)
-    rows = torch.randn(sum(sizes) + padding, 3) * 1e30
+    rows = torch.randn(sum(sizes) + padding, 3) * 10 ** torch.empty(sum(sizes) + padding, 3).uniform_(-10, 25)
     left, right = torch.randn(len(rows), 5).double(), torch.randn(len(rows), 4).double()
     units = torch.repeat_interleave(torch.arange(len(sizes) + padding), torch.tensor([*sizes, *[1] * padding]))
     order = sorted(range(len(segments)), key=lambda unit: -[*sizes, *[1] * padding][unit])
     sums, squares = segments.sums(rows), segments.squared_norms(left, right, 1.0)
+    turns = segments._added_by_turn(torch.zeros_like(sums), rows)
     for place, unit in enumerate(order):
         expected = torch.zeros(3, dtype=torch.float64)
         for row in rows[units == unit].double():
             expected += row
         assert torch.equal(sums[place], expected)
+        assert torch.equal(turns[place], expected)
         own = segments.rows_of(place)
         assert torch.equal(torch.arange(len(rows))[own], (units == unit).nonzero()[:, 0])
         matrix = left[own].t() @ torch.cat([right[own], torch.ones(own.stop - own.start, 1).double()], 1)
