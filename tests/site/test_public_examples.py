@@ -321,18 +321,28 @@ def test_statistics_are_refused_by_the_declared_number(numbers):
     assert reasons[0] == reasons[1]
 
 
-def test_a_site_without_any_rows_serves(numbers):
+@pytest.mark.parametrize("unit", ["example", "person"])
+def test_a_site_without_any_rows_serves(numbers, unit):
     root = numbers[0]
+    schema = yaml.safe_load((root / "schema.yaml").read_text())
+    persons = {} if unit == "example" else {"person": "patient", "rows_per_person": 2}
+    (root / "schema.yaml").write_text(yaml.safe_dump({**schema, **persons}))
     for name in ("train.csv", "test.csv"):
         path = root / name
-        path.write_text(path.read_text().splitlines(keepends=True)[0])
+        path.write_text(("patient," if persons else "") + path.read_text().splitlines(keepends=True)[0])
+    write(root, metrics_epsilon=1.0, metrics_budget={"epsilon": 3.0}, metrics=["accuracy", "loss"])
     asker = StatisticsAsker(root)
-    asker.site.source = Aligned()
-    exact = asker.site.source
     assert len(asker.site.data.train) == len(asker.site.data.test) == 0
-    assert (asker.site.examples, asker.site.test_examples) == (150, 200)
-    assert np.isfinite(vector_of(asker.ask())).all()
-    assert exact is asker.site.source
+    assert (asker.site.examples, asker.site.test_examples) == (150, 200 if unit == "example" else 400)
+    told = receipt_of(reply := asker.ask())
+    assert np.isfinite(vector_of(reply)).all()
+    assert (told.unit, told.relation) == (unit, "add-or-remove")
+    whole = Asker(root)
+    for kind in ("train", "evaluate"):
+        content = whole.ask(kind, privacy=PrivacyRequest(epsilon=1, delta=1e-4, max_grad_norm=1)).content
+        receipt = json.loads(str(content[RECEIPT][JSON]))
+        assert (receipt["unit"], receipt["relation"]) == (unit, "add-or-remove")
+    assert examine(root, load_site_settings(root)).findings.failure is None
     write(root, {"public_examples": None})
     with pytest.raises(DataError, match="no data rows"):
         open_service(root, load_site_settings(root), "clinic", durable=False)
