@@ -18,6 +18,7 @@ from fedclaw.audit.bounds import (
     least_rate,
 )
 from fedclaw.errors import PrivacyError
+from fedclaw.privacy.accounting import calibrate
 
 
 def test_bounds_grow_with_what_is_known():
@@ -41,6 +42,18 @@ def test_guesses_against_a_gaussian_mechanism_are_wrong_as_often_as_said():
     wrong = np.mean([bound[count] > truth for count in right])
     assert 0.02 < wrong < 0.069
     assert np.median([bound[count] for count in right]) > 0.7 * truth
+
+
+@pytest.mark.parametrize("epsilon", [2.0, 4.0, 8.0])
+def test_half_the_noise_is_seen_in_the_guesses_of_1000_releases(epsilon):
+    """Exactly, by binomial tails: 950 guesses, at their share of an alarm of 1e-4."""
+    mu, delta, alarm, guesses = 1 / calibrate(epsilon, 1e-5, 1.0, 1), 1e-5, 1e-4 * 8 / 18, 950
+    claim = gaussian_epsilon(mu, delta)
+    least = next(c for c in range(guesses // 2, guesses) if guessing_bound(guesses, c, delta, 1 - alarm) > claim)
+    assert stats.binom.sf(least - 1, guesses, stats.norm.cdf(mu / 2)) <= alarm
+    assert stats.binom.sf(least - 1, guesses, stats.norm.cdf(mu)) > 0.97
+    median = int(stats.binom.median(guesses, stats.norm.cdf(mu / 2)))
+    assert guessing_bound(guesses, median, delta, 1 - 0.05 * 8 / 18) > 0.6 * epsilon
 
 
 def test_an_attack_is_bounded_from_both_sides():
