@@ -29,11 +29,20 @@ of its delta and the best eta; for what is rare it is the smaller of the two.
 
 **Profiles.** A mechanism whose whole privacy profile epsilon -> delta(epsilon) is known (f-DP) is close in the above
 sense for every pair of it. Each pair bounds the same probability, so their minimum does: nothing is paid for trying
-them all. It is the hypothesis of Mahloujifar, Melis, Chaudhuri 2024 ("Auditing f-Differential Privacy in One Run"). A
-Gaussian mechanism is far more private at a small epsilon than its delta of 1e-5 says, and this is what makes the bound
-tight. Neither bound asks that canaries be independent of one another: the worst mechanism, which tells much, but
-seldom, is allowed for. A bound from the central limit theorem (Agrawal et al. 2026, "Let's Ask Gauss") is closer
-still, and wrong for such a mechanism.
+them all. Several pairs j together bound it further: with 0 <= a_(t,j) <= a_j and
+
+    1[t >= c]  <=  eta + t sum_j a_(t-1,j) - (k - t) sum_j e_j a_(t,j)      for t = 0, ..., k,
+
+    P[R >= c]  <=  eta + m sum_j delta_j a_j,
+
+by the same proof for each j. A linear programme proposes eta and the a_j; whatever it says, they count only if the
+smallest weights that they leave room for, from t = k down, keep all inequalities (`_certified`). A profile is the
+hypothesis of Mahloujifar, Melis, Chaudhuri 2024 ("Auditing f-Differential Privacy in One Run").
+
+A Gaussian mechanism is far more private at a small epsilon than its delta of 1e-5 says, and this is what makes the
+bound tight. Neither bound asks that canaries be independent of one another: the worst mechanism, which tells much, but
+seldom, is allowed for. A bound that counts on a central limit theorem (Agrawal et al. 2026, "Let's Ask Gauss") is
+closer still, and does not allow for it.
 
 **What a number means.** `one_run_bound` bounds epsilon of any mechanism. `family_bound` is a bound for mechanisms of
 one family alone, those that the accountant assumes with more noise or less: it says how little noise of that kind
@@ -41,12 +50,13 @@ there can be. It is the sharper one, and no bound on epsilon of a mechanism of a
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import optimize, sparse
 from scipy.special import gammaln
 
 from fedclaw.audit.bounds import check_confidence, check_counts, last_refuted
@@ -64,6 +74,13 @@ _STEP = 1 / 32
 _FINEST, _COARSEST = -5 * 32, 5 * 32
 # A family's noise is tried from 1/32 to 32 times the accounted, in steps of 2.2%.
 _SEARCHES = 60
+_PAIRS, _SUREST = 24, 50.0
+# Pairs at most, and their largest epsilon.
+_WINDOW = 4.0
+# Deviations, at most, below c.
+_SLACKS = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+_SLACKEST = 1e-3
+# Of what the solver proposes, and of a probability: room for its tolerance.
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -76,20 +93,22 @@ def guesses_of(canaries: int) -> int:
     return 2 * max(1, min(canaries // 2, round(_SURE / 2 * math.sqrt(canaries))))
 
 
-def one_run_p_value(canaries: int, guesses: int, right: int, profile: Profile, known: float = 1.0) -> float:
-    """An upper bound on the probability of at least `right` right guesses of a mechanism with this profile.
-
-    `known` where it is not below that, found sooner.
-    """
+def one_run_p_value(canaries: int, guesses: int, right: int, profile: Profile) -> float:
+    """An upper bound on the probability of at least `right` right guesses of a mechanism with this profile."""
     check_counts(guesses, right)
     if not (guesses <= canaries and all(epsilon >= 0 and 0 <= delta <= 1 for epsilon, delta in profile)):
         raise PrivacyError("an audit has as many guesses as canaries at most, epsilon >= 0 and delta in [0, 1]")
-    if right == 0:
-        return known
+    return min(_p_values(canaries, guesses, right, profile, 1.0))
+
+
+def _p_values(canaries: int, guesses: int, right: int, profile: Profile, known: float) -> Iterator[float]:
+    """The bounds, the quicker first; `known` where one is not below that."""
     least = known
-    for epsilon, delta in profile:
+    for epsilon, delta in profile if right else ():
         least = min(least, _p_value(canaries, guesses, right, epsilon, delta, least))
-    return least
+    yield least
+    if right and len(profile) > 1:
+        yield _together(canaries, guesses, right, profile)
 
 
 def one_run_bound(canaries: int, guesses: int, right: int, delta: float, confidence: float) -> float:
@@ -135,7 +154,8 @@ def family_bound(
 
     def refuted(step: int) -> bool:
         scale = 2.0 ** (step * _STEP)
-        return one_run_p_value(canaries, guesses, right, family.profile(scale), 1 - confidence) < 1 - confidence
+        values = _p_values(canaries, guesses, right, family.profile(scale), 1 - confidence)
+        return any(value < 1 - confidence for value in values)
 
     step = _least(refuted)
     anyway = one_run_bound(canaries, guesses, right, delta, confidence)
@@ -180,6 +200,88 @@ def _p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: flo
         return eta + canaries * delta * float(weights.max())
 
     return min(known, _smallest(bound, math.exp(least), known))
+
+
+def _together(canaries: int, guesses: int, right: int, profile: Profile) -> float:
+    """The bound of several pairs at once; 1 where none is found."""
+    pairs = _thinned(canaries, guesses, right, profile)
+    if not pairs:
+        return 1.0
+    ratios, deltas = np.exp([epsilon for epsilon, _ in pairs]), np.array([delta for _, delta in pairs])
+    proposed = _proposed(canaries, guesses, right, ratios, deltas)
+    if proposed is None:
+        return 1.0
+    for slack in _SLACKS:
+        eta, weights = proposed[0] * (1 + slack) + _SLACKEST * slack, proposed[1:] * (1 + slack)
+        if _certified(guesses, right, ratios, weights, eta):
+            return min(1.0, float(eta + canaries * (deltas @ weights)))
+    return 1.0
+
+
+def _thinned(canaries: int, guesses: int, right: int, profile: Profile) -> Profile:
+    """At most _PAIRS of the pairs, by ascending epsilon, among which those that matter are: cheap, and not much surer
+    than the guesses are right; and the surest of all, which costs next to nothing."""
+    surest = math.log((right + 1) / (guesses - right + 1)) + 1
+    cheap = sorted(pair for pair in profile if canaries * pair[1] < guesses and 0 < pair[0] < _SUREST)
+    chosen = [pair for pair in cheap if pair[0] <= surest]
+    places = np.unique(np.linspace(0, len(chosen) - 1, min(_PAIRS - 1, len(chosen))).round().astype(int))
+    return [*(chosen[place] for place in places), *(pair for pair in cheap[-1:] if pair[0] > surest)]
+
+
+def _proposed(
+    canaries: int, guesses: int, right: int, ratios: NDArray[np.float64], deltas: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
+    """(1 + J,): eta and the a_j that minimise the bound, but for the solver's tolerance; None if it finds none.
+
+    Variables: eta, a_j, and a_(t,j) of the levels t that matter, some deviations of the binomial count below c, and one
+    for all from c up. Whatever is left out costs tightness alone.
+    """
+    pairs = len(ratios)
+    top = min(right, guesses - 1)
+    lowest = max(0, right - math.ceil(_WINDOW * (1 + math.sqrt(guesses) / 2)))
+    levels = np.arange(lowest, top + 1)
+    first = 1 + pairs
+    rows = sparse.lil_matrix((len(levels) + 1, first + len(levels) * pairs))
+    limits = np.zeros(len(levels) + 1)
+    for row, count in enumerate([*levels.tolist(), top + 1]):
+        rows[row, 0] = -1
+        below, at = count - 1 - lowest, min(count, top) - lowest
+        if below >= 0:
+            rows[row, first + below * pairs : first + (below + 1) * pairs] = -float(count)
+        if count < guesses:
+            place = slice(first + at * pairs, first + (at + 1) * pairs)
+            rows[row, place] = rows[row, place].toarray() + (guesses - count) * ratios
+        limits[row] = -float(count >= right)
+    each = sparse.identity(pairs)
+    caps = sparse.hstack(
+        [
+            sparse.csr_matrix((len(levels) * pairs, 1)),
+            -sparse.vstack([each] * len(levels)),
+            sparse.identity(len(levels) * pairs),
+        ]
+    )
+    cost = np.concatenate([[1.0], canaries * deltas, np.zeros(len(levels) * pairs)])
+    found = optimize.linprog(
+        cost,
+        A_ub=sparse.vstack([rows.tocsr(), caps.tocsr()]),
+        b_ub=np.concatenate([limits, np.zeros(len(levels) * pairs)]),
+        bounds=(0, None),
+        method="highs",
+    )
+    return None if found.x is None else np.maximum(0.0, found.x[:first])
+
+
+def _certified(guesses: int, right: int, ratios: NDArray[np.float64], weights: NDArray[np.float64], eta: float) -> bool:
+    """Whether there are weights that keep all inequalities: the smallest, with the smallest e_j first, from the top."""
+    room = np.concatenate([[0.0], np.cumsum(weights)])
+    price = np.concatenate([[0.0], np.cumsum(weights * ratios)])
+    weight = 0.0
+    for count in range(guesses, 0, -1):
+        wrong = float(np.interp(weight, room, price))
+        weight = max(0.0, ((guesses - count) * wrong + (count >= right) - eta) / count)
+        if weight > room[-1]:
+            return False
+    return bool(guesses * float(np.interp(weight, room, price)) <= eta)
 
 
 def _log_binomial(guesses: int, counts: NDArray[np.int64], epsilon: float) -> NDArray[np.float64]:

@@ -132,11 +132,7 @@ def toss(subject: Subject, canaries: int, examples: int, generator: np.random.Ge
         if own.persons is not None:
             owners = np.concatenate([np.arange(count) // rows_of(train.unit), len(share) + own.persons])
             table = table.owned_by(owners, [str(owner) for owner in range(len(share) + own.units)])
-        present = coins(table.units)
-        # A site trains on something: the last unit, where all came up tails, has no say in the audit's outcome.
-        if not present.any():
-            present[-1] = True
-        tossed[name] = Tossed(table, present, np.arange(table.units) < len(share))
+        tossed[name] = Tossed(table, coins(table.units), np.arange(table.units) < len(share))
     return tossed
 
 

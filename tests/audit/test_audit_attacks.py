@@ -141,7 +141,7 @@ def test_tossed_examples_are_in_by_their_coins(subject):
     for name, item in tossed.items():
         own = len(item.table) - int(item.planted.sum())
         assert own == min(8, len(chosen.sites[name].data.train))
-        assert len(item.training()) == item.present.sum() >= 1
+        assert len(item.training()) == item.present.sum()
         assert np.array_equal(item.training().targets, item.table.targets[item.present])
 
 

@@ -140,3 +140,13 @@ def test_no_coin_of_an_attacked_run_shows_in_a_number(promised, monkeypatch, uni
     assert (shown.planted.sum(), planted) == (24, 24 * each)
     assert len(shown.by_gradient) == len(shown.by_loss) == sum(item.table.units for item in tossed.values())
     assert 2.9 < shown.family.epsilon(1.0, 1e-3) <= 3
+
+
+def test_a_site_with_nobody_in_is_attacked_like_any_other(promised):
+    """No coin is turned over for it: an audit that did would let one canary show in another's place."""
+    chosen = promised("person", "zero-out")
+    tossed = toss(chosen, 8, 2, np.random.default_rng(0))
+    tossed["synthetic-2"].present[:] = False
+    shown = attacked_run(chosen, tossed, 1)
+    assert np.isfinite(shown.by_gradient).all()
+    assert len(shown.present) == sum(item.table.units for item in tossed.values())
