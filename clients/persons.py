@@ -30,6 +30,7 @@ NOBODY = -1
 EXPECTED = "whose row it is, text or a whole number (give a row of nobody known an identifier of its own)"
 
 _PERSON = "{person}"
+_PEOPLE = re.compile(r"patient|person|subject|participant|customer|member|(^|_)(pid|mrn)($|_)", re.IGNORECASE)
 _WHOLE = re.compile(r"(-?[0-9]+)[.,]0+", re.ASCII)
 
 
@@ -78,6 +79,35 @@ class Persons:
         self._rows = before + np.bincount(persons, minlength=room)
         chosen: Flags = before[persons] + ranks(persons) < most
         return chosen
+
+
+class LikelyPersons:
+    """Looks at the columns that say which row is which, of a schema without `person:`: is one called as people are, and
+    has it fewer values than rows, then rows are protected, and those people are not."""
+
+    def __init__(self, columns: Sequence[str], missing: Sequence[str]) -> None:
+        self._seen = {name: Persons(missing) for name in columns if _PEOPLE.search(name)}
+        self._rows = dict.fromkeys(self._seen, 0)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that are looked at."""
+        return tuple(self._seen)
+
+    def add(self, block: TableRows) -> None:
+        """Take in a block."""
+        for name, seen in self._seen.items():
+            known = [seen.number(cell) != NOBODY for cell in block.columns.get(name, ())]
+            self._rows[name] += sum(known)
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the operator."""
+        return tuple(
+            f"column {shown(name)} has {len(seen.names)} values in {rows} rows: if it says whose a row is, "
+            f"person: {name} in the schema protects each of these people, and without it each row alone is protected"
+            for (name, seen), rows in zip(self._seen.items(), self._rows.values(), strict=True)
+            if len(seen.names) < rows
+        )
 
 
 def numbered(names: Sequence[str]) -> tuple[Indices, tuple[str, ...]]:

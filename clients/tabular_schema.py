@@ -70,7 +70,7 @@ from pydantic import Field
 from fedclaw.clients.columns import UNKNOWN, Column, Doubles, Flags, Numeric, codes, describe, one_of
 from fedclaw.clients.definitions import canonical_json, parse_chosen, parse_definition, shown, weights_of
 from fedclaw.clients.moments import Moments
-from fedclaw.clients.persons import USUAL_ROWS, Persons
+from fedclaw.clients.persons import USUAL_ROWS, LikelyPersons, Persons
 from fedclaw.clients.table_definition import ClassTarget, NumberColumn, TableDefinition, table_of
 from fedclaw.clients.table_reading import MissingCells, RowEncoder, Seen, Values
 from fedclaw.clients.tables import Content, Faults, TableRows, Wanted, read_blocks
@@ -386,7 +386,9 @@ class TabularSchema(Schema):
         target, faults, content, seen = self._target(), Faults(path), Content(), Seen(self._columns)
         inputs, targets = [], []
         person, persons, owners = self.definition.person, Persons(self.definition.missing), list[Indices]()
-        for block in self._blocks(path, faults, target_required=True, content=content):
+        likely = LikelyPersons(self.definition.identifiers or () if person is None else (), self.definition.missing)
+        for block in self._blocks(path, faults, target_required=True, content=content, identifiers=likely.columns):
+            likely.add(block)
             values = encoder.read(block, faults)
             seen.add(values)
             inputs.append(encode(block, values, faults))
@@ -395,6 +397,7 @@ class TabularSchema(Schema):
                 owners.append(persons.read(block, person, faults))
         faults.check()
         notes = seen.notes(in_own_units=self.definition.standardise == "schema")
+        notes = (*notes, *likely.notes())
         table = Table(np.concatenate(inputs), np.concatenate(targets), content.hexdigest(), notes)
         return table if person is None else table.owned_by(np.concatenate(owners), persons.names)
 

@@ -198,6 +198,26 @@ def test_the_operator_is_told_how_many_rows_persons_have(tmp_path: Path) -> None
     assert "4 rows of 2 persons, 2 in the median and at most 3" in schema_of().notes(table)
 
 
+def test_people_who_are_not_protected_are_pointed_out(tmp_path: Path) -> None:
+    """Only where the schema says that the column is no input, it is called as people are, and its values repeat."""
+
+    def told(column: str, persons: list[str], schema: str = COLUMNS) -> list[str]:
+        path = written(tmp_path, persons)
+        path.write_text(path.read_text().replace("patient", column))
+        table = schema_of(f"{schema}identifiers: [{column}]\n").read_examples(path)
+        return [note for note in table.notes if "protect" in note]
+
+    (note,) = told("patient_id", ["a", "b", "a", ""])
+    assert note.startswith(
+        "column 'patient_id' has 2 values in 3 rows: if it says whose a row is, person: patient_id in"
+    )
+    assert not told("patient_id", ["a", "b", "c", ""])
+    assert not told("ward", ["a", "b", "a"])
+    assert not told("rapid", ["a", "b", "a"])
+    assert told("PID", ["a", "a"])
+    assert not told("patient", ["a", "a"], BY_PERSON)
+
+
 def test_a_person_with_ten_thousand_rows_and_one_alone(tmp_path: Path) -> None:
     table = schema_of(COLUMNS.replace("120", "99999") + "person: patient\n").read_examples(
         written(tmp_path, ["a", *["b"] * 10_000])
