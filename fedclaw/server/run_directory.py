@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -148,7 +147,7 @@ class RunRecord(Terms):
             raise DataError(f"{origin}: it says {self.task}, and its schema is of {schema.task.name}")
         return schema if self.preprocessing is None else schema.with_constants(self.preprocessing, origin)
 
-    @cached_property
+    @property
     def unit(self) -> DataUnit:
         """What the run's schema protects."""
         return self.make_schema().unit
