@@ -166,8 +166,16 @@ class SiteReceipt(Frozen):
     receipt: Receipt
 
     def after(self, before: "SiteReceipt | None") -> "SiteReceipt":
-        """What is kept of a site that said `before` earlier in the same run: nothing in it gets better."""
-        return self if before is None else self.model_copy(update={"receipt": self.receipt.after(before.receipt)})
+        """What is kept of a site that said `before` earlier in the same run: nothing in it gets better.
+
+        A number that changes is none that was declared and stays, whatever the receipts call it.
+        """
+        if before is None:
+            return self
+        receipt = self.receipt.after(before.receipt)
+        if self.examples != before.examples:
+            receipt = receipt.model_copy(update={"relation": "zero-out"})
+        return self.model_copy(update={"receipt": receipt})
 
 
 _RECEIPTS = TypeAdapter(dict[str, SiteReceipt])

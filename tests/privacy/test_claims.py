@@ -10,6 +10,7 @@ from fedclaw.errors import PrivacyError
 from fedclaw.privacy.claims import Claim, claim_in, claim_of, every_claim, weakest
 from fedclaw.protocol.receipt import Receipt, Trust
 from fedclaw.protocol.statistics import StatisticsReceipt
+from fedclaw.server.run_directory import SiteReceipt
 from tests.samples import receipt
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "privacy.md"
@@ -93,3 +94,13 @@ def test_within_a_run_a_relation_never_gets_better():
     before, now = receipt(relation="zero-out"), receipt(relation="add-or-remove")
     assert now.after(before).relation == before.after(now).relation == "zero-out"
     assert now.after(now).relation == "add-or-remove"
+
+
+def test_a_number_that_changes_within_a_run_was_not_declared():
+    """What a server can see of a site that calls a counted number a declared one."""
+    told = receipt(relation="add-or-remove")
+    before, same, other = (SiteReceipt(examples=number, receipt=told) for number in (120, 120, 121))
+    assert same.after(before).receipt.relation == "add-or-remove"
+    changed = other.after(before)
+    assert changed.receipt.relation == "zero-out"
+    assert SiteReceipt(examples=121, receipt=told).after(changed).receipt.relation == "zero-out", "for the whole run"
