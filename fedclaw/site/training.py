@@ -196,12 +196,17 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
             raise Refusal(RefusalCode.MODEL, str(error)) from error
 
     def _batches(self) -> Iterator[torch.Tensor]:
-        """The rows of each step: all that each unit in it has."""
-        train = self.site.data.train
-        chosen = self._mechanism.batches(self.site.examples, train.units, self._charge.mechanism, self.site.source)
-        if train.persons is None:
+        """The rows of each step."""
+        site = self.site
+        chosen = self._mechanism.batches(site.examples, site.data.train.units, self._charge.mechanism, site.source)
+        return self._rows_of(chosen)
+
+    def _rows_of(self, chosen: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Of batches of units, all rows that each unit has."""
+        owners = self.site.data.train.persons
+        if owners is None:
             return chosen
-        persons = Units.of(train.persons)
+        persons = Units.of(owners)
         return (persons.batch_of(np.sort(batch.numpy())).rows for batch in chosen)
 
     def _model_steps(self, taker: StepTaker, model: torch.nn.Module) -> ModelSteps:
@@ -242,8 +247,9 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
             trained = _copied(self._model, plan.personal)
             return delta.then(lambda _: trained)
         own = site.model(plan.model, {**self._start, **half.before.get(PERSONAL, {})}, role="personal")
+        chosen = shuffled_batches(site.data.train.units, plan.training.batch_size, self._count, site.source)
         take_steps(
-            shuffled_batches(len(site.data.train), plan.training.batch_size, self._count, site.source),
+            self._rows_of(chosen),
             self._model_steps(PlainGradients(own, self._loss), own),
             half.personal_correction(own, self._start, self._count),
         )

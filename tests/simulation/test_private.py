@@ -15,7 +15,7 @@ from fedclaw.learning.stacked.private import ClientSampling, PrivateStep
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.privacy.steps import PrivateGradients
-from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest
+from fedclaw.protocol.terms import CentralNoise, LocalTraining, PrivacyRequest, StrategyRecord
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.simulation import SimulatedFederation, SimulationSettings
 from fedclaw.transport.in_process import simulate
@@ -142,12 +142,12 @@ def test_clipped_updates_of_whole_clients(run, tmp_path):
     assert largest_difference(run("mlp", SimulationSettings(mode="many"), **changes), theirs) < 1e-5
 
 
-def with_persons(federation, most=6):
-    """The same clients, whose rows belong to persons of 1 to `most` rows each, not one after another."""
+def with_persons(federation, fewest=1, most=6):
+    """The same clients, whose rows belong to persons of about so many rows each, not one after another."""
     random, owners = np.random.default_rng(3), np.empty(len(federation.table), np.int64)
     for client in range(len(federation)):
         rows = federation.share(client)
-        owners[rows] = 1000 * client + random.permutation(np.arange(len(rows)) // random.integers(1, most + 1))
+        owners[rows] = 1000 * client + random.permutation(np.arange(len(rows)) // random.integers(fewest, most + 1))
     names = [str(number) for number in range(1000 * len(federation))]
     table, shares = federation.table.owned_by(owners, names), [federation.share(k) for k in range(len(federation))]
     schema = {**json.loads(federation.workload.schema.to_json()), "person": "who", "rows_per_person": 2}
@@ -220,6 +220,21 @@ def test_clients_of_persons_are_what_sites_of_persons_are(run, tmp_path, central
         for name, item in theirs.receipts.items():
             assert ours.receipts[name].examples == item.examples
             assert ours.receipts[name].receipt.unit == item.receipt.unit == "person"
+
+
+def test_a_model_of_a_client_s_own_is_trained_on_whole_persons_too(run, tmp_path):
+    """All persons of a client go into one batch, and not all of its rows would."""
+    federation = with_persons(make_federation("mlp", sizes=(40, 24, 30)), fewest=2)
+    changes = {
+        "strategy": StrategyRecord(name="ditto"),
+        "training": LocalTraining(epochs=2, batch_size=20, learning_rate=0.5),
+        "rounds": 2,
+    }
+    assert max(federation.examples(client) for client in range(3)) <= 20
+    record = make_record(federation, "mlp", **changes)
+    theirs = simulate(RunDirectory.create(tmp_path / "s", record), dict(real_sites(federation, record)))
+    ours = run("mlp", federation=federation, **changes)
+    assert ours.metrics["loss"] == pytest.approx(theirs.metrics["loss"], rel=1e-5)
 
 
 def test_a_test_counts_each_person_alike(run, tmp_path):
