@@ -167,9 +167,11 @@ class Silent(GaussianSource):
     def __init__(self) -> None:
         super().__init__()
         self.deviations: list[float] = []
+        self.before: list[np.ndarray] = []
 
     def perturb_(self, values: torch.Tensor, std: float) -> torch.Tensor:
         self.deviations.append(std)
+        self.before.append(values.numpy().astype(np.float64).ravel().copy())
         return values
 
     def bernoulli(self, count: int, q: float) -> np.ndarray:
@@ -283,6 +285,39 @@ def test_metrics_with_noise_cover_all_that_a_person_adds(tmp_path: Path) -> None
         assert reply.content.metric_records["metrics"]["examples"] == PEOPLE * most
         (deviations[most],) = source.deviations
     assert deviations[4] == pytest.approx(4 * deviations[1])
+
+
+@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 500])
+def test_a_person_there_or_not_moves_an_answer_by_what_its_noise_is_made_for(
+    tmp_path: Path, most: int, rows: int
+) -> None:
+    """Statistics and scores with a person and without; metrics with a person, and with another in their place."""
+    others = rows_of(range(PEOPLE), np.random.default_rng(3))
+    loud = [("p", 10.0, -1e3, "yes")] * rows
+    schema = {**SCHEMA, "rows_per_person": most}
+    scores = ScoreQuestion(model=MODEL, bins=5)
+    seen = []
+    for number, own in enumerate(([*others[:9], *loud, *others[9:]], others)):
+        folder = tmp_path / str(number)
+        test = [
+            (f"t{person}", x, z, label) for person, x, z, label in own + [("q", -10.0, 0.0, "no")] * (1 - len(seen))
+        ]
+        root = make_site(folder, train=own, test=test, schema=schema, epsilon=None, **NOISED)
+        asker = Asker(root, durable=False)
+        asker.site.source = source = Silent()
+        asker.statistics()
+        asker.statistics(columns=(), labels=False, scores=scores, run="scores")
+        asker.train("evaluate")
+        seen.append(source)
+    multipliers = [calibrate(1.0, 1e-3, 1.0, 1)] * 3
+    reach = [min(rows, most)] * 2 + [most]
+    for one, other, deviation, multiplier, times, of in zip(
+        seen[0].before, seen[1].before, seen[0].deviations, multipliers, reach, (1, 1, 2), strict=True
+    ):
+        moved = float(np.linalg.norm(one - other))
+        assert 0 < moved <= of * deviation / multiplier * (1 + 1e-9)
+        assert deviation / multiplier >= times * (1 - 1e-9)
 
 
 def test_too_few_persons_share_no_metrics_however_many_rows_they_have(tmp_path: Path) -> None:
