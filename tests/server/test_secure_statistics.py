@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 
 from fedclaw.errors import RoundError, UsageError
 from fedclaw.learning.statistics import design_of
@@ -147,3 +148,32 @@ def test_more_noise_than_32_bits_hold_is_a_wrong_setting(made, sites):
     """At such an epsilon the sum would leave its range now and then, and come back as another number."""
     with pytest.raises(UsageError, match="so much noise"):
         released(sites, secure=SECURE.model_copy(update={"largest_weight": 2.0}), epsilon=2e-4, delta=1e-9)
+
+
+def of_persons(root):
+    """Site directories in which two rows, one after the other, are of one person, and both are used."""
+    made = make_sites(root, epsilon=None)
+    for directory in made.directories:
+        for name in ("train", "test"):
+            path = directory / f"{name}.csv"
+            header, *rows = path.read_text().splitlines()
+            persons = [f"{name}-{number // 2},{row}" for number, row in enumerate(rows)]
+            path.write_text("\n".join([f"patient,{header}", *persons, ""]))
+        schema = yaml.safe_load((directory / "schema.yaml").read_text())
+        (directory / "schema.yaml").write_text(yaml.safe_dump({**schema, "person": "patient", "rows_per_person": 2}))
+    return made, open_sites(made.directories, "clinic")
+
+
+def test_a_sum_over_persons_has_noise_for_all_rows_of_one(tmp_path):
+    """Room for twice as many rows as there are persons, and a deviation for two of them."""
+    made, sites = of_persons(tmp_path)
+    release, _ = released(sites, epsilon=2.0)
+    assert (release.rows_per_person, release.mechanism.sensitivity) == (2, 2.0)
+    assert {receipt.unit for receipt in release.sites.values()} == {"person"}
+    assert "person" in release.unit
+    told = release.statistics
+    assert told.count.value == pytest.approx(800, abs=6 * told.count.error)
+    assert told.columns["dose"].mean.value == pytest.approx(made.dose.mean(), abs=6 * told.columns["dose"].mean.error)
+    multiplier = min(receipt.noise_multiplier for receipt in release.sites.values())
+    # Shares of the sites make up the noise; each by itself has less than what its receipt counts on.
+    assert release.mechanism.deviation >= 2 * multiplier
