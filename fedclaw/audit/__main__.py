@@ -11,6 +11,7 @@ on the data of the site directories in sites=, or on made-up data; nothing is se
   synthetic=[N,...]  without sites=: examples of each made-up site (400, 100, 60 and 40)
   canaries=N         planted examples, or persons, of the one-run audit (200)
   examples=N         most of each site's own in the attacked run (300)
+  rows_together=N    attack a guarantee for rows by persons with so many rows, whom it does not cover (1: by rows)
   attacked_rounds=N  most rounds of the attacked run (5; null: all)
   trials=N           most releases of each mechanism that is probed (1000)
   confidence=0.95    with which all bounds hold together

@@ -15,6 +15,9 @@ class AuditOptions(Frozen):
     """Canaries of the one-run audit, over all sites."""
     examples: int = Field(default=300, ge=1)
     """At most so many of each site's own examples are used in the attacked run, each included by the toss of a coin."""
+    rows_together: int = Field(default=1, ge=1)
+    """Rows of a canary, all alike, which are in or out together. Above 1, where the unit is an example: what is left
+    for a person with so many rows, whom the claim does not cover; then only the whole run is attacked."""
     attacked_rounds: int | None = Field(default=5, ge=1)
     """Rounds of the attacked run, at most; null: as many as the configuration has."""
     trials: int = Field(default=1000, ge=20)

@@ -12,6 +12,7 @@ from fedclaw.audit.mechanism import enough_trials, examine, run_trials
 from fedclaw.audit.probe import probes
 from fedclaw.audit.subject import Subject
 from fedclaw.audit.training_run import AuditedClaim, attacked_run, membership, one_run, toss
+from fedclaw.errors import UsageError
 from fedclaw.privacy.claims import Claim
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.privacy.mechanisms.mechanism import Mechanism
@@ -44,9 +45,13 @@ def audit_run(
 def _audit(subject: Subject, chosen: AuditOptions) -> AuditReport:
     began = time.monotonic()
     generator = np.random.default_rng(secrets.randbits(128))
-    findings = probe_mechanisms(subject, chosen, generator)
     mechanism = mechanism_of(subject.record())
     claim, asked = claim_of(mechanism, subject.unit), mechanism.guarantee(trust_server_noise=True)
+    findings: list[Finding] = []
+    if chosen.rows_together == 1:
+        findings = probe_mechanisms(subject, chosen, generator)
+    else:
+        claim = _beyond(claim, subject, chosen.rows_together)
     notes = _notes(subject, chosen, claim is not None)
     if claim is not None:
         findings += attack_run(subject, claim, chosen, generator)
@@ -72,6 +77,15 @@ def claim_of(mechanism: Mechanism, unit: DataUnit = "example") -> AuditedClaim |
     return AuditedClaim(f"the run, {noise}, unit one {unit}", asked.epsilon, asked.delta)
 
 
+def _beyond(claim: AuditedClaim | None, subject: Subject, rows: int) -> AuditedClaim:
+    """What a run whose unit is an example claims for a person of so many rows: nothing. Raises UsageError."""
+    if claim is None or claim.epsilon is None or subject.unit != "example":
+        raise UsageError(
+            f"rows_together={rows}: it attacks a guarantee for rows, and there is none here; leave it out (1)"
+        )
+    return AuditedClaim(f"{claim.label}, by persons of {rows} rows", None, claim.delta)
+
+
 def probe_mechanisms(subject: Subject, options: AuditOptions, generator: np.random.Generator) -> list[Finding]:
     """What each mechanism of the configuration lets through by itself. Raises PrivacyError."""
     findings: list[Finding] = []
@@ -88,7 +102,7 @@ def attack_run(
 ) -> list[Finding]:
     """What a whole run of the configuration tells about single units of the sites' data. Raises PrivacyError."""
     rounds = min(subject.settings.rounds, options.attacked_rounds or subject.settings.rounds)
-    tossed = toss(subject, options.canaries, options.examples, generator)
+    tossed = toss(subject, options.canaries, options.examples, generator, options.rows_together)
     log.info("attacking a run of %d rounds with %d canaries", rounds, options.canaries)
     set_threads(0)
     shown = attacked_run(subject, tossed, rounds)
@@ -98,6 +112,8 @@ def attack_run(
         one_run(claim, family, shown.by_gradient[planted], present, "gradients", _WEIGHT),
         one_run(claim, family, shown.by_loss[planted], present, "loss"),
     ]
+    if options.rows_together > 1:
+        return found
     for scores, how in ((shown.by_loss, "loss"), (shown.by_gradient, "gradients")):
         attack = membership(claim, scores[own], shown.present[own], generator, how)
         found += [attack] if attack is not None else []
@@ -105,7 +121,13 @@ def attack_run(
 
 
 def _notes(subject: Subject, options: AuditOptions, attacked: bool) -> tuple[str, ...]:
-    settings, notes = subject.settings, list(_attacked(subject))
+    settings = subject.settings
+    notes = list(_attacked(subject)) if options.rows_together == 1 else []
+    if options.rows_together > 1:
+        notes.append(
+            f"The canaries are persons with {options.rows_together} rows each, all alike. The guarantee is for one row "
+            "and does not cover them: a bound above its epsilon is no fault, and says what it is worth to them."
+        )
     if not attacked:
         notes.append(
             "The unit is a site, of which there are few: whole runs were not attacked, the mechanism was probed with a "

@@ -62,6 +62,14 @@ class Tossed:
     table: Table
     present: NDArray[np.bool_]
     planted: NDArray[np.bool_]
+    hidden: bool = False
+    """Whether a guarantee for rows is attacked by units of several: the site does not know whose its rows are, which
+    are alike."""
+
+    @property
+    def stated(self) -> int:
+        """The number that the site states, of rows or persons, which no coin moves."""
+        return len(self.table) if self.hidden else self.table.units
 
     @property
     def owners(self) -> NDArray[np.int64]:
@@ -70,7 +78,8 @@ class Tossed:
 
     def training(self) -> Table:
         """What the site trains on."""
-        return self.table.take(self.present[self.owners])
+        chosen = self.table.take(self.present[self.owners])
+        return Table(chosen.inputs, chosen.targets) if self.hidden else chosen
 
 
 @dataclass(frozen=True)
@@ -117,22 +126,32 @@ def _delta(reply: Message, parameters: Arrays) -> NDArray[np.float64] | None:
     return flat(unpack(reply.content.array_records[SUM]), parameters) / weight
 
 
-def toss(subject: Subject, canaries: int, examples: int, generator: np.random.Generator) -> dict[str, Tossed]:
-    """`canaries` dealt out to the sites, and up to `examples` units of each site's own, each in or out by a coin."""
+def toss(
+    subject: Subject, canaries: int, examples: int, generator: np.random.Generator, rows_together: int = 1
+) -> dict[str, Tossed]:
+    """`canaries` dealt out to the sites, and up to `examples` units of each site's own, each in or out by a coin.
+
+    Above 1, a canary has `rows_together` rows, all alike, at sites where the unit is an example.
+    """
     tossed = {}
     shares = np.array_split(np.arange(canaries), len(subject.sites))
     for share, (name, site) in zip(shares, subject.sites.items(), strict=True):
         train = site.data.train
         own = train.take(_rows_of_units(train, generator.permutation(train.units)[:examples]))
-        count = len(share) * rows_of(train.unit)
+        hidden = rows_together > 1
+        each = rows_together if hidden else rows_of(train.unit)
+        count = len(share) * each
+        made = len(share) if hidden else count
+        copies = np.repeat(np.arange(made), count // max(1, made))
         table = Table(
-            np.concatenate([site.workload.schema.synthetic_inputs(count, generator), own.inputs]),
-            np.concatenate([site.workload.task.random_targets(count, generator), own.targets]),
+            np.concatenate([site.workload.schema.synthetic_inputs(made, generator)[copies], own.inputs]),
+            np.concatenate([site.workload.task.random_targets(made, generator)[copies], own.targets]),
         )
-        if own.persons is not None:
-            owners = np.concatenate([np.arange(count) // rows_of(train.unit), len(share) + own.persons])
+        if own.persons is not None or hidden:
+            owned = np.arange(len(own)) if own.persons is None else own.persons
+            owners = np.concatenate([np.arange(count) // each, len(share) + owned])
             table = table.owned_by(owners, [str(owner) for owner in range(len(share) + own.units)])
-        tossed[name] = Tossed(table, coins(table.units), np.arange(table.units) < len(share))
+        tossed[name] = Tossed(table, coins(table.units), np.arange(table.units) < len(share), hidden)
     return tossed
 
 
@@ -164,8 +183,7 @@ def attacked_run(subject: Subject, tossed: Mapping[str, Tossed], rounds: int) ->
         return observe
 
     taps = {
-        name: Tap(subject.dressed(name, item.training(), item.table.units), listening(name))
-        for name, item in tossed.items()
+        name: Tap(subject.dressed(name, item.training(), item.stated), listening(name)) for name, item in tossed.items()
     }
     with tempfile.TemporaryDirectory() as root:
         final = simulate(RunDirectory.create(Path(root) / record.run, record), taps).parameters
@@ -174,7 +192,8 @@ def attacked_run(subject: Subject, tossed: Mapping[str, Tossed], rounds: int) ->
         moved = flat(after, before) - flat(before, before)
         by_gradient += adversary.contributions(before, moved, everybody)
     gained = adversary.losses(initial_parameters(record), everybody) - adversary.losses(final, everybody)
-    family = _accounted(record, [item.table.units for item in tossed.values()])
+    # What becomes of several rows is no mechanism of the kind that is accounted for one.
+    family = None if everybody.hidden else _accounted(record, [item.stated for item in tossed.values()])
     return Shown(family, everybody.present, everybody.planted, gained, by_gradient)
 
 
@@ -192,6 +211,7 @@ def _together(tossed: Sequence[Tossed]) -> Tossed:
         table,
         np.concatenate([item.present for item in tossed]),
         np.concatenate([item.planted for item in tossed]),
+        tossed[0].hidden,
     )
 
 
@@ -235,11 +255,15 @@ class _Adversary:
         gradients = np.empty((tossed.table.units, len(self._coordinates)))
         order, counts = np.argsort(tossed.owners, kind="stable"), np.bincount(tossed.owners)
         for unit, rows in enumerate(np.split(order, np.cumsum(counts)[:-1])):
-            table = tossed.table
-            pull = len(rows) * gradient(self._workload, self._model, table.inputs[rows], table.targets[rows])
-            norm = float(np.linalg.norm(pull))
-            gradients[unit] = -pull[self._coordinates] * min(1.0, self._clip / norm if norm else 1.0)
+            alike = len(rows) if tossed.hidden else 1
+            gradients[unit] = alike * self._pull(tossed.table, rows[:1] if tossed.hidden else rows)
         return contributions(gradients, moved[self._coordinates])
+
+    def _pull(self, table: Table, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Where the sum of these rows' losses pulls the chosen coordinates, clipped as a whole."""
+        pull = len(rows) * gradient(self._workload, self._model, table.inputs[rows], table.targets[rows])
+        norm = float(np.linalg.norm(pull))
+        return np.asarray(-pull[self._coordinates] * min(1.0, self._clip / norm if norm else 1.0))
 
 
 def contributions(gradients: NDArray[np.float64], moved: NDArray[np.float64]) -> NDArray[np.float64]:

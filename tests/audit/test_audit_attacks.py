@@ -7,7 +7,7 @@ from fedclaw.audit.findings import AuditOptions, Finding, conclude
 from fedclaw.audit.mechanism import Trials, most_alike
 from fedclaw.audit.one_run import NoiseFamily, family_bound, one_run_bound
 from fedclaw.audit.probe import sensitivity
-from fedclaw.audit.run import attack_run, claim_of
+from fedclaw.audit.run import attack_run, audit_run, claim_of
 from fedclaw.audit.subject import LOUD, Subject, coins, gradient, make_canary, synthetic_sites
 from fedclaw.audit.training_run import AuditedClaim, auc, contributions, membership, one_run, toss
 from fedclaw.errors import PrivacyError, UsageError
@@ -143,6 +143,41 @@ def test_tossed_examples_are_in_by_their_coins(subject):
         assert own == min(8, len(chosen.sites[name].data.train))
         assert len(item.training()) == item.present.sum()
         assert np.array_equal(item.training().targets, item.table.targets[item.present])
+
+
+def test_a_guarantee_for_rows_is_attacked_by_persons_whose_rows_come_and_go_together(subject):
+    """The site is told of rows alone, in a number that no coin moves."""
+    tossed = toss(subject(), 30, 8, np.random.default_rng(0), 5)
+    assert sum(int(item.planted.sum()) for item in tossed.values()) == 30
+    for item in tossed.values():
+        assert np.bincount(item.owners).tolist() == [5 if planted else 1 for planted in item.planted]
+        for person in np.flatnonzero(item.planted):
+            rows = item.owners == person
+            assert (item.table.inputs[rows] == item.table.inputs[rows][0]).all()
+            assert len(set(item.table.targets[rows])) == 1
+        trained = item.training()
+        assert trained.persons is None
+        assert len(trained) == item.present[item.owners].sum()
+        assert item.stated == len(item.table)
+
+
+def test_what_persons_find_of_a_guarantee_for_rows_refutes_no_claim(configured):
+    settings = configured("central-example")
+    options = AuditOptions(canaries=16, examples=10, rows_together=4)
+    report = audit_run(settings, synthetic_sites(settings, SIZES), options)
+    assert [check.name for check in report.checks] == ["one run, gradients", "one run, loss"]
+    assert {check.epsilon_claimed for check in report.checks} == {None}
+    assert all("by persons of 4 rows" in check.subject for check in report.checks)
+    assert not report.flagged
+    assert "does not cover them" in report.notes[0]
+    assert not any("is protected" in note for note in report.notes), "said of rows, and read as of persons"
+
+
+@pytest.mark.parametrize("mode", [{"privacy": None}, {"mode": "central-site"}])
+def test_persons_attack_guarantees_for_rows_alone(configured, mode):
+    settings = configured(**mode)
+    with pytest.raises(UsageError, match="rows_together=5: it attacks a guarantee for rows, and there is none here"):
+        audit_run(settings, synthetic_sites(settings, SIZES), AuditOptions(rows_together=5))
 
 
 @pytest.mark.parametrize(
