@@ -3,6 +3,8 @@
     python -m experiments.privacy_table                    run what is not done yet, then write the page and the plot
     python -m experiments.privacy_table page               write them again from table.json
     python -m experiments.privacy_table search             try the settings in tasks.*.search on the seed kept for that
+    python -m experiments.privacy_table persons            the same data by row and by person: privacy_table_persons.md
+    python -m experiments.privacy_table persons page       (or: persons search) as above
     python -m experiments.privacy_table seeds=2 audit=null output=try runs=try/runs
 
 It runs the server's loop and the sites' code in this process's workers, can be interrupted, and goes on where it was: a
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from experiments.pace import Pace
-from experiments.privacy_table.settings import TableSettings, rows
+from experiments.privacy_table.settings import TableSettings, audits, rows
 from experiments.workers import in_workers
 from fedclaw import startup
 from fedclaw.cli import compose_settings, make_console, run_main, split
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from experiments.privacy_table.results import Results
 
 
+NAME, PERSONS = "privacy_table", "persons"
 _LIBRARIES = "torch, Opacus and Flower"
 _USUAL_SECONDS, _USUAL_AUDIT_SECONDS = 30.0, 55.0
 """Of one run and one audit: the 89 minutes of docs/privacy_table.md for 130 runs and 26 audits, shared out."""
@@ -40,21 +43,23 @@ _USUAL_SECONDS, _USUAL_AUDIT_SECONDS = 30.0, 55.0
 def main(arguments: Sequence[str]) -> None:
     """Do what the command line says."""
     line = split(arguments)
-    settings = compose_settings("privacy_table", line.overrides, TableSettings)
+    of_persons = line.words[:1] == (PERSONS,)
+    words, name = (line.words[1:], f"{NAME}_{PERSONS}") if of_persons else (line.words, NAME)
+    settings = compose_settings(name, line.overrides, TableSettings)
     console = make_console()
-    if line.words in ((), ("run",)):
+    if words in ((), ("run",)):
         run(settings, console)
-    elif line.words == ("page",):
+    elif words == ("page",):
         from experiments.privacy_table.results import Results
 
         write_page(Results.read(settings.runs / "table.json"), settings, console)
-    elif line.words == ("search",):
+    elif words == ("search",):
         with startup.loading(_LIBRARIES):
             from experiments.privacy_table.cells import run_cell
             from experiments.privacy_table.search import search
         search(settings, lambda cells: in_workers(run_cell, cells, settings.workers), console)
     else:
-        raise UsageError(f"unknown command {' '.join(line.words)!r}; there are: run, page, search")
+        raise UsageError(f"unknown command {' '.join(line.words)!r}; there are: run, page, search, persons")
 
 
 def run(settings: TableSettings, console: Console) -> "Results":
@@ -81,13 +86,14 @@ def run(settings: TableSettings, console: Console) -> "Results":
 
 
 def write_page(results: "Results", settings: TableSettings, console: Console) -> None:
-    """Write privacy_table.md and privacy_table.png."""
-    from experiments.privacy_table import page, plot
+    """Write the Markdown page and its plot, under the name of the configuration."""
+    from experiments.privacy_table import page, persons_page, plot
 
-    image = settings.output / "privacy_table.png"
+    name, render = (f"{NAME}_{PERSONS}", persons_page.render) if results.compares_units else (NAME, page.render)
+    image = settings.output / f"{name}.png"
     plot.draw(results, image)
-    document = settings.output / "privacy_table.md"
-    write_atomic(document, page.render(results, image.name).encode())
+    document = settings.output / f"{name}.md"
+    write_atomic(document, render(results, image.name).encode())
     console.print(f"table: {document}\nplot:  {image}", soft_wrap=True)
 
 
@@ -95,20 +101,19 @@ def _audit(settings: TableSettings, store: "Store", console: Console) -> None:
     """Audit the first seed of each row."""
     from experiments.privacy_table.cells import audit_cell
 
-    if (options := settings.audit) is None:
-        return
-    first = [row[0] for row in rows(settings)]
-    left = [cell for cell in first if store.audit(cell, options) is None]
-    known = [result.seconds for cell in first if (result := store.audit(cell, options)) is not None]
-    pace = Pace(console, len(first), len(left), settings.workers, known, _USUAL_AUDIT_SECONDS)
+    all_of_them = list(audits(settings))
+    left = [attack for attack in all_of_them if store.audit(*attack) is None]
+    known = [result.seconds for attack in all_of_them if (result := store.audit(*attack)) is not None]
+    pace = Pace(console, len(all_of_them), len(left), settings.workers, known, _USUAL_AUDIT_SECONDS)
     if left:
         console.print("audits:")
         pace.announce()
-    for at, result in in_workers(audit_cell, left, settings.workers, options):
-        cell = left[at]
+    for at, result in in_workers(audit_cell, left, settings.workers):
+        cell, options = left[at]
         store.write(cell, result, options)
         found = f"FLAGGED: {'; '.join(result.flagged)}" if result.flagged else "nothing exceeds the claim"
-        pace.step(f"audit {cell.label}: epsilon >= {result.epsilon_lower:.3f}, {found}, {result.seconds:.1f} s")
+        by = f" by persons of {options.rows_together} rows" if options.rows_together > 1 else ""
+        pace.step(f"audit {cell.label}{by}: epsilon >= {result.epsilon_lower:.3f}, {found}, {result.seconds:.1f} s")
 
 
 if __name__ == "__main__":

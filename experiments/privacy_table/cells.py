@@ -35,6 +35,8 @@ class CellResult(Frozen):
     """On the test examples of all sites together, each counting once."""
     test_examples: int
     train_examples: int
+    train_units: int | None = None
+    """Of what the guarantee protects, over all sites; None: in results of before there were persons, the examples."""
     epsilon: float | None
     """The largest that a site's ledger holds for the run; of the noise on the sum where the unit is a site. None:
     unbounded."""
@@ -91,13 +93,15 @@ def run_cell(cell: Cell) -> CellResult:
         accuracy=accuracy,
         test_examples=tested,
         train_examples=sum(len(site.data.train) for site in sites.values()),
+        train_units=sum(site.data.train.units for site in sites.values()),
         epsilon=_spent(record, outcome),
         seconds=round(time.monotonic() - began, 2),
     )
 
 
-def audit_cell(cell: Cell, options: AuditOptions) -> AuditResult:
-    """Attack the cell's configuration at its own sites. Raises FedClawError."""
+def audit_cell(attack: tuple[Cell, AuditOptions]) -> AuditResult:
+    """Attack the cell's configuration at its own sites, in that way. Raises FedClawError."""
+    cell, options = attack
     _quiet()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -125,7 +129,7 @@ def _open(cell: Cell, root: Path) -> tuple[dict[str, SiteService], RunSettings]:
 def _spent(record: RunRecord, outcome: Outcome) -> float | None:
     central = record.central
     if central is not None and central.unit == "site":
-        # Receipts are about examples.
+        # Receipts are about examples, or persons.
         return epsilon_of_sum(central, record.rounds)
     return largest(item.receipt.epsilon_run for item in outcome.receipts.values())
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from experiments.datasets import site_names
 from experiments.privacy_table.results import Results, Row
 from experiments.privacy_table.settings import Placement, PlacementSettings, TaskSettings
-from fedclaw.protocol.terms import RoundRules
+from fedclaw.protocol.terms import DataUnit, RoundRules
 from fedclaw.server.exchange import Seats
 
-_NOISE: dict[Placement, str] = {
+NOISE: dict[Placement, str] = {
     "none": "none",
     "local": "each site's own",
     "central": "the server's, on the sum",
@@ -41,11 +41,14 @@ audits, each with one thread and beside other work on the same machine, add up t
 ![accuracy against epsilon]({image})
 """
 
-_COLUMNS = """- **Trusts**: who has to be honest for the guarantee to hold towards everybody else.
+_TRUSTS = """- **Trusts**: who has to be honest for the guarantee to hold towards everybody else.
+"""
+
+_COLUMNS = """\
 - **Accountant**: the largest epsilon in any site's ledger after any of the runs, from the receipts: what the guarantee
   really is (for whole sites: that of the noise on the sum). It stays a little below what was asked for, as noise is
   calibrated from the safe side.
-- **Audit**: a lower bound on epsilon, from attacks on the row's configuration (`python -m fedclaw.audit`),
+- **Audit**: a lower bound on epsilon, from attacks on the line's configuration (`python -m fedclaw.audit`),
   {audit}
   A bound above the accountant's epsilon would prove a fault. One below proves nothing: it says how much of the
   guarantee these attacks could use up, and a small number means that they saw little, not that epsilon is that small.
@@ -73,7 +76,14 @@ The price in percentage points of accuracy, against the server's noise at the sa
 Each is the mean over {seeds} and its standard error, worked out seed by seed, since all rows share the deals and the
 initial models. What is not well above its standard error is not told apart from chance.
 
-{site}**Limits.** The settings of each placement were chosen once for each data set: by a small grid
+{site}\
+**Persons with several rows.** All of the above is for single examples. Somebody with several rows is protected
+less: for k rows epsilon is up to k times as large. Where a schema says whose a row is (`person:`), the unit is the
+person: persons are sampled, and the gradients of all rows of one are summed and clipped together. It costs accuracy,
+since the same noise hides one of fewer units, and a person with twenty rows may move the model no further than one
+with a single row. How much, [rows or persons](privacy_table_persons.md) measures on one of these data sets.
+
+**Limits.** The settings of each placement were chosen once for each data set: by a small grid
 (`python -m experiments.privacy_table search`, the grids are in the configuration), at epsilon {searched:g}, on a deal
 with seed 0, which is not among the seeds of the table, and by the accuracy on the examples that deal held back. The
 seeds deal out the same public data sets anew, so some of those examples are test examples of another seed: all
@@ -98,8 +108,8 @@ def render(results: Results, image: str) -> str:
     parts = [_introduction(results, image)]
     for name, task in tasks.items():
         parts.append(_task(results, name, task))
-    parts += [_columns(results), _reading(results)]
-    parts += [_settings(name, task) for name, task in tasks.items()]
+    parts += [_TRUSTS + columns(results), _reading(results)]
+    parts += [settings_table(title(name), task) for name, task in tasks.items()]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -107,7 +117,7 @@ def _introduction(results: Results, image: str) -> str:
     settings = results.settings
     return _INTRODUCTION.format(
         epsilons=_listed([f"{epsilon:g}" for epsilon in settings.epsilons]),
-        seeds=_seeds(results),
+        seeds=seeds(results),
         delta=settings.delta,
         minutes=results.seconds / 60,
         image=image,
@@ -118,7 +128,7 @@ def _task(results: Results, name: str, task: TaskSettings) -> str:
     mine = [row for row in results.rows if row.task == name]
     first = mine[0].cells[0]
     lines = [
-        f"## {_title(name)}",
+        f"## {title(name)}",
         "",
         f"About {first.train_examples} training and {first.test_examples} test examples over "
         f"{task.dataset.sites} sites; model `{task.workload.model.name}`.",
@@ -130,11 +140,15 @@ def _task(results: Results, name: str, task: TaskSettings) -> str:
 
 
 def _row(row: Row) -> str:
+    return f"| {' | '.join((NOISE[row.placement], _TRUSTED[row.placement], *figures(row)))} |"
+
+
+def figures(row: Row) -> tuple[str, str, str, str]:
+    """What was asked for, the accuracy, the accountant's epsilon and the audit's."""
     asked = "none" if row.epsilon is None else f"{row.epsilon:g}"
     accounted = "unbounded" if row.accounted is None else f"{row.accounted:.3f}"
     accuracy = f"{100 * row.mean:.1f} ± {100 * row.deviation:.1f} %"
-    cells = (_NOISE[row.placement], _TRUSTED[row.placement], asked, accuracy, accounted, _audit(row))
-    return f"| {' | '.join(cells)} |"
+    return asked, accuracy, accounted, _audit(row)
 
 
 def _audit(row: Row) -> str:
@@ -143,7 +157,8 @@ def _audit(row: Row) -> str:
     return f"≥ {row.audit.epsilon_lower:.2f}" + (" **refuted**" if row.audit.flagged else "")
 
 
-def _columns(results: Results) -> str:
+def columns(results: Results) -> str:
+    """What the columns of the tables mean."""
     options = results.settings.audit
     if options is None:
         return _COLUMNS.format(audit="which were not run.")
@@ -170,7 +185,7 @@ def _reading(results: Results) -> str:
         excess=(sites / honest) ** 0.5,
         local=sites**0.5,
         prices=_prices(results),
-        seeds=_seeds(results),
+        seeds=seeds(results),
         site=_SITE.format(sites=sites, share=1 / sites) if shown else "",
         searched=settings.search_epsilon,
     )
@@ -184,12 +199,12 @@ def _prices(results: Results) -> str:
             if central is None:
                 continue
             others = [results.find(name, placement, epsilon) for placement in ("distributed", "local")]
-            costs = ["-" if other is None else _price(central, other) for other in others]
-            lines.append(f"| {_title(name)} | {epsilon:g} | {' | '.join(costs)} |")
+            costs = ["-" if other is None else price(central, other) for other in others]
+            lines.append(f"| {title(name)} | {epsilon:g} | {' | '.join(costs)} |")
     return "\n".join(lines)
 
 
-def _price(central: Row, other: Row) -> str:
+def price(central: Row, other: Row) -> str:
     """Mean and standard error of the differences, seed by seed: both rows have the same deals and initial models."""
     pairs = zip(central.cells, other.cells, strict=True)
     differences = [100 * (first.accuracy - second.accuracy) for first, second in pairs]
@@ -199,9 +214,10 @@ def _price(central: Row, other: Row) -> str:
     return f"{mean:+.1f} ± {statistics.stdev(differences) / len(differences) ** 0.5:.1f}"
 
 
-def _settings(name: str, task: TaskSettings) -> str:
+def settings_table(heading: str, task: TaskSettings) -> str:
+    """How each placement was trained."""
     lines = [
-        f"{_title(name)}:",
+        f"{heading}:",
         "",
         "| noise | rounds | in a round | learning rate | clip |",
         "| --- | ---: | --- | ---: | ---: |",
@@ -209,23 +225,28 @@ def _settings(name: str, task: TaskSettings) -> str:
     for placement, chosen in task.placements.items():
         clip = "-" if placement == "none" else f"{chosen.clip:g}"
         rate = f"{chosen.training.learning_rate:g}"
-        lines.append(f"| {_NOISE[placement]} | {chosen.rounds} | {_local_work(placement, chosen)} | {rate} | {clip} |")
+        lines.append(
+            f"| {NOISE[placement]} | {chosen.rounds} | {_local_work(placement, chosen, task.unit)} | {rate} | {clip} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _local_work(placement: Placement, chosen: PlacementSettings) -> str:
+def _local_work(placement: Placement, chosen: PlacementSettings, unit: DataUnit) -> str:
     if placement in ("central", "distributed"):
-        return f"one step, each example with probability {chosen.sample_rate:g}"
+        return f"one step, each {unit} with probability {chosen.sample_rate:g}"
     training = chosen.training
-    number, unit = (training.epochs, "epoch") if training.epochs is not None else (training.steps, "step")
-    return f"{number:g} {unit}{'' if number == 1 else 's'}, batches of {training.batch_size}"
+    number, word = (training.epochs, "epoch") if training.epochs is not None else (training.steps, "step")
+    of = " persons" if unit == "person" else ""
+    return f"{number:g} {word}{'' if number == 1 else 's'}, batches of {training.batch_size}{of}"
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
+    """A task's or a data set's name as a heading."""
     return name.replace("_", " ").capitalize()
 
 
-def _seeds(results: Results) -> str:
+def seeds(results: Results) -> str:
+    """How many, in words."""
     count = results.settings.seeds
     return "one seed" if count == 1 else f"{count} seeds"
 

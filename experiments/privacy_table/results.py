@@ -20,6 +20,8 @@ class Row(Frozen):
     """What was asked for."""
     cells: tuple[CellResult, ...] = Field(min_length=1)
     audit: AuditResult | None
+    by_person: AuditResult | None = None
+    """What whole persons found who attacked a guarantee for rows; None: they did not."""
 
     @property
     def mean(self) -> float:
@@ -52,10 +54,15 @@ class Results(ResultsFile):
         return next((row for row in self.rows if (row.task, row.placement, row.epsilon) == wanted), None)
 
     @property
+    def compares_units(self) -> bool:
+        """Whether data sets are there with rows and with persons as the unit."""
+        return any(len(tasks) > 1 for tasks in self.settings.data_sets.values())
+
+    @property
     def seconds(self) -> float:
         """What all cells and audits took, one after the other."""
-        audits = sum(row.audit.seconds for row in self.rows if row.audit)
-        return audits + sum(cell.seconds for row in self.rows for cell in row.cells)
+        audits = [audit for row in self.rows for audit in (row.audit, row.by_person) if audit is not None]
+        return sum(audit.seconds for audit in audits) + sum(cell.seconds for row in self.rows for cell in row.cells)
 
 
 def collect(settings: TableSettings, store: Store) -> Results:
@@ -66,7 +73,14 @@ def collect(settings: TableSettings, store: Store) -> Results:
         done = tuple(result for result in results if result is not None)
         if len(done) < len(cells):
             raise UsageError(f"{cells[0].label} and its like are not done: {len(done)} of {len(cells)} seeds")
-        audit = store.audit(cells[0], settings.audit) if settings.audit else None
-        first = cells[0]
-        found.append(Row(task=first.task, placement=first.placement, epsilon=first.epsilon, cells=done, audit=audit))
+        first, by_person = cells[0], settings.audit_by_persons
+        row = Row(
+            task=first.task,
+            placement=first.placement,
+            epsilon=first.epsilon,
+            cells=done,
+            audit=store.audit(first, settings.audit) if settings.audit else None,
+            by_person=store.audit(first, by_person) if by_person and settings.is_attacked_by_persons(first) else None,
+        )
+        found.append(row)
     return Results(settings=settings, rows=tuple(found))

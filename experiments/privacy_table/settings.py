@@ -11,7 +11,7 @@ from experiments.datasets import SitePolicy
 from experiments.sources import DatasetSettings, with_content
 from fedclaw.audit.findings import AuditOptions
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.protocol.terms import CentralRequest, LocalTraining, PrivacyRequest, SecureRequest, Unit
+from fedclaw.protocol.terms import CentralRequest, DataUnit, LocalTraining, PrivacyRequest, SecureRequest, Unit
 from fedclaw.server.settings import RunSettings, WorkloadChoice
 from fedclaw.simulation.partitions.settings import PartitionSettings
 
@@ -26,9 +26,10 @@ class PlacementSettings(Frozen):
     rounds: int = Field(ge=1)
     training: LocalTraining
     clip: float = Field(default=1.0, gt=0)
-    """L2 bound of an example's gradient; of a site's update where the unit is a site. Nothing for `none`."""
+    """L2 bound of a unit's gradient, of an example or a person; of a site's update where the unit is a site. Nothing
+    for `none`."""
     sample_rate: float = Field(default=1.0, gt=0, le=1)
-    """Poisson rate of the examples for one step on the pooled data: `central` and `distributed` only."""
+    """Poisson rate of the units for one step on the pooled data: `central` and `distributed` only."""
 
 
 class Grid(Frozen):
@@ -50,6 +51,19 @@ class TaskSettings(Frozen):
     placements: dict[Placement, PlacementSettings]
     search: dict[Placement, Grid] = {}
 
+    @property
+    def unit(self) -> DataUnit:
+        """What the guarantees protect, but where the unit is a site."""
+        return self.dataset.persons.unit if self.dataset.persons else "example"
+
+
+class ByPersons(Frozen):
+    """Guarantees for rows, attacked by persons, whom they do not cover."""
+
+    rows: int = Field(ge=2)
+    """Of each person."""
+    placements: tuple[Placement, ...]
+
 
 class TableSettings(Frozen):
     """conf/privacy_table.yaml."""
@@ -70,7 +84,41 @@ class TableSettings(Frozen):
     """For `distributed`: how many sites its noise does not count on."""
     audit: AuditOptions | None
     """null: no audit."""
+    by_persons: ByPersons | None = None
+    """null: guarantees are attacked by what they are for alone."""
     tasks: dict[str, TaskSettings]
+
+    @property
+    def audit_by_persons(self) -> AuditOptions | None:
+        """How guarantees for rows are attacked by persons, if they are."""
+        if self.audit is None or self.by_persons is None:
+            return None
+        return self.audit.model_copy(update={"rows_together": self.by_persons.rows})
+
+    def is_attacked_by_persons(self, cell: "Cell") -> bool:
+        """Whether it guarantees something for rows, some of which belong to one person, and persons attack it."""
+        persons, by = cell.dataset.persons, self.by_persons
+        if by is None or persons is None or cell.placement not in by.placements:
+            return False
+        return cell.epsilon is not None and persons.unit == "example"
+
+    @property
+    def data_sets(self) -> dict[str, tuple[str, ...]]:
+        """The tasks by the name of their data set; those of one data set differ in the unit."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name, task in self.tasks.items():
+            found[task.dataset.name] = (*found.get(task.dataset.name, ()), name)
+        return found
+
+    @model_validator(mode="after")
+    def _units_are_compared(self) -> Self:
+        for names in self.data_sets.values():
+            tasks = [self.tasks[name] for name in names]
+            if len({task.unit for task in tasks}) < len(tasks):
+                raise ValueError(f"tasks {', '.join(names)}: of one data set, so each needs another unit")
+            if any(_dealt(task) != _dealt(tasks[0]) for task in tasks):
+                raise ValueError(f"tasks {', '.join(names)}: of one data set, so they have the same deal and model")
+        return self
 
     @model_validator(mode="after")
     def _distributed_as_central(self) -> Self:
@@ -79,6 +127,14 @@ class TableSettings(Frozen):
             if None not in both and both[0] != both[1]:
                 raise ValueError(f"tasks.{name}: central and distributed are compared, so they train alike")
         return self
+
+
+def _dealt(task: TaskSettings) -> tuple[DatasetSettings, PartitionSettings, WorkloadChoice]:
+    """What does not depend on the unit."""
+    dataset = task.dataset
+    if dataset.persons is not None:
+        dataset = dataset.model_copy(update={"persons": dataset.persons.model_copy(update={"unit": "example"})})
+    return dataset, task.partition, task.workload
 
 
 @dataclass(frozen=True)
@@ -122,11 +178,20 @@ def rows(settings: TableSettings) -> Iterator[tuple[Cell, ...]]:
                 yield tuple(make_cell(settings, task, placement, epsilon, seed) for seed in seeds)
 
 
+def audits(settings: TableSettings) -> Iterator[tuple[Cell, AuditOptions]]:
+    """The first cell of each row, and how it is attacked: as its unit, and where that is a row by whole persons too."""
+    first = [row[0] for row in rows(settings)]
+    if settings.audit is not None:
+        yield from ((cell, settings.audit) for cell in first)
+    if settings.audit_by_persons is not None:
+        yield from ((cell, settings.audit_by_persons) for cell in first if settings.is_attacked_by_persons(cell))
+
+
 def make_cell(settings: TableSettings, task: str, placement: Placement, epsilon: float | None, seed: int) -> Cell:
     """The cell of that row and seed."""
     described = settings.tasks[task]
     policy = SitePolicy(
-        # A site's budget is for single examples, whom the noise for whole sites costs more than the row's epsilon.
+        # A site's budget is for examples or persons, whom the noise for whole sites costs more than the row's epsilon.
         epsilon=None if placement == "site" else epsilon,
         delta=settings.delta,
         allow_training_without_privacy=epsilon is None,
