@@ -1,14 +1,16 @@
 """Whose a row is: identifiers of persons, however files write them, as numbers from 0 in the order of the first row.
 
-Identifiers are equal as text after Unicode normalisation (NFC) and without white space around it; case counts, and so
-do leading zeros. A whole number is its digits, though a file may write 17 as 17.0. To take two persons for one protects
-both together; to take one for two would protect neither, so whatever could be one person is one.
+Identifiers are equal as text after Unicode normalisation (NFC) and without white space around it; case counts. A text
+that spells a number is that number: the same 017 of a hospital is 17, 17.0 or 1.7e+1 once a program has read it as one
+and written it again. To take two persons for one protects both together; to take one for two would protect neither, and
+not see that somebody is in both the training and the test data.
 
 Legend: N rows of a block, P persons.
 """
 
 import re
 from collections.abc import Sequence
+from decimal import Context, Decimal
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +20,7 @@ from pydantic import Field
 from fedclaw.clients.columns import Flags
 from fedclaw.clients.definitions import shown
 from fedclaw.clients.tables import Faults, TableRows
-from fedclaw.clients.values import Cell, Markers, normal, shown_cell
+from fedclaw.clients.values import LONGEST, Cell, Markers, normal, number_of, shown_cell
 from fedclaw.errors import DataError
 from fedclaw.learning.workload import Indices, ranks
 
@@ -31,7 +33,9 @@ EXPECTED = "whose row it is, text or a whole number (give a row of nobody known 
 
 _PERSON = "{person}"
 _PEOPLE = re.compile(r"patient|person|subject|participant|customer|member|(^|_)(pid|mrn)($|_)", re.IGNORECASE)
-_WHOLE = re.compile(r"(-?[0-9]+)[.,]0+", re.ASCII)
+_EXACT = Context(prec=LONGEST)
+_LARGEST = 64
+"""Powers of ten, up or down, beyond which a text is no number that names somebody."""
 
 
 def identifier(cell: Cell) -> str | None:
@@ -39,9 +43,15 @@ def identifier(cell: Cell) -> str | None:
     if isinstance(cell, float) and not cell.is_integer():
         return None
     text = normal(shown_cell(cell))
-    if whole := _WHOLE.fullmatch(text):
-        return whole[1]
-    return text or None
+    number = number_of(text, "." if "." in text else ",")
+    return (text or None) if number is None else _plain(number, text)
+
+
+def _plain(number: Decimal, text: str) -> str:
+    """A number that is written as `text`, as all are that mean the same; -0 is 0."""
+    if not number:
+        return "0"
+    return text if abs(number.adjusted()) > _LARGEST else f"{number.normalize(_EXACT):f}"
 
 
 class Persons:
