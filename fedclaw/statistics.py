@@ -84,6 +84,10 @@ SURVIVAL = "survival"
 """The word that asks for survival curves."""
 
 
+SURVIVAL_ALONE = ("time", "event", "group", "ends")
+"""Settings that are null unless survival curves are wanted."""
+
+
 class AskedSites(Waiting):
     """conf/statistics.yaml: sites."""
 
@@ -175,10 +179,26 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
     schema = read_schema(settings.workload)
     run = settings.run or f"statistics-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     out = settings.out or settings.runs / run / "statistics.json"
-    if out.exists():
-        raise UsageError(f"{out} exists already; choose another run= or out=")
+    _check_new(out, drawn=bool(line.words))
     asked = _checked_question(settings, home, schema, survival=bool(line.words))
     serve(settings, home, schema, asked, run, out, console or make_console())
+
+
+def _check_new(out: Path, *, drawn: bool) -> None:
+    """Raise UsageError where a file that is there, or the release itself, would be written over."""
+    picture = _picture_of(out)
+    if drawn and picture == out:
+        raise UsageError(
+            f"out={out}: the picture of the curves goes there; name the file of the release, {out.stem}.json"
+        )
+    for path in (out, picture) if drawn else (out,):
+        if path.exists():
+            raise UsageError(f"{path} exists already; choose another run= or out=")
+
+
+def _picture_of(out: Path) -> Path:
+    """Where survival curves are drawn, beside their release."""
+    return out.with_suffix(".png")
 
 
 def _checked_question(
@@ -187,8 +207,13 @@ def _checked_question(
     """What the settings ask for, but for scores, which need more than is loaded yet. Raises UsageError."""
     from fedclaw.learning.statistics import design_of, survival_design
 
-    if settings.survival.time is not None and not survival:
-        raise UsageError(f"survival.time= goes with the word {SURVIVAL}: python -m fedclaw.statistics {SURVIVAL} …")
+    asked = settings.survival.model_dump()
+    if not survival and (set_ := [name for name in SURVIVAL_ALONE if asked[name] is not None]):
+        raise UsageError(
+            f"survival.{set_[0]}= goes with the word {SURVIVAL}: python -m fedclaw.statistics {SURVIVAL} …"
+        )
+    if survival and settings.columns is not None:
+        raise UsageError(f"columns= and {SURVIVAL} are two questions: ask one after the other")
     if settings.scores is not None:
         if survival:
             raise UsageError(f"scores= and {SURVIVAL} are two questions: ask one after the other")
@@ -298,7 +323,7 @@ def serve(
         console.print(sentence, markup=False)
     console.print(f"statistics: {out}", markup=False, soft_wrap=True)
     if release.survival is not None:
-        plot = out.with_suffix(".png")
+        plot = _picture_of(out)
         draw(release.survival, plot)
         console.print(f"plot: {plot}", markup=False, soft_wrap=True)
 

@@ -75,6 +75,8 @@ def test_curves_are_asked_drawn_charged_and_kept_openly_and_in_a_secure_sum(depl
 WRONG = {
     "no time": (("survival", "survival.event=outcome"), "survival needs survival.time and survival.event"),
     "no word": (("survival.time=days",), "survival.time= goes with the word survival"),
+    "no word, another setting": (("survival.group=arm",), "survival.group= goes with the word survival"),
+    "columns too": ((*ASKED, "columns=[age]"), "two questions"),
     "another word": (("survivals",), "unknown command 'survivals'"),
     "another column": ((*ASKED, "survival.time=weeks"), "no column 'weeks' for the time"),
     "another level": ((*ASKED, "survival.event_level=1"), "no level '1' for the event; it has alive, dead"),
@@ -93,3 +95,17 @@ def test_wrong_use_is_one_line_and_asks_nobody(deployed: Deployment) -> None:
         assert caught.value.exit_code == 2
         assert words in str(caught.value)
     assert not (deployed.runs / "first").exists()
+
+
+def test_the_picture_goes_over_no_file_and_not_over_the_release(deployed: Deployment) -> None:
+    """It did, after the sites had paid: out=curves.png held a picture, and nothing held the release."""
+    kept = deployed.root / "kept.png"
+    kept.write_text("a picture of mine")
+    for out, words in (
+        ("curves.png", "the picture of the curves goes there"),
+        ("kept.json", "kept.png exists already"),
+    ):
+        with pytest.raises(FedClawError, match=words) as caught:
+            command.main(arguments_for(deployed, *ASKED, f"out={deployed.root / out}"))
+        assert caught.value.exit_code == 2
+    assert kept.read_text() == "a picture of mine"
