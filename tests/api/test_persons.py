@@ -142,3 +142,10 @@ def test_a_simulation_protects_persons(tmp_path: Path) -> None:
     receipts = [found.receipt for found in run.receipts.values()]
     assert {receipt.unit for receipt in receipts} == {"person"}
     assert {receipt.sample_rate for receipt in receipts} == {8 / 16}
+
+
+def test_when_everybody_is_held_out_nobody_can_be_dealt() -> None:
+    """It was an IndexError."""
+    x, y, persons = data()
+    with pytest.raises(UsageError, match="and there are 0"):
+        Federation.from_arrays(x, y, clients=2, persons=persons, test=0.999)

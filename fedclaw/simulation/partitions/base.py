@@ -109,7 +109,7 @@ class PartitionMethod(Frozen, ABC):
         """
         if persons is not None and self.moves_rows:
             order, ends = np.argsort(persons, kind="stable"), np.cumsum(np.bincount(persons))
-            own = np.split(order, ends[:-1])
+            own = np.split(order, ends[:-1]) if len(ends) else []
             firsts = np.array([rows[0] for rows in own], np.int64)
             dealt = self.deal(targets[firsts], inputs[firsts], clients, generator)
             sizes = np.array([len(own[person]) for person in dealt.rows], np.int64)
