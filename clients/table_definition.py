@@ -10,7 +10,7 @@ from fedclaw.clients.definitions import Labels, Text, Weights, as_text, distinct
 from fedclaw.clients.persons import RowsPerPerson, require_rows_of_persons
 from fedclaw.clients.values import normal
 from fedclaw.learning.tasks.regression import NumberTarget
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import Frozen, Written
 
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "?")
 MAX_FEATURES = 100_000
@@ -68,7 +68,7 @@ class NumberColumn(NumberTarget):
         return Numeric(name=self.name, kind="numeric", range=self.range)
 
 
-class TableDefinition(Frozen):
+class TableDefinition(Written):
     """The content of a table's schema file."""
 
     columns: Annotated[tuple[AnyColumn, ...], AfterValidator(sized(1, MAX_FEATURES))]

@@ -42,7 +42,7 @@ from fedclaw.clients.persons import USUAL_ROWS, FilePattern, RowsPerPerson, numb
 from fedclaw.clients.values import normal
 from fedclaw.errors import DataError, NoExamples
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import Written
 
 MAX_SIDE = 8192
 MAX_VALUES = 2**26
@@ -50,7 +50,7 @@ MAX_VALUES = 2**26
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
-class ImageDefinition(Frozen):
+class ImageDefinition(Written):
     """The content of an image schema file."""
 
     shape: tuple[Side, Side, Side]

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from reprlib import Repr
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from fedclaw.catalogue import did_you_mean
 from fedclaw.errors import Reason, Setting, UsageError
@@ -14,6 +15,27 @@ class Frozen(BaseModel):
     """An immutable, fully checked value: unknown fields and NaN are refused, nothing is guessed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Written(Frozen):
+    """What a person writes by hand: there, yes and no are no numbers, which Python would take for 1 and 0."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, asked: ValidationInfo) -> Any:
+        field = cls.model_fields[asked.field_name or ""]
+        if isinstance(value, bool) and _takes(field.annotation, (int, float)) and not _takes(field.annotation, (bool,)):
+            raise ValueError(f"Input should be a number, not {'yes' if value else 'no'}")
+        return value
+
+
+def _takes(annotation: Any, types: tuple[type, ...]) -> bool:
+    """Whether a value of one of these types is among what a field is annotated with, itself or in a union."""
+    return annotation in types or any(_takes(part, types) for part in _alternatives(annotation))
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Annotated, Union, UnionType) else ()
 
 
 S = TypeVar("S", bound=Frozen)

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedclaw.errors import UsageError
 from fedclaw.learning.workload import Delimiter, FileFormat
 from fedclaw.privacy.speed import StepSpeed
-from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.protocol.frozen import Written, explain
 from fedclaw.protocol.limits import MOST_EXAMPLES
 from fedclaw.site.policy.policy import Policy
 from fedclaw.yaml_text import read_yaml
@@ -16,7 +16,7 @@ from fedclaw.yaml_text import read_yaml
 SITE_FILE = "site.yaml"
 
 
-class DataFiles(Frozen):
+class DataFiles(Written):
     """Data files; a relative path starts at the site's directory."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
@@ -54,7 +54,7 @@ class DataFiles(Frozen):
         )
 
 
-class SiteSettings(Frozen):
+class SiteSettings(Written):
     """site.yaml, checked."""
 
     name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from fedclaw.clients import tables
 from fedclaw.clients.array_schema import ArraySchema
 from fedclaw.clients.arrays import persons_of
-from fedclaw.clients.persons import FilePattern, Persons
+from fedclaw.clients.persons import FilePattern, Persons, identifier
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.clients.vision_schema import VisionSchema
 from fedclaw.errors import DataError
@@ -91,15 +91,36 @@ def test_rows_are_numbered_by_person(tmp_path: Path) -> None:
 
 
 def test_csv_and_parquet_tell_the_same_persons(tmp_path: Path) -> None:
-    names = ["17", "017", "17.0", "18", "3.5", "17"]
+    names = ["17", "p17", "17.0", "18", "3.5", "17"]
     by_text = schema_of().read_examples(written(tmp_path, names))
     assert by_text.persons is not None
     assert by_text.persons.tolist() == [0, 1, 0, 2, 3, 0]
-    for cells in ([17, 18, 17], [17.0, 18.0, 17.0], ["17", "18", " 17"]):
+    for cells in ([17, 18, 17], [17.0, 18.0, 17.0], ["17", "18", " 17"], ["017", "18", "1.7e+1"]):
         columns = {"age": [1, 2, 3], "patient": cells, "outcome": ["benign", "malignant", "benign"]}
         parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")
         table = schema_of().read_examples(tmp_path / "rows.parquet")
         assert table.person_names == ("17", "18")
+
+
+@pytest.mark.parametrize(
+    ("cells", "name"),
+    [
+        (("17", "017", "00017", " 17 ", "+17", "17.", "17.0", "17,00", "1.7e1", "1,7E+01", 17, 17.0), "17"),
+        (("0", "000", "-0", "0.0", "0e99999", 0, -0.0), "0"),
+        (("10000000000000000", "1e+16", "1e16", 10**16, 1e16), "10000000000000000"),
+        (("2.50", "2,5", "02.5"), "2.5"),
+        (("1e99999",), "1e99999"),
+        (("A17", "A17\u00a0"), "A17"),
+    ],
+)
+def test_a_number_is_one_person_however_programs_write_it(cells: tuple[str | float, ...], name: str) -> None:
+    """pandas reads 00017 as 17; what it writes would else be another person, or one in both training and test data."""
+    assert {identifier(cell) for cell in cells} == {name}
+
+
+def test_persons_who_are_other_numbers_or_other_text_stay_apart() -> None:
+    cells = ("17", "-17", "170", "1.75", "p17", "P17", "p017", "1_7", "0x17", "17a", "9" * 65, "9" * 64, "1e70")
+    assert len({identifier(cell) for cell in cells}) == len(cells)
 
 
 @pytest.mark.parametrize("cell", ["", "  ", "NA", "?", "nan"])
@@ -302,3 +323,13 @@ def test_arrays_that_name_nobody(persons: object) -> None:
 def test_numbers_and_text_are_one_person() -> None:
     for persons in (np.array([7, 8, 7]), np.array([7.0, 8.0, 7.0]), ["7", "8", "7.0"], np.array([b"7", b"8", b"7"])):
         assert persons_of(persons, 3)[1] == ("7", "8")
+
+
+def test_yes_is_no_number_of_rows() -> None:
+    for parse in (lambda: schema_of(BY_PERSON + "rows_per_person: true\n"), lambda: images("rows_per_person: yes")):
+        with pytest.raises(DataError, match="rows_per_person: Input should be a number, not yes"):
+            parse()
+
+
+def images(rule: str) -> VisionSchema:
+    return VisionSchema.parse(f'{{shape: [1, 2, 2], labels: [cat, dog], person: "{{person}}_*", {rule}}}', "")

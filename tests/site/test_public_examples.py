@@ -438,7 +438,10 @@ def test_check_tells_a_declaration_that_is_far_off(root):
     assert any("metrics_epsilon" in warning for warning in examine(root, load_site_settings(root)).findings.warnings)
 
 
-@pytest.mark.parametrize("wrong", [{"public_examples": 0}, {"public_test_examples": 10, "test": None}])
+MEANINGLESS = [{"public_examples": 0}, {"public_examples": True}, {"public_test_examples": 10, "test": None}]
+
+
+@pytest.mark.parametrize("wrong", MEANINGLESS)
 def test_a_declaration_that_means_nothing_is_refused(root, wrong):
     write(root, wrong)
     with pytest.raises(UsageError, match="public_"):

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.installed import can_be_noised, metrics_and_clauses, shared_by_default, told_with, unknown
 from fedclaw.learning.tasks.means import MOST_LOSS
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.frozen import Written
 
 SAFE_METRICS = shared_by_default()
 """The metrics that leave by default, of whatever task (`Task.SHARED`): one test example moves each by little, as it is
@@ -37,7 +37,7 @@ site of up to 100,000. A test holds conf/ to it."""
 DataSetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/test)?$")]
 
 
-class DataSetBudget(Frozen):
+class DataSetBudget(Written):
     """The most that may ever be spent on one data set."""
 
     epsilon: float | None = Field(gt=0)
@@ -45,7 +45,7 @@ class DataSetBudget(Frozen):
     delta: float = Field(default=DEFAULT_DELTA, gt=0, lt=1)
 
 
-class StatisticsAllowance(Frozen):
+class StatisticsAllowance(Written):
     """That statistics of the training data may be asked for, and the most that one release of them may cost."""
 
     epsilon: float = Field(gt=0)
@@ -55,7 +55,7 @@ class StatisticsAllowance(Frozen):
     """Whether that may also be how many rows were followed how long, by group, for survival curves."""
 
 
-class Combination(Frozen):
+class Combination(Written):
     """A federation, with which strategies and workloads it may ask."""
 
     federation: str
@@ -64,7 +64,7 @@ class Combination(Frozen):
     workloads: tuple[str, ...] | None = None
 
 
-class Policy(Frozen):
+class Policy(Written):
     """The site's rules. A field that is left out has the cautious default; unknown fields are an error."""
 
     workloads: tuple[str, ...] = Field(min_length=1)

@@ -217,6 +217,26 @@ def test_a_policy_that_makes_no_sense_is_refused_when_read(changes: dict[str, An
     assert message in explain(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "where"),
+    [
+        ({"epsilon": True}, "epsilon"),
+        ({"metrics_epsilon": True}, "metrics_epsilon"),
+        ({"maximum_shared_test_rows": True}, "maximum_shared_test_rows"),
+        ({"minimum_cohort": True}, "minimum_cohort"),
+        ({"statistics": {"epsilon": True}}, "statistics.epsilon"),
+        ({"budgets": {"a": {"epsilon": True, "delta": 1e-5}}}, "budgets.a.epsilon"),
+    ],
+)
+def test_yes_is_no_number(changes: dict[str, Any], where: str) -> None:
+    """It was 1: a budget of 1, or all of the test rows allowed to be training rows."""
+    plain = {**POLICY, **changes}
+    with pytest.raises(ValidationError) as caught:
+        Policy.model_validate(plain)
+    assert explain(caught.value, plain, Policy) == f"{where}: Input should be a number, not yes"
+    assert Policy(**POLICY, allow_part_of_a_run=False, statistics={"epsilon": 1, "survival": True}).statistics
+
+
 def test_the_budget_must_be_stated() -> None:
     with pytest.raises(ValidationError, match="epsilon"):
         Policy(workloads=("tabular",), strategies=("fedavg",))
