@@ -215,7 +215,8 @@ class RoundTraining:
         self._record = record
         self._strategy = strategy
         self._teacher = teacher
-        self._buffer = Buffer(grid, strategy, record.unit) if isinstance(strategy, Buffered) else None
+        self._unit = record.unit
+        self._buffer = Buffer(grid, strategy, self._unit) if isinstance(strategy, Buffered) else None
         self._missing: dict[str, str] = {}
         """By site, why it did not answer the last question to it."""
 
@@ -271,7 +272,7 @@ class RoundTraining:
         rules, secure = self._record.rules, self._record.secure
         if secure is not None:
             plan = session_of(plan, list(self._cohorts.names(cohort).values()), outgoing, secure, rules.minimum)
-        question = TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, state.memory), self._record.unit)
+        question = TrainingQuestion(plan, outgoing, robust_aggregation(self._strategy, state.memory), self._unit)
         mark = pending.model_copy(update={"unmasking": True})
         return ask(self._grid, cohort, question, deadline, lambda: mark.write(self._root))
 
