@@ -19,7 +19,8 @@ class StepSpeed(Frozen):
 
     mode: Mode = "auto"
     """`auto` takes what is fastest for the model, the batch and the number of steps ahead. An engine that cannot take
-    the model (bookkeeping), or lacks a C++ compiler (compiled), gives way to the next one, with a line in the log."""
+    the model (bookkeeping), or lacks a C++ compiler (compiled), gives way to the next one, with a line in the log; what
+    is compiled takes units of one row alone, so where persons are known `compiled` is vmap."""
     chunk_size: int | None = Field(default=None, ge=1)
     """Examples worked on together, at most (2 and 3 are taken for 4), which bounds memory; None: as many as the
     processor's cache takes. A person with more is worked on alone, so many examples at a time."""

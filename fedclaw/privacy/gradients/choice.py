@@ -53,10 +53,12 @@ def choose(
     """The engine that `speed` asks for, or the next one that can take the model, on `model` now.
 
     The shapes of a batch's inputs (B, *D) and targets (B, ...), B >= 1, `steps_ahead` and `rows_alone` (no unit has
-    several rows) matter for `auto` only.
+    several rows) matter for `auto`, and `rows_alone` for `compiled`, which is vmap where it is false.
     """
     if speed.mode != "auto":
-        return made(speed.mode, model, loss, clip)
+        # Code that is compiled rounds otherwise, and where some unit has several rows it cannot go: then all of a batch
+        # would come out otherwise for that one, however little it adds itself.
+        return made("vmap" if speed.mode == "compiled" and not rows_alone else speed.mode, model, loss, clip)
     mode: Mode = "bookkeeping"
     if steps_ahead >= _STEPS_WORTH_LOOKING:
         worth_compiling = _SECONDS_WORTH_COMPILING if rows_alone else math.inf
