@@ -333,3 +333,9 @@ def test_yes_is_no_number_of_rows() -> None:
 
 def images(rule: str) -> VisionSchema:
     return VisionSchema.parse(f'{{shape: [1, 2, 2], labels: [cat, dog], person: "{{person}}_*", {rule}}}', "")
+
+
+def test_who_has_fewer_rows_has_them_counted_again_in_turn() -> None:
+    table = Table(np.zeros((4, 1), np.float32), np.zeros(4, np.int64)).owned_by(np.array([0, 1, 0, 0]), ("a", "b"))
+    assert table.evenly(2).tolist() == [0, 2, 1, 1]
+    assert table.evenly(5).tolist() == [0, 2, 3, 0, 2, 1, 1, 1, 1, 1]

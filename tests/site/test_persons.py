@@ -1,5 +1,6 @@
 """A site whose schema says whose a row is, asked by the real messages: all that is counted and noised is a person."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,21 @@ import yaml
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import DataError, LedgerError
+from fedclaw.learning.statistics import design_of
 from fedclaw.privacy.accounting import calibrate
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.protocol.arrays import pack, unpack
 from fedclaw.protocol.message_identity import assign_message_id, assume_server_identity
 from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.statistics import STATISTICS, ScoreQuestion, StatisticsReceipt, StatisticsRequest
-from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest
+from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest, SecureAggregation
 from fedclaw.site import training
 from fedclaw.site.directory import open_service
 from fedclaw.site.preflight.check import examine
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
+from fedclaw.site.statistics import _check_sum
 
 SCHEMA = {
     "columns": [{"name": "x", "kind": "numeric", "range": [-10, 10]}, {"name": "z", "kind": "numeric"}],
@@ -243,6 +247,26 @@ def test_statistics_are_of_the_first_rows_with_noise_for_all_of_them(tmp_path: P
     deviation = most * receipt.noise_multiplier
     assert np.std(noise) == pytest.approx(deviation, rel=0.13)
     assert np.abs(noise.mean(axis=0)).max() < 6 * deviation / np.sqrt(120)
+
+
+@pytest.mark.parametrize(("declared", "most"), [(None, PEOPLE), (7, 7), (500, 500)])
+def test_a_secure_sum_has_room_by_persons_as_stated(tmp_path: Path, declared: int | None, most: int) -> None:
+    """60 rows of 20 persons: whether the site refuses tells of neither where another number is declared."""
+    site = Asker(make_site(tmp_path), durable=False).site
+    site.data = replace(site.data, public_examples=declared)
+    design = design_of(site.workload.schema, ("x",), labels=False, bins=0)
+    secure = SecureAggregation(
+        session="0" * 32,
+        sites=("a", "b", "c"),
+        threshold=2,
+        neighbours=2,
+        minimum=3,
+        length=design.dimension,
+        step=2.0**-14,
+    )
+    _check_sum(site, secure.model_copy(update={"largest_weight": float(most)}), design)
+    with pytest.raises(Refusal, match=f"at most {most - 1} examples"):
+        _check_sum(site, secure.model_copy(update={"largest_weight": most - 1.0}), design)
 
 
 def test_a_histogram_of_scores_is_of_the_first_rows(tmp_path: Path) -> None:
