@@ -2,10 +2,12 @@
 
 `auto` decides by cost. With few steps ahead it takes book-keeping, which is never far from the best, where that can
 take the model, and torch.func's vmap elsewhere. With enough steps ahead that looking pays, each eager engine works off
-one made-up batch (zeros of the batch's shape: the choice cannot depend on anybody's data) a few times, and the fastest
-is taken. Opacus' hooks are left to those who ask for them and to models that nothing else takes: they are about as fast
-as vmap, but do not see a parameter that a model uses otherwise than through its layer. Compiling is tried only if the
-steps ahead would last many times longer than it takes, and for units of one row, whose sums alone are compiled.
+one made-up batch a few times, and the fastest is taken. That batch is of zeros, and of as many rows as units are
+expected: the choice cannot depend on anybody's data, nor on who is sampled, since engines round otherwise, and with
+hostile parameters that can be a bound for each unit. Opacus' hooks are left to those who ask for them and to models
+that nothing else takes: they are about as fast as vmap, but do not see a parameter that a model uses otherwise than
+through its layer. Compiling is tried only if the steps ahead would last many times longer than it takes, and for units
+of one row, whose sums alone are compiled.
 """
 
 import logging
@@ -34,6 +36,7 @@ ENGINES: dict[str, type[ClippedSums]] = {
 _EAGER: tuple[Mode, ...] = ("bookkeeping", "vmap")
 _STEPS_WORTH_LOOKING = 500
 _GOES = 4
+_MOST_LOOKED_AT = 4096
 _SECONDS_WORTH_COMPILING = 120.0
 _said: set[tuple[str, str]] = set()
 # What the log has been told, so that it is told once and not in every round.
@@ -52,8 +55,9 @@ def choose(
 ) -> ClippedSums:
     """The engine that `speed` asks for, or the next one that can take the model, on `model` now.
 
-    The shapes of a batch's inputs (B, *D) and targets (B, ...), B >= 1, `steps_ahead` and `rows_alone` (no unit has
-    several rows) matter for `auto`, and `rows_alone` for `compiled`, which is vmap where it is false.
+    Of a batch's inputs (B, *D) and targets (B, ...) what one row is like, the expected number of units (of which `clip`
+    has the inverse), `steps_ahead` and `rows_alone` (each unit is a row) matter for `auto`, and `rows_alone` for
+    `compiled`, which is vmap where it is false.
     """
     if speed.mode != "auto":
         # Code that is compiled rounds otherwise, and where some unit has several rows it cannot go: then all of a batch
@@ -62,7 +66,8 @@ def choose(
     mode: Mode = "bookkeeping"
     if steps_ahead >= _STEPS_WORTH_LOOKING:
         worth_compiling = _SECONDS_WORTH_COMPILING if rows_alone else math.inf
-        made_up = torch.zeros_like(inputs), torch.zeros_like(targets)
+        rows = min(max(round(1 / clip.scale), 1), _MOST_LOOKED_AT)
+        made_up = inputs.new_zeros(rows, *inputs.shape[1:]), targets.new_zeros(rows, *targets.shape[1:])
         mode = _fastest(model, loss, clip, *made_up, steps_ahead, worth_compiling)
     engine = made(mode, model, loss, clip)
     logger.debug("private steps by %s, with %d steps ahead of about %d examples", engine.name, steps_ahead, len(inputs))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedclaw.errors import PrivacyError
-from fedclaw.privacy.gradients import bookkeeping
+from fedclaw.privacy.gradients import bookkeeping, choice
 from fedclaw.privacy.gradients.choice import made
 from fedclaw.privacy.gradients.interface import Clip, trainable
 from fedclaw.privacy.gradients.segments import Segments
@@ -426,3 +426,19 @@ def test_what_is_compiled_does_not_hang_on_how_many_rows_somebody_has(sizes: lis
     steps = taker(model, "compiled", 4)
     steps.gradients(*batch(shape, sizes))
     assert steps.engine == "vmap"
+
+
+def test_which_engine_is_taken_does_not_hang_on_who_is_sampled_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def seconds(mode: str, model: nn.Module, loss: object, clip: Clip, *made_up: torch.Tensor) -> float:
+        looked.append((mode, *((tuple(part.shape), float(part.abs().sum())) for part in made_up)))
+        return 1.0
+
+    monkeypatch.setattr(choice, "_seconds", seconds)
+    for sizes in ([1, 1], [1, 1, 1, 1, 1], [4, 2]):
+        model, shape = make("mlp")
+        steps = taker(model, "auto", steps_ahead=10**6, expected_batch_size=40.0)
+        steps.gradients(*batch(shape, sizes))
+        assert looked == [(mode, ((40, *shape), 0.0), ((40,), 0.0)) for mode in ("bookkeeping", "vmap")]
+        looked.clear()
