@@ -157,7 +157,9 @@ def persons_of(persons: ArrayLike, count: int, name: str = "persons") -> tuple[I
     if array.dtype.kind not in "iufUSO":
         raise DataError(f"{name} holds {array.dtype}; persons are told apart by text or whole numbers")
     cells = (array.astype(str) if array.dtype.kind == "S" else array).tolist()
-    names = [identifier(cell) if isinstance(cell, str | int | float) else None for cell in cells]
+    # An array of Python's objects may hold numpy's numbers.
+    plain = [cell.item() if isinstance(cell, np.generic) else cell for cell in cells]
+    names = [identifier(cell) if isinstance(cell, str | int | float) else None for cell in plain]
     if missing := [row for row, found in enumerate(names) if found is None]:
         raise DataError(f"{name} does not say in {rows_in_words(missing)} {EXPECTED}")
     return numbered([found for found in names if found is not None])

@@ -339,3 +339,11 @@ def test_who_has_fewer_rows_has_them_counted_again_in_turn() -> None:
     table = Table(np.zeros((4, 1), np.float32), np.zeros(4, np.int64)).owned_by(np.array([0, 1, 0, 0]), ("a", "b"))
     assert table.evenly(2).tolist() == [0, 2, 1, 1]
     assert table.evenly(5).tolist() == [0, 2, 3, 0, 2, 1, 1, 1, 1, 1]
+
+
+def test_of_numbers_beside_nothing_the_row_of_nobody_is_named() -> None:
+    """It was all rows: None makes an array of objects, and its numbers are numpy's."""
+    with pytest.raises(DataError, match=r"does not say in row 1 "):
+        persons_of([np.int64(4), None, np.int64(4)], 3)
+    numbers, names = persons_of(np.array([np.int64(4), "p", np.float64(4)], object), 3)
+    assert (numbers.tolist(), names) == ([0, 1, 0], ("4", "p"))
