@@ -1,6 +1,7 @@
 """The base of everything that is read from a file, a command line or the wire."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from reprlib import Repr
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -23,19 +24,9 @@ class Written(Frozen):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, asked: ValidationInfo) -> Any:
-        field = cls.model_fields[asked.field_name or ""]
-        if isinstance(value, bool) and _takes(field.annotation, (int, float)) and not _takes(field.annotation, (bool,)):
-            raise ValueError(f"Input should be a number, not {'yes' if value else 'no'}")
+        for place, given in _truths_for_numbers(value, [cls.model_fields[asked.field_name or ""].annotation]):
+            raise ValueError(f"{place}: {_not_a_number(given)}" if place else _not_a_number(given))
         return value
-
-
-def _takes(annotation: Any, types: tuple[type, ...]) -> bool:
-    """Whether a value of one of these types is among what a field is annotated with, itself or in a union."""
-    return annotation in types or any(_takes(part, types) for part in _alternatives(annotation))
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Annotated, Union, UnionType) else ()
 
 
 S = TypeVar("S", bound=Frozen)
@@ -54,7 +45,10 @@ _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 60, 60, 60
 
 
 def check_settings(plain: Any, settings: type[S]) -> S:
-    """A plain container as a settings object. Raises UsageError naming each wrong field."""
+    """A plain container as a settings object, in which yes and no are no numbers. Raises UsageError naming each wrong
+    field."""
+    if wrong := [f"{place}: {_not_a_number(given)}" for place, given in _truths_for_numbers(plain, [settings])]:
+        raise UsageError(f"configuration: {'; '.join(wrong[:_MOST_FIELDS])}")
     try:
         return settings.model_validate(plain)
     except ValidationError as error:
@@ -89,6 +83,62 @@ def explain(
     if len(wrong) > _MOST_FIELDS:
         parts.append(f"and {len(wrong) - _MOST_FIELDS} more")
     return "; ".join(parts)
+
+
+def _truths_for_numbers(value: Any, annotations: Sequence[Any], place: str = "") -> Iterator[tuple[str, bool]]:
+    """Where in `value`, for fields with these annotations, yes or no stands for a number, and which."""
+    if not _holds_truth(value):
+        return
+    taken = [one for annotation in annotations for one in _alternatives(annotation)]
+    if isinstance(value, bool):
+        if {int, float}.intersection(taken) and not {bool, Any}.intersection(taken):
+            yield place, value
+    elif isinstance(value, dict):
+        if any(isinstance(one, type) and issubclass(one, Written) for one in taken):
+            return  # It looks by itself.
+        for name, below in value.items():
+            fields = [known[name] for one in taken if name in (known := _annotations(one))]
+            values = [get_args(one)[1] for one in taken if get_origin(one) in (dict, Mapping)]
+            yield from _truths_for_numbers(below, fields or values, _below(place, name))
+    elif isinstance(value, list | tuple):
+        items = [part for one in taken if get_origin(one) in (list, tuple) for part in get_args(one)]
+        for number, below in enumerate(value):
+            yield from _truths_for_numbers(below, items, _below(place, number))
+
+
+def _holds_truth(value: Any, depth: int = 16) -> bool:
+    """Whether yes or no is anywhere in it: of most there is none, and a schema may have very many columns.
+
+    No setting stands deeper than `depth`; a stranger's file may be nested until Python gives up.
+    """
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, bool) or (depth > 0 and any(_holds_truth(one, depth - 1) for one in below))
+
+
+def _below(place: str, step: object) -> str:
+    return f"{place}.{step!s:.60}" if place else f"{step!s:.60}"
+
+
+def _alternatives(annotation: Any) -> Iterator[Any]:
+    """What an annotation is a union of, itself if of nothing else."""
+    if get_origin(annotation) is Annotated:
+        yield from _alternatives(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for part in get_args(annotation):
+            yield from _alternatives(part)
+    else:
+        yield annotation
+
+
+@cache
+def _annotations(kind: Any) -> Mapping[object, Any]:
+    """Those of a model's fields by the names that it takes for them; of anything else there are none."""
+    models = kind.model_fields.items() if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
+    return {taken: field.annotation for name, field in models for taken in (name, field.alias) if taken}
+
+
+def _not_a_number(given: bool) -> str:
+    return f"Input should be a number, not {'yes' if given else 'no'}"
 
 
 def _message(item: Any, words: Callable[[Setting], str]) -> str:
