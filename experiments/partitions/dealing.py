@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from experiments.partitions.description import Description, describe
 from experiments.sources import DatasetSettings, Source, load_source
+from fedclaw.privacy.units import Units
 from fedclaw.simulation.partitions.base import Indices, Partition
 from fedclaw.simulation.partitions.settings import PartitionSettings
 
@@ -76,62 +77,30 @@ class Dealt:
 def deal_out(dataset: DatasetSettings, partition: PartitionSettings, clients: int | None = None) -> Dealt:
     """Deal the data set to `clients`, or to as many as it has sites. Raises UsageError naming the setting at fault."""
     source = load_source(dataset)
-    units = _units(source)
+    units, groups = _units(source)
     generator = np.random.default_rng(dataset.seed)
-    order = generator.permutation(len(units.sizes))
+    order = generator.permutation(len(units))
     count = round(dataset.public * len(order))
-    private = units.firsts[order[count:]]
+    private = order[count:]
     hand = partition.deal(
-        units.groups[order[count:]],
-        source.inputs[private],
+        groups[private],
+        source.inputs[units.firsts[private]],
         dataset.sites if clients is None else clients,
         generator,
-        sites=None if source.sites is None else source.sites[private],
+        sites=None if source.sites is None else source.sites[units.firsts[private]],
     )
-    return Dealt(source, dataset, units.rows(order[:count]), *_by_row(units, order[count:], hand))
+    rows = units.rows_of(private)
+    of_these = Units(np.arange(len(rows)), np.concatenate([[0], np.cumsum(units.sizes[private])]))
+    return Dealt(source, dataset, units.rows_of(order[:count]), rows, hand.by_row(of_these))
 
 
-@dataclass(frozen=True, eq=False)
-class _Units:
-    """What is dealt as a whole: rows, or persons with all of theirs."""
-
-    order: Indices
-    """(N,) the rows, those of the first unit first."""
-    sizes: Indices
-    """(U,) how many rows each unit has."""
-    groups: Indices
-    """(U,) by which they are told apart when they are dealt: a row's group, or the commonest of a person's rows."""
-
-    @property
-    def starts(self) -> Indices:
-        return np.cumsum(self.sizes) - self.sizes
-
-    @property
-    def firsts(self) -> Indices:
-        """(U,) the first row of each."""
-        return self.order[self.starts]
-
-    def rows(self, units: Indices) -> Indices:
-        """All rows of those units, one unit after another."""
-        sizes, starts = self.sizes[units], self.starts[units]
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        rows: Indices = self.order[np.repeat(starts, sizes) + within]
-        return rows
-
-
-def _units(source: Source) -> _Units:
+def _units(source: Source) -> tuple[Units, Indices]:
+    """What is dealt as a whole, rows or persons, and by what they are told apart then, (U,): a row's group, or the
+    commonest of a person's rows."""
     groups, names = source.groups
     if source.owners is None:
-        return _Units(np.arange(len(groups)), np.ones(len(groups), np.int64), groups)
-    sizes = np.bincount(source.owners)
-    counts = np.zeros((len(sizes), len(names)), np.int64)
+        return Units.of(np.arange(len(groups))), groups
+    units = Units.of(source.owners)
+    counts = np.zeros((len(units), len(names)), np.int64)
     np.add.at(counts, (source.owners, groups), 1)
-    return _Units(np.argsort(source.owners, kind="stable"), sizes, counts.argmax(axis=1))
-
-
-def _by_row(units: _Units, private: Indices, hand: Partition) -> tuple[Indices, Partition]:
-    """The rows of the `private` units, and `hand`, which dealt those units, as a partition of these rows."""
-    rows, sizes = units.rows(private), units.sizes[private]
-    within = _Units(np.arange(len(rows)), sizes, private)
-    bounds = np.concatenate([[0], np.cumsum(sizes[hand.rows])])[hand.bounds]
-    return rows, Partition(hand.method, within.rows(hand.rows), bounds, hand.transform)
+    return units, counts.argmax(axis=1)

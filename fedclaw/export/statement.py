@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedclaw.errors import BundleError
-from fedclaw.privacy.claims import Claim, claim_of, weakest
+from fedclaw.privacy.claims import Claim, claim_of, claim_of_sum, weakest
 from fedclaw.protocol.frozen import Frozen, fields_of
-from fedclaw.protocol.receipt import TrainingCost, Trust
+from fedclaw.protocol.receipt import TrainingCost
 from fedclaw.protocol.terms import CentralNoise, DataUnit, PrivacyRequest
 from fedclaw.server.run_directory import ReleaseUse, Simulated, SiteReceipt
 
@@ -173,8 +173,7 @@ def _claim(sites: Sequence[SiteStatement], releases: Sequence[ReleaseUse], unit:
 def _of_whole_sites(sites: Sequence[SiteStatement]) -> tuple[str, ...]:
     """What noise on the sum promises to whole sites, where it is made for them."""
     central = [run.central for site in sites for run in site.runs if run.central and run.central.unit == "site"]
-    trusted: list[Trust] = ["server" if noise.noise_by == "server" else "aggregation" for noise in central]
-    claims = dict.fromkeys(Claim("site", trust=trust) for trust in trusted)
+    claims = dict.fromkeys(claim_of_sum(noise.noise_by) for noise in central)
     return tuple(f"{claim.protects} {claim.against}" for claim in claims)
 
 

@@ -142,6 +142,16 @@ def claim_of(receipt: Promised) -> Claim:
     return Claim(receipt.unit, receipt.relation, receipt.trust)
 
 
+def claim_of_sum(noise_by: object) -> Claim:
+    """What noise on the sum that is made for whole sites promises to each, by whose noise it is."""
+    return Claim("site", trust="server" if noise_by == "server" else "aggregation")
+
+
+def relation_of(declared: int | None) -> Relation:
+    """That of data whose number of units is `declared`; None: it is counted."""
+    return "zero-out" if declared is None else "add-or-remove"
+
+
 def claim_in(receipt: Mapping[str, Any]) -> Claim:
     """The claim of a receipt's plain fields; one of before they were noted was for an example whose number left.
 

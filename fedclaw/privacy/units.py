@@ -6,7 +6,6 @@ Sampling is over units: `fedclaw.privacy.steps.poisson_batches` chooses among so
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.errors import PrivacyError
@@ -40,23 +39,17 @@ class Units:
         """(U,): how many rows each unit has, at least one."""
         return np.diff(self.starts)
 
-    def batch_of(self, units: Indices) -> "UnitBatch":
-        """All rows of these `units` (K,), which ascend and come once each."""
+    @property
+    def firsts(self) -> Indices:
+        """(U,): the first row of each."""
+        return self.order[self.starts[:-1]]
+
+    def rows_of(self, units: Indices) -> Indices:
+        """All rows of these `units` (K,), one unit after another."""
         sizes = self.sizes[units]
-        ends = np.cumsum(sizes)
-        within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)
-        rows = self.order[np.repeat(self.starts[units], sizes) + within]
-        return UnitBatch(torch.from_numpy(rows), torch.from_numpy(np.repeat(units, sizes)))
-
-
-@dataclass(frozen=True, eq=False)
-class UnitBatch:
-    """The rows of some units: what `StepTaker.gradients` is given, as indices."""
-
-    rows: torch.Tensor
-    """(B,) int64: rows of the table."""
-    units: torch.Tensor
-    """(B,) int64: whose they are, ascending."""
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows: Indices = self.order[np.repeat(self.starts[units], sizes) + within]
+        return rows
 
 
 def starts_of(units: ArrayLike) -> Indices:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedclaw import __version__
-from fedclaw.privacy.claims import Claim, claim_in
-from fedclaw.protocol.terms import Relation
+from fedclaw.privacy.claims import Claim, claim_in, relation_of
 from fedclaw.report import ledger_words
 from fedclaw.site.journal.reconciliation import SiteJournal, check_journal, ledger_file, losses
 from fedclaw.site.journal.spending import DataSetSpending, Point, Spending, epsilon_over_time
@@ -83,9 +82,8 @@ def _data_set(number: int, item: DataSetSpending, journal: SiteJournal, receipts
 
 def _charged_for(data_set: str, journal: SiteJournal) -> Claim:
     """Unit and relation of a data set's charges, by the ledger itself."""
-    declared = journal.index.declared.get(data_set)
-    relation: Relation = "zero-out" if declared is None else "add-or-remove"
-    return Claim(journal.index.units.get(data_set, "example"), relation)
+    index = journal.index
+    return Claim(index.units.get(data_set, "example"), relation_of(index.declared.get(data_set)))
 
 
 def _not_covered(receipts: Receipts) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedclaw.privacy.accounting import NoiseEvent
-from fedclaw.privacy.claims import Claim, claim_in
+from fedclaw.privacy.claims import Claim, claim_in, claim_of_sum
 from fedclaw.site.journal.ledger import describe
 from fedclaw.site.journal.spending import DataSetSpending, RunSpending
 
@@ -87,7 +87,7 @@ def whole_site(receipt: Mapping[str, Any]) -> tuple[Claim, ...]:
     central = receipt.get("central") or {}
     if central.get("unit") != "site":
         return ()
-    return (Claim("site", trust="server" if central.get("noise_by") == "server" else "aggregation"),)
+    return (claim_of_sum(central.get("noise_by")),)
 
 
 def counted(run: RunSpending) -> str:

@@ -84,7 +84,7 @@ class SimulatedFederation:
         """The rows of some of a client's `units`: all that each of them has, by person."""
         if self._persons is None:
             return units
-        rows: Rows = self.share(client)[self._persons[client].batch_of(np.sort(units)).rows.numpy()]
+        rows: Rows = self.share(client)[self._persons[client].rows_of(np.sort(units))]
         return rows
 
     def examples(self, client: int) -> int:

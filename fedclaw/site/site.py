@@ -16,6 +16,7 @@ from flwr.app import RecordDict
 from fedclaw.errors import DataError, FedClawError, NoExamples, PluginError
 from fedclaw.files import sha256_file
 from fedclaw.learning.workload import Schema, Table, Workload, load_parameters
+from fedclaw.privacy.claims import relation_of
 from fedclaw.privacy.noise import GaussianSource
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.protocol.arrays import Arrays, all_finite, unpack
@@ -119,7 +120,7 @@ class Site:
     @property
     def relation(self) -> Relation:
         """Between which training data sets what leaves differs by little."""
-        return _relation(self.data.public_examples)
+        return relation_of(self.data.public_examples)
 
     @property
     def test_units(self) -> int:
@@ -147,7 +148,7 @@ class Site:
     @property
     def test_relation(self) -> Relation:
         """The same of the test data, where its metrics leave with noise."""
-        return _relation(self.data.public_test_examples)
+        return relation_of(self.data.public_test_examples)
 
     @property
     def is_tested_on_held_out_data(self) -> bool:
@@ -190,10 +191,6 @@ class Site:
             inputs, targets = torch.from_numpy(table.inputs), torch.from_numpy(table.targets)
             self._tensors[split] = inputs.to(self.device), targets.to(self.device)
         return self._tensors[split]
-
-
-def _relation(declared: int | None) -> Relation:
-    return "zero-out" if declared is None else "add-or-remove"
 
 
 def sent_arrays(content: RecordDict, name: str) -> Arrays:

@@ -207,7 +207,7 @@ class TrainingAnswer(PlanAnswer[Update, Update]):
         if owners is None:
             return chosen
         persons = Units.of(owners)
-        return (persons.batch_of(np.sort(batch.numpy())).rows for batch in chosen)
+        return (torch.from_numpy(persons.rows_of(np.sort(batch.numpy()))) for batch in chosen)
 
     def _model_steps(self, taker: StepTaker, model: torch.nn.Module) -> ModelSteps:
         """Steps of `model` on the site's training data by the local optimiser of the plan."""

@@ -26,10 +26,10 @@ def test_rows_of_some_units_wherever_they_stand(numbers: list[int], data: st.Dat
     assert len(units) == len(names)
     assert units.sizes.tolist() == [numbers.count(name) for name in names]
     chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(names)))) if names else st.just(set())))
-    batch = units.batch_of(np.array(chosen, np.int64))
-    expected = [(row, unit) for unit in chosen for row, number in enumerate(numbers) if number == names[unit]]
-    assert list(zip(batch.rows.tolist(), batch.units.tolist(), strict=True)) == expected
-    assert batch.rows.dtype == batch.units.dtype == torch.int64
+    rows = units.rows_of(np.array(chosen, np.int64))
+    assert rows.tolist() == [row for unit in chosen for row, number in enumerate(numbers) if number == names[unit]]
+    assert rows.dtype == np.int64
+    assert units.firsts.tolist() == [numbers.index(name) for name in names]
 
 
 @pytest.mark.parametrize("wrong", [np.array([0.5, 1.0]), np.zeros((2, 2), np.int64), np.array(["a", "b"])])
@@ -41,13 +41,14 @@ def test_what_is_no_number_a_row_is_refused(wrong: np.ndarray) -> None:
 def test_units_are_sampled_and_not_rows() -> None:
     """A unit of a thousand rows is in a batch as often as one of a single row, with all of them."""
     numbers, q, steps = np.repeat(np.arange(20), [1000, *range(1, 20)]), 0.2, 2000
-    units = Units.of(np.random.default_rng(0).permutation(numbers))
+    whose = np.random.default_rng(0).permutation(numbers)
+    units = Units.of(whose)
     often = np.zeros(20, np.int64)
     for chosen in poisson_batches(len(units), q, steps, GaussianSource()):
-        batch = units.batch_of(chosen.numpy())
-        found, rows = np.unique(batch.units.numpy(), return_counts=True)
+        batch = units.rows_of(chosen.numpy())
+        found, rows = np.unique(whose[batch], return_counts=True)
         assert (rows == units.sizes[found]).all()
-        assert len(np.unique(batch.rows.numpy())) == len(batch.rows)
+        assert len(np.unique(batch)) == len(batch)
         often[found] += 1
     assert counts_fit(often, steps, q)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedclaw.errors import Setting, UsageError
+from fedclaw.privacy.units import Units
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.simulation.partitions.transforms import Transform
 
@@ -58,6 +59,11 @@ class Partition:
         owners = np.empty(len(self.rows), np.int64)
         owners[self.rows] = np.repeat(np.arange(self.clients), self.sizes)
         return owners
+
+    def by_row(self, units: Units) -> "Partition":
+        """The same of the rows of `units`, which are what was dealt here."""
+        bounds = np.concatenate([[0], np.cumsum(units.sizes[self.rows])])[self.bounds]
+        return replace(self, rows=units.rows_of(self.rows), bounds=bounds)
 
     def inputs(self, client: int, inputs: Inputs) -> Inputs:
         """(n, *D): that client's inputs of the data's (N, *D), as its own instruments give them.
@@ -108,13 +114,8 @@ class PartitionMethod(Frozen, ABC):
         the data cannot bear.
         """
         if persons is not None and self.moves_rows:
-            order, ends = np.argsort(persons, kind="stable"), np.cumsum(np.bincount(persons))
-            own = np.split(order, ends[:-1]) if len(ends) else []
-            firsts = np.array([rows[0] for rows in own], np.int64)
-            dealt = self.deal(targets[firsts], inputs[firsts], clients, generator)
-            sizes = np.array([len(own[person]) for person in dealt.rows], np.int64)
-            bounds = np.concatenate([[0], np.cumsum(sizes)])[dealt.bounds]
-            return replace(dealt, rows=np.concatenate([own[person] for person in dealt.rows]), bounds=bounds)
+            own = Units.of(persons)
+            return self.deal(targets[own.firsts], inputs[own.firsts], clients, generator).by_row(own)
         if clients < 1:
             raise UsageError(f"clients: there must be at least one (given: {clients})")
         hand = Hand(targets, inputs, clients, self.fewest(len(targets), clients), generator, sites)
