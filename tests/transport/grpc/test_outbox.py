@@ -307,5 +307,6 @@ def test_a_reply_that_an_earlier_version_stored_keeps_its_digest_and_is_checked_
     assert found is not None
     assert found.digest == trailer.digest
     assert found.outgoing().offer.stamp.hex() == trailer.digest
-    stored.path.write_bytes(earlier[:2_000_000] + b"x" + earlier[2_000_001:])
+    spoilt = bytes([earlier[2_000_000] ^ 1])
+    stored.path.write_bytes(earlier[:2_000_000] + spoilt + earlier[2_000_001:])
     assert Outbox(tmp_path, Limits()).find(task(1)) is None
