@@ -39,7 +39,7 @@ def render(journal: SiteJournal) -> str:
     return _filled(
         "ledger_page.html",
         words=ledger_words,
-        not_covered=_not_covered(receipts),
+        not_covered=_not_covered(receipts, journal),
         infinite=math.inf,
         site=journal.settings.name,
         root=journal.root,
@@ -86,9 +86,10 @@ def _charged_for(data_set: str, journal: SiteJournal) -> Claim:
     return Claim(index.units.get(data_set, "example"), relation_of(index.declared.get(data_set)))
 
 
-def _not_covered(receipts: Receipts) -> list[str]:
-    """Of all claims that receipts make; of a site that none left, of the usual one."""
-    claims = [claim_in(receipt) for receipt in receipts.values()] or [Claim()]
+def _not_covered(receipts: Receipts, journal: SiteJournal) -> list[str]:
+    """Of all claims that receipts make, and that charges do whose answers never left; else of the usual one."""
+    charged = [_charged_for(name, journal) for name in journal.index.units]
+    claims = [*(claim_in(receipt) for receipt in receipts.values()), *charged] or [Claim()]
     return list(dict.fromkeys(sentence for claim in claims for sentence in claim.not_covered))
 
 

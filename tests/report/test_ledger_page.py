@@ -146,6 +146,8 @@ def test_what_was_charged_and_never_left_is_said_in_the_ledgers_own_unit(tmp_pat
     assert Claim("example", "zero-out").protects in sections["Data set ward-4"]
     assert Claim("person", "add-or-remove").protects in sections["Data set icu"]
     assert "Take any one person" in sections["Data set icu"]
+    for claim in (Claim("example", "zero-out"), Claim("person", "add-or-remove")):
+        assert all(any(sentence in text for text in sections.values()) for sentence in claim.not_covered)
     assert not any(Claim().against in text for text in sections.values())
 
 
