@@ -257,6 +257,7 @@ def test_a_server_cannot_make_a_site_beat_faster_than_its_own_least(kit):
     grid = kit.grid()
     running = kit.link("site-a", grid.port)
     grid.wait_for_sites(1, 20)
+    kit.until(lambda: running.link.connected, "the site has its welcome")
     welcome = pb.Welcome(
         protocol=PROTOCOL_VERSION, federation="clinics", site="site-a", max_message_bytes=1, heartbeat=1e-9
     )
