@@ -16,7 +16,7 @@ from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
 from fedclaw.protocol.arrays import Arrays, arrays_to_npz, npz_to_arrays
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.terms import ModelSpec
-from fedclaw.server.run_directory import RunDirectory
+from fedclaw.server.run_directory import ReleaseUse, RunDirectory
 from fedclaw.server.settings import ListenAddress
 from fedclaw.server.waiting import CohortWaiting
 
@@ -151,6 +151,27 @@ class SitesReport(Frozen):
     """Spent by the recovery, by site, beyond what the teacher cost; None: unbounded."""
 
 
+Step = Literal["importance", "layer sensitivity", "search", "calibration", "recovery", "measurement"]
+InputOrigin = Literal["none", "public", "synthetic", "charged question", "sites"]
+"""`public`: the coordinator vouches that no site holds them. `synthetic`: made from the schema or by the teacher alone.
+`charged question`: made from the answer to a question that the sites' ledgers were charged for. `sites`: the sites' own
+data, in rounds that their ledgers were charged for, or in metrics that their policies let out."""
+
+
+class StepInputs(Frozen):
+    """What one step of a compression looked at."""
+
+    step: Step
+    origin: InputOrigin
+    description: str
+    """A clause for people, with the file's name or the question's."""
+    examples: int = Field(default=0, ge=0)
+    sha256: str | None = None
+    """Of the file that they were read from."""
+    release: ReleaseUse | None = None
+    """The charged question's answer, and what it cost."""
+
+
 class Compression(Frozen):
     """compression.json. Accuracies are of the metric `score`, at most 1, measured as `accuracy_measure` says."""
 
@@ -174,6 +195,8 @@ class Compression(Frozen):
     before: Side
     after: Side
     recovery: ProxyReport | SitesReport = Field(discriminator="mode")
+    looked_at: tuple[StepInputs, ...] = ()
+    """What each step looked at, in their order; empty in a record that was written before this was noted."""
     seed: int
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
