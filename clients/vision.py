@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import nn
 
 from fedclaw.clients.models import built, known
+from fedclaw.clients.residual import ResNet, ResNetArguments
 from fedclaw.errors import PluginError
 from fedclaw.learning.workload import Workload
 from fedclaw.protocol.frozen import Frozen
@@ -82,10 +83,13 @@ class Cnn(nn.Module):
 
 
 class VisionWorkload(Workload):
-    """Model `cnn` for a `VisionSchema`, or any schema whose inputs are (N, K, H, W)."""
+    """Models `cnn` and `resnet` for a `VisionSchema`, or any schema whose inputs are (N, K, H, W)."""
 
     name: ClassVar[str] = "vision"
-    models: ClassVar[dict[str, type[CnnArguments]]] = {"cnn": CnnArguments}
+    models: ClassVar[dict[str, type[CnnArguments] | type[ResNetArguments]]] = {
+        "cnn": CnnArguments,
+        "resnet": ResNetArguments,
+    }
 
     def default_model(self) -> ModelSpec:
         """`cnn` with its default sizes."""
@@ -94,11 +98,15 @@ class VisionWorkload(Workload):
     def build(self, spec: ModelSpec) -> nn.Module:
         """The named model with fresh weights from torch's generator. Raises PluginError."""
         channels, height, width = self.schema.input_shape
-        arguments = known(spec, self.models)
-        return built(lambda: Cnn((channels, height, width), arguments, len(self.schema.labels)))
+        arguments, classes = known(spec, self.models), len(self.schema.labels)
+        if isinstance(arguments, ResNetArguments):
+            return built(lambda: ResNet((channels, height, width), arguments, classes))
+        return built(lambda: Cnn((channels, height, width), arguments, classes))
 
     def spec_of(self, model: nn.Module) -> ModelSpec:
         """The spec with the model's present widths. Raises PluginError for a model that is not of this workload."""
+        if isinstance(model, ResNet):
+            return ModelSpec(name="resnet", args=model.arguments().model_dump(mode="json"))
         if not isinstance(model, Cnn):
             raise PluginError(f"a {type(model).__name__} is no model of the vision workload")
         channels = [block.convolution.weight.shape[0] for block in model.blocks if isinstance(block, ConvolutionBlock)]

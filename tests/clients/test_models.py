@@ -37,8 +37,13 @@ CASES = [
     ("images", ModelSpec(name="cnn")),
     ("images", ModelSpec(name="cnn", args={"channels": [8, 8, 8, 8], "hidden": 12})),
     ("colour", ModelSpec(name="cnn", args={"channels": [10, 20], "grid": 3, "hidden": 10})),
+    ("images", ModelSpec(name="resnet", args={"channels": [10, 12, 12, 12, 14]})),
+    ("colour", ModelSpec(name="resnet", args={"channels": [12, 21], "blocks": [[15], [11, 19]]})),
 ]
-IDS = ["logistic", "binary-logistic", "mlp", "cnn", "cnn-deep-hidden", "cnn-odd-sizes"]
+IDS = [
+    *("logistic", "binary-logistic", "mlp", "cnn", "cnn-deep-hidden", "cnn-odd-sizes"),
+    *("resnet-deep", "resnet-odd-sizes"),
+]
 
 
 def workload_of(kind: str) -> Workload:
@@ -191,6 +196,17 @@ def test_no_model_has_buffers() -> None:
             "a model of 335659011 parameters; at most 268435456",
         ),
         ("images", ModelSpec(name="cnn", args={"hidden": 0}), "hidden: Input should be greater"),
+        (
+            "images",
+            ModelSpec(name="resnet", args={"channels": [4, 4], "blocks": [[4]]}),
+            "1 stages, and channels names",
+        ),
+        ("images", ModelSpec(name="resnet", args={"channels": [4], "blocks": [[4] * 17]}), "a stage has 1 to 16 bloc"),
+        (
+            "images",
+            ModelSpec(name="resnet", args={"channels": [1024] * 6, "blocks": [[1024] * 3] * 6}),
+            "parameters; at most 268435456",
+        ),
     ],
 )
 def test_a_wrong_spec_is_refused_in_one_line(kind: str, spec: ModelSpec, message: str) -> None:

@@ -17,6 +17,7 @@ from fedclaw.simulation import SimulatedFederation, SimulationSettings, simulate
 SIZES = (31, 4, 17, 9, 8, 22, 5, 13, 16, 7)
 MODELS = {
     "cnn": ModelSpec(name="cnn", args={"channels": [4, 6]}),
+    "resnet": ModelSpec(name="resnet", args={"channels": [4, 6], "blocks": [[3], [5, 4]]}),
     "mlp": ModelSpec(name="mlp", args={"hidden": [12, 7]}),
     **dict.fromkeys(("squared", "huber", "poisson"), ModelSpec(name="mlp", args={"hidden": [12, 7]})),
 }
@@ -33,7 +34,7 @@ def make_federation(kind, sizes=SIZES, **options):
     generator = np.random.default_rng(5)
     count = sum(sizes)
     targets = generator.integers(0, 3, count)
-    if kind == "cnn":
+    if kind in ("cnn", "resnet"):
         schema = schema_class("vision").parse(
             json.dumps({"shape": [1, 6, 6], "labels": ["a", "b", "c"], "mean": [0.5], "std": [0.25]}), "test"
         )

@@ -51,6 +51,13 @@ def test_many_at_once_is_one_at_a_time(run, kind, optimizer, more):
     assert 0 < largest_difference(one, many) < tolerance
 
 
+def test_many_residual_networks_at_once_are_one_at_a_time(run):
+    """Two steps: among many ReLUs, one whose input rounding alone keeps from 0 goes either way."""
+    training = LocalTraining(steps=2, batch_size=8, learning_rate=0.1)
+    one, many = (run("resnet", SimulationSettings(mode=mode), training=training, rounds=1) for mode in ("one", "many"))
+    assert 0 < largest_difference(one, many) < 2e-5
+
+
 @pytest.mark.parametrize("strategy", ["fedprox", "fedadam", "scaffold", "fednova", "feddyn", "median", "krum"])
 def test_strategies_do_not_notice(run, strategy):
     """Corrections, state at server and clients, extras and single updates; over processes too."""
