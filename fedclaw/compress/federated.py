@@ -134,7 +134,7 @@ def _guarantees(
 
 def _digest(record: RunRecord, teacher: Teacher) -> str:
     """Eight hexadecimal digits of all that distinguishes this recovery from another."""
-    about = {"record": record.model_dump(mode="json", exclude={"created"}), "teacher": teacher.sha256}
+    about = {"record": record.model_dump(mode="json", exclude={"created", "software"}), "teacher": teacher.sha256}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -21,6 +21,7 @@ from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
 from fedclaw.export.threshold import choose_threshold, threshold_of_release
+from fedclaw.export.training_record import TrainingRecord
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
 from fedclaw.identity.federation_home import ReleaseSigner
 from fedclaw.learning.tasks.classification import Classification
@@ -175,6 +176,7 @@ def _write_texts(
         layout.MANIFEST: _pretty(manifest),
         layout.SCHEMA: source.schema.to_json(),
         layout.PRIVACY: _pretty(statement),
+        layout.TRAINING: _pretty(source.training()),
         layout.CARD: model_card(source, manifest, statement),
         layout.HOW_TO_VERIFY: how_to_verify(manifest.federation, signature.fingerprint(authority)),
     }
@@ -235,7 +237,7 @@ def _publish(staging: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def _pretty(model: layout.Manifest | PrivacyStatement) -> str:
+def _pretty(model: layout.Manifest | PrivacyStatement | TrainingRecord) -> str:
     plain = model.model_dump(mode="json")
     if plain.get("threshold", ...) is None:
         del plain["threshold"]

@@ -5,6 +5,7 @@
     bundle.json                  where the model comes from, its tensors, labels, preprocessing, parity figures
     schema.json                  the federation's schema, which turns raw rows into the model's input
     privacy.json                 what training cost each site, and what that does and does not promise
+    training.json                how the model came about: configuration, code, rounds, ledger heads, digests
     MODEL_CARD.md  VERIFY.md     for people
     release.crt  ca.crt          who signed
     SHA256SUMS  SHA256SUMS.sig   digests of all the files above, and the signature over them
@@ -28,6 +29,7 @@ PROGRAM = "model.pt2"
 MANIFEST = "bundle.json"
 SCHEMA = "schema.json"
 PRIVACY = "privacy.json"
+TRAINING = "training.json"
 CARD = "MODEL_CARD.md"
 HOW_TO_VERIFY = "VERIFY.md"
 DIGESTS = "SHA256SUMS"

@@ -8,17 +8,53 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.compress.record import RECORD, Compression, SitesReport, read_compressed
+from fedclaw.compress.record import MODEL, RECORD, Compression, SitesReport, read_compressed
 from fedclaw.errors import BundleError
 from fedclaw.export.statement import Receipts
+from fedclaw.export.training_record import (
+    Acceptance,
+    CompressionFiles,
+    RunFiles,
+    RunTraining,
+    TrainingRecord,
+    configuration_of,
+    heads_of,
+    rounds_of,
+)
 from fedclaw.files import sha256_file
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.learning.workload import Schema, load_parameters
 from fedclaw.protocol.terms import ModelSpec
-from fedclaw.server.run_directory import RunDirectory, RunRecord
+from fedclaw.server.run_directory import PendingRound, RunDirectory, RunRecord
+from fedclaw.server.software import software
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True)
+class SourceRun:
+    """A run that the model went through, as its directory has it."""
+
+    record: RunRecord
+    metrics: tuple[Mapping[str, Any], ...]
+    files: RunFiles
+    pending: int | None = None
+    """The round whose questions are out and whose answers are not in; None: no round is in flight."""
+
+    @classmethod
+    def read(cls, directory: RunDirectory) -> "SourceRun":
+        """Raises CheckpointError for a damaged file, and for a run that has not finished."""
+        record, metrics = directory.record(), tuple(directory.read_metrics())
+        pending = PendingRound.read(directory.root)
+        return cls(record, metrics, files_of(directory), None if pending is None else pending.round)
+
+
+def files_of(directory: RunDirectory) -> RunFiles:
+    """The digests of a finished run's files."""
+    paths = (directory.model_path, directory.metrics_path, directory.receipts_path)
+    model, metrics, receipts = (sha256_file(path) if path.is_file() else None for path in paths)
+    return RunFiles(record=sha256_file(directory.record_path), model=model, metrics=metrics, receipts=receipts)
 
 
 @dataclass(frozen=True)
@@ -33,6 +69,10 @@ class Source:
     """Those of the training run, then those of the recovery at the sites, if there was one."""
     metrics: tuple[Mapping[str, Any], ...]
     compression: Compression | None
+    runs: tuple[SourceRun, ...]
+    """In the order of their receipts."""
+    compressed: CompressionFiles | None = None
+    """The files of the compression."""
 
     @property
     def variant(self) -> Literal["final", "compressed"]:
@@ -48,6 +88,31 @@ class Source:
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def training(self, acceptance: Acceptance | None = None) -> TrainingRecord:
+        """What the bundle says of how the model came about."""
+        return TrainingRecord(
+            runs=tuple(_told(run, receipts) for run, receipts in zip(self.runs, self.receipts, strict=True)),
+            compression=self.compressed,
+            acceptance=acceptance,
+            exported_with=software(),
+        )
+
+
+def _told(run: SourceRun, receipts: Receipts) -> RunTraining:
+    record = run.record
+    return RunTraining(
+        run=record.run,
+        federation=record.federation,
+        purpose=receipts.purpose,
+        started=record.created,
+        simulated=record.simulated,
+        software=record.software,
+        configuration=configuration_of(record),
+        files=run.files,
+        rounds=rounds_of(record, run.metrics),
+        ledger_heads=heads_of(record, receipts.by_site),
+    )
+
 
 def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compressed"] = "auto") -> Source:
     """The model that `wanted` names; `auto` takes the compressed one where there is one.
@@ -59,34 +124,38 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
     record = directory.record()
     directory.require_whole()
     arrays: Mapping[str, NDArray[Any]] = directory.read_model()
-    spec, compression = record.model, None
+    spec, compression, compressed = record.model, None, None
     if wanted == "compressed" or (wanted == "auto" and (directory.compressed / RECORD).is_file()):
         compression, arrays = read_compressed(directory)
         spec = compression.model
+        compressed = CompressionFiles(
+            record=sha256_file(directory.compressed / RECORD),
+            model=sha256_file(directory.compressed / MODEL),
+            teacher=compression.teacher_sha256,
+        )
         if compression.teacher_sha256 != sha256_file(directory.model_path):
             raise BundleError(
                 f"{directory.compressed} was not made from {directory.model_path}; compress the run again"
             )
     workload = directory.workload()
     model = _fill(workload.build(spec), arrays, f"the model of {directory.root}")
+    runs = [SourceRun.read(directory)]
     receipts = [Receipts(record.run, "training", directory.read_receipts())]
     if compression is not None and isinstance(compression.recovery, SitesReport):
-        receipts.append(_recovery_receipts(directory, compression.recovery))
+        recovery = RunDirectory.open(directory.root / compression.recovery.directory)
+        runs.append(SourceRun.read(recovery))
+        receipts.append(Receipts(compression.recovery.run, "recovery after pruning", recovery.read_receipts()))
     return Source(
         record=record,
         schema=workload.schema,
         spec=spec,
         model=model,
         receipts=tuple(receipts),
-        metrics=tuple(directory.read_metrics()),
+        metrics=runs[0].metrics,
         compression=compression,
+        runs=tuple(runs),
+        compressed=compressed,
     )
-
-
-def _recovery_receipts(directory: RunDirectory, report: SitesReport) -> Receipts:
-    """Receipts of the rounds that recovered a pruned model at the sites."""
-    recovery = RunDirectory.open(directory.root / report.directory)
-    return Receipts(report.run, "recovery after pruning", recovery.read_receipts())
 
 
 def _fill(model: "nn.Module", arrays: Mapping[str, NDArray[Any]], what: str) -> "nn.Module":

@@ -252,7 +252,8 @@ class MlflowTracker:
         record = record or self._directory.record()
         self._run_id = self._store.begin(self._directory.root, record.run, self._tags)
         if self._store.known is None:
-            self._describe(self._run_id, _flat(record.model_dump(mode="json", exclude={"schema_text", "version"})))
+            plain = record.model_dump(mode="json", exclude={"schema_text", "version", "software"})
+            self._describe(self._run_id, _flat(plain))
         return self._run_id
 
     def _fill_in(self, run_id: str) -> None:

@@ -31,6 +31,7 @@ from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.limits import MOST_EXAMPLES, Name
 from fedclaw.protocol.receipt import Receipt, Trust
 from fedclaw.protocol.terms import DataUnit, Relation, RoundRules, SecureRequest, StrategyRecord, Terms
+from fedclaw.server.software import Software, software
 
 PENDING = "round.json"
 
@@ -124,6 +125,8 @@ class RunRecord(Terms):
     """None: a run with sites."""
     seed: int = 0
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+    software: Software | None = None
+    """What the process that began it ran on; None in a record from before this was noted."""
 
     @model_validator(mode="after")
     def _promises(self) -> Self:
@@ -207,11 +210,12 @@ class RunDirectory:
 
     @classmethod
     def create(cls, root: Path, record: RunRecord) -> "RunDirectory":
-        """Begin a run. Raises UsageError when the directory already holds one."""
+        """Begin a run, and note what it is begun with. Raises UsageError when the directory already holds one."""
         directory = cls(root)
+        record = record.model_copy(update={"software": software()})
         with directory.held():
             directory.require_new()
-            write_atomic(directory._record_path, record.model_dump_json(indent=2).encode())
+            write_atomic(directory.record_path, record.model_dump_json(indent=2).encode())
         return directory
 
     @contextmanager
@@ -233,7 +237,7 @@ class RunDirectory:
 
     def require_new(self) -> None:
         """Raise UsageError when the directory already holds a run."""
-        if self._record_path.exists():
+        if self.record_path.exists():
             raise UsageError(
                 f"{self.root} already holds a run; continue it with resume={self.root} or choose another run name"
             )
@@ -242,12 +246,13 @@ class RunDirectory:
     def open(cls, root: Path) -> "RunDirectory":
         """A run that was begun. Raises UsageError when `root` is not one."""
         directory = cls(root)
-        if not directory._record_path.is_file():
+        if not directory.record_path.is_file():
             raise UsageError(f"{root} is not a run directory: it has no run.json (a run is a directory like runs/NAME)")
         return directory
 
     @property
-    def _record_path(self) -> Path:
+    def record_path(self) -> Path:
+        """What was asked for."""
         return self.root / "run.json"
 
     @property
@@ -261,14 +266,19 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def receipts_path(self) -> Path:
+        """The last receipt of every site."""
+        return self.root / "receipts.json"
+
+    @property
     def compressed(self) -> Path:
         """What the compression stage left, if it ran."""
         return self.root / "compressed"
 
     def record(self) -> RunRecord:
         """The run's record. Raises CheckpointError when it is damaged."""
-        with _damage_told(self._record_path):
-            return RunRecord.model_validate_json(self._record_path.read_bytes())
+        with _damage_told(self.record_path):
+            return RunRecord.model_validate_json(self.record_path.read_bytes())
 
     def workload(self) -> Workload:
         """The run's workload, with its schema."""
@@ -333,11 +343,11 @@ class RunDirectory:
             f"  {json.dumps(name)}: {json.dumps(receipt.model_dump(mode='json'))}"
             for name, receipt in sorted(receipts.items())
         )
-        write_atomic(self.root / "receipts.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        write_atomic(self.receipts_path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     def read_receipts(self) -> dict[str, SiteReceipt]:
         """The last receipt of every site that ever trained in this run, by site name. Raises CheckpointError."""
-        path = self.root / "receipts.json"
+        path = self.receipts_path
         if not path.is_file():
             return {}
         with _damage_told(path):
