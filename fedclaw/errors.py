@@ -5,6 +5,7 @@
     ├── DataError                a data or schema file is not what it should be (file, row, column)
     │   └── NoExamples           a data file is well formed and holds no rows or images
     ├── ProvisionError           a key, certificate, descriptor or directory of a federation is missing or wrong
+    ├── EncryptionError          a file encrypted at rest does not open, or its key cannot be had
     ├── SealError                a sealed update does not open: tampered, replayed or meant for another run
     ├── TransportError           a peer broke the protocol, or cannot be reached
     │   └── ConnectionRefused    the server will not have this site (revoked, wrong version); retrying is useless
@@ -85,6 +86,10 @@ class NoExamples(DataError):
 
 class ProvisionError(FedClawError):
     """Something of a federation's keys, certificates or directories is missing or wrong."""
+
+
+class EncryptionError(FedClawError):
+    """A file that is encrypted at rest does not open, or the key for it cannot be had."""
 
 
 class SealError(FedClawError):

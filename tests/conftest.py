@@ -23,6 +23,7 @@ from fedclaw.identity import provisioning
 from fedclaw.protocol.message_identity import assume_server_identity
 from tests import warm
 from tests.ports import free_port
+from tests.tokens import Token, make_token
 
 FEDERATION = "clinic"
 PATIENCE = 200.0
@@ -66,6 +67,14 @@ def pytest_runtest_setup() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def token(tmp_path_factory: pytest.TempPathFactory) -> Token:
+    """A token of SoftHSM2. A process loads it once, so all tests share it, each with names of its own."""
+    made = make_token(tmp_path_factory.mktemp("token"))
+    os.environ.update(made.environment)
+    return made
 
 
 @dataclass

@@ -10,10 +10,9 @@ TLS may end at a hospital's proxy; the seal ends in the aggregation process. A s
     key || check  = HKDF-Expand(secret(index), "message" || salt || context), 32 and 16 bytes
 
 with context = label || suite || binding. HPKE is RFC 9180 (base mode, HKDF-SHA256, AES-256-GCM); the KEM is X25519 or
-the hybrid ML-KEM-768 + X25519. The segments follow the STREAM construction (Hoang, Reyhanitabar, Rogaway, Vizar 2015,
-"Online Authenticated-Encryption and its Nonce-Reuse Misuse-Resistance", section 6): a segment that is
-changed, moved, repeated, dropped or cut off does not open. The nonce starts at zero because the key is used once:
-the salt is fresh for each message. `check` commits to the key, so the header alone shows a wrong binding.
+the hybrid ML-KEM-768 + X25519. The segments are those of `fedclaw.identity.stream`. The nonce starts at zero because
+the key is used once: the salt is fresh for each message. `check` commits to the key, so the header alone shows a wrong
+binding.
 
 A session serves SESSION_MESSAGES messages of SESSION_SECONDS at most, because the KEM costs more than all the rest of a
 small message. Its sealer keeps the secret of the next message only: whoever reads the site's memory learns
@@ -52,6 +51,7 @@ from cryptography.hazmat.primitives.hpke import (
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from fedclaw.errors import SealError
+from fedclaw.identity.stream import MAX_SEGMENTS, TAG, nonce, segments_of
 from fedclaw.protocol.buffers import Buffer, JoinedBuffers
 
 SealSuite = Literal["x25519", "mlkem768-x25519"]
@@ -60,7 +60,6 @@ SUITES: tuple[SealSuite, ...] = get_args(SealSuite)
 SEGMENT = 1 << 20
 """Plaintext bytes of every segment but the last."""
 
-TAG = 16
 SESSION_MESSAGES = 64
 SESSION_SECONDS = 60.0
 _MAGIC = b"FCS2"
@@ -75,7 +74,6 @@ _OPEN_SESSIONS = 512
 """Sessions whose secrets an opener keeps, which saves it the KEM."""
 _MLKEM_SEED = 64
 _MLKEM_PUBLIC = 1184
-_MAX_SEGMENTS = 1 << 32
 _KEMS = {"x25519": KEM.X25519, "mlkem768-x25519": KEM.MLKEM768_X25519}
 
 
@@ -125,7 +123,7 @@ class Sealed:
         """The sealed segment at `index`, from 0. Its plaintext is copied only where it spans two of the parts."""
         pieces = self._plain.read(index * SEGMENT, SEGMENT)
         plain = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        return self._cipher.encrypt(_nonce(index, index + 1 == self.count), plain, self._aad)
+        return self._cipher.encrypt(nonce(index, index + 1 == self.count), plain, self._aad)
 
     @property
     def segments(self) -> Iterator[bytes]:
@@ -152,7 +150,7 @@ def header_size(suite: SealSuite) -> int:
 
 def segment_count(plain_size: int) -> int:
     """Segments of a message of `plain_size` bytes; an empty message has one, so that it is authenticated too."""
-    return max(1, -(-plain_size // SEGMENT))
+    return segments_of(plain_size, SEGMENT)
 
 
 class Sealer:
@@ -175,7 +173,7 @@ class Sealer:
         Raises SealError if there is more than STREAM's counter can number (4 PiB).
         """
         plain = JoinedBuffers(parts)
-        if segment_count(plain.size) > _MAX_SEGMENTS:
+        if segment_count(plain.size) > MAX_SEGMENTS:
             raise SealError(f"{plain.size} bytes are too many for one sealed message")
         context, salt = _context(self._suite, binding), secrets.token_bytes(_SALT)
         session, index, secret = self._take_secret()
@@ -218,7 +216,7 @@ class Opener:
         `memory` gives a writable buffer of so many bytes, of any content (None: a fresh one). The caller bounds
         `plain_size` first. Raises SealError if the header was not sealed to this key under `binding`.
         """
-        if plain_size < 0 or segment_count(plain_size) > _MAX_SEGMENTS:
+        if plain_size < 0 or segment_count(plain_size) > MAX_SEGMENTS:
             raise SealError(f"a sealed message cannot hold {plain_size} bytes")
         raw = bytes(header)
         sizes = {_MAGIC: header_size(self._suite), _EARLIER_MAGIC: len(_EARLIER_MAGIC) + _session_size(self._suite)}
@@ -294,7 +292,7 @@ class OpenStream:
             self._plain = self._memory(self._size)
         target = self._plain[start : start + expected]
         try:
-            self._cipher.decrypt_into(_nonce(index, index + 1 == self._count), segment, self._aad, target)
+            self._cipher.decrypt_into(nonce(index, index + 1 == self._count), segment, self._aad, target)
         except InvalidTag:
             self._failed = True
             raise SealError(
@@ -327,10 +325,6 @@ def decode_key(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError:
         raise SealError("a seal key is not valid base64") from None
-
-
-def _nonce(index: int, last: bool) -> bytes:
-    return index.to_bytes(11, "big") + (b"\x01" if last else b"\x00")
 
 
 def _label(suite: SealSuite, label: bytes = _LABEL) -> bytes:

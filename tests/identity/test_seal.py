@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import SealError
 from fedclaw.identity import seal
-from fedclaw.identity.seal import SEGMENT, SUITES, TAG, Binding, Opener, Sealer, SealSuite
+from fedclaw.identity.seal import SEGMENT, SUITES, Binding, Opener, Sealer, SealSuite
+from fedclaw.identity.stream import TAG
 
 BINDING = Binding(federation="heart", run_id=7, group_id="3", message_id="m-1", site="hospital-a")
 KEYS = {suite: seal.generate(suite) for suite in SUITES}

@@ -33,7 +33,8 @@ from google.protobuf.message import DecodeError
 
 from fedclaw.errors import TransportError
 from fedclaw.files import sync_data, sync_directory, write_all
-from fedclaw.identity.seal import SEGMENT, TAG, Sealed
+from fedclaw.identity.seal import SEGMENT, Sealed
+from fedclaw.identity.stream import TAG
 from fedclaw.processors import usable
 from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import frames

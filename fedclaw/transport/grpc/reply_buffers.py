@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import SealError
-from fedclaw.identity.seal import SEGMENT, TAG, OpenStream, fresh_buffer
+from fedclaw.identity.seal import SEGMENT, OpenStream, fresh_buffer
+from fedclaw.identity.stream import TAG
 from fedclaw.transport.grpc.frames import Chunk
 from fedclaw.transport.grpc.limits import Limits
 from fedclaw.transport.grpc.pending_requests import PendingRequest

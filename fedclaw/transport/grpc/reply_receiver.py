@@ -17,7 +17,8 @@ from pathlib import Path
 from flwr.app import Error, Message
 
 from fedclaw.errors import SealError, TransportError
-from fedclaw.identity.seal import TAG, Binding, Opener, OpenStream, segment_count
+from fedclaw.identity.seal import Binding, Opener, OpenStream, segment_count
+from fedclaw.identity.stream import TAG
 from fedclaw.protocol.message_identity import SERVER_NODE_ID, Envelope, rebuild
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames

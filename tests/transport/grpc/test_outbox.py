@@ -11,6 +11,7 @@ from flwr.app import Error, RecordDict
 
 from fedclaw.errors import TransportError
 from fedclaw.identity import seal
+from fedclaw.identity.stream import TAG
 from fedclaw.protocol.message_identity import Envelope
 from fedclaw.transport.grpc import outbox as outbox_module
 from fedclaw.transport.grpc.limits import Limits
@@ -43,14 +44,14 @@ def test_what_is_stored_is_found_whole_after_a_restart(tmp_path: Path, size: int
     found = Outbox(tmp_path, Limits()).find(task(1))
     assert found is not None
     assert {**found.__dict__, "stored": 0} == {**stored.__dict__, "stored": 0}
-    chunks = [b"".join(found.read(offset)) for offset in range(0, found.body_size, seal.SEGMENT + seal.TAG)]
+    chunks = [b"".join(found.read(offset)) for offset in range(0, found.body_size, seal.SEGMENT + TAG)]
     leaves = b"".join(hashlib.sha256(part).digest() for part in (found.header, *chunks))
     assert "tree:" + hashlib.sha256(leaves).hexdigest() == found.digest
     body = b"".join(chunks)
     binding = seal.Binding("f", 1, "1", task(1).message_id, "s")
     stream = seal.Opener("x25519", KEYS.private).open(found.header, binding, size)
-    for offset in range(0, len(body), seal.SEGMENT + seal.TAG):
-        stream.feed(body[offset : offset + seal.SEGMENT + seal.TAG])
+    for offset in range(0, len(body), seal.SEGMENT + TAG):
+        stream.feed(body[offset : offset + seal.SEGMENT + TAG])
     assert stream.finish() == bytes(size)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from fedclaw.identity.seal import SEGMENT, TAG
+from fedclaw.identity.seal import SEGMENT
+from fedclaw.identity.stream import TAG
 from fedclaw.protocol.records import MessageRecords
 from fedclaw.protocol.refusal import RefusalCode
 from fedclaw.transport.grpc import frames

@@ -1,7 +1,8 @@
 """A site whose every frame is the test's."""
 
-from fedclaw.identity.seal import SEGMENT, TAG, Binding
+from fedclaw.identity.seal import SEGMENT, Binding
 from fedclaw.identity.site_home import SiteKeys
+from fedclaw.identity.stream import TAG
 from fedclaw.transport.grpc import frames
 from fedclaw.transport.grpc.protocol import link_pb2 as pb
 from tests.transport.grpc.conftest import RawSite
