@@ -105,6 +105,7 @@ class TabularSchema(Schema):
     """Columns to features: (N, D) with D the sum of the columns' features, in the order of the schema file."""
 
     name: ClassVar[str] = "tabular"
+    modality = "table"
 
     def __init__(self, definition: TableDefinition) -> None:
         self.definition = definition

@@ -82,6 +82,7 @@ class VisionSchema(Schema):
     """Images to (N, K, H, W) float32."""
 
     name: ClassVar[str] = "vision"
+    modality = "image"
 
     def __init__(self, definition: ImageDefinition) -> None:
         self.definition = definition

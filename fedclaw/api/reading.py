@@ -18,6 +18,7 @@ from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
 from fedclaw.export.check import Verified, load_trust, verify_bundle
 from fedclaw.export.layout import CARD, ONNX, PRIVACY, SCHEMA, Manifest
+from fedclaw.export.markdown import without_front_matter
 from fedclaw.export.predictor import Predictor
 from fedclaw.learning.workload import FileFormat, Floats
 from fedclaw.site.journal.reconciliation import check_journal, open_journal
@@ -39,7 +40,7 @@ class Bundle:
     privacy: Mapping[str, Any]
     """What training cost each site, and what that does and does not promise: privacy.json."""
     card: str
-    """The model card, Markdown."""
+    """The model card, Markdown; the file has fields for machines before it."""
     _verified: Verified = field(repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -105,7 +106,7 @@ def read_bundle(
     root = place(path, "path")
     verified = verify_bundle(root, trust, keep=(ONNX, SCHEMA, PRIVACY, CARD))
     privacy = json.loads(verified.contents[PRIVACY])
-    card = verified.contents[CARD].decode("utf-8")
+    card = without_front_matter(verified.contents[CARD].decode("utf-8"))
     return Bundle(root, verified.manifest, verified.pinned, privacy, card, verified)
 
 

@@ -14,6 +14,7 @@
     tolerance   largest difference allowed (1e-4); for outputs above 10, at least 1e-5 of the largest, float32's limit
     output      where the bundle goes (runs/NAME/bundle); overwrite=true replaces a bundle there
     quantise    true adds an 8-bit ONNX model
+    license     the model's licence, for its card: an SPDX identifier (Apache-2.0) or another name
 
 Examples:
     python -m fedclaw.export run=runs/demo federation=demo/coordinator
@@ -41,6 +42,7 @@ from fedclaw.errors import UsageError
 from fedclaw.export.source import load_source, signing_home
 from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.protocol.limits import Name
 from fedclaw.report.late import late_notes
 from fedclaw.server.run_directory import RunDirectory
 
@@ -60,6 +62,7 @@ class ExportSettings(Frozen):
     tolerance: float = Field(gt=0)
     output: Path | None
     quantise: bool
+    license: Name | None
     overwrite: bool
     seed: int
 
@@ -101,7 +104,16 @@ def export(settings: ExportSettings, console: Console) -> None:
                 "threshold_data= needs inputs that are the same everywhere, and the schema standardises by site"
             )
         public = source.schema.read_examples(settings.threshold_data)
-    request = Request(settings.tolerance, inputs, settings.quantise, settings.overwrite, settings.seed, public, scores)
+    request = Request(
+        settings.tolerance,
+        inputs,
+        settings.quantise,
+        settings.overwrite,
+        settings.seed,
+        public,
+        scores,
+        settings.license,
+    )
     target = settings.output or settings.run / "bundle"
     with console.status("exporting") as status:
         verified = export_bundle(

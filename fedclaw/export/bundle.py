@@ -47,6 +47,8 @@ class Request:
     """Labelled examples that no site holds: the threshold of a model of two classes is chosen on them."""
     scores: Release | None = None
     """Instead of those, statistics of the model's scores on the sites' training rows."""
+    license: str | None = None
+    """An SPDX identifier or another name; None: the card says that none was stated."""
 
 
 def export_bundle(
@@ -119,7 +121,7 @@ def _fill(
         quantised=quantised,
         decision=decision,
     )
-    _write_texts(staging, source, manifest, signer, request.scores)
+    _write_texts(staging, source, manifest, signer, request)
 
 
 def _decision(staging: Path, public: Table) -> layout.Decision:
@@ -158,7 +160,7 @@ def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) ->
 
 
 def _write_texts(
-    staging: Path, source: Source, manifest: layout.Manifest, signer: ReleaseSigner, scores: Release | None = None
+    staging: Path, source: Source, manifest: layout.Manifest, signer: ReleaseSigner, request: Request
 ) -> None:
     statement = state(
         source.receipts,
@@ -167,23 +169,32 @@ def _write_texts(
         source.schema.data_dependent,
         source.record.central,
         source.record.statistics,
-        scores.use if scores else None,
+        request.scores.use if request.scores else None,
         source.record.simulated,
         source.schema.unit,
     )
-    authority = signature.parse_certificate(signer.ca_pem, "the federation's CA certificate")
+    who = _signed_by(signer)
     texts = {
         layout.MANIFEST: _pretty(manifest),
         layout.SCHEMA: source.schema.to_json(),
         layout.PRIVACY: _pretty(statement),
         layout.TRAINING: _pretty(source.training()),
-        layout.CARD: model_card(source, manifest, statement),
-        layout.HOW_TO_VERIFY: how_to_verify(manifest.federation, signature.fingerprint(authority)),
+        layout.CARD: model_card(source, manifest, statement, who, request.license),
+        layout.HOW_TO_VERIFY: how_to_verify(manifest.federation, who.fingerprint),
     }
+    if source.compression is not None:
+        texts[layout.COMPRESSION] = source.compression.model_dump_json(indent=2) + "\n"
     for name, text in texts.items():
         (staging / name).write_text(text, encoding="utf-8")
     (staging / layout.RELEASE_CERTIFICATE).write_bytes(signer.certificate_pem)
     (staging / layout.CA_CERTIFICATE).write_bytes(signer.ca_pem)
+
+
+def _signed_by(signer: ReleaseSigner) -> signature.VerifiedSigner:
+    """Who the bundle's own certificates say that it is."""
+    release = signature.parse_certificate(signer.certificate_pem, "the federation's release certificate")
+    authority = signature.parse_certificate(signer.ca_pem, "the federation's CA certificate")
+    return signature.check_chain(release, authority)
 
 
 def _compression_cost(source: Source) -> str:

@@ -1,14 +1,32 @@
 """MODEL_CARD.md and VERIFY.md: facts of the run in words, for people.
 
 The order follows Mitchell et al. (2019), "Model Cards for Model Reporting". What a run directory does not hold, such as
-the intended use, is marked as missing and never invented.
+the intended use, is marked as missing and never invented. `card_metadata` writes the block at the card's head, for
+machines. Text that a site or a coordinator chose goes through `fedclaw.export.markdown`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedclaw.compress.record import Compression, ProxyReport
+from fedclaw.export.card_metadata import front_matter
+from fedclaw.export.evaluation import CONFIDENCE, Figure, accuracy_interval, evaluation_of
 from fedclaw.export.graph import allowed
-from fedclaw.export.layout import Manifest, QuantisedFigures
+from fedclaw.export.layout import (
+    CARD,
+    COMPRESSION,
+    HOW_TO_VERIFY,
+    MANIFEST,
+    ONNX,
+    SCHEMA,
+    Manifest,
+    QuantisedFigures,
+    TensorSpec,
+)
+from fedclaw.export.markdown import Markdown, bullets, code, escape, table
+from fedclaw.export.signature import VerifiedSigner
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
 from fedclaw.learning.tasks.base import Task
@@ -20,20 +38,25 @@ TO_BE_FILLED_IN = (
 )
 
 
-def model_card(source: Source, manifest: Manifest, statement: PrivacyStatement) -> str:
-    """The model card, Markdown. Every figure comes from the run directory."""
+def model_card(
+    source: Source, manifest: Manifest, statement: PrivacyStatement, signer: VerifiedSigner, license: str | None = None
+) -> str:
+    """The model card, Markdown. Every figure comes from the run directory; `license` is the coordinator's word."""
     sections = [
-        _head(source, manifest, statement),
         ("Intended use", TO_BE_FILLED_IN),
+        ("How to use", _use(manifest)),
         ("Model", _model(source, manifest)),
+        ("Data", _data(source)),
         ("Training", _training(source)),
         ("Metrics", _metrics(source)),
         ("Compression", _compression(source)),
         ("Privacy", _privacy(statement)),
         ("Limits", _limits(source.schema.task, manifest, statement)),
-        ("Is this file genuine?", "See VERIFY.md. This card is covered by the signature of the bundle."),
+        ("Licence", "None was stated." if license is None else escape(license)),
+        ("Who signed", _signed(manifest, signer)),
     ]
-    return "\n\n".join(part if isinstance(part, str) else f"## {part[0]}\n\n{part[1]}" for part in sections) + "\n"
+    parts = [_head(source, manifest, statement), *(f"## {title}\n\n{text}" for title, text in sections)]
+    return front_matter(source, statement, license) + "\n" + "\n\n".join(parts) + "\n"
 
 
 def how_to_verify(federation: str, fingerprint: str) -> str:
@@ -65,29 +88,76 @@ says when, by the signer's own clock. `python -m fedclaw.verify . expired=refuse
 """
 
 
-def _head(source: Source, manifest: Manifest, statement: PrivacyStatement) -> str:
-    warnings = "".join(f"\n\n> **{_cell(warning)}**" for warning in statement.warnings)
+def _use(manifest: Manifest) -> str:
+    shape = ", ".join(str(size) for size in (1, *manifest.inputs[0].shape[1:]))
+    return f"""With FedClaw, which reads rows as {SCHEMA} says:
+
+    python -m fedclaw.predict . inputs=rows.csv
+
+With ONNX Runtime alone, in this directory, from inputs that were prepared as `preprocessing` in {MANIFEST} says:
+
+```python
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession({json.dumps(ONNX)})
+inputs = np.zeros(({shape}), np.float32)
+outputs = session.run(None, {{{json.dumps(manifest.inputs[0].name)}: inputs}})
+print(dict(zip([output.name for output in session.get_outputs()], outputs)))
+```"""
+
+
+def _signed(manifest: Manifest, signer: VerifiedSigner) -> str:
+    rows = [
+        ("Federation", manifest.federation),
+        ("Release certificate", signer.name),
+        ("Its CA, SHA-256", code(signer.fingerprint)),
+    ]
     return (
-        f"# Model card: {_cell(source.record.run)}\n\n"
-        f"A model of the workload {_cell(source.record.workload)}, trained {_where(source.record)}, "
+        f"{table(('', ''), rows)}\n\nThe signature covers this card. {HOW_TO_VERIFY} says how to check it; whoever "
+        f"changed {CARD} could have changed the table above too."
+    )
+
+
+def _data(source: Source) -> str:
+    sites = source.receipts[0].by_site
+    examples = sum(item.examples for item in sites.values())
+    rows = [
+        ("Workload", source.record.workload),
+        ("Sites", str(len(sites))),
+        ("Examples", f"{examples:,} training examples, as the sites count them"),
+        ("Protected unit", source.schema.unit),
+        ("Schema, SHA-256", code(source.record.schema_digest)),
+        ("Test data", "the sites' own, apart from the training data"),
+    ]
+    return "The sites keep their data.\n\n" + table(("", ""), rows)
+
+
+def _head(source: Source, manifest: Manifest, statement: PrivacyStatement) -> str:
+    warnings = "".join(f"\n\n> **{escape(warning)}**" for warning in statement.warnings)
+    return (
+        f"# Model card: {escape(source.record.run)}\n\n"
+        f"A model of the workload {escape(source.record.workload)}, trained {_where(source.record)}, "
         f"exported {manifest.created:%Y-%m-%d %H:%M} UTC.\n\n"
-        f"{statement.summary}{warnings}"
+        f"{escape(statement.summary)}{warnings}"
     )
 
 
 def _where(record: RunRecord) -> str:
     if record.simulated is None:
-        return f"by the federation {_cell(record.federation)}"
-    return f"in a simulation of {record.simulated.clients} clients, signed by the federation {_cell(record.federation)}"
+        return f"by the federation {escape(record.federation)}"
+    return (
+        f"in a simulation of {record.simulated.clients} clients, signed by the federation {escape(record.federation)}"
+    )
 
 
 def _model(source: Source, manifest: Manifest) -> str:
     rows = [
-        ("Architecture", f"`{source.spec.model_dump_json()}`"),
+        ("Architecture", code(source.spec.model_dump_json())),
         ("Parameters", f"{source.parameters:,}"),
         ("Variant", "compressed after training" if source.compression else "as trained"),
-        ("Input", ", ".join(f"`{t.name}` {t.dtype} {_shape(t.shape)}" for t in manifest.inputs)),
-        ("Outputs", ", ".join(f"`{t.name}` {t.dtype} {_shape(t.shape)}" for t in manifest.outputs)),
+        ("Input", _tensors(manifest.inputs)),
+        ("Outputs", _tensors(manifest.outputs)),
         *source.schema.task.facts(),
         ("Preprocessing", "constants in bundle.json, rules in schema.json"),
     ]
@@ -102,13 +172,12 @@ def _model(source: Source, manifest: Manifest) -> str:
     if manifest.decision is not None:
         rows.append(("Threshold", threshold_in_words(manifest)))
     if manifest.quantised is not None:
-        rows.append(
-            (
-                "8-bit model",
-                _quantised(manifest.quantised),
-            )
-        )
-    return _table(("", ""), rows)
+        rows.append(("8-bit model", _quantised(manifest.quantised)))
+    return table(("", ""), rows)
+
+
+def _tensors(tensors: Sequence[TensorSpec]) -> Markdown:
+    return Markdown(", ".join(f"{code(tensor.name)} {tensor.dtype} {_shape(tensor.shape)}" for tensor in tensors))
 
 
 def _quantised(figures: QuantisedFigures) -> str:
@@ -131,29 +200,41 @@ def threshold_in_words(manifest: Manifest) -> str:
 
 def _training(source: Source) -> str:
     record = source.record
-    sites = source.receipts[0].by_site
     settings = ", ".join(f"{key} = {value}" for key, value in sorted(record.strategy.settings.items()))
     training = ", ".join(f"{key} = {value}" for key, value in record.training.model_dump(exclude_none=True).items())
     rows = [
         ("Strategy", record.strategy.name + (f" ({settings})" if settings else "")),
         ("Rounds", str(record.rounds)),
-        ("Sites", f"{len(sites)}, with {sum(item.examples for item in sites.values()):,} training examples"),
         ("Local training", training),
         ("Weighting of sites", record.weighting),
         ("Started", f"{record.created:%Y-%m-%d %H:%M} UTC"),
     ]
-    return _table(("", ""), rows)
+    return table(("", ""), rows)
 
 
 def _metrics(source: Source) -> str:
+    parts = [_as_trained(source)]
+    own = evaluation_of(source) if source.compression is not None else None
+    if own is not None:
+        rows = [(figure.metric, f"{figure.value:.4f}", _interval(figure)) for figure in own.figures]
+        parts.append(f"Of the model in this bundle, on {escape(own.data)} ({own.examples:,} examples):")
+        parts.append(table(("Metric", "Value", "Interval"), rows))
+    elif source.compression is not None:
+        parts.append("The model in this bundle is a compressed one, and no evaluation of it is on record.")
+    return "\n\n".join(parts)
+
+
+def _as_trained(source: Source) -> str:
+    """The last evaluation during training: together, over the sites, by class."""
     line = source.metrics[-1] if source.metrics else {}
     values: Mapping[str, Any] = line.get("metrics") or {}
     if not values:
         return "No evaluation is on record for this run."
-    text = (
+    examples = line.get("test_examples")
+    parts = [
         f"Of the model as trained, after round {line.get('round')}, on the sites' own test data "
-        f"({line.get('test_examples', '?')} examples):\n\n"
-    )
+        f"({'?' if examples is None else examples} examples):"
+    ]
     over_sites: Mapping[str, Any] = line.get("over_sites") or {}
     rows = []
     for name, value in sorted(values.items()):
@@ -162,17 +243,26 @@ def _metrics(source: Source) -> str:
         if name == "accuracy" and (majority := line.get("majority")):
             rows.append((f"accuracy of always {majority['label']!r}", f"{majority['accuracy']:.4f}", ""))
     head = ("Metric", "Of all test examples together", "Mean over the sites, spread")
-    parts = [text + _table(head, rows) if over_sites else text + _table(head[:2], [row[:2] for row in rows])]
+    parts.append(table(head, rows) if over_sites else table(head[:2], [row[:2] for row in rows]))
     if area := line.get("auroc"):
         low, high = area["interval"]
         parts.append(f"The AUROC is made of histograms: it lies in [{low:.4f}, {high:.4f}].")
+    if interval := accuracy_interval(values.get("accuracy", math.nan), examples or 0):
+        parts.append(
+            f"The accuracy's {CONFIDENCE:.0%} interval is [{interval[0]:.4f}, {interval[1]:.4f}] (Wilson score): what "
+            "other test examples of the same kind would move, and nothing else."
+        )
     if by_class := line.get("by_class"):
         names = ("precision", "recall", "f1")
-        table = [(label, *(_figure(own.get(name)) for name in names)) for label, own in by_class.items()]
-        parts.append(_table(("Class", *names), table))
+        classes = [(label, *(_figure(own.get(name)) for name in names)) for label, own in by_class.items()]
+        parts.append(table(("Class", *names), classes))
     if warning := source.schema.task.nothing_learned(line):
-        parts.append(f"**{_cell(warning[0].upper() + warning[1:])}.**")
+        parts.append(f"**{escape(warning[0].upper() + warning[1:])}.**")
     return "\n\n".join(parts)
+
+
+def _interval(figure: Figure) -> str:
+    return "" if figure.interval is None else "{:.4f} to {:.4f}".format(*figure.interval)
 
 
 def _figure(value: float | None) -> str:
@@ -183,22 +273,40 @@ def _compression(source: Source) -> str:
     record = source.compression
     if record is None:
         return "None: these are the parameters as trained."
-    agreement = record.accuracy_measure == "agreement with the teacher"
-    score = record.score.upper() if record.score == "r2" else record.score.capitalize()
-    measure = "Agreement with the teacher" if agreement else f"{score} ({record.accuracy_measure})"
     rows = [
         ("Parameters", f"{record.before.parameters:,}", f"{record.after.parameters:,}"),
         ("Multiply-adds", f"{record.before.multiply_adds:,}", f"{record.after.multiply_adds:,}"),
-        (measure, f"{record.accuracy_before:.4f}", f"{record.accuracy_after:.4f}"),
+        (_measure(record), f"{record.accuracy_before:.4f}", f"{record.accuracy_after:.4f}"),
     ]
-    return f"Pruned, then recovered by distillation ({record.recovery.mode}).\n\n" + _table(
-        ("", "before", "after"), rows
-    )
+    parts = [
+        f"Pruned, then recovered by distillation ({escape(record.recovery.mode)}). {COMPRESSION} has all figures.",
+        table(("", "before", "after"), rows),
+    ]
+    if record.looked_at:
+        looked = [(one.step, one.origin, one.description, f"{one.examples:,}") for one in record.looked_at]
+        parts += ["What each step looked at:", table(("Step", "Origin", "Inputs", "Examples"), looked)]
+    return "\n\n".join([*parts, *_controls(record)])
+
+
+def _measure(record: Compression) -> str:
+    if record.accuracy_measure == "agreement with the teacher":
+        return "Agreement with the teacher"
+    score = record.score.upper() if record.score == "r2" else record.score.capitalize()
+    return f"{score} ({record.accuracy_measure})"
+
+
+def _controls(record: Compression) -> list[str]:
+    """What the same shapes reach in other ways; without that nobody knows what the recovery is worth."""
+    controls = record.recovery.controls if isinstance(record.recovery, ProxyReport) else ()
+    if not controls:
+        return ["No controls were trained: nothing says what a model of the same size reaches in another way."]
+    rows = [(one.name, _figure(one.accuracy), f"{one.agreement:.4f}") for one in controls]
+    return ["Models of the same size, trained in other ways:", table(("Control", "Accuracy", "Agreement"), rows)]
 
 
 def _privacy(statement: PrivacyStatement) -> str:
-    parts = [statement.summary]
-    parts += [f"**{_cell(warning)}**" for warning in statement.warnings]
+    parts: list[str] = [escape(statement.summary)]
+    parts += [f"**{escape(warning)}**" for warning in statement.warnings]
     rows = [
         (
             site.site,
@@ -228,9 +336,9 @@ def _privacy(statement: PrivacyStatement) -> str:
         "Rounds",
     )
     if rows:
-        parts.append(_table(head, rows))
-    parts += [statement.unit, statement.holds_against, f"Compression: {statement.compression}"]
-    parts += ["Not covered:\n\n" + "\n".join(f"- {item}" for item in statement.not_covered), statement.source]
+        parts.append(table(head, rows))
+    parts += [escape(statement.unit), escape(statement.holds_against), f"Compression: {escape(statement.compression)}"]
+    parts += [f"Not covered:\n\n{bullets(statement.not_covered)}", escape(statement.source)]
     return "\n\n".join(parts)
 
 
@@ -245,17 +353,7 @@ def _limits(task: Task, manifest: Manifest, statement: PrivacyStatement) -> str:
         items.append("The exported files were compared with the torch model on synthetic inputs only.")
     if statement.guarantee != "every site":
         items.append("No differential privacy for every site: treat the model file as sensitive as the data.")
-    return "\n".join(f"- {item}" for item in items)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: str) -> str:
-    """`value` on one line, escaped so that it can neither end a table cell nor start markup."""
-    return " ".join(value.split()).replace("|", "\\|").replace("<", "&lt;")
+    return bullets(items)
 
 
 def _number(value: float | None) -> str:

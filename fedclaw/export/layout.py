@@ -6,6 +6,7 @@
     schema.json                  the federation's schema, which turns raw rows into the model's input
     privacy.json                 what training cost each site, and what that does and does not promise
     training.json                how the model came about: configuration, code, rounds, ledger heads, digests
+    compression.json             how the model was compressed, and what it lost (only of a compressed model)
     MODEL_CARD.md  VERIFY.md     for people
     release.crt  ca.crt          who signed
     SHA256SUMS  SHA256SUMS.sig   digests of all the files above, and the signature over them
@@ -30,6 +31,7 @@ MANIFEST = "bundle.json"
 SCHEMA = "schema.json"
 PRIVACY = "privacy.json"
 TRAINING = "training.json"
+COMPRESSION = "compression.json"
 CARD = "MODEL_CARD.md"
 HOW_TO_VERIFY = "VERIFY.md"
 DIGESTS = "SHA256SUMS"

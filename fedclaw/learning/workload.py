@@ -146,6 +146,8 @@ class Schema(ABC):
 
     name: ClassVar[str]
     """The workload's name, the same as in the plan."""
+    modality: ClassVar[Literal["table", "image"] | None] = None
+    """What the inputs are, where a model card has a name for it."""
 
     @classmethod
     @abstractmethod

@@ -18,7 +18,7 @@ LINE = {
 
 def card(line):
     schema = SimpleNamespace(task=Classification(("no", "yes")))
-    return _metrics(SimpleNamespace(metrics=[line], schema=schema))
+    return _metrics(SimpleNamespace(metrics=[line], schema=schema, compression=None))
 
 
 def test_the_figures_of_all_examples_stand_before_the_means_over_sites():

@@ -1,0 +1,85 @@
+"""The evaluation of the very model that a bundle holds: its figures, the data that they are of, and their intervals.
+
+A compressed model is not the one that the sites evaluated as they trained. Its figures are those of its own evaluation,
+and where there was none it has no figures.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedclaw.export.source import Source
+
+CONFIDENCE = 0.95
+_Z = 1.959963984540054
+"""The normal quantile of (1 + CONFIDENCE) / 2."""
+_WHOLE = 1e-6
+"""How far a count may be from a whole number by rounding alone."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric, by the task's name for it. `interval` is (low, high), and `interval_is` says of what kind."""
+
+    metric: str
+    value: float
+    interval: tuple[float, float] | None = None
+    interval_is: str = ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, on what."""
+
+    data: str
+    """A noun phrase for people."""
+    origin: str
+    """The same as an identifier."""
+    examples: int
+    figures: tuple[Figure, ...]
+
+
+def evaluation_of(source: Source) -> Evaluation | None:
+    """The evaluation of the model that is exported; None: there was none, or it measured something else."""
+    if source.compression is not None:
+        measure, examples = source.compression.accuracy_measure, source.compression.accuracy_examples
+        if measure == "agreement with the teacher":
+            return None
+        data = "a labelled public file" if measure == "evaluation file" else "the sites' own test data"
+        return _made(data, measure.replace(" ", "-"), examples, source.compression.after.metrics, {})
+    line = source.metrics[-1] if source.metrics else {}
+    dealt = source.record.simulated is not None
+    data = "the simulated clients' test data" if dealt else "the sites' own test data"
+    return _made(data, "federated-evaluation", line.get("test_examples") or 0, line.get("metrics") or {}, line)
+
+
+def _made(
+    data: str, origin: str, examples: int, values: Mapping[str, float], line: Mapping[str, Any]
+) -> Evaluation | None:
+    if not values:
+        return None
+    figures = tuple(_figure(name, value, examples, line) for name, value in sorted(values.items()))
+    return Evaluation(data, origin, examples, figures)
+
+
+def _figure(name: str, value: float, examples: int, line: Mapping[str, Any]) -> Figure:
+    if name == "auroc" and (area := line.get("auroc")):
+        low, high = area["interval"]
+        return Figure(name, value, (low, high), "bounds: the area is made of histograms")
+    if name == "accuracy" and (interval := accuracy_interval(value, examples)):
+        return Figure(name, value, interval, f"{CONFIDENCE:.0%} confidence, Wilson score, of the sampling alone")
+    return Figure(name, value)
+
+
+def accuracy_interval(accuracy: float, examples: int) -> tuple[float, float] | None:
+    """The 95% interval of a share of `examples` (Wilson 1927).
+
+    None for one that is no count of right answers by `examples`: it has noise in it, which the interval does not know.
+    """
+    right = accuracy * examples
+    if examples < 1 or not 0 <= accuracy <= 1 or abs(right - round(right)) > _WHOLE * examples:
+        return None
+    middle = (accuracy + _Z**2 / (2 * examples)) / (1 + _Z**2 / examples)
+    spread = math.sqrt(accuracy * (1 - accuracy) / examples + _Z**2 / (4 * examples**2)) * _Z / (1 + _Z**2 / examples)
+    return max(0.0, middle - spread), min(1.0, middle + spread)
