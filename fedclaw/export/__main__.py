@@ -12,6 +12,9 @@
                 charged to the sites' ledgers: the threshold then comes from their training rows
     model       auto | final | compressed   (auto: the compressed one if there is one)
     tolerance   largest difference allowed (1e-4); for outputs above 10, at least 1e-5 of the largest, float32's limit
+    floor       least score of the task (accuracy; R2 of a value) that the model has to have reached: as trained, in the
+                run's last federated evaluation; compressed, where its compression measured it
+    ledgers     [DIR,…]: directories or printed ledgers of the sites that are at hand, to hold their receipts against
     output      where the bundle goes (runs/NAME/bundle); overwrite=true replaces a bundle there
     quantise    true adds an 8-bit ONNX model
     license     the model's licence, for its card: an SPDX identifier (Apache-2.0) or another name
@@ -65,6 +68,8 @@ class ExportSettings(Frozen):
     license: Name | None
     overwrite: bool
     seed: int
+    floor: float | None = Field(default=None, le=1)
+    ledgers: tuple[Path, ...] = ()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -82,6 +87,8 @@ def export(settings: ExportSettings, console: Console) -> None:
         threshold_data=settings.threshold_data,
         threshold_statistics=settings.threshold_statistics,
     )
+    for path in settings.ledgers:
+        require_paths(ledgers=path)
     if settings.threshold_data is not None and settings.threshold_statistics is not None:
         raise UsageError("threshold_data= and threshold_statistics= are two ways of choosing; give one")
     directory.require_whole()
@@ -105,14 +112,16 @@ def export(settings: ExportSettings, console: Console) -> None:
             )
         public = source.schema.read_examples(settings.threshold_data)
     request = Request(
-        settings.tolerance,
-        inputs,
-        settings.quantise,
-        settings.overwrite,
-        settings.seed,
-        public,
-        scores,
-        settings.license,
+        tolerance=settings.tolerance,
+        inputs=inputs,
+        quantised=settings.quantise,
+        overwrite=settings.overwrite,
+        seed=settings.seed,
+        public=public,
+        scores=scores,
+        license=settings.license,
+        floor=settings.floor,
+        ledgers=settings.ledgers,
     )
     target = settings.output or settings.run / "bundle"
     with console.status("exporting") as status:

@@ -6,7 +6,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from fedclaw.compress.record import SitesReport
 from fedclaw.errors import BundleError, Setting
 from fedclaw.export import graph, layout, signature
+from fedclaw.export.acceptance import accept
 from fedclaw.export.card import how_to_verify, model_card
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.runtime import open_session, run_session
@@ -49,6 +50,10 @@ class Request:
     """Instead of those, statistics of the model's scores on the sites' training rows."""
     license: str | None = None
     """An SPDX identifier or another name; None: the card says that none was stated."""
+    floor: float | None = None
+    """The least score of the task that the model has to have reached."""
+    ledgers: tuple[Path, ...] = ()
+    """Sites' ledgers that are at hand, to hold their receipts against."""
 
 
 def export_bundle(
@@ -60,12 +65,14 @@ def export_bundle(
 ) -> Verified:
     """Export `source` to a signed bundle at `target` and return it, verified against the signer's CA.
 
-    `progress` is called with a few words before each step. Raises BundleError when an exported model differs from the
+    `progress` is called with a few words before each step. Raises BundleError when the source is not to be accepted
+    (`fedclaw.export.acceptance`), when an exported model differs from the
     torch model by more than the tolerance, or when `target` exists and may not be overwritten; nothing is left behind
     then. Raises UsageError when the export extra is not installed.
     """
     graph.require_exporter()
     _check_target(target, request.overwrite)
+    source = replace(source, acceptance=accept(source, request.floor, request.ledgers))
     if (request.public is not None or request.scores is not None) and len(source.schema.labels) != 2:
         raise BundleError(f"a threshold is for two classes, and the schema has {len(source.schema.labels)}")
     target.parent.mkdir(parents=True, exist_ok=True)

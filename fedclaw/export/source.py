@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedclaw.compress.record import MODEL, RECORD, Compression, SitesReport, read_compressed
-from fedclaw.errors import BundleError
+from fedclaw.errors import BundleError, CheckpointError
 from fedclaw.export.statement import Receipts
 from fedclaw.export.training_record import (
     Acceptance,
@@ -24,12 +25,22 @@ from fedclaw.export.training_record import (
 from fedclaw.files import sha256_file
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.learning.workload import Schema, load_parameters
+from fedclaw.protocol.frozen import explain
 from fedclaw.protocol.terms import ModelSpec
-from fedclaw.server.run_directory import PendingRound, RunDirectory, RunRecord
+from fedclaw.server.run_directory import PendingRound, RunDirectory, RunRecord, SiteReceipt
 from fedclaw.server.software import software
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class RoundCosts(BaseModel):
+    """What a line of metrics.jsonl says of who took part in its round, and what the run had cost each by then."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    answered: list[str] = []
+    epsilon: dict[str, float | None] = {}
 
 
 @dataclass(frozen=True)
@@ -39,15 +50,21 @@ class SourceRun:
     record: RunRecord
     metrics: tuple[Mapping[str, Any], ...]
     files: RunFiles
+    costs: tuple[RoundCosts, ...]
+    """In the order of `metrics`."""
     pending: int | None = None
     """The round whose questions are out and whose answers are not in; None: no round is in flight."""
 
     @classmethod
     def read(cls, directory: RunDirectory) -> "SourceRun":
-        """Raises CheckpointError for a damaged file, and for a run that has not finished."""
+        """Raises CheckpointError for a damaged file."""
         record, metrics = directory.record(), tuple(directory.read_metrics())
+        try:
+            costs = tuple(RoundCosts.model_validate(line) for line in metrics)
+        except ValidationError as error:
+            raise CheckpointError(f"{directory.metrics_path} is damaged: {explain(error)}") from error
         pending = PendingRound.read(directory.root)
-        return cls(record, metrics, files_of(directory), None if pending is None else pending.round)
+        return cls(record, metrics, files_of(directory), costs, None if pending is None else pending.round)
 
 
 def files_of(directory: RunDirectory) -> RunFiles:
@@ -73,6 +90,8 @@ class Source:
     """In the order of their receipts."""
     compressed: CompressionFiles | None = None
     """The files of the compression."""
+    acceptance: Acceptance | None = None
+    """What the model scored, where a floor was asked for."""
 
     @property
     def variant(self) -> Literal["final", "compressed"]:
@@ -88,12 +107,12 @@ class Source:
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def training(self, acceptance: Acceptance | None = None) -> TrainingRecord:
+    def training(self) -> TrainingRecord:
         """What the bundle says of how the model came about."""
         return TrainingRecord(
             runs=tuple(_told(run, receipts) for run, receipts in zip(self.runs, self.receipts, strict=True)),
             compression=self.compressed,
-            acceptance=acceptance,
+            acceptance=self.acceptance,
             exported_with=software(),
         )
 
@@ -140,11 +159,11 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
     workload = directory.workload()
     model = _fill(workload.build(spec), arrays, f"the model of {directory.root}")
     runs = [SourceRun.read(directory)]
-    receipts = [Receipts(record.run, "training", directory.read_receipts())]
+    receipts = [Receipts(record.run, "training", _receipts(directory))]
     if compression is not None and isinstance(compression.recovery, SitesReport):
         recovery = RunDirectory.open(directory.root / compression.recovery.directory)
         runs.append(SourceRun.read(recovery))
-        receipts.append(Receipts(compression.recovery.run, "recovery after pruning", recovery.read_receipts()))
+        receipts.append(Receipts(compression.recovery.run, "recovery after pruning", _receipts(recovery)))
     return Source(
         record=record,
         schema=workload.schema,
@@ -156,6 +175,17 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
         runs=tuple(runs),
         compressed=compressed,
     )
+
+
+def _receipts(directory: RunDirectory) -> Mapping[str, SiteReceipt]:
+    """The run's receipts. Raises BundleError naming the site of one that cannot be."""
+    try:
+        return directory.read_receipts()
+    except CheckpointError as error:
+        raise BundleError(
+            f"{error}; nothing can be stated of a receipt that cannot be: restore the file from a backup, or train "
+            "again without that site"
+        ) from error
 
 
 def _fill(model: "nn.Module", arrays: Mapping[str, NDArray[Any]], what: str) -> "nn.Module":

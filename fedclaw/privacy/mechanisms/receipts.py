@@ -34,7 +34,7 @@ def check_receipt(receipt: Receipt, plan: Plan, examples: int, unit: DataUnit = 
     ]
     if wrong:
         raise UpdateError(f"the privacy receipt contradicts what was asked: {'; '.join(wrong)}")
-    if reason := _impossible(receipt):
+    if reason := impossible(receipt):
         raise UpdateError(f"the privacy receipt cannot be true: {reason}")
 
 
@@ -57,17 +57,21 @@ def _determined(receipt: Receipt, mechanism: Mechanism, examples: int) -> dict[s
     return fields
 
 
-def _impossible(receipt: Receipt) -> str | None:
-    """What contradicts itself in a receipt of training."""
+def impossible(receipt: Receipt) -> str | None:
+    """What contradicts itself in a receipt of training, in a clause; None: nothing does."""
     unbounded = receipt.epsilon_run is None
     if receipt.mechanism == "none" and not unbounded:
         return f"epsilon {_shown(receipt.epsilon_run)} for training without noise that counts"
     if receipt.mechanism != "none" and (receipt.noise_multiplier == 0 or receipt.accountant == "none"):
         return f"mechanism {receipt.mechanism} with no noise or no accountant"
+    if not unbounded and receipt.delta == 0:
+        return f"epsilon {_shown(receipt.epsilon_run)} at delta 0, which no noise on a sample gives"
     if unbounded and receipt.epsilon_lifetime is not None:
         return "a bound on all runs together and none on this one"
     if receipt.epsilon_lifetime is None and receipt.epsilon_left is not None:
         return "something is left of the budget after an unbounded amount was spent"
+    if receipt.epsilon_left == 0:
+        return "nothing is left of its budget, or less, and its ledger refuses what the budget does not hold"
     if receipt.rounds < 1:
         return "no round of this run is on the ledger, and this one was to be charged first"
     return "it names no ledger" if receipt.ledger_head == NO_LEDGER else None
