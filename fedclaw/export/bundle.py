@@ -66,9 +66,9 @@ def export_bundle(
     """Export `source` to a signed bundle at `target` and return it, verified against the signer's CA.
 
     `progress` is called with a few words before each step. Raises BundleError when the source is not to be accepted
-    (`fedclaw.export.acceptance`), when an exported model differs from the
-    torch model by more than the tolerance, or when `target` exists and may not be overwritten; nothing is left behind
-    then. Raises UsageError when the export extra is not installed.
+    (`fedclaw.export.acceptance`), when an exported model differs from the torch model by more than the tolerance, or
+    when `target` exists and may not be overwritten; nothing is left behind then. Raises UsageError when the export
+    extra is not installed.
     """
     graph.require_exporter()
     _check_target(target, request.overwrite)

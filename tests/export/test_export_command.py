@@ -54,6 +54,11 @@ def test_mistakes_get_one_clear_line(command, run, home, tmp_path):
         ({"tolerance": "-1"}, 2, "tolerance: Input should be greater than 0"),
         ({"model": "best"}, 2, "model: Input should be 'auto', 'final' or 'compressed'"),
         ({"model": "compressed"}, 2, "has no compressed model"),
+        ({"floor": "1.1"}, 2, "floor: Input should be less than or equal to 1"),
+        ({"floor": "true"}, 2, "floor: Input should be a number, not yes"),
+        ({"floor": "0.9"}, 1, "the final model reaches accuracy 0.8750"),
+        ({"ledgers": f"[{tmp_path / 'ledger'}]"}, 2, "ledger: no such file"),
+        ({"ledgers": f"[{run}]"}, 2, "site.yaml"),
     ]
     for change, code, message in mistakes:
         result = command("fedclaw.export", *(f"{key}={value}" for key, value in {**good, **change}.items()))

@@ -54,6 +54,7 @@ LIES = {
     "another unit": {"unit": "person"},
     "a unit of its own": {"unit": "site"},
     "another relation": {"relation": "whatever"},
+    "beyond its budget": {"epsilon_left": 0.0},
     "unbounded with a rest": {"epsilon_run": None, "epsilon_lifetime": None, "epsilon_left": 3.0},
 }
 
