@@ -8,7 +8,7 @@ Legend: N examples, D shape of one input, C classes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,10 +27,14 @@ from fedclaw.clients.arrays import (
 )
 from fedclaw.clients.persons import RowsPerPerson
 from fedclaw.errors import DataError
-from fedclaw.learning.tasks.base import Task
+from fedclaw.learning.preprocessing import Columns, GraphWriter, Prepared, Preprocessing, TypedColumn, TypedRows
+from fedclaw.learning.tasks.base import LARGEST, Task
 from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.learning.workload import Floats, Schema, Table
 from fedclaw.protocol.frozen import Frozen, explain
+
+INPUTS = "inputs"
+"""The input of a graph that has the preprocessing in it."""
 
 
 class _Content(Frozen):
@@ -132,6 +136,10 @@ class ArraySchema(Schema):
         """Read `x` of an .npz file, (N, *D). Raises DataError."""
         return self._inputs(path, read_archive(path, "x"))
 
+    def preprocessing(self) -> "ArrayPreprocessing":
+        """See Schema."""
+        return ArrayPreprocessing(self)
+
     def describe_inputs(self) -> Mapping[str, Any]:
         """The input tensor: its numbers are taken as they are."""
         return {"dtype": "float32", "shape": ["batch", *self.input_shape]}
@@ -145,3 +153,51 @@ class ArraySchema(Schema):
         if inputs.shape[1:] != self.input_shape:
             raise DataError(f"{path}: an example has the shape {inputs.shape[1:]}; expected {self.input_shape}")
         return inputs
+
+
+class ArrayPreprocessing(Preprocessing):
+    """Arrays are taken as they are; an example with a number that is not finite is refused."""
+
+    outside = (
+        "an input is the array as the model was trained on: nothing is scaled or encoded, in the graph or before it",
+        "an array of an .npz file (x) is read before; FedClaw's reader does that: python -m fedclaw.predict",
+    )
+
+    def __init__(self, schema: ArraySchema) -> None:
+        self._schema = schema
+        self.columns = (
+            TypedColumn(
+                name=INPUTS,
+                column="x",
+                dtype="float32",
+                shape=("batch", *schema.input_shape),
+                meaning="finite numbers; an example with another one is refused",
+            ),
+        )
+
+    def write(self, graph: GraphWriter) -> Prepared:
+        """See Preprocessing."""
+        largest, axes = graph.constant(np.array(LARGEST, np.float32)), np.arange(1, 1 + len(self._schema.input_shape))
+        finite = graph.add("LessOrEqual", graph.add("Abs", INPUTS), largest)
+        whole = graph.add("ReduceMin", graph.add("Cast", finite, to=np.int32), graph.constant(axes), keepdims=0)
+        odd = graph.add("Not", graph.add("Cast", whole, to=np.bool_))
+        inputs = graph.add("Where", finite, INPUTS, graph.constant(np.array(0, np.float32)))
+        return Prepared(inputs, graph.add("Unsqueeze", odd, graph.constant(np.array([1], np.int64))))
+
+    def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
+        """See Preprocessing."""
+        rows = self._schema.read_rows(path, identifiers)
+        return TypedRows({INPUTS: rows.inputs}, rows.refused, rows.identifiers)
+
+    def prepare(self, columns: Columns) -> tuple[Floats, NDArray[np.bool_]]:
+        """See Preprocessing."""
+        given = columns[INPUTS]
+        finite = np.isfinite(given)
+        odd: NDArray[np.bool_] = np.any(~finite.reshape(len(given), -1), axis=1)
+        return np.where(finite, given, np.float32(0)), odd
+
+    def synthetic(self, count: int, generator: np.random.Generator) -> Columns:
+        """See Preprocessing; one example of sixteen has a NaN."""
+        inputs = self._schema.synthetic_inputs(count, generator)
+        inputs.reshape(count, -1)[generator.random(count) < 1 / 16, -1] = np.nan
+        return {INPUTS: inputs}

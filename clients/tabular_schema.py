@@ -72,10 +72,12 @@ from fedclaw.clients.definitions import canonical_json, parse_chosen, parse_defi
 from fedclaw.clients.moments import Moments
 from fedclaw.clients.persons import USUAL_ROWS, LikelyPersons, Persons
 from fedclaw.clients.table_definition import ClassTarget, NumberColumn, TableDefinition, table_of
+from fedclaw.clients.table_graph import MAX_COLUMNS, TablePreprocessing
 from fedclaw.clients.table_reading import MissingCells, RowEncoder, Seen, Values
 from fedclaw.clients.tables import Content, Faults, TableRows, Wanted, read_blocks
 from fedclaw.clients.values import Declared, Markers, shown_cell
-from fedclaw.errors import DataError
+from fedclaw.errors import DataError, NotInGraph
+from fedclaw.learning.preprocessing import LABEL, REFUSED
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.workload import FileFormat, Floats, Indices, Rows, Schema, Table
 from fedclaw.privacy.statistics import Records, StatisticColumn
@@ -179,22 +181,48 @@ class TabularSchema(Schema):
 
     def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
         """Read rows to predict; a row with a bad cell, or with the wrong number of cells, is refused alone."""
+        parts = list[Floats]()
+        refused, handed = self._by_row(path, identifiers, lambda _values, inputs: parts.append(inputs))
+        return Rows(np.concatenate(parts), refused, handed)
+
+    def preprocessing(self) -> TablePreprocessing:
+        """See Schema. Raises NotInGraph for constants of a site's, and for a table that is too wide."""
+        if self.data_dependent:
+            raise NotInGraph(
+                "numbers are standardised by each site's own constants, which never leave it: inputs are prepared by "
+                "FedClaw's reader (constants=FILE) and go to model.onnx"
+            )
+        self._require_constants(Path("pipeline.onnx"))
+        if len(self._columns) > MAX_COLUMNS:
+            raise NotInGraph(
+                f"the table has {len(self._columns)} columns, and a graph with an input for each is made for at most "
+                f"{MAX_COLUMNS}"
+            )
+        outputs = (LABEL, self.task.head[1], REFUSED)
+        return TablePreprocessing(self._columns, self.definition.missing, outputs, self._by_row)
+
+    def _by_row(
+        self, path: Path, identifiers: Sequence[str], take: Callable[[Values, Floats], None]
+    ) -> tuple[Mapping[int, str], Mapping[str, Sequence[str]]]:
+        """Give `take` the rows of a file to predict, a block after the other, as cells and as inputs.
+
+        Which rows are refused, and what the file says of which row is which. Raises DataError.
+        """
         self._require_constants(path)
-        encoder, faults, parts = self._encoder(), Faults(path, by_row=True), list[Floats]()
+        encoder, faults, rows = self._encoder(), Faults(path, by_row=True), 0
         declared = self.definition.identifiers or ()
         names = tuple(dict.fromkeys((*declared, *identifiers)))
         handed = {name: list[str]() for name in names}
         for block in self._blocks(path, faults, target_required=False, identifiers=names):
-            parts.append(encoder.encode(block, encoder.read(block, faults), faults))
+            values = encoder.read(block, faults)
+            take(values, encoder.encode(block, values, faults))
             for name in names:
                 handed[name] += map(shown_cell, block.columns.get(name, ()))
-        rows = sum(map(len, parts))
+            rows += block.rows
         absent = [name for name in identifiers if len(handed[name]) < rows]
         if absent:
             raise DataError(f"{path}: the column {shown(absent[0])}, which identifiers= names, is missing")
-        return Rows(
-            np.concatenate(parts), faults.rows, {name: cells for name, cells in handed.items() if len(cells) == rows}
-        )
+        return faults.rows, {name: cells for name, cells in handed.items() if len(cells) == rows}
 
     def statistic_columns(self) -> tuple[StatisticColumn, ...]:
         """All columns, in the order of the schema file, and the target where it is a number."""

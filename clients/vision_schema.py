@@ -29,10 +29,12 @@ An archive has the array `persons` (N,) of text or whole numbers. Training uses 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, model_validator
 
 from fedclaw.clients.arrays import PERSONS, persons_in, read_archive
@@ -40,7 +42,8 @@ from fedclaw.clients.definitions import Labels, Weights, canonical_json, parse_d
 from fedclaw.clients.images import Shape, image_files, pixels_of, read_image, targets_of
 from fedclaw.clients.persons import USUAL_ROWS, FilePattern, RowsPerPerson, numbered, require_rows_of_persons
 from fedclaw.clients.values import normal
-from fedclaw.errors import DataError, NoExamples
+from fedclaw.errors import DataError, NoExamples, NotInGraph
+from fedclaw.learning.preprocessing import Columns, GraphWriter, Prepared, Preprocessing, TypedColumn, TypedRows
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
 from fedclaw.protocol.frozen import Written
 
@@ -124,29 +127,30 @@ class VisionSchema(Schema):
         """Read an archive with labels, or a folder with a sub-directory for each label. Raises DataError."""
         if path.is_dir():
             files, targets, persons = self._labelled_files(path)
-            table = Table(self._read_files(path, files), np.array(targets, np.int64))
+            table = Table(self._standardised(self._read_files(path, files)), np.array(targets, np.int64))
             return table if self._pattern is None else table.owned_by(*numbered(persons))
         arrays = read_archive(path, "images", "labels", PERSONS)
         if "labels" not in arrays:
             raise DataError(f"{path}: has no array 'labels'")
-        inputs = self._standardised_archive(path, arrays["images"])
+        inputs = self._standardised(self._archive_pixels(path, arrays["images"]))
         table = Table(inputs, targets_of(path, arrays["labels"], len(inputs), self.labels))
         return table if self._pattern is None else table.owned_by(*persons_in(path, arrays, len(table)))
 
     def read_inputs(self, path: Path) -> Floats:
         """Read an archive, an image file or a folder; labels are not looked at. Raises DataError."""
-        if path.is_dir():
-            return self._read_files(path, list(_all_images(path, self._levels)))
-        if path.suffix.lower() == ".npz":
-            return self._standardised_archive(path, read_archive(path, "images")["images"])
-        return self._read_files(path, [path])
+        return self._standardised(self._pixels(path))
 
     def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
         """What `read_inputs` reads; of a folder, an image that cannot be read is refused alone, and files are named."""
-        if not path.is_dir():
-            return super().read_rows(path, identifiers)
+        rows = self.pixel_rows(path, identifiers)
+        return replace(rows, inputs=self._standardised(rows.inputs))
+
+    def pixel_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+        """The same, pixels in [0, 1] that are not standardised. Raises DataError."""
         if identifiers:
             raise DataError(f"{path}: images have no columns, so there is no {shown(identifiers[0])}")
+        if not path.is_dir():
+            return Rows(self._pixels(path), {}, {})
         files, refused = list(_all_images(path, self._levels)), dict[int, str]()
         pixels = np.zeros((len(files), *self.definition.shape), np.float32)
         for row, file in enumerate(files):
@@ -155,7 +159,16 @@ class VisionSchema(Schema):
             except DataError as error:
                 refused[row] = str(error)
         names = [file.relative_to(path).as_posix() for file in files]
-        return Rows(self._standardised(pixels), refused, {"file": names})
+        return Rows(pixels, refused, {"file": names})
+
+    @property
+    def constants(self) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of each channel, (K, 1, 1) each."""
+        return self._mean, self._std
+
+    def preprocessing(self) -> "ImagePreprocessing":
+        """See Schema."""
+        return ImagePreprocessing(self)
 
     def describe_inputs(self) -> Mapping[str, Any]:
         """The input tensor, its layout and the constants."""
@@ -170,9 +183,13 @@ class VisionSchema(Schema):
         }
 
     def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
-        """Smooth random images: uniform noise on a coarse grid of 2 to 8 cells a side, drawn bilinearly to full size.
+        """Smooth random images, standardised like any other."""
+        return self._standardised(self.synthetic_pixels(count, generator))
 
-        Each image is stretched to the whole range [0, 1], then standardised like any other.
+    def synthetic_pixels(self, count: int, generator: np.random.Generator) -> Floats:
+        """(count, K, H, W): uniform noise on a coarse grid of 2 to 8 cells a side, drawn bilinearly to full size.
+
+        Each image is stretched to the whole range [0, 1].
         """
         channels, height, width = self.definition.shape
         pixels = np.empty((count, channels, height, width), np.float32)
@@ -183,15 +200,24 @@ class VisionSchema(Schema):
             pixels[chosen] = _bilinear(height, int(size)) @ coarse @ _bilinear(width, int(size)).T
         low = pixels.min(axis=(1, 2, 3), keepdims=True, initial=1.0)
         high = pixels.max(axis=(1, 2, 3), keepdims=True, initial=0.0)
-        return self._standardised((pixels - low) / np.maximum(high - low, np.float32(1e-6)))
+        stretched: Floats = (pixels - low) / np.maximum(high - low, np.float32(1e-6))
+        return stretched
 
     def _standardised(self, pixels: Floats) -> Floats:
         return (pixels - self._mean) / self._std
 
-    def _standardised_archive(self, path: Path, images: Any) -> Floats:
+    def _pixels(self, path: Path) -> Floats:
+        """An archive, an image file or a folder, in [0, 1]. Raises DataError."""
+        if path.is_dir():
+            return self._read_files(path, list(_all_images(path, self._levels)))
+        if path.suffix.lower() == ".npz":
+            return self._archive_pixels(path, read_archive(path, "images")["images"])
+        return self._read_files(path, [path])
+
+    def _archive_pixels(self, path: Path, images: Any) -> Floats:
         if not len(images.shape) or not images.shape[0]:
             raise NoExamples(f"{path}: 'images' is empty")
-        return self._standardised(pixels_of(path, images, self.definition.shape))
+        return pixels_of(path, images, self.definition.shape)
 
     def _read_files(self, path: Path, files: list[Path]) -> Floats:
         if not files:
@@ -199,7 +225,7 @@ class VisionSchema(Schema):
         pixels = np.empty((len(files), *self.definition.shape), np.float32)
         for row, file in enumerate(files):
             pixels[row] = read_image(file, self.definition.shape, resize=self.definition.resize)
-        return self._standardised(pixels)
+        return pixels
 
     def _labelled_files(self, path: Path) -> tuple[list[Path], list[int], list[str]]:
         """Files, label and person of each; no persons without a pattern. Raises DataError."""
@@ -223,6 +249,67 @@ class VisionSchema(Schema):
     def _levels(self) -> int:
         """Folders between that of a label and its files."""
         return 0 if self._pattern is None else self._pattern.levels
+
+
+IMAGES = "images"
+LEVELS = 255
+HALF_A_STEP = 1e-3
+"""How far, in steps of 1/255, a floating-point pixel may be off one of 8 bits."""
+
+
+class ImagePreprocessing(Preprocessing):
+    """Pixels of 8 bits, height, width, channels as image libraries decode them, to standardised channels first."""
+
+    outside = (
+        "PNG and JPEG are decoded before, palette and grey images made colour where the schema has three channels, and "
+        "images brought to the schema's height and width: the graph takes no other size",
+        "pixels are whole numbers from 0 to 255; floating-point images in [0, 1] are prepared by FedClaw's reader and "
+        "go to model.onnx",
+        "FedClaw's reader does all that: python -m fedclaw.predict, or Predictor.read_columns for the pixels alone",
+    )
+
+    def __init__(self, schema: VisionSchema) -> None:
+        self._schema = schema
+        channels, height, width = schema.input_shape
+        self.columns = (
+            TypedColumn(
+                name=IMAGES,
+                column=IMAGES,
+                dtype="uint8",
+                shape=("batch", height, width, channels),
+                meaning="pixels from 0 to 255, rows from the top, channels last (grey, or red, green, blue and alpha)",
+            ),
+        )
+
+    def write(self, graph: GraphWriter) -> Prepared:
+        """See Preprocessing. No image of the right shape is refused."""
+        pixels = graph.add("Cast", graph.add("Transpose", IMAGES, perm=[0, 3, 1, 2]), to=np.float32)
+        scaled = graph.add("Div", pixels, graph.constant(np.array(LEVELS, np.float32)))
+        mean, std = (graph.constant(value[None]) for value in self._schema.constants)
+        inputs = graph.add("Div", graph.add("Sub", scaled, mean), std)
+        highest = graph.add("ReduceMax", pixels, graph.constant(np.array([1, 2, 3])), keepdims=0)
+        below = graph.add("Less", highest, graph.constant(np.array(0, np.float32)))
+        return Prepared(inputs, graph.add("Unsqueeze", below, graph.constant(np.array([1]))))
+
+    def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
+        """See Preprocessing. Raises NotInGraph for floating-point pixels between two of 8 bits."""
+        rows = self._schema.pixel_rows(path, identifiers)
+        steps = rows.inputs * np.float32(LEVELS)
+        pixels = np.rint(steps)
+        if len(steps) and np.abs(steps - pixels).max() > HALF_A_STEP:
+            raise NotInGraph(f"{path}: floating-point pixels that 8 bits cannot hold; {self.outside[1]}")
+        return TypedRows({IMAGES: np.moveaxis(pixels.astype(np.uint8), 1, 3)}, rows.refused, rows.identifiers)
+
+    def prepare(self, columns: Columns) -> tuple[Floats, NDArray[np.bool_]]:
+        """See Preprocessing."""
+        pixels = pixels_of(Path(IMAGES), np.moveaxis(columns[IMAGES], 3, 1), self._schema.input_shape)
+        mean, std = self._schema.constants
+        return (pixels - mean) / std, np.zeros(len(pixels), np.bool_)
+
+    def synthetic(self, count: int, generator: np.random.Generator) -> Columns:
+        """See Preprocessing."""
+        pixels = np.rint(self._schema.synthetic_pixels(count, generator) * LEVELS).astype(np.uint8)
+        return {IMAGES: np.ascontiguousarray(np.moveaxis(pixels, 1, 3))}
 
 
 def _all_images(folder: Path, levels: int) -> Iterator[Path]:

@@ -80,6 +80,10 @@ class DataError(FedClawError):
     """A data or schema file is not what it should be."""
 
 
+class NotInGraph(DataError):
+    """A schema's preprocessing cannot be written as a graph; the message is a sentence that says why."""
+
+
 class NoExamples(DataError):
     """A data file is well formed and holds no rows or images."""
 

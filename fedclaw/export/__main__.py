@@ -95,7 +95,7 @@ def export(settings: ExportSettings, console: Console) -> None:
     if settings.model == "compressed":
         read_compressed(directory)
     with startup.loading("torch and ONNX"):
-        from fedclaw.export.bundle import Request, export_bundle
+        from fedclaw.export.bundle import Request, export_bundle, typed_inputs
         from fedclaw.export.card import threshold_in_words
         from fedclaw.export.graph import allowed
         from fedclaw.privacy.mechanisms.choice import mechanism_of
@@ -104,6 +104,7 @@ def export(settings: ExportSettings, console: Console) -> None:
     scores = None if settings.threshold_statistics is None else read_release(settings.threshold_statistics)
     source = load_source(directory, settings.model).signed_by(home.name)
     inputs = None if settings.inputs is None else source.schema.read_inputs(settings.inputs)
+    typed = None if settings.inputs is None else typed_inputs(source.schema, settings.inputs)
     public = None
     if settings.threshold_data is not None:
         if source.schema.data_dependent:
@@ -122,6 +123,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         license=settings.license,
         floor=settings.floor,
         ledgers=settings.ledgers,
+        typed=typed,
     )
     target = settings.output or settings.run / "bundle"
     with console.status("exporting") as status:
@@ -133,9 +135,11 @@ def export(settings: ExportSettings, console: Console) -> None:
     for name, figures in sorted(manifest.parity.files.items()):
         console.print(
             f"parity    {name} differs from torch by {figures.max_abs_diff:.2g} on {figures.examples} "
-            f"{manifest.parity.inputs} inputs (allowed {allowed(figures, manifest.parity.tolerance):g})",
+            f"{manifest.compared_on(name)} inputs (allowed {allowed(figures, manifest.parity.tolerance):g})",
             markup=False,
         )
+    if manifest.no_pipeline is not None:
+        console.print(f"pipeline  none: {manifest.no_pipeline}", markup=False, soft_wrap=True)
     if manifest.decision is not None:
         console.print(f"threshold {threshold_in_words(manifest)}", markup=False)
     for note in late_notes(source.metrics) if mechanism_of(source.record).claims_privacy else ():

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedclaw.compress.record import SitesReport
-from fedclaw.errors import BundleError, Setting
+from fedclaw.errors import BundleError, NotInGraph, Setting
 from fedclaw.export import graph, layout, signature
 from fedclaw.export.acceptance import accept
 from fedclaw.export.card import how_to_verify, model_card
@@ -25,9 +26,13 @@ from fedclaw.export.threshold import choose_threshold, threshold_of_release
 from fedclaw.export.training_record import TrainingRecord
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
 from fedclaw.identity.federation_home import ReleaseSigner
+from fedclaw.learning.preprocessing import TypedRows
 from fedclaw.learning.tasks.classification import Classification
-from fedclaw.learning.workload import Floats, Table
+from fedclaw.learning.workload import Floats, Schema, Table
 from fedclaw.server.statistics_release import Release
+
+if TYPE_CHECKING:
+    from fedclaw.export.onnx_model import OnnxModel
 
 SYNTHETIC_EXAMPLES = 256
 VERSIONED = ("fedclaw", "torch", "onnx", "onnxscript", "onnxruntime", "opacus", "flwr", "numpy")
@@ -54,6 +59,8 @@ class Request:
     """The least score of the task that the model has to have reached."""
     ledgers: tuple[Path, ...] = ()
     """Sites' ledgers that are at hand, to hold their receipts against."""
+    typed: TypedRows | None = None
+    """The real inputs as typed columns, for the parity check of pipeline.onnx; None: made from the schema."""
 
 
 def export_bundle(
@@ -89,6 +96,14 @@ def export_bundle(
     return Verified(**{**vars(verified), "path": target})
 
 
+def typed_inputs(schema: Schema, path: Path) -> TypedRows | None:
+    """Real inputs as typed columns; None for a schema whose preprocessing is in no graph. Raises DataError."""
+    try:
+        return schema.preprocessing().read(path)
+    except NotInGraph:
+        return None
+
+
 def _fill(
     staging: Path, source: Source, signer: ReleaseSigner, request: Request, progress: Callable[[str], None]
 ) -> None:
@@ -99,7 +114,8 @@ def _fill(
     program = graph.trace(source.model, task, shape)
     graph.save_program(program, staging / layout.PROGRAM)
     progress("writing ONNX")
-    graph.save_onnx(program, task, shape, staging / layout.ONNX)
+    model = graph.to_onnx(program, task, shape)
+    model.write(staging / layout.ONNX)
     progress(f"comparing with the torch model on {kind} inputs")
     figures = _compare(staging, source, inputs, request.tolerance)
     quantised = None
@@ -109,6 +125,9 @@ def _fill(
     decision = None if request.public is None else _decision(staging, request.public)
     if request.scores is not None:
         decision = threshold_of_release(request.scores, graph.parameters_of(source.model))
+    progress("writing the pipeline")
+    threshold = None if decision is None else decision.threshold
+    spec, no_pipeline = _pipeline(staging, source, model, threshold, request, figures)
     manifest = layout.Manifest(
         federation=source.record.federation,
         run=source.record.run,
@@ -124,11 +143,51 @@ def _fill(
         labels=source.schema.labels,
         target=task.describe(),
         preprocessing=dict(source.schema.describe_inputs()),
+        graphs=_graphs(request.quantised, spec),
+        pipeline=spec,
+        no_pipeline=no_pipeline,
         parity=layout.Parity(inputs=kind, tolerance=request.tolerance, files=figures),
         quantised=quantised,
         decision=decision,
     )
     _write_texts(staging, source, manifest, signer, request)
+
+
+def _pipeline(
+    staging: Path,
+    source: Source,
+    model: "OnnxModel",
+    threshold: float | None,
+    request: Request,
+    figures: dict[str, layout.ParityFigures],
+) -> tuple[layout.PipelineSpec | None, str | None]:
+    """Write pipeline.onnx and put its parity into `figures`; or say why there is none.
+
+    Raises BundleError when it answers otherwise than the schema's reader and the torch model together.
+    """
+    task = source.schema.task
+    try:
+        preprocessing = source.schema.preprocessing()
+    except NotInGraph as error:
+        return None, str(error)
+    from fedclaw.export import pipeline  # onnx, which `graph.require_exporter` has looked for
+
+    kind: layout.InputKind = "synthetic" if request.typed is None else "real"
+    if request.typed is None:
+        columns = preprocessing.synthetic(SYNTHETIC_EXAMPLES, np.random.default_rng(request.seed))
+    else:
+        columns = {name: values[: graph.MAX_EXAMPLES] for name, values in request.typed.columns.items()}
+    path = staging / layout.PIPELINE
+    pipeline.compose_pipeline(model, preprocessing, task, threshold).write(path)
+    figures[path.name] = pipeline.compare(path, source.model, preprocessing, columns, task, threshold)
+    graph.require_parity(figures[path.name], request.tolerance, path.name)
+    return pipeline.describe(preprocessing, task, kind), None
+
+
+def _graphs(quantised: bool, spec: layout.PipelineSpec | None) -> dict[str, layout.Takes]:
+    prepared = (layout.ONNX, layout.PROGRAM, *([layout.QUANTISED] if quantised else ()))
+    found: dict[str, layout.Takes] = dict.fromkeys(prepared, "prepared inputs")
+    return found if spec is None else {**found, layout.PIPELINE: "typed columns"}
 
 
 def _decision(staging: Path, public: Table) -> layout.Decision:

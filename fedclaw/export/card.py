@@ -166,7 +166,7 @@ def _model(source: Source, manifest: Manifest) -> str:
             (
                 f"{name} against torch",
                 f"differs by at most {figures.max_abs_diff:.2g} on {figures.examples} "
-                f"{manifest.parity.inputs} inputs (allowed: {allowed(figures, manifest.parity.tolerance):g})",
+                f"{manifest.compared_on(name)} inputs (allowed: {allowed(figures, manifest.parity.tolerance):g})",
             )
         )
     if manifest.decision is not None:

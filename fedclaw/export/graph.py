@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,9 +31,11 @@ from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.workload import Floats
 from fedclaw.progress import quieter
 
+if TYPE_CHECKING:
+    from fedclaw.export.onnx_model import OnnxModel
+
 TRACE_BATCH = 3
 """Any size except 0 and 1: torch.export takes those for constants."""
-PROTOBUF_LIMIT = 2**31 - 1
 CHATTY_LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
@@ -84,26 +86,24 @@ def trace(model: nn.Module, task: Task, input_shape: tuple[int, ...]) -> torch.e
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write `program` as a .pt2 file. Raises BundleError."""
-    with quiet(), _as_bundle_error("the model cannot be written as a torch.export program"):
+    with quiet(), as_bundle_error("the model cannot be written as a torch.export program"):
         torch.export.save(program, path)
 
 
 def load_program(path: Path) -> nn.Module:
     """Load a .pt2 file that this process wrote. Never use it on a file from elsewhere that was not verified."""
-    with quiet(), _as_bundle_error("the torch.export program cannot be read back"):
+    with quiet(), as_bundle_error("the torch.export program cannot be read back"):
         return torch.export.load(path).module()
 
 
-def save_onnx(program: torch.export.ExportedProgram, task: Task, input_shape: tuple[int, ...], path: Path) -> None:
-    """Write `program` as one ONNX file with its weights embedded.
+def to_onnx(program: torch.export.ExportedProgram, task: Task, input_shape: tuple[int, ...]) -> "OnnxModel":
+    """`program` as an ONNX model, which looks at the program's weights.
 
-    Raises UsageError when the extra is not installed, BundleError when ONNX has no operator for the model or the
-    model is larger than an ONNX file can be (2 GiB).
+    Raises UsageError when the extra is not installed, BundleError when ONNX has no operator for the model.
     """
-    onnx = require_exporter()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
-    if weights > PROTOBUF_LIMIT:
-        raise BundleError(f"the model has {weights / 2**30:.1f} GiB of weights; an ONNX file holds at most 2 GiB")
+    require_exporter()
+    from fedclaw.export.onnx_model import OnnxModel
+
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -117,13 +117,19 @@ def save_onnx(program: torch.export.ExportedProgram, task: Task, input_shape: tu
             )
     except Exception as error:  # the exporter's errors have no public common base
         raise BundleError(f"the model cannot be written as ONNX: {_first_line(error)}") from error
-    assert exported is not None
-    model = exported.model_proto
-    _tidy(model)
-    with _as_bundle_error("the model cannot be written as ONNX"):
-        onnx.checker.check_model(model, full_check=True)
-        content = model.SerializeToString(deterministic=True)
-    path.write_bytes(content)
+    with quiet(), as_bundle_error("the model cannot be written as ONNX"):
+        model = OnnxModel.of(exported)
+        _tidy(model.message)
+        model.check()
+    return model
+
+
+def save_onnx(program: torch.export.ExportedProgram, task: Task, input_shape: tuple[int, ...], path: Path) -> None:
+    """Write `program` as one ONNX file with its weights embedded.
+
+    Raises what `to_onnx` raises, and BundleError for a model larger than an ONNX file can be (2 GiB).
+    """
+    to_onnx(program, task, input_shape).write(path)
 
 
 @contextmanager
@@ -136,7 +142,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _as_bundle_error(what: str) -> Iterator[None]:
+def as_bundle_error(what: str) -> Iterator[None]:
     """Turn the errors of torch, onnx and protobuf, which have no common base, into a BundleError about `what`."""
     try:
         yield
@@ -153,7 +159,7 @@ def parameters_of(model: nn.Module) -> "dict[str, np.ndarray[Any, np.dtype[np.fl
 
 def torch_outputs(module: nn.Module, inputs: "np.ndarray[Any, np.dtype[np.float32]]") -> list[Any]:
     """`module`'s two outputs for a batch, as numpy arrays. Raises BundleError when the model fails on it."""
-    with torch.no_grad(), _as_bundle_error(f"the model fails on a batch of shape {inputs.shape}"):
+    with torch.no_grad(), as_bundle_error(f"the model fails on a batch of shape {inputs.shape}"):
         return [output.numpy() for output in module(torch.from_numpy(inputs))]
 
 

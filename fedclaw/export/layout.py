@@ -1,6 +1,7 @@
 """What a bundle holds: the names of its files and the content of bundle.json.
 
-    model.onnx  model.pt2        the model, for ONNX Runtime and for torch.export
+    model.onnx  model.pt2        the model, for ONNX Runtime and for torch.export; both take prepared inputs
+    pipeline.onnx                the same with the preprocessing before it: typed columns in, labels out
     model-int8.onnx              the same with 8-bit weights and activations (only when asked for)
     bundle.json                  where the model comes from, its tensors, labels, preprocessing, parity figures
     schema.json                  the federation's schema, which turns raw rows into the model's input
@@ -19,12 +20,14 @@ from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from fedclaw.learning.preprocessing import TypedColumn
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import Name
 from fedclaw.protocol.terms import ModelSpec
 
 ONNX = "model.onnx"
+PIPELINE = "pipeline.onnx"
 QUANTISED = "model-int8.onnx"
 PROGRAM = "model.pt2"
 MANIFEST = "bundle.json"
@@ -54,8 +57,24 @@ class TensorSpec(Frozen):
     """One tensor of the graph. In `shape` the dynamic dimension is a name instead of a size."""
 
     name: str
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "string", "bool"] = "float32"
     shape: tuple[int | str, ...]
+
+
+InputKind = Literal["real", "synthetic"]
+Takes = Literal["prepared inputs", "typed columns"]
+"""What a graph is given: the model's input tensor, which our reader makes, or the values of each column by itself."""
+
+
+class PipelineSpec(Frozen):
+    """pipeline.onnx: what it takes and gives, and what is not done in it."""
+
+    columns: tuple[TypedColumn, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...]
+    outside_the_graph: tuple[str, ...]
+    """What whoever fills the columns has to do first, a sentence each; our reader does it."""
+    compared_on: InputKind
+    """What the parity figures of pipeline.onnx were measured on."""
 
 
 class ParityFigures(Frozen):
@@ -66,9 +85,6 @@ class ParityFigures(Frozen):
     batch_sizes: tuple[int, ...]
     scale: float | None = Field(default=None, ge=0)
     """The largest absolute output of the torch model, if it is so large that the tolerance is relative to it."""
-
-
-InputKind = Literal["real", "synthetic"]
 
 
 class Parity(Frozen):
@@ -112,7 +128,7 @@ class Decision(Frozen):
 class Manifest(Frozen):
     """bundle.json."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     federation: Name
     run: Name
     workload: Name
@@ -131,10 +147,19 @@ class Manifest(Frozen):
     target: dict[str, JsonValue] | None = None
     """The target of a task without labels: a number's name, range and loss (`Task.describe`)."""
     preprocessing: dict[str, JsonValue]
+    graphs: dict[str, Takes] = Field(default_factory=dict)
+    """What each of the bundle's graphs takes, by file name; not said in format 1, where all take prepared inputs."""
+    pipeline: PipelineSpec | None = None
+    no_pipeline: str | None = None
+    """Why there is no pipeline.onnx."""
     parity: Parity
     quantised: QuantisedFigures | None = None
     decision: Decision | None = None
     """None: the answer is the likeliest class."""
+
+    def compared_on(self, name: str) -> InputKind:
+        """What inputs the parity of that file was measured on."""
+        return self.pipeline.compared_on if self.pipeline and name == PIPELINE else self.parity.inputs
 
     @model_validator(mode="after")
     def _of_one_task(self) -> Self:
@@ -142,4 +167,11 @@ class Manifest(Frozen):
             raise ValueError(f"a {self.task} task and {len(self.labels)} labels contradict each other")
         if self.decision is not None and len(self.labels) != 2:
             raise ValueError(f"a threshold is for two classes, and there are {len(self.labels)} labels")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_agree(self) -> Self:
+        takes = self.graphs.get(PIPELINE)
+        if (self.pipeline is not None) != (takes == "typed columns") or (takes and self.no_pipeline):
+            raise ValueError(f"graphs, pipeline and no_pipeline contradict each other about {PIPELINE}")
         return self

@@ -13,6 +13,7 @@ from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import MANIFEST, ONNX, SCHEMA
 from fedclaw.export.runtime import Device, open_session, run_session
+from fedclaw.learning.preprocessing import TypedRows
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import decide
@@ -98,6 +99,15 @@ class Predictor:
             more = len(rows.refused) - SHOWN_REASONS
             raise DataError(f"{path}: no row can be answered: {first}" + (f"; and {more} more" if more > 0 else ""))
         return rows
+
+    def read_columns(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
+        """A file's rows as what pipeline.onnx takes, for a server that has no reader of ours.
+
+        Raises DataError, and NotInGraph with the reason where the bundle has no pipeline.onnx.
+        """
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+        return self.schema.preprocessing().read(path, identifiers)
 
     def decide(self, probabilities: Floats) -> Labels:
         """The class of each row, (N,): by the bundle's threshold if it has one, else the likeliest."""

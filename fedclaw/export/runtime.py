@@ -1,5 +1,6 @@
 """The one place that opens ONNX Runtime: errors only, no telemetry, and a clear error for what is not a model."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fedclaw.errors import BundleError, UsageError
@@ -50,6 +51,15 @@ def run_session(session: Any, inputs: Any) -> list[Any]:
         return list(session.run(None, {session.get_inputs()[0].name: inputs}))
     except Exception as error:  # as above
         raise BundleError(f"the model failed on a batch of shape {tuple(inputs.shape)}: {_short(error)}") from error
+
+
+def run_columns(session: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """All outputs by name, of a graph that takes typed columns. Raises BundleError when it fails on them."""
+    names = [output.name for output in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, dict(columns)), strict=True))
+    except Exception as error:  # as above
+        raise BundleError(f"the pipeline failed on a batch of typed columns: {_short(error)}") from error
 
 
 def _short(error: BaseException) -> str:

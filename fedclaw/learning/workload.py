@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedclaw.errors import DataError
+from fedclaw.errors import DataError, NotInGraph
+from fedclaw.learning.preprocessing import Preprocessing
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.statistics import Records, StatisticColumn
@@ -243,6 +244,13 @@ class Schema(ABC):
     @abstractmethod
     def describe_inputs(self) -> Mapping[str, Any]:
         """JSON-able description of the model's input tensor and of every preprocessing constant."""
+
+    def preprocessing(self) -> Preprocessing:
+        """How typed columns become inputs, for a graph that has the preprocessing in it.
+
+        Raises NotInGraph where that cannot be; a bundle then has no pipeline.onnx and says why.
+        """
+        raise NotInGraph(f"the workload {self.name} does not say how its preprocessing is written as a graph")
 
     @property
     def data_dependent(self) -> bool:

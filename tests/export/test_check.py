@@ -173,7 +173,7 @@ def test_a_signed_bundle_without_a_required_file_is_incomplete(bundle, home):
 
 def test_a_signed_manifest_of_another_version_is_not_guessed_at(bundle, home):
     path = bundle / layout.MANIFEST
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
     sign(bundle, home.signer())
     with pytest.raises(BundleError, match="not understood by this version: format_version"):
         verify_bundle(bundle)

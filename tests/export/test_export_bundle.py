@@ -33,7 +33,7 @@ def manifest_of(bundle):
 
 
 def test_holds_exactly_the_promised_files(table_bundle, image_bundle):
-    promised = layout.REQUIRED | layout.UNSIGNED | {layout.TRAINING}
+    promised = layout.REQUIRED | layout.UNSIGNED | {layout.TRAINING, layout.PIPELINE}
     assert {path.name for path in table_bundle.iterdir()} == promised | {layout.QUANTISED}
     assert {path.name for path in image_bundle.iterdir()} == promised
     assert not [path for path in table_bundle.parent.iterdir() if path.name.startswith(".")]
@@ -96,7 +96,7 @@ def test_parity_says_which_inputs_it_saw(table_bundle, image_bundle):
     real, synthetic = manifest_of(table_bundle).parity, manifest_of(image_bundle).parity
     assert (real.inputs, synthetic.inputs) == ("real", "synthetic")
     assert real.files[layout.ONNX].examples == 70
-    assert set(real.files) == {layout.ONNX, layout.PROGRAM}
+    assert set(real.files) == {layout.ONNX, layout.PROGRAM, layout.PIPELINE}
     assert all(figures.max_abs_diff <= 1e-5 for figures in (*real.files.values(), *synthetic.files.values()))
     assert "synthetic inputs only" in (image_bundle / layout.CARD).read_text()
     assert "synthetic inputs only" not in (table_bundle / layout.CARD).read_text()

@@ -22,12 +22,17 @@ def test_exports_with_real_inputs_and_says_so_quietly(process, run, home, tmp_pa
     assert result.returncode == 0, result.stderr
     (loading,) = result.stderr.splitlines()
     assert loading.endswith("loading torch and ONNX")
-    assert [line.split()[0] for line in result.stdout.splitlines()] == ["bundle", "parity", "parity", "signed", "next"]
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "bundle", *["parity"] * 3, "signed", "next",
+    ]  # fmt: skip
     command = shlex.split(result.stdout.splitlines()[-1].removeprefix("next"))
     assert command == ["python", "-m", "fedclaw.verify", str(run / "bundle"), f"ca={home.root / 'ca.crt'}"]
     manifest = json.loads((run / "bundle" / layout.MANIFEST).read_bytes())
     assert manifest["parity"]["inputs"] == "real"
-    assert manifest["parity"]["files"][layout.ONNX]["examples"] == 2
+    assert {name: figures["examples"] for name, figures in manifest["parity"]["files"].items()} == {
+        layout.ONNX: 2, layout.PROGRAM: 2, layout.PIPELINE: 2,
+    }  # fmt: skip
+    assert manifest["pipeline"]["compared_on"] == "real"
 
 
 @pytest.mark.parametrize("name", ["plain", "two words", "a=b", 'it\'s (here), "now"', "-dash", "~tilde", "5"])
