@@ -25,6 +25,12 @@ from rich.console import Console
 from fedclaw.cli import compose_settings, make_console, naming, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, Verified, load_trust, verify_bundle
+from fedclaw.export.layout import SIGNATURES, FormatVersion
+
+SIGNATURE_FORMS: dict[FormatVersion, str] = {
+    1: "over SHA256SUMS, as in bundles of format 1",
+    2: "OpenSSF Model Signing 1.0",
+}
 
 
 class VerifySettings(TrustSettings):
@@ -54,6 +60,7 @@ def report(verified: Verified, console: Console) -> None:
         f"files     {len(verified.files)}, none changed, missing or added\n"
         f"model     {manifest.variant} {manifest.workload} model of run {manifest.run}, federation "
         f"{manifest.federation}, {manifest.parameters:,} parameters\n"
+        f"signature {SIGNATURE_FORMS[manifest.format_version]} ({SIGNATURES[manifest.format_version]})\n"
         f"signed    by {signer.name}, {manifest.created:%Y-%m-%d %H:%M} UTC by its own clock\n"
         f"CA        certificate SHA-256 {signer.fingerprint}\n"
         f"          key SHA-256 {signer.key_fingerprint} (what provision show prints)",

@@ -19,6 +19,7 @@ from fedclaw.export import graph, layout, signature
 from fedclaw.export.acceptance import accept
 from fedclaw.export.card import how_to_verify, model_card
 from fedclaw.export.check import Trust, Verified, verify_bundle
+from fedclaw.export.model_signature import sign_digests
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
@@ -88,7 +89,7 @@ def export_bundle(
         staging.chmod(DIRECTORY_MODE)
         _fill(staging, source, signer, request, progress)
         progress("signing")
-        _sign(staging, signer)
+        _sign(staging, signer, target.name)
         verified = verify_bundle(staging, Trust(authority=signer.ca_pem))
         _publish(staging, target)
     finally:
@@ -240,13 +241,14 @@ def _write_texts(
         source.schema.unit,
     )
     who = _signed_by(signer)
+    release = signature.parse_certificate(signer.certificate_pem, layout.RELEASE_CERTIFICATE)
     texts = {
         layout.MANIFEST: _pretty(manifest),
         layout.SCHEMA: source.schema.to_json(),
         layout.PRIVACY: _pretty(statement),
         layout.TRAINING: _pretty(source.training()),
         layout.CARD: model_card(source, manifest, statement, who, request.license),
-        layout.HOW_TO_VERIFY: how_to_verify(manifest.federation, who.fingerprint),
+        layout.HOW_TO_VERIFY: how_to_verify(manifest.federation, who.fingerprint, signature.hash_name(release)),
     }
     if source.compression is not None:
         texts[layout.COMPRESSION] = source.compression.model_dump_json(indent=2) + "\n"
@@ -278,13 +280,16 @@ def _compression_cost(source: Source) -> str:
     )
 
 
-def _sign(staging: Path, signer: ReleaseSigner) -> None:
+def _sign(staging: Path, signer: ReleaseSigner, name: str) -> None:
+    """Write SHA256SUMS over all files and model.sig over all files and it; `name` is the bundle's directory."""
     names = sorted(path.name for path in staging.iterdir())
-    for name in names:
-        (staging / name).chmod(PUBLIC_MODE)
-    content = "".join(f"{sha256_file(staging / name)}  {name}\n" for name in names).encode("ascii")
+    for file in names:
+        (staging / file).chmod(PUBLIC_MODE)
+    digests = {file: sha256_file(staging / file) for file in names}
+    content = "".join(f"{digest}  {file}\n" for file, digest in digests.items()).encode("ascii")
     write_atomic(staging / layout.DIGESTS, content)
-    write_atomic(staging / layout.SIGNATURE, signer.sign(content))
+    digests[layout.DIGESTS] = sha256_file(staging / layout.DIGESTS)
+    write_atomic(staging / layout.SIGNATURE, sign_digests(digests, name or "bundle", signer))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

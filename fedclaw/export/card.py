@@ -59,23 +59,37 @@ def model_card(
     return front_matter(source, statement, license) + "\n" + "\n\n".join(parts) + "\n"
 
 
-def how_to_verify(federation: str, fingerprint: str) -> str:
-    """VERIFY.md: the commands, for FedClaw and for public tools alone."""
+def how_to_verify(federation: str, fingerprint: str, digest: str) -> str:
+    """VERIFY.md: the commands, for FedClaw and for public tools alone; `digest` is the hash of the signature."""
     return f"""# How to verify this bundle
 
-With FedClaw (it also refuses extra files, links and certificates of the wrong kind):
+With FedClaw (it also refuses links, certificates of the wrong kind and, with crl=, revoked ones):
 
     python -m fedclaw.verify . ca=/path/to/the/ca.crt/that/you/trust
 
-With OpenSSL and coreutils alone, in this directory (bash):
+With the OpenSSF's tool (`pip install model-signing`), without a network:
+
+    model_signing verify certificate . --signature model.sig --certificate_chain /path/to/the/ca.crt/that/you/trust
+
+It accepts any certificate of that CA, a site's too, and looks neither at revocation nor at when the certificate
+expired. So look who signed, too: with FedClaw, or by these commands, which need OpenSSL and coreutils alone, in this
+directory (bash):
 
 ```bash
-set -e
+set -eo pipefail
+signed() {{ sed -n 's/.*"payload": *"\\([^"]*\\)".*/\\1/p' model.sig | openssl base64 -d -A; }}
+signature() {{ sed -n 's/.*"sig": *"\\([^"]*\\)".*/\\1/p' model.sig | openssl base64 -d -A; }}
+encoded() {{ printf 'DSSEv1 28 application/vnd.in-toto+json %d ' "$(signed | wc -c)"; signed; }}
 openssl verify -no_check_time -CAfile ca.crt release.crt
-openssl dgst -sha384 -verify <(openssl x509 -in release.crt -pubkey -noout) -signature SHA256SUMS.sig SHA256SUMS
+encoded | openssl dgst -{digest} -verify <(openssl x509 -in release.crt -pubkey -noout) -signature <(signature)
+signed | grep -c "$(sha256sum < SHA256SUMS | cut -c -64)"
 sha256sum --strict --check SHA256SUMS
+openssl x509 -in release.crt -noout -ext extendedKeyUsage,subjectAltName
 openssl x509 -in ca.crt -noout -fingerprint -sha256
 ```
+
+The certificate must be for Code Signing and named fedclaw://{federation}/release. SHA256SUMS lists every file but
+itself and model.sig; a file that it does not list was added by somebody else.
 
 The last line prints the fingerprint of the CA. A bundle can only prove that it is whole; that it comes from the
 federation {federation!r} is proved by comparing this fingerprint with one that the coordinator told you in another

@@ -1,17 +1,20 @@
 """Verification of a bundle: each file is the one that the federation signed, and there are no others.
 
+Bundles of format 2 are signed in `model.sig` (`fedclaw.export.model_signature`), those of format 1 in `SHA256SUMS.sig`.
+The manifest, which is signed, says the format, so that a bundle of one cannot be given out as one of the other.
+
 Needs neither torch nor ONNX. Each file is read once, from a handle that follows no symbolic link. A caller gets the
 very bytes that were checked, so a file cannot be exchanged between check and use. `load_trust` makes a `Trust` of what
 a user names on the command line: a certificate, a descriptor, a revocation list.
 """
 
-import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -23,17 +26,22 @@ from fedclaw.export import signature
 from fedclaw.export.layout import (
     CA_CERTIFICATE,
     DIGESTS,
+    FILE_NAME,
     MANIFEST,
     RELEASE_CERTIFICATE,
     REQUIRED,
+    REQUIRED_IN_FORMAT_1,
     SIGNATURE,
-    UNSIGNED,
+    SIGNATURE_IN_FORMAT_1,
+    SIGNATURES,
+    FormatVersion,
     Manifest,
 )
+from fedclaw.export.model_signature import verify_digests
 from fedclaw.export.signature import parse_certificate, parse_revocations
 from fedclaw.protocol.frozen import Frozen, explain
 
-LINE = re.compile(r"^([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,99})$")
+LINE = re.compile(rf"([0-9a-f]{{64}})  ({FILE_NAME.strip('^$')})")
 SMALL = 1 << 20
 """Largest size in bytes of a digest list, a signature or a certificate; a larger file is refused unread."""
 CHUNK = 1 << 20
@@ -68,19 +76,18 @@ def verify_bundle(path: Path, trust: Trust | None = None, keep: Iterable[str] = 
     """Verify the bundle directory `path`; `contents` of the result has the files named in `keep`.
 
     Raises BundleError naming the file that was changed, is missing, does not belong there, is a link, or was signed by
-    somebody else.
+    somebody else. The signature is checked before a file of any size is read.
     """
     trust = trust or Trust()
     names = _list(path)
-    digests = _read_small(path, DIGESTS, names)
-    listed = _parse_digests(digests)
-    _require_complete(names, listed)
-    wanted = {MANIFEST, RELEASE_CERTIFICATE, CA_CERTIFICATE, *keep}
-    checked = {name: _read_checked(path, name, digest, name in wanted) for name, digest in listed.items()}
-    contents = {name: content for name, content in checked.items() if content is not None}
-    release, authority, signer = _check_certificates(contents, trust)
-    signature.check_signature(release, _read_small(path, SIGNATURE, names), digests)
-    manifest = _parse_manifest(contents[MANIFEST])
+    version = _format_version(names)
+    proof = (RELEASE_CERTIFICATE, CA_CERTIFICATE, DIGESTS, SIGNATURES[version])
+    small = {name: _read_small(path, name, names) for name in proof}
+    release, authority, signer = _check_certificates(small, trust)
+    digests = _signed_digests(version, small, release, authority)
+    _require_complete(version, names, digests)
+    contents = _read_listed(path, digests, small, {MANIFEST, RELEASE_CERTIFICATE, CA_CERTIFICATE, *keep})
+    manifest = _parse_manifest(contents[MANIFEST], version)
     signature.check_federation(release, manifest.federation)
     now = datetime.now(UTC)
     signature.check_times(release, authority, manifest.created, now)
@@ -95,41 +102,100 @@ def _list(path: Path) -> frozenset[str]:
         raise BundleError(f"{path} is not a bundle: there is no such directory")
     if not os.path.lexists(path / DIGESTS):
         raise BundleError(f"{path} is not a bundle: it has no {DIGESTS}")
-    names = set()
+    names: dict[str, str] = {}
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.is_symlink():
-                raise BundleError(f"{entry.name} is a symbolic link; a bundle holds plain files only")
+                raise BundleError(f"{_shown(entry.name)} is a symbolic link; a bundle holds plain files only")
             if not entry.is_file(follow_symlinks=False):
-                raise BundleError(f"{entry.name} is not a plain file; a bundle holds plain files only")
-            names.add(entry.name)
-    return frozenset(names)
+                raise BundleError(f"{_shown(entry.name)} is not a plain file; a bundle holds plain files only")
+            twin = names.setdefault(entry.name.lower(), entry.name)
+            if twin != entry.name:
+                both = " and ".join(sorted(map(_shown, (twin, entry.name))))
+                raise BundleError(f"{both} are one file where a file system does not tell large letters from small")
+    return frozenset(names.values())
+
+
+def _shown(name: str) -> str:
+    """A name that a stranger gave to a file, so that it can stand in one line of an error."""
+    return name if re.fullmatch(FILE_NAME, name) else ascii(name)
+
+
+def _format_version(names: frozenset[str]) -> FormatVersion:
+    """Which signature the bundle has. Never more than one: nobody chooses by which rules it is checked."""
+    found = [version for version, name in SIGNATURES.items() if name in names]
+    if len(found) > 1:
+        raise BundleError(f"the bundle holds both {' and '.join(SIGNATURES.values())}: a bundle has one signature")
+    if not found:
+        raise BundleError(f"{SIGNATURE} is missing from the bundle: nobody signed it, or the signature was removed")
+    return found[0]
+
+
+def _signed_digests(
+    version: FormatVersion, small: Mapping[str, bytes], release: x509.Certificate, authority: x509.Certificate
+) -> dict[str, str]:
+    """The SHA-256 of each file that `release` signed. Raises BundleError."""
+    if version == 1:
+        refusal = f"{SIGNATURE_IN_FORMAT_1} is not {RELEASE_CERTIFICATE}'s signature over this {DIGESTS}"
+        signature.check_signature(release, small[SIGNATURE_IN_FORMAT_1], small[DIGESTS], refusal)
+        return _parse_digests(small[DIGESTS])
+    digests = verify_digests(small[SIGNATURE], release, authority)
+    for name in SIGNATURES.values():
+        if name in digests:
+            raise BundleError(f"{SIGNATURE} is damaged: it lists {name}, which must not be there")
+    _require_digest(DIGESTS, sha256(small[DIGESTS]).hexdigest(), digests.get(DIGESTS, "none"))
+    if _parse_digests(small[DIGESTS]) != {name: digest for name, digest in digests.items() if name != DIGESTS}:
+        raise BundleError(f"{DIGESTS} and {SIGNATURE} are signed and list different files: export the model again")
+    return digests
 
 
 def _parse_digests(content: bytes) -> dict[str, str]:
     try:
-        lines = content.decode("ascii").splitlines()
+        *lines, rest = content.decode("ascii").split("\n")
     except UnicodeDecodeError as error:
         raise BundleError(f"{DIGESTS} is damaged: it is not ASCII text") from error
     digests: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        match = LINE.match(line)
+    for number, line in enumerate([*lines, rest] if rest else lines, start=1):
+        match = LINE.fullmatch(line)
         if match is None:
             raise BundleError(f"{DIGESTS} is damaged: line {number} is not a digest and a file name")
         digest, name = match.groups()
-        if name in digests or name in UNSIGNED:
+        if name in digests or name in (DIGESTS, *SIGNATURES.values()):
             raise BundleError(f"{DIGESTS} is damaged: line {number} lists {name}, which must not be there")
         digests[name] = digest
     return digests
 
 
-def _require_complete(names: frozenset[str], listed: Mapping[str, str]) -> None:
-    for name in sorted((REQUIRED | UNSIGNED) - names):
+def _require_complete(version: FormatVersion, names: frozenset[str], listed: Mapping[str, str]) -> None:
+    origin = DIGESTS if version == 1 else SIGNATURE
+    for name in sorted((REQUIRED_IN_FORMAT_1 if version == 1 else REQUIRED) - names):
         raise BundleError(f"{name} is missing from the bundle")
     for name in sorted(set(listed) - names):
-        raise BundleError(f"{name} is in {DIGESTS} and not in the bundle: it was removed, or {DIGESTS} was changed")
-    for name in sorted(names - UNSIGNED - set(listed)):
-        raise BundleError(f"{name} is not in {DIGESTS}: it was added after signing, or {DIGESTS} was changed")
+        raise BundleError(f"{name} is in {origin} and not in the bundle: it was removed")
+    unlisted = {DIGESTS, SIGNATURES[version]} if version == 1 else {SIGNATURES[version]}
+    for name in sorted(names - unlisted - set(listed)):
+        raise BundleError(f"{_shown(name)} is not in {origin}: it was added after signing")
+
+
+def _read_listed(
+    path: Path, digests: Mapping[str, str], read: Mapping[str, bytes], keep: Container[str]
+) -> dict[str, bytes]:
+    """Check every file against its digest, those in `read` from memory; the content of those named in `keep`."""
+    contents = {}
+    for name, digest in digests.items():
+        if name in read:
+            found, content = sha256(read[name]).hexdigest(), read[name]
+        else:
+            found, content = _read_hashed(path, name, name in keep)
+        _require_digest(name, found, digest)
+        if name in keep:
+            contents[name] = content
+    return contents
+
+
+def _require_digest(name: str, found: str, signed: str) -> None:
+    if found != signed:
+        raise BundleError(f"{name} in the bundle was changed: its SHA-256 is {found}, signed is {signed}")
 
 
 def _check_certificates(
@@ -150,11 +216,18 @@ def _check_certificates(
     return release, authority, signer
 
 
-def _parse_manifest(content: bytes) -> Manifest:
+def _parse_manifest(content: bytes, version: FormatVersion) -> Manifest:
     try:
-        return Manifest.model_validate_json(content)
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         raise BundleError(f"{MANIFEST} is signed but not understood by this version: {explain(error)}") from error
+    if manifest.format_version != version:
+        expected = SIGNATURES[manifest.format_version]
+        raise BundleError(
+            f"{MANIFEST} says format {manifest.format_version}, which is signed by {expected}; "
+            f"the bundle has {SIGNATURES[version]}"
+        )
+    return manifest
 
 
 def _read_small(path: Path, name: str, names: frozenset[str]) -> bytes:
@@ -167,19 +240,16 @@ def _read_small(path: Path, name: str, names: frozenset[str]) -> bytes:
     return content
 
 
-def _read_checked(path: Path, name: str, digest: str, keep: bool) -> bytes | None:
-    hasher = hashlib.sha256()
+def _read_hashed(path: Path, name: str, keep: bool) -> tuple[str, bytes]:
+    """The SHA-256 of a file and, if asked for, its content."""
+    hasher = sha256()
     kept: list[bytes] = []
     with os.fdopen(_open(path, name), "rb") as file:
         while chunk := file.read(CHUNK):
             hasher.update(chunk)
             if keep:
                 kept.append(chunk)
-    if hasher.hexdigest() != digest:
-        raise BundleError(
-            f"{name} (or its line in {DIGESTS}) was changed: its SHA-256 is {hasher.hexdigest()}, listed is {digest}"
-        )
-    return b"".join(kept) if keep else None
+    return hasher.hexdigest(), b"".join(kept)
 
 
 def _open(path: Path, name: str) -> int:

@@ -10,9 +10,11 @@
     compression.json             how the model was compressed, and what it lost (only of a compressed model)
     MODEL_CARD.md  VERIFY.md     for people
     release.crt  ca.crt          who signed
-    SHA256SUMS  SHA256SUMS.sig   digests of all the files above, and the signature over them
+    SHA256SUMS                   digests of all the files above, for `sha256sum --check`
+    model.sig                    the signature over all of these, in the form of OpenSSF Model Signing 1.0
 
-The directory is flat: no folders, no links.
+The directory is flat: no folders, no links. Bundles of format 1 have SHA256SUMS.sig, the signature over SHA256SUMS,
+instead of model.sig; they stay valid.
 """
 
 from datetime import datetime
@@ -38,16 +40,23 @@ COMPRESSION = "compression.json"
 CARD = "MODEL_CARD.md"
 HOW_TO_VERIFY = "VERIFY.md"
 DIGESTS = "SHA256SUMS"
-SIGNATURE = "SHA256SUMS.sig"
+SIGNATURE = "model.sig"
+SIGNATURE_IN_FORMAT_1 = "SHA256SUMS.sig"
 RELEASE_CERTIFICATE = "release.crt"
 CA_CERTIFICATE = "ca.crt"
 
+FormatVersion = Literal[1, 2]
+SIGNATURES: dict[FormatVersion, str] = {1: SIGNATURE_IN_FORMAT_1, 2: SIGNATURE}
 UNSIGNED = frozenset({DIGESTS, SIGNATURE})
-"""Files that SHA256SUMS does not list: itself and its signature."""
-REQUIRED = frozenset(
+"""Files that SHA256SUMS does not list: itself and the signature."""
+REQUIRED_IN_FORMAT_1 = frozenset(
     {ONNX, PROGRAM, MANIFEST, SCHEMA, PRIVACY, CARD, HOW_TO_VERIFY, RELEASE_CERTIFICATE, CA_CERTIFICATE}
 )
+REQUIRED = REQUIRED_IN_FORMAT_1
 """A bundle that lacks one of these is incomplete, even if its signature is valid."""
+
+FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""The names that files may have: nothing that leads out of the directory, hides in it, or looks like another name."""
 
 INPUT = "inputs"
 BATCH = "batch"
@@ -128,7 +137,7 @@ class Decision(Frozen):
 class Manifest(Frozen):
     """bundle.json."""
 
-    format_version: Literal[1, 2] = 2
+    format_version: FormatVersion = 2
     federation: Name
     run: Name
     workload: Name

@@ -1,4 +1,4 @@
-"""Who signed a bundle: the release certificate, the CA above it, and the signature over the digests.
+"""Who signed a bundle: the release certificate, the CA above it, and what its key signed.
 
 Expiry: models are used for longer than the 90 days of a release certificate. So a bundle stays valid after the
 certificate has expired, if certificate and CA were valid when it was signed. The time of signing is `created` in
@@ -13,10 +13,11 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedclaw.errors import BundleError
-from fedclaw.export.layout import CA_CERTIFICATE, DIGESTS, MANIFEST, RELEASE_CERTIFICATE, SIGNATURE
+from fedclaw.errors import BundleError, ProvisionError
+from fedclaw.export.layout import CA_CERTIFICATE, MANIFEST, RELEASE_CERTIFICATE
 from fedclaw.identity import pki
 
 CLOCK_SKEW = timedelta(minutes=5)
@@ -99,15 +100,37 @@ def check_federation(release: x509.Certificate, federation: str) -> None:
         raise BundleError(f"{RELEASE_CERTIFICATE} is not the release certificate of the federation {federation!r}")
 
 
-def check_signature(release: x509.Certificate, signature: bytes, content: bytes) -> None:
-    """Check the ECDSA-SHA384 `signature` (DER) by `release` over `content`. Raises BundleError."""
-    key = release.public_key()
+def check_signature(release: x509.Certificate, signature: bytes, message: bytes, refusal: str) -> None:
+    """Check the ECDSA `signature` (DER) by `release` over `message`, hashed as its curve asks for.
+
+    Raises BundleError, with the words `refusal` when the signature does not fit.
+    """
+    key = _signing_key(release)
+    try:
+        if encode_dss_signature(*decode_dss_signature(signature)) != signature:
+            raise InvalidSignature
+        key.verify(signature, message, ec.ECDSA(pki.hash_of(key)))
+    except (InvalidSignature, ValueError) as error:
+        raise BundleError(refusal) from error
+
+
+def hash_name(release: x509.Certificate) -> str:
+    """The hash of what `release` signs, as OpenSSL names it. Raises BundleError."""
+    return pki.hash_of(_signing_key(release)).name
+
+
+def _signing_key(release: x509.Certificate) -> ec.EllipticCurvePublicKey:
+    try:
+        key = release.public_key()
+    except UNUSABLE as error:
+        raise BundleError(f"{RELEASE_CERTIFICATE} holds no key that can be used") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise BundleError(f"{RELEASE_CERTIFICATE} does not hold an ECDSA key")
     try:
-        key.verify(signature, content, ec.ECDSA(hashes.SHA384()))
-    except InvalidSignature as error:
-        raise BundleError(f"{SIGNATURE} is not {RELEASE_CERTIFICATE}'s signature over this {DIGESTS}") from error
+        pki.hash_of(key)
+    except ProvisionError as error:
+        raise BundleError(f"{RELEASE_CERTIFICATE}: {error}") from error
+    return key
 
 
 def check_times(release: x509.Certificate, authority: x509.Certificate, signed: datetime, now: datetime) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AfterValidator, Field, ValidationError
 
 from fedclaw.errors import ProvisionError, SealError
@@ -114,8 +115,8 @@ class ReleaseSigner:
         self.ca_pem = ca_pem
 
     def sign(self, content: bytes) -> bytes:
-        """ECDSA P-384 with SHA-384 over `content`, DER (what `openssl dgst -sha384 -verify` checks)."""
-        return self._key.sign(content, pki.ECDSA)
+        """ECDSA over `content` with the hash of the key's curve, DER (for P-384, `openssl dgst -sha384 -verify`)."""
+        return self._key.sign(content, ec.ECDSA(pki.hash_of(self._key)))
 
 
 class FederationHome:

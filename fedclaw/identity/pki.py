@@ -40,6 +40,11 @@ WARN_DAYS = 14
 """Days before expiry from which on a certificate is worth a warning."""
 
 ECDSA = ec.ECDSA(hashes.SHA384())
+_HASHES: dict[type[ec.EllipticCurve], hashes.HashAlgorithm] = {
+    ec.SECP256R1: hashes.SHA256(),
+    ec.SECP384R1: hashes.SHA384(),
+    ec.SECP521R1: hashes.SHA512(),
+}
 # Clocks of different organisations differ; a certificate is good from a little before it was made.
 _CLOCK_SKEW = dt.timedelta(minutes=10)
 
@@ -248,6 +253,14 @@ def check_dates(certificate: x509.Certificate, origin: str, remedy: str) -> None
     if now() < certificate.not_valid_before_utc:
         start = certificate.not_valid_before_utc
         raise ProvisionError(f"{origin} is not valid before {start:%Y-%m-%d %H:%M} UTC; check this machine's clock")
+
+
+def hash_of(key: PrivateKey | PublicKey) -> hashes.HashAlgorithm:
+    """The hash that goes with the key's curve in ECDSA. Raises ProvisionError if it is not P-256, P-384 or P-521."""
+    algorithm = _HASHES.get(type(key.curve))
+    if algorithm is None:
+        raise ProvisionError(f"a key on the curve {key.curve.name} cannot sign; P-256, P-384 and P-521 can")
+    return algorithm
 
 
 def signed_content(purpose: str, message: bytes) -> bytes:

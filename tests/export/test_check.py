@@ -1,5 +1,6 @@
 import hashlib
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -14,21 +15,58 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.export import layout, signature
 from fedclaw.export.check import SMALL, Trust, load_trust, verify_bundle
+from fedclaw.export.model_signature import sign_digests
 from fedclaw.identity import pki
 from fedclaw.identity.federation_home import ReleaseSigner
 
-EVERY_FILE = sorted(layout.REQUIRED | layout.UNSIGNED)
+SIGNATURE = "the signature"
+EVERY_FILE = [*sorted(layout.REQUIRED), layout.DIGESTS, SIGNATURE]
 
 
-def sign(bundle, signer, extra_lines=""):
-    """What the export does last: certificates, digests, signature."""
+@pytest.fixture(params=sorted(layout.SIGNATURES))
+def bundle(bundle, home, request):
+    """A bundle of each format that a test may damage."""
+    if request.param == 1:
+        (bundle / layout.SIGNATURE).rename(bundle / layout.SIGNATURE_IN_FORMAT_1)
+        path = bundle / layout.MANIFEST
+        path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 1'))
+        sign(bundle, home.signer())
+    return bundle
+
+
+IN_FORMAT_1 = pytest.mark.parametrize("bundle", [1], indirect=True)
+IN_FORMAT_2 = pytest.mark.parametrize("bundle", [2], indirect=True)
+
+
+def signature_of(bundle):
+    (name,) = [name for name in layout.SIGNATURES.values() if (bundle / name).exists()]
+    return name
+
+
+def named(bundle, name):
+    """`name` as the bundle's format has it."""
+    return signature_of(bundle) if name == SIGNATURE else name
+
+
+def origin_of(bundle):
+    """The file that says what belongs to the bundle."""
+    return layout.SIGNATURE if signature_of(bundle) == layout.SIGNATURE else layout.DIGESTS
+
+
+def sign(bundle, signer, also=()):
+    """What the export does last: certificates, digests, signature. Files named in `also` are signed and not there."""
     (bundle / layout.RELEASE_CERTIFICATE).write_bytes(signer.certificate_pem)
     (bundle / layout.CA_CERTIFICATE).write_bytes(signer.ca_pem)
-    names = sorted(path.name for path in bundle.iterdir() if path.name not in layout.UNSIGNED)
-    lines = [f"{hashlib.sha256((bundle / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
-    content = ("".join(lines) + extra_lines).encode()
+    form = signature_of(bundle)
+    names = sorted(path.name for path in bundle.iterdir() if path.name not in (layout.DIGESTS, form))
+    digests = [(hashlib.sha256((bundle / name).read_bytes()).hexdigest(), name) for name in names]
+    digests += [("0" * 64, name) for name in also]
+    content = "".join(f"{digest}  {name}\n" for digest, name in digests).encode()
     (bundle / layout.DIGESTS).write_bytes(content)
-    (bundle / layout.SIGNATURE).write_bytes(signer.sign(content))
+    if form == layout.SIGNATURE:
+        signed = {name: digest for digest, name in digests} | {layout.DIGESTS: hashlib.sha256(content).hexdigest()}
+        content = sign_digests(signed, "bundle", signer)
+    (bundle / form).write_bytes(content if form == layout.SIGNATURE else signer.sign(content))
 
 
 def flip(path, position):
@@ -89,6 +127,7 @@ def test_a_genuine_bundle_passes_with_and_without_a_pinned_ca(bundle, home):
 
 @pytest.mark.parametrize("name", EVERY_FILE)
 def test_any_changed_byte_is_found_and_the_file_named(bundle, name):
+    name = named(bundle, name)
     path = bundle / name
     original, size = path.read_bytes(), path.stat().st_size
     for position in sorted({0, 1, size // 3, size // 2, size - 2, size - 1}):
@@ -101,8 +140,10 @@ def test_any_changed_byte_is_found_and_the_file_named(bundle, name):
     verify_bundle(bundle)
 
 
-@pytest.mark.parametrize("name", [layout.SIGNATURE, layout.DIGESTS])
+@IN_FORMAT_1
+@pytest.mark.parametrize("name", [layout.SIGNATURE_IN_FORMAT_1, layout.DIGESTS])
 def test_every_single_byte_of_signature_and_digests_counts(bundle, name):
+    """test_model_signature.py has each byte of model.sig."""
     path = bundle / name
     original = path.read_bytes()
     for position in range(len(original)):
@@ -115,27 +156,81 @@ def test_every_single_byte_of_signature_and_digests_counts(bundle, name):
 @pytest.mark.parametrize("name", EVERY_FILE)
 @pytest.mark.parametrize("change", [lambda b: b + b"\n", lambda b: b[:-1], lambda _: b""])
 def test_longer_shorter_and_empty_files_are_found(bundle, name, change):
+    name = named(bundle, name)
     path = bundle / name
     path.write_bytes(change(path.read_bytes()))
+    if name == layout.SIGNATURE and change(b"") == b"\n":
+        verify_bundle(bundle)  # Space after JSON says nothing.
+        return
     with pytest.raises(BundleError, match=name):
         verify_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", EVERY_FILE)
 def test_a_removed_file_is_named(bundle, name):
+    name = named(bundle, name)
     (bundle / name).unlink()
-    with pytest.raises(BundleError, match=name):
+    expected = layout.SIGNATURE if name in layout.SIGNATURES.values() else name
+    with pytest.raises(BundleError, match=expected):
         verify_bundle(bundle)
 
 
 def test_an_added_file_is_named(bundle):
     (bundle / "readme.txt").write_text("hello")
-    with pytest.raises(BundleError, match=r"readme\.txt is not in SHA256SUMS"):
+    with pytest.raises(BundleError, match=rf"readme\.txt is not in {origin_of(bundle)}"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["re\nad\x1b[2J", "\udc80", "\N{CYRILLIC SMALL LETTER A}", ".gitignore"])
+def test_a_name_that_nobody_would_give_is_shown_in_one_plain_line(bundle, name):
+    """Also what the OpenSSF's tool leaves out of a signature by itself."""
+    (bundle / name).write_text("hello")
+    with pytest.raises(BundleError, match="was added after signing") as caught:
+        verify_bundle(bundle)
+    assert str(caught.value).isascii()
+    assert str(caught.value).isprintable()
+
+
+def test_two_files_that_are_one_elsewhere_are_refused(bundle, home):
+    shutil.copyfile(bundle / layout.ONNX, bundle / "Model.onnx")
+    sign(bundle, home.signer())
+    with pytest.raises(BundleError, match=r"Model\.onnx and model\.onnx are one file"):
+        verify_bundle(bundle)
+
+
+def test_a_bundle_has_one_signature(bundle, home):
+    """Whoever checks a bundle never chooses which of two to believe."""
+    (other,) = set(layout.SIGNATURES.values()) - {signature_of(bundle)}
+    shutil.copyfile(bundle / signature_of(bundle), bundle / other)
+    with pytest.raises(BundleError, match=r"holds both SHA256SUMS\.sig and model\.sig"):
+        verify_bundle(bundle)
+
+
+def test_a_bundle_of_one_format_is_never_one_of_the_other(bundle, home):
+    """Even if the release key itself signed it in the other form."""
+    (other,) = set(layout.SIGNATURES.values()) - {signature_of(bundle)}
+    (bundle / signature_of(bundle)).rename(bundle / other)
+    with pytest.raises(BundleError, match=re.escape(other)):
+        verify_bundle(bundle)
+    sign(bundle, home.signer())
+    with pytest.raises(BundleError, match=rf"bundle\.json says format \d, .* the bundle has {other}"):
+        verify_bundle(bundle)
+
+
+@IN_FORMAT_2
+def test_a_signed_list_for_people_that_says_something_else_is_refused(bundle, home):
+    content = (bundle / layout.DIGESTS).read_bytes()
+    (bundle / layout.DIGESTS).write_bytes(b"".join(content.splitlines(keepends=True)[1:]))
+    names = [path.name for path in bundle.iterdir() if path.name != layout.SIGNATURE]
+    digests = {name: hashlib.sha256((bundle / name).read_bytes()).hexdigest() for name in names}
+    (bundle / layout.SIGNATURE).write_bytes(sign_digests(digests, "bundle", home.signer()))
+    with pytest.raises(BundleError, match=r"SHA256SUMS and model\.sig are signed and list different files"):
         verify_bundle(bundle)
 
 
 @pytest.mark.parametrize("name", EVERY_FILE)
 def test_a_link_is_refused_even_to_the_same_bytes(bundle, tmp_path, name):
+    name = named(bundle, name)
     shutil.move(bundle / name, tmp_path / "elsewhere")
     (bundle / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BundleError, match=f"{name} is a symbolic link"):
@@ -157,9 +252,18 @@ def test_directories_pipes_and_sockets_are_refused(bundle):
             verify_bundle(bundle)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".hidden", "a/b", "model.onnx", layout.SIGNATURE])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "..", ".hidden", "a/b", "a\\b", "C:b", "nul\0", *layout.SIGNATURES.values()]
+)
 def test_a_signed_list_that_names_what_it_must_not_is_refused(bundle, home, name):
-    sign(bundle, home.signer(), extra_lines=f"{'0' * 64}  {name}\n")
+    sign(bundle, home.signer(), also=[name])
+    with pytest.raises(BundleError, match=f"{origin_of(bundle)} is damaged"):
+        verify_bundle(bundle)
+
+
+@IN_FORMAT_1
+def test_a_signed_list_that_names_a_file_twice_is_refused(bundle, home):
+    sign(bundle, home.signer(), also=[layout.ONNX])
     with pytest.raises(BundleError, match="SHA256SUMS is damaged"):
         verify_bundle(bundle)
 
@@ -173,7 +277,7 @@ def test_a_signed_bundle_without_a_required_file_is_incomplete(bundle, home):
 
 def test_a_signed_manifest_of_another_version_is_not_guessed_at(bundle, home):
     path = bundle / layout.MANIFEST
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    path.write_text(path.read_text().replace('"format_version": ', '"format_version": 3'))
     sign(bundle, home.signer())
     with pytest.raises(BundleError, match="not understood by this version: format_version"):
         verify_bundle(bundle)
@@ -186,9 +290,16 @@ def test_a_huge_list_is_not_read(bundle):
         verify_bundle(bundle)
 
 
-def test_the_signature_of_another_bundle_does_not_fit(bundle, image_bundle):
-    shutil.copyfile(image_bundle / layout.SIGNATURE, bundle / layout.SIGNATURE)
-    with pytest.raises(BundleError, match=r"SHA256SUMS\.sig is not"):
+def test_the_signature_of_another_bundle_does_not_fit(bundle, image_bundle, home):
+    if signature_of(bundle) == layout.SIGNATURE:
+        shutil.copyfile(image_bundle / layout.SIGNATURE, bundle / layout.SIGNATURE)
+        expected = r"SHA256SUMS in the bundle was changed"
+    else:
+        (bundle / layout.SIGNATURE_IN_FORMAT_1).write_bytes(
+            home.signer().sign((image_bundle / layout.DIGESTS).read_bytes())
+        )
+        expected = r"SHA256SUMS\.sig is not release\.crt's signature over this SHA256SUMS"
+    with pytest.raises(BundleError, match=expected):
         verify_bundle(bundle)
 
 

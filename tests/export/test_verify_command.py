@@ -12,6 +12,7 @@ def test_prints_what_is_proved_and_what_is_not(command, bundle, home):
     assert loose.returncode == 0
     assert loose.stdout.startswith(f"verified  {bundle}")
     assert "proves only that the bundle is whole" in loose.stdout
+    assert "signature OpenSSF Model Signing 1.0 (model.sig)\n" in loose.stdout
     pinned = command("fedclaw.verify", str(bundle), f"ca={home.root / 'ca.crt'}")
     assert pinned.returncode == 0
     assert "this is the CA that you gave" in pinned.stdout
@@ -74,6 +75,8 @@ def test_openssl_and_sha256sum_agree_by_the_published_commands(bundle, home, com
     assert result.returncode == 0, result.stderr
     assert "Verified OK" in result.stdout
     assert result.stdout.count(": OK") == 1 + len({path.name for path in bundle.iterdir()} - layout.UNSIGNED)
+    assert "Code Signing" in result.stdout
+    assert "URI:fedclaw://test-federation/release" in result.stdout
     fingerprint = command("fedclaw.verify", str(bundle)).stdout.partition("certificate SHA-256 ")[2].split()[0]
     assert f"={fingerprint}" in result.stdout
     assert fingerprint in (bundle / layout.HOW_TO_VERIFY).read_text()
