@@ -52,7 +52,7 @@ UNSIGNED = frozenset({DIGESTS, SIGNATURE})
 REQUIRED_IN_FORMAT_1 = frozenset(
     {ONNX, PROGRAM, MANIFEST, SCHEMA, PRIVACY, CARD, HOW_TO_VERIFY, RELEASE_CERTIFICATE, CA_CERTIFICATE}
 )
-REQUIRED = REQUIRED_IN_FORMAT_1
+REQUIRED = REQUIRED_IN_FORMAT_1 | {TRAINING}
 """A bundle that lacks one of these is incomplete, even if its signature is valid."""
 
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"

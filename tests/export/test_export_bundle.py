@@ -33,7 +33,7 @@ def manifest_of(bundle):
 
 
 def test_holds_exactly_the_promised_files(table_bundle, image_bundle):
-    promised = layout.REQUIRED | layout.UNSIGNED | {layout.TRAINING, layout.PIPELINE}
+    promised = layout.REQUIRED | layout.UNSIGNED | {layout.PIPELINE}
     assert {path.name for path in table_bundle.iterdir()} == promised | {layout.QUANTISED}
     assert {path.name for path in image_bundle.iterdir()} == promised
     assert not [path for path in table_bundle.parent.iterdir() if path.name.startswith(".")]
