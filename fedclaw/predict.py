@@ -9,6 +9,7 @@
     delimiter   and decimal, encoding, title_lines: how the input is written, where it is not as the schema says
     constants   the site's state/preprocessing.json, for a bundle whose schema says standardise: site
     device      cpu, cuda (with onnxruntime-gpu), or auto: cuda where there is one
+    precision   float32, the exact model; int8 or float16, where the bundle has it; or the one it has as recommended
     output      writes a CSV with the label and the probability of every class, or the value, instead of a table
 
 A row that cannot be read costs itself its answer, not the others theirs: it comes with the reason in its place.
@@ -28,6 +29,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +39,7 @@ from rich.table import Table
 from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, load_trust
+from fedclaw.export.layout import Precision
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.runtime import Device
 from fedclaw.files import write_atomic
@@ -57,6 +60,7 @@ class PredictSettings(TrustSettings, FileFormat):
     constants: Path | None
     identifiers: tuple[str, ...]
     device: Device
+    precision: Precision | Literal["recommended"]
     output: Path | None
 
 
@@ -70,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     require_paths(input=settings.input, constants=settings.constants)
     with naming(bundle=settings.bundle, federation=settings.federation):
         trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
-        predictor = Predictor.open(settings.bundle, trust, settings.device)
+        predictor = Predictor.open(settings.bundle, trust, settings.device, settings.precision)
     if settings.constants is not None:
         predictor.use_constants(settings.constants)
     predictor.read_as(FileFormat(**fields_of(settings, FileFormat)))

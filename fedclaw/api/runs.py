@@ -98,7 +98,7 @@ class Run:
             federation: the coordinator's directory, whose release key signs (`fedclaw provision init`).
             model: the module's class, for a run that was read again.
             inputs: (N, *D) real inputs on which the graph is compared with the module; None: such as the schema makes.
-            quantise: add an 8-bit graph.
+            quantise: add an 8-bit and a 16-bit graph, and say which one is recommended.
             overwrite: replace a bundle that is there.
 
         A simulation's bundle says that it is one, in its card and its privacy statement. Raises BundleError for a

@@ -3,18 +3,18 @@
 They come from a run directory and go back to arrays. Legend: N examples, C classes, D input shape without the batch.
 """
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedclaw.compress.latency import LATENCY_BATCHES, median_milliseconds
 from fedclaw.compress.prune import layer_calls, prune_to_fraction
 from fedclaw.compress.record import Measure, ProxyReport, SitesReport
 from fedclaw.errors import CheckpointError, CompressionError
@@ -169,10 +169,6 @@ def evaluate(workload: Workload, model: nn.Module, table: Table) -> dict[str, fl
     return found
 
 
-WARM_UP = 10
-LATENCY_BATCHES = (1, 32)
-
-
 @contextmanager
 def threads_for(parameters: int) -> Iterator[None]:
     """Inside, torch uses one thread for a small model, and its own choice otherwise."""
@@ -203,18 +199,8 @@ def compare_latency(
     largest = max(LATENCY_BATCHES)
     rows = inputs.cpu().repeat(-(-largest // len(inputs)), *[1] * (inputs.dim() - 1))
     with threads_for(0), torch.inference_mode():
-        timed = {size: _alternate(models, rows[:size].clone(), repeats) for size in LATENCY_BATCHES}
+        timed = {
+            size: median_milliseconds([partial(model, rows[:size].clone()) for model in models], repeats)
+            for size in LATENCY_BATCHES
+        }
     return {size: pair[0] for size, pair in timed.items()}, {size: pair[1] for size, pair in timed.items()}
-
-
-def _alternate(models: tuple[nn.Module, nn.Module], batch: torch.Tensor, repeats: int) -> tuple[float, float]:
-    """Median milliseconds of each model on `batch`."""
-    for model in models * WARM_UP:
-        model(batch)
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for model, times in zip(models, seconds, strict=True):
-            start = time.perf_counter()
-            model(batch)
-            times.append(time.perf_counter() - start)
-    return 1e3 * median(seconds[0]), 1e3 * median(seconds[1])

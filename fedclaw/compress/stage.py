@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fedclaw.compress.latency import LATENCY_BATCHES
 from fedclaw.compress.models import (
-    LATENCY_BATCHES,
     Student,
     StudentOutcome,
     Teacher,

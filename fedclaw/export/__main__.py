@@ -16,7 +16,9 @@
                 run's last federated evaluation; compressed, where its compression measured it
     ledgers     [DIR,…]: directories or printed ledgers of the sites that are at hand, to hold their receipts against
     output      where the bundle goes (runs/NAME/bundle); overwrite=true replaces a bundle there
-    quantise    true adds an 8-bit ONNX model
+    quantise    true adds an 8-bit and a 16-bit ONNX model, measures all three, and says which one is recommended
+    quantise_loss   how much agreement with the exact model the recommended one may lack (0.01)
+    calibration file of public inputs (no site's) to quantise and measure on; without it, inputs made from the schema
     license     the model's licence, for its card: an SPDX identifier (Apache-2.0) or another name
 
 Examples:
@@ -65,6 +67,8 @@ class ExportSettings(Frozen):
     tolerance: float = Field(gt=0)
     output: Path | None
     quantise: bool
+    quantise_loss: float = Field(gt=0, lt=1)
+    calibration: Path | None
     license: Name | None
     overwrite: bool
     seed: int
@@ -84,6 +88,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         home = signing_home(directory.record(), settings.federation)
     require_paths(
         inputs=settings.inputs,
+        calibration=settings.calibration,
         threshold_data=settings.threshold_data,
         threshold_statistics=settings.threshold_statistics,
     )
@@ -91,6 +96,8 @@ def export(settings: ExportSettings, console: Console) -> None:
         require_paths(ledgers=path)
     if settings.threshold_data is not None and settings.threshold_statistics is not None:
         raise UsageError("threshold_data= and threshold_statistics= are two ways of choosing; give one")
+    if settings.calibration is not None and not settings.quantise:
+        raise UsageError("calibration= is for quantise=true")
     directory.require_whole()
     if settings.model == "compressed":
         read_compressed(directory)
@@ -116,6 +123,8 @@ def export(settings: ExportSettings, console: Console) -> None:
         tolerance=settings.tolerance,
         inputs=inputs,
         quantised=settings.quantise,
+        loss=settings.quantise_loss,
+        calibration=settings.calibration,
         overwrite=settings.overwrite,
         seed=settings.seed,
         public=public,
@@ -140,6 +149,8 @@ def export(settings: ExportSettings, console: Console) -> None:
         )
     if manifest.no_pipeline is not None:
         console.print(f"pipeline  none: {manifest.no_pipeline}", markup=False, soft_wrap=True)
+    if manifest.forms is not None:
+        console.print(f"forms     {manifest.forms.chosen} is recommended: {manifest.forms.why}", markup=False)
     if manifest.decision is not None:
         console.print(f"threshold {threshold_in_words(manifest)}", markup=False)
     for note in late_notes(source.metrics) if mechanism_of(source.record).claims_privacy else ():

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedclaw.compress.record import SitesReport
 from fedclaw.errors import BundleError, NotInGraph, Setting
-from fedclaw.export import graph, layout, signature
+from fedclaw.export import graph, layout, quantise, signature
 from fedclaw.export.acceptance import accept
 from fedclaw.export.card import how_to_verify, model_card
 from fedclaw.export.check import Trust, Verified, verify_bundle
@@ -48,6 +48,12 @@ class Request:
     tolerance: float = 1e-4
     inputs: Floats | None = None
     quantised: bool = False
+    """Add an 8-bit and a 16-bit form, measure all three, and recommend one."""
+    loss: float = 0.01
+    """How much agreement with the exact model a recommended form may lack."""
+    calibration: Path | None = None
+    """A file of public inputs to calibrate and measure those forms on; None: inputs made from the schema. Never
+    `inputs`: their extremes would stand in the file."""
     overwrite: bool = False
     seed: int = 0
     public: Table | None = None
@@ -109,6 +115,7 @@ def _fill(
     staging: Path, source: Source, signer: ReleaseSigner, request: Request, progress: Callable[[str], None]
 ) -> None:
     inputs, kind = _parity_inputs(source, request)
+    samples = _samples(source, request) if request.quantised else None
     shape = source.schema.input_shape
     progress("tracing the model")
     task = source.schema.task
@@ -119,16 +126,16 @@ def _fill(
     model.write(staging / layout.ONNX)
     progress(f"comparing with the torch model on {kind} inputs")
     figures = _compare(staging, source, inputs, request.tolerance)
-    quantised = None
-    if request.quantised:
-        progress("quantising to 8 bits")
-        quantised = graph.quantise(staging / layout.ONNX, staging / layout.QUANTISED, inputs, task)
     decision = None if request.public is None else _decision(staging, request.public)
     if request.scores is not None:
         decision = threshold_of_release(request.scores, graph.parameters_of(source.model))
     progress("writing the pipeline")
     threshold = None if decision is None else decision.threshold
     spec, no_pipeline = _pipeline(staging, source, model, threshold, request, figures)
+    forms = None
+    if samples is not None:
+        progress("making and measuring the 8-bit and 16-bit forms")
+        forms = quantise.add_forms(staging, task, samples, request.loss, threshold, request.public)
     manifest = layout.Manifest(
         federation=source.record.federation,
         run=source.record.run,
@@ -148,7 +155,7 @@ def _fill(
         pipeline=spec,
         no_pipeline=no_pipeline,
         parity=layout.Parity(inputs=kind, tolerance=request.tolerance, files=figures),
-        quantised=quantised,
+        forms=forms,
         decision=decision,
     )
     _write_texts(staging, source, manifest, signer, request)
@@ -186,7 +193,7 @@ def _pipeline(
 
 
 def _graphs(quantised: bool, spec: layout.PipelineSpec | None) -> dict[str, layout.Takes]:
-    prepared = (layout.ONNX, layout.PROGRAM, *([layout.QUANTISED] if quantised else ()))
+    prepared = (layout.ONNX, layout.PROGRAM, *((layout.QUANTISED, layout.HALF) if quantised else ()))
     found: dict[str, layout.Takes] = dict.fromkeys(prepared, "prepared inputs")
     return found if spec is None else {**found, layout.PIPELINE: "typed columns"}
 
@@ -196,6 +203,12 @@ def _decision(staging: Path, public: Table) -> layout.Decision:
     batches = range(0, len(public), THRESHOLD_BATCH)
     parts = [run_session(session, public.inputs[start : start + THRESHOLD_BATCH])[1][:, 1] for start in batches]
     return choose_threshold(np.concatenate(parts), public)
+
+
+def _samples(source: Source, request: Request) -> quantise.Samples:
+    if request.calibration is None:
+        return quantise.synthetic_samples(source.schema, request.seed)
+    return quantise.public_samples(source.schema, request.calibration, request.seed)
 
 
 def _parity_inputs(source: Source, request: Request) -> tuple[Floats, layout.InputKind]:
@@ -330,7 +343,8 @@ def _pretty(model: layout.Manifest | PrivacyStatement | TrainingRecord) -> str:
         for fields, name in [
             (plain, "decision"),
             (plain, "target"),
-            *((plain["quantised"], name) for name in plain["quantised"] or ()),
+            (plain, "quantised"),
+            (plain, "forms"),
             *((figures, "scale") for figures in plain["parity"]["files"].values()),
         ]:
             if fields[name] is None:

@@ -21,8 +21,9 @@ from fedclaw.export.layout import (
     MANIFEST,
     ONNX,
     SCHEMA,
+    FormFigures,
+    Forms,
     Manifest,
-    QuantisedFigures,
     TensorSpec,
 )
 from fedclaw.export.markdown import Markdown, bullets, code, escape, table
@@ -185,8 +186,8 @@ def _model(source: Source, manifest: Manifest) -> str:
         )
     if manifest.decision is not None:
         rows.append(("Threshold", threshold_in_words(manifest)))
-    if manifest.quantised is not None:
-        rows.append(("8-bit model", _quantised(manifest.quantised)))
+    if manifest.forms is not None:
+        rows += _forms(manifest.forms, source.schema.task.score)
     return table(("", ""), rows)
 
 
@@ -194,10 +195,23 @@ def _tensors(tensors: Sequence[TensorSpec]) -> Markdown:
     return Markdown(", ".join(f"{code(tensor.name)} {tensor.dtype} {_shape(tensor.shape)}" for tensor in tensors))
 
 
-def _quantised(figures: QuantisedFigures) -> str:
-    if figures.same_label is None:
-        return f"its values differ by at most {figures.max_abs_diff_value:.4g} on {figures.examples} inputs"
-    return f"same label on {figures.same_label:.1%} of {figures.examples} inputs"
+def _forms(forms: Forms, score: str) -> list[tuple[str, str]]:
+    """The figures of each ONNX form, which one is recommended, and what they were calibrated and measured on."""
+    rows = [(name, _form(figures, score)) for name, figures in forms.files.items()]
+    looked_at = [
+        f"{step.step}: {step.examples:,} {step.origin} inputs ({step.description})"
+        for step in (forms.calibration, forms.measurement)
+    ]
+    return [*rows, ("Recommended", f"{forms.chosen}: {forms.why}"), ("Looked at for them", "; ".join(looked_at))]
+
+
+def _form(figures: FormFigures, score: str) -> str:
+    times = ", ".join(f"{took:.3g} ms at batch {batch}" for batch, took in figures.latency_ms.items())
+    if figures.agreement is None:
+        return f"{figures.file_bytes:,} bytes, {times} (1 thread); values not finite or beyond its range"
+    agreement = f"{score} against the exact model {figures.agreement:.4f} (at least {figures.agreement_low:.4f})"
+    own = "" if figures.accuracy is None else f", accuracy {figures.accuracy:.4f} on the threshold's examples"
+    return f"{figures.file_bytes:,} bytes, {times} (1 thread), {agreement}{own}"
 
 
 def threshold_in_words(manifest: Manifest) -> str:

@@ -3,6 +3,7 @@
     model.onnx  model.pt2        the model, for ONNX Runtime and for torch.export; both take prepared inputs
     pipeline.onnx                the same with the preprocessing before it: typed columns in, labels out
     model-int8.onnx              the same with 8-bit weights and activations (only when asked for)
+    model-fp16.onnx              the same computed in 16-bit floating point (only when asked for)
     bundle.json                  where the model comes from, its tensors, labels, preprocessing, parity figures
     schema.json                  the federation's schema, which turns raw rows into the model's input
     privacy.json                 what training cost each site, and what that does and does not promise
@@ -17,11 +18,13 @@ The directory is flat: no folders, no links. Bundles of format 1 have SHA256SUMS
 instead of model.sig; they stay valid.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from fedclaw.compress.record import StepInputs
 from fedclaw.learning.preprocessing import TypedColumn
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import Frozen
@@ -31,6 +34,7 @@ from fedclaw.protocol.terms import ModelSpec
 ONNX = "model.onnx"
 PIPELINE = "pipeline.onnx"
 QUANTISED = "model-int8.onnx"
+HALF = "model-fp16.onnx"
 PROGRAM = "model.pt2"
 MANIFEST = "bundle.json"
 SCHEMA = "schema.json"
@@ -60,6 +64,10 @@ FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 INPUT = "inputs"
 BATCH = "batch"
+
+Precision = Literal["float32", "int8", "float16"]
+FORMS: Mapping[Precision, str] = {"float32": ONNX, "int8": QUANTISED, "float16": HALF}
+"""The ONNX file of each precision. All of them take and give float32."""
 
 
 class TensorSpec(Frozen):
@@ -105,7 +113,7 @@ class Parity(Frozen):
 
 
 class QuantisedFigures(Frozen):
-    """How the 8-bit model differs from the exact one. The parity tolerance does not apply to it."""
+    """How the 8-bit model differs from the exact one, as bundles up to version 0.2 say it; now `Forms` does."""
 
     max_abs_diff_probability: float | None = Field(default=None, ge=0)
     same_label: float | None = Field(default=None, ge=0, le=1)
@@ -113,6 +121,43 @@ class QuantisedFigures(Frozen):
     max_abs_diff_value: float | None = Field(default=None, ge=0)
     """The largest difference of values, for a task without classes."""
     examples: int = Field(ge=1)
+
+
+class FormFigures(Frozen):
+    """One ONNX form of the model, measured beside the others. The parity tolerance applies to the exact one alone."""
+
+    file_bytes: int = Field(ge=1)
+    latency_ms: dict[str, float]
+    """Median by batch size, in ONNX Runtime on one thread of the CPU that exported; the forms were timed in turns."""
+    agreement: float | None = Field(default=None, le=1)
+    """With the exact model: the share of inputs with the same label, or R2 with its values for targets. None: outputs
+    that are not finite, or values inside that are beyond the form's range."""
+    agreement_low: float | None = Field(default=None, le=1)
+    """The lower end of its 95% interval."""
+    max_abs_diff: float | None = Field(default=None, ge=0)
+    """The largest difference of a probability or value. None: as above."""
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    """On the labelled public data that the threshold was chosen on; None without such."""
+
+
+class Forms(Frozen):
+    """Which ONNX file is recommended, by which rule, and what all of them came to. bundle.json, `forms`."""
+
+    chosen: Literal["model.onnx", "model-int8.onnx", "model-fp16.onnx"]
+    why: str
+    loss: float = Field(gt=0, lt=1)
+    """A form is recommended only if its agreement with the exact model is at least 1 less this, at the lower end."""
+    calibration: StepInputs
+    """What the ranges of the 8-bit form were taken from. Their smallest and largest activations stand in its file."""
+    measurement: StepInputs
+    """Other inputs, on which agreement was measured."""
+    files: dict[str, FormFigures]
+
+    @model_validator(mode="after")
+    def _measured(self) -> Self:
+        if self.chosen not in self.files:
+            raise ValueError(f"{self.chosen} is recommended and was not measured")
+        return self
 
 
 class Decision(Frozen):
@@ -163,6 +208,9 @@ class Manifest(Frozen):
     """Why there is no pipeline.onnx."""
     parity: Parity
     quantised: QuantisedFigures | None = None
+    """Of bundles up to version 0.2 only."""
+    forms: Forms | None = None
+    """None: there is model.onnx alone."""
     decision: Decision | None = None
     """None: the answer is the likeliest class."""
 

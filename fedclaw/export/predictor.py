@@ -5,13 +5,13 @@ Legend: N examples, C classes, D input shape without the batch.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
-from fedclaw.export.layout import MANIFEST, ONNX, SCHEMA
+from fedclaw.export.layout import FORMS, MANIFEST, ONNX, SCHEMA, Manifest, Precision
 from fedclaw.export.runtime import Device, open_session, run_session
 from fedclaw.learning.preprocessing import TypedRows
 from fedclaw.learning.registry import schema_class
@@ -39,16 +39,26 @@ class Predictor:
         self._output = names.index(wanted[1])
 
     @classmethod
-    def open(cls, bundle: Path, trust: Trust | None = None, device: Device = "cpu") -> "Predictor":
+    def open(
+        cls,
+        bundle: Path,
+        trust: Trust | None = None,
+        device: Device = "cpu",
+        precision: Precision | Literal["recommended"] = "float32",
+    ) -> "Predictor":
         """Verify `bundle`, then load the very bytes that were verified.
 
-        Raises BundleError when it does not verify or its files contradict each other, PluginError when its workload
-        is not installed here, UsageError when ONNX Runtime is missing, or cannot compute on `device`.
+        Raises BundleError when it does not verify, its files contradict each other, or it lacks the `precision`,
+        PluginError when its workload is not installed here, UsageError when ONNX Runtime is missing, or cannot compute
+        on `device`.
         """
-        return cls.of(verify_bundle(bundle, trust, keep=(ONNX, SCHEMA)), device)
+        graphs = FORMS.values() if precision == "recommended" else (FORMS[precision],)
+        return cls.of(verify_bundle(bundle, trust, keep=(*graphs, SCHEMA)), device, precision)
 
     @classmethod
-    def of(cls, verified: Verified, device: Device = "cpu") -> "Predictor":
+    def of(
+        cls, verified: Verified, device: Device = "cpu", precision: Precision | Literal["recommended"] = "float32"
+    ) -> "Predictor":
         """Load a verified bundle whose graph and schema were kept. Raises what `open` does."""
         manifest, origin = verified.manifest, f"{verified.path}/{SCHEMA}"
         schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), origin)
@@ -57,7 +67,10 @@ class Predictor:
         task, told = schema.task, tuple(output.name for output in manifest.outputs)
         if (task.name, task.describe()) != (manifest.task, manifest.target) or told != task.head:
             raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about the task: {task.name} and {manifest.task}")
-        return cls(verified, schema, open_session(verified.contents[ONNX], ONNX, "predict", device))
+        name = _graph(manifest, precision)
+        if name not in verified.contents:
+            raise BundleError(f"{verified.path} has no {name}: precision={precision} needs it")
+        return cls(verified, schema, open_session(verified.contents[name], name, "predict", device))
 
     def use_constants(self, path: Path) -> None:
         """Standardise inputs with a site's own constants (its state/preprocessing.json). Raises DataError."""
@@ -129,3 +142,10 @@ class Predictor:
             for start in range(0, len(inputs), BATCH)
         ]
         return np.concatenate(parts).astype(np.float32, copy=False)
+
+
+def _graph(manifest: Manifest, precision: Precision | Literal["recommended"]) -> str:
+    """The ONNX file of `precision`; a bundle that recommends none has the exact one alone to recommend."""
+    if precision != "recommended":
+        return FORMS[precision]
+    return ONNX if manifest.forms is None else manifest.forms.chosen

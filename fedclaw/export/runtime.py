@@ -12,8 +12,10 @@ _WITHOUT_TF32 = {"use_tf32": "0"}
 """float32 as on the CPU: with TF32, the provider's default, products have 10 bits behind the point."""
 
 
-def open_session(model: bytes, origin: str, extra: str, device: Device = "cpu") -> Any:
+def open_session(model: bytes, origin: str, extra: str, device: Device = "cpu", threads: int = 0) -> Any:
     """An `onnxruntime.InferenceSession` for the bytes of an ONNX file; `auto` takes CUDA where ONNX Runtime can.
+
+    `threads` is how many it computes with; 0: as many as ONNX Runtime finds right.
 
     Raises UsageError naming the `extra` to install when ONNX Runtime is missing, or when `cuda` is wanted and cannot be
     had, BundleError naming `origin` when the bytes are not a model that it runs.
@@ -25,6 +27,7 @@ def open_session(model: bytes, origin: str, extra: str, device: Device = "cpu") 
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = threads
     has_cuda = _CUDA in onnxruntime.get_available_providers()
     if device == "cuda" and not has_cuda:
         raise UsageError(

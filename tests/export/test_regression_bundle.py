@@ -65,12 +65,15 @@ def test_the_whole_chain_says_values(run, rows, home, command, tmp_path):
     assert (manifest.task, manifest.labels) == ("regression", ())
     assert manifest.target["name"] == "dose"
     assert [output.name for output in manifest.outputs] == ["outputs", "values"]
-    assert manifest.quantised.same_label is None
+    forms = manifest.forms
+    assert forms.files[layout.ONNX].agreement == 1
+    assert 0.9 < forms.files[layout.QUANTISED].agreement < forms.files[layout.HALF].agreement < 1
+    assert all(figures.agreement_low <= figures.agreement for figures in forms.files.values())
     card = (target / layout.CARD).read_text()
     assert "| Target | dose, a number from 0 to 40 |" in card
     assert "Values lie within the declared range of dose, 0 to 40" in card
     assert "softmax" not in card
-    assert "its values differ by at most" in card
+    assert "r2 against the exact model" in card
 
     output = tmp_path / "out.csv"
     result = command("fedclaw.predict", f"bundle={target}", f"input={path}", f"output={output}")
@@ -141,4 +144,4 @@ def test_a_bundle_of_classes_is_written_as_before(table_bundle):
     """An older reader knows neither a task nor a target."""
     plain = json.loads((table_bundle / layout.MANIFEST).read_text())
     assert not {"task", "target"} & plain.keys()
-    assert "max_abs_diff_value" not in plain["quantised"]
+    assert "quantised" not in plain
