@@ -22,6 +22,7 @@ COMMANDS = {
     "compress": "fedclaw.compress",
     "export": "fedclaw.export",
     "verify": "fedclaw.verify",
+    "lineage": "fedclaw.lineage",
     "predict": "fedclaw.predict",
     "ray": "fedclaw.transport.ray",
 }

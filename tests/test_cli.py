@@ -19,7 +19,18 @@ from tests.conftest import environment, run_module
 from tests.ports import free_port
 from tests.samples import receipt, run_record
 
-ENTRY_POINTS = ["server", "client", "provision", "compress", "export", "verify", "predict", "ledger", "audit"]
+ENTRY_POINTS = [
+    "server",
+    "client",
+    "provision",
+    "compress",
+    "export",
+    "verify",
+    "lineage",
+    "predict",
+    "ledger",
+    "audit",
+]
 
 
 @pytest.mark.parametrize("module", ENTRY_POINTS)

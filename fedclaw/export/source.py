@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedclaw.compress.record import MODEL, RECORD, Compression, SitesReport, read_compressed
 from fedclaw.errors import BundleError, CheckpointError
@@ -41,6 +41,7 @@ class RoundCosts(BaseModel):
 
     answered: list[str] = []
     epsilon: dict[str, float | None] = {}
+    test_examples: int | None = Field(default=None, ge=0)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def _of_whole_sites(sites: Sequence[SiteStatement]) -> tuple[str, ...]:
 
 def _site(name: str, runs: Sequence[Receipts], random: bool) -> SiteStatement:
     """`random`: whether nobody can know the noise, without which no epsilon counts."""
-    costs = tuple(_cost(run, run.by_site[name]) for run in runs if name in run.by_site)
+    costs = tuple(cost_of(run, run.by_site[name]) for run in runs if name in run.by_site)
     bounded = [cost.epsilon for cost in costs if cost.epsilon is not None]
     private = random and len(bounded) == len(costs)
     return SiteStatement(
@@ -208,7 +208,8 @@ def _simulated_warnings(simulated: Simulated, exposed: Sequence[str]) -> tuple[s
     return tuple(warnings)
 
 
-def _cost(run: Receipts, entry: SiteReceipt) -> RunCost:
+def cost_of(run: Receipts, entry: SiteReceipt) -> RunCost:
+    """What a site's last receipt of `run` says that it cost."""
     shared = fields_of(entry.receipt, TrainingCost)
     return RunCost(
         run=run.run, purpose=run.purpose, examples=entry.examples, epsilon=entry.receipt.epsilon_run, **shared

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import fedclaw.export.__main__ as export_command
+import fedclaw.lineage as lineage_command
 import fedclaw.predict as predict_command
 import fedclaw.verify as verify_command
 from fedclaw.cli import run_main
@@ -176,6 +177,7 @@ def with_receipts(table_source: Source) -> Callable[..., Source]:
 ENTRY_POINTS: dict[str, Callable[[Sequence[str]], None]] = {
     "fedclaw.export": export_command.main,
     "fedclaw.verify": verify_command.main,
+    "fedclaw.lineage": lineage_command.main,
     "fedclaw.predict": predict_command.main,
 }
 
