@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedclaw.compress.latency import LATENCY_BATCHES, median_milliseconds
-from fedclaw.compress.prune import layer_calls, prune_to_fraction
-from fedclaw.compress.record import Measure, ProxyReport, SitesReport
+from fedclaw.compress.prune import Looked, Recover, prune
+from fedclaw.compress.pruning_record import PruningReport, PruningSettings
+from fedclaw.compress.record import Measure, ProxyReport, SitesReport, StepInputs
 from fedclaw.errors import CheckpointError, CompressionError
 from fedclaw.files import sha256_file
 from fedclaw.learning.workload import Table, Workload
@@ -110,6 +111,9 @@ class Student:
     model: nn.Module
     parameters_before: int
     parameters_after: int
+    pruning: PruningReport
+    looked_at: tuple[StepInputs, ...] = ()
+    """What pruning looked at; recovery says of itself what it did."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,24 @@ class StudentOutcome:
     report: ProxyReport | SitesReport
 
 
-def make_student(teacher: Teacher, fraction: float) -> Student:
-    """The teacher pruned to `fraction`, built from its spec. Raises CompressionError."""
-    pruned = prune_to_fraction(teacher.model, teacher.input_shape, fraction)
+def make_student(
+    teacher: Teacher,
+    fraction: float,
+    pruning: PruningSettings | None = None,
+    looked: Looked | None = None,
+    recover: Recover | None = None,
+    seed: int = 0,
+) -> Student:
+    """The teacher pruned to `fraction`, or to the target in `pruning`, and built from its spec.
+
+    `looked` holds inputs where `pruning.needs_inputs`, and `recover` trains between two steps (see `prune`). Raises
+    CompressionError.
+    """
+    pruning = pruning or PruningSettings()
+    target = pruning.target(fraction)
+    pruned = prune(teacher.model, teacher.input_shape, target, pruning, looked, recover, seed)
     spec, model = rebuild(teacher.workload, pruned.model)
-    return Student(spec, model, pruned.parameters_before, pruned.parameters_after)
+    return Student(spec, model, pruned.parameters_before, pruned.parameters_after, pruned.report, pruned.looked_at)
 
 
 def predict_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -179,12 +196,6 @@ def threads_for(parameters: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(usual)
-
-
-def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of one example (1, *D) in linear and convolution layers; biases, norms and activations not."""
-    example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
-    return sum(outputs * layer.get_parameter("weight")[0].numel() for layer, outputs in layer_calls(model, example))
 
 
 def compare_latency(

@@ -26,8 +26,8 @@ from fedclaw.compress.models import (
     predict_logits,
     threads_for,
 )
-from fedclaw.compress.prune import count_parameters
 from fedclaw.compress.record import CompressSettings, Control, ProxyReport, RecoverySettings
+from fedclaw.compress.size import count_parameters
 from fedclaw.errors import CompressionError
 from fedclaw.learning.step_loop import CLASSES, ModelSteps, distillation_loss, take_steps
 from fedclaw.learning.tasks.base import Task

@@ -1,230 +1,290 @@
-"""Structured pruning to a fraction of the parameters, by the weights alone.
+"""Structured pruning: a model becomes narrower until it is small enough, in steps, with recovery in between.
 
-torch-pruning's dependency graph (Fang et al. 2023, "DepGraph: Towards Any Structural Pruning", sections 3.1 and
-3.2) finds which channels of which layers can only go together; a channel's importance is the group's mean L2
-magnitude (section 3.3 without the sparse training). No data is looked at, so pruning costs no privacy.
+What goes together is found by `channel_groups`; which channels go is `importance`; how the cut is spread over the
+groups is `spread`, on request by the measured `sensitivity`; how small is `targets`. With `magnitude` or `group_norm`
+and a uniform spread no inputs are looked at. All others look at those they are given and nothing else, and say so.
 
-Legend: D input shape without the batch. A *width* is the number of channels that a group of coupled layers has,
-counted within one normalisation or convolution group where there are such (they all must shrink alike).
+Legend: N examples, D input shape without the batch, C outputs. A *width* is the number of channels that a group of
+coupled layers has, counted within one part where there are such (they all must shrink alike).
 """
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from fedclaw.compress.channel_groups import ChannelGroup, Found, Widths, find_groups, shrink
+from fedclaw.compress.importance import Guide, rank_channels
+from fedclaw.compress.pruning_record import (
+    GroupReport,
+    Narrowed,
+    PruningReport,
+    PruningSettings,
+    Target,
+)
+from fedclaw.compress.record import StepInputs
+from fedclaw.compress.sensitivity import measure_sensitivity
+from fedclaw.compress.size import Sizes, count_parameters, measure_sizes
+from fedclaw.compress.spread import Path, by_sensitivity, make_path, uniform
+from fedclaw.compress.targets import Goal, make_goal
 from fedclaw.errors import CompressionError, FedClawError, UsageError
+from fedclaw.learning.tasks.base import Task
 
-PRUNABLE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+Recover = Callable[[nn.Module], None]
+"""Trains the model that it is given, in place; what it looks at is for its owner to say."""
 
-Widths = Mapping[str, int]
-"""Channels left, by the name of the group's first layer."""
 
-Fits = Callable[[dict[str, int]], bool]
-"""Whether a model of these widths is small enough."""
+@dataclass(frozen=True)
+class Looked:
+    """Inputs (N, *D) that pruning may look at, and where they come from; never rows that a figure is reported of."""
+
+    inputs: torch.Tensor
+    task: Task
+    source: StepInputs
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned copy of a model."""
+    """A pruned copy of a model, in evaluation mode."""
 
     model: nn.Module
     widths: dict[str, int]
     parameters_before: int
     parameters_after: int
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Channels that are pruned together; `order` lists those of one sub-group from the least important on."""
-
-    layer: str
-    repeats: int
-    """Number of sub-groups (GroupNorm groups, grouped convolutions) that lose the same channels."""
-    order: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        return len(self.order)
-
-    def removed(self, kept: int) -> list[int]:
-        """Indices among all of the layer's output channels that go when `kept` of each sub-group stay."""
-        lost = self.order[: self.width - kept]
-        return sorted(part * self.width + index for part in range(self.repeats) for index in lost)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters; a shared one counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    report: PruningReport
+    looked_at: tuple[StepInputs, ...] = ()
 
 
 def prune_to_fraction(model: nn.Module, input_shape: tuple[int, ...], fraction: float) -> Pruned:
-    """A copy of `model` (N, *D) -> (N, C) with at most `fraction` of its parameters, and as near as possible.
-
-    Every group of layers loses the same share of its channels; the share is found by bisection over the
-    widths that exist, and what the rounding leaves over is given back a channel at a time, first where the largest
-    share was cut. The output layer keeps its outputs, and every layer at least one channel.
-
-    Raises:
-        UsageError: torch-pruning is not installed, or `fraction` is not between 0 and 1.
-        CompressionError: the model cannot become that small (the message has the smallest that it can be), or its
-            architecture cannot be pruned.
-    """
+    """`prune` to at most `fraction` of the parameters, by the weights alone. Raises UsageError, CompressionError."""
     if not 0 < fraction < 1:
         raise UsageError(f"fraction={fraction}: the share of parameters to keep lies between 0 and 1")
-    pruning = _torch_pruning()
+    return prune(model, input_shape, Target(share=fraction), PruningSettings(importance="group_norm", steps=1))
+
+
+def prune(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    target: Target,
+    settings: PruningSettings | None = None,
+    looked: Looked | None = None,
+    recover: Recover | None = None,
+    seed: int = 0,
+) -> Pruned:
+    """A copy of `model` (N, *D) -> (N, C) that is within `target`, and as near to it as possible.
+
+    Every parameter or multiply-add that the rounding leaves over is given back as channels. The output layer keeps its
+    outputs, and every part of a group at least one channel; a group that cannot shrink stays as it is and is named in
+    the report.
+
+    Args:
+        model: not changed.
+        input_shape: D.
+        target: how small.
+        settings: how; its own targets are not looked at (`PruningSettings.target` chooses).
+        looked: inputs, where the settings look at some (`needs_inputs`).
+        recover: called between two steps, not after the last one.
+        seed: of what is drawn at random: which of the inputs are looked at, and directions in `teacher`.
+
+    Raises:
+        UsageError: torch-pruning is not installed.
+        CompressionError: the model cannot become that small (the message has the smallest that it can be), its
+            architecture cannot be pruned, or inputs are needed and there are none.
+    """
+    with _own_words():
+        pruning = _Pruning(model, input_shape, settings or PruningSettings(), looked, seed)
+        plan = pruning.plan(target)
+    pruned = model
+    for step in range(len(plan.widths)):
+        if step and recover is not None:
+            recover(pruned)
+            pruned.eval()
+        with _own_words():
+            pruned = pruning.narrow(pruned, plan, step)
+    with _own_words():
+        return pruning.outcome(plan, pruned)
+
+
+@contextmanager
+def _own_words() -> Iterator[None]:
+    """torch-pruning raises whatever it met in an architecture that it does not know; raise CompressionError."""
     try:
-        return _pruned(pruning, model, input_shape, fraction)
+        yield
     except FedClawError:
         raise
-    except Exception as error:  # torch-pruning raises whatever it meets in an architecture that it does not know
+    except Exception as error:
         raise CompressionError(
             f"this architecture cannot be pruned: torch-pruning does not understand one of its layers "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         ) from error
 
 
-def _pruned(pruning: ModuleType, model: nn.Module, input_shape: tuple[int, ...], fraction: float) -> Pruned:
-    example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
-    groups = _groups_of(pruning, model, example)
-    before = count_parameters(model)
-    target = int(Fraction(fraction).limit_denominator(10**9) * before)
+@dataclass(frozen=True)
+class _Plan:
+    """How a target is reached."""
 
-    def shrunk(widths: Widths) -> nn.Module:
-        return _shrink(pruning, model, example, groups, widths)
-
-    smallest = count_parameters(shrunk(dict.fromkeys(groups, 1)))
-    if smallest > target:
-        raise CompressionError(
-            f"the model has {before} parameters and cannot be pruned to {fraction:g} of them ({target}): one channel "
-            f"a layer leaves {smallest}, which is fraction={_ceil_share(smallest, before)}; ask for at least that"
-        )
-    widths = _search(groups, lambda candidate: count_parameters(shrunk(candidate)) <= target)
-    pruned = shrunk(widths)
-    _check_output(model, pruned, example)
-    return Pruned(pruned, widths, before, count_parameters(pruned))
+    target: Target
+    goal: Goal
+    widths: tuple[Widths, ...]
+    """After each step."""
+    sensitivity: Mapping[str, tuple[Narrowed, ...]]
 
 
-def _torch_pruning() -> ModuleType:
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise UsageError("pruning needs torch-pruning: pip install fedclaw[compress]") from error
-    module: ModuleType = torch_pruning
-    return module
+class _Pruning:
+    """One pruning of one model."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: tuple[int, ...],
+        settings: PruningSettings,
+        looked: Looked | None,
+        seed: int,
+    ) -> None:
+        self._model, self._settings, self._seed = model, settings, seed
+        self._example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
+        self._found: Found = find_groups(model, self._example)
+        self._sizes: Sizes = measure_sizes(model, self._example, self._found.groups)
+        self._guide = _guide(model, settings, looked, self._example.device, seed) if settings.needs_inputs else None
+        self._looked_at = _looked_at(settings, looked, self._guide)
+        self._before = count_parameters(model)
 
-def _groups_of(pruning: ModuleType, model: nn.Module, example: torch.Tensor) -> dict[str, _Group]:
-    """The prunable groups by the name of their first layer, each with its channels ranked."""
-    copied, graph = _graph_of(pruning, model, example)
-    names = {module: name for name, module in copied.named_modules()}
-    importance = pruning.importance.GroupMagnitudeImportance(p=2)
-    groups = {}
-    for group in graph.get_all_groups(ignored_layers=[_output_layer(copied, example)], root_module_types=PRUNABLE):
-        repeats = max(_sub_groups(dependency.target.module) for dependency, _ in group)
-        scores = importance(group).view(repeats, -1).mean(dim=0)
-        order = torch.argsort(scores, stable=True).tolist()
-        name = names[group[0].dep.target.module]
-        groups[name] = _Group(name, repeats, tuple(order))
-    return groups
+    def plan(self, target: Target) -> _Plan:
+        """Decide on the widths after each step."""
+        groups = self._found.groups
+        sensitivity = self._sensitivity()
+        path = make_path(groups, by_sensitivity(sensitivity) if sensitivity else uniform(groups))
+        goal = make_goal(target, self._settings.runtime, self._sizes, self._any_of, self._model, self._example)
+        return _Plan(target, goal, tuple(self._steps(path, goal.widths(path))), sensitivity)
 
+    def narrow(self, model: nn.Module, plan: _Plan, step: int) -> nn.Module:
+        """A copy of `model`, as the step before left it, without the channels that matter least in it now."""
+        groups = self._groups(plan, step)
+        return shrink(model, self._example, groups, self._rank(model, groups), plan.widths[step])
 
-def _sub_groups(module: Any) -> int:
-    if isinstance(module, nn.GroupNorm):
-        return module.num_groups
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups < module.out_channels:
-        return module.groups
-    return 1
+    def outcome(self, plan: _Plan, pruned: nn.Module) -> Pruned:
+        """Check the last model and say what was decided. Raises CompressionError."""
+        widths = plan.widths[-1]
+        self._check(pruned, widths)
+        return Pruned(pruned, dict(widths), self._before, count_parameters(pruned), self._report(plan), self._looked_at)
 
+    def _sensitivity(self) -> dict[str, tuple[Narrowed, ...]]:
+        if self._settings.spread != "sensitivity":
+            return {}
+        assert self._guide is not None
+        groups = self._found.groups
+        return measure_sensitivity(self._model, self._example, groups, self._rank(self._model, groups), self._guide)
 
-def _shrink(
-    pruning: ModuleType, model: nn.Module, example: torch.Tensor, groups: Mapping[str, _Group], widths: Widths
-) -> nn.Module:
-    """A copy of `model` with the given widths."""
-    copied, graph = _graph_of(pruning, model, example)
-    for name, group in groups.items():
-        removed = group.removed(widths[name])
-        if removed:
-            layer = copied.get_submodule(name)
-            prune = graph.get_pruner_of_module(layer).prune_out_channels
-            graph.get_pruning_group(layer, prune, removed).prune()
-    return copied
+    def _rank(self, model: nn.Module, groups: Mapping[str, ChannelGroup]) -> dict[str, list[int]]:
+        return rank_channels(model, self._example, groups, self._settings.importance, self._guide, self._seed)
 
+    def _groups(self, plan: _Plan, step: int) -> dict[str, ChannelGroup]:
+        """The groups as they are before a step."""
+        if step == 0:
+            return self._found.groups
+        left = plan.widths[step - 1]
+        return {name: replace(group, width=left[name]) for name, group in self._found.groups.items()}
 
-def _graph_of(pruning: ModuleType, model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, Any]:
-    """A copy of `model`, and torch-pruning's dependency graph of it (traced through autograd)."""
-    copied = copy.deepcopy(model).eval()
-    for parameter in copied.parameters():
-        parameter.requires_grad_(True)
-    with torch.enable_grad():
-        graph = pruning.DependencyGraph().build_dependency(copied, example_inputs=example)
-    return copied, graph
+    def _any_of(self, widths: Widths) -> nn.Module:
+        """A model of these widths whose channels are not chosen: for its time alone."""
+        groups = self._found.groups
+        return shrink(self._model, self._example, groups, {name: range(groups[name].width) for name in groups}, widths)
 
+    def _steps(self, path: Path, last: Widths) -> Iterator[Widths]:
+        """The widths after each step; no step goes below the last one's."""
+        end = self._sizes.parameters(last) / self._before
+        for left in _schedule(self._settings, end):
+            between = path.at(path.first(partial(self._within, left)))
+            yield {name: max(between[name], last[name]) for name in last}
+        yield last
 
-def _search(groups: Mapping[str, _Group], fits: Fits) -> dict[str, int]:
-    """The largest widths that fit: bisection over the common share, then a channel more where there is room."""
-    shares = sorted({Fraction(kept, group.width) for group in groups.values() for kept in range(1, group.width + 1)})
+    def _within(self, share: float, widths: Widths) -> bool:
+        return self._sizes.parameters(widths) <= share * self._before
 
-    def at(share: Fraction) -> dict[str, int]:
-        return {name: max(1, int(share * group.width)) for name, group in groups.items()}
-
-    low, high = 0, len(shares)  # shares[low] fits (one channel everywhere was tried), shares[high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(at(shares[middle])) else (low, middle)
-    return _fill(groups, at(shares[low]), fits)
-
-
-def _fill(groups: Mapping[str, _Group], widths: dict[str, int], fits: Fits) -> dict[str, int]:
-    """Give channels back one at a time, first where the largest share was cut, until no group can take one more."""
-    open_groups = [name for name in groups if widths[name] < groups[name].width]
-    while open_groups:
-        name = min(open_groups, key=lambda name: Fraction(widths[name], groups[name].width))
-        wider = {**widths, name: widths[name] + 1}
-        if fits(wider):
-            widths = wider
-        if widths is not wider or widths[name] == groups[name].width:
-            open_groups.remove(name)
-    return widths
-
-
-def _output_layer(model: nn.Module, example: torch.Tensor) -> nn.Module:
-    """The last layer with weights that a forward pass goes through."""
-    called = layer_calls(model, example)
-    if not called:
-        raise CompressionError("the model has no convolution or linear layer, so there is nothing to prune")
-    return called[-1][0]
-
-
-def layer_calls(model: nn.Module, example: torch.Tensor) -> list[tuple[nn.Module, int]]:
-    """The prunable layers in the order in which a forward pass calls them, each with how many numbers it gives."""
-    called: list[tuple[nn.Module, int]] = []
-    layers = [module for module in model.modules() if isinstance(module, PRUNABLE)]
-    hooks = [layer.register_forward_hook(lambda of, _, out: called.append((of, out.numel()))) for layer in layers]
-    try:
+    def _check(self, pruned: nn.Module, widths: Widths) -> None:
         with torch.no_grad():
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return called
+            expected, got = _outputs(self._model, self._example).shape, pruned(self._example).shape
+        if expected != got or count_parameters(pruned) != self._sizes.parameters(widths):
+            raise CompressionError(
+                f"this architecture cannot be pruned: its output went from {tuple(expected)} to {tuple(got)} numbers, "
+                "or its layers have other sizes than were asked for"
+            )
 
-
-def _check_output(model: nn.Module, pruned: nn.Module, example: torch.Tensor) -> None:
-    with torch.no_grad():
-        expected, got = model(example).shape, pruned(example).shape
-    if expected != got:
-        raise CompressionError(
-            f"pruning changed the shape of the model's output from {tuple(expected)} to {tuple(got)}; "
-            "this architecture cannot be pruned"
+    def _report(self, plan: _Plan) -> PruningReport:
+        widths = plan.widths[-1]
+        groups = tuple(
+            GroupReport(
+                layer=name,
+                parts=group.parts,
+                before=group.width,
+                after=widths[name],
+                sensitivity=plan.sensitivity.get(name, ()),
+            )
+            for name, group in self._found.groups.items()
+        )
+        return PruningReport(
+            importance=self._settings.importance,
+            spread=self._settings.spread,
+            target=plan.target,
+            reached=plan.goal.share(widths),
+            measured_on=plan.goal.measured_on,
+            steps=tuple(self._sizes.parameters(step) / self._before for step in plan.widths),
+            groups=groups,
+            kept=self._found.kept,
         )
 
 
-def _ceil_share(part: int, whole: int) -> float:
-    """part / whole, rounded up to four digits: as a fraction it can be asked for."""
-    return -(-part * 10_000 // whole) / 10_000
+def _schedule(settings: PruningSettings, end: float) -> Iterator[float]:
+    """The share of the parameters that is left after each step but the last."""
+    for step in range(1, settings.steps):
+        done = step / settings.steps
+        if settings.schedule == "geometric":
+            yield end**done
+        elif settings.schedule == "linear":
+            yield 1 - (1 - end) * done
+        else:
+            yield end + (1 - end) * (1 - done) ** 3
+
+
+def _guide(
+    model: nn.Module, settings: PruningSettings, looked: Looked | None, device: torch.device, seed: int
+) -> Guide:
+    """Some of the inputs, drawn at random, with the unpruned model's outputs. Raises CompressionError."""
+    if looked is None or len(looked.inputs) == 0:
+        raise CompressionError(
+            f"pruning.importance={settings.importance} with pruning.spread={settings.spread} looks at inputs, and none "
+            "were given; group_norm and uniform look at the weights alone"
+        )
+    drawn = torch.randperm(len(looked.inputs), generator=torch.Generator().manual_seed(seed))[: settings.examples]
+    inputs = looked.inputs[drawn.to(looked.inputs.device)].to(device)
+    outputs = _outputs(model, inputs)
+    if not torch.isfinite(outputs).all():
+        raise CompressionError("the model's outputs on the inputs that pruning looks at are not all finite")
+    return Guide(inputs, outputs, looked.task)
+
+
+def _outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        outputs = torch.cat([model(part) for part in torch.split(inputs, 256)])
+    model.train(training)
+    return outputs
+
+
+def _looked_at(settings: PruningSettings, looked: Looked | None, guide: Guide | None) -> tuple[StepInputs, ...]:
+    """What the two steps looked at; one that looked at nothing says so."""
+    by_inputs = settings.importance in ("taylor", "teacher")
+    steps = [_step("importance", looked, guide if by_inputs else None)]
+    if settings.spread == "sensitivity":
+        steps.append(_step("layer sensitivity", looked, guide))
+    return tuple(steps)
+
+
+def _step(step: str, looked: Looked | None, guide: Guide | None) -> StepInputs:
+    if looked is None or guide is None:
+        return StepInputs.model_validate({"step": step, "origin": "none", "description": "the weights alone"})
+    return looked.source.model_copy(update={"step": step, "examples": len(guide.inputs)})

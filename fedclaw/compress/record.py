@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from fedclaw.compress.pruning_record import PruningReport, PruningSettings
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
 from fedclaw.protocol.arrays import Arrays, arrays_to_npz, npz_to_arrays
@@ -51,13 +52,18 @@ class SiteRecovery(CohortWaiting):
     """Of the teacher in the loss; the rest is the loss on the site's own targets."""
 
 
+FRACTION = 0.3
+"""Of the parameters, unless told otherwise."""
+
+
 class CompressSettings(Frozen):
     """The whole configuration of one compression."""
 
     run: Path
     mode: Literal["proxy", "federated"] = "proxy"
-    fraction: float = Field(default=0.3, gt=0, lt=1)
-    """Largest share of the parameters that may be left."""
+    fraction: float = Field(default=FRACTION, gt=0, lt=1)
+    """Largest share of the parameters that may be left; `pruning` can name another target instead."""
+    pruning: PruningSettings = PruningSettings()
     overwrite: bool = False
     """Replace an earlier result, once the new one is whole."""
     inputs: Path | None = None
@@ -80,6 +86,13 @@ class CompressSettings(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the proxy recovery computes; auto takes CUDA if there."""
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        target = self.pruning.target(self.fraction)
+        if target.kind != "parameters" and self.fraction != FRACTION:
+            raise ValueError(f"fraction= and pruning.{target.kind}= are two targets; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -181,7 +194,8 @@ class Compression(Frozen):
     teacher_sha256: str
     """Of the model.npz that was compressed."""
     fraction: float
-    """Asked for; what came out is parameters_after / parameters_before."""
+    """Of the parameters, asked for; what came out is parameters_after / parameters_before. With a target of another
+    kind, what came out; `pruning` has what was asked for."""
     parameters_before: int
     parameters_after: int
     score: str = "accuracy"
@@ -195,6 +209,8 @@ class Compression(Frozen):
     before: Side
     after: Side
     recovery: ProxyReport | SitesReport = Field(discriminator="mode")
+    pruning: PruningReport | None = None
+    """What was decided; None in a record that was written before this was noted."""
     looked_at: tuple[StepInputs, ...] = ()
     """What each step looked at, in their order; empty in a record that was written before this was noted."""
     seed: int

@@ -15,11 +15,11 @@ from fedclaw.compress.models import (
     compare_latency,
     load_teacher,
     make_student,
-    multiply_adds,
 )
 from fedclaw.compress.proxy import proxy_inputs, recover_by_proxy
-from fedclaw.compress.prune import count_parameters
-from fedclaw.compress.record import Compression, CompressSettings, Side, require_room, write_compressed
+from fedclaw.compress.prune import Looked
+from fedclaw.compress.record import Compression, CompressSettings, Side, StepInputs, require_room, write_compressed
+from fedclaw.compress.size import count_parameters, multiply_adds
 from fedclaw.protocol.arrays import arrays_to_npz
 from fedclaw.server.round_report import Observer
 from fedclaw.server.run_directory import RunDirectory
@@ -34,7 +34,8 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
     """
     require_room(RunDirectory.open(settings.run), settings.overwrite)
     teacher = load_teacher(settings.run)
-    student = make_student(teacher, settings.fraction)
+    looked = _looked(settings, teacher) if settings.pruning.needs_inputs else None
+    student = make_student(teacher, settings.fraction, settings.pruning, looked, seed=settings.seed)
     log.info("pruned: %d of %d parameters left", student.parameters_after, student.parameters_before)
     if settings.mode == "federated":
         from fedclaw.compress.federated import recover_at_sites
@@ -47,6 +48,13 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
     return record
 
 
+def _looked(settings: CompressSettings, teacher: Teacher) -> Looked:
+    """What pruning may look at: synthetic inputs, which are not among those that agreement is measured on."""
+    made, origin = proxy_inputs(settings.model_copy(update={"inputs": None, "seed": settings.seed + 1}), teacher)
+    source = StepInputs(step="importance", origin="synthetic", description=origin, examples=len(made))
+    return Looked(made, teacher.workload.task, source)
+
+
 def _record(settings: CompressSettings, teacher: Teacher, student: Student, outcome: StudentOutcome) -> Compression:
     accuracies = outcome.accuracies
     inputs = torch.randn(max(LATENCY_BATCHES), *teacher.input_shape, generator=torch.Generator().manual_seed(0))
@@ -57,7 +65,9 @@ def _record(settings: CompressSettings, teacher: Teacher, student: Student, outc
         run=teacher.record.run,
         model=student.spec,
         teacher_sha256=teacher.sha256,
-        fraction=settings.fraction,
+        fraction=settings.fraction
+        if student.pruning.target.kind == "parameters"
+        else student.parameters_after / student.parameters_before,
         parameters_before=student.parameters_before,
         parameters_after=student.parameters_after,
         score=accuracies.score,
@@ -69,6 +79,8 @@ def _record(settings: CompressSettings, teacher: Teacher, student: Student, outc
         before=_side(teacher, teacher.model, old_size, latency_before, accuracies.before),
         after=_side(teacher, outcome.model, new_size, latency_after, accuracies.after),
         recovery=outcome.report,
+        pruning=student.pruning,
+        looked_at=student.looked_at,
         seed=settings.seed,
     )
 
