@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fedclaw.compress.record import Compression, Measure, ProxyReport, Side
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest, RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunRecord
@@ -48,3 +49,26 @@ def receipt(**changes: Any) -> Receipt:
         "ledger_head": "ab" * 32,
     }
     return Receipt(**{**fields, **changes})
+
+
+def compression_record(measure: Measure = "evaluation file", **changes: Any) -> Compression:
+    """What a compression of `run_record` to a third of its size left, with `changes`."""
+    side: dict[str, Any] = {"multiply_adds": 50, "file_bytes": 1000, "latency_ms": {"1": 0.1}}
+    record = Compression(
+        run="table",
+        model=ModelSpec(name="mlp", args={"hidden": [3, 2]}),
+        teacher_sha256="00" * 32,
+        fraction=0.5,
+        parameters_before=86,
+        parameters_after=29,
+        accuracy_measure=measure,
+        accuracy_examples=200,
+        accuracy_before=0.9,
+        accuracy_pruned=0.5,
+        accuracy_after=0.85,
+        before=Side(parameters=86, metrics={"accuracy": 0.9}, **side),
+        after=Side(parameters=29, metrics={"accuracy": 0.85}, **side),
+        recovery=ProxyReport(inputs="100 synthetic", steps=1, agreement_pruned=0.5, agreement_after=0.9),
+        seed=0,
+    )
+    return record.model_copy(update=changes)

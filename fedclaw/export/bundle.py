@@ -17,10 +17,11 @@ from fedclaw.compress.record import SitesReport
 from fedclaw.errors import BundleError, NotInGraph, Setting
 from fedclaw.export import graph, layout, quantise, signature
 from fedclaw.export.acceptance import accept
-from fedclaw.export.card import how_to_verify, model_card
+from fedclaw.export.card import how_to_verify, limits_of, model_card
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.model_signature import sign_digests
 from fedclaw.export.runtime import open_session, run_session
+from fedclaw.export.sbom import bill_of_materials
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement, state
 from fedclaw.export.threshold import choose_threshold, threshold_of_release
@@ -263,12 +264,23 @@ def _write_texts(
         layout.CARD: model_card(source, manifest, statement, who, request.license),
         layout.HOW_TO_VERIFY: how_to_verify(manifest.federation, who.fingerprint, signature.hash_name(release)),
     }
-    if source.compression is not None:
-        texts[layout.COMPRESSION] = source.compression.model_dump_json(indent=2) + "\n"
     for name, text in texts.items():
         (staging / name).write_text(text, encoding="utf-8")
+    if source.compression is not None:
+        (staging / layout.COMPRESSION).write_bytes(source.report)
     (staging / layout.RELEASE_CERTIFICATE).write_bytes(signer.certificate_pem)
     (staging / layout.CA_CERTIFICATE).write_bytes(signer.ca_pem)
+    _write_sbom(staging, source, manifest, statement, request.license)
+
+
+def _write_sbom(
+    staging: Path, source: Source, manifest: layout.Manifest, statement: PrivacyStatement, license: str | None
+) -> None:
+    """The last file before the signature: it has the digest of every other one."""
+    files = {path.name: sha256_file(path) for path in staging.iterdir()}
+    limits = limits_of(source.schema.task, manifest, statement)
+    text = bill_of_materials(source, manifest, statement, limits, files, license)
+    (staging / layout.SBOM).write_text(text, encoding="utf-8")
 
 
 def _signed_by(signer: ReleaseSigner) -> signature.VerifiedSigner:

@@ -52,7 +52,7 @@ def model_card(
         ("Metrics", _metrics(source)),
         ("Compression", _compression(source)),
         ("Privacy", _privacy(statement)),
-        ("Limits", _limits(source.schema.task, manifest, statement)),
+        ("Limits", bullets(limits_of(source.schema.task, manifest, statement))),
         ("Licence", "None was stated." if license is None else escape(license)),
         ("Who signed", _signed(manifest, signer)),
     ]
@@ -370,7 +370,8 @@ def _privacy(statement: PrivacyStatement) -> str:
     return "\n\n".join(parts)
 
 
-def _limits(task: Task, manifest: Manifest, statement: PrivacyStatement) -> str:
+def limits_of(task: Task, manifest: Manifest, statement: PrivacyStatement) -> tuple[str, ...]:
+    """What the model is not, a sentence each."""
     items = [
         *task.limits(),
         "The metrics are of the sites' test data taken together; a single site, or a group of people, can fare worse. "
@@ -381,7 +382,7 @@ def _limits(task: Task, manifest: Manifest, statement: PrivacyStatement) -> str:
         items.append("The exported files were compared with the torch model on synthetic inputs only.")
     if statement.guarantee != "every site":
         items.append("No differential privacy for every site: treat the model file as sensitive as the data.")
-    return bullets(items)
+    return tuple(items)
 
 
 def _number(value: float | None) -> str:

@@ -20,12 +20,21 @@ _WHOLE = 1e-6
 
 @dataclass(frozen=True)
 class Figure:
-    """One metric, by the task's name for it. `interval` is (low, high), and `interval_is` says of what kind."""
+    """One metric, by the task's name for it."""
 
     metric: str
     value: float
     interval: tuple[float, float] | None = None
-    interval_is: str = ""
+    """(low, high)."""
+    confidence: float | None = None
+    """Of the interval; None: the value is certain to lie in it."""
+
+    @property
+    def interval_is(self) -> str:
+        """What kind of interval it is, for people."""
+        if self.confidence is None:
+            return "bounds: the metric is made of histograms"
+        return f"{self.confidence:.0%} confidence (Wilson score), of the sampling alone"
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,9 @@ def _made(
 def _figure(name: str, value: float, examples: int, line: Mapping[str, Any]) -> Figure:
     if name == "auroc" and (area := line.get("auroc")):
         low, high = area["interval"]
-        return Figure(name, value, (low, high), "bounds: the area is made of histograms")
+        return Figure(name, value, (low, high))
     if name == "accuracy" and (interval := accuracy_interval(value, examples)):
-        return Figure(name, value, interval, f"{CONFIDENCE:.0%} confidence, Wilson score, of the sampling alone")
+        return Figure(name, value, interval, CONFIDENCE)
     return Figure(name, value)
 
 

@@ -9,6 +9,7 @@
     privacy.json                 what training cost each site, and what that does and does not promise
     training.json                how the model came about: configuration, code, rounds, ledger heads, digests
     compression.json             how the model was compressed, and what it lost (only of a compressed model)
+    sbom.cdx.json                bill of materials with a model card, for machines (CycloneDX)
     MODEL_CARD.md  VERIFY.md     for people
     release.crt  ca.crt          who signed
     SHA256SUMS                   digests of all the files above, for `sha256sum --check`
@@ -41,6 +42,7 @@ SCHEMA = "schema.json"
 PRIVACY = "privacy.json"
 TRAINING = "training.json"
 COMPRESSION = "compression.json"
+SBOM = "sbom.cdx.json"
 CARD = "MODEL_CARD.md"
 HOW_TO_VERIFY = "VERIFY.md"
 DIGESTS = "SHA256SUMS"
@@ -56,7 +58,7 @@ UNSIGNED = frozenset({DIGESTS, SIGNATURE})
 REQUIRED_IN_FORMAT_1 = frozenset(
     {ONNX, PROGRAM, MANIFEST, SCHEMA, PRIVACY, CARD, HOW_TO_VERIFY, RELEASE_CERTIFICATE, CA_CERTIFICATE}
 )
-REQUIRED = REQUIRED_IN_FORMAT_1 | {TRAINING}
+REQUIRED = REQUIRED_IN_FORMAT_1 | {TRAINING, SBOM}
 """A bundle that lacks one of these is incomplete, even if its signature is valid."""
 
 FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"

@@ -1,5 +1,6 @@
 """What is exported: the model of a run, rebuilt, the facts about it that a bundle states, and who may sign it."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +94,8 @@ class Source:
     """The files of the compression."""
     acceptance: Acceptance | None = None
     """What the model scored, where a floor was asked for."""
+    report: bytes = b""
+    """compression.json as it was read, so that the bundle's has the digest that `compressed` tells."""
 
     @property
     def variant(self) -> Literal["final", "compressed"]:
@@ -144,12 +147,13 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
     record = directory.record()
     directory.require_whole()
     arrays: Mapping[str, NDArray[Any]] = directory.read_model()
-    spec, compression, compressed = record.model, None, None
+    spec, compression, compressed, report = record.model, None, None, b""
     if wanted == "compressed" or (wanted == "auto" and (directory.compressed / RECORD).is_file()):
         compression, arrays = read_compressed(directory)
         spec = compression.model
+        report = (directory.compressed / RECORD).read_bytes()
         compressed = CompressionFiles(
-            record=sha256_file(directory.compressed / RECORD),
+            record=hashlib.sha256(report).hexdigest(),
             model=sha256_file(directory.compressed / MODEL),
             teacher=compression.teacher_sha256,
         )
@@ -175,6 +179,7 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
         compression=compression,
         runs=tuple(runs),
         compressed=compressed,
+        report=report,
     )
 
 

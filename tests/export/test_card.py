@@ -1,7 +1,6 @@
 """MODEL_CARD.md: its fields by the hub's own reader, its text by a Markdown parser, its code by running it."""
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ import yaml
 from markdown_it import MarkdownIt
 from scipy.stats import binomtest
 
-from fedclaw.compress.record import Compression, Control, ProxyReport, Side, StepInputs
+from fedclaw.compress.record import Control, ProxyReport, StepInputs
 from fedclaw.export import layout
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.card import model_card
@@ -27,6 +26,7 @@ from fedclaw.export.source import load_source
 from fedclaw.export.statement import PrivacyStatement, state
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import Simulated
+from tests.samples import compression_record
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 import huggingface_hub
@@ -52,28 +52,6 @@ def fields_of(statement):
         return huggingface_hub.ModelCard(text).data
 
     return read
-
-
-def compression(measure="evaluation file", **changes):
-    side = {"multiply_adds": 50, "file_bytes": 1000, "latency_ms": {"1": 0.1}}
-    record = Compression(
-        run="table",
-        model=ModelSpec(name="mlp", args={"hidden": [3, 2]}),
-        teacher_sha256="00" * 32,
-        fraction=0.5,
-        parameters_before=86,
-        parameters_after=29,
-        accuracy_measure=measure,
-        accuracy_examples=200,
-        accuracy_before=0.9,
-        accuracy_pruned=0.5,
-        accuracy_after=0.85,
-        before=Side(parameters=86, metrics={"accuracy": 0.9}, **side),
-        after=Side(parameters=29, metrics={"accuracy": 0.85}, **side),
-        recovery=ProxyReport(inputs="100 synthetic", steps=1, agreement_pruned=0.5, agreement_after=0.9),
-        seed=0,
-    )
-    return record.model_copy(update=changes)
 
 
 def test_the_hub_reads_task_library_licence_and_results(table_bundle, image_bundle):
@@ -118,11 +96,11 @@ def test_a_licence_is_told_as_the_hub_knows_it_and_never_invented(fields_of, tab
 
 
 def test_results_are_of_the_very_model_that_is_exported(fields_of, table_source):
-    measured = dataclasses.replace(table_source, compression=compression())
+    measured = dataclasses.replace(table_source, compression=compression_record())
     (result,) = fields_of(measured).eval_results
     assert (result.metric_value, result.dataset_name) == (0.85, "a labelled public file")
     assert result.metric_args["low"] < 0.85 < result.metric_args["high"]
-    unknown = dataclasses.replace(table_source, compression=compression("agreement with the teacher"))
+    unknown = dataclasses.replace(table_source, compression=compression_record("agreement with the teacher"))
     assert fields_of(unknown).eval_results is None
     assert evaluation_of(unknown) is None
 
@@ -187,7 +165,7 @@ def hostile_card(samples, table_bundle, statement, tmp_path_factory):
             spec=ModelSpec(name="mlp", args={name: name}),
             receipts=(dataclasses.replace(source.receipts[0], run=name, by_site=by_site),),
             metrics=(line,),
-            compression=compression(looked_at=looked, recovery=recovery),
+            compression=compression_record(looked_at=looked, recovery=recovery),
         )
         hostile = statement.model_copy(update=dict.fromkeys(("summary", "unit", "holds_against", "source"), name))
         hostile = hostile.model_copy(update={"warnings": (name,), "not_covered": (name,), "sites": state_of(source)})
@@ -247,10 +225,11 @@ def test_the_front_matter_is_plain_ascii_yaml(table_bundle):
 
 
 def test_the_compression_report_is_in_a_compressed_models_bundle_alone(table_source, table_bundle, home, tmp_path):
-    source = dataclasses.replace(table_source, compression=compression())
+    record = compression_record()
+    report = record.model_dump_json(indent=1).encode()
+    source = dataclasses.replace(table_source, compression=record, report=report)
     export_bundle(source, home.signer(), tmp_path / "b", Request())
-    told = json.loads((tmp_path / "b" / layout.COMPRESSION).read_bytes())
-    assert Compression.model_validate(told) == source.compression
+    assert (tmp_path / "b" / layout.COMPRESSION).read_bytes() == report
     assert not (table_bundle / layout.COMPRESSION).exists()
     card = (tmp_path / "b" / layout.CARD).read_text()
     assert "| accuracy | 0.8500 | 0.7939 to 0.8929 |" in card
