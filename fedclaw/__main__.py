@@ -24,6 +24,7 @@ COMMANDS = {
     "verify": "fedclaw.verify",
     "lineage": "fedclaw.lineage",
     "predict": "fedclaw.predict",
+    "encryption": "fedclaw.encryption",
     "ray": "fedclaw.transport.ray",
 }
 _WITH_PLUGINS = frozenset({"server", "audit", "ray"})

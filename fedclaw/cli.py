@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 PLAIN_WIDTH = 132
 """Columns when the output is a file or a pipe."""
+_PKCS11 = re.compile(r"pkcs11:[^'\\\s]+")
+"""A PKCS#11 URI, whose = and ; mean something else to Hydra."""
 _LIKE_A_NUMBER = re.compile(r"[-+]?[0-9][0-9_.eE+-]*|true|false|yes|no|on|off", re.IGNORECASE)
 
 
@@ -260,13 +262,17 @@ def with_plugins(overrides: Sequence[str]) -> list[str]:
 
 
 def as_text(overrides: Sequence[str], settings: type[BaseModel]) -> list[str]:
-    """`overrides`, with what looks like a number quoted where a setting is text or a path: run=2024 is a name."""
+    """`overrides`, with what looks like a number quoted where a setting is text or a path: run=2024 is a name.
+
+    A PKCS#11 URI is quoted as well.
+    """
     return [_quoted(override, settings) for override in overrides]
 
 
 def _quoted(override: str, settings: type[BaseModel]) -> str:
     key, _, value = override.partition("=")
-    if not _LIKE_A_NUMBER.fullmatch(value) or not _is_text(settings, key.lstrip("+").split(".")):
+    misread = _LIKE_A_NUMBER.fullmatch(value) or _PKCS11.fullmatch(value)
+    if not misread or not _is_text(settings, key.lstrip("+").split(".")):
         return override
     return f"{key}='{value}'"
 

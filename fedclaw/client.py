@@ -31,6 +31,7 @@ from pydantic import AfterValidator
 from fedclaw import startup
 from fedclaw.cli import compose_settings, make_console, run_main, split
 from fedclaw.errors import UsageError
+from fedclaw.identity.at_rest import PLAIN
 from fedclaw.identity.names import check_address
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.protocol.frozen import Frozen
@@ -108,13 +109,14 @@ def serve(settings: ClientSettings) -> None:
     if site is not None:
         require_name(settings.site, site, keys.site_name)
     with startup.loading(_LIBRARIES):
-        from fedclaw.site.directory import only_client, state_directory
+        from fedclaw.site.directory import only_client, site_store, state_directory
         from fedclaw.transport.grpc.site_connection import SiteConnection
     startup.next_step("start it again with the same command; what is asked meanwhile waits at the server")
     with only_client(settings.site):
         handler = _handler(settings, site, keys)
+        store = PLAIN if site is None else site_store(settings.site, site)
         connection = SiteConnection(
-            keys, handler, state_directory(settings.site), settings.limits, address=settings.server
+            keys, handler, state_directory(settings.site), settings.limits, address=settings.server, store=store
         )
         log.info("site %s serves federation %s", keys.site_name, keys.descriptor.name)
         connection.run(threading.Event())

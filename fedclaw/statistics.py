@@ -21,6 +21,7 @@ before anything leaves it, scaled by the bounds that the schema declares (range:
                    the training rows, by label (scores_bins of them); a policy has to say statistics: {scores: true}.
                    export threshold_statistics=FILE then chooses the threshold of its answers by it
   scores_model     final or compressed: which of that run's models
+  encryption.key   the key of that run, where it is encrypted at rest (docs/encryption.md)
   survival         the word, in place of columns and labels: Kaplan-Meier curves of all sites' rows, medians, numbers at
                    risk and, between the groups, the log-rank test, with the noise in their bands and p-values; the
                    curves are drawn beside the file. A policy has to say statistics: {survival: true}
@@ -60,6 +61,7 @@ from rich.table import Table
 from fedclaw import startup
 from fedclaw.cli import compose_settings, make_console, naming, run_main, split
 from fedclaw.errors import DataError, UsageError
+from fedclaw.identity.data_keys import EncryptionSettings
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.learning.workload import Schema, schema_digest
 from fedclaw.privacy.statistics import ColumnStatistics, Estimate
@@ -138,6 +140,7 @@ class StatisticsSettings(Frozen):
     out: Path | None = None
     sites: AskedSites = AskedSites()
     limits: Limits = Limits()
+    encryption: EncryptionSettings = EncryptionSettings()
 
     @field_validator("secure", mode="before")
     @classmethod
@@ -253,7 +256,7 @@ def _scored(settings: StatisticsSettings) -> "tuple[ScoreQuestion, Arrays] | tup
     from fedclaw.protocol.statistics import ScoreQuestion
     from fedclaw.server.run_directory import RunDirectory
 
-    directory = RunDirectory.open(settings.scores)
+    directory = RunDirectory.open(settings.scores, settings.encryption.keyring())
     directory.require_whole()
     record = directory.record()
     spec, parameters = record.model, directory.read_model()

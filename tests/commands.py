@@ -12,14 +12,8 @@ from tests.conftest import environment
 
 COMMANDS = (
     *("fedclaw.server", "fedclaw.client", "fedclaw.statistics", "fedclaw.audit", "fedclaw.provision", "fedclaw.ledger"),
-    *(
-        "fedclaw.compress",
-        "fedclaw.export",
-        "fedclaw.verify",
-        "fedclaw.lineage",
-        "fedclaw.predict",
-        "fedclaw.transport.ray",
-    ),
+    *("fedclaw.compress", "fedclaw.export", "fedclaw.verify", "fedclaw.lineage", "fedclaw.predict"),
+    *("fedclaw.encryption", "fedclaw.transport.ray"),
     *("experiments.run", "experiments.sweep", "experiments.demo", "experiments.datasets", "experiments.partitions"),
     *("experiments.attack_table", "experiments.privacy_table", "experiments.compression_table"),
     *("experiments.heart_disease", "experiments.survival_curves"),

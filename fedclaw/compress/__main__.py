@@ -10,6 +10,7 @@ python -m fedclaw.compress run=runs/NAME [key=value ...]
   inputs=FILE          proxy: public unlabelled inputs; without it, synthetic ones are made from the schema
   evaluation=FILE      labelled public data for the accuracies
   controls=true        proxy: also train the same net from scratch, and without a teacher (labelled=FILE)
+  encryption.key=...   the key of a run that is encrypted at rest (docs/encryption.md)
 
 Examples:
   python -m fedclaw.compress run=runs/demo
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str]) -> None:
     if settings.federation is not None:
         with naming(federation=settings.federation):
             FederationHome.open(settings.federation)
-    require_room(RunDirectory.open(settings.run), settings.overwrite)
+    directory = RunDirectory.open(settings.run, settings.encryption.keyring())
+    require_room(directory, settings.overwrite)
+    directory.check()
     with startup.loading("torch and the pruning library"):
         from fedclaw.compress.stage import compress
     startup.next_step("the run is as it was: give the same command again")

@@ -141,7 +141,8 @@ def _digest(record: RunRecord, teacher: Teacher) -> str:
 def _open(teacher: Teacher, record: RunRecord) -> RunDirectory:
     """The recovery's directory; made if it does not exist."""
     root = teacher.directory.root / DIRECTORY / record.run
-    return RunDirectory.open(root) if (root / "run.json").exists() else RunDirectory.create(root, record)
+    keys = teacher.directory.keys
+    return RunDirectory.open(root, keys) if (root / "run.json").exists() else RunDirectory.create(root, record, keys)
 
 
 def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: Arrays, recovered: Arrays) -> Accuracies:

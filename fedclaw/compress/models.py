@@ -19,7 +19,7 @@ from fedclaw.compress.prune import Looked, Recover, prune
 from fedclaw.compress.pruning_record import PruningReport, PruningSettings
 from fedclaw.compress.record import Measure, ProxyReport, SitesReport, StepInputs
 from fedclaw.errors import CheckpointError, CompressionError
-from fedclaw.files import sha256_file
+from fedclaw.identity.data_keys import Keyring
 from fedclaw.learning.workload import Table, Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.terms import ModelSpec
@@ -49,9 +49,9 @@ class Teacher:
         return self.workload.schema.input_shape
 
 
-def load_teacher(run: Path) -> Teacher:
-    """The global model of a finished run, on the CPU. Raises UsageError or CheckpointError."""
-    directory = RunDirectory.open(run)
+def load_teacher(run: Path, keys: Keyring | None = None) -> Teacher:
+    """The global model of a finished run, on the CPU. Raises UsageError, CheckpointError or EncryptionError."""
+    directory = RunDirectory.open(run, keys)
     record = directory.record()
     directory.require_whole()
     workload = directory.workload()
@@ -63,7 +63,7 @@ def load_teacher(run: Path) -> Teacher:
         raise CheckpointError(
             f"{directory.model_path} does not fit the model of {run / 'run.json'}: {' '.join(str(error).split())}"
         ) from error
-    return Teacher(directory, record, workload, model.eval(), parameters, sha256_file(directory.model_path))
+    return Teacher(directory, record, workload, model.eval(), parameters, directory.sha256_of(directory.model_path))
 
 
 def load_arrays(model: nn.Module, parameters: Mapping[str, NDArray[np.float32]]) -> None:

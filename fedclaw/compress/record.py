@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedclaw.compress.pruning_record import PruningReport, PruningSettings
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
+from fedclaw.identity.data_keys import EncryptionSettings
 from fedclaw.protocol.arrays import Arrays, arrays_to_npz, npz_to_arrays
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.terms import ModelSpec
@@ -86,6 +87,8 @@ class CompressSettings(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the proxy recovery computes; auto takes CUDA if there."""
     seed: int = Field(default=0, ge=0)
+    encryption: EncryptionSettings = EncryptionSettings()
+    """How the run's files are encrypted at rest; what is written into its directory is encrypted alike."""
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
@@ -234,7 +237,7 @@ def write_compressed(run: RunDirectory, record: Compression, parameters: Arrays)
         shutil.rmtree(stale)
     temporary = Path(tempfile.mkdtemp(dir=run.root, prefix=_LEFTOVER))
     temporary.chmod(0o755)
-    write_atomic(temporary / MODEL, arrays_to_npz(parameters), PUBLIC_MODE)
+    run.store.write(temporary / MODEL, arrays_to_npz(parameters), PUBLIC_MODE, f"{run.compressed.name}/{MODEL}")
     write_atomic(temporary / RECORD, record.model_dump_json(indent=2).encode(), PUBLIC_MODE)
     if run.compressed.exists():
         old = Path(tempfile.mkdtemp(dir=run.root, prefix=_LEFTOVER))
@@ -261,7 +264,7 @@ def read_compressed(run: RunDirectory) -> tuple[Compression, Arrays]:
         raise UsageError(f"{run.root} has no compressed model: run python -m fedclaw.compress run={run.root}")
     try:
         record = Compression.model_validate_json(path.read_bytes())
-        content = (run.compressed / MODEL).read_bytes()
+        content = run.store.read(run.compressed / MODEL, f"{run.compressed.name}/{MODEL}")
     except ValidationError as error:
         raise CheckpointError(f"{path} is damaged: {explain(error)}") from error
     except FileNotFoundError as error:

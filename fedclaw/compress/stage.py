@@ -33,7 +33,7 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
     Raises FedClawError; then <run>/compressed is as it was.
     """
     require_room(RunDirectory.open(settings.run), settings.overwrite)
-    teacher = load_teacher(settings.run)
+    teacher = load_teacher(settings.run, settings.encryption.keyring())
     looked = _looked(settings, teacher) if settings.pruning.needs_inputs else None
     student = make_student(teacher, settings.fraction, settings.pruning, looked, seed=settings.seed)
     log.info("pruned: %d of %d parameters left", student.parameters_after, student.parameters_before)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedclaw.compress.record import MODEL, RECORD, Compression, SitesReport, read_compressed
+from fedclaw.compress.record import RECORD, Compression, SitesReport, read_compressed
 from fedclaw.errors import BundleError, CheckpointError
 from fedclaw.export.statement import Receipts
 from fedclaw.export.training_record import (
@@ -71,8 +71,9 @@ class SourceRun:
 
 def files_of(directory: RunDirectory) -> RunFiles:
     """The digests of a finished run's files."""
-    paths = (directory.model_path, directory.metrics_path, directory.receipts_path)
-    model, metrics, receipts = (sha256_file(path) if path.is_file() else None for path in paths)
+    model = directory.sha256_of(directory.model_path) if directory.model_path.is_file() else None
+    paths = (directory.metrics_path, directory.receipts_path)
+    metrics, receipts = (sha256_file(path) if path.is_file() else None for path in paths)
     return RunFiles(record=sha256_file(directory.record_path), model=model, metrics=metrics, receipts=receipts)
 
 
@@ -154,10 +155,10 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
         report = (directory.compressed / RECORD).read_bytes()
         compressed = CompressionFiles(
             record=hashlib.sha256(report).hexdigest(),
-            model=sha256_file(directory.compressed / MODEL),
+            model=directory.sha256_of(directory.compressed_model),
             teacher=compression.teacher_sha256,
         )
-        if compression.teacher_sha256 != sha256_file(directory.model_path):
+        if compression.teacher_sha256 != directory.sha256_of(directory.model_path):
             raise BundleError(
                 f"{directory.compressed} was not made from {directory.model_path}; compress the run again"
             )
@@ -166,7 +167,7 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
     runs = [SourceRun.read(directory)]
     receipts = [Receipts(record.run, "training", _receipts(directory))]
     if compression is not None and isinstance(compression.recovery, SitesReport):
-        recovery = RunDirectory.open(directory.root / compression.recovery.directory)
+        recovery = RunDirectory.open(directory.root / compression.recovery.directory, directory.keys)
         runs.append(SourceRun.read(recovery))
         receipts.append(Receipts(compression.recovery.run, "recovery after pruning", _receipts(recovery)))
     return Source(

@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fedclaw.errors import EncryptionError, ProvisionError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.identity import pki
+from fedclaw.protocol.frozen import Frozen
 
 KEY = 32
 KEY_ID = 16
@@ -105,6 +106,7 @@ class Keyring:
     def __init__(self, keys: Sequence[KeyEncryptionKey]) -> None:
         if not keys:
             raise ValueError("a keyring has a key")
+        self._ordered = tuple(keys)
         self._keys = {key.id: key for key in reversed(keys)}
         self._first = keys[0]
         self._lock = threading.Lock()
@@ -113,6 +115,10 @@ class Keyring:
 
     def __repr__(self) -> str:
         return f"Keyring({self.id.hex()!r})"
+
+    def joined(self, other: "Keyring") -> "Keyring":
+        """This ring with the keys of another behind its own."""
+        return Keyring([*self._ordered, *other._ordered])
 
     @property
     def id(self) -> bytes:
@@ -228,3 +234,14 @@ def new_key_file(path: Path) -> bytes:
     secret = secrets.token_bytes(KEY)
     write_atomic(path, base64.b64encode(secret) + b"\n", PRIVATE_MODE)
     return SecretKey(secret).id
+
+
+class EncryptionSettings(Frozen):
+    """`encryption` in conf/*.yaml and site.yaml."""
+
+    key: KeySetting | None = None
+    """null: files are kept as they are."""
+
+    def keyring(self, base: Path = Path()) -> Keyring | None:
+        """The keys, if there are any; a relative path starts at `base`. Raises UsageError or EncryptionError."""
+        return None if self.key is None else load_keyring(self.key, base)

@@ -3,6 +3,7 @@
     python -m fedclaw.server federation=DIR workload.schema_file=schema.yaml rounds=10 privacy.epsilon=4
     python -m fedclaw.server federation=DIR resume=runs/NAME              go on with a run that was interrupted
                              (sites.new_cohort=true when a site that its last round asked will not come back)
+    python -m fedclaw.server ... encryption.key=file:run.key   keep checkpoints and model encrypted (docs/encryption.md)
     python -m fedclaw.server federation=DIR app=package.module:app        run a plain Flower ServerApp instead
 
 Groups: workload=tabular|vision  strategy=fedavg|fedavgm|fedprox|fedadagrad|fedadam|fedyogi  privacy=dp|none
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 from fedclaw import startup
 from fedclaw.cli import make_console, naming, run_main, settings_of
 from fedclaw.errors import UsageError
+from fedclaw.identity.data_keys import EncryptionSettings
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.report.late import late_notes
@@ -43,7 +45,17 @@ log = logging.getLogger("fedclaw.server")
 
 _LIBRARIES = "torch and Flower"
 
-WITH_RESUME = ("federation", "resume", "address", "runs", "tracking", "limits", "sites.wait", "sites.new_cohort")
+WITH_RESUME = (
+    "federation",
+    "resume",
+    "address",
+    "runs",
+    "tracking",
+    "limits",
+    "encryption",
+    "sites.wait",
+    "sites.new_cohort",
+)
 """Settings that a resumed run may be given; everything else is what the run was begun with."""
 
 
@@ -58,6 +70,7 @@ class ServerSettings(RunSettings):
     run_config: dict[str, str | int | float | bool] = {}
     resume: Path | None = None
     limits: Limits = Limits()
+    encryption: EncryptionSettings = EncryptionSettings()
     sites: SitesSettings = SitesSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -71,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         serve_app(settings, home, settings.app)
         return
     if settings.resume is not None:
-        directory = RunDirectory.open(settings.resume)
+        directory = RunDirectory.open(settings.resume, settings.encryption.keyring())
         directory.check()
         _only_resume_settings(arguments)
         record = directory.record()
@@ -87,7 +100,7 @@ def new_run(settings: ServerSettings, home: FederationHome) -> tuple[RunRecord, 
     """
     rules, name = settings.sites.rules(), run_name(settings.run)
     check_early(settings, name, rules)
-    directory = RunDirectory(settings.runs / name)
+    directory = RunDirectory(settings.runs / name, settings.encryption.keyring())
     directory.require_new()
     check_reachable(settings.tracking)
     with startup.loading(_LIBRARIES):

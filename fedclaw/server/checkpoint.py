@@ -1,28 +1,30 @@
 """Checkpoints: one file a round, whole or absent, with a digest that damage does not survive.
 
-A file is the magic, the SHA-256 of the rest, and an .npz archive of the parameters, the optimiser's state and a
-JSON description.
+A file is the magic, an .npz archive of the parameters, the optimiser's state and a JSON description, and the SHA-256 of
+the archive. It is written from its beginning to its end, so that it can be encrypted as it is written. Before that was
+possible the digest stood in front of the archive; such files are read too.
 """
 
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import CheckpointError
-from fedclaw.files import replacing
+from fedclaw.identity.at_rest import PLAIN, Store
 from fedclaw.protocol.arrays import Arrays, read_npz, write_npz
 
-_MAGIC = b"FEDCLAW-CHECKPOINT-1\n"
+_MAGIC = b"FEDCLAW-CHECKPOINT-2\n"
+_EARLIER_MAGIC = b"FEDCLAW-CHECKPOINT-1\n"
 _DIGEST_SIZE = hashlib.sha256().digest_size
 _PARAMETERS, _OPTIMIZER, _STRATEGY, _ABOUT = "parameters/", "optimizer/", "strategy/", "about"
-_HEAD = len(_MAGIC) + _DIGEST_SIZE
 _BLOCK = 1 << 20
 KEPT = 2
 
@@ -43,7 +45,7 @@ class Checkpoint:
     evaluated the parameters writes the round's line in the metrics from it."""
 
 
-def save(directory: Path, checkpoint: Checkpoint) -> Path:
+def save(directory: Path, checkpoint: Checkpoint, store: Store = PLAIN) -> Path:
     """Write `checkpoint` and remove all but the newest `KEPT`. Copies none of its arrays."""
     plain = {"round": checkpoint.round, "clip": checkpoint.clip, "came": checkpoint.came}
     about = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
@@ -52,37 +54,35 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
         f"{_STRATEGY}{kind}/{name}": a for kind, arrays in checkpoint.strategy.items() for name, a in arrays.items()
     }
     path = directory / f"checkpoint-{checkpoint.round:04d}.ckpt"
-    with replacing(path) as file:
-        file.write(_MAGIC + bytes(_DIGEST_SIZE))
-        write_npz(_Body(file), {_ABOUT: about, **parameters, **checkpoint.optimizer, **strategy})
-        digest = _digest_of_body(file)
-        file.seek(len(_MAGIC))
-        file.write(digest)
-    for old in _existing(directory)[:-KEPT]:
+    with store.replacing(path) as file:
+        file.write(_MAGIC)
+        body = _Hashed(file)
+        write_npz(body, {_ABOUT: about, **parameters, **checkpoint.optimizer, **strategy})
+        file.write(body.digest())
+    for old in existing(directory)[:-KEPT]:
         old.unlink()
     return path
 
 
-def newest(directory: Path) -> Checkpoint | None:
+def newest(directory: Path, store: Store = PLAIN) -> Checkpoint | None:
     """The newest checkpoint, or None when there is none.
 
     Raises CheckpointError when it is damaged: going on from an older one would ask the sites for rounds that
     they have already paid for, so that is a person's decision (remove the damaged file to take it).
     """
-    existing = _existing(directory)
-    return load(existing[-1]) if existing else None
+    found = existing(directory)
+    return load(found[-1], store) if found else None
 
 
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint. Raises CheckpointError."""
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
-        if not head.startswith(_MAGIC) or _digest_of_body(file) != head[len(_MAGIC) :]:
+def load(path: Path, store: Store = PLAIN) -> Checkpoint:
+    """Read one checkpoint. Raises CheckpointError, or EncryptionError for one that does not open."""
+    with store.open(path) as file:
+        if (body := _checked_body(file)) is None:
             raise CheckpointError(
                 f"{path} is damaged: its digest does not match its content; restore it from a backup, "
                 "or remove it to go on from the checkpoint before it"
             )
-        arrays = read_npz(_Body(file), path)
+        arrays = read_npz(body, path)
     about = json.loads(arrays.pop(_ABOUT).tobytes())
     parameters = {name.removeprefix(_PARAMETERS): a for name, a in arrays.items() if name.startswith(_PARAMETERS)}
     optimizer = {name: a for name, a in arrays.items() if name.startswith(_OPTIMIZER)}
@@ -94,43 +94,77 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(about["round"], parameters, optimizer, about.get("clip"), strategy, about.get("came"))
 
 
-def _digest_of_body(file: IO[bytes]) -> bytes:
-    file.flush()
-    file.seek(_HEAD)
+def existing(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, the newest last."""
+    return sorted(directory.glob("checkpoint-*.ckpt"), key=lambda path: int(path.stem.rpartition("-")[2]))
+
+
+def _checked_body(file: BinaryIO) -> "_Body | None":
+    """The archive in a checkpoint's file, if its digest is right."""
+    magic, size = file.read(len(_MAGIC)), file.seek(0, io.SEEK_END)
+    file.seek(len(_MAGIC))
+    if magic == _EARLIER_MAGIC:
+        expected, start, end = file.read(_DIGEST_SIZE), len(_MAGIC) + _DIGEST_SIZE, size
+    else:
+        start, end = len(_MAGIC), size - _DIGEST_SIZE
+        file.seek(max(end, 0))
+        expected = file.read()
+    if magic not in (_MAGIC, _EARLIER_MAGIC) or end < start:
+        return None
+    body = _Body(file, start, end)
+    return body if _digest_of(body) == expected else None
+
+
+def _digest_of(body: "_Body") -> bytes:
     digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
+    while block := body.read(_BLOCK):
         digest.update(block)
+    body.seek(0)
     return digest.digest()
 
 
-class _Body(io.RawIOBase):
-    """The part of a checkpoint's file after the digest, as a file of its own: the archive's offsets begin there."""
+class _Hashed(io.RawIOBase):
+    """The archive in a file that is being written, as a file of its own, and its digest."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self._size = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._file.write(data)
+        self._size += (size := memoryview(data).nbytes)
+        return size
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+class _Body(io.RawIOBase):
+    """A part of a file that is read, as a file of its own: an archive's offsets begin there."""
+
+    def __init__(self, file: IO[bytes], start: int, end: int) -> None:
+        self._file, self._start, self._end = file, start, end
         self.seek(0)
 
     def readable(self) -> bool:
         return True
 
-    def writable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
         return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset + (_HEAD if whence == io.SEEK_SET else 0), whence) - _HEAD
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: self._start, os.SEEK_CUR: self._file.tell(), os.SEEK_END: self._end}[whence]
+        return self._file.seek(max(base + offset, self._start)) - self._start
 
     def tell(self) -> int:
-        return self._file.tell() - _HEAD
+        return self._file.tell() - self._start
 
     def read(self, size: int | None = -1) -> bytes:
-        return self._file.read(-1 if size is None else size)
-
-    def write(self, data: Any) -> int:
-        return self._file.write(data)
-
-
-def _existing(directory: Path) -> list[Path]:
-    return sorted(directory.glob("checkpoint-*.ckpt"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        rest = max(0, self._end - self._file.tell())
+        return self._file.read(rest if size is None or size < 0 else min(size, rest))

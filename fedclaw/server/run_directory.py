@@ -6,6 +6,7 @@ same, and a site that has answered already answers from its outbox at no further
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +24,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedclaw.errors import CheckpointError, DataError, PluginError, RunInUse, UsageError
-from fedclaw.files import PRIVATE_MODE, append_all, replacing, write_atomic
+from fedclaw.files import PRIVATE_MODE, append_all, write_atomic
+from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.data_keys import Keyring
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema, Workload, schema_digest
 from fedclaw.privacy.mechanisms.choice import mechanism_of
@@ -31,9 +35,11 @@ from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.protocol.limits import MOST_EXAMPLES, Name
 from fedclaw.protocol.receipt import Receipt, Trust
 from fedclaw.protocol.terms import DataUnit, Relation, RoundRules, SecureRequest, StrategyRecord, Terms
+from fedclaw.server.checkpoint import existing
 from fedclaw.server.software import Software, software
 
 PENDING = "round.json"
+_BLOCK = 1 << 20
 
 
 class PendingRound(Frozen):
@@ -200,18 +206,23 @@ class _MetricsLine(BaseModel):
 
 
 class RunDirectory:
-    """runs/<run>/: run.json, checkpoint-NNNN.ckpt, metrics.jsonl, receipts.json, model.npz, compressed/, run.lock."""
+    """runs/<run>/: run.json, checkpoint-NNNN.ckpt, metrics.jsonl, receipts.json, model.npz, compressed/, run.lock.
 
-    def __init__(self, root: Path) -> None:
+    With `keys` what holds parameters (checkpoints, model.npz, compressed/model.npz) is encrypted. What an auditor
+    reads, the record, metrics and receipts, is not.
+    """
+
+    def __init__(self, root: Path, keys: Keyring | None = None) -> None:
         self.root = root
+        self.keys = keys
         self._newest_line: int | None = None
         """Round of the last line of metrics.jsonl; None: it has not been looked at."""
         self._holds = False
 
     @classmethod
-    def create(cls, root: Path, record: RunRecord) -> "RunDirectory":
+    def create(cls, root: Path, record: RunRecord, keys: Keyring | None = None) -> "RunDirectory":
         """Begin a run, and note what it is begun with. Raises UsageError when the directory already holds one."""
-        directory = cls(root)
+        directory = cls(root, keys)
         record = record.model_copy(update={"software": software()})
         with directory.held():
             directory.require_new()
@@ -243,9 +254,9 @@ class RunDirectory:
             )
 
     @classmethod
-    def open(cls, root: Path) -> "RunDirectory":
+    def open(cls, root: Path, keys: Keyring | None = None) -> "RunDirectory":
         """A run that was begun. Raises UsageError when `root` is not one."""
-        directory = cls(root)
+        directory = cls(root, keys)
         if not directory.record_path.is_file():
             raise UsageError(f"{root} is not a run directory: it has no run.json (a run is a directory like runs/NAME)")
         return directory
@@ -275,6 +286,11 @@ class RunDirectory:
         """What the compression stage left, if it ran."""
         return self.root / "compressed"
 
+    @property
+    def compressed_model(self) -> Path:
+        """The parameters that it left."""
+        return self.compressed / "model.npz"
+
     def record(self) -> RunRecord:
         """The run's record. Raises CheckpointError when it is damaged."""
         with _damage_told(self.record_path):
@@ -286,7 +302,7 @@ class RunDirectory:
 
     def write_model(self, parameters: Mapping[str, NDArray[np.float32]]) -> None:
         """Write the final global parameters."""
-        with replacing(self.model_path) as file:
+        with self.store.replacing(self.model_path) as file:
             write_npz(file, parameters)
 
     def read_model(self) -> Arrays:
@@ -295,8 +311,26 @@ class RunDirectory:
             raise CheckpointError(
                 f"{self.root} has no model.npz: the run has not finished; continue it with resume={self.root}"
             )
-        with self.model_path.open("rb") as file:
+        with self.store.open(self.model_path) as file:
             return read_npz(file, self.model_path)
+
+    @cached_property
+    def store(self) -> Store:
+        """How files with parameters are read and written. Raises CheckpointError when the record is damaged."""
+        return PLAIN if self.keys is None else Store(self.keys, f"run/{self.record().run}")
+
+    def parameter_files(self) -> list[tuple[Path, str]]:
+        """The files that hold parameters, those that there are, with their names for `store`."""
+        found = [*existing(self.root), self.model_path, self.compressed_model]
+        return [(path, path.relative_to(self.root).as_posix()) for path in found if path.is_file()]
+
+    def sha256_of(self, path: Path) -> str:
+        """Hexadecimal SHA-256 of a file that holds parameters, as it is in the clear. Raises EncryptionError."""
+        with self.store.open(path, path.relative_to(self.root).as_posix()) as file:
+            digest = hashlib.sha256()
+            while block := file.read(_BLOCK):
+                digest.update(block)
+            return digest.hexdigest()
 
     def require_whole(self) -> None:
         """Raise UsageError for a run whose model is not whole at the server, to be compressed or exported."""
@@ -354,10 +388,14 @@ class RunDirectory:
             return _RECEIPTS.validate_json(path.read_bytes())
 
     def check(self) -> None:
-        """Read what a run goes on with, before a site is asked for anything. Raises CheckpointError."""
+        """Read what a run goes on with, before a site is asked for anything.
+
+        Raises CheckpointError, or EncryptionError where files are encrypted otherwise than the keys say.
+        """
         self.record()
         self.read_receipts()
         self.read_metrics()
+        self.store.check([path for path, _ in self.parameter_files()])
 
 
 @contextmanager

@@ -177,8 +177,8 @@ class RunState:
         strategy: Strategy,
         initial: Mapping[str, NDArray[np.float32]],
     ) -> None:
-        saved = checkpoint.newest(directory.root)
-        self._root = directory.root
+        saved = checkpoint.newest(directory.root, directory.store)
+        self._directory = directory
         self._strategy = strategy
         self.model = GlobalModel(saved.parameters if saved else initial, strategy)
         if saved:
@@ -212,7 +212,7 @@ class RunState:
     def save(self) -> None:
         """Write the checkpoint; on disk on return."""
         checkpoint.save(
-            self._root,
+            self._directory.root,
             Checkpoint(
                 self.completed,
                 self.model.parameters,
@@ -221,5 +221,6 @@ class RunState:
                 self.memory,
                 None if self.result is None else self.result.model_dump(mode="json"),
             ),
+            self._directory.store,
         )
         self._saved_at = time.monotonic()

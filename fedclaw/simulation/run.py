@@ -300,7 +300,7 @@ def _begin_again(directory: RunDirectory, record: RunRecord) -> None:
 
     What they remembered is gone with the process, and nobody has paid for the rounds: the same ones are computed again.
     """
-    saved = checkpoint.newest(directory.root)
+    saved = checkpoint.newest(directory.root, directory.store)
     strategy = strategy_class(record.strategy.name)
     remembers = strategy.client_state or strategy.personal_model or record.personal or record.compression is not None
     if saved is None or not 0 < saved.round < record.rounds or not remembers:
@@ -349,7 +349,7 @@ def _device(settings: SimulationSettings) -> torch.device:
 
 def _rounds_before(directory: RunDirectory) -> Iterator[Sequence[str]]:
     """Who took part in each round that the run goes on from: what was computed after the checkpoint is done again."""
-    saved = checkpoint.newest(directory.root)
+    saved = checkpoint.newest(directory.root, directory.store)
     if saved is None:
         return
     written = 0

@@ -4,6 +4,10 @@ site.yaml  schema file  data files  keys/  federation.json        what the opera
 ledger.json        that a ledger was begun: see `fedclaw.site.journal.reconciliation`
 state/ledger.sqlite  state/outbound.jsonl  state/outbox/  state/strategy/          what the client keeps there
 
+With `encryption` in site.yaml all that is made from the site's data is encrypted (`fedclaw.identity.at_rest`): states
+of strategies, answers that may be asked for again, and the site's own constants of preprocessing. The ledger, the
+outbound log and the marks are not, for others have to read them: they hold what was charged and what left.
+
 `begin_again` is the operator's explicit word that a site goes on though its privacy ledger is lost, or is older than
 what it spent.
 
@@ -22,7 +26,8 @@ from functools import partial
 from pathlib import Path
 
 from fedclaw.errors import DataError, LedgerError, UsageError
-from fedclaw.files import PRIVATE_MODE, write_atomic
+from fedclaw.files import PRIVATE_MODE
+from fedclaw.identity.at_rest import PLAIN, Store
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.workload import Schema, schema_digest
@@ -37,6 +42,7 @@ from fedclaw.site.journal.reconciliation import (
     check,
     check_mark,
     check_site,
+    constants_file,
     ledger_file,
     losses,
     outbound_file,
@@ -52,11 +58,31 @@ from fedclaw.site.service import SiteService
 from fedclaw.site.settings import SiteSettings, load_site_settings
 from fedclaw.site.shared_rows import note_on_shared_rows
 from fedclaw.site.site import SiteData, fitted, load_data
-from fedclaw.site.state import SiteStates
+from fedclaw.site.state import SiteStates, state_files
 
 log = logging.getLogger(__name__)
 
 LONGEST_REASON = 500
+
+
+CONSTANTS = "state/preprocessing.json"
+"""What the store calls the site's own constants."""
+
+
+def site_store(root: Path, settings: SiteSettings) -> Store:
+    """How files that are made from the site's data are read and written.
+
+    Raises UsageError or EncryptionError if the key that site.yaml names is not to be had.
+    """
+    keys = settings.encryption.keyring(root)
+    return PLAIN if keys is None else Store(keys, f"site/{settings.name}")
+
+
+def personal_files(root: Path) -> list[tuple[Path, str]]:
+    """Whole files that are made from the site's data, those that there are, with their names for its store."""
+    answers = [(path, f"state/answers/{path.name}") for path in sorted(answers_directory(root).glob("*.answer"))]
+    constants = [(constants_file(root), CONSTANTS)] if constants_file(root).is_file() else []
+    return [*state_files(strategy_directory(root)), *answers, *constants]
 
 
 @contextmanager
@@ -81,17 +107,20 @@ def open_service(
     """Load the site's data once and open its ledger and log. Raises DataError, LedgerError or UsageError.
 
     The ledger has to hold every head and charge that the outbound log says has left: an old copy that was put back
-    is refused. With `durable` off (simulation) nothing is written: the ledger lives in memory and nothing is logged.
+    is refused. So is, with EncryptionError, a file that is encrypted otherwise than site.yaml says. With `durable` off
+    (simulation) nothing is written: the ledger lives in memory and nothing is logged.
     """
     agreed = read_schema(settings)
     schema, train = fitted(settings.data, agreed)
     data = load_data(settings.data, schema, train)
     state = state_directory(root)
+    store = site_store(root, settings) if durable else PLAIN
     if durable:
         require_ledger(root)
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        store.check([path for path, _ in personal_files(root)])
         if constants := schema.constants_json():
-            write_atomic(state / "preprocessing.json", constants.encode(), PRIVATE_MODE)
+            store.write(constants_file(root), constants.encode(), PRIVATE_MODE, CONSTANTS)
     with ExitStack() as opened:
         # Whatever fails below, what was opened until then is closed.
         ledger = Ledger.open(
@@ -123,7 +152,7 @@ def open_service(
             outbound=outbound,
             device=choose_device(settings.device),
             speed=settings.speed,
-            states=SiteStates(strategy_directory(root) if durable else None),
+            states=SiteStates(strategy_directory(root) if durable else None, store),
             secure=_secure_identity(state, keys) if keys and durable else None,
         )
         if durable:

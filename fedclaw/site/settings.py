@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from fedclaw.errors import UsageError
+from fedclaw.identity.data_keys import EncryptionSettings
 from fedclaw.learning.workload import Delimiter, FileFormat
 from fedclaw.privacy.speed import StepSpeed
 from fedclaw.protocol.frozen import Written, explain
@@ -66,6 +67,8 @@ class SiteSettings(Written):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     speed: StepSpeed = StepSpeed()
     """How a private step is worked out; it changes no guarantee."""
+    encryption: EncryptionSettings = EncryptionSettings()
+    """What the client keeps of the site's data is encrypted at rest; a relative path starts at the site's directory."""
 
     @property
     def data_set(self) -> str:

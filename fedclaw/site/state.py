@@ -1,6 +1,7 @@
 """What a site remembers of a run from round to round: control variates, a personal model.
 
-It is made from the site's data, so it never leaves, and its files are the site's alone (0600). With it stands what it
+It is made from the site's data, so it never leaves, and its files are the site's alone (0600), encrypted where the site
+has a key for that. With it stands what it
 was made under (`Provenance`): what no noise covers has no place in a round whose noise is made for released values
 alone, and what one strategy calls its own none in another's. A round that is asked a
 second time begins with what the round began with the first time: what is kept is the state before the newest round and
@@ -21,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from fedclaw.errors import CheckpointError
-from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
+from fedclaw.files import PRIVATE_MODE, sync_directory
+from fedclaw.identity.at_rest import PLAIN, Store
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.mechanism import Origin
 from fedclaw.protocol.arrays import Arrays, arrays_to_npz, npz_to_arrays
@@ -82,6 +84,8 @@ class SiteStates:
     """The states of all runs of one site: in memory, or in files in the directory `root`."""
 
     root: Path | None = None
+    store: Store = PLAIN
+    """How those files are read and written."""
     _memory: dict[str, Remembered] = field(default_factory=dict, init=False, repr=False)
     _staged: dict[str, tuple[str, Remembered]] = field(default_factory=dict, init=False, repr=False)
 
@@ -109,7 +113,8 @@ class SiteStates:
             self._staged[key] = (charge, remembered)
         else:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(self._staging(key, charge), _packed(remembered), PRIVATE_MODE)
+            # By the name that it will have: a commit renames it.
+            self.store.write(self._staging(key, charge), _packed(remembered), PRIVATE_MODE, state_name(f"{key}.npz"))
 
     def commit(self, federation: str, run: str, charge: str) -> None:
         """Remember what was staged for `charge`, from now on; nothing if that is done, or there is none. Durable."""
@@ -145,7 +150,18 @@ class SiteStates:
         if self.root is None:
             return self._memory.get(key)
         path = self.root / f"{key}.npz"
-        return _unpacked(path) if path.is_file() else None
+        return _unpacked(self.store.read(path, state_name(path.name)), path) if path.is_file() else None
+
+
+def state_files(root: Path) -> list[tuple[Path, str]]:
+    """The files of all states in `root`, committed or staged, with their names for the store."""
+    found = [*root.glob("*.npz"), *root.glob(f"*{_STAGED}")]
+    return [(path, state_name(f"{path.name.partition('.')[0]}.npz")) for path in sorted(found)]
+
+
+def state_name(file: str) -> str:
+    """What the store calls a state's file."""
+    return f"state/strategy/{file}"
 
 
 def _key(federation: str, run: str) -> str:
@@ -163,8 +179,8 @@ def _packed(remembered: Remembered) -> bytes:
     return arrays_to_npz(arrays)
 
 
-def _unpacked(path: Path) -> Remembered:
-    arrays = npz_to_arrays(path.read_bytes(), path)
+def _unpacked(content: bytes, path: Path) -> Remembered:
+    arrays = npz_to_arrays(content, path)
     parts: dict[str, dict[str, Arrays]] = {_BEFORE: {}, _AFTER: {}}
     try:
         number = int(arrays.pop(_ROUND))

@@ -52,6 +52,11 @@ def outbox_directory(root: Path) -> Path:
     return state_directory(root) / "outbox"
 
 
+def constants_file(root: Path) -> Path:
+    """The site's own constants of preprocessing, for a schema that says standardise: site."""
+    return state_directory(root) / "preprocessing.json"
+
+
 def answers_directory(root: Path) -> Path:
     """The same on Flower's runtimes."""
     return state_directory(root) / "answers"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedclaw import startup
 from fedclaw.errors import UsageError
+from fedclaw.identity.data_keys import EncryptionSettings
 from fedclaw.report.tracking import MlflowTracker, TrackingSettings, check_reachable, make_tracker
 from fedclaw.server.early_checks import check_early
 from fedclaw.server.run_directory import RunDirectory, RunRecord
@@ -26,12 +27,14 @@ class FlowerSettings(RunSettings):
     resume: Path | None = None
     sites: SitesSettings = SitesSettings()
     tracking: TrackingSettings = TrackingSettings()
+    encryption: EncryptionSettings = EncryptionSettings()
 
 
 def open_run(settings: FlowerSettings) -> RunDirectory:
     """The run's directory: a new one, or the one to resume. Raises FedClawError for settings that cannot be run."""
+    keys = settings.encryption.keyring()
     if settings.resume is not None:
-        directory = RunDirectory.open(settings.resume)
+        directory = RunDirectory.open(settings.resume, keys)
         directory.check()
         record = directory.record()
         if record.federation != settings.federation:
@@ -46,7 +49,7 @@ def open_run(settings: FlowerSettings) -> RunDirectory:
         from fedclaw.server.session import make_record
     record = make_record(settings, settings.federation, settings.run, settings.sites.rules())
     check(record)
-    return RunDirectory.create(settings.runs / record.run, record)
+    return RunDirectory.create(settings.runs / record.run, record, keys)
 
 
 def check(record: RunRecord) -> None:

@@ -8,7 +8,7 @@ Answers are stored so that a repeated question gets the same answer at no furthe
 reply is lost. So an answer is stored at the site, under the question's identity, before it is settled as released and
 before a byte of it leaves. Any process that is asked the same question finds it there; without it, a question asked
 twice would be trained, and paid for, twice. A file holds the answer as `fedclaw.transport.grpc.message_codec` encodes
-it, with mode 0600.
+it, with mode 0600, encrypted where the site has a key for that.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import FedClawError, TransportError, UsageError
-from fedclaw.files import PRIVATE_MODE, write_atomic
+from fedclaw.files import PRIVATE_MODE
+from fedclaw.identity.at_rest import PLAIN, Store
 from fedclaw.protocol.message_identity import envelope_of, expires_at, rebuild
 from fedclaw.site.directory import only_client, open_service, state_directory
 from fedclaw.site.service import SiteService
@@ -43,14 +44,15 @@ _SUFFIX = ".answer"
 class AnswerStore:
     """The newest answers of one site, in `directory`. Its user holds the site's lock."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, store: Store = PLAIN) -> None:
         self._directory = directory
+        self._store = store
 
     def find(self, identity: str) -> RecordDict | None:
         """The answer to that question, or None. A damaged one is removed; its question is paid for anew."""
         path = self._path(identity)
         try:
-            content = decode(path.read_bytes())
+            content = decode(self._store.read(path, f"state/answers/{path.name}"))
         except FileNotFoundError:
             return None
         except TransportError as error:
@@ -62,7 +64,8 @@ class AnswerStore:
     def store(self, identity: str, answer: RecordDict) -> None:
         """Store `answer`, durable on return, and remove the oldest ones. Raises OSError if it cannot be written."""
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(self._path(identity), b"".join(encode(answer).parts), PRIVATE_MODE)
+        path = self._path(identity)
+        self._store.write(path, b"".join(encode(answer).parts), PRIVATE_MODE, f"state/answers/{path.name}")
         stored = sorted(self._directory.glob(f"*{_SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
         for path in stored[:-KEPT]:
             path.unlink(missing_ok=True)
@@ -115,8 +118,8 @@ def answer_at(location: SiteLocation, message: Message) -> Message:
 
 def _answer(location: SiteLocation, message: Message) -> Message:
     asked = _question(message)
-    answers = AnswerStore(state_directory(location.root) / "answers")
     site = _service(location)
+    answers = AnswerStore(state_directory(location.root) / "answers", site.states.store)
     stored = answers.find(asked.metadata.message_id)
     reply = site.answer(asked) if stored is None else Message(stored, reply_to=asked)
     if stored is None and reply.has_content():

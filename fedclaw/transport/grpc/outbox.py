@@ -5,6 +5,7 @@ file is whole or not there. So what was stored survives the process being killed
 reply of up to FLUSHED_BYTES also survives the machine losing power, as far as the disk keeps its word: a new file is
 flushed, renamed, and its directory flushed, before a byte of it leaves. A file that was damaged all the same is
 recognised (its digest is checked before it is sent after a restart) and its task is then done, and paid for, anew.
+The bytes are sealed to the aggregator. A trailer, which holds metrics, is encrypted where the site has a key for that.
 
 The file of a reply that is not needed any more is written over by a later one, at the same length, so that one flush of
 its data is enough: blocks, length and directory stay as they are. Whichever of its names a power cut leaves it with,
@@ -17,12 +18,14 @@ half of all the work, in every round, against an accident that costs one round.
 """
 
 import hashlib
+import io
 import logging
 import os
+import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,7 +35,9 @@ from flwr.app import Error
 from google.protobuf.message import DecodeError
 
 from fedclaw.errors import TransportError
-from fedclaw.files import sync_data, sync_directory, write_all
+from fedclaw.files import replacing, sync_data, sync_directory, write_all
+from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.rekey import Change
 from fedclaw.identity.seal import SEGMENT, Sealed
 from fedclaw.identity.stream import TAG
 from fedclaw.processors import usable
@@ -46,6 +51,7 @@ from fedclaw.transport.grpc.sender import OutgoingTransfer
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".sealed"
+_SPARE = ".spare.part"
 _MAGIC = b"FCO2"
 _EARLIER_MAGIC = b"FCO1"
 """Of files made before trailers had a digest of their own."""
@@ -60,6 +66,8 @@ _TREE = "tree:"
 reply are hashed side by side. A digest without it is SHA-256 of all bytes: an earlier version has stored that reply."""
 _COPIERS = 8
 """Threads that seal and store one reply, at most."""
+TRAILER = "state/outbox"
+"""What the site's store calls a trailer. Which task it is of stands in it, and the file takes its name from there."""
 _BLOCK = 4096
 """A file's length is a multiple of this, so that most replies to one question fit where another was."""
 
@@ -127,17 +135,19 @@ class StoredReply:
 class Outbox:
     """The stored replies of one site. One thread stores and prunes; others may call `find` at the same time."""
 
-    def __init__(self, directory: Path, limits: Limits) -> None:
+    def __init__(self, directory: Path, limits: Limits, store: Store = PLAIN) -> None:
+        """`store` is the site's: with keys trailers are encrypted. Raises EncryptionError for one that is otherwise."""
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         sync_directory(directory.parent)
         self._directory = directory
-        self._spare_path = directory / ".spare.part"
+        self._spare_path = directory / _SPARE
         self._limits = limits
+        self._store = store
         for leftover in directory.glob(".*.part"):
             if leftover != self._spare_path:
                 leftover.unlink(missing_ok=True)
         paths = [*directory.glob(f"*{_SUFFIX}"), *directory.glob(self._spare_path.name)]
-        found = [self._named(entry) for path in paths if (entry := _load(path)) is not None]
+        found = [self._named(entry) for path in paths if (entry := _load(path, store)) is not None]
         self._entries = {entry.task.message_id: entry for entry in sorted(found, key=lambda entry: entry.stored)}
         self._unchecked = set(self._entries)
         self._spare: int | None = None
@@ -193,7 +203,7 @@ class Outbox:
                     digest=digest,
                     summary=summary,
                 ).SerializeToString()
-                end = trailer + len(trailer).to_bytes(_LENGTH, "big") + _check_of(trailer) + _MAGIC
+                end = _end_of(self._store.pack(trailer, TRAILER))
                 flushed = body_size <= FLUSHED_BYTES
                 wanted = _length(body_size + len(end), length) if flushed else body_size + len(end)
                 if wanted != length:
@@ -307,11 +317,12 @@ def _publish(temporary: Path, path: Path, flushed: bool) -> None:
         raise
 
 
-def _load(path: Path) -> StoredReply | None:
-    """The stored reply in a file, or None. A damaged file is removed."""
+def _load(path: Path, store: Store) -> StoredReply | None:
+    """The stored reply in a file, or None. A damaged file is removed. Raises EncryptionError."""
     try:
         with path.open("rb", buffering=0) as file:
-            spooled, room = _trailer(file.fileno())
+            trailer, room = _trailer(file.fileno())
+            spooled = pb.Spooled.FromString(store.unpack(trailer, TRAILER, str(path)))
             if spooled.size > room:
                 raise DecodeError("cut off")
             stored = os.fstat(file.fileno()).st_mtime
@@ -336,12 +347,57 @@ def _load(path: Path) -> StoredReply | None:
     )
 
 
+def change_trailers(directory: Path, change: Change) -> Iterator[tuple[Path, bool]]:
+    """Make the trailer of each stored reply anew, a file after the other; each path, and whether it was changed.
+
+    No client may be running. Raises EncryptionError naming the file; those before it stay changed.
+    """
+    for path in _reply_files(directory):
+        yield path, _change_trailer(path, change)
+
+
+def stored_trailers(directory: Path) -> Iterator[tuple[Path, bytes]]:
+    """The trailer of each stored reply as it is stored, and its file."""
+    for path in _reply_files(directory):
+        with path.open("rb") as file, suppress(DecodeError):
+            yield path, _trailer(file.fileno())[0]
+
+
+def _reply_files(directory: Path) -> list[Path]:
+    return sorted([*directory.glob(f"*{_SUFFIX}"), *directory.glob(_SPARE)])
+
+
+def _change_trailer(path: Path, change: Change) -> bool:
+    with path.open("rb") as file, suppress(DecodeError):
+        trailer, room = _trailer(file.fileno())
+        source, made = io.BytesIO(trailer), io.BytesIO()
+        if not change.needed(source):
+            return False
+        change.make(source, made, TRAILER, str(path))
+        status = os.fstat(file.fileno())
+        with replacing(path, stat.S_IMODE(status.st_mode)) as target:
+            while room > 0 and (block := file.read(min(room, _CHUNK))):
+                target.write(block)
+                room -= len(block)
+            target.write(_end_of(made.getvalue()))
+            target.flush()
+            os.utime(target.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
+        return True
+    # What has no whole trailer is no reply: the client drops it.
+    return False
+
+
+def _end_of(trailer: bytes) -> bytes:
+    """The end of a file, with its trailer as it is stored."""
+    return trailer + len(trailer).to_bytes(_LENGTH, "big") + _check_of(trailer) + _MAGIC
+
+
 def _check_of(trailer: bytes) -> bytes:
     return hashlib.sha256(trailer).digest()[:_CHECK]
 
 
-def _trailer(descriptor: int) -> tuple[pb.Spooled, int]:
-    """A file's trailer, and the bytes before it. Raises DecodeError if there is none, or it is damaged."""
+def _trailer(descriptor: int) -> tuple[bytes, int]:
+    """A file's trailer as it is stored, and the bytes before it. Raises DecodeError for none, or a damaged one."""
     length = os.fstat(descriptor).st_size
     tail = os.pread(descriptor, _LENGTH + _CHECK + len(_MAGIC), max(0, length - _LENGTH - _CHECK - len(_MAGIC)))
     checked = tail.endswith(_MAGIC)
@@ -354,7 +410,7 @@ def _trailer(descriptor: int) -> tuple[pb.Spooled, int]:
     trailer = os.pread(descriptor, size, room) if room >= 0 else b""
     if checked and _check_of(trailer) != tail[_LENGTH : -len(_MAGIC)]:
         raise DecodeError("a damaged trailer")
-    return pb.Spooled.FromString(trailer), room
+    return trailer, room
 
 
 def _copy(sealed: Sealed, descriptor: int) -> str:

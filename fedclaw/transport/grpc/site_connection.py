@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from fedclaw import __version__
 from fedclaw.errors import ConnectionRefused, ProvisionError, TransportError, UsageError
 from fedclaw.identity import pki
+from fedclaw.identity.at_rest import PLAIN, Store
 from fedclaw.identity.names import canonical_address, canonical_host, split_address
 from fedclaw.identity.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
 from fedclaw.protocol.message_identity import number_of
@@ -132,10 +133,12 @@ class SiteConnection:
         state: Path,
         limits: Limits | None = None,
         address: str | None = None,
+        store: Store = PLAIN,
     ) -> None:
         """`state` is the site's state directory (the outbox lies in it); `address` overrides the descriptor's.
 
-        Raises UsageError for a malformed address.
+        `store` says how the site's files are encrypted. Raises UsageError for a malformed address, EncryptionError for
+        an outbox that is encrypted otherwise.
         """
         self._keys = keys
         self._limits = limits or Limits()
@@ -143,7 +146,7 @@ class SiteConnection:
             self._address, self._name = channel_target(keys.descriptor.address, address)
         except ValueError as error:
             raise UsageError(f"server: {error}") from None
-        self._outbox = Outbox(state / "outbox", self._limits)
+        self._outbox = Outbox(state / "outbox", self._limits, store)
         self._reassembler = TaskReassembler(self._limits.intake_bytes)
         self._lock = threading.Lock()
         self._stream: _Stream | None = None
