@@ -39,7 +39,7 @@ format: $(VENV)/.dev ## let ruff sort and format
 protocol: $(VENV)/.dev ## generate the gRPC code from the .proto files
 	$(BIN)/python -m fedclaw.transport.grpc.protocol.generate
 
-benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale, startup
+benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale, startup, latency
 	$(BIN)/python -m experiments.benchmarks.exchange
 	$(BIN)/python -m experiments.benchmarks.aggregation
 	$(BIN)/python -m experiments.benchmarks.dp_step
@@ -47,6 +47,7 @@ benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregat
 	$(BIN)/python -m experiments.benchmarks.simulation
 	$(BIN)/python -m experiments.benchmarks.scale
 	$(BIN)/python -m experiments.benchmarks.startup
+	$(BIN)/python -m experiments.benchmarks.latency
 
 heart-disease: $(VENV)/.demo ## FLamby's heart-disease table and beyond (DATA=directory of the four UCI files)
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.heart_disease data=$(DATA)
