@@ -41,6 +41,7 @@ from rich.table import Table
 from fedclaw import startup
 from fedclaw.cli import compose_settings, expanded, make_console, run_main, split
 from fedclaw.errors import EncryptionError, UsageError
+from fedclaw.export.staging import SCOPE as BUNDLE_SCOPE
 from fedclaw.identity.at_rest import MAGIC, Header, Store, is_encrypted, read_header
 from fedclaw.identity.data_keys import Keyring, KeySetting, load_keyring, new_key_file
 from fedclaw.identity.rekey import Change, Decrypt, Encrypt, Reencrypt, Rewrap, change_file
@@ -126,11 +127,8 @@ def places(root: Path) -> list[Place]:
     if (root / "site.yaml").is_file():
         return [_site(root)]
     if (root / "SHA256SUMS").is_file():
-        return [Place(root, BUNDLE, lambda: _bundle_files(root))]
+        return [Place(root, BUNDLE_SCOPE, lambda: _bundle_files(root))]
     raise UsageError(f"{root} is no run's directory (run.json), no site's (site.yaml), and no bundle (SHA256SUMS)")
-
-
-BUNDLE = "bundle"
 
 
 def _bundle_files(root: Path) -> list[tuple[Path, str]]:

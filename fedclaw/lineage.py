@@ -33,6 +33,7 @@ from fedclaw.errors import BundleError, UsageError
 from fedclaw.export.check import load_trust
 from fedclaw.export.lineage import AtHand, Link, State, lineage
 from fedclaw.files import write_atomic
+from fedclaw.identity.data_keys import EncryptionSettings, KeySetting
 from fedclaw.protocol.frozen import Frozen
 
 _STYLES: dict[State, str] = {"verified": "green", "told": "default", "not at hand": "yellow", "contradicts": "bold red"}
@@ -48,8 +49,10 @@ class LineageSettings(Frozen):
     ca: Path | None
     crl: Path | None
     expired: Literal["accept", "refuse"]
+    key: KeySetting | None
     as_json: bool = Field(alias="json")
     output: Path | None
+    encryption: EncryptionSettings = EncryptionSettings()
 
 
 def main(arguments: Sequence[str], console: Console | None = None) -> None:
@@ -66,8 +69,9 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         raise UsageError(f"output={settings.output} is a directory; name a file")
     with naming(bundle=named[0], federation=settings.federation):
         descriptor = None if settings.ca is not None else settings.federation
-        trust = load_trust(settings.ca, descriptor, settings.crl, settings.expired)
-        found = lineage(named[0], trust, AtHand(settings.run, settings.federation, settings.sites))
+        trust = load_trust(settings.ca, descriptor, settings.crl, settings.expired, settings.key)
+        run_keys = settings.encryption.keyring()
+        found = lineage(named[0], trust, AtHand(settings.run, settings.federation, settings.sites, run_keys))
     _tell(found, settings, console or make_console())
     if wrong := found.count()["contradicts"]:
         raise BundleError(f"{wrong} link(s) of the lineage of {named[0]} contradict what is at hand")

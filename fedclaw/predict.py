@@ -8,6 +8,8 @@
     identifiers columns to write beside each prediction, [a,b], with those that the bundle's schema names
     delimiter   and decimal, encoding, title_lines: how the input is written, where it is not as the schema says
     constants   the site's state/preprocessing.json, for a bundle whose schema says standardise: site
+    key         what opens a bundle that is encrypted at rest: file:PATH, env:NAME or a PKCS#11 URI; [bundle's,site's]
+                where a site's constants are encrypted under another key
     device      cpu, cuda (with onnxruntime-gpu), or auto: cuda where there is one
     precision   float32, the exact model; int8 or float16, where the bundle has it; or the one it has as recommended
     output      writes a CSV with the label and the probability of every class, or the value, instead of a table
@@ -73,10 +75,10 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError(f"output={settings.output}: this is the input; name another file")
     require_paths(input=settings.input, constants=settings.constants)
     with naming(bundle=settings.bundle, federation=settings.federation):
-        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
+        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired, settings.key)
         predictor = Predictor.open(settings.bundle, trust, settings.device, settings.precision)
     if settings.constants is not None:
-        predictor.use_constants(settings.constants)
+        predictor.use_constants(settings.constants, trust.keys)
     predictor.read_as(FileFormat(**fields_of(settings, FileFormat)))
     answers = Answers.of(predictor, predictor.read_rows(settings.input, settings.identifiers))
     console = make_console()

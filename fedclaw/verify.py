@@ -1,12 +1,13 @@
 """Check that a bundle is whole and signed by a federation.
 
-    python -m fedclaw.verify BUNDLE [ca=ca.crt | federation=federation.json] [crl=revoked.crl] [expired=refuse]
+    python -m fedclaw.verify BUNDLE [ca=ca.crt | federation=federation.json] [crl=revoked.crl] [expired=refuse] [key=…]
 
     ca          certificate of the CA that you trust, got in another way than the bundle
     federation  the federation's descriptor, which holds that CA
     crl         the CA's revocation list; a revoked release certificate is refused
     expired     accept (default): a bundle signed while its certificate was valid stays valid
                 refuse: the certificate must be valid now
+    key         what opens a bundle that is encrypted at rest: file:PATH, env:NAME or a PKCS#11 URI
 
 Without ca= or federation= only wholeness is proved; compare a printed fingerprint with the coordinator.
 Exit code 0: verified. 1: not verified, one line says which file and why.
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(named) != 1:
         raise UsageError("name one bundle: python -m fedclaw.verify BUNDLE")
     with naming(bundle=named[0], federation=settings.federation):
-        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
+        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired, settings.key)
         verified = verify_bundle(named[0], trust)
     report(verified, make_console())
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
             FederationHome.open(settings.federation)
     directory = RunDirectory.open(settings.run, settings.encryption.keyring())
     require_room(directory, settings.overwrite)
-    directory.check()
+    directory.check_encryption()
     with startup.loading("torch and the pruning library"):
         from fedclaw.compress.stage import compress
     startup.next_step("the run is as it was: give the same command again")

@@ -10,6 +10,8 @@
                 one with the largest F1 on it, and goes into the bundle
     threshold_statistics  instead, a statistics.json of python -m fedclaw.statistics scores=runs/NAME, which was
                 charged to the sites' ledgers: the threshold then comes from their training rows
+    key         encrypts the bundle: file:PATH, env:NAME or a PKCS#11 URI; verify and predict take the same
+    encryption.key  the key of a run that is encrypted at rest; plaintext=true writes its bundle in the clear
     model       auto | final | compressed   (auto: the compressed one if there is one)
     tolerance   largest difference allowed (1e-4); for outputs above 10, at least 1e-5 of the largest, float32's limit
     floor       least score of the task (accuracy; R2 of a value) that the model has to have reached: as trained, in the
@@ -45,6 +47,7 @@ from fedclaw.cli import make_console, naming, require_paths, run_main, settings_
 from fedclaw.compress.record import read_compressed
 from fedclaw.errors import UsageError
 from fedclaw.export.source import load_source, signing_home
+from fedclaw.identity.data_keys import EncryptionSettings, Keyring, KeySetting, load_keyring
 from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.limits import Name
@@ -72,6 +75,9 @@ class ExportSettings(Frozen):
     license: Name | None
     overwrite: bool
     seed: int
+    key: KeySetting | None = None
+    plaintext: bool = False
+    encryption: EncryptionSettings = EncryptionSettings()
     floor: float | None = Field(default=None, le=1)
     ledgers: tuple[Path, ...] = ()
 
@@ -83,7 +89,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def export(settings: ExportSettings, console: Console) -> None:
     """Export with checked settings and print each step on `console`."""
-    directory = RunDirectory.open(settings.run)
+    directory = RunDirectory.open(settings.run, settings.encryption.keyring())
+    keys = _bundle_keys(settings)
+    directory.check_encryption()
     with naming(federation=settings.federation):
         home = signing_home(directory.record(), settings.federation)
     require_paths(
@@ -133,6 +141,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         floor=settings.floor,
         ledgers=settings.ledgers,
         typed=typed,
+        keys=keys,
     )
     target = settings.output or settings.run / "bundle"
     with console.status("exporting") as status:
@@ -155,8 +164,21 @@ def export(settings: ExportSettings, console: Console) -> None:
         console.print(f"threshold {threshold_in_words(manifest)}", markup=False)
     for note in late_notes(source.metrics) if mechanism_of(source.record).claims_privacy else ():
         console.print(f"note      {note}", style="yellow", markup=False, soft_wrap=True)
+    if keys is not None:
+        console.print(f"encrypted under the key {keys.id.hex()}; who serves it needs that key", markup=False)
     console.print(f"signed    by {verified.signer.name}, CA SHA-256 {verified.signer.fingerprint}", markup=False)
     console.print(f"next      {verify_command(target, home.root / CA_CERTIFICATE)}", markup=False, soft_wrap=True)
+
+
+def _bundle_keys(settings: ExportSettings) -> Keyring | None:
+    """The keys of the bundle. Raises UsageError where a model that is encrypted would be written in the clear."""
+    if settings.key is not None:
+        return load_keyring(settings.key)
+    if settings.encryption.key is not None and not settings.plaintext:
+        raise UsageError(
+            "the run is encrypted: name the bundle's key with key=…, or write its model in the clear: plaintext=true"
+        )
+    return None
 
 
 def verify_command(bundle: Path, ca: Path) -> str:

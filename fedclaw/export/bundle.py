@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,10 +22,12 @@ from fedclaw.export.model_signature import sign_digests
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.sbom import bill_of_materials
 from fedclaw.export.source import Source
+from fedclaw.export.staging import assembling, beside, encrypt_bundle
 from fedclaw.export.statement import PrivacyStatement, state
 from fedclaw.export.threshold import choose_threshold, threshold_of_release
 from fedclaw.export.training_record import TrainingRecord
 from fedclaw.files import PUBLIC_MODE, sha256_file, sync_directory, write_atomic
+from fedclaw.identity.data_keys import Keyring
 from fedclaw.identity.federation_home import ReleaseSigner
 from fedclaw.learning.preprocessing import TypedRows
 from fedclaw.learning.tasks.classification import Classification
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 SYNTHETIC_EXAMPLES = 256
 VERSIONED = ("fedclaw", "torch", "onnx", "onnxscript", "onnxruntime", "opacus", "flwr", "numpy")
-DIRECTORY_MODE = 0o755
 THRESHOLD_BATCH = 256
 
 
@@ -69,6 +69,8 @@ class Request:
     """Sites' ledgers that are at hand, to hold their receipts against."""
     typed: TypedRows | None = None
     """The real inputs as typed columns, for the parity check of pipeline.onnx; None: made from the schema."""
+    keys: Keyring | None = None
+    """The bundle's files are encrypted at rest under these; None: they are as they are."""
 
 
 def export_bundle(
@@ -90,17 +92,19 @@ def export_bundle(
     source = replace(source, acceptance=accept(source, request.floor, request.ledgers))
     if (request.public is not None or request.scores is not None) and len(source.schema.labels) != 2:
         raise BundleError(f"a threshold is for two classes, and the schema has {len(source.schema.labels)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        staging.chmod(DIRECTORY_MODE)
+    with assembling(target, request.keys) as staging:
         _fill(staging, source, signer, request, progress)
         progress("signing")
         _sign(staging, signer, target.name)
-        verified = verify_bundle(staging, Trust(authority=signer.ca_pem))
-        _publish(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if request.keys is None:
+            verified = verify_bundle(staging, Trust(authority=signer.ca_pem))
+            _publish(staging, target)
+        else:
+            progress("encrypting")
+            with beside(target) as encrypted:
+                encrypt_bundle(staging, encrypted, request.keys)
+                verified = verify_bundle(encrypted, Trust(signer.ca_pem, keys=request.keys))
+                _publish(encrypted, target)
     return Verified(**{**vars(verified), "path": target})
 
 

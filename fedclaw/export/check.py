@@ -5,7 +5,8 @@ The manifest, which is signed, says the format, so that a bundle of one cannot b
 
 Needs neither torch nor ONNX. Each file is read once, from a handle that follows no symbolic link. A caller gets the
 very bytes that were checked, so a file cannot be exchanged between check and use. `load_trust` makes a `Trust` of what
-a user names on the command line: a certificate, a descriptor, a revocation list.
+a user names on the command line: a certificate, a descriptor, a revocation list, a key. A bundle that is encrypted at
+rest is decrypted in memory: what is signed is what was encrypted.
 """
 
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from cryptography import x509
 from pydantic import ValidationError
@@ -39,6 +40,9 @@ from fedclaw.export.layout import (
 )
 from fedclaw.export.model_signature import verify_digests
 from fedclaw.export.signature import parse_certificate, parse_revocations
+from fedclaw.export.staging import SCOPE
+from fedclaw.identity.at_rest import Store
+from fedclaw.identity.data_keys import Keyring, KeySetting, load_keyring
 from fedclaw.protocol.frozen import Frozen, explain
 
 LINE = re.compile(rf"([0-9a-f]{{64}})  ({FILE_NAME.strip('^$')})")
@@ -57,6 +61,8 @@ class Trust:
     """A revocation list (PEM) of that CA."""
     expired: Literal["accept", "refuse"] = "accept"
     """Whether to accept a bundle whose release certificate has expired since it was signed."""
+    keys: Keyring | None = None
+    """What opens a bundle that is encrypted at rest; one that is not is then refused. None: it is not encrypted."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +82,19 @@ def verify_bundle(path: Path, trust: Trust | None = None, keep: Iterable[str] = 
     """Verify the bundle directory `path`; `contents` of the result has the files named in `keep`.
 
     Raises BundleError naming the file that was changed, is missing, does not belong there, is a link, or was signed by
-    somebody else. The signature is checked before a file of any size is read.
+    somebody else, and EncryptionError naming the file that does not open. The signature is checked before a file of any
+    size is read.
     """
     trust = trust or Trust()
     names = _list(path)
+    files = _Files(path, Store(trust.keys, SCOPE))
     version = _format_version(names)
     proof = (RELEASE_CERTIFICATE, CA_CERTIFICATE, DIGESTS, SIGNATURES[version])
-    small = {name: _read_small(path, name, names) for name in proof}
+    small = {name: _read_small(files, name, names) for name in proof}
     release, authority, signer = _check_certificates(small, trust)
     digests = _signed_digests(version, small, release, authority)
     _require_complete(version, names, digests)
-    contents = _read_listed(path, digests, small, {MANIFEST, RELEASE_CERTIFICATE, CA_CERTIFICATE, *keep})
+    contents = _read_listed(files, digests, small, {MANIFEST, RELEASE_CERTIFICATE, CA_CERTIFICATE, *keep})
     manifest = _parse_manifest(contents[MANIFEST], version)
     signature.check_federation(release, manifest.federation)
     now = datetime.now(UTC)
@@ -178,7 +186,7 @@ def _require_complete(version: FormatVersion, names: frozenset[str], listed: Map
 
 
 def _read_listed(
-    path: Path, digests: Mapping[str, str], read: Mapping[str, bytes], keep: Container[str]
+    files: "_Files", digests: Mapping[str, str], read: Mapping[str, bytes], keep: Container[str]
 ) -> dict[str, bytes]:
     """Check every file against its digest, those in `read` from memory; the content of those named in `keep`."""
     contents = {}
@@ -186,7 +194,7 @@ def _read_listed(
         if name in read:
             found, content = sha256(read[name]).hexdigest(), read[name]
         else:
-            found, content = _read_hashed(path, name, name in keep)
+            found, content = _read_hashed(files, name, name in keep)
         _require_digest(name, found, digest)
         if name in keep:
             contents[name] = content
@@ -230,26 +238,38 @@ def _parse_manifest(content: bytes, version: FormatVersion) -> Manifest:
     return manifest
 
 
-def _read_small(path: Path, name: str, names: frozenset[str]) -> bytes:
+def _read_small(files: "_Files", name: str, names: frozenset[str]) -> bytes:
     if name not in names:
         raise BundleError(f"{name} is missing from the bundle")
-    with os.fdopen(_open(path, name), "rb") as file:
+    with files.open(name) as file:
         content = file.read(SMALL + 1)
     if len(content) > SMALL:
         raise BundleError(f"{name} is damaged: larger than {SMALL} bytes")
     return content
 
 
-def _read_hashed(path: Path, name: str, keep: bool) -> tuple[str, bytes]:
+def _read_hashed(files: "_Files", name: str, keep: bool) -> tuple[str, bytes]:
     """The SHA-256 of a file and, if asked for, its content."""
     hasher = sha256()
     kept: list[bytes] = []
-    with os.fdopen(_open(path, name), "rb") as file:
+    with files.open(name) as file:
         while chunk := file.read(CHUNK):
             hasher.update(chunk)
             if keep:
                 kept.append(chunk)
     return hasher.hexdigest(), b"".join(kept)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """A bundle's files, as they are or encrypted."""
+
+    path: Path
+    store: Store
+
+    def open(self, name: str) -> BinaryIO:
+        """The content of a file. Raises BundleError, EncryptionError."""
+        return self.store.opened(os.fdopen(_open(self.path, name), "rb"), name, str(self.path / name))
 
 
 def _open(path: Path, name: str) -> int:
@@ -270,14 +290,20 @@ class TrustSettings(Frozen):
     federation: Path | None
     crl: Path | None
     expired: Literal["accept", "refuse"]
+    key: KeySetting | None = None
 
 
 def load_trust(
-    ca: Path | None, federation: Path | None, crl: Path | None, expired: Literal["accept", "refuse"] = "accept"
+    ca: Path | None,
+    federation: Path | None,
+    crl: Path | None,
+    expired: Literal["accept", "refuse"] = "accept",
+    key: KeySetting | None = None,
 ) -> Trust:
     """Read the CA to trust from `ca` (PEM) or from the descriptor `federation` (the file, or its directory).
 
-    Raises UsageError when both are given, or a file cannot be read or is nothing of the kind.
+    `key` names what opens an encrypted bundle. Raises UsageError when both are given, or a file cannot be read or is
+    nothing of the kind, EncryptionError when the key cannot be had.
     """
     if ca is not None and federation is not None:
         raise UsageError("give ca=… or federation=…, not both")
@@ -292,7 +318,8 @@ def load_trust(
             authority = load_descriptor(path).ca_certificate.encode()
         except ProvisionError as error:
             raise UsageError(f"federation={federation}: {error}") from error
-    return Trust(authority, None if crl is None else _read(crl, "crl", parse_revocations), expired)
+    revocations = None if crl is None else _read(crl, "crl", parse_revocations)
+    return Trust(authority, revocations, expired, None if key is None else load_keyring(key))
 
 
 def _read(path: Path, setting: str, parse: Callable[[bytes, str], object]) -> bytes:

@@ -38,6 +38,7 @@ from fedclaw.export.training_record import (
     rounds_of,
 )
 from fedclaw.files import sha256_file
+from fedclaw.identity.data_keys import Keyring
 from fedclaw.identity.federation_home import load_record
 from fedclaw.privacy.mechanisms.receipts import impossible
 from fedclaw.protocol.frozen import Frozen, S, explain
@@ -83,6 +84,8 @@ class AtHand:
     """The coordinator's directory, with the records of its sites."""
     ledgers: tuple[Path, ...] = ()
     """Sites' directories, ledger files, or printed ledgers."""
+    keys: Keyring | None = None
+    """What opens the run's files, where they are encrypted at rest."""
 
 
 def lineage(bundle: Path, trust: Trust, at_hand: AtHand) -> Link:
@@ -264,7 +267,8 @@ class _Walk:
             return None
         root = (self.directory.root / recovery.directory).resolve()
         inside = root.is_relative_to(self.directory.root.resolve())
-        return RunDirectory(root) if inside and RunDirectory(root).record_path.is_file() else None
+        found = RunDirectory(root, self.directory.keys)
+        return found if inside and found.record_path.is_file() else None
 
     def _other_model(self, told: _Told, record: RunRecord) -> Iterator[str]:
         manifest = self.verified.manifest
@@ -447,22 +451,22 @@ class _Walk:
             yield "the run's compression.json says something else"
         if own.model != self.verified.manifest.model:
             yield "the run was compressed to another model"
-        if own.teacher_sha256 != _sha256(self.directory.model_path):
+        if own.teacher_sha256 != _model_sha256(self.directory, self.directory.model_path):
             yield "it was not made from this run's model.npz"
         files = None if self.training is None else self.training.compression
         if files is None:
             return
         if files.record != _sha256(path / RECORD):
             yield f"the run's {RECORD} has another digest than at export"
-        if files.model != _sha256(path / MODEL):
+        if files.model != _model_sha256(self.directory, path / MODEL):
             yield f"the run's compressed {MODEL} has another digest than at export"
 
 
 def _directory(verified: Verified, at_hand: AtHand) -> RunDirectory | None:
     """The run's, where it is named or the bundle lies in it."""
     if at_hand.run is not None:
-        return RunDirectory.open(at_hand.run)
-    found = RunDirectory(verified.path.resolve().parent)
+        return RunDirectory.open(at_hand.run, at_hand.keys)
+    found = RunDirectory(verified.path.resolve().parent, at_hand.keys)
     try:
         own = found.record_path.is_file() and found.record().run == verified.manifest.run
     except CheckpointError:
@@ -512,7 +516,7 @@ def _rounds(told: _Told, own: SourceRun, directory: RunDirectory) -> Link:
 
 def _checkpoint(directory: RunDirectory, record: RunRecord) -> Link:
     try:
-        saved = checkpoint.newest(directory.root)
+        saved = checkpoint.newest(directory.root, directory.store)
         if saved is None:
             return Link.of("last checkpoint", "not at hand")
         if saved.round != record.rounds:
@@ -576,6 +580,10 @@ def _looked_at(record: Compression) -> Link:
 
 def _equal(told: float, found: float) -> bool:
     return math.isclose(told, found, rel_tol=_EXACT)
+
+
+def _model_sha256(directory: RunDirectory, path: Path) -> str | None:
+    return directory.sha256_of(path) if path.is_file() else None
 
 
 def _sha256(path: Path) -> str | None:

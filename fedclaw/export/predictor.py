@@ -13,6 +13,8 @@ from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import FORMS, MANIFEST, ONNX, SCHEMA, Manifest, Precision
 from fedclaw.export.runtime import Device, open_session, run_session
+from fedclaw.identity.at_rest import PLAIN, Store, is_encrypted
+from fedclaw.identity.data_keys import Keyring
 from fedclaw.learning.preprocessing import TypedRows
 from fedclaw.learning.registry import schema_class
 from fedclaw.learning.tasks.base import Task
@@ -72,10 +74,14 @@ class Predictor:
             raise BundleError(f"{verified.path} has no {name}: precision={precision} needs it")
         return cls(verified, schema, open_session(verified.contents[name], name, "predict", device))
 
-    def use_constants(self, path: Path) -> None:
-        """Standardise inputs with a site's own constants (its state/preprocessing.json). Raises DataError."""
+    def use_constants(self, path: Path, keys: Keyring | None = None) -> None:
+        """Standardise inputs with a site's own constants (its state/preprocessing.json), encrypted or not.
+
+        Raises DataError, or EncryptionError for a file that `keys` do not open.
+        """
         try:
-            text = path.read_text(encoding="utf-8")
+            store = Store(keys) if is_encrypted(path) else PLAIN
+            text = store.read(path, "state/preprocessing.json").decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the constants cannot be read: {error}") from error
         self.schema = self.schema.with_constants(text, str(path))

@@ -395,6 +395,10 @@ class RunDirectory:
         self.record()
         self.read_receipts()
         self.read_metrics()
+        self.check_encryption()
+
+    def check_encryption(self) -> None:
+        """Raise EncryptionError for a file with parameters that is encrypted otherwise than the keys say."""
         self.store.check([path for path, _ in self.parameter_files()])
 
 
