@@ -28,7 +28,7 @@ from pydantic.alias_generators import to_camel
 
 from fedclaw.errors import BundleError
 from fedclaw.export.layout import CA_CERTIFICATE, FILE_NAME, RELEASE_CERTIFICATE, SIGNATURE
-from fedclaw.export.signature import check_signature, parse_certificate
+from fedclaw.export.signature import check_signature, parse_certificate, printable
 from fedclaw.protocol.frozen import Frozen, explain
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -217,9 +217,7 @@ def _parse(kind: type[M], content: bytes) -> M:
 
 
 def _damaged(why: str) -> BundleError:
-    # A stranger's names may stand in it: on one line, then, and nothing that moves a terminal's cursor.
-    line = "".join(letter if letter.isprintable() else "?" for letter in why)
-    return BundleError(f"{SIGNATURE} is damaged: {line}")
+    return BundleError(f"{SIGNATURE} is damaged: {printable(why)}")
 
 
 Base64 = Annotated[bytes, BeforeValidator(_decode)]

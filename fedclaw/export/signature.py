@@ -13,7 +13,6 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedclaw.errors import BundleError, ProvisionError
@@ -93,9 +92,10 @@ def check_chain(release: x509.Certificate, authority: x509.Certificate) -> Verif
 
 def check_federation(release: x509.Certificate, federation: str) -> None:
     """Check that `release` is the release certificate of `federation`. Raises BundleError."""
-    found = {type(extension.value): extension.value for extension in release.extensions}
+    found = _extensions(release)
     names = found.get(x509.SubjectAlternativeName)
-    uris = names.get_values_for_type(x509.UniformResourceIdentifier) if names is not None else []
+    kind = x509.UniformResourceIdentifier
+    uris = names.get_values_for_type(kind) if isinstance(names, x509.SubjectAlternativeName) else []
     if f"fedclaw://{federation}/release" not in uris:
         raise BundleError(f"{RELEASE_CERTIFICATE} is not the release certificate of the federation {federation!r}")
 
@@ -107,8 +107,6 @@ def check_signature(release: x509.Certificate, signature: bytes, message: bytes,
     """
     key = _signing_key(release)
     try:
-        if encode_dss_signature(*decode_dss_signature(signature)) != signature:
-            raise InvalidSignature
         key.verify(signature, message, ec.ECDSA(pki.hash_of(key)))
     except (InvalidSignature, ValueError) as error:
         raise BundleError(refusal) from error
@@ -162,8 +160,16 @@ def check_not_revoked(release: x509.Certificate, authority: x509.Certificate, cr
         raise BundleError(f"{RELEASE_CERTIFICATE} was revoked at {_stamp(entry.revocation_date_utc)}")
 
 
+def _extensions(release: x509.Certificate) -> dict[type, x509.ExtensionType]:
+    """By type. Anybody can make a CA, and let it sign a certificate that is not one to the last byte."""
+    try:
+        return {type(extension.value): extension.value for extension in release.extensions}
+    except UNUSABLE as error:
+        raise BundleError(f"{RELEASE_CERTIFICATE} is damaged: its extensions cannot be read") from error
+
+
 def _may_sign_code(release: x509.Certificate) -> bool:
-    found = {type(extension.value): extension.value for extension in release.extensions}
+    found = _extensions(release)
     usage = found.get(x509.ExtendedKeyUsage)
     constraints = found.get(x509.BasicConstraints)
     is_ca = isinstance(constraints, x509.BasicConstraints) and constraints.ca
@@ -171,8 +177,16 @@ def _may_sign_code(release: x509.Certificate) -> bool:
 
 
 def _name(certificate: x509.Certificate) -> str:
-    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(common[0].value) if common else certificate.subject.rfc4514_string()
+    try:
+        common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return printable(str(common[0].value) if common else certificate.subject.rfc4514_string())
+    except UNUSABLE:
+        return "a name that cannot be read"
+
+
+def printable(text: str) -> str:
+    """A stranger's text on one line, without what moves a terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _stamp(moment: datetime) -> str:

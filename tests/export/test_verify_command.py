@@ -27,6 +27,13 @@ def test_trusts_the_ca_of_a_descriptor(command, bundle, home, stranger, where):
     assert "ca.crt is not the CA that you trust" in refused.stderr
 
 
+def test_what_a_stranger_named_cannot_speak_to_the_terminal(command, tmp_path):
+    (tmp_path / "\x1b[2J").mkdir()
+    refused = command("fedclaw.verify", str(tmp_path / "\x1b[2J"))
+    assert refused.returncode == 1
+    assert "?[2J is not a bundle" in refused.stderr
+
+
 def test_a_changed_file_is_one_line_and_exit_1(command, bundle):
     with (bundle / layout.PRIVACY).open("a") as file:
         file.write(" ")
