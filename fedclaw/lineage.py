@@ -7,6 +7,7 @@
     sites       what is at hand of the sites: their directories, their ledgers' files, or what
                 python -m fedclaw.ledger show json=true entries=true printed; each receipt is held against its ledger
     ca, crl, expired   whom to trust, as python -m fedclaw.verify takes them
+    key         of a bundle that is encrypted at rest, encryption.key that of a run (docs/encryption.md)
     json=true   for machines; output=FILE writes the same to a file
 
 Each link is verified (by a signature, a digest, a hash chain, a figure worked out again), told by the bundle alone, not

@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from fedclaw.compress.record import MODEL, RECORD, Compression, SitesReport
-from fedclaw.errors import BundleError, CheckpointError, FedClawError, LedgerError, PluginError
+from fedclaw.errors import BundleError, CheckpointError, EncryptionError, FedClawError, LedgerError, PluginError
 from fedclaw.export import layout
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.ledgers import Claimed, HeldLedger
@@ -52,6 +52,7 @@ LONGEST = 400
 """Characters of a sentence that repeats what others named."""
 MOST_NAMED = 5
 _EXACT = 1e-9
+_BLOCK = 1 << 20
 _SHOWN = 12
 """Hexadecimal digits of a digest that people are shown."""
 
@@ -85,7 +86,7 @@ class AtHand:
     ledgers: tuple[Path, ...] = ()
     """Sites' directories, ledger files, or printed ledgers."""
     keys: Keyring | None = None
-    """What opens the run's files, where they are encrypted at rest."""
+    """Of a run that is encrypted at rest."""
 
 
 def lineage(bundle: Path, trust: Trust, at_hand: AtHand) -> Link:
@@ -238,16 +239,17 @@ class _Walk:
             below = [*self._described(told), *self._sites(told, {})]
             return Link.of(what, "not at hand", "its directory: run=DIR at the coordinator's", below)
         try:
-            own, receipts = SourceRun.read(directory), directory.read_receipts()
+            closed = _closed(directory)
+            own, receipts = SourceRun.read(directory, model=closed is None), directory.read_receipts()
         except CheckpointError as error:
             return Link.of(what, "contradicts", str(error), [*self._described(told), *self._sites(told, {})])
         wrong = [*_other_run(told, own.record), *self._other_model(told, own.record)]
         notes = () if told.simulated else late_notes(own.metrics)
         below = [
-            *_files(told, own),
+            *_files(told, own, closed),
             *self._described(told, own.record),
             self._schema(own.record),
-            _rounds(told, own, directory),
+            _rounds(told, own, directory, closed),
             *self._sites(told, receipts),
             *(Link.of("note", "told", note) for note in notes),
         ]
@@ -267,7 +269,7 @@ class _Walk:
             return None
         root = (self.directory.root / recovery.directory).resolve()
         inside = root.is_relative_to(self.directory.root.resolve())
-        found = RunDirectory(root, self.directory.keys)
+        found = RunDirectory(root, self.at_hand.keys)
         return found if inside and found.record_path.is_file() else None
 
     def _other_model(self, told: _Told, record: RunRecord) -> Iterator[str]:
@@ -451,15 +453,20 @@ class _Walk:
             yield "the run's compression.json says something else"
         if own.model != self.verified.manifest.model:
             yield "the run was compressed to another model"
-        if own.teacher_sha256 != _model_sha256(self.directory, self.directory.model_path):
+        readable = _closed(self.directory) is None
+        if readable and own.teacher_sha256 != self._sha256(self.directory.model_path):
             yield "it was not made from this run's model.npz"
         files = None if self.training is None else self.training.compression
         if files is None:
             return
-        if files.record != _sha256(path / RECORD):
+        if files.record != sha256_file(path / RECORD):
             yield f"the run's {RECORD} has another digest than at export"
-        if files.model != _model_sha256(self.directory, path / MODEL):
+        if readable and files.model != self._sha256(self.directory.compressed_model):
             yield f"the run's compressed {MODEL} has another digest than at export"
+
+    def _sha256(self, path: Path) -> str | None:
+        assert self.directory is not None
+        return self.directory.sha256_of(path) if path.is_file() else None
 
 
 def _directory(verified: Verified, at_hand: AtHand) -> RunDirectory | None:
@@ -486,8 +493,26 @@ def _parsed(verified: Verified, name: str, kind: type[S]) -> S:
         raise BundleError(f"{name} is signed but not understood by this version: {explain(error)}") from error
 
 
-def _files(told: _Told, own: SourceRun) -> Iterator[Link]:
-    """The run's files, by digest."""
+_Closed = tuple[State, str]
+
+
+def _closed(directory: RunDirectory) -> _Closed | None:
+    """Why what holds parameters in the run's directory does not open; None: it does.
+
+    Without a key it is not at hand. What a key that was given does not open is damaged, or another's.
+    """
+    try:
+        for path, name in directory.parameter_files():
+            with directory.store.open(path, name) as file:
+                while directory.keys is not None and file.read(_BLOCK):
+                    pass
+    except EncryptionError as error:
+        return "not at hand" if directory.keys is None else "contradicts", str(error)
+    return None
+
+
+def _files(told: _Told, own: SourceRun, closed: _Closed | None) -> Iterator[Link]:
+    """The run's files, by digest. `closed`: why the model does not open."""
     if told.record is None:
         return
     expected, found = told.record.files.model_dump(), own.files.model_dump()
@@ -496,7 +521,8 @@ def _files(told: _Told, own: SourceRun) -> Iterator[Link]:
         if expected[key] is None:
             continue
         if found[key] is None:
-            yield Link.of(name, "not at hand", "it is not in the run's directory any more")
+            gone: _Closed = ("not at hand", "it is not in the run's directory any more")
+            yield Link.of(name, *((closed if key == "model" else None) or gone))
         elif found[key] == expected[key]:
             yield Link.of(name, "verified", f"SHA-256 {expected[key][:_SHOWN]}… as at export")
         else:
@@ -504,14 +530,14 @@ def _files(told: _Told, own: SourceRun) -> Iterator[Link]:
             yield Link.of(name, "contradicts", words)
 
 
-def _rounds(told: _Told, own: SourceRun, directory: RunDirectory) -> Link:
+def _rounds(told: _Told, own: SourceRun, directory: RunDirectory, closed: _Closed | None) -> Link:
     """The rounds that counted, and whether the last checkpoint holds the model that came of them."""
     rounds = rounds_of(own.record, own.metrics)
     words = f"{len(rounds)} of {own.record.rounds} counted"
     if told.record is not None and told.record.rounds != rounds:
         return Link.of("rounds", "contradicts", f"{words}: metrics.jsonl does not say what the training record does")
-    below = [_checkpoint(directory, own.record)]
-    return Link.of("rounds", "verified" if told.record is not None else "told", words, below)
+    last = Link.of("last checkpoint", *closed) if closed else _checkpoint(directory, own.record)
+    return Link.of("rounds", "verified" if told.record is not None else "told", words, [last])
 
 
 def _checkpoint(directory: RunDirectory, record: RunRecord) -> Link:
@@ -580,14 +606,6 @@ def _looked_at(record: Compression) -> Link:
 
 def _equal(told: float, found: float) -> bool:
     return math.isclose(told, found, rel_tol=_EXACT)
-
-
-def _model_sha256(directory: RunDirectory, path: Path) -> str | None:
-    return directory.sha256_of(path) if path.is_file() else None
-
-
-def _sha256(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None
 
 
 def _line(text: str) -> str:

@@ -58,23 +58,29 @@ class SourceRun:
     """The round whose questions are out and whose answers are not in; None: no round is in flight."""
 
     @classmethod
-    def read(cls, directory: RunDirectory) -> "SourceRun":
-        """Raises CheckpointError for a damaged file."""
+    def read(cls, directory: RunDirectory, *, model: bool = True) -> "SourceRun":
+        """`model`: whether its model is looked at, too. Raises CheckpointError for a damaged file, EncryptionError for
+        a model that does not open."""
         record, metrics = directory.record(), tuple(directory.read_metrics())
         try:
             costs = tuple(RoundCosts.model_validate(line) for line in metrics)
         except ValidationError as error:
             raise CheckpointError(f"{directory.metrics_path} is damaged: {explain(error)}") from error
         pending = PendingRound.read(directory.root)
-        return cls(record, metrics, files_of(directory), costs, None if pending is None else pending.round)
+        return cls(record, metrics, files_of(directory, model=model), costs, None if pending is None else pending.round)
 
 
-def files_of(directory: RunDirectory) -> RunFiles:
-    """The digests of a finished run's files."""
-    model = directory.sha256_of(directory.model_path) if directory.model_path.is_file() else None
+def files_of(directory: RunDirectory, *, model: bool = True) -> RunFiles:
+    """The digests of a finished run's files, of what is encrypted in the clear. Without `model`, none of that."""
+    there = model and directory.model_path.is_file()
     paths = (directory.metrics_path, directory.receipts_path)
     metrics, receipts = (sha256_file(path) if path.is_file() else None for path in paths)
-    return RunFiles(record=sha256_file(directory.record_path), model=model, metrics=metrics, receipts=receipts)
+    return RunFiles(
+        record=sha256_file(directory.record_path),
+        model=directory.sha256_of(directory.model_path) if there else None,
+        metrics=metrics,
+        receipts=receipts,
+    )
 
 
 @dataclass(frozen=True)

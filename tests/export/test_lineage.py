@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedclaw.encryption import main as encrypt
 from fedclaw.errors import UsageError
 from fedclaw.export import layout
-from fedclaw.export.bundle import Request, export_bundle
+from fedclaw.export.bundle import Request, _sign, export_bundle
 from fedclaw.export.check import Trust
 from fedclaw.export.lineage import AtHand, Link, lineage
 from fedclaw.export.source import load_source
+from fedclaw.identity.data_keys import load_keyring
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.ledger import main as ledger_command
 from fedclaw.lineage import main
@@ -178,6 +180,12 @@ def test_another_runs_directory_is_no_proof(made):
         walk(made, run=made)
 
 
+def sign_again(bundle: Path, home: FederationHome) -> None:
+    for name in layout.UNSIGNED:
+        (bundle / name).unlink(missing_ok=True)
+    _sign(bundle, home.signer(), bundle.name)
+
+
 def test_a_coordinator_that_signs_less_than_its_sites_spent_is_found_by_one_ledger(place):
     """Its own files agree with the lie: receipts.json is what it exports from."""
     run = RunDirectory(place / "runs" / "local")
@@ -187,8 +195,15 @@ def test_a_coordinator_that_signs_less_than_its_sites_spent_is_found_by_one_ledg
     run.receipts_path.write_text(json.dumps(plain))
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     run.metrics_path.write_text("".join(json.dumps({**line, "epsilon": {}}) + "\n" for line in lines))
-    signer = FederationHome.open(place / "federation").signer()
-    export_bundle(load_source(run, "final"), signer, run.root / "lie", Request())
+    shutil.copytree(run.root / "bundle", run.root / "lie")
+    told = load_source(run, "final")
+    statement = json.loads((run.root / "lie" / layout.PRIVACY).read_text())
+    for site in statement["sites"]:
+        site["epsilon"] = site["runs"][0]["epsilon"] = 0.5
+    statement["overall"]["epsilon"] = 0.5 + statement["statistics"]["epsilon"]
+    (run.root / "lie" / layout.PRIVACY).write_text(json.dumps(statement))
+    (run.root / "lie" / layout.TRAINING).write_text(told.training().model_dump_json())
+    sign_again(run.root / "lie", FederationHome.open(place / "federation"))
     assert wrong(walk(place, bundle="lie")) == [], "nobody can see it without a ledger"
     (found,) = wrong(walk(place, "ward-b", bundle="lie"))
     assert "epsilon 0.5 is claimed, and its charges come to 1.991" in found
@@ -219,6 +234,27 @@ def test_a_ledger_of_the_same_site_begun_anew_is_named(place):
 def test_a_site_that_the_coordinator_never_approved_is_named(place):
     (place / "federation" / "sites" / "ward-c.json").unlink()
     assert wrong(walk(place)) == ["certificate: the coordinator's directory has no record of such a site"]
+
+
+def test_a_run_that_is_encrypted_is_walked_with_its_key(place, tmp_path):
+    """The digests are those of what is in the clear, so the bundle goes on leading there, whatever the key."""
+    run = place / "runs" / "local"
+    encrypt(["new-key", f"key=file:{tmp_path / 'run.key'}"])
+    encrypt(["seal", str(run), f"key=file:{tmp_path / 'run.key'}"])
+    closed = states(walk(place, bundle="small"))
+    assert (closed["model.npz"], closed["last checkpoint"]) == ("not at hand", "not at hand")
+    assert closed["run.json"] == closed["receipts.json"] == closed["compression"] == "verified"
+    keys = load_keyring(f"file:{tmp_path / 'run.key'}")
+    opened = walk(place, bundle="small", keys=keys)
+    assert wrong(opened) == []
+    assert states(opened)["model.npz"] == states(opened)["last checkpoint"] == "verified"
+    sealed = bytearray((run / "model.npz").read_bytes())
+    sealed[-1] ^= 1
+    (run / "model.npz").write_bytes(sealed)
+    assert [line.partition(":")[0] for line in wrong(walk(place, keys=keys))] == ["model.npz", "last checkpoint"]
+    encrypt(["new-key", f"key=file:{tmp_path / 'other.key'}"])
+    other = wrong(walk(place, keys=load_keyring(f"file:{tmp_path / 'other.key'}")))
+    assert other[0].startswith("model.npz: ")
 
 
 def test_the_compression_is_a_link_of_its_own(place):
