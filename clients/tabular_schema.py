@@ -77,10 +77,11 @@ from fedclaw.clients.table_reading import MissingCells, RowEncoder, Seen, Values
 from fedclaw.clients.tables import Content, Faults, TableRows, Wanted, read_blocks
 from fedclaw.clients.values import Declared, Markers, shown_cell
 from fedclaw.errors import DataError, NotInGraph
+from fedclaw.learning.marginals import draw
 from fedclaw.learning.preprocessing import LABEL, REFUSED
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.workload import FileFormat, Floats, Indices, Rows, Schema, Table
-from fedclaw.privacy.statistics import Records, StatisticColumn
+from fedclaw.privacy.statistics import ColumnStatistics, Records, StatisticColumn, Statistics
 from fedclaw.protocol.frozen import Frozen
 
 SMALLEST_SCALE = 1e-6
@@ -378,15 +379,40 @@ class TabularSchema(Schema):
             },
         }
 
-    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
-        """Each column drawn by itself from what the schema says of it; with `standardise: site` numbers are N(0, 1)."""
+    def sampled_inputs(self, statistics: Statistics, count: int, generator: np.random.Generator) -> Floats:
+        """See Schema; with `standardise: site` numbers are standardised by the release's own mean and deviation."""
+        known = {column.name for column in self.statistic_columns()}
+        if unknown := sorted(set(statistics.columns) - known):
+            raise DataError(f"the schema has no column {unknown[0]!r:.100}")
         parts = [
-            generator.normal(size=(count, 1))
-            if self.data_dependent and isinstance(column, Numeric)
-            else column.synthetic(count, generator)
+            self._sampled(column, statistics.columns.get(column.name), count, generator)
             for column in self.definition.resolved
         ]
         return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _sampled(
+        self, column: Column, told: ColumnStatistics | None, count: int, generator: np.random.Generator
+    ) -> Doubles:
+        """(count, F)."""
+        values = None if told is None else draw(column.statistic(), told, count, generator)
+        if values is None:
+            return self._synthetic(column, count, generator)
+        if self.data_dependent and isinstance(column, Numeric):
+            known = values[~np.isnan(values)] if np.isfinite(values).any() else np.zeros(1)
+            standardised: Doubles = np.nan_to_num((values - known.mean()) / (known.std() or 1.0))
+            return standardised[:, None]
+        return column.encode(values)
+
+    def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:
+        """Each column drawn by itself from what the schema says of it; with `standardise: site` numbers are N(0, 1)."""
+        parts = [self._synthetic(column, count, generator) for column in self.definition.resolved]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _synthetic(self, column: Column, count: int, generator: np.random.Generator) -> Doubles:
+        """(count, F)."""
+        if self.data_dependent and isinstance(column, Numeric):
+            return generator.normal(size=(count, 1))
+        return column.synthetic(count, generator)
 
     def _fitted_by(self, encoder: RowEncoder, moments: list[Moments]) -> Self:
         found = {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedclaw.compress.record import Compression, Measure, ProxyReport, Side
+from fedclaw.compress.record import Compression, CoordinatorReport, Measure, Side
 from fedclaw.protocol.receipt import Receipt
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest, RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunRecord
@@ -68,7 +68,7 @@ def compression_record(measure: Measure = "evaluation file", **changes: Any) -> 
         accuracy_after=0.85,
         before=Side(parameters=86, metrics={"accuracy": 0.9}, **side),
         after=Side(parameters=29, metrics={"accuracy": 0.85}, **side),
-        recovery=ProxyReport(inputs="100 synthetic", steps=1, agreement_pruned=0.5, agreement_after=0.9),
+        recovery=CoordinatorReport(inputs="100 synthetic", steps=1, agreement_pruned=0.5, agreement_after=0.9),
         seed=0,
     )
     return record.model_copy(update=changes)

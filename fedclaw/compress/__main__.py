@@ -5,19 +5,23 @@ python -m fedclaw.compress run=runs/NAME [key=value ...]
   run=DIR              the finished run; the result goes to DIR/compressed
   overwrite=true       replace an earlier result there, once the new one is whole
   fraction=0.3         largest share of the parameters that may be left
-  mode=proxy           recover at the coordinator on public or synthetic inputs: costs no privacy
+  mode=proxy           recover at the coordinator on public inputs; without any, on synthetic ones
+  mode=synthetic       recover at the coordinator on inputs that are made there
   mode=federated       recover at the sites, on their ledgers; needs federation=DIR
-  inputs=FILE          proxy: public unlabelled inputs; without it, synthetic ones are made from the schema
-  evaluation=FILE      labelled public data for the accuracies
-  controls=true        proxy: also train the same net from scratch, and without a teacher (labelled=FILE)
+  mode=none            prune only
+  mode=[synthetic,federated]   one kind of recovery after the other, in this order
+  inputs=FILE          proxy: public unlabelled inputs
+  labelled=FILE        labelled public data to train with: recovery and the controls learn its labels
+  evaluation=FILE      labelled public data for the accuracies; no step but the measurement looks at it
+  controls=false       leave out the controls: without a teacher, and from scratch
   encryption.key=...   the key of a run that is encrypted at rest (docs/encryption.md)
 
 Examples:
   python -m fedclaw.compress run=runs/demo
-  python -m fedclaw.compress run=runs/demo fraction=0.1 inputs=public.csv evaluation=test.csv controls=true
+  python -m fedclaw.compress run=runs/demo fraction=0.1 inputs=public.csv evaluation=test.csv
   python -m fedclaw.compress run=runs/demo mode=federated federation=DIR sites.rounds=5 sites.epsilon=1
 
-All settings are in conf/compress.yaml.
+All settings are in conf/compress.yaml, what they do in docs/compression.md.
 """
 
 if __name__ == "__main__":
@@ -32,7 +36,8 @@ from rich.table import Table
 
 from fedclaw import startup
 from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
-from fedclaw.compress.record import Compression, CompressSettings, ProxyReport, require_room
+from fedclaw.compress.intervals import Difference, Interval
+from fedclaw.compress.record import Compression, CompressSettings, CoordinatorReport, RecoveryReport, require_room
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.server.run_directory import RunDirectory
 
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         from fedclaw.compress.stage import compress
     startup.next_step("the run is as it was: give the same command again")
     console = make_console()
-    if settings.mode == "federated":
+    if "federated" in settings.mode:
         from fedclaw.report.terminal import TerminalProgress
 
         progress = TerminalProgress(console)
@@ -61,7 +66,8 @@ def main(arguments: Sequence[str]) -> None:
             progress.close()
     else:
         record = compress(settings)
-    console.print(before_after(record))
+    for table in (before_after(record), compared(record)):
+        console.print(table)
     for note in notes(record, settings.run / "compressed"):
         console.print(note, markup=False, soft_wrap=True)
 
@@ -79,22 +85,44 @@ def before_after(record: Compression) -> Table:
     for batch, old in before.latency_ms.items():
         new = after.latency_ms[batch]
         table.add_row(f"latency, batch {batch}, ms (1 thread)", f"{old:.3f}", f"{new:.3f}", _ratio(new, old))
-    table.add_section()
-    measure = record.accuracy_measure
-    label = measure if measure.startswith("agreement") else f"{record.score} ({measure})"
-    old, new = record.accuracy_before, record.accuracy_after
-    table.add_row(label, f"{old:.4f}", f"{new:.4f}", _ratio(new, old))
-    table.add_row("  pruned, before recovery", "", f"{record.accuracy_pruned:.4f}", _ratio(record.accuracy_pruned, old))
-    if isinstance(record.recovery, ProxyReport):
-        for control in record.recovery.controls:
-            shown = control.agreement if control.accuracy is None else control.accuracy
-            table.add_row(f"  control: {control.name}", "", f"{shown:.4f}", _ratio(shown, old))
     return table
 
 
+def compared(record: Compression) -> Table:
+    """The score of every model with its interval, and how far the compressed model is from it."""
+    measure = record.accuracy_measure
+    label = measure if measure.startswith("agreement") else f"{record.score} ({measure})"
+    title = f"{label}: {record.accuracy_examples} examples"
+    table = Table(title=title[0].upper() + title[1:], title_justify="left")
+    table.add_column("")
+    for heading in (record.score, "95% interval", "compressed less it", "95% interval"):
+        table.add_column(heading, justify="right")
+    table.add_row("as trained", *_figures(record.accuracy_before, record.before.interval, record.difference))
+    table.add_row("pruned, before recovery", *_figures(record.accuracy_pruned, None, None))
+    table.add_row("compressed", *_figures(record.accuracy_after, record.after.interval, None))
+    if record.controls:
+        table.add_section()
+    for control in record.controls:
+        shown = control.agreement if control.accuracy is None else control.accuracy
+        table.add_row(f"control: {control.name}", *_figures(shown, control.interval, control.difference))
+    return table
+
+
+def _figures(score: float | None, interval: Interval | None, difference: Difference | None) -> tuple[str, ...]:
+    """Four cells; what is not known is left empty."""
+    apart = difference.interval if difference is not None else None
+    return (
+        "not measured" if score is None else f"{score:.4f}",
+        "" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}",
+        "" if difference is None else f"{difference.value:+.4f}",
+        "" if apart is None else f"{apart.low:+.3f} to {apart.high:+.3f}",
+    )
+
+
 def notes(record: Compression, compressed: Path) -> list[str]:
-    """Notes below the table: what was measured on which data, the privacy cost, and where the result is."""
-    return [_measure_note(record), _cost_note(record), f"Written to {compressed}."]
+    """Notes below the tables: what was measured and gained, the privacy cost, and where the result is."""
+    told = [_measure_note(record), record.verdict, record.controls_note]
+    return [note for note in told if note] + [*_cost_notes(record), f"Written to {compressed}."]
 
 
 def _measure_note(record: Compression) -> str:
@@ -117,12 +145,24 @@ def _no_score(record: Compression) -> str:
     return "It is not an accuracy" if record.score == "accuracy" else f"It is no {record.score} of the data"
 
 
-def _cost_note(record: Compression) -> str:
-    report = record.recovery
-    if isinstance(report, ProxyReport):
-        return f"Privacy cost: none (post-processing). Recovered on {report.inputs}, {report.steps} steps."
+def _cost_notes(record: Compression) -> list[str]:
+    if not record.recovery:
+        return ["Privacy cost: none (pruned by its parameters alone, and not recovered)."]
+    return [_cost_note(report, record) for report in record.recovery]
+
+
+def _cost_note(report: RecoveryReport, record: Compression) -> str:
+    if isinstance(report, CoordinatorReport):
+        return f"Recovered on {report.inputs}, {report.steps} steps. {_cost_of(report, record)}"
     spent = ", ".join(f"{site} {'unbounded' if e is None else f'{e:.2f}'}" for site, e in report.epsilon.items())
     return f"Privacy cost beyond the run, epsilon by site: {spent} ({report.rounds} rounds)."
+
+
+def _cost_of(report: CoordinatorReport, record: Compression) -> str:
+    if report.mode == "synthetic" and record.releases:
+        asked = ", ".join(f"{item.run} (epsilon {item.epsilon:g})" for item in record.releases)
+        return f"Privacy cost: that of the statistics {asked}, which the sites were charged for."
+    return "Privacy cost: none (post-processing)."
 
 
 def _count(table: Table, label: str, old: int, new: int) -> None:

@@ -8,12 +8,18 @@ different one is a different run on the ledgers.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from flwr.serverapp import Grid
+from torch import nn
 
-from fedclaw.compress.models import Accuracies, Student, StudentOutcome, Teacher, arrays_of, compare_on, load_arrays
+from fedclaw.compress.inputs import content_digest
+from fedclaw.compress.measure import SitesFigures, at_sites
+from fedclaw.compress.models import Student, Teacher, arrays_of, load_arrays
+from fedclaw.compress.pruning_record import PruningSettings
 from fedclaw.compress.record import CompressSettings, SitesReport
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.federation_home import FederationHome
@@ -35,10 +41,26 @@ log = logging.getLogger(__name__)
 DIRECTORY = "distillation"
 
 
+@dataclass(frozen=True)
+class RecoveredAtSites:
+    """A student recovered at the sites."""
+
+    model: nn.Module
+    report: SitesReport
+    figures: SitesFigures | None
+    """None: the sites were not asked to measure."""
+
+
 def recover_at_sites(
-    settings: CompressSettings, teacher: Teacher, student: Student, observers: Sequence[Observer] = ()
-) -> StudentOutcome:
-    """Listen as the federation's server, wait for the sites, and recover the student there.
+    settings: CompressSettings,
+    teacher: Teacher,
+    student: Student,
+    start: nn.Module,
+    observers: Sequence[Observer] = (),
+    *,
+    measured: bool = True,
+) -> RecoveredAtSites:
+    """Listen as the federation's server, wait for the sites, and recover `start`, the student so far, there.
 
     Raises UsageError for a federation that is not the run's, RoundError when too few sites come.
     """
@@ -57,23 +79,28 @@ def recover_at_sites(
     with GrpcGrid(home, address=settings.address, run_id=run_id, limits=Limits()) as grid:
         log.info("listening on %s", settings.address or home.descriptor.address)
         wait_for_cohort(grid, directory, settings.sites)
-        return recover_by_rounds(grid, settings, teacher, student, observers)
+        return recover_by_rounds(grid, settings, teacher, student, start, observers, measured=measured)
 
 
 def recover_by_rounds(
-    grid: Grid, settings: CompressSettings, teacher: Teacher, student: Student, observers: Sequence[Observer] = ()
-) -> StudentOutcome:
-    """Train the student with the teacher beside it at the sites of `grid`; compare them there or on public data.
+    grid: Grid,
+    settings: CompressSettings,
+    teacher: Teacher,
+    student: Student,
+    start: nn.Module,
+    observers: Sequence[Observer] = (),
+    *,
+    measured: bool = True,
+) -> RecoveredAtSites:
+    """Train `start`, a model of the student's shapes, with the teacher beside it at the sites of `grid`.
 
-    Raises RoundError when too few sites take part; begun again it goes on from its last checkpoint.
+    `measured`: have the sites evaluate teacher, pruned and recovered student. Raises RoundError when too few sites take
+    part; begun again it goes on from its last checkpoint.
     """
-    # Read before a site spends anything.
-    table = None if settings.evaluation is None else teacher.workload.schema.read_examples(settings.evaluation)
     record = distillation_record(settings, teacher, student)
     directory = _open(teacher, record)
-    start = arrays_of(student.model)
     try:
-        outcome = run_rounds(grid, directory, start, teacher=teacher.parameters, observers=observers)
+        outcome = run_rounds(grid, directory, arrays_of(start), teacher=teacher.parameters, observers=observers)
     except RoundError as error:
         raise RoundError(
             f"the recovery at the sites stopped: {error} (for a recovery, run the same python -m fedclaw.compress "
@@ -81,17 +108,16 @@ def recover_by_rounds(
         ) from error
     model = teacher.workload.build(student.spec)
     load_arrays(model, outcome.parameters)
-    if table is not None:
-        accuracies = compare_on(table, teacher, student, model)
-    else:
-        accuracies = _compare_at_sites(grid, record, teacher, start, outcome.parameters)
+    figures = None
+    if measured:
+        figures = _compare_at_sites(grid, record, teacher, arrays_of(student.model), outcome.parameters)
     report = SitesReport(
         run=record.run,
         directory=str(directory.root.relative_to(teacher.directory.root)),
         rounds=record.rounds,
         epsilon={site: item.receipt.epsilon_run for site, item in sorted(outcome.receipts.items())},
     )
-    return StudentOutcome(model.eval(), accuracies, report)
+    return RecoveredAtSites(model.eval(), report, figures)
 
 
 def distillation_record(settings: CompressSettings, teacher: Teacher, student: Student) -> RunRecord:
@@ -108,7 +134,7 @@ def distillation_record(settings: CompressSettings, teacher: Teacher, student: S
         "created": datetime.now(UTC),
     }
     record = run.model_copy(update=changes)
-    return record.model_copy(update={"run": f"{run.run[:80]}-distil-{_digest(record, teacher)}"})
+    return record.model_copy(update={"run": f"{run.run[:80]}-distil-{_digest(record, teacher, _before(settings))}"})
 
 
 def _guarantees(
@@ -132,9 +158,22 @@ def _guarantees(
     return privacy, central
 
 
-def _digest(record: RunRecord, teacher: Teacher) -> str:
+def _before(settings: CompressSettings) -> dict[str, Any]:
+    """All that the student which the sites get to train depends on beside the teacher and its own shapes."""
+    earlier = settings.mode[: settings.mode.index("federated")] if "federated" in settings.mode else ()
+    pruned = {} if settings.pruning == PruningSettings() else {"pruning": settings.pruning.model_dump(mode="json")}
+    if not earlier:
+        return pruned
+    used = pruned | settings.model_dump(mode="json", include={"recovery", "synthetic", "generator", "overlap"})
+    files = {name: getattr(settings, name) for name in ("inputs", "labelled", "evaluation", "statistics")}
+    digests = {name: content_digest(path) for name, path in files.items() if path is not None}
+    return {"before": {"modes": earlier, "files": digests, **used}}
+
+
+def _digest(record: RunRecord, teacher: Teacher, before: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of all that distinguishes this recovery from another."""
-    about = {"record": record.model_dump(mode="json", exclude={"created", "software"}), "teacher": teacher.sha256}
+    asked = record.model_dump(mode="json", exclude={"created", "software"})
+    about = {"record": asked, "teacher": teacher.sha256, **before}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -145,7 +184,9 @@ def _open(teacher: Teacher, record: RunRecord) -> RunDirectory:
     return RunDirectory.open(root, keys) if (root / "run.json").exists() else RunDirectory.create(root, record, keys)
 
 
-def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: Arrays, recovered: Arrays) -> Accuracies:
+def _compare_at_sites(
+    grid: Grid, record: RunRecord, teacher: Teacher, pruned: Arrays, recovered: Arrays
+) -> SitesFigures:
     """Evaluate all three models on the test data of the same sites."""
     nodes = sorted(grid.get_node_ids())
     before = _ask(grid, nodes, record, teacher.record.model, teacher.parameters)
@@ -157,13 +198,9 @@ def _compare_at_sites(grid: Grid, record: RunRecord, teacher: Teacher, pruned: A
             f"not every site evaluated all three models (of {', '.join(names)}), so they cannot be compared; the "
             "recovery is kept: run the same command again to evaluate it"
         )
-    return Accuracies(
-        "federated evaluation",
-        after.examples,
-        before.read().metrics,
-        start.read().metrics,
-        after.read().metrics,
-        teacher.workload.task.score,
+    score = teacher.workload.task.score
+    return SitesFigures(
+        after.examples, *(at_sites(asked.read().metrics, score, asked.examples) for asked in (before, start, after))
     )
 
 

@@ -17,10 +17,10 @@ from torch import nn
 from fedclaw.compress.latency import LATENCY_BATCHES, median_milliseconds
 from fedclaw.compress.prune import Looked, Recover, prune
 from fedclaw.compress.pruning_record import PruningReport, PruningSettings
-from fedclaw.compress.record import Measure, ProxyReport, SitesReport, StepInputs
+from fedclaw.compress.record import StepInputs
 from fedclaw.errors import CheckpointError, CompressionError
 from fedclaw.identity.data_keys import Keyring
-from fedclaw.learning.workload import Table, Workload
+from fedclaw.learning.workload import Workload
 from fedclaw.protocol.arrays import Arrays
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory, RunRecord
@@ -116,28 +116,6 @@ class Student:
     """What pruning looked at; recovery says of itself what it did."""
 
 
-@dataclass(frozen=True)
-class Accuracies:
-    """Metrics of teacher, student before recovery and student after it, on the same examples; each has the score."""
-
-    measure: Measure
-    examples: int
-    before: dict[str, float]
-    pruned: dict[str, float]
-    after: dict[str, float]
-    score: str = "accuracy"
-    """The task's metric by which models are compared."""
-
-
-@dataclass(frozen=True)
-class StudentOutcome:
-    """The result of either kind of recovery; the model is on the CPU."""
-
-    model: nn.Module
-    accuracies: Accuracies
-    report: ProxyReport | SitesReport
-
-
 def make_student(
     teacher: Teacher,
     fraction: float,
@@ -163,27 +141,6 @@ def predict_logits(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return torch.cat([model(part) for part in torch.split(inputs, SCORING_BATCH)])
-
-
-def compare_on(table: Table, teacher: Teacher, student: Student, recovered: nn.Module) -> Accuracies:
-    """Metrics of the three models on labelled public data."""
-    models = (teacher.model, student.model, recovered)
-    before, pruned, after = (evaluate(teacher.workload, model, table) for model in models)
-    return Accuracies("evaluation file", len(table), before, pruned, after, teacher.workload.task.score)
-
-
-def evaluate(workload: Workload, model: nn.Module, table: Table) -> dict[str, float]:
-    """Metrics of `model` on labelled public data. Raises CompressionError when the table is empty, or has no score."""
-    if len(table) == 0:
-        raise CompressionError("the evaluation data holds no examples")
-    device = next(model.parameters()).device
-    logits = predict_logits(model, torch.from_numpy(np.array(table.inputs)).to(device)).cpu()
-    found, score = workload.evaluate(logits, torch.from_numpy(np.array(table.targets))), workload.task.score
-    if score not in found:
-        raise CompressionError(
-            f"the evaluation data gives no {score}: its targets are all the same, or the model's outputs not finite"
-        )
-    return found
 
 
 @contextmanager

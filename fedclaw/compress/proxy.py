@@ -1,7 +1,7 @@
-"""Recovery of a pruned model from its teacher at the coordinator, with the control experiments that a claim needs.
+"""Recovery of a pruned model from its teacher at the coordinator.
 
 The inputs are public or synthetic. Nothing of a site's data is touched: teacher and inputs are public already, so what
-comes out is post-processing and costs no privacy (Dwork and Roth 2014, proposition 2.1).
+comes out is post-processing and costs no privacy (Dwork and Roth 2014, proposition 2.1) beyond what the inputs cost.
 
 Legend: N examples, C classes, D input shape without the batch.
 """
@@ -9,31 +9,21 @@ Legend: N examples, C classes, D input shape without the batch.
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 
-from fedclaw.compress.models import (
-    Accuracies,
-    Student,
-    StudentOutcome,
-    Teacher,
-    compare_on,
-    evaluate,
-    predict_logits,
-    threads_for,
-)
-from fedclaw.compress.record import CompressSettings, Control, ProxyReport, RecoverySettings
+from fedclaw.compress.generator import Generator
+from fedclaw.compress.inputs import Inputs
+from fedclaw.compress.models import Teacher, predict_logits, threads_for
+from fedclaw.compress.record import CompressSettings, CoordinatorReport, RecoverySettings
 from fedclaw.compress.size import count_parameters
 from fedclaw.errors import CompressionError
 from fedclaw.learning.step_loop import CLASSES, ModelSteps, distillation_loss, take_steps
 from fedclaw.learning.tasks.base import Task
-from fedclaw.learning.workload import Table
 from fedclaw.progress import Progress
-from fedclaw.site.device import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -80,22 +70,68 @@ def split_inputs(teacher: nn.Module, inputs: torch.Tensor, held_out: float, seed
     return Split(shuffled[held:], logits[held:], shuffled[:held], logits[:held], task)
 
 
-def distil(student: nn.Module, teacher: nn.Module, split: Split, recovery: RecoverySettings, seed: int) -> Recovered:
+@dataclass(frozen=True)
+class Labelled:
+    """Public inputs (N, *D) with their targets (N,), or with a teacher's answers for such."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+    task: Task = CLASSES
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> "Labelled":
+        """The same on a device."""
+        return Labelled(self.inputs.to(device), self.targets.to(device), self.task)
+
+    def take(self, rows: torch.Tensor) -> "Labelled":
+        """These rows."""
+        return Labelled(self.inputs[rows], self.targets[rows], self.task)
+
+    def loss(self, model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        """Of the labels of these rows."""
+        return self.task.loss(model(self.inputs[rows]), self.targets[rows])
+
+
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    split: Split,
+    recovery: RecoverySettings,
+    seed: int,
+    labelled: Labelled | None = None,
+    generator: Generator | None = None,
+) -> Recovered:
     """A copy of `student` that imitates the teacher's logits; deterministic for a seed on one device.
 
     Mixing inputs and asking the teacher about the mixture makes few inputs go further: Beyer et al. 2022,
-    "Knowledge distillation: A good teacher is patient and consistent", section 3.1 (function matching).
+    "Knowledge distillation: A good teacher is patient and consistent", section 3.1 (function matching). With a
+    `generator`, its share of each batch is made by it.
     """
-    generator = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(seed)
 
     def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         inputs, logits = split.train[rows], split.train_logits[rows]
+        made = 0 if generator is None else generator.part_of(len(rows))
+        if generator is not None and made:
+            inputs = torch.cat([inputs[made:], generator.inputs(model, made)])
         if recovery.mix:
-            inputs = _mixed(inputs, generator)
+            inputs = _mixed(inputs, random)
+        if recovery.mix or made:
             logits = predict_logits(teacher, inputs)
-        return distillation_loss(model(inputs), logits, None, recovery.temperature, 1.0, split.task)
+        own = None if labelled is None else labelled.loss(model, _any(len(labelled), len(rows), random, rows.device))
+        weight = 1.0 if own is None else 1.0 - recovery.labels
+        return distillation_loss(model(inputs), logits, own, recovery.temperature, weight, split.task)
 
+    if labelled is not None and not (len(labelled) and recovery.labels):
+        labelled = None
     return train(student, len(split.train), loss, (split.held, split.held_logits), recovery, seed, split.task)
+
+
+def _any(count: int, size: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """`size` row numbers out of `count`, drawn with replacement."""
+    return torch.randint(count, (size,), generator=generator).to(device)
 
 
 def _mixed(inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -213,113 +249,73 @@ class _Best:
         return self._task.agreement(logits, self._logits), -loss.item()
 
 
-def recover_by_proxy(
-    settings: CompressSettings, teacher: Teacher, student: Student, inputs: torch.Tensor, origin: str
-) -> StudentOutcome:
-    """Distil the teacher into the student on public or synthetic inputs (N, *D). Raises FedClawError.
+@dataclass(frozen=True)
+class CoordinatorRecovery:
+    """A student recovered at the coordinator, on the device that the teacher is on."""
 
-    Without an evaluation file the accuracies are agreements with the teacher; the teacher's own is then 1.
+    recovered: Recovered
+    report: CoordinatorReport
+    pool: Inputs
+    """The inputs that it saw."""
+
+
+def recover_by_proxy(
+    settings: CompressSettings,
+    teacher: Teacher,
+    student: nn.Module,
+    inputs: Inputs,
+    labelled: Labelled | None = None,
+    mode: Literal["proxy", "synthetic"] = "proxy",
+) -> CoordinatorRecovery:
+    """Distil the teacher into a copy of `student` on public or synthetic inputs. Raises FedClawError.
+
+    `labelled` adds the loss on labels; mode synthetic adds a generator, unless its share is 0. Both models stay on the
+    device where they are.
     """
-    if settings.recovery.mix is None:
-        recovery = settings.recovery.model_copy(update={"mix": settings.inputs is not None})
-        settings = settings.model_copy(update={"recovery": recovery})
-    table = _read(teacher, settings.evaluation)
-    labelled = _read(teacher, settings.labelled)
-    device = choose_device(settings.device)
-    share, task = settings.recovery.held_out, teacher.workload.task
-    split = split_inputs(teacher.model.to(device), inputs.to(device), share, settings.seed, task)
-    recovered = distil(student.model.to(device), teacher.model, split, settings.recovery, settings.seed)
-    controls = _controls(settings, teacher, student, split, table, labelled) if settings.controls else ()
-    for model in (teacher.model, student.model, recovered.model):
-        model.cpu()
-    report = ProxyReport(
-        inputs=origin,
+    recovery, made = mixing(settings.recovery, inputs), settings.generator
+    generator = None
+    if mode == "synthetic" and made.share:
+        base = inputs.values.to(next(student.parameters()).device)
+        generator = Generator(teacher.model, base, teacher.workload.task, made, settings.seed)
+    recovered = recover_on(teacher, student, inputs.values, recovery, settings.seed, labelled, generator)
+    if generator is not None:
+        told = f"{inputs.description}, and those of a generator trained against the teacher"
+        values = torch.cat([inputs.values, generator.kept().cpu()])
+        inputs = replace(inputs, values=values, description=told)
+    report = CoordinatorReport(
+        mode=mode,
+        inputs=inputs.description,
+        losses=losses_of(recovery, labelled),
         steps=recovered.steps,
         agreement_pruned=recovered.agreement_before,
         agreement_after=recovered.agreement,
-        controls=controls,
     )
-    if table is not None:
-        return StudentOutcome(recovered.model, compare_on(table, teacher, student, recovered.model), report)
-    return StudentOutcome(recovered.model, _agreements(split, recovered), report)
+    return CoordinatorRecovery(recovered, report, inputs)
 
 
-def proxy_inputs(settings: CompressSettings, teacher: Teacher) -> tuple[torch.Tensor, str]:
-    """The coordinator's inputs (N, *D) and a description of their origin. Raises DataError."""
-    schema = teacher.workload.schema
-    if settings.inputs is not None:
-        inputs = schema.read_inputs(settings.inputs)
-        origin = f"{len(inputs)} public inputs of {settings.inputs.name}"
-    else:
-        inputs = schema.synthetic_inputs(settings.synthetic, np.random.default_rng(settings.seed))
-        origin = f"{len(inputs)} synthetic inputs made from the schema"
-    return torch.from_numpy(np.array(inputs, dtype=np.float32)), origin
-
-
-def _read(teacher: Teacher, path: Path | None) -> Table | None:
-    return teacher.workload.schema.read_examples(path) if path is not None else None
-
-
-def _agreements(split: Split, recovered: Recovered) -> Accuracies:
-    return Accuracies(
-        measure="agreement with the teacher",
-        examples=len(split.held),
-        score=split.task.score,
-        before={split.task.score: 1.0},
-        pruned={split.task.score: recovered.agreement_before},
-        after={split.task.score: recovered.agreement},
-    )
-
-
-def _controls(
-    settings: CompressSettings,
+def recover_on(
     teacher: Teacher,
-    student: Student,
-    split: Split,
-    table: Table | None,
-    labelled: Table | None,
-) -> tuple[Control, ...]:
-    """The two baselines of the same shapes to compare with; the first needs labelled data."""
-    device = split.train.device
-
-    def control(name: str, model: nn.Module) -> Control:
-        accuracy = evaluate(teacher.workload, model, table)[split.task.score] if table is not None else None
-        agreed = split.task.agreement(predict_logits(model, split.held), split.held_logits)
-        return Control.model_validate({"name": name, "accuracy": accuracy, "agreement": agreed})
-
-    scratch = _fresh(teacher, student, settings.seed).to(device)
-    made = [
-        control("distilled from scratch", distil(scratch, teacher.model, split, settings.recovery, settings.seed).model)
-    ]
-    if labelled is not None:
-        tuned = _fine_tune(settings, teacher, student, split, labelled)
-        made.insert(0, control("fine-tuned without teacher", tuned))
-    return tuple(made)
+    student: nn.Module,
+    inputs: torch.Tensor,
+    recovery: RecoverySettings,
+    seed: int,
+    labelled: Labelled | None = None,
+    generator: Generator | None = None,
+) -> Recovered:
+    """The loop of `recover_by_proxy`, on inputs (N, *D). Raises CompressionError."""
+    device = next(student.parameters()).device
+    split = split_inputs(teacher.model, inputs.to(device), recovery.held_out, seed, teacher.workload.task)
+    return distil(student, teacher.model, split, recovery, seed, labelled and labelled.to(device), generator)
 
 
-def _fresh(teacher: Teacher, student: Student, seed: int) -> nn.Module:
-    """The student's shapes with random parameters."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return teacher.workload.build(student.spec)
+def mixing(recovery: RecoverySettings, inputs: Inputs) -> RecoverySettings:
+    """The settings with `mix` decided: inputs that are few are mixed."""
+    return recovery if recovery.mix is not None else recovery.model_copy(update={"mix": inputs.origin == "public"})
 
 
-def _fine_tune(
-    settings: CompressSettings, teacher: Teacher, student: Student, split: Split, labelled: Table
-) -> nn.Module:
-    """The pruned student trained on labelled public data; stops early on held-out labels."""
-    if len(labelled) < 2:
-        raise CompressionError(f"labelled={settings.labelled} holds {len(labelled)} examples; the control needs more")
-    device = split.train.device
-    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(settings.seed))
-    inputs = torch.from_numpy(np.array(labelled.inputs))[order].to(device)
-    targets = torch.from_numpy(np.array(labelled.targets))[order].to(device)
-    held = max(1, round(settings.recovery.held_out * len(labelled)))
-    held_logits = split.task.outputs_of(targets[:held])
-
-    def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
-        return teacher.workload.loss(model(inputs[held:][rows]), targets[held:][rows])
-
-    held_part = inputs[:held], held_logits
-    tuned = train(student.model, len(inputs) - held, loss, held_part, settings.recovery, settings.seed, split.task)
-    return tuned.model
+def losses_of(recovery: RecoverySettings, labelled: Labelled | None) -> tuple[str, ...]:
+    """The parts of the loss, in words."""
+    logits = f"the teacher's logits at temperature {recovery.temperature:g}"
+    if labelled is None or not recovery.labels:
+        return (logits,)
+    return (logits, f"labels of {len(labelled)} public examples, weight {recovery.labels:g}")

@@ -7,10 +7,11 @@ import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedclaw.compress.intervals import Difference, Interval
 from fedclaw.compress.pruning_record import PruningReport, PruningSettings
 from fedclaw.errors import CheckpointError, UsageError
 from fedclaw.files import PUBLIC_MODE, sync_directory, write_atomic
@@ -22,11 +23,16 @@ from fedclaw.server.run_directory import ReleaseUse, RunDirectory
 from fedclaw.server.settings import ListenAddress
 from fedclaw.server.waiting import CohortWaiting
 
+Mode = Literal["proxy", "synthetic", "federated", "none"]
+"""Where a pruned model is recovered, and on what."""
+
 
 class RecoverySettings(Frozen):
     """How a pruned model is trained at the coordinator."""
 
     temperature: float = Field(default=2.0, gt=0)
+    labels: float = Field(default=0.3, ge=0, le=1)
+    """Of the loss on labels in the whole loss, where there is labelled public data; the rest is the teacher's."""
     steps: int = Field(default=2000, ge=1)
     """Optimiser steps, at most."""
     batch_size: int = Field(default=32, ge=1)
@@ -37,9 +43,30 @@ class RecoverySettings(Frozen):
     None: mixtures of public inputs, which are few (measured on digits, 180 inputs: 98.5 instead of 97.6%), and
     synthetic inputs as they are (mixing them took 91.4 down to 87.4%)."""
     held_out: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the inputs that is kept back to measure agreement and to stop early."""
+    """Share of the inputs that is kept back to stop early by; where agreement with the teacher is what is reported, as
+    many again to measure it on."""
     patience: int = Field(default=600, ge=1)
     """Steps without a better model after which training stops."""
+
+
+class GeneratorSettings(Frozen):
+    """A generator network that is trained against the teacher, see `fedclaw.compress.generator`."""
+
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Of each batch of synthetic recovery that it makes; 0: there is none."""
+    latent: int = Field(default=64, ge=1, le=4096)
+    width: int = Field(default=32, ge=1, le=1024)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    every: int = Field(default=5, ge=1)
+    """Steps of the student between two of its own."""
+    confidence: float = Field(default=1.0, ge=0)
+    """Weight of the teacher being sure of one class."""
+    balance: float = Field(default=5.0, ge=0)
+    """Weight of all classes alike, within that of confidence."""
+    adversarial: float = Field(default=1.0, ge=0)
+    """Weight of the student answering otherwise than the teacher."""
+    bank: int = Field(default=4096, ge=1)
+    """Inputs that it made, the last ones, that the student goes on seeing."""
 
 
 class SiteRecovery(CohortWaiting):
@@ -61,22 +88,29 @@ class CompressSettings(Frozen):
     """The whole configuration of one compression."""
 
     run: Path
-    mode: Literal["proxy", "federated"] = "proxy"
+    mode: tuple[Mode, ...] = ("proxy",)
+    """The kinds of recovery, one after the other; a single word stands for itself."""
     fraction: float = Field(default=FRACTION, gt=0, lt=1)
     """Largest share of the parameters that may be left; `pruning` can name another target instead."""
     pruning: PruningSettings = PruningSettings()
     overwrite: bool = False
     """Replace an earlier result, once the new one is whole."""
     inputs: Path | None = None
-    """Public unlabelled inputs, in the workload's own format; None: synthetic ones made from the schema."""
-    synthetic: int = Field(default=4096, ge=10)
-    """Number of synthetic inputs when there is no inputs file."""
-    evaluation: Path | None = None
-    """Labelled public data for accuracies."""
+    """Public unlabelled inputs, in the workload's own format."""
     labelled: Path | None = None
-    """Labelled public training data, used by the control without a teacher only."""
-    controls: bool = False
-    """Also train the two controls: without a teacher (needs `labelled`), and the same net from scratch."""
+    """Labelled public training data: inputs too, whose labels recovery and the controls learn."""
+    evaluation: Path | None = None
+    """Labelled public data for accuracies, which no step but the measurement looks at."""
+    overlap: Literal["refuse", "drop"] = "refuse"
+    """What becomes of rows of `inputs` and `labelled` that are in `evaluation` too: an error, or they are left out."""
+    synthetic: int = Field(default=4096, ge=10)
+    """Number of synthetic inputs that are made from the schema or drawn from statistics."""
+    statistics: Path | None = None
+    """A charged release of python -m fedclaw.statistics that synthetic inputs are drawn from; None: from the schema."""
+    generator: GeneratorSettings = GeneratorSettings()
+    """Of mode=synthetic."""
+    controls: bool = True
+    """Also train the controls: without a teacher, and from scratch."""
     recovery: RecoverySettings = RecoverySettings()
     federation: Path | None = None
     """The coordinator's federation directory; needed in federated mode."""
@@ -85,7 +119,7 @@ class CompressSettings(Frozen):
     sites: SiteRecovery = SiteRecovery()
     latency_repeats: int = Field(default=100, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the proxy recovery computes; auto takes CUDA if there."""
+    """Where the recovery at the coordinator computes; auto takes CUDA if there."""
     seed: int = Field(default=0, ge=0)
     encryption: EncryptionSettings = EncryptionSettings()
     """How the run's files are encrypted at rest; what is written into its directory is encrypted alike."""
@@ -97,14 +131,25 @@ class CompressSettings(Frozen):
             raise ValueError(f"fraction= and pruning.{target.kind}= are two targets; give one of them")
         return self
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.mode == "federated" and self.federation is None:
+        if not self.mode:
+            raise ValueError("mode=[] names no recovery; to prune only is mode=none")
+        if len(set(self.mode)) < len(self.mode):
+            raise ValueError(f"mode=[{','.join(self.mode)}] names one kind of recovery twice")
+        if "none" in self.mode and len(self.mode) > 1:
+            raise ValueError("mode=none is no recovery at all, and stands alone")
+        if "federated" in self.mode and self.federation is None:
             raise ValueError("mode=federated needs federation=DIR, the coordinator's federation directory")
-        if self.mode == "federated" and (self.inputs is not None or self.controls):
-            raise ValueError(
-                "inputs= and controls= belong to mode=proxy; in mode=federated the data stays at the sites"
-            )
+        if self.inputs is not None and "proxy" not in self.mode:
+            raise ValueError(f"inputs= belongs to mode=proxy, and the mode is {','.join(self.mode)}")
+        if self.statistics is not None and "synthetic" not in self.mode:
+            raise ValueError(f"statistics= belongs to mode=synthetic, and the mode is {','.join(self.mode)}")
         return self
 
 
@@ -113,8 +158,8 @@ _LEFTOVER, _REPLACED = ".compressed.", "old"
 
 Measure = Literal["evaluation file", "federated evaluation", "agreement with the teacher"]
 """What the accuracies of a record measure: labelled public data, the sites' own test data, or, as no accuracy at all,
-agreement with the teacher on held-out proxy inputs: the share of equal classes, or R2 with the teacher's values as the
-targets."""
+agreement with the teacher on inputs that no other step looked at: the share of equal classes, or R2 with the teacher's
+values as the targets."""
 
 
 class Side(Frozen):
@@ -128,30 +173,45 @@ class Side(Frozen):
     """Median of a forward pass by batch size; CPU, one thread."""
     metrics: dict[str, float]
     """What `Compression.accuracy_measure` says, by the names of the task's metrics."""
+    interval: Interval | None = None
+    """Of the score among them."""
+
+
+ControlName = Literal["fine-tuned without teacher", "trained from scratch", "distilled from scratch"]
+"""The pruned net trained on labels; a net with random parameters, on labels; such a net, recovered as the pruned one
+was."""
 
 
 class Control(Frozen):
     """A baseline: the same pruned shapes, trained in another way."""
 
-    name: Literal["fine-tuned without teacher", "distilled from scratch"]
+    name: ControlName
+    data: str = ""
+    """What it was trained on."""
     accuracy: float | None
-    """On the evaluation file; None without one."""
-    agreement: float
-    """With the teacher, on held-out proxy inputs."""
+    """Its score, measured as the record's are; None where it was not measured there."""
+    agreement: float | None = None
+    """With the teacher; in records of version 1 alone."""
+    interval: Interval | None = None
+    """Of its score."""
+    difference: Difference | None = None
+    """The recovered model's score less this one's, on the same examples."""
 
 
-class ProxyReport(Frozen):
-    """Recovery at the coordinator: post-processing, so it cost no privacy."""
+class CoordinatorReport(Frozen):
+    """Recovery at the coordinator: of itself post-processing, which costs no privacy."""
 
-    mode: Literal["proxy"] = "proxy"
+    mode: Literal["proxy", "synthetic"] = "proxy"
     inputs: str
-    """Where the proxy inputs came from, and how many."""
+    """Where the inputs came from, and how many."""
+    losses: tuple[str, ...] = ()
+    """The parts of the loss, in words."""
     steps: int
     """Optimiser steps taken."""
     agreement_pruned: float
     agreement_after: float
-    """The student's agreement with the teacher on held-out proxy inputs (`Task.agreement`)."""
-    controls: tuple[Control, ...] = ()
+    """The student's agreement with the teacher (`Task.agreement`) before and after, on the inputs that early stopping
+    chose by."""
 
 
 class SitesReport(Frozen):
@@ -167,7 +227,9 @@ class SitesReport(Frozen):
     """Spent by the recovery, by site, beyond what the teacher cost; None: unbounded."""
 
 
-Step = Literal["importance", "layer sensitivity", "search", "calibration", "recovery", "measurement"]
+RecoveryReport = Annotated[CoordinatorReport | SitesReport, Field(discriminator="mode")]
+
+Step = Literal["importance", "layer sensitivity", "search", "calibration", "recovery", "controls", "measurement"]
 InputOrigin = Literal["none", "public", "synthetic", "charged question", "sites"]
 """`public`: the coordinator vouches that no site holds them. `synthetic`: made from the schema or by the teacher alone.
 `charged question`: made from the answer to a question that the sites' ledgers were charged for. `sites`: the sites' own
@@ -191,7 +253,7 @@ class StepInputs(Frozen):
 class Compression(Frozen):
     """compression.json. Accuracies are of the metric `score`, at most 1, measured as `accuracy_measure` says."""
 
-    version: int = 1
+    version: int = 2
     run: str
     model: ModelSpec
     teacher_sha256: str
@@ -211,13 +273,43 @@ class Compression(Frozen):
     accuracy_after: float
     before: Side
     after: Side
-    recovery: ProxyReport | SitesReport = Field(discriminator="mode")
+    recovery: tuple[RecoveryReport, ...]
+    """One after the other; none where it was pruned only."""
+    difference: Difference | None = None
+    """The compressed model's score less the teacher's, on the same examples."""
+    controls: tuple[Control, ...] = ()
+    controls_note: str = ""
+    """What the controls could not be, and why."""
+    verdict: str = ""
+    """Whether recovery gained anything over the better control, by the paired differences, in words."""
     pruning: PruningReport | None = None
     """What was decided; None in a record that was written before this was noted."""
     looked_at: tuple[StepInputs, ...] = ()
     """What each step looked at, in their order; empty in a record that was written before this was noted."""
     seed: int
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_before(cls, value: Any) -> Any:
+        """A record of version 1 has one kind of recovery, not a list, and its controls are that recovery's."""
+        if not isinstance(value, dict) or isinstance(value.get("recovery", ()), list | tuple):
+            return value
+        recovery = value["recovery"]
+        if not isinstance(recovery, dict):
+            return {**value, "recovery": (recovery,)}
+        plain = {name: field for name, field in recovery.items() if name != "controls"}
+        return {"version": 1, "controls": recovery.get("controls", ()), **value, "recovery": (plain,)}
+
+    @property
+    def at_sites(self) -> SitesReport | None:
+        """The recovery at the sites, if there was one."""
+        return next((report for report in self.recovery if isinstance(report, SitesReport)), None)
+
+    @property
+    def releases(self) -> tuple[ReleaseUse, ...]:
+        """The charged questions whose answers some step looked at, each once."""
+        return tuple(dict.fromkeys(item.release for item in self.looked_at if item.release is not None))
 
 
 def require_room(run: RunDirectory, overwrite: bool) -> None:

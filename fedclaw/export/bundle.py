@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedclaw.compress.record import SitesReport
+from fedclaw.compress.record import RecoveryReport, SitesReport
 from fedclaw.errors import BundleError, NotInGraph, Setting
 from fedclaw.export import graph, layout, quantise, signature
 from fedclaw.export.acceptance import accept
@@ -257,6 +257,7 @@ def _write_texts(
         request.scores.use if request.scores else None,
         source.record.simulated,
         source.schema.unit,
+        source.compression.releases if source.compression else (),
     )
     who = _signed_by(signer)
     release = signature.parse_certificate(signer.certificate_pem, layout.RELEASE_CERTIFICATE)
@@ -297,15 +298,28 @@ def _signed_by(signer: ReleaseSigner) -> signature.VerifiedSigner:
 def _compression_cost(source: Source) -> str:
     if source.compression is None:
         return "none was done."
-    recovery = source.compression.recovery
-    if isinstance(recovery, SitesReport):
+    done = [_recovery_cost(report) for report in source.compression.recovery]
+    if not done:
+        return "pruned at the coordinator by its own parameters, which cost nothing."
+    releases = [
+        f"{release.run} (epsilon {release.epsilon:g}, delta {release.delta:g} at each site)"
+        for release in source.compression.releases
+    ]
+    cost = [f"it looked at the charged statistics {', '.join(releases)}, which the bound includes"] if releases else []
+    return "; ".join(["pruned at the coordinator", *done, *cost]) + "."
+
+
+def _recovery_cost(report: RecoveryReport) -> str:
+    if isinstance(report, SitesReport):
         return (
-            f"pruned at the coordinator, then trained for {recovery.rounds} more rounds at the sites, whose cost is "
-            "the run 'recovery after pruning' of each site, and part of its epsilon."
+            f"then trained for {report.rounds} more rounds at the sites, whose cost is the run 'recovery after "
+            "pruning' of each site, and part of its epsilon"
         )
+    if report.mode == "synthetic":
+        return f"recovered at the coordinator on {report.inputs}, which is post-processing and cost nothing more"
     return (
-        f"pruned and recovered at the coordinator on inputs that it declares to be no site's training data "
-        f"({recovery.inputs}); under that condition it is post-processing and cost nothing."
+        f"recovered at the coordinator on inputs that it declares to be no site's training data ({report.inputs}); "
+        "under that condition it is post-processing and cost nothing"
     )
 
 
@@ -352,6 +366,8 @@ def _pretty(model: layout.Manifest | PrivacyStatement | TrainingRecord) -> str:
     plain = model.model_dump(mode="json")
     if plain.get("threshold", ...) is None:
         del plain["threshold"]
+    if plain.get("compression_statistics", ...) == []:
+        del plain["compression_statistics"]
     if isinstance(model, layout.Manifest):
         # Leave out fields without a value: older readers do not know them.
         if plain["task"] == Classification.name:

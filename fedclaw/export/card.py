@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedclaw.compress.record import Compression, ProxyReport
+from fedclaw.compress.intervals import Difference
+from fedclaw.compress.record import Compression
 from fedclaw.export.card_metadata import front_matter
 from fedclaw.export.evaluation import CONFIDENCE, Figure, accuracy_interval, evaluation_of
 from fedclaw.export.graph import allowed
@@ -306,8 +307,10 @@ def _compression(source: Source) -> str:
         ("Multiply-adds", f"{record.before.multiply_adds:,}", f"{record.after.multiply_adds:,}"),
         (_measure(record), f"{record.accuracy_before:.4f}", f"{record.accuracy_after:.4f}"),
     ]
+    modes = ", then ".join(report.mode for report in record.recovery)
+    done = f"Pruned, then recovered by distillation ({modes})." if modes else "Pruned, and not recovered."
     parts = [
-        f"Pruned, then recovered by distillation ({escape(record.recovery.mode)}). {COMPRESSION} has all figures.",
+        f"{done} {COMPRESSION} has all figures.",
         table(("", "before", "after"), rows),
     ]
     if record.looked_at:
@@ -325,11 +328,27 @@ def _measure(record: Compression) -> str:
 
 def _controls(record: Compression) -> list[str]:
     """What the same shapes reach in other ways; without that nobody knows what the recovery is worth."""
-    controls = record.recovery.controls if isinstance(record.recovery, ProxyReport) else ()
-    if not controls:
+    if not record.controls:
         return ["No controls were trained: nothing says what a model of the same size reaches in another way."]
-    rows = [(one.name, _figure(one.accuracy), f"{one.agreement:.4f}") for one in controls]
-    return ["Models of the same size, trained in other ways:", table(("Control", "Accuracy", "Agreement"), rows)]
+    rows = [
+        (
+            one.name,
+            escape(one.data),
+            _figure(one.accuracy if one.accuracy is not None else one.agreement),
+            _apart(one.difference),
+        )
+        for one in record.controls
+    ]
+    head = ("Control", "Trained on", _measure(record), "Compressed less it (95% interval)")
+    said = [escape(text) for text in (record.verdict, record.controls_note) if text]
+    return ["Models of the same size, trained in other ways:", table(head, rows), *said]
+
+
+def _apart(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    value, interval = difference.value, difference.interval
+    return f"{value:+.4f}" + (f" ({interval.low:+.4f} to {interval.high:+.4f})" if interval else "")
 
 
 def _privacy(statement: PrivacyStatement) -> str:

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from pydantic import ValidationError
 
-from fedclaw.compress.record import MODEL, RECORD, Compression, SitesReport
+from fedclaw.compress.record import MODEL, RECORD, Compression
 from fedclaw.errors import BundleError, CheckpointError, EncryptionError, FedClawError, LedgerError, PluginError
 from fedclaw.export import layout
 from fedclaw.export.check import Trust, Verified, verify_bundle
@@ -262,10 +262,10 @@ class _Walk:
             return self.directory
         path = self.directory.compressed / RECORD
         try:
-            recovery = Compression.model_validate_json(path.read_bytes()).recovery
+            recovery = Compression.model_validate_json(path.read_bytes()).at_sites
         except (OSError, ValidationError):
             return None
-        if not isinstance(recovery, SitesReport):
+        if recovery is None:
             return None
         root = (self.directory.root / recovery.directory).resolve()
         inside = root.is_relative_to(self.directory.root.resolve())

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedclaw.compress.record import RECORD, Compression, SitesReport, read_compressed
+from fedclaw.compress.record import RECORD, Compression, read_compressed
 from fedclaw.errors import BundleError, CheckpointError
 from fedclaw.export.statement import Receipts
 from fedclaw.export.training_record import (
@@ -172,10 +172,10 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
     model = _fill(workload.build(spec), arrays, f"the model of {directory.root}")
     runs = [SourceRun.read(directory)]
     receipts = [Receipts(record.run, "training", _receipts(directory))]
-    if compression is not None and isinstance(compression.recovery, SitesReport):
-        recovery = RunDirectory.open(directory.root / compression.recovery.directory, directory.keys)
+    if compression is not None and compression.at_sites is not None:
+        recovery = RunDirectory.open(directory.root / compression.at_sites.directory, directory.keys)
         runs.append(SourceRun.read(recovery))
-        receipts.append(Receipts(compression.recovery.run, "recovery after pruning", _receipts(recovery)))
+        receipts.append(Receipts(compression.at_sites.run, "recovery after pruning", _receipts(recovery)))
     return Source(
         record=record,
         schema=workload.schema,

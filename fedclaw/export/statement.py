@@ -77,6 +77,8 @@ class PrivacyStatement(Frozen):
     """The release that the preprocessing constants come from; included in `overall`."""
     threshold: ReleaseUse | None = None
     """The release of the model's scores that the decision threshold comes from; included in `overall`."""
+    compression_statistics: tuple[ReleaseUse, ...] = ()
+    """The releases that the compression looked at; included in `overall`."""
     compression: str
     unit: str
     """Unit and relation of `overall`: the sites' own, and of relations that differ the weakest."""
@@ -105,12 +107,13 @@ def state(
     threshold: ReleaseUse | None = None,
     simulated: Simulated | None = None,
     unit: DataUnit = "example",
+    compression_statistics: Sequence[ReleaseUse] = (),
 ) -> PrivacyStatement:
     """The statement for a model that came out of `runs`.
 
-    `compression` is a sentence about its cost. `data_dependent`: sites standardised their inputs with constants of
-    their own training data. `simulated`: the sites are clients of a simulation. `unit`: what the schema protects.
-    Raises BundleError for a receipt that says another unit.
+    `compression` is a sentence about its cost. A release that was used twice was charged once. `data_dependent`: sites
+    standardised their inputs with constants of their own training data. `simulated`: the sites are clients of a
+    simulation. `unit`: what the schema protects. Raises BundleError for a receipt that says another unit.
     """
     _check_units(runs, unit)
     names = sorted({name for run in runs for name in run.by_site})
@@ -120,7 +123,8 @@ def state(
     complete = all(run.by_site for run in runs) and bool(sites)
     guarantee = _guarantee(len(sites), len(exposed), complete)
     overall = None
-    further = [release for release in (statistics, threshold) if release is not None]
+    used = dict.fromkeys((statistics, threshold, *compression_statistics))
+    further = [release for release in used if release is not None]
     if guarantee == "every site":
         overall = Bound(
             epsilon=max(site.epsilon or 0.0 for site in sites) + sum(release.epsilon for release in further),
@@ -143,6 +147,7 @@ def state(
         requested_central=central,
         statistics=statistics,
         threshold=threshold,
+        compression_statistics=tuple(compression_statistics),
         compression=compression,
         unit=" ".join([claim.protects, *_of_whole_sites(sites)]),
         holds_against=claim.against,

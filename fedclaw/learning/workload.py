@@ -22,7 +22,7 @@ from fedclaw.errors import DataError, NotInGraph
 from fedclaw.learning.preprocessing import Preprocessing
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.tasks.classification import Classification
-from fedclaw.privacy.statistics import Records, StatisticColumn
+from fedclaw.privacy.statistics import Records, StatisticColumn, Statistics
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.protocol.terms import DataUnit, ModelSpec
 
@@ -301,6 +301,11 @@ class Schema(ABC):
         """
         table = self.read_examples(path)
         yield Records({}, table.targets[table.first_rows(most or self.rows_per_person or 1)])
+
+    def sampled_inputs(self, statistics: Statistics, count: int, generator: np.random.Generator) -> Floats:
+        """(count, *D) drawn from what a release says of the columns, each by itself; of one it is silent on, from the
+        schema. Raises DataError for a release that is not of this schema, and where examples have no columns."""
+        raise DataError(f"examples of the workload {self.name} have no columns to draw by")
 
     @abstractmethod
     def synthetic_inputs(self, count: int, generator: np.random.Generator) -> Floats:

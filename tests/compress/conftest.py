@@ -85,6 +85,7 @@ def make_run(tmp_path):
             federation="test",
             workload=workload.name,
             schema_text=workload.schema.to_json(),
+            task=workload.task.name,
             model=workload.spec_of(model),
             strategy=StrategyRecord(name="fedavg"),
             rounds=3,

@@ -22,7 +22,11 @@ def run(make_run, trained):
         (["fraction=2"], UsageError, "fraction: Input should be less than 1 (given: 2)"),
         (["fraction=0"], UsageError, "fraction: Input should be greater than 0"),
         (["fraction=small"], UsageError, "fraction: Input should be a valid number"),
-        (["mode=magic"], UsageError, "mode: Input should be 'proxy' or 'federated' (given: 'magic')"),
+        (
+            ["mode=magic"],
+            UsageError,
+            "mode.0: Input should be 'proxy', 'synthetic', 'federated' or 'none' (given: 'magic')",
+        ),
         (["fractoin=0.3"], UsageError, "fractoin"),
         (["--fraction", "0.3"], UsageError, "unknown option --fraction; arguments are written key=value"),
         (["now"], UsageError, "unknown command 'now'"),
@@ -32,7 +36,11 @@ def run(make_run, trained):
         (["synthetic=3"], UsageError, "synthetic: Input should be greater than or equal to 10"),
         (["recovery.schedule=step"], UsageError, "recovery.schedule: Input should be 'cosine' or 'constant'"),
         (["mode=federated"], UsageError, "mode=federated needs federation=DIR"),
-        (["mode=federated", "federation=x", "controls=true"], UsageError, "belong to mode=proxy"),
+        (["mode=federated", "federation=x", "inputs=x"], UsageError, "inputs= belongs to mode=proxy"),
+        (["mode=[proxy,proxy]"], UsageError, "names one kind of recovery twice"),
+        (["mode=[none,proxy]"], UsageError, "mode=none is no recovery at all"),
+        (["mode=[]"], UsageError, "mode=[] names no recovery; to prune only is mode=none"),
+        (["statistics=x"], UsageError, "statistics= belongs to mode=synthetic"),
         (["mode=federated", "federation=/no/such"], ProvisionError, "/no/such is not a federation directory"),
         (["device=cuda"], UsageError, "torch sees no CUDA device"),
         (["fraction=0.001"], CompressionError, "ask for at least that"),
@@ -74,7 +82,7 @@ def test_command_line(run, digits):
     done = command(f"run={run.root}", *asked)
     assert done.returncode == 0, done.stderr
     assert "multiply-adds per example" in done.stdout
-    assert "accuracy (evaluation file)" in done.stdout
+    assert "Accuracy (evaluation file)" in done.stdout
     record = json.loads((run.compressed / "compression.json").read_text())
     assert record["parameters_after"] <= 0.2 * record["parameters_before"]
     assert f"{record['parameters_after']:,}" in done.stdout

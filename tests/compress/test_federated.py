@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedclaw.compress.__main__ import before_after, notes
+from fedclaw.compress.__main__ import before_after, compared, notes
 from fedclaw.compress.federated import DIRECTORY, distillation_record, recover_by_rounds
 from fedclaw.compress.models import load_teacher, make_student
 from fedclaw.compress.record import CompressSettings, SiteRecovery, read_compressed
@@ -70,7 +70,7 @@ def recover(make_run, trained):
         teacher = load_teacher(run.root)
         student = make_student(teacher, settings.fraction)
         assume_server_identity(1)
-        return recover_by_rounds(LocalGrid(sites, 1), settings, teacher, student)
+        return recover_by_rounds(LocalGrid(sites, 1), settings, teacher, student, student.model)
 
     go.run = run
     return go
@@ -78,11 +78,11 @@ def recover(make_run, trained):
 
 def test_sites_recover_the_student_on_their_ledgers(sites, recover, trained):
     outcome = recover(sites)
-    accuracies = outcome.accuracies
-    assert accuracies.measure == "federated evaluation"
-    assert accuracies.examples == 120
-    assert accuracies.before["accuracy"] > 0.9
-    assert accuracies.after["accuracy"] > accuracies.pruned["accuracy"] + 0.1
+    figures = outcome.figures
+    assert figures.examples == 120
+    assert figures.before.metrics["accuracy"] > 0.9
+    assert figures.after.metrics["accuracy"] > figures.pruned.metrics["accuracy"] + 0.1
+    assert figures.after.interval.low < figures.after.metrics["accuracy"] < figures.after.interval.high
     report = outcome.report
     assert report.rounds == 3
     assert sorted(report.epsilon) == list(NAMES)
@@ -103,7 +103,7 @@ def test_begun_again_it_costs_nothing(sites, recover):
     again = recover(sites)
     assert {name: site.ledger.spent(1e-4) for name, site in sites.items()} == spent
     assert again.report == first.report
-    assert again.accuracies == first.accuracies
+    assert again.figures == first.figures
 
 
 def test_another_question_is_another_run(sites, recover):
@@ -116,8 +116,8 @@ def test_another_question_is_another_run(sites, recover):
 
 def test_the_teacher_is_what_the_sites_learn_from(sites, recover):
     """Without the loss on targets nothing but the teacher can have taught the student."""
-    learned = recover(sites, weight=1.0).accuracies
-    assert learned.after["accuracy"] > learned.pruned["accuracy"] + 0.1
+    learned = recover(sites, weight=1.0).figures
+    assert learned.after.metrics["accuracy"] > learned.pruned.metrics["accuracy"] + 0.1
 
 
 def test_a_site_without_budget_declines(trained, digits, recover):
@@ -175,7 +175,7 @@ def test_a_student_is_compared_under_capped_weights(sites, recover):
     record = recover.run.record()
     capped = record.model_copy(update={"weighting": "capped", "weight_cap": 50})
     (recover.run.root / "run.json").write_text(capped.model_dump_json())
-    assert recover(sites, rounds=1).accuracies.examples == 120
+    assert recover(sites, rounds=1).figures.examples == 120
 
 
 def test_the_federation_must_be_the_runs(recover, tmp_path):
@@ -217,9 +217,9 @@ def test_the_whole_stage_over_grpc(connected, sites, recover):
     written, parameters = read_compressed(recover.run)
     assert written == record
     assert sum(array.size for array in parameters.values()) == record.parameters_after
-    assert all(0 < record.recovery.epsilon[name] <= EPSILON for name in NAMES)
-    assert all(site.ledger.rounds(record.recovery.run) == 2 for site in sites.values())
+    assert all(0 < record.at_sites.epsilon[name] <= EPSILON for name in NAMES)
+    assert all(site.ledger.rounds(record.at_sites.run) == 2 for site in sites.values())
     table = Console(width=120, file=io.StringIO())
-    table.print(before_after(record), *notes(record, recover.run.compressed))
-    assert "accuracy (federated evaluation)" in table.file.getvalue()
+    table.print(before_after(record), compared(record), *notes(record, recover.run.compressed))
+    assert "Accuracy (federated evaluation)" in table.file.getvalue()
     assert "north" in table.file.getvalue()

@@ -1,15 +1,17 @@
 """Distillation: of a student on public inputs at the coordinator, and at the sites."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fedclaw.compress.federated import recover_by_rounds
+from fedclaw.compress.inputs import Inputs
 from fedclaw.compress.models import load_teacher, make_student
-from fedclaw.compress.proxy import recover_by_proxy
 from fedclaw.compress.record import CompressSettings, RecoverySettings, SiteRecovery
+from fedclaw.compress.stage import controls_of, read_given, recover
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.workload import Table, schema_digest
 from fedclaw.protocol.terms import ModelSpec
@@ -46,13 +48,16 @@ def run(tmp_path):
 def test_a_student_learns_on_public_inputs(run, device, wanted):
     directory, _, table = run
     recovery = RecoverySettings(steps=150, learning_rate=0.02, mix=True)
-    settings = CompressSettings(run=directory.root, fraction=0.6, device=wanted, recovery=recovery, controls=True)
+    settings = CompressSettings(run=directory.root, fraction=0.6, device=wanted, recovery=recovery)
     teacher = load_teacher(directory.root)
     student = make_student(teacher, settings.fraction)
-    outcome = recover_by_proxy(settings, teacher, student, torch.from_numpy(table.inputs), "made inputs")
-    assert outcome.report.agreement_after > max(0.8, outcome.report.agreement_pruned)
-    assert {control.name for control in outcome.report.controls} == {"distilled from scratch"}
-    for model in (outcome.model, teacher.model, student.model):
+    given = read_given(settings, teacher)
+    public = Inputs(torch.from_numpy(table.inputs), "public", "made inputs")
+    made = recover(settings, teacher, student, replace(given, proxy=public))
+    assert made.reports[0].agreement_after > max(0.8, made.reports[0].agreement_pruned)
+    controls = controls_of(settings, teacher, student, given, made)
+    assert len(controls) == 3
+    for model in (made.model, teacher.model, student.model, *(control.model for control in controls)):
         assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
@@ -79,8 +84,9 @@ def test_a_student_learns_at_the_sites(run, device):
         run=directory.root, mode="federated", fraction=0.6, federation=directory.root, sites=asked
     )
     teacher = load_teacher(directory.root)
-    outcome = recover_by_rounds(LocalGrid(sites, 1), settings, teacher, make_student(teacher, settings.fraction))
-    assert outcome.accuracies.after["accuracy"] > 0.4
+    student = make_student(teacher, settings.fraction)
+    recovered = recover_by_rounds(LocalGrid(sites, 1), settings, teacher, student, student.model)
+    assert recovered.figures.after.metrics["accuracy"] > 0.4
     for site in sites.values():
         teachers = [model for key, model in site._models.items() if key.startswith("teacher")]
         assert {parameter.device.type for model in teachers for parameter in model.parameters()} == {device.type}

@@ -14,7 +14,7 @@ import yaml
 from markdown_it import MarkdownIt
 from scipy.stats import binomtest
 
-from fedclaw.compress.record import Control, ProxyReport, StepInputs
+from fedclaw.compress.record import Control, CoordinatorReport, StepInputs
 from fedclaw.export import layout
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.card import model_card
@@ -148,8 +148,9 @@ def hostile_card(samples, table_bundle, statement, tmp_path_factory):
         source = load_source(samples.make_run(tmp_path_factory.mktemp("hostile") / "run", "tabular", table, spec))
         strategy = source.record.strategy.model_copy(update={"name": name, "settings": {name: name}})
         looked = (StepInputs(step="importance", origin="public", description=name, examples=3),)
-        control = Control(name="distilled from scratch", accuracy=0.5, agreement=0.5)
-        recovery = ProxyReport(inputs=name, steps=1, agreement_pruned=0.5, agreement_after=0.9, controls=(control,))
+        control = Control(name="distilled from scratch", data=name, accuracy=0.5, agreement=0.5)
+        said = {"controls": (control,), "verdict": name, "controls_note": name}
+        recovery = CoordinatorReport(inputs=name, steps=1, agreement_pruned=0.5, agreement_after=0.9)
         line = {
             "metrics": {"accuracy": 0.5, name: 0.25},
             "test_examples": 40,
@@ -165,7 +166,7 @@ def hostile_card(samples, table_bundle, statement, tmp_path_factory):
             spec=ModelSpec(name="mlp", args={name: name}),
             receipts=(dataclasses.replace(source.receipts[0], run=name, by_site=by_site),),
             metrics=(line,),
-            compression=compression_record(looked_at=looked, recovery=recovery),
+            compression=compression_record(looked_at=looked, recovery=(recovery,), **said),
         )
         hostile = statement.model_copy(update=dict.fromkeys(("summary", "unit", "holds_against", "source"), name))
         hostile = hostile.model_copy(update={"warnings": (name,), "not_covered": (name,), "sites": state_of(source)})

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from fedclaw.compress.record import Compression, ProxyReport, Side, SitesReport, write_compressed
+from fedclaw.compress.record import Compression, CoordinatorReport, Side, SitesReport, write_compressed
 from fedclaw.errors import BundleError, CheckpointError, UsageError
 from fedclaw.export import graph, layout
 from fedclaw.export.bundle import Request, export_bundle
@@ -223,7 +223,7 @@ class TestSource:
 
         return write
 
-    PROXY = ProxyReport(inputs="100 synthetic", steps=1, agreement_pruned=0.5, agreement_after=0.9)
+    PROXY = CoordinatorReport(inputs="100 synthetic", steps=1, agreement_pruned=0.5, agreement_after=0.9)
 
     def test_auto_takes_the_compressed_model(self, run, compress):
         assert load_source(run).variant == "final"

@@ -122,6 +122,22 @@ def test_the_release_that_the_constants_come_from_counts(samples):
     assert statement.statistics == used
 
 
+def test_the_releases_that_the_compression_looked_at_count_and_each_once(samples):
+    plain = state([training(samples.private)], None, "none.")
+    constants = ReleaseUse(run="statistics-1", epsilon=1.5, delta=1e-6)
+    further = ReleaseUse(run="statistics-2", epsilon=0.25, delta=1e-6, relation="add-or-remove")
+    statement = state(
+        [training(samples.private)],
+        None,
+        "recovered.",
+        statistics=constants,
+        compression_statistics=(constants, further),
+    )
+    assert statement.overall.epsilon == pytest.approx(plain.overall.epsilon + 1.75)
+    assert statement.overall.delta == pytest.approx(plain.overall.delta + 2e-6)
+    assert statement.compression_statistics == (constants, further)
+
+
 def test_a_guarantee_that_counts_on_secret_cohorts_is_taken_back_towards_readers(samples):
     central = CentralNoise(
         unit="site", noise_by="server", epsilon=2, delta=1e-5, clip=1, noise_multiplier=3, sample_rate=0.2
