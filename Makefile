@@ -47,6 +47,7 @@ benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregat
 	$(BIN)/python -m experiments.benchmarks.simulation
 	$(BIN)/python -m experiments.benchmarks.scale
 	$(BIN)/python -m experiments.benchmarks.startup
+	$(BIN)/python -m experiments.benchmarks.export
 	$(BIN)/python -m experiments.benchmarks.latency
 
 heart-disease: $(VENV)/.demo ## FLamby's heart-disease table and beyond (DATA=directory of the four UCI files)

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,7 @@ from fedclaw.protocol.frozen import fields_of
 SHOWN_ROWS = 50
 DIGITS = 4
 """Of a probability at a terminal."""
+NO_ANSWER = "the model's answer to it is no finite number"
 
 
 class PredictSettings(TrustSettings, FileFormat):
@@ -126,11 +127,14 @@ class Answers:
 
     @classmethod
     def of(cls, predictor: Predictor, rows: Rows) -> "Answers":
-        """What the model says of `rows`."""
-        answered = rows.answered
+        """What the model says of `rows`; one that it has no finite answer to is refused too."""
+        given = predictor.predict(rows.inputs[rows.answered])
+        finite = np.isfinite(given).all(axis=1)
+        without = dict.fromkeys(rows.answered[~finite].tolist(), NO_ANSWER)
+        rows = replace(rows, refused={**rows.refused, **without})
         places = np.full(len(rows.inputs), -1, np.int64)
-        places[answered] = np.arange(len(answered))
-        return cls(predictor.task, rows, places, predictor.predict(rows.inputs[answered]), predictor.threshold)
+        places[rows.answered] = np.arange(int(finite.sum()))
+        return cls(predictor.task, rows, places, given[finite], predictor.threshold)
 
     def cells(self, place: int, digits: int = 6) -> tuple[str, ...]:
         """The answer there as text, by the task's columns."""

@@ -1,5 +1,6 @@
 """Assemble and sign a bundle: write it to a temporary directory, verify it as a recipient would, then rename it."""
 
+import gc
 import importlib.metadata
 import json
 import platform
@@ -204,7 +205,7 @@ def _graphs(quantised: bool, spec: layout.PipelineSpec | None) -> dict[str, layo
 
 
 def _decision(staging: Path, public: Table) -> layout.Decision:
-    session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
+    session = open_session(staging / layout.ONNX, layout.ONNX, "export")
     batches = range(0, len(public), THRESHOLD_BATCH)
     parts = [run_session(session, public.inputs[start : start + THRESHOLD_BATCH])[1][:, 1] for start in batches]
     return choose_threshold(np.concatenate(parts), public)
@@ -229,19 +230,28 @@ def _parity_inputs(source: Source, request: Request) -> tuple[Floats, layout.Inp
 
 
 def _compare(staging: Path, source: Source, inputs: Floats, tolerance: float) -> dict[str, layout.ParityFigures]:
-    """Load both exported models back from their files and compare them with the torch model."""
+    """Load both exported models back from their files, one after the other, and compare them with the torch model."""
     reference = graph.Linked(source.model, source.schema.task).eval()
-    program = graph.load_program(staging / layout.PROGRAM)
-    session = open_session((staging / layout.ONNX).read_bytes(), layout.ONNX, "export")
-    forms: Mapping[str, graph.Forward] = {
-        layout.ONNX: lambda batch: run_session(session, batch),
-        layout.PROGRAM: lambda batch: graph.torch_outputs(program, batch),
+    loaders: Mapping[str, Callable[[], graph.Forward]] = {
+        layout.PROGRAM: lambda: _program(staging / layout.PROGRAM),
+        layout.ONNX: lambda: _session(staging / layout.ONNX),
     }
     figures = {}
-    for name, forward in forms.items():
-        figures[name] = graph.compare(lambda batch: graph.torch_outputs(reference, batch), forward, inputs)
+    for name, load in loaders.items():
+        figures[name] = graph.compare(lambda batch: graph.torch_outputs(reference, batch), load(), inputs)
         graph.require_parity(figures[name], tolerance, name)
+        gc.collect()  # a program that was read back holds its weights in circles
     return figures
+
+
+def _program(path: Path) -> graph.Forward:
+    program = graph.load_program(path)
+    return lambda batch: graph.torch_outputs(program, batch)
+
+
+def _session(path: Path) -> graph.Forward:
+    session = open_session(path, path.name, "export")
+    return lambda batch: run_session(session, batch)
 
 
 def _write_texts(

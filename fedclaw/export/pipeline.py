@@ -126,7 +126,7 @@ def compare(
 
     Raises BundleError where they refuse different rows, or a label is another than its probabilities amount to.
     """
-    session = open_session(path.read_bytes(), path.name, "export")
+    session = open_session(path, path.name, "export")
     linked = exact.Linked(model, task).eval()
     inputs, refused = preprocessing.prepare(columns)
 

@@ -1,6 +1,7 @@
 """The one place that opens ONNX Runtime: errors only, no telemetry, and a clear error for what is not a model."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from fedclaw.errors import BundleError, UsageError
@@ -12,8 +13,11 @@ _WITHOUT_TF32 = {"use_tf32": "0"}
 """float32 as on the CPU: with TF32, the provider's default, products have 10 bits behind the point."""
 
 
-def open_session(model: bytes, origin: str, extra: str, device: Device = "cpu", threads: int = 0) -> Any:
+def open_session(model: bytes | Path, origin: str, extra: str, device: Device = "cpu", threads: int = 0) -> Any:
     """An `onnxruntime.InferenceSession` for the bytes of an ONNX file; `auto` takes CUDA where ONNX Runtime can.
+
+    A path is for a file that this process wrote itself: it needs one copy of the weights less, and nothing says that
+    what is read is what somebody verified.
 
     `threads` is how many it computes with; 0: as many as ONNX Runtime finds right.
 
@@ -36,7 +40,9 @@ def open_session(model: bytes, origin: str, extra: str, device: Device = "cpu", 
         )
     wanted = [(_CUDA, _WITHOUT_TF32), _CPU] if has_cuda and device != "cpu" else [_CPU]
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=wanted)
+        session = onnxruntime.InferenceSession(
+            str(model) if isinstance(model, Path) else model, options, providers=wanted
+        )
     except Exception as error:  # ONNX Runtime's exceptions have no public common base
         raise BundleError(f"{origin} is not a model that ONNX Runtime can load: {_short(error)}") from error
     if device == "cuda" and _CUDA not in session.get_providers():
