@@ -2,8 +2,10 @@
 
 import csv
 import json
+import tracemalloc
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -11,11 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedclaw.clients.values import key_of, normal
-from fedclaw.export import graph
+from fedclaw.errors import BundleError, NotInGraph
+from fedclaw.export import graph, layout, onnx_model
+from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.onnx_model import OnnxModel
-from fedclaw.export.pipeline import compose_pipeline
+from fedclaw.export.pipeline import TYPES, Nodes, compare, compose_pipeline
+from fedclaw.export.predictor import Predictor
 from fedclaw.export.runtime import open_session, run_columns, run_session
 from fedclaw.learning.registry import schema_class, workload_class
+from fedclaw.learning.tasks.classification import Classification
+from fedclaw.learning.workload import FileFormat, Schema
 
 MISSING = ["", "NA", "-999", "0.1"]
 TABLE = {
@@ -149,3 +156,200 @@ def test_typed_columns_are_answered_as_the_reader_answers_the_file(table, rows):
         assert np.isnan(found["probabilities"][refused]).all()
         labels = np.array([*schema.labels, ""], object)[np.where(refused, -1, found["probabilities"].argmax(1))]
         assert found["label"][:, 0].tolist() == labels.tolist()
+
+
+@given(st.lists(st.floats(-1e6, 1e6).filter(lambda number: number not in {-999, 0.1}), min_size=1, max_size=8))
+def test_rounding_to_float32_moves_a_feature_by_less_than_it_is_said_to(table, numbers):
+    """By 2**-17 at most beside the feature's own rounding; not at all where the input is float64."""
+    preprocessing = table[0].preprocessing()
+    nodes = Nodes("n/")
+    prepared = preprocessing.write(nodes)
+    inputs = [onnx.helper.make_tensor_value_info(c.name, TYPES[c.dtype], list(c.shape)) for c in preprocessing.columns]
+    output = onnx.helper.make_tensor_value_info(prepared.inputs, onnx.TensorProto.FLOAT, ["batch", "features"])
+    graph_ = onnx.helper.make_graph(nodes.nodes, "g", inputs, [output], nodes.constants)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("ai.onnx.ml", 3)]
+    model = onnx.helper.make_model(graph_, opset_imports=opsets, ir_version=10)
+    count, exact = len(numbers), np.array(numbers)
+    columns = dict(preprocessing.synthetic(count, np.random.default_rng(0)))
+    ages = np.clip(np.abs(exact) % 120, 1, 119.7)
+    columns |= {"age": ages.astype(np.float32)[:, None], "day": exact[:, None]}
+    session_ = open_session(model.SerializeToString(), "features", "export")
+    features = run_columns(session_, columns)[prepared.inputs]
+    wanted = (ages - 50) / 20
+    assert (np.abs(features[:, 0] - wanted) <= 2**-17 + 2**-23 * np.abs(wanted)).all()
+    assert features[:, 3].tolist() == ((exact - 19000) / 30).astype(np.float32).tolist()
+
+
+def test_the_reader_fills_the_columns_with_what_cannot_be_parsed_in_a_graph(tmp_path):
+    definition = {
+        "columns": [
+            {"name": "age", "kind": "numeric", "range": [0, 120]},
+            {"name": "seen", "kind": "categorical", "levels": ["2024-01-31", "1", "café"]},
+            {"name": "smoker", "kind": "boolean"},
+        ],
+        "target": {"name": "y", "labels": ["a", "b"]},
+        "missing": ["-9"],
+    }
+    schema = schema_class("tabular").parse(json.dumps(definition), "test")
+    schema = schema.written_as(FileFormat(delimiter=";", decimal=",", encoding="latin-1", title_lines=1))
+    path = tmp_path / "rows.csv"
+    rows = ["61,5;1,0;2024-01-31 00:00", "-9,0;-9;1,0", ";JA;café", "121;no;1", "x;no;1", "5;no;2", "1;2"]
+    path.write_bytes("\n".join(["a title", "age;smoker;seen", *rows, ""]).encode("latin-1"))
+    typed = schema.preprocessing().read(path)
+    assert typed.columns["age"].dtype == np.float32
+    age = typed.columns["age"][:, 0].tolist()
+    assert age[0] == 61.5
+    assert np.isnan(age[1])
+    assert age[2:] == [np.inf] * 5  # refused in the graph too, whatever it is that is wrong with the row
+    assert typed.columns["seen"][:2, 0].tolist() == ["2024-01-31", "1"]
+    assert typed.columns["smoker"][:2, 0].tolist() == ["true", ""]
+    assert sorted(typed.refused) == [2, 3, 4, 5, 6]
+    assert "'JA'; expected true or false" in typed.refused[2]
+    refused = schema.preprocessing().prepare(typed.columns)[1]
+    assert refused.tolist() == [False, False, *[True] * 5]
+    assert schema.preprocessing().read(path, ["seen"]).identifiers["seen"][0] == "2024-01-31 00:00"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"standardise": "site", "columns": [{"name": "x", "kind": "numeric"}]}, "each site's own constants"),
+        ({"columns": [{"name": f"x{n}", "kind": "numeric"} for n in range(1001)]}, "1001 columns, .* at most 1000"),
+    ],
+)
+def test_what_cannot_be_in_a_graph_is_said(changes, why):
+    definition = {**TABLE, **changes}
+    with pytest.raises(NotInGraph, match=why):
+        schema_class("tabular").parse(json.dumps(definition), "test").preprocessing()
+
+
+def test_a_workload_that_does_not_say_how_has_no_pipeline(table_source, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(table_source.schema), "preprocessing", Schema.preprocessing)
+    export_bundle(table_source, home.signer(), tmp_path / "bundle", Request())
+    assert not (tmp_path / "bundle" / layout.PIPELINE).exists()
+    manifest = layout.Manifest.model_validate_json((tmp_path / "bundle" / layout.MANIFEST).read_bytes())
+    assert (manifest.pipeline, layout.PIPELINE in manifest.graphs) == (None, False)
+    assert "the workload tabular does not say how" in manifest.no_pipeline
+
+
+@pytest.mark.parametrize("which", ["table", "image"])
+def test_a_bundle_says_what_its_pipeline_takes_and_gives(which, request):
+    bundle = request.getfixturevalue(f"{which}_bundle")
+    manifest = layout.Manifest.model_validate_json((bundle / layout.MANIFEST).read_bytes())
+    model = onnx.load(bundle / layout.PIPELINE)
+
+    def told(values):
+        types = {v: k for k, v in TYPES.items()}
+        shapes = [tuple(d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim) for v in values]
+        return [(v.name, types[v.type.tensor_type.elem_type], s) for v, s in zip(values, shapes, strict=True)]
+
+    assert told(model.graph.input) == [(c.name, c.dtype, c.shape) for c in manifest.pipeline.columns]
+    assert told(model.graph.output) == [(o.name, o.dtype, o.shape) for o in manifest.pipeline.outputs]
+    assert manifest.graphs[layout.PIPELINE] == "typed columns"
+    assert manifest.graphs[layout.ONNX] == manifest.graphs[layout.PROGRAM] == "prepared inputs"
+    assert manifest.no_pipeline is None
+    assert manifest.parity.files[layout.PIPELINE].max_abs_diff < 1e-5
+
+
+def test_images_of_eight_bits_are_answered_as_their_file_is(image_bundle, tmp_path):
+    predictor = Predictor.open(image_bundle)
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    expected = predictor.predict(predictor.read(tmp_path / "images.npz"))
+    pipeline = open_session((image_bundle / layout.PIPELINE).read_bytes(), layout.PIPELINE, "export")
+    found = run_columns(pipeline, {"images": pixels[..., None]})
+    np.testing.assert_allclose(found["probabilities"], expected, atol=1e-6)
+    assert found["label"][:, 0].tolist() == [predictor.labels[place] for place in expected.argmax(1)]
+    assert not found["refused"].any()
+    given = predictor.read_columns(tmp_path / "images.npz").columns["images"]
+    assert given.tolist() == pixels[..., None].tolist()
+    np.savez(tmp_path / "between.npz", images=np.full((1, 8, 8), 0.5017))
+    with pytest.raises(NotInGraph, match="8 bits cannot hold"):
+        predictor.read_columns(tmp_path / "between.npz")
+    with pytest.raises(BundleError, match="typed columns"):
+        run_columns(pipeline, {"images": np.zeros((1, 9, 8, 1), np.uint8)})
+
+
+def test_an_array_with_a_number_that_is_not_finite_is_refused_by_itself(tmp_path):
+    definition = {"input_shape": [2, 3], "labels": ["a", "b"]}
+    schema = schema_class("arrays").parse(json.dumps(definition), "test")
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 2)).eval()
+    exact = graph.to_onnx(graph.trace(model, schema.task, (2, 3)), schema.task, (2, 3))
+    inputs = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.from_numpy(inputs)), 1).numpy()
+    cut = float(np.sort(expected[:, 1])[3])
+    pipeline = session(compose_pipeline(exact, schema.preprocessing(), schema.task, cut), tmp_path / "p.onnx")
+    for row, bad in ((1, np.nan), (4, np.inf)):
+        inputs[row, 1, 2] = bad
+    found = run_columns(pipeline, {"inputs": inputs})
+    good = [0, 2, 3, 5]
+    assert np.flatnonzero(found["refused"]).tolist() == [1, 4]
+    np.testing.assert_allclose(found["probabilities"][good], expected[good], atol=1e-6)
+    above = np.where(found["probabilities"][:, 1] >= np.float32(cut), "b", "a")
+    above[[1, 4]] = ""
+    assert found["label"][:, 0].tolist() == above.tolist()
+
+
+def test_a_pipeline_that_answers_otherwise_is_found(table, tmp_path):
+    schema = table[0]
+    model = workload_class("tabular")(schema)
+    preprocessing = schema.preprocessing()
+    torch.manual_seed(0)
+    trained = model.build(model.default_model()).eval()
+    exact = graph.to_onnx(graph.trace(trained, schema.task, schema.input_shape), schema.task, schema.input_shape)
+    columns = preprocessing.synthetic(64, np.random.default_rng(0))
+    path = tmp_path / "pipeline.onnx"
+    good = compose_pipeline(exact, preprocessing, schema.task, None)
+    good.write(path)
+    assert 3 < preprocessing.prepare(columns)[1].sum() < 20
+    assert compare(path, trained, preprocessing, columns, schema.task, None).max_abs_diff < 1e-6
+
+    def spoilt(change):
+        changed = onnx.load(path)
+        change(changed.graph)
+        onnx.save(changed, tmp_path / "spoilt.onnx")
+        return compare(tmp_path / "spoilt.onnx", trained, preprocessing, columns, schema.task, None)
+
+    def scale(graph_):
+        (center,) = [c for c in graph_.initializer if 19000.0 in onnx.numpy_helper.to_array(c).ravel().tolist()]
+        center.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(center) + 1, center.name))
+
+    def labels(graph_):
+        (texts,) = [c for c in graph_.initializer if b"gut" in c.string_data]
+        texts.string_data[:2] = texts.string_data[1::-1]
+
+    def lenient(graph_):
+        for node in graph_.node:
+            if node.op_type == "LabelEncoder":
+                for attribute in node.attribute:
+                    if attribute.name == "default_int64":
+                        attribute.i = -1
+
+    assert spoilt(scale).max_abs_diff > 1e-4
+    with pytest.raises(BundleError, match="another label"):
+        spoilt(labels)
+    with pytest.raises(BundleError, match="refuses other rows"):
+        spoilt(lenient)
+
+
+def test_a_file_is_written_weight_by_weight(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 3000), nn.ReLU(), nn.Linear(3000, 2)).eval()
+    task = Classification(("a", "b"), None)
+    exact = graph.to_onnx(graph.trace(model, task, (40,)), task, (40,))
+    path = tmp_path / "model.onnx"
+    tracemalloc.start()
+    exact.write(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert path.stat().st_size > 4 * 40 * 3000 > 3 * peak
+    onnx.checker.check_model(str(path), full_check=True)
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
+    for name, parameter in model.named_parameters():
+        np.testing.assert_array_equal(found[f"model.{name}"], parameter.detach().numpy())
+    monkeypatch.setattr(onnx_model, "PROTOBUF_LIMIT", 4 * 40 * 3000)
+    with pytest.raises(BundleError, match="an ONNX file holds at most 2 GiB"):
+        exact.write(tmp_path / "large.onnx")
+    assert not (tmp_path / "large.onnx").exists()

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from fedclaw.errors import BundleError
 from fedclaw.export import layout
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import Trust, verify_bundle
+from fedclaw.export.graph import load_program, torch_outputs
 from fedclaw.export.predictor import Predictor
+from fedclaw.export.runtime import open_session, run_columns
 from fedclaw.export.source import load_source
 from fedclaw.learning.workload import Table
 from fedclaw.protocol.terms import ModelSpec
@@ -132,6 +135,32 @@ def test_a_graph_of_another_task_is_no_bundle(bundles, table_bundle, home):
     sign(bundles, home.signer())
     with pytest.raises(BundleError, match=r"outputs 'logits', 'probabilities'; a regression task has 'outputs' and"):
         Predictor.open(bundles, Trust(authority=home.signer().ca_pem))
+
+
+def test_the_pipeline_gives_values_from_typed_columns_and_refuses_what_the_reader_and_the_model_refuse(
+    squared_bundle, command, tmp_path
+):
+    program = load_program(squared_bundle / layout.PROGRAM)
+    large = np.array(list(product((3e38, -3e38), repeat=4)), np.float32)
+    nothing = large[np.isnan(torch_outputs(program, large)[1][:, 0])]
+    manifest = layout.Manifest.model_validate_json((squared_bundle / layout.MANIFEST).read_bytes())
+    assert [output.name for output in manifest.pipeline.outputs] == ["values", "refused"]
+    pipeline = open_session((squared_bundle / layout.PIPELINE).read_bytes(), layout.PIPELINE, "export")
+    rows = np.random.default_rng(3).normal(size=(12, 4)).astype(np.float32)
+    rows[3, 1], rows[5] = np.nan, nothing[0]
+    found = run_columns(pipeline, {f"x{place}": rows[:, [place]] for place in range(4)})
+    path, output = tmp_path / "rows.csv", tmp_path / "out.csv"
+    lines = [",".join(repr(float(value)) for value in row) for row in rows]
+    path.write_text("\n".join(["x0,x1,x2,x3", *lines]))
+    assert command("fedclaw.predict", f"bundle={squared_bundle}", f"input={path}", f"output={output}").returncode == 0
+    with output.open(newline="") as file:
+        answers = list(csv.DictReader(file))
+    refused = [bool(answer["refused"]) for answer in answers]
+    assert [row for row, bad in enumerate(refused) if bad] == [5]
+    assert answers[5]["refused"] == "the model's answer to it is no finite number"
+    assert found["refused"][:, 0].tolist() == refused
+    expected = [float(answer["value"] or "nan") for answer in answers]
+    np.testing.assert_allclose(found["values"][:, 0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_number_has_no_threshold(run, home, tmp_path):
