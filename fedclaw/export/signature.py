@@ -135,6 +135,13 @@ def check_times(release: x509.Certificate, authority: x509.Certificate, signed: 
     """Check that the certificates were valid when the bundle says that it was signed. Raises BundleError."""
     if signed.tzinfo is None:
         raise BundleError(f"{MANIFEST}: `created` has no time zone")
+    try:
+        _check_times(release, authority, signed.astimezone(UTC), now)
+    except OverflowError as error:
+        raise BundleError(f"{MANIFEST} or a certificate holds a time at the end of the calendar") from error
+
+
+def _check_times(release: x509.Certificate, authority: x509.Certificate, signed: datetime, now: datetime) -> None:
     if signed > now + CLOCK_SKEW:
         raise BundleError(f"{MANIFEST} says that it was signed at {_stamp(signed)}, which is in the future")
     for name, certificate in ((RELEASE_CERTIFICATE, release), (CA_CERTIFICATE, authority)):

@@ -87,6 +87,22 @@ def test_extensions_that_nobody_can_read_are_a_bundle_error():
         check(with_extension(broken), pki.pem_of(CA))
 
 
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00"])
+def test_a_bundle_signed_before_or_after_all_time(text):
+    with pytest.raises(BundleError, match="a time at the end of the calendar"):
+        signature.check_times(RELEASE, CA, dt.datetime.fromisoformat(text), dt.datetime.now(dt.UTC))
+
+
+def test_a_certificate_of_the_year_1():
+    content = RELEASE.tbs_certificate_bytes
+    start = content.index(b"\x17\x0d")
+    changed = bytearray(content[:start] + b"\x18\x0f00010101000000Z" + content[start + 15 :])
+    changed[start - 1] += 2
+    changed[2:4] = (int.from_bytes(changed[2:4], "big") + 2).to_bytes(2, "big")
+    with pytest.raises(BundleError, match="a time at the end of the calendar"):
+        check(signed_anew(bytes(changed)), pki.pem_of(CA))
+
+
 def test_a_name_cannot_speak_to_the_terminal():
     names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier("fedclaw://heart/release")])
     assert check(with_extension(names, "\x1b[2Jheart\n"), pki.pem_of(CA)).name == "?[2Jheart?"
