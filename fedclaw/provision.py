@@ -21,6 +21,8 @@ More keys:
   fingerprint=...       approve, request: refuse any key but the one that the other side read out (the site's key for
                         approve, the federation's CA for request)
   rotate=true           renew site: make a new key as well
+  release_key=URI       init, renew federation: the key that signs bundles is in a PKCS#11 token and never leaves it
+                        (pkcs11:token=…;object=…, RFC 7512; made there if it is not there yet). See docs/encryption.md
 """
 
 if __name__ == "__main__":
@@ -70,6 +72,7 @@ class ProvisionSettings(Frozen):
     certificate: Path | None
     fingerprint: str | None
     rotate: bool
+    release_key: str | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def _check_keys(word: str, command: _Command, given: set[str]) -> None:
 def _init(settings: ProvisionSettings, console: Console) -> None:
     root = _path(settings.federation)
     name, address = _text(settings.name), _text(settings.address)
-    home = provisioning.initialise(root, name, address, settings.seal, settings.days, settings.addresses)
+    home = provisioning.initialise(
+        root, name, address, settings.seal, settings.days, settings.addresses, settings.release_key
+    )
     console.print(
         f"Federation {home.name} is in {root} (keys are readable by you only; back them up).\n"
         f"CA fingerprint: {pki.fingerprint(pki.p384_key(home.ca, 'the CA'))}\n"
@@ -169,12 +174,16 @@ def _renew(settings: ProvisionSettings, console: Console) -> None:
     if settings.federation is not None:
         if settings.rotate:
             raise UsageError("rotate=true is for sites; the federation's keys stay")
-        home = provisioning.renew_federation(_path(settings.federation), settings.days, settings.addresses or None)
+        home = provisioning.renew_federation(
+            _path(settings.federation), settings.days, settings.addresses or None, settings.release_key
+        )
         console.print(
             f"Server and release certificates of {home.name} are good for {settings.days} more days.\n"
             "Next: restart the server; it reads its certificate when it starts."
         )
         return
+    if settings.release_key is not None:
+        raise UsageError("release_key= is the federation's: renew federation=DIR takes it")
     if settings.addresses:
         raise UsageError("addresses=[...] are the server's: renew federation=DIR takes them")
     root = _site_directory(settings)
@@ -253,12 +262,17 @@ def _site_directory(settings: ProvisionSettings) -> Path:
 
 
 _COMMANDS = {
-    "init": _Command(_init, frozenset({"federation", "name", "address"}), frozenset({"seal", "days", "addresses"})),
+    "init": _Command(
+        _init, frozenset({"federation", "name", "address"}), frozenset({"seal", "days", "addresses", "release_key"})
+    ),
     "request": _Command(_request, frozenset({"site", "name", "descriptor"}), frozenset({"fingerprint"})),
     "approve": _Command(_approve, frozenset({"federation", "request"}), frozenset({"days", "fingerprint"})),
     "install": _Command(_install, frozenset({"site", "certificate"})),
     "renew": _Command(
-        _renew, frozenset(), frozenset({"days", "rotate", "addresses"}), frozenset({"federation", "site"})
+        _renew,
+        frozenset(),
+        frozenset({"days", "rotate", "addresses", "release_key"}),
+        frozenset({"federation", "site"}),
     ),
     "revoke": _Command(_revoke, frozenset({"federation", "site"})),
     "show": _Command(_show, frozenset(), frozenset(), frozenset({"federation", "site"})),

@@ -7,7 +7,7 @@ import datetime as dt
 import logging
 import threading
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -86,6 +86,8 @@ SERVER_KEY: Final = "server.key"
 SEAL_KEY: Final = "seal.key"
 RELEASE_CERTIFICATE: Final = "release.crt"
 RELEASE_KEY: Final = "release.key"
+RELEASE_KEY_PLACE: Final = "release.pkcs11"
+"""In the place of release.key: the PKCS#11 URI of a key that stays in a token."""
 REVOKED: Final = "revoked.crl"
 SITES: Final = "sites"
 
@@ -96,7 +98,6 @@ _NEEDED = (
     (SERVER_KEY, "the server's key"),
     (SEAL_KEY, "the key that updates are sealed to"),
     (RELEASE_CERTIFICATE, "the certificate of the key that signs bundles"),
-    (RELEASE_KEY, "the key that signs bundles"),
     (REVOKED, "the list of revoked sites"),
 )
 
@@ -106,17 +107,44 @@ class _SealKeyFile(Frozen):
     private_key: str = Field(repr=False)
 
 
+class ReleaseKey(Protocol):
+    """The key that signs bundles, in a file or in a token."""
+
+    def public_key(self) -> pki.PublicKey:
+        """Its public half."""
+
+    def sign(self, data: bytes, signature_algorithm: ec.ECDSA) -> bytes:
+        """A signature over `data`, DER."""
+
+
+def load_release_key(root: Path) -> ReleaseKey:
+    """The release key of the federation in `root`. Raises ProvisionError, or EncryptionError if a token fails."""
+    path, in_token = root / RELEASE_KEY, root / RELEASE_KEY_PLACE
+    what = "the key that signs bundles"
+    if not in_token.exists():
+        return pki.load_key(path, what)
+    if path.exists():
+        raise ProvisionError(
+            f"{root} holds both {RELEASE_KEY} and {RELEASE_KEY_PLACE}: {what} is one; remove the one that is not in "
+            f"use, then run: python -m fedclaw.provision renew federation={root}"
+        )
+    from fedclaw.identity.token_keys import SigningKey, TokenUri
+
+    text = pki.read_file(in_token, f"where {what} is").decode(errors="replace").strip()
+    return SigningKey.open(TokenUri.parse(text, root))
+
+
 class ReleaseSigner:
     """Signs bundles with the federation's release key."""
 
-    def __init__(self, key: pki.PrivateKey, certificate_pem: bytes, ca_pem: bytes) -> None:
+    def __init__(self, key: ReleaseKey, certificate_pem: bytes, ca_pem: bytes) -> None:
         self._key = key
         self.certificate_pem = certificate_pem
         self.ca_pem = ca_pem
 
     def sign(self, content: bytes) -> bytes:
         """ECDSA over `content` with the hash of the key's curve, DER (for P-384, `openssl dgst -sha384 -verify`)."""
-        return self._key.sign(content, ec.ECDSA(pki.hash_of(self._key)))
+        return self._key.sign(content, ec.ECDSA(pki.hash_of(self._key.public_key())))
 
 
 class FederationHome:
@@ -140,6 +168,10 @@ class FederationHome:
         for file, what in _NEEDED:
             if not (path / file).is_file():
                 raise ProvisionError(f"{path / file} is missing: {what}; restore it from a backup")
+        if not any((path / file).is_file() for file in (RELEASE_KEY, RELEASE_KEY_PLACE)):
+            raise ProvisionError(
+                f"{path / RELEASE_KEY} is missing: the key that signs bundles; restore it from a backup"
+            )
         home = cls(path, descriptor)
         if pki.load_certificate(path / CA_CERTIFICATE, "the CA's certificate") != home.ca:
             raise ProvisionError(f"{path / CA_CERTIFICATE} is not the CA that {path / DESCRIPTOR_FILE} names")
@@ -156,12 +188,16 @@ class FederationHome:
 
     def tls(self) -> pki.TlsIdentity:
         """The server's end of a connection. Raises ProvisionError, with the command to run when it has expired."""
-        certificate, key = self._leaf(SERVER_CERTIFICATE, SERVER_KEY, pki.Purpose.SERVER)
+        certificate = self._certificate(SERVER_CERTIFICATE, pki.Purpose.SERVER)
+        key = pki.load_key(self.root / SERVER_KEY, "the server key")
+        self._check_belongs(SERVER_CERTIFICATE, certificate, SERVER_KEY, key)
         return pki.TlsIdentity(pki.pem_of(certificate), pki.key_pem(key), pki.pem_of(self.ca))
 
     def signer(self) -> ReleaseSigner:
-        """The key that signs bundles. Raises ProvisionError."""
-        certificate, key = self._leaf(RELEASE_CERTIFICATE, RELEASE_KEY, pki.Purpose.RELEASE)
+        """The key that signs bundles. Raises ProvisionError, or EncryptionError if it is in a token that fails."""
+        certificate = self._certificate(RELEASE_CERTIFICATE, pki.Purpose.RELEASE)
+        key = load_release_key(self.root)
+        self._check_belongs(RELEASE_CERTIFICATE, certificate, RELEASE_KEY, key)
         return ReleaseSigner(key, pki.pem_of(certificate), pki.pem_of(self.ca))
 
     def opener(self) -> Opener:
@@ -186,17 +222,20 @@ class FederationHome:
         """
         return self._revocations.contains(serial)
 
-    def _leaf(
-        self, certificate_file: str, key_file: str, purpose: pki.Purpose
-    ) -> tuple[x509.Certificate, pki.PrivateKey]:
-        path = self.root / certificate_file
-        renew = f"run: python -m fedclaw.provision renew federation={self.root}"
-        certificate = pki.load_certificate(path, f"the {purpose.name.lower()} certificate")
-        pki.check_leaf(certificate, self.ca, purpose, str(path), renew)
-        key = pki.load_key(self.root / key_file, f"the {purpose.name.lower()} key")
+    def _certificate(self, file: str, purpose: pki.Purpose) -> x509.Certificate:
+        certificate = pki.load_certificate(self.root / file, f"the {purpose.name.lower()} certificate")
+        pki.check_leaf(certificate, self.ca, purpose, str(self.root / file), self._renew_advice)
+        return certificate
+
+    def _check_belongs(self, file: str, certificate: x509.Certificate, key_file: str, key: ReleaseKey) -> None:
         if not pki.belongs(certificate, key):
-            raise ProvisionError(f"{path} is not for the key in {self.root / key_file}; {renew}")
-        return certificate, key
+            raise ProvisionError(
+                f"{self.root / file} is not for the key in {self.root / key_file}; {self._renew_advice}"
+            )
+
+    @property
+    def _renew_advice(self) -> str:
+        return f"run: python -m fedclaw.provision renew federation={self.root}"
 
 
 def save_seal_key(path: Path, suite: SealSuite, private_key: bytes) -> None:

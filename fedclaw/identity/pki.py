@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import Protocol
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -415,6 +416,13 @@ def save_key(path: Path, key: PrivateKey) -> None:
     write_atomic(path, key_pem(key), PRIVATE_MODE)
 
 
-def belongs(certificate: x509.Certificate, key: PrivateKey) -> bool:
+class HasPublicKey(Protocol):
+    """A private key, wherever it is."""
+
+    def public_key(self) -> PublicKey:
+        """Its public half."""
+
+
+def belongs(certificate: x509.Certificate, key: HasPublicKey) -> bool:
     """Whether `certificate` is for `key`."""
     return certificate.public_key() == key.public_key()

@@ -19,7 +19,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fedclaw.errors import ProvisionError, UsageError
-from fedclaw.files import sync_directory, write_atomic
+from fedclaw.files import PRIVATE_MODE, sync_directory, write_atomic
 from fedclaw.identity import federation_home as home_files
 from fedclaw.identity import pki, seal
 from fedclaw.identity.descriptor import DESCRIPTOR_FILE, Descriptor, encode_descriptor, load_descriptor
@@ -44,6 +44,7 @@ from fedclaw.identity.site_home import (
     read_request,
     renew_advice,
 )
+from fedclaw.identity.token_keys import SigningKey, TokenUri
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +58,25 @@ def initialise(
     seal_suite: seal.SealSuite = "x25519",
     days: int = pki.LEAF_DAYS,
     addresses: Sequence[str] = (),
+    release_key: str | None = None,
 ) -> FederationHome:
     """Make a federation directory: CA, server and release certificates, seal key, descriptor, empty CRL.
 
     The directory appears whole or not at all, and is readable by its owner only. `addresses` are further names and IP
-    addresses under which sites reach the server: its certificate is for them too. Raises UsageError for a wrong name
-    or address, ProvisionError if `root` exists and holds anything.
+    addresses under which sites reach the server: its certificate is for them too. `release_key` is the PKCS#11 URI of
+    the key that signs bundles, which is made in the token if it is not there; None: it is a file. Raises UsageError for
+    a wrong name, address or URI, ProvisionError if `root` exists and holds anything, EncryptionError if a token fails.
     """
     _checked(check_name, name)
     address, others = _checked(canonical_address, address), [_checked(check_host, other) for other in addresses]
     if root.is_symlink() or (root.exists() and (not root.is_dir() or any(root.iterdir()))):
         raise ProvisionError(f"{root} exists already; a federation is never overwritten, choose another directory")
+    in_token = None if release_key is None else _token_key(root, release_key)
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
         try:
-            _fill(draft, name, address, others, seal_suite, days)
+            _fill(draft, name, address, others, seal_suite, days, in_token)
             draft.rename(root)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -190,21 +194,30 @@ def renew_site(site_root: Path, rotate: bool = False) -> Path:
     return site_root / SITE_REQUEST
 
 
-def renew_federation(root: Path, days: int = pki.LEAF_DAYS, addresses: Sequence[str] | None = None) -> FederationHome:
+def renew_federation(
+    root: Path, days: int = pki.LEAF_DAYS, addresses: Sequence[str] | None = None, release_key: str | None = None
+) -> FederationHome:
     """New server and release certificates for the keys that are there. A running server takes them when it restarts.
 
-    `addresses` are the further names and IP addresses that the server's is for; None: those that it is for now. Raises
-    UsageError for a wrong one, ProvisionError.
+    `addresses` are the further names and IP addresses that the server's is for; None: those that it is for now.
+    `release_key` is the PKCS#11 URI of a key in a token that signs bundles from now on, in the place of the present
+    one, whose file is removed; the key is made if it is not there. Raises UsageError for a wrong one, ProvisionError,
+    EncryptionError if the token fails.
     """
     given = None if addresses is None else [_checked(check_host, other) for other in addresses]
     with _coordinator(root) as (home, ca_key):
         host = canonical_host(split_address(home.descriptor.address)[0])
         others = _present_names(root) if given is None else given
         server = pki.load_key(root / home_files.SERVER_KEY, "the server's key").public_key()
-        release = pki.load_key(root / home_files.RELEASE_KEY, "the key that signs bundles").public_key()
+        in_token = None if release_key is None else _token_key(root, release_key)
+        release = (in_token or home_files.load_release_key(root)).public_key()
         server_certificate = pki.issue_server(home.ca, ca_key, server, host, days, others)
         release_certificate = pki.issue_release(home.ca, ca_key, release, home.name, days)
         write_atomic(root / home_files.SERVER_CERTIFICATE, pki.pem_of(server_certificate))
+        if in_token is not None:
+            # Killed in between, there are two keys, or a certificate for the other one: an error says what to do.
+            _save_token_key(root, in_token)
+            (root / home_files.RELEASE_KEY).unlink(missing_ok=True)
         write_atomic(root / home_files.RELEASE_CERTIFICATE, pki.pem_of(release_certificate))
         logger.debug("renewed the server's and the release certificate of %s", home.name)
         return home
@@ -240,8 +253,28 @@ def site_certificate_path(federation_root: Path, name: str) -> Path:
     return federation_root / home_files.SITES / f"{check_name(name)}.crt"
 
 
-def _fill(root: Path, name: str, address: str, others: Sequence[str], seal_suite: seal.SealSuite, days: int) -> None:
-    ca_key, server_key, release_key = pki.new_key(), pki.new_key(), pki.new_key()
+def _token_key(root: Path, uri: str) -> SigningKey:
+    """The release key in a token, made there if there is none of that name."""
+    key, made = SigningKey.open_or_create(TokenUri.parse(uri, root))
+    logger.debug("%s the release key in the token", "made" if made else "found")
+    return key
+
+
+def _save_token_key(root: Path, key: SigningKey) -> None:
+    write_atomic(root / home_files.RELEASE_KEY_PLACE, key.uri.text.encode() + b"\n", PRIVATE_MODE)
+
+
+def _fill(
+    root: Path,
+    name: str,
+    address: str,
+    others: Sequence[str],
+    seal_suite: seal.SealSuite,
+    days: int,
+    in_token: SigningKey | None,
+) -> None:
+    ca_key, server_key = pki.new_key(), pki.new_key()
+    release_key = pki.new_key() if in_token is None else in_token
     ca = pki.new_ca(name, ca_key)
     seal_keys = seal.generate(seal_suite)
     host, _ = split_address(address)
@@ -252,12 +285,12 @@ def _fill(root: Path, name: str, address: str, others: Sequence[str], seal_suite
         seal_suite=seal_suite,
         seal_public_key=seal.encode_key(seal_keys.public),
     )
-    for file, key in (
-        (home_files.CA_KEY, ca_key),
-        (home_files.SERVER_KEY, server_key),
-        (home_files.RELEASE_KEY, release_key),
-    ):
+    for file, key in ((home_files.CA_KEY, ca_key), (home_files.SERVER_KEY, server_key)):
         pki.save_key(root / file, key)
+    if isinstance(release_key, SigningKey):
+        _save_token_key(root, release_key)
+    else:
+        pki.save_key(root / home_files.RELEASE_KEY, release_key)
     save_seal_key(root / home_files.SEAL_KEY, seal_suite, seal_keys.private)
     public = {
         home_files.CA_CERTIFICATE: pki.pem_of(ca),

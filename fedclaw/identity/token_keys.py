@@ -303,9 +303,9 @@ class SigningKey:
         """The public half."""
         return self.public
 
-    def sign(self, content: bytes, _: ec.ECDSA = pki.ECDSA) -> bytes:
-        """ECDSA with SHA-384 over `content`, DER. Raises EncryptionError if the token fails."""
-        digest = hashlib.sha384(content).digest()
+    def sign(self, data: bytes, signature_algorithm: ec.ECDSA = pki.ECDSA) -> bytes:
+        """ECDSA with SHA-384 over `data`, DER. Raises EncryptionError if the token fails."""
+        digest = hashlib.sha384(data).digest()
         with self.uri.session() as (pkcs11, session):
             raw = bytes(_private_key(pkcs11, session, self.uri).sign(digest, mechanism=pkcs11.Mechanism.ECDSA))
         half = len(raw) // 2
