@@ -21,6 +21,7 @@ from fedclaw.export.layout import (
     HOW_TO_VERIFY,
     MANIFEST,
     ONNX,
+    PIPELINE,
     SCHEMA,
     FormFigures,
     Forms,
@@ -31,6 +32,7 @@ from fedclaw.export.markdown import Markdown, bullets, code, escape, table
 from fedclaw.export.signature import VerifiedSigner
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
+from fedclaw.learning.preprocessing import TypedColumn
 from fedclaw.learning.tasks.base import Task
 from fedclaw.server.run_directory import RunRecord
 
@@ -48,7 +50,7 @@ def model_card(
         ("Intended use", TO_BE_FILLED_IN),
         ("How to use", _use(manifest)),
         ("Model", _model(source, manifest)),
-        ("Data", _data(source)),
+        ("Data", _data(source, manifest)),
         ("Training", _training(source)),
         ("Metrics", _metrics(source)),
         ("Compression", _compression(source)),
@@ -104,23 +106,58 @@ says when, by the signer's own clock. `python -m fedclaw.verify . expired=refuse
 """
 
 
+_SHOWN_COLUMNS = 50
+"""A card is for people: of more columns it shows the first."""
+_ZERO = {"float32": "np.nan", "float64": "np.nan", "uint8": "0"}
+"""What the example fills numbers with: what is not known, or black."""
+
+
 def _use(manifest: Manifest) -> str:
-    shape = ", ".join(str(size) for size in (1, *manifest.inputs[0].shape[1:]))
-    return f"""With FedClaw, which reads rows as {SCHEMA} says:
+    parts = [
+        f"With FedClaw, which reads rows as {SCHEMA} says:",
+        "    python -m fedclaw.predict bundle=. input=rows.csv",
+    ]
+    if manifest.pipeline is not None:
+        parts += [
+            f"With ONNX Runtime alone, in this directory, from typed columns. {MANIFEST} says what they mean, and what "
+            "has to be done to rows of a file first; a value that is not known is given as such:",
+            _python(PIPELINE, [_example(column) for column in manifest.pipeline.columns]),
+        ]
+    shape = ", ".join(_one(size) for size in manifest.inputs[0].shape)
+    parts += [
+        f"With ONNX Runtime alone, from inputs that were prepared as `preprocessing` in {MANIFEST} says:",
+        _python(ONNX, [(manifest.inputs[0].name, f"np.zeros(({shape}), np.float32)")]),
+    ]
+    return "\n\n".join(parts)
 
-    python -m fedclaw.predict . inputs=rows.csv
 
-With ONNX Runtime alone, in this directory, from inputs that were prepared as `preprocessing` in {MANIFEST} says:
-
-```python
+def _python(file: str, inputs: Sequence[tuple[str, str]]) -> str:
+    """A program that answers with `file`, from an expression for each input. Names are quoted as Python and JSON do."""
+    lines = "".join(f"    {json.dumps(name)}: {value},\n" for name, value in inputs)
+    return f"""```python
 import numpy as np
 import onnxruntime
 
-session = onnxruntime.InferenceSession({json.dumps(ONNX)})
-inputs = np.zeros(({shape}), np.float32)
-outputs = session.run(None, {{{json.dumps(manifest.inputs[0].name)}: inputs}})
-print(dict(zip([output.name for output in session.get_outputs()], outputs)))
+session = onnxruntime.InferenceSession({json.dumps(file)})
+names = [output.name for output in session.get_outputs()]
+inputs = {{
+{lines}}}
+print(dict(zip(names, session.run(None, inputs))))
 ```"""
+
+
+def _example(column: TypedColumn) -> tuple[str, str]:
+    """A column of one row, of which nothing is known."""
+    shape = ", ".join(_one(size) for size in column.shape)
+    if column.dtype == "string":
+        return column.name, f"np.full(({shape}), {json.dumps(column.missing or '')}, object)"
+    value = "0" if column.missing is None else _ZERO[column.dtype]
+    return column.name, f"np.full(({shape}), {value}, np.{column.dtype})"
+
+
+def _one(size: int | str) -> str:
+    """A dimension of a batch of one."""
+    return "1" if isinstance(size, str) else str(size)
 
 
 def _signed(manifest: Manifest, signer: VerifiedSigner) -> str:
@@ -135,18 +172,34 @@ def _signed(manifest: Manifest, signer: VerifiedSigner) -> str:
     )
 
 
-def _data(source: Source) -> str:
+def _data(source: Source, manifest: Manifest) -> str:
     sites = source.receipts[0].by_site
     examples = sum(item.examples for item in sites.values())
+    simulated = source.record.simulated
     rows = [
         ("Workload", source.record.workload),
-        ("Sites", str(len(sites))),
+        ("Sites" if simulated is None else "Simulated clients", str(len(sites))),
         ("Examples", f"{examples:,} training examples, as the sites count them"),
         ("Protected unit", source.schema.unit),
         ("Schema, SHA-256", code(source.record.schema_digest)),
-        ("Test data", "the sites' own, apart from the training data"),
     ]
-    return "The sites keep their data.\n\n" + table(("", ""), rows)
+    keeps = "The sites keep their data, and their own test data apart from what they train on."
+    parts = [keeps if simulated is None else "One machine dealt data that it holds to the clients of a simulation."]
+    parts.append(table(("", ""), rows))
+    if manifest.pipeline is not None:
+        columns = manifest.pipeline.columns
+        shown = [(one.column, one.dtype, one.meaning, _missing(one)) for one in columns[:_SHOWN_COLUMNS]]
+        parts += ["What an input is made of:", table(("Column", "Type", "Meaning", "Not known"), shown)]
+        if len(columns) > _SHOWN_COLUMNS:
+            parts.append(f"And {len(columns) - _SHOWN_COLUMNS:,} more; {MANIFEST} has all.")
+    return "\n\n".join(parts)
+
+
+def _missing(column: TypedColumn) -> str:
+    """What stands for a value that is not known, quoted where it is a text."""
+    if column.missing is None:
+        return "never"
+    return column.missing if column.dtype != "string" else json.dumps(column.missing, ensure_ascii=False)
 
 
 def _head(source: Source, manifest: Manifest, statement: PrivacyStatement) -> str:
@@ -261,7 +314,8 @@ def _as_trained(source: Source) -> str:
         return "No evaluation is on record for this run."
     examples = line.get("test_examples")
     parts = [
-        f"Of the model as trained, after round {line.get('round')}, on the sites' own test data "
+        f"Of the model as trained, after round {line.get('round')}, on the "
+        f"{'sites' if source.record.simulated is None else 'simulated clients'}' own test data "
         f"({'?' if examples is None else examples} examples):"
     ]
     over_sites: Mapping[str, Any] = line.get("over_sites") or {}
@@ -395,7 +449,7 @@ def limits_of(task: Task, manifest: Manifest, statement: PrivacyStatement) -> tu
         *task.limits(),
         "The metrics are of the sites' test data taken together; a single site, or a group of people, can fare worse. "
         "No figures by group are on record.",
-        "Inputs must be prepared exactly as schema.json says.",
+        f"{ONNX} takes inputs that were prepared exactly as {MANIFEST} says; with others its answers mean nothing.",
     ]
     if manifest.parity.inputs == "synthetic":
         items.append("The exported files were compared with the torch model on synthetic inputs only.")

@@ -1,4 +1,4 @@
-"""The Python packages that a model was made with: what FedClaw needs, what that needs, and so on, as installed here."""
+"""The Python packages that a model was made with: FedClaw, its plug-ins, and all that they need, as installed here."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -37,16 +37,19 @@ class Package:
 
 
 @cache
-def installed_packages(root: str = ROOT, extras: tuple[str, ...] = ROOT_EXTRAS) -> tuple[Package, ...]:
-    """`root` with these extras and all that it needs, by name; none where it is not installed as a distribution."""
-    wanted: deque[tuple[str, frozenset[str]]] = deque([(canonicalize_name(root), frozenset(extras))])
+def installed_packages(
+    root: str = ROOT, extras: tuple[str, ...] = ROOT_EXTRAS, more: tuple[str, ...] = ()
+) -> tuple[Package, ...]:
+    """`root` with these extras, `more`, and all that they need, by name; what is not installed is left out."""
+    roots = [(root, frozenset(extras)), *((name, frozenset[str]()) for name in more)]
+    wanted: deque[tuple[str, frozenset[str]]] = deque((canonicalize_name(name), asked) for name, asked in roots)
     asked: dict[str, frozenset[str]] = {}
     found: dict[str, Package] = {}
     while wanted:
-        name, more = wanted.popleft()
-        if name in asked and more <= asked[name]:
+        name, with_extras = wanted.popleft()
+        if name in asked and with_extras <= asked[name]:
             continue
-        asked[name] = more | asked.get(name, frozenset())
+        asked[name] = with_extras | asked.get(name, frozenset())
         try:
             distribution = distribution_of(name)
         except PackageNotFoundError:

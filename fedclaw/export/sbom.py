@@ -12,16 +12,16 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC
-from typing import Any
+from typing import Any, Literal
 
 from fedclaw.export.card_metadata import SPDX_LICENSES
 from fedclaw.export.evaluation import Evaluation, evaluation_of
-from fedclaw.export.layout import Manifest, TensorSpec
+from fedclaw.export.layout import ONNX, PIPELINE, Manifest, TensorSpec
 from fedclaw.export.markdown import plain
 from fedclaw.export.packages import ROOT, Package, installed_packages
 from fedclaw.export.source import Source
 from fedclaw.export.statement import PrivacyStatement
-from fedclaw.server.software import software
+from fedclaw.server.software import plugin_distributions, software
 
 SPEC_VERSION = "1.7"
 MODEL = "model"
@@ -42,7 +42,7 @@ def bill_of_materials(
     license: str | None = None,
 ) -> str:
     """The document, for `files`: SHA-256 by name. `limits` are the card's sentences about what the model is not."""
-    packages = installed_packages()
+    packages = installed_packages(more=plugin_distributions())
     data = list(_data(source, manifest))
     bom: Json = {
         "$schema": f"http://cyclonedx.org/schema/bom-{SPEC_VERSION}.schema.json",
@@ -163,8 +163,8 @@ def _model_card(
             "architectureFamily": manifest.model.name,
             "modelArchitecture": plain(manifest.model.model_dump_json()),
             "datasets": [{"ref": component["bom-ref"]} for component in data],
-            "inputs": [_format(tensor) for tensor in manifest.inputs],
-            "outputs": [_format(tensor) for tensor in manifest.outputs],
+            "inputs": list(_formats(manifest, manifest.inputs, "columns")),
+            "outputs": list(_formats(manifest, manifest.outputs, "outputs")),
         },
         **({} if evaluation is None else {"quantitativeAnalysis": {"performanceMetrics": list(_measured(evaluation))}}),
         "considerations": {
@@ -175,9 +175,13 @@ def _model_card(
     }
 
 
-def _format(tensor: TensorSpec) -> Json:
-    shape = ", ".join(str(size) for size in tensor.shape)
-    return {"format": plain(f"{tensor.name}: {tensor.dtype} ({shape})")}
+def _formats(manifest: Manifest, exact: Iterable[TensorSpec], field: Literal["columns", "outputs"]) -> Iterator[Json]:
+    """The tensors of model.onnx, then those of pipeline.onnx where there is one."""
+    typed = () if manifest.pipeline is None else getattr(manifest.pipeline, field)
+    for name, tensors in ((ONNX, exact), (PIPELINE, typed)):
+        for tensor in tensors:
+            shape = ", ".join(str(size) for size in tensor.shape)
+            yield {"format": plain(f"{name}, {tensor.name}: {tensor.dtype} ({shape})")}
 
 
 def _measured(evaluation: Evaluation) -> Iterator[Json]:

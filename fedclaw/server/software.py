@@ -101,7 +101,9 @@ def _first_line(path: Path) -> str:
 
 def _dependencies() -> list[str]:
     """Names of distributions, normalised, in order."""
-    return sorted({re.sub(r"[-_.]+", "-", name).lower() for name in (*_required(), *_plugins())} - {PACKAGE})
+    return sorted(
+        {re.sub(r"[-_.]+", "-", name).lower() for name in (*_required(), *plugin_distributions())} - {PACKAGE}
+    )
 
 
 def _required() -> Iterator[str]:
@@ -114,9 +116,11 @@ def _required() -> Iterator[str]:
             yield match[0]
 
 
-def _plugins() -> Iterator[str]:
-    for group in (STRATEGIES, WORKLOADS):
-        yield from (point.dist.name for point in plugin_points(group).values() if point.dist is not None)
+def plugin_distributions() -> tuple[str, ...]:
+    """Names of the distributions that add strategies or workloads."""
+    groups = (STRATEGIES, WORKLOADS)
+    points = (point for group in groups for point in plugin_points(group).values())
+    return tuple(sorted({point.dist.name for point in points if point.dist is not None}))
 
 
 def _version(name: str) -> str | None:

@@ -171,7 +171,11 @@ def hostile_card(samples, table_bundle, statement, tmp_path_factory):
         hostile = statement.model_copy(update=dict.fromkeys(("summary", "unit", "holds_against", "source"), name))
         hostile = hostile.model_copy(update={"warnings": (name,), "not_covered": (name,), "sites": state_of(source)})
         tensors = tuple(tensor.model_copy(update={"name": name}) for tensor in manifest.inputs)
-        told = manifest.model_copy(update={"federation": name, "labels": (name, "other"), "inputs": tensors})
+        texts = dict.fromkeys(("name", "column", "meaning", "missing"), name)
+        columns = tuple(column.model_copy(update=texts) for column in manifest.pipeline.columns)
+        pipeline = manifest.pipeline.model_copy(update={"columns": columns})
+        told = {"federation": name, "labels": (name, "other"), "inputs": tensors, "pipeline": pipeline}
+        told = manifest.model_copy(update=told)
         signer = VerifiedSigner(name, name, name, datetime.now(UTC))
         return model_card(source, told, hostile, signer, name)
 
@@ -196,21 +200,35 @@ def test_text_of_others_adds_no_field_no_section_and_no_markup(hostile_card, nam
     assert titles[1:] == SECTIONS
     inside = [child for token in tokens if token.type == "inline" for child in token.children]
     assert not {token.type for token in (*tokens, *inside)} & {"html_block", "html_inline", "link_open", "image", "hr"}
-    assert [token.info for token in tokens if token.type == "fence"] == ["python"]
+    assert [token.info for token in tokens if token.type == "fence"] == ["python", "python"]
     assert "\u202e" not in card
     whole = [child for token in PARSER.parse(card) if token.type == "inline" for child in token.children]
     assert not {token.type for token in whole} & {"html_inline", "link_open", "image"}
     assert data.data.license_name == plain(name)
 
 
-def test_the_code_in_the_card_runs_in_the_bundle_with_onnxruntime_alone(image_bundle, tmp_path):
-    (block,) = re.findall(r"```python\n(.*?)```", (image_bundle / layout.CARD).read_text(), re.DOTALL)
-    place = shutil.copytree(image_bundle, tmp_path / "bundle")
-    line = [sys.executable, "-I", "-c", block]
-    done = subprocess.run(line, cwd=place, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("which", ["table_bundle", "image_bundle"])
+def test_the_code_in_the_card_runs_in_the_bundle_with_onnxruntime_alone(request, which):
+    place = request.getfixturevalue(which)
+    typed, prepared = re.findall(r"```python\n(.*?)```", (place / layout.CARD).read_text(), re.DOTALL)
+    for block, named in ((typed, "label"), (prepared, "logits")):
+        line = [sys.executable, "-I", "-c", block]
+        done = subprocess.run(line, cwd=place, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert named in done.stdout
+        assert "fedclaw" not in block
+
+
+def test_the_command_in_the_card_predicts(table_bundle, command, monkeypatch, tmp_path):
+    (line,) = re.findall(
+        r"^    python -m (fedclaw\.predict .*)$", (table_bundle / layout.CARD).read_text(), re.MULTILINE
+    )
+    place = shutil.copytree(table_bundle, tmp_path / "bundle")
+    (tmp_path / "rows.csv").write_text("age,smoker,ward\n61,yes,surgery\n")
+    monkeypatch.chdir(place)
+    done = command(*line.replace("rows.csv", "../rows.csv").split())
     assert done.returncode == 0, done.stderr
-    assert "probabilities" in done.stdout
-    assert "fedclaw" not in block
+    assert "benign" in done.stdout
 
 
 def test_the_card_says_who_signed_and_that_the_signature_has_to_be_checked(table_bundle, home):

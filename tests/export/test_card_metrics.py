@@ -18,7 +18,8 @@ LINE = {
 
 def card(line):
     schema = SimpleNamespace(task=Classification(("no", "yes")))
-    return _metrics(SimpleNamespace(metrics=[line], schema=schema, compression=None))
+    record = SimpleNamespace(simulated=None)
+    return _metrics(SimpleNamespace(metrics=[line], schema=schema, compression=None, record=record))
 
 
 def test_the_figures_of_all_examples_stand_before_the_means_over_sites():
