@@ -150,6 +150,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         )
     manifest = verified.manifest
     console.print(f"bundle    {target} ({source.variant} model, {manifest.parameters:,} parameters)", markup=False)
+    console.print(f"files     {', '.join(verified.files)}", markup=False, soft_wrap=True)
     for name, figures in sorted(manifest.parity.files.items()):
         console.print(
             f"parity    {name} differs from torch by {figures.max_abs_diff:.2g} on {figures.examples} "

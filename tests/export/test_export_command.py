@@ -23,8 +23,10 @@ def test_exports_with_real_inputs_and_says_so_quietly(process, run, home, tmp_pa
     (loading,) = result.stderr.splitlines()
     assert loading.endswith("loading torch and ONNX")
     assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        "bundle", *["parity"] * 3, "signed", "next",
+        "bundle", "files", *["parity"] * 3, "signed", "next",
     ]  # fmt: skip
+    told = result.stdout.splitlines()[1].removeprefix("files").strip()
+    assert told.split(", ") == sorted(path.name for path in (run / "bundle").iterdir())
     command = shlex.split(result.stdout.splitlines()[-1].removeprefix("next"))
     assert command == ["python", "-m", "fedclaw.verify", str(run / "bundle"), f"ca={home.root / 'ca.crt'}"]
     manifest = json.loads((run / "bundle" / layout.MANIFEST).read_bytes())
@@ -86,3 +88,14 @@ def test_a_missing_exporter_names_the_extra(process, run, home):
     assert result.returncode == 2
     assert "pip install 'fedclaw[export]'" in result.stderr
     assert not (run / "bundle").exists()
+
+
+def test_a_stated_licence_is_in_the_card_and_the_bill_and_a_name_on_two_lines_is_refused(command, run, home):
+    result = command("fedclaw.export", f"run={run}", f"federation={home.root}", "license=Apache-2.0")
+    assert result.returncode == 0, result.stderr
+    assert "\nlicense: apache-2.0\n" in (run / "bundle" / layout.CARD).read_text()
+    bill = json.loads((run / "bundle" / layout.SBOM).read_bytes())
+    assert bill["metadata"]["component"]["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    result = command("fedclaw.export", f"run={run}", f"federation={home.root}", 'license="a\nb"', "overwrite=true")
+    assert result.returncode == 2
+    assert "license" in result.stderr.splitlines()[0]
