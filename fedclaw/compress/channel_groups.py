@@ -3,8 +3,8 @@
 torch-pruning's dependency graph finds the groups (Fang et al. 2023, "DepGraph: Towards Any Structural Pruning",
 sections 3.1 and 3.2). It does not know in which parts a group has to shrink: a normalisation's or a convolution's
 groups it sees, the heads of an attention written out in linear layers and a `view` it does not. So each group is tried:
-one channel less in each part, then one channel left in each. The smallest number of parts with which the model still
-runs is taken; a group with none stays as wide as it is.
+the smallest number of parts is taken with which the model still runs when each loses a channel, and then the smallest
+width of a part. A group for which there is none stays as wide as it is.
 
 Legend: D input shape without the batch. Of a group, *parts* must shrink alike; its *width* is the number of channels in
 one part, and `parts * width` its layers' channels.
@@ -14,7 +14,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +38,8 @@ class ChannelGroup:
     layer: str
     parts: int
     width: int
+    least: int = 1
+    """The smallest width with which the model runs: 2 where a normalisation would be left with a single number."""
 
     def removed(self, order: Sequence[int], kept: int) -> list[int]:
         """Indices among all of the layer's output channels that go when `kept` of each part stay."""
@@ -141,8 +143,8 @@ def _tried(model: nn.Module, example: torch.Tensor, shape: torch.Size, name: str
     step = known if channels % known == 0 else 1
     for parts in range(step, channels // 2 + 1, step):
         candidate = ChannelGroup(name, parts, channels // parts)
-        if channels % parts == 0 and _runs(model, example, shape, candidate):
-            return candidate
+        if channels % parts == 0 and _runs_with(model, example, shape, candidate, candidate.width - 1):
+            return replace(candidate, least=_least(model, example, shape, candidate))
     return ChannelGroup(name, 1, 1) if channels == 1 else None
 
 
@@ -157,9 +159,9 @@ def _parts(module: nn.Module | torch.Tensor) -> int:
     return 1
 
 
-def _runs(model: nn.Module, example: torch.Tensor, shape: torch.Size, group: ChannelGroup) -> bool:
-    """Whether the model runs with one channel less in each part, and with one left in each."""
-    return all(_runs_with(model, example, shape, group, kept) for kept in sorted({group.width - 1, 1}))
+def _least(model: nn.Module, example: torch.Tensor, shape: torch.Size, group: ChannelGroup) -> int:
+    """The smallest width with which the model runs; it does with one channel less."""
+    return next(kept for kept in range(1, group.width) if _runs_with(model, example, shape, group, kept))
 
 
 def _runs_with(model: nn.Module, example: torch.Tensor, shape: torch.Size, group: ChannelGroup, kept: int) -> bool:

@@ -10,7 +10,7 @@ four importances are made of these, for channel k of a group:
   when k alone is removed (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", section 3.1,
   equation 8). Inputs have no labels: the targets are the unpruned model's answers. Of values, whose loss would be zero
   there, the outputs take the place of L.
-- `teacher`: the same with L = (sqrt(H) u) . outputs, u standard normal and H the curvature of the distillation loss at
+- `teacher`: the same with L = (sqrt(H) u) . outputs, u of random signs and H the curvature of the distillation loss at
   the unpruned model's outputs. Half its mean is the second-order rise of the distillation loss when k alone is removed;
   the first order vanishes where student and teacher agree (Theis et al. 2018, "Faster gaze prediction with dense
   networks and Fisher pruning", section 2.2; summed over coupled layers before it is squared: Liu et al. 2021, "Group
@@ -86,7 +86,7 @@ def rank_channels(
     Raises CompressionError for an importance that looks at inputs and has none, or that finds nothing in them.
     """
     traced = trace(model, example)
-    owned = {name: list(_owned(traced, group)) for name, group in traced.groups(output_layer(traced.model, example))}
+    owned = {name: list(owned_by(traced, group)) for name, group in traced.groups(output_layer(traced.model, example))}
     sizes = {name: group.parts * group.width for name, group in groups.items()}
     if importance in ("magnitude", "group_norm"):
         scores = _by_weights(traced.model, {name: owned[name] for name in groups}, sizes, importance)
@@ -178,8 +178,8 @@ def _curved(task: Task, generator: torch.Generator) -> Loss:
 
     def loss(outputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         values, vectors = torch.linalg.eigh(_curvature(task, wanted[0].double()))
-        drawn = torch.randn(len(values), generator=generator, dtype=torch.float64).to(values.device)
-        direction = vectors @ (values.clamp(min=0).sqrt() * drawn)
+        signs = 2.0 * torch.randint(2, (len(values),), generator=generator).to(values) - 1.0
+        direction = vectors @ (values.clamp(min=0).sqrt() * signs)
         product: torch.Tensor = (outputs[0] * direction.to(outputs)).sum()
         return product
 
@@ -197,8 +197,8 @@ def _curvature(task: Task, wanted: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _owned(traced: Traced, group: Any) -> Iterator[Share]:
-    """What the channels of a group own; see the module's text."""
+def owned_by(traced: Traced, group: Any) -> Iterator[Share]:
+    """What the channels of one of torch-pruning's groups own; see the module's text."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in traced.model.named_parameters()}
     for position, (dependency, places) in enumerate(group):
         owners = group[position].root_idxs

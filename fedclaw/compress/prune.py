@@ -8,6 +8,7 @@ Legend: N examples, D input shape without the batch, C outputs. A *width* is the
 coupled layers has, counted within one part where there are such (they all must shrink alike).
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,9 +27,9 @@ from fedclaw.compress.pruning_record import (
     Target,
 )
 from fedclaw.compress.record import StepInputs
-from fedclaw.compress.sensitivity import measure_sensitivity
+from fedclaw.compress.sensitivity import BATCH, measure_sensitivity
 from fedclaw.compress.size import Sizes, count_parameters, measure_sizes
-from fedclaw.compress.spread import Path, by_sensitivity, make_path, uniform
+from fedclaw.compress.spread import Path, make_path
 from fedclaw.compress.targets import Goal, make_goal
 from fedclaw.errors import CompressionError, FedClawError, UsageError
 from fedclaw.learning.tasks.base import Task
@@ -144,19 +145,21 @@ class _Pruning:
         looked: Looked | None,
         seed: int,
     ) -> None:
-        self._model, self._settings, self._seed = model, settings, seed
+        self._model, self._settings, self._seed = copy.deepcopy(model).eval(), settings, seed
         self._example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
-        self._found: Found = find_groups(model, self._example)
-        self._sizes: Sizes = measure_sizes(model, self._example, self._found.groups)
-        self._guide = _guide(model, settings, looked, self._example.device, seed) if settings.needs_inputs else None
+        self._found: Found = find_groups(self._model, self._example)
+        self._sizes: Sizes = measure_sizes(self._model, self._example, self._found.groups)
+        self._guide = (
+            _guide(self._model, settings, looked, self._example.device, seed) if settings.needs_inputs else None
+        )
         self._looked_at = _looked_at(settings, looked, self._guide)
-        self._before = count_parameters(model)
+        self._before = count_parameters(self._model)
 
     def plan(self, target: Target) -> _Plan:
         """Decide on the widths after each step."""
         groups = self._found.groups
         sensitivity = self._sensitivity()
-        path = make_path(groups, by_sensitivity(sensitivity) if sensitivity else uniform(groups))
+        path = make_path(groups, self._settings.spread, sensitivity)
         goal = make_goal(target, self._settings.runtime, self._sizes, self._any_of, self._model, self._example)
         return _Plan(target, goal, tuple(self._steps(path, goal.widths(path))), sensitivity)
 
@@ -267,12 +270,8 @@ def _guide(
 
 
 def _outputs(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    training = model.training
-    model.eval()
     with torch.no_grad():
-        outputs = torch.cat([model(part) for part in torch.split(inputs, 256)])
-    model.train(training)
-    return outputs
+        return torch.cat([model(part) for part in torch.split(inputs, BATCH)])
 
 
 def _looked_at(settings: PruningSettings, looked: Looked | None, guide: Guide | None) -> tuple[StepInputs, ...]:

@@ -12,7 +12,7 @@ from fedclaw.protocol.frozen import Frozen
 
 Importance = Literal["magnitude", "group_norm", "taylor", "teacher"]
 """How channels of a group are ranked; `fedclaw.compress.importance` has the formulas."""
-Spread = Literal["uniform", "sensitivity"]
+Spread = Literal["uniform", "balanced", "sensitivity"]
 """How the cut is spread over the groups; `fedclaw.compress.spread`."""
 TargetKind = Literal["parameters", "multiply_adds", "latency"]
 Runtime = Literal["onnxruntime", "torch"]

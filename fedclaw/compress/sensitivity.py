@@ -28,7 +28,7 @@ def measure_sensitivity(
     return {
         name: tuple(
             _narrowed(model, example, group, ranking, kept, guide)
-            for kept in sorted({max(1, round(share * group.width)) for share in SHARES}, reverse=True)
+            for kept in sorted({max(group.least, round(share * group.width)) for share in SHARES}, reverse=True)
             if kept < group.width
         )
         for name, group in groups.items()

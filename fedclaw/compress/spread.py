@@ -1,9 +1,12 @@
-"""How a cut is spread over the groups of a model: a path of widths from all channels to one in each part.
+"""How a cut is spread over the groups of a model: a path of widths from all channels to the fewest.
 
-At common share t in (0, 1] group g keeps t^a_g of its width. `uniform` has a_g = 1: every group the same share (Liu et
-al. 2019, "Rethinking the Value of Network Pruning", section 4.1, finds predefined widths no worse than found ones).
-`sensitivity` has a_g below 1 where narrowing the group alone hurt more than narrowing others did, and above 1 where it
-hurt less.
+Along it, group g of C_g channels keeps min(C_g, t * weight_g) of them as t falls. The weights are:
+
+- `uniform`: C_g, so that every group keeps the same share.
+- `balanced`: sqrt(C_g), so that wide groups lose more of their channels than narrow ones. A channel costs as many
+  numbers as its neighbours are wide. A network narrows towards its inputs, so its narrow groups hold few parameters,
+  and at the same share become the bottleneck that all else goes through.
+- `sensitivity`: sqrt(C_g) * s_g, with s_g above 1 where narrowing the group alone hurt more than narrowing others did.
 """
 
 import math
@@ -12,13 +15,15 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from fedclaw.compress.channel_groups import ChannelGroup, Widths
-from fedclaw.compress.pruning_record import Narrowed
+from fedclaw.compress.pruning_record import Narrowed, Spread
 
+FLATTENED = 0.5
+"""Exponent of a group's channels in its weight; 1 is `uniform`, 0 leaves all groups equally wide."""
 STRENGTH = 0.25
-"""How much the measured sensitivity moves the shares; 0 is uniform."""
+"""Exponent of what narrowing the group alone cost; 0 is `balanced`."""
 FURTHEST = 2.0
-"""No group's exponent is further from 1 than by this factor: what a group alone loses says little of what is left once
-all are narrow and trained again."""
+"""What was measured weighs a group at most by this factor, up or down: what a group alone loses says little of what is
+left once all are narrow and trained again."""
 
 Fits = Callable[[dict[str, int]], bool]
 """Whether a model of these widths is small enough."""
@@ -26,7 +31,7 @@ Fits = Callable[[dict[str, int]], bool]
 
 @dataclass(frozen=True)
 class Path:
-    """Widths from all to one channel in each part, a channel less at a time."""
+    """Widths from all channels to the fewest, a channel a part less at a time."""
 
     full: Widths
     removals: tuple[str, ...]
@@ -39,16 +44,16 @@ class Path:
             widths[name] -= 1
         return widths
 
-    def first(self, fits: Fits) -> int:
-        """The fewest removals after which it fits; bisection.
+    def first(self, fits: Fits, stride: int = 1) -> int:
+        """The fewest removals, a multiple of `stride` or all, after which it fits; bisection.
 
         After all of them it must fit, and what fits must go on fitting with fewer channels.
         """
-        low, high = -1, len(self.removals)
+        low, high = -1, -(-len(self.removals) // stride)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if fits(self.at(middle)) else (middle, high)
-        return high
+            low, high = (low, middle) if fits(self.at(middle * stride)) else (middle, high)
+        return min(high * stride, len(self.removals))
 
     def filled(self, removed: int, fits: Fits) -> dict[str, int]:
         """The widths after so many removals, with channels given back while they fit: the last one removed first."""
@@ -62,34 +67,39 @@ class Path:
         return widths
 
 
-def make_path(groups: Mapping[str, ChannelGroup], exponents: Mapping[str, float]) -> Path:
-    """The path along which group g keeps t^exponents[g] of its width as t falls from 1."""
-    events = [
-        ((kept + 1) / group.width) ** (1 / exponents[name])
+def make_path(
+    groups: Mapping[str, ChannelGroup], spread: Spread, sensitivity: Mapping[str, Sequence[Narrowed]]
+) -> Path:
+    """The path for a spread; `sensitivity` has each group's measured curve where the spread asks for it."""
+    weights = _weights(groups, spread, sensitivity)
+    removals = [
+        (group.parts * (kept + 1) / weights[name], name)  # t at which the group goes from kept + 1 to kept
         for name, group in groups.items()
-        for kept in range(group.width - 1, 0, -1)
+        for kept in range(group.least, group.width)
     ]
-    names = [name for name, group in groups.items() for _ in range(group.width - 1)]
-    order = sorted(range(len(events)), key=lambda place: -events[place])
-    return Path({name: group.width for name, group in groups.items()}, tuple(names[place] for place in order))
+    removals.sort(key=lambda removal: removal[0], reverse=True)
+    return Path({name: group.width for name, group in groups.items()}, tuple(name for _, name in removals))
 
 
-def uniform(groups: Mapping[str, ChannelGroup]) -> dict[str, float]:
-    """Every group keeps the same share."""
-    return dict.fromkeys(groups, 1.0)
+def _weights(
+    groups: Mapping[str, ChannelGroup], spread: Spread, sensitivity: Mapping[str, Sequence[Narrowed]]
+) -> dict[str, float]:
+    channels = {name: group.parts * group.width for name, group in groups.items()}
+    if spread == "uniform":
+        return {name: float(count) for name, count in channels.items()}
+    factors = _factors(sensitivity) if spread == "sensitivity" else {}
+    return {name: count**FLATTENED * factors.get(name, 1.0) for name, count in channels.items()}
 
 
-def by_sensitivity(curves: Mapping[str, Sequence[Narrowed]]) -> dict[str, float]:
-    """Exponents from the groups' mean divergence, relative to the geometric mean of all."""
-    hurt = {name: fmean(point.divergence for point in points) if points else 0.0 for name, points in curves.items()}
+def _factors(sensitivity: Mapping[str, Sequence[Narrowed]]) -> dict[str, float]:
+    """From the mean divergence of each group's curve, relative to the geometric mean of all groups."""
+    hurt = {name: fmean(point.divergence for point in curve) for name, curve in sensitivity.items() if curve}
     known = [math.log(value) for value in hurt.values() if value > 0]
-    if not known:
-        return dict.fromkeys(curves, 1.0)
-    middle = fmean(known)
-    return {name: _exponent(value, middle) for name, value in hurt.items()}
+    middle = fmean(known) if known else 0.0
+    return {name: _factor(value, middle) for name, value in hurt.items()}
 
 
-def _exponent(hurt: float, middle: float) -> float:
+def _factor(hurt: float, middle: float) -> float:
     if hurt <= 0:
-        return FURTHEST
-    return min(FURTHEST, max(1 / FURTHEST, math.exp(-STRENGTH * (math.log(hurt) - middle))))
+        return 1 / FURTHEST
+    return min(FURTHEST, max(1 / FURTHEST, math.exp(STRENGTH * (math.log(hurt) - middle))))

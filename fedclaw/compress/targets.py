@@ -33,6 +33,9 @@ SECONDS = 10.0
 MARGIN = 0.97
 """A latency must be below this share of what was asked while widths are looked for: the next measurement is another."""
 
+STRIDES = 64
+"""In so many parts a path is looked through: a time is not known more finely than to a few hundredths."""
+
 Build = Callable[[Widths], nn.Module]
 Call = Callable[[], object]
 
@@ -72,7 +75,7 @@ class Counted(Goal):
             what = self._target.kind.replace("_", "-")
             raise CompressionError(
                 f"the model has {self._whole} {what} and cannot be pruned to {self._target.share:g} of them "
-                f"({self._most}): one channel a layer leaves {smallest}, which is "
+                f"({self._most}): the fewest channels of each layer leave {smallest}, which is "
                 f"{_setting(self._target)}={_ceil_share(smallest, self._whole)}; ask for at least that"
             )
         return path.filled(path.first(lambda widths: self._count(widths) <= self._most), self._fits)
@@ -101,13 +104,14 @@ class Timed(Goal):
         last = len(path.removals)
         if (reached := self._measure(path.at(last))) > self._target.share:
             raise CompressionError(
-                f"the model cannot be pruned to {self._target.share:g} of its latency ({self.measured_on}): one "
-                f"channel a layer leaves {reached:.2f} of it; ask for at least "
+                f"the model cannot be pruned to {self._target.share:g} of its latency ({self.measured_on}): the "
+                f"fewest channels of each layer leave {reached:.2f} of it; ask for at least "
                 f"pruning.latency={math.ceil(100 * reached) / 100}"
             )
-        removed = path.first(lambda widths: self._measure(widths) <= MARGIN * self._target.share)
+        stride = max(1, last // STRIDES)
+        removed = path.first(lambda widths: self._measure(widths) <= MARGIN * self._target.share, stride)
         while removed < last and self._measure(path.at(removed)) > self._target.share:
-            removed = min(last, removed + max(1, last // 50))
+            removed = min(last, removed + stride)
         return path.at(removed)
 
     def _measure(self, widths: Widths) -> float:
