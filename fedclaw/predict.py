@@ -39,9 +39,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
+from fedclaw.compress.record import Precision
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, load_trust
-from fedclaw.export.layout import Precision
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.runtime import Device
 from fedclaw.files import write_atomic

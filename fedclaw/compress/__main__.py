@@ -16,8 +16,16 @@ python -m fedclaw.compress run=runs/NAME [key=value ...]
   controls=false       leave out the controls: without a teacher, and from scratch
   encryption.key=...   the key of a run that is encrypted at rest (docs/encryption.md)
 
+python -m fedclaw.compress run=runs/NAME search [key=value ...] tries many and takes the smallest within a loss:
+
+  search.loss=0.01     how much of the score it may lose
+  search.fractions=[0.3,0.1]  search.modes=[proxy,synthetic]  search.precisions=[float32,int8]   what is tried
+  search.selection=FILE   labelled public data to choose by; without it, agreement with the teacher on inputs kept back
+  search.epsilon=2     what candidates that are recovered at the sites may cost each of them together
+
 Examples:
   python -m fedclaw.compress run=runs/demo
+  python -m fedclaw.compress run=runs/demo search search.loss=0.02 inputs=public.csv
   python -m fedclaw.compress run=runs/demo fraction=0.1 inputs=public.csv evaluation=test.csv
   python -m fedclaw.compress run=runs/demo mode=federated federation=DIR sites.rounds=5 sites.epsilon=1
 
@@ -29,22 +37,43 @@ if __name__ == "__main__":
 
     begin("fedclaw.compress", __doc__)
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.table import Table
 
 from fedclaw import startup
-from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
+from fedclaw.cli import compose_settings, make_console, naming, require_paths, run_main, split
 from fedclaw.compress.intervals import Difference, Interval
 from fedclaw.compress.record import Compression, CompressSettings, CoordinatorReport, RecoveryReport, require_room
+from fedclaw.errors import UsageError
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.server.run_directory import RunDirectory
 
+if TYPE_CHECKING:
+    from fedclaw.server.round_report import Observer
+
+SEARCH = "search"
+"""The one word that this command knows."""
+
 
 def main(arguments: Sequence[str]) -> None:
-    """Compress and print the table. Raises FedClawError."""
-    settings = settings_of(arguments, "compress", CompressSettings)
+    """Compress, or search, and print the tables. Raises FedClawError."""
+    line = split(arguments)
+    if line.words not in {(), (SEARCH,)}:
+        raise UsageError(f"unknown command {' '.join(line.words)!r}; there is {SEARCH}, and settings, as key=value")
+    settings = compose_settings("compress", line.overrides, CompressSettings)
+    if line.words:
+        _search(settings)
+    else:
+        _compress(settings)
+
+
+def _check(settings: CompressSettings) -> None:
+    """What can be wrong without torch."""
     require_paths(inputs=settings.inputs, evaluation=settings.evaluation, labelled=settings.labelled)
     if settings.federation is not None:
         with naming(federation=settings.federation):
@@ -52,24 +81,59 @@ def main(arguments: Sequence[str]) -> None:
     directory = RunDirectory.open(settings.run, settings.encryption.keyring())
     require_room(directory, settings.overwrite)
     directory.check_encryption()
+
+
+def _compress(settings: CompressSettings) -> None:
+    _check(settings)
     with startup.loading("torch and the pruning library"):
         from fedclaw.compress.stage import compress
     startup.next_step("the run is as it was: give the same command again")
     console = make_console()
-    if "federated" in settings.mode:
-        from fedclaw.report.terminal import TerminalProgress
-
-        progress = TerminalProgress(console)
-        try:
-            record = compress(settings, [progress])
-        finally:
-            progress.close()
-    else:
-        record = compress(settings)
+    with _observers(console, "federated" in settings.mode) as observers:
+        record = compress(settings, observers)
     for table in (before_after(record), compared(record)):
         console.print(table)
     for note in notes(record, settings.run / "compressed"):
         console.print(note, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _observers(console: Console, at_sites: bool) -> "Iterator[list[Observer]]":
+    """Who watches the rounds, where there are any."""
+    if not at_sites:
+        yield []
+        return
+    from fedclaw.report.terminal import TerminalProgress
+
+    progress = TerminalProgress(console)
+    try:
+        yield [progress]
+    finally:
+        progress.close()
+
+
+def _search(settings: CompressSettings) -> None:
+    require_paths(**{"search.selection": settings.search.selection})
+    _check(settings)
+    with startup.loading("torch, ONNX and the pruning library"):
+        from fedclaw.compress.search import search
+        from fedclaw.compress.search_figures import selected, table
+        from fedclaw.compress.search_record import DIRECTORY, PLOT, SearchResult
+        from fedclaw.export.graph import require_exporter
+        from fedclaw.export.quantise import OnnxForms
+    require_exporter()
+    startup.next_step("candidates that were measured are kept: give the same command again")
+    console, place = make_console(), settings.run / DIRECTORY
+
+    def tell(result: SearchResult) -> None:
+        console.print(table(result))
+        for note in (*selected(result), f"All candidates are in {place}, and the plot of them: {PLOT}."):
+            console.print(note, markup=False, soft_wrap=True)
+
+    at_sites = any("federated" in mode for mode in settings.search.modes or ())
+    with _observers(console, at_sites) as observers:
+        search(settings, lambda teacher: OnnxForms(teacher.workload.schema, settings.seed), observers, tell)
+    console.print(f"Written to {settings.run / 'compressed'}.", markup=False, soft_wrap=True)
 
 
 def before_after(record: Compression) -> Table:

@@ -100,19 +100,27 @@ def read_public(settings: CompressSettings, teacher: Teacher) -> PublicData:
         unlabelled = Table(values, np.zeros(len(values), schema.task.target_dtype))
         inputs = PublicFile("inputs", settings.inputs, content_digest(settings.inputs), unlabelled)
     labelled, evaluation = (
-        None if path is None else PublicFile(name, path, content_digest(path), schema.read_examples(path))
+        None if path is None else read_labelled(name, path, teacher)
         for name, path in (("labelled", settings.labelled), ("evaluation", settings.evaluation))
     )
     if evaluation is None:
         return PublicData(inputs, labelled)
     inputs, labelled = (
-        None if file is None else _apart(file, evaluation, settings.overlap) for file in (inputs, labelled)
+        None if file is None else apart_from(file, evaluation, settings.overlap) for file in (inputs, labelled)
     )
     return PublicData(inputs, labelled, evaluation)
 
 
-def _apart(file: PublicFile, evaluation: PublicFile, overlap: str) -> PublicFile:
-    """The file without the evaluation's rows. Raises UsageError, unless they are to be dropped."""
+def read_labelled(setting: str, path: Path, teacher: Teacher) -> PublicFile:
+    """A file of labelled public examples. Raises DataError for one that the schema does not fit."""
+    return PublicFile(setting, path, content_digest(path), teacher.workload.schema.read_examples(path))
+
+
+def apart_from(file: PublicFile, evaluation: PublicFile, overlap: str) -> PublicFile:
+    """The file without the rows of `evaluation`, on which models are measured.
+
+    Raises UsageError, unless they are to be dropped.
+    """
     if file.sha256 == evaluation.sha256:
         raise UsageError(
             f"{file.named} and {evaluation.named} have the same content: the accuracies would be of rows that the "

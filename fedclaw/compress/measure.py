@@ -55,7 +55,10 @@ class Examples:
     def score(self, model: nn.Module) -> Scored:
         """The metrics of `model`. Raises CompressionError where it has no score on them."""
         device = next(model.parameters()).device
-        outputs = doubles(predict_logits(model, self.inputs.to(device)))
+        return self.score_outputs(doubles(predict_logits(model, self.inputs.to(device))))
+
+    def score_outputs(self, outputs: NDArray[np.float64]) -> Scored:
+        """The metrics of a model that gave these outputs (N, K) for the inputs. Raises what `score` does."""
         found = self.task.evaluate(outputs, self.targets)
         if self.task.score not in found:
             what = "the evaluation data" if self.measure == "evaluation file" else "the teacher's answers on the inputs"

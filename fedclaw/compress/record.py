@@ -69,6 +69,35 @@ class GeneratorSettings(Frozen):
     """Inputs that it made, the last ones, that the student goes on seeing."""
 
 
+Precision = Literal["float32", "int8", "float16"]
+"""What an exported model computes in."""
+
+
+class SearchSettings(Frozen):
+    """Which compressions `search` tries, and by what it chooses among them."""
+
+    fractions: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(0.5, 0.3, 0.2, 0.1, 0.05), min_length=1)
+    modes: tuple[tuple[Mode, ...], ...] | None = Field(default=None, min_length=1)
+    """Ways of recovery, as in `mode`. None: all at the coordinator; those at the sites spend, and are to be named."""
+    precisions: tuple[Precision, ...] = Field(default=("float32", "int8", "float16"), min_length=1)
+    loss: float = Field(default=0.01, ge=0, lt=1)
+    """How much of the score the chosen model may lose against the uncompressed one."""
+    selection: Path | None = None
+    """Labelled public data to choose by, which is neither learnt from nor reported; None: agreement with the teacher on
+    inputs kept back."""
+    examples: int = Field(default=2000, ge=100)
+    """Number of synthetic inputs to choose by, where there are no public ones."""
+    epsilon: float | None = Field(default=None, gt=0)
+    """What all candidates that are recovered at the sites may cost each of them together, beyond the run."""
+
+    @field_validator("modes", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return ((value,),)
+        return value if value is None else tuple((item,) if isinstance(item, str) else item for item in value)
+
+
 class SiteRecovery(CohortWaiting):
     """Recovery at the sites: more rounds of training under differential privacy, on their ledgers."""
 
@@ -117,6 +146,7 @@ class CompressSettings(Frozen):
     address: ListenAddress | None = None
     """host:port to listen on instead of the descriptor's."""
     sites: SiteRecovery = SiteRecovery()
+    search: SearchSettings = SearchSettings()
     latency_repeats: int = Field(default=100, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the recovery at the coordinator computes; auto takes CUDA if there."""
@@ -146,9 +176,10 @@ class CompressSettings(Frozen):
             raise ValueError("mode=none is no recovery at all, and stands alone")
         if "federated" in self.mode and self.federation is None:
             raise ValueError("mode=federated needs federation=DIR, the coordinator's federation directory")
-        if self.inputs is not None and "proxy" not in self.mode:
+        modes = {*self.mode, *(word for mode in self.search.modes or () for word in mode)}
+        if self.inputs is not None and "proxy" not in modes:
             raise ValueError(f"inputs= belongs to mode=proxy, and the mode is {','.join(self.mode)}")
-        if self.statistics is not None and "synthetic" not in self.mode:
+        if self.statistics is not None and "synthetic" not in modes:
             raise ValueError(f"statistics= belongs to mode=synthetic, and the mode is {','.join(self.mode)}")
         return self
 
@@ -250,6 +281,21 @@ class StepInputs(Frozen):
     """The charged question's answer, and what it cost."""
 
 
+class SearchChoice(Frozen):
+    """That a search chose this compression, and by what. The figures of all candidates are in <run>/search."""
+
+    precision: Precision
+    """In which it was the smallest within the loss: what an export is to add."""
+    loss: float
+    candidates: int = Field(ge=1)
+    """How many were compared; each precision of a model is one."""
+    measure: str
+    """What the score is of; never of the rows that the record's accuracies are of."""
+    score: float
+    difference: Difference
+    """The score in that precision less that of the uncompressed model, on the same examples."""
+
+
 class Compression(Frozen):
     """compression.json. Accuracies are of the metric `score`, at most 1, measured as `accuracy_measure` says."""
 
@@ -284,6 +330,8 @@ class Compression(Frozen):
     """Whether recovery gained anything over the better control, by the paired differences, in words."""
     pruning: PruningReport | None = None
     """What was decided; None in a record that was written before this was noted."""
+    search: SearchChoice | None = None
+    """None: its settings were chosen by a person."""
     looked_at: tuple[StepInputs, ...] = ()
     """What each step looked at, in their order; empty in a record that was written before this was noted."""
     seed: int

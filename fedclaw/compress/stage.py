@@ -31,6 +31,7 @@ from fedclaw.compress.record import (
     Measure,
     Mode,
     RecoveryReport,
+    SearchChoice,
     Side,
     StepInputs,
     require_room,
@@ -57,6 +58,13 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
     require_room(RunDirectory.open(settings.run), settings.overwrite)
     teacher = load_teacher(settings.run, settings.encryption.keyring())
     given = read_given(settings, teacher)
+    student = student_of(settings, teacher, given)
+    made = recover(settings, teacher, student, given, observers)
+    return finish(settings, teacher, student, given, made)
+
+
+def student_of(settings: CompressSettings, teacher: Teacher, given: "Given") -> Student:
+    """The pruned teacher. Raises CompressionError."""
     student = make_student(
         teacher,
         settings.fraction,
@@ -66,7 +74,11 @@ def compress(settings: CompressSettings, observers: Sequence[Observer] = ()) -> 
         seed=settings.seed,
     )
     log.info("pruned: %d of %d parameters left", student.parameters_after, student.parameters_before)
-    made = recover(settings, teacher, student, given, observers)
+    return student
+
+
+def finish(settings: CompressSettings, teacher: Teacher, student: Student, given: "Given", made: "Made") -> Compression:
+    """Train the controls, measure everything, and write <run>/compressed."""
     controls = controls_of(settings, teacher, student, given, made)
     compared = compare(teacher, student, given, made, controls)
     record = _record(settings, teacher, student, given, made, compared)
@@ -156,6 +168,8 @@ class Made:
     """What the last recovery at the coordinator saw; None: there was none."""
     at_sites: SitesFigures | None = None
     """Of the sites' evaluation, where that came last and there is no evaluation file."""
+    search: SearchChoice | None = None
+    """Of a search that chose it."""
 
 
 def recover(
@@ -332,6 +346,7 @@ def _record(
         verdict=verdict(score, compared.controls, settings.controls),
         pruning=student.pruning,
         looked_at=_looked_at(settings, student, given, made, compared),
+        search=made.search,
         seed=settings.seed,
     )
 

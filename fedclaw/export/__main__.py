@@ -18,7 +18,8 @@
                 run's last federated evaluation; compressed, where its compression measured it
     ledgers     [DIR,…]: directories or printed ledgers of the sites that are at hand, to hold their receipts against
     output      where the bundle goes (runs/NAME/bundle); overwrite=true replaces a bundle there
-    quantise    true adds an 8-bit and a 16-bit ONNX model, measures all three, and says which one is recommended
+    quantise    true adds an 8-bit and a 16-bit ONNX model, measures all three, and says which one is recommended;
+                without it, if a search chose the model in 8 or 16 bits
     quantise_loss   how much agreement with the exact model the recommended one may lack (0.01)
     calibration file of public inputs (no site's) to quantise and measure on; without it, inputs made from the schema
     license     the model's licence, for its card: an SPDX identifier (Apache-2.0) or another name
@@ -46,7 +47,7 @@ from fedclaw import startup
 from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
 from fedclaw.compress.record import read_compressed
 from fedclaw.errors import UsageError
-from fedclaw.export.source import load_source, signing_home
+from fedclaw.export.source import Source, load_source, signing_home
 from fedclaw.identity.data_keys import EncryptionSettings, Keyring, KeySetting, load_keyring
 from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.protocol.frozen import Frozen
@@ -69,7 +70,7 @@ class ExportSettings(Frozen):
     model: Literal["auto", "final", "compressed"]
     tolerance: float = Field(gt=0)
     output: Path | None
-    quantise: bool
+    quantise: bool | None
     quantise_loss: float = Field(gt=0, lt=1)
     calibration: Path | None
     license: Name | None
@@ -130,7 +131,7 @@ def export(settings: ExportSettings, console: Console) -> None:
     request = Request(
         tolerance=settings.tolerance,
         inputs=inputs,
-        quantised=settings.quantise,
+        quantised=_quantised(source) if settings.quantise is None else settings.quantise,
         loss=settings.quantise_loss,
         calibration=settings.calibration,
         overwrite=settings.overwrite,
@@ -180,6 +181,12 @@ def _bundle_keys(settings: ExportSettings) -> Keyring | None:
             "the run is encrypted: name the bundle's key with key=…, or write its model in the clear: plaintext=true"
         )
     return None
+
+
+def _quantised(source: Source) -> bool:
+    """Whether a search chose the model for a precision that an export has to add."""
+    search = None if source.compression is None else source.compression.search
+    return search is not None and search.precision != "float32"
 
 
 def verify_command(bundle: Path, ca: Path) -> str:

@@ -25,7 +25,7 @@ from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from fedclaw.compress.record import StepInputs
+from fedclaw.compress.record import Precision, StepInputs
 from fedclaw.learning.preprocessing import TypedColumn
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.protocol.frozen import Frozen
@@ -67,7 +67,6 @@ FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 INPUT = "inputs"
 BATCH = "batch"
 
-Precision = Literal["float32", "int8", "float16"]
 FORMS: Mapping[Precision, str] = {"float32": ONNX, "int8": QUANTISED, "float16": HALF}
 """The ONNX file of each precision. All of them take and give float32."""
 

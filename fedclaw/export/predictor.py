@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedclaw.compress.record import Precision
 from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
-from fedclaw.export.layout import FORMS, MANIFEST, ONNX, SCHEMA, Manifest, Precision
+from fedclaw.export.layout import FORMS, MANIFEST, ONNX, SCHEMA, Manifest
 from fedclaw.export.runtime import Device, open_session, run_session
 from fedclaw.identity.at_rest import PLAIN, Store, is_encrypted
 from fedclaw.identity.data_keys import Keyring

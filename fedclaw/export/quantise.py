@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fedclaw.compress.latency import LATENCY_BATCHES, median_milliseconds
-from fedclaw.compress.record import StepInputs
+from fedclaw.compress.record import Precision, StepInputs
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.export.evaluation import accuracy_interval
-from fedclaw.export.graph import quiet, require_exporter
-from fedclaw.export.layout import HALF, INPUT, ONNX, QUANTISED, FormFigures, Forms
+from fedclaw.export.graph import quiet, require_exporter, save_onnx, trace
+from fedclaw.export.layout import FORMS, HALF, INPUT, ONNX, QUANTISED, FormFigures, Forms
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.files import sha256_file
 from fedclaw.learning.tasks.base import Task
@@ -316,3 +317,40 @@ def add_forms(
             "files": figures,
         }
     )
+
+
+class OnnxForms:
+    """The forms of any model of a run, as a search compares them: its `Runtime` (fedclaw.compress.search)."""
+
+    def __init__(self, schema: Schema, seed: int) -> None:
+        self._task, self._shape = schema.task, schema.input_shape
+        self._samples = synthetic_samples(schema, seed)
+
+    @property
+    def calibration(self) -> StepInputs:
+        """What the ranges of int8 are taken from, as in an export that names no file."""
+        return self._samples.looked_at[0]
+
+    def forms(self, model: nn.Module, precisions: Sequence[Precision]) -> dict[Precision, bytes]:
+        """The ONNX file of each precision; float16 only where no value in the model is beyond its range."""
+        with tempfile.TemporaryDirectory() as name:
+            paths = {precision: Path(name) / file for precision, file in FORMS.items()}
+            save_onnx(trace(model, self._task, self._shape), self._task, self._shape, paths["float32"])
+            exact = paths["float32"].read_bytes()
+            if "int8" in precisions:
+                to_int8(paths["float32"], paths["int8"], self._samples.calibration)
+            if "float16" in precisions and _largest_value(exact, self._samples.calibration) <= LARGEST_HALF:
+                to_float16(paths["float32"], paths["float16"])
+            return {
+                precision: path.read_bytes()
+                for precision, path in paths.items()
+                if precision in precisions and path.is_file()
+            }
+
+    def outputs(self, content: bytes, inputs: Floats) -> Floats:
+        """Inputs (N, *D) to the raw outputs (N, K)."""
+        return _outputs(open_session(content, "the candidate", "export"), inputs)[0]
+
+    def milliseconds(self, contents: Sequence[bytes], inputs: Floats) -> list[dict[str, float]]:
+        """The median latency of each by batch size, timed in turns on one thread of the CPU."""
+        return _latencies([open_session(content, "a candidate", "export", threads=1) for content in contents], inputs)
