@@ -112,7 +112,7 @@ class HeldLedger:
         waiting = {sequence for waiting in self.index.open.values() for sequence in waiting}
         found = Found(
             sequence=then.sequence,
-            time=str(self.entries[then.sequence - 1].body["time"]),
+            time=str(self.entries[then.sequence - 1].body.get("time", "at no time that it says")),
             charges=spent.charges,
             epsilon=spent.epsilon(claimed.delta) if spent.charges and 0 < claimed.delta < 1 else _unbounded(spent),
             fingerprints=tuple(dict.fromkeys(one.fingerprint for one in charged if one.fingerprint is not None)),

@@ -45,7 +45,7 @@ from fedclaw.protocol.frozen import Frozen, S, explain
 from fedclaw.protocol.receipt import NO_LEDGER
 from fedclaw.report.late import late_notes
 from fedclaw.server import checkpoint
-from fedclaw.server.run_directory import RunDirectory, RunRecord, SiteReceipt
+from fedclaw.server.run_directory import ReleaseUse, RunDirectory, RunRecord, SiteReceipt
 
 State = Literal["verified", "told", "not at hand", "contradicts"]
 LONGEST = 400
@@ -188,7 +188,7 @@ class _Walk:
             if not _equal(site.delta, sum(cost.delta for cost in site.runs)):
                 wrong.append(f"{site.site}'s runs do not come to its delta")
         if told is not None:
-            releases = [use for use in (self.statement.statistics, self.statement.threshold) if use is not None]
+            releases = dict.fromkeys(use for use, _ in self._used())
             epsilons = [site.epsilon for site in self.statement.sites]
             known = [epsilon for epsilon in epsilons if epsilon is not None]
             epsilon = max(known, default=0.0) + sum(use.epsilon for use in releases)
@@ -260,17 +260,7 @@ class _Walk:
     def _directory_of(self, told: _Told) -> RunDirectory | None:
         if self.directory is None or told.purpose == "training":
             return self.directory
-        path = self.directory.compressed / RECORD
-        try:
-            recovery = Compression.model_validate_json(path.read_bytes()).at_sites
-        except (OSError, ValidationError):
-            return None
-        if recovery is None:
-            return None
-        root = (self.directory.root / recovery.directory).resolve()
-        inside = root.is_relative_to(self.directory.root.resolve())
-        found = RunDirectory(root, self.at_hand.keys)
-        return found if inside and found.record_path.is_file() else None
+        return recovery_of(self.directory)
 
     def _other_model(self, told: _Told, record: RunRecord) -> Iterator[str]:
         manifest = self.verified.manifest
@@ -400,10 +390,15 @@ class _Walk:
 
     # What else the model was made with
 
+    def _used(self) -> Iterator[tuple[ReleaseUse, str]]:
+        """The releases of statistics that the model was made with, and what of it came from each."""
+        told = self.statement
+        named = [(told.statistics, "constants"), (told.threshold, "threshold")]
+        named += [(use, "compression") for use in told.compression_statistics]
+        yield from ((use, what) for use, what in named if use is not None)
+
     def _releases(self) -> Iterator[Link]:
-        for use, what in ((self.statement.statistics, "constants"), (self.statement.threshold, "threshold")):
-            if use is None:
-                continue
+        for use, what in self._used():
             words = f"{what}, at epsilon {use.epsilon:g}, delta {use.delta:g} for each site"
             charged = sum(any(run == use.run for _, _, run in ledger.index.runs) for ledger in self.ledgers)
             if charged:
@@ -467,6 +462,21 @@ class _Walk:
     def _sha256(self, path: Path) -> str | None:
         assert self.directory is not None
         return self.directory.sha256_of(path) if path.is_file() else None
+
+
+def recovery_of(directory: RunDirectory) -> RunDirectory | None:
+    """The recovery at the sites of a run's compressed model; None if there was none, or its directory is not in the
+    run's."""
+    try:
+        recovery = Compression.model_validate_json((directory.compressed / RECORD).read_bytes()).at_sites
+    except (OSError, ValidationError):
+        return None
+    if recovery is None:
+        return None
+    own = directory.root.resolve()
+    root = (own / recovery.directory).resolve()
+    found = RunDirectory(root, directory.keys)
+    return found if own in root.parents and found.record_path.is_file() else None
 
 
 def _directory(verified: Verified, at_hand: AtHand) -> RunDirectory | None:

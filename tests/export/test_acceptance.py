@@ -1,20 +1,25 @@
 """What is refused at export: costs that cannot be stated, and a score under the floor. Real runs, real ledgers."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from fedclaw.errors import BundleError, CheckpointError, LedgerError, UsageError
-from fedclaw.export.acceptance import accept, claims_of
+from fedclaw.export.acceptance import _fall, accept, claims_of
 from fedclaw.export.ledgers import HeldLedger
 from fedclaw.export.source import load_source
 from fedclaw.ledger import main as show
+from fedclaw.privacy.mechanisms.receipts import impossible
 from fedclaw.protocol.chain import GENESIS, canonical, link
 from fedclaw.server.run_directory import PendingRound, RunDirectory, SiteReceipt
+from tests.samples import receipt
 
 PAST = Path(__file__).parents[1] / "past" / "8eca11f"
 WARDS = ("ward-a", "ward-b", "ward-c")
@@ -149,6 +154,32 @@ def test_a_compressed_model_is_held_against_its_own_score():
     agreement = compression.model_copy(update={"accuracy_measure": "agreement with the teacher"})
     with pytest.raises(BundleError, match="no more than agreement with its teacher"):
         accept(dataclasses.replace(source, compression=agreement), floor=0.1)
+
+
+SAYS = {
+    "epsilon_run": [None, 0.01, 2.0],
+    "epsilon_lifetime": [None, 0.01, 3.0],
+    "epsilon_left": [None, 0.0, 1e-300, 4.0],
+    "delta": [0.0, 1e-5, 0.5],
+    "rounds": [0, 1, 10**15],
+    "trust": ["nobody", "server", "everybody"],
+    "mechanism": ["dp-sgd", "none"],
+    "noise_multiplier": [0.0, 1.2],
+    "accountant": ["pld", "none"],
+}
+TOLD = [receipt(**dict(zip(SAYS, values, strict=True))) for values in itertools.product(*SAYS.values())]
+POSSIBLE = [told for told in TOLD if impossible(told) is None]
+
+
+@given(said=st.lists(st.sampled_from(POSSIBLE), min_size=2, max_size=6))
+def test_no_site_costs_the_others_their_model(said):
+    """Whatever a site says from round to round: what its rounds did not refuse, export does not refuse either."""
+    kept, epsilons = said[0], [said[0].epsilon_run]
+    for told in said[1:]:
+        kept = told.after(kept)
+        epsilons.append(kept.epsilon_run)
+    assert impossible(kept) is None
+    assert _fall(epsilons) is None
 
 
 # Ledgers at hand: those of a run that three real sites were charged for.

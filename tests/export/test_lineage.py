@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedclaw.compress.record import RECORD, Compression, SitesReport
 from fedclaw.encryption import main as encrypt
 from fedclaw.errors import UsageError
 from fedclaw.export import layout
 from fedclaw.export.bundle import Request, _sign, export_bundle
 from fedclaw.export.check import Trust
-from fedclaw.export.lineage import AtHand, Link, lineage
+from fedclaw.export.lineage import AtHand, Link, lineage, recovery_of
 from fedclaw.export.source import load_source
+from fedclaw.export.statement import state
 from fedclaw.identity.data_keys import load_keyring
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.ledger import main as ledger_command
@@ -267,6 +269,41 @@ def test_the_compression_is_a_link_of_its_own(place):
     assert "compression.json has another digest than at export" in told
     other_model(place / "runs" / "local")
     assert any("was not made from this run's model.npz" in line for line in wrong(walk(place, bundle="small")))
+
+
+def test_recovery_at_the_sites_is_a_run_of_its_own_on_the_same_ledgers(place):
+    """Another run of the same sites stands for it: they were charged for that, too."""
+    run = RunDirectory(place / "runs" / "local")
+    shutil.copytree(place / "runs" / "central", run.root / "distillation" / "central")
+    told = Compression.model_validate_json((run.compressed / RECORD).read_bytes())
+    report = SitesReport(run="central", directory="distillation/central", rounds=2, epsilon={})
+    (run.compressed / RECORD).write_text(told.model_copy(update={"recovery": (report,)}).model_dump_json())
+    source = load_source(run)
+    bundle = shutil.copytree(run.root / "small", run.root / "recovered")
+    statement = state(source.receipts, source.record.privacy, "", statistics=source.record.statistics)
+    (bundle / layout.PRIVACY).write_text(statement.model_dump_json())
+    (bundle / layout.TRAINING).write_text(source.training().model_dump_json())
+    (bundle / layout.COMPRESSION).write_bytes(source.report)
+    sign_again(bundle, FederationHome.open(place / "federation"))
+    found = walk(place, "ward-a", "ward-b", bundle="recovered")
+    assert wrong(found) == []
+    runs = [link for link in found.below if link.what.startswith("run ")]
+    assert [run.what for run in runs] == ["run local (training)", "run central (recovery after pruning)"]
+    for link in runs:
+        heads = [one.state for one in links(link) if one.what.startswith("ledger head")]
+        assert sorted(heads) == ["not at hand", "verified", "verified"]
+    (run.root / "distillation" / "central" / "receipts.json").unlink()
+    found = walk(place, bundle="recovered")
+    assert [state for what, state in states(found).items() if what == "receipts.json"] == ["not at hand"]
+
+
+@pytest.mark.parametrize("directory", ["../central", "/nowhere", ".."])
+def test_a_recovery_outside_of_the_runs_directory_is_not_looked_for(place, directory):
+    run = RunDirectory(place / "runs" / "local")
+    told = Compression.model_validate_json((run.compressed / RECORD).read_bytes())
+    report = SitesReport(run="central", directory=directory, rounds=2, epsilon={})
+    (run.compressed / RECORD).write_text(told.model_copy(update={"recovery": (report,)}).model_dump_json())
+    assert recovery_of(run) is None
 
 
 def test_what_others_named_is_no_command_to_a_terminal():
