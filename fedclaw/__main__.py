@@ -22,6 +22,7 @@ COMMANDS = {
     "compress": "fedclaw.compress",
     "export": "fedclaw.export",
     "verify": "fedclaw.verify",
+    "layouts": "fedclaw.layouts",
     "lineage": "fedclaw.lineage",
     "predict": "fedclaw.predict",
     "encryption": "fedclaw.encryption",

@@ -12,7 +12,7 @@ from tests.conftest import environment
 
 COMMANDS = (
     *("fedclaw.server", "fedclaw.client", "fedclaw.statistics", "fedclaw.audit", "fedclaw.provision", "fedclaw.ledger"),
-    *("fedclaw.compress", "fedclaw.export", "fedclaw.verify", "fedclaw.lineage", "fedclaw.predict"),
+    *("fedclaw.compress", "fedclaw.export", "fedclaw.verify", "fedclaw.lineage", "fedclaw.layouts", "fedclaw.predict"),
     *("fedclaw.encryption", "fedclaw.transport.ray"),
     *("experiments.run", "experiments.sweep", "experiments.demo", "experiments.datasets", "experiments.partitions"),
     *("experiments.attack_table", "experiments.privacy_table", "experiments.compression_table"),

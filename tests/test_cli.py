@@ -27,6 +27,7 @@ ENTRY_POINTS = [
     "export",
     "verify",
     "lineage",
+    "layouts",
     "predict",
     "ledger",
     "audit",

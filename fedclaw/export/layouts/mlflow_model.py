@@ -1,0 +1,118 @@
+"""An MLflow model (pyfunc) of the bundle's pipeline, to load, register and serve as any other.
+
+It is stored as code and files (`mlflow_code`), without a pickle, and needs neither FedClaw nor torch where it runs.
+"""
+
+import importlib.metadata
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedclaw.errors import BundleError, Setting, UsageError
+from fedclaw.export.layout import MANIFEST, PIPELINE
+from fedclaw.export.layouts.base import Deployable
+from fedclaw.files import write_atomic
+from fedclaw.learning.preprocessing import TypedColumn
+from fedclaw.progress import quieter
+
+CODE = Path(__file__).with_name("mlflow_code.py")
+RUNS_WITH = ("mlflow", "onnxruntime", "numpy", "pandas")
+_CHATTY = ("mlflow", "mlflow.models", "mlflow.pyfunc", "mlflow.store", "alembic")
+
+
+def write_mlflow(deployable: Deployable, directory: Path) -> None:
+    """Fill `directory` with the model. Raises BundleError for a bundle without pipeline.onnx, UsageError when MLflow
+    cannot be imported."""
+    pipeline = deployable.verified.manifest.pipeline
+    if pipeline is None or deployable.graph != PIPELINE:
+        why = deployable.verified.manifest.no_pipeline or "the MLflow model takes typed columns"
+        raise BundleError(f"an MLflow model is made of {PIPELINE}: {why} (", Setting("graph", PIPELINE), ")")
+    mlflow = _mlflow()
+    with tempfile.TemporaryDirectory(dir=directory) as scratch, _quietly():
+        root = Path(scratch)
+        write_atomic(root / PIPELINE, deployable.model)
+        write_atomic(root / MANIFEST, deployable.verified.contents[MANIFEST])
+        mlflow.pyfunc.save_model(
+            path=str(directory / "model"),
+            python_model=str(CODE),
+            artifacts={"pipeline": str(root / PIPELINE), "manifest": str(root / MANIFEST)},
+            signature=_signature(mlflow, pipeline.columns, deployable),
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in RUNS_WITH],
+            metadata=deployable.provenance,
+        )
+    for path in list((directory / "model").iterdir()):
+        path.rename(directory / path.name)
+    (directory / "model").rmdir()
+    deployable.write_provenance(directory)
+
+
+def register(directory: Path, name: str, alias: str | None, tracking: str, provenance: dict[str, str]) -> int:
+    """Register the model in `directory` as the next version of `name` and return that; `alias` points to it then.
+
+    Raises BundleError when the registry refuses.
+    """
+    mlflow = _mlflow()
+    with _quietly():
+        try:
+            client = mlflow.MlflowClient(tracking_uri=tracking, registry_uri=tracking)
+            if not client.search_registered_models(f"name = '{name}'"):
+                client.create_registered_model(name)
+            made = client.create_model_version(name, str(directory.resolve()), tags=provenance)
+            if alias is not None:
+                client.set_registered_model_alias(name, alias, made.version)
+        except mlflow.exceptions.MlflowException as error:
+            raise BundleError(f"the registry at {tracking} refuses: {' '.join(str(error).split())[:300]}") from error
+    return int(made.version)
+
+
+def _mlflow() -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    try:
+        import mlflow
+        import pandas  # noqa: F401 - a data frame is what an MLflow model is asked with
+    except ImportError as error:
+        raise UsageError(f"{error.name} is not installed; install it with: pip install 'fedclaw[mlflow]'") from error
+    return mlflow
+
+
+def _signature(mlflow: Any, columns: tuple[TypedColumn, ...], deployable: Deployable) -> Any:
+    """What the model takes and gives, as MLflow checks it: columns of a table, or one tensor."""
+    import numpy as np
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    manifest = deployable.verified.manifest
+    assert manifest.pipeline is not None
+    if len(columns) == 1 and len(columns[0].shape) > 2:
+        (one,) = columns
+        shape = tuple(size if isinstance(size, int) else -1 for size in one.shape)
+        outputs = [
+            TensorSpec(np.dtype(_NUMPY[told.dtype]), (-1, *(size for size in told.shape[1:])), told.name)
+            for told in manifest.pipeline.outputs
+        ]
+        taken = Schema([TensorSpec(np.dtype(one.dtype), shape)])
+        return mlflow.models.ModelSignature(inputs=taken, outputs=Schema(outputs))
+    # MLflow refuses a wider number than is asked for, and a data frame's are float64: the model's code makes them narrow.
+    kinds = {"string": DataType.string, "float32": DataType.double, "float64": DataType.double}
+    taken = Schema([ColSpec(kinds[column.dtype], column.name, required=True) for column in columns])
+    named = [ColSpec(kinds[told.dtype], told.name) for told in manifest.pipeline.outputs if told.dtype == "string"]
+    values = [ColSpec(DataType.float, "values")] if not manifest.labels else []
+    shares = [ColSpec(DataType.float, f"probability of {label}") for label in manifest.labels]
+    refused = [ColSpec(DataType.boolean, "refused")]
+    return mlflow.models.ModelSignature(inputs=taken, outputs=Schema([*named, *values, *refused, *shares]))
+
+
+_NUMPY = {"string": "str", "bool": "bool", "float32": "float32"}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """MLflow says at length what it guesses; errors are raised as usual."""
+    with quieter(logging.ERROR, *_CHATTY), warnings.catch_warnings(action="ignore"):
+        yield
