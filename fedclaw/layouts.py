@@ -10,14 +10,14 @@
     storage     kserve: the URI where the cluster will find what is in repository/
     register_as mlflow: also register it under this name, as the next version ...
     alias       ... to which this alias points from now on
-    tracking    ... in the registry there: sqlite:///mlflow.db, http://…
+    registry    ... in the registry there: sqlite:///mlflow.db, http://…
 
 The bundle is verified first, and what is written are the bytes that were verified; signed/ beside them proves it.
 
 Examples:
     python -m fedclaw.layouts triton runs/demo/bundle output=models ca=ca.crt
     python -m fedclaw.layouts mlflow runs/demo/bundle output=heart register_as=heart alias=champion \\
-        tracking=sqlite:///mlflow.db
+        registry=sqlite:///mlflow.db
 """
 
 if __name__ == "__main__":
@@ -34,7 +34,6 @@ from fedclaw import startup
 from fedclaw.cli import compose_settings, make_console, naming, require_paths, run_main, split
 from fedclaw.errors import UsageError
 from fedclaw.export.check import TrustSettings, load_trust
-from fedclaw.export.layout import ONNX
 from fedclaw.export.layouts.base import Deployable, Graph, laid_out
 from fedclaw.export.layouts.kserve import write_kserve
 from fedclaw.export.layouts.triton import write_triton
@@ -52,7 +51,7 @@ class LayoutSettings(TrustSettings):
     storage: str | None
     register_as: str | None
     alias: str | None
-    tracking: str | None
+    registry: str | None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -68,7 +67,9 @@ def main(arguments: Sequence[str]) -> None:
     require_paths(bundle=bundle)
     with naming(bundle=bundle, federation=settings.federation):
         trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
-        deployable = Deployable.open(bundle, trust, ONNX if server == "openvino" else settings.graph, settings.name)
+        deployable = Deployable.open(
+            bundle, trust, "model.onnx" if server == "openvino" else settings.graph, settings.name
+        )
     console = make_console()
     with laid_out(output, settings.overwrite) as directory:
         _write(server, deployable, directory, settings)
@@ -81,15 +82,17 @@ def _consistent(server: str, settings: LayoutSettings) -> Path:
         raise UsageError("output=DIR is missing: where the layout goes")
     if settings.storage is not None and server != "kserve":
         raise UsageError(f"storage= is for kserve, not for {server}")
-    given = {name: getattr(settings, name) for name in ("register_as", "alias", "tracking")}
+    given = {name: getattr(settings, name) for name in ("register_as", "alias", "registry")}
     if server != "mlflow" and any(value is not None for value in given.values()):
-        raise UsageError(f"register_as=, alias= and tracking= are for mlflow, not for {server}")
-    if (settings.register_as is None) != (settings.tracking is None):
-        raise UsageError("register_as=NAME and tracking=URI belong together: the name, and the registry that takes it")
+        raise UsageError(f"register_as=, alias= and registry= are for mlflow, not for {server}")
+    if (settings.register_as is None) != (settings.registry is None):
+        raise UsageError("register_as=NAME and registry=URI belong together: the name, and the registry that takes it")
     if settings.alias is not None and settings.register_as is None:
         raise UsageError("alias= needs register_as=NAME, whose new version it points to")
-    if server == "openvino" and settings.graph not in (None, ONNX):
-        raise UsageError(f"OpenVINO has no operators for text and takes prepared inputs: leave out graph=, or {ONNX}")
+    if server == "openvino" and settings.graph == "pipeline.onnx":
+        raise UsageError(
+            "OpenVINO has no operators for text and takes prepared inputs: leave out graph=, or say model.onnx"
+        )
     return settings.output
 
 
@@ -118,10 +121,10 @@ def _report(server: str, deployable: Deployable, output: Path, settings: LayoutS
     if not deployable.verified.pinned:
         console.print("note      the CA came with the bundle; ca=… proves who signed it", style="yellow", markup=False)
     console.print(f"{server:9} {output} ({deployable.graph} as model {deployable.name})", markup=False, soft_wrap=True)
-    if settings.register_as is not None and settings.tracking is not None:
+    if settings.register_as is not None and settings.registry is not None:
         from fedclaw.export.layouts.mlflow_model import register
 
-        version = register(output, settings.register_as, settings.alias, settings.tracking, deployable.provenance)
+        version = register(output, settings.register_as, settings.alias, settings.registry, deployable.provenance)
         alias = "" if settings.alias is None else f", alias {settings.alias}"
         console.print(f"register  {settings.register_as}, version {version}{alias}", markup=False)
     console.print(

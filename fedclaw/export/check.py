@@ -94,7 +94,9 @@ def verify_bundle(path: Path, trust: Trust | None = None, keep: Iterable[str] = 
     release, authority, signer = _check_certificates(small, trust)
     digests = _signed_digests(version, small, release, authority)
     _require_complete(version, names, digests)
-    contents = _read_listed(files, digests, small, {MANIFEST, RELEASE_CERTIFICATE, CA_CERTIFICATE, *keep})
+    kept = {MANIFEST, RELEASE_CERTIFICATE, CA_CERTIFICATE, *keep}
+    proofs = {name: content for name, content in small.items() if name in kept}
+    contents = {**proofs, **_read_listed(files, digests, small, kept)}
     if version != 1:
         _require_agreement(small[DIGESTS], digests)
     manifest = _parse_manifest(contents[MANIFEST], version)

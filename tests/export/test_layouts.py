@@ -325,7 +325,7 @@ def test_the_inference_service_has_its_form_and_kubernetes_takes_its_parts(
 def test_mlflow_registers_versions_and_moves_the_alias(table_bundle, lay_out, tmp_path, capsys):
     mlflow = pytest.importorskip("mlflow")
     registry = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    how = {"register_as": "heart", "alias": "champion", "tracking": registry}
+    how = {"register_as": "heart", "alias": "champion", "registry": registry}
     lay_out("mlflow", table_bundle, **how)
     lay_out("mlflow", table_bundle, overwrite="true", **how)
     assert "heart, version 2, alias champion" in capsys.readouterr().out
@@ -388,19 +388,18 @@ def test_plain_onnx_runtime_needs_nothing_of_ours(table_bundle, trust, rows):
 
 NODE = """
 const ort = require('onnxruntime-node');
-const columns = JSON.parse(require('fs').readFileSync(0, 'utf8').replace(/\\bNaN\\b/g, 'null'));
+const columns = JSON.parse(require('fs').readFileSync(0, 'utf8'));
 (async () => {
   const session = await ort.InferenceSession.create(process.argv[2]);
   const feeds = {};
-  for (const [name, values] of Object.entries(columns)) {
-    const dims = [values.length, 1];
-    feeds[name] = values.some((v) => typeof v === 'string')
-      ? new ort.Tensor('string', values, dims)
-      : new ort.Tensor('float32', Float32Array.from(values, (v) => (v === null ? NaN : v)), dims);
+  for (const [name, [kind, values]] of Object.entries(columns)) {
+    const data = kind === 'string' ? values : Float32Array.from(values, Number);
+    feeds[name] = new ort.Tensor(kind, data, [values.length, 1]);
   }
   const answers = await session.run(feeds);
-  const told = Array.from(answers.probabilities.data, (v) => (Number.isNaN(v) ? null : v));
-  console.log(JSON.stringify({label: Array.from(answers.label.data), probabilities: told}));
+  console.log(JSON.stringify({
+    label: Array.from(answers.label.data), probabilities: Array.from(answers.probabilities.data, String),
+  }));
 })();
 """
 
@@ -429,9 +428,17 @@ def test_node_gives_the_same_answers(table_bundle, trust, rows, node_modules, tm
     predictor, _, expected = answers_of(table_bundle, trust, rows)
     script = tmp_path / "predict.js"
     script.write_text(NODE)
+    columns = predictor.read_columns(rows).columns
+    kinds = {True: "string", False: "float32"}
+    # JSON has neither NaN nor infinity, and JavaScript reads both from text.
+    words = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+    given = {
+        name: (kinds[values.dtype == object], [words.get(str(value), str(value)) for value in values[:, 0]])
+        for name, values in columns.items()
+    }
     done = subprocess.run(
         ["node", str(script), str(table_bundle / "pipeline.onnx")],
-        input=columns_as_json(predictor, rows),
+        input=json.dumps(given),
         env={**os.environ, "NODE_PATH": node_modules},
         capture_output=True,
         text=True,
@@ -440,7 +447,7 @@ def test_node_gives_the_same_answers(table_bundle, trust, rows, node_modules, tm
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["probabilities"]
-    found = np.array([np.nan if value is None else value for value in told], np.float32).reshape(expected.shape)
+    found = np.array(told, np.float32).reshape(expected.shape)
     same(found, expected)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import mlflow
 import numpy as np
 import onnxruntime
+from mlflow.pyfunc import PythonModel
 
 
-class Pipeline(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class Pipeline(PythonModel):
     """Typed columns in, labels and probabilities or values out."""
 
     def load_context(self, context: Any) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fedclaw.errors import BundleError, Setting, UsageError
 from fedclaw.export.layout import MANIFEST, PIPELINE
 from fedclaw.export.layouts.base import Deployable
@@ -45,13 +47,22 @@ def write_mlflow(deployable: Deployable, directory: Path) -> None:
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in RUNS_WITH],
             metadata=deployable.provenance,
         )
+    _leave_out_where_files_were(directory / "model" / "MLmodel")
     for path in list((directory / "model").iterdir()):
         path.rename(directory / path.name)
     (directory / "model").rmdir()
     deployable.write_provenance(directory)
 
 
-def register(directory: Path, name: str, alias: str | None, tracking: str, provenance: dict[str, str]) -> int:
+def _leave_out_where_files_were(path: Path) -> None:
+    """MLflow notes where each artifact was copied from: a directory of this machine, which is gone already."""
+    told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for artifact in told["flavors"]["python_function"]["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    write_atomic(path, yaml.safe_dump(told, sort_keys=False).encode())
+
+
+def register(directory: Path, name: str, alias: str | None, registry: str, provenance: dict[str, str]) -> int:
     """Register the model in `directory` as the next version of `name` and return that; `alias` points to it then.
 
     Raises BundleError when the registry refuses.
@@ -59,14 +70,14 @@ def register(directory: Path, name: str, alias: str | None, tracking: str, prove
     mlflow = _mlflow()
     with _quietly():
         try:
-            client = mlflow.MlflowClient(tracking_uri=tracking, registry_uri=tracking)
+            client = mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
             if not client.search_registered_models(f"name = '{name}'"):
                 client.create_registered_model(name)
             made = client.create_model_version(name, str(directory.resolve()), tags=provenance)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, made.version)
         except mlflow.exceptions.MlflowException as error:
-            raise BundleError(f"the registry at {tracking} refuses: {' '.join(str(error).split())[:300]}") from error
+            raise BundleError(f"the registry at {registry} refuses: {' '.join(str(error).split())[:300]}") from error
     return int(made.version)
 
 
@@ -78,7 +89,7 @@ def _mlflow() -> Any:
         import mlflow
         import pandas  # noqa: F401 - a data frame is what an MLflow model is asked with
     except ImportError as error:
-        raise UsageError(f"{error.name} is not installed; install it with: pip install 'fedclaw[mlflow]'") from error
+        raise UsageError(f"{error.name} is not installed; install it with: pip install {error.name}") from error
     return mlflow
 
 
@@ -91,14 +102,13 @@ def _signature(mlflow: Any, columns: tuple[TypedColumn, ...], deployable: Deploy
     assert manifest.pipeline is not None
     if len(columns) == 1 and len(columns[0].shape) > 2:
         (one,) = columns
-        shape = tuple(size if isinstance(size, int) else -1 for size in one.shape)
-        outputs = [
-            TensorSpec(np.dtype(_NUMPY[told.dtype]), (-1, *(size for size in told.shape[1:])), told.name)
+        outputs: list[ColSpec | TensorSpec] = [
+            TensorSpec(np.dtype(_NUMPY[told.dtype]), _sizes(told.shape), told.name)
             for told in manifest.pipeline.outputs
         ]
-        taken = Schema([TensorSpec(np.dtype(one.dtype), shape)])
+        taken = Schema([TensorSpec(np.dtype(one.dtype), _sizes(one.shape))])
         return mlflow.models.ModelSignature(inputs=taken, outputs=Schema(outputs))
-    # MLflow refuses a wider number than is asked for, and a data frame's are float64: the model's code makes them narrow.
+    # MLflow refuses wider numbers than are asked for, and a data frame's are float64; the model's code narrows them.
     kinds = {"string": DataType.string, "float32": DataType.double, "float64": DataType.double}
     taken = Schema([ColSpec(kinds[column.dtype], column.name, required=True) for column in columns])
     named = [ColSpec(kinds[told.dtype], told.name) for told in manifest.pipeline.outputs if told.dtype == "string"]
@@ -106,6 +116,11 @@ def _signature(mlflow: Any, columns: tuple[TypedColumn, ...], deployable: Deploy
     shares = [ColSpec(DataType.float, f"probability of {label}") for label in manifest.labels]
     refused = [ColSpec(DataType.boolean, "refused")]
     return mlflow.models.ModelSignature(inputs=taken, outputs=Schema([*named, *values, *refused, *shares]))
+
+
+def _sizes(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    """-1 for what is of any size."""
+    return tuple(size if isinstance(size, int) else -1 for size in shape)
 
 
 _NUMPY = {"string": "str", "bool": "bool", "float32": "float32"}

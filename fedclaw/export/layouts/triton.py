@@ -72,4 +72,4 @@ def _tensors(kind: str, told: Sequence[Tensor]) -> Iterable[str]:
 
 
 def _quoted(text: str) -> str:
-    return f'"{CEscape(text, as_utf8=False)}"'
+    return f'"{CEscape(text.encode(), as_utf8=False)}"'
