@@ -67,9 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     require_paths(bundle=bundle)
     with naming(bundle=bundle, federation=settings.federation):
         trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
-        deployable = Deployable.open(
-            bundle, trust, "model.onnx" if server == "openvino" else settings.graph, settings.name
-        )
+        graph: Graph | None = "model.onnx" if server == "openvino" else settings.graph
+        deployable = Deployable.open(bundle, trust, graph, settings.name)
     console = make_console()
     with laid_out(output, settings.overwrite) as directory:
         _write(server, deployable, directory, settings)
@@ -90,9 +89,7 @@ def _consistent(server: str, settings: LayoutSettings) -> Path:
     if settings.alias is not None and settings.register_as is None:
         raise UsageError("alias= needs register_as=NAME, whose new version it points to")
     if server == "openvino" and settings.graph == "pipeline.onnx":
-        raise UsageError(
-            "OpenVINO has no operators for text and takes prepared inputs: leave out graph=, or say model.onnx"
-        )
+        raise UsageError("OpenVINO has no operators for text and takes prepared inputs: leave graph= out")
     return settings.output
 
 

@@ -30,6 +30,8 @@ CASES = [
     ("fedclaw.export.__main__", ["run={run}", "federation={federation}", "inputs={nowhere}"]),
     ("fedclaw.export.__main__", ["run={run}", "federation={federation}", "threshold_data={nowhere}"]),
     ("fedclaw.verify", ["{nowhere}"]),
+    ("fedclaw.layouts", ["triton", "{nowhere}", "output=x"]),
+    ("fedclaw.layouts", ["triton", "{run}", "output=x", "ca={nowhere}"]),
     ("fedclaw.lineage", ["{nowhere}"]),
     ("fedclaw.lineage", ["{run}", "run={nowhere}"]),
     ("fedclaw.lineage", ["{run}", "federation={nowhere}"]),

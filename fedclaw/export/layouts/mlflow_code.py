@@ -13,7 +13,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import onnxruntime
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 
 class Pipeline(PythonModel):
