@@ -26,6 +26,7 @@ from fedclaw.errors import BundleError, ProvisionError, UsageError
 from fedclaw.export import signature
 from fedclaw.export.layout import (
     CA_CERTIFICATE,
+    COMPRESSION,
     DIGESTS,
     FILE_NAME,
     MANIFEST,
@@ -100,6 +101,8 @@ def verify_bundle(path: Path, trust: Trust | None = None, keep: Iterable[str] = 
     if version != 1:
         _require_agreement(small[DIGESTS], digests)
     manifest = _parse_manifest(contents[MANIFEST], version)
+    if version != 1:
+        _require_told(manifest, names)
     signature.check_federation(release, manifest.federation)
     now = datetime.now(UTC)
     signature.check_times(release, authority, manifest.created, now)
@@ -184,6 +187,13 @@ def _require_complete(version: FormatVersion, names: frozenset[str], listed: Map
     unlisted = {DIGESTS, SIGNATURES[version]} if version == 1 else {SIGNATURES[version]}
     for name in sorted(names - unlisted - set(listed)):
         raise BundleError(f"{_shown(name)} is not in {origin}: it was added after signing")
+
+
+def _require_told(manifest: Manifest, names: frozenset[str]) -> None:
+    """Raise BundleError for a file that the manifest tells of and that is not there."""
+    report = {COMPRESSION} if manifest.variant == "compressed" else set()
+    for name in sorted((set(manifest.graphs) | report) - names):
+        raise BundleError(f"{_shown(name)} is missing from the bundle: {MANIFEST} tells of it")
 
 
 def _read_listed(

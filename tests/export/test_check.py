@@ -464,3 +464,19 @@ def test_a_descriptor_that_was_changed(tmp_path, home):
     (tmp_path / "federation.json").write_text(text.replace("127.0.0.1:9443", "127.0.0.2:9443"))
     with pytest.raises(UsageError, match=r"federation=.*was changed after the coordinator signed it"):
         load_trust(None, tmp_path, None)
+
+
+@IN_FORMAT_2
+@pytest.mark.parametrize(
+    ("was", "told", "missing"),
+    [
+        ('"variant": "final"', '"variant": "compressed"', "compression.json"),
+        ('"model.pt2": "prepared inputs"', '"model.pt2": "prepared inputs", "m.onnx": "prepared inputs"', "m.onnx"),
+    ],
+)
+def test_a_file_that_the_manifest_tells_of_and_nobody_signed_is_missing(bundle, home, was, told, missing):
+    path = bundle / layout.MANIFEST
+    path.write_text(path.read_text().replace(was, told))
+    sign(bundle, home.signer())
+    with pytest.raises(BundleError, match=f"^{missing} is missing from the bundle: bundle.json tells of it$"):
+        verify_bundle(bundle)
