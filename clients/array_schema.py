@@ -156,19 +156,22 @@ class ArraySchema(Schema):
 
 
 class ArrayPreprocessing(Preprocessing):
-    """Arrays are taken as they are; an example with a number that is not finite is refused."""
+    """Arrays are taken as they are; an example with a number that is not finite is refused.
+
+    For any schema whose files hold the model's inputs themselves, in an array of that name.
+    """
 
     outside = (
         "an input is the array as the model was trained on: nothing is scaled or encoded, in the graph or before it",
-        "an array of an .npz file (x) is read before; FedClaw's reader does that: python -m fedclaw.predict",
+        "files are read before; FedClaw's reader does that: python -m fedclaw.predict",
     )
 
-    def __init__(self, schema: ArraySchema) -> None:
+    def __init__(self, schema: Schema, array: str = "x") -> None:
         self._schema = schema
         self.columns = (
             TypedColumn(
                 name=INPUTS,
-                column="x",
+                column=array,
                 dtype="float32",
                 shape=("batch", *schema.input_shape),
                 meaning="finite numbers; an example with another one is refused",

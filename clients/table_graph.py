@@ -35,7 +35,7 @@ from fedclaw.learning.preprocessing import (
     Preprocessing,
     TypedColumn,
     TypedRows,
-    free_name,
+    free_names,
 )
 from fedclaw.learning.tasks.base import LARGEST
 from fedclaw.learning.workload import Floats
@@ -94,13 +94,13 @@ class NumberInput:
         low, high = self.column.range or (None, None)
         within = "any finite number" if low is None else f"a number from {low:.17g} to {high:.17g}"
         center, scale = self.column.constants
-        beside = f"; {', '.join(f'{marker:.9g}' for marker in self.markers)} mean 'not known'" if self.markers else ""
+        beside = "".join(f", {marker:.9g}" for marker in self.markers)
         return TypedColumn(
             name=self.name,
             column=normal(self.column.name),
             dtype="float64" if self.dtype is np.float64 else "float32",
             shape=("batch", 1),
-            meaning=f"{within}; becomes (value - {center:.17g}) / {scale:.17g}{beside}",
+            meaning=f"{within}; becomes (value - {center:.17g}) / {scale:.17g}; not known: NaN{beside}",
             missing="NaN",
         )
 
@@ -202,10 +202,8 @@ class TablePreprocessing(Preprocessing):
 
     def __init__(self, columns: Sequence[Column], missing: Sequence[str], outputs: Sequence[str], read: Read) -> None:
         self._encoder, self._table, self._read = RowEncoder(columns, missing), tuple(columns), read
-        self._inputs = [
-            _input(free_name(normal(column.name) or f"column {place + 1}", outputs), column, self._encoder.rules)
-            for place, column in enumerate(columns)
-        ]
+        names = free_names([normal(column.name) or f"column {n}" for n, column in enumerate(columns, 1)], outputs)
+        self._inputs = [_input(name, column, self._encoder.rules) for name, column in zip(names, columns, strict=True)]
         self.columns = tuple(own.spec() for own in self._inputs)
         self.outside = (*OUTSIDE, READER)
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from fedclaw.identity import provisioning
@@ -175,3 +176,8 @@ def test_a_run_of_them_is_exported_and_predicts_elsewhere(installed, root, runs,
         done = subprocess.run(words, env=installed, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
     assert len((tmp_path / "answers.csv").read_text().splitlines()) == 21
+    session = onnxruntime.InferenceSession(tmp_path / "bundle" / "pipeline.onnx")
+    labels, _, refused = session.run(None, {"inputs": np.load(rows)["x"].astype(np.float32)})
+    told = [line.split(",")[1] for line in (tmp_path / "answers.csv").read_text().splitlines()[1:]]
+    assert labels[:, 0].tolist() == told
+    assert not refused.any()

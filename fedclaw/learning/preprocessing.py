@@ -105,8 +105,12 @@ class Preprocessing(ABC):
         """`count` rows made from the schema alone, some with missing values and some that are refused."""
 
 
-def free_name(name: str, taken: Sequence[str]) -> str:
-    """`name`, or a longer one that is not `taken`."""
-    while name in taken:
-        name = f"input_{name}"
-    return name
+def free_names(wanted: Sequence[str], taken: Sequence[str]) -> tuple[str, ...]:
+    """The names, in their order, longer ones in the place of those that are `taken`; no two are the same."""
+    found = list[str]()
+    for name in wanted:
+        own = name
+        while own in taken or own in found or (own != name and own in wanted):
+            own = f"input_{own}"
+        found.append(own)
+    return tuple(found)
