@@ -1,6 +1,7 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,14 @@ def test_prints_what_is_proved_and_what_is_not(command, bundle, home):
     assert pinned.returncode == 0
     assert "this is the CA that you gave" in pinned.stdout
     assert "only" not in pinned.stdout
+
+
+@pytest.mark.parametrize("commit", ["437d1ac", "8eca11f"])
+def test_says_of_an_older_bundle_how_it_is_signed(command, commit):
+    past = Path(__file__).parents[1] / "past" / commit
+    result = command("fedclaw.verify", str(past / "runs/local/bundle"), f"ca={past / 'federation/ca.crt'}")
+    assert result.returncode == 0, result.stderr
+    assert "signature over SHA256SUMS, as in bundles of format 1 (SHA256SUMS.sig)\n" in result.stdout
 
 
 @pytest.mark.parametrize("where", ["", "federation.json"])
