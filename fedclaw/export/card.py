@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedclaw.compress.intervals import Difference
+from fedclaw.compress.intervals import CONFIDENCE, Difference
 from fedclaw.compress.record import Compression
 from fedclaw.export.card_metadata import front_matter
-from fedclaw.export.evaluation import CONFIDENCE, Figure, accuracy_interval, evaluation_of
+from fedclaw.export.evaluation import Figure, accuracy_interval, evaluation_of
 from fedclaw.export.graph import allowed
 from fedclaw.export.layout import (
     CARD,
@@ -332,8 +332,8 @@ def _as_trained(source: Source) -> str:
         parts.append(f"The AUROC is made of histograms: it lies in [{low:.4f}, {high:.4f}].")
     if interval := accuracy_interval(values.get("accuracy", math.nan), examples or 0):
         parts.append(
-            f"The accuracy's {CONFIDENCE:.0%} interval is [{interval[0]:.4f}, {interval[1]:.4f}] (Wilson score): what "
-            "other test examples of the same kind would move, and nothing else."
+            f"The accuracy's {CONFIDENCE:.0%} interval is {interval} (Wilson score): what other test examples of the "
+            "same kind would move, and nothing else."
         )
     if by_class := line.get("by_class"):
         names = ("precision", "recall", "f1")
@@ -363,10 +363,11 @@ def _compression(source: Source) -> str:
     ]
     modes = ", then ".join(report.mode for report in record.recovery)
     done = f"Pruned, then recovered by distillation ({modes})." if modes else "Pruned, and not recovered."
-    parts = [
-        f"{done} {COMPRESSION} has all figures.",
-        table(("", "before", "after"), rows),
-    ]
+    parts = [f"{done} {COMPRESSION} has all figures.", table(("", "before", "after"), rows)]
+    if record.difference is not None:
+        parts.append(
+            f"After less before, on the same {record.accuracy_examples:,} examples: {_apart(record.difference)}."
+        )
     if record.looked_at:
         looked = [(one.step, one.origin, one.description, f"{one.examples:,}") for one in record.looked_at]
         parts += ["What each step looked at:", table(("Step", "Origin", "Inputs", "Examples"), looked)]
@@ -387,13 +388,13 @@ def _controls(record: Compression) -> list[str]:
     rows = [
         (
             one.name,
-            escape(one.data),
+            one.data,
             _figure(one.accuracy if one.accuracy is not None else one.agreement),
             _apart(one.difference),
         )
         for one in record.controls
     ]
-    head = ("Control", "Trained on", _measure(record), "Compressed less it (95% interval)")
+    head = ("Control", "Trained on", _measure(record), f"Compressed less it ({CONFIDENCE:.0%} interval)")
     said = [escape(text) for text in (record.verdict, record.controls_note) if text]
     return ["Models of the same size, trained in other ways:", table(head, rows), *said]
 

@@ -4,16 +4,13 @@ A compressed model is not the one that the sites evaluated as they trained. Its 
 and where there was none it has no figures.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedclaw.compress.intervals import CONFIDENCE, Interval, of_proportion
 from fedclaw.export.source import Source
 
-CONFIDENCE = 0.95
-_Z = 1.959963984540054
-"""The normal quantile of (1 + CONFIDENCE) / 2."""
 _WHOLE = 1e-6
 """How far a count may be from a whole number by rounding alone."""
 
@@ -34,7 +31,7 @@ class Figure:
         """What kind of interval it is, for people."""
         if self.confidence is None:
             return "bounds: the metric is made of histograms"
-        return f"{self.confidence:.0%} confidence (Wilson score), of the sampling alone"
+        return f"{self.confidence:.0%} confidence, of which examples were drawn alone"
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,9 @@ def evaluation_of(source: Source) -> Evaluation | None:
         if measure == "agreement with the teacher":
             return None
         data = "a labelled public file" if measure == "evaluation file" else "the sites' own test data"
-        return _made(data, measure.replace(" ", "-"), examples, source.compression.after.metrics, {})
+        after, score = source.compression.after, source.compression.score
+        measured = {} if after.interval is None else {score: after.interval}
+        return _made(data, measure.replace(" ", "-"), examples, after.metrics, {}, measured)
     line = source.metrics[-1] if source.metrics else {}
     dealt = source.record.simulated is not None
     data = "the simulated clients' test data" if dealt else "the sites' own test data"
@@ -64,31 +63,36 @@ def evaluation_of(source: Source) -> Evaluation | None:
 
 
 def _made(
-    data: str, origin: str, examples: int, values: Mapping[str, float], line: Mapping[str, Any]
+    data: str,
+    origin: str,
+    examples: int,
+    values: Mapping[str, float],
+    line: Mapping[str, Any],
+    measured: Mapping[str, Interval] | None = None,
 ) -> Evaluation | None:
+    """`measured` are intervals that came with the values."""
     if not values:
         return None
-    figures = tuple(_figure(name, value, examples, line) for name, value in sorted(values.items()))
+    figures = tuple(_figure(name, value, examples, line, measured or {}) for name, value in sorted(values.items()))
     return Evaluation(data, origin, examples, figures)
 
 
-def _figure(name: str, value: float, examples: int, line: Mapping[str, Any]) -> Figure:
+def _figure(
+    name: str, value: float, examples: int, line: Mapping[str, Any], measured: Mapping[str, Interval]
+) -> Figure:
     if name == "auroc" and (area := line.get("auroc")):
         low, high = area["interval"]
         return Figure(name, value, (low, high))
-    if name == "accuracy" and (interval := accuracy_interval(value, examples)):
-        return Figure(name, value, interval, CONFIDENCE)
-    return Figure(name, value)
+    interval = measured.get(name) or (accuracy_interval(value, examples) if name == "accuracy" else None)
+    return Figure(name, value) if interval is None else Figure(name, value, (interval.low, interval.high), CONFIDENCE)
 
 
-def accuracy_interval(accuracy: float, examples: int) -> tuple[float, float] | None:
-    """The 95% interval of a share of `examples` (Wilson 1927).
+def accuracy_interval(accuracy: float, examples: int) -> Interval | None:
+    """The 95% interval of a share of `examples`.
 
     None for one that is no count of right answers by `examples`: it has noise in it, which the interval does not know.
     """
     right = accuracy * examples
     if examples < 1 or not 0 <= accuracy <= 1 or abs(right - round(right)) > _WHOLE * examples:
         return None
-    middle = (accuracy + _Z**2 / (2 * examples)) / (1 + _Z**2 / examples)
-    spread = math.sqrt(accuracy * (1 - accuracy) / examples + _Z**2 / (4 * examples**2)) * _Z / (1 + _Z**2 / examples)
-    return max(0.0, middle - spread), min(1.0, middle + spread)
+    return of_proportion(round(right), examples)

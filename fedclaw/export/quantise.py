@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fedclaw.compress.intervals import of_proportion
 from fedclaw.compress.latency import LATENCY_BATCHES, median_milliseconds
 from fedclaw.compress.record import Precision, StepInputs
 from fedclaw.errors import BundleError, UsageError
-from fedclaw.export.evaluation import accuracy_interval
 from fedclaw.export.graph import quiet, require_exporter, save_onnx, trace
 from fedclaw.export.layout import FORMS, HALF, INPUT, ONNX, QUANTISED, FormFigures, Forms
 from fedclaw.export.runtime import open_session, run_session
@@ -228,7 +228,7 @@ def _agreement(
     if task.labels:
         same = decide(form[1], threshold) == decide(exact[1], threshold)
         share = float(same.mean())
-        low, _ = accuracy_interval(share, len(same)) or (0.0, 1.0)
+        low = of_proportion(int(same.sum()), len(same)).low
     else:
         share, low = _resampled(form[0], exact[0], task)
     return {"agreement": share, "agreement_low": low, "max_abs_diff": float(np.abs(form[1] - exact[1]).max())}

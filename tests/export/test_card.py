@@ -14,12 +14,13 @@ import yaml
 from markdown_it import MarkdownIt
 from scipy.stats import binomtest
 
+from fedclaw.compress.intervals import CONFIDENCE, Difference, Interval
 from fedclaw.compress.record import Control, CoordinatorReport, StepInputs
 from fedclaw.export import layout
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.card import model_card
 from fedclaw.export.card_metadata import front_matter
-from fedclaw.export.evaluation import CONFIDENCE, accuracy_interval, evaluation_of
+from fedclaw.export.evaluation import accuracy_interval, evaluation_of
 from fedclaw.export.markdown import plain
 from fedclaw.export.signature import VerifiedSigner
 from fedclaw.export.source import load_source
@@ -115,7 +116,8 @@ def test_a_simulation_does_not_pass_for_sites(fields_of, table_source):
 def test_intervals_of_a_share_are_wilsons_and_none_is_given_for_a_noised_one():
     for right, examples in ((90, 100), (0, 7), (10, 10), (1, 3)):
         exact = binomtest(right, examples).proportion_ci(CONFIDENCE, "wilson")
-        assert accuracy_interval(right / examples, examples) == pytest.approx((exact.low, exact.high))
+        found = accuracy_interval(right / examples, examples)
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
     assert accuracy_interval(0.9013, 100) is None
     assert accuracy_interval(0.5, 0) is None
     assert accuracy_interval(float("nan"), 10) is None
@@ -253,3 +255,30 @@ def test_the_compression_report_is_in_a_compressed_models_bundle_alone(table_sou
     card = (tmp_path / "b" / layout.CARD).read_text()
     assert "| accuracy | 0.8500 | 0.7939 to 0.8929 |" in card
     assert "No controls were trained" in card
+
+
+def test_a_compression_stands_beside_its_teacher_and_its_controls_with_the_verdict(
+    table_source, table_bundle, statement
+):
+    control = Control(
+        name="trained from scratch",
+        data="100 labelled rows",
+        accuracy=0.84,
+        difference=Difference(value=0.01, interval=Interval(low=-0.02, high=0.04), examples=200),
+    )
+    record = compression_record(
+        difference=Difference(value=-0.05, interval=Interval(low=-0.08, high=-0.02), examples=200),
+        controls=(control,),
+        verdict="Recovery gained nothing that the better control does not reach.",
+        looked_at=(StepInputs(step="recovery", origin="public", description="a.csv", examples=100),),
+        after=compression_record().after.model_copy(update={"interval": Interval(low=0.8, high=0.9)}),
+    )
+    source = dataclasses.replace(table_source, compression=record)
+    manifest = layout.Manifest.model_validate_json((table_bundle / layout.MANIFEST).read_bytes())
+    card = model_card(source, manifest, statement, VerifiedSigner("f", "AB", "CD", datetime.now(UTC)))
+    text = card.partition("## Compression")[2].partition("\n## ")[0]
+    assert "After less before, on the same 200 examples: -0.0500 (-0.0800 to -0.0200)." in text
+    assert "| trained from scratch | 100 labelled rows | 0.8400 | +0.0100 (-0.0200 to +0.0400) |" in text
+    assert "Recovery gained nothing that the better control does not reach." in text
+    assert "| recovery | public | a.csv | 100 |" in text
+    assert "| accuracy | 0.8500 | 0.8000 to 0.9000 |" in card  # the interval that came with the figure
