@@ -20,6 +20,7 @@ from fedclaw.export.model_signature import sign_digests
 from fedclaw.files import sha256_file
 from fedclaw.identity import pki
 from fedclaw.identity.federation_home import FederationHome, ReleaseSigner
+from fedclaw.identity.provisioning import initialise
 
 PAST = Path(__file__).parents[1] / "past"
 EVERY_FILE = [*sorted(layout.REQUIRED), layout.PIPELINE, layout.DIGESTS]
@@ -170,6 +171,17 @@ def test_release_certificates_made_earlier_sign_bundles_of_today(bundle, accepts
     relist(bundle)
     sign(bundle, signer)
     assert accepts(bundle, root / "ca.crt")
+
+
+def test_a_release_key_in_a_token_signs_a_bundle(bundle, accepts, token, tmp_path):
+    federation = initialise(tmp_path / "federation", "test-federation", "127.0.0.1:9443", release_key=token.uri("oms"))
+    signer = federation.signer()
+    (bundle / layout.RELEASE_CERTIFICATE).write_bytes(signer.certificate_pem)
+    (bundle / layout.CA_CERTIFICATE).write_bytes(signer.ca_pem)
+    relist(bundle)
+    sign(bundle, signer)
+    assert accepts(bundle, federation.root / "ca.crt")
+    assert verify_bundle(bundle, Trust(authority=signer.ca_pem)).pinned
 
 
 NO_NETWORK = """
