@@ -58,7 +58,7 @@ class EncryptionCommand(Frozen):
 
 
 @dataclass(frozen=True)
-class Place:
+class EncryptedDirectory:
     """A directory whose files are encrypted under one scope."""
 
     root: Path
@@ -120,14 +120,14 @@ def _require_words(words: Sequence[str], count: int, otherwise: str) -> None:
         raise UsageError(otherwise)
 
 
-def places(root: Path) -> list[Place]:
+def places(root: Path) -> list[EncryptedDirectory]:
     """The directory at `root`, and those of the runs inside it. Raises UsageError for what is none of ours."""
     if (root / "run.json").is_file():
         return [_run(path.parent) for path in sorted(root.rglob("run.json"))]
     if (root / "site.yaml").is_file():
         return [_site(root)]
     if (root / "SHA256SUMS").is_file():
-        return [Place(root, BUNDLE_SCOPE, lambda: _bundle_files(root))]
+        return [EncryptedDirectory(root, BUNDLE_SCOPE, lambda: _bundle_files(root))]
     raise UsageError(f"{root} is no run's directory (run.json), no site's (site.yaml), and no bundle (SHA256SUMS)")
 
 
@@ -136,21 +136,21 @@ def _bundle_files(root: Path) -> list[tuple[Path, str]]:
     return [(path, path.name) for path in found if not path.name.startswith(".")]
 
 
-def _run(root: Path) -> Place:
+def _run(root: Path) -> EncryptedDirectory:
     from fedclaw.server.run_directory import RunDirectory
 
     directory = RunDirectory.open(root)
-    return Place(root, f"run/{directory.record().run}", directory.parameter_files, directory.held)
+    return EncryptedDirectory(root, f"run/{directory.record().run}", directory.parameter_files, directory.held)
 
 
-def _site(root: Path) -> Place:
+def _site(root: Path) -> EncryptedDirectory:
     from fedclaw.site.settings import load_site_settings
 
     settings = load_site_settings(root)
     with startup.loading("torch"):
         from fedclaw.site.directory import only_client, personal_files
         from fedclaw.site.journal.reconciliation import outbox_directory
-    return Place(
+    return EncryptedDirectory(
         root,
         f"site/{settings.name}",
         lambda: personal_files(root),
@@ -177,7 +177,7 @@ def _new_key(settings: EncryptionCommand, console: Console) -> None:
     console.print(f"key       {made.hex()}\n{advice}", markup=False, soft_wrap=True)
 
 
-def _keys(place: Place, settings: EncryptionCommand) -> Keyring:
+def _keys(place: EncryptedDirectory, settings: EncryptionCommand) -> Keyring:
     if settings.key is not None:
         return load_keyring(settings.key)
     if place.key is not None:
@@ -185,7 +185,7 @@ def _keys(place: Place, settings: EncryptionCommand) -> Keyring:
     raise UsageError("key=… is missing: file:PATH, env:NAME or pkcs11:token=…;object=…")
 
 
-def _seal(found: Sequence[Place], settings: EncryptionCommand, console: Console) -> None:
+def _seal(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, console: Console) -> None:
     _change(found, settings, Encrypt, "encrypted", "were before", console)
     for place in found:
         if place.scope.startswith("site/") and place.key is None:
@@ -194,7 +194,7 @@ def _seal(found: Sequence[Place], settings: EncryptionCommand, console: Console)
             )
 
 
-def _rekey(found: Sequence[Place], settings: EncryptionCommand, console: Console) -> None:
+def _rekey(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, console: Console) -> None:
     if settings.new_key is None:
         raise UsageError("rekey needs new_key=…: the key that the files are to have")
     new = load_keyring(settings.new_key)
@@ -209,12 +209,12 @@ def _rekey(found: Sequence[Place], settings: EncryptionCommand, console: Console
     _change(found, settings, change, f"{done}, {new.id.hex()}", "had it before", console)
 
 
-def _decrypt(found: Sequence[Place], settings: EncryptionCommand, console: Console) -> None:
+def _decrypt(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, console: Console) -> None:
     _change(found, settings, Decrypt, "written in the clear", "were before", console)
 
 
 def _change(
-    found: Sequence[Place],
+    found: Sequence[EncryptedDirectory],
     settings: EncryptionCommand,
     change: Callable[[Store], Change],
     done: str,
@@ -231,7 +231,7 @@ def _change(
     console.print(f"{changed} files {done}; {same} {before}", markup=False)
 
 
-def _show(found: Sequence[Place], settings: EncryptionCommand, console: Console) -> None:
+def _show(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, console: Console) -> None:
     """List the files; with a key, open each to its end. Raises EncryptionError if one does not open."""
     table, failures = Table("file", "encrypted as", "key"), []
     for place in found:
@@ -257,7 +257,7 @@ def _failure(store: Store, path: Path, name: str, content: bytes | None = None) 
     return None
 
 
-_COMMANDS: dict[str, Callable[[Sequence[Place], EncryptionCommand, Console], None]] = {
+_COMMANDS: dict[str, Callable[[Sequence[EncryptedDirectory], EncryptionCommand, Console], None]] = {
     "new-key": lambda *_: None,
     "seal": _seal,
     "show": _show,

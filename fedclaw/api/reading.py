@@ -16,7 +16,7 @@ from fedclaw.api.frames import is_frame, named
 from fedclaw.clients.arrays import inputs_of
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
-from fedclaw.export.check import Verified, load_trust, verify_bundle
+from fedclaw.export.check import Trust, Verified, load_trust, verify_bundle
 from fedclaw.export.layout import CARD, ONNX, PRIVACY, SCHEMA, Manifest
 from fedclaw.export.markdown import without_front_matter
 from fedclaw.export.predictor import Predictor
@@ -90,20 +90,29 @@ def _read_frame(predictor: Predictor, frame: Any) -> Floats:
 
 @public
 def read_bundle(
-    path: Pathlike, *, ca: Pathlike | None = None, federation: Pathlike | None = None, crl: Pathlike | None = None
+    path: Pathlike,
+    *,
+    ca: Pathlike | None = None,
+    federation: Pathlike | None = None,
+    crl: Pathlike | None = None,
+    key: str | None = None,
 ) -> Bundle:
     """Verify the bundle in a directory, and read it.
 
     `ca` is the certificate of the CA to trust, or `federation` a federation.json that holds it, got in another way than
-    the bundle; `crl` that CA's revocation list. Raises BundleError naming what is changed, missing or signed by
-    somebody else.
+    the bundle; `crl` that CA's revocation list; `key` says where the key of an encrypted bundle is: file:PATH,
+    env:NAME or a PKCS#11 URI. Raises BundleError naming what is changed, missing or signed by somebody else,
+    EncryptionError for what does not open.
     """
     authority, descriptor, revoked = (
         None if value is None else place(value, name)
         for name, value in (("ca", ca), ("federation", federation), ("crl", crl))
     )
-    trust = load_trust(authority, descriptor, revoked)
-    root = place(path, "path")
+    return verified_bundle(place(path, "path"), load_trust(authority, descriptor, revoked, key=key))
+
+
+def verified_bundle(root: Path, trust: Trust) -> Bundle:
+    """The bundle in `root`, verified. Raises what `read_bundle` does."""
     verified = verify_bundle(root, trust, keep=(ONNX, SCHEMA, PRIVACY, CARD))
     privacy = json.loads(verified.contents[PRIVACY])
     card = without_front_matter(verified.contents[CARD].decode("utf-8"))

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.api.arguments import place, public
 from fedclaw.errors import PluginError, UsageError
+from fedclaw.identity.data_keys import Keyring, load_keyring
 from fedclaw.learning.workload import load_parameters
 from fedclaw.privacy.mechanisms.choice import mechanism_of
 from fedclaw.protocol.terms import CentralNoise, PrivacyRequest
@@ -37,16 +38,21 @@ class Run:
     _factory: "Model | None" = field(default=None, repr=False, compare=False)
     _holder: object = field(default=None, repr=False, compare=False)
     """Keeps a temporary directory from being removed."""
+    _keys: Keyring | None = field(default=None, repr=False, compare=False)
+    """Opens the run's parameters, where they are encrypted at rest."""
+
+    def _directory(self) -> RunDirectory:
+        return RunDirectory.open(self.path, self._keys)
 
     @cached_property
     def record(self) -> RunRecord:
         """All that was asked for."""
-        return RunDirectory.open(self.path).record()
+        return self._directory().record()
 
     @cached_property
     def history(self) -> tuple[dict[str, float], ...]:
         """One entry a round, {"round": 3, "accuracy": 0.91, ...}: pandas.DataFrame(run.history) is a table of it."""
-        lines = RunDirectory.open(self.path).read_metrics()
+        lines = self._directory().read_metrics()
         return tuple({"round": line["round"], **line["metrics"]} for line in lines)
 
     @property
@@ -58,7 +64,7 @@ class Run:
     @cached_property
     def parameters(self) -> Mapping[str, NDArray[np.float32]]:
         """The final global parameters, by name. Raises CheckpointError for a run that has not finished."""
-        directory = RunDirectory.open(self.path)
+        directory = self._directory()
         directory.require_whole()
         return directory.read_model()
 
@@ -86,6 +92,7 @@ class Run:
         inputs: "ArrayLike | None" = None,
         quantise: bool = False,
         overwrite: bool = False,
+        key: str | None = None,
     ) -> "Bundle":
         """Write the trained model as a signed bundle, and return it verified.
 
@@ -100,6 +107,7 @@ class Run:
             inputs: (N, *D) real inputs on which the graph is compared with the module; None: such as the schema makes.
             quantise: add an 8-bit and a 16-bit graph, and say which one is recommended.
             overwrite: replace a bundle that is there.
+            key: encrypts the bundle at rest: file:PATH, env:NAME or a PKCS#11 URI. A run that is encrypted needs one.
 
         A simulation's bundle says that it is one, in its card and its privacy statement. Raises BundleError for a
         module that cannot be exported, or whose graph gives other answers, UsageError where the export extra is
@@ -112,8 +120,11 @@ class Run:
         given = model or self._factory
         self._require_module(given)
         real = None if inputs is None else inputs_of(inputs, "inputs")
-        request = Request(inputs=real, quantised=quantise, overwrite=overwrite)
-        return export_run(self.path, given, place(federation, "federation"), place(target, "target"), request)
+        keys = None if key is None else load_keyring(key)
+        if keys is None and self._keys is not None:
+            raise UsageError("the run is encrypted at rest: name the key of its bundle, key=")
+        request = Request(inputs=real, quantised=quantise, overwrite=overwrite, keys=keys)
+        return export_run(self._directory(), given, place(federation, "federation"), place(target, "target"), request)
 
     def _require_module(self, given: "Model | None") -> None:
         from fedclaw.api.module import OWN
@@ -134,7 +145,7 @@ class Run:
     @cached_property
     def receipts(self) -> Mapping[str, SiteReceipt]:
         """How many examples each client or site has and what it spent, by its name."""
-        return RunDirectory.open(self.path).read_receipts()
+        return self._directory().read_receipts()
 
     @property
     def epsilon(self) -> float:
@@ -167,8 +178,12 @@ class Run:
 
 
 @public
-def read_run(path: str | os.PathLike[str]) -> Run:
-    """The run in a directory such as runs/NAME. Raises UsageError if it is none, CheckpointError if it is damaged."""
-    run = Run(place(path, "path"))
-    RunDirectory.open(run.path).check()
+def read_run(path: str | os.PathLike[str], *, key: str | None = None) -> Run:
+    """The run in a directory such as runs/NAME.
+
+    `key` is where the key of a run that is encrypted at rest is: file:PATH, env:NAME or a PKCS#11 URI. Raises
+    UsageError if the directory is no run's, CheckpointError if it is damaged, EncryptionError if it does not open.
+    """
+    run = Run(place(path, "path"), _keys=None if key is None else load_keyring(key))
+    run._directory().check()
     return run

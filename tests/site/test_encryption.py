@@ -13,6 +13,7 @@ from fedclaw.errors import EncryptionError, UsageError
 from fedclaw.identity import seal
 from fedclaw.identity.at_rest import PLAIN, is_encrypted
 from fedclaw.site.directory import only_client, open_service, personal_files, site_store
+from fedclaw.site.preflight.check import examine
 from fedclaw.site.service import SiteService
 from fedclaw.site.settings import load_site_settings
 from fedclaw.transport.flower.site import AnswerStore
@@ -81,10 +82,10 @@ def test_all_that_is_made_of_the_data_is_encrypted_and_found_again(keyed: Path) 
 def test_a_reply_that_waits_tells_nothing_but_to_the_aggregator(keyed: Path) -> None:
     fill(keyed)
     (path,) = (keyed / "state" / "outbox").glob("*.sealed")
-    assert b"run1-task1" not in path.read_bytes()
-    shutil.rmtree(keyed / "state" / "outbox")
-    store_reply(Outbox(keyed / "state" / "outbox", Limits()), 1)
-    assert b"run1-task1" in path.read_bytes(), "so it would be seen"
+    secrets = [b"run1-task1", b"ledger_head"]
+    assert not [secret for secret in secrets if secret in path.read_bytes()]
+    encryption.main(["decrypt-to-disk", str(keyed)])
+    assert all(secret in path.read_bytes() for secret in secrets), "so they would be seen"
 
 
 @pytest.mark.parametrize("place", ["strategy", "answers", "preprocessing.json", "outbox"])
@@ -114,6 +115,7 @@ def test_a_site_without_its_key_does_not_start(keyed: Path) -> None:
     change_site(keyed, encryption={"key": "file:keys/none.key"})
     with pytest.raises(EncryptionError, match=r"none\.key is missing"):
         open_site(keyed)
+    assert "none.key is missing" in str(examine(keyed, load_site_settings(keyed)).findings.failure)
     change_site(keyed, encryption={"keys": "file:keys/rest.key"})
     with pytest.raises(UsageError, match=r"encryption\.keys"):
         load_site_settings(keyed)
@@ -132,6 +134,7 @@ def test_a_site_that_was_plain_is_sealed_rekeyed_and_goes_on(keyed: Path, monkey
     encryption.main(["rekey", str(keyed), "new_key=env:FEDCLAW_KEY", "full=true"])
     with pytest.raises(EncryptionError, match="under the key"):
         open_site(keyed)
+    assert "under the key" in str(examine(keyed, load_site_settings(keyed)).findings.failure)
     change_site(keyed, encryption={"key": ["env:FEDCLAW_KEY", "file:keys/rest.key"]})
     assert newest(open_site(keyed).states, "clinic", "run-1")
     encryption.main(["show", str(keyed)])

@@ -29,7 +29,7 @@ from fedclaw.protocol.message_identity import assume_server_identity
 from fedclaw.protocol.questions import Outgoing, question, questions
 from fedclaw.protocol.refusal import Refusal
 from fedclaw.protocol.terms import LocalTraining, Plan, PrivacyRequest
-from fedclaw.site.directory import open_service
+from fedclaw.site.directory import open_service, personal_files, site_store
 from fedclaw.site.journal.history import Budget, History, Index
 from fedclaw.site.journal.ledger import Ledger
 from fedclaw.site.journal.outbound import OutboundLog
@@ -94,6 +94,7 @@ def examine(root: Path, settings: SiteSettings) -> Checked:
     policy = settings.policy.serving(settings.data_set)
     findings.allowed += sentences(policy, settings.data_set, service.workload.task)
     _contradictions(policy, service, federation, findings)
+    findings.attempt(lambda: _encryption(root, settings, findings))
     journal: list[SiteJournal] = []
     findings.attempt(lambda: _journal(root, settings, service, findings, journal))
     return Checked(settings, findings, service, journal[0] if journal else None)
@@ -119,6 +120,13 @@ def _identity(root: Path, settings: SiteSettings, findings: Findings) -> str | N
 
     findings.attempt(keys)
     return None if federation is None else federation.name
+
+
+def _encryption(root: Path, settings: SiteSettings, findings: Findings) -> None:
+    store = site_store(root, settings)
+    store.check([path for path, _ in personal_files(root)])
+    if store.keys is not None:
+        findings.facts.append(f"what is made of the data is encrypted at rest, under the key {store.keys.id.hex()}")
 
 
 def _enrol(root: Path, settings: SiteSettings, missing: list[str]) -> str:
