@@ -42,7 +42,7 @@ from fedclaw import startup
 from fedclaw.cli import compose_settings, expanded, make_console, run_main, split
 from fedclaw.errors import EncryptionError, UsageError
 from fedclaw.export.staging import SCOPE as BUNDLE_SCOPE
-from fedclaw.identity.at_rest import MAGIC, Header, Store, is_encrypted, read_header
+from fedclaw.identity.at_rest import MAGIC, FileStore, Header, is_encrypted, read_header
 from fedclaw.identity.data_keys import Keyring, KeySetting, load_keyring, new_key_file
 from fedclaw.identity.rekey import Change, Decrypt, Encrypt, Reencrypt, Rewrap, change_file
 from fedclaw.protocol.frozen import Frozen
@@ -72,9 +72,9 @@ class EncryptedDirectory:
     key: KeySetting | None = None
     """The key that the directory's own settings name."""
 
-    def change(self, change: Callable[[Store], Change], keys: Keyring) -> Iterator[tuple[Path, bool]]:
+    def change(self, change: Callable[[FileStore], Change], keys: Keyring) -> Iterator[tuple[Path, bool]]:
         """Make each file anew; its path, and whether there was anything to do. Raises EncryptionError."""
-        made = change(Store(keys, self.scope))
+        made = change(FileStore(keys, self.scope))
         for path, name in self.files():
             yield path, change_file(path, name, made)
         if self.outbox is not None:
@@ -82,7 +82,7 @@ class EncryptedDirectory:
 
             yield from change_trailers(self.outbox, made)
 
-    def headers(self, store: Store | None) -> Iterator[tuple[Path, Header | None, str | None]]:
+    def headers(self, store: FileStore | None) -> Iterator[tuple[Path, Header | None, str | None]]:
         """Each file, its header if it is encrypted, and why it does not open with `store`, if one is given."""
         for path, name in self.files():
             encrypted = is_encrypted(path)
@@ -200,10 +200,10 @@ def _rekey(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, con
     new = load_keyring(settings.new_key)
     kind = Reencrypt if settings.full else Rewrap
 
-    def change(store: Store) -> Change:
+    def change(store: FileStore) -> Change:
         assert store.keys is not None
         # What an earlier, stopped command has changed opens with the new key.
-        return kind(Store(store.keys.joined(new), store.scope), new)
+        return kind(FileStore(store.keys.joined(new), store.scope), new)
 
     done = "encrypted anew" if settings.full else "given the new key"
     _change(found, settings, change, f"{done}, {new.id.hex()}", "had it before", console)
@@ -216,7 +216,7 @@ def _decrypt(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, c
 def _change(
     found: Sequence[EncryptedDirectory],
     settings: EncryptionCommand,
-    change: Callable[[Store], Change],
+    change: Callable[[FileStore], Change],
     done: str,
     before: str,
     console: Console,
@@ -236,7 +236,7 @@ def _show(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, cons
     table, failures = Table("file", "encrypted as", "key"), []
     for place in found:
         named = settings.key is not None or place.key is not None
-        store = Store(_keys(place, settings), place.scope) if named else None
+        store = FileStore(_keys(place, settings), place.scope) if named else None
         for path, header, failure in place.headers(store):
             words = ("in the clear", "") if header is None else (escape(header.label), header.key_id.hex())
             table.add_row(escape(str(path.relative_to(place.root))), *words)
@@ -246,7 +246,7 @@ def _show(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, cons
         raise EncryptionError(failures[0] + (f"; and {len(failures) - 1} more files" if failures[1:] else ""))
 
 
-def _failure(store: Store, path: Path, name: str, content: bytes | None = None) -> str | None:
+def _failure(store: FileStore, path: Path, name: str, content: bytes | None = None) -> str | None:
     """Why a file, or the part of one that `content` is, does not open to its end."""
     try:
         with store.open(path, name) if content is None else store.opened(io.BytesIO(content), name, str(path)) as file:

@@ -42,7 +42,7 @@ from fedclaw.export.layout import (
 from fedclaw.export.model_signature import verify_digests
 from fedclaw.export.signature import parse_certificate, parse_revocations
 from fedclaw.export.staging import SCOPE
-from fedclaw.identity.at_rest import Store
+from fedclaw.identity.at_rest import FileStore
 from fedclaw.identity.data_keys import Keyring, KeySetting, load_keyring
 from fedclaw.protocol.frozen import Frozen, explain
 
@@ -88,7 +88,7 @@ def verify_bundle(path: Path, trust: Trust | None = None, keep: Iterable[str] = 
     """
     trust = trust or Trust()
     names = _list(path)
-    files = _Files(path, Store(trust.keys, SCOPE))
+    files = _Files(path, FileStore(trust.keys, SCOPE))
     version = _format_version(names)
     proof = (RELEASE_CERTIFICATE, CA_CERTIFICATE, DIGESTS, SIGNATURES[version])
     small = {name: _read_small(files, name, names) for name in proof}
@@ -284,7 +284,7 @@ class _Files:
     """A bundle's files, as they are or encrypted."""
 
     path: Path
-    store: Store
+    store: FileStore
 
     def open(self, name: str) -> BinaryIO:
         """The content of a file. Raises BundleError, EncryptionError."""

@@ -14,7 +14,7 @@ from fedclaw.errors import BundleError, DataError
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import FORMS, MANIFEST, ONNX, SCHEMA, Manifest
 from fedclaw.export.runtime import Device, open_session, run_session
-from fedclaw.identity.at_rest import PLAIN, Store, is_encrypted
+from fedclaw.identity.at_rest import PLAIN, FileStore, is_encrypted
 from fedclaw.identity.data_keys import Keyring
 from fedclaw.learning.preprocessing import TypedRows
 from fedclaw.learning.registry import schema_class
@@ -81,7 +81,7 @@ class Predictor:
         Raises DataError, or EncryptionError for a file that `keys` do not open.
         """
         try:
-            store = Store(keys) if is_encrypted(path) else PLAIN
+            store = FileStore(keys) if is_encrypted(path) else PLAIN
             text = store.read(path, "state/preprocessing.json").decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the constants cannot be read: {error}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fedclaw.errors import BundleError
 from fedclaw.files import PUBLIC_MODE
-from fedclaw.identity.at_rest import Store
+from fedclaw.identity.at_rest import FileStore
 from fedclaw.identity.data_keys import Keyring
 
 DIRECTORY_MODE = 0o755
@@ -58,7 +58,7 @@ def beside(target: Path) -> Iterator[Path]:
 
 def encrypt_bundle(source: Path, target: Path, keys: Keyring) -> None:
     """Write each file of the signed bundle `source` into the directory `target`, encrypted."""
-    store = Store(keys, SCOPE)
+    store = FileStore(keys, SCOPE)
     for path in sorted(source.iterdir()):
         with path.open("rb") as content, store.replacing(target / path.name, PUBLIC_MODE) as file:
             shutil.copyfileobj(content, file)

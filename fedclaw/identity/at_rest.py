@@ -1,4 +1,4 @@
-"""Files that are encrypted at rest, and the `Store` that a directory's files are read and written through.
+"""Files that are encrypted at rest, and the `FileStore` that a directory's files are read and written through.
 
 An encrypted file is
 
@@ -242,7 +242,7 @@ class _Decrypting(io.RawIOBase):
         super().close()
 
 
-class Store:
+class FileStore:
     """How files of one directory are read and written: as they are, or with `keys` encrypted, all of them.
 
     `scope` says which directory it is (run/NAME): a file's label is scope/name, its name that of its path unless
@@ -254,9 +254,9 @@ class Store:
         self.keys = keys
         self.scope = scope
 
-    def scoped(self, scope: str) -> "Store":
+    def scoped(self, scope: str) -> "FileStore":
         """The same for the directory that `scope` says."""
-        return Store(self.keys, scope)
+        return FileStore(self.keys, scope)
 
     def write(self, path: Path, content: bytes, mode: int = PUBLIC_MODE, name: str | None = None) -> None:
         """Write a file, whole or not at all, durable on return."""
@@ -364,7 +364,7 @@ class Store:
             raise EncryptionError(f"{origin} was encrypted as {label!r}: a file was put in the place of another")
 
 
-PLAIN = Store()
+PLAIN = FileStore()
 """Files as they are."""
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from fedclaw.files import replacing
-from fedclaw.identity.at_rest import Header, Store, begins_with_magic
+from fedclaw.identity.at_rest import FileStore, Header, begins_with_magic
 from fedclaw.identity.data_keys import Keyring
 
 _BLOCK = 1 << 20
@@ -33,7 +33,7 @@ class Change(Protocol):
 class Encrypt:
     """Encrypt what is plain; what is encrypted stays as it is, and has to open with the same keys."""
 
-    store: Store
+    store: FileStore
 
     def needed(self, source: BinaryIO) -> bool:
         """Whether it is plain."""
@@ -49,7 +49,7 @@ class Encrypt:
 class Rewrap:
     """Wrap the data key anew, by the first key of `new`; the chunks stay as they are."""
 
-    store: Store
+    store: FileStore
     """With the keys that open the file now."""
     new: Keyring
 
@@ -70,7 +70,7 @@ class Rewrap:
 class Reencrypt:
     """Encrypt the content anew, under a new data key and the first key of `new`."""
 
-    store: Store
+    store: FileStore
     new: Keyring
 
     def needed(self, source: BinaryIO) -> bool:
@@ -79,10 +79,10 @@ class Reencrypt:
 
     def make(self, source: BinaryIO, target: BinaryIO, name: str, origin: str) -> None:
         """Decrypt and encrypt it, a chunk at a time."""
-        known = Store(self.store.keys, self.store.scope)
+        known = FileStore(self.store.keys, self.store.scope)
         with (
             known.reading(source, name, origin) as content,
-            Store(self.new, self.store.scope).writing(target, name) as encrypted,
+            FileStore(self.new, self.store.scope).writing(target, name) as encrypted,
         ):
             shutil.copyfileobj(content, encrypted, _BLOCK)
 
@@ -91,7 +91,7 @@ class Reencrypt:
 class Decrypt:
     """Write it in the clear."""
 
-    store: Store
+    store: FileStore
 
     def needed(self, source: BinaryIO) -> bool:
         """Whether it is encrypted."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.errors import CheckpointError
-from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.protocol.arrays import Arrays, read_npz, write_npz
 
 _MAGIC = b"FEDCLAW-CHECKPOINT-2\n"
@@ -45,7 +45,7 @@ class Checkpoint:
     evaluated the parameters writes the round's line in the metrics from it."""
 
 
-def save(directory: Path, checkpoint: Checkpoint, store: Store = PLAIN) -> Path:
+def save(directory: Path, checkpoint: Checkpoint, store: FileStore = PLAIN) -> Path:
     """Write `checkpoint` and remove all but the newest `KEPT`. Copies none of its arrays."""
     plain = {"round": checkpoint.round, "clip": checkpoint.clip, "came": checkpoint.came}
     about = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
@@ -64,7 +64,7 @@ def save(directory: Path, checkpoint: Checkpoint, store: Store = PLAIN) -> Path:
     return path
 
 
-def newest(directory: Path, store: Store = PLAIN) -> Checkpoint | None:
+def newest(directory: Path, store: FileStore = PLAIN) -> Checkpoint | None:
     """The newest checkpoint, or None when there is none.
 
     Raises CheckpointError when it is damaged: going on from an older one would ask the sites for rounds that
@@ -74,7 +74,7 @@ def newest(directory: Path, store: Store = PLAIN) -> Checkpoint | None:
     return load(found[-1], store) if found else None
 
 
-def load(path: Path, store: Store = PLAIN) -> Checkpoint:
+def load(path: Path, store: FileStore = PLAIN) -> Checkpoint:
     """Read one checkpoint. Raises CheckpointError, or EncryptionError for one that does not open."""
     with store.open(path) as file:
         if (body := _checked_body(file)) is None:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from fedclaw.errors import CheckpointError, DataError, PluginError, RunInUse, UsageError
 from fedclaw.files import PRIVATE_MODE, append_all, write_atomic
-from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.identity.data_keys import Keyring
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.learning.workload import Schema, Workload, schema_digest
@@ -315,9 +315,9 @@ class RunDirectory:
             return read_npz(file, self.model_path)
 
     @cached_property
-    def store(self) -> Store:
+    def store(self) -> FileStore:
         """How files with parameters are read and written. Raises CheckpointError when the record is damaged."""
-        return PLAIN if self.keys is None else Store(self.keys, f"run/{self.record().run}")
+        return PLAIN if self.keys is None else FileStore(self.keys, f"run/{self.record().run}")
 
     def parameter_files(self) -> list[tuple[Path, str]]:
         """The files that hold parameters, those that there are, with their names for `store`."""

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from fedclaw.errors import DataError, LedgerError, UsageError
 from fedclaw.files import PRIVATE_MODE
-from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.identity.site_home import SiteKeys
 from fedclaw.learning.registry import schema_class, workload_class
 from fedclaw.learning.workload import Schema, schema_digest
@@ -69,13 +69,13 @@ CONSTANTS = "state/preprocessing.json"
 """What the store calls the site's own constants."""
 
 
-def site_store(root: Path, settings: SiteSettings) -> Store:
+def site_store(root: Path, settings: SiteSettings) -> FileStore:
     """How files that are made from the site's data are read and written.
 
     Raises UsageError or EncryptionError if the key that site.yaml names is not to be had.
     """
     keys = settings.encryption.keyring(root)
-    return PLAIN if keys is None else Store(keys, f"site/{settings.name}")
+    return PLAIN if keys is None else FileStore(keys, f"site/{settings.name}")
 
 
 def personal_files(root: Path) -> list[tuple[Path, str]]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from fedclaw.errors import CheckpointError
 from fedclaw.files import PRIVATE_MODE, sync_directory
-from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.learning.strategy import PERSONAL
 from fedclaw.privacy.mechanisms.mechanism import Origin
 from fedclaw.protocol.arrays import Arrays, arrays_to_npz, npz_to_arrays
@@ -84,7 +84,7 @@ class SiteStates:
     """The states of all runs of one site: in memory, or in files in the directory `root`."""
 
     root: Path | None = None
-    store: Store = PLAIN
+    store: FileStore = PLAIN
     """How those files are read and written."""
     _memory: dict[str, Remembered] = field(default_factory=dict, init=False, repr=False)
     _staged: dict[str, tuple[str, Remembered]] = field(default_factory=dict, init=False, repr=False)

@@ -226,7 +226,7 @@ def test_without_a_file_system_in_memory_nothing_is_exported(
 
 
 def test_a_sites_own_constants_are_read_with_its_key(bundle, key: str, tmp_path: Path, home: FederationHome) -> None:
-    from fedclaw.identity.at_rest import Store
+    from fedclaw.identity.at_rest import FileStore
 
     predictor, taken = Predictor.open(bundle, trust_of(home, None)), []
 
@@ -237,11 +237,11 @@ def test_a_sites_own_constants_are_read_with_its_key(bundle, key: str, tmp_path:
 
     predictor.schema = Schema()  # type: ignore[assignment]
     path, keys = tmp_path / "constants.json", load_keyring(key)
-    Store(keys, "site/north").write(path, b"{}", name="state/preprocessing.json")
+    FileStore(keys, "site/north").write(path, b"{}", name="state/preprocessing.json")
     predictor.use_constants(path, keys)
     assert taken == ["{}"]
     with pytest.raises(EncryptionError, match="no key was given"):
         predictor.use_constants(path)
-    Store(keys, "site/north").write(path, b"{}", name="state/strategy/a.npz")
+    FileStore(keys, "site/north").write(path, b"{}", name="state/strategy/a.npz")
     with pytest.raises(EncryptionError, match="in the place of another"):
         predictor.use_constants(path, keys)

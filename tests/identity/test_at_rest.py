@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from fedclaw.errors import EncryptionError
 from fedclaw.identity import at_rest
-from fedclaw.identity.at_rest import CHUNK, MAGIC, PLAIN, Store, is_encrypted, read_header
+from fedclaw.identity.at_rest import CHUNK, MAGIC, PLAIN, FileStore, is_encrypted, read_header
 from fedclaw.identity.data_keys import Keyring, SecretKey
 from fedclaw.identity.rekey import Decrypt, Encrypt, Reencrypt, Rewrap, change_file
 from fedclaw.identity.stream import TAG
@@ -27,7 +27,7 @@ from fedclaw.identity.stream import TAG
 SECRET = bytes(range(32))
 KEYS = Keyring([SecretKey(SECRET)])
 OTHER = Keyring([SecretKey(bytes(32))])
-STORE = Store(KEYS, "run/demo")
+STORE = FileStore(KEYS, "run/demo")
 EDGES = [size + more for size in (0, CHUNK, 2 * CHUNK, 3 * CHUNK) for more in (-1, 0, 1) if size + more >= 0]
 
 
@@ -44,7 +44,7 @@ def chunks_of(path: Path) -> tuple[bytes, list[bytes]]:
     return raw[:start], [raw[at : at + CHUNK + TAG] for at in range(start, len(raw), CHUNK + TAG)]
 
 
-def refused(path: Path, *, store: Store = STORE, words: str = "") -> None:
+def refused(path: Path, *, store: FileStore = STORE, words: str = "") -> None:
     with pytest.raises(EncryptionError, match=f"(?s){re.escape(str(path))}.*{words}"):
         store.read(path)
 
@@ -166,11 +166,11 @@ def test_a_file_in_the_place_of_another(tmp_path: Path) -> None:
     (tmp_path / "c").rename(two)
     refused(one, words="run/demo/b.npz.*in the place of another")
     refused(two)
-    Store(KEYS, "run/other").write(one, b"one")
+    FileStore(KEYS, "run/other").write(one, b"one")
     refused(one, words="run/other/a.npz")
-    assert Store(KEYS).read(one) == b"one"
+    assert FileStore(KEYS).read(one) == b"one"
     with pytest.raises(EncryptionError):
-        Store(KEYS).read(one, "b.npz")
+        FileStore(KEYS).read(one, "b.npz")
 
 
 def test_an_older_version_under_the_same_name_opens(tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_an_older_version_under_the_same_name_opens(tmp_path: Path) -> None:
 def test_a_wrong_key_is_told_by_its_name(tmp_path: Path) -> None:
     path = tmp_path / "model.npz"
     STORE.write(path, b"secret")
-    refused(path, store=Store(OTHER, "run/demo"), words=f"{KEYS.id.hex()}.*{OTHER.id.hex()}")
-    assert Store(Keyring([SecretKey(bytes(32)), SecretKey(SECRET)]), "run/demo").read(path) == b"secret"
+    refused(path, store=FileStore(OTHER, "run/demo"), words=f"{KEYS.id.hex()}.*{OTHER.id.hex()}")
+    assert FileStore(Keyring([SecretKey(bytes(32)), SecretKey(SECRET)]), "run/demo").read(path) == b"secret"
     refused(path, store=PLAIN, words="is encrypted, and no key was given")
     assert SECRET.hex() not in repr([KEYS, SecretKey(SECRET), KEYS.data_key(), STORE])
 
@@ -201,7 +201,7 @@ def test_with_a_key_a_plain_file_is_refused(tmp_path: Path) -> None:
             STORE.check([path])
     STORE.write(path, b"x")
     STORE.check([path])
-    for store in (PLAIN, Store(OTHER, "run/demo")):
+    for store in (PLAIN, FileStore(OTHER, "run/demo")):
         with pytest.raises(EncryptionError, match=re.escape(str(path))):
             store.check([path])
 
@@ -236,7 +236,7 @@ def test_the_plaintext_is_never_on_disk(tmp_path: Path) -> None:
         for _ in range(3):
             STORE.write(path, needle * 40_000)
             change_file(path, path.name, Reencrypt(STORE, OTHER))
-            change_file(path, path.name, Rewrap(Store(OTHER, "run/demo"), KEYS))
+            change_file(path, path.name, Rewrap(FileStore(OTHER, "run/demo"), KEYS))
             assert STORE.read(path) == needle * 40_000
         assert not seen
         change_file(path, path.name, Decrypt(STORE))
@@ -279,7 +279,7 @@ def test_rewrapping_leaves_the_chunks_and_takes_the_old_key_its_power(tmp_path: 
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.stat().st_mtime_ns == 1_000_000_000
     refused(path)
-    assert Store(OTHER, "run/demo").read(path) == content
+    assert FileStore(OTHER, "run/demo").read(path) == content
     assert not change_file(path, path.name, Rewrap(STORE, OTHER)), "done before, so skipped"
 
 
@@ -301,7 +301,7 @@ def test_reencrypting_changes_key_and_chunks(tmp_path: Path) -> None:
 def test_what_does_not_open_is_not_made_anew(kind: type[Rewrap] | type[Reencrypt], tmp_path: Path) -> None:
     """A damaged file, or one in the place of another, would be blessed with the new key."""
     path = tmp_path / "model.npz"
-    Store(KEYS, "run/demo").write(path, content_of(9), name="other.npz")
+    FileStore(KEYS, "run/demo").write(path, content_of(9), name="other.npz")
     raw = path.read_bytes()
     with pytest.raises(EncryptionError, match="in the place of another"):
         change_file(path, path.name, kind(STORE, OTHER))
@@ -313,7 +313,7 @@ def test_what_does_not_open_is_not_made_anew(kind: type[Rewrap] | type[Reencrypt
         change_file(path, path.name, kind(STORE, OTHER))
     assert path.read_bytes() == bytes(spoilt) != raw
     with pytest.raises(EncryptionError):
-        change_file(path, path.name, kind(Store(OTHER, "run/demo"), OTHER))
+        change_file(path, path.name, kind(FileStore(OTHER, "run/demo"), OTHER))
     path.write_bytes(b"plain")
     with pytest.raises(EncryptionError, match="not encrypted"):
         change_file(path, path.name, kind(STORE, OTHER))

@@ -8,7 +8,7 @@ from cryptography.exceptions import InvalidSignature, InvalidTag
 
 from fedclaw.errors import EncryptionError, UsageError
 from fedclaw.identity import pki
-from fedclaw.identity.at_rest import Store, read_header
+from fedclaw.identity.at_rest import FileStore, read_header
 from fedclaw.identity.data_keys import Keyring, load_keyring
 from fedclaw.identity.rekey import Rewrap, change_file
 from fedclaw.identity.token_keys import SigningKey, TokenUri, WrappingKey
@@ -47,20 +47,20 @@ def test_a_key_that_never_leaves_the_token_wraps(token: Token, tmp_path: Path) -
 
 def test_files_under_a_token_key_and_back_to_a_file_key(token: Token, tmp_path: Path) -> None:
     WrappingKey.create(uri(token, "files"))
-    store, path = Store(load_keyring(token.uri("files")), "run/demo"), tmp_path / "model.npz"
+    store, path = FileStore(load_keyring(token.uri("files")), "run/demo"), tmp_path / "model.npz"
     store.write(path, b"weights")
-    fresh = Store(load_keyring(token.uri("files")), "run/demo")
+    fresh = FileStore(load_keyring(token.uri("files")), "run/demo")
     assert fresh.read(path) == b"weights"
     WrappingKey.create(uri(token, "others"))
     with pytest.raises(EncryptionError, match="under the key"):
-        Store(load_keyring(token.uri("others")), "run/demo").read(path)
+        FileStore(load_keyring(token.uri("others")), "run/demo").read(path)
     header = read_header(path)
     spoilt = path.read_bytes().replace(header.wrapped, header.wrapped[:-1] + bytes([header.wrapped[-1] ^ 1]))
     (tmp_path / "spoilt").write_bytes(spoilt)
     with pytest.raises(EncryptionError, match="spoilt does not open: the wrapped key"):
         fresh.read(tmp_path / "spoilt", "model.npz")
     assert change_file(path, path.name, Rewrap(store, other := load_keyring(token.uri("others"))))
-    assert Store(other, "run/demo").read(path) == b"weights"
+    assert FileStore(other, "run/demo").read(path) == b"weights"
 
 
 def test_the_token_is_asked_once_for_many_files(token: Token, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +69,10 @@ def test_the_token_is_asked_once_for_many_files(token: Token, tmp_path: Path, mo
     for name in ("wrap", "unwrap"):
         real = getattr(WrappingKey, name)
         monkeypatch.setattr(WrappingKey, name, lambda self, data, real=real: asked.append(real) or real(self, data))
-    store = Store(load_keyring(token.uri("once")), "run/demo")
+    store = FileStore(load_keyring(token.uri("once")), "run/demo")
     for number in range(5):
         store.write(tmp_path / f"{number}.ckpt", b"x")
-    reader = Store(load_keyring(token.uri("once")), "run/demo")
+    reader = FileStore(load_keyring(token.uri("once")), "run/demo")
     assert {reader.read(tmp_path / f"{number}.ckpt") for number in range(5)} == {b"x"}
     assert len(asked) == 2
 

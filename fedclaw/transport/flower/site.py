@@ -24,7 +24,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedclaw.errors import FedClawError, TransportError, UsageError
 from fedclaw.files import PRIVATE_MODE
-from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.protocol.message_identity import envelope_of, expires_at, rebuild
 from fedclaw.site.directory import only_client, open_service, state_directory
 from fedclaw.site.service import SiteService
@@ -44,7 +44,7 @@ _SUFFIX = ".answer"
 class AnswerStore:
     """The newest answers of one site, in `directory`. Its user holds the site's lock."""
 
-    def __init__(self, directory: Path, store: Store = PLAIN) -> None:
+    def __init__(self, directory: Path, store: FileStore = PLAIN) -> None:
         self._directory = directory
         self._store = store
 
@@ -62,7 +62,7 @@ class AnswerStore:
         return content if isinstance(content, RecordDict) else None
 
     def store(self, identity: str, answer: RecordDict) -> None:
-        """Store `answer`, durable on return, and remove the oldest ones. Raises OSError if it cannot be written."""
+        """FileStore `answer`, durable on return, and remove the oldest ones. Raises OSError if it cannot be written."""
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._path(identity)
         self._store.write(path, b"".join(encode(answer).parts), PRIVATE_MODE, f"state/answers/{path.name}")

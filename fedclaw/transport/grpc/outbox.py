@@ -36,7 +36,7 @@ from google.protobuf.message import DecodeError
 
 from fedclaw.errors import TransportError
 from fedclaw.files import replacing, sync_data, sync_directory, write_all
-from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.identity.rekey import Change
 from fedclaw.identity.seal import SEGMENT, Sealed
 from fedclaw.identity.stream import TAG
@@ -135,7 +135,7 @@ class StoredReply:
 class Outbox:
     """The stored replies of one site. One thread stores and prunes; others may call `find` at the same time."""
 
-    def __init__(self, directory: Path, limits: Limits, store: Store = PLAIN) -> None:
+    def __init__(self, directory: Path, limits: Limits, store: FileStore = PLAIN) -> None:
         """`store` is the site's: with keys trailers are encrypted. Raises EncryptionError for one that is otherwise."""
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         sync_directory(directory.parent)
@@ -317,7 +317,7 @@ def _publish(temporary: Path, path: Path, flushed: bool) -> None:
         raise
 
 
-def _load(path: Path, store: Store) -> StoredReply | None:
+def _load(path: Path, store: FileStore) -> StoredReply | None:
     """The stored reply in a file, or None. A damaged file is removed. Raises EncryptionError."""
     try:
         with path.open("rb", buffering=0) as file:

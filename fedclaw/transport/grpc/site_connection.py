@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from fedclaw import __version__
 from fedclaw.errors import ConnectionRefused, ProvisionError, TransportError, UsageError
 from fedclaw.identity import pki
-from fedclaw.identity.at_rest import PLAIN, Store
+from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.identity.names import canonical_address, canonical_host, split_address
 from fedclaw.identity.site_home import SITE_CERTIFICATE, SiteKeys, renew_advice
 from fedclaw.protocol.message_identity import number_of
@@ -133,7 +133,7 @@ class SiteConnection:
         state: Path,
         limits: Limits | None = None,
         address: str | None = None,
-        store: Store = PLAIN,
+        store: FileStore = PLAIN,
     ) -> None:
         """`state` is the site's state directory (the outbox lies in it); `address` overrides the descriptor's.
 
