@@ -9,7 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, GetJsonSchemaHandler, ValidationError, field_validator, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from fedclaw.compress.intervals import Difference, Interval
 from fedclaw.compress.pruning_record import PruningReport, PruningSettings
@@ -348,6 +350,15 @@ class Compression(Frozen):
             return {**value, "recovery": (recovery,)}
         plain = {name: field for name, field in recovery.items() if name != "controls"}
         return {"version": 1, "controls": recovery.get("controls", ()), **value, "recovery": (plain,)}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Of both versions, as they are read."""
+        described = handler.resolve_ref_schema(handler(core))
+        listed = described["properties"]["recovery"]
+        one = {"type": "object", "required": ["mode"], "description": "Version 1: one kind, with its controls."}
+        described["properties"]["recovery"] = {"anyOf": [listed, one]}
+        return described
 
     @property
     def at_sites(self) -> SitesReport | None:
