@@ -158,9 +158,9 @@ def compared(record: Compression) -> Table:
     label = measure if measure.startswith("agreement") else f"{record.score} ({measure})"
     title = f"{label}: {record.accuracy_examples} examples"
     table = Table(title=title[0].upper() + title[1:], title_justify="left")
-    table.add_column("")
-    for heading in (record.score, "95% interval", "compressed less it", "95% interval"):
-        table.add_column(heading, justify="right")
+    table.add_column("model", overflow="fold")
+    table.add_column(f"{record.score}\n(95% interval)", justify="right", no_wrap=True)
+    table.add_column("compressed less it\n(95% interval)", justify="right", no_wrap=True)
     table.add_row("as trained", *_figures(record.accuracy_before, record.before.interval, record.difference))
     table.add_row("pruned, before recovery", *_figures(record.accuracy_pruned, None, None))
     table.add_row("compressed", *_figures(record.accuracy_after, record.after.interval, None))
@@ -168,18 +168,18 @@ def compared(record: Compression) -> Table:
         table.add_section()
     for control in record.controls:
         shown = control.agreement if control.accuracy is None else control.accuracy
-        table.add_row(f"control: {control.name}", *_figures(shown, control.interval, control.difference))
+        table.add_row(control.name, *_figures(shown, control.interval, control.difference))
     return table
 
 
-def _figures(score: float | None, interval: Interval | None, difference: Difference | None) -> tuple[str, ...]:
-    """Four cells; what is not known is left empty."""
+def _figures(score: float | None, interval: Interval | None, difference: Difference | None) -> tuple[str, str]:
+    """Two cells; what is not known is left out."""
+    first = "not measured" if score is None else f"{score:.3f}"
+    second = "" if difference is None else f"{difference.value:+.3f}"
     apart = difference.interval if difference is not None else None
     return (
-        "not measured" if score is None else f"{score:.4f}",
-        "" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}",
-        "" if difference is None else f"{difference.value:+.4f}",
-        "" if apart is None else f"{apart.low:+.3f} to {apart.high:+.3f}",
+        first + (f" ({interval.low:.3f} to {interval.high:.3f})" if interval else ""),
+        second + (f" ({apart.low:+.3f} to {apart.high:+.3f})" if apart else ""),
     )
 
 
@@ -196,7 +196,10 @@ def _measure_note(record: Compression) -> str:
             f"{record.accuracy_examples} held-out inputs. {_no_score(record)}; evaluation=FILE gives one."
         )
     where = "on the evaluation file" if record.accuracy_measure == "evaluation file" else "at the sites, on their tests"
-    return f"{record.score.capitalize()} {where}: {record.accuracy_examples} examples."
+    kept = (
+        f", {_ratio(record.accuracy_after, record.accuracy_before)} of the teacher's" if record.accuracy_before else ""
+    )
+    return f"{record.score.capitalize()} {where}: {record.accuracy_examples} examples{kept}."
 
 
 def _agreement(record: Compression) -> str:

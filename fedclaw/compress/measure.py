@@ -136,7 +136,8 @@ def verdict(score: str, controls: tuple[Control, ...], asked: bool) -> str:
     known = [control for control in controls if control.accuracy is not None and control.difference is not None]
     if not known:
         return (
-            "The controls could not be measured on the same examples, so whether recovery gained anything is not known."
+            "The controls were not measured on the same examples, so whether recovery gained anything is not known; "
+            "evaluation=FILE measures all models on one file."
         )
     better = max(known, key=lambda control: control.accuracy or 0.0)
     assert better.difference is not None

@@ -8,13 +8,14 @@ Legend: N examples, C classes, D input shape without the batch.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
+from fedclaw.compress.features import FeatureLoss
 from fedclaw.compress.generator import Generator
 from fedclaw.compress.inputs import Inputs
 from fedclaw.compress.models import Teacher, predict_logits, threads_for
@@ -110,6 +111,7 @@ def distil(
     `generator`, its share of each batch is made by it.
     """
     random = torch.Generator().manual_seed(seed)
+    features = FeatureLoss(teacher, student, split.train, seed) if recovery.features else None
 
     def loss(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
         inputs, logits = split.train[rows], split.train_logits[rows]
@@ -120,13 +122,16 @@ def distil(
             inputs = _mixed(inputs, random)
         if recovery.mix or made:
             logits = predict_logits(teacher, inputs)
+        outputs, apart = (model(inputs), None) if features is None else features(model, inputs)
         own = None if labelled is None else labelled.loss(model, _any(len(labelled), len(rows), random, rows.device))
         weight = 1.0 if own is None else 1.0 - recovery.labels
-        return distillation_loss(model(inputs), logits, own, recovery.temperature, weight, split.task)
+        value = distillation_loss(outputs, logits, own, recovery.temperature, weight, split.task)
+        return value if apart is None else value + recovery.features * apart
 
     if labelled is not None and not (len(labelled) and recovery.labels):
         labelled = None
-    return train(student, len(split.train), loss, (split.held, split.held_logits), recovery, seed, split.task)
+    held, beside = (split.held, split.held_logits), features.projection.parameters() if features is not None else ()
+    return train(student, len(split.train), loss, held, recovery, seed, split.task, beside)
 
 
 def _any(count: int, size: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
@@ -149,6 +154,7 @@ def train(
     recovery: RecoverySettings,
     seed: int,
     task: Task = CLASSES,
+    beside: Iterable[nn.Parameter] = (),
 ) -> Recovered:
     """Train a copy of `student` with Adam and keep what agrees best with the held-out logits on the way.
 
@@ -160,6 +166,7 @@ def train(
         recovery: how to train.
         seed: of the batches' order.
         task: what the outputs mean, and so what it is to agree.
+        beside: parameters that are trained with the model's and are no part of it.
 
     Raises:
         CompressionError: the loss is no longer finite.
@@ -167,7 +174,7 @@ def train(
     model = copy.deepcopy(student)
     best = _Best(model, *held, task)
     first = best.agreement
-    optimizer = torch.optim.Adam(model.parameters(), lr=recovery.learning_rate)
+    optimizer = torch.optim.Adam([*model.parameters(), *beside], lr=recovery.learning_rate)
     scheduler = _scheduler(optimizer, recovery)
     progress, value = Progress(log, "recovery, steps", recovery.steps), torch.zeros(())
 
@@ -315,7 +322,9 @@ def mixing(recovery: RecoverySettings, inputs: Inputs) -> RecoverySettings:
 
 def losses_of(recovery: RecoverySettings, labelled: Labelled | None) -> tuple[str, ...]:
     """The parts of the loss, in words."""
-    logits = f"the teacher's logits at temperature {recovery.temperature:g}"
-    if labelled is None or not recovery.labels:
-        return (logits,)
-    return (logits, f"labels of {len(labelled)} public examples, weight {recovery.labels:g}")
+    told = [f"the teacher's logits at temperature {recovery.temperature:g}"]
+    if labelled is not None and recovery.labels:
+        told.append(f"labels of {len(labelled)} public examples, weight {recovery.labels:g}")
+    if recovery.features:
+        told.append(f"the teacher's features before its output layer, weight {recovery.features:g}")
+    return tuple(told)

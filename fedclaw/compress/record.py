@@ -35,6 +35,8 @@ class RecoverySettings(Frozen):
     temperature: float = Field(default=2.0, gt=0)
     labels: float = Field(default=0.3, ge=0, le=1)
     """Of the loss on labels in the whole loss, where there is labelled public data; the rest is the teacher's."""
+    features: float = Field(default=0.0, ge=0)
+    """Weight of the teacher's hidden features, see `fedclaw.compress.features`; 0: they are not looked at."""
     steps: int = Field(default=2000, ge=1)
     """Optimiser steps, at most."""
     batch_size: int = Field(default=32, ge=1)
