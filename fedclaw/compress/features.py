@@ -39,7 +39,7 @@ class FeatureLoss:
 
 
 def _name_of(model: nn.Module, layer: nn.Module) -> str:
-    names = {id(module): name for name, module in model.named_modules()}
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     return names[id(layer)]
 
 

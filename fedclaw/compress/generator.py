@@ -110,7 +110,7 @@ class Generator:
     def inputs(self, student: nn.Module, count: int) -> torch.Tensor:
         """`count` inputs for the student's next step, half of them new; every few calls the generator learns first."""
         if self._taken % self._settings.every == 0:
-            self._learn(student, 2 * max(count, 1))
+            self._learn(student, 4 * max(count, 1))
         self._taken += 1
         with torch.no_grad():
             new = self._make((count + 1) // 2)
@@ -130,8 +130,8 @@ class Generator:
         made = self._make(count)
         answers = self._teacher(made)
         loss = self._settings.confidence * self._unsure(answers)
-        apart = self._task.divergence(student(made), answers, 1.0) / count
-        loss = loss - self._settings.adversarial * apart.clamp(max=MOST_DIVERGENCE)
+        apart = self._apart(student(made), answers).clamp(max=MOST_DIVERGENCE)
+        loss = loss - self._settings.adversarial * apart
         if not torch.isfinite(loss):
             raise CompressionError("the generator diverged: its loss is no longer finite; try a smaller learning rate")
         # Of the generator alone: the student's gradients are those of its own step.
@@ -139,6 +139,16 @@ class Generator:
             parameter.grad = gradient
         self._optimizer.step()
         self._bank.extend(made.detach())
+
+    def _apart(self, outputs: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        """How far the student is from the teacher, a mean over the batch; gradients flow through both to the inputs.
+
+        `Task.divergence` takes the teacher's outputs for constants, and here they are not.
+        """
+        if not self._task.labels:
+            return functional.mse_loss(outputs, answers)
+        student, teacher = (functional.log_softmax(logits, dim=1) for logits in (outputs, answers))
+        return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
     def _unsure(self, answers: torch.Tensor) -> torch.Tensor:
         """How unsure the teacher is, and how unevenly the classes are dealt; 0 where there are no classes."""

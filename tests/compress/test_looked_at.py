@@ -76,8 +76,8 @@ def test_no_recovery(go, digits):
 def test_one_kind_after_the_other(go, digits):
     record = go(mode=("synthetic", "proxy"), inputs=digits.public, synthetic=500, evaluation=digits.test)
     assert [report.mode for report in record.recovery] == ["synthetic", "proxy"]
-    # 500 of the schema, and the 32 that the generator had made by the one step.
-    assert [item[:3] for item in said(record)[1:3]] == [("recovery", "synthetic", 532), ("recovery", "public", 800)]
+    # 500 of the schema, and the 64 that the generator had made by the one step.
+    assert [item[:3] for item in said(record)[1:3]] == [("recovery", "synthetic", 564), ("recovery", "public", 800)]
     turned = go(mode=("proxy", "synthetic"), inputs=digits.public, synthetic=500, evaluation=digits.test)
     assert [report.mode for report in turned.recovery] == ["proxy", "synthetic"]
 

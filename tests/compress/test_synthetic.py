@@ -269,7 +269,7 @@ def test_any_shape_of_inputs(shape):
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(base[0].numel(), 3))
     generator = Generator(teacher, base, Classification(("a", "b", "c")), GeneratorSettings(bank=40), seed=0)
     assert generator.inputs(teacher, 5).shape == (5, *shape)
-    assert generator.kept().shape == (10, *shape)
+    assert generator.kept().shape == (20, *shape)
 
 
 def test_a_generator_that_diverges_is_one_clear_error():
