@@ -38,7 +38,7 @@ if __name__ == "__main__":
     begin("fedclaw.compress", __doc__)
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,7 @@ def _search(settings: CompressSettings) -> None:
         from fedclaw.compress.search_record import DIRECTORY, PLOT, SearchResult
         from fedclaw.export.graph import require_exporter
         from fedclaw.export.quantise import OnnxForms
+        from fedclaw.export.staging import in_memory
     require_exporter()
     startup.next_step("candidates that were measured are kept: give the same command again")
     console, place = make_console(), settings.run / DIRECTORY
@@ -131,7 +132,9 @@ def _search(settings: CompressSettings) -> None:
             console.print(note, markup=False, soft_wrap=True)
 
     at_sites = any("federated" in mode for mode in settings.search.modes or ())
-    with _observers(console, at_sites) as observers:
+    # Exporters write temporary files, and those of an encrypted run's models are never on a disk in the clear.
+    scratch = in_memory() if settings.encryption.key is not None else nullcontext()
+    with scratch, _observers(console, at_sites) as observers:
         search(settings, lambda teacher: OnnxForms(teacher.workload.schema, settings.seed), observers, tell)
     console.print(f"Written to {settings.run / 'compressed'}.", markup=False, soft_wrap=True)
 

@@ -59,9 +59,10 @@ def _cells(form: Form) -> tuple[str, ...]:
 def selected(result: SearchResult) -> list[str]:
     """Notes below the table: what was chosen and on what, and what could not be made."""
     chosen = result.chosen
+    looked_at, doing = result.selection, "Compared" if chosen is None else "Chosen"
     notes = [
-        f"Chosen by {result.measure}, on {result.selection.examples:,} {result.selection.origin} examples that no "
-        "reported figure is of. Latency is by that of the uncompressed model, at batch "
+        f"{doing} by {result.measure}, on {looked_at.examples:,} {looked_at.origin} examples that no reported "
+        "figure is of. Latency is by that of the uncompressed model, at batch "
         f"{' / '.join(result.teacher.latency_ratio)}."
     ]
     if chosen is not None:

@@ -131,7 +131,7 @@ def export(settings: ExportSettings, console: Console) -> None:
     request = Request(
         tolerance=settings.tolerance,
         inputs=inputs,
-        quantised=_quantised(source) if settings.quantise is None else settings.quantise,
+        quantised=quantised(source, settings.quantise),
         loss=settings.quantise_loss,
         calibration=settings.calibration,
         overwrite=settings.overwrite,
@@ -183,8 +183,10 @@ def _bundle_keys(settings: ExportSettings) -> Keyring | None:
     return None
 
 
-def _quantised(source: Source) -> bool:
-    """Whether a search chose the model for a precision that an export has to add."""
+def quantised(source: Source, asked: bool | None) -> bool:
+    """Whether to add 8-bit and 16-bit forms: as `asked`, else if a search chose the model in such a precision."""
+    if asked is not None:
+        return asked
     search = None if source.compression is None else source.compression.search
     return search is not None and search.precision != "float32"
 

@@ -35,6 +35,16 @@ def assembling(target: Path, keys: Keyring | None) -> Iterator[Path]:
         with beside(target) as directory:
             yield directory
         return
+    with in_memory() as directory:
+        yield directory
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """An empty directory in memory, gone as the block ends; temporary files go beside it.
+
+    Raises BundleError if there is no such file system.
+    """
     directory = Path(tempfile.mkdtemp(dir=_memory(), prefix="fedclaw-bundle."))
     before, tempfile.tempdir = tempfile.tempdir, str(directory.parent)
     try:
@@ -71,7 +81,7 @@ def _memory() -> Path:
         if candidate.is_dir() and os.access(candidate, os.W_OK) and _file_system(candidate) in _IN_MEMORY:
             return candidate
     raise BundleError(
-        f"an encrypted bundle is assembled in memory, and {named or ' and '.join(_CANDIDATES)} is no directory of a "
+        f"an encrypted model is worked on in memory, and {named or ' and '.join(_CANDIDATES)} is no directory of a "
         f"tmpfs that can be written to; mount one and name it by {MEMORY_VARIABLE}"
     )
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from fedclaw.clients.tabular import Mlp
+from fedclaw.compress.intervals import Difference
+from fedclaw.compress.record import Compression, SearchChoice
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.export import graph, layout
+from fedclaw.export.__main__ import quantised
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import verify_bundle
 from fedclaw.export.layout import HALF, ONNX, QUANTISED, FormFigures
@@ -289,3 +292,21 @@ def test_inputs_that_every_site_standardises_by_itself_are_no_public_file(table_
     with pytest.raises(UsageError, match="standardises by site"):
         public_samples(own, public, 0)
     assert dataclasses.is_dataclass(synthetic_samples(own, 0))
+
+
+@pytest.mark.parametrize(
+    ("precision", "given", "added"), [("int8", None, True), ("float32", None, False), ("int8", False, False)]
+)
+def test_an_export_adds_what_a_search_chose(table_source, precision, given, added):
+    choice = SearchChoice(
+        precision=precision,
+        loss=0.01,
+        candidates=3,
+        measure="agreement with the teacher",
+        score=0.99,
+        difference=Difference(value=-0.01, interval=None, examples=100),
+    )
+    compression = Compression.model_construct(search=choice)
+    assert quantised(dataclasses.replace(table_source, compression=compression), given) is added
+    assert quantised(table_source, None) is False
+    assert quantised(table_source, True) is True
