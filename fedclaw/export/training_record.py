@@ -89,7 +89,8 @@ class RoundRecord(Frozen):
 
     round: int = Field(ge=1)
     sites: tuple[str, ...] | None
-    """Who answered; None: it was not noted, or a guarantee counts on nobody knowing it."""
+    """Who answered; None: it was not noted, a guarantee counts on nobody knowing it, or they are simulated clients, who
+    have nothing to be asked about."""
     metrics: dict[str, float | None]
     """Over the test data of all sites, after the round; None: no finite number."""
     test_examples: int | None = Field(default=None, ge=0)
@@ -174,8 +175,9 @@ def configuration_of(record: RunRecord) -> Configuration:
 
 
 def rounds_of(record: RunRecord, lines: Sequence[Mapping[str, Any]]) -> tuple[RoundRecord, ...]:
-    """The rounds in a run's metrics. Who took part is left out where that is a secret (`samples_sites`)."""
-    hidden = samples_sites(record)
+    """The rounds in a run's metrics. Who took part is left out where that is a secret (`samples_sites`),
+    and in a simulation: thousands of clients would make most of the file."""
+    hidden = samples_sites(record) or record.simulated is not None
     return tuple(
         RoundRecord(
             round=line["round"],

@@ -14,7 +14,7 @@ from fedclaw.export.source import load_source
 from fedclaw.export.training_record import TrainingRecord, rounds_of
 from fedclaw.protocol.receipt import NO_LEDGER
 from fedclaw.protocol.terms import CentralNoise
-from fedclaw.server.run_directory import RunDirectory, SiteReceipt
+from fedclaw.server.run_directory import RunDirectory, Simulated, SiteReceipt
 from fedclaw.server.software import software
 from tests.samples import run_record
 
@@ -73,6 +73,8 @@ def test_who_took_part_is_told_but_where_the_guarantee_counts_on_nobody_knowing(
     assert told.metrics == {"loss": None, "accuracy": 0.5}
     (hidden,) = rounds_of(run_record(privacy=None, central=SAMPLED, weighting="uniform"), LINES)
     assert hidden.sites is None
+    (simulated,) = rounds_of(run_record(simulated=Simulated(clients=2)), LINES)
+    assert simulated.sites is None
     everybody = SAMPLED.model_copy(update={"sample_rate": 1.0})
     (told,) = rounds_of(run_record(privacy=None, central=everybody), LINES)
     assert told.sites == ("north", "south")
