@@ -3,6 +3,7 @@
     python -m fedclaw.layouts triton|kserve|mlflow|openvino BUNDLE output=DIR [key=value ...]
 
     ca, federation, crl, expired   whom to trust, as python -m fedclaw.verify takes them
+    key         opens a bundle that is encrypted at rest; plaintext=true writes its model in the clear, for the server
     output      where the layout goes; overwrite=true replaces one that is there
     name        what the server is to call the model; by default the federation and the run
     graph       pipeline.onnx (typed columns, the default where there is one) or model.onnx (prepared inputs);
@@ -52,6 +53,7 @@ class LayoutSettings(TrustSettings):
     register_as: str | None
     alias: str | None
     registry: str | None
+    plaintext: bool = False
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -64,9 +66,13 @@ def main(arguments: Sequence[str]) -> None:
         )
     server, bundle = command.words[0], Path(command.words[1])
     output = _consistent(server, settings)
+    if settings.key is not None and not settings.plaintext:
+        raise UsageError(
+            "a server reads its model in the clear: plaintext=true has it written so from an encrypted bundle"
+        )
     require_paths(bundle=bundle)
     with naming(bundle=bundle, federation=settings.federation):
-        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired)
+        trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired, settings.key)
         graph: Graph | None = "model.onnx" if server == "openvino" else settings.graph
         deployable = Deployable.open(bundle, trust, graph, settings.name)
     console = make_console()

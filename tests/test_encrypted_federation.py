@@ -1,6 +1,5 @@
 """A federation whose server and sites encrypt what they keep: real processes, killed, resumed, exported, served."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ def test_a_run_under_keys_is_killed_resumed_exported_and_served(deployment: Depl
     assert not found, "the weights are nowhere in the clear"
     trusted = (f"ca={deployment.federation / 'ca.crt'}", f"key={keys['bundle']}")
     assert run_module("fedclaw.verify", run / "bundle", *trusted).code == 0
-    rows = shutil.copy(deployment.sites[0] / "test.csv", tmp_path / "rows.csv")
+    rows = deployment.sites[0] / yaml.safe_load((deployment.sites[0] / "site.yaml").read_text())["data"]["train"]
     predicted = run_module("fedclaw.predict", f"bundle={run / 'bundle'}", f"input={rows}", *trusted)
     assert predicted.code == 0, predicted.errors
     assert run_module("fedclaw.lineage", run / "bundle", *trusted, f"encryption.key={keys['run']}").code == 0

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedclaw import encryption
-from fedclaw.errors import BundleError, EncryptionError
+from fedclaw import encryption, layouts
+from fedclaw.errors import BundleError, EncryptionError, UsageError
 from fedclaw.export import layout, staging
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import Trust, verify_bundle
@@ -211,6 +211,17 @@ def test_an_encrypted_run_is_not_exported_in_the_clear_by_accident(
     refusal = command("fedclaw.export", *given, f"encryption.key={key}")
     assert refusal.returncode == 2
     assert "plaintext=true" in refusal.stderr
+
+
+def test_a_servers_layout_of_an_encrypted_bundle_takes_a_word(sealed: Path, key: str, tmp_path: Path) -> None:
+    given = ["triton", str(sealed), f"output={tmp_path / 'triton'}"]
+    with pytest.raises(EncryptionError, match="no key was given"):
+        layouts.main(given)
+    with pytest.raises(UsageError, match="plaintext=true"):
+        layouts.main([*given, f"key={key}"])
+    assert not (tmp_path / "triton").exists()
+    layouts.main([*given, f"key={key}", "plaintext=true"])
+    assert list((tmp_path / "triton").rglob("*.onnx"))
 
 
 def test_without_a_file_system_in_memory_nothing_is_exported(
