@@ -16,7 +16,7 @@ from torch import nn
 
 from fedclaw.compress.latency import LATENCY_BATCHES, median_milliseconds
 from fedclaw.compress.prune import Looked, Recover, prune
-from fedclaw.compress.pruning_record import PruningReport, PruningSettings
+from fedclaw.compress.pruning_record import WEIGHTS_ALONE, PruningReport, PruningSettings
 from fedclaw.compress.record import StepInputs
 from fedclaw.errors import CheckpointError, CompressionError
 from fedclaw.identity.data_keys import Keyring
@@ -119,7 +119,7 @@ class Student:
 def make_student(
     teacher: Teacher,
     fraction: float,
-    pruning: PruningSettings | None = None,
+    pruning: PruningSettings = WEIGHTS_ALONE,
     looked: Looked | None = None,
     recover: Recover | None = None,
     seed: int = 0,
@@ -129,7 +129,6 @@ def make_student(
     `looked` holds inputs where `pruning.needs_inputs`, and `recover` trains between two steps (see `prune`). Raises
     CompressionError.
     """
-    pruning = pruning or PruningSettings()
     target = pruning.target(fraction)
     pruned = prune(teacher.model, teacher.input_shape, target, pruning, looked, recover, seed)
     spec, model = rebuild(teacher.workload, pruned.model)

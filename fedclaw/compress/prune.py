@@ -20,6 +20,7 @@ from torch import nn
 from fedclaw.compress.channel_groups import ChannelGroup, Found, Widths, find_groups, shrink
 from fedclaw.compress.importance import Guide, rank_channels
 from fedclaw.compress.pruning_record import (
+    WEIGHTS_ALONE,
     GroupReport,
     Narrowed,
     PruningReport,
@@ -60,17 +61,20 @@ class Pruned:
 
 
 def prune_to_fraction(model: nn.Module, input_shape: tuple[int, ...], fraction: float) -> Pruned:
-    """`prune` to at most `fraction` of the parameters, by the weights alone. Raises UsageError, CompressionError."""
+    """`prune` to at most `fraction` of the parameters, by the weights alone, every group by the same share.
+
+    Raises UsageError, CompressionError.
+    """
     if not 0 < fraction < 1:
         raise UsageError(f"fraction={fraction}: the share of parameters to keep lies between 0 and 1")
-    return prune(model, input_shape, Target(share=fraction), PruningSettings(importance="group_norm", steps=1))
+    return prune(model, input_shape, Target(share=fraction))
 
 
 def prune(
     model: nn.Module,
     input_shape: tuple[int, ...],
     target: Target,
-    settings: PruningSettings | None = None,
+    settings: PruningSettings = WEIGHTS_ALONE,
     looked: Looked | None = None,
     recover: Recover | None = None,
     seed: int = 0,
@@ -96,7 +100,7 @@ def prune(
             architecture cannot be pruned, or inputs are needed and there are none.
     """
     with _own_words():
-        pruning = _Pruning(model, input_shape, settings or PruningSettings(), looked, seed)
+        pruning = _Pruning(model, input_shape, settings, looked, seed)
         plan = pruning.plan(target)
     pruned = model
     for step in range(len(plan.widths)):

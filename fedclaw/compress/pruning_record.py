@@ -26,16 +26,27 @@ class Target(Frozen):
 
 
 class PruningSettings(Frozen):
-    """How a model is made narrower."""
+    """How a model is made narrower.
+
+    The defaults are what kept most of the accuracy on digits: a residual network of 115,234 parameters, pruned and then
+    distilled with labels for 60 epochs. The figures below are of three folds, or one where it says so: enough to tell
+    apart ways to spread the cut, not importances.
+    """
 
     importance: Importance = "group_norm"
+    """Needs no inputs. At 5% of the parameters, spread balanced, it kept 100.0% where `magnitude` kept 99.7, `teacher`
+    99.4 and `taylor` 98.3 (one fold)."""
     steps: int = Field(default=1, ge=1, le=100)
-    """Prune in so many steps, and recover after each; importance is found anew at each step."""
+    """Prune in so many steps, and recover between them; importance is found anew at each step. Three steps, with a
+    quarter of the epochs between them, kept 99.7% where one kept 100.0 (one fold), for half as much training again."""
     schedule: Literal["geometric", "linear", "cubic"] = "geometric"
     """How much is left after each step: the same share of what there was (geometric), the same number of parameters
     less (linear), or much at first and little at last (cubic; Zhu and Gupta 2017, "To prune, or not to prune", section
     3, equation 1)."""
-    spread: Spread = "uniform"
+    spread: Spread = "sensitivity"
+    """`uniform` and `balanced` need no inputs, but at 5% of the parameters they kept 97.5 and 97.9% where `sensitivity`
+    kept 99.1: it leaves wide what all blocks add to. On inputs made from the schema it finds the same layers as on
+    public ones, only less clearly."""
     multiply_adds: float | None = Field(default=None, gt=0, lt=1)
     """Largest share of the multiply-adds that may be left, in place of `fraction` of the parameters."""
     latency: float | None = Field(default=None, gt=0, lt=1)
@@ -63,6 +74,10 @@ class PruningSettings(Frozen):
     def needs_inputs(self) -> bool:
         """Whether it looks at inputs; the weights alone otherwise."""
         return self.importance in ("taylor", "teacher") or self.spread == "sensitivity"
+
+
+WEIGHTS_ALONE = PruningSettings(importance="group_norm", steps=1, spread="uniform")
+"""Every group loses the same share of its channels, and no inputs are looked at."""
 
 
 class Narrowed(Frozen):

@@ -36,6 +36,11 @@ LATENCY = ("measurement", "synthetic", 32, None)
 IMPORTANCE = ("importance", "none", 0, None)
 
 
+def sensitivity(origin, digest=None):
+    """It looks at some of what recovery learns from."""
+    return ("layer sensitivity", origin, 256, digest)
+
+
 def test_public_files_are_named_with_their_digests(go, digits):
     record = go(inputs=digits.public, labelled=digits.train, evaluation=digits.test, controls=True)
     both = next(item for item in record.looked_at if item.step == "recovery")
@@ -45,6 +50,7 @@ def test_public_files_are_named_with_their_digests(go, digits):
     trained, tested = sha256_file(digits.train), sha256_file(digits.test)
     assert said(record) == [
         IMPORTANCE,
+        sensitivity("public", both.sha256),
         ("recovery", "public", 1400, both.sha256),
         ("recovery", "public", 600, trained),
         ("controls", "public", 1400, both.sha256),
@@ -59,6 +65,7 @@ def test_agreement_is_measured_on_inputs_that_nothing_else_saw(go, digits):
     digest = sha256_file(digits.public)
     assert said(record) == [
         IMPORTANCE,
+        sensitivity("public", digest),
         ("recovery", "public", 640, digest),
         ("measurement", "public", 160, digest),
         LATENCY,
@@ -70,14 +77,15 @@ def test_no_recovery(go, digits):
     record = go(mode="none", evaluation=digits.test)
     assert record.recovery == ()
     assert record.accuracy_after == record.accuracy_pruned
-    assert said(record) == [IMPORTANCE, ("measurement", "public", 397, sha256_file(digits.test)), LATENCY]
+    measured = ("measurement", "public", 397, sha256_file(digits.test))
+    assert said(record) == [IMPORTANCE, sensitivity("synthetic"), measured, LATENCY]
 
 
 def test_one_kind_after_the_other(go, digits):
     record = go(mode=("synthetic", "proxy"), inputs=digits.public, synthetic=500, evaluation=digits.test)
     assert [report.mode for report in record.recovery] == ["synthetic", "proxy"]
     # 500 of the schema, and the 64 that the generator had made by the one step.
-    assert [item[:3] for item in said(record)[1:3]] == [("recovery", "synthetic", 564), ("recovery", "public", 800)]
+    assert [item[:3] for item in said(record)[2:4]] == [("recovery", "synthetic", 564), ("recovery", "public", 800)]
     turned = go(mode=("proxy", "synthetic"), inputs=digits.public, synthetic=500, evaluation=digits.test)
     assert [report.mode for report in turned.recovery] == ["proxy", "synthetic"]
 
