@@ -12,7 +12,14 @@ from rich.console import Console
 from fedclaw.compress.__main__ import before_after, compared, notes
 from fedclaw.compress.federated import DIRECTORY, distillation_record, recover_by_rounds
 from fedclaw.compress.models import load_teacher, make_student
-from fedclaw.compress.record import CompressSettings, SiteRecovery, read_compressed
+from fedclaw.compress.pruning_record import PruningSettings
+from fedclaw.compress.record import (
+    CompressSettings,
+    GeneratorSettings,
+    RecoverySettings,
+    SiteRecovery,
+    read_compressed,
+)
 from fedclaw.compress.stage import compress
 from fedclaw.errors import CompressionError, RoundError, UsageError
 from fedclaw.identity.provisioning import accept, approve, initialise, request_site
@@ -147,6 +154,32 @@ def test_the_budget_is_the_runs_unless_said_otherwise(recover, trained):
         record(epsilon=1.5)
 
 
+def test_what_came_before_the_sites_makes_another_run(recover, digits):
+    """A run's name is all that keeps a resumed recovery from going on with another student's checkpoint."""
+    teacher = load_teacher(recover.run.root)
+    student = make_student(teacher, 0.4)
+
+    def name(*mode, **changes):
+        usual = {"run": recover.run.root, "mode": (*mode, "federated"), "federation": "x"}
+        return distillation_record(CompressSettings(**usual | changes), teacher, student).run
+
+    names = [
+        name(),
+        name("synthetic"),
+        name("synthetic", synthetic=500),
+        name("synthetic", recovery=RecoverySettings(steps=5)),
+        name("synthetic", generator=GeneratorSettings(share=0)),
+        name("proxy", inputs=digits.public),
+        name("proxy", inputs=digits.train),
+        name("proxy", "synthetic"),
+        name("synthetic", "proxy"),
+        name(pruning=PruningSettings(importance="magnitude")),
+    ]
+    assert len(set(names)) == len(names)
+    assert name() == name(synthetic=500, recovery=RecoverySettings(steps=5)), "none of it was used"
+    assert name("synthetic") == name("synthetic")
+
+
 def test_noise_on_the_sum_is_made_for_the_recoverys_own_rounds(recover):
     found = load_teacher(recover.run.root)
     asked = CentralRequest(unit="site", noise_by="server", epsilon=8, delta=1e-3, clip=1)
@@ -208,9 +241,27 @@ def connected(sites, tmp_path):
 def test_the_whole_stage_over_grpc(connected, sites, recover):
     asked = SiteRecovery(rounds=2, epsilon=EPSILON, wait_for=3, wait=30)
     settings = CompressSettings(
-        run=recover.run.root, mode="federated", fraction=0.4, federation=connected.root, sites=asked, latency_repeats=2
+        run=recover.run.root,
+        mode=("synthetic", "federated"),
+        fraction=0.4,
+        synthetic=400,
+        recovery=RecoverySettings(steps=30),
+        federation=connected.root,
+        sites=asked,
+        latency_repeats=2,
     )
     record = compress(settings)
+    assert [report.mode for report in record.recovery] == ["synthetic", "federated"]
+    assert [item.origin for item in record.looked_at] == [
+        "none",
+        "synthetic",
+        "sites",
+        "synthetic",
+        "sites",
+        "synthetic",
+    ]
+    assert "evaluation=FILE measures all models on one file" in record.verdict
+    assert [control.accuracy for control in record.controls] == [None] * 3
     assert record.accuracy_measure == "federated evaluation"
     assert record.accuracy_after > record.accuracy_pruned
     assert record.parameters_after <= 0.4 * record.parameters_before
