@@ -16,6 +16,7 @@ COMMANDS = (
     *("fedclaw.encryption", "fedclaw.transport.ray"),
     *("experiments.run", "experiments.sweep", "experiments.demo", "experiments.datasets", "experiments.partitions"),
     *("experiments.attack_table", "experiments.privacy_table", "experiments.compression_table"),
+    "experiments.compression",
     *("experiments.heart_disease", "experiments.survival_curves"),
 )
 
