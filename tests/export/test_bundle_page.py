@@ -8,11 +8,18 @@ from pathlib import Path
 import onnx
 import pytest
 
+from fedclaw.compress.record import Compression
 from fedclaw.export import layout
 from fedclaw.export.statement import PrivacyStatement
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text()
 LOADER, VERIFIER = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+TOLD_BY_THEIR_NAMES = {
+    "run", "model", "teacher_sha256", "fraction", "parameters_before", "parameters_after", "accuracy_before",
+    "accuracy_pruned", "accuracy_after", "seed", "created",
+}  # fmt: skip
 
 
 def run(code, *arguments, cwd=None):
@@ -68,6 +75,7 @@ def test_every_file_is_in_the_table(table_bundle):
     [
         ("## bundle.json", set(layout.Manifest.model_fields) - {"quantised"}),
         ("## privacy.json", set(PrivacyStatement.model_fields) - {"format_version"}),
+        ("## compression.json", set(Compression.model_fields) - TOLD_BY_THEIR_NAMES),
     ],
 )
 def test_every_field_is_told(section, fields):
