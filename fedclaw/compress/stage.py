@@ -112,7 +112,8 @@ def read_given(settings: CompressSettings, teacher: Teacher) -> Given:
     measured = schema_inputs(teacher, MEASURED, settings.seed + 1)
     if public.known is not None and "proxy" in settings.mode:
         proxy = public.known
-        if public.evaluation is None:
+        # Labels are learnt row by row: of rows that hold some, none could be set apart.
+        if public.evaluation is None and labelled is None:
             proxy, measured = _set_apart(proxy, settings)
     return Given(public, labelled, proxy, synthetic, measured if public.evaluation is None else None)
 

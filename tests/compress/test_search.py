@@ -207,7 +207,12 @@ def test_what_is_chosen_by_is_neither_learnt_from_nor_reported(run, digits):
 def test_where_labels_are_learnt_candidates_are_chosen_by_other_inputs(run, digits):
     shared = prepare(settings_for(run, labelled=digits.train))
     assert shared.looked_at.origin == "synthetic"
-    assert len(shared.given.proxy.values) + len(shared.given.measured.values) == 600
+    learnt, measured = (
+        {row.tobytes() for row in part.numpy()} for part in (shared.given.labelled.inputs, shared.given.measured.values)
+    )
+    assert len(shared.given.proxy.values) == 600
+    assert not learnt & measured
+    assert not learnt & {row.tobytes() for row in shared.examples.inputs.numpy()}
 
 
 def test_a_selection_file_gives_accuracies_and_shares_no_row(run, digits, tmp_path):
