@@ -158,6 +158,49 @@ def test_typed_columns_are_answered_as_the_reader_answers_the_file(table, rows):
         assert found["label"][:, 0].tolist() == labels.tolist()
 
 
+MESSY = [
+    "1.0",
+    "+1",
+    "01.0",
+    "1e0",
+    "TRUE",
+    "t",
+    "-9.99e2",
+    "nan",
+    "inf",
+    "1_000",
+    "0,1",
+    "e\u0301",
+    "2024-01-31",
+    "7.0",
+]
+
+
+@given(
+    st.lists(
+        st.tuples(rows_of(), st.dictionaries(st.sampled_from(NAMES), st.sampled_from([*MESSY, *TEXTS]), max_size=2)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_however_cells_are_written_the_columns_say_what_the_reader_took_them_for(table, rows):
+    schema, _, _, place = table
+    path = place / "messy.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(NAMES)
+        for row, messy in rows:
+            cells = dict(zip(NAMES, row, strict=True))
+            writer.writerow([messy.get(name, written(name, cells[name])) for name in NAMES])
+    read, preprocessing = schema.read_rows(path), schema.preprocessing()
+    typed_rows = preprocessing.read(path)
+    inputs, refused = preprocessing.prepare(typed_rows.columns)
+    assert typed_rows.refused == read.refused
+    assert np.flatnonzero(refused).tolist() == sorted(read.refused)
+    expected, good = read.inputs.astype(np.float64)[~refused], inputs.astype(np.float64)[~refused]
+    assert (np.abs(good - expected) <= 2**-17 + 2**-22 * np.abs(expected)).all()
+
+
 @given(st.lists(st.floats(-1e6, 1e6).filter(lambda number: number not in {-999, 0.1}), min_size=1, max_size=8))
 def test_rounding_to_float32_moves_a_feature_by_less_than_it_is_said_to(table, numbers):
     """By 2**-17 at most beside the feature's own rounding; not at all where the input is float64."""
