@@ -3,6 +3,7 @@
 import csv
 import json
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -320,9 +321,8 @@ def test_an_array_with_a_number_that_is_not_finite_is_refused_by_itself(tmp_path
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 2)).eval()
     exact = graph.to_onnx(graph.trace(model, schema.task, (2, 3)), schema.task, (2, 3))
     inputs = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
-    with torch.no_grad():
-        expected = torch.softmax(model(torch.from_numpy(inputs)), 1).numpy()
-    cut = float(np.sort(expected[:, 1])[3])
+    expected = run_session(session(exact, tmp_path / "model.onnx"), inputs)[1]
+    cut = float(expected[5, 1])  # what one row has exactly, and is above by
     pipeline = session(compose_pipeline(exact, schema.preprocessing(), schema.task, cut), tmp_path / "p.onnx")
     for row, bad in ((1, np.nan), (4, np.inf)):
         inputs[row, 1, 2] = bad
@@ -330,6 +330,7 @@ def test_an_array_with_a_number_that_is_not_finite_is_refused_by_itself(tmp_path
     good = [0, 2, 3, 5]
     assert np.flatnonzero(found["refused"]).tolist() == [1, 4]
     np.testing.assert_allclose(found["probabilities"][good], expected[good], atol=1e-6)
+    assert (found["probabilities"][good, 1] == np.float32(cut)).any()
     above = np.where(found["probabilities"][:, 1] >= np.float32(cut), "b", "a")
     above[[1, 4]] = ""
     assert found["label"][:, 0].tolist() == above.tolist()
@@ -347,6 +348,7 @@ def test_a_pipeline_that_answers_otherwise_is_found(table, tmp_path):
     good = compose_pipeline(exact, preprocessing, schema.task, None)
     good.write(path)
     assert 3 < preprocessing.prepare(columns)[1].sum() < 20
+    assert np.isnan(columns["age"]).any()
     assert compare(path, trained, preprocessing, columns, schema.task, None).max_abs_diff < 1e-6
 
     def spoilt(change):
@@ -392,6 +394,9 @@ def test_a_file_is_written_weight_by_weight(tmp_path, monkeypatch):
     found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     for name, parameter in model.named_parameters():
         np.testing.assert_array_equal(found[f"model.{name}"], parameter.detach().numpy())
+    short = SimpleNamespace(shape=(3, 2000), dtype=1, nbytes=24000, name="w", tofile=lambda file: file.write(b"12"))
+    with pytest.raises(BundleError, match="it is not 24000 bytes"):
+        OnnxModel(exact.message, {"w": short}).write(tmp_path / "short.onnx")
     monkeypatch.setattr(onnx_model, "PROTOBUF_LIMIT", 4 * 40 * 3000)
     with pytest.raises(BundleError, match="an ONNX file holds at most 2 GiB"):
         exact.write(tmp_path / "large.onnx")
