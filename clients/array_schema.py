@@ -27,7 +27,7 @@ from fedclaw.clients.arrays import (
 )
 from fedclaw.clients.persons import RowsPerPerson
 from fedclaw.errors import DataError
-from fedclaw.learning.preprocessing import Columns, GraphWriter, Prepared, Preprocessing, TypedColumn, TypedRows
+from fedclaw.learning.preprocessing import Columns, GraphWriter, PreparedInputs, Preprocessing, TypedColumn, TypedRows
 from fedclaw.learning.tasks.base import LARGEST, Task
 from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.learning.workload import Floats, Schema, Table
@@ -178,14 +178,14 @@ class ArrayPreprocessing(Preprocessing):
             ),
         )
 
-    def write(self, graph: GraphWriter) -> Prepared:
+    def write(self, graph: GraphWriter) -> PreparedInputs:
         """See Preprocessing."""
         largest, axes = graph.constant(np.array(LARGEST, np.float32)), np.arange(1, 1 + len(self._schema.input_shape))
         finite = graph.add("LessOrEqual", graph.add("Abs", INPUTS), largest)
         whole = graph.add("ReduceMin", graph.add("Cast", finite, to=np.int32), graph.constant(axes), keepdims=0)
         odd = graph.add("Not", graph.add("Cast", whole, to=np.bool_))
         inputs = graph.add("Where", finite, INPUTS, graph.constant(np.array(0, np.float32)))
-        return Prepared(inputs, graph.add("Unsqueeze", odd, graph.constant(np.array([1], np.int64))))
+        return PreparedInputs(inputs, graph.add("Unsqueeze", odd, graph.constant(np.array([1], np.int64))))
 
     def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
         """See Preprocessing."""

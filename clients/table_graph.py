@@ -31,7 +31,7 @@ from fedclaw.clients.values import Cell, normal
 from fedclaw.learning.preprocessing import (
     Columns,
     GraphWriter,
-    Prepared,
+    PreparedInputs,
     Preprocessing,
     TypedColumn,
     TypedRows,
@@ -207,7 +207,7 @@ class TablePreprocessing(Preprocessing):
         self.columns = tuple(own.spec() for own in self._inputs)
         self.outside = (*OUTSIDE, READER)
 
-    def write(self, graph: GraphWriter) -> Prepared:
+    def write(self, graph: GraphWriter) -> PreparedInputs:
         """See the file's head. Numbers are dealt with all at once."""
         numbers = [own for own in self._inputs if isinstance(own, NumberInput)]
         parts, refused, order = list[str](), list[str](), list[Column]()
@@ -221,7 +221,7 @@ class TablePreprocessing(Preprocessing):
                 parts.append(features)
                 refused.append(wrong)
                 order.append(own.column)
-        return Prepared(
+        return PreparedInputs(
             graph.add("Gather", _joined(graph, parts), graph.constant(self._places(order)), axis=1),
             _any(graph, _joined(graph, refused)),
         )

@@ -43,7 +43,7 @@ from fedclaw.clients.images import Shape, image_files, pixels_of, read_image, ta
 from fedclaw.clients.persons import USUAL_ROWS, FilePattern, RowsPerPerson, numbered, require_rows_of_persons
 from fedclaw.clients.values import normal
 from fedclaw.errors import DataError, NoExamples, NotInGraph
-from fedclaw.learning.preprocessing import Columns, GraphWriter, Prepared, Preprocessing, TypedColumn, TypedRows
+from fedclaw.learning.preprocessing import Columns, GraphWriter, PreparedInputs, Preprocessing, TypedColumn, TypedRows
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
 from fedclaw.protocol.frozen import Written
 
@@ -281,7 +281,7 @@ class ImagePreprocessing(Preprocessing):
             ),
         )
 
-    def write(self, graph: GraphWriter) -> Prepared:
+    def write(self, graph: GraphWriter) -> PreparedInputs:
         """See Preprocessing. No image of the right shape is refused."""
         pixels = graph.add("Cast", graph.add("Transpose", IMAGES, perm=[0, 3, 1, 2]), to=np.float32)
         scaled = graph.add("Div", pixels, graph.constant(np.array(LEVELS, np.float32)))
@@ -289,7 +289,7 @@ class ImagePreprocessing(Preprocessing):
         inputs = graph.add("Div", graph.add("Sub", scaled, mean), std)
         highest = graph.add("ReduceMax", pixels, graph.constant(np.array([1, 2, 3])), keepdims=0)
         below = graph.add("Less", highest, graph.constant(np.array(0, np.float32)))
-        return Prepared(inputs, graph.add("Unsqueeze", below, graph.constant(np.array([1]))))
+        return PreparedInputs(inputs, graph.add("Unsqueeze", below, graph.constant(np.array([1]))))
 
     def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
         """See Preprocessing. Raises NotInGraph for floating-point pixels between two of 8 bits."""

@@ -105,14 +105,14 @@ def shrink(
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundGroups:
     """The groups of a model by their first layer's name, and the first layers of those that cannot shrink."""
 
     groups: dict[str, ChannelGroup]
     kept: tuple[str, ...]
 
 
-def find_groups(model: nn.Module, example: torch.Tensor) -> Found:
+def find_groups(model: nn.Module, example: torch.Tensor) -> FoundGroups:
     """Find and try the groups of `model` (N, *D). Raises CompressionError if there is none that can shrink."""
     traced = trace(model, example)
     shape, groups, kept = _output_shape(traced.model, example), {}, []
@@ -124,7 +124,7 @@ def find_groups(model: nn.Module, example: torch.Tensor) -> Found:
             kept.append(name)
     if not groups:
         raise CompressionError(_nothing(kept))
-    return Found(groups, tuple(kept))
+    return FoundGroups(groups, tuple(kept))
 
 
 def _nothing(kept: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fedclaw.compress.channel_groups import ChannelGroup, Found, Widths, find_groups, shrink
+from fedclaw.compress.channel_groups import ChannelGroup, FoundGroups, Widths, find_groups, shrink
 from fedclaw.compress.importance import Guide, rank_channels
 from fedclaw.compress.pruning_record import (
     WEIGHTS_ALONE,
@@ -151,7 +151,7 @@ class _Pruning:
     ) -> None:
         self._model, self._settings, self._seed = copy.deepcopy(model).eval(), settings, seed
         self._example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
-        self._found: Found = find_groups(self._model, self._example)
+        self._found: FoundGroups = find_groups(self._model, self._example)
         self._sizes: Sizes = measure_sizes(self._model, self._example, self._found.groups)
         self._guide = (
             _guide(self._model, settings, looked, self._example.device, seed) if settings.needs_inputs else None

@@ -47,8 +47,8 @@ from fedclaw.compress.search_record import (
     RESULT,
     ROUNDING,
     Candidate,
-    Form,
-    Point,
+    FrontPoint,
+    PrecisionForm,
     SearchResult,
     weigh,
 )
@@ -86,7 +86,7 @@ class Runtime(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class SharedSetting:
     """What all candidates share."""
 
     settings: CompressSettings
@@ -98,7 +98,7 @@ class Setting:
     looked_at: StepInputs
 
 
-def prepare(settings: CompressSettings) -> Setting:
+def prepare(settings: CompressSettings) -> SharedSetting:
     """Read the run and the files, and keep back what candidates are chosen by. Raises FedClawError."""
     teacher = load_teacher(settings.run, settings.encryption.keyring())
     words = dict.fromkeys(word for mode in modes_of(settings) for word in mode)
@@ -106,10 +106,10 @@ def prepare(settings: CompressSettings) -> Setting:
     if settings.search.selection is not None:
         file = _selection_file(settings, teacher, given)
         looked_at = file.inputs.looked_at_in("search", "whose labels candidates were chosen by")
-        return Setting(settings, teacher, given, examples_of(file, teacher), looked_at)
+        return SharedSetting(settings, teacher, given, examples_of(file, teacher), looked_at)
     given, kept = _kept_back(settings, teacher, given, "proxy" in words)
     looked_at = kept.looked_at_in("search", "which recovery did not see: agreement with the teacher on them")
-    return Setting(settings, teacher, given, answered_by(teacher, kept.values), looked_at)
+    return SharedSetting(settings, teacher, given, answered_by(teacher, kept.values), looked_at)
 
 
 def modes_of(settings: CompressSettings) -> tuple[tuple[Mode, ...], ...]:
@@ -235,14 +235,14 @@ def search(
 class Measuring:
     """Measures models beside the uncompressed one."""
 
-    def __init__(self, shared: Setting, runtime: Runtime) -> None:
+    def __init__(self, shared: SharedSetting, runtime: Runtime) -> None:
         self.shared, self.runtime = shared, runtime
         self._inputs: Floats = shared.examples.inputs.numpy()
         self._whole = runtime.forms(shared.teacher.model, (EXACT,))[EXACT]
         self._before = self._score(self._whole)
         self.teacher = self._form(EXACT, self._whole)
 
-    def forms(self, model: nn.Module) -> tuple[Form, ...]:
+    def forms(self, model: nn.Module) -> tuple[PrecisionForm, ...]:
         """The model's figures in every precision that is asked for and that it can have."""
         files = self.runtime.forms(model, self.shared.settings.search.precisions)
         return tuple(self._form(precision, content) for precision, content in files.items())
@@ -251,10 +251,10 @@ class Measuring:
         outputs: NDArray[np.float64] = self.runtime.outputs(content, self._inputs).astype(np.float64)
         return self.shared.examples.score_outputs(outputs)
 
-    def _form(self, precision: Precision, content: bytes) -> Form:
+    def _form(self, precision: Precision, content: bytes) -> PrecisionForm:
         scored = self._score(content)
         whole, own = self.runtime.milliseconds([self._whole, content], self._inputs)
-        return Form(
+        return PrecisionForm(
             precision=precision,
             file_bytes=len(content),
             latency_ms=own,
@@ -356,7 +356,7 @@ def _append(path: Path, candidate: Candidate) -> None:
 def _result(measuring: Measuring, candidates: Sequence[Candidate]) -> SearchResult:
     shared = measuring.shared
     points = [
-        Point(
+        FrontPoint(
             fraction=candidate.fraction,
             mode=candidate.mode,
             parameters=candidate.parameters,
@@ -390,7 +390,7 @@ def write_result(directory: Path, result: SearchResult) -> None:
 
 
 def _write_chosen(
-    measuring: Measuring, result: SearchResult, chosen: Point, observers: Sequence[Observer]
+    measuring: Measuring, result: SearchResult, chosen: FrontPoint, observers: Sequence[Observer]
 ) -> Compression:
     """Make the chosen candidate again, from the same seed, and write it with its ordinary record.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fedclaw.compress.search_record import BATCH_OF_ONE, Form, Point, SearchResult
+from fedclaw.compress.search_record import BATCH_OF_ONE, FrontPoint, PrecisionForm, SearchResult
 from fedclaw.progress import quieter
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def table(result: SearchResult) -> Table:
     return made
 
 
-def _cells(form: Form) -> tuple[str, ...]:
+def _cells(form: PrecisionForm) -> tuple[str, ...]:
     ratio = " / ".join(f"{share:.2f}" for share in form.latency_ratio.values())
     interval = f" ({form.interval})" if form.interval is not None else ""
     between = f" ({form.difference.interval})" if form.difference.interval is not None else ""
@@ -159,7 +159,7 @@ def _range(spent: Sequence[float | None]) -> str:
 
 
 def _draw(
-    axes: "Axes", result: SearchResult, colours: dict[tuple[str, ...], str], place: Callable[[Form], float]
+    axes: "Axes", result: SearchResult, colours: dict[tuple[str, ...], str], place: Callable[[PrecisionForm], float]
 ) -> None:
     """One panel: every form at its place, with its interval."""
     from matplotlib.ticker import FuncFormatter
@@ -177,7 +177,7 @@ def _draw(
     axes.grid(visible=True, which="major", alpha=0.3)
 
 
-def _dot(axes: "Axes", point: Point, colour: str, x: float) -> None:
+def _dot(axes: "Axes", point: FrontPoint, colour: str, x: float) -> None:
     form = point.form
     if form.interval is not None:
         axes.plot([x, x], [form.interval.low, form.interval.high], color=colour, linewidth=1, alpha=0.5)

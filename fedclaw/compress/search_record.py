@@ -17,7 +17,7 @@ LATENCY_STEP = 1.05
 """Latencies of one step, which is a factor, are alike: timing is no more certain."""
 
 
-class Form(Frozen):
+class PrecisionForm(Frozen):
     """One candidate in one precision."""
 
     precision: Precision
@@ -43,19 +43,19 @@ class Candidate(Frozen):
     parameters: int = Field(default=0, ge=0)
     epsilon: float | None = 0.0
     """What it cost a site beyond the run, the highest of all sites; None: no bound."""
-    forms: tuple[Form, ...] = ()
+    forms: tuple[PrecisionForm, ...] = ()
     failed: str = ""
     """Why it could not be made."""
 
 
-class Point(Frozen):
+class FrontPoint(Frozen):
     """A form of a candidate, with the four figures that are weighed."""
 
     fraction: float
     mode: tuple[str, ...]
     parameters: int
     epsilon: float | None
-    form: Form
+    form: PrecisionForm
     on_front: bool = False
     chosen: bool = False
 
@@ -79,20 +79,20 @@ class SearchResult(Frozen):
     loss: float
     selection: StepInputs
     calibration: StepInputs
-    teacher: Form
+    teacher: PrecisionForm
     """The uncompressed model in float32."""
-    points: tuple[Point, ...]
+    points: tuple[FrontPoint, ...]
     failed: dict[str, str] = {}
     """Candidates that could not be made, and why."""
     created: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
     @property
-    def chosen(self) -> Point | None:
+    def chosen(self) -> FrontPoint | None:
         """The smallest within the loss; None: there is none."""
         return next((point for point in self.points if point.chosen), None)
 
 
-def front(points: Sequence[Point]) -> list[bool]:
+def front(points: Sequence[FrontPoint]) -> list[bool]:
     """Whether each point is on the Pareto front: no other one is as good in every figure and better in one."""
     costs = [point.costs for point in points]
 
@@ -102,7 +102,7 @@ def front(points: Sequence[Point]) -> list[bool]:
     return [not dominated(own) for own in costs]
 
 
-def weigh(points: Sequence[Point], loss: float) -> tuple[Point, ...]:
+def weigh(points: Sequence[FrontPoint], loss: float) -> tuple[FrontPoint, ...]:
     """The points with the front and the chosen one marked: the smallest file whose score is within the loss."""
     marked = [
         point.model_copy(update={"on_front": on_front}) for point, on_front in zip(points, front(points), strict=True)

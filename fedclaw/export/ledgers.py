@@ -47,7 +47,7 @@ class Claimed:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundInLedger:
     """What the ledger says of the run at the receipt's head."""
 
     sequence: int
@@ -95,7 +95,7 @@ class HeldLedger:
         """Whether the ledger ever had this head."""
         return head in self.index.heads
 
-    def find(self, claimed: Claimed) -> Found:
+    def find(self, claimed: Claimed) -> FoundInLedger:
         """What it says where the receipt was given. Raises LedgerError for each contradiction, in a sentence."""
         if not self.has(claimed.head):
             raise LedgerError(
@@ -110,7 +110,7 @@ class HeldLedger:
             spent.include(then.runs[name])
         charged = list(self._charges(claimed, then.sequence))
         waiting = {sequence for waiting in self.index.open.values() for sequence in waiting}
-        found = Found(
+        found = FoundInLedger(
             sequence=then.sequence,
             time=str(self.entries[then.sequence - 1].body.get("time", "at no time that it says")),
             charges=spent.charges,
@@ -153,7 +153,7 @@ class HeldLedger:
                 yield reservation
 
 
-def _contradictions(claimed: Claimed, found: Found, units: set[DataUnit]) -> Iterator[str]:
+def _contradictions(claimed: Claimed, found: FoundInLedger, units: set[DataUnit]) -> Iterator[str]:
     if found.charges != claimed.charges:
         yield f"{claimed.charges} charges are claimed, and it has {found.charges}"
     epsilon = math.inf if claimed.epsilon is None else claimed.epsilon

@@ -40,7 +40,7 @@ Method = Literal["certificate", "key", "sigstore"]
 """The signing methods of OMS 4.1."""
 
 
-class Signer(Protocol):
+class ContentSigner(Protocol):
     """A release key, wherever it is kept."""
 
     certificate_pem: bytes
@@ -52,7 +52,7 @@ class Signer(Protocol):
 
 
 @dataclass(frozen=True)
-class Envelope:
+class DsseEnvelope:
     """What `model.sig` holds, well-formed and not yet checked. Certificates are DER, the signer's first."""
 
     method: Method
@@ -63,7 +63,7 @@ class Envelope:
     signature: bytes
 
 
-def sign_digests(digests: Mapping[str, str], name: str, signer: Signer) -> bytes:
+def sign_digests(digests: Mapping[str, str], name: str, signer: ContentSigner) -> bytes:
     """`model.sig` over the files' SHA-256 (`digests`: file name to lower-case hex); `name` is the directory's."""
     release = parse_certificate(signer.certificate_pem, RELEASE_CERTIFICATE)
     payload = _compact(_statement(digests, name))
@@ -94,11 +94,11 @@ def verify_digests(content: bytes, release: x509.Certificate, authority: x509.Ce
     return parse_statement(envelope.payload)
 
 
-def parse_envelope(content: bytes) -> Envelope:
+def parse_envelope(content: bytes) -> DsseEnvelope:
     """Read a `model.sig` of any signing method. Raises BundleError when it is not of the form; verifies nothing."""
     bundle = _parse(_Bundle, content)
     material, envelope = bundle.verification_material, bundle.dsse_envelope
-    return Envelope(
+    return DsseEnvelope(
         method=material.method,
         certificates=tuple(item.raw_bytes for item in material.certificates),
         witnessed=bool(material.tlog_entries) or material.timestamp_verification_data is not None,
@@ -130,7 +130,7 @@ def pre_authentication_encoding(payload: bytes) -> bytes:
     return f"DSSEv1 {len(PAYLOAD_TYPE)} {PAYLOAD_TYPE} {len(payload)} ".encode("ascii") + payload
 
 
-def _require_signer(envelope: Envelope, release: x509.Certificate, authority: x509.Certificate) -> None:
+def _require_signer(envelope: DsseEnvelope, release: x509.Certificate, authority: x509.Certificate) -> None:
     """Check that `envelope` names `release`, and nobody beside it and its CA."""
     if envelope.method == "key":
         raise BundleError(

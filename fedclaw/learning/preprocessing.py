@@ -71,7 +71,7 @@ class GraphWriter(Protocol):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedInputs:
     """Values in a graph: the model's inputs, and which rows are refused; of a refused row, the inputs are finite."""
 
     inputs: str
@@ -89,7 +89,7 @@ class Preprocessing(ABC):
     """What is not done in the graph, a sentence each."""
 
     @abstractmethod
-    def write(self, graph: GraphWriter) -> Prepared:
+    def write(self, graph: GraphWriter) -> PreparedInputs:
         """Add the nodes; the graph's inputs are there, by the names of `columns`."""
 
     @abstractmethod

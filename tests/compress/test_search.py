@@ -23,7 +23,17 @@ from fedclaw.compress.record import (
 )
 from fedclaw.compress.search import prepare, require_allowed, search
 from fedclaw.compress.search_figures import plot, selected, table
-from fedclaw.compress.search_record import CANDIDATES, DIRECTORY, PLOT, RESULT, Form, Point, SearchResult, front, weigh
+from fedclaw.compress.search_record import (
+    CANDIDATES,
+    DIRECTORY,
+    PLOT,
+    RESULT,
+    FrontPoint,
+    PrecisionForm,
+    SearchResult,
+    front,
+    weigh,
+)
 from fedclaw.compress.stage import Made
 from fedclaw.errors import CompressionError, UsageError
 from fedclaw.protocol.arrays import arrays_to_npz
@@ -34,7 +44,7 @@ QUICK = RecoverySettings(steps=150, learning_rate=0.01)
 
 
 def point(size=100, latency=1.0, score=0.9, epsilon=0.0, loss=0.0, precision="float32"):
-    form = Form(
+    form = PrecisionForm(
         precision=precision,
         file_bytes=size,
         latency_ms={"1": latency, "32": latency},
@@ -43,7 +53,7 @@ def point(size=100, latency=1.0, score=0.9, epsilon=0.0, loss=0.0, precision="fl
         interval=Interval(low=score - 0.1, high=min(1.0, score + 0.1)),
         difference=Difference(value=-loss, interval=None, examples=10),
     )
-    return Point(fraction=0.5, mode=("proxy",), parameters=10, epsilon=epsilon, form=form)
+    return FrontPoint(fraction=0.5, mode=("proxy",), parameters=10, epsilon=epsilon, form=form)
 
 
 # The front and the choice
