@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import onnxruntime
+import pandas
 from mlflow.pyfunc.model import PythonModel
 
 
@@ -31,14 +32,12 @@ class Pipeline(PythonModel):
         self._session = onnxruntime.InferenceSession(context.artifacts["pipeline"], options, providers=providers)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def] # MLflow takes hints for a schema
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: Any = None) -> Any:
         """A data frame by the columns' names, (N, ...), or an array for the one input of a model of arrays."""
         given = self._session.run(self._outputs, self._fed(model_input))
         found = dict(zip(self._outputs, given, strict=True))
         if isinstance(model_input, np.ndarray):
             return found
-        import pandas
-
         answers = {name: found[name][:, 0] for name in ("label", "values", "refused") if name in found}
         for place, label in enumerate(self._labels):
             answers[f"probability of {label}"] = found["probabilities"][:, place]
