@@ -217,7 +217,7 @@ def _no_score(record: Compression) -> str:
 
 def _cost_notes(record: Compression) -> list[str]:
     if not record.recovery:
-        return ["Privacy cost: none (pruned by its parameters alone, and not recovered)."]
+        return [f"Pruned, and not recovered. {_cost_of_releases(record)}"]
     return [_cost_note(report, record) for report in record.recovery]
 
 
@@ -229,10 +229,15 @@ def _cost_note(report: RecoveryReport, record: Compression) -> str:
 
 
 def _cost_of(report: CoordinatorReport, record: Compression) -> str:
-    if report.mode == "synthetic" and record.releases:
-        asked = ", ".join(f"{item.run} (epsilon {item.epsilon:g})" for item in record.releases)
-        return f"Privacy cost: that of the statistics {asked}, which the sites were charged for."
-    return "Privacy cost: none (post-processing)."
+    return _cost_of_releases(record) if report.mode == "synthetic" else "Privacy cost: none (post-processing)."
+
+
+def _cost_of_releases(record: Compression) -> str:
+    """What the statistics cost that some step looked at, of pruning or of recovery."""
+    if not record.releases:
+        return "Privacy cost: none (post-processing)."
+    asked = ", ".join(f"{item.run} (epsilon {item.epsilon:g})" for item in record.releases)
+    return f"Privacy cost: that of the statistics {asked}, which the sites were charged for."
 
 
 def _count(table: Table, label: str, old: int, new: int) -> None:

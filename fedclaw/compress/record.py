@@ -298,6 +298,9 @@ class SearchChoice(Frozen):
     score: float
     difference: Difference
     """The score in that precision less that of the uncompressed model, on the same examples."""
+    at_sites: tuple[SitesReport, ...] = ()
+    """The recoveries at the sites of the candidates that were not chosen. What is chosen among several depends on all
+    of them, so their cost is part of the model's."""
 
 
 class Compression(Frozen):
@@ -366,6 +369,13 @@ class Compression(Frozen):
     def at_sites(self) -> SitesReport | None:
         """The recovery at the sites, if there was one."""
         return next((report for report in self.recovery if isinstance(report, SitesReport)), None)
+
+    @property
+    def runs_at_sites(self) -> tuple[SitesReport, ...]:
+        """All recoveries at the sites that the model depends on, its own first, each once."""
+        own = () if self.at_sites is None else (self.at_sites,)
+        others = () if self.search is None else self.search.at_sites
+        return tuple({report.run: report for report in (*own, *others)}.values())
 
     @property
     def releases(self) -> tuple[ReleaseUse, ...]:

@@ -178,9 +178,11 @@ def require_allowed(settings: CompressSettings, run: RunDirectory) -> str:
     return told
 
 
-def _spent(made: Made) -> float | None:
-    """The highest of all sites, of the recovery at the sites and of the charged statistics that it began with."""
-    total = sum(looked.release.epsilon for looked in made.looked_at if looked.release is not None)
+def _spent(made: Made, pruning: Sequence[StepInputs] = ()) -> float | None:
+    """The highest of all sites, of the recovery at the sites and of the charged statistics that pruning or recovery
+    looked at, each counted once."""
+    releases = dict.fromkeys(looked.release for looked in (*pruning, *made.looked_at) if looked.release is not None)
+    total = sum(release.epsilon for release in releases)
     for report in made.reports:
         if isinstance(report, SitesReport):
             spent = list(report.epsilon.values())
@@ -228,7 +230,8 @@ def search(
             f"{-best.form.difference.value:.4f} (fraction {best.fraction:g}, {'+'.join(best.mode)}, "
             f"{best.form.precision}); allow more, or try larger fractions; all of them are in {run.root / DIRECTORY}"
         )
-    _write_chosen(measuring, result, result.chosen, observers)
+    at_sites = [candidate.at_sites for candidate in found if candidate.at_sites is not None]
+    _write_chosen(measuring, result, result.chosen, at_sites, observers)
     return result
 
 
@@ -299,7 +302,11 @@ def _candidate(
         return Candidate(**about, failed=str(error))
     made = recover(settings, shared.teacher, student, shared.given, observers)
     return Candidate(
-        **about, parameters=student.parameters_after, epsilon=_spent(made), forms=measuring.forms(made.model)
+        **about,
+        parameters=student.parameters_after,
+        epsilon=_spent(made, student.looked_at),
+        at_sites=next((report for report in made.reports if isinstance(report, SitesReport)), None),
+        forms=measuring.forms(made.model),
     )
 
 
@@ -389,8 +396,21 @@ def write_result(directory: Path, result: SearchResult) -> None:
     write_atomic(directory / PLOT, plot(result), PUBLIC_MODE)
 
 
+def _others_looked_at(shared: SharedSetting, result: SearchResult, choice: SearchChoice) -> Iterator[StepInputs]:
+    """What the choice depends on by way of the candidates that were not chosen, and a site was charged for."""
+    if shared.given.synthetic.release is not None and any(point.mode != ("proxy",) for point in result.points):
+        yield shared.given.synthetic.looked_at_in("search", "which candidates were made with")
+    for report in choice.at_sites:
+        told = f"the sites' own training data, in run {report.run} on their ledgers: of a candidate that was not chosen"
+        yield StepInputs(step="search", origin="sites", description=told)
+
+
 def _write_chosen(
-    measuring: Measuring, result: SearchResult, chosen: FrontPoint, observers: Sequence[Observer]
+    measuring: Measuring,
+    result: SearchResult,
+    chosen: FrontPoint,
+    at_sites: Sequence[SitesReport],
+    observers: Sequence[Observer],
 ) -> Compression:
     """Make the chosen candidate again, from the same seed, and write it with its ordinary record.
 
@@ -408,6 +428,7 @@ def _write_chosen(
             f"the chosen candidate loses {-again.difference.value:.4f} when it is made again, more than "
             f"search.loss={result.loss:g}; remove {shared.teacher.directory.root / DIRECTORY} and search again"
         )
+    own = {report.run for report in made.reports if isinstance(report, SitesReport)}
     choice = SearchChoice(
         precision=chosen.form.precision,
         loss=result.loss,
@@ -415,6 +436,8 @@ def _write_chosen(
         measure=result.measure,
         score=again.score,
         difference=again.difference,
+        at_sites=tuple(report for report in at_sites if report.run not in own),
     )
-    made = replace(made, looked_at=(*made.looked_at, shared.looked_at, result.calibration), search=choice)
+    looked = (*made.looked_at, shared.looked_at, *_others_looked_at(shared, result, choice), result.calibration)
+    made = replace(made, looked_at=looked, search=choice)
     return finish(settings, shared.teacher, student, shared.given, made)

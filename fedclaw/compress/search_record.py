@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pydantic import Field
 
 from fedclaw.compress.intervals import Difference, Interval
-from fedclaw.compress.record import Precision, StepInputs
+from fedclaw.compress.record import Precision, SitesReport, StepInputs
 from fedclaw.protocol.frozen import Frozen
 
 DIRECTORY, CANDIDATES, RESULT, PLOT = "search", "candidates.jsonl", "search.json", "search.png"
@@ -43,6 +43,8 @@ class Candidate(Frozen):
     parameters: int = Field(default=0, ge=0)
     epsilon: float | None = 0.0
     """What it cost a site beyond the run, the highest of all sites; None: no bound."""
+    at_sites: SitesReport | None = None
+    """Its recovery at the sites, which was charged for whether it is chosen or not."""
     forms: tuple[PrecisionForm, ...] = ()
     failed: str = ""
     """Why it could not be made."""

@@ -309,13 +309,19 @@ def _compression_cost(source: Source) -> str:
     if source.compression is None:
         return "none was done."
     done = [_recovery_cost(report) for report in source.compression.recovery]
-    if not done:
-        return "pruned at the coordinator by its own parameters, which cost nothing."
     releases = [
         f"{release.run} (epsilon {release.epsilon:g}, delta {release.delta:g} at each site)"
         for release in source.compression.releases
     ]
     cost = [f"it looked at the charged statistics {', '.join(releases)}, which the bound includes"] if releases else []
+    others = source.compression.search.at_sites if source.compression.search else ()
+    if others:
+        cost.append(
+            f"chosen by a search among candidates, {len(others)} more of which were recovered at the sites: what each "
+            "cost is in their runs, and part of each site's epsilon"
+        )
+    if not done and not cost:
+        return "pruned at the coordinator, which looked at no site's data and cost nothing."
     return "; ".join(["pruned at the coordinator", *done, *cost]) + "."
 
 

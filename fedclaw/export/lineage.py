@@ -260,7 +260,7 @@ class _Walk:
     def _directory_of(self, told: _Told) -> RunDirectory | None:
         if self.directory is None or told.purpose == "training":
             return self.directory
-        return recovery_of(self.directory)
+        return recovery_of(self.directory, told.run)
 
     def _other_model(self, told: _Told, record: RunRecord) -> Iterator[str]:
         manifest = self.verified.manifest
@@ -464,13 +464,14 @@ class _Walk:
         return self.directory.sha256_of(path) if path.is_file() else None
 
 
-def recovery_of(directory: RunDirectory) -> RunDirectory | None:
-    """The recovery at the sites of a run's compressed model; None if there was none, or its directory is not in the
-    run's."""
+def recovery_of(directory: RunDirectory, run: str) -> RunDirectory | None:
+    """The recovery at the sites of that name that a run's compressed model depends on; None if there was none, or its
+    directory is not in the run's."""
     try:
-        recovery = Compression.model_validate_json((directory.compressed / RECORD).read_bytes()).at_sites
+        record = Compression.model_validate_json((directory.compressed / RECORD).read_bytes())
     except (OSError, ValidationError):
         return None
+    recovery = next((report for report in record.runs_at_sites if report.run == run), None)
     if recovery is None:
         return None
     own = directory.root.resolve()

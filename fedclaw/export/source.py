@@ -92,7 +92,8 @@ class Source:
     spec: ModelSpec
     model: "nn.Module"
     receipts: tuple[Receipts, ...]
-    """Those of the training run, then those of the recovery at the sites, if there was one."""
+    """Those of the training run, then those of the recovery at the sites, if there was one, and of the recoveries of
+    candidates that a search chose among."""
     metrics: tuple[Mapping[str, Any], ...]
     compression: Compression | None
     runs: tuple[SourceRun, ...]
@@ -172,10 +173,10 @@ def load_source(directory: RunDirectory, wanted: Literal["auto", "final", "compr
     model = _fill(workload.build(spec), arrays, f"the model of {directory.root}")
     runs = [SourceRun.read(directory)]
     receipts = [Receipts(record.run, "training", _receipts(directory))]
-    if compression is not None and compression.at_sites is not None:
-        recovery = RunDirectory.open(directory.root / compression.at_sites.directory, directory.keys)
+    for at_sites in compression.runs_at_sites if compression is not None else ():
+        recovery = RunDirectory.open(directory.root / at_sites.directory, directory.keys)
         runs.append(SourceRun.read(recovery))
-        receipts.append(Receipts(compression.at_sites.run, "recovery after pruning", _receipts(recovery)))
+        receipts.append(Receipts(at_sites.run, "recovery after pruning", _receipts(recovery)))
     return Source(
         record=record,
         schema=workload.schema,

@@ -10,6 +10,7 @@ import torch
 
 from fedclaw.cli import make_console
 from fedclaw.compress import search as searching
+from fedclaw.compress.__main__ import notes
 from fedclaw.compress.intervals import Difference, Interval
 from fedclaw.compress.models import arrays_of, load_arrays
 from fedclaw.compress.record import (
@@ -36,6 +37,8 @@ from fedclaw.compress.search_record import (
 )
 from fedclaw.compress.stage import Made
 from fedclaw.errors import CompressionError, UsageError
+from fedclaw.export.bundle import _compression_cost
+from fedclaw.export.source import load_source
 from fedclaw.protocol.arrays import arrays_to_npz
 from fedclaw.server.run_directory import ReleaseUse
 
@@ -386,6 +389,39 @@ def test_epsilon_is_the_highest_of_all_sites_with_that_of_charged_statistics():
     assert searching._spent(made({"a": 1.0, "b": 2.0}, charged)) == 2.5
     assert searching._spent(made({"a": 1.0, "b": None})) is None
     assert searching._spent(made({})) is None
+    # Pruning looked at the same release, which was charged once; at it alone where there is no recovery.
+    assert searching._spent(made({"a": 1.0}, charged), (charged,)) == 1.5
+    assert searching._spent(Made(torch.nn.Linear(1, 1)), (charged,)) == 0.5
+
+
+def test_a_release_that_pruning_alone_looked_at_is_a_cost(run):
+    searched(settings_for(run, {"modes": ("none",), "loss": 0.9}))
+    record, _ = read_compressed(run)
+    assert "Privacy cost: none" in " ".join(notes(record, run.compressed))
+    used = ReleaseUse(run="statistics", epsilon=0.5, delta=1e-5)
+    looked = tuple(item.model_copy(update={"release": used}) for item in record.looked_at)
+    told = record.model_copy(update={"looked_at": looked})
+    assert "Privacy cost: that of the statistics statistics (epsilon 0.5)" in " ".join(notes(told, run.compressed))
+    source = load_source(run)
+    assert "cost nothing" in _compression_cost(source)
+    assert "which the bound includes" in _compression_cost(dataclasses.replace(source, compression=told))
+
+
+def test_what_candidates_that_were_not_chosen_cost_at_the_sites_is_part_of_the_record(run, tmp_path, monkeypatch):
+    def recover(settings, teacher, student, *rest):
+        report = SitesReport(run=f"recovery-{settings.fraction}", directory="d", rounds=1, epsilon={"north": 1.0})
+        return Made(student.model, (report,))
+
+    monkeypatch.setattr(searching, "recover", recover)
+    wanted = {"modes": ("federated",), "epsilon": 8, "loss": 0.9, "precisions": ("float32",)}
+    for overwrite in (False, True):  # the second search takes the candidates of the first
+        searched(settings_for(run, wanted, federation=tmp_path, overwrite=overwrite))
+        record, _ = read_compressed(run)
+        assert record.at_sites.run == "recovery-0.25"
+        assert [report.run for report in record.search.at_sites] == ["recovery-0.5"]
+        assert [report.run for report in record.runs_at_sites] == ["recovery-0.25", "recovery-0.5"]
+        (step,) = [item for item in record.looked_at if (item.step, item.origin) == ("search", "sites")]
+        assert "recovery-0.5" in step.description
 
 
 # Table and plot

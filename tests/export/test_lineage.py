@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedclaw.compress.record import RECORD, Compression, SitesReport
+from fedclaw.compress.intervals import Difference
+from fedclaw.compress.record import RECORD, Compression, SearchChoice, SitesReport
 from fedclaw.encryption import main as encrypt
 from fedclaw.errors import UsageError
 from fedclaw.export import layout
@@ -271,13 +272,25 @@ def test_the_compression_is_a_link_of_its_own(place):
     assert any("was not made from this run's model.npz" in line for line in wrong(walk(place, bundle="small")))
 
 
-def test_recovery_at_the_sites_is_a_run_of_its_own_on_the_same_ledgers(place):
-    """Another run of the same sites stands for it: they were charged for that, too."""
+@pytest.mark.parametrize("chosen", [True, False])
+def test_recovery_at_the_sites_is_a_run_of_its_own_on_the_same_ledgers(place, chosen):
+    """Another run of the same sites stands for it, or for that of a candidate that a search left: they were charged for
+    that, too."""
     run = RunDirectory(place / "runs" / "local")
     shutil.copytree(place / "runs" / "central", run.root / "distillation" / "central")
     told = Compression.model_validate_json((run.compressed / RECORD).read_bytes())
     report = SitesReport(run="central", directory="distillation/central", rounds=2, epsilon={})
-    (run.compressed / RECORD).write_text(told.model_copy(update={"recovery": (report,)}).model_dump_json())
+    choice = SearchChoice(
+        precision="float32",
+        loss=0.1,
+        candidates=2,
+        measure="agreement",
+        score=0.9,
+        difference=Difference(value=0, interval=None),
+        at_sites=(report,),
+    )
+    noted = {"recovery": (report,)} if chosen else {"recovery": (), "search": choice}
+    (run.compressed / RECORD).write_text(told.model_copy(update=noted).model_dump_json())
     source = load_source(run)
     bundle = shutil.copytree(run.root / "small", run.root / "recovered")
     statement = state(source.receipts, source.record.privacy, "", statistics=source.record.statistics)
@@ -303,7 +316,7 @@ def test_a_recovery_outside_of_the_runs_directory_is_not_looked_for(place, direc
     told = Compression.model_validate_json((run.compressed / RECORD).read_bytes())
     report = SitesReport(run="central", directory=directory, rounds=2, epsilon={})
     (run.compressed / RECORD).write_text(told.model_copy(update={"recovery": (report,)}).model_dump_json())
-    assert recovery_of(run) is None
+    assert recovery_of(run, "central") is None
 
 
 def test_what_others_named_is_no_command_to_a_terminal():
