@@ -38,6 +38,7 @@ from fedclaw.export.check import TrustSettings, load_trust
 from fedclaw.export.layouts.base import Deployable, Graph, laid_out
 from fedclaw.export.layouts.kserve import write_kserve
 from fedclaw.export.layouts.triton import write_triton
+from fedclaw.report.tracking import check_address
 
 SERVERS = ("triton", "kserve", "mlflow", "openvino")
 
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str]) -> None:
             "a server reads its model in the clear: plaintext=true has it written so from an encrypted bundle"
         )
     require_paths(bundle=bundle)
+    if settings.registry is not None:
+        check_address(settings.registry, "registry")
     with naming(bundle=bundle, federation=settings.federation):
         trust = load_trust(settings.ca, settings.federation, settings.crl, settings.expired, settings.key)
         graph: Graph | None = "model.onnx" if server == "openvino" else settings.graph

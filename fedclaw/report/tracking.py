@@ -35,7 +35,7 @@ _ALWAYS = "update_norm"
 _FIGURES = ("train_seconds", "evaluate_seconds", "bytes_up", "bytes_down")
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """So that a tracking server that has gone costs a round seconds; MLflow's own defaults cost it minutes."""
-_FIRST_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+FIRST_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
 """While the store is tried out, before anything has begun: a wrong one is told at once."""
 _PROBE = 5.0
 """Seconds in which the store's host must take a connection."""
@@ -118,13 +118,13 @@ def open_store(settings: TrackingSettings, runs: Path, directory: Path) -> Store
         runs.mkdir(parents=True, exist_ok=True)
     known = known_run(directory)
     try:
-        with _settings_of_mlflow(_FIRST_PATIENCE):
+        with settings_of_mlflow(FIRST_PATIENCE):
             client = MlflowClient(tracking_uri=settings.uri or f"sqlite:///{(runs / 'mlflow.db').resolve()}")
             experiment = _experiment(client, settings, runs)
             return Store(client, experiment, known if known and _holds(client, known) else None)
-    except _store_errors() as error:
+    except store_errors() as error:
         uri = settings.uri or f"sqlite:///{runs / 'mlflow.db'}"
-        raise TransportError(f"tracking.uri={_public(uri)} cannot be used: {_reason(error)}") from error
+        raise TransportError(f"tracking.uri={public(uri)} cannot be used: {reason_of(error)}") from error
 
 
 def check_reachable(settings: TrackingSettings) -> None:
@@ -132,25 +132,27 @@ def check_reachable(settings: TrackingSettings) -> None:
 
     Asked before MLflow is imported.
     """
-    uri = settings.uri
-    if not uri or uri == NO_TRACKING:
-        return
+    if settings.uri and settings.uri != NO_TRACKING:
+        check_address(settings.uri, "tracking.uri", "; correct it, or use tracking=none")
+
+
+def check_address(uri: str, setting: str, advice: str = "") -> None:
+    """The same for the store at `uri`, which `setting` names."""
+    named = f"{setting}={public(uri)}"
     try:
         parts = urlsplit(uri)
         scheme, host, port = parts.scheme.partition("+")[0], parts.hostname, parts.port
     except ValueError as error:
-        raise TransportError(f"tracking.uri={_public(uri)} is not a usable address: {error}") from error
+        raise TransportError(f"{named} is not a usable address: {error}") from error
     if scheme in {"http", "https"} and not host:
-        raise TransportError(f"tracking.uri={_public(uri)} names no host; it is written http://HOST:PORT")
+        raise TransportError(f"{named} names no host; it is written http://HOST:PORT")
     if scheme not in _PORTS or not host or (scheme in getproxies() and not proxy_bypass(host)):
         return
     try:
         socket.create_connection((host, port or _PORTS[scheme]), timeout=_PROBE).close()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise TransportError(
-            f"tracking.uri={_public(uri)} cannot be reached: {reason}; correct it, or use tracking=none"
-        ) from error
+        raise TransportError(f"{named} cannot be reached: {reason}{advice}") from error
 
 
 def known_run(directory: Path) -> str | None:
@@ -308,7 +310,7 @@ class MlflowTracker:
                 yield
         except Exception as error:
             if not self._lost:
-                log.warning("MLflow failed and the run goes on without it: %s", _reason(error))
+                log.warning("MLflow failed and the run goes on without it: %s", reason_of(error))
             self._lost += 1
 
     def _say_what_was_lost(self) -> None:
@@ -335,7 +337,7 @@ def make_tracker(
 
 
 @contextmanager
-def _settings_of_mlflow(values: dict[str, str]) -> Iterator[None]:
+def settings_of_mlflow(values: dict[str, str]) -> Iterator[None]:
     """MLflow reads its settings from the environment; those that the user made there are left alone."""
     made = [name for name in values if name not in os.environ]
     os.environ.update({name: values[name] for name in made})
@@ -369,7 +371,7 @@ def _holds(client: "MlflowClient", run_id: str) -> bool:
     return True
 
 
-def _store_errors() -> tuple[type[Exception], ...]:
+def store_errors() -> tuple[type[Exception], ...]:
     """What MLflow's stores raise, a missing database driver included; imported late, for they take a second."""
     from mlflow.exceptions import MlflowException
     from requests import RequestException
@@ -378,12 +380,12 @@ def _store_errors() -> tuple[type[Exception], ...]:
     return (MlflowException, RequestException, SQLAlchemyError, OSError, ImportError, ValueError)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """One line, without the parts of a URL that may be a password."""
-    return f"{type(error).__name__}: {_public(' '.join(str(error).split()))[:300]}"
+    return f"{type(error).__name__}: {public(' '.join(str(error).split()))[:300]}"
 
 
-def _public(text: str) -> str:
+def public(text: str) -> str:
     """`text` with the user part of every URL in it replaced."""
     return re.sub(r"://[^/\s@]*@", "://...@", text)
 

@@ -334,13 +334,68 @@ def test_mlflow_registers_versions_and_moves_the_alias(table_bundle, lay_out, tm
     assert client.get_model_version("heart", "1").tags["run"] == "table"
 
 
+@pytest.mark.parametrize(
+    ("registry", "message"),
+    [
+        ("foo://me:SECRET@host", "registry at foo://...@host refuses"),
+        ("postgresql://me:SECRET@127.0.0.1:1/db", "registry=postgresql://...@127.0.0.1:1/db cannot be reached"),
+        ("http://me:SECRET@127.0.0.1:1/", "registry=http://...@127.0.0.1:1/ cannot be reached"),
+        ("oracle+nothing://me:SECRET@127.0.0.1/db", "registry at oracle+nothing://...@127.0.0.1/db refuses"),
+    ],
+)
+def test_a_registry_that_fails_is_one_error_without_its_password(registry, message, table_bundle, lay_out):
+    pytest.importorskip("mlflow")
+    with pytest.raises(FedClawError) as caught:
+        lay_out("mlflow", table_bundle, register_as="heart", registry=registry)
+    told = str(caught.value)
+    assert message in told
+    assert "SECRET" not in told
+    assert "\n" not in told
+
+
+def test_a_registered_name_may_hold_a_quote(table_bundle, lay_out, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    registry = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    lay_out("mlflow", table_bundle, register_as='"king\'s"', registry=registry)
+    assert mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry).get_model_version("king's", "1")
+
+
+def test_mlflow_says_nothing_of_its_own_while_a_layout_is_written(table_bundle, lay_out, recwarn):
+    pytest.importorskip("mlflow")
+    lay_out("mlflow", table_bundle)
+    assert [str(item.message) for item in recwarn if item.category is UserWarning] == []
+
+
+def test_what_a_data_frame_may_hold_is_answered_as_the_reader_answers_it(table_bundle, lay_out):
+    mlflow, pandas = pytest.importorskip("mlflow"), pytest.importorskip("pandas")
+    model = mlflow.pyfunc.load_model(str(lay_out("mlflow", table_bundle)))
+
+    def asked(smoker, ward=("surgery", "medicine")):
+        frame = pandas.DataFrame({"age": [61.0, 44.0]}).assign(smoker=smoker, ward=ward)
+        return model.predict(frame)["probability of benign"].tolist()
+
+    expected = asked(["yes", ""])
+    for same_cells in (
+        pandas.array(["yes", pandas.NA], "string"),
+        pandas.Series([True, None], dtype=object),
+        pandas.Series([" YES\t", np.nan], dtype=object),
+        pandas.Series([1, None], dtype=object),
+    ):
+        assert asked(same_cells) == expected
+    assert asked(["yes", ""], ["surgery ", " medicine"]) == expected
+    moments = pandas.Series([pandas.Timestamp("2024-01-31"), None], dtype=object)
+    with pytest.raises(TypeError, match="'smoker' takes text, and holds a Timestamp"):
+        asked(moments)
+
+
 def test_the_mlflow_model_holds_no_pickle_and_nothing_of_this_machine(table_bundle, lay_out):
     directory = lay_out("mlflow", table_bundle)
     names = {path.name for path in directory.rglob("*")}
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".cloudpickle"))]
     for path in directory.rglob("*"):
         if path.is_file() and path.suffix not in (".onnx", ".pyc"):
-            assert str(directory.parent) not in path.read_text(errors="replace"), path
+            for ours in (directory.parent, Path(layouts_command.__file__).parent, Path.home(), sys.prefix):
+                assert f"{ours}/" not in path.read_text(errors="replace"), path
 
 
 def test_openvino_reports_to_nobody(table_bundle, home, tmp_path):

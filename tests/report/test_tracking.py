@@ -269,7 +269,7 @@ def test_a_wrong_uri_is_one_line_at_once(run, uri, message):
 
 def test_a_server_that_takes_connections_and_says_nothing_is_given_up(run, monkeypatch):
     """The port is open, so only MLflow's own request finds it out; its patience is left as it was."""
-    monkeypatch.setitem(tracking._FIRST_PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setitem(tracking.FIRST_PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     for name in tracking._PATIENCE:
         monkeypatch.delenv(name, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as mute:

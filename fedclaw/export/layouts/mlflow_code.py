@@ -55,12 +55,16 @@ def _values(series: Any, column: dict[str, Any]) -> Any:
     if column["dtype"] != "string":
         return series.to_numpy(dtype=column["dtype"], na_value=np.nan).reshape(-1, 1)
     missing = column["missing"] or ""
-    texts = [missing if value is None or value != value else _text(value) for value in series.tolist()]
+    cells = zip(series.tolist(), series.isna().tolist(), strict=True)
+    texts = [missing if absent else _text(value, column["name"]) for value, absent in cells]
     return np.array(texts, dtype=object).reshape(-1, 1)
 
 
-def _text(value: Any) -> str:
-    return unicodedata.normalize("NFC", str(value))
+def _text(value: Any, name: str) -> str:
+    """As the graph compares it. Raises TypeError for what could be written in more ways than it knows, as a time."""
+    if not isinstance(value, str | bool | int | float):
+        raise TypeError(f"column {name!r} takes text, and holds a {type(value).__name__}")
+    return unicodedata.normalize("NFC", str(value)).strip()
 
 
 mlflow.models.set_model(Pipeline())

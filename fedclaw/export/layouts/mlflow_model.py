@@ -21,6 +21,7 @@ from fedclaw.export.layouts.base import Deployable
 from fedclaw.files import write_atomic
 from fedclaw.learning.preprocessing import TypedColumn
 from fedclaw.progress import quieter
+from fedclaw.report.tracking import FIRST_PATIENCE, public, reason_of, settings_of_mlflow, store_errors
 
 CODE = Path(__file__).with_name("mlflow_code.py")
 RUNS_WITH = ("mlflow", "onnxruntime", "numpy", "pandas")
@@ -55,30 +56,45 @@ def write_mlflow(deployable: Deployable, directory: Path) -> None:
 
 
 def _leave_out_where_files_were(path: Path) -> None:
-    """MLflow notes where each artifact was copied from: a directory of this machine, which is gone already."""
+    """MLflow notes where it copied each artifact and the code from: directories of this machine.
+
+    Of the code's path MLflow itself reads the name alone.
+    """
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for artifact in told["flavors"]["python_function"]["artifacts"].values():
+    flavor = told["flavors"]["python_function"]
+    for artifact in flavor["artifacts"].values():
         artifact["uri"] = artifact["path"]
+    flavor["model_code_path"] = CODE.name
     write_atomic(path, yaml.safe_dump(told, sort_keys=False).encode())
 
 
 def register(directory: Path, name: str, alias: str | None, registry: str, provenance: dict[str, str]) -> int:
     """Register the model in `directory` as the next version of `name` and return that; `alias` points to it then.
 
-    Raises BundleError when the registry refuses.
+    Raises BundleError, without the password in the registry's address, when the registry refuses or fails.
     """
     mlflow = _mlflow()
-    with _quietly():
+    with _quietly(), settings_of_mlflow(FIRST_PATIENCE):
         try:
             client = mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
-            if not client.search_registered_models(f"name = '{name}'"):
-                client.create_registered_model(name)
+            _have_name(mlflow, client, name)
             made = client.create_model_version(name, str(directory.resolve()), tags=provenance)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, made.version)
-        except mlflow.exceptions.MlflowException as error:
-            raise BundleError(f"the registry at {registry} refuses: {' '.join(str(error).split())[:300]}") from error
+        except store_errors() as error:
+            raise BundleError(
+                f"{directory} is written and not registered: the registry at {public(registry)} refuses: "
+                f"{reason_of(error)}"
+            ) from error
     return int(made.version)
+
+
+def _have_name(mlflow: Any, client: Any, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def _mlflow() -> Any:
@@ -128,6 +144,9 @@ _NUMPY = {"string": "str", "bool": "bool", "float32": "float32"}
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """MLflow says at length what it guesses; errors are raised as usual."""
-    with quieter(logging.ERROR, *_CHATTY), warnings.catch_warnings(action="ignore"):
+    """MLflow says at length what it guesses; errors are raised as usual.
+
+    Warnings are collected, and nobody looks at them: MLflow sets filters of its own, which would show them.
+    """
+    with quieter(logging.ERROR, *_CHATTY), warnings.catch_warnings(record=True):
         yield
