@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 PLAIN_WIDTH = 132
 """Columns when the output is a file or a pipe."""
+_SECRET = re.compile(r"(?<![A-Za-z0-9+/])[A-Za-z0-9+/]{43}(?:=|(?![A-Za-z0-9+/]))")
+"""32 bytes as base64, as keys are kept in files and in the environment."""
+_LOGIN = re.compile(r"(?<=://)[^/\s@]*(?=@)")
 _PKCS11 = re.compile(r"pkcs11:[^'\\\s]+")
 """A PKCS#11 URI, whose = and ; mean something else to Hydra."""
 _LIKE_A_NUMBER = re.compile(r"[-+]?[0-9][0-9_.eE+-]*|true|false|yes|no|on|off", re.IGNORECASE)
@@ -304,6 +307,14 @@ def _kinds(annotation: Any) -> Iterator[Any]:
         yield from _kinds(part)
 
 
+def _without_key(override: str) -> str:
+    """What was typed, as it may be repeated: without an encryption key, and without who logs in at an address."""
+    name, equals, _ = override.partition("=")
+    if equals and name.endswith("key"):
+        return f"{name}=…"
+    return _LOGIN.sub("...", _SECRET.sub("…", override))
+
+
 def _wrong_configuration(
     error: HydraException | OmegaConfBaseException, config_name: str, overrides: Sequence[str]
 ) -> UsageError:
@@ -311,8 +322,9 @@ def _wrong_configuration(
     if isinstance(error, MissingMandatoryValue):
         return UsageError(f"{error.full_key}= is missing and has no default")
     if isinstance(error, OverrideParseException):
+        typed = _without_key(str(error.override))
         return UsageError(
-            f"cannot read {error.override!r}: a value with spaces or special characters is quoted twice, "
+            f"cannot read {typed!r}: a value with spaces or special characters is quoted twice, "
             """as in 'name="two words"'"""
         )
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
@@ -322,7 +334,8 @@ def _wrong_configuration(
     text = " ".join(str(error).split())
     if unknown := re.match(r"Could not override '([^']+)'", text):
         near = did_you_mean(unknown[1], _keys(config_name, overrides))
-        return UsageError(f"configuration: there is no setting {unknown[1]}{near}; see conf/ for those that there are")
+        name = _without_key(unknown[1])
+        return UsageError(f"configuration: there is no setting {name}{near}; see conf/ for those that there are")
     return UsageError(f"configuration: {_plain(text)}")
 
 

@@ -1,6 +1,7 @@
 """Files that are either whole or not there, and keys that only their owner can read."""
 
 import errno
+import glob
 import hashlib
 import os
 import tempfile
@@ -11,6 +12,8 @@ from typing import BinaryIO
 
 PRIVATE_MODE = 0o600
 PUBLIC_MODE = 0o644
+_RANDOM = "[a-z0-9_]" * 8
+"""What `tempfile` adds to a name, as a glob."""
 
 
 def write_atomic(path: Path, content: bytes, mode: int = PUBLIC_MODE) -> None:
@@ -45,6 +48,12 @@ def replacing(path: Path, mode: int = PUBLIC_MODE) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed inside `replacing` left of `path`. Nobody may be writing it now."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_RANDOM}"):
+        left.unlink(missing_ok=True)
 
 
 def write_all(descriptor: int, data: bytes, offset: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """What a person sees who makes a mistake: one clear line, the right exit code, no traceback."""
 
+import base64
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedclaw.cli import compose_settings, config_directory, split
+from fedclaw.encryption import EncryptionCommand
 from fedclaw.errors import UsageError
 from fedclaw.server.__main__ import ServerSettings
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
@@ -248,3 +250,27 @@ assert not {"hydra", "omegaconf", "fedclaw.cli"} & set(sys.modules), sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "key={key}",
+        "new_key=[{key},file:other]",
+        "kye={key}",
+        "{key}",
+        "{bare}",
+        "{bare}=1",
+        "encryption.key=env:{key}",
+        "key={half}=",
+        "output=x=http://me:{half}@host",
+    ],
+)
+def test_a_key_in_the_place_of_its_source_is_not_repeated(word: str) -> None:
+    """32 bytes as base64 end in '=', which Hydra cannot read: it would be told of in an error."""
+    key = base64.b64encode(bytes(range(100, 132))).decode()
+    bare, half = key.rstrip("="), key[:20]
+    with pytest.raises(UsageError) as caught:
+        compose_settings("encryption", [word.format(key=key, bare=bare, half=half)], EncryptionCommand)
+    assert half not in str(caught.value)
+    assert "\n" not in str(caught.value)

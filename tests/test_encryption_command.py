@@ -116,6 +116,26 @@ def test_a_rekey_that_stops_half_way_is_gone_on_with(
     assert not [path for path in run.root.rglob(".*") if path.is_file()]
 
 
+@pytest.mark.parametrize("word", ["rekey", "decrypt-to-disk"])
+def test_what_a_killed_command_left_is_gone_after_the_next(word: str, tmp_path: Path, keys: dict[str, str]) -> None:
+    """In a bundle a file more would be one that was added after signing; of decrypt-to-disk, it is in the clear."""
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    names = ["SHA256SUMS", "model.onnx", "schema.json"]
+    for name in names:
+        (bundle / name).write_bytes(name.encode() * 1000)
+    encryption.main(["seal", str(bundle), f"key={keys['a']}"])
+    (bundle / ".model.onnx.not-ours").touch()
+    command = [word, str(bundle), f"key={keys['a']}", *([f"new_key={keys['b']}"] if word == "rekey" else [])]
+    if not (child := os.fork()):
+        rekey.os.utime = lambda *_, **__: os._exit(9)  # type: ignore[assignment] # the first file is written, not renamed
+        encryption.main(command)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert [path.name[:-8] for path in bundle.iterdir() if path.name.startswith(".S")] == [".SHA256SUMS."]
+    encryption.main(command)
+    assert sorted(path.name for path in bundle.iterdir()) == sorted([".model.onnx.not-ours", *names])
+
+
 def test_with_a_key_a_plain_model_that_was_planted_is_refused(tmp_path: Path, keys: dict[str, str]) -> None:
     run = make_run(tmp_path / "demo", load_keyring(keys["a"]))
     planted = make_run(tmp_path / "other")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from fedclaw.files import replacing
+from fedclaw.files import remove_leftovers, replacing
 from fedclaw.identity.at_rest import FileStore, Header, begins_with_magic
 from fedclaw.identity.data_keys import Keyring
 
@@ -106,8 +106,10 @@ class Decrypt:
 def change_file(path: Path, name: str, change: Change) -> bool:
     """Make the file at `path` anew, with its mode and its times; whether there was anything to do.
 
-    Raises EncryptionError or OSError; the file is then as it was.
+    What a change that was killed left beside it goes: a bundle with one more file is none, and of `Decrypt` it is in
+    the clear. Raises EncryptionError or OSError; the file is then as it was.
     """
+    remove_leftovers(path)
     with path.open("rb") as source:
         status = os.fstat(source.fileno())
         if not change.needed(source):

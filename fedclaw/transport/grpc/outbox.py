@@ -35,7 +35,7 @@ from flwr.app import Error
 from google.protobuf.message import DecodeError
 
 from fedclaw.errors import TransportError
-from fedclaw.files import replacing, sync_data, sync_directory, write_all
+from fedclaw.files import remove_leftovers, replacing, sync_data, sync_directory, write_all
 from fedclaw.identity.at_rest import PLAIN, FileStore
 from fedclaw.identity.rekey import Change
 from fedclaw.identity.seal import SEGMENT, Sealed
@@ -368,6 +368,7 @@ def _reply_files(directory: Path) -> list[Path]:
 
 
 def _change_trailer(path: Path, change: Change) -> bool:
+    remove_leftovers(path)
     with path.open("rb") as file, suppress(DecodeError):
         trailer, room = _trailer(file.fileno())
         source, made = io.BytesIO(trailer), io.BytesIO()
