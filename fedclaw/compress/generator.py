@@ -118,8 +118,8 @@ class Generator:
         return torch.cat([new, *(self._bank[place][None] for place in places)])
 
     def kept(self) -> torch.Tensor:
-        """The bank, (N, *D): what it made, the last of it."""
-        return torch.stack(list(self._bank))
+        """The bank, (N, *D): what it made, the last of it; nothing where its share of no batch was one input."""
+        return torch.stack(list(self._bank)) if self._bank else self._low.new_zeros((0, *self._low.shape))
 
     def _make(self, count: int) -> torch.Tensor:
         latent = torch.randn(count, self._settings.latent, generator=self._random).to(self._low.device)

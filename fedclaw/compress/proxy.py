@@ -285,7 +285,7 @@ def recover_by_proxy(
         base = inputs.values.to(next(student.parameters()).device)
         generator = Generator(teacher.model, base, teacher.workload.task, made, settings.seed)
     recovered = recover_on(teacher, student, inputs.values, recovery, settings.seed, labelled, generator)
-    if generator is not None:
+    if generator is not None and len(generator.kept()):
         told = f"{inputs.description}, and those of a generator trained against the teacher"
         values = torch.cat([inputs.values, generator.kept().cpu()])
         inputs = replace(inputs, values=values, description=told)

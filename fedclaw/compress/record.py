@@ -77,6 +77,16 @@ Precision = Literal["float32", "int8", "float16"]
 """What an exported model computes in."""
 
 
+def require_consistent(mode: tuple[Mode, ...]) -> None:
+    """Raise ValueError where these kinds of recovery, one after the other, mean nothing."""
+    if not mode:
+        raise ValueError("mode=[] names no recovery; to prune only is mode=none")
+    if len(set(mode)) < len(mode):
+        raise ValueError(f"mode=[{','.join(mode)}] names one kind of recovery twice")
+    if "none" in mode and len(mode) > 1:
+        raise ValueError("mode=none is no recovery at all, and stands alone")
+
+
 class SearchSettings(Frozen):
     """Which compressions `search` tries, and by what it chooses among them."""
 
@@ -99,7 +109,16 @@ class SearchSettings(Frozen):
     def _words(cls, value: Any) -> Any:
         if isinstance(value, str):
             return ((value,),)
-        return value if value is None else tuple((item,) if isinstance(item, str) else item for item in value)
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple((item,) if isinstance(item, str) else item for item in value)
+
+    @field_validator("modes")
+    @classmethod
+    def _each_consistent(cls, value: tuple[tuple[Mode, ...], ...] | None) -> tuple[tuple[Mode, ...], ...] | None:
+        for mode in value or ():
+            require_consistent(mode)
+        return value
 
 
 class SiteRecovery(CohortWaiting):
@@ -154,7 +173,7 @@ class CompressSettings(Frozen):
     latency_repeats: int = Field(default=100, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the recovery at the coordinator computes; auto takes CUDA if there."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 62)
     encryption: EncryptionSettings = EncryptionSettings()
     """How the run's files are encrypted at rest; what is written into its directory is encrypted alike."""
 
@@ -172,12 +191,7 @@ class CompressSettings(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.mode:
-            raise ValueError("mode=[] names no recovery; to prune only is mode=none")
-        if len(set(self.mode)) < len(self.mode):
-            raise ValueError(f"mode=[{','.join(self.mode)}] names one kind of recovery twice")
-        if "none" in self.mode and len(self.mode) > 1:
-            raise ValueError("mode=none is no recovery at all, and stands alone")
+        require_consistent(self.mode)
         if "federated" in self.mode and self.federation is None:
             raise ValueError("mode=federated needs federation=DIR, the coordinator's federation directory")
         modes = {*self.mode, *(word for mode in self.search.modes or () for word in mode)}

@@ -53,7 +53,7 @@ from fedclaw.compress.search_record import (
     weigh,
 )
 from fedclaw.compress.stage import Given, Made, finish, read_given, recover, student_of
-from fedclaw.errors import CompressionError, UsageError
+from fedclaw.errors import BundleError, CompressionError, FedClawError, UsageError
 from fedclaw.files import PUBLIC_MODE, write_atomic
 from fedclaw.learning.workload import Floats
 from fedclaw.privacy.mechanisms.choice import mechanism_of
@@ -69,7 +69,7 @@ class Runtime(Protocol):
     """Writes a model as it would be served, and runs that."""
 
     def forms(self, model: nn.Module, precisions: Sequence[Precision]) -> dict[Precision, bytes]:
-        """The model's file in each precision that it can have, float32 always."""
+        """The model's file in each of these precisions that it can have; float32 it always can. Raises BundleError."""
 
     def outputs(self, content: bytes, inputs: Floats) -> Floats:
         """Inputs (N, *D) to the raw outputs (N, K)."""
@@ -117,6 +117,16 @@ def modes_of(settings: CompressSettings) -> tuple[tuple[Mode, ...], ...]:
     if settings.search.modes is not None:
         return settings.search.modes
     return (("none",), ("synthetic",), *((("proxy",),) if settings.inputs or settings.labelled else ()))
+
+
+def require_fractions(settings: CompressSettings) -> None:
+    """Raise UsageError where another target would make all fractions one and the same model."""
+    kind = settings.pruning.target(settings.fraction).kind
+    if kind != "parameters":
+        raise UsageError(
+            f"pruning.{kind}= is the target of one compression, and a search tries search.fractions of the parameters; "
+            "leave it out"
+        )
 
 
 def _selection_file(settings: CompressSettings, teacher: Teacher, given: Given) -> PublicFile:
@@ -211,6 +221,7 @@ def search(
 
     Raises CompressionError when no candidate is within the loss; <run>/search is written all the same.
     """
+    require_fractions(settings)
     run = RunDirectory.open(settings.run, settings.encryption.keyring())
     require_room(run, settings.overwrite)
     if told := require_allowed(settings, run):
@@ -298,16 +309,27 @@ def _candidate(
     try:
         student = student_of(settings, shared.teacher, shared.given)
     except CompressionError as error:
-        log.warning("left out: %s", error)
-        return Candidate(**about, failed=str(error))
-    made = recover(settings, shared.teacher, student, shared.given, observers)
-    return Candidate(
-        **about,
-        parameters=student.parameters_after,
-        epsilon=_spent(made, student.looked_at),
-        at_sites=next((report for report in made.reports if isinstance(report, SitesReport)), None),
-        forms=measuring.forms(made.model),
-    )
+        return _left_out(error, about)
+    try:
+        made = recover(settings, shared.teacher, student, shared.given, observers)
+    except CompressionError as error:
+        if "federated" in settings.mode:  # the sites may have been charged, and that is not to be forgotten
+            raise
+        return _left_out(error, about)
+    about |= {
+        "parameters": student.parameters_after,
+        "epsilon": _spent(made, student.looked_at),
+        "at_sites": next((report for report in made.reports if isinstance(report, SitesReport)), None),
+    }
+    try:
+        return Candidate(**about, forms=measuring.forms(made.model))
+    except (BundleError, CompressionError) as error:
+        return _left_out(error, about)
+
+
+def _left_out(error: FedClawError, about: dict[str, Any]) -> Candidate:
+    log.warning("left out: %s", error)
+    return Candidate(**about, failed=str(error))
 
 
 _NOT_OF_A_CANDIDATE = {
@@ -333,7 +355,7 @@ def _digest(measuring: Measuring, settings: CompressSettings) -> str:
         "teacher": shared.teacher.sha256,
         "selection": shared.looked_at.model_dump(mode="json"),
         "calibration": measuring.runtime.calibration.model_dump(mode="json"),
-        "files": files,
+        "files": [*files, shared.given.synthetic.sha256],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
@@ -422,11 +444,14 @@ def _write_chosen(
     log.info("making the chosen one again: fraction %g, %s", chosen.fraction, "+".join(chosen.mode))
     student: Student = student_of(settings, shared.teacher, shared.given)
     made = recover(settings, shared.teacher, student, shared.given, observers)
-    again = {form.precision: form for form in measuring.forms(made.model)}[chosen.form.precision]
+    again = {form.precision: form for form in measuring.forms(made.model)}.get(chosen.form.precision)
+    remade = f"remove {shared.teacher.directory.root / DIRECTORY} and search again"
+    if again is None:
+        raise CompressionError(f"the chosen candidate has no {chosen.form.precision} when it is made again; {remade}")
     if again.difference.value < -result.loss - ROUNDING:
         raise CompressionError(
             f"the chosen candidate loses {-again.difference.value:.4f} when it is made again, more than "
-            f"search.loss={result.loss:g}; remove {shared.teacher.directory.root / DIRECTORY} and search again"
+            f"search.loss={result.loss:g}; {remade}"
         )
     own = {report.run for report in made.reports if isinstance(report, SitesReport)}
     choice = SearchChoice(

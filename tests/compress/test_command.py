@@ -40,6 +40,7 @@ def run(make_run, trained):
         (["mode=[proxy,proxy]"], UsageError, "names one kind of recovery twice"),
         (["mode=[none,proxy]"], UsageError, "mode=none is no recovery at all"),
         (["mode=[]"], UsageError, "mode=[] names no recovery; to prune only is mode=none"),
+        (["seed=99999999999999999999"], UsageError, "seed: Input should be less than"),
         (["statistics=x"], UsageError, "statistics= belongs to mode=synthetic"),
         (["mode=federated", "federation=/no/such"], ProvisionError, "/no/such is not a federation directory"),
         (["device=cuda"], UsageError, "torch sees no CUDA device"),

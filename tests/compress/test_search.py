@@ -36,7 +36,7 @@ from fedclaw.compress.search_record import (
     weigh,
 )
 from fedclaw.compress.stage import Made
-from fedclaw.errors import CompressionError, UsageError
+from fedclaw.errors import BundleError, CompressionError, UsageError
 from fedclaw.export.bundle import _compression_cost
 from fedclaw.export.source import load_source
 from fedclaw.protocol.arrays import arrays_to_npz
@@ -313,6 +313,41 @@ def test_a_fraction_that_cannot_be_is_left_out_and_said(run, digits):
     assert any("Left out: fraction 0.001, proxy" in note for note in selected(result))
     with pytest.raises(CompressionError, match="no candidate could be made"):
         searched(settings_for(run, {"fractions": (0.001,), "modes": ("proxy",)}, inputs=digits.public, overwrite=True))
+
+
+def test_a_candidate_that_cannot_be_recovered_or_served_is_left_out_and_said(run, digits, monkeypatch):
+    real, forms = searching.recover, TorchRuntime.forms
+
+    def recover(settings, *rest):
+        if settings.fraction == 0.25:
+            raise CompressionError("recovery diverged")
+        return real(settings, *rest)
+
+    def some(self, model, precisions):
+        if "int8" in precisions and sum(value.numel() for value in model.parameters()) < 2000:
+            raise BundleError("the model cannot be quantised to 8 bits")
+        return forms(self, model, precisions)
+
+    monkeypatch.setattr(searching, "recover", recover)
+    monkeypatch.setattr(TorchRuntime, "forms", some)
+    wanted = {"modes": ("none",), "fractions": (0.7, 0.25, 0.15), "loss": 0.9}
+    result = searched(settings_for(run, wanted, inputs=None))
+    assert {point.fraction for point in result.points} == {0.7}
+    assert result.failed == {
+        "fraction 0.25, none": "recovery diverged",
+        "fraction 0.15, none": "the model cannot be quantised to 8 bits",
+    }
+
+
+def test_a_recovery_at_the_sites_that_fails_ends_the_search(run, tmp_path, monkeypatch):
+    """What the sites were charged for it would otherwise be in no record."""
+
+    def recover(*_):
+        raise CompressionError("diverged")
+
+    monkeypatch.setattr(searching, "recover", recover)
+    with pytest.raises(CompressionError, match=r"^diverged$"):
+        searched(at_sites(run, tmp_path, 8))
 
 
 def test_a_chosen_candidate_that_comes_out_otherwise_is_not_written(run, digits, monkeypatch):

@@ -73,6 +73,11 @@ def test_without_a_candidate_within_the_loss_the_front_is_printed_all_the_same(r
         (["search", "search.modes=[magic]"], "search.modes.0.0: Input should be"),
         (["search", "search.selection=/no/such.csv"], "search.selection=/no/such.csv: no such file or directory"),
         (["search", "search.precisions=[int4]"], "search.precisions.0: Input should be"),
+        (["search", "search.modes=5"], "search.modes: Input should be a valid tuple"),
+        (["search", "search.modes=[[]]"], "mode=[] names no recovery"),
+        (["search", "search.modes=[[none,proxy]]"], "mode=none is no recovery at all, and stands alone"),
+        (["search", "search.modes=[[proxy,proxy]]"], "names one kind of recovery twice"),
+        (["search", "pruning.multiply_adds=0.5"], "pruning.multiply_adds= is the target of one compression"),
         (["search", "search.modes=[federated]"], "search.modes names federated, which needs federation=DIR"),
     ],
 )

@@ -280,6 +280,12 @@ def test_a_generator_that_diverges_is_one_clear_error():
         generator.inputs(teacher, 4)
 
 
+def test_a_share_of_no_batch_makes_nothing_and_is_not_told(clinic):
+    step = next(item for item in clinic(generator=GeneratorSettings(share=0.01)).looked_at if item.step == "recovery")
+    assert step.examples == 300
+    assert "generator" not in step.description
+
+
 def test_a_number_is_recovered_without_data_too(make_run):
     definition = {
         "columns": [{"name": f"x{i}", "kind": "numeric", "range": [-1, 1]} for i in range(4)],
