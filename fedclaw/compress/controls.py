@@ -2,7 +2,8 @@
 
 - *fine-tuned without teacher*: the pruned net, trained on labels;
 - *trained from scratch*: a net of the same shapes with random parameters, trained on the same labels;
-- *distilled from scratch*: such a net, recovered from the teacher exactly as the pruned one was.
+- *distilled from scratch*: such a net, recovered from the teacher at the coordinator, by the same losses on the inputs
+  that the pruned one's last recovery there saw. What a generator made is among them; none is trained against this net.
 
 The first says what the teacher is worth, the second what a small model is worth by itself, the third what the pruned
 parameters are worth. Labels are those of public data where there is such. Without it the teacher's own answers on the

@@ -162,12 +162,24 @@ def _before(settings: CompressSettings) -> dict[str, Any]:
     """All that the student which the sites get to train depends on beside the teacher and its own shapes."""
     earlier = settings.mode[: settings.mode.index("federated")] if "federated" in settings.mode else ()
     pruned = {} if settings.pruning == PruningSettings() else {"pruning": settings.pruning.model_dump(mode="json")}
+    if not earlier and settings.pruning.steps > 1 and settings.mode != ("federated",):
+        earlier = settings.mode  # a recovery that comes after the sites is the one between the steps of pruning, too
     if not earlier:
-        return pruned
-    used = pruned | settings.model_dump(mode="json", include={"recovery", "synthetic", "generator", "overlap"})
-    files = {name: getattr(settings, name) for name in ("inputs", "labelled", "evaluation", "statistics")}
-    digests = {name: content_digest(path) for name, path in files.items() if path is not None}
-    return {"before": {"modes": earlier, "files": digests, **used}}
+        # A spread shows in the widths, and those are in the model's spec; which channels are left does not.
+        ranked = settings.pruning.importance in ("taylor", "teacher")
+        return pruned | ({"looked": _used(settings, {"synthetic"}, ("statistics",))} if ranked else {})
+    used = _used(settings, _AT_COORDINATOR, ("inputs", "labelled", "evaluation", "statistics"))
+    return {"before": {"modes": earlier, **pruned, **used}}
+
+
+_AT_COORDINATOR = {"recovery", "synthetic", "generator", "overlap"}
+
+
+def _used(settings: CompressSettings, values: set[str], files: Sequence[str]) -> dict[str, Any]:
+    """The values of these settings, and the digests of what is in these files."""
+    paths = {name: getattr(settings, name) for name in files}
+    digests = {name: content_digest(path) for name, path in paths.items() if path is not None}
+    return {"files": digests, **settings.model_dump(mode="json", include=values)}
 
 
 def _digest(record: RunRecord, teacher: Teacher, before: Mapping[str, Any]) -> str:
@@ -200,7 +212,8 @@ def _compare_at_sites(
         )
     score = teacher.workload.task.score
     return SitesFigures(
-        after.examples, *(at_sites(asked.read().metrics, score, asked.examples) for asked in (before, start, after))
+        after.examples,
+        *(at_sites(asked.read().metrics, score, asked.examples, asked.noised) for asked in (before, start, after)),
     )
 
 

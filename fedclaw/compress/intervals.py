@@ -10,11 +10,11 @@ over examples, both models on the same ones.
 
 All take examples for independent draws. Rows of one person are not: with several of a person an interval is too narrow.
 
-Legend: N examples, (B, N) row numbers of B resamples.
+Legend: N examples, B resamples.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -103,9 +103,11 @@ def _upper(gained: int, lost: int, count: int) -> float:
     return float(brentq(excess, estimate + _BESIDE * (1 - estimate), 1.0))
 
 
-def resamples(count: int, seed: int = 0) -> NDArray[np.int64]:
-    """(B, N) row numbers, drawn with replacement: the same for the same seed, so that models are compared on them."""
-    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+def resamples(count: int, seed: int = 0) -> Iterator[Indices]:
+    """B times (N,) row numbers, drawn with replacement: the same for the same seed, so that models are compared on
+    them. One after the other: all of a million rows together would be 8 GB."""
+    random = np.random.default_rng(seed)
+    return (random.integers(0, count, count) for _ in range(RESAMPLES))
 
 
 def of_bootstrap(score: Score, count: int, seed: int = 0) -> Interval | None:

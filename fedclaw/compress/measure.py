@@ -119,17 +119,19 @@ class SitesFigures:
     after: Scored
 
 
-def at_sites(metrics: dict[str, float], score: str, examples: int) -> Scored:
-    """Figures of a federated evaluation over so many examples; an accuracy with noise on it has no interval."""
+def at_sites(metrics: dict[str, float], score: str, examples: int, noised: bool) -> Scored:
+    """Figures of a federated evaluation over so many examples; an accuracy with noise on it has no interval, though it
+    be a whole count because the noise was cut off at what there can be."""
     right = metrics[score] * examples
-    whole = score == ACCURACY and 0 <= right <= examples and abs(right - round(right)) < 1e-6 * examples
+    whole = not noised and score == ACCURACY and 0 <= right <= examples and abs(right - round(right)) < 1e-6 * examples
     return Scored(metrics, of_proportion(round(right), examples) if whole else None)
 
 
-def verdict(score: str, controls: tuple[Control, ...], asked: bool) -> str:
+def verdict(score: str, controls: tuple[Control, ...], asked: bool, at_sites: bool = False) -> str:
     """Whether recovery gained anything over the better control, in a sentence.
 
-    A gain is called one only where the interval of the paired difference to the better control lies above 0.
+    A gain is called one only where the interval of the paired difference to the better control lies above 0, and where
+    the controls could have seen what the recovered model saw: `at_sites`, it learnt from the sites' data, too.
     """
     if not asked:
         return "No controls were trained (controls=false), so whether recovery gained anything is not known."
@@ -143,6 +145,11 @@ def verdict(score: str, controls: tuple[Control, ...], asked: bool) -> str:
     assert better.difference is not None
     value, interval = better.difference.value, better.difference.interval
     told = f"{score} {value:+.3f}" + (f", 95% interval {interval.low:+.3f} to {interval.high:+.3f}" if interval else "")
+    if better.difference.sign > 0 and at_sites:
+        return (
+            f"Better than the better control, {better.name} ({told}), but not called a gain: it learnt from the sites' "
+            "data, which no control saw, and that may be all of it."
+        )
     if better.difference.sign > 0:
         return f"A gain over the better control, {better.name}: {told}."
     if better.difference.sign < 0:

@@ -227,8 +227,8 @@ class Side(Frozen):
 
 
 ControlName = Literal["fine-tuned without teacher", "trained from scratch", "distilled from scratch"]
-"""The pruned net trained on labels; a net with random parameters, on labels; such a net, recovered as the pruned one
-was."""
+"""The pruned net trained on labels; a net with random parameters, on labels; such a net, recovered from the teacher on
+the inputs that the pruned one's last recovery at the coordinator saw."""
 
 
 class Control(Frozen):

@@ -231,7 +231,7 @@ def on_device(settings: CompressSettings, *models: nn.Module) -> Iterator[None]:
 def controls_of(
     settings: CompressSettings, teacher: Teacher, student: Student, given: Given, made: Made
 ) -> tuple[ControlModel, ...]:
-    """Trained on what the last recovery at the coordinator saw; without any, on synthetic inputs."""
+    """Trained at the coordinator, on what the last recovery there saw; without any, on synthetic inputs."""
     if not settings.controls:
         return ()
     with on_device(settings, teacher.model, student.model):
@@ -344,7 +344,7 @@ def _record(
         difference=compared.difference,
         controls=compared.controls,
         controls_note=TEACHERS_LABELS if settings.controls and given.labelled is None else "",
-        verdict=verdict(score, compared.controls, settings.controls),
+        verdict=verdict(score, compared.controls, settings.controls, "federated" in settings.mode),
         pruning=student.pruning,
         looked_at=_looked_at(settings, student, given, made, compared),
         search=made.search,

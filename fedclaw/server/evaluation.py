@@ -33,6 +33,8 @@ class EvaluationQuestion(CohortQuestion[int, Tally]):
     parameters: Mapping[str, NDArray[np.float32]]
     task: Task
     tally: Tally = field(init=False)
+    noised: bool = field(default=False, init=False)
+    """Whether a site's answer has noise in it."""
     kind: ClassVar[str] = MessageType.EVALUATE
 
     def __post_init__(self) -> None:
@@ -55,7 +57,9 @@ class EvaluationQuestion(CohortQuestion[int, Tally]):
 
     def add_open(self, content: RecordDict, beside: int) -> None:
         """See CohortQuestion."""
-        self.tally.add(self._sums(content), beside)
+        sums = self._sums(content)
+        self.tally.add(sums, beside)
+        self.noised |= sums.noised
 
     def include(self, site: str, examples: int, sums: Sums) -> None:
         """Add what a site, which sent no message, found on so many test examples. Raises UpdateError."""

@@ -163,6 +163,12 @@ def test_what_came_before_the_sites_makes_another_run(recover, digits):
         usual = {"run": recover.run.root, "mode": (*mode, "federated"), "federation": "x"}
         return distillation_record(CompressSettings(**usual | changes), teacher, student).run
 
+    def after(mode, **changes):
+        settings = CompressSettings(
+            run=recover.run.root, mode=("federated", mode), federation="x", pruning={"steps": 2}, **changes
+        )
+        return distillation_record(settings, teacher, student).run
+
     names = [
         name(),
         name("synthetic"),
@@ -174,6 +180,11 @@ def test_what_came_before_the_sites_makes_another_run(recover, digits):
         name("proxy", "synthetic"),
         name("synthetic", "proxy"),
         name(pruning=PruningSettings(importance="magnitude")),
+        name(pruning=PruningSettings(importance="taylor")),
+        name(pruning=PruningSettings(importance="taylor"), synthetic=500),  # by which channels are ranked
+        after("proxy", inputs=digits.public),  # recovers between the steps
+        after("proxy", inputs=digits.train),
+        after("synthetic"),
     ]
     assert len(set(names)) == len(names)
     assert name() == name(synthetic=500, recovery=RecoverySettings(steps=5)), "none of it was used"
@@ -252,13 +263,14 @@ def test_the_whole_stage_over_grpc(connected, sites, recover):
     )
     record = compress(settings)
     assert [report.mode for report in record.recovery] == ["synthetic", "federated"]
-    assert [item.origin for item in record.looked_at] == [
-        "none",
-        "synthetic",
-        "sites",
-        "synthetic",
-        "sites",
-        "synthetic",
+    assert [(item.step, item.origin) for item in record.looked_at] == [
+        ("importance", "none"),
+        ("layer sensitivity", "synthetic"),
+        ("recovery", "synthetic"),
+        ("recovery", "sites"),
+        ("controls", "synthetic"),
+        ("measurement", "sites"),
+        ("measurement", "synthetic"),
     ]
     assert "evaluation=FILE measures all models on one file" in record.verdict
     assert [control.accuracy for control in record.controls] == [None] * 3

@@ -1,10 +1,12 @@
 """Intervals against published examples and by their coverage; differences that are paired."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from fedclaw.compress.intervals import Difference, Interval, of_bootstrap, of_paired, of_paired_bootstrap, of_proportion
-from fedclaw.compress.measure import verdict
+from fedclaw.compress.measure import at_sites, verdict
 from fedclaw.compress.record import Control
 
 
@@ -89,4 +91,20 @@ def test_a_gain_is_one_over_the_better_control_only():
     assert verdict("accuracy", (control(weak, 0.7, 0.1, 0.3),), True).startswith("A gain over the better control, fine")
     assert verdict("r2", (control(weak, 0.7, -0.3, -0.1),), True).startswith("No gain: the better control, fine-tuned")
     assert "controls=false" in verdict("accuracy", (), False)
+    unlike = verdict("accuracy", (control(weak, 0.7, 0.1, 0.3),), True, at_sites=True)
+    assert unlike.startswith("Better than the better control, fine-tuned")
+    assert "not called a gain" in unlike
     assert "not known" in verdict("accuracy", (Control(name=weak, accuracy=None),), True)
+
+
+def test_noise_that_was_cut_off_at_all_right_has_no_interval():
+    assert at_sites({"accuracy": 1.0}, "accuracy", 100, noised=True).interval is None
+    assert at_sites({"accuracy": 1.0}, "accuracy", 100, noised=False).interval is not None
+
+
+def test_a_bootstrap_of_many_rows_needs_memory_for_one_resample():
+    tracemalloc.start()
+    of_bootstrap(lambda _: None, 20_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6, "all thousand of them are 160 MB"

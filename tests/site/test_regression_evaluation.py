@@ -150,6 +150,7 @@ def test_noised_figures_are_near_the_exact_ones(sites, record):
     found, _ = asked(sites, record.model_copy(update={"run": "noised"}), NAMES)
     assert found.read().metrics["rmse"] == pytest.approx(exact.read().metrics["rmse"], rel=0.1)
     assert found.read().metrics["rmse"] != exact.read().metrics["rmse"]
+    assert (exact.noised, found.noised) == (False, True)
 
 
 @pytest.mark.parametrize("metrics", [("accuracy",), ("rmse", "auroc"), METRICS])
