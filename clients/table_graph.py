@@ -7,7 +7,8 @@
 
 A number that a column does not allow, and a text that is no level where the schema says `unseen: refuse_row`, refuse
 their row. What a text stands for is not worked out in the graph: it holds the texts that the column's own rules give a
-meaning (levels, markers of missing values, spellings of true and false), and those are compared exactly.
+meaning (levels, markers of missing values, spellings of true and false; of a number 1 and 1.0, as data frames and JSON
+write them), and those are compared exactly.
 
 A float32 has 24 bits. Where the center is far from 0 beside the scale, they are used up by what the center takes away,
 and the input is float64 (`is_wide`). A bound or a marker of missing numbers that float32 cannot hold is met by the
@@ -17,6 +18,7 @@ Legend: N rows, K numeric columns, M markers, F features of a column, D of all.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 from fedclaw.clients.columns import TRUTHS, Boolean, Categorical, Column, Doubles, Flags, Numeric, Rules
 from fedclaw.clients.table_reading import RowEncoder, Values
 from fedclaw.clients.tables import Faults, TableRows
-from fedclaw.clients.values import Cell, normal
+from fedclaw.clients.values import Cell, key_of, normal
 from fedclaw.learning.preprocessing import (
     Columns,
     GraphWriter,
@@ -47,11 +49,13 @@ LOST_BITS = 7
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 REFUSED, MISSING = -2, -1
 SHOWN_TEXTS = 20
+LARGEST_WHOLE = 2**53
+"""Up to here float64 holds every whole number."""
 OUTSIDE = (
     "CSV and Parquet are read, and delimiters, encodings, decimal commas and title lines dealt with, before: the graph "
     "takes numbers and texts",
     "texts are compared exactly: bring them to Unicode NFC without white space around them, and write each level as "
-    "the schema does; our reader also finds a level by value (1.0 and 01 for 1, a date in another ISO 8601 form)",
+    "the schema does; our reader also finds a level by value (01 or 1e0 for 1, a date in another ISO 8601 form)",
     "a number is given as a number, missing as NaN; the texts that mean 'not known' in a file are no numbers",
     "a float32 input is the number rounded to float32; where that is not enough for a column, its input is float64",
 )
@@ -125,6 +129,7 @@ class TextInput:
         markers = sorted(text for text in rules.markers.texts if isinstance(text, str))
         known = _spellings() if isinstance(column, Boolean) else tuple(map(normal, column.levels))
         listed = dict.fromkeys((*known, *markers))
+        listed |= dict.fromkeys(spelling for text in (*listed,) for spelling in _as_data_frames_write(text))
         self._unknown = _unlike(listed)
         *codes, self.default = self._codes((*listed, self._unknown), rules)
         self.codes = {text: code for text, code in zip(listed, codes, strict=True) if code != REFUSED}
@@ -153,9 +158,7 @@ class TextInput:
 
     def spec(self) -> TypedColumn:
         """For the manifest."""
-        told = [text for text, code in self.codes.items() if code >= 0]
-        if isinstance(self.column, Boolean):
-            told = [*TRUTHS]
+        told = [*TRUTHS] if isinstance(self.column, Boolean) else [*map(normal, self.column.levels)]
         listed = ", ".join(map(repr, told[:SHOWN_TEXTS])) + (
             f" and {len(told) - SHOWN_TEXTS} more, see preprocessing" if len(told) > SHOWN_TEXTS else ""
         )
@@ -337,6 +340,20 @@ def _spellings() -> tuple[str, ...]:
         for word in TRUTHS
         for letters in product(*(dict.fromkeys((letter, letter.upper())) for letter in word))
     )
+
+
+def _as_data_frames_write(text: str) -> tuple[str, ...]:
+    """The ways in which pandas and JSON write the number or truth that a declared text is; none for other text."""
+    key = key_of(text)
+    if key is None or key[0] == "time":
+        return ()
+    if key[0] == "truth":
+        return str(key[1]), str(key[1]).lower()
+    number = Decimal(str(key[1]))
+    if not number.is_finite() or abs(number) >= LARGEST_WHOLE:
+        return ()
+    whole = (str(int(number)),) if number == int(number) else ()
+    return (*whole, repr(float(number))) if Decimal(repr(float(number))) == number else whole
 
 
 def _unlike(texts: dict[str, None]) -> str:

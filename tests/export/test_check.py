@@ -283,14 +283,6 @@ def test_a_signed_manifest_of_another_version_is_not_guessed_at(bundle, home):
         verify_bundle(bundle)
 
 
-@IN_FORMAT_2
-def test_a_graph_that_the_manifest_tells_of_is_there(bundle, home):
-    (bundle / layout.PIPELINE).unlink()
-    sign(bundle, home.signer())
-    with pytest.raises(BundleError, match=r"tells what pipeline\.onnx takes, and the bundle has no such file"):
-        verify_bundle(bundle)
-
-
 def test_a_huge_list_is_not_read(bundle):
     with (bundle / layout.DIGESTS).open("ab") as file:
         file.truncate(100 * SMALL)

@@ -60,8 +60,8 @@ def lay_out(home, tmp_path, monkeypatch):
 
     def go(server, bundle, **settings):
         target = tmp_path / server
-        given = [f"{name}={value}" for name, value in settings.items()]
-        layouts_command.main([server, str(bundle), f"output={target}", f"ca={home.root / 'ca.crt'}", *given])
+        given = [f"{name}={value}" for name, value in ({"ca": home.root / "ca.crt"} | settings).items()]
+        layouts_command.main([server, str(bundle), f"output={target}", *given])
         return target
 
     return go
@@ -184,6 +184,12 @@ def test_a_bundle_that_was_changed_is_not_laid_out(bundle, lay_out, tmp_path):
     with pytest.raises(BundleError, match="pipeline"):
         lay_out("triton", bundle)
     assert not (tmp_path / "triton").exists()
+
+
+def test_a_bundle_of_an_earlier_version_has_no_mlflow_layout_and_is_told_why(lay_out):
+    earlier = Path(__file__).parents[1] / "past" / "8eca11f"
+    with pytest.raises(BundleError, match="and the bundle has none: it is of an earlier version; export its run again"):
+        lay_out("mlflow", earlier / "runs" / "local" / "bundle", ca=earlier / "federation" / "ca.crt")
 
 
 def test_what_is_there_is_replaced_on_request_alone_and_only_by_a_layout(table_bundle, lay_out, tmp_path):

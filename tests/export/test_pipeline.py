@@ -202,23 +202,31 @@ def test_however_cells_are_written_the_columns_say_what_the_reader_took_them_for
     assert (np.abs(good - expected) <= 2**-17 + 2**-22 * np.abs(expected)).all()
 
 
+def features_of(preprocessing, columns):
+    """The model's inputs (N, D) and which rows are refused (N, 1), by the graph of the preprocessing alone."""
+    nodes = Nodes("n/")
+    prepared = preprocessing.write(nodes)
+    inputs = [onnx.helper.make_tensor_value_info(c.name, TYPES[c.dtype], list(c.shape)) for c in preprocessing.columns]
+    outputs = [
+        onnx.helper.make_tensor_value_info(prepared.inputs, onnx.TensorProto.FLOAT, ["batch", "features"]),
+        onnx.helper.make_tensor_value_info(prepared.refused, onnx.TensorProto.BOOL, ["batch", 1]),
+    ]
+    graph_ = onnx.helper.make_graph(nodes.nodes, "g", inputs, outputs, nodes.constants)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("ai.onnx.ml", 3)]
+    model = onnx.helper.make_model(graph_, opset_imports=opsets, ir_version=10)
+    found = run_columns(open_session(model.SerializeToString(), "features", "export"), columns)
+    return found[prepared.inputs], found[prepared.refused]
+
+
 @given(st.lists(st.floats(-1e6, 1e6).filter(lambda number: number not in {-999, 0.1}), min_size=1, max_size=8))
 def test_rounding_to_float32_moves_a_feature_by_less_than_it_is_said_to(table, numbers):
     """By 2**-17 at most beside the feature's own rounding; not at all where the input is float64."""
     preprocessing = table[0].preprocessing()
-    nodes = Nodes("n/")
-    prepared = preprocessing.write(nodes)
-    inputs = [onnx.helper.make_tensor_value_info(c.name, TYPES[c.dtype], list(c.shape)) for c in preprocessing.columns]
-    output = onnx.helper.make_tensor_value_info(prepared.inputs, onnx.TensorProto.FLOAT, ["batch", "features"])
-    graph_ = onnx.helper.make_graph(nodes.nodes, "g", inputs, [output], nodes.constants)
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("ai.onnx.ml", 3)]
-    model = onnx.helper.make_model(graph_, opset_imports=opsets, ir_version=10)
     count, exact = len(numbers), np.array(numbers)
     columns = dict(preprocessing.synthetic(count, np.random.default_rng(0)))
     ages = np.clip(np.abs(exact) % 120, 1, 119.7)
     columns |= {"age": ages.astype(np.float32)[:, None], "day": exact[:, None]}
-    session_ = open_session(model.SerializeToString(), "features", "export")
-    features = run_columns(session_, columns)[prepared.inputs]
+    features, _ = features_of(preprocessing, columns)
     wanted = (ages - 50) / 20
     assert (np.abs(features[:, 0] - wanted) <= 2**-17 + 2**-23 * np.abs(wanted)).all()
     assert features[:, 3].tolist() == ((exact - 19000) / 30).astype(np.float32).tolist()
@@ -252,6 +260,31 @@ def test_the_reader_fills_the_columns_with_what_cannot_be_parsed_in_a_graph(tmp_
     refused = schema.preprocessing().prepare(typed.columns)[1]
     assert refused.tolist() == [False, False, *[True] * 5]
     assert schema.preprocessing().read(path, ["seen"]).identifiers["seen"][0] == "2024-01-31 00:00"
+
+
+def test_numbers_and_truths_as_data_frames_write_them_are_the_levels_that_the_reader_finds(tmp_path):
+    """'1.0' for the level 1 would else be 'other', and answered as that."""
+    levels = ["1", "02", "2.50", "-0", "true", "1e2", "9007199254740993", "x", "3", "3.0"]
+    definition = {
+        "columns": [
+            {"name": "stage", "kind": "categorical", "levels": levels, "unseen": "other"},
+            {"name": "able", "kind": "boolean"},
+        ],
+        "target": {"name": "y", "labels": ["a", "b"]},
+        "missing": ["-9"],
+    }
+    schema = schema_class("tabular").parse(json.dumps(definition), "test")
+    cells = [1, 1.0, 2, 2.0, 2.5, 0, -0.0, True, 100, 100.0, 9007199254740993, -9, -9.0, 3, 3.0, False, 4, 4.0, "x"]
+    able = [1.0, 0.0, True, False, 1, 0, "", -9.0, -9]
+    stages, ables = zip(*[(str(c), str(able[row % len(able)])) for row, c in enumerate(cells)], strict=True)
+    (tmp_path / "rows.csv").write_text("stage,able\n" + "\n".join(map(",".join, zip(stages, ables, strict=True))))
+    read = schema.read_rows(tmp_path / "rows.csv")
+    columns = {"stage": np.array(stages, object)[:, None], "able": np.array(ables, object)[:, None]}
+    features, refused = features_of(schema.preprocessing(), columns)
+    assert np.flatnonzero(refused).tolist() == sorted(read.refused)
+    answered = ~refused[:, 0]
+    np.testing.assert_array_equal(features[answered], read.inputs[answered])
+    assert features[0, 0] == features[1, 0] == 1
 
 
 @pytest.mark.parametrize(

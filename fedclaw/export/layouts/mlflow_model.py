@@ -31,10 +31,14 @@ _CHATTY = ("mlflow", "mlflow.models", "mlflow.pyfunc", "mlflow.store", "alembic"
 def write_mlflow(deployable: Deployable, directory: Path) -> None:
     """Fill `directory` with the model. Raises BundleError for a bundle without pipeline.onnx, UsageError when MLflow
     cannot be imported."""
-    pipeline = deployable.verified.manifest.pipeline
-    if pipeline is None or deployable.graph != PIPELINE:
-        why = deployable.verified.manifest.no_pipeline or "the MLflow model takes typed columns"
-        raise BundleError(f"an MLflow model is made of {PIPELINE}: {why} (", Setting("graph", PIPELINE), ")")
+    manifest = deployable.verified.manifest
+    if (pipeline := manifest.pipeline) is None:
+        why = manifest.no_pipeline or "it is of an earlier version; export its run again"
+        raise BundleError(f"an MLflow model is made of {PIPELINE}, and the bundle has none: {why}")
+    if deployable.graph != PIPELINE:
+        raise BundleError(
+            f"an MLflow model takes typed columns: it is made of {PIPELINE} (", Setting("graph", PIPELINE), ")"
+        )
     mlflow = _mlflow()
     with tempfile.TemporaryDirectory(dir=directory) as scratch, _quietly():
         root = Path(scratch)
