@@ -116,6 +116,21 @@ def test_a_rekey_that_stops_half_way_is_gone_on_with(
     assert not [path for path in run.root.rglob(".*") if path.is_file()]
 
 
+def test_what_is_encrypted_already_is_left_only_if_it_opens(tmp_path: Path, keys: dict[str, str]) -> None:
+    """Or seal would say of files under a lost key, and of a file that was put in another's place, that all is well."""
+    run = make_run(tmp_path / "demo")
+    encryption.main(["seal", str(run.root), f"key={keys['a']}"])
+    with pytest.raises(EncryptionError, match="is encrypted under the key"):
+        encryption.main(["seal", str(run.root), f"key={keys['b']}"])
+    encryption.main(["seal", str(run.root), f"key=[{keys['b']},{keys['a']}]"])
+    encryption.main(["rekey", str(run.root), f"key={keys['a']}", f"new_key={keys['b']}"])
+    first, second, *_ = files_of(run)
+    shutil.copy(first, second)
+    for word in (["seal", f"key={keys['b']}"], ["rekey", f"key={keys['a']}", f"new_key={keys['b']}"]):
+        with pytest.raises(EncryptionError, match="was encrypted as"):
+            encryption.main([word[0], str(run.root), *word[1:]])
+
+
 @pytest.mark.parametrize("word", ["rekey", "decrypt-to-disk"])
 def test_what_a_killed_command_left_is_gone_after_the_next(word: str, tmp_path: Path, keys: dict[str, str]) -> None:
     """In a bundle a file more would be one that was added after signing; of decrypt-to-disk, it is in the clear."""

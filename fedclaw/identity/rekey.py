@@ -22,8 +22,8 @@ _BLOCK = 1 << 20
 class Change(Protocol):
     """What is done to a file. `name` is the file's in its store's scope, `origin` what errors call it."""
 
-    def needed(self, source: BinaryIO) -> bool:
-        """Whether the file is not yet what it is to become."""
+    def needed(self, source: BinaryIO, name: str, origin: str) -> bool:
+        """Whether the file is not yet what it is to become. Raises EncryptionError if it only seems to be."""
 
     def make(self, source: BinaryIO, target: BinaryIO, name: str, origin: str) -> None:
         """Write the new file. Raises EncryptionError."""
@@ -35,9 +35,9 @@ class Encrypt:
 
     store: FileStore
 
-    def needed(self, source: BinaryIO) -> bool:
-        """Whether it is plain."""
-        return not begins_with_magic(source)
+    def needed(self, source: BinaryIO, name: str, origin: str) -> bool:
+        """Whether it is plain. Raises EncryptionError for a file that is encrypted under another key."""
+        return not begins_with_magic(source) or not _opens(self.store, source, name, origin)
 
     def make(self, source: BinaryIO, target: BinaryIO, name: str, origin: str) -> None:
         """Encrypt it, a chunk at a time."""
@@ -53,9 +53,11 @@ class Rewrap:
     """With the keys that open the file now."""
     new: Keyring
 
-    def needed(self, source: BinaryIO) -> bool:
-        """Whether it is not yet under the new key."""
-        return not begins_with_magic(source) or _key_id(source) != self.new.id
+    def needed(self, source: BinaryIO, name: str, origin: str) -> bool:
+        """Whether it is not yet under the new key. Raises EncryptionError for a file that says so and does not open."""
+        if not begins_with_magic(source) or _key_id(source) != self.new.id:
+            return True
+        return not _opens(FileStore(self.new, self.store.scope), source, name, origin)
 
     def make(self, source: BinaryIO, target: BinaryIO, name: str, origin: str) -> None:
         """Copy it under a new key part. Raises EncryptionError before anything is written if it does not open."""
@@ -73,7 +75,7 @@ class Reencrypt:
     store: FileStore
     new: Keyring
 
-    def needed(self, source: BinaryIO) -> bool:
+    def needed(self, source: BinaryIO, name: str, origin: str) -> bool:
         """Always: that a file is under the new key does not show when its data key was made."""
         return True
 
@@ -93,7 +95,7 @@ class Decrypt:
 
     store: FileStore
 
-    def needed(self, source: BinaryIO) -> bool:
+    def needed(self, source: BinaryIO, name: str, origin: str) -> bool:
         """Whether it is encrypted."""
         return begins_with_magic(source)
 
@@ -112,12 +114,19 @@ def change_file(path: Path, name: str, change: Change) -> bool:
     remove_leftovers(path)
     with path.open("rb") as source:
         status = os.fstat(source.fileno())
-        if not change.needed(source):
+        if not change.needed(source, name, str(path)):
             return False
         with replacing(path, stat.S_IMODE(status.st_mode)) as target:
             change.make(source, target, name, str(path))
             target.flush()
             os.utime(target.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
+    return True
+
+
+def _opens(store: FileStore, source: BinaryIO, name: str, origin: str) -> bool:
+    """True. Raises EncryptionError unless the header is of `name`, and whole, and `store` has its key."""
+    store.data_key_of(store.header_of(source, name, origin), origin)
+    source.seek(0)
     return True
 
 

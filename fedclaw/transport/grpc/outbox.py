@@ -372,7 +372,7 @@ def _change_trailer(path: Path, change: Change) -> bool:
     with path.open("rb") as file, suppress(DecodeError):
         trailer, room = _trailer(file.fileno())
         source, made = io.BytesIO(trailer), io.BytesIO()
-        if not change.needed(source):
+        if not change.needed(source, TRAILER, str(path)):
             return False
         change.make(source, made, TRAILER, str(path))
         status = os.fstat(file.fileno())
