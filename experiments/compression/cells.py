@@ -1,6 +1,7 @@
 """One cell of the table: the teacher of a fold, or what is left of it after pruning and one way of recovery.
 
-Nothing is chosen by the test rows, and every model is taken as its training leaves it.
+No model is chosen by the test rows: rounds at the sites end where they end, and training at the coordinator keeps the
+state that does best on inputs that it held back (`fedclaw.compress.proxy.train`).
 """
 
 import logging

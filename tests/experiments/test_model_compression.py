@@ -69,6 +69,8 @@ def test_a_run_ends_with_table_plot_and_figures(done: Path) -> None:
     assert text.startswith("# Title\n\nBefore.")
     assert text.endswith("After.\n")
     assert "made earlier" not in text
+    learnt = "proxy: 40 public inputs, labelled by the teacher; federated: the sites' own examples."
+    assert f"What the controls without a teacher learnt from: {learnt}" in " ".join(text.split())
     results = Results.read(done / "runs" / "results.json")
     assert len(results.rows) == 3
     for row in results.rows:
