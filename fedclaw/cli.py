@@ -194,14 +194,14 @@ def report_failure(module: str, error: BaseException, console: Console) -> int:
     line = describe_failure(error)
     if not isinstance(error, FedClawError):
         log.debug("%s", type(error).__name__, exc_info=error)
-    console.print(f"{module}: {_visible(line)}", style="bold red", markup=False)
+    console.print(f"{module}: {visible(line)}", style="bold red", markup=False)
     code = error.exit_code if isinstance(error, FedClawError) else 1
     if code == UsageError.exit_code:
         console.print(f"see {startup.see_help(module)}", style="dim", markup=False)
     return code
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Without what moves a terminal's cursor: a stranger's file, and names in it, may be quoted."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 

@@ -39,7 +39,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedclaw import startup
-from fedclaw.cli import compose_settings, expanded, make_console, run_main, split
+from fedclaw.cli import compose_settings, expanded, make_console, run_main, split, visible
 from fedclaw.errors import EncryptionError, UsageError
 from fedclaw.export.staging import SCOPE as BUNDLE_SCOPE
 from fedclaw.identity.at_rest import MAGIC, FileStore, Header, is_encrypted, read_header
@@ -238,8 +238,8 @@ def _show(found: Sequence[EncryptedDirectory], settings: EncryptionCommand, cons
         named = settings.key is not None or place.key is not None
         store = FileStore(_keys(place, settings), place.scope) if named else None
         for path, header, failure in place.headers(store):
-            words = ("in the clear", "") if header is None else (escape(header.label), header.key_id.hex())
-            table.add_row(escape(str(path.relative_to(place.root))), *words)
+            words = ("in the clear", "") if header is None else (escape(visible(header.label)), header.key_id.hex())
+            table.add_row(escape(visible(str(path.relative_to(place.root)))), *words)
             failures += [] if failure is None else [failure]
     console.print(table)
     if failures:

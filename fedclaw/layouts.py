@@ -79,6 +79,7 @@ def main(arguments: Sequence[str]) -> None:
         graph: Graph | None = "model.onnx" if server == "openvino" else settings.graph
         deployable = Deployable.open(bundle, trust, graph, settings.name)
     console = make_console()
+    _load(server)
     with laid_out(output, settings.overwrite) as directory:
         _write(server, deployable, directory, settings)
     _report(server, deployable, output, settings, console)
@@ -102,6 +103,20 @@ def _consistent(server: str, settings: LayoutSettings) -> Path:
     return settings.output
 
 
+def _load(server: str) -> None:
+    """Import what takes seconds, while there is no directory yet that a signal would leave behind."""
+    if server == "openvino":
+        from fedclaw.export.layouts.openvino import import_openvino
+
+        with startup.loading("OpenVINO"):
+            import_openvino()
+    elif server == "mlflow":
+        with startup.loading("MLflow"):
+            from fedclaw.export.layouts.mlflow_model import import_mlflow
+
+            import_mlflow()
+
+
 def _write(server: str, deployable: Deployable, directory: Path, settings: LayoutSettings) -> None:
     if server == "triton":
         write_triton(deployable, directory)
@@ -110,13 +125,11 @@ def _write(server: str, deployable: Deployable, directory: Path, settings: Layou
     elif server == "openvino":
         from fedclaw.export.layouts.openvino import write_openvino
 
-        with startup.loading("OpenVINO"):
-            write_openvino(deployable, directory)
+        write_openvino(deployable, directory)
     else:
         from fedclaw.export.layouts.mlflow_model import write_mlflow
 
-        with startup.loading("MLflow"):
-            write_mlflow(deployable, directory)
+        write_mlflow(deployable, directory)
 
 
 def _report(server: str, deployable: Deployable, output: Path, settings: LayoutSettings, console: Console) -> None:

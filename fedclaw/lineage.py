@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
-from fedclaw.cli import compose_settings, make_console, naming, require_paths, run_main, split
+from fedclaw.cli import compose_settings, make_console, naming, require_paths, run_main, split, visible
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.export.check import load_trust
 from fedclaw.export.lineage import AtHand, Link, State, lineage
@@ -97,8 +97,10 @@ def _grown(link: Link, tree: Tree) -> Tree:
 
 
 def _words(link: Link) -> Text:
-    """What the link is of, its state and what there is to say. Text: what others named is no markup of ours."""
-    return Text.assemble((link.what, "bold"), "  ", (link.state, _STYLES[link.state]), f"  {link.detail}".rstrip())
+    """What the link is of, its state and what there is to say. What others named is no markup of ours, and no command
+    to the terminal."""
+    what, detail = visible(link.what), visible(f"  {link.detail}".rstrip())
+    return Text.assemble((what, "bold"), "  ", (link.state, _STYLES[link.state]), detail)
 
 
 if __name__ == "__main__":

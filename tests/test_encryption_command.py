@@ -12,7 +12,7 @@ import pytest
 from fedclaw import encryption
 from fedclaw.errors import EncryptionError, RunInUse, UsageError
 from fedclaw.identity import rekey
-from fedclaw.identity.at_rest import is_encrypted, read_header
+from fedclaw.identity.at_rest import FileStore, is_encrypted, read_header
 from fedclaw.identity.data_keys import Keyring, load_keyring
 from fedclaw.server import checkpoint
 from fedclaw.server.checkpoint import Checkpoint
@@ -129,6 +129,20 @@ def test_what_is_encrypted_already_is_left_only_if_it_opens(tmp_path: Path, keys
     for word in (["seal", f"key={keys['b']}"], ["rekey", f"key={keys['a']}", f"new_key={keys['b']}"]):
         with pytest.raises(EncryptionError, match="was encrypted as"):
             encryption.main([word[0], str(run.root), *word[1:]])
+
+
+def test_show_speaks_to_nobodys_terminal(
+    tmp_path: Path, keys: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A label and a name may be a stranger's."""
+    bundle = tmp_path / "bundle"
+    store = FileStore(load_keyring(keys["a"]), "bundle")
+    store.write(bundle / "SHA256SUMS", b"", name="\x1b[31m[red]\x1b]0;title\x07")
+    (bundle / "model\x1b[2J.onnx").touch()
+    encryption.main(["show", str(bundle)])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "[red]" in shown
 
 
 @pytest.mark.parametrize("word", ["rekey", "decrypt-to-disk"])

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import yaml
 
 import fedclaw.layouts as layouts_command
+from fedclaw import startup
 from fedclaw.errors import BundleError, FedClawError, UsageError
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import Trust
@@ -204,6 +206,25 @@ def test_what_is_there_is_replaced_on_request_alone_and_only_by_a_layout(table_b
     with pytest.raises(BundleError, match="left alone"):
         lay_out("kserve", table_bundle, overwrite="true", storage="s3://bucket/heart")
     assert [path.name for path in (tmp_path / "kserve").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("server", ["mlflow", "openvino"])
+def test_a_signal_while_a_layout_is_written_does_not_end_the_process_at_once(
+    server, table_bundle, lay_out, monkeypatch, tmp_path
+):
+    """It would leave the half-written directory; where libraries are loaded there is none yet."""
+    pytest.importorskip(server)
+    monkeypatch.setattr(startup._command, "at_once", False)
+    module = importlib.import_module(f"fedclaw.export.layouts.{'mlflow_model' if server == 'mlflow' else server}")
+
+    def interrupted(*_):
+        assert not startup._command.at_once
+        raise startup.Stopped(2)
+
+    monkeypatch.setattr(module, f"write_{server}", interrupted)
+    with pytest.raises(startup.Stopped):
+        lay_out(server, table_bundle)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_leaves_nothing(tmp_path):

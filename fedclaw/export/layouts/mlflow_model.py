@@ -39,7 +39,7 @@ def write_mlflow(deployable: Deployable, directory: Path) -> None:
         raise BundleError(
             f"an MLflow model takes typed columns: it is made of {PIPELINE} (", Setting("graph", PIPELINE), ")"
         )
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     with tempfile.TemporaryDirectory(dir=directory) as scratch, _quietly():
         root = Path(scratch)
         write_atomic(root / PIPELINE, deployable.model)
@@ -77,7 +77,7 @@ def register(directory: Path, name: str, alias: str | None, registry: str, prove
 
     Raises BundleError, without the password in the registry's address, when the registry refuses or fails.
     """
-    mlflow = _mlflow()
+    mlflow = import_mlflow()
     with _quietly(), settings_of_mlflow(FIRST_PATIENCE):
         try:
             client = mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
@@ -101,7 +101,8 @@ def _have_name(mlflow: Any, client: Any, name: str) -> None:
             raise
 
 
-def _mlflow() -> Any:
+def import_mlflow() -> Any:
+    """The `mlflow` package, which reports to nobody. Raises UsageError when it, or pandas, is not installed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
