@@ -128,7 +128,7 @@ def at_sites(metrics: dict[str, float], score: str, examples: int, noised: bool)
 
 
 def verdict(score: str, controls: tuple[Control, ...], asked: bool, at_sites: bool = False) -> str:
-    """Whether recovery gained anything over the better control, in a sentence.
+    """Whether recovery gained anything over the better control, in a sentence; `score` is what was measured.
 
     A gain is called one only where the interval of the paired difference to the better control lies above 0, and where
     the controls could have seen what the recovered model saw: `at_sites`, it learnt from the sites' data, too.

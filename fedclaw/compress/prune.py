@@ -150,6 +150,7 @@ class _Pruning:
         seed: int,
     ) -> None:
         self._model, self._settings, self._seed = copy.deepcopy(model).eval(), settings, seed
+        _require_parameters_of_their_own(model)
         self._example = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
         self._found: FoundGroups = find_groups(self._model, self._example)
         self._sizes: Sizes = measure_sizes(self._model, self._example, self._found.groups)
@@ -242,6 +243,23 @@ class _Pruning:
             groups=groups,
             kept=self._found.kept,
         )
+
+
+def _require_parameters_of_their_own(model: nn.Module) -> None:
+    """Raise CompressionError where layers share a parameter: each would be cut by what goes from the other, too."""
+    names: dict[nn.Parameter, str] = {}
+    # One layer under two names is but one here, and shrinks as any.
+    own = (
+        (f"{layer}.{name}", parameter)
+        for layer, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    )
+    for name, parameter in own:
+        if names.setdefault(parameter, name) != name:
+            raise CompressionError(
+                f"this architecture cannot be pruned: {names[parameter]} and {name} are one parameter, which two "
+                "layers share; give each its own"
+            )
 
 
 def _schedule(settings: PruningSettings, end: float) -> Iterator[float]:

@@ -344,7 +344,12 @@ def _record(
         difference=compared.difference,
         controls=compared.controls,
         controls_note=TEACHERS_LABELS if settings.controls and given.labelled is None else "",
-        verdict=verdict(score, compared.controls, settings.controls, "federated" in settings.mode),
+        verdict=verdict(
+            compared.measure if compared.measure == "agreement with the teacher" else score,
+            compared.controls,
+            settings.controls,
+            "federated" in settings.mode,
+        ),
         pruning=student.pruning,
         looked_at=_looked_at(settings, student, given, made, compared),
         search=made.search,

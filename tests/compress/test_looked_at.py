@@ -125,6 +125,7 @@ def test_without_labels_the_controls_say_what_they_learnt(go, digits):
     assert record.controls[0].data == "800 public inputs of public.csv, labelled by the teacher"
     assert record.controls_note.startswith("No labelled data was given")
     assert record.verdict
+    assert "agreement with the teacher " in go(inputs=digits.public, controls=True).verdict, "no accuracy was measured"
     assert go(inputs=digits.public).verdict.startswith("No controls were trained (controls=false)")
 
 

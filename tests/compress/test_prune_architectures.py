@@ -10,7 +10,7 @@ from torch.nn import functional
 from fedclaw.compress.channel_groups import find_groups, output_layer, shrink, trace
 from fedclaw.compress.importance import owned_by
 from fedclaw.compress.prune import prune, prune_to_fraction
-from fedclaw.compress.pruning_record import PruningSettings, Target
+from fedclaw.compress.pruning_record import WEIGHTS_ALONE, Target
 from fedclaw.compress.size import count_parameters, measure_sizes, multiply_adds
 from fedclaw.errors import CompressionError
 
@@ -195,7 +195,7 @@ def test_what_cannot_shrink_is_named():
 def test_batch_statistics_of_a_model_in_training_are_not_touched():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    pruned = prune(model, (1, 8, 8), Target(share=0.5), PruningSettings())
+    pruned = prune(model, (1, 8, 8), Target(share=0.5), WEIGHTS_ALONE)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert len(pruned.model[1].running_mean) == pruned.widths["0"]
@@ -205,3 +205,24 @@ def test_a_normalisation_is_not_left_with_a_single_number():
     model = nn.Sequential(nn.Conv2d(1, 6, 8), nn.GroupNorm(1, 6), nn.Flatten(), nn.Linear(6, 3))  # maps of one pixel
     assert [(group.width, group.least) for group in found_in(model).groups.values()] == [(6, 2)]
     assert prune_to_fraction(model, (1, 8, 8), 0.4).model(torch.randn(1, 1, 8, 8)).shape == (1, 3)
+
+
+class Tied(nn.Module):
+    """One layer under two names, or two layers with one weight."""
+
+    def __init__(self, *, layers):
+        super().__init__()
+        self.first, self.hidden, self.head = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.again = self.hidden
+        if layers == 2:
+            self.again = nn.Linear(16, 16)
+            self.again.weight = self.hidden.weight
+
+    def forward(self, inputs):
+        return self.head(self.again(self.hidden(self.first(inputs).relu()).relu()).relu())
+
+
+def test_layers_that_share_a_parameter_are_refused_and_a_layer_used_twice_is_not():
+    assert prune_to_fraction(Tied(layers=1), (5,), 0.5).parameters_after <= 0.5 * count_parameters(Tied(layers=1))
+    with pytest.raises(CompressionError, match=r"hidden\.weight and again\.weight are one parameter"):
+        prune_to_fraction(Tied(layers=2), (5,), 0.5)
