@@ -196,7 +196,7 @@ def _of_print(path: Path, content: bytes) -> tuple[tuple[Entry, ...], Index]:
         plain = json.loads(content)
         chain, head, problem = plain["chain"], plain["head"], plain.get("problem")
         lines = [(int(line["sequence"]), canonical(line["body"]), str(line["hash"])) for line in chain]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(
             f"{path} is no ledger: give a site's directory, its ledger's file, or what "
             "python -m fedclaw.ledger show json=true entries=true printed of it"

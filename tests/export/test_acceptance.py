@@ -301,6 +301,7 @@ def test_an_answer_in_the_model_that_was_never_settled_is_refused(local, sites, 
         (b'{"chain": 3, "head": ""}', "is no ledger"),
         (b'{"chain": [{"sequence": 1, "hash": "", "body": 3}], "head": ""}', "cannot be read|is no ledger|changed"),
         (b"[" * 100_000, "is no ledger"),
+        (b'{"chain": [{"sequence": 1e999, "hash": "", "body": {}}], "head": ""}', "is no ledger"),
         (b"SQLite format 3\0" + bytes(100), "malformed|not a database|no such table"),
     ],
 )
@@ -309,6 +310,16 @@ def test_what_is_no_ledger_is_one_sentence(tmp_path, content, words):
     path.write_bytes(content)
     with pytest.raises((UsageError, LedgerError), match=words):
         HeldLedger.read(path)
+
+
+def test_a_ledger_whose_schema_is_damaged_is_one_sentence(tmp_path):
+    """SQLite quotes the damaged bytes in its message, which are no text."""
+    sound = Path(__file__).parents[1] / "past" / "8eca11f" / "sites" / "ward-a" / "state" / "ledger.sqlite"
+    content = bytearray(sound.read_bytes())
+    content[content.index(b"tableentriesentries") + len("table")] = 0xFF
+    (tmp_path / "ledger.sqlite").write_bytes(content)
+    with pytest.raises(LedgerError, match=r"ledger\.sqlite: malformed database schema"):
+        HeldLedger.read(tmp_path / "ledger.sqlite")
 
 
 def test_a_printed_ledger_that_was_touched_is_refused(local, sites, tmp_path):

@@ -410,6 +410,10 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     try:
         # Undoes a cut-off write, if there is one, or says that it may not.
         connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except UnicodeDecodeError as error:
+        # SQLite's message of a damaged schema quotes bytes of it, which Python takes for text.
+        connection.close()
+        raise sqlite3.DatabaseError("malformed database schema") from error
     except BaseException:
         connection.close()
         raise
