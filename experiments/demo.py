@@ -262,6 +262,8 @@ def _show(console: Console, summary: dict[str, Any], spent: dict[str, dict[str, 
     console.print(table)
     console.print("What to try next:", style="bold")
     console.print(f"  python -m fedclaw.verify {export['bundle']}")
+    console.print(f"  python -m fedclaw.lineage {export['bundle']} federation={output / 'federation'}")
+    console.print(f"  python -m fedclaw.layouts triton {export['bundle']} output={output / 'triton'}")
     first = output / "sites" / summary["sites"][0]["name"]
     console.print(f"  python -m fedclaw.ledger statement site={first}")
     console.print(f"  python -m fedclaw.provision show federation={output / 'federation'}")
