@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedclaw.cli import make_console
-from fedclaw.compress.__main__ import before_after, notes
+from fedclaw.compress.__main__ import compared, notes
 from fedclaw.compress.record import CompressSettings, RecoverySettings
 from fedclaw.compress.stage import compress
 from fedclaw.errors import BundleError
@@ -58,8 +58,8 @@ def test_the_whole_chain_says_values(run, rows, home, command, tmp_path):
     assert record.accuracy_after > record.accuracy_pruned
     console = make_console()
     with console.capture() as captured:
-        console.print(before_after(record))
-    assert "agreement with the teacher" in captured.get()
+        console.print(compared(record))
+    assert "Agreement with the teacher" in captured.get()
     assert any("the student's r2 with the teacher's answers for targets" in note for note in notes(record, run.root))
 
     target = tmp_path / "bundle"
