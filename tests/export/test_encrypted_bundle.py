@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -155,11 +155,13 @@ def watched(root: Path, needle: bytes) -> Iterator[list[Path]]:
 
     def look() -> None:
         while not stop.is_set():
-            for path in root.rglob("*"):
-                try:
-                    seen.extend([path] if path.is_file() and needle in path.read_bytes() else [])
-                except OSError:
-                    continue
+            # A directory that goes while it is walked ends the walk, not the watch.
+            with suppress(FileNotFoundError):
+                for path in root.rglob("*"):
+                    try:
+                        seen.extend([path] if path.is_file() and needle in path.read_bytes() else [])
+                    except OSError:
+                        continue
 
     thread = threading.Thread(target=look)
     thread.start()
