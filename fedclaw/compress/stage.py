@@ -174,13 +174,22 @@ class Made:
 
 
 def recover(
-    settings: CompressSettings, teacher: Teacher, student: Student, given: Given, observers: Sequence[Observer] = ()
+    settings: CompressSettings,
+    teacher: Teacher,
+    student: Student,
+    given: Given,
+    observers: Sequence[Observer] = (),
+    *,
+    measured: bool = True,
 ) -> Made:
-    """Recover the student in the modes that are asked for, one after the other. Raises FedClawError."""
+    """Recover the student in the modes that are asked for, one after the other. Raises FedClawError.
+
+    `measured`: sites that recover it last, and no evaluation file, measure it on their tests, which may cost them.
+    """
     made = Made(student.model)
     for mode in settings.mode:
         if mode == "federated":
-            made = _at_sites(settings, teacher, student, given, made, observers)
+            made = _at_sites(settings, teacher, student, given, made, observers, measured)
         elif mode != "none":
             made = _at_coordinator(settings, teacher, given, made, mode)
     return made
@@ -205,10 +214,11 @@ def _at_sites(
     given: Given,
     made: Made,
     observers: Sequence[Observer],
+    measured: bool,
 ) -> Made:
     from fedclaw.compress.federated import recover_at_sites
 
-    measured = settings.mode[-1] == "federated" and given.public.evaluation is None
+    measured = measured and settings.mode[-1] == "federated" and given.public.evaluation is None
     found = recover_at_sites(settings, teacher, student, made.model, observers, measured=measured)
     told = f"the sites' own training data, in {found.report.rounds} rounds of run {found.report.run} on their ledgers"
     looked = StepInputs(step="recovery", origin="sites", description=told)

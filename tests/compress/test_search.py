@@ -160,9 +160,9 @@ def recoveries(monkeypatch):
     """The fraction and mode of each recovery, in their order."""
     seen, real = [], searching.recover
 
-    def recover(settings, *rest):
+    def recover(settings, *rest, **options):
         seen.append((settings.fraction, settings.mode))
-        return real(settings, *rest)
+        return real(settings, *rest, **options)
 
     monkeypatch.setattr(searching, "recover", recover)
     return seen
@@ -261,10 +261,10 @@ def test_a_search_that_is_stopped_goes_on_where_it_was(run, digits, recoveries, 
     asked = settings_for(run, inputs=digits.public, evaluation=digits.test)
     real = searching.recover
 
-    def stopped(settings, *rest):
+    def stopped(settings, *rest, **options):
         if settings.fraction == 0.25:
             raise KeyboardInterrupt
-        return real(settings, *rest)
+        return real(settings, *rest, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(searching, "recover", stopped)
@@ -318,10 +318,10 @@ def test_a_fraction_that_cannot_be_is_left_out_and_said(run, digits):
 def test_a_candidate_that_cannot_be_recovered_or_served_is_left_out_and_said(run, digits, monkeypatch):
     real, forms = searching.recover, TorchRuntime.forms
 
-    def recover(settings, *rest):
+    def recover(settings, *rest, **options):
         if settings.fraction == 0.25:
             raise CompressionError("recovery diverged")
-        return real(settings, *rest)
+        return real(settings, *rest, **options)
 
     def some(self, model, precisions):
         if "int8" in precisions and sum(value.numel() for value in model.parameters()) < 2000:
@@ -342,7 +342,7 @@ def test_a_candidate_that_cannot_be_recovered_or_served_is_left_out_and_said(run
 def test_a_recovery_at_the_sites_that_fails_ends_the_search(run, tmp_path, monkeypatch):
     """What the sites were charged for it would otherwise be in no record."""
 
-    def recover(*_):
+    def recover(*_, **__):
         raise CompressionError("diverged")
 
     monkeypatch.setattr(searching, "recover", recover)
@@ -354,10 +354,10 @@ def test_a_chosen_candidate_that_comes_out_otherwise_is_not_written(run, digits,
     asked = settings_for(run, {"modes": ("proxy",), "loss": 0.05}, inputs=digits.public)
     real, count = searching.recover, 0
 
-    def worse(settings, teacher, student, *rest):
+    def worse(settings, teacher, student, *rest, **options):
         nonlocal count
         count += 1
-        made = real(settings, teacher, student, *rest)
+        made = real(settings, teacher, student, *rest, **options)
         return made if count <= len(FRACTIONS) else dataclasses.replace(made, model=student.model)
 
     monkeypatch.setattr(searching, "recover", worse)
@@ -443,15 +443,20 @@ def test_a_release_that_pruning_alone_looked_at_is_a_cost(run):
 
 
 def test_what_candidates_that_were_not_chosen_cost_at_the_sites_is_part_of_the_record(run, tmp_path, monkeypatch):
-    def recover(settings, teacher, student, *rest):
+    measured = []
+
+    def recover(settings, teacher, student, *rest, **options):
+        measured.append(options.get("measured", True))
         report = SitesReport(run=f"recovery-{settings.fraction}", directory="d", rounds=1, epsilon={"north": 1.0})
         return Made(student.model, (report,))
 
     monkeypatch.setattr(searching, "recover", recover)
     wanted = {"modes": ("federated",), "epsilon": 8, "loss": 0.9, "precisions": ("float32",)}
     for overwrite in (False, True):  # the second search takes the candidates of the first
+        measured.clear()
         searched(settings_for(run, wanted, federation=tmp_path, overwrite=overwrite))
         record, _ = read_compressed(run)
+        assert measured == ([True] if overwrite else [False, False, True]), "the sites measure the chosen one alone"
         assert record.at_sites.run == "recovery-0.25"
         assert [report.run for report in record.search.at_sites] == ["recovery-0.5"]
         assert [report.run for report in record.runs_at_sites] == ["recovery-0.25", "recovery-0.5"]
