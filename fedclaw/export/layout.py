@@ -195,8 +195,8 @@ class Manifest(Frozen):
     created: datetime
     """When the bundle was signed, by the signer's own clock."""
     versions: dict[str, str]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     labels: tuple[str, ...]
     """None where the task has no classes."""
     target: dict[str, JsonValue] | None = None

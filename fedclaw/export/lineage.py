@@ -340,7 +340,7 @@ class _Walk:
             return
         try:
             record = load_record(self.at_hand.federation / "sites", name)
-        except FedClawError as error:
+        except (FedClawError, ValueError) as error:  # ValueError: no site can have that name
             yield Link.of("certificate", "contradicts", str(error))
             return
         if record is None:

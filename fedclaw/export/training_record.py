@@ -182,11 +182,18 @@ def rounds_of(record: RunRecord, lines: Sequence[Mapping[str, Any]]) -> tuple[Ro
         RoundRecord(
             round=line["round"],
             sites=None if hidden or "answered" not in line else tuple(sorted(line["answered"])),
-            metrics={name: value if math.isfinite(value) else None for name, value in line["metrics"].items()},
+            metrics={name: value if _is_finite(value) else None for name, value in line["metrics"].items()},
             test_examples=line.get("test_examples"),
         )
         for line in lines
     )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def samples_sites(record: RunRecord) -> bool:

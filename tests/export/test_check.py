@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -280,6 +281,15 @@ def test_a_signed_manifest_of_another_version_is_not_guessed_at(bundle, home):
     path.write_text(path.read_text().replace('"format_version": ', '"format_version": 3'))
     sign(bundle, home.signer())
     with pytest.raises(BundleError, match="not understood by this version: format_version"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("which", ["inputs", "outputs"])
+def test_a_signed_manifest_without_a_tensor_is_not_understood(which, bundle, home):
+    path = bundle / layout.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), which: []}))
+    sign(bundle, home.signer())
+    with pytest.raises(BundleError, match=f"not understood by this version: {which}"):
         verify_bundle(bundle)
 
 

@@ -189,6 +189,15 @@ def sign_again(bundle: Path, home: FederationHome) -> None:
     _sign(bundle, home.signer(), bundle.name)
 
 
+def test_a_site_of_a_name_that_no_site_can_have_is_no_path(place):
+    bundle = place / "runs" / "local" / "bundle"
+    text = (bundle / layout.PRIVACY).read_text()
+    name = json.loads(text)["sites"][0]["site"]
+    (bundle / layout.PRIVACY).write_text(text.replace(json.dumps(name), json.dumps("../ca")))
+    sign_again(bundle, FederationHome.open(place / "federation"))
+    assert any("'../ca' cannot be used" in found for found in wrong(walk(place)))
+
+
 def test_a_coordinator_that_signs_less_than_its_sites_spent_is_found_by_one_ledger(place):
     """Its own files agree with the lie: receipts.json is what it exports from."""
     run = RunDirectory(place / "runs" / "local")
