@@ -48,6 +48,7 @@ from fedclaw.cli import make_console, naming, require_paths, run_main, settings_
 from fedclaw.compress.record import read_compressed
 from fedclaw.errors import UsageError
 from fedclaw.export.source import Source, load_source, signing_home
+from fedclaw.files import sha256_file
 from fedclaw.identity.data_keys import EncryptionSettings, Keyring, KeySetting, load_keyring
 from fedclaw.identity.federation_home import CA_CERTIFICATE
 from fedclaw.protocol.frozen import Frozen
@@ -107,6 +108,11 @@ def export(settings: ExportSettings, console: Console) -> None:
         raise UsageError("threshold_data= and threshold_statistics= are two ways of choosing; give one")
     if settings.calibration is not None and not settings.quantise:
         raise UsageError("calibration= is for quantise=true")
+    if _same_content(settings.calibration, settings.threshold_data):
+        raise UsageError(
+            "calibration= and threshold_data= have the same content: the accuracies of the forms would be of rows that "
+            "they were calibrated and chosen on; give rows of their own to each"
+        )
     directory.require_whole()
     if settings.model == "compressed":
         read_compressed(directory)
@@ -170,6 +176,13 @@ def export(settings: ExportSettings, console: Console) -> None:
         console.print(f"encrypted under the key {keys.id.hex()}; who serves it needs that key", markup=False)
     console.print(f"signed    by {verified.signer.name}, CA SHA-256 {verified.signer.fingerprint}", markup=False)
     console.print(f"next      {verify_command(target, home.root / CA_CERTIFICATE)}", markup=False, soft_wrap=True)
+
+
+def _same_content(first: Path | None, second: Path | None) -> bool:
+    """Whether both are files, and the same."""
+    if first is None or second is None or not (first.is_file() and second.is_file()):
+        return False
+    return sha256_file(first) == sha256_file(second)
 
 
 def _bundle_keys(settings: ExportSettings) -> Keyring | None:

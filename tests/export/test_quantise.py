@@ -13,7 +13,7 @@ from fedclaw.compress.intervals import Difference
 from fedclaw.compress.record import Compression, SearchChoice
 from fedclaw.errors import BundleError, UsageError
 from fedclaw.export import graph, layout
-from fedclaw.export.__main__ import quantised
+from fedclaw.export.__main__ import main, quantised
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import verify_bundle
 from fedclaw.export.layout import HALF, ONNX, QUANTISED, FormFigures
@@ -268,6 +268,17 @@ def test_an_older_bundle_keeps_its_figures_and_recommends_the_exact_model():
     inputs = exact.schema.synthetic_inputs(20, np.random.default_rng(0))
     np.testing.assert_array_equal(exact.predict(inputs), recommended.predict(inputs))
     assert not np.array_equal(exact.predict(inputs), small.predict(inputs))
+
+
+def test_what_forms_are_calibrated_with_is_not_what_their_accuracy_is_of(table_run, home, public, tmp_path):
+    copy = shutil.copy(public, tmp_path / "copy.csv")
+    with pytest.raises(UsageError, match="calibration= and threshold_data= have the same content"):
+        main(
+            [
+                *(f"run={table_run.root}", f"federation={home.root}", "quantise=true"),
+                *(f"calibration={public}", f"threshold_data={copy}"),
+            ]
+        )
 
 
 def test_the_command_says_which_form_is_recommended(command, table_run, home, public, tmp_path):
