@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from experiments.cell_files import read_result, write_result
 from experiments.compression.dealing import Fold, deal_fold
-from experiments.compression.settings import StudentCell, TeacherCell
+from experiments.compression.settings import Mode, StudentCell, TeacherCell
 from experiments.compression.sites import open_sites, record_of, spent
 from experiments.sweeps.identity import digest_of
 from fedclaw.compress.controls import from_scratch
@@ -27,6 +27,7 @@ from fedclaw.compress.federated import recover_by_rounds
 from fedclaw.compress.inputs import Inputs, PublicData, schema_inputs
 from fedclaw.compress.models import Student, Teacher, arrays_of, load_arrays, load_teacher, predict_logits
 from fedclaw.compress.record import CompressSettings, SiteRecovery
+from fedclaw.compress.record import Mode as KindOfRecovery
 from fedclaw.compress.stage import Given, controls_of, recover, student_of
 from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
@@ -34,6 +35,13 @@ from fedclaw.server.coordinator import run_rounds
 from fedclaw.server.run_directory import RunDirectory
 from fedclaw.transport.in_process import local_grid, simulate
 
+_MODES: Mapping[Mode, tuple[KindOfRecovery, ...]] = {
+    "none": ("none",),
+    "proxy": ("proxy",),
+    "synthetic": ("synthetic",),
+    "federated": ("federated",),
+    "proxy, federated": ("proxy", "federated"),
+}
 RUN, LEDGERS = "run", "ledgers"
 FINE_TUNED, SCRATCH = "fine-tuned without teacher", "trained from scratch"
 
@@ -119,8 +127,8 @@ def compress_teacher(item: tuple[StudentCell, Path]) -> CellResult:
         fold = _fold(cell.teacher)
         given = _given(settings, teacher, fold)
         student = student_of(settings, teacher, given)
-        if cell.mode == "federated":
-            arms, learnt_from = _at_sites(cell, settings, teacher, student, fold, root / LEDGERS)
+        if cell.mode.endswith("federated"):
+            arms, learnt_from = _at_sites(cell, settings, teacher, student, fold, given, root / LEDGERS)
         else:
             arms, learnt_from = _at_coordinator(settings, teacher, student, fold, given)
         arms["pruned"] = _arm(teacher, student.model, fold)
@@ -131,7 +139,7 @@ def _settings(cell: StudentCell, run: Path) -> CompressSettings:
     training = cell.teacher.described.students[cell.teacher.kind]
     return CompressSettings(
         run=run,
-        mode=(cell.mode,),
+        mode=_MODES[cell.mode],
         fraction=cell.fraction,
         pruning=cell.teacher.described.pruning,
         recovery=cell.teacher.described.recovery,
@@ -163,16 +171,27 @@ def _at_coordinator(
 
 
 def _at_sites(
-    cell: StudentCell, settings: CompressSettings, teacher: Teacher, student: Student, fold: Fold, ledgers: Path
+    cell: StudentCell,
+    settings: CompressSettings,
+    teacher: Teacher,
+    student: Student,
+    fold: Fold,
+    given: Given,
+    ledgers: Path,
 ) -> tuple[dict[str, Arm], str]:
     """At the sites, which go on from the teacher's ledgers; the net from scratch has the whole budget for itself."""
     task, delta, arms = cell.teacher.described, cell.teacher.delta, dict[str, Arm]()
-    for name, weight in (("recovered", settings.sites.weight), (FINE_TUNED, 0.0)):
+    before = tuple(mode for mode in settings.mode if mode != "federated")
+    begun = student.model
+    if before:
+        at_coordinator = settings.model_copy(update={"mode": before, "federation": None})
+        begun = recover(at_coordinator, teacher, student, given).model
+    for name, start, weight in (("recovered", begun, cell.weight), (FINE_TUNED, student.model, 0.0)):
         sites = open_sites(task, fold, cell.epsilon, delta, ledgers, copied=True)
         at_sites = settings.sites.model_copy(update={"weight": weight})
         asked = settings.model_copy(update={"sites": at_sites})
         grid = local_grid(sites, f"{settings.run}-{name}")
-        found = recover_by_rounds(grid, asked, teacher, student, student.model, measured=False)
+        found = recover_by_rounds(grid, asked, teacher, student, start, measured=False)
         arms[name] = _arm(teacher, found.model, fold, None if cell.epsilon is None else spent(sites, delta))
     small = task.model_copy(update={"model": student.spec})
     record = record_of(small, fold, task.students[cell.teacher.kind], cell.epsilon, delta, cell.teacher.seed)

@@ -6,7 +6,13 @@ from pathlib import Path
 from experiments.compression.results import Results
 from fedclaw.files import write_atomic
 
-_COLOURS = {"federated": "#0072b2", "proxy": "#009e73", "synthetic": "#d55e00", "none": "#999999"}
+_COLOURS = {
+    "federated": "#0072b2",
+    "proxy, federated": "#cc79a7",
+    "proxy": "#009e73",
+    "synthetic": "#d55e00",
+    "none": "#999999",
+}
 # Okabe and Ito's, which the colour-blind can tell apart.
 _LOWEST = 50.0
 # What keeps less is left to the bottom edge.

@@ -16,7 +16,8 @@ from fedclaw.protocol.terms import LocalTraining, ModelSpec
 
 TeacherKind = Literal["plain", "private"]
 """How the model that is compressed was trained: without privacy, or with the noise of each site's own."""
-Mode = Literal["none", "proxy", "synthetic", "federated"]
+Mode = Literal["none", "proxy", "synthetic", "federated", "proxy, federated"]
+"""As in `fedclaw.compress`; the last is one after the other."""
 
 
 class SiteTraining(Frozen):
@@ -26,6 +27,14 @@ class SiteTraining(Frozen):
     training: LocalTraining
     clip: float = Field(default=1.0, gt=0)
     """L2 bound of an example's gradient; without privacy it is not used."""
+
+
+class TeacherWeights(Frozen):
+    """The teacher's weight in the loss at the sites; the rest is the loss on their own targets."""
+
+    federated: float = Field(default=0.7, gt=0, le=1)
+    after_proxy: float = Field(default=0.7, ge=0, le=1)
+    """Where the teacher was learnt from before, on the public inputs; with 0 the sites train on their targets alone."""
 
 
 class TaskSettings(Frozen):
@@ -39,6 +48,7 @@ class TaskSettings(Frozen):
     teachers: dict[TeacherKind, SiteTraining]
     students: dict[TeacherKind, SiteTraining]
     """Of a pruned model at the sites: recovery, and the controls in its place."""
+    weights: dict[TeacherKind, TeacherWeights]
     pruning: PruningSettings
     recovery: RecoverySettings
     generator: GeneratorSettings
@@ -88,7 +98,9 @@ class TeacherCell:
 
     def configuration(self) -> dict[str, Any]:
         """All that its result depends on, as plain JSON values."""
-        described = self.described.model_dump(mode="json", exclude={"students", "pruning", "recovery", "generator"})
+        described = self.described.model_dump(
+            mode="json", exclude={"students", "weights", "pruning", "recovery", "generator"}
+        )
         described["teachers"] = described["teachers"][self.kind]
         return {**{name: value for name, value in vars(self).items() if name != "described"}, "described": described}
 
@@ -108,7 +120,13 @@ class StudentCell:
     @property
     def label(self) -> str:
         """The cell in a few words, fit for a file's name."""
-        return f"{self.teacher.label}-{self.mode}-{self.fraction:g}"
+        return f"{self.teacher.label}-{self.mode.replace(', ', '-')}-{self.fraction:g}"
+
+    @property
+    def weight(self) -> float:
+        """The teacher's at the sites."""
+        weights = self.teacher.described.weights[self.teacher.kind]
+        return weights.after_proxy if self.mode == "proxy, federated" else weights.federated
 
     def configuration(self) -> dict[str, Any]:
         """All that its result depends on, as plain JSON values."""
@@ -117,6 +135,7 @@ class StudentCell:
         return {
             **own,
             "teacher": self.teacher.configuration(),
+            "weight": self.weight if self.mode.endswith("federated") else None,
             "student": described.students[self.teacher.kind].model_dump(mode="json"),
             "pruning": described.pruning.model_dump(mode="json"),
             "recovery": described.recovery.model_dump(mode="json"),
@@ -140,7 +159,7 @@ def students(settings: ExperimentSettings) -> Iterator[StudentCell]:
     for task, kind, fold in itertools.product(settings.tasks, settings.kinds, range(settings.folds)):
         private = kind == "private"
         for mode, fraction in itertools.product(settings.modes, settings.fractions):
-            at_sites = mode == "federated"
+            at_sites = mode.endswith("federated")
             yield StudentCell(
                 teacher=_teacher(
                     settings, task, kind, fold, settings.teacher_epsilon if at_sites else settings.epsilon
