@@ -181,15 +181,18 @@ def _at_sites(
 ) -> tuple[dict[str, Arm], str]:
     """At the sites, which go on from the teacher's ledgers; the net from scratch has the whole budget for itself."""
     task, delta, arms = cell.teacher.described, cell.teacher.delta, dict[str, Arm]()
-    before = tuple(mode for mode in settings.mode if mode != "federated")
     begun = student.model
-    if before:
+    if before := tuple(mode for mode in settings.mode if mode != "federated"):
         at_coordinator = settings.model_copy(update={"mode": before, "federation": None})
         begun = recover(at_coordinator, teacher, student, given).model
-    for name, start, weight in (("recovered", begun, cell.weight), (FINE_TUNED, student.model, 0.0)):
+    # What came before the sites is part of a recovery's name: under one name the second would be taken for the first.
+    for name, mode, start, weight in (
+        ("recovered", settings.mode, begun, cell.weight),
+        (FINE_TUNED, _MODES["federated"], student.model, 0.0),
+    ):
         sites = open_sites(task, fold, cell.epsilon, delta, ledgers, copied=True)
         at_sites = settings.sites.model_copy(update={"weight": weight})
-        asked = settings.model_copy(update={"sites": at_sites})
+        asked = settings.model_copy(update={"mode": mode, "sites": at_sites})
         grid = local_grid(sites, f"{settings.run}-{name}")
         found = recover_by_rounds(grid, asked, teacher, student, start, measured=False)
         arms[name] = _arm(teacher, found.model, fold, None if cell.epsilon is None else spent(sites, delta))

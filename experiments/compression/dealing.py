@@ -19,7 +19,7 @@ class Fold:
     """Its constants are those of the public rows."""
     sites: dict[str, Table]
     public: Table
-    """The coordinator's. Its targets stay unused, but for a control that is said to use them."""
+    """The coordinator's. Its targets stay unused."""
     test: Table
     rows: Indices
     """(N,) which of all rows `test` has."""

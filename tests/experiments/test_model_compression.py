@@ -102,6 +102,12 @@ def test_recovery_at_the_sites_stays_within_the_whole_budget(tmp_path: Path) -> 
         # Its teacher's cost is in it.
         assert row.recovered.epsilon > settings.teacher_epsilon
         assert row.controls["trained from scratch"].epsilon == pytest.approx(settings.epsilon, rel=0.02)
+    # Each has rounds of its own, with noise of their own, also where the teacher weighs nothing at the sites.
+    store = Store(tmp_path / "runs")
+    for cell in students(settings_of(*SMALL, "kinds=[private]")):
+        arms = store.finished(cell).arms
+        if cell.mode.endswith("federated"):
+            assert arms["recovered"].right != arms["fine-tuned without teacher"].right
     (other,) = [row for row in results.rows if row.mode == "proxy"]
     assert other.recovered.epsilon is None
     assert results.reference("breast_cancer", "private").epsilon == pytest.approx(settings.epsilon, rel=0.02)
