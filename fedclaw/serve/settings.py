@@ -1,0 +1,246 @@
+"""conf/serve.yaml, checked: what a node serves, where it listens, and whom it lets in."""
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from fedclaw.compress.record import Precision
+from fedclaw.export.check import TrustSettings
+from fedclaw.export.runtime import Device
+from fedclaw.protocol.frozen import Frozen
+
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
+"""Of a model or a version: it stands in paths of URLs, in scopes and in logs."""
+Port = Annotated[int, Field(ge=0, le=65535)]
+"""0: one that is free, which the node then names."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _host(host: str) -> str:
+    if not host or any(letter.isspace() or letter in "/@" for letter in host):
+        raise ValueError(f"{host!r} is no address to listen on: give an IP address or a host name")
+    return host
+
+
+Host = Annotated[str, AfterValidator(_host)]
+
+
+class VersionSettings(Frozen):
+    """One version of a model."""
+
+    bundle: Path
+    name: ModelName | None = None
+    """null: the first 12 digits of the bundle's digest."""
+
+
+class ModelSettings(Frozen):
+    """One model of a node."""
+
+    bundle: Path | None = None
+    """Its only version; or `versions`."""
+    versions: tuple[VersionSettings, ...] = ()
+    """The last one answers, until a canary, a test or a person says otherwise."""
+    precision: Precision | Literal["recommended"] = "float32"
+    pinned: bool = True
+    """Loaded before the node is ready, and never unloaded; false: loaded when somebody asks."""
+
+    @model_validator(mode="after")
+    def _some_version(self) -> Self:
+        if (self.bundle is None) == (not self.versions):
+            raise ValueError("give bundle=PATH or versions=[{bundle: PATH}, …], one of the two")
+        return self
+
+    @property
+    def listed(self) -> tuple[VersionSettings, ...]:
+        """Every version, in order."""
+        return self.versions if self.bundle is None else (VersionSettings(bundle=self.bundle),)
+
+
+class TlsSettings(Frozen):
+    """TLS 1.3 of the data ports and the admin port."""
+
+    certificate: Path | None = None
+    """PEM, with its chain."""
+    private_key: Path | None = None
+    """PEM, readable by its owner alone."""
+    client_ca: Path | None = None
+    """Clients must show a certificate of this CA (mutual TLS)."""
+    client_crl: Path | None = None
+    off: bool = False
+    """Only for an address that this machine alone reaches, or behind a proxy on it."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key belong together")
+        if self.off and self.certificate is not None:
+            raise ValueError("off and certificate contradict each other")
+        if self.client_crl is not None and self.client_ca is None:
+            raise ValueError("client_crl needs client_ca")
+        return self
+
+
+class TokenSettings(Frozen):
+    """OAuth2 bearer tokens: who signs them, and for whom."""
+
+    jwks: str | None = None
+    """A file, or an https URL, with the issuer's public keys."""
+    jwks_ca: Path | None = None
+    """Whose certificate the URL's server has, if not that of a public CA."""
+    issuer: str | None = None
+    audience: str | None = None
+    algorithms: tuple[Literal["ES256", "RS256"], ...] = Field(default=("ES256", "RS256"), min_length=1)
+    off: bool = False
+    """Everybody may ask for everything; only for an address that this machine alone reaches."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        given = (self.jwks, self.issuer, self.audience)
+        if any(item is not None for item in given) and None in given:
+            raise ValueError("jwks, issuer and audience belong together")
+        if self.off and self.jwks is not None:
+            raise ValueError("off and jwks contradict each other")
+        return self
+
+
+class LimitSettings(Frozen):
+    """What a client may cost the node."""
+
+    body_bytes: int = Field(default=16 << 20, ge=1024)
+    rows: int = Field(default=10_000, ge=1)
+    """In one request."""
+    requests_per_second: float = Field(default=1000.0, gt=0)
+    """Of one principal, at all workers of the node together."""
+    burst: int = Field(default=2000, ge=1)
+    connections: int = Field(default=2000, ge=1)
+    """Open at one worker."""
+    header_seconds: float = Field(default=5.0, gt=0)
+    """Until a request's header is whole."""
+    body_seconds: float = Field(default=30.0, gt=0)
+    """Until its body is."""
+    deadline_seconds: float = Field(default=10.0, gt=0)
+    """A request that waits longer than this, or than it says itself, is not answered."""
+
+
+class BatchSettings(Frozen):
+    """How rows of several requests are answered together."""
+
+    mode: Literal["auto", "on", "off"] = "auto"
+    """auto: where it was measured to pay, at start."""
+    rows: int | None = Field(default=None, ge=1)
+    """At most in a batch; null: measured."""
+    queue: int = Field(default=4096, ge=1)
+    """Rows that wait; whoever comes then is told to come again."""
+    threads: int | None = Field(default=None, ge=1)
+    """That a worker computes with; null: measured."""
+
+
+class AuditSettings(Frozen):
+    """The log of who asked what."""
+
+    inputs: Literal["no", "digest", "full"] = "no"
+    sync_seconds: float = Field(default=1.0, ge=0)
+    """How often lines are flushed to the disk, which only a crash of the whole machine loses; 0: each one."""
+    when_full: Literal["refuse", "go_on"] = "refuse"
+    """What happens to requests whose line cannot be written."""
+
+
+class ReleaseSettings(Frozen):
+    """How a published version comes to answer."""
+
+    mode: Literal["canary", "shadow", "at_once"] = "canary"
+    approval: Literal["automatic", "manual"] = "automatic"
+    """manual: a person's word lets it begin."""
+    agreement: bool = True
+    """Whether the new version is meant to give the same labels, so that disagreement rolls it back."""
+
+
+class TracingSettings(Frozen):
+    """OpenTelemetry traces."""
+
+    endpoint: str | None = None
+    """Of OTLP over HTTP; null: no traces."""
+    share: float = Field(default=0.01, ge=0, le=1)
+
+
+class AdminSettings(Frozen):
+    """The port of operators and of Prometheus."""
+
+    host: Host = "127.0.0.1"
+    port: Port = 9443
+
+
+class NodeSettings(TrustSettings):
+    """Everything that `python -m fedclaw.serve` is told."""
+
+    bundle: Path | None = None
+    model: ModelName | None = None
+    """The name of the bundle's model; null: its run's."""
+    models: dict[ModelName, ModelSettings] = {}
+    state: Path = Path("node")
+    """Directory of the node: its copies of bundles, routing, feedback, audit log."""
+    name: ModelName = "node"
+    """Of this node among those that share a database."""
+    database: str | None = None
+    """env:NAME or file:PATH that holds postgresql://…; null: SQLite in `state`."""
+    host: Host = "127.0.0.1"
+    port: Port = 8443
+    grpc_port: Port | None = 8444
+    """null: REST alone."""
+    admin: AdminSettings = AdminSettings()
+    workers: int = Field(default=1, ge=1, le=256)
+    device: Device = "cpu"
+    memory: int | None = Field(default=None, ge=1 << 20)
+    """Bytes of models at one worker; the least recently used is unloaded. null: no limit."""
+    tls: TlsSettings = TlsSettings()
+    tokens: TokenSettings = TokenSettings()
+    limits: LimitSettings = LimitSettings()
+    batching: BatchSettings = BatchSettings()
+    audit: AuditSettings = AuditSettings()
+    release: ReleaseSettings = ReleaseSettings()
+    tracing: TracingSettings = TracingSettings()
+    feedback_days: float = Field(default=30.0, gt=0)
+    """How long an answer can be given feedback."""
+    drain_seconds: float = Field(default=0.0, ge=0, le=300)
+    """From the word to stop until no connection is taken any more: so long a proxy takes to see it."""
+
+    @model_validator(mode="after")
+    def _secure(self) -> Self:
+        hosts = {self.host, self.admin.host}
+        for name, off, given in (
+            ("tls", self.tls.off, self.tls.certificate is not None),
+            ("tokens", self.tokens.off, self.tokens.jwks is not None),
+        ):
+            if off and (outside := sorted(host for host in hosts if not is_loopback(host))):
+                raise ValueError(
+                    f"{name}.off=true is only for an address that this machine alone reaches, and "
+                    f"{', '.join(outside)} is none"
+                )
+            if not off and not given:
+                raise ValueError(_MISSING[name])
+        return self
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.bundle is not None and self.models:
+            raise ValueError("give bundle=PATH for one model, or models={NAME: …}, not both")
+        if self.model is not None and self.bundle is None:
+            raise ValueError("model= names the model of bundle=")
+        return self
+
+
+_MISSING = {
+    "tls": "give tls.certificate= and tls.private_key=, or, for trying it on this machine alone, tls.off=true",
+    "tokens": "give tokens.jwks=, tokens.issuer= and tokens.audience= (`python -m fedclaw.serve keys` makes a key "
+    "where there is no identity provider), or, for trying it on this machine alone, tokens.off=true",
+}
