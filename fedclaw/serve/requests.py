@@ -58,7 +58,7 @@ class InferenceResponse:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class VersionChoice:
     """Which version answers a request, and which others see it too."""
 
     version: str

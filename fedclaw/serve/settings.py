@@ -145,7 +145,7 @@ class BatchSettings(Frozen):
     """That a worker computes with; null: measured."""
 
 
-class AuditSettings(Frozen):
+class AuditLogSettings(Frozen):
     """The log of who asked what."""
 
     inputs: Literal["no", "digest", "full"] = "no"
@@ -206,7 +206,7 @@ class NodeSettings(TrustSettings):
     tokens: TokenSettings = TokenSettings()
     limits: LimitSettings = LimitSettings()
     batching: BatchSettings = BatchSettings()
-    audit: AuditSettings = AuditSettings()
+    audit: AuditLogSettings = AuditLogSettings()
     release: ReleaseSettings = ReleaseSettings()
     tracing: TracingSettings = TracingSettings()
     feedback_days: float = Field(default=30.0, gt=0)
