@@ -1,0 +1,379 @@
+"""The state store: what all processes of a node, and both nodes of a pair, know together.
+
+| what | how it changes |
+| --- | --- |
+| documents (routing plans, posteriors, keys, audit heads) | compare-and-swap on their revision |
+| counts of each second | add up, exactly, whoever adds |
+| events (decisions with their numbers) | are appended, and never changed |
+| assignments of keys to versions | the first one stays |
+| beats of workers | the last one counts |
+| feedback | once for each receipt |
+
+Safe for many threads and processes. `StateUnavailable` means that the database does not answer: a worker goes on with
+the last plan that it read, and feedback is refused. Times are Unix seconds by the database's clock.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import JsonValue
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from fedclaw.serve.state.database import Database, StateStoreError, StateUnavailable
+
+__all__ = ["Feedback", "StateEvent", "StateStore", "StateStoreError", "StateUnavailable", "WorkerBeat"]
+
+SCHEMA = 1
+"""Version of the tables. A store with a newer one is refused."""
+_LONGEST_NAME = 200
+Document = dict[str, JsonValue]
+
+_tables = MetaData()
+_number = BigInteger().with_variant(Integer, "sqlite")
+_schema = Table("fedclaw_schema", _tables, Column("version", Integer, primary_key=True))
+_documents = Table(
+    "fedclaw_documents",
+    _tables,
+    Column("name", String, primary_key=True),
+    Column("revision", BigInteger, nullable=False),
+    Column("body", Text, nullable=False),
+)
+_counts = Table(
+    "fedclaw_counts",
+    _tables,
+    Column("model", String, primary_key=True),
+    Column("bucket", BigInteger, primary_key=True),
+    Column("version", String, primary_key=True),
+    Column("name", String, primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
+_events = Table(
+    "fedclaw_events",
+    _tables,
+    Column("number", _number, primary_key=True, autoincrement=True),
+    Column("time", Double, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("body", Text, nullable=False),
+    Index("fedclaw_events_by_model", "model", "number"),
+    sqlite_autoincrement=True,
+)
+_assignments = Table(
+    "fedclaw_assignments",
+    _tables,
+    Column("model", String, primary_key=True),
+    Column("key", String, primary_key=True),
+    Column("version", String, nullable=False),
+    Column("time", Double, nullable=False, index=True),
+)
+_workers = Table(
+    "fedclaw_workers",
+    _tables,
+    Column("node", String, primary_key=True),
+    Column("worker", String, primary_key=True),
+    Column("ready", Text, nullable=False),
+    Column("time", Double, nullable=False),
+)
+_feedback = Table(
+    "fedclaw_feedback",
+    _tables,
+    Column("receipt", String, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("version", String, nullable=False),
+    Column("time", Double, nullable=False),
+    Column("body", Text, nullable=False),
+    Index("fedclaw_feedback_by_time", "model", "time"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StateEvent:
+    """A decision, and the numbers that it was made from."""
+
+    number: int
+    """Rises with each event; not without gaps."""
+    time: float
+    kind: str
+    model: str
+    body: Document
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBeat:
+    """A worker as it last told of itself."""
+
+    node: str
+    worker: str
+    ready: tuple[str, ...]
+    """Digests of the bundles that it can answer from."""
+    age: float
+    """Seconds since then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What was said of one answer."""
+
+    receipt: str
+    model: str
+    version: str
+    time: float
+    body: Document
+
+
+class StateStore:
+    """The store in one database. Every method raises StateUnavailable where the database does not answer."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._dialect: Any = sqlite if database.is_sqlite else postgresql
+
+    @classmethod
+    def open(cls, where: str) -> Self:
+        """Connect, and make the tables where there are none.
+
+        `where` is sqlite:///PATH, postgresql://USER@HOST/NAME, env:VARIABLE or file:PATH (see
+        `fedclaw.serve.state.database`). Raises UsageError for another, StateStoreError if a newer FedClaw wrote it.
+        """
+        store = cls(Database(where))
+        try:
+            with store._database.creating() as connection:
+                _schema.create(connection, checkfirst=True)
+                _check_schema(connection)
+                _tables.create_all(connection)
+        except BaseException:
+            store.close()
+            raise
+        return store
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def read(self, name: str) -> tuple[int, Document] | None:
+        """Revision, from 1, and content of a document."""
+        wanted = select(_documents.c.revision, _documents.c.body).where(_documents.c.name == _name(name))
+        with self._database.reading() as connection:
+            found = connection.execute(wanted).one_or_none()
+        return None if found is None else (found.revision, json.loads(found.body))
+
+    def swap(self, name: str, revision: int | None, document: Mapping[str, JsonValue]) -> bool:
+        """Replace the document if `revision` is still its own; None: make it if there is none.
+
+        False: another was faster; read again. What is returned is durable.
+        """
+        body = _text(document)
+        statement: Any
+        if revision is None:
+            statement = self._insert(_documents).values(name=_name(name), revision=1, body=body)
+            statement = statement.on_conflict_do_nothing()
+        else:
+            mine = (_documents.c.name == _name(name)) & (_documents.c.revision == revision)
+            statement = update(_documents).where(mine).values(revision=revision + 1, body=body)
+        with self._database.writing() as connection:
+            return connection.execute(statement.returning(_documents.c.revision)).first() is not None
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the documents that begin with `prefix`, sorted."""
+        with self._database.reading() as connection:
+            found = connection.execute(
+                select(_documents.c.name).where(_documents.c.name.startswith(prefix, autoescape=True))
+            )
+            # SQLite's LIKE takes a for A, and a server's order depends on its locale.
+            return sorted(name for name in found.scalars() if name.startswith(prefix))
+
+    def add_counts(self, model: str, version: str, bucket: int, counts: Mapping[str, int]) -> None:
+        """Add to the counts of the Unix second `bucket`: all of them, or none if this raises. After StateUnavailable
+        they may have been added. A power cut may take the last ones."""
+        rows = [
+            {"model": _name(model), "version": _name(version), "bucket": bucket, "name": _name(name), "value": value}
+            # In order, so that two who add the same names do not wait for each other for ever.
+            for name, value in sorted(counts.items())
+        ]
+        if not rows:
+            return
+        added = self._insert(_counts).values(rows)
+        added = added.on_conflict_do_update(
+            index_elements=list(_counts.primary_key.columns), set_={"value": _counts.c.value + added.excluded.value}
+        )
+        with self._database.writing(durable=False) as connection:
+            connection.execute(added)
+
+    def counts(self, model: str, since: int, until: int | None = None) -> dict[str, dict[str, int]]:
+        """Sums by version and name, of the buckets from `since` on, and before `until`."""
+        asked = (_counts.c.model == _name(model)) & (_counts.c.bucket >= since)
+        if until is not None:
+            asked &= _counts.c.bucket < until
+        total = func.sum(_counts.c.value).label("total")
+        grouped = select(_counts.c.version, _counts.c.name, total).where(asked)
+        with self._database.reading() as connection:
+            found = connection.execute(grouped.group_by(_counts.c.version, _counts.c.name)).all()
+        sums: dict[str, dict[str, int]] = {}
+        for row in found:
+            sums.setdefault(row.version, {})[row.name] = int(row.total)
+        return sums
+
+    def append_event(self, kind: str, model: str, body: Mapping[str, JsonValue]) -> int:
+        """Note a decision and its numbers; durable. Returns its number."""
+        noted = insert(_events).values(kind=_name(kind), model=_name(model), body=_text(body), time=self._database.now)
+        with self._database.writing() as connection:
+            return int(connection.execute(noted.returning(_events.c.number)).scalar_one())
+
+    def events(self, model: str | None = None, limit: int = 100, after: int = 0) -> list[StateEvent]:
+        """The newest `limit` events with a number above `after`, oldest first."""
+        asked = select(_events).where(_events.c.number > after)
+        if model is not None:
+            asked = asked.where(_events.c.model == _name(model))
+        with self._database.reading() as connection:
+            found = connection.execute(asked.order_by(_events.c.number.desc()).limit(limit)).all()
+        return [StateEvent(row.number, row.time, row.kind, row.model, json.loads(row.body)) for row in reversed(found)]
+
+    def assign(self, model: str, key: str, version: str) -> str:
+        """The version that `key` was assigned first; `version` if it had none. Durable.
+
+        The key itself, which may be a patient's number, is not stored: its SHA-256 is.
+        """
+        hashed = _hashed(key)
+        mine = (_assignments.c.model == _name(model)) & (_assignments.c.key == hashed)
+        wanted = select(_assignments.c.version).where(mine)
+        with self._database.reading() as connection:
+            if (found := connection.execute(wanted).scalar_one_or_none()) is not None:
+                return str(found)
+        first = self._insert(_assignments).values(
+            model=model, key=hashed, version=_name(version), time=self._database.now
+        )
+        with self._database.writing() as connection:
+            connection.execute(first.on_conflict_do_nothing())
+            return str(connection.execute(wanted).scalar_one())
+
+    def beat(self, node: str, worker: str, ready: Sequence[str]) -> None:
+        """Tell that a worker is alive, and from which bundles it can answer."""
+        told = {"ready": json.dumps(list(ready)), "time": self._database.now}
+        statement = self._insert(_workers).values(node=_name(node), worker=_name(worker), **told)
+        statement = statement.on_conflict_do_update(index_elements=list(_workers.primary_key.columns), set_=told)
+        with self._database.writing(durable=False) as connection:
+            connection.execute(statement)
+
+    def workers(self) -> list[WorkerBeat]:
+        """All workers that told of themselves, by node and name; those long silent too, until they are pruned."""
+        age = (self._database.now - _workers.c.time).label("age")
+        with self._database.reading() as connection:
+            found = connection.execute(select(_workers.c.node, _workers.c.worker, _workers.c.ready, age)).all()
+        beats = [WorkerBeat(row.node, row.worker, tuple(json.loads(row.ready)), max(0.0, row.age)) for row in found]
+        return sorted(beats, key=lambda beat: (beat.node, beat.worker))
+
+    def credit(self, receipt: str, model: str, version: str, body: Mapping[str, JsonValue]) -> bool:
+        """Keep what was said of an answer; durable. False: something was said of it before, and that stays."""
+        row = {"receipt": _name(receipt), "model": _name(model), "version": _name(version), "body": _text(body)}
+        first = self._insert(_feedback).values(**row, time=self._database.now).on_conflict_do_nothing()
+        with self._database.writing() as connection:
+            return connection.execute(first.returning(_feedback.c.receipt)).first() is not None
+
+    def credited(self, receipt: str) -> Feedback | None:
+        """What was said of one answer."""
+        with self._database.reading() as connection:
+            found = connection.execute(select(_feedback).where(_feedback.c.receipt == _name(receipt))).one_or_none()
+        return None if found is None else _as_feedback(found)
+
+    def feedback(self, model: str, since: float = 0.0, limit: int | None = None) -> list[Feedback]:
+        """What was said of a model's answers since then, oldest first; the newest `limit` of it."""
+        asked = select(_feedback).where((_feedback.c.model == _name(model)) & (_feedback.c.time >= since))
+        with self._database.reading() as connection:
+            found = connection.execute(
+                asked.order_by(_feedback.c.time.desc(), _feedback.c.receipt.desc()).limit(limit)
+            ).all()
+        return [_as_feedback(row) for row in reversed(found)]
+
+    def prune(
+        self,
+        *,
+        counts: float | None = None,
+        workers: float | None = None,
+        assignments: float | None = None,
+        feedback: float | None = None,
+    ) -> int:
+        """Drop what is older than so many seconds, of each kind (None: nothing). Returns how many rows went.
+
+        Feedback must be kept for as long as receipts are good: one whose feedback was dropped could be credited again.
+        A key whose assignment was dropped is assigned anew. Events and documents stay.
+        """
+        now = self._database.now
+        columns = [
+            (_counts, _counts.c.bucket, counts),
+            (_workers, _workers.c.time, workers),
+            (_assignments, _assignments.c.time, assignments),
+            (_feedback, _feedback.c.time, feedback),
+        ]
+        dropped = 0
+        for table, column, age in columns:
+            if age is not None:
+                with self._database.writing(durable=False) as connection:
+                    dropped += connection.execute(delete(table).where(column < now - age)).rowcount
+        return dropped
+
+    def now(self) -> float:
+        """The database's clock."""
+        with self._database.reading() as connection:
+            return float(connection.execute(select(self._database.now)).scalar_one())
+
+    def _insert(self, table: Table) -> Any:
+        return self._dialect.insert(table)
+
+
+def _check_schema(connection: Connection) -> None:
+    found = connection.execute(select(func.max(_schema.c.version))).scalar_one()
+    if found is None:
+        connection.execute(insert(_schema).values(version=SCHEMA))
+    elif found > SCHEMA:
+        raise StateStoreError(
+            f"the state store has version {found} and this FedClaw knows version {SCHEMA}: update FedClaw"
+        )
+
+
+def _as_feedback(row: Any) -> Feedback:
+    return Feedback(row.receipt, row.model, row.version, row.time, json.loads(row.body))
+
+
+def _name(name: str) -> str:
+    """Refuses what one of the databases could not keep, or would keep otherwise than the other."""
+    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"a name in the state store has 1 to {_LONGEST_NAME} printable characters")
+    return name
+
+
+def _text(document: Mapping[str, JsonValue]) -> str:
+    """Raises ValueError for NaN and infinities, which are no JSON."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _hashed(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
