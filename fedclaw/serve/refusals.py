@@ -53,11 +53,15 @@ class ServeRefusal(FedClawError):
     """A request that a node does not answer. The message goes to the client: it never holds a path, an input, a secret
     or what another client has."""
 
-    def __init__(self, code: Code, message: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self, code: Code, message: str, retry_after: float | None = None, challenge: str | None = None
+    ) -> None:
         super().__init__(message)
         self.code: Code = code
         self.retry_after = retry_after
         """Seconds after which it is worth trying again; None: trying again does not help."""
+        self.challenge = challenge
+        """The value of the header WWW-Authenticate, which goes with 401 and 403."""
 
     @property
     def status(self) -> HTTPStatus:
