@@ -25,6 +25,8 @@ from tests import warm
 from tests.ports import free_port
 from tests.tokens import Token, make_token
 
+pytest_plugins = ["tests.bundles"]
+
 FEDERATION = "clinic"
 PATIENCE = 200.0
 """Seconds after which a process that should have ended, or a line that should have come, is given up: it hangs."""

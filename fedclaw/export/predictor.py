@@ -63,14 +63,8 @@ class Predictor:
         cls, verified: Verified, device: Device = "cpu", precision: Precision | Literal["recommended"] = "float32"
     ) -> "Predictor":
         """Load a verified bundle whose graph and schema were kept. Raises what `open` does."""
-        manifest, origin = verified.manifest, f"{verified.path}/{SCHEMA}"
-        schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), origin)
-        if schema.labels != manifest.labels or schema.input_shape != manifest.inputs[0].shape[1:]:
-            raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about labels or input shape")
-        task, told = schema.task, tuple(output.name for output in manifest.outputs)
-        if (task.name, task.describe()) != (manifest.task, manifest.target) or told != task.head:
-            raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about the task: {task.name} and {manifest.task}")
-        name = _graph(manifest, precision)
+        manifest, schema = verified.manifest, schema_of(verified)
+        name = graph_of(manifest, precision)
         if name not in verified.contents:
             raise BundleError(f"{verified.path} has no {name}: precision={precision} needs it")
         return cls(verified, schema, open_session(verified.contents[name], name, "predict", device))
@@ -151,7 +145,22 @@ class Predictor:
         return np.concatenate(parts).astype(np.float32, copy=False)
 
 
-def _graph(manifest: Manifest, precision: Precision | Literal["recommended"]) -> str:
+def schema_of(verified: Verified) -> Schema:
+    """The schema of a verified bundle whose schema.json was kept.
+
+    Raises BundleError where it and the manifest contradict each other, PluginError when its workload is not installed.
+    """
+    manifest, origin = verified.manifest, f"{verified.path}/{SCHEMA}"
+    schema = schema_class(manifest.workload).parse(verified.contents[SCHEMA].decode("utf-8"), origin)
+    if schema.labels != manifest.labels or schema.input_shape != manifest.inputs[0].shape[1:]:
+        raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about labels or input shape")
+    task, told = schema.task, tuple(output.name for output in manifest.outputs)
+    if (task.name, task.describe()) != (manifest.task, manifest.target) or told != task.head:
+        raise BundleError(f"{SCHEMA} and {MANIFEST} disagree about the task: {task.name} and {manifest.task}")
+    return schema
+
+
+def graph_of(manifest: Manifest, precision: Precision | Literal["recommended"]) -> str:
     """The ONNX file of `precision`; a bundle that recommends none has the exact one alone to recommend."""
     if precision != "recommended":
         return FORMS[precision]
