@@ -8,6 +8,7 @@
 | assignments of keys to versions | the first one stays |
 | beats of workers | the last one counts |
 | feedback | once for each receipt |
+| anchors of audit chains | are added, and never changed |
 
 Safe for many threads and processes. `StateUnavailable` means that the database does not answer: a worker goes on with
 the last plan that it read, and feedback is refused. Times are Unix seconds by the database's clock.
@@ -104,6 +105,14 @@ _feedback = Table(
     Column("time", Double, nullable=False),
     Column("body", Text, nullable=False),
     Index("fedclaw_feedback_by_time", "model", "time"),
+)
+_anchors = Table(
+    "fedclaw_anchors",
+    _tables,
+    Column("chain", String, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True),
+    Column("hash", String, nullable=False),
+    Column("time", Double, nullable=False),
 )
 
 
@@ -313,6 +322,30 @@ class StateStore:
             ).all()
         return [_as_feedback(row) for row in reversed(found)]
 
+    def anchor(self, chain: str, sequence: int, head: str) -> bool:
+        """Keep that a chain's entry `sequence` has the hash `head`; durable, and never changed.
+
+        False: it had another, or a later entry is anchored already; both stay known.
+        """
+        row = {"chain": _name(chain), "sequence": sequence, "hash": _name(head), "time": self._database.now}
+        first = self._insert(_anchors).values(**row).on_conflict_do_nothing()
+        later = (_anchors.c.chain == chain) & (_anchors.c.sequence >= sequence)
+        with self._database.writing() as connection:
+            connection.execute(first)
+            known = connection.execute(select(_anchors.c.sequence, _anchors.c.hash).where(later)).all()
+        return [tuple(row) for row in known] == [(sequence, head)]
+
+    def anchors(self, prefix: str = "") -> dict[str, dict[int, str]]:
+        """Hashes by chain and entry, of the chains whose names begin with `prefix`."""
+        wanted = select(_anchors.c.chain, _anchors.c.sequence, _anchors.c.hash)
+        with self._database.reading() as connection:
+            found = connection.execute(wanted.where(_anchors.c.chain.startswith(prefix, autoescape=True))).all()
+        chains: dict[str, dict[int, str]] = {}
+        for row in found:
+            if row.chain.startswith(prefix):
+                chains.setdefault(row.chain, {})[row.sequence] = row.hash
+        return chains
+
     def prune(
         self,
         *,
@@ -324,7 +357,7 @@ class StateStore:
         """Drop what is older than so many seconds, of each kind (None: nothing). Returns how many rows went.
 
         Feedback must be kept for as long as receipts are good: one whose feedback was dropped could be credited again.
-        A key whose assignment was dropped is assigned anew. Events and documents stay.
+        A key whose assignment was dropped is assigned anew. Events, anchors and documents stay.
         """
         now = self._database.now
         columns = [
