@@ -1,0 +1,579 @@
+"""The choice for each request, from plans that lie in this process, and what came of it, counted.
+
+`Router.choose` is on the hot path: it reads no file, no database, and no clock unless a breaker is half-open. A thread
+reads the plans each `PERIOD` and pushes the counts. While the state store is away the last plans stay in force and
+counts pile up (they are sums: they do not grow).
+
+A version whose breaker is open is stood in for by the stable one, and that by the last good ones. A choice that was not
+drawn for its key (the version stands in, is probed, or is what the client insisted on) has propensity 0: no test,
+posterior or estimate counts it.
+"""
+
+import asyncio
+import logging
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedclaw.errors import FedClawError
+from fedclaw.serve.refusals import Code, ServeRefusal
+from fedclaw.serve.requests import Choice
+from fedclaw.serve.routing.breaker import opened, retry_after, should_open
+from fedclaw.serve.routing.counting import BUCKETS, GROUPS, NO_FAULT, Calls, add_calls, bucket_of, group_of, sum_counts
+from fedclaw.serve.routing.keys import KeyHash
+from fedclaw.serve.routing.plan import PREFIX, BreakerState, Documents, RoutingPlan, StoredPlan, parse_plan
+
+log = logging.getLogger(__name__)
+
+PERIOD = 0.25
+"""Seconds between two looks at the plans, and between two pushes of counts."""
+_KEYS_PER_PUSH = 8  # Of each group and version: a burst of calls that are slow together counts a few times, not often.
+_HOUR = 3600
+_LATE = 1.0  # A request that waited so long in vain was slow, whatever its deadline.
+_PROBE_EVERY = 1.0
+_MOST_KEYS = 100_000
+_MOST_CLIENTS = 10_000
+_MOST_ASSIGNMENTS = 256
+
+
+class RouterStore(Documents, Protocol):
+    """What a router needs of a state store."""
+
+    def add_counts(self, model: str, version: str, bucket: int, counts: Mapping[str, int]) -> None: ...  # noqa: D102
+
+    def claim(self, scope: str, keys: Iterable[str]) -> set[str]: ...  # noqa: D102
+
+    def assign_all(self, model: str, versions: Mapping[str, str]) -> dict[str, str]: ...  # noqa: D102
+
+
+class _Tally:
+    """What was counted of one version since the last push."""
+
+    __slots__ = ("calls", "errors", "group_calls", "group_errors", "ignored", "latencies", "other")
+
+    def __init__(self) -> None:
+        self.calls = self.errors = self.ignored = 0
+        self.latencies = [0] * BUCKETS
+        self.group_calls = [0] * GROUPS
+        self.group_errors = [0] * GROUPS
+        self.other: dict[str, int] = {}
+
+    def counts(self) -> dict[str, int]:
+        """By name."""
+        named = {"calls": self.calls, "errors": self.errors, "ignored": self.ignored, **self.other}
+        named |= {f"l{bucket}": count for bucket, count in enumerate(self.latencies)}
+        named |= {f"g{group}.calls": count for group, count in enumerate(self.group_calls)}
+        named |= {f"g{group}.errors": count for group, count in enumerate(self.group_errors)}
+        return {name: count for name, count in named.items() if count}
+
+    def by_group(self) -> dict[int, Calls]:
+        """Of each group that called."""
+        pairs = enumerate(zip(self.group_calls, self.group_errors, strict=True))
+        return {group: Calls(*pair) for group, pair in pairs if pair[0]}
+
+
+class _Sample:
+    """Keys that were new to this worker since the last push, of one version, group and kind: a uniform sample."""
+
+    __slots__ = ("keys", "offered")
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[str, tuple[str, ...]]] = []
+        """What the key is claimed as, and the names that go up by one with it."""
+        self.offered = 0
+
+    def offer(self, claimed: str, names: tuple[str, ...]) -> None:
+        """By reservoir sampling, which knows nothing of what came of the call."""
+        self.offered += 1
+        if len(self.keys) < _KEYS_PER_PUSH:
+            self.keys.append((claimed, names))
+        elif (place := random.randrange(self.offered)) < _KEYS_PER_PUSH:  # noqa: S311
+            self.keys[place] = (claimed, names)
+
+
+class _Route:
+    """One plan, made ready for choosing."""
+
+    def __init__(self, stored: StoredPlan, tripped: Mapping[str, BreakerState], clock: Callable[[], float]) -> None:
+        self.plan = plan = stored.plan
+        self.revision = stored.revision
+        self.hash = KeyHash(plan.model, plan.salt)
+        self.states = {**plan.breakers, **tripped}
+        self.open = frozenset(version for version, state in self.states.items() if state.state != "closed")
+        self.tested = plan.mode == "canary"
+        self.share = plan.share
+        self.insistable = frozenset({plan.stable, *plan.last_good, *plan.versions}) - (
+            {plan.candidate} if plan.mode == "shadow" else set()
+        )
+        self._clock = clock
+        self._probed: dict[str, float] = {}
+        others = (plan.candidate,) if plan.candidate is not None and plan.candidate not in self.open else ()
+        stable_mirrors = others if plan.stable not in self.open else ()
+        self._stable = self._drawn(plan.stable, 1.0 - self.share)
+        self._candidate = self._drawn(plan.candidate, self.share)
+        self._stable_mirrored = self._drawn(plan.stable, 1.0 - self.share, stable_mirrors)
+        self._candidate_mirrored = self._drawn(
+            plan.candidate, self.share, (plan.stable,) if plan.stable not in self.open else ()
+        )
+
+    def _drawn(self, version: str | None, propensity: float, mirrors: tuple[str, ...] = ()) -> Choice | None:
+        return None if version is None or version in self.open else Choice(version, propensity, mirrors)
+
+    def choose(self, key: str, assigned: Mapping[str, Choice]) -> Choice | None:
+        """None: an experiment's key that has no version yet."""
+        plan = self.plan
+        if plan.mode == "single":
+            return self._stable or self.stand_in(plan.stable)
+        if plan.mode == "ab":
+            if (choice := assigned.get(key)) is not None and choice.version in self.open:
+                return self.stand_in(choice.version)
+            return choice
+        if plan.mirror:
+            position = self.hash.position(key)
+            share, mirrored = position.share, position.mirror < plan.mirror
+        else:
+            share, mirrored = self.hash.share(key), False
+        if share < self.share:
+            drawn = self._candidate_mirrored if mirrored else self._candidate
+            return drawn or self.stand_in(plan.candidate or plan.stable)
+        return (self._stable_mirrored if mirrored else self._stable) or self.stand_in(plan.stable)
+
+    def stand_in(self, version: str) -> Choice:
+        """Who answers for a version whose breaker is open. Raises ServeRefusal if nobody does."""
+        for other in dict.fromkeys((version, self.plan.stable, *self.plan.last_good)):
+            if other not in self.open or self._probe_due(other):
+                return Choice(other, 0.0)
+        raise self._nobody((version, self.plan.stable, *self.plan.last_good))
+
+    def insisted(self, version: str) -> Choice:
+        """The version that a client names. Raises ServeRefusal."""
+        if version not in self.insistable:
+            raise ServeRefusal("not_found", f"model {self.plan.model} has no version {version:.64} to ask for")
+        if version in self.open and not self._probe_due(version):
+            raise self._nobody((version,))
+        return Choice(version, 0.0)
+
+    def draw(self, key: str) -> tuple[str, float]:
+        """An experiment's version for a key, and its propensity."""
+        left = self.hash.share(key)
+        for version, propensity in zip(self.plan.arms, self.plan.propensities, strict=True):
+            left -= propensity
+            if left < 0:
+                return version, propensity
+        return self.plan.arms[-1], self.plan.propensities[-1]
+
+    def _probe_due(self, version: str) -> bool:
+        if self.states[version].state != "half_open":
+            return False
+        now = self._clock()
+        if now - self._probed.get(version, 0.0) < _PROBE_EVERY:
+            return False
+        self._probed[version] = now
+        return True
+
+    def _nobody(self, versions: Iterable[str]) -> ServeRefusal:
+        now = self._clock()
+        wait = min(retry_after(self.states[version], now) for version in versions if version in self.states)
+        return ServeRefusal("unavailable", f"no version of model {self.plan.model} answers now; try again", wait)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """A version's calls of the last seconds in this worker, and whether they opened the breaker here."""
+
+    recent: deque[tuple[float, dict[int, Calls]]] = field(default_factory=deque)
+    tripped: BreakerState | None = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    model: str
+    key: str
+    loop: asyncio.AbstractEventLoop
+    answer: "asyncio.Future[Choice]"
+
+
+class Router:
+    """One worker's. Safe for many threads."""
+
+    def __init__(self, store: RouterStore, clock: Callable[[], float] = time.time) -> None:
+        """`clock` gives Unix seconds."""
+        self._store = store
+        self._clock = clock
+        self._routes: dict[str, _Route] = {}
+        self._lock = threading.Lock()
+        self._tallies: dict[tuple[str, str], _Tally] = {}
+        self._unsent: dict[tuple[str, str, int], dict[str, int]] = {}
+        self._samples: dict[tuple[str, str, int, str], _Sample] = {}
+        self._seen: dict[str, set[str]] = {}
+        self._watches: dict[tuple[str, str], _Watch] = {}
+        self._groups: dict[str, int] = {}
+        self._assigned: dict[str, dict[str, Choice]] = {}
+        self._unconfirmed: dict[str, dict[str, str]] = {}
+        self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._wake = threading.Event()
+        self._complained: dict[str, str] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Read the plans, then go on reading and pushing in threads. Raises StateUnavailable if the store is away."""
+        self.refresh()
+        for work in (self._keep_up, self._assign_all):
+            thread = threading.Thread(target=work, name=f"router{work.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """Push what is counted and end the threads."""
+        self._ended.set()
+        self._wake.set()
+        self._asked.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._patiently("counts", self.push)
+
+    def plan(self, model: str) -> RoutingPlan | None:
+        """The plan in force here."""
+        route = self._routes.get(model)
+        return None if route is None else route.plan
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that have a plan."""
+        return tuple(self._routes)
+
+    def choose(self, model: str, key: str, wanted_version: str | None = None) -> Choice | None:
+        """Which version answers a request with this routing key. None: `await assign(model, key)` says it.
+
+        Raises ServeRefusal: no such model or version, or none that answers now.
+        """
+        route = self._routes.get(model)
+        if route is None:
+            raise ServeRefusal("not_found", f"no model {model:.100}")
+        if wanted_version is not None:
+            return route.insisted(wanted_version)
+        return route.choose(key, self._assigned.get(model, _NOBODY))
+
+    async def assign(self, model: str, key: str) -> Choice:
+        """Give an experiment's new key its version, once for all workers and nodes, and choose by it."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Choice] = loop.create_future()
+        self._asked.put(_Asked(model, key, loop, answer))
+        drawn = await answer
+        return self.choose(model, key) or drawn
+
+    def record(
+        self, choice: Choice, *, model: str, key: str, principal: str, seconds: float, code: Code | None = None
+    ) -> None:
+        """What came of a request: `seconds` until it was answered, or the `code` with which it was refused."""
+        route = self._routes.get(model)
+        if route is None:
+            return
+        group = self._groups.get(principal)
+        if group is None:
+            group = self._group_of(principal)
+        ignored = code is not None and code in NO_FAULT
+        bucket = bucket_of(seconds) if code is None else None
+        version = choice.version
+        with self._lock:
+            tally = self._tallies.get((model, version))
+            if tally is None:
+                tally = self._tallies[model, version] = _Tally()
+            if ignored:
+                tally.ignored += 1
+            else:
+                tally.calls += 1
+                tally.group_calls[group] += 1
+                if bucket is None:
+                    tally.errors += 1
+                    tally.group_errors[group] += 1
+                else:
+                    tally.latencies[bucket] += 1
+        if route.tested and choice.propensity:
+            if not ignored:
+                self._observe(route, version, key, group, bucket)
+            elif code == "deadline_exceeded" and seconds >= _LATE:
+                self._observe(route, version, key, group, BUCKETS - 1)
+        if bucket is None and not ignored and version not in route.open:
+            self._look_at(route, version)
+        elif version in route.open and not ignored:
+            self._record_probe(route, version, group, failed=bucket is None)
+
+    def record_comparison(self, model: str, version: str, *, key: str, principal: str, agrees: bool) -> None:
+        """What came of a request that `version` saw as a mirror: whether it agrees in the row that is looked at
+        (`shadow.compare`), which it does not if it failed."""
+        route = self._routes.get(model)
+        if route is None:
+            return
+        with self._lock:
+            tally = self._tallies.setdefault((model, version), _Tally())
+            for name in ("mirrored", "mirror_disagreed")[: 1 if agrees else 2]:
+                tally.other[name] = tally.other.get(name, 0) + 1
+        candidate = route.plan.candidate
+        if candidate is not None and version in (candidate, route.plan.stable):
+            group = self._group_of(principal)
+            names = (f"g{group}.compared",) if agrees else (f"g{group}.compared", f"g{group}.disagreed")
+            self._offer(route, candidate, group, "m", key, names)
+
+    def refresh(self) -> None:
+        """Read the plans once. One that cannot be used is logged, and the last one stays. Raises StateUnavailable."""
+        found = set()
+        for name in self._store.names(PREFIX):
+            model = name.removeprefix(PREFIX)
+            read = self._store.read(name)
+            if read is not None:
+                found.add(model)
+                self._take(model, *read)
+        for gone in self._routes.keys() - found:
+            del self._routes[gone]
+
+    def push(self) -> None:
+        """Push the counts once. Raises StateUnavailable: then they are pushed the next time."""
+        now = self._clock()
+        with self._lock:
+            tallies, self._tallies = self._tallies, {}
+            samples, self._samples = self._samples, {}
+        self._remember(tallies, now)
+        for (model, version), tally in tallies.items():
+            self._to_send((model, version, int(now)), tally.counts())
+        self._send()
+        self._confirm()
+        for (scope, version), keys in _by_version(samples).items():
+            new = self._store.claim(scope, [claimed for claimed, _ in keys])
+            counts = sum_counts(dict.fromkeys(names, 1) for claimed, names in keys if claimed in new)
+            self._to_send((scope, version, int(now) // _HOUR * _HOUR), counts)
+        self._send()
+
+    def _to_send(self, place: tuple[str, str, int], counts: Mapping[str, int]) -> None:
+        if counts:
+            self._unsent[place] = sum_counts((self._unsent.get(place, {}), counts))
+
+    def _send(self) -> None:
+        while self._unsent:
+            (model, version, bucket), counts = next(iter(self._unsent.items()))
+            self._store.add_counts(model, version, bucket, counts)
+            del self._unsent[model, version, bucket]
+
+    def _take(self, model: str, revision: int, document: Mapping[str, object]) -> None:
+        before = self._routes.get(model)
+        if before is not None and before.revision == revision:
+            return
+        try:
+            stored = StoredPlan(revision, parse_plan(model, document))
+        except FedClawError as error:
+            if self._complained.get(f"plan {model}") != str(error):
+                self._complained[f"plan {model}"] = str(error)
+                log.error("%s", error)
+            return
+        for version in {*stored.plan.breakers}:
+            # What the control process decided replaces what this worker saw alone.
+            watch = self._watches.get((model, version))
+            if watch is not None and (before is None or _differs(before.plan, stored.plan, version)):
+                watch.tripped = None
+                watch.recent.clear()
+        if before is not None and before.plan.salt != stored.plan.salt:
+            self._assigned.pop(model, None)
+            self._unconfirmed.pop(before.plan.assignment_scope, None)
+        self._ready(stored)
+
+    def _ready(self, stored: StoredPlan) -> None:
+        model = stored.plan.model
+        watched = {version: watch.tripped for (of, version), watch in self._watches.items() if of == model}
+        tripped = {version: state for version, state in watched.items() if state is not None}
+        self._routes[model] = _Route(stored, tripped, self._clock)
+
+    def _group_of(self, principal: str) -> int:
+        group = self._groups.get(principal)
+        if group is None:
+            if len(self._groups) >= _MOST_CLIENTS:
+                self._groups.clear()
+            group = self._groups[principal] = group_of(principal)
+        return group
+
+    def _observe(self, route: _Route, version: str, key: str, group: int, bucket: int | None) -> None:
+        outcome = f"g{group}.errors" if bucket is None else f"g{group}.l{bucket}"
+        self._offer(route, version, group, "k", key, (f"g{group}.keys", outcome))
+
+    def _offer(self, route: _Route, version: str, group: int, kind: str, key: str, names: tuple[str, ...]) -> None:
+        scope = route.plan.test_scope
+        claimed = f"{kind}{route.hash.position(key).unit:016x}"
+        with self._lock:
+            seen = self._seen.get(scope)
+            if seen is None:
+                for old in [one for one in self._seen if one.rpartition("@")[0] == route.plan.model]:
+                    del self._seen[old]
+                seen = self._seen[scope] = set()
+            if claimed in seen:
+                return
+            if len(seen) >= _MOST_KEYS:
+                seen.clear()
+            seen.add(claimed)
+            self._samples.setdefault((scope, version, group, kind), _Sample()).offer(claimed, names)
+
+    def _record_probe(self, route: _Route, version: str, group: int, *, failed: bool) -> None:
+        state = route.states[version]
+        if state.state != "half_open":
+            return
+        names = (f"b{state.epoch}.g{group}.calls", f"b{state.epoch}.g{group}.errors")[: 2 if failed else 1]
+        with self._lock:
+            tally = self._tallies.setdefault((route.plan.model, version), _Tally())
+            for name in names:
+                tally.other[name] = tally.other.get(name, 0) + 1
+
+    def _look_at(self, route: _Route, version: str) -> None:
+        """After a failure: whether this worker's own calls open the breaker."""
+        model, now = route.plan.model, self._clock()
+        with self._lock:
+            watch = self._watches.setdefault((model, version), _Watch())
+            policy = route.plan.breaker
+            recent = [calls for at, calls in watch.recent if at > now - policy.window]
+            if (tally := self._tallies.get((model, version))) is not None:
+                recent.append(tally.by_group())
+            if not should_open(policy, add_calls(recent)):
+                return
+            watch.tripped = opened(policy, route.states.get(version), now)
+            watch.recent.clear()
+        log.warning("model %s: version %s fails; this worker does not ask it for now", model, version)
+        self._ready(StoredPlan(route.revision, route.plan))
+        self._wake.set()
+
+    def _remember(self, tallies: Mapping[tuple[str, str], _Tally], now: float) -> None:
+        """Keep the calls of the last window for `_look_at`, and end what it opened and the plan did not take over."""
+        with self._lock:
+            for place, tally in tallies.items():
+                if tally.calls:
+                    self._watches.setdefault(place, _Watch()).recent.append((now, tally.by_group()))
+        for (model, version), watch in list(self._watches.items()):
+            route = self._routes.get(model)
+            window = route.plan.breaker.window if route is not None else 0
+            while watch.recent and watch.recent[0][0] <= now - window:
+                watch.recent.popleft()
+            over = watch.tripped is not None and now >= watch.tripped.since + watch.tripped.wait
+            if over and route is not None:
+                watch.tripped = None
+                log.info("model %s: this worker asks version %s again", model, version)
+                self._ready(StoredPlan(route.revision, route.plan))
+
+    def _keep_up(self) -> None:
+        while not self._ended.is_set():
+            self._wake.wait(PERIOD)
+            self._wake.clear()
+            self._patiently("plans", self.refresh)
+            self._patiently("counts", self.push)
+
+    def _patiently(self, what: str, work: Callable[[], None]) -> None:
+        """The store may be away; whatever else goes wrong must not end the thread that everything depends on."""
+        try:
+            work()
+        except Exception as error:
+            if self._complained.get(what) != str(error):
+                self._complained[what] = str(error)
+                expected = isinstance(error, FedClawError)
+                log.warning("routing %s wait: %s", what, error, exc_info=None if expected else error)
+        else:
+            self._complained.pop(what, None)
+
+    def _assign_all(self) -> None:
+        while (first := self._asked.get()) is not None:
+            asked = [first]
+            while len(asked) < _MOST_ASSIGNMENTS and not self._asked.empty():
+                if (more := self._asked.get()) is None:
+                    self._asked.put(None)
+                    break
+                asked.append(more)
+            by_model: dict[str, list[_Asked]] = {}
+            for one in asked:
+                by_model.setdefault(one.model, []).append(one)
+            for model, wanted in by_model.items():
+                self._assign(model, wanted)
+
+    def _assign(self, model: str, asked: list[_Asked]) -> None:
+        route = self._routes.get(model)
+        try:
+            if route is None or route.plan.mode != "ab":
+                choices = {one.key: self.choose(model, one.key) for one in asked}
+            else:
+                choices = {**self._assigned_now(route, [one.key for one in asked])}
+        except Exception as error:
+            for one in asked:
+                _answer(one, error)
+            return
+        for one in asked:
+            _answer(one, choices[one.key] or ServeRefusal("unavailable", "routing is changing; try again", 1.0))
+
+    def _assigned_now(self, route: _Route, keys: Iterable[str]) -> dict[str, Choice]:
+        drawn = {key: _written(*route.draw(key)) for key in keys}
+        scope = route.plan.assignment_scope
+        try:
+            kept = self._store.assign_all(scope, drawn)
+        except ServeRefusal:
+            # The store is away. The draw depends on the key and the plan alone, so other workers draw the same.
+            kept = drawn
+            self._unconfirmed.setdefault(scope, {}).update(drawn)
+        return self._keep(route.plan, kept)
+
+    def _confirm(self) -> None:
+        """Tell the store what was drawn while it was away; what it has from another worker is taken over."""
+        for route in list(self._routes.values()):
+            scope = route.plan.assignment_scope
+            if drawn := self._unconfirmed.get(scope):
+                self._keep(route.plan, self._store.assign_all(scope, dict(drawn)))
+                del self._unconfirmed[scope]
+
+    def _keep(self, plan: RoutingPlan, kept: Mapping[str, str]) -> dict[str, Choice]:
+        choices = {key: _choice(text) for key, text in kept.items()}
+        current = self.plan(plan.model)
+        if current is None or current.salt != plan.salt:
+            return choices
+        known = self._assigned.setdefault(plan.model, {})
+        for key, choice in choices.items():
+            if len(known) >= _MOST_KEYS:
+                known.pop(next(iter(known)))
+            known[key] = choice
+        return choices
+
+
+_NOBODY: Mapping[str, Choice] = {}
+
+
+def _by_version(
+    samples: Mapping[tuple[str, str, int, str], _Sample],
+) -> dict[tuple[str, str], list[tuple[str, tuple[str, ...]]]]:
+    joined: dict[tuple[str, str], list[tuple[str, tuple[str, ...]]]] = {}
+    for (scope, version, _, _), sample in samples.items():
+        joined.setdefault((scope, version), []).extend(sample.keys)
+    return joined
+
+
+def _differs(before: RoutingPlan, after: RoutingPlan, version: str) -> bool:
+    return before.breakers.get(version) != after.breakers.get(version)
+
+
+def _written(version: str, propensity: float) -> str:
+    return f"{version} {propensity:.12f}"
+
+
+def _choice(text: str) -> Choice:
+    version, _, propensity = text.partition(" ")
+    return Choice(version, float(propensity))
+
+
+def _answer(asked: _Asked, answer: Choice | Exception) -> None:
+    def settle() -> None:
+        if asked.answer.done():
+            return
+        if isinstance(answer, Exception):
+            asked.answer.set_exception(answer)
+        else:
+            asked.answer.set_result(answer)
+
+    try:
+        asked.loop.call_soon_threadsafe(settle)
+    except RuntimeError:
+        log.debug("a request's event loop ended before its version was assigned")
