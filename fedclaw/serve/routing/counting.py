@@ -2,15 +2,15 @@
 
 | scope | name | what |
 | --- | --- | --- |
-| `MODEL` | `calls`, `errors`, `ignored` | calls that ended; of them failed by the version's fault; refused without its fault |
+| `MODEL` | `calls`, `errors`, `ignored` | calls; those that failed by the version's fault; refused, and not its fault |
 | | `lB` | answers of latency bucket B |
 | | `gG.calls`, `gG.errors` | of clients of group G, for the breaker |
 | | `bE.gG.calls`, `bE.gG.errors` | probes in a half-open breaker's epoch E |
 | `MODEL@EPOCH` | `gG.keys`, `gG.errors`, `gG.lB` | of keys that are new in this epoch, their first call |
 | | `gG.compared`, `gG.disagreed` | of keys that are new, one row of the first request that two versions answered |
 
-Calls of one routing key are alike, so tests count each key once in an epoch, whichever worker sees it. A principal makes
-up as many keys as it likes, so keys are counted by group of principals.
+Calls of one routing key are alike, so tests count each key once in an epoch, whichever worker sees it. A principal
+makes up as many keys as it likes, so keys are counted by group of principals.
 """
 
 import hashlib

@@ -7,6 +7,7 @@ words and the last plan that did stays in force: the store is shared, and anothe
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import orjson
@@ -80,7 +81,7 @@ class BreakerState(Frozen):
     """Seconds from opening to the next probes."""
 
 
-class Decision(Frozen):
+class RoutingDecision(Frozen):
     """The last change, why, and by whom."""
 
     kind: Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,40}$")]
@@ -127,7 +128,7 @@ class RoutingPlan(Frozen):
     """Rises with each change of who gets what; the tests' observations are counted under it."""
     epoch_began: Seconds = 0.0
     """Unix time."""
-    decision: Decision
+    decision: RoutingDecision
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -141,7 +142,7 @@ class RoutingPlan(Frozen):
             return f"mode {self.mode} {'needs a' if tried else 'has no'} candidate"
         if self.candidate == self.stable:
             return "the candidate is the stable version"
-        if any(low >= high for low, high in zip(self.steps, self.steps[1:], strict=False)) or self.steps[-1] != 1.0:
+        if any(low >= high for low, high in pairwise(self.steps)) or self.steps[-1] != 1.0:
             return "steps must rise and end at 1"
         if self.step >= len(self.steps):
             return f"step {self.step} is none of {len(self.steps)} steps"
@@ -210,7 +211,7 @@ def new_plan(model: str, stable: str, by: str, now: float) -> RoutingPlan:
             stable=stable,
             salt=new_salt(),
             epoch_began=now,
-            decision=Decision(kind="first_version", by=by, at=now, numbers={"stable": stable}),
+            decision=RoutingDecision(kind="first_version", by=by, at=now, numbers={"stable": stable}),
         )
     except ValidationError as error:
         raise PlanError(f"model {model!r:.80}: {explain(error)}") from None
@@ -244,7 +245,7 @@ def read_plan(store: Documents, model: str) -> StoredPlan | None:
     return None if found is None else StoredPlan(found[0], parse_plan(model, found[1]))
 
 
-def changed(plan: RoutingPlan, decision: Decision, **fields: Any) -> RoutingPlan:
+def changed(plan: RoutingPlan, decision: RoutingDecision, **fields: Any) -> RoutingPlan:
     """`plan` with other fields, checked. Raises PlanError."""
     try:
         return RoutingPlan.model_validate({**dict(plan), **fields, "decision": decision})

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from fedclaw.errors import FedClawError
 from fedclaw.serve.refusals import Code, ServeRefusal
-from fedclaw.serve.requests import Choice
+from fedclaw.serve.requests import VersionChoice
 from fedclaw.serve.routing.breaker import opened, retry_after, should_open
 from fedclaw.serve.routing.counting import BUCKETS, GROUPS, NO_FAULT, Calls, add_calls, bucket_of, group_of, sum_counts
 from fedclaw.serve.routing.keys import KeyHash
@@ -107,6 +107,7 @@ class _Route:
         self.open = frozenset(version for version, state in self.states.items() if state.state != "closed")
         self.tested = plan.mode == "canary"
         self.share = plan.share
+        self.scope = plan.test_scope
         self.insistable = frozenset({plan.stable, *plan.last_good, *plan.versions}) - (
             {plan.candidate} if plan.mode == "shadow" else set()
         )
@@ -121,10 +122,10 @@ class _Route:
             plan.candidate, self.share, (plan.stable,) if plan.stable not in self.open else ()
         )
 
-    def _drawn(self, version: str | None, propensity: float, mirrors: tuple[str, ...] = ()) -> Choice | None:
-        return None if version is None or version in self.open else Choice(version, propensity, mirrors)
+    def _drawn(self, version: str | None, propensity: float, mirrors: tuple[str, ...] = ()) -> VersionChoice | None:
+        return None if version is None or version in self.open else VersionChoice(version, propensity, mirrors)
 
-    def choose(self, key: str, assigned: Mapping[str, Choice]) -> Choice | None:
+    def choose(self, key: str, assigned: Mapping[str, VersionChoice]) -> VersionChoice | None:
         """None: an experiment's key that has no version yet."""
         plan = self.plan
         if plan.mode == "single":
@@ -143,20 +144,20 @@ class _Route:
             return drawn or self.stand_in(plan.candidate or plan.stable)
         return (self._stable_mirrored if mirrored else self._stable) or self.stand_in(plan.stable)
 
-    def stand_in(self, version: str) -> Choice:
+    def stand_in(self, version: str) -> VersionChoice:
         """Who answers for a version whose breaker is open. Raises ServeRefusal if nobody does."""
         for other in dict.fromkeys((version, self.plan.stable, *self.plan.last_good)):
             if other not in self.open or self._probe_due(other):
-                return Choice(other, 0.0)
+                return VersionChoice(other, 0.0)
         raise self._nobody((version, self.plan.stable, *self.plan.last_good))
 
-    def insisted(self, version: str) -> Choice:
+    def insisted(self, version: str) -> VersionChoice:
         """The version that a client names. Raises ServeRefusal."""
         if version not in self.insistable:
             raise ServeRefusal("not_found", f"model {self.plan.model} has no version {version:.64} to ask for")
         if version in self.open and not self._probe_due(version):
             raise self._nobody((version,))
-        return Choice(version, 0.0)
+        return VersionChoice(version, 0.0)
 
     def draw(self, key: str) -> tuple[str, float]:
         """An experiment's version for a key, and its propensity."""
@@ -195,7 +196,7 @@ class _Asked:
     model: str
     key: str
     loop: asyncio.AbstractEventLoop
-    answer: "asyncio.Future[Choice]"
+    answer: "asyncio.Future[VersionChoice]"
 
 
 class Router:
@@ -213,7 +214,7 @@ class Router:
         self._seen: dict[str, set[str]] = {}
         self._watches: dict[tuple[str, str], _Watch] = {}
         self._groups: dict[str, int] = {}
-        self._assigned: dict[str, dict[str, Choice]] = {}
+        self._assigned: dict[str, dict[str, VersionChoice]] = {}
         self._unconfirmed: dict[str, dict[str, str]] = {}
         self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._ended = threading.Event()
@@ -248,7 +249,7 @@ class Router:
         """Names of the models that have a plan."""
         return tuple(self._routes)
 
-    def choose(self, model: str, key: str, wanted_version: str | None = None) -> Choice | None:
+    def choose(self, model: str, key: str, wanted_version: str | None = None) -> VersionChoice | None:
         """Which version answers a request with this routing key. None: `await assign(model, key)` says it.
 
         Raises ServeRefusal: no such model or version, or none that answers now.
@@ -260,16 +261,16 @@ class Router:
             return route.insisted(wanted_version)
         return route.choose(key, self._assigned.get(model, _NOBODY))
 
-    async def assign(self, model: str, key: str) -> Choice:
+    async def assign(self, model: str, key: str) -> VersionChoice:
         """Give an experiment's new key its version, once for all workers and nodes, and choose by it."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Choice] = loop.create_future()
+        answer: asyncio.Future[VersionChoice] = loop.create_future()
         self._asked.put(_Asked(model, key, loop, answer))
         drawn = await answer
         return self.choose(model, key) or drawn
 
     def record(
-        self, choice: Choice, *, model: str, key: str, principal: str, seconds: float, code: Code | None = None
+        self, choice: VersionChoice, *, model: str, key: str, principal: str, seconds: float, code: Code | None = None
     ) -> None:
         """What came of a request: `seconds` until it was answered, or the `code` with which it was refused."""
         route = self._routes.get(model)
@@ -318,7 +319,7 @@ class Router:
         candidate = route.plan.candidate
         if candidate is not None and version in (candidate, route.plan.stable):
             group = self._group_of(principal)
-            names = (f"g{group}.compared",) if agrees else (f"g{group}.compared", f"g{group}.disagreed")
+            names = ("compared",) if agrees else ("compared", "disagreed")
             self._offer(route, candidate, group, "m", key, names)
 
     def refresh(self) -> None:
@@ -397,24 +398,23 @@ class Router:
         return group
 
     def _observe(self, route: _Route, version: str, key: str, group: int, bucket: int | None) -> None:
-        outcome = f"g{group}.errors" if bucket is None else f"g{group}.l{bucket}"
-        self._offer(route, version, group, "k", key, (f"g{group}.keys", outcome))
+        self._offer(route, version, group, "k", key, ("keys", "errors" if bucket is None else f"l{bucket}"))
 
     def _offer(self, route: _Route, version: str, group: int, kind: str, key: str, names: tuple[str, ...]) -> None:
-        scope = route.plan.test_scope
-        claimed = f"{kind}{route.hash.position(key).unit:016x}"
+        unit, scope = route.hash.position(key).unit, route.scope
         with self._lock:
             seen = self._seen.get(scope)
             if seen is None:
                 for old in [one for one in self._seen if one.rpartition("@")[0] == route.plan.model]:
                     del self._seen[old]
                 seen = self._seen[scope] = set()
-            if claimed in seen:
+            if (unit if kind == "k" else ~unit) in seen:
                 return
             if len(seen) >= _MOST_KEYS:
                 seen.clear()
-            seen.add(claimed)
-            self._samples.setdefault((scope, version, group, kind), _Sample()).offer(claimed, names)
+            seen.add(unit if kind == "k" else ~unit)
+            sample = self._samples.setdefault((scope, version, group, kind), _Sample())
+            sample.offer(f"{kind}{unit:016x}", tuple(f"g{group}.{name}" for name in names))
 
     def _record_probe(self, route: _Route, version: str, group: int, *, failed: bool) -> None:
         state = route.states[version]
@@ -507,7 +507,7 @@ class Router:
         for one in asked:
             _answer(one, choices[one.key] or ServeRefusal("unavailable", "routing is changing; try again", 1.0))
 
-    def _assigned_now(self, route: _Route, keys: Iterable[str]) -> dict[str, Choice]:
+    def _assigned_now(self, route: _Route, keys: Iterable[str]) -> dict[str, VersionChoice]:
         drawn = {key: _written(*route.draw(key)) for key in keys}
         scope = route.plan.assignment_scope
         try:
@@ -526,7 +526,7 @@ class Router:
                 self._keep(route.plan, self._store.assign_all(scope, dict(drawn)))
                 del self._unconfirmed[scope]
 
-    def _keep(self, plan: RoutingPlan, kept: Mapping[str, str]) -> dict[str, Choice]:
+    def _keep(self, plan: RoutingPlan, kept: Mapping[str, str]) -> dict[str, VersionChoice]:
         choices = {key: _choice(text) for key, text in kept.items()}
         current = self.plan(plan.model)
         if current is None or current.salt != plan.salt:
@@ -539,7 +539,7 @@ class Router:
         return choices
 
 
-_NOBODY: Mapping[str, Choice] = {}
+_NOBODY: Mapping[str, VersionChoice] = {}
 
 
 def _by_version(
@@ -559,12 +559,12 @@ def _written(version: str, propensity: float) -> str:
     return f"{version} {propensity:.12f}"
 
 
-def _choice(text: str) -> Choice:
+def _choice(text: str) -> VersionChoice:
     version, _, propensity = text.partition(" ")
-    return Choice(version, float(propensity))
+    return VersionChoice(version, float(propensity))
 
 
-def _answer(asked: _Asked, answer: Choice | Exception) -> None:
+def _answer(asked: _Asked, answer: VersionChoice | Exception) -> None:
     def settle() -> None:
         if asked.answer.done():
             return

@@ -16,7 +16,7 @@ the last plan that it read, and feedback is refused. Times are Unix seconds by t
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -195,10 +195,17 @@ class StateStore:
             found = connection.execute(wanted).one_or_none()
         return None if found is None else (found.revision, json.loads(found.body))
 
-    def swap(self, name: str, revision: int | None, document: Mapping[str, JsonValue]) -> bool:
+    def swap(
+        self,
+        name: str,
+        revision: int | None,
+        document: Mapping[str, JsonValue],
+        event: tuple[str, str, Mapping[str, JsonValue]] | None = None,
+    ) -> bool:
         """Replace the document if `revision` is still its own; None: make it if there is none.
 
-        False: another was faster; read again. What is returned is durable.
+        With it `event` (kind, model, body) is appended: both happen or neither. False: another was faster; read again.
+        What is returned is durable.
         """
         body = _text(document)
         statement: Any
@@ -253,9 +260,12 @@ class StateStore:
 
     def append_event(self, kind: str, model: str, body: Mapping[str, JsonValue]) -> int:
         """Note a decision and its numbers; durable. Returns its number."""
-        noted = insert(_events).values(kind=_name(kind), model=_name(model), body=_text(body), time=self._database.now)
+        noted = self._event(kind, model, body)
         with self._database.writing() as connection:
             return int(connection.execute(noted.returning(_events.c.number)).scalar_one())
+
+    def _event(self, kind: str, model: str, body: Mapping[str, JsonValue]) -> Any:
+        return insert(_events).values(kind=_name(kind), model=_name(model), body=_text(body), time=self._database.now)
 
     def events(self, model: str | None = None, limit: int = 100, after: int = 0) -> list[StateEvent]:
         """The newest `limit` events with a number above `after`, oldest first."""
@@ -283,6 +293,33 @@ class StateStore:
         with self._database.writing() as connection:
             connection.execute(first.on_conflict_do_nothing())
             return str(connection.execute(wanted).scalar_one())
+
+    def assign_all(self, model: str, versions: Mapping[str, str]) -> dict[str, str]:
+        """`assign` of many keys at once, each with the version that it gets if it had none."""
+        table, hashes = _assignments.c, {_hashed(key): key for key in versions}
+        rows = [
+            {"model": _name(model), "key": hashed, "version": _name(versions[key]), "time": self._database.now}
+            for hashed, key in sorted(hashes.items())
+        ]
+        if not rows:
+            return {}
+        wanted = select(table.key, table.version).where((table.model == model) & table.key.in_(hashes))
+        with self._database.writing() as connection:
+            connection.execute(self._insert(_assignments).values(rows).on_conflict_do_nothing())
+            return {hashes[row.key]: str(row.version) for row in connection.execute(wanted)}
+
+    def claim(self, scope: str, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` that nobody claimed in this scope before: they are claimed now. A power cut may undo it."""
+        hashes = {_hashed(key): key for key in keys}
+        rows = [
+            {"model": _name(scope), "key": hashed, "version": "claimed", "time": self._database.now}
+            for hashed in sorted(hashes)
+        ]
+        if not rows:
+            return set()
+        new = self._insert(_assignments).values(rows).on_conflict_do_nothing().returning(_assignments.c.key)
+        with self._database.writing(durable=False) as connection:
+            return {hashes[hashed] for hashed in connection.execute(new).scalars()}
 
     def beat(self, node: str, worker: str, ready: Sequence[str]) -> None:
         """Tell that a worker is alive, and from which bundles it can answer."""

@@ -55,6 +55,28 @@ def test_counts_add_up_by_version_and_second(store: StateStore, opened: Opened):
     assert store.counts("m", 102) == {}
 
 
+def test_a_swap_and_its_event_happen_together_or_not_at_all(store: StateStore, opened: Opened):
+    assert store.swap("plan/m", None, {"stable": "a"}, ("first", "m", {"n": 1}))
+    assert store.swap("plan/m", 1, {"stable": "b"}, ("second", "m", {"n": 2}))
+    assert not opened().swap("plan/m", 1, {"stable": "c"}, ("lost", "m", {}))
+    with pytest.raises(ValueError):
+        store.swap("plan/m", 2, {"stable": "c"}, ("bad", "m", {"n": float("nan")}))
+    assert store.read("plan/m") == (2, {"stable": "b"})
+    assert [(event.kind, event.body) for event in store.events("m")] == [("first", {"n": 1}), ("second", {"n": 2})]
+
+
+def test_many_keys_are_assigned_or_claimed_at_once_and_the_first_one_stays(store: StateStore, opened: Opened):
+    assert store.assign("m", "b", "v1") == "v1"
+    assert opened().assign_all("m", {"a": "v2", "b": "v2"}) == {"a": "v2", "b": "v1"}
+    assert store.assign("m", "a", "v3") == "v2"
+    assert store.assign_all("m", {}) == {}
+    assert store.claim("m@1", ["a", "b", "a"]) == {"a", "b"}
+    assert opened().claim("m@1", ["b", "c"]) == {"c"}
+    assert store.claim("m@2", ["b"]) == {"b"}
+    assert store.claim("m@2", []) == set()
+    assert store.assign("m@2", "z", "v1") == "v1"
+
+
 def test_events_are_numbered_and_kept_in_order(store: StateStore):
     begun = store.now()
     numbers = [store.append_event("canary", model, {"p": 0.01 * step}) for step, model in enumerate("aba")]

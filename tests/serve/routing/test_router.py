@@ -1,0 +1,339 @@
+"""Which version answers whom, what is counted of it, and what goes on while the state store is away."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from fedclaw.serve.refusals import STATUS, Code, ServeRefusal
+from fedclaw.serve.requests import VersionChoice
+from fedclaw.serve.routing.counting import bucket_of, calls_by_group, group_of
+from fedclaw.serve.routing.plan import BreakerState, RoutingPlan, plan_name
+from fedclaw.serve.routing.router import Router
+from fedclaw.serve.state.store import StateStore, StateUnavailable
+from tests.chance import counts_fit
+from tests.serve.routing.conftest import Clock
+
+Put = Callable[..., RoutingPlan]
+KEYS = [f"key-{number}" for number in range(3_000)]
+
+
+class Away:
+    """A store that can be cut off."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self.away = False
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*words: Any) -> Any:
+            if self.away:
+                raise StateUnavailable("cut off")
+            return getattr(self._store, name)(*words)
+
+        return call
+
+
+def versions(router: Router, keys: Iterable[str] = KEYS) -> list[str]:
+    return [chosen(router, key).version for key in keys]
+
+
+def chosen(router: Router, key: str) -> VersionChoice:
+    choice = router.choose("m", key)
+    assert choice is not None
+    return choice
+
+
+def record(
+    router: Router, version: str, key: str, *, code: Code | None = None, principal: str = "p", **more: Any
+) -> None:
+    choice = VersionChoice(version, more.pop("propensity", 1.0))
+    router.record(choice, model="m", key=key, principal=principal, seconds=more.pop("seconds", 0.001), code=code)
+
+
+@contextmanager
+def refused(code: Code) -> Iterator[pytest.ExceptionInfo[ServeRefusal]]:
+    with pytest.raises(ServeRefusal) as error:
+        yield error
+    assert error.value.code == code
+
+
+def test_one_version_answers_all(router: Router, put: Put):
+    put()
+    router.refresh()
+    assert chosen(router, "k") == VersionChoice("v1")
+    assert router.models == ("m",)
+
+
+def test_a_canary_gets_its_share_of_keys_and_keeps_them_as_it_grows(router: Router, put: Put):
+    plan = put(mode="canary", candidate="v2")
+    router.refresh()
+    first = versions(router)
+    assert first == versions(router)
+    assert counts_fit([Counter(first)["v2"]], len(KEYS), 0.05)
+    assert {chosen(router, key).propensity for key in KEYS} == {0.05, 0.95}
+    put(mode="canary", candidate="v2", step=2, salt=plan.salt)
+    router.refresh()
+    later = versions(router)
+    assert counts_fit([Counter(later)["v2"]], len(KEYS), 0.25)
+    assert all(after == "v2" for before, after in zip(first, later, strict=True) if before == "v2")
+    put(mode="canary", candidate="v2", step=4, salt=plan.salt)
+    router.refresh()
+    assert set(versions(router)) == {"v2"}
+
+
+def test_mirrors_see_a_share_of_the_keys_of_either_version(router: Router, put: Put):
+    put(mode="canary", candidate="v2", step=3, mirror=0.2)
+    router.refresh()
+    choices = [chosen(router, key) for key in KEYS]
+    assert {(one.version, one.mirrors) for one in choices} == {
+        ("v1", ()), ("v1", ("v2",)), ("v2", ()), ("v2", ("v1",))
+    }  # fmt: skip
+    assert counts_fit([sum(bool(one.mirrors) for one in choices)], len(KEYS), 0.2)
+    assert counts_fit(
+        [sum(one.version == "v2" for one in choices if one.mirrors)], sum(bool(c.mirrors) for c in choices), 0.5
+    )
+
+
+def test_a_shadow_answers_nobody(router: Router, put: Put):
+    put(mode="shadow", candidate="v2", mirror=1.0)
+    router.refresh()
+    assert {(one.version, one.mirrors) for one in (chosen(router, key) for key in KEYS)} == {("v1", ("v2",))}
+    with refused("not_found"):
+        router.choose("m", "k", "v2")
+
+
+def test_a_client_may_insist_on_a_version_that_there_is(router: Router, put: Put):
+    put(mode="canary", candidate="v2", last_good=("v0",))
+    router.refresh()
+    for version in ("v0", "v1", "v2"):
+        assert router.choose("m", "k", version) == VersionChoice(version, 0.0)
+    with refused("not_found") as error:
+        router.choose("m", "k", "v9")
+    assert "v9" in str(error.value)
+    with refused("not_found"):
+        router.choose("none", "k")
+
+
+def test_an_experiment_assigns_a_key_once_whichever_worker_asks(store: StateStore, put: Put, clock: Clock):
+    put(mode="ab", arms=("v1", "v2", "v3"), propensities=(0.2, 0.5, 0.3))
+    left, right = Router(store, clock), Router(store, clock)
+    left.start()
+    right.start()
+
+    async def assign(router: Router) -> list[VersionChoice]:
+        return list(await asyncio.gather(*(router.assign("m", key) for key in KEYS)))
+
+    try:
+        assert left.choose("m", KEYS[0]) is None
+        first = asyncio.run(assign(left))
+        counted = Counter(one.version for one in first)
+        for version, propensity in (("v1", 0.2), ("v2", 0.5), ("v3", 0.3)):
+            assert counts_fit([counted[version]], len(KEYS), propensity)
+            assert {one.propensity for one in first if one.version == version} == {propensity}
+        found = store.read(plan_name("m"))
+        assert found is not None
+        plan = left.plan("m")
+        assert plan is not None
+        moved = plan.model_copy(update={"propensities": (0.9, 0.05, 0.05)})
+        assert store.swap(plan_name("m"), found[0], moved.document())
+        right.refresh()
+        assert asyncio.run(assign(right)) == first
+        assert [right.choose("m", key) for key in KEYS] == first
+    finally:
+        left.close()
+        right.close()
+
+
+def test_keys_are_assigned_while_the_store_is_away_and_told_to_it_later(store: StateStore, put: Put, clock: Clock):
+    put(mode="ab", arms=("v1", "v2"), propensities=(0.5, 0.5))
+    cut = Away(store)
+    router = Router(cut, clock)
+    router.start()
+    try:
+        cut.away = True
+        drawn = asyncio.run(router.assign("m", "new"))
+        assert router.choose("m", "new") == drawn
+    finally:
+        cut.away = False
+        router.close()
+    again = Router(store, clock)
+    again.start()
+    assert asyncio.run(again.assign("m", "new")) == drawn
+    again.close()
+    plan = again.plan("m")
+    assert plan is not None
+    assert store.assign(plan.assignment_scope, "new", "other").split()[0] == drawn.version
+
+
+def test_only_the_versions_own_faults_are_errors(router: Router, put: Put, store: StateStore):
+    put()
+    router.refresh()
+    for code in STATUS:
+        record(router, "v1", "k", code=code)
+    record(router, "v1", "k")
+    router.push()
+    counts = store.counts("m", 0)["v1"]
+    faults = {"internal", "unavailable"}
+    assert (counts["calls"], counts["errors"], counts["ignored"]) == (3, 2, len(STATUS.keys() - faults))
+
+
+def test_counts_are_pushed_by_name_and_add_up(router: Router, put: Put, store: StateStore, clock: Clock):
+    put()
+    router.refresh()
+    for principal, seconds, code in (("a", 0.002, None), ("a", 0.002, None), ("b", 0.5, None), ("b", 0.5, "internal")):
+        record(router, "v1", "k", principal=principal, seconds=seconds, code=code)
+    router.push()
+    router.push()
+    counts = store.counts("m", int(clock.now))["v1"]
+    assert counts[f"l{bucket_of(0.002)}"] == 2
+    assert counts[f"l{bucket_of(0.5)}"] == 1
+    assert calls_by_group(counts) == {group_of("a"): (2, 0), group_of("b"): (2, 1)}
+    assert store.counts("m", int(clock.now) + 1) == {}
+
+
+def test_tests_count_a_key_once_whichever_worker_sees_it(store: StateStore, put: Put, clock: Clock):
+    plan = put(mode="canary", candidate="v2", epoch=7)
+    workers = [Router(store, clock) for _ in range(3)]
+    for worker in workers:
+        worker.refresh()
+        for key in ("a", "b"):
+            for _ in range(50):
+                record(worker, "v2", key, code="internal")
+        record(worker, "v2", "insisted", code="internal", propensity=0.0)
+        record(worker, "v2", "client", code="bad_request")
+        record(worker, "v2", "hung", code="deadline_exceeded", seconds=10.0)
+        record(worker, "v2", "hasty", code="deadline_exceeded", seconds=0.001)
+        worker.push()
+    group = group_of("p")
+    assert plan.test_scope == "m@7"
+    assert store.counts("m@7", 0) == {"v2": {f"g{group}.keys": 3, f"g{group}.errors": 2, f"g{group}.l95": 1}}
+
+
+def test_a_mirrored_request_counts_once_for_its_key(router: Router, put: Put, store: StateStore):
+    put(mode="shadow", candidate="v2", mirror=1.0)
+    router.refresh()
+    for key, agrees in (("a", True), ("a", False), ("b", False), ("c", True)):
+        router.record_comparison("m", "v2", key=key, principal="p", agrees=agrees)
+    router.push()
+    group = group_of("p")
+    assert store.counts("m@0", 0) == {"v2": {f"g{group}.compared": 3, f"g{group}.disagreed": 1}}
+    assert store.counts("m", 0)["v2"] == {"mirrored": 4, "mirror_disagreed": 2}
+
+
+def test_routing_goes_on_while_the_store_is_away_and_no_count_is_lost(store: StateStore, put: Put, clock: Clock):
+    put()
+    cut = Away(store)
+    router = Router(cut, clock)
+    router.refresh()
+    cut.away = True
+    with pytest.raises(StateUnavailable):
+        router.refresh()
+    for _ in range(3):
+        record(router, "v1", "k")
+        with pytest.raises(StateUnavailable):
+            router.push()
+        clock.now += 1
+    assert chosen(router, "k") == VersionChoice("v1")
+    cut.away = False
+    router.push()
+    assert store.counts("m", 0)["v1"]["calls"] == 3
+
+
+def test_a_plan_that_cannot_be_used_leaves_the_last_one_in_force(
+    router: Router, put: Put, store: StateStore, caplog: pytest.LogCaptureFixture
+):
+    put()
+    router.refresh()
+    found = store.read(plan_name("m"))
+    assert found is not None
+    assert store.swap(plan_name("m"), found[0], {**found[1], "stable": "../v2"})
+    router.refresh()
+    router.refresh()
+    assert chosen(router, "k") == VersionChoice("v1")
+    assert [one.message.count("stable: String should match") for one in caplog.records] == [1]
+
+
+def broken(state: str = "open", **fields: Any) -> BreakerState:
+    return BreakerState.model_validate({"state": state, "epoch": 3, "since": 1_000_000.0, "wait": 5.0, **fields})
+
+
+def test_the_last_good_version_stands_in_for_one_that_is_open(router: Router, put: Put):
+    put(last_good=("v0",), breakers={"v1": broken()})
+    router.refresh()
+    assert chosen(router, "k") == VersionChoice("v0", 0.0)
+    with refused("unavailable"):
+        router.choose("m", "k", "v1")
+
+
+def test_the_stable_version_stands_in_for_a_canary_or_an_arm(router: Router, put: Put):
+    put(mode="canary", candidate="v2", step=4, breakers={"v2": broken()})
+    router.refresh()
+    assert set(versions(router)) == {"v1"}
+    assert chosen(router, "k").propensity == 0.0
+
+
+def test_nobody_answers_if_all_are_open_and_the_client_is_told_when_to_ask_again(
+    router: Router, put: Put, clock: Clock
+):
+    put(last_good=("v0",), breakers={"v1": broken(), "v0": broken(wait=60.0)})
+    router.refresh()
+    clock.now += 2
+    with refused("unavailable") as error:
+        router.choose("m", "k")
+    assert error.value.retry_after == 3.0
+    assert error.value.status == 503
+
+
+def test_a_half_open_version_gets_one_probe_a_second(router: Router, put: Put, store: StateStore, clock: Clock):
+    put(last_good=("v0",), breakers={"v1": broken("half_open")})
+    router.refresh()
+    seen = Counter[str]()
+    for _ in range(100):
+        clock.now += 0.1
+        choice = chosen(router, "k")
+        seen[choice.version] += 1
+        router.record(choice, model="m", key="k", principal="p", seconds=0.001)
+    assert 9 <= seen["v1"] <= 11
+    router.push()
+    counts: Mapping[str, int] = store.counts("m", 0)["v1"]
+    assert calls_by_group(counts, 3) == {group_of("p"): (seen["v1"], 0)}
+
+
+def test_a_worker_opens_a_breaker_for_itself_at_once(router: Router, put: Put, clock: Clock):
+    put(last_good=("v0",))
+    router.refresh()
+    failed = 0
+    while chosen(router, "k").version == "v1":
+        record(router, "v1", "k", code="internal")
+        failed += 1
+    assert failed == 20
+    clock.now += 4.9
+    router.push()
+    assert chosen(router, "k") == VersionChoice("v0", 0.0)
+    clock.now += 0.2
+    router.push()
+    assert chosen(router, "k") == VersionChoice("v1")
+
+
+def test_clients_faults_and_overload_open_nothing(router: Router, put: Put):
+    put(last_good=("v0",))
+    router.refresh()
+    for number in range(1_000):
+        for code in ("bad_request", "overloaded", "too_many_requests", "deadline_exceeded"):
+            record(router, "v1", f"k{number}", code=code)
+    assert chosen(router, "k") == VersionChoice("v1")
+
+
+def test_one_client_alone_does_not_open_a_breaker(router: Router, put: Put):
+    put(last_good=("v0",))
+    router.refresh()
+    for number in range(30):
+        record(router, "v1", f"k{number}", principal=("north", "south")[number % 2])
+    for number in range(3_000):
+        record(router, "v1", f"k{number}", principal="hostile", code="internal")
+    assert group_of("hostile") not in {group_of("north"), group_of("south")}
+    assert chosen(router, "k") == VersionChoice("v1")
