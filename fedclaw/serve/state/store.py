@@ -215,8 +215,12 @@ class StateStore:
         else:
             mine = (_documents.c.name == _name(name)) & (_documents.c.revision == revision)
             statement = update(_documents).where(mine).values(revision=revision + 1, body=body)
+        noted = None if event is None else self._event(*event)
         with self._database.writing() as connection:
-            return connection.execute(statement.returning(_documents.c.revision)).first() is not None
+            swapped = connection.execute(statement.returning(_documents.c.revision)).first() is not None
+            if swapped and noted is not None:
+                connection.execute(noted)
+            return swapped
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the documents that begin with `prefix`, sorted."""
