@@ -211,7 +211,7 @@ class Router:
         self._tallies: dict[tuple[str, str], _Tally] = {}
         self._unsent: dict[tuple[str, str, int], dict[str, int]] = {}
         self._samples: dict[tuple[str, str, int, str], _Sample] = {}
-        self._seen: dict[str, set[str]] = {}
+        self._seen: dict[str, set[int]] = {}
         self._watches: dict[tuple[str, str], _Watch] = {}
         self._groups: dict[str, int] = {}
         self._assigned: dict[str, dict[str, VersionChoice]] = {}
