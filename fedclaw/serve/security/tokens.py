@@ -24,6 +24,7 @@ from fedclaw.identity.names import is_loopback
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Principal
 from fedclaw.serve.security.key_sets import MAX_KEY_ID, KeyKeeper, KeySet, PublicKey, check_algorithms
+from fedclaw.serve.security.rate_limits import FailureLimiter
 
 REALM = "fedclaw"
 MAX_TOKEN_BYTES = 8192
@@ -75,8 +76,15 @@ class Authenticator:
     anything.
     """
 
-    def __init__(self, rules: TokenRules, keeper: KeyKeeper, max_cached: int = MAX_CACHED) -> None:
-        self._rules, self._keeper, self._max_cached = rules, keeper, max_cached
+    def __init__(
+        self,
+        rules: TokenRules,
+        keeper: KeyKeeper,
+        failures: FailureLimiter | None = None,
+        max_cached: int = MAX_CACHED,
+    ) -> None:
+        """`failures` limits how many tokens that are not accepted an address may send."""
+        self._rules, self._keeper, self._failures, self._max_cached = rules, keeper, failures, max_cached
         self._known = _Known(None)
 
     @property
@@ -92,11 +100,13 @@ class Authenticator:
         """Stop keeping keys fresh."""
         self._keeper.close()
 
-    def authenticate(self, header: bytes | None, certificate: str | None = None) -> Principal:
+    def authenticate(
+        self, header: bytes | None, certificate: str | None = None, address: str | None = None
+    ) -> Principal:
         """Who asks, by the value of the Authorization header; never waits.
 
-        `certificate` is the thumbprint of the certificate that the client proved to have (`tls.thumbprint`).
-        Raises ServeRefusal.
+        `certificate` is the thumbprint of the certificate that the client proved to have (`tls.thumbprint`), `address`
+        its IP address. Raises ServeRefusal.
         """
         if header is None:
             raise refused("A bearer token is needed")
@@ -108,21 +118,34 @@ class Authenticator:
         digest = sha256(header).digest()
         verified = known.cache.get(digest)
         if verified is None or verified.until <= time.time():
-            verified = self._verify(header, known, digest)
+            verified = self._verify_limited(header, known, digest, address)
         known.use(digest)
         if verified.certificate is not None and verified.certificate != certificate:
             raise invalid("The token is bound to another client certificate")
         return verified.principal
 
-    async def admit(self, header: bytes | None, certificate: str | None = None) -> Principal:
+    async def admit(
+        self, header: bytes | None, certificate: str | None = None, address: str | None = None
+    ) -> Principal:
         """As `authenticate`, but a token whose key is unknown waits for one refresh of the key set."""
         try:
-            return self.authenticate(header, certificate)
+            return self.authenticate(header, certificate, address)
         except UnknownSigningKey as refusal:
             if refusal.refresh is None:
                 raise
             await asyncio.wait([asyncio.wrap_future(refusal.refresh)], timeout=_WAIT)
-        return self.authenticate(header, certificate)
+        return self.authenticate(header, certificate, address)
+
+    def _verify_limited(self, header: bytes, known: "_Known", digest: bytes, address: str | None) -> "_Verified":
+        if self._failures is None or address is None:
+            return self._verify(header, known, digest)
+        self._failures.check(address)
+        try:
+            return self._verify(header, known, digest)
+        except ServeRefusal as refusal:
+            if refusal.code == "unauthenticated":
+                self._failures.failed(address)
+            raise
 
     def _verify(self, header: bytes, known: "_Known", digest: bytes) -> "_Verified":
         if known.keys is None:
@@ -198,13 +221,22 @@ class NoAuthentication:
     def close(self) -> None:
         """Nothing to stop."""
 
-    def authenticate(self, header: bytes | None, certificate: str | None = None) -> Principal:
+    def authenticate(
+        self, header: bytes | None, certificate: str | None = None, address: str | None = None
+    ) -> Principal:
         """The principal `anonymous`; the header is not looked at."""
         return ANONYMOUS
 
-    async def admit(self, header: bytes | None, certificate: str | None = None) -> Principal:
+    async def admit(
+        self, header: bytes | None, certificate: str | None = None, address: str | None = None
+    ) -> Principal:
         """As `authenticate`."""
         return ANONYMOUS
+
+
+def is_scope(text: str) -> bool:
+    """Whether `text` is one scope token (RFC 6749, section 3.3)."""
+    return _SCOPE.fullmatch(text) is not None
 
 
 def only_header(values: Iterable[bytes]) -> bytes | None:
@@ -334,7 +366,7 @@ def _scopes(claims: dict[str, Any]) -> frozenset[str]:
             found += value
         elif value != "":
             raise invalid("The token's scopes are malformed")
-    if not all(isinstance(scope, str) and _SCOPE.fullmatch(scope) for scope in found):
+    if not all(isinstance(scope, str) and is_scope(scope) for scope in found):
         raise invalid("The token's scopes are malformed")
     return frozenset(map(str, found))
 

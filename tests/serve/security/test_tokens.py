@@ -15,6 +15,7 @@ from fedclaw.errors import UsageError
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Principal
 from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper
+from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateTable
 from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules, only_header
 from tests.serve.security.issuer import (
     AUDIENCE,
@@ -41,7 +42,7 @@ class Node:
         self.keys(jwk(ec_key()), jwk(rsa_key(), "r"))
         self.keeper = KeyKeeper(KeyFile(path), ("ES256", "RS256"), clock=lambda: self.now)
         self.keeper.refresh()
-        self.authenticator = Authenticator(rules or TokenRules(ISSUER, AUDIENCE), self.keeper, max_cached)
+        self.authenticator = Authenticator(rules or TokenRules(ISSUER, AUDIENCE), self.keeper, max_cached=max_cached)
 
     def keys(self, *keys: dict[str, object]) -> None:
         fresh = self.path.with_suffix(".new")
@@ -438,6 +439,27 @@ def test_two_authorization_headers_are_ambiguous() -> None:
     assert only_header([b"x"]) == b"x"
     with pytest.raises(ServeRefusal):
         only_header([b"x", b"x"])
+
+
+def test_an_address_that_fails_too_often_waits_and_disturbs_nobody_who_is_known(node: Node) -> None:
+    now = 50.0
+    failures = FailureLimiter(RateTable.private(), Rate(1, 5), clock=lambda: now)
+    authenticator = Authenticator(TokenRules(ISSUER, AUDIENCE), node.keeper, failures)
+    good, other = bearer(token()), bearer(token(sub="other"))
+    authenticator.authenticate(good, address="10.0.0.1")
+    codes = []
+    for i in range(20):
+        with pytest.raises(ServeRefusal) as caught:
+            authenticator.authenticate(bearer(token(ec_key("attacker"), sub=f"x{i}")), address="10.0.0.1")
+        codes.append(caught.value.code)
+    assert codes == ["unauthenticated"] * 5 + ["too_many_requests"] * 15
+    assert caught.value.retry_after == pytest.approx(1)
+    assert authenticator.authenticate(good, address="10.0.0.1").name == "scanner-7"
+    assert authenticator.authenticate(other, address="10.0.0.2").name == "other"
+    with pytest.raises(ServeRefusal):
+        authenticator.authenticate(bearer(token(sub="third")), address="10.0.0.1")
+    now += 1.01
+    assert authenticator.authenticate(bearer(token(sub="third")), address="10.0.0.1").name == "third"
 
 
 def test_no_refusal_repeats_anything_of_the_token_or_the_keys(node: Node) -> None:
