@@ -38,6 +38,7 @@ format: $(VENV)/.dev ## let ruff sort and format
 
 protocol: $(VENV)/.dev ## generate the gRPC code from the .proto files
 	$(BIN)/python -m fedclaw.transport.grpc.protocol.generate
+	$(BIN)/python -m fedclaw.serve.inference.protocol.generate
 
 benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale, startup, latency
 	$(BIN)/python -m experiments.benchmarks.exchange

@@ -93,7 +93,11 @@ def test_one_command_covers_all():
     package = Path(__file__).parent.parent / "fedclaw"
     files = [path for path in package.rglob("*.py") if "run_main(" in path.read_text() and path.name != "cli.py"]
     names = {".".join(["fedclaw", *path.relative_to(package).with_suffix("").parts]) for path in files}
-    for_developers = {"fedclaw.transport.grpc.protocol.generate", "fedclaw.export.schemas"}
+    for_developers = {
+        "fedclaw.transport.grpc.protocol.generate",
+        "fedclaw.serve.inference.protocol.generate",
+        "fedclaw.export.schemas",
+    }
     assert names - {"fedclaw.__main__"} - for_developers == {_file_of(module) for module in COMMANDS.values()}
 
 

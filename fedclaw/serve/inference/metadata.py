@@ -6,7 +6,7 @@ from typing import Any
 from fedclaw import __version__
 from fedclaw.export.layout import TensorSpec
 from fedclaw.learning.preprocessing import TypedColumn
-from fedclaw.serve.inference.node import ModelDescription
+from fedclaw.serve.inference.description import ModelDescription
 from fedclaw.serve.inference.tensors import OF_COLUMN
 from fedclaw.serve.refusals import ServeRefusal
 

@@ -14,7 +14,7 @@ What the protocol lets a server choose:
     other names  of fields and parameters are not looked at; sequences, shared memory, and classification are refused
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -23,7 +23,7 @@ from uuid import uuid4
 import orjson
 
 from fedclaw.learning.preprocessing import Columns
-from fedclaw.serve.inference.node import ModelDescription
+from fedclaw.serve.inference.description import ModelDescription
 from fedclaw.serve.inference.tensors import OF_OUTPUT, ColumnTensor, as_bytes
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import InferenceRequest, InferenceResponse
@@ -77,7 +77,7 @@ class RequestReader:
 
     def __init__(self, model: ModelDescription) -> None:
         self.model = model
-        self._columns = {column.name: ColumnTensor(column, finite=model.prepared) for column in model.columns}
+        self._columns = {column.name: ColumnTensor(column) for column in model.columns}
         self._outputs = frozenset(output.name for output in model.outputs)
 
     def read(
@@ -203,10 +203,15 @@ def parameters_of(holder: Mapping[str, Any]) -> Mapping[str, Any]:
         return _NONE
     if type(parameters) is not dict:
         raise ServeRefusal("bad_request", "parameters: an object is needed")
+    require_supported(parameters)
+    return parameters
+
+
+def require_supported(parameters: Iterable[str]) -> None:
+    """Raise ServeRefusal if one of the names means what is not supported."""
     for name in parameters:
         if name in NOT_SUPPORTED:
             raise ServeRefusal("not_supported", NOT_SUPPORTED[name])
-    return parameters
 
 
 def identity_of(identity: Any, asker: Asker) -> str:

@@ -84,8 +84,6 @@ class ColumnTensor:
     """One column of a model as what the tensor of a request has to be."""
 
     column: TypedColumn
-    finite: bool = False
-    """Whether a value that is not finite is refused here, because no graph refuses its row."""
 
     @cached_property
     def datatype(self) -> Datatype:
@@ -122,7 +120,7 @@ class ColumnTensor:
         convert = FROM_JSON.get((datatype, self.column.dtype)) if type(datatype) is str else None
         if convert is None:
             raise self._wrong_type(datatype)
-        return self._checked(convert(self, datatype, data).reshape(rows, *self.inner))
+        return convert(self, datatype, data).reshape(rows, *self.inner)
 
     def of_bytes(self, datatype: Any, rows: int, raw: memoryview) -> NDArray[Any]:
         """The column, (N, ...), from the protocol's raw bytes (little-endian, rows first). Raises ServeRefusal."""
@@ -138,8 +136,8 @@ class ColumnTensor:
         if datatype == "BF16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         elif datatype == self.datatype:
-            return self._checked(values.reshape(rows, *self.inner))
-        return self._checked(self.converted(values).reshape(rows, *self.inner))
+            return values.reshape(rows, *self.inner)
+        return self.converted(values).reshape(rows, *self.inner)
 
     def converted(self, values: NDArray[Any]) -> NDArray[Any]:
         """Numbers or truths (n,) as the column's type. Raises ServeRefusal where a value would change by it."""
@@ -169,11 +167,6 @@ class ColumnTensor:
     def _wrong_type(self, datatype: Any) -> ServeRefusal:
         named = f", not {datatype}" if type(datatype) is str and datatype in {*NUMPY, "BYTES"} else ""
         return self.refusal(f"its datatype must be {self.datatype}{named}")
-
-    def _checked(self, values: NDArray[Any]) -> NDArray[Any]:
-        if self.finite and not np.isfinite(values).all():
-            raise self.refusal("a number in it is not finite")
-        return values
 
     def _flat(self, data: list[Any], rows: int) -> list[Any]:
         """Nested lists without the nesting, which has to be that of the shape."""

@@ -6,7 +6,7 @@ from typing import Any
 from fedclaw.export.layout import TensorSpec
 from fedclaw.export.pipeline import outputs
 from fedclaw.learning.registry import schema_class
-from fedclaw.serve.inference.node import ModelDescription
+from fedclaw.serve.inference.description import ModelDescription
 
 TABLE = {
     "columns": [
@@ -35,4 +35,4 @@ def prepared() -> ModelDescription:
     columns = tuple(
         column.model_copy(update={"name": "inputs", "missing": None}) for column in schema.preprocessing().columns
     )
-    return ModelDescription("m", "0123456789ab", ("0123456789ab",), columns, given, schema, prepared=True)
+    return ModelDescription("m", "0123456789ab", ("0123456789ab",), columns, given, schema)

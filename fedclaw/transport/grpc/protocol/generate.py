@@ -19,12 +19,16 @@ from fedclaw.cli import run_main
 from fedclaw.errors import UsageError
 
 TOOLS_VERSION = "1.81.1"
-GENERATED = ("link_pb2.py", "link_pb2.pyi")
 HERE = Path(__file__).resolve().parent
 
 
 def generate(directory: Path = HERE) -> list[Path]:
     """Write the generated files to `directory` and return their paths. Raises UsageError."""
+    return compile_proto(HERE / "link.proto", directory)
+
+
+def compile_proto(proto: Path, directory: Path) -> list[Path]:
+    """Write the messages of `proto` and their types to `directory`, and return the paths. Raises UsageError."""
     try:
         version = importlib.metadata.version("grpcio-tools")
     except importlib.metadata.PackageNotFoundError as error:
@@ -34,9 +38,9 @@ def generate(directory: Path = HERE) -> list[Path]:
     from grpc_tools import protoc
 
     outputs = [f"--python_out={directory}", f"--pyi_out={directory}"]
-    if protoc.main(["protoc", f"--proto_path={HERE}", *outputs, "link.proto"]) != 0:
-        raise UsageError("protoc refused link.proto; its message is above")
-    return [directory / name for name in GENERATED]
+    if protoc.main(["protoc", f"--proto_path={proto.parent}", *outputs, proto.name]) != 0:
+        raise UsageError(f"protoc refused {proto.name}; its message is above")
+    return [directory / f"{proto.stem}_pb2{suffix}" for suffix in (".py", ".pyi")]
 
 
 def _body(arguments: Sequence[str]) -> None:
