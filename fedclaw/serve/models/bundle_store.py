@@ -93,6 +93,13 @@ class BundleStore:
             raise BundleError(f"the bundle {digest[:SHORT]} in the store is {found[:SHORT]}: it was exchanged")
         return verified
 
+    def size(self, digest: str, names: Iterable[str]) -> int:
+        """Bytes on disk of those of the named files that a bundle has. Raises BundleError for one that is not here."""
+        if not _DIGEST.fullmatch(digest) or not (self._directory / digest).is_dir():
+            raise BundleError(f"the store has no bundle {digest[:SHORT]!r}")
+        found = [self._directory / digest / name for name in names]
+        return sum(path.lstat().st_size for path in found if os.path.lexists(path))
+
     def digests(self) -> tuple[str, ...]:
         """The bundles in the store, in alphabetical order. Whether they verify shows when they are opened."""
         return tuple(sorted(path.name for path in self._directory.iterdir() if _DIGEST.fullmatch(path.name)))

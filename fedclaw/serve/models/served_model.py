@@ -30,7 +30,7 @@ from fedclaw.serve.requests import InferenceRequest, InferenceResponse
 
 ServedPrecision = Precision | Literal["recommended"]
 KEPT = (PIPELINE, SCHEMA, *FORMS.values())
-"""The files of a bundle that serving needs: what to keep when it is verified."""
+"""The files of a bundle that serving can need: what to keep when it is verified."""
 _SHOWN = 60
 _TEXT = np.dtype(object)
 
@@ -171,6 +171,8 @@ class LoadedGraph:
     graph: ServingGraph
     file: str
     """Which of the bundle's files computes."""
+    typed: bool
+    """Whether it takes typed columns; else the prepared inputs."""
 
     def serve(
         self,
@@ -187,8 +189,15 @@ class LoadedGraph:
         return ServedModel(name, version, digest, self.schema, self.interface, self.graph, batcher)
 
 
+def files_for(precision: ServedPrecision) -> tuple[str, ...]:
+    """The files that have to be kept to serve a bundle in that precision, as far as it has them."""
+    if precision == "recommended":
+        return KEPT
+    return (SCHEMA, PIPELINE, ONNX) if precision == "float32" else (SCHEMA, FORMS[precision])
+
+
 def load_graph(verified: Verified, precision: ServedPrecision = "float32", threads: int = 1) -> LoadedGraph:
-    """Load a verified bundle of which KEPT was kept: pipeline.onnx, or the form of the model that is asked for.
+    """Load a verified bundle of which `files_for` were kept: pipeline.onnx, or the form of the model that is asked for.
 
     Raises BundleError where its files contradict each other or it lacks the form, PluginError when its workload is not
     installed here, UsageError when ONNX Runtime is missing.
@@ -202,10 +211,10 @@ def load_graph(verified: Verified, precision: ServedPrecision = "float32", threa
     session = open_session(verified.contents[file], file, "serve", threads=threads)
     if file == PIPELINE:
         _require_columns(session, interface)
-        return LoadedGraph(schema, interface, PipelineGraph(session, interface.outputs), file)
+        return LoadedGraph(schema, interface, PipelineGraph(session, interface.outputs), file, True)
     model = PreparedGraph(session, schema.task, interface.threshold)
     graph = TypedGraph(schema.preprocessing(), model) if manifest.pipeline else model
-    return LoadedGraph(schema, interface, graph, file)
+    return LoadedGraph(schema, interface, graph, file, manifest.pipeline is not None)
 
 
 def _prepared_column(manifest: Manifest) -> TypedColumn:
