@@ -22,6 +22,7 @@ from typing import TypeVar
 
 from fedclaw.errors import BundleError
 from fedclaw.export.check import Trust
+from fedclaw.export.runtime import Device
 from fedclaw.serve.models.batching import QueueLimits
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.probe import ExecutionSettings, Probed, probe
@@ -51,8 +52,9 @@ class ModelVersion:
 class PoolSettings:
     """What a worker's pool may use."""
 
-    memory_bytes: int = 2 << 30
-    """The most that loaded versions take together, as estimated."""
+    memory_bytes: int | None = None
+    """The most that loaded versions take together, as estimated; None: no limit."""
+    device: Device = "cpu"
     cores: int = 1
     """Cores of this worker."""
     limits: QueueLimits = field(default_factory=QueueLimits)
@@ -248,13 +250,14 @@ class ModelPool:
             import onnxruntime  # noqa: F401
         before = _resident()
         verified = self._store.open(version.digest, self.trust, files_for(version.precision))
-        probed = probe(verified, version.precision, self._settings.cores, version.execution)
+        probed = probe(verified, version.precision, self._settings.cores, version.execution, self._settings.device)
         del verified
         return probed, _resident() - before
 
     async def _make_room(self, size: int, version: ModelVersion) -> None:
         """Unload what was used least recently until `size` bytes more fit. Raises BundleError if they never do."""
-        budget = self._settings.memory_bytes
+        if (budget := self._settings.memory_bytes) is None:
+            return
         kept = sum(own.bytes for own in self._loaded.values() if own.pinned)
         if kept + size > budget:
             raise BundleError(

@@ -23,6 +23,7 @@ import numpy as np
 from fedclaw.errors import BundleError
 from fedclaw.export.check import Verified
 from fedclaw.export.layout import INPUT
+from fedclaw.export.runtime import Device
 from fedclaw.learning.preprocessing import Columns
 from fedclaw.serve.models.batching import Execution
 from fedclaw.serve.models.served_model import LoadedGraph, ServedPrecision, load_graph
@@ -91,6 +92,7 @@ def probe(
     precision: ServedPrecision = "float32",
     cores: int = 1,
     settings: ExecutionSettings | None = None,
+    device: Device = "cpu",
 ) -> Probed:
     """Load a verified bundle of which the files were kept, warm it, and find out how it computes best.
 
@@ -98,13 +100,13 @@ def probe(
     to rows made from its own schema.
     """
     settings = settings or ExecutionSettings()
-    loaded = load_graph(verified, precision, settings.threads or 1)
+    loaded = load_graph(verified, precision, settings.threads or 1, device)
     rows = _synthetic(loaded, max(SIZES))
     _require_answers(loaded, rows)
     counts = (settings.threads,) if settings.threads else _thread_counts(cores)
     graphs = {counts[0]: loaded}
     for threads in counts[1:]:
-        graphs[threads] = load_graph(verified, precision, threads)
+        graphs[threads] = load_graph(verified, precision, threads, device)
     each = 0.0 if settings.complete else _SECONDS / len(counts) / len(SIZES)
     figures = tuple(ProbeFigures(threads, _time(graph, rows, each)) for threads, graph in graphs.items())
     best = max(own.best_rate for own in figures)

@@ -13,7 +13,7 @@ from fedclaw.errors import BundleError
 from fedclaw.export.check import Verified
 from fedclaw.export.layout import FORMS, INPUT, ONNX, PIPELINE, SCHEMA, Manifest, TensorSpec
 from fedclaw.export.predictor import graph_of, schema_of
-from fedclaw.export.runtime import open_session
+from fedclaw.export.runtime import Device, open_session
 from fedclaw.learning.preprocessing import TypedColumn
 from fedclaw.learning.workload import Schema
 from fedclaw.serve.models.batching import EagerBatcher, Execution, QueueLimits
@@ -196,7 +196,9 @@ def files_for(precision: ServedPrecision) -> tuple[str, ...]:
     return (SCHEMA, PIPELINE, ONNX) if precision == "float32" else (SCHEMA, FORMS[precision])
 
 
-def load_graph(verified: Verified, precision: ServedPrecision = "float32", threads: int = 1) -> LoadedGraph:
+def load_graph(
+    verified: Verified, precision: ServedPrecision = "float32", threads: int = 1, device: Device = "cpu"
+) -> LoadedGraph:
     """Load a verified bundle of which `files_for` were kept: pipeline.onnx, or the form of the model that is asked for.
 
     Raises BundleError where its files contradict each other or it lacks the form, PluginError when its workload is not
@@ -208,7 +210,7 @@ def load_graph(verified: Verified, precision: ServedPrecision = "float32", threa
     file = PIPELINE if manifest.pipeline and form == ONNX else form
     if file not in verified.contents:
         raise BundleError(f"{verified.path} has no {file}: precision={precision} needs it")
-    session = open_session(verified.contents[file], file, "serve", threads=threads)
+    session = open_session(verified.contents[file], file, "serve", device, threads)
     if file == PIPELINE:
         _require_columns(session, interface)
         return LoadedGraph(schema, interface, PipelineGraph(session, interface.outputs), file, True)
