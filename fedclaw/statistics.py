@@ -72,7 +72,7 @@ from fedclaw.report.survival import draw, survival_tables
 from fedclaw.report.tables import Figures, epsilon_words
 from fedclaw.server.run_directory import RUN_NAME
 from fedclaw.server.settings import ListenAddress, WorkloadChoice
-from fedclaw.server.statistics_release import Release, write_release
+from fedclaw.server.statistics_release import STATISTICS_FILE, Release, write_release
 from fedclaw.server.waiting import Waiting, wait_for_sites
 from fedclaw.transport.grpc.limits import Limits
 
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str], console: Console | None = None) -> None:
         home = FederationHome.open(settings.federation)
     schema = read_schema(settings.workload)
     run = settings.run or f"statistics-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    out = settings.out or settings.runs / run / "statistics.json"
+    out = settings.out or settings.runs / run / STATISTICS_FILE
     _check_new(out, drawn=bool(line.words))
     asked = _checked_question(settings, home, schema, survival=bool(line.words))
     serve(settings, home, schema, asked, run, out, console or make_console())

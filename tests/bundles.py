@@ -14,9 +14,11 @@ from fedclaw.export.source import Source, load_source
 from fedclaw.identity.federation_home import FederationHome
 from fedclaw.identity.provisioning import initialise
 from fedclaw.learning.registry import schema_class, workload_class
+from fedclaw.privacy.statistics import Records
 from fedclaw.protocol.terms import LocalTraining, ModelSpec
 from fedclaw.server.run_directory import RunDirectory, SiteReceipt
-from tests.samples import receipt, run_record
+from fedclaw.server.statistics_release import Release
+from tests.samples import receipt, run_record, statistics_release
 
 FEDERATION = "test-federation"
 
@@ -62,6 +64,16 @@ def make_run(root: Path, workload: str, definition: dict[str, object], spec: Mod
     directory.append_metrics(3, {"metrics": {"accuracy": 0.875, "loss": 0.25}, "test_examples": 40})
     directory.write_receipts(PRIVATE)
     return directory
+
+
+def training_rows() -> Records:
+    """Rows of the table, as statistics see them: 3,000 ages around 50, a tenth of them not known."""
+    random = np.random.default_rng(3)
+    age = np.clip(random.normal(50, 20, 3000), 0, 120)
+    age[:300] = np.nan
+    smoker, ward = random.integers(0, 2, 3000), (random.random(3000) < 0.8)
+    columns = {"age": age, "smoker": smoker.astype(np.float64), "ward": ward.astype(np.float64)}
+    return Records(columns, random.integers(0, 2, 3000))
 
 
 BARE = SiteReceipt(
@@ -127,4 +139,20 @@ def image_bundle(image_run: RunDirectory, home: FederationHome) -> Path:
     """The vision run's bundle."""
     target = image_run.root / "bundle"
     export_bundle(load_source(image_run), home.signer(), target, Request())
+    return target
+
+
+@pytest.fixture(scope="session")
+def table_release(table_source: Source) -> Release:
+    """A charged release of statistics of the tabular run's training rows."""
+    return statistics_release(table_source.record, table_source.schema, training_rows(), deviation=2.0)
+
+
+@pytest.fixture(scope="session")
+def marginals_bundle(
+    table_source: Source, table_release: Release, home: FederationHome, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tabular run's bundle with marginals.json."""
+    target = tmp_path_factory.mktemp("marginals") / "bundle"
+    export_bundle(table_source, home.signer(), target, Request(marginals=table_release))
     return target

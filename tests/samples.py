@@ -1,12 +1,19 @@
 """Valid records to change one thing in: what many tests begin with."""
 
+from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from fedclaw.compress.record import Compression, CoordinatorReport, Measure, Side
+from fedclaw.learning.workload import Schema
+from fedclaw.privacy.statistics import Design, Records, estimate
 from fedclaw.protocol.receipt import Receipt
+from fedclaw.protocol.statistics import StatisticsReceipt
 from fedclaw.protocol.terms import LocalTraining, ModelSpec, Plan, PrivacyRequest, RoundRules, StrategyRecord
 from fedclaw.server.run_directory import RunRecord
 from fedclaw.server.session import make_plan, make_strategy
+from fedclaw.server.statistics_release import Release, ReleaseMechanism
 
 
 def run_record(**changes: Any) -> RunRecord:
@@ -72,3 +79,40 @@ def compression_record(measure: Measure = "evaluation file", **changes: Any) -> 
         seed=0,
     )
     return record.model_copy(update=changes)
+
+
+def statistics_release(
+    record: RunRecord, schema: Schema, rows: Records, deviation: float = 10.0, bins: int = 64, **changes: Any
+) -> Release:
+    """What a release of statistics of `rows` says: noise of the standard deviation `deviation` in each coordinate."""
+    columns = [column for column in schema.statistic_columns() if column.name in rows.columns]
+    design = Design(columns, schema.labels, bins)
+    random = np.random.default_rng(changes.pop("seed", 0))
+    noised = design.vector([rows]) + random.normal(0.0, deviation, design.dimension)
+    receipt = StatisticsReceipt(
+        noise_multiplier=max(deviation, 0.1),
+        delta=1e-5,
+        epsilon_run=0.5,
+        epsilon_lifetime=0.5,
+        epsilon_left=1.0,
+        ledger_head="ab" * 32,
+    )
+    fields: dict[str, Any] = {
+        "federation": record.federation,
+        "run": "release",
+        "created": datetime(2026, 1, 1, tzinfo=UTC),
+        "workload": record.workload,
+        "schema_digest": record.schema_digest,
+        "epsilon": 0.5,
+        "delta": 1e-5,
+        "mechanism": ReleaseMechanism(
+            name="gaussian",
+            placement="sites",
+            trust="nobody",
+            noise={"north": max(deviation, 0.1)},
+            deviation=max(deviation, 0.1),
+        ),
+        "sites": {"north": receipt},
+        "statistics": estimate(design, noised, deviation, (0.5,)),
+    }
+    return Release(**{**fields, **changes})

@@ -10,6 +10,8 @@
                 one with the largest F1 on it, and goes into the bundle
     threshold_statistics  instead, a statistics.json of python -m fedclaw.statistics scores=runs/NAME, which was
                 charged to the sites' ledgers: the threshold then comes from their training rows
+    marginals   a statistics.json of the training rows' columns: their noised distributions go into the bundle, for
+                whoever watches a server for drift; without it, that which the run was standardised by, if still there
     key         encrypts the bundle: file:PATH, env:NAME or a PKCS#11 URI; verify and predict take the same
     encryption.key  the key of a run that is encrypted at rest; plaintext=true writes its bundle in the clear
     model       auto | final | compressed   (auto: the compressed one if there is one)
@@ -68,6 +70,7 @@ class ExportSettings(Frozen):
     inputs: Path | None
     threshold_data: Path | None
     threshold_statistics: Path | None
+    marginals: Path | None = None
     model: Literal["auto", "final", "compressed"]
     tolerance: float = Field(gt=0)
     output: Path | None
@@ -101,6 +104,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         calibration=settings.calibration,
         threshold_data=settings.threshold_data,
         threshold_statistics=settings.threshold_statistics,
+        marginals=settings.marginals,
     )
     for path in settings.ledgers:
         require_paths(ledgers=path)
@@ -120,11 +124,14 @@ def export(settings: ExportSettings, console: Console) -> None:
         from fedclaw.export.bundle import Request, export_bundle, typed_inputs
         from fedclaw.export.card import threshold_in_words
         from fedclaw.export.graph import allowed
+        from fedclaw.export.marginals import release_at_hand
         from fedclaw.privacy.mechanisms.choice import mechanism_of
         from fedclaw.server.statistics_release import read_release
     startup.next_step("no bundle was written, or it is as it was: give the same command again")
     scores = None if settings.threshold_statistics is None else read_release(settings.threshold_statistics)
     source = load_source(directory, settings.model).signed_by(home.name)
+    marginals = None if settings.marginals is None else read_release(settings.marginals)
+    marginals = marginals or release_at_hand(directory, source.schema)
     inputs = None if settings.inputs is None else source.schema.read_inputs(settings.inputs)
     typed = None if settings.inputs is None else typed_inputs(source.schema, settings.inputs)
     public = None
@@ -148,6 +155,7 @@ def export(settings: ExportSettings, console: Console) -> None:
         floor=settings.floor,
         ledgers=settings.ledgers,
         typed=typed,
+        marginals=marginals,
         keys=keys,
     )
     target = settings.output or settings.run / "bundle"

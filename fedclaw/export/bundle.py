@@ -19,6 +19,7 @@ from fedclaw.export import graph, layout, quantise, signature
 from fedclaw.export.acceptance import accept
 from fedclaw.export.card import how_to_verify, limits_of, model_card
 from fedclaw.export.check import Trust, Verified, verify_bundle
+from fedclaw.export.marginals import Marginals, marginals_of
 from fedclaw.export.model_signature import sign_digests
 from fedclaw.export.runtime import open_session, run_session
 from fedclaw.export.sbom import bill_of_materials
@@ -68,6 +69,8 @@ class Request:
     """The least score of the task that the model has to have reached."""
     ledgers: tuple[Path, ...] = ()
     """Sites' ledgers that are at hand, to hold their receipts against."""
+    marginals: Release | None = None
+    """Statistics of the sites' training rows, for marginals.json."""
     typed: TypedRows | None = None
     """The real inputs as typed columns, for the parity check of pipeline.onnx; None: made from the schema."""
     keys: Keyring | None = None
@@ -91,6 +94,8 @@ def export_bundle(
     graph.require_exporter()
     _check_target(target, request.overwrite)
     source = replace(source, acceptance=accept(source, request.floor, request.ledgers))
+    if request.marginals is not None:
+        marginals_of(request.marginals, source.record, source.schema)
     if (request.public is not None or request.scores is not None) and len(source.schema.labels) != 2:
         raise BundleError(f"a threshold is for two classes, and the schema has {len(source.schema.labels)}")
     with assembling(target, request.keys) as staging:
@@ -268,6 +273,7 @@ def _write_texts(
         source.record.simulated,
         source.schema.unit,
         source.compression.releases if source.compression else (),
+        request.marginals.use if request.marginals else None,
     )
     who = _signed_by(signer)
     release = signature.parse_certificate(signer.certificate_pem, layout.RELEASE_CERTIFICATE)
@@ -283,6 +289,9 @@ def _write_texts(
         (staging / name).write_text(text, encoding="utf-8")
     if source.compression is not None:
         (staging / layout.COMPRESSION).write_bytes(source.report)
+    if request.marginals is not None:
+        marginals = marginals_of(request.marginals, source.record, source.schema)
+        (staging / layout.MARGINALS).write_text(_pretty(marginals), encoding="utf-8")
     (staging / layout.RELEASE_CERTIFICATE).write_bytes(signer.certificate_pem)
     (staging / layout.CA_CERTIFICATE).write_bytes(signer.ca_pem)
     _write_sbom(staging, source, manifest, statement, request.license)
@@ -378,10 +387,11 @@ def _publish(staging: Path, target: Path) -> None:
     sync_directory(target.parent)
 
 
-def _pretty(model: layout.Manifest | PrivacyStatement | TrainingRecord) -> str:
+def _pretty(model: layout.Manifest | PrivacyStatement | TrainingRecord | Marginals) -> str:
     plain = model.model_dump(mode="json")
-    if plain.get("threshold", ...) is None:
-        del plain["threshold"]
+    for later in ("threshold", "marginals"):
+        if plain.get(later, ...) is None:
+            del plain[later]
     if plain.get("compression_statistics", ...) == []:
         del plain["compression_statistics"]
     if isinstance(model, layout.Manifest):

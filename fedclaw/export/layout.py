@@ -9,6 +9,7 @@
     privacy.json                 what training cost each site, and what that does and does not promise
     training.json                how the model came about: configuration, code, rounds, ledger heads, digests
     compression.json             how the model was compressed, and what it lost (only of a compressed model)
+    marginals.json               how the columns were distributed over the training rows, with noise (only if asked)
     sbom.cdx.json                bill of materials with a model card, for machines (CycloneDX)
     MODEL_CARD.md  VERIFY.md     for people
     release.crt  ca.crt          who signed
@@ -42,6 +43,7 @@ SCHEMA = "schema.json"
 PRIVACY = "privacy.json"
 TRAINING = "training.json"
 COMPRESSION = "compression.json"
+MARGINALS = "marginals.json"
 SBOM = "sbom.cdx.json"
 CARD = "MODEL_CARD.md"
 HOW_TO_VERIFY = "VERIFY.md"

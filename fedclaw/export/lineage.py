@@ -395,6 +395,7 @@ class _Walk:
         told = self.statement
         named = [(told.statistics, "constants"), (told.threshold, "threshold")]
         named += [(use, "compression") for use in told.compression_statistics]
+        named += [(told.marginals, "marginals")]
         yield from ((use, what) for use, what in named if use is not None)
 
     def _releases(self) -> Iterator[Link]:

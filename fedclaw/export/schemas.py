@@ -26,7 +26,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from fedclaw.cli import run_main
 from fedclaw.compress.record import Compression
 from fedclaw.errors import UsageError
-from fedclaw.export.layout import COMPRESSION, MANIFEST, PRIVACY, TRAINING, Manifest
+from fedclaw.export.layout import COMPRESSION, MANIFEST, MARGINALS, PRIVACY, TRAINING, Manifest
+from fedclaw.export.marginals import Marginals
 from fedclaw.export.statement import PrivacyStatement
 from fedclaw.export.training_record import TrainingRecord
 from fedclaw.files import write_atomic
@@ -39,6 +40,7 @@ MODELS: Mapping[str, type[BaseModel]] = {
     PRIVACY: PrivacyStatement,
     TRAINING: TrainingRecord,
     COMPRESSION: Compression,
+    MARGINALS: Marginals,
 }
 PLACE = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 

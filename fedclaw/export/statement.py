@@ -79,6 +79,8 @@ class PrivacyStatement(Frozen):
     """The release of the model's scores that the decision threshold comes from; included in `overall`."""
     compression_statistics: tuple[ReleaseUse, ...] = ()
     """The releases that the compression looked at; included in `overall`."""
+    marginals: ReleaseUse | None = None
+    """The release that marginals.json comes from; included in `overall`."""
     compression: str
     unit: str
     """Unit and relation of `overall`: the sites' own, and of relations that differ the weakest."""
@@ -108,6 +110,7 @@ def state(
     simulated: Simulated | None = None,
     unit: DataUnit = "example",
     compression_statistics: Sequence[ReleaseUse] = (),
+    marginals: ReleaseUse | None = None,
 ) -> PrivacyStatement:
     """The statement for a model that came out of `runs`.
 
@@ -123,7 +126,7 @@ def state(
     complete = all(run.by_site for run in runs) and bool(sites)
     guarantee = _guarantee(len(sites), len(exposed), complete)
     overall = None
-    used = dict.fromkeys((statistics, threshold, *compression_statistics))
+    used = dict.fromkeys((statistics, threshold, *compression_statistics, marginals))
     further = [release for release in used if release is not None]
     if guarantee == "every site":
         overall = Bound(
@@ -148,6 +151,7 @@ def state(
         statistics=statistics,
         threshold=threshold,
         compression_statistics=tuple(compression_statistics),
+        marginals=marginals,
         compression=compression,
         unit=" ".join([claim.protects, *_of_whole_sites(sites)]),
         holds_against=claim.against,

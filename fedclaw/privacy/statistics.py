@@ -41,10 +41,11 @@ Legend: N examples, d coordinates, C classes, B bins, T = sum of t, Q = sum of t
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedclaw.errors import DataError
 from fedclaw.protocol.frozen import Frozen
@@ -216,13 +217,27 @@ class Design:
         self._take(total, "value", column.name, [steps.sum()])
         self._take(total, "square", column.name, [(steps**2 - STEPS**2 // 2).sum()])
         if self.bins:
-            bins = np.minimum((steps + STEPS) * self.bins // (2 * STEPS), self.bins - 1)
-            self._take(total, "bins", column.name, np.bincount(bins, minlength=self.bins))
+            self._take(total, "bins", column.name, np.bincount(_bins(steps, self.bins), minlength=self.bins))
 
     def _take(self, total: list[int], kind: Kind, column: str, numbers: Iterable[np.int64 | int]) -> None:
         start = self.blocks[kind, column].start
         for offset, number in enumerate(numbers):
             total[start + offset] += int(number)
+
+
+def bins_of(column: StatisticColumn, values: Doubles, bins: int) -> NDArray[np.int64]:
+    """In which of the equal bins between the bounds each number (n,) is counted; out of bounds, in the outer ones."""
+    return _bins(_steps(column, values), bins)
+
+
+def bin_edges(column: StatisticColumn, bins: int) -> Doubles:
+    """Where the equal bins begin and end, (B + 1,)."""
+    edges: Doubles = column.middle + column.half * np.linspace(-1.0, 1.0, bins + 1)
+    return edges
+
+
+def _bins(steps: NDArray[np.int64], bins: int) -> NDArray[np.int64]:
+    return np.minimum((steps + STEPS) * bins // (2 * STEPS), bins - 1)
 
 
 def _steps(column: StatisticColumn, values: Doubles) -> NDArray[np.int64]:
@@ -243,6 +258,15 @@ class Estimate(Frozen):
     error: float
 
 
+class Histogram(Frozen):
+    """Numbers of examples in equal bins from the smallest to the largest declared value, as they came: noise may have
+    put some below 0."""
+
+    counts: tuple[float, ...] = Field(min_length=1)
+    error: float = Field(ge=0)
+    """Standard error of each."""
+
+
 class ColumnStatistics(Frozen):
     """What is known of one column over all sites; None where too few values are known to say."""
 
@@ -255,6 +279,8 @@ class ColumnStatistics(Frozen):
     """By probability, "0.5" for the median; interpolated within the bins of the histogram."""
     levels: dict[str, Estimate] = {}
     """Number of examples by level."""
+    histogram: Histogram | None = None
+    """What the quantiles are read from. None: none was asked for, or the column has levels."""
 
 
 class Statistics(Frozen):
@@ -321,8 +347,15 @@ def _column(reading: _Reading, column: StatisticColumn, probabilities: tuple[flo
     if known.value < ENOUGH * known.error or known.value <= 0:
         return told
     mean, variance = _moments(reading, column, known)
-    quantiles = _quantiles(reading, column, probabilities) if reading.design.bins else {}
-    return told.model_copy(update={"mean": mean, "variance": variance, "quantiles": quantiles})
+    found: dict[str, Any] = {"mean": mean, "variance": variance}
+    if reading.design.bins:
+        found |= {
+            "quantiles": _quantiles(reading, column, probabilities),
+            "histogram": Histogram(
+                counts=tuple(reading.values("bins", column.name).tolist()), error=reading.error("bins", column.name)
+            ),
+        }
+    return told.model_copy(update=found)
 
 
 def _rate(part: Estimate, whole: Estimate) -> Estimate | None:
@@ -350,7 +383,7 @@ def _moments(reading: _Reading, column: StatisticColumn, known: Estimate) -> tup
 
 def _quantiles(reading: _Reading, column: StatisticColumn, probabilities: tuple[float, ...]) -> dict[str, Estimate]:
     noisy = reading.values("bins", column.name)
-    edges = column.middle + column.half * np.linspace(-1.0, 1.0, len(noisy) + 1)
+    edges = bin_edges(column, len(noisy))
     total, bins = float(noisy.sum()), len(noisy)
     if total < ENOUGH * math.sqrt(bins) * reading.error("bins", column.name) or total <= 0:
         return {}

@@ -22,6 +22,9 @@ from fedclaw.protocol.receipt import Trust
 from fedclaw.protocol.statistics import StatisticsReceipt, StatisticsRequest, SurvivalQuestion
 from fedclaw.server.run_directory import ReleaseUse
 
+STATISTICS_FILE = "statistics.json"
+"""What a release is called, in a run directory of its own."""
+
 
 class ReleaseMechanism(Frozen):
     """How the figures became private."""
@@ -165,6 +168,9 @@ def write_release(path: Path, release: Release) -> None:
         if plain[later] is None:
             # As a release was before there was any: an older reader knows no such field.
             del plain[later]
+    for column in plain["statistics"]["columns"].values():
+        if column["histogram"] is None:
+            del column["histogram"]
     write_atomic(path, (json.dumps(plain, indent=2) + "\n").encode())
 
 

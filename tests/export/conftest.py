@@ -19,7 +19,7 @@ import fedclaw.verify as verify_command
 from fedclaw.cli import run_main
 from fedclaw.export.source import Source
 from fedclaw.server.run_directory import SiteReceipt
-from tests.bundles import BARE, FEDERATION, PRIVATE, RECEIPT, TABLE, make_run
+from tests.bundles import BARE, FEDERATION, PRIVATE, RECEIPT, TABLE, make_run, training_rows
 from tests.samples import receipt
 
 
@@ -32,6 +32,7 @@ def samples() -> SimpleNamespace:
         private=PRIVATE,
         bare=BARE,
         raw_receipt=RECEIPT,
+        rows=training_rows(),
         receipt=receipt,
         make_run=make_run,
     )

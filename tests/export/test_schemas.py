@@ -18,7 +18,7 @@ from fedclaw.files import sha256_file
 from fedclaw.protocol.limits import Name
 from fedclaw.protocol.terms import ModelSpec
 from fedclaw.server.run_directory import RunDirectory
-from tests.samples import compression_record
+from tests.samples import compression_record, statistics_release
 
 ROOT = Path(__file__).parents[2]
 PAST = ROOT / "tests" / "past"
@@ -51,14 +51,16 @@ def test_each_is_a_schema_of_the_dialect_that_it_names(name):
 
 @pytest.fixture(scope="module")
 def compressed_bundle(samples, home, tmp_path_factory):
-    """The bundle of a compressed model."""
+    """The bundle of a compressed model, with marginals."""
     root = tmp_path_factory.mktemp("compressed")
     record = compression_record("agreement with the teacher")
     run = samples.make_run(root / "table", "tabular", samples.table, ModelSpec(name="mlp", args={"hidden": [8, 4]}))
     small = samples.make_run(root / "small", "tabular", samples.table, record.model).read_model()
     write_compressed(run, record.model_copy(update={"teacher_sha256": sha256_file(run.model_path)}), small)
     target = root / "bundle"
-    export_bundle(load_source(RunDirectory.open(run.root)), home.signer(), target, Request())
+    source = load_source(RunDirectory.open(run.root))
+    release = statistics_release(source.record, source.schema, samples.rows, bins=4)
+    export_bundle(source, home.signer(), target, Request(marginals=release))
     return target
 
 
@@ -66,8 +68,8 @@ def compressed_bundle(samples, home, tmp_path_factory):
 def test_they_take_the_files_of_a_bundle(request, bundle):
     place = request.getfixturevalue(bundle)
     found = [name for name in schemas.MODELS if (place / name).exists()]
-    assert set(found) >= set(schemas.MODELS) - {layout.COMPRESSION}
-    assert (layout.COMPRESSION in found) == (bundle == "compressed_bundle")
+    assert set(found) >= set(schemas.MODELS) - {layout.COMPRESSION, layout.MARGINALS}
+    assert (layout.COMPRESSION in found, layout.MARGINALS in found) == (2 * (bundle == "compressed_bundle",))
     for name in found:
         assert errors(name, json.loads((place / name).read_bytes())) == []
 

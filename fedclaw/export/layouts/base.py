@@ -81,7 +81,15 @@ class Deployable:
 
 
 _SIGNED = (
-    *(layout.MANIFEST, layout.SCHEMA, layout.PRIVACY, layout.TRAINING, layout.COMPRESSION, layout.CARD),
+    *(
+        layout.MANIFEST,
+        layout.SCHEMA,
+        layout.PRIVACY,
+        layout.TRAINING,
+        layout.COMPRESSION,
+        layout.CARD,
+        layout.MARGINALS,
+    ),
     *(layout.HOW_TO_VERIFY, layout.RELEASE_CERTIFICATE, layout.CA_CERTIFICATE, layout.DIGESTS),
     *(layout.SIGNATURE, layout.SIGNATURE_IN_FORMAT_1, layout.SBOM),
 )
