@@ -166,11 +166,17 @@ class ReleaseSettings(Frozen):
 
 
 class TracingSettings(Frozen):
-    """OpenTelemetry traces."""
+    """OpenTelemetry traces. Headers that a collector asks for, as a token, are given to the process as OpenTelemetry's
+    own environment variable OTEL_EXPORTER_OTLP_HEADERS."""
 
     endpoint: str | None = None
-    """Of OTLP over HTTP; null: no traces."""
+    """The collector's address for OTLP over HTTP, as https://collector:4318; null: no traces."""
     share: float = Field(default=0.01, ge=0, le=1)
+    """Of the requests."""
+    follow_parent: bool = False
+    """Record each request whose `traceparent` says that it is recorded: for a front that sets it itself."""
+    certificate: Path | None = None
+    """The CA certificate (PEM) that the collector is checked against; null: those of the system."""
 
 
 class AdminSettings(Frozen):

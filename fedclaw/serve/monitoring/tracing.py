@@ -19,14 +19,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
-
 from fedclaw.errors import UsageError
-from fedclaw.protocol.frozen import Frozen
+from fedclaw.serve.settings import TracingSettings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -37,20 +34,6 @@ TRACES = "/v1/traces"
 TRACEPARENT_LENGTH = 55
 PATIENCE = 5.0
 """Seconds that the collector has for an answer, and that a worker waits for its last spans as it ends."""
-
-
-class TracingSettings(Frozen):
-    """Where spans go, and of which requests. Headers that a collector asks for, as a token, are given to the process
-    as OpenTelemetry's own environment variable OTEL_EXPORTER_OTLP_HEADERS."""
-
-    endpoint: str | None = None
-    """The collector's address for OTLP over HTTP, as https://collector:4318; null: no traces."""
-    share: float = Field(default=0.01, ge=0, le=1)
-    """Of the requests."""
-    follow_parent: bool = False
-    """Record each request whose `traceparent` says that it is recorded: for a front that sets it itself."""
-    certificate: Path | None = None
-    """The CA certificate (PEM) that the collector is checked against; null: those of the system."""
 
 
 @dataclass(frozen=True, slots=True)

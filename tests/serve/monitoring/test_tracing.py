@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from fedclaw.errors import UsageError
-from fedclaw.serve.monitoring.tracing import RequestTimes, RequestTracer, TracingSettings, open_tracer
+from fedclaw.serve.monitoring.tracing import RequestTimes, RequestTracer, open_tracer
+from fedclaw.serve.settings import TracingSettings
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra tracing is not installed")
 
