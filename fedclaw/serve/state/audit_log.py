@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 64 << 20
 """A file that has reached this size is followed by the next."""
-CHAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+CHAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,149}")
 _SEGMENT = re.compile(rf"({CHAIN_NAME.pattern})\.(\d{{6,}})\.jsonl")
 _BEFORE, _BETWEEN, _AFTER = b'{"entry":', b',"hash":"', b'"}\n'
 _HASH = 64

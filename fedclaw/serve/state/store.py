@@ -241,12 +241,12 @@ class StateStore:
         ]
         if not rows:
             return
-        added = self._insert(_counts).values(rows)
+        added = self._insert(_counts)
         added = added.on_conflict_do_update(
             index_elements=list(_counts.primary_key.columns), set_={"value": _counts.c.value + added.excluded.value}
         )
         with self._database.writing(durable=False) as connection:
-            connection.execute(added)
+            connection.execute(added, rows)
 
     def counts(self, model: str, since: int, until: int | None = None) -> dict[str, dict[str, int]]:
         """Sums by version and name, of the buckets from `since` on, and before `until`."""
