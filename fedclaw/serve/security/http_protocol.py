@@ -195,10 +195,10 @@ class GuardedHttp(HttpToolsProtocol):
         if self._body_bytes > self.limits.body_bytes:
             self._stop(413, "the body is too large")
         if not self.cycle.response_complete:
+            if self.register.held + len(body) > self.limits.held_bytes:
+                self._stop(503, "too many large requests at once")
             self._held += len(body)
             self.register.held += len(body)
-            if self.register.held > self.limits.held_bytes:
-                self._stop(503, "too many large requests at once")
         super().on_body(body)
 
     def on_message_complete(self) -> None:

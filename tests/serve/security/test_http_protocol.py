@@ -282,7 +282,7 @@ def test_bodies_in_memory_are_bounded_together(seen: Seen) -> None:
             thread.start()
         until(lambda: statuses)
         assert set(statuses) == {503}
-        assert seen.protocol.register.held <= 1_100_000
+        assert seen.protocol.register.held <= 1_000_000
         for connection in connections:
             connection.shutdown(socket.SHUT_RDWR)
         for thread in threads:
