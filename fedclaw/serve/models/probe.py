@@ -14,7 +14,7 @@ What the operator sets is taken as it is.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -108,7 +108,9 @@ def probe(
     for threads in counts[1:]:
         graphs[threads] = load_graph(verified, precision, threads, device)
     each = 0.0 if settings.complete else _SECONDS / len(counts) / len(SIZES)
-    figures = tuple(ProbeFigures(threads, _time(graph, rows, each)) for threads, graph in graphs.items())
+    figures = tuple(
+        ProbeFigures(threads, _time(graph, rows, each, _clock(threads, device))) for threads, graph in graphs.items()
+    )
     best = max(own.best_rate for own in figures)
     chosen = next(own for own in figures if own.best_rate >= _NEAR * best)
     hand_over = _hand_over() * _LOOP_TURNS if settings.inline is None else 0.0
@@ -140,6 +142,11 @@ def decide_execution(figures: ProbeFigures, hand_over: float, settings: Executio
     )
 
 
+def _clock(threads: int, device: Device) -> Callable[[], float]:
+    """What batches are timed with: one thread by its own processor time, which other processes do not add to."""
+    return time.thread_time if threads == 1 and device == "cpu" else time.perf_counter
+
+
 def _thread_counts(cores: int) -> tuple[int, ...]:
     """1, 2, 4, and so on, and all cores."""
     powers = [2**power for power in range(cores.bit_length()) if 2**power < cores]
@@ -165,25 +172,25 @@ def _require_answers(loaded: LoadedGraph, columns: Columns) -> None:
             raise BundleError(f"{loaded.file} gives {told.name!r} in another shape than the bundle says")
 
 
-def _time(loaded: LoadedGraph, rows: Columns, seconds: float) -> dict[int, float]:
-    """The fastest run by batch size; sizes that take longer than a batch may are left out, but for single rows."""
+def _time(loaded: LoadedGraph, rows: Columns, seconds: float, clock: Callable[[], float]) -> dict[int, float]:
+    """The fastest run by batch size, as `clock` says, up to the first size that takes longer than a batch may."""
     found = dict[int, float]()
     for size in SIZES:
         columns = {name: values[:size].copy() for name, values in rows.items()}
         for _ in range(_WARM_UP):
             loaded.graph.run(columns)
-        found[size] = _fastest(loaded, columns, seconds)
+        found[size] = _fastest(loaded, columns, seconds, clock)
         if found[size] > _LONGEST_BATCH:
             break
     return found
 
 
-def _fastest(loaded: LoadedGraph, columns: Columns, seconds: float) -> float:
+def _fastest(loaded: LoadedGraph, columns: Columns, seconds: float, clock: Callable[[], float]) -> float:
     best, runs, end = float("inf"), 0, time.perf_counter() + seconds
     while runs < _LEAST_RUNS or (runs < _MOST_RUNS and time.perf_counter() < end):
-        started = time.perf_counter()
+        started = clock()
         loaded.graph.run(columns)
-        best, runs = min(best, time.perf_counter() - started), runs + 1
+        best, runs = min(best, clock() - started), runs + 1
         if best > max(seconds, _LONGEST_BATCH):
             break
     return best
