@@ -1,6 +1,9 @@
 """Batches without waiting: what comes while the model computes, or in the same turn of the event loop, goes together.
 
-No request waits for company. An idle model computes what it gets at once; what arrives meanwhile makes the next batch.
+No request waits for company by the clock. An idle model computes what it gets at once; what arrives meanwhile makes the
+next batch, with whoever comes in the same few turns of the event loop: clients that were answered together come back
+together, and would otherwise fall apart into two halves, each computed while the other one waits.
+
 The rows of a batch are answered independently of each other, so a request gets the answer that it would get alone.
 
 - The queue is bounded by rows. A request that finds it full is refused, with the time after which it would not.
@@ -30,6 +33,8 @@ Infer = Callable[[Columns], Outputs]
 _SMOOTHING = 0.2
 _SHARE_OF_LONG = 4
 _LEAST_RETRY = 0.01
+_TURNS = 3
+"""Of the event loop, from a socket that can be read to a request that is in the queue."""
 _LEAST_SECONDS = 1e-9
 
 
@@ -127,6 +132,9 @@ class EagerBatcher:
         self._long = _Queue()
         self._running: tuple[float, int] | None = None
         self._scheduled = False
+        self._patience = 0
+        self._seen = 0
+        self._crowded = False
         self._after_long = False
         self._slowness = 1.0
         self._in_flight = 0
@@ -218,11 +226,29 @@ class EagerBatcher:
             self._scheduled = True
             loop.call_soon(self._flush, loop)
 
+    def _is_filling(self) -> bool:
+        """Whether requests keep coming in, turn by turn, and the batch has room for them.
+
+        Clients that were answered together come back together, within the turns that it takes to read them all. Who is
+        alone is not made to wait.
+        """
+        rows = self._short.rows
+        if not self._crowded or self._long.rows or rows >= self.execution.max_batch:
+            return False
+        if rows > self._seen:
+            self._seen, self._patience = rows, _TURNS
+        self._patience -= 1
+        return self._patience >= 0
+
     def _flush(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._scheduled = False
+        if self.execution.batching and self._is_filling():
+            loop.call_soon(self._flush, loop)
+            return
+        self._scheduled, self._seen = False, 0
         batch = self._next_batch()
         if not batch:
             return
+        self._crowded = len(batch) > 1
         started = self._clock()
         self._running = (started, sum(stop - start for _, start, stop in batch))
         if self.execution.inline:

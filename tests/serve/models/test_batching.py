@@ -107,6 +107,29 @@ async def test_an_idle_model_computes_at_once_and_what_comes_meanwhile_makes_the
     assert model.batches == [[1], [2, 3, 4]]
 
 
+@pytest.mark.parametrize("execution", [INLINE, ELSEWHERE])
+async def test_clients_that_come_back_within_a_few_turns_share_a_batch_and_one_that_is_alone_does_not_wait(
+    execution: Execution, model: Squares, executor: ThreadPoolExecutor
+) -> None:
+    batcher = EagerBatcher(model, execution, executor=executor)
+
+    async def after(count: int, value: float) -> list[float]:
+        await turns(count)
+        return await ask(batcher, value)
+
+    await asyncio.gather(ask(batcher, 1), ask(batcher, 2))
+    model.batches.clear()
+    model.begun.clear()
+    await asyncio.gather(*(after(count, count) for count in range(8)))
+    assert model.batches == [[0, 1, 2, 3, 4, 5, 6, 7]], "one a turn, until the batch is full"
+    await ask(batcher, 8)
+    model.begun.clear()
+    alone = asyncio.create_task(ask(batcher, 9))
+    await turns(2)
+    assert execution is not INLINE or model.begun.is_set(), "computed in the turn after it came"
+    await alone
+
+
 @pytest.mark.parametrize("inline", [True, False])
 async def test_without_batching_every_request_is_computed_by_itself(
     inline: bool, model: Squares, executor: ThreadPoolExecutor
