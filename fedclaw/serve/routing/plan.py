@@ -21,7 +21,7 @@ FLOOR = 0.05
 """The least share of the keys of an experiment that each of its versions keeps."""
 
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
-Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$")]
+Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, lt=1e11)]
 
@@ -37,7 +37,7 @@ class Guards(Frozen):
     """Chance that a canary within all margins is ever rolled back by a test, over all guards and steps together."""
     growth_alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Chance that a canary beyond a margin passes a step."""
-    error_margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    error_margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """By how much its share of failed requests may exceed the stable version's."""
     latency_quantile: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     latency_factor: Annotated[float, Field(ge=1, le=100)] = 1.25
