@@ -49,6 +49,8 @@ from fedclaw.protocol.frozen import Frozen
 from fedclaw.serve.routing.counting import GROUPS
 
 Counts = NDArray[np.float64]
+Says = Literal["roll_back", "hold", "wait", "grow"]
+"""hold: the evidence against the canary is one group of clients' alone, and the others have not said enough."""
 Seen = tuple[int, int, int, int]
 """Keys of the stable version and ones among them, keys of the canary and ones among them."""
 EXCESS = (0.01, 0.03, 0.08, 0.2, 0.45, 0.8)
@@ -103,8 +105,7 @@ class Levels:
 class Verdict:
     """What a guard says now, and from which numbers."""
 
-    says: Literal["roll_back", "hold", "wait", "grow"]
-    """hold: the evidence against the canary is one group of clients' alone, and the others have not said enough."""
+    says: Says
     record: GuardRecord
     numbers: dict[str, JsonValue]
 

@@ -146,10 +146,11 @@ class _Route:
 
     def stand_in(self, version: str) -> VersionChoice:
         """Who answers for a version whose breaker is open. Raises ServeRefusal if nobody does."""
-        for other in dict.fromkeys((version, self.plan.stable, *self.plan.last_good)):
+        order = tuple(dict.fromkeys((version, self.plan.stable, *self.plan.arms, *self.plan.last_good)))
+        for other in order:
             if other not in self.open or self._probe_due(other):
                 return VersionChoice(other, 0.0)
-        raise self._nobody((version, self.plan.stable, *self.plan.last_good))
+        raise self._nobody(order)
 
     def insisted(self, version: str) -> VersionChoice:
         """The version that a client names. Raises ServeRefusal."""
