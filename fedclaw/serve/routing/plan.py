@@ -104,7 +104,7 @@ class RoutingPlan(Frozen):
     """canary: shares of the keys, rising to 1."""
     step: Annotated[int, Field(ge=0, le=19)] = 0
     approval: Literal["automatic", "manual"] = "automatic"
-    """canary: whether a person's word is needed each time before the share grows, and before it is the stable version."""
+    """canary: whether a person's word is needed before the share grows, each time, and before it becomes stable."""
     waiting: bool = False
     """canary: the step is passed, and the share grows when a person says so."""
     promote: bool = False

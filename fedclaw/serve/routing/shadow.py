@@ -109,7 +109,11 @@ async def _quietly(asked: Awaitable[None]) -> None:
 
 def _refused(response: InferenceResponse, rows: int) -> NDArray[np.bool_]:
     found = response.outputs.get(REFUSED)
-    return np.zeros(rows, bool) if found is None else np.asarray(found, bool).reshape(rows, -1).any(1)
+    return (
+        np.zeros(rows, bool)
+        if found is None
+        else np.asarray(np.logical_or.reduce(np.asarray(found, bool).reshape(rows, -1), axis=1), bool)
+    )
 
 
 def _labels_differ(ours: InferenceResponse, theirs: InferenceResponse, rows: int) -> NDArray[np.bool_]:
@@ -118,8 +122,7 @@ def _labels_differ(ours: InferenceResponse, theirs: InferenceResponse, rows: int
     left, right = (np.asarray(one.outputs[LABEL]).reshape(rows, -1) for one in (ours, theirs))
     if left.shape != right.shape:
         return np.ones(rows, bool)
-    differs: NDArray[np.bool_] = np.asarray(left != right, bool).reshape(rows, -1).any(axis=1)
-    return differs
+    return np.asarray(np.logical_or.reduce(left != right, axis=1), bool)
 
 
 def _difference(ours: InferenceResponse, theirs: InferenceResponse, rows: int) -> NDArray[np.float64]:
