@@ -51,7 +51,7 @@ class TrialRecord(Frozen):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class TrialFinding:
     """What all guards together say."""
 
     says: Says
@@ -122,7 +122,7 @@ def with_slow_bucket(plan: RoutingPlan, record: TrialRecord, counts: Counts, buc
     return record.model_copy(update={"slow_above": bucket, "skipped": tuple(_seen(plan, counts, "latency", bucket))})
 
 
-def find(plan: RoutingPlan, record: TrialRecord, now: float) -> tuple[TrialRecord, Finding]:
+def find(plan: RoutingPlan, record: TrialRecord, now: float) -> tuple[TrialRecord, TrialFinding]:
     """What follows from all guards."""
     levels = Levels(roll_back=_level(plan) / (2 if record.ceilings else 1), grow=plan.guards.growth_alpha)
     guards, verdicts = dict(record.guards), dict[GuardName, Verdict]()
@@ -134,7 +134,7 @@ def find(plan: RoutingPlan, record: TrialRecord, now: float) -> tuple[TrialRecor
         numbers["slow_seconds"] = float(f"{upper_edge(record.slow_above):.4g}")
     said_all = {said.says for said in verdicts.values()}
     says: Says = next((word for word in _GRAVEST if word in said_all), "wait")
-    return record.model_copy(update={"guards": guards}), Finding(says, numbers)
+    return record.model_copy(update={"guards": guards}), TrialFinding(says, numbers)
 
 
 _UNBOUNDED = -1.0

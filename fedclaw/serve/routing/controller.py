@@ -19,7 +19,7 @@ from pydantic import JsonValue, ValidationError
 from fedclaw.protocol.frozen import explain
 from fedclaw.serve.routing.breaker import advance
 from fedclaw.serve.routing.canary import (
-    Finding,
+    TrialFinding,
     TrialRecord,
     find,
     observe,
@@ -295,7 +295,7 @@ _CANARY_OPTIONS = frozenset({"steps", "approval", "mirror", "guards", "breaker"}
 _SHADOW_OPTIONS = frozenset({"mirror", "guards", "promote"})
 
 
-def _trial_change(plan: RoutingPlan, finding: Finding, now: float) -> _Change | None:
+def _trial_change(plan: RoutingPlan, finding: TrialFinding, now: float) -> _Change | None:
     numbers = {**finding.numbers, "version": plan.candidate, "share": plan.share}
     if finding.says == "roll_back":
         kind = "canary_rolled_back" if plan.mode == "canary" else "shadow_differs"
