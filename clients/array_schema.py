@@ -28,9 +28,10 @@ from fedclaw.clients.arrays import (
 from fedclaw.clients.persons import RowsPerPerson
 from fedclaw.errors import DataError
 from fedclaw.learning.preprocessing import Columns, GraphWriter, PreparedInputs, Preprocessing, TypedColumn, TypedRows
+from fedclaw.learning.sources import Source
 from fedclaw.learning.tasks.base import LARGEST, Task
 from fedclaw.learning.tasks.regression import NumberTarget
-from fedclaw.learning.workload import Floats, Schema, Table
+from fedclaw.learning.workload import Floats, Rows, Schema, Table
 from fedclaw.protocol.frozen import Frozen, explain
 
 INPUTS = "inputs"
@@ -136,6 +137,12 @@ class ArraySchema(Schema):
         """Read `x` of an .npz file, (N, *D). Raises DataError."""
         return self._inputs(path, read_archive(path, "x"))
 
+    def read_rows(self, path: Source, identifiers: Sequence[str] = ()) -> Rows:
+        """See Schema."""
+        if identifiers:
+            raise DataError(f"{path}: arrays have no columns to hand through")
+        return Rows(self._inputs(path, read_archive(path, "x")), {}, {})
+
     def preprocessing(self) -> "ArrayPreprocessing":
         """See Schema."""
         return ArrayPreprocessing(self)
@@ -148,7 +155,7 @@ class ArraySchema(Schema):
         """(count, *D) standard normal numbers: the schema knows no more of them."""
         return generator.standard_normal((count, *self.input_shape)).astype(np.float32)
 
-    def _inputs(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> Floats:
+    def _inputs(self, path: Source, arrays: Mapping[str, NDArray[Any]]) -> Floats:
         inputs = inputs_of(arrays["x"], f"x of {path}", "encode them as they were for training")
         if inputs.shape[1:] != self.input_shape:
             raise DataError(f"{path}: an example has the shape {inputs.shape[1:]}; expected {self.input_shape}")
@@ -187,7 +194,7 @@ class ArrayPreprocessing(Preprocessing):
         inputs = graph.add("Where", finite, INPUTS, graph.constant(np.array(0, np.float32)))
         return PreparedInputs(inputs, graph.add("Unsqueeze", odd, graph.constant(np.array([1], np.int64))))
 
-    def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
+    def read(self, path: Source, identifiers: Sequence[str] = ()) -> TypedRows:
         """See Preprocessing."""
         rows = self._schema.read_rows(path, identifiers)
         return TypedRows({INPUTS: rows.inputs}, rows.refused, rows.identifiers)

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedclaw.clients.persons import EXPECTED, identifier, numbered
 from fedclaw.errors import DataError
+from fedclaw.learning.sources import MemoryFile, MemoryTable, Source
 from fedclaw.learning.tasks.base import Targets
 from fedclaw.learning.tasks.regression import NumberTarget
 from fedclaw.learning.workload import Floats, Indices, Labels
@@ -172,16 +173,19 @@ def persons_in(path: Path, arrays: Mapping[str, NDArray[Any]], count: int) -> tu
     return persons_of(arrays[PERSONS], count, f"{path}: {PERSONS!r}")
 
 
-def read_archive(path: Path, needed: str, *others: str) -> dict[str, NDArray[Any]]:
+def read_archive(path: Source, needed: str, *others: str) -> dict[str, NDArray[Any]]:
     """The array `needed` of an .npz file, and those of `others` that are there. Raises DataError; never unpickles."""
+    if isinstance(path, MemoryTable):
+        raise DataError(f"{path}: an .npz archive of arrays is needed")
     if not path.is_file():
         raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    most = path.max_unpacked if isinstance(path, MemoryFile) else MAX_ARCHIVE_BYTES
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > MAX_ARCHIVE_BYTES:
-            raise DataError(f"{path}: would unpack to {size} bytes; at most {MAX_ARCHIVE_BYTES} are read")
-        with np.load(path, allow_pickle=False) as arrays:
+        if size > most:
+            raise DataError(f"{path}: would unpack to {size} bytes; at most {most} are read")
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if needed not in arrays.files:
                 raise DataError(f"{path}: has no array {needed!r}; it has {', '.join(arrays.files) or 'none'}")
             found = {name: arrays[name] for name in (needed, *others) if name in arrays.files}

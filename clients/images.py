@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedclaw.clients.definitions import shown
 from fedclaw.clients.values import Declared
 from fedclaw.errors import DataError
+from fedclaw.learning.sources import MemoryFile, Source
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -21,7 +22,7 @@ LOSSLESS = {"L": {"1", "L"}, "RGB": {"1", "L", "P", "RGB"}, "RGBA": {"1", "L", "
 """Modes of a file that become the wanted one without loss."""
 
 
-def pixels_of(path: Path, images: NDArray[Any], shape: Shape) -> NDArray[np.float32]:
+def pixels_of(path: Source, images: NDArray[Any], shape: Shape) -> NDArray[np.float32]:
     """Images (N, H, W), (N, K, H, W) or (N, H, W, K) as (N, K, H, W) float32 in [0, 1].
 
     uint8 is divided by 255; floating-point pixels must lie in [0, 1] already. Where K, H and W are such that
@@ -69,7 +70,7 @@ def targets_of(path: Path, values: NDArray[Any], count: int, labels: Sequence[st
     return targets
 
 
-def read_image(path: Path, shape: Shape, *, resize: bool) -> NDArray[np.float32]:
+def read_image(path: Path | MemoryFile, shape: Shape, *, resize: bool) -> NDArray[np.float32]:
     """One PNG or JPEG as (K, H, W) float32 in [0, 1]. Raises DataError.
 
     Grey and palette images become colour; colour is not made grey and transparency is not dropped unasked.
@@ -82,7 +83,7 @@ def read_image(path: Path, shape: Shape, *, resize: bool) -> NDArray[np.float32]
         raise DataError(f"{path}: image files have 1, 3 or 4 channels, the schema has {channels}; use an .npz archive")
     limit = image_module.MAX_IMAGE_PIXELS
     try:
-        with image_module.open(path, formats=("PNG", "JPEG")) as image:
+        with path.open("rb") as file, image_module.open(file, formats=("PNG", "JPEG")) as image:
             if limit is not None and image.width * image.height > limit:
                 raise DataError(f"{path}: {image.width} x {image.height} pixels; at most {limit} are decoded")
             if image.size != (width, height) and not resize:
@@ -121,7 +122,7 @@ def image_files(folder: Path, levels: int = 0) -> list[Path]:
     return entries
 
 
-def _pillow(path: Path) -> Any:
+def _pillow(path: Path | MemoryFile) -> Any:
     try:
         from PIL import Image
     except ImportError as error:

@@ -39,6 +39,7 @@ from fedclaw.learning.preprocessing import (
     TypedRows,
     free_names,
 )
+from fedclaw.learning.sources import Source
 from fedclaw.learning.tasks.base import LARGEST
 from fedclaw.learning.workload import Floats
 
@@ -61,7 +62,7 @@ OUTSIDE = (
 )
 READER = "FedClaw's reader does all that: python -m fedclaw.predict, or Predictor.read_columns for the columns alone"
 Read = Callable[
-    [Path, Sequence[str], Callable[[Values, Floats], None]], tuple[Mapping[int, str], Mapping[str, Sequence[str]]]
+    [Source, Sequence[str], Callable[[Values, Floats], None]], tuple[Mapping[int, str], Mapping[str, Sequence[str]]]
 ]
 """Reads a file's rows as `TabularSchema` does: gives cells and inputs, says what is refused and what rows are called.
 """
@@ -237,7 +238,7 @@ class TablePreprocessing(Preprocessing):
             first += len(column.features)
         return np.concatenate([begins[column.name] + np.arange(len(column.features)) for column in self._table])
 
-    def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
+    def read(self, path: Source, identifiers: Sequence[str] = ()) -> TypedRows:
         """See Preprocessing."""
         parts: list[list[NDArray[Any]]] = []
 

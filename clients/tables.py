@@ -26,6 +26,7 @@ import numpy as np
 from fedclaw.clients.definitions import shown
 from fedclaw.clients.values import Cell, DecimalMark, normal, number_of, repeated
 from fedclaw.errors import DataError, NoExamples
+from fedclaw.learning.sources import MemoryFile, MemoryTable, Source
 from fedclaw.learning.workload import FileFormat
 
 BLOCK_ROWS = 16_384
@@ -34,6 +35,8 @@ BLOCK_CELLS = 2**21
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 CODECS = {"utf-8": "utf-8-sig", "utf-16": "utf-16", "latin-1": "latin-1", "windows-1252": "cp1252"}
 NAMES = {"utf-8": "UTF-8", "utf-16": "UTF-16", "latin-1": "Latin-1", "windows-1252": "Windows-1252"}
+MAX_SENT_ROWS = 2**20
+"""Of a Parquet file that a client sent: a few bytes may stand for any number of rows."""
 HEAD_CHARACTERS, HEAD_RECORDS = 2**22, 10
 """How much of a file is looked at for what its header should have been."""
 GZIP = b"\x1f\x8b"
@@ -56,7 +59,7 @@ class Wanted:
 class TableRows:
     """Consecutive rows of a table by column: `columns[name][i]` is at `places[i]`."""
 
-    path: Path
+    path: Source
     unit: Literal["line", "row"]
     places: Sequence[int]
     """Where each row is in the file: the line at which it begins, or its number; both from 1."""
@@ -83,7 +86,7 @@ class TableRows:
         what = "an empty cell" if value is None or value == "" else shown(value)
         other, hint = _OTHER[self.mark], ""
         if isinstance(value, str) and "number" in expected and _other_mark(value, self.mark):
-            hint = f' (is the file written with decimal: "{other}"? then say so under data in site.yaml)'
+            hint = f' (is the file written with decimal: "{other}"? then say so {_where_told(self.path)})'
         return f"{self.place(index)}, column {shown(column)}: {what}; expected {expected}{hint}"
 
 
@@ -103,7 +106,7 @@ class Faults:
 
     SHOWN = 10
 
-    def __init__(self, path: Path, *, by_row: bool = False) -> None:
+    def __init__(self, path: Source, *, by_row: bool = False) -> None:
         self.path = path
         self.count = 0
         self.rows: dict[int, str] = {}
@@ -162,14 +165,18 @@ class Content:
 
 
 def read_blocks(
-    path: Path, written: FileFormat, wanted: Wanted, content: Content, rows: int = BLOCK_ROWS
+    path: Source, written: FileFormat, wanted: Wanted, content: Content, rows: int = BLOCK_ROWS
 ) -> Iterator[TableRows]:
     """The wanted columns of the table in `path`, at most `rows` rows at a time; the file is opened and read once.
 
     Parquet if its name ends in .parquet or .pq and else CSV, gzipped or not. The columns of all blocks are the same, in
     the order in which they are wanted. At least one block comes. Raises DataError for a file that is missing, empty,
-    has no data rows, not the wanted columns, or is no text of the encoding.
+    has no data rows, not the wanted columns, or is no text of the encoding; and for what a client sent that would
+    unpack to more than it may.
     """
+    if isinstance(path, MemoryTable):
+        yield from _memory_blocks(path, written, wanted, rows)
+        return
     if not path.is_file():
         raise DataError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
@@ -182,6 +189,23 @@ def read_blocks(
         raise DataError(f"{path}: a damaged gzip file: {error}") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _memory_blocks(path: MemoryTable, written: FileFormat, wanted: Wanted, rows: int) -> Iterator[TableRows]:
+    names = list(path.columns)
+    chosen = _chosen(path, names, wanted, lambda: "")
+    count = max(map(len, path.columns.values()), default=0)
+    if not count:
+        raise NoExamples(f"{path}: no rows")
+    for first in range(0, count, rows):
+        end = min(first + rows, count)
+        columns = {name: [_stripped(cell) for cell in path.columns[names[place]][first:end]] for name, place in chosen.items()}
+        wrong = {row - first: f"row {row + 1}: {path.wrong[row]}" for row in range(first, end) if row in path.wrong}
+        yield TableRows(path, "row", range(first + 1, end + 1), columns, first, written.decimal, wrong)
+
+
+def _stripped(cell: Cell) -> Cell:
+    return cell.strip() if isinstance(cell, str) else cell
 
 
 def read_header(path: Path, written: FileFormat) -> list[str]:
@@ -197,7 +221,7 @@ def read_header(path: Path, written: FileFormat) -> list[str]:
     return [normal(name) for name in header]
 
 
-def is_parquet(path: Path) -> bool:
+def is_parquet(path: Path | MemoryFile) -> bool:
     """Whether `path` is read as Parquet."""
     return path.suffix.lower() in {".parquet", ".pq"}
 
@@ -244,9 +268,11 @@ class _Records:
 
 
 def _csv_blocks(
-    path: Path, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
+    path: Path | MemoryFile, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
 ) -> Iterator[TableRows]:
     hashed = _Hashed(file, content)
+    if isinstance(path, MemoryFile) and path.content.startswith(GZIP):
+        raise DataError(f"{path}: it is gzipped; send it as it is")
     lines, records = _text(hashed, written), None
     try:
         for _ in range(written.title_lines):
@@ -263,7 +289,7 @@ def _csv_blocks(
         name = NAMES[written.encoding]
         raise DataError(
             f"{path}: near line {line}: not {name} text; save the file as UTF-8, or say which encoding it has "
-            f"({', '.join(CODECS)}) under data in site.yaml"
+            f"({', '.join(CODECS)}) {_where_told(path)}"
         ) from error
     except csv.Error as error:
         raise DataError(f"{path}: line {records.begins if records else 1}: not CSV: {error}") from error
@@ -277,7 +303,7 @@ def _text(file: io.RawIOBase, written: FileFormat) -> io.TextIOWrapper:
 
 
 def _gathered(
-    path: Path,
+    path: Source,
     header: list[str],
     chosen: Mapping[str, int],
     records: Iterator[tuple[int, list[str]]],
@@ -320,7 +346,7 @@ def _picker(indices: list[int], width: int) -> Callable[[list[str]], Sequence[st
     return itemgetter(*indices)
 
 
-def _chosen(path: Path, header: Sequence[str], wanted: Wanted, remark: Callable[[], str]) -> dict[str, int]:
+def _chosen(path: Source, header: Sequence[str], wanted: Wanted, remark: Callable[[], str]) -> dict[str, int]:
     """Where each wanted column is; names are compared after Unicode normalisation. Raises DataError."""
     names = [normal(name) for name in header]
     read = {normal(name): name for name in (*wanted.required, *wanted.optional)}
@@ -346,7 +372,7 @@ def _chosen(path: Path, header: Sequence[str], wanted: Wanted, remark: Callable[
     return {name: where[text] for text, name in read.items() if text in where}
 
 
-def _what_it_is(path: Path, written: FileFormat, wanted: Wanted) -> str:
+def _what_it_is(path: Path | MemoryFile, written: FileFormat, wanted: Wanted) -> str:
     """What a CSV file without the wanted header may be: one with another separator, or with a title above it."""
     required = set(map(normal, wanted.required))
     own = written.delimiter or ","
@@ -356,16 +382,16 @@ def _what_it_is(path: Path, written: FileFormat, wanted: Wanted) -> str:
             with suppress(csv.Error):
                 for line, cells in islice(_Records(head, delimiter), HEAD_RECORDS):
                     if required <= set(map(normal, cells)):
-                        return _remedy(delimiter if delimiter != own else None, line - 1, written)
+                        return _remedy(path, delimiter if delimiter != own else None, line - 1, written)
         with suppress(csv.Error):
             _, cells = next(iter(_Records(head, own)))
             likely = [other for other in DELIMITERS if len(cells) == 1 and other in cells[0]]
             if likely:
-                return f"; are its columns separated by {DELIMITERS[likely[0]]}? {_say(delimiter=likely[0])}"
+                return f"; are its columns separated by {DELIMITERS[likely[0]]}? {_say(path, delimiter=likely[0])}"
     return ""
 
 
-def _remedy(delimiter: str | None, titles: int, written: FileFormat) -> str:
+def _remedy(path: Source, delimiter: str | None, titles: int, written: FileFormat) -> str:
     parts, asked = [], dict[str, str | int]()
     if titles != written.title_lines:
         above = {0: "nothing is", 1: "line 1 is a title line"}.get(titles, f"lines 1 to {titles} are title lines")
@@ -374,19 +400,24 @@ def _remedy(delimiter: str | None, titles: int, written: FileFormat) -> str:
     if delimiter:
         parts.append(f"the columns are separated by {DELIMITERS[delimiter]}")
         asked["delimiter"] = delimiter
-    return f"; {' and '.join(parts)}: {_say(**asked)}"
+    return f"; {' and '.join(parts)}: {_say(path, **asked)}"
 
 
-def _say(**settings: str | int) -> str:
+def _say(path: Source, **settings: str | int) -> str:
     said = ", ".join(
         f"{name}: {value}" if isinstance(value, int) else f'{name}: "{value}"'.replace("\t", "\\t")
         for name, value in settings.items()
     )
-    return f"say {said} under data in site.yaml"
+    return f"say {said} {_where_told(path)}"
+
+
+def _where_told(path: Source) -> str:
+    """Where it is said how a file is written."""
+    return "under data in site.yaml" if isinstance(path, Path) else "in the request's query"
 
 
 def _parquet_blocks(
-    path: Path, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
+    path: Path | MemoryFile, file: BinaryIO, written: FileFormat, wanted: Wanted, content: Content, rows: int
 ) -> Iterator[TableRows]:
     try:
         from pyarrow import ArrowException
@@ -398,6 +429,8 @@ def _parquet_blocks(
     file.seek(0)
     try:
         with ParquetFile(file) as table:
+            if isinstance(path, MemoryFile):
+                rows = _bounded_rows(path, table.metadata, rows)
             names = list(table.schema_arrow.names)
             chosen = _chosen(path, names, wanted, lambda: "")
             first = 0
@@ -421,7 +454,22 @@ def _parquet_blocks(
         raise NoExamples(f"{path}: no data rows")
 
 
-def _cells(path: Path, name: str, column: Any) -> list[Cell]:
+def _bounded_rows(path: MemoryFile, metadata: Any, rows: int) -> int:
+    """How many rows of a client's Parquet file are read at a time. Raises DataError for one that unpacks to too much.
+
+    A cell is at most as long as a column's part of a row group is unpacked, however often a dictionary repeats it.
+    """
+    parts: list[int] = [
+        metadata.row_group(group).column(column).total_uncompressed_size
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    if sum(parts) > path.max_unpacked or metadata.num_rows > MAX_SENT_ROWS:
+        raise DataError(f"{path}: would unpack to more than {path.max_unpacked} bytes or {MAX_SENT_ROWS} rows")
+    return max(1, min(rows, path.max_unpacked // max(parts, default=1) or 1))
+
+
+def _cells(path: Source, name: str, column: Any) -> list[Cell]:
     """A Parquet column as cells. Raises DataError for one that holds no single values."""
     from pyarrow import types
 

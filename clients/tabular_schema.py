@@ -79,6 +79,7 @@ from fedclaw.clients.values import Declared, Markers, shown_cell
 from fedclaw.errors import DataError, NotInGraph
 from fedclaw.learning.marginals import draw
 from fedclaw.learning.preprocessing import LABEL, REFUSED
+from fedclaw.learning.sources import Source
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.workload import FileFormat, Floats, Indices, Rows, Schema, Table
 from fedclaw.privacy.statistics import ColumnStatistics, Records, StatisticColumn, Statistics
@@ -180,7 +181,7 @@ class TabularSchema(Schema):
         faults.check()
         return np.concatenate(parts)
 
-    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+    def read_rows(self, path: Source, identifiers: Sequence[str] = ()) -> Rows:
         """Read rows to predict; a row with a bad cell, or with the wrong number of cells, is refused alone."""
         parts = list[Floats]()
         refused, handed = self._by_row(path, identifiers, lambda _values, inputs: parts.append(inputs))
@@ -203,7 +204,7 @@ class TabularSchema(Schema):
         return TablePreprocessing(self._columns, self.definition.missing, outputs, self._by_row)
 
     def _by_row(
-        self, path: Path, identifiers: Sequence[str], take: Callable[[Values, Floats], None]
+        self, path: Source, identifiers: Sequence[str], take: Callable[[Values, Floats], None]
     ) -> tuple[Mapping[int, str], Mapping[str, Sequence[str]]]:
         """Give `take` the rows of a file to predict, a block after the other, as cells and as inputs.
 
@@ -463,7 +464,7 @@ class TabularSchema(Schema):
 
     def _blocks(
         self,
-        path: Path,
+        path: Source,
         faults: Faults,
         *,
         target_required: bool,
@@ -483,7 +484,7 @@ class TabularSchema(Schema):
             faults.begin(block)
             yield block
 
-    def _require_constants(self, path: Path) -> None:
+    def _require_constants(self, path: Source) -> None:
         if self.data_dependent and self._constants is None:
             raise DataError(
                 f"{path}: the schema standardises by site, so it is read with a site's own constants: the file "

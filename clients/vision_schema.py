@@ -44,6 +44,7 @@ from fedclaw.clients.persons import USUAL_ROWS, FilePattern, RowsPerPerson, numb
 from fedclaw.clients.values import normal
 from fedclaw.errors import DataError, NoExamples, NotInGraph
 from fedclaw.learning.preprocessing import Columns, GraphWriter, PreparedInputs, Preprocessing, TypedColumn, TypedRows
+from fedclaw.learning.sources import MemoryFile, MemoryTable, Source
 from fedclaw.learning.workload import Floats, Rows, Schema, Table
 from fedclaw.protocol.frozen import Written
 
@@ -140,16 +141,18 @@ class VisionSchema(Schema):
         """Read an archive, an image file or a folder; labels are not looked at. Raises DataError."""
         return self._standardised(self._pixels(path))
 
-    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+    def read_rows(self, path: Source, identifiers: Sequence[str] = ()) -> Rows:
         """What `read_inputs` reads; of a folder, an image that cannot be read is refused alone, and files are named."""
         rows = self.pixel_rows(path, identifiers)
         return replace(rows, inputs=self._standardised(rows.inputs))
 
-    def pixel_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+    def pixel_rows(self, path: Source, identifiers: Sequence[str] = ()) -> Rows:
         """The same, pixels in [0, 1] that are not standardised. Raises DataError."""
         if identifiers:
             raise DataError(f"{path}: images have no columns, so there is no {shown(identifiers[0])}")
-        if not path.is_dir():
+        if isinstance(path, MemoryTable):
+            raise DataError(f"{path}: an image or an .npz archive is needed")
+        if not isinstance(path, Path) or not path.is_dir():
             return Rows(self._pixels(path), {}, {})
         files, refused = list(_all_images(path, self._levels)), dict[int, str]()
         pixels = np.zeros((len(files), *self.definition.shape), np.float32)
@@ -206,20 +209,20 @@ class VisionSchema(Schema):
     def _standardised(self, pixels: Floats) -> Floats:
         return (pixels - self._mean) / self._std
 
-    def _pixels(self, path: Path) -> Floats:
+    def _pixels(self, path: Path | MemoryFile) -> Floats:
         """An archive, an image file or a folder, in [0, 1]. Raises DataError."""
-        if path.is_dir():
+        if isinstance(path, Path) and path.is_dir():
             return self._read_files(path, list(_all_images(path, self._levels)))
         if path.suffix.lower() == ".npz":
             return self._archive_pixels(path, read_archive(path, "images")["images"])
         return self._read_files(path, [path])
 
-    def _archive_pixels(self, path: Path, images: Any) -> Floats:
+    def _archive_pixels(self, path: Source, images: Any) -> Floats:
         if not len(images.shape) or not images.shape[0]:
             raise NoExamples(f"{path}: 'images' is empty")
         return pixels_of(path, images, self.definition.shape)
 
-    def _read_files(self, path: Path, files: list[Path]) -> Floats:
+    def _read_files(self, path: Source, files: Sequence[Path | MemoryFile]) -> Floats:
         if not files:
             raise NoExamples(f"{path}: no .png, .jpg or .jpeg files")
         pixels = np.empty((len(files), *self.definition.shape), np.float32)
@@ -291,7 +294,7 @@ class ImagePreprocessing(Preprocessing):
         below = graph.add("Less", highest, graph.constant(np.array(0, np.float32)))
         return PreparedInputs(inputs, graph.add("Unsqueeze", below, graph.constant(np.array([1]))))
 
-    def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
+    def read(self, path: Source, identifiers: Sequence[str] = ()) -> TypedRows:
         """See Preprocessing. Raises NotInGraph for floating-point pixels between two of 8 bits."""
         rows = self._schema.pixel_rows(path, identifiers)
         steps = rows.inputs * np.float32(LEVELS)

@@ -26,33 +26,27 @@ if __name__ == "__main__":
 
     begin("fedclaw.predict", __doc__)
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table
 
 from fedclaw.cli import make_console, naming, require_paths, run_main, settings_of
 from fedclaw.compress.record import Precision
 from fedclaw.errors import UsageError
+from fedclaw.export.answers import Answers, as_csv
 from fedclaw.export.check import TrustSettings, load_trust
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.runtime import Device
 from fedclaw.files import write_atomic
-from fedclaw.learning.tasks.base import Task
-from fedclaw.learning.workload import FileFormat, Floats, Rows
+from fedclaw.learning.workload import FileFormat
 from fedclaw.protocol.frozen import fields_of
 
 SHOWN_ROWS = 50
 DIGITS = 4
 """Of a probability at a terminal."""
-NO_ANSWER = "the model's answer to it is no finite number"
 
 
 class PredictSettings(TrustSettings, FileFormat):
@@ -81,7 +75,9 @@ def main(arguments: Sequence[str]) -> None:
     if settings.constants is not None:
         predictor.use_constants(settings.constants, trust.keys)
     predictor.read_as(FileFormat(**fields_of(settings, FileFormat)))
-    answers = Answers.of(predictor, predictor.read_rows(settings.input, settings.identifiers))
+    rows = predictor.read_rows(settings.input, settings.identifiers)
+    given = predictor.predict(rows.inputs[rows.answered])
+    answers = Answers.of(predictor.task, len(rows.inputs), rows, given, predictor.threshold)
     console = make_console()
     manifest = predictor.verified.manifest
     console.print(
@@ -89,22 +85,20 @@ def main(arguments: Sequence[str]) -> None:
     )
     if not predictor.verified.pinned:
         console.print("note      the CA came with the bundle; ca=… proves who signed it", style="yellow", markup=False)
-    refused = answers.rows.refused
-    if refused:
-        reason = next(iter(sorted(refused.items())))[1]
+    if answers.refused:
+        reason = next(iter(sorted(answers.refused.items())))[1]
         console.print(
-            f"refused   {len(refused)} of {len(answers.rows.inputs)} rows, the first: {reason}",
+            f"refused   {len(answers.refused)} of {len(answers.places)} rows, the first: {reason}",
             style="yellow",
             markup=False,
             soft_wrap=True,
         )
     if settings.output is not None:
         write_atomic(settings.output, as_csv(answers))
-        console.print(f"written   {settings.output}, predictions: {len(answers.rows.answered)}", markup=False)
+        console.print(f"written   {settings.output}, predictions: {len(answers.given)}", markup=False)
         return
     console.print(as_table(answers))
-    if len(answers.rows.inputs) > SHOWN_ROWS:
-        hidden = len(answers.rows.inputs) - SHOWN_ROWS
+    if (hidden := len(answers.places) - SHOWN_ROWS) > 0:
         console.print(f"and {hidden} more rows; output=FILE.csv writes all of them", markup=False)
 
 
@@ -113,66 +107,22 @@ def _same(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What the model says of each row; `places[row]` is where that is, -1 for a refused one."""
-
-    task: Task
-    rows: Rows
-    places: NDArray[np.int64]
-    """(N,)."""
-    given: Floats
-    """(A, K) of the answered rows: probabilities, or values."""
-    threshold: float | None = None
-
-    @classmethod
-    def of(cls, predictor: Predictor, rows: Rows) -> "Answers":
-        """What the model says of `rows`; one that it has no finite answer to is refused too."""
-        given = predictor.predict(rows.inputs[rows.answered])
-        finite = np.isfinite(given).all(axis=1)
-        without = dict.fromkeys(rows.answered[~finite].tolist(), NO_ANSWER)
-        rows = replace(rows, refused={**rows.refused, **without})
-        places = np.full(len(rows.inputs), -1, np.int64)
-        places[rows.answered] = np.arange(int(finite.sum()))
-        return cls(predictor.task, rows, places, given[finite], predictor.threshold)
-
-    def cells(self, place: int, digits: int = 6) -> tuple[str, ...]:
-        """The answer there as text, by the task's columns."""
-        return self.task.cells(self.given[place], self.threshold, digits)
-
-
 def as_table(answers: Answers) -> Table:
     """The answer for each row, or why it has none, the first `SHOWN_ROWS` of them."""
     table, shown = Table(), answers.task.columns_shown
     table.add_column("row", justify="right")
-    for name in answers.rows.identifiers:
+    for name in answers.identifiers:
         table.add_column(escape(name))
     for column in answers.task.columns[:shown]:
         table.add_column(escape(column), justify="left" if column == "label" else "right")
     for row, place in enumerate(answers.places[:SHOWN_ROWS].tolist()):
-        known = [escape(cells[row]) for cells in answers.rows.identifiers.values()]
+        known = [escape(cells[row]) for cells in answers.identifiers.values()]
         if place < 0:
-            refusal = f"refused: {escape(answers.rows.refused[row])}"
+            refusal = f"refused: {escape(answers.refused[row])}"
             table.add_row(str(row + 1), *known, refusal, *[""] * (shown - 1))
             continue
         table.add_row(str(row + 1), *known, *map(escape, answers.cells(place, DIGITS)[:shown]))
     return table
-
-
-def as_csv(answers: Answers) -> bytes:
-    """CSV: row (1-based), the identifiers, the task's columns, and why a row has no answer."""
-    own = ["row", *answers.task.columns, "refused"]
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    named = [f"input {name}" if name in own else name for name in answers.rows.identifiers]
-    writer.writerow(["row", *named, *own[1:]])
-    for row, place in enumerate(answers.places.tolist()):
-        known = [cells[row] for cells in answers.rows.identifiers.values()]
-        if place < 0:
-            writer.writerow([row + 1, *known, *([""] * (len(own) - 2)), answers.rows.refused[row]])
-            continue
-        writer.writerow([row + 1, *known, *answers.cells(place), ""])
-    return buffer.getvalue().encode("utf-8")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ Legend: N rows, D input shape without the batch.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from fedclaw.learning.sources import Source
 from fedclaw.protocol.frozen import Frozen
 
 LABEL, REFUSED = "label", "refused"
@@ -93,7 +93,7 @@ class Preprocessing(ABC):
         """Add the nodes; the graph's inputs are there, by the names of `columns`."""
 
     @abstractmethod
-    def read(self, path: Path, identifiers: Sequence[str] = ()) -> TypedRows:
+    def read(self, path: Source, identifiers: Sequence[str] = ()) -> TypedRows:
         """Read a file to predict, as `Schema.read_rows` does. Raises DataError."""
 
     @abstractmethod

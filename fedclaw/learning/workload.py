@@ -20,6 +20,7 @@ from pydantic import Field
 
 from fedclaw.errors import DataError, NotInGraph
 from fedclaw.learning.preprocessing import Preprocessing
+from fedclaw.learning.sources import Source
 from fedclaw.learning.tasks.base import Targets, Task
 from fedclaw.learning.tasks.classification import Classification
 from fedclaw.privacy.statistics import Records, StatisticColumn, Statistics
@@ -213,7 +214,7 @@ class Schema(ABC):
     def read_inputs(self, path: Path) -> Floats:
         """Read unlabelled data, (N, *D); a target column, if there is one, is ignored. Raises DataError."""
 
-    def read_rows(self, path: Path, identifiers: Sequence[str] = ()) -> Rows:
+    def read_rows(self, path: Source, identifiers: Sequence[str] = ()) -> Rows:
         """Read data to predict, row by row: what is wrong with a row is said of that row alone.
 
         `identifiers` are columns to hand through, beside those that the schema names. Raises DataError for a file that
@@ -221,6 +222,8 @@ class Schema(ABC):
         """
         if identifiers:
             raise DataError(f"{path}: data of the workload {self.name} has no columns to hand through")
+        if not isinstance(path, Path):
+            raise DataError(f"{path}: the workload {self.name} reads files, and not what a client sends")
         return Rows(self.read_inputs(path), {}, {})
 
     def notes(self, table: Table) -> tuple[str, ...]:
