@@ -199,7 +199,8 @@ def _memory_blocks(path: MemoryTable, written: FileFormat, wanted: Wanted, rows:
         raise NoExamples(f"{path}: no rows")
     for first in range(0, count, rows):
         end = min(first + rows, count)
-        columns = {name: [_stripped(cell) for cell in path.columns[names[place]][first:end]] for name, place in chosen.items()}
+        given = {name: path.columns[names[place]][first:end] for name, place in chosen.items()}
+        columns = {name: list(map(_stripped, cells)) for name, cells in given.items()}
         wrong = {row - first: f"row {row + 1}: {path.wrong[row]}" for row in range(first, end) if row in path.wrong}
         yield TableRows(path, "row", range(first + 1, end + 1), columns, first, written.decimal, wrong)
 
