@@ -20,7 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, ColumnElement, Connection, Engine, create_engine, event, literal_column, make_url, text
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Engine,
+    Table,
+    create_engine,
+    event,
+    literal_column,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from fedclaw.errors import FedClawError, UsageError
@@ -104,6 +115,11 @@ class Database:
             if not (durable or self.is_sqlite):
                 connection.execute(text("SET LOCAL synchronous_commit = off"))
             yield connection
+
+    def lock(self, connection: Connection, table: Table) -> None:
+        """Let nobody else write a table until the transaction ends. In SQLite that is so already."""
+        if not self.is_sqlite:
+            connection.execute(text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
 
     def close(self) -> None:
         """Close all connections."""

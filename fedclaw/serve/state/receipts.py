@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from pydantic import JsonValue
+
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Principal
 from fedclaw.serve.state.store import StateStore, StateStoreError
@@ -70,7 +72,8 @@ class PredictionReceipt:
     principal: str
     """The principal's hash, hexadecimal."""
     key: str
-    """The routing key's, keyed: it cannot be guessed from a list of patients' numbers."""
+    """The routing key's hash, by a secret that stays: the same for the same key, and not to be guessed from a list of
+    patients' numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +101,12 @@ class ReceiptKeys:
         StateUnavailable."""
         self._store, self._valid = store, days * _DAY
         if store.read(_DOCUMENT) is None:
-            store.swap(_DOCUMENT, None, {"keys": [_new_key(0.0)]})
+            store.swap(_DOCUMENT, None, {"keys": [_new_key(0.0)], "link": secrets.token_hex(_KEY)})
         self.refresh()
 
     def refresh(self) -> None:
         """Learn of new keys. Raises StateUnavailable: those known go on to serve."""
-        _, keys = self._read()
+        _, keys, self._link = self._read()
         self._keys = {key.identity: key for key in keys}
 
     def rotate(self) -> None:
@@ -111,11 +114,12 @@ class ReceiptKeys:
 
         Only a control process does this, now and then, as every `days`. Of two that do it together one wins.
         """
-        revision, keys = self._read()
+        revision, keys, link = self._read()
         now = self._store.now()
         kept = [key for key, after in zip(keys, [*keys[1:], None], strict=True) if self._is_needed(after, now)]
-        document = [_as_document(key) for key in kept]
-        self._store.swap(_DOCUMENT, revision, {"keys": [*document, _new_key(now + HANDOVER)]})
+        document: list[JsonValue] = [_as_document(key) for key in kept]
+        document.append(_new_key(now + HANDOVER))
+        self._store.swap(_DOCUMENT, revision, {"keys": document, "link": link.hex()})
         self.refresh()
 
     def age(self) -> float:
@@ -149,7 +153,7 @@ class ReceiptKeys:
         elif values is not None and len(values) == rows <= MAX_ROWS:
             kind, predicted = _VALUES, array("f", values).tobytes()
         asking = asked + model.encode() + b"\0" + request.encode("utf-8", "surrogatepass")
-        routed = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, key=signing.secret)
+        routed = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, key=self._link)
         text = b"".join(
             (
                 _FORMAT,
@@ -179,14 +183,15 @@ class ReceiptKeys:
             raise ServeRefusal("unprocessable", "receipt: it is too old; feedback on that answer is no longer taken")
         return found
 
-    def _read(self) -> tuple[int, list[_SigningKey]]:
+    def _read(self) -> tuple[int, list[_SigningKey], bytes]:
         found = self._store.read(_DOCUMENT)
         if found is None:
             raise StateStoreError(
                 "the feedback keys were removed from the state store; restart the node to make new ones"
             )
         revision, document = found
-        return revision, [_from_document(key) for key in _listed(document)]
+        keys, link = _parsed_keys(document)
+        return revision, keys, link
 
     def _signing(self, now: float) -> _SigningKey:
         keys = self._keys
@@ -302,20 +307,19 @@ def _unpacked_predictions(kind: int, rows: int, text: bytes) -> Predicted:
     return tuple(labels.get(place) for place in text[at : at + rows])
 
 
-def _new_key(since: float) -> dict[str, Any]:
+def _new_key(since: float) -> dict[str, JsonValue]:
     return {"id": secrets.token_hex(_KEY_ID), "secret": secrets.token_hex(_KEY), "since": since}
 
 
-def _as_document(key: _SigningKey) -> dict[str, Any]:
+def _as_document(key: _SigningKey) -> dict[str, JsonValue]:
     return {"id": key.identity.hex(), "secret": key.secret.hex(), "since": key.since}
+
+
+def _parsed_keys(document: Mapping[str, Any]) -> tuple[list[_SigningKey], bytes]:
+    return [_from_document(key) for key in document["keys"]], bytes.fromhex(document["link"])
 
 
 def _from_document(plain: Mapping[str, Any]) -> _SigningKey:
     secret = bytes.fromhex(plain["secret"])
     begun = hmac.new(secret, digestmod=hashlib.sha256)
     return _SigningKey(bytes.fromhex(plain["id"]), secret, float(plain["since"]), begun)
-
-
-def _listed(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    keys: list[Mapping[str, Any]] = document["keys"]
-    return keys

@@ -48,6 +48,7 @@ __all__ = ["Feedback", "StateEvent", "StateStore", "StateStoreError", "StateUnav
 SCHEMA = 1
 """Version of the tables. A store with a newer one is refused."""
 _LONGEST_NAME = 200
+_AT_ONCE = 500  # Keys in one question: a database has a limit.
 Document = dict[str, JsonValue]
 
 _tables = MetaData()
@@ -262,6 +263,29 @@ class StateStore:
             sums.setdefault(row.version, {})[row.name] = int(row.total)
         return sums
 
+    def compact_counts(self, age: float = 3600.0, width: int = 3600) -> int:
+        """Merge the seconds that are older than `age` seconds into buckets of `width`, which begin at a multiple of
+        it. Sums over all time stay as they are; sums since a time that long ago are to the bucket. Returns how many
+        rows there are fewer. For a control process, now and then: a busy model counts millions of rows a day.
+        """
+        table = _counts.c
+        end = int(self.now() - age) // width * width
+        begin = table.bucket - table.bucket % width
+        fine = (table.bucket < end) & (table.bucket % width != 0)
+        summed = select(table.model, begin, table.version, table.name, func.sum(table.value)).where(fine)
+        summed = summed.group_by(table.model, begin, table.version, table.name)
+        merged = self._insert(_counts).from_select(["model", "bucket", "version", "name", "value"], summed)
+        merged = merged.on_conflict_do_update(
+            index_elements=list(_counts.primary_key.columns), set_={"value": table.value + merged.excluded.value}
+        )
+        with self._database.writing() as connection:
+            self._database.lock(connection, _counts)
+            rows = select(func.count()).select_from(_counts)
+            before = connection.execute(rows).scalar_one()
+            connection.execute(merged)
+            connection.execute(delete(_counts).where(fine))
+            return int(before - connection.execute(rows).scalar_one())
+
     def append_event(self, kind: str, model: str, body: Mapping[str, JsonValue]) -> int:
         """Note a decision and its numbers; durable. Returns its number."""
         noted = self._event(kind, model, body)
@@ -302,28 +326,30 @@ class StateStore:
         """`assign` of many keys at once, each with the version that it gets if it had none."""
         table, hashes = _assignments.c, {_hashed(key): key for key in versions}
         rows = [
-            {"model": _name(model), "key": hashed, "version": _name(versions[key]), "time": self._database.now}
+            {"model": _name(model), "key": hashed, "version": _name(versions[key])}
             for hashed, key in sorted(hashes.items())
         ]
+        first = self._insert(_assignments).values(time=self._database.now).on_conflict_do_nothing()
+        found: dict[str, str] = {}
         if not rows:
-            return {}
-        wanted = select(table.key, table.version).where((table.model == model) & table.key.in_(hashes))
+            return found
         with self._database.writing() as connection:
-            connection.execute(self._insert(_assignments).values(rows).on_conflict_do_nothing())
-            return {hashes[row.key]: str(row.version) for row in connection.execute(wanted)}
+            connection.execute(first, rows)
+            for start in range(0, len(rows), _AT_ONCE):
+                some = [row["key"] for row in rows[start : start + _AT_ONCE]]
+                wanted = select(table.key, table.version).where((table.model == model) & table.key.in_(some))
+                found |= {hashes[row.key]: str(row.version) for row in connection.execute(wanted)}
+        return found
 
     def claim(self, scope: str, keys: Iterable[str]) -> set[str]:
         """Those of `keys` that nobody claimed in this scope before: they are claimed now. A power cut may undo it."""
         hashes = {_hashed(key): key for key in keys}
-        rows = [
-            {"model": _name(scope), "key": hashed, "version": "claimed", "time": self._database.now}
-            for hashed in sorted(hashes)
-        ]
+        rows = [{"model": _name(scope), "key": hashed, "version": "claimed"} for hashed in sorted(hashes)]
         if not rows:
             return set()
-        new = self._insert(_assignments).values(rows).on_conflict_do_nothing().returning(_assignments.c.key)
+        new = self._insert(_assignments).values(time=self._database.now).on_conflict_do_nothing()
         with self._database.writing(durable=False) as connection:
-            return {hashes[hashed] for hashed in connection.execute(new).scalars()}
+            return {hashes[hashed] for hashed in connection.execute(new.returning(_assignments.c.key), rows).scalars()}
 
     def beat(self, node: str, worker: str, ready: Sequence[str]) -> None:
         """Tell that a worker is alive, and from which bundles it can answer."""

@@ -1,10 +1,11 @@
 """Many processes that do the same thing to one store at the same moment: `python -m tests.serve.state.race`.
 
-Each is forked before it opens a connection, waits until all are there, and opens the store, which none did before.
-What they returned is printed as JSON.
+Each is forked before it opens a connection, waits until all are there, and opens the store, which none did before; all
+begin each action together. What they returned is printed as JSON.
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def append(store: StateStore, number: int, times: int) -> list[int]:
     return [store.append_event("decision", "m", {"process": number}) for _ in range(times)]
 
 
+_PATIENCE = 100.0
 ACTIONS = {"increment": increment, "add": add, "assign": assign, "credit": credit, "append": append}
 Results = dict[str, list[Any]]
 
@@ -64,18 +66,19 @@ def race(where: str, processes: int = 8, times: int = 5) -> Results:
 
 
 def _main(where: str, processes: str, times: str) -> int:
-    begin, start = os.pipe()
+    together = multiprocessing.get_context("fork").Barrier(int(processes))
     children = []
     for number in range(1, int(processes) + 1):
         if (child := os.fork()) == 0:
-            os.close(start)
-            os.read(begin, 1)
+            together.wait(_PATIENCE)
+            result = {}
             with StateStore.open(where) as store:
-                result = {name: action(store, number, int(times)) for name, action in ACTIONS.items()}
+                for name, action in ACTIONS.items():
+                    together.wait(_PATIENCE)
+                    result[name] = action(store, number, int(times))
             os.write(1, json.dumps(result).encode() + b"\n")
             os._exit(0)
         children.append(child)
-    os.close(start)
     return max(os.waitpid(child, 0)[1] for child in children)
 
 
