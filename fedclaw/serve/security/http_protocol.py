@@ -48,9 +48,9 @@ _ODD_TARGET = re.compile(
     rb"[^\x21-\x7e]|\\|#|^[^?]*(?://|/\.{1,2}(?:/|\?|$)|%(?:2[eEfF]|5[cC]|[01].|7[fF]|(?![0-9a-fA-F]{2})))"
 )
 """Targets that lead elsewhere after one more decoding or normalisation: dot segments, encoded separators, controls."""
-_LINGER = 2.0
+_SMALL = 64 * 1024
+"""A body that comes in one piece of this size is not counted among those that are held."""
 _LINGER_BYTES = 1 << 20
-"""After a refusal the connection is read on for so long: closed at once, it would reset before the client reads why."""
 _CODES = {
     400: "bad_request",
     408: "bad_request",
@@ -80,6 +80,9 @@ class ConnectionLimits:
     """For how long a client may take nothing of an answer."""
     idle_seconds: float = 65.0
     """Between two requests. Longer than proxies keep theirs, so that it is they who close."""
+    linger_seconds: float = 2.0
+    """After a refusal the connection is read on for so long: closed at once, it would be reset before the client has
+    read why."""
     connections: int = 2000
     connections_per_address: int = 200
     proxies: frozenset[str] = frozenset()
@@ -97,13 +100,15 @@ class ConnectionLimits:
 
 def guarded(limits: ConnectionLimits) -> "type[GuardedHttp]":
     """The protocol class for one server with these limits: uvicorn makes its instances."""
-    return type("GuardedHttp", (GuardedHttp,), {"limits": limits, "register": _Register(limits)})
+    own = {"limits": limits, "header_count": limits.header_count, "register": _Register(limits)}
+    return type("GuardedHttp", (GuardedHttp,), own)
 
 
 class GuardedHttp(HttpToolsProtocol):
     """One connection. Made by `guarded`."""
 
     limits: ConnectionLimits
+    header_count: int
     register: "_Register"
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
@@ -143,14 +148,17 @@ class GuardedHttp(HttpToolsProtocol):
             self._drop(data)
             return
         if self._phase == _IDLE:
-            self._phase, self._since, self._head_bytes = _HEAD, self._since if not self._served else self.loop.time(), 0
+            self._phase, self._head_bytes = _HEAD, 0
+            if self._served:
+                self._since = self.loop.time()
+        if self._phase == _HEAD:
+            self._head_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._refuse(*(self._refusal or (400, "not a valid HTTP request")))
             return
         if self._phase == _HEAD:
-            self._head_bytes += len(data)
             if self._head_bytes > self.limits.header_bytes + self.limits.target_bytes:
                 self._refuse(431, "the headers are too large")
         elif self._phase == _BODY:
@@ -164,7 +172,8 @@ class GuardedHttp(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop(400, "one request at a time")
         if self._phase != _HEAD:
-            self._phase, self._since = _HEAD, self.loop.time()
+            # It begins in what was received with the end of another one: its headers are to be measured.
+            self._phase, self._since, self._head_bytes = _HEAD, self.loop.time(), self.limits.header_bytes + 1
         super().on_message_begin()
         self.scope[CERTIFICATE] = self._certificate  # type: ignore[literal-required]
 
@@ -175,30 +184,29 @@ class GuardedHttp(HttpToolsProtocol):
             self._stop(414, "the request target is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header. Fields after a chunked body (trailers) are dropped: they were never checked."""
-        if self._phase != _HEAD:
-            return
-        self.headers.append((name.lower(), value))
-        if len(self.headers) > self.limits.header_count:
+        """A header."""
+        headers = self.headers
+        headers.append((name.lower(), value))
+        if len(headers) > self.header_count:
             self._stop(431, "too many headers")
 
     def on_headers_complete(self) -> None:
         """All headers are there: the last moment at which nobody has acted on the request."""
         self._check_head()
         super().on_headers_complete()
+        # Fields after a chunked body (trailers) go nowhere: the application has its headers, which were checked.
+        self.headers = []
         self._phase, self._since = _BODY, self.loop.time()
         self._body_bytes = self._raw_bytes = 0
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
-        self._body_bytes += len(body)
+        size = len(body)
+        if self._body_bytes or size > _SMALL:
+            self._hold(size)
+        self._body_bytes += size
         if self._body_bytes > self.limits.body_bytes:
             self._stop(413, "the body is too large")
-        if not self.cycle.response_complete:
-            if self.register.held + len(body) > self.limits.held_bytes:
-                self._stop(503, "too many large requests at once")
-            self._held += len(body)
-            self.register.held += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -225,7 +233,7 @@ class GuardedHttp(HttpToolsProtocol):
         if self._stalled(now):
             self.transport.abort()
         elif self._deaf:
-            if waited > _LINGER and self._phase != _WAIT:
+            if waited > limits.linger_seconds and self._phase != _WAIT:
                 self.transport.close()
         elif self._phase == _HEAD and waited > limits.header_seconds:
             self._refuse(408, "the headers came too slowly")
@@ -244,15 +252,12 @@ class GuardedHttp(HttpToolsProtocol):
         return (self._served > 0, self._since) if self._phase in (_IDLE, _HEAD) else None
 
     def _check_head(self) -> None:
-        found: dict[bytes, bytes] = {}
-        size = 0
-        for name, value in self.headers:
-            size += len(name) + len(value)
-            if name in _SINGLE:
-                if name in found:
-                    self._stop(400, f"two headers {name.decode()}")
-                found[name] = value
-        if size > self.limits.header_bytes:
+        headers = self.headers
+        found = dict(headers)
+        if len(found) < len(headers):
+            self._check_repeated()
+        # Where all that came is no more than the headers may be, they need not be measured.
+        if self._head_bytes > self.limits.header_bytes and sum(map(_size, headers)) > self.limits.header_bytes:
             self._stop(431, "the headers are too large")
         if _is_odd(self.url):
             self._stop(400, "the request target is not a plain absolute path")
@@ -261,6 +266,11 @@ class GuardedHttp(HttpToolsProtocol):
         self._check_framing(found)
         self._check_host(found.get(b"host"))
         self.expect_100_continue = found.get(b"expect", b"").lower() == b"100-continue"
+
+    def _check_repeated(self) -> None:
+        for name, times in Counter(name for name, _ in self.headers).items():
+            if times > 1 and name in _SINGLE:
+                self._stop(400, f"two headers {name.decode()}")
 
     def _check_framing(self, found: dict[bytes, bytes]) -> None:
         coding = found.get(b"transfer-encoding")
@@ -304,9 +314,17 @@ class GuardedHttp(HttpToolsProtocol):
         if self._dropped > _LINGER_BYTES and self._phase != _WAIT:
             self.transport.close()
 
+    def _hold(self, size: int) -> None:
+        if not self.cycle.response_complete:
+            if self.register.held + size > self.limits.held_bytes:
+                self._stop(503, "too many large requests at once")
+            self._held += size
+            self.register.held += size
+
     def _release(self) -> None:
-        self.register.held -= self._held
-        self._held = 0
+        if self._held:
+            self.register.held -= self._held
+            self._held = 0
 
     def _stalled(self, now: float) -> bool:
         """Whether the client has taken nothing of what is written for too long."""
@@ -368,6 +386,10 @@ class _Register:
         for connection in list(self.open):
             connection.check_times(now)
         self._timer = loop.call_later(self._limits.sweep_seconds, self._sweep, loop) if self.open else None
+
+
+def _size(header: tuple[bytes, bytes]) -> int:
+    return len(header[0]) + len(header[1])
 
 
 @lru_cache(maxsize=1024)
