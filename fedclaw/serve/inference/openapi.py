@@ -209,23 +209,33 @@ def _plain(schema: Mapping[str, Any], values: Any) -> Any:
     value = values.reshape(-1)[0]
     if "boolean" in schema.get("type", ()):
         return str(value).lower() in {"true", "t", "yes", "y", "1"}
-    return value if isinstance(value, str) else round(float(value), 4)
+    if isinstance(value, str):
+        return value
+    short = float(f"{value:.3g}")
+    return min(max(short, schema.get("minimum", short)), schema.get("maximum", short))
+
+
+_UNSEEN = {"refuse_row": "refuses the row", "missing": "counts as not known", "other": "counts as 'other'"}
 
 
 def _cell(told: Mapping[str, Any], meaning: str) -> Document:
     """JSON Schema of a column's values, from the schema's own account of it."""
-    kind, described = told.get("kind"), {"description": meaning}
+    kind = told.get("kind")
     if kind == "numeric":
         low, high = told.get("range") or (None, None)
-        bounds = {} if low is None else {"minimum": low, "maximum": high}
-        return {"type": ["number", "null"], **bounds, **described}
+        if low is None:
+            return {"type": ["number", "null"], "description": "A number."}
+        within = f"A number from {low:g} to {high:g}; another refuses the row."
+        return {"type": ["number", "null"], "minimum": low, "maximum": high, "description": within}
     if kind == "boolean":
-        return {"type": ["boolean", "null"], **described}
-    if kind == "categorical" and told.get("unseen", "refuse_row") == "refuse_row":
-        return {"enum": [*told["levels"], None], **described}
+        return {"type": ["boolean", "null"], "description": "True or false."}
     if kind == "categorical":
+        unseen = told.get("unseen", "refuse_row")
+        described = {"description": f"A level; any other value {_UNSEEN[unseen]}."}
+        if unseen == "refuse_row":
+            return {"enum": [*told["levels"], None], **described}
         return {"type": ["string", "null"], "examples": list(told["levels"]), **described}
-    return described
+    return {"description": meaning}
 
 
 def _tensors(model: ModelDescription) -> Document:
