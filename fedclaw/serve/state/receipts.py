@@ -9,8 +9,8 @@ The content names the model, the version, when it answered, with which probabili
 predicted for each row, and, hashed, the request's id, the principal and the routing key. It is not secret from the
 client, who knows all of it.
 
-All nodes of a database share the keys. A new key waits for `HANDOVER` seconds before it signs, in which every process
-learns of it; an old one checks receipts until the last that it signed is no longer good.
+All nodes of a database share the keys. A new key waits for `HANDOVER` seconds before it signs; who checks a receipt has
+read the keys since then. An old one checks receipts until the last that it signed is no longer good.
 """
 
 import binascii
@@ -22,6 +22,7 @@ import struct
 import time
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -30,10 +31,11 @@ from pydantic import JsonValue
 
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Principal
-from fedclaw.serve.state.store import StateStore, StateStoreError
+from fedclaw.serve.state.store import StateStore, StateStoreError, StateUnavailable
 
 HANDOVER = 60.0
-"""Seconds; processes call `ReceiptKeys.refresh` at least three times in it."""
+"""Seconds."""
+_FRESH = 20.0  # Seconds for which the keys that were read are taken for all that there are.
 MAX_ROWS = 256
 """A receipt of more rows, or of very long labels, says how many they are, and not what was predicted."""
 MAX_LABELS = 255
@@ -101,11 +103,13 @@ class ReceiptKeys:
         StateUnavailable."""
         self._store, self._valid = store, days * _DAY
         if store.read(_DOCUMENT) is None:
-            store.swap(_DOCUMENT, None, {"keys": [_new_key(0.0)], "link": secrets.token_hex(_KEY)})
+            store.swap(_DOCUMENT, None, {"keys": [_new_key(store.now())], "link": secrets.token_hex(_KEY)})
         self.refresh()
 
     def refresh(self) -> None:
-        """Learn of new keys. Raises StateUnavailable: those known go on to serve."""
+        """Learn of new keys: a process that signs does so a few times a day. Raises StateUnavailable: those known go on
+        to serve."""
+        self._read_at = time.monotonic()
         _, keys, self._link = self._read()
         self._keys = {key.identity: key for key in keys}
 
@@ -169,9 +173,12 @@ class ReceiptKeys:
         return binascii.b2a_base64(text + signing.code(text), newline=False).translate(_URL, b"=").decode()
 
     def check(self, receipt: str, principal: Principal) -> PredictionReceipt:
-        """What a receipt says that `principal` shows. Raises ServeRefusal: unprocessable if it is none or too old,
-        forbidden if no node of this database gave it to this principal."""
+        """What a receipt says that `principal` shows. May ask the database for new keys. Raises ServeRefusal:
+        unprocessable if it is none or too old, forbidden if no node of this database gave it to this principal."""
         signed = _decoded(receipt)
+        if time.monotonic() - self._read_at > _FRESH:
+            with suppress(StateUnavailable):
+                self.refresh()
         text, mac = signed[:-_MAC], signed[-_MAC:]
         key = self._keys.get(text[1 : 1 + _KEY_ID])
         if key is None or text[:1] != _FORMAT or not hmac.compare_digest(key.code(text), mac):

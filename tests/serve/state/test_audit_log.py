@@ -230,6 +230,21 @@ def test_a_next_file_that_cannot_be_begun_leaves_the_chain_as_it_was(tmp_path: P
     assert faults(tmp_path) == notes(tmp_path) == []
 
 
+def test_a_next_file_that_cannot_be_synced_leaves_the_chain_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with AuditLog(tmp_path, CHAIN, segment_bytes=300, sync_seconds=0) as log:
+        append(log, "1")
+        with monkeypatch.context() as patch:
+            patch.setattr("fedclaw.serve.state.audit_log.sync_data", broken)
+            with pytest.raises(AuditUnavailable):
+                append(log, "2")
+        append(log, "3")
+    assert requests(tmp_path) == ["1", "2", "3"]  # What was refused may stand there; what was answered does.
+    assert faults(tmp_path) == notes(tmp_path) == []
+
+
 def test_a_node_does_not_start_without_room_for_a_line(tmp_path: Path):
     (tmp_path / f"{CHAIN}.lock").touch()
     with full_after(0):
