@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import orjson
+from pydantic import JsonValue
 
 from fedclaw.errors import FedClawError
 from fedclaw.files import PRIVATE_MODE, sync_data, sync_directory
@@ -52,6 +53,8 @@ _LONGEST = 200
 _BLOCK = 1 << 16
 _MOST_TWINS = 100
 
+Torn = Mapping[str, bytes]
+"""By the names of files, what stands behind their last whole lines."""
 Inputs = Literal["no", "digest", "full"]
 WhenFull = Literal["refuse", "go_on"]
 
@@ -242,43 +245,46 @@ class AuditLog:
     ) -> None:
         self.close()
 
-    def _find_head(self) -> bytes:
+    def _find_head(self) -> Torn:
         """Where the chain ended. Returns what stands behind its last whole line."""
         self._number, self._sequence, self._head = 0, 0, bytes.fromhex(GENESIS)
         segments = segments_of(self._directory).get(self.chain, [])
-        if not segments:
-            return b""
-        self._number = segments[-1].number
-        tails = (tail_of(segment.path) for segment in reversed(segments))
-        first = next(tails)
-        last = first.last or next((tail.last for tail in tails if tail.last is not None), None)
-        if last is not None:
-            self._sequence, self._head = last.sequence, bytes.fromhex(last.hash)
-        if first.torn:
-            log.warning("audit log %s: its last %d bytes are no whole line", self.chain, len(first.torn))
-        return first.torn
+        self._number = segments[-1].number if segments else 0
+        torn: dict[str, bytes] = {}
+        for segment in reversed(segments):
+            end = tail_of(segment.path)
+            if end.torn:
+                log.warning("audit log %s: its last %d bytes are no whole line", segment.path.name, len(end.torn))
+                torn[segment.path.name] = end.torn
+            if end.last is not None:
+                self._sequence, self._head = end.last.sequence, bytes.fromhex(end.last.hash)
+                break
+        return torn
 
-    def _begin(self, torn: bytes) -> None:
+    def _begin(self, torn: Torn) -> None:
         """Go on in the last file, unless there is none or it ended in the middle of a line."""
         path = segment_path(self._directory, self.chain, self._number)
         if torn or not path.exists() or path.stat().st_size >= self._segment_bytes:
             self._next_segment(torn)
         else:
             self._open(path, os.O_RDWR)
-            self._write(self._beginning(b""))
+            self._write(self._beginning({}))
 
     def _follow_up(self) -> None:
         """Begin the next file. One that is only large is written on where that fails."""
         if self._stopped.is_set():
             raise OSError(errno.EBADF, "the audit log is closed")
-        if self._torn:
-            size = max(0, os.fstat(self._file).st_size - self._size) if self._file >= 0 else 0
-            self._next_segment(os.pread(self._file, size, self._size) if size else b"")
+        if self._file < 0:
+            self._next_segment(self._find_head())
+        elif self._torn:
+            size = max(0, os.fstat(self._file).st_size - self._size)
+            name = segment_path(self._directory, self.chain, self._number).name
+            self._next_segment({name: os.pread(self._file, size, self._size)} if size else {})
         else:
             with suppress(OSError):
-                self._next_segment(b"")
+                self._next_segment({})
 
-    def _next_segment(self, torn: bytes) -> None:
+    def _next_segment(self, torn: Torn) -> None:
         """Begin the next file, which says what `torn` stands at the end of this one. Raises OSError, and nothing is
         changed."""
         old = (self._file, self._size, self._torn, self._sequence, self._head)
@@ -301,11 +307,11 @@ class AuditLog:
                 sync_data(old[0])
             os.close(old[0])
 
-    def _beginning(self, torn: bytes) -> dict[str, Any]:
+    def _beginning(self, torn: Torn) -> dict[str, Any]:
         entry: dict[str, Any] = {"sequence": 0, "kind": "begin", "time": _now(), "process": os.getpid()}
         entry["follows"] = self._head.hex()
         if torn:
-            entry["torn"] = {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()}
+            entry["torn"] = described(torn)
         return entry
 
     def _open(self, path: Path, how: int) -> None:
@@ -377,6 +383,13 @@ class AuditLog:
         log.error("audit log %s: its file was removed while it was written", self.chain)
         with self._lock:
             self._torn = True
+
+
+def described(torn: Torn) -> dict[str, dict[str, JsonValue]]:
+    """What the next file says of the ends of those before it."""
+    return {
+        name: {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()} for name, text in sorted(torn.items())
+    }
 
 
 def segment_path(directory: Path, chain: str, number: int) -> Path:

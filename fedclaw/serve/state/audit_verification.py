@@ -6,7 +6,6 @@ with SQLite on the same disk, keep a copy elsewhere, or let PostgreSQL be anothe
 someone who may write the files added behind the last one from the log's own.
 """
 
-import hashlib
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedclaw.protocol.chain import GENESIS
-from fedclaw.serve.state.audit_log import AuditFile, AuditLine, AuditLogError, segments_of, split, tail_of
+from fedclaw.serve.state.audit_log import AuditFile, AuditLine, AuditLogError, described, segments_of, split, tail_of
 from fedclaw.serve.state.store import StateStore
 
 Anchors = Mapping[str, Mapping[int, str]]
@@ -56,7 +55,7 @@ class _Walk:
     entries: int = 0
     anchored: int = 0
     first: int | None = None
-    torn: tuple[str, bytes] | None = None
+    torn: dict[str, bytes] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -69,12 +68,10 @@ class _Walk:
                 read += len(line)
                 self._line(f"{segment.path.name}, line {number}", split(line))
         if tail.torn:
-            self._unexplained()
-            self.torn = (segment.path.name, tail.torn)
+            self.torn[segment.path.name] = tail.torn
 
     def end(self) -> None:
-        if self.torn is not None:
-            name, torn = self.torn
+        for name, torn in self.torn.items():
             self.notes.append(f"{name}: its last {len(torn)} bytes are no whole line: a write that was cut short")
         if cut := [sequence for sequence in self.anchors if sequence > self.sequence]:
             self.faults.append(
@@ -121,18 +118,14 @@ class _Walk:
     def _explained(self, where: str, line: AuditLine) -> None:
         """A new file after one that ended in the middle of a line says what that was."""
         told = line.content.get("torn")
-        if self.torn is None and told is None:
+        if not self.torn and told is None:
             return
-        name, torn = self.torn or ("nothing", b"")
-        if told == {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()}:
-            self.notes.append(f"{name}: a crash left {len(torn)} bytes of a line at its end; {where} says so")
+        if told == described(self.torn):
+            for name, torn in self.torn.items():
+                self.notes.append(f"{name}: a crash left {len(torn)} bytes of a line at its end; {where} says so")
         else:
-            self.faults.append(f"{where}: what it says of the end of the file before is not so")
-        self.torn = None
-
-    def _unexplained(self) -> None:
-        if self.torn is not None:
-            self.faults.append(f"{self.torn[0]}: its last {len(self.torn[1])} bytes are no whole line")
+            self.faults.append(f"{where}: what it says of the ends of the files before it is not so")
+        self.torn = {}
 
 
 def verify(directory: Path, anchors: Anchors | None = None, *, archived: bool = False) -> list[ChainReport]:

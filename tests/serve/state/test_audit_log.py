@@ -184,10 +184,16 @@ def test_what_a_crash_left_of_a_line_is_told_and_the_chain_goes_on_behind(tmp_pa
 
 def test_a_file_that_holds_no_whole_line_is_passed_over(tmp_path: Path):
     written(tmp_path, "r1")
+    with files(tmp_path)[0].open("ab") as file:
+        file.write(b"torn too")
     (tmp_path / f"{CHAIN}.000002.jsonl").write_bytes(b"torn")
+    (tmp_path / f"{CHAIN}.000003.jsonl").write_bytes(b"")
     written(tmp_path, "r2")
     assert requests(tmp_path) == ["r1", "r2"]
     assert faults(tmp_path) == []
+    assert len(notes(tmp_path)) == 2
+    (tmp_path / f"{CHAIN}.000002.jsonl").write_bytes(b"")
+    assert "is not so" in faults(tmp_path)[0]
 
 
 def test_on_a_full_disk_nothing_is_answered(tmp_path: Path):
