@@ -94,6 +94,13 @@ class NumberInput:
             numbers[numbers == self._held(declared)] = declared
         return [None if np.isnan(number) else float(number) for number in numbers]
 
+    def values(self, given: NDArray[Any]) -> Doubles:
+        """The input (N, 1) as the graph takes it: (N,), NaN where missing, infinite where refused."""
+        numbers = given[:, 0].astype(np.float64)
+        absent = np.isnan(numbers) | np.isin(numbers, self.markers)
+        refused = ~((numbers >= self.low) & (numbers <= self.high))
+        return np.where(absent, np.nan, np.where(refused, np.inf, numbers))
+
     def spec(self) -> TypedColumn:
         """For the manifest."""
         low, high = self.column.range or (None, None)
@@ -156,6 +163,11 @@ class TextInput:
     def cells(self, given: NDArray[Any]) -> list[Cell]:
         """The input (N, 1) as cells."""
         return [str(text) for text in given[:, 0]]
+
+    def values(self, given: NDArray[Any]) -> Doubles:
+        """The input (N, 1) as the graph takes it: (N,) numbers of levels, NaN where missing, infinite where refused."""
+        codes = np.array([self.codes.get(text, self.default) for text in given[:, 0].tolist()], np.float64)
+        return np.where(codes == MISSING, np.nan, np.where(codes == REFUSED, np.inf, codes))
 
     def spec(self) -> TypedColumn:
         """For the manifest."""
@@ -263,6 +275,10 @@ class TablePreprocessing(Preprocessing):
         refused = np.zeros(rows, np.bool_)
         refused[list(faults.rows)] = True
         return inputs, refused
+
+    def column_values(self, columns: Columns) -> Mapping[str, Doubles]:
+        """See Preprocessing."""
+        return {own.column.name: own.values(columns[own.name]) for own in self._inputs}
 
     def synthetic(self, count: int, generator: np.random.Generator) -> Columns:
         """See Preprocessing; one row of eight has a value that refuses it, where a column has such."""

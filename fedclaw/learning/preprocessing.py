@@ -100,6 +100,14 @@ class Preprocessing(ABC):
     def prepare(self, columns: Columns) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """What the schema's reader makes of the columns: inputs (N, *D) and which rows are refused (N,)."""
 
+    def column_values(self, columns: Columns) -> Mapping[str, NDArray[np.float64]]:
+        """By the name of a column that statistics can be asked about (`Schema.statistic_columns`), what typed columns
+        hold: (N,) numbers, or numbers of levels; NaN where missing, infinite where the row is refused for it.
+
+        None of a schema without such columns.
+        """
+        return {}
+
     @abstractmethod
     def synthetic(self, count: int, generator: np.random.Generator) -> Columns:
         """`count` rows made from the schema alone, some with missing values and some that are refused."""

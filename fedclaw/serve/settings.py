@@ -179,6 +179,29 @@ class TracingSettings(Frozen):
     """The CA certificate (PEM) that the collector is checked against; null: those of the system."""
 
 
+class DriftSettings(Frozen):
+    """Whether what is asked still looks like what a model was trained on."""
+
+    share: float = Field(default=0.1, ge=0, le=1)
+    """Of the requests, whose rows are counted; 0: none, and drift is not looked for."""
+    baseline: Literal["auto", "charged", "first_rows"] = "auto"
+    """charged: the bundle's marginals.json, or nothing; first_rows: the first rows served; auto: the one, or the other
+    where the bundle has none."""
+    first_rows: int = Field(default=2000, ge=200)
+    """How many sampled rows make a baseline where the first ones do."""
+    window_seconds: int = Field(default=3600, ge=10)
+    """A window is compared when it is over; with the ones before it, where it has too few rows."""
+    alpha: float = Field(default=0.01, gt=0, lt=0.5)
+    """Probability of a false alarm of a version in a window, at most."""
+    least_rows: int = Field(default=200, ge=100)
+    psi: float = Field(default=0.1, ge=0)
+    """The least population stability index that matters."""
+    ks: float = Field(default=0.1, ge=0, le=1)
+    """The least Kolmogorov-Smirnov distance that matters."""
+    change: float = Field(default=0.05, ge=0, le=1)
+    """The least change that matters of the share of missing values, or of refused rows."""
+
+
 class AdminSettings(Frozen):
     """The port of operators and of Prometheus."""
 
@@ -215,6 +238,7 @@ class NodeSettings(TrustSettings):
     audit: AuditLogSettings = AuditLogSettings()
     release: ReleaseSettings = ReleaseSettings()
     tracing: TracingSettings = TracingSettings()
+    drift: DriftSettings = DriftSettings()
     feedback_days: float = Field(default=30.0, gt=0)
     """How long an answer can be given feedback."""
     drain_seconds: float = Field(default=0.0, ge=0, le=300)
