@@ -41,8 +41,8 @@ LEAST_SHARE = 0.05
 LEAST_EXPECTED = 10.0
 """Rows expected in a merged cell."""
 MOST_NOISE = 0.1
-"""Standard error of the noised number of known values, as a part of it, at most: a column with more is not compared. The
-tests' approximations hold below it, as the simulation in the tests shows, and not far above."""
+"""Standard error of the noised number of known values, as a part of it, at most: a column with more is not compared.
+The tests' approximations hold below it, as the simulation in the tests shows, and not far above."""
 TESTS_OF_A_FEATURE = 3
 
 

@@ -35,8 +35,8 @@ REACH = 4.0
 """Scales to both sides of the center that bins span where a schema declares no bounds."""
 ROWS_OF_A_REQUEST = 8
 """That are counted, evenly spread: the rows of one request are more alike than those of many."""
-MOST_BYTES = 8 << 20
-"""Of sampled rows that wait to be counted."""
+MOST_BYTES, MOST_WAITING = 8 << 20, 4096
+"""Of sampled rows that wait to be counted, and requests that they are of; what comes beyond is not sampled."""
 MISSING, REFUSED = -2, -1
 """The places of the last two cells."""
 
@@ -163,18 +163,19 @@ class InputSample:
             places = np.linspace(0, rows - 1, ROWS_OF_A_REQUEST).astype(np.int64)
             columns = {name: values[places] for name, values in columns.items()}
         size = sum(values.nbytes for values in columns.values())
-        if self._bytes + size <= MOST_BYTES:
+        if self._bytes + size <= MOST_BYTES and len(self._waiting) < MOST_WAITING:
             self._bytes += size
             self._waiting.append((size, columns))
 
     def take(self) -> InputCounts:
         """Count what waits, and forget it."""
-        found = InputCounts()
-        for _ in range(len(self._waiting)):
-            size, columns = self._waiting.popleft()
-            self._bytes -= size
-            found.add(self.features.count(columns))
-        return found
+        taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not taken:
+            return InputCounts()
+        self._bytes -= sum(size for size, _ in taken)
+        return self.features.count(
+            {name: np.concatenate([columns[name] for _, columns in taken]) for name in taken[0][1]}
+        )
 
 
 def _of_table(schema: Schema, bins: Mapping[str, int]) -> InputFeatures | None:
