@@ -28,8 +28,10 @@ class Arrived:
 class Node:
     """An HTTPS server on a port of this machine."""
 
-    def __init__(self, port: int, server: ThreadingHTTPServer, arrived: list[Arrived]) -> None:
-        self.port, self._server, self.arrived = port, server, arrived
+    def __init__(self, port: int, arrived: list[Arrived], free: threading.Event) -> None:
+        self.port, self.arrived = port, arrived
+        self.free = free
+        """While it is not set, /v2/models/busy is not answered."""
 
     @property
     def address(self) -> str:
@@ -48,6 +50,8 @@ class _Server(ThreadingHTTPServer):
 def standing_in(certificates: Certificates) -> Iterator[Node]:
     """A node that answers until the end of the block."""
     arrived: list[Arrived] = []
+    free = threading.Event()
+    free.set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -63,6 +67,8 @@ def standing_in(certificates: Certificates) -> Iterator[Node]:
                 self._send({"ready": True})  # the proxy's own question
                 return
             arrived.append(Arrived(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+            if self.path == "/v2/models/busy":
+                free.wait(30)
             self._send({"target": self.path, "digest": hashlib.sha256(body).hexdigest()})
 
         def _send(self, answer: object) -> None:
@@ -86,7 +92,7 @@ def standing_in(certificates: Certificates) -> Iterator[Node]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield Node(server.server_address[1], server, arrived)
+        yield Node(server.server_address[1], arrived, free)
     finally:
         server.shutdown()
         server.server_close()

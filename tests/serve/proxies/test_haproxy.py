@@ -3,14 +3,11 @@
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from fedclaw.cli import compose_settings
@@ -20,13 +17,16 @@ from tests.ports import free_port
 from tests.serve.proxies import http2
 from tests.serve.proxies.certificates import NODE_NAME, Certificates, make_certificates
 from tests.serve.proxies.conversation import (
-    PATIENCE,
+    GRPC_METHOD,
     Proxy,
+    beside_slow_clients,
     eventually,
+    grpc_standing_in,
     not_passed,
     not_stopped,
     not_stopped_over_http2,
-    status_of,
+    statuses,
+    through_grpc,
     wait_for,
 )
 from tests.serve.proxies.requests import HOSTILE, HOSTILE_HTTP2, INFER, LEGITIMATE, MOST_BODY, get, post
@@ -143,11 +143,6 @@ def test_a_refusal_is_json_as_a_nodes_own_is(proxy: Proxy):
     assert b"haproxy" not in answer.lower()
 
 
-def _statuses(proxy: Proxy, number: int, sent: bytes) -> list[int]:
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda _: proxy.status(sent), range(number)))
-
-
 @real
 @pytest.mark.slow
 def test_a_flood_of_requests_is_stopped(certificates: Certificates, node: Node, tmp_path: Path):
@@ -155,7 +150,7 @@ def test_a_flood_of_requests_is_stopped(certificates: Certificates, node: Node, 
     with running(settings_for(certificates, node.address, limits=limits), tmp_path, certificates) as proxy:
         wait_for(proxy)
         node.arrived.clear()
-        found = _statuses(proxy, 60, get("/v2"))
+        found = statuses(proxy, 60, get("/v2"))
         assert len(node.arrived) == found.count(200) <= 20
         assert found.count(429) == 60 - found.count(200)
 
@@ -166,7 +161,7 @@ def test_a_flood_with_one_token_leaves_the_others_alone(certificates: Certificat
     limits = GENEROUS.model_copy(update={"token_requests_per_second": 2})
     with running(settings_for(certificates, node.address, limits=limits), tmp_path, certificates) as proxy:
         wait_for(proxy)
-        loud = _statuses(proxy, 40, get("/v2", "authorization: Bearer loud"))
+        loud = statuses(proxy, 40, get("/v2", "authorization: Bearer loud"))
         assert loud.count(429) == 20
         assert proxy.status(get("/v2", "authorization: Bearer quiet")) == 200
 
@@ -177,7 +172,7 @@ def test_who_is_refused_all_the_time_is_shut_out(certificates: Certificates, nod
     limits = GENEROUS.model_copy(update={"errors_per_second": 1})
     with running(settings_for(certificates, node.address, limits=limits), tmp_path, certificates) as proxy:
         wait_for(proxy)
-        assert 429 in _statuses(proxy, 30, get("/wp-login.php"))
+        assert 429 in statuses(proxy, 30, get("/wp-login.php"))
         assert proxy.status(get("/v2")) == 429
 
 
@@ -227,34 +222,9 @@ def test_streams_that_are_reset_at_once_leave_the_node_alone(proxy: Proxy, node:
 @real
 @pytest.mark.slow
 def test_slow_clients_are_let_go_while_others_are_answered(proxy: Proxy, node: Node):
-    """Slow headers and slow bodies: 50 of each at once, a byte a second."""
-    header, body = get("/v2", "fedclaw-key: " + "a" * 100), post("/predict", b'{"rows": [{"age": 63}]}')
-    stop, slow = threading.Event(), [proxy.connect() for _ in range(100)]
-    try:
-        for number, connection in enumerate(slow):
-            connection.sendall(header[:40] if number % 2 else body[:-20])
-
-        def drip() -> None:
-            place = 0
-            while not stop.wait(1.0):
-                for number, connection in enumerate(slow):
-                    data = header[40:-4] if number % 2 else body[-20:-1]
-                    with suppress(OSError):
-                        connection.sendall(data[place : place + 1])
-                place += 1
-
-        dripping = threading.Thread(target=drip)
-        dripping.start()
-        node.arrived.clear()
-        assert [proxy.status(get("/v2")) for _ in range(20)] == [200] * 20
-        found = [status_of(connection) for connection in slow]
-        assert set(found) <= {408, 0}
-        assert len(node.arrived) == 20
-    finally:
-        stop.set()
-        dripping.join()
-        for connection in slow:
-            connection.close()
+    told, quick = beside_slow_clients(proxy, node)
+    assert quick == [200] * 20
+    assert told <= {408, 0}
 
 
 @real
@@ -304,47 +274,14 @@ def test_what_is_no_node_of_ours_is_not_asked(wrong: str, certificates: Certific
         assert node.arrived == []
 
 
-class _AnyMethod(grpc.GenericRpcHandler):
-    """Answers every gRPC method with what it was sent, and remembers which."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        self.asked.append(details.method)
-        return grpc.unary_unary_rpc_method_handler(lambda request, _: request)
-
-
 @real
 def test_grpc_passes_and_nothing_else_at_its_port(certificates: Certificates, node: Node, tmp_path: Path):
-    handler, pem = _AnyMethod(), certificates.node.read_bytes()
-    with ThreadPoolExecutor(4) as pool, ExitStack() as stack:
-        server = grpc.server(pool, handlers=[handler])
-        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(pem, pem)]))
-        server.start()
-        stack.callback(lambda: server.stop(0).wait(PATIENCE))
-        settings = settings_for(certificates, node.address, grpc_nodes=(f"127.0.0.1:{port}",))
-        proxy = stack.enter_context(running(settings, tmp_path, certificates))
-        wait_for(proxy)
-        credentials = grpc.ssl_channel_credentials(certificates.ca.read_bytes())
-        channel = stack.enter_context(grpc.secure_channel(f"127.0.0.1:{proxy.grpc_port}", credentials))
-        tensor = bytes(range(256)) * 1000
-        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        assert infer(tensor, timeout=PATIENCE, wait_for_ready=True) == tensor
-        for method in ("/admin.Service/Publish", "/inference.GRPCInferenceService/../Publish", "/grpc.reflection/List"):
-            with pytest.raises(grpc.RpcError):
-                channel.unary_unary(method)(b"", timeout=PATIENCE)
-        assert handler.asked == ["/inference.GRPCInferenceService/ModelInfer"]
-        with proxy.connect("h2", port=proxy.grpc_port) as connection:
-            connection.sendall(http2.opening() + http2.request(_posted_page()))
-            http2.frames(connection)
-        assert len(handler.asked) == 1
-
-
-def _posted_page() -> http2.Fields:
-    path = "/inference.GRPCInferenceService/ModelInfer"
-    fields = [(":method", "POST"), (":scheme", "https"), (":authority", "node-front"), (":path", path)]
-    return [*fields, ("content-type", "text/html")]
+    with grpc_standing_in(certificates) as (address, asked):
+        settings = settings_for(certificates, node.address, grpc_nodes=(address,))
+        with running(settings, tmp_path, certificates) as proxy:
+            wait_for(proxy)
+            assert through_grpc(proxy) == []
+            assert asked == [GRPC_METHOD]
 
 
 @real
