@@ -383,9 +383,12 @@ class _Register:
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
-        for connection in list(self.open):
-            connection.check_times(now)
-        self._timer = loop.call_later(self._limits.sweep_seconds, self._sweep, loop) if self.open else None
+        try:
+            for connection in list(self.open):
+                connection.check_times(now)
+        finally:
+            # Whatever happens to one connection: the next look is at all of them.
+            self._timer = loop.call_later(self._limits.sweep_seconds, self._sweep, loop) if self.open else None
 
 
 def _size(header: tuple[bytes, bytes]) -> int:

@@ -41,8 +41,8 @@ MAX_KEY_ID = 256
 """Characters of a `kid`."""
 ASK_EVERY = 10.0
 """Seconds between two refreshes that unknown keys of tokens ask for: whoever makes up key ids causes no more."""
-RETRY_AFTER = 5.0
-"""Seconds until the next attempt after a failed one."""
+RETRY_AFTER, MAX_RETRY_AFTER = 5.0, 60.0
+"""Seconds until the next attempt after a failed one, and after several."""
 _KINDS: dict[str, tuple[str, str | None]] = {
     "ES256": ("EC", "P-256"),
     "ES384": ("EC", "P-384"),
@@ -290,6 +290,7 @@ class KeyKeeper:
         self._interval, self._keep, self._clock = interval, keep, clock
         self.current: KeySet | None = None
         self._good_at = self._due = self._asked_at = float("-inf")
+        self._retry = RETRY_AFTER
         self._asked: Future[None] | None = None
         self._lock = threading.Lock()
         self._wake, self._closed = threading.Event(), threading.Event()
@@ -347,7 +348,7 @@ class KeyKeeper:
             found = parse_key_set(fetched.document, self._algorithms)
         except (OSError, ValueError) as error:
             return self._failed(getattr(error, "strerror", None) or str(error))
-        self._good_at = self._clock()
+        self._good_at, self._retry = self._clock(), RETRY_AFTER
         fresh_for = self._interval if fetched.fresh_for is None else min(fetched.fresh_for, self._interval)
         self._due = self._good_at + max(fresh_for, ASK_EVERY)
         if self.current is None or self.current.keys != found.keys:
@@ -362,7 +363,8 @@ class KeyKeeper:
 
     def _failed(self, reason: str) -> str:
         problem = f"{self._source.place}: {reason}"
-        self._due = self._clock() + RETRY_AFTER
+        self._due = self._clock() + self._retry
+        self._retry = min(2 * self._retry, MAX_RETRY_AFTER)
         if self.current is not None:
             left = max(0.0, self._good_at + self._keep - self._clock())
             log.warning("keys for tokens not refreshed from %s; the old ones stay for %.0f s", problem, left)
@@ -374,5 +376,10 @@ class KeyKeeper:
         while not self._closed.is_set():
             self._wake.wait(1.0)
             self._wake.clear()
-            if not self._closed.is_set():
+            if self._closed.is_set():
+                return
+            try:
                 self.step()
+            except Exception:
+                # A thread that ended here would leave keys in use for good, withdrawn ones too.
+                log.exception("the keys for tokens could not be looked after")

@@ -132,7 +132,10 @@ class ServerTls:
 
     def _run(self) -> None:
         while not self._closed.wait(LOOK_EVERY):
-            self.reload()
+            try:
+                self.reload()
+            except Exception:
+                log.exception("the TLS files could not be looked at")
 
 
 def only_tls_1_3() -> None:

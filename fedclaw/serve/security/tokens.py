@@ -143,7 +143,9 @@ class Authenticator:
         try:
             return self._verify(header, known, digest)
         except ServeRefusal as refusal:
-            if refusal.code == "unauthenticated":
+            # A key that may be there in a moment is nobody's failure: at a rotation all clients meet it at once.
+            rotating = isinstance(refusal, UnknownSigningKey) and refusal.refresh is not None
+            if refusal.code == "unauthenticated" and not rotating:
                 self._failures.failed(address)
             raise
 

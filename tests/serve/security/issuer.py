@@ -99,6 +99,7 @@ class KeyServer:
     pause: float = 0.0
     """Seconds between two of 20 pieces of the body."""
     asked: int = 0
+    sent: int = 0
 
 
 @contextmanager
@@ -123,6 +124,7 @@ def key_server(directory: Path, body: bytes, host: str = "127.0.0.1") -> Iterato
                 for start in range(0, len(state.body), piece):
                     self.wfile.write(state.body[start : start + piece])
                     self.wfile.flush()
+                    state.sent += piece
                     time.sleep(state.pause)
             except OSError:
                 return

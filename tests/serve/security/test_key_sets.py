@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedclaw.errors import UsageError
 from fedclaw.serve.refusals import ServeRefusal
@@ -83,6 +84,12 @@ def test_weak_rsa_keys_are_not_used() -> None:
         parse_key_set(key_set(jwk(rsa_key(1024))), BOTH)
     with pytest.raises(ValueError, match=r"65537|numbers"):
         parse_key_set(key_set({**jwk(rsa_key()), "e": "Aw"}), BOTH)
+
+
+def test_a_key_of_another_curve_is_not_used() -> None:
+    for curve in (ec.SECP384R1(), ec.SECP256K1()):
+        with pytest.raises(ValueError, match="suit no algorithm"):
+            parse_key_set(key_set(jwk(ec.generate_private_key(curve))), BOTH)
 
 
 def test_one_id_for_two_keys_is_ambiguous() -> None:
@@ -233,17 +240,46 @@ def test_a_provider_that_is_down_is_asked_again(tmp_path: Path) -> None:
         now = 5.0
         keeper.step()
         assert keeper.current is not None
-        for status, headers in ((302, {"location": "https://evil.example/"}), (404, {}), (500, {})):
-            server.status, server.headers = status, headers
+        for status in (404, 500):
+            server.status = status
             assert keeper.refresh()
             assert keeper.current is not None
+        assert [keeper.refresh() and keeper._due - now for _ in range(4)] == [20, 40, 60, 60]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(tmp_path: Path, status: int) -> None:
+    """Not even to a server of the same authority."""
+    with key_server(tmp_path, key_set(jwk(ec_key()))) as server:
+        server.status, server.headers = status, {"location": server.url + "/elsewhere"}
+        problem = KeyKeeper(KeyUrl(server.url, server.ca), BOTH).refresh()
+        assert problem is not None
+        assert "redirect" in problem
+        assert server.asked == 1
+
+
+def test_whatever_goes_wrong_the_keys_are_looked_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keys.json").write_bytes(key_set(jwk(ec_key())))
+    keeper = KeyKeeper(KeyFile(tmp_path / "keys.json"), BOTH)
+    steps: list[int] = []
+
+    def fails() -> None:
+        steps.append(1)
+        keeper._wake.set()
+        raise RuntimeError("never seen before")
+
+    monkeypatch.setattr(keeper, "step", fails)
+    keeper.start()
+    until(lambda: len(steps) > 3)
+    keeper.close()
 
 
 def test_answers_that_never_end_or_are_too_large(tmp_path: Path) -> None:
-    with key_server(tmp_path, b" " * (2 * MAX_BYTES)) as server:
+    with key_server(tmp_path, b" " * 40_000_000) as server:
         problem = KeyKeeper(KeyUrl(server.url, server.ca), BOTH).refresh()
         assert problem is not None
         assert "more than" in problem
+        assert server.sent < 20_000_000
         server.body, server.pause = key_set(jwk(ec_key())), 0.05
         problem = KeyKeeper(KeyUrl(server.url, server.ca, whole=0.1), BOTH).refresh()
         assert problem is not None

@@ -462,6 +462,19 @@ def test_an_address_that_fails_too_often_waits_and_disturbs_nobody_who_is_known(
     assert authenticator.authenticate(bearer(token(sub="third")), address="10.0.0.1").name == "third"
 
 
+def test_a_rotation_is_no_clients_failure(node: Node) -> None:
+    failures = FailureLimiter(RateTable.private(), Rate(1, 1), clock=lambda: 50.0)
+    authenticator = Authenticator(TokenRules(ISSUER, AUDIENCE), node.keeper, failures)
+    for i in range(5):
+        with pytest.raises(ServeRefusal, match="key is not known"):
+            authenticator.authenticate(bearer(token(ec_key("b"), "b", sub=f"s{i}")), address="10.0.0.1")
+    node.keeper.step()
+    with pytest.raises(ServeRefusal, match="key is not known"):
+        authenticator.authenticate(bearer(token(kid="made-up")), address="10.0.0.1")
+    with pytest.raises(ServeRefusal, match="not accepted"):
+        authenticator.authenticate(bearer(token(kid="made-up")), address="10.0.0.1")
+
+
 def test_no_refusal_repeats_anything_of_the_token_or_the_keys(node: Node) -> None:
     secret = "Sekret"
     for text in (
