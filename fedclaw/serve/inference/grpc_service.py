@@ -66,6 +66,11 @@ def server_options(max_message: int) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", MAX_METADATA),
         ("grpc.absolute_max_metadata_size", MAX_METADATA),
+        # A connection that does not finish its handshake, or has had no call for long, is closed.
+        ("grpc.server_handshake_timeout_ms", 10_000),
+        ("grpc.max_connection_idle_ms", 300_000),
+        ("grpc.max_concurrent_streams", 256),
+        ("grpc.http2.max_ping_strikes", 2),
     ]
 
 

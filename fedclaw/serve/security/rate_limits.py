@@ -176,17 +176,27 @@ class FailureLimiter:
     are answered whoever else sends from the same address.
     """
 
-    def __init__(self, table: RateTable, rate: Rate, clock: Callable[[], float] = time.monotonic) -> None:
-        self._table, self._rate, self._clock = table, rate, clock
+    def __init__(
+        self,
+        table: RateTable,
+        rate: Rate,
+        proxies: frozenset[str] = frozenset(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`proxies` are addresses that stand for many clients: they are not limited, but limit their clients."""
+        self._table, self._rate, self._proxies, self._clock = table, rate, proxies, clock
 
     def check(self, address: str) -> None:
         """Raises ServeRefusal `too_many_requests` if the address failed too often lately."""
+        if address in self._proxies:
+            return
         if wait := self._table.wait("failures", network_of(address), self._rate, self._clock()):
             raise _too_many("Too many tokens that were not accepted", wait)
 
     def failed(self, address: str) -> None:
         """Count one token that was not accepted."""
-        self._table.take("failures", network_of(address), self._rate, 1.0, self._clock())
+        if address not in self._proxies:
+            self._table.take("failures", network_of(address), self._rate, 1.0, self._clock())
 
 
 @lru_cache(maxsize=8192)

@@ -115,6 +115,21 @@ def test_a_million_principals_need_no_more_memory_and_keep_the_active_ones() -> 
     assert table._place.cache_info().currsize <= 8192
 
 
+def test_where_more_are_active_than_fit_the_one_that_owes_least_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five names whose buckets are all in one set of four."""
+    table, clock = RateTable.private(), Clock()
+    monkeypatch.setattr(table, "_place", lambda _, name: (8, int(name)))
+    limiter = RateLimiter(table, Limits(Rate(1, 5)), clock=clock)
+    for name, times in (("1", 5), ("2", 2), ("3", 4), ("4", 3)):
+        assert admitted(limiter, name, times) == times
+    assert admitted(limiter, "5", 9) == 5
+    assert [admitted(limiter, name, 1) for name in ("1", "5")] == [0, 0]
+    assert admitted(limiter, "3", 9) == 1
+    assert admitted(limiter, "4", 9) == 2
+    clock.now += 10
+    assert admitted(limiter, "2", 9) == 5
+
+
 def test_processes_of_a_node_share_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "limits"
     RateTable.create(path)
@@ -179,6 +194,16 @@ def test_failures_are_counted_by_network() -> None:
     limiter.check("10.0.0.1")
     clock.now += 1.001
     limiter.check("2001:db8::3")
+
+
+def test_a_proxy_is_not_limited_for_its_clients() -> None:
+    limiter = FailureLimiter(RateTable.private(), Rate(1, 1), frozenset({"10.0.0.9"}), Clock())
+    for _ in range(10):
+        limiter.check("10.0.0.9")
+        limiter.failed("10.0.0.9")
+    limiter.failed("10.0.0.1")
+    with pytest.raises(ServeRefusal):
+        limiter.check("10.0.0.1")
 
 
 def test_networks() -> None:
