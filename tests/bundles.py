@@ -1,6 +1,7 @@
 """A federation, finished runs of both workloads, and bundles exported from them; made once for all tests."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ PRIVATE = {
 }
 
 
-def make_run(root: Path, workload: str, definition: dict[str, object], spec: ModelSpec, **changes: Any) -> RunDirectory:
+def make_run(
+    root: Path, workload: str, definition: Mapping[str, object], spec: ModelSpec, **changes: Any
+) -> RunDirectory:
     """A finished run with a model of random parameters; `changes` are in its record."""
     schema = schema_class(workload).parse(json.dumps(definition), "test schema")
     record = run_record(

@@ -137,18 +137,11 @@ class EagerBatcher:
         self._crowded = False
         self._after_long = False
         self._slowness = 1.0
-        self._in_flight = 0
-        self._idle: asyncio.Future[None] | None = None
 
     @property
     def queued_rows(self) -> int:
         """Rows that wait for a batch."""
         return self._short.rows + self._long.rows
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that were admitted and are not answered yet."""
-        return self._in_flight
 
     async def answer(self, columns: Columns, rows: int, deadline: float | None = None) -> Outputs:
         """The outputs of the N rows, in order.
@@ -163,24 +156,12 @@ class EagerBatcher:
         loop = asyncio.get_running_loop()
         job = _Job(columns, rows, deadline, loop.create_future())
         queue.add(job)
-        self._in_flight += 1
         self._schedule(loop)
         try:
             return await job.future
         except asyncio.CancelledError:
             queue.drop(job)
             raise
-        finally:
-            self._in_flight -= 1
-            if self._idle is not None and not self._in_flight and not self._idle.done():
-                self._idle.set_result(None)
-
-    async def drain(self) -> None:
-        """Wait until every request that was admitted is answered."""
-        while self._in_flight:
-            if self._idle is None or self._idle.done():
-                self._idle = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
 
     def expected_seconds(self, rows: int, requests: int = 1) -> float:
         """How long `rows` of so many `requests` take, by the probe's figures and what batches took lately."""

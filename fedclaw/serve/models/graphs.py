@@ -2,6 +2,7 @@
 
     PipelineGraph     pipeline.onnx: typed columns -> label, probabilities or values, refused
     PreparedGraph     model.onnx, or its 8-bit or 16-bit form: prepared inputs -> the same outputs
+    SplitGraph        the preprocessing of pipeline.onnx, and model.onnx: the same, so that versions can share the first
     TypedGraph        a Preprocessing and a PreparedGraph: what pipeline.onnx gives, with another form of the model
 
 All of them answer each row by itself: a row that is refused has `refused` true, no label, and NaN.
@@ -9,7 +10,7 @@ All of them answer each row by itself: a row that is refused has `refused` true,
 Legend: N rows, D input shape without the batch, K outputs of the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +21,8 @@ from fedclaw.export.layout import BATCH, INPUT, TensorSpec
 from fedclaw.learning.preprocessing import LABEL, REFUSED, Columns, Preprocessing
 from fedclaw.learning.tasks.base import Task
 from fedclaw.learning.tasks.classification import decide
-
-Outputs = Mapping[str, NDArray[Any]]
+from fedclaw.serve.models.batching import Outputs
+from fedclaw.serve.models.features import FeatureGraph
 
 
 class ServingGraph(Protocol):
@@ -82,6 +83,22 @@ class PreparedGraph:
             return outputs
         places = decide(answer, self._threshold)
         return {LABEL: self._labels[np.where(none, len(self._labels) - 1, places)][:, None], **outputs}
+
+
+class SplitGraph:
+    """pipeline.onnx in two: the preprocessing, which other versions may share, and the model."""
+
+    def __init__(self, features: FeatureGraph, model: PreparedGraph) -> None:
+        self.features = features
+        self.model = model
+
+    def run(self, columns: Columns) -> Outputs:
+        """See ServingGraph."""
+        return self.answer_prepared(self.features.run(columns))
+
+    def answer_prepared(self, prepared: Columns) -> Outputs:
+        """Outputs of what `features` gave."""
+        return self.model.run_prepared(prepared[INPUT], prepared[REFUSED])
 
 
 class TypedGraph:

@@ -23,8 +23,10 @@ from typing import TypeVar
 from fedclaw.errors import BundleError
 from fedclaw.export.check import Trust
 from fedclaw.export.runtime import Device
-from fedclaw.serve.models.batching import QueueLimits
+from fedclaw.serve.models.batching import EagerBatcher, QueueLimits
 from fedclaw.serve.models.bundle_store import BundleStore
+from fedclaw.serve.models.features import SharedFeatures
+from fedclaw.serve.models.graphs import SplitGraph
 from fedclaw.serve.models.probe import ExecutionSettings, Probed, probe
 from fedclaw.serve.models.served_model import ServedModel, ServedPrecision, files_for
 from fedclaw.serve.refusals import ServeRefusal
@@ -106,6 +108,7 @@ class ModelPool:
         self._loading: dict[_Key, asyncio.Task[ServedModel]] = {}
         self._leaving: dict[ServedModel, _Loaded] = {}
         self._failed: dict[_Key, float] = {}
+        self._features: dict[str, SharedFeatures] = {}
         self._room = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, "load-model")
         self._executor = ThreadPoolExecutor(max(1, self._settings.cores), "compute")
@@ -217,12 +220,25 @@ class ModelPool:
         key = (version.model, version.version)
         if (known := self._known.get(key)) is None:
             raise BundleError(f"the version {version.version!r} of {version.model!r} was removed while it was loaded")
+        limits, features = self._settings.limits, self._features_of(probed)
         served = probed.loaded.serve(
-            *key, version.digest, probed.execution, self._settings.limits, self._executor, self._observer(version)
+            *key, version.digest, probed.execution, limits, self._executor, self._observer(version), features
         )
         self._loaded[key] = _Loaded(served, own, known.pinned)
         log.info("%s %s is loaded and takes %d MB", *key, own >> 20)
         return served
+
+    def _features_of(self, probed: Probed) -> SharedFeatures | None:
+        """The preprocessing of a graph in two, the same for all versions that have the same."""
+        graph = probed.loaded.graph
+        if probed.preparing is None or not isinstance(graph, SplitGraph):
+            return None
+        shared = self._features.get(graph.features.digest)
+        if shared is None:
+            batcher = EagerBatcher(graph.features.run, probed.preparing, self._settings.limits, self._executor)
+            shared = self._features[graph.features.digest] = SharedFeatures(graph.features.digest, batcher)
+        shared.versions += 1
+        return shared
 
     def _observer(self, version: ModelVersion) -> Callable[[int, float], None] | None:
         if (observe := self._observe) is None:
@@ -278,6 +294,10 @@ class ModelPool:
             await leaving.served.drain()
         finally:
             del self._leaving[leaving.served]
+            if (features := leaving.served.features) is not None:
+                features.versions -= 1
+                if not features.versions:
+                    self._features.pop(features.digest, None)
 
 
 def _resident() -> int:

@@ -3,9 +3,11 @@
 Timed are batches of 1 to 64 rows, with one thread and, where the worker has more cores, with more; the rows are made
 from the bundle's schema, so no data is needed. Then
 
-- *threads* are the fewest that come within a tenth of the best rate;
+- *threads* are the fewest to which more do not add a quarter of their rate;
 - *max_batch* is the smallest batch within a tenth of the best rate, as long as it takes no more than 10 ms;
 - *batching* is on where that rate is at least a quarter above the one of single rows;
+- a pipeline is computed *in two*, its preprocessing by itself and shared with other versions that have the same, where
+  it has many columns, and two versions then take at least a twentieth less, and one alone hardly more;
 - *inline*, the event loop computes itself where a row takes less than a change of threads does, with batches of at
   most 2 ms, so that nothing else waits longer.
 
@@ -16,7 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,8 +27,8 @@ from fedclaw.export.check import Verified
 from fedclaw.export.layout import INPUT
 from fedclaw.export.runtime import Device
 from fedclaw.learning.preprocessing import Columns
-from fedclaw.serve.models.batching import Execution
-from fedclaw.serve.models.served_model import LoadedGraph, ServedPrecision, load_graph
+from fedclaw.serve.models.batching import Execution, Infer
+from fedclaw.serve.models.served_model import LoadedGraph, ServedPrecision, load_graph, split_graph
 
 log = logging.getLogger(__name__)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -38,6 +40,8 @@ _SECONDS = 0.6
 """What all measurements of one model take, about."""
 _LEAST_RUNS, _MOST_RUNS = 3, 50
 _WARM_UP = 2
+_MANY_COLUMNS = 8
+_SHARED_GAIN, _ALONE_LOSS = 0.95, 1.1
 _HAND_OVER_RUNS = 50
 _LOOP_TURNS = 3
 """How many times dearer a change of threads is where an event loop has to be woken than where a thread waits."""
@@ -85,6 +89,8 @@ class Probed:
     figures: tuple[ProbeFigures, ...]
     hand_over: float
     """Seconds that a change of threads and back takes; 0: not measured."""
+    preparing: Execution | None = None
+    """How the preprocessing of a SplitGraph is run; `execution` is then its model's. None: it is one graph."""
 
 
 def probe(
@@ -109,15 +115,55 @@ def probe(
         graphs[threads] = load_graph(verified, precision, threads, device)
     each = 0.0 if settings.complete else _SECONDS / len(counts) / len(SIZES)
     figures = tuple(
-        ProbeFigures(threads, _time(graph, rows, each, _clock(threads, device))) for threads, graph in graphs.items()
+        ProbeFigures(threads, _time(loaded.graph.run, rows, each, _clock(threads, device)))
+        for threads, loaded in graphs.items()
     )
     best = max(own.best_rate for own in figures)
-    chosen = next(own for own in figures if own.best_rate >= _NEAR * best)
+    chosen = next(own for own in figures if _PAYS * own.best_rate >= best)
     hand_over = _hand_over() * _LOOP_TURNS if settings.inline is None else 0.0
     execution = decide_execution(chosen, hand_over, settings)
     found = Probed(graphs[chosen.threads], execution, figures, hand_over)
-    log.info("%s: %s; %s", verified.manifest.run, execution, _shown(found))
+    found = _in_two(found, chosen, verified, rows, settings, device) or found
+    log.info("%s: %s; %s", verified.manifest.run, found.execution, _shown(found))
     return found
+
+
+def _in_two(
+    found: Probed,
+    whole: ProbeFigures,
+    verified: Verified,
+    rows: Columns,
+    settings: ExecutionSettings,
+    device: Device,
+) -> Probed | None:
+    """The same with the preprocessing by itself, where that pays."""
+    if len(found.loaded.interface.columns) < _MANY_COLUMNS:
+        return None
+    if (split := split_graph(verified, found.loaded, whole.threads, device)) is None:
+        return None
+    clock, each = _clock(whole.threads, device), _SECONDS / len(SIZES) / 2
+    preparing = ProbeFigures(whole.threads, _time(split.features.run, rows, each, clock))
+    model = ProbeFigures(whole.threads, _time(split.answer_prepared, split.features.run(rows), each, clock))
+    if not sharing_pays(whole, preparing, model, found.execution.max_batch):
+        return None
+    return replace(
+        found,
+        loaded=replace(found.loaded, graph=split),
+        execution=decide_execution(model, found.hand_over, settings),
+        figures=(*found.figures, preparing, model),
+        preparing=decide_execution(preparing, found.hand_over, settings),
+    )
+
+
+def sharing_pays(whole: ProbeFigures, preparing: ProbeFigures, model: ProbeFigures, most: int) -> bool:
+    """Whether two versions gain if they prepare their rows together, and one alone does not lose: for single rows, and
+    for the largest batch that all were measured with."""
+    common = [rows for rows in whole.seconds if rows <= most and rows in preparing.seconds and rows in model.seconds]
+    return all(
+        preparing.seconds[rows] + 2 * model.seconds[rows] <= _SHARED_GAIN * 2 * whole.seconds[rows]
+        and preparing.seconds[rows] + model.seconds[rows] <= _ALONE_LOSS * whole.seconds[rows]
+        for rows in (1, max(common))
+    )
 
 
 def decide_execution(figures: ProbeFigures, hand_over: float, settings: ExecutionSettings) -> Execution:
@@ -172,24 +218,24 @@ def _require_answers(loaded: LoadedGraph, columns: Columns) -> None:
             raise BundleError(f"{loaded.file} gives {told.name!r} in another shape than the bundle says")
 
 
-def _time(loaded: LoadedGraph, rows: Columns, seconds: float, clock: Callable[[], float]) -> dict[int, float]:
+def _time(run: Infer, rows: Columns, seconds: float, clock: Callable[[], float]) -> dict[int, float]:
     """The fastest run by batch size, as `clock` says, up to the first size that takes longer than a batch may."""
     found = dict[int, float]()
     for size in SIZES:
         columns = {name: values[:size].copy() for name, values in rows.items()}
         for _ in range(_WARM_UP):
-            loaded.graph.run(columns)
-        found[size] = _fastest(loaded, columns, seconds, clock)
+            run(columns)
+        found[size] = _fastest(run, columns, seconds, clock)
         if found[size] > _LONGEST_BATCH:
             break
     return found
 
 
-def _fastest(loaded: LoadedGraph, columns: Columns, seconds: float, clock: Callable[[], float]) -> float:
+def _fastest(run: Infer, columns: Columns, seconds: float, clock: Callable[[], float]) -> float:
     best, runs, end = float("inf"), 0, time.perf_counter() + seconds
     while runs < _LEAST_RUNS or (runs < _MOST_RUNS and time.perf_counter() < end):
         started = clock()
-        loaded.graph.run(columns)
+        run(columns)
         best, runs = min(best, clock() - started), runs + 1
         if best > max(seconds, _LONGEST_BATCH):
             break

@@ -1,5 +1,6 @@
 """One version of a model, loaded from verified bytes, and what a request to it must look like."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -14,14 +15,15 @@ from fedclaw.export.check import Verified
 from fedclaw.export.layout import FORMS, INPUT, ONNX, PIPELINE, SCHEMA, Manifest, TensorSpec
 from fedclaw.export.predictor import graph_of, schema_of
 from fedclaw.export.runtime import Device, open_session
-from fedclaw.learning.preprocessing import TypedColumn
+from fedclaw.learning.preprocessing import Columns, TypedColumn
 from fedclaw.learning.workload import Schema
-from fedclaw.serve.models.batching import EagerBatcher, Execution, QueueLimits
+from fedclaw.serve.models.batching import EagerBatcher, Execution, Infer, Outputs, QueueLimits
+from fedclaw.serve.models.features import SharedFeatures, cut_features
 from fedclaw.serve.models.graphs import (
-    Outputs,
     PipelineGraph,
     PreparedGraph,
     ServingGraph,
+    SplitGraph,
     TypedGraph,
     pipeline_outputs,
 )
@@ -131,7 +133,9 @@ class ServedModel:
         interface: ModelInterface,
         graph: ServingGraph,
         batcher: EagerBatcher,
+        features: SharedFeatures | None = None,
     ) -> None:
+        """`batcher` takes what `features` gives, or a request's columns where there are none."""
         self.name = name
         self.version = version
         self.digest = digest
@@ -140,6 +144,14 @@ class ServedModel:
         self.interface = interface
         self.graph = graph
         self.batcher = batcher
+        self.features = features
+        self._in_flight = 0
+        self._idle: asyncio.Future[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered yet."""
+        return self._in_flight
 
     async def answer(self, request: InferenceRequest) -> InferenceResponse:
         """The answer to each row of a request.
@@ -148,18 +160,32 @@ class ServedModel:
         `EagerBatcher.answer` raises.
         """
         self.interface.check(request)
-        outputs = await self.batcher.answer(request.columns, request.rows, request.deadline)
+        self._in_flight += 1
+        try:
+            outputs = await self._compute(request.columns, request.rows, request.deadline)
+        finally:
+            self._in_flight -= 1
+            if self._idle is not None and not self._in_flight and not self._idle.done():
+                self._idle.set_result(None)
         if request.outputs is not None:
             outputs = {name: outputs[name] for name in request.outputs}
         return InferenceResponse(self.name, self.version, request.identity, outputs)
+
+    async def _compute(self, columns: Columns, rows: int, deadline: float | None) -> Outputs:
+        if self.features is not None:
+            columns = await self.features.prepare(columns, rows, deadline)
+        return await self.batcher.answer(columns, rows, deadline)
 
     def infer(self, columns: Mapping[str, NDArray[Any]]) -> Outputs:
         """The outputs of N checked rows, at once and in this thread, past the batcher."""
         return self.graph.run(columns)
 
     async def drain(self) -> None:
-        """Wait until every request that was admitted is answered."""
-        await self.batcher.drain()
+        """Wait until every request is answered."""
+        while self._in_flight:
+            if self._idle is None or self._idle.done():
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +209,18 @@ class LoadedGraph:
         limits: QueueLimits | None = None,
         executor: Executor | None = None,
         observe: Callable[[int, float], None] | None = None,
+        features: SharedFeatures | None = None,
     ) -> ServedModel:
-        """The model that answers from the graph. `observe` is told of each batch: its rows, and its seconds."""
-        batcher = EagerBatcher(self.graph.run, execution, limits, executor, observe)
-        return ServedModel(name, version, digest, self.schema, self.interface, self.graph, batcher)
+        """The model that answers from the graph. `observe` is told of each batch: its rows, and its seconds.
+
+        `features` are for a SplitGraph; `execution` is then that of its model.
+        """
+        run: Infer = self.graph.run
+        if features is not None:
+            assert isinstance(self.graph, SplitGraph)
+            run = self.graph.answer_prepared
+        batcher = EagerBatcher(run, execution, limits, executor, observe)
+        return ServedModel(name, version, digest, self.schema, self.interface, self.graph, batcher, features)
 
 
 def files_for(precision: ServedPrecision) -> tuple[str, ...]:
@@ -217,6 +251,16 @@ def load_graph(
     model = PreparedGraph(session, schema.task, interface.threshold)
     graph = TypedGraph(schema.preprocessing(), model) if manifest.pipeline else model
     return LoadedGraph(schema, interface, graph, file, manifest.pipeline is not None)
+
+
+def split_graph(verified: Verified, loaded: LoadedGraph, threads: int = 1, device: Device = "cpu") -> SplitGraph | None:
+    """The pipeline in two, its preprocessing and model.onnx; None where it cannot be cut, or the bundle has none."""
+    if loaded.file != PIPELINE or ONNX not in verified.contents:
+        return None
+    if (features := cut_features(verified.contents[PIPELINE], threads, device)) is None:
+        return None
+    session = open_session(verified.contents[ONNX], ONNX, "serve", device, threads)
+    return SplitGraph(features, PreparedGraph(session, loaded.schema.task, loaded.interface.threshold))
 
 
 def _prepared_column(manifest: Manifest) -> TypedColumn:

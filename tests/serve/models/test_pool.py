@@ -257,7 +257,7 @@ async def test_what_leaves_finishes_its_requests_and_takes_no_room_after(
     leaving = asyncio.create_task(pool.unload("table", "one"))
     await asyncio.sleep(0)
     assert pool.ready() == []
-    assert served.batcher.in_flight == 20
+    assert served.in_flight == 20
     assert pool.used_bytes > 0
     await leaving
     assert all(task.done() for task in asked)
