@@ -27,8 +27,9 @@ from fedclaw.serve.routing.canary import (
     slow_bucket,
     with_slow_bucket,
 )
-from fedclaw.serve.routing.counting import Calls, calls_by_group, total
+from fedclaw.serve.routing.counting import Calls, calls_by_group, sum_counts, total, trips_by_group
 from fedclaw.serve.routing.plan import (
+    EVERYBODY,
     PREFIX,
     BreakerPolicy,
     BreakerState,
@@ -51,6 +52,8 @@ CONTROLLER = "controller"
 GUARDS_PREFIX = "guards/"
 _BASELINE = 300
 """Seconds before a trial from which the stable version's latency is taken."""
+_LATELY = 1
+"""Seconds before the current one in which a breaker's last calls are."""
 _SKEW = 2
 """Seconds by which the clocks of workers may differ."""
 _LEARN_EVERY = 5.0
@@ -126,18 +129,31 @@ class Controller:
         """The next state of the first breaker that changes."""
         policy = plan.breaker
         counts = self._store.counts(plan.model, int(now) - policy.window)
+        last = self._store.counts(plan.model, int(now) - _LATELY)
         for version in dict.fromkeys((*plan.versions, *plan.last_good, *plan.breakers)):
-            mine, probes, state = counts.get(version, {}), dict[int, Calls](), plan.breakers.get(version)
+            mine, lately = counts.get(version, {}), last.get(version, {})
+            probes, state = dict[int, Calls](), plan.breakers.get(version)
             if state is not None and now - state.since < policy.window:
                 # What was counted before it changed is what it changed for.
-                mine = self._store.counts(plan.model, int(state.since) + 1).get(version, {})
+                since = int(state.since) + 1
+                mine = self._store.counts(plan.model, since).get(version, {})
+                lately = self._store.counts(plan.model, max(since, int(now) - _LATELY)).get(version, {})
             if state is not None and state.state == "half_open":
                 since = int(state.since) - _SKEW
                 probes = calls_by_group(self._store.counts(plan.model, since).get(version, {}), state.epoch)
-            after = advance(policy, state, calls_by_group(mine), probes, now)
+            after = advance(
+                policy, state, calls_by_group(mine), calls_by_group(lately), probes, now, trips_by_group(mine)
+            )
             if after is not None and after != state:
-                return _breaker_change(plan, version, after, mine, total(probes))
+                ends = after.state == "open" and version == plan.candidate
+                ends = ends and (after.group == EVERYBODY or not self._others(plan, after.group, now))
+                return _breaker_change(plan, version, after, total(calls_by_group(mine)), total(probes), ends=ends)
         return None
+
+    def _others(self, plan: RoutingPlan, group: int, now: float) -> bool:
+        """Whether clients of other groups used the model lately."""
+        counts = sum_counts(self._store.counts(plan.model, int(now) - _BASELINE).values())
+        return any(other != group for other in calls_by_group(counts))
 
     def _trial(self, plan: RoutingPlan, now: float) -> _Change | None:
         """Another look of the guards, and what follows from it."""
@@ -369,20 +385,21 @@ def _guards(given: Any, plan: RoutingPlan) -> Guards:
 
 
 def _breaker_change(
-    plan: RoutingPlan, version: str, state: BreakerState, counts: Mapping[str, int], probes: Calls
+    plan: RoutingPlan, version: str, state: BreakerState, calls: Calls, probes: Calls, *, ends: bool
 ) -> _Change:
-    everyone = total(calls_by_group(counts))
+    """`ends`: with it the canary is over."""
     numbers: dict[str, JsonValue] = {
         "version": version,
         "state": state.state,
-        "calls": everyone.calls,
-        "errors": everyone.errors,
+        "for": "everybody" if state.group == EVERYBODY else f"clients of group {state.group}",
+        "calls": calls.calls,
+        "errors": calls.errors,
         "window_seconds": plan.breaker.window,
         "probes": probes.calls,
         "probe_errors": probes.errors,
         "wait_seconds": state.wait,
     }
-    if state.state == "open" and version == plan.candidate:
+    if ends:
         # It is no longer asked, so its breaker has nothing to say; trying it again is a new trial.
         rest = {name: one for name, one in plan.breakers.items() if name != version}
         kind = "canary_rolled_back" if plan.mode == "canary" else "shadow_differs"

@@ -5,6 +5,7 @@
 | `MODEL` | `calls`, `errors`, `ignored` | calls; those that failed by the version's fault; refused, and not its fault |
 | | `lB` | answers of latency bucket B |
 | | `gG.calls`, `gG.errors` | of clients of group G, for the breaker |
+| | `tripped.G` | workers that opened the breaker for group G (-1: for everybody) by themselves |
 | | `bE.gG.calls`, `bE.gG.errors` | probes in a half-open breaker's epoch E |
 | `MODEL@EPOCH` | `gG.keys`, `gG.errors`, `gG.lB` | of keys that are new in this epoch, their first call |
 | | `gG.compared`, `gG.disagreed` | of keys that are new, one row of the first request that two versions answered |
@@ -81,6 +82,12 @@ def calls_by_group(counts: Mapping[str, int], epoch: int | None = None) -> dict[
         for group in range(GROUPS)
     }
     return {group: calls for group, calls in found.items() if calls.calls}
+
+
+def trips_by_group(counts: Mapping[str, int]) -> dict[int, int]:
+    """How many workers opened one version's breaker by themselves, by whom for; -1: for everybody."""
+    found = {group: counts.get(f"tripped.{group}", 0) for group in range(-1, GROUPS)}
+    return {group: trips for group, trips in found.items() if trips}
 
 
 def quantile_bucket(histogram: Mapping[int, int], quantile: float) -> int | None:

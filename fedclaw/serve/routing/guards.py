@@ -60,6 +60,7 @@ _WITHIN = (
     0.5,
 )  # Guesses of the canary's excess, or rate, as a part of the margin or boundary: it is fit to grow.
 _PRIOR_ONES, _PRIOR_KEYS = 0.05, 1.0  # What is guessed of a rate before anything is seen, and its weight.
+_BORNE_OUT = 0.02
 _TINY = 1e-9
 _HALVINGS = 50
 _MOST = 1e300
@@ -142,9 +143,10 @@ def log_e_values(before: Counts, new: Counts, margin: float, boundary: float | N
 def verdict(record: GuardRecord, levels: Levels, least_keys: int, patience: float, now: float) -> Verdict:
     """What the evidence is enough for.
 
-    Against the canary it has to be enough with any one group of clients left out too, unless only one group uses the
-    model. Evidence that hinges on one group holds the canary where it is. If the others then show by themselves that it
-    is within the margin, that group is left out of the verdict; if they do not within `patience` seconds, it counts.
+    Against the canary the others have to bear it out at level `_BORNE_OUT` when any one group of clients is left out,
+    unless only one group uses the model. Evidence that hinges on one group holds the canary where it is. If the others
+    then show by themselves that it is within the margin, that group is left out of the verdict; if they do not within
+    `patience` seconds, it counts.
     """
     against, favour = _log_mean(np.array(record.against)), _log_mean(np.array(record.favour))
     enough, fine = math.log(1 / levels.roll_back), math.log(1 / levels.grow)
@@ -158,7 +160,7 @@ def verdict(record: GuardRecord, levels: Levels, least_keys: int, patience: floa
     record = record.model_copy(update={"crossed": crossed})
     alone = min(present, key=lambda group: float(against[group + 1]))
     numbers |= {"against_without_one_group": _finite(float(against[alone + 1]))}
-    if len(present) == 1 or against[alone + 1] >= enough:
+    if len(present) == 1 or against[alone + 1] >= math.log(1 / _BORNE_OUT):
         return Verdict("roll_back", record, numbers)
     if favour[alone + 1] >= fine:
         keys = record.total[2] - record.seen[alone][2]

@@ -17,6 +17,8 @@ from fedclaw.errors import FedClawError
 from fedclaw.protocol.frozen import Frozen, explain
 
 PREFIX = "routing/"
+EVERYBODY = -1
+"""All groups of clients."""
 FLOOR = 0.05
 """The least share of the keys of an experiment that each of its versions keeps."""
 
@@ -79,6 +81,8 @@ class BreakerState(Frozen):
     since: Seconds
     wait: Annotated[float, Field(gt=0, le=86400)]
     """Seconds from opening to the next probes."""
+    group: Annotated[int, Field(ge=EVERYBODY, lt=1024)] = EVERYBODY
+    """The only group of clients that it is open for."""
 
 
 class RoutingDecision(Frozen):
@@ -179,8 +183,9 @@ class RoutingPlan(Frozen):
         return f"{self.model}@{self.salt}"
 
     def is_open(self, version: str) -> bool:
-        """Whether the version's breaker keeps all but probes from it."""
-        return version in self.breakers and self.breakers[version].state != "closed"
+        """Whether the version's breaker keeps all but probes from it, whoever asks."""
+        state = self.breakers.get(version)
+        return state is not None and state.state != "closed" and state.group == EVERYBODY
 
     def document(self) -> dict[str, JsonValue]:
         """As it lies in the store."""

@@ -23,8 +23,18 @@ from typing import Protocol
 from fedclaw.errors import FedClawError
 from fedclaw.serve.refusals import Code, ServeRefusal
 from fedclaw.serve.requests import VersionChoice
-from fedclaw.serve.routing.breaker import opened, retry_after, should_open
-from fedclaw.serve.routing.counting import BUCKETS, GROUPS, NO_FAULT, Calls, add_calls, bucket_of, group_of, sum_counts
+from fedclaw.serve.routing.breaker import advance, is_open_for, opened, opens_for, retry_after
+from fedclaw.serve.routing.counting import (
+    BUCKETS,
+    GROUPS,
+    NO_FAULT,
+    Calls,
+    add_calls,
+    bucket_of,
+    group_of,
+    sum_counts,
+    total,
+)
 from fedclaw.serve.routing.keys import KeyHash
 from fedclaw.serve.routing.plan import PREFIX, BreakerState, Documents, RoutingPlan, StoredPlan, parse_plan
 
@@ -63,6 +73,10 @@ class _Tally:
         self.group_errors = [0] * GROUPS
         self.other: dict[str, int] = {}
 
+    def count(self, name: str) -> None:
+        """One more."""
+        self.other[name] = self.other.get(name, 0) + 1
+
     def counts(self) -> dict[str, int]:
         """By name."""
         named = {"calls": self.calls, "errors": self.errors, "ignored": self.ignored, **self.other}
@@ -99,12 +113,14 @@ class _Sample:
 class _Route:
     """One plan, made ready for choosing."""
 
-    def __init__(self, stored: StoredPlan, tripped: Mapping[str, BreakerState], clock: Callable[[], float]) -> None:
+    def __init__(self, stored: StoredPlan, own: Mapping[str, BreakerState], clock: Callable[[], float]) -> None:
         self.plan = plan = stored.plan
         self.revision = stored.revision
         self.hash = KeyHash(plan.model, plan.salt)
-        self.states = {**plan.breakers, **tripped}
+        self.own = frozenset(own)
+        self.states = {**plan.breakers, **own}
         self.open = frozenset(version for version, state in self.states.items() if state.state != "closed")
+        """For everybody or for a group."""
         self.tested = plan.mode == "canary"
         self.share = plan.share
         self.scope = plan.test_scope
@@ -113,50 +129,54 @@ class _Route:
         )
         self._clock = clock
         self._probed: dict[str, float] = {}
-        others = (plan.candidate,) if plan.candidate is not None and plan.candidate not in self.open else ()
-        stable_mirrors = others if plan.stable not in self.open else ()
-        self._stable = self._drawn(plan.stable, 1.0 - self.share)
-        self._candidate = self._drawn(plan.candidate, self.share)
-        self._stable_mirrored = self._drawn(plan.stable, 1.0 - self.share, stable_mirrors)
-        self._candidate_mirrored = self._drawn(
-            plan.candidate, self.share, (plan.stable,) if plan.stable not in self.open else ()
-        )
+        healthy = {plan.stable, plan.candidate} - self.open
+        self._stable, self._candidate = self._drawn(plan.stable, ()), self._drawn(plan.candidate, ())
+        other = (plan.candidate,) if plan.candidate in healthy and plan.candidate is not None else ()
+        self._stable_mirrored = self._drawn(plan.stable, other)
+        self._candidate_mirrored = self._drawn(plan.candidate, (plan.stable,) if plan.stable in healthy else ())
 
-    def _drawn(self, version: str | None, propensity: float, mirrors: tuple[str, ...] = ()) -> VersionChoice | None:
-        return None if version is None or version in self.open else VersionChoice(version, propensity, mirrors)
+    def _drawn(self, version: str | None, mirrors: tuple[str, ...]) -> VersionChoice:
+        if version is None:
+            return VersionChoice(self.plan.stable)
+        return VersionChoice(version, self.share if version == self.plan.candidate else 1.0 - self.share, mirrors)
 
-    def choose(self, key: str, assigned: Mapping[str, VersionChoice]) -> VersionChoice | None:
+    def choose(self, key: str, principal: str | None, assigned: Mapping[str, VersionChoice]) -> VersionChoice | None:
         """None: an experiment's key that has no version yet."""
-        plan = self.plan
-        if plan.mode == "single":
-            return self._stable or self.stand_in(plan.stable)
-        if plan.mode == "ab":
-            if (choice := assigned.get(key)) is not None and choice.version in self.open:
-                return self.stand_in(choice.version)
-            return choice
-        if plan.mirror:
-            position = self.hash.position(key)
-            share, mirrored = position.share, position.mirror < plan.mirror
-        else:
-            share, mirrored = self.hash.share(key), False
-        if share < self.share:
-            drawn = self._candidate_mirrored if mirrored else self._candidate
-            return drawn or self.stand_in(plan.candidate or plan.stable)
-        return (self._stable_mirrored if mirrored else self._stable) or self.stand_in(plan.stable)
+        choice = self._draw(key, assigned)
+        if choice is not None and choice.version in self.open:
+            return self.guarded(choice, principal)
+        return choice
 
-    def stand_in(self, version: str) -> VersionChoice:
-        """Who answers for a version whose breaker is open. Raises ServeRefusal if nobody does."""
-        order = tuple(dict.fromkeys((version, self.plan.stable, *self.plan.arms, *self.plan.last_good)))
+    def _draw(self, key: str, assigned: Mapping[str, VersionChoice]) -> VersionChoice | None:
+        mode = self.plan.mode
+        if mode == "single":
+            return self._stable
+        if mode == "ab":
+            return assigned.get(key)
+        if not self.plan.mirror:
+            return self._candidate if self.hash.share(key) < self.share else self._stable
+        position = self.hash.position(key)
+        if position.mirror < self.plan.mirror:
+            return self._candidate_mirrored if position.share < self.share else self._stable_mirrored
+        return self._candidate if position.share < self.share else self._stable
+
+    def guarded(self, choice: VersionChoice, principal: str | None) -> VersionChoice:
+        """`choice`, or who answers for a version whose breaker is open. Raises ServeRefusal if nobody does."""
+        group = None if principal is None else group_of(principal)
+        if not is_open_for(self.states[choice.version], group):
+            return choice
+        order = tuple(dict.fromkeys((choice.version, self.plan.stable, *self.plan.arms, *self.plan.last_good)))
         for other in order:
-            if other not in self.open or self._probe_due(other):
+            if not is_open_for(self.states.get(other), group) or self._probe_due(other):
                 return VersionChoice(other, 0.0)
         raise self._nobody(order)
 
-    def insisted(self, version: str) -> VersionChoice:
+    def insisted(self, version: str, principal: str | None) -> VersionChoice:
         """The version that a client names. Raises ServeRefusal."""
         if version not in self.insistable:
             raise ServeRefusal("not_found", f"model {self.plan.model} has no version {version:.64} to ask for")
-        if version in self.open and not self._probe_due(version):
+        group = None if principal is None else group_of(principal)
+        if is_open_for(self.states.get(version), group) and not self._probe_due(version):
             raise self._nobody((version,))
         return VersionChoice(version, 0.0)
 
@@ -186,10 +206,13 @@ class _Route:
 
 @dataclass(slots=True)
 class _Watch:
-    """A version's calls of the last seconds in this worker, and whether they opened the breaker here."""
+    """A version's calls of the last seconds in this worker, and the breaker that they opened here."""
 
     recent: deque[tuple[float, dict[int, Calls]]] = field(default_factory=deque)
-    tripped: BreakerState | None = None
+    own: BreakerState | None = None
+    """None: the plan's holds."""
+    probes: dict[int, Calls] = field(default_factory=dict)
+    """In `own` while it is half-open."""
 
 
 @dataclass(slots=True)
@@ -250,25 +273,28 @@ class Router:
         """Names of the models that have a plan."""
         return tuple(self._routes)
 
-    def choose(self, model: str, key: str, wanted_version: str | None = None) -> VersionChoice | None:
-        """Which version answers a request with this routing key. None: `await assign(model, key)` says it.
+    def choose(
+        self, model: str, key: str, wanted_version: str | None = None, principal: str | None = None
+    ) -> VersionChoice | None:
+        """Which version answers a request with this routing key. None: `await assign(model, key, principal)` says it.
 
+        `principal` is who asks: a breaker that only its own failures opened is open for it, and for nobody else.
         Raises ServeRefusal: no such model or version, or none that answers now.
         """
         route = self._routes.get(model)
         if route is None:
             raise ServeRefusal("not_found", f"no model {model:.100}")
         if wanted_version is not None:
-            return route.insisted(wanted_version)
-        return route.choose(key, self._assigned.get(model, _NOBODY))
+            return route.insisted(wanted_version, principal)
+        return route.choose(key, principal, self._assigned.get(model, _NOBODY))
 
-    async def assign(self, model: str, key: str) -> VersionChoice:
+    async def assign(self, model: str, key: str, principal: str | None = None) -> VersionChoice:
         """Give an experiment's new key its version, once for all workers and nodes, and choose by it."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[VersionChoice] = loop.create_future()
         self._asked.put(_Asked(model, key, loop, answer))
         drawn = await answer
-        return self.choose(model, key) or drawn
+        return self.choose(model, key, principal=principal) or drawn
 
     def record(
         self, choice: VersionChoice, *, model: str, key: str, principal: str, seconds: float, code: Code | None = None
@@ -302,10 +328,10 @@ class Router:
                 self._observe(route, version, key, group, bucket)
             elif code == "deadline_exceeded" and seconds >= _LATE:
                 self._observe(route, version, key, group, BUCKETS - 1)
-        if bucket is None and not ignored and version not in route.open:
-            self._look_at(route, version)
-        elif version in route.open and not ignored:
+        if not ignored and version in route.open and is_open_for(route.states[version], group):
             self._record_probe(route, version, group, failed=bucket is None)
+        elif not ignored and bucket is None:
+            self._look_at(route, version)
 
     def record_comparison(self, model: str, version: str, *, key: str, principal: str, agrees: bool) -> None:
         """What came of a request that `version` saw as a mirror: whether it agrees in the row that is looked at
@@ -315,8 +341,9 @@ class Router:
             return
         with self._lock:
             tally = self._tallies.setdefault((model, version), _Tally())
-            for name in ("mirrored", "mirror_disagreed")[: 1 if agrees else 2]:
-                tally.other[name] = tally.other.get(name, 0) + 1
+            tally.count("mirrored")
+            if not agrees:
+                tally.count("mirror_disagreed")
         candidate = route.plan.candidate
         if candidate is not None and version in (candidate, route.plan.stable):
             group = self._group_of(principal)
@@ -373,11 +400,11 @@ class Router:
                 self._complained[f"plan {model}"] = str(error)
                 log.error("%s", error)
             return
-        for version in {*stored.plan.breakers}:
-            # What the control process decided replaces what this worker saw alone.
+        for version in stored.plan.breakers:
             watch = self._watches.get((model, version))
             if watch is not None and (before is None or _differs(before.plan, stored.plan, version)):
-                watch.tripped = None
+                # What the control process decided replaces what this worker saw alone.
+                watch.own = None
                 watch.recent.clear()
         if before is not None and before.plan.salt != stored.plan.salt:
             self._assigned.pop(model, None)
@@ -386,9 +413,9 @@ class Router:
 
     def _ready(self, stored: StoredPlan) -> None:
         model = stored.plan.model
-        watched = {version: watch.tripped for (of, version), watch in self._watches.items() if of == model}
-        tripped = {version: state for version, state in watched.items() if state is not None}
-        self._routes[model] = _Route(stored, tripped, self._clock)
+        watched = {version: watch.own for (of, version), watch in self._watches.items() if of == model}
+        own = {version: state for version, state in watched.items() if state is not None}
+        self._routes[model] = _Route(stored, own, self._clock)
 
     def _group_of(self, principal: str) -> int:
         group = self._groups.get(principal)
@@ -418,47 +445,55 @@ class Router:
             sample.offer(f"{kind}{unit:016x}", tuple(f"g{group}.{name}" for name in names))
 
     def _record_probe(self, route: _Route, version: str, group: int, *, failed: bool) -> None:
-        state = route.states[version]
+        state, model = route.states[version], route.plan.model
         if state.state != "half_open":
             return
-        names = (f"b{state.epoch}.g{group}.calls", f"b{state.epoch}.g{group}.errors")[: 2 if failed else 1]
         with self._lock:
-            tally = self._tallies.setdefault((route.plan.model, version), _Tally())
-            for name in names:
-                tally.other[name] = tally.other.get(name, 0) + 1
+            if version in route.own:
+                probes = self._watches[model, version].probes
+                probes.update(add_calls((probes, {group: Calls(1, int(failed))})))
+                return
+            tally = self._tallies.setdefault((model, version), _Tally())
+            tally.count(f"b{state.epoch}.g{group}.calls")
+            if failed:
+                tally.count(f"b{state.epoch}.g{group}.errors")
 
     def _look_at(self, route: _Route, version: str) -> None:
         """After a failure: whether this worker's own calls open the breaker."""
-        model, now = route.plan.model, self._clock()
+        model, now, policy = route.plan.model, self._clock(), route.plan.breaker
         with self._lock:
             watch = self._watches.setdefault((model, version), _Watch())
-            policy = route.plan.breaker
             recent = [calls for at, calls in watch.recent if at > now - policy.window]
-            if (tally := self._tallies.get((model, version))) is not None:
-                recent.append(tally.by_group())
-            if not should_open(policy, add_calls(recent)):
+            tally = self._tallies.setdefault((model, version), _Tally())
+            recent.append(tally.by_group())
+            group = opens_for(policy, add_calls(recent), add_calls(_last(recent, policy.least_calls)))
+            state = route.states.get(version)
+            if group is None or is_open_for(state, group):
                 return
-            watch.tripped = opened(policy, route.states.get(version), now)
+            watch.own = opened(policy, state, now, group)
             watch.recent.clear()
-        log.warning("model %s: version %s fails; this worker does not ask it for now", model, version)
+            tally.count(f"tripped.{group}")
+        log.warning("model %s: version %s fails; this worker asks it no more for now", model, version)
         self._ready(StoredPlan(route.revision, route.plan))
         self._wake.set()
 
     def _remember(self, tallies: Mapping[tuple[str, str], _Tally], now: float) -> None:
-        """Keep the calls of the last window for `_look_at`, and end what it opened and the plan did not take over."""
+        """Keep the calls of the last window for `_look_at`, and move on the breakers that it opened."""
         with self._lock:
             for place, tally in tallies.items():
                 if tally.calls:
                     self._watches.setdefault(place, _Watch()).recent.append((now, tally.by_group()))
         for (model, version), watch in list(self._watches.items()):
-            route = self._routes.get(model)
-            window = route.plan.breaker.window if route is not None else 0
-            while watch.recent and watch.recent[0][0] <= now - window:
+            if (route := self._routes.get(model)) is None:
+                del self._watches[model, version]
+                continue
+            while watch.recent and watch.recent[0][0] <= now - route.plan.breaker.window:
                 watch.recent.popleft()
-            over = watch.tripped is not None and now >= watch.tripped.since + watch.tripped.wait
-            if over and route is not None:
-                watch.tripped = None
-                log.info("model %s: this worker asks version %s again", model, version)
+            if watch.own is None or watch.own.state == "closed":
+                continue
+            after = advance(route.plan.breaker, watch.own, {}, {}, watch.probes, now)
+            if after != watch.own:
+                watch.own, watch.probes = after, {}
                 self._ready(StoredPlan(route.revision, route.plan))
 
     def _keep_up(self) -> None:
@@ -541,6 +576,16 @@ class Router:
 
 
 _NOBODY: Mapping[str, VersionChoice] = {}
+
+
+def _last(recent: list[dict[int, Calls]], least: int) -> list[dict[int, Calls]]:
+    """The newest of them, until they hold so many calls."""
+    held, kept = 0, list[dict[int, Calls]]()
+    for calls in reversed(recent):
+        kept.append(calls)
+        if (held := held + total(calls).calls) >= least:
+            break
+    return kept
 
 
 def _by_version(

@@ -50,8 +50,10 @@ def compare(
     """
     ours, theirs = answered.outputs, mirrored.outputs
     rows = max((len(output) for output in ours.values()), default=0)
+    if not rows:
+        return OutputComparison(0, 0, 0, 0.0, agrees=True)
     if ours.keys() != theirs.keys() or any(ours[name].shape[:1] != theirs[name].shape[:1] for name in ours):
-        return OutputComparison(rows, rows, 0, float("inf"), agrees=rows == 0)
+        return OutputComparison(rows, rows, 0, float("inf"), agrees=False)
     refused = _refused(answered, rows), _refused(mirrored, rows)
     both = ~refused[0] & ~refused[1]
     labels = both & _labels_differ(answered, mirrored, rows)
@@ -59,13 +61,12 @@ def compare(
     differs = (refused[0] != refused[1]) | labels
     if LABEL not in ours:
         differs |= numbers > tolerance
-    drawn = int(draw * rows)
     return OutputComparison(
         rows=rows,
         labels_differ=int(labels.sum()),
         refused_differ=int((refused[0] != refused[1]).sum()),
         largest_difference=float(numbers.max(initial=0.0)),
-        agrees=rows == 0 or not bool(differs[drawn]),
+        agrees=not differs[int(draw * rows)],
     )
 
 
@@ -88,7 +89,7 @@ class Mirror:
         if len(self._tasks) >= self._limit:
             self.dropped += 1
             return False
-        task = asyncio.get_running_loop().create_task(_quietly(ask()))
+        task = asyncio.get_running_loop().create_task(_quietly(ask))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
@@ -100,20 +101,18 @@ class Mirror:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _quietly(asked: Awaitable[None]) -> None:
+async def _quietly(ask: Callable[[], Awaitable[None]]) -> None:
     try:
-        await asked
+        await ask()
     except Exception:
         log.debug("a mirrored request failed", exc_info=True)
 
 
 def _refused(response: InferenceResponse, rows: int) -> NDArray[np.bool_]:
-    found = response.outputs.get(REFUSED)
-    return (
-        np.zeros(rows, bool)
-        if found is None
-        else np.asarray(np.logical_or.reduce(np.asarray(found, bool).reshape(rows, -1), axis=1), bool)
-    )
+    if REFUSED not in response.outputs:
+        return np.zeros(rows, bool)
+    told = np.asarray(response.outputs[REFUSED], bool).reshape(rows, -1)
+    return np.asarray(np.logical_or.reduce(told, axis=1), bool)
 
 
 def _labels_differ(ours: InferenceResponse, theirs: InferenceResponse, rows: int) -> NDArray[np.bool_]:

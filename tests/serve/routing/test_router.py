@@ -41,8 +41,8 @@ def versions(router: Router, keys: Iterable[str] = KEYS) -> list[str]:
     return [chosen(router, key).version for key in keys]
 
 
-def chosen(router: Router, key: str) -> VersionChoice:
-    choice = router.choose("m", key)
+def chosen(router: Router, key: str, principal: str = "p") -> VersionChoice:
+    choice = router.choose("m", key, principal=principal)
     assert choice is not None
     return choice
 
@@ -311,12 +311,25 @@ def test_a_worker_opens_a_breaker_for_itself_at_once(router: Router, put: Put, c
         record(router, "v1", "k", code="internal")
         failed += 1
     assert failed == 20
-    clock.now += 4.9
-    router.push()
-    assert chosen(router, "k") == VersionChoice("v0", 0.0)
-    clock.now += 0.2
-    router.push()
+    assert len(failures(router, 6, clock)) == 1  # A probe, when the wait is over.
+    assert len(failures(router, 20, clock)) == 4 + 5  # Then the rest, and as many after twice the wait.
+    for _ in range(30):
+        clock.now += 1
+        record(router, chosen(router, "k").version, "k")
+        router.push()
     assert chosen(router, "k") == VersionChoice("v1")
+
+
+def failures(router: Router, seconds: int, clock: Clock) -> list[str]:
+    """Of four requests a second, those that `v1` answered: it fails."""
+    found = []
+    for _ in range(4 * seconds):
+        clock.now += 0.25
+        version = chosen(router, "k").version
+        record(router, version, "k", code="internal" if version == "v1" else None)
+        found += [version] if version == "v1" else []
+        router.push()
+    return found
 
 
 def test_clients_faults_and_overload_open_nothing(router: Router, put: Put):
@@ -328,12 +341,16 @@ def test_clients_faults_and_overload_open_nothing(router: Router, put: Put):
     assert chosen(router, "k") == VersionChoice("v1")
 
 
-def test_one_client_alone_does_not_open_a_breaker(router: Router, put: Put):
+def test_one_client_alone_opens_a_breaker_for_itself(router: Router, put: Put):
     put(last_good=("v0",))
     router.refresh()
     for number in range(30):
         record(router, "v1", f"k{number}", principal=("north", "south")[number % 2])
     for number in range(3_000):
         record(router, "v1", f"k{number}", principal="hostile", code="internal")
-    assert group_of("hostile") not in {group_of("north"), group_of("south")}
-    assert chosen(router, "k") == VersionChoice("v1")
+    assert group_of("hostile") not in {group_of("north"), group_of("south"), group_of("new")}
+    assert chosen(router, "k", "hostile") == VersionChoice("v0", 0.0)
+    assert chosen(router, "k", "north") == chosen(router, "k", "new") == VersionChoice("v1")
+    assert router.choose("m", "k", "v1", "north") == VersionChoice("v1", 0.0)
+    with refused("unavailable"):
+        router.choose("m", "k", "v1", "hostile")

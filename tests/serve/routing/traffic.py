@@ -86,7 +86,7 @@ class Town:
     def request(self, router: Router, key: str, client: str, *, fails: float | None = None) -> str | None:
         """One request; returns the version that answered, or None if nobody did."""
         try:
-            choice = router.choose("m", key)
+            choice = router.choose("m", key, principal=client)
         except ServeRefusal:
             self.failed["nobody"] += 1
             return None
