@@ -60,6 +60,8 @@ class ServeRefusal(FedClawError):
         self.code: Code = code
         self.retry_after = retry_after
         """Seconds after which it is worth trying again; None: trying again does not help."""
+        self.noted = False
+        """Whether it is counted and in the audit log."""
         self.challenge = challenge
         """The value of the header WWW-Authenticate, which goes with 401 and 403."""
 

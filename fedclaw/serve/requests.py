@@ -27,6 +27,17 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, from where, and how."""
+
+    principal: Principal
+    peer: str
+    """The address that the connection comes from; behind a proxy, the proxy's."""
+    protocol: str
+    """rest, predict, grpc, feedback or admin."""
+
+
+@dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """Rows to be answered. All columns have the N rows, and the types and shapes that the model's columns say."""
 

@@ -11,7 +11,7 @@ from fedclaw.export.check import TrustSettings
 from fedclaw.export.runtime import Device
 from fedclaw.protocol.frozen import Frozen
 
-MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
 """Of a model or a version: it stands in paths of URLs, in scopes and in logs."""
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -76,15 +76,15 @@ class TlsSettings(Frozen):
     client_ca: Path | None = None
     """Clients must show a certificate of this CA (mutual TLS)."""
     client_crl: Path | None = None
-    off: bool = False
+    disabled: bool = False
     """Only for an address that this machine alone reaches, or behind a proxy on it."""
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if (self.certificate is None) != (self.private_key is None):
             raise ValueError("certificate and private_key belong together")
-        if self.off and self.certificate is not None:
-            raise ValueError("off and certificate contradict each other")
+        if self.disabled and self.certificate is not None:
+            raise ValueError("disabled and certificate contradict each other")
         if self.client_crl is not None and self.client_ca is None:
             raise ValueError("client_crl needs client_ca")
         return self
@@ -100,7 +100,7 @@ class TokenSettings(Frozen):
     issuer: str | None = None
     audience: str | None = None
     algorithms: tuple[Literal["ES256", "RS256"], ...] = Field(default=("ES256", "RS256"), min_length=1)
-    off: bool = False
+    disabled: bool = False
     """Everybody may ask for everything; only for an address that this machine alone reaches."""
 
     @model_validator(mode="after")
@@ -108,8 +108,8 @@ class TokenSettings(Frozen):
         given = (self.jwks, self.issuer, self.audience)
         if any(item is not None for item in given) and None in given:
             raise ValueError("jwks, issuer and audience belong together")
-        if self.off and self.jwks is not None:
-            raise ValueError("off and jwks contradict each other")
+        if self.disabled and self.jwks is not None:
+            raise ValueError("disabled and jwks contradict each other")
         return self
 
 
@@ -135,7 +135,7 @@ class LimitSettings(Frozen):
 class BatchSettings(Frozen):
     """How rows of several requests are answered together."""
 
-    mode: Literal["auto", "on", "off"] = "auto"
+    mode: Literal["auto", "always", "never"] = "auto"
     """auto: where it was measured to pay, at start."""
     rows: int | None = Field(default=None, ge=1)
     """At most in a batch; null: measured."""
@@ -148,7 +148,7 @@ class BatchSettings(Frozen):
 class AuditLogSettings(Frozen):
     """The log of who asked what."""
 
-    inputs: Literal["no", "digest", "full"] = "no"
+    inputs: Literal["none", "digest", "full"] = "none"
     sync_seconds: float = Field(default=1.0, ge=0)
     """How often lines are flushed to the disk, which only a crash of the whole machine loses; 0: each one."""
     when_full: Literal["refuse", "go_on"] = "refuse"
@@ -247,16 +247,16 @@ class NodeSettings(TrustSettings):
     @model_validator(mode="after")
     def _secure(self) -> Self:
         hosts = {self.host, self.admin.host}
-        for name, off, given in (
-            ("tls", self.tls.off, self.tls.certificate is not None),
-            ("tokens", self.tokens.off, self.tokens.jwks is not None),
+        for name, disabled, given in (
+            ("tls", self.tls.disabled, self.tls.certificate is not None),
+            ("tokens", self.tokens.disabled, self.tokens.jwks is not None),
         ):
-            if off and (outside := sorted(host for host in hosts if not is_loopback(host))):
+            if disabled and (outside := sorted(host for host in hosts if not is_loopback(host))):
                 raise ValueError(
-                    f"{name}.off=true is only for an address that this machine alone reaches, and "
+                    f"{name}.disabled=true is only for an address that this machine alone reaches, and "
                     f"{', '.join(outside)} is none"
                 )
-            if not off and not given:
+            if not disabled and not given:
                 raise ValueError(_MISSING[name])
         return self
 
@@ -270,7 +270,7 @@ class NodeSettings(TrustSettings):
 
 
 _MISSING = {
-    "tls": "give tls.certificate= and tls.private_key=, or, for trying it on this machine alone, tls.off=true",
+    "tls": "give tls.certificate= and tls.private_key=, or, for trying it on this machine alone, tls.disabled=true",
     "tokens": "give tokens.jwks=, tokens.issuer= and tokens.audience= (`python -m fedclaw.serve keys` makes a key "
-    "where there is no identity provider), or, for trying it on this machine alone, tokens.off=true",
+    "where there is no identity provider), or, for trying it on this machine alone, tokens.disabled=true",
 }

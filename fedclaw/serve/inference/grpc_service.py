@@ -24,7 +24,7 @@ from fedclaw.serve.inference.protocol import open_inference_pb2 as messages
 from fedclaw.serve.inference.rest import Asker, RequestReader, deadline_of, identity_of, key_of, require_supported
 from fedclaw.serve.inference.tensors import OF_OUTPUT, ColumnTensor, as_bytes
 from fedclaw.serve.refusals import Code, ServeRefusal
-from fedclaw.serve.requests import InferenceRequest, InferenceResponse, Principal
+from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse
 
 LOG = logging.getLogger(__name__)
 AUTHORIZATION, KEY, RETRY_AFTER, CODE = "authorization", "fedclaw-key", "retry-after", "fedclaw-code"
@@ -163,29 +163,30 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         return messages.ServerReadyResponse(ready=self._node.ready)
 
     async def _model_ready(self, request: Any, context: Any) -> Any:
-        principal, _ = self._who(context)
-        return messages.ModelReadyResponse(ready=self._node.is_ready(principal, request.name, request.version or None))
+        caller, _ = await self._who(context)
+        ready = self._node.is_ready(caller.principal, request.name, request.version or None)
+        return messages.ModelReadyResponse(ready=ready)
 
     async def _server_metadata(self, _request: Any, context: Any) -> Any:
-        self._who(context)
+        await self._who(context)
         return messages.ServerMetadataResponse(**server_metadata())
 
     async def _model_metadata(self, request: Any, context: Any) -> Any:
-        principal, _ = self._who(context)
-        reader = self._node.reader(principal, request.name, request.version or None)
+        caller, _ = await self._who(context)
+        reader = self._node.reader(caller.principal, request.name, request.version or None)
         return messages.ModelMetadataResponse(**model_metadata(reader.model))
 
     async def _model_infer(self, message: Any, context: Any) -> Any:
-        principal, key = self._who(context)
-        reader = self._node.reader(principal, message.model_name, message.model_version or None)
+        caller, key = await self._who(context)
+        reader = self._node.reader(caller.principal, message.model_name, message.model_version or None)
         left = context.time_remaining()
         deadline = None if left is None else monotonic() + left
-        request, raw = read_request(reader, message, Asker(principal.name, key), deadline)
-        response, headers = await self._node.infer(principal, request)
+        request, raw = read_request(reader, message, Asker(caller.principal.name, key), deadline)
+        response, headers = await self._node.infer(caller, request)
         context.set_trailing_metadata(tuple(headers.items()))
         return write_answer(response, headers, raw)
 
-    def _who(self, context: Any) -> tuple[Principal, str | None]:
+    async def _who(self, context: Any) -> tuple[Caller, str | None]:
         """Who asks, and by what the request is to be routed. Raises ServeRefusal."""
         authorization, key = None, None
         for name, value in context.invocation_metadata():
@@ -193,7 +194,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
                 authorization = value.encode() if isinstance(value, str) else value
             elif name == KEY:
                 key = value
-        return self._node.authenticate(authorization), key
+        return await self._node.admit(authorization, context.peer(), "grpc"), key
 
 
 def _refusing(call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:

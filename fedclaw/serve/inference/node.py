@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from fedclaw.serve.inference.rest import RequestReader
-from fedclaw.serve.requests import InferenceRequest, InferenceResponse, Principal
+from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal
 
 Headers = Mapping[str, str]
 """Of an answer: `fedclaw-version`, `fedclaw-prediction`."""
@@ -24,8 +24,8 @@ class Node(Protocol):
     def ready(self) -> bool:
         """Whether all models that are to be served are loaded and warm."""
 
-    def authenticate(self, authorization: bytes | None) -> Principal:
-        """Who asks, by the `authorization` header. Raises ServeRefusal."""
+    async def admit(self, authorization: bytes | None, peer: str, protocol: str) -> Caller:
+        """Who asks, by the `authorization` header; not more often than it may. Raises ServeRefusal."""
 
     def models(self, principal: Principal) -> Sequence[str]:
         """Names of the models that `principal` may ask, sorted."""
@@ -40,5 +40,7 @@ class Node(Protocol):
     def is_ready(self, principal: Principal, model: str, version: str | None = None) -> bool:
         """Whether that version answers now; False for what `principal` may not ask."""
 
-    async def infer(self, principal: Principal, request: InferenceRequest) -> tuple[InferenceResponse, Headers]:
-        """Route and answer. Raises ServeRefusal."""
+    async def infer(
+        self, caller: Caller, request: InferenceRequest, body: bytes | None = None
+    ) -> tuple[InferenceResponse, Headers]:
+        """Route and answer; `body` is what the audit log may keep of the inputs. Raises ServeRefusal."""

@@ -19,7 +19,7 @@ from fedclaw.serve.inference.grpc_service import add_inference, server_options
 from fedclaw.serve.inference.node import Headers
 from fedclaw.serve.inference.rest import RequestReader
 from fedclaw.serve.refusals import ServeRefusal
-from fedclaw.serve.requests import InferenceRequest, InferenceResponse, Principal
+from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal
 
 VERSION = "0123456789ab"
 TOKEN = "Bearer right"
@@ -49,10 +49,10 @@ class SmallNode:
             self._readers[name] = RequestReader(description)
             self._sessions[name] = open_session(verified.contents[PIPELINE], PIPELINE, "serve", threads=1)
 
-    def authenticate(self, authorization: bytes | None) -> Principal:
+    async def admit(self, authorization: bytes | None, peer: str, protocol: str) -> Caller:
         if authorization not in PEOPLE:
             raise ServeRefusal("unauthenticated", "no valid token")
-        return PEOPLE[authorization]
+        return Caller(PEOPLE[authorization], peer, protocol)
 
     def models(self, principal: Principal) -> Sequence[str]:
         return sorted(name for name in self._readers if principal.may("predict", name))
@@ -65,7 +65,9 @@ class SmallNode:
     def is_ready(self, principal: Principal, model: str, version: str | None = None) -> bool:
         return model in self.models(principal) and version in {None, VERSION}
 
-    async def infer(self, principal: Principal, request: InferenceRequest) -> tuple[InferenceResponse, Headers]:
+    async def infer(
+        self, caller: Caller, request: InferenceRequest, body: bytes | None = None
+    ) -> tuple[InferenceResponse, Headers]:
         self.seen.append(request)
         if request.identity == "break":
             raise RuntimeError("a secret of the node")

@@ -1,0 +1,100 @@
+"""`python -m fedclaw.serve`: take in the bundles, start the processes, and stay until told to stop."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from fedclaw import startup
+from fedclaw.cli import expanded, require_paths
+from fedclaw.errors import UsageError
+from fedclaw.export.layout import Manifest
+from fedclaw.serve.home import DATABASE, NodeHome, trust_of
+from fedclaw.serve.models.bundle_store import BundleStore
+from fedclaw.serve.releases import first_release
+from fedclaw.serve.security.rate_limits import RateTable
+from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
+from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.supervisor import ReservedPorts, Supervisor
+from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
+
+log = logging.getLogger("fedclaw.serve")
+
+CONFIGURATION = "configuration"
+
+
+def serve(settings: NodeSettings, console: Console) -> None:
+    """Serve until a signal comes. Raises FedClawError when the node cannot start."""
+    from fedclaw.serve.control import run_control
+    from fedclaw.serve.worker import run_worker
+
+    _require_some_model(settings)
+    require_paths(ca=settings.ca, federation=settings.federation, crl=settings.crl)
+    home = NodeHome.make(expanded(settings.state))
+    settings = settings.model_copy(update={"state": home.root})
+    startup.next_step("give the same command again: what was served is served on")
+    take_in(settings, home)
+    RateTable.create(home.rates)
+    reserved = ReservedPorts(settings)
+    supervisor = Supervisor(settings, reserved.ports, run_worker, run_control)
+    try:
+        supervisor.start()
+        _tell(settings, reserved, console)
+        supervisor.watch()
+    finally:
+        supervisor.stop()
+        reserved.close()
+
+
+def take_in(settings: NodeSettings, home: NodeHome) -> None:
+    """Verify and copy the bundles that the settings name, and let their newest versions answer.
+
+    Raises FedClawError, and then nothing is served otherwise than before.
+    """
+    trust, bundles = trust_of(settings), BundleStore(home.bundles)
+    taken: list[tuple[str, ModelSettings, Sequence[tuple[VersionSettings, str, Manifest]]]] = []
+    for name, model in _models(settings).items():
+        found: list[tuple[VersionSettings, str, Manifest]] = []
+        for version in model.listed:
+            require_paths(bundle=version.bundle)
+            digest = bundles.put(expanded(version.bundle), trust)
+            found.append((version, digest, bundles.open(digest, trust).manifest))
+        taken.append((name or found[-1][2].run, model, found))
+    with StateStore.open(home.database(settings.database)) as store:
+        catalogue = VersionCatalogue(store)
+        for name, model, versions in taken:
+            entry = ModelEntry(versions={}, precision=model.precision, pinned=model.pinned)
+            for version, digest, manifest in versions:
+                added = catalogue.add(name, version.name, digest, manifest.run, CONFIGURATION, entry)
+            first_release(store, name, added)
+        if not catalogue.models():
+            raise UsageError("there is no model to serve: give bundle=PATH, or models={NAME: {bundle: PATH}}")
+
+
+def _models(settings: NodeSettings) -> Mapping[str, ModelSettings]:
+    """By name; '' is the name of the bundle's run."""
+    if settings.bundle is None:
+        return settings.models
+    return {settings.model or "": ModelSettings(bundle=settings.bundle)}
+
+
+def _require_some_model(settings: NodeSettings) -> None:
+    known = (expanded(settings.state) / DATABASE).exists() or settings.database is not None
+    if settings.bundle is None and not settings.models and not known:
+        raise UsageError("there is no model to serve: give bundle=PATH, or models={NAME: {bundle: PATH}}")
+
+
+def _tell(settings: NodeSettings, reserved: ReservedPorts, console: Console) -> None:
+    scheme, ports = "http" if settings.tls.disabled else "https", reserved.ports
+    lines = [f"ready     {scheme}://{settings.host}:{ports.http}   (docs at /docs)"]
+    if ports.grpc is not None:
+        lines.append(f"grpc      {settings.host}:{ports.grpc}")
+    lines.append(f"admin     {scheme}://{settings.admin.host}:{ports.admin}")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    if settings.tls.disabled:
+        log.warning("TLS is off: requests and answers are in the clear")
+    if settings.tokens.disabled:
+        log.warning("tokens are off: whoever reaches these ports can ask for everything")
+    log.info("process %d holds the node together; stop it with Ctrl-C or SIGTERM", os.getpid())

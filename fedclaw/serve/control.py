@@ -1,0 +1,257 @@
+"""The control process of a node: the admin port, the metrics, and the decisions about versions.
+
+Everything on the admin port needs a token with an admin scope, but its health. Several nodes may share a state store;
+the control process of each makes decisions, and compare-and-swap lets one of them be the first.
+"""
+
+import asyncio
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from fedclaw.errors import FedClawError
+from fedclaw.serve import releases
+from fedclaw.serve.admission import Authentication, authentication_of, tls_context
+from fedclaw.serve.app import refused
+from fedclaw.serve.bundle_archive import MEDIA_TYPE, unpack
+from fedclaw.serve.home import NodeHome, trust_of
+from fedclaw.serve.http_server import HttpServer, run_until_stopped
+from fedclaw.serve.models.bundle_store import BundleStore
+from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.security.scopes import require
+from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.supervisor import Launch, read_processes
+from fedclaw.serve.version_catalogue import VersionCatalogue
+
+log = logging.getLogger("fedclaw.serve")
+
+PERIOD = 0.25
+MOST_BUNDLE_BYTES = 16 << 30
+MOST_BODY = 1 << 16
+
+
+class AdminPort:
+    """The routes of the admin port."""
+
+    def __init__(self, launch: Launch, store: StateStore, authentication: Authentication, metrics: Any) -> None:
+        self.settings = launch.settings
+        self.home = NodeHome(launch.settings.state)
+        self.store, self.catalogue = store, VersionCatalogue(store)
+        self.bundles = BundleStore(self.home.bundles)
+        self.trust = trust_of(launch.settings)
+        self.metrics = metrics
+        self._authentication = authentication
+        model = "/admin/models/{model}"
+        self.app = Starlette(
+            routes=[
+                Route("/admin/health", _health),
+                Route("/metrics", self._route("read", self._metrics)),
+                Route("/admin/node", self._route("read", self._node)),
+                Route("/admin/events", self._route("read", self._events)),
+                Route("/admin/models", self._route("read", self._models)),
+                Route(model, self._route("read", self._model)),
+                Route(f"{model}/events", self._route("read", self._events)),
+                Route(f"{model}/release", self._route("read", self._release)),
+                Route(f"{model}/versions", self._route("publish", self._add_version), methods=["POST"]),
+                Route(
+                    f"{model}/versions/{{version}}", self._route("publish", self._remove_version), methods=["DELETE"]
+                ),
+                Route(f"{model}/release", self._route("publish", self._begin_release), methods=["POST"]),
+                Route(f"{model}/{{operation:str}}", self._route("route", self._operate), methods=["POST"]),
+            ],
+        )
+
+    def _route(self, action: str, handler: Callable[[Request, str], Awaitable[Any]]) -> Any:
+        async def answer(request: Request) -> Response:
+            try:
+                header = request.headers.get("authorization")
+                principal = await self._authentication.admit(None if header is None else header.encode("latin-1"))
+                require(principal, "admin", action)
+                found = await handler(request, principal.name)
+            except ServeRefusal as refusal:
+                return _refused(refusal)
+            except FedClawError as error:
+                return _refused(ServeRefusal("unprocessable", str(error)))
+            except Exception as error:
+                log.error("the admin port failed: %s", type(error).__name__, exc_info=error)
+                return _refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
+            return found if isinstance(found, Response) else _json(found)
+
+        return answer
+
+    async def _metrics(self, request: Request, by: str) -> Response:
+        content, media_type = await asyncio.to_thread(self.metrics.render, request.headers.get("accept"))
+        return Response(content, media_type=media_type)
+
+    async def _node(self, request: Request, by: str) -> Any:
+        workers = await asyncio.to_thread(self.store.workers)
+        return {
+            "name": self.settings.name,
+            "processes": list(read_processes(self.settings.state)),
+            "workers": [
+                {"node": beat.node, "worker": beat.worker, "ready": list(beat.ready), "age": round(beat.age, 2)}
+                for beat in workers
+            ],
+        }
+
+    async def _models(self, request: Request, by: str) -> Any:
+        names = await asyncio.to_thread(self.catalogue.models)
+        return [await asyncio.to_thread(releases.describe, self.store, name) for name in names]
+
+    async def _model(self, request: Request, by: str) -> Any:
+        return await asyncio.to_thread(releases.describe, self.store, request.path_params["model"])
+
+    async def _events(self, request: Request, by: str) -> Any:
+        model = request.path_params.get("model")
+        limit = request.query_params.get("limit", "100")
+        if not limit.isdigit() or not 0 < int(limit) <= 10_000:
+            raise ServeRefusal("bad_request", "limit is a whole number from 1 to 10000")
+        events = await asyncio.to_thread(self.store.events, model, int(limit))
+        return [
+            {"number": event.number, "time": event.time, "kind": event.kind, "model": event.model, **event.body}
+            for event in events
+        ]
+
+    async def _release(self, request: Request, by: str) -> Any:
+        return await asyncio.to_thread(releases.progress, self.store, request.path_params["model"])
+
+    async def _begin_release(self, request: Request, by: str) -> Any:
+        body = await _body(request)
+        version, mode = body.get("version"), body.get("mode") or self.settings.release.mode
+        if not isinstance(version, str) or mode not in {"canary", "shadow", "at_once"}:
+            raise ServeRefusal("bad_request", "give a version, and as mode canary, shadow or at_once")
+        model = request.path_params["model"]
+        return await asyncio.to_thread(releases.begin, self.store, model, version, self.settings.release, mode, by)
+
+    async def _operate(self, request: Request, by: str) -> Any:
+        body = await _body(request)
+        model, operation = request.path_params["model"], request.path_params["operation"]
+        return await asyncio.to_thread(releases.operate, self.store, model, operation, body, by)
+
+    async def _add_version(self, request: Request, by: str) -> Any:
+        """Take a bundle: nothing of it is believed before its copy in the store has verified."""
+        model, version = request.path_params["model"], request.query_params.get("version")
+        releases.require_names(model, version)
+        if request.headers.get("content-type", "").partition(";")[0].strip() != MEDIA_TYPE:
+            raise ServeRefusal("unsupported_media_type", f"a bundle is sent as {MEDIA_TYPE}")
+        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self.home.root, prefix=".incoming."))
+        try:
+            archive = directory / "archive"
+            with archive.open("xb") as file:
+                size = await _receive(request, file)
+            log.info("a bundle of %d bytes came in for %s", size, model)
+            return await asyncio.to_thread(self._keep, directory, model, version, by)
+        finally:
+            await asyncio.to_thread(shutil.rmtree, directory, True)
+
+    def _keep(self, directory: Path, model: str, version: str | None, by: str) -> Any:
+        bundle = directory / "bundle"
+        bundle.mkdir(mode=0o700)
+        with (directory / "archive").open("rb") as archive:
+            unpack(archive, bundle, MOST_BUNDLE_BYTES)
+        try:
+            digest = self.bundles.put(bundle, self.trust)
+            run = self.bundles.open(digest, self.trust).manifest.run
+        except FedClawError as error:
+            # Where the node keeps things is nobody's business.
+            raise ServeRefusal("unprocessable", str(error).replace(str(bundle), "the bundle")) from error
+        named = self.catalogue.add(model, version, digest, run, by)
+        self.store.append_event("published", model, {"version": named, "digest": digest, "by": by})
+        return {"model": model, "version": named, "digest": digest}
+
+    async def _remove_version(self, request: Request, by: str) -> Any:
+        model, version = request.path_params["model"], request.path_params["version"]
+        return await asyncio.to_thread(releases.remove, self.store, model, version, by)
+
+
+async def _health(_request: Request) -> Response:
+    return _json({"status": "ok"})
+
+
+async def _receive(request: Request, file: BinaryIO) -> int:
+    size = 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > MOST_BUNDLE_BYTES:
+            raise ServeRefusal("too_large", f"a bundle has at most {MOST_BUNDLE_BYTES} bytes")
+        await asyncio.to_thread(file.write, piece)
+    return size
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    content = b""
+    async for piece in request.stream():
+        content += piece
+        if len(content) > MOST_BODY:
+            raise ServeRefusal("too_large", f"a body has at most {MOST_BODY} bytes")
+    try:
+        found = orjson.loads(content) if content else {}
+    except orjson.JSONDecodeError as error:
+        raise ServeRefusal("bad_request", "the body is no JSON") from error
+    if not isinstance(found, dict):
+        raise ServeRefusal("bad_request", "the body is no JSON object")
+    return found
+
+
+def _json(content: Any) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json", headers={"cache-control": "no-store"})
+
+
+def _refused(refusal: ServeRefusal) -> Response:
+    answer = refused(refusal)
+    return Response(answer.body, int(answer.status), dict(answer.headers), answer.media_type)
+
+
+def run_control(launch: Launch, ready: Event) -> None:
+    """The control process' main function."""
+    run_until_stopped(lambda stopping: _run(launch, ready, stopping))
+
+
+async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
+    from fedclaw.serve.monitoring.metrics import NodeMetrics
+
+    settings, home = launch.settings, NodeHome(launch.settings.state)
+    store = await asyncio.to_thread(StateStore.open, home.database(settings.database))
+    authentication = authentication_of(settings)
+    authentication.start()
+    metrics = NodeMetrics(home.metrics, settings.workers)
+    port = AdminPort(launch, store, authentication, metrics)
+    ended = threading.Event()
+    decisions = threading.Thread(target=_decide, args=(store, ended), name="fedclaw-decisions", daemon=True)
+    decisions.start()
+    server = HttpServer(port.app, settings.admin.host, launch.ports.admin, tls_context(settings), on_started=ready.set)
+    serving = asyncio.ensure_future(server.run_here())
+    stop = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    ended.set()
+    await asyncio.to_thread(decisions.join, 5)
+    authentication.close()
+    store.close()
+
+
+def _decide(store: StateStore, ended: threading.Event) -> None:
+    """Make decisions until the process ends. The store may be away: then nothing is decided."""
+    said = ""
+    while not ended.wait(PERIOD):
+        try:
+            store.now()
+            said = ""
+        except Exception as error:
+            if str(error) != said:
+                said = str(error)
+                log.warning(
+                    "no decisions for now: %s", said, exc_info=None if isinstance(error, FedClawError) else error
+                )

@@ -1,0 +1,61 @@
+"""A node's directory, and whom the node believes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedclaw.cli import naming
+from fedclaw.errors import UsageError
+from fedclaw.export.check import Trust, load_trust
+from fedclaw.serve.settings import NodeSettings
+
+DIRECTORY_MODE = 0o700
+BUNDLES, DATABASE, METRICS, RATES, AUDIT = "bundles", "state.db", "metrics", "rates", "audit"
+
+
+@dataclass(frozen=True)
+class NodeHome:
+    """A node's directory, for its own user alone."""
+
+    root: Path
+
+    @classmethod
+    def make(cls, root: Path) -> "NodeHome":
+        """The directory, made if it is missing. Raises UsageError for one that others can enter."""
+        try:
+            root.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+            mode = root.stat().st_mode
+        except OSError as error:
+            raise UsageError(f"state={root}: {error.strerror}") from error
+        if mode & 0o077:
+            raise UsageError(f"state={root} is open to others: it holds keys and logs; chmod 700 {root}")
+        return cls(root)
+
+    @property
+    def bundles(self) -> Path:
+        """The node's copies."""
+        return self.root / BUNDLES
+
+    @property
+    def metrics(self) -> Path:
+        """What workers count."""
+        return self.root / METRICS
+
+    @property
+    def rates(self) -> Path:
+        """Of all workers' requests together."""
+        return self.root / RATES
+
+    @property
+    def audit(self) -> Path:
+        """Who asked what."""
+        return self.root / AUDIT
+
+    def database(self, setting: str | None) -> str:
+        """Where the state store is."""
+        return setting if setting is not None else f"sqlite:///{self.root.resolve() / DATABASE}"
+
+
+def trust_of(settings: NodeSettings) -> Trust:
+    """Whom the node believes. Raises UsageError."""
+    with naming(federation=settings.federation):
+        return load_trust(settings.ca, settings.federation, settings.crl, settings.expired, settings.key)

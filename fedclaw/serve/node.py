@@ -1,0 +1,275 @@
+"""The way of a request through a worker, whichever protocol carried it.
+
+    who asks, how often -> which version -> the queue and the model -> counts -> the audit line -> the answer
+
+The audit line is written before the answer leaves. Nothing here knows of HTTP or gRPC.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from itertools import count
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+
+from fedclaw.learning.preprocessing import LABEL
+from fedclaw.serve.admission import Admission, Authentication
+from fedclaw.serve.inference.node import Headers
+from fedclaw.serve.inference.rest import RequestReader
+from fedclaw.serve.monitoring.metrics import WorkerMetrics
+from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal, VersionChoice
+from fedclaw.serve.routing.router import Router
+from fedclaw.serve.security.scopes import require, visible
+from fedclaw.serve.state.audit_log import AuditLog
+
+log = logging.getLogger("fedclaw.serve")
+
+MOST_MIRRORS = 64
+"""Mirrored requests that a worker has in flight; more are not mirrored."""
+
+
+class Models(Protocol):
+    """Versions that are in memory, or can be got there."""
+
+    def loaded(self, model: str, version: str) -> Any: ...  # noqa: D102
+
+    async def model(self, model: str, version: str, deadline: float | None = None) -> Any: ...  # noqa: D102
+
+
+class Receipts(Protocol):
+    """Gives each answer a receipt, with which it can be told later how it turned out."""
+
+    def issue(  # noqa: D102
+        self, *, principal: str, key: str, choice: VersionChoice, response: InferenceResponse
+    ) -> str | None: ...
+
+
+Credit = Callable[[Principal, bytes], Awaitable[Mapping[str, Any]]]
+"""Takes the body of a feedback, and gives what is acknowledged. Raises ServeRefusal."""
+
+
+@dataclass(frozen=True)
+class NodeParts:
+    """What a worker's node is made of."""
+
+    authentication: Authentication
+    admission: Admission
+    router: Router
+    models: Models
+    metrics: WorkerMetrics
+    audit: AuditLog
+    receipts: Receipts | None = None
+    credit: Credit | None = None
+
+
+class ServingNode:
+    """One worker's."""
+
+    def __init__(self, parts: NodeParts) -> None:
+        self.parts = parts
+        self.live, self.ready = True, False
+        self._readers: Mapping[str, Mapping[str, RequestReader]] = {}
+        self._mirrors: set[asyncio.Task[None]] = set()
+        self._own, self._numbers = secrets.token_hex(6), count()
+
+    def serve(self, readers: Mapping[str, Mapping[str, RequestReader]]) -> None:
+        """From now on there are these models and versions."""
+        self._readers = readers
+
+    def new_identity(self) -> str:
+        """A request's id that no other request has."""
+        return f"{self._own}-{next(self._numbers):x}"
+
+    async def admit(self, authorization: bytes | None, peer: str, protocol: str) -> Caller:
+        """Who asks; not more often than it may. Raises ServeRefusal."""
+        principal = await self.parts.authentication.admit(authorization)
+        self.parts.admission.admit(principal.name)
+        return Caller(principal, peer, protocol)
+
+    def models(self, principal: Principal) -> Sequence[str]:
+        """Names of the models that `principal` may ask."""
+        return visible(principal, sorted(self._readers))
+
+    def reader(self, principal: Principal, model: str, version: str | None = None) -> RequestReader:
+        """A version's; None: that of the version that most are answered by. Raises ServeRefusal, the same for a model
+        that is not there and one that `principal` may not ask."""
+        require(principal, "predict", model)
+        versions = self._readers.get(model)
+        plan = self.parts.router.plan(model)
+        if not versions or plan is None:
+            raise ServeRefusal("not_found", f"there is no model {model[:100]!r}")
+        found = versions.get(version or plan.stable)
+        if found is None:
+            raise ServeRefusal("not_found", f"there is no such version of {model}")
+        return found
+
+    def is_ready(self, principal: Principal, model: str, version: str | None = None) -> bool:
+        """Whether that version answers now; False for what `principal` may not ask."""
+        try:
+            found = self.reader(principal, model, version)
+        except ServeRefusal:
+            return False
+        return self.ready and self.parts.models.loaded(model, found.model.version) is not None
+
+    async def infer(
+        self, caller: Caller, request: InferenceRequest, body: bytes | None = None
+    ) -> tuple[InferenceResponse, Headers]:
+        """Route and answer; `body` is what the audit log may keep of the inputs. Raises ServeRefusal."""
+        began = perf_counter()
+        principal, model = caller.principal, request.model
+        choice: VersionChoice | None = None
+        refusal: ServeRefusal | None = None
+        try:
+            require(principal, "predict", model)
+            choice = self.parts.router.choose(model, request.key, request.version)
+            if choice is None:
+                choice = await self.parts.router.assign(model, request.key)
+            response = await self._answer(choice.version, request)
+            return response, self._done(caller, request, choice, response)
+        except ServeRefusal as error:
+            refusal = error
+            raise
+        except asyncio.CancelledError:
+            # The client went away: no version is to blame.
+            refusal = ServeRefusal("deadline_exceeded", "the client did not wait")
+            raise
+        finally:
+            seconds = perf_counter() - began
+            version = "" if choice is None else choice.version
+            status = HTTPStatus.OK if refusal is None else refusal.status
+            if choice is not None:
+                self.parts.router.record(
+                    choice,
+                    model=model,
+                    key=request.key,
+                    principal=principal.name,
+                    seconds=seconds,
+                    code=None if refusal is None else refusal.code,
+                )
+            self.parts.metrics.request(model, version, caller.protocol, status, seconds)
+            if refusal is not None:
+                self.parts.metrics.refused(model, refusal.code)
+                refusal.noted = True
+            self._note(caller, request, version, refusal, body)
+
+    def _note(
+        self,
+        caller: Caller,
+        request: InferenceRequest,
+        version: str,
+        refusal: ServeRefusal | None,
+        body: bytes | None,
+    ) -> None:
+        self.parts.audit.append(
+            principal=caller.principal.name,
+            peer=caller.peer,
+            model=request.model,
+            version=version,
+            request=request.identity,
+            rows=request.rows,
+            status=HTTPStatus.OK if refusal is None else refusal.status,
+            code="" if refusal is None else refusal.code,
+            received=0 if body is None else len(body),
+            body=body,
+        )
+
+    def refused(self, refusal: ServeRefusal, peer: str, principal: str = "", model: str = "") -> None:
+        """Count and note a request that was refused before it came to a model."""
+        if refusal.noted:
+            return
+        refusal.noted = True
+        self.parts.metrics.refused(model or None, refusal.code)
+        if refusal.code == "too_many_requests":
+            # Whoever floods the node must not fill its disk.
+            self.parts.metrics.rate_limited()
+            return
+        self.parts.audit.append(
+            principal=principal,
+            peer=peer,
+            model=model,
+            version="",
+            request="",
+            rows=0,
+            status=refusal.status,
+            code=refusal.code,
+        )
+
+    async def feedback(self, caller: Caller, body: bytes) -> Mapping[str, Any]:
+        """Take what became of an answer. Raises ServeRefusal."""
+        if self.parts.credit is None:
+            raise ServeRefusal("not_supported", "this node takes no feedback")
+        return await self.parts.credit(caller.principal, body)
+
+    async def close(self) -> None:
+        """End what is still compared."""
+        for task in self._mirrors:
+            task.cancel()
+        await asyncio.gather(*self._mirrors, return_exceptions=True)
+
+    async def _answer(self, version: str, request: InferenceRequest) -> InferenceResponse:
+        models = self.parts.models
+        served = models.loaded(request.model, version)
+        try:
+            if served is None:
+                served = await models.model(request.model, version, request.deadline)
+            response: InferenceResponse = await served.answer(request)
+        except (ServeRefusal, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            log.warning(
+                "%s of %s failed on a request: %s", version, request.model, type(error).__name__, exc_info=error
+            )
+            raise ServeRefusal("internal", "the model failed on this request") from error
+        return response
+
+    def _done(
+        self, caller: Caller, request: InferenceRequest, choice: VersionChoice, response: InferenceResponse
+    ) -> Headers:
+        for mirror in choice.mirrors:
+            self._mirror(mirror, caller, request, response)
+        headers = {"fedclaw-version": choice.version}
+        if self.parts.receipts is not None:
+            receipt = self.parts.receipts.issue(
+                principal=caller.principal.name, key=request.key, choice=choice, response=response
+            )
+            if receipt is not None:
+                headers["fedclaw-prediction"] = receipt
+        return headers
+
+    def _mirror(self, version: str, caller: Caller, request: InferenceRequest, response: InferenceResponse) -> None:
+        if len(self._mirrors) >= MOST_MIRRORS:
+            return
+        task = asyncio.ensure_future(self._compare(version, caller, request, response))
+        self._mirrors.add(task)
+        task.add_done_callback(self._mirrors.discard)
+
+    async def _compare(
+        self, version: str, caller: Caller, request: InferenceRequest, response: InferenceResponse
+    ) -> None:
+        """Let another version see the request too. Whatever comes of it, nobody waits for it."""
+        try:
+            agrees = same_answer(response, await self._answer(version, request))
+        except ServeRefusal as refusal:
+            if refusal.code in {"overloaded", "too_many_requests", "deadline_exceeded"}:
+                return
+            agrees = False
+        self.parts.metrics.mirrored(request.model, version)
+        self.parts.router.record_comparison(
+            request.model, version, key=request.key, principal=caller.principal.name, agrees=agrees
+        )
+
+
+def same_answer(one: InferenceResponse, other: InferenceResponse) -> bool:
+    """Whether two versions say the same of every row: the same label, or values that are close."""
+    first, second = one.outputs, other.outputs
+    if first.keys() != second.keys():
+        return False
+    if LABEL in first:
+        return bool((first[LABEL] == second[LABEL]).all())
+    return all(bool(np.allclose(first[name], second[name], rtol=1e-3, atol=1e-6, equal_nan=True)) for name in first)

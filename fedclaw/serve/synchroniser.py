@@ -1,0 +1,182 @@
+"""Keeps a worker's models in step with the state store: the catalogue says what there is, the plans what answers.
+
+It looks each quarter of a second. What a plan routes to is loaded and warmed first, and then told to be ready; what is
+no longer in the catalogue is forgotten once its requests are answered. A version that does not load leaves the others
+as they are. While the store is away, what is served is served on.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedclaw.errors import FedClawError
+from fedclaw.export.layout import SCHEMA
+from fedclaw.export.predictor import schema_of
+from fedclaw.serve.inference.description import ModelDescription
+from fedclaw.serve.inference.rest import RequestReader
+from fedclaw.serve.models.bundle_store import BundleStore
+from fedclaw.serve.models.pool import ModelPool, ModelVersion
+from fedclaw.serve.models.probe import ExecutionSettings
+from fedclaw.serve.models.served_model import ModelInterface
+from fedclaw.serve.monitoring.metrics import WorkerMetrics
+from fedclaw.serve.node import ServingNode
+from fedclaw.serve.settings import NodeSettings
+from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.supervisor import Launch
+from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
+
+log = logging.getLogger("fedclaw.serve")
+
+PERIOD = 0.25
+
+
+@dataclass(frozen=True)
+class SynchronisedParts:
+    """What is kept in step."""
+
+    launch: Launch
+    store: StateStore
+    bundles: BundleStore
+    pool: ModelPool
+    node: ServingNode
+    metrics: WorkerMetrics
+
+
+class Synchroniser:
+    """One worker's."""
+
+    def __init__(self, parts: SynchronisedParts) -> None:
+        self._parts = parts
+        self._catalogue = VersionCatalogue(parts.store)
+        self._readers: dict[str, dict[str, RequestReader]] = {}
+        self._failed: dict[tuple[str, str], str] = {}
+        self._loading: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Load all that is to be ready from the start. Raises FedClawError for what does not load."""
+        entries = await self._routed()
+        await self._take(entries)
+        for model, entry in entries.items():
+            if entry.pinned:
+                await self._parts.pool.load(model, self._stable(model))
+        self._tell()
+        await self._beat()
+
+    async def run(self) -> None:
+        """Keep in step until cancelled."""
+        said = ""
+        while True:
+            await asyncio.sleep(PERIOD)
+            try:
+                await self.once()
+                said = ""
+            except Exception as error:
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("models stay as they are for now: %s", said)
+
+    async def once(self) -> None:
+        """One look."""
+        entries = await self._routed()
+        await self._take(entries)
+        self._tell()
+        for model, entry in entries.items():
+            for version in entry.versions:
+                if entry.pinned or version != self._stable(model):
+                    self._begin_loading(model, version)
+        await self._beat()
+
+    async def _routed(self) -> dict[str, ModelEntry]:
+        """The models, each with the versions that its plan may route to."""
+        found = {}
+        for model, entry in (await asyncio.to_thread(self._catalogue.all)).items():
+            plan = self._parts.node.parts.router.plan(model)
+            if plan is not None:
+                wanted = {*plan.versions, *plan.last_good}
+                kept = {name: own for name, own in entry.versions.items() if name in wanted}
+                found[model] = entry.model_copy(update={"versions": kept})
+        return found
+
+    def _stable(self, model: str) -> str:
+        plan = self._parts.node.parts.router.plan(model)
+        if plan is None:
+            raise FedClawError(f"the state store has no routing plan for {model}")
+        return plan.stable
+
+    async def _take(self, entries: Mapping[str, ModelEntry]) -> None:
+        """Register what is new and forget what is gone."""
+        for model, entry in entries.items():
+            for version, found in entry.versions.items():
+                if version not in self._readers.get(model, {}):
+                    await self._register(model, version, found.digest, entry)
+        for model, versions in list(self._readers.items()):
+            kept = entries[model].versions if model in entries else {}
+            for version in [name for name in versions if name not in kept]:
+                del versions[version]
+                await self._parts.pool.forget(model, version)
+            if not versions:
+                del self._readers[model]
+
+    async def _register(self, model: str, version: str, digest: str, entry: ModelEntry) -> None:
+        try:
+            reader = await asyncio.to_thread(self._describe, model, version, digest)
+        except FedClawError as error:
+            if self._failed.get((model, version)) != str(error):
+                self._failed[model, version] = str(error)
+                log.warning("version %s of %s is not served here: %s", version, model, error)
+            return
+        self._failed.pop((model, version), None)
+        execution = _execution(self._parts.launch.settings)
+        self._parts.pool.register(ModelVersion(model, version, digest, entry.pinned, entry.precision, execution))
+        self._readers.setdefault(model, {})[version] = reader
+
+    def _describe(self, model: str, version: str, digest: str) -> RequestReader:
+        """What a bundle takes and gives. Raises BundleError for one that this node does not have, or that fails."""
+        verified = self._parts.bundles.open(digest, self._parts.pool.trust, (SCHEMA,))
+        schema = schema_of(verified)
+        interface = ModelInterface.of(verified.manifest, schema)
+        return RequestReader(
+            ModelDescription(
+                name=model,
+                version=version,
+                versions=(version,),
+                columns=interface.columns,
+                outputs=interface.outputs,
+                schema=schema,
+                threshold=interface.threshold,
+            )
+        )
+
+    def _tell(self) -> None:
+        self._parts.node.serve({model: dict(versions) for model, versions in self._readers.items()})
+        self._parts.metrics.serves({model: tuple(versions) for model, versions in self._readers.items()})
+
+    def _begin_loading(self, model: str, version: str) -> None:
+        if (model, version) in self._parts.pool.ready() or version not in self._readers.get(model, {}):
+            return
+        task = asyncio.ensure_future(self._load(model, version))
+        self._loading.add(task)
+        task.add_done_callback(self._loading.discard)
+
+    async def _load(self, model: str, version: str) -> None:
+        try:
+            await self._parts.pool.model(model, version)
+        except FedClawError:
+            log.debug("the pool has said why %s of %s does not load", version, model)
+
+    async def _beat(self) -> None:
+        """Tell the store which bundles this worker answers from."""
+        loaded = set(self._parts.pool.ready())
+        ready = [own.digest for own in self._parts.pool.known() if (own.model, own.version) in loaded]
+        launch = self._parts.launch
+        await asyncio.to_thread(self._parts.store.beat, launch.settings.name, launch.name, ready)
+
+
+def _execution(settings: NodeSettings) -> ExecutionSettings:
+    batching = settings.batching
+    return ExecutionSettings(
+        threads=batching.threads,
+        max_batch=batching.rows,
+        batching=None if batching.mode == "auto" else batching.mode == "always",
+    )

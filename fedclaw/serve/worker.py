@@ -1,0 +1,145 @@
+"""A worker process: models in memory, HTTP and gRPC in one event loop.
+
+It says that it is ready when every pinned model is loaded and warm. Told to stop, it says that it is not, waits until a
+proxy has seen that, takes no more, and ends when what it had taken is answered.
+"""
+
+import asyncio
+import logging
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import grpc.aio
+
+from fedclaw.serve.admission import admission_of, authentication_of, grpc_credentials, tls_context
+from fedclaw.serve.app import HttpApplication
+from fedclaw.serve.home import NodeHome, trust_of
+from fedclaw.serve.http_server import GRACE, HttpServer, run_until_stopped
+from fedclaw.serve.inference.grpc_service import add_inference, server_options
+from fedclaw.serve.models.batching import QueueLimits
+from fedclaw.serve.models.bundle_store import BundleStore
+from fedclaw.serve.models.pool import BatchSeen, ModelPool, PoolSettings
+from fedclaw.serve.monitoring.metrics import WorkerMetrics
+from fedclaw.serve.node import NodeParts, ServingNode
+from fedclaw.serve.routing.router import Router
+from fedclaw.serve.settings import NodeSettings
+from fedclaw.serve.state.audit_log import AuditLog
+from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.supervisor import Launch
+from fedclaw.serve.synchroniser import SynchronisedParts, Synchroniser
+
+log = logging.getLogger("fedclaw.serve")
+
+ANCHOR_SECONDS = 10.0
+
+
+def run_worker(launch: Launch, ready: Event) -> None:
+    """The process' main function."""
+    run_until_stopped(lambda stopping: _run(launch, ready, stopping))
+
+
+async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
+    settings, home = launch.settings, NodeHome(launch.settings.state)
+    store = await asyncio.to_thread(StateStore.open, home.database(settings.database))
+    authentication = authentication_of(settings)
+    await asyncio.to_thread(authentication.start)
+    router = Router(store)
+    await asyncio.to_thread(router.start)
+    metrics = WorkerMetrics.open(home.metrics, launch.number)
+    bundles = BundleStore(home.bundles)
+    pool = ModelPool(bundles, trust_of(settings), _pool_settings(settings), _observer(metrics))
+    audit = AuditLog(
+        home.audit,
+        f"{settings.name}.{launch.name}",
+        inputs="no" if settings.audit.inputs == "none" else settings.audit.inputs,
+        sync_seconds=settings.audit.sync_seconds,
+        when_full=settings.audit.when_full,
+    )
+    node = ServingNode(NodeParts(authentication, admission_of(settings, home), router, pool, metrics, audit))
+    synchroniser = Synchroniser(SynchronisedParts(launch, store, bundles, pool, node, metrics))
+    await synchroniser.start()
+
+    def started() -> None:
+        node.ready = True
+        metrics.ready(True)
+        ready.set()
+
+    tls = tls_context(settings)
+    http = HttpServer(
+        HttpApplication(node, settings.limits.body_bytes, settings.limits.deadline_seconds),
+        settings.host,
+        launch.ports.http,
+        tls,
+        on_started=started,
+    )
+    grpc_server = await _grpc(launch, node)
+    serving = asyncio.ensure_future(http.run_here())
+    others = [asyncio.ensure_future(work) for work in (synchroniser.run(), _anchor(audit, store))]
+    stop = asyncio.ensure_future(stopping.wait())
+    try:
+        await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
+        node.ready = False
+        metrics.ready(False)
+        if not serving.done():
+            await asyncio.sleep(settings.drain_seconds)
+    finally:
+        http.should_exit = True
+        ends = [serving] if grpc_server is None else [serving, asyncio.ensure_future(grpc_server.stop(GRACE))]
+        await asyncio.gather(*ends)
+        for work in others:
+            work.cancel()
+        await node.close()
+        await pool.close()
+        await asyncio.to_thread(router.close)
+        await asyncio.to_thread(_last_anchor, audit, store)
+        audit.close()
+        metrics.close()
+        authentication.close()
+        store.close()
+
+
+async def _grpc(launch: Launch, node: ServingNode) -> Any:
+    """The gRPC server on the node's shared port; None where there is none."""
+    if launch.ports.grpc is None:
+        return None
+    settings = launch.settings
+    options = [*server_options(settings.limits.body_bytes), ("grpc.so_reuseport", 1)]
+    server = grpc.aio.server(options=options)
+    add_inference(server, node)
+    address, credentials = f"{settings.host}:{launch.ports.grpc}", grpc_credentials(settings)
+    if credentials is None:
+        server.add_insecure_port(address)
+    else:
+        server.add_secure_port(address, credentials)
+    await server.start()
+    return server
+
+
+def _pool_settings(settings: NodeSettings) -> PoolSettings:
+    import os
+
+    limits = QueueLimits(settings.batching.queue, settings.limits.rows)
+    cores = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+    return PoolSettings(settings.memory, settings.device, cores, limits)
+
+
+def _observer(metrics: WorkerMetrics) -> Any:
+    def observe(seen: BatchSeen) -> None:
+        metrics.batch(seen.model, seen.version, seen.rows, 0.0, seen.seconds)
+
+    return observe
+
+
+async def _anchor(audit: AuditLog, store: StateStore) -> None:
+    """Tell the store the head of the audit log now and then, until cancelled."""
+    while True:
+        await asyncio.sleep(ANCHOR_SECONDS)
+        await asyncio.to_thread(_last_anchor, audit, store)
+
+
+def _last_anchor(audit: AuditLog, store: StateStore) -> None:
+    try:
+        if not audit.anchor(store):
+            log.error("the audit log %s does not reach the head that it had before: lines are gone", audit.chain)
+    except Exception as error:
+        log.warning("the audit log's head is not anchored for now: %s", error)
