@@ -1,14 +1,21 @@
 """Who is let in, made of the settings: token checks, rate limits, TLS."""
 
 from pathlib import Path
-from ssl import SSLContext
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedclaw.cli import expanded
 from fedclaw.errors import UsageError
 from fedclaw.serve.home import NodeHome
 from fedclaw.serve.requests import Principal
+from fedclaw.serve.security.http_protocol import ConnectionLimits, GuardedHttp, guarded
+from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper, KeySource, KeyUrl
+from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateLimiter, RateLimits, RateTable
+from fedclaw.serve.security.tls import ServerTls, TlsFiles, only_tls_1_3
+from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules
 from fedclaw.serve.settings import NodeSettings
+
+FAILURES = Rate(10.0, 100.0)
+"""Tokens that are not accepted, from one address."""
 
 
 class Authentication(Protocol):
@@ -18,7 +25,9 @@ class Authentication(Protocol):
 
     def close(self) -> None: ...  # noqa: D102
 
-    async def admit(self, header: bytes | None, certificate: str | None = None) -> Principal: ...  # noqa: D102
+    async def admit(  # noqa: D102
+        self, header: bytes | None, certificate: str | None = None, address: str | None = None
+    ) -> Principal: ...
 
 
 class Admission(Protocol):
@@ -29,17 +38,12 @@ class Admission(Protocol):
 
 def admission_of(settings: NodeSettings, home: NodeHome) -> Admission:
     """The rate limits that hold for all workers of a node together."""
-    from fedclaw.serve.security.rate_limits import Limits, Rate, RateLimiter, RateTable
-
     rate = Rate(settings.limits.requests_per_second, float(settings.limits.burst))
-    return RateLimiter(RateTable.open(home.rates), Limits(requests=rate))
+    return RateLimiter(RateTable.open(home.rates), RateLimits(requests=rate))
 
 
-def authentication_of(settings: NodeSettings) -> Authentication:
+def authentication_of(settings: NodeSettings, home: NodeHome) -> Authentication:
     """By the settings' tokens. Raises UsageError."""
-    from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper, KeySource, KeyUrl
-    from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules
-
     tokens = settings.tokens
     if tokens.disabled:
         return NoAuthentication(settings.host, settings.admin.host)
@@ -51,24 +55,29 @@ def authentication_of(settings: NodeSettings) -> Authentication:
         if tokens.jwks.startswith("https://")
         else KeyFile(expanded(Path(tokens.jwks)))
     )
-    return Authenticator(rules, KeyKeeper(source, tokens.algorithms))
+    failures = FailureLimiter(RateTable.open(home.rates), FAILURES)
+    return Authenticator(rules, KeyKeeper(source, tokens.algorithms), failures)
 
 
-def tls_context(settings: NodeSettings) -> SSLContext | None:
-    """For the HTTP ports; None: without TLS. Raises UsageError."""
+def tls_of(settings: NodeSettings) -> ServerTls | None:
+    """By the settings' files, followed when they are replaced; None: without TLS. Raises ProvisionError."""
     tls = settings.tls
     if tls.disabled or tls.certificate is None or tls.private_key is None:
         return None
-    from fedclaw.serve.security.tls import server_context
+    only_tls_1_3()
+    found = ServerTls(TlsFiles(tls.certificate, tls.private_key, tls.client_ca, tls.client_crl))
+    found.start()
+    return found
 
-    return server_context(tls.certificate, tls.private_key, tls.client_ca, tls.client_crl)
 
-
-def grpc_credentials(settings: NodeSettings) -> Any:
-    """For the gRPC port; None: without TLS. Raises UsageError."""
-    tls = settings.tls
-    if tls.disabled or tls.certificate is None or tls.private_key is None:
-        return None
-    from fedclaw.serve.security.tls import grpc_server_credentials
-
-    return grpc_server_credentials(tls.certificate, tls.private_key, tls.client_ca, tls.client_crl)
+def http_protocol(settings: NodeSettings, body_bytes: int | None = None) -> type[GuardedHttp]:
+    """The protocol class of uvicorn, which ends slow and ambiguous requests. `body_bytes`: None is by the settings."""
+    limits = settings.limits
+    return guarded(
+        ConnectionLimits(
+            header_seconds=limits.header_seconds,
+            body_bytes=body_bytes or limits.body_bytes,
+            body_grace=limits.body_seconds,
+            connections=limits.connections,
+        )
+    )

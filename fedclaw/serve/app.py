@@ -21,9 +21,11 @@ import orjson
 
 from fedclaw.serve.inference.metadata import model_metadata, not_supported, server_metadata
 from fedclaw.serve.inference.rest import Asker, write_refusal, write_response
+from fedclaw.serve.inference.tables import SentTable, only_model, parse_query, predict_table
 from fedclaw.serve.node import ServingNode
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller
+from fedclaw.serve.security.http_protocol import CERTIFICATE
 from fedclaw.serve.security.tokens import only_header
 
 log = logging.getLogger("fedclaw.serve")
@@ -41,7 +43,7 @@ _MOST_DEADLINE = 3600_000
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpAnswer:
     """What goes back."""
 
     status: int
@@ -59,6 +61,8 @@ class HttpRequest:
     query: bytes
     headers: Headers
     peer: str
+    certificate: str | None
+    """Thumbprint of the client's certificate."""
     receive: Receive
 
 
@@ -67,7 +71,7 @@ class HttpApplication:
 
     def __init__(self, node: ServingNode, body_bytes: int, deadline_seconds: float) -> None:
         self._node, self._most, self._usual_deadline = node, body_bytes, deadline_seconds
-        self._plain: dict[str, tuple[str, Callable[[HttpRequest], Awaitable[Answer]]]] = {
+        self._plain: dict[str, tuple[str, Callable[[HttpRequest], Awaitable[HttpAnswer]]]] = {
             "/v2/health/live": ("GET", self._live),
             "/v2/health/ready": ("GET", self._ready),
             "/v2": ("GET", self._server),
@@ -76,7 +80,7 @@ class HttpApplication:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """HttpAnswer one request."""
         if scope["type"] != "http":
             await _no_http(scope, receive, send)
             return
@@ -91,14 +95,14 @@ class HttpApplication:
             answer = refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
         await _send(send, answer)
 
-    def _refused(self, refusal: ServeRefusal, scope: Scope) -> Answer:
+    def _refused(self, refusal: ServeRefusal, scope: Scope) -> HttpAnswer:
         try:
             self._node.refused(refusal, _peer(scope))
         except ServeRefusal as unavailable:
             return refused(unavailable)
         return refused(refusal)
 
-    async def _answer(self, scope: Scope, receive: Receive) -> Answer:
+    async def _answer(self, scope: Scope, receive: Receive) -> HttpAnswer:
         path = scope["path"]
         request = HttpRequest(
             scope["method"],
@@ -106,17 +110,21 @@ class HttpApplication:
             scope.get("query_string", b""),
             _headers(scope["headers"]),
             _peer(scope),
+            scope.get(CERTIFICATE),
             receive,
         )
         if path.startswith("/v2/models/"):
             return await self._model(request)
+        if path == "/predict" or path.startswith("/predict/"):
+            _require_method(request, "POST")
+            return await self._predict(request)
         plain = self._plain.get(path)
         if plain is not None:
             _require_method(request, plain[0])
             return await plain[1](request)
         raise not_supported(path) or ServeRefusal("not_found", "there is nothing at this path")
 
-    async def _model(self, request: HttpRequest) -> Answer:
+    async def _model(self, request: HttpRequest) -> HttpAnswer:
         parts = request.path.split("/")[3:]
         name, version, rest = parts[0], None, parts[1:]
         if len(rest) >= 2 and rest[0] == "versions":
@@ -132,7 +140,7 @@ class HttpApplication:
             return _json(model_metadata(self._node.reader(caller.principal, name, version).model))
         raise not_supported(request.path) or ServeRefusal("not_found", "there is nothing at this path")
 
-    async def _infer(self, request: HttpRequest, name: str, version: str | None) -> Answer:
+    async def _infer(self, request: HttpRequest, name: str, version: str | None) -> HttpAnswer:
         caller = await self._caller(request, "rest")
         reader = self._node.reader(caller.principal, name, version)
         body = await read_body(request, self._most)
@@ -150,12 +158,13 @@ class HttpApplication:
         response, headers = await self._node.infer(caller, asked, body)
         content, json_bytes = write_response(response, form)
         if json_bytes is None:
-            return Answer(HTTPStatus.OK, content, JSON, headers)
+            return HttpAnswer(HTTPStatus.OK, content, JSON, headers)
         binary = {**headers, "inference-header-content-length": str(json_bytes)}
-        return Answer(HTTPStatus.OK, content, "application/octet-stream", binary)
+        return HttpAnswer(HTTPStatus.OK, content, "application/octet-stream", binary)
 
     async def _caller(self, request: HttpRequest, protocol: str = "rest") -> Caller:
-        return await self._node.admit(request.headers.get(b"authorization"), request.peer, protocol)
+        authorization = request.headers.get(b"authorization")
+        return await self._node.admit(authorization, request.peer, protocol, request.certificate)
 
     def _deadline(self, request: HttpRequest) -> float:
         given = request.headers.get(b"fedclaw-deadline-ms")
@@ -166,17 +175,37 @@ class HttpApplication:
             seconds = min(seconds, int(given) / 1000)
         return time.monotonic() + seconds
 
-    async def _live(self, request: HttpRequest) -> Answer:
+    async def _predict(self, request: HttpRequest) -> HttpAnswer:
+        """Rows as they lie in a table."""
+        caller = await self._caller(request, "predict")
+        names = request.path.split("/")[2:]
+        if len(names) > 1:
+            raise ServeRefusal("not_found", "there is nothing at this path")
+        model = names[0] if names and names[0] else only_model(self._node.models(caller.principal))
+        sent = SentTable(
+            await read_body(request, self._most),
+            _text(request.headers.get(b"content-type", b""), "content-type"),
+            _text(request.headers.get(b"accept", b""), "accept"),
+            parse_query(request.query),
+        )
+        key = request.headers.get(b"fedclaw-key")
+        asker = Asker(
+            caller.principal.name, None if key is None else _text(key, "fedclaw-key"), self._node.new_identity
+        )
+        found = await predict_table(self._node, caller, model, sent, asker, None, self._deadline(request))
+        return HttpAnswer(HTTPStatus.OK, found.body, found.content_type, found.headers)
+
+    async def _live(self, request: HttpRequest) -> HttpAnswer:
         return _health(self._node.live)
 
-    async def _ready(self, request: HttpRequest) -> Answer:
+    async def _ready(self, request: HttpRequest) -> HttpAnswer:
         return _health(self._node.ready)
 
-    async def _server(self, request: HttpRequest) -> Answer:
+    async def _server(self, request: HttpRequest) -> HttpAnswer:
         await self._caller(request)
         return _json(server_metadata())
 
-    async def _feedback(self, request: HttpRequest) -> Answer:
+    async def _feedback(self, request: HttpRequest) -> HttpAnswer:
         caller = await self._caller(request, "feedback")
         body = await read_body(request, min(self._most, 1 << 20))
         return _json(await self._node.feedback(caller, body))
@@ -210,14 +239,14 @@ async def read_body(request: HttpRequest, most: int) -> bytes:
     return b"".join(pieces)
 
 
-def refused(refusal: ServeRefusal) -> Answer:
+def refused(refusal: ServeRefusal) -> HttpAnswer:
     """A refusal as an answer."""
     headers = {}
     if refusal.retry_after is not None:
         headers["retry-after"] = str(max(1, round(refusal.retry_after)))
-    if (challenge := getattr(refusal, "challenge", None)) is not None:
-        headers["www-authenticate"] = challenge
-    return Answer(refusal.status, write_refusal(refusal), JSON, headers)
+    if refusal.challenge is not None:
+        headers["www-authenticate"] = refusal.challenge
+    return HttpAnswer(refusal.status, write_refusal(refusal), JSON, headers)
 
 
 def _headers(pairs: list[tuple[bytes, bytes]]) -> Headers:
@@ -245,15 +274,15 @@ def _require_method(request: HttpRequest, method: str) -> None:
         raise ServeRefusal("method_not_allowed", f"this path takes {method}")
 
 
-def _health(good: bool) -> Answer:
-    return Answer(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
+def _health(good: bool) -> HttpAnswer:
+    return HttpAnswer(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def _json(content: Any) -> Answer:
-    return Answer(HTTPStatus.OK, orjson.dumps(content))
+def _json(content: Any) -> HttpAnswer:
+    return HttpAnswer(HTTPStatus.OK, orjson.dumps(content))
 
 
-async def _send(send: Send, answer: Answer) -> None:
+async def _send(send: Send, answer: HttpAnswer) -> None:
     headers = [(b"content-type", answer.media_type.encode()), (b"content-length", str(len(answer.body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
     headers += [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]

@@ -22,13 +22,14 @@ from starlette.routing import Route
 
 from fedclaw.errors import FedClawError
 from fedclaw.serve import releases
-from fedclaw.serve.admission import Authentication, authentication_of, tls_context
+from fedclaw.serve.admission import Authentication, authentication_of, http_protocol, tls_of
 from fedclaw.serve.app import refused
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, unpack
 from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.http_server import HttpServer, run_until_stopped
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.security.http_protocol import CERTIFICATE
 from fedclaw.serve.security.scopes import require
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import Launch, read_processes
@@ -76,7 +77,8 @@ class AdminPort:
         async def answer(request: Request) -> Response:
             try:
                 header = request.headers.get("authorization")
-                principal = await self._authentication.admit(None if header is None else header.encode("latin-1"))
+                given = None if header is None else header.encode("latin-1")
+                principal = await self._authentication.admit(given, request.scope.get(CERTIFICATE), _peer(request))
                 require(principal, "admin", action)
                 found = await handler(request, principal.name)
             except ServeRefusal as refusal:
@@ -175,6 +177,10 @@ class AdminPort:
         return await asyncio.to_thread(releases.remove, self.store, model, version, by)
 
 
+def _peer(request: Request) -> str | None:
+    return None if request.client is None else request.client.host
+
+
 async def _health(_request: Request) -> Response:
     return _json({"status": "ok"})
 
@@ -223,14 +229,16 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
 
     settings, home = launch.settings, NodeHome(launch.settings.state)
     store = await asyncio.to_thread(StateStore.open, home.database(settings.database))
-    authentication = authentication_of(settings)
+    authentication = authentication_of(settings, home)
     authentication.start()
     metrics = NodeMetrics(home.metrics, settings.workers)
     port = AdminPort(launch, store, authentication, metrics)
     ended = threading.Event()
     decisions = threading.Thread(target=_decide, args=(store, ended), name="fedclaw-decisions", daemon=True)
     decisions.start()
-    server = HttpServer(port.app, settings.admin.host, launch.ports.admin, tls_context(settings), on_started=ready.set)
+    protocol = http_protocol(settings, body_bytes=MOST_BUNDLE_BYTES)
+    tls = tls_of(settings)
+    server = HttpServer(port.app, settings.admin.host, launch.ports.admin, tls, protocol=protocol, on_started=ready.set)
     serving = asyncio.ensure_future(server.run_here())
     stop = asyncio.ensure_future(stopping.wait())
     await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)

@@ -4,11 +4,11 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from ssl import SSLContext
 from typing import Any
 
 import uvicorn
 
+from fedclaw.serve.security.tls import ServerTls
 from fedclaw.serve.supervisor import listening
 
 GRACE = 6
@@ -23,9 +23,9 @@ class HttpServer(uvicorn.Server):
         app: Any,
         host: str,
         port: int,
-        tls: SSLContext | None,
+        tls: ServerTls | None,
         *,
-        protocol: Any = "httptools",
+        protocol: type[asyncio.Protocol],
         on_started: Callable[[], None] = lambda: None,
     ) -> None:
         config = uvicorn.Config(
@@ -41,7 +41,7 @@ class HttpServer(uvicorn.Server):
             proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=GRACE,
-            ssl_context_factory=None if tls is None else lambda *_: tls,
+            ssl_context_factory=None if tls is None else lambda *_: tls.context,
         )
         super().__init__(config)
         self._address, self._on_started = (host, port), on_started

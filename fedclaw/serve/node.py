@@ -8,7 +8,7 @@ The audit line is written before the answer leaves. Nothing here knows of HTTP o
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import count
@@ -27,9 +27,12 @@ from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, 
 from fedclaw.serve.routing.router import Router
 from fedclaw.serve.security.scopes import require, visible
 from fedclaw.serve.state.audit_log import AuditLog
+from fedclaw.serve.state.feedback import Acknowledgement
+from fedclaw.serve.state.receipts import ReceiptKeys
 
 log = logging.getLogger("fedclaw.serve")
 
+VALUES = "values"
 MOST_MIRRORS = 64
 """Mirrored requests that a worker has in flight; more are not mirrored."""
 
@@ -42,16 +45,8 @@ class Models(Protocol):
     async def model(self, model: str, version: str, deadline: float | None = None) -> Any: ...  # noqa: D102
 
 
-class Receipts(Protocol):
-    """Gives each answer a receipt, with which it can be told later how it turned out."""
-
-    def issue(  # noqa: D102
-        self, *, principal: str, key: str, choice: VersionChoice, response: InferenceResponse
-    ) -> str | None: ...
-
-
-Credit = Callable[[Principal, bytes], Awaitable[Mapping[str, Any]]]
-"""Takes the body of a feedback, and gives what is acknowledged. Raises ServeRefusal."""
+Credit = Callable[[Principal, bytes], Acknowledgement]
+"""Takes the body of a feedback, and waits until it is on disk. Raises ServeRefusal."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,8 @@ class NodeParts:
     models: Models
     metrics: WorkerMetrics
     audit: AuditLog
-    receipts: Receipts | None = None
-    credit: Credit | None = None
+    receipts: ReceiptKeys
+    credit: Credit
 
 
 class ServingNode:
@@ -86,9 +81,11 @@ class ServingNode:
         """A request's id that no other request has."""
         return f"{self._own}-{next(self._numbers):x}"
 
-    async def admit(self, authorization: bytes | None, peer: str, protocol: str) -> Caller:
+    async def admit(
+        self, authorization: bytes | None, peer: str, protocol: str, certificate: str | None = None
+    ) -> Caller:
         """Who asks; not more often than it may. Raises ServeRefusal."""
-        principal = await self.parts.authentication.admit(authorization)
+        principal = await self.parts.authentication.admit(authorization, certificate, peer)
         self.parts.admission.admit(principal.name)
         return Caller(principal, peer, protocol)
 
@@ -202,9 +199,9 @@ class ServingNode:
 
     async def feedback(self, caller: Caller, body: bytes) -> Mapping[str, Any]:
         """Take what became of an answer. Raises ServeRefusal."""
-        if self.parts.credit is None:
-            raise ServeRefusal("not_supported", "this node takes no feedback")
-        return await self.parts.credit(caller.principal, body)
+        found = await asyncio.to_thread(self.parts.credit, caller.principal, body)
+        self.parts.metrics.feedback(found.model, "repeated" if found.repeated else "credited")
+        return found.body()
 
     async def close(self) -> None:
         """End what is still compared."""
@@ -233,14 +230,17 @@ class ServingNode:
     ) -> Headers:
         for mirror in choice.mirrors:
             self._mirror(mirror, caller, request, response)
-        headers = {"fedclaw-version": choice.version}
-        if self.parts.receipts is not None:
-            receipt = self.parts.receipts.issue(
-                principal=caller.principal.name, key=request.key, choice=choice, response=response
-            )
-            if receipt is not None:
-                headers["fedclaw-prediction"] = receipt
-        return headers
+        receipt = self.parts.receipts.issue(
+            model=request.model,
+            version=choice.version,
+            request=request.identity,
+            principal=caller.principal.name,
+            key=request.key,
+            propensity=choice.propensity,
+            rows=request.rows,
+            **_predicted(response),
+        )
+        return {"fedclaw-version": choice.version, "fedclaw-prediction": receipt}
 
     def _mirror(self, version: str, caller: Caller, request: InferenceRequest, response: InferenceResponse) -> None:
         if len(self._mirrors) >= MOST_MIRRORS:
@@ -263,6 +263,16 @@ class ServingNode:
         self.parts.router.record_comparison(
             request.model, version, key=request.key, principal=caller.principal.name, agrees=agrees
         )
+
+
+def _predicted(response: InferenceResponse) -> dict[str, Any]:
+    """What was predicted for each row, for a receipt."""
+    labels, values = response.outputs.get(LABEL), response.outputs.get(VALUES)
+    if labels is not None:
+        return {"labels": [label or None for label in labels.ravel().tolist()]}
+    if values is not None and values.size == len(values):
+        return {"values": values.ravel().tolist()}
+    return {}
 
 
 def same_answer(one: InferenceResponse, other: InferenceResponse) -> bool:

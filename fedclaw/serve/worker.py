@@ -6,12 +6,13 @@ proxy has seen that, takes no more, and ends when what it had taken is answered.
 
 import asyncio
 import logging
+from functools import partial
 from multiprocessing.synchronize import Event
 from typing import Any
 
 import grpc.aio
 
-from fedclaw.serve.admission import admission_of, authentication_of, grpc_credentials, tls_context
+from fedclaw.serve.admission import admission_of, authentication_of, http_protocol, tls_of
 from fedclaw.serve.app import HttpApplication
 from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.http_server import GRACE, HttpServer, run_until_stopped
@@ -22,8 +23,11 @@ from fedclaw.serve.models.pool import BatchSeen, ModelPool, PoolSettings
 from fedclaw.serve.monitoring.metrics import WorkerMetrics
 from fedclaw.serve.node import NodeParts, ServingNode
 from fedclaw.serve.routing.router import Router
+from fedclaw.serve.security.tls import ServerTls
 from fedclaw.serve.settings import NodeSettings
 from fedclaw.serve.state.audit_log import AuditLog
+from fedclaw.serve.state.feedback import FeedbackHandler
+from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import Launch
 from fedclaw.serve.synchroniser import SynchronisedParts, Synchroniser
@@ -41,7 +45,7 @@ def run_worker(launch: Launch, ready: Event) -> None:
 async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     settings, home = launch.settings, NodeHome(launch.settings.state)
     store = await asyncio.to_thread(StateStore.open, home.database(settings.database))
-    authentication = authentication_of(settings)
+    authentication = authentication_of(settings, home)
     await asyncio.to_thread(authentication.start)
     router = Router(store)
     await asyncio.to_thread(router.start)
@@ -55,7 +59,10 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         sync_seconds=settings.audit.sync_seconds,
         when_full=settings.audit.when_full,
     )
-    node = ServingNode(NodeParts(authentication, admission_of(settings, home), router, pool, metrics, audit))
+    receipts = await asyncio.to_thread(partial(ReceiptKeys, store, days=settings.feedback_days))
+    handler = FeedbackHandler(store, receipts)
+    admission = admission_of(settings, home)
+    node = ServingNode(NodeParts(authentication, admission, router, pool, metrics, audit, receipts, handler.credit))
     synchroniser = Synchroniser(SynchronisedParts(launch, store, bundles, pool, node, metrics))
     await synchroniser.start()
 
@@ -64,15 +71,16 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         metrics.ready(True)
         ready.set()
 
-    tls = tls_context(settings)
+    tls = tls_of(settings)
     http = HttpServer(
         HttpApplication(node, settings.limits.body_bytes, settings.limits.deadline_seconds),
         settings.host,
         launch.ports.http,
         tls,
+        protocol=http_protocol(settings),
         on_started=started,
     )
-    grpc_server = await _grpc(launch, node)
+    grpc_server = await _grpc(launch, node, tls)
     serving = asyncio.ensure_future(http.run_here())
     others = [asyncio.ensure_future(work) for work in (synchroniser.run(), _anchor(audit, store))]
     stop = asyncio.ensure_future(stopping.wait())
@@ -98,7 +106,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         store.close()
 
 
-async def _grpc(launch: Launch, node: ServingNode) -> Any:
+async def _grpc(launch: Launch, node: ServingNode, tls: ServerTls | None) -> Any:
     """The gRPC server on the node's shared port; None where there is none."""
     if launch.ports.grpc is None:
         return None
@@ -106,11 +114,11 @@ async def _grpc(launch: Launch, node: ServingNode) -> Any:
     options = [*server_options(settings.limits.body_bytes), ("grpc.so_reuseport", 1)]
     server = grpc.aio.server(options=options)
     add_inference(server, node)
-    address, credentials = f"{settings.host}:{launch.ports.grpc}", grpc_credentials(settings)
-    if credentials is None:
+    address = f"{settings.host}:{launch.ports.grpc}"
+    if tls is None:
         server.add_insecure_port(address)
     else:
-        server.add_secure_port(address, credentials)
+        server.add_secure_port(address, tls.grpc_credentials())
     await server.start()
     return server
 

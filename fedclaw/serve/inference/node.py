@@ -24,7 +24,9 @@ class Node(Protocol):
     def ready(self) -> bool:
         """Whether all models that are to be served are loaded and warm."""
 
-    async def admit(self, authorization: bytes | None, peer: str, protocol: str) -> Caller:
+    async def admit(
+        self, authorization: bytes | None, peer: str, protocol: str, certificate: str | None = None
+    ) -> Caller:
         """Who asks, by the `authorization` header; not more often than it may. Raises ServeRefusal."""
 
     def models(self, principal: Principal) -> Sequence[str]:

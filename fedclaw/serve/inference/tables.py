@@ -42,7 +42,7 @@ from fedclaw.serve.inference.description import ModelDescription
 from fedclaw.serve.inference.node import Headers, Node
 from fedclaw.serve.inference.rest import JSON, Asker, identity_of, key_of, listed
 from fedclaw.serve.refusals import ServeRefusal
-from fedclaw.serve.requests import InferenceRequest, Principal
+from fedclaw.serve.requests import Caller, InferenceRequest
 
 CSV, PARQUET, NPZ = "text/csv", "application/vnd.apache.parquet", "application/x-npz"
 PNG, JPEG = "image/png", "image/jpeg"
@@ -102,7 +102,7 @@ def only_model(names: Sequence[str]) -> str:
 
 async def predict_table(
     node: Node,
-    principal: Principal,
+    caller: Caller,
     model: str,
     sent: SentTable,
     asker: Asker,
@@ -111,7 +111,7 @@ async def predict_table(
 ) -> TableAnswer:
     """Answer a table. Raises ServeRefusal: `unsupported_media_type`, `bad_request`, `unprocessable` with what is wrong
     with the whole of it, and what `node` raises."""
-    description = node.reader(principal, model, version).model
+    description = node.reader(caller.principal, model, version).model
     as_sent = (description, sent)
     found = _read(*as_sent) if len(sent.body) <= SMALL else await asyncio.to_thread(_read, *as_sent)
     identity = identity_of(None, asker)
@@ -122,11 +122,11 @@ async def predict_table(
         columns = {name: values[answered] for name, values in found.columns.items()}
         key = key_of({}, asker, identity)
         request = InferenceRequest(model, columns, len(answered), identity, key, version, None, deadline)
-        response, answer_headers = await node.infer(principal, request)
+        response, answer_headers = await node.infer(caller, request, sent.body)
         headers |= answer_headers
         given = response.outputs[task.head[1]]
         if response.version != description.version:
-            threshold = node.reader(principal, model, response.version).model.threshold
+            threshold = node.reader(caller.principal, model, response.version).model.threshold
         version = response.version
     answers = Answers.of(task, count, found, given, threshold)
     if _wants_csv(sent.accept):

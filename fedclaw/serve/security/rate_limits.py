@@ -51,7 +51,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RateLimits:
     """Of one principal; None: no limit."""
 
     requests: Rate | None = None
@@ -149,8 +149,8 @@ class RateLimiter:
     def __init__(
         self,
         table: RateTable,
-        usual: Limits,
-        special: Mapping[str, Limits] | None = None,
+        usual: RateLimits,
+        special: Mapping[str, RateLimits] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`usual` is for everybody who is not named in `special`. The clock is the same in all processes of a node."""

@@ -49,7 +49,9 @@ class SmallNode:
             self._readers[name] = RequestReader(description)
             self._sessions[name] = open_session(verified.contents[PIPELINE], PIPELINE, "serve", threads=1)
 
-    async def admit(self, authorization: bytes | None, peer: str, protocol: str) -> Caller:
+    async def admit(
+        self, authorization: bytes | None, peer: str, protocol: str, certificate: str | None = None
+    ) -> Caller:
         if authorization not in PEOPLE:
             raise ServeRefusal("unauthenticated", "no valid token")
         return Caller(PEOPLE[authorization], peer, protocol)

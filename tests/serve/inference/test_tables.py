@@ -29,6 +29,7 @@ from fedclaw.serve.inference.rest import Asker, RequestReader
 from fedclaw.serve.inference.tables import CSV, JPEG, NPZ, PARQUET, PNG, SentTable, TableAnswer, only_model, parse_query
 from fedclaw.serve.inference.tables import predict_table as answer_table
 from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.requests import Caller
 from tests.serve.inference.small_node import PEOPLE, TOKEN, VERSION, SmallNode
 
 JSON = "application/json"
@@ -36,6 +37,7 @@ ROWS = (
     "visit,age,smoker,ward\n=1+1,61,yes,surgery\n17,,no,medicine\n18,130,no,medicine\n19,20,maybe,\n20,33.5,1,surgery\n"
 )
 ALICE = PEOPLE[TOKEN.encode()]
+ASKING = Caller(ALICE, "127.0.0.1", "predict")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def answered(
     node: SmallNode, body: bytes | str, content_type: str = CSV, model: str = "table", accept: str = "", **query: str
 ) -> TableAnswer:
     sent = SentTable(body.encode() if isinstance(body, str) else body, content_type, accept, query)
-    return asyncio.run(answer_table(node, ALICE, model, sent, Asker("alice", new_identity=lambda: "made")))
+    return asyncio.run(answer_table(node, ASKING, model, sent, Asker("alice", new_identity=lambda: "made")))
 
 
 def rows_of(node: SmallNode, body: bytes | str | Mapping[str, Any], content_type: str = CSV, **more: str) -> Any:
@@ -292,7 +294,7 @@ def test_a_large_table_is_answered_row_by_row(node: SmallNode) -> None:
 def test_a_queue_that_is_full_is_said_so(node: SmallNode) -> None:
     sent = SentTable(b'{"age": 1, "smoker": 1, "ward": "surgery"}', JSON)
     with pytest.raises(ServeRefusal) as found:
-        asyncio.run(answer_table(node, ALICE, "table", sent, Asker("alice", new_identity=lambda: "shed")))
+        asyncio.run(answer_table(node, ASKING, "table", sent, Asker("alice", new_identity=lambda: "shed")))
     assert (found.value.code, found.value.retry_after) == ("overloaded", 0.25)
 
 

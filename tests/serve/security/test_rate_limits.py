@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedclaw.errors import UsageError
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.security import rate_limits
-from fedclaw.serve.security.rate_limits import FailureLimiter, Limits, Rate, RateLimiter, RateTable, network_of
+from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateLimiter, RateLimits, RateTable, network_of
 
 
 class Clock:
@@ -39,7 +39,7 @@ def admitted(limiter: RateLimiter, principal: str, tries: int) -> int:
 
 def test_a_burst_then_the_rate() -> None:
     clock = Clock()
-    limiter = RateLimiter(RateTable.private(), Limits(Rate(10, 5)), clock=clock)
+    limiter = RateLimiter(RateTable.private(), RateLimits(Rate(10, 5)), clock=clock)
     assert admitted(limiter, "a", 20) == 5
     assert admitted(limiter, "b", 20) == 5
     clock.now += 0.1
@@ -52,7 +52,7 @@ def test_a_burst_then_the_rate() -> None:
 
 def test_retry_after_is_when_it_works() -> None:
     clock = Clock()
-    limiter = RateLimiter(RateTable.private(), Limits(Rate(4, 1)), clock=clock)
+    limiter = RateLimiter(RateTable.private(), RateLimits(Rate(4, 1)), clock=clock)
     limiter.admit("a")
     with pytest.raises(ServeRefusal) as caught:
         limiter.admit("a")
@@ -65,7 +65,7 @@ def test_retry_after_is_when_it_works() -> None:
 
 def test_rows_are_counted_and_a_large_request_is_paid_off() -> None:
     clock = Clock()
-    limiter = RateLimiter(RateTable.private(), Limits(rows=Rate(100, 100)), clock=clock)
+    limiter = RateLimiter(RateTable.private(), RateLimits(rows=Rate(100, 100)), clock=clock)
     limiter.admit("a")
     limiter.admit_rows("a", 60)
     with pytest.raises(ServeRefusal, match="rows"):
@@ -80,8 +80,8 @@ def test_rows_are_counted_and_a_large_request_is_paid_off() -> None:
 
 
 def test_a_principal_of_its_own_rate() -> None:
-    special = {"big": Limits(Rate(100, 50)), "free": Limits()}
-    limiter = RateLimiter(RateTable.private(), Limits(Rate(10, 5)), special, Clock())
+    special = {"big": RateLimits(Rate(100, 50)), "free": RateLimits()}
+    limiter = RateLimiter(RateTable.private(), RateLimits(Rate(10, 5)), special, Clock())
     assert [admitted(limiter, name, 200) for name in ("big", "free", "other")] == [50, 200, 5]
 
 
@@ -89,7 +89,7 @@ def test_a_principal_of_its_own_rate() -> None:
 def test_no_window_of_time_gets_more_than_its_share(steps: list[tuple[float, int]], rate: float, burst: float) -> None:
     """Over any stretch of t seconds at most burst + rate * t are admitted (the definition of the limit)."""
     clock = Clock()
-    limiter = RateLimiter(RateTable.private(), Limits(Rate(rate, burst)), clock=clock)
+    limiter = RateLimiter(RateTable.private(), RateLimits(Rate(rate, burst)), clock=clock)
     times = []
     for pause, tries in steps:
         clock.now += pause
@@ -103,7 +103,7 @@ def test_a_million_principals_need_no_more_memory_and_keep_the_active_ones() -> 
     """A tenth of it here; the table has a fixed size, and full buckets give way first."""
     clock = Clock()
     table = RateTable.private()
-    limiter = RateLimiter(table, Limits(Rate(1, 2)), clock=clock)
+    limiter = RateLimiter(table, RateLimits(Rate(1, 2)), clock=clock)
     assert admitted(limiter, "busy", 10) == 2
     for i in range(100_000):
         if i % 1000 == 0:
@@ -119,7 +119,7 @@ def test_where_more_are_active_than_fit_the_one_that_owes_least_gives_way(monkey
     """Five names whose buckets are all in one set of four."""
     table, clock = RateTable.private(), Clock()
     monkeypatch.setattr(table, "_place", lambda _, name: (8, int(name)))
-    limiter = RateLimiter(table, Limits(Rate(1, 5)), clock=clock)
+    limiter = RateLimiter(table, RateLimits(Rate(1, 5)), clock=clock)
     for name, times in (("1", 5), ("2", 2), ("3", 4), ("4", 3)):
         assert admitted(limiter, name, times) == times
     assert admitted(limiter, "5", 9) == 5
@@ -136,7 +136,7 @@ def test_processes_of_a_node_share_the_limit(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     code = (
         "import sys, pathlib; from fedclaw.serve.security.rate_limits import *\n"
-        "limiter = RateLimiter(RateTable.open(pathlib.Path(sys.argv[1])), Limits(Rate(0.001, 60)))\n"
+        "limiter = RateLimiter(RateTable.open(pathlib.Path(sys.argv[1])), RateLimits(Rate(0.001, 60)))\n"
         "done = 0\n"
         "for _ in range(100):\n"
         "    try: limiter.admit('a'); done += 1\n"
@@ -148,7 +148,7 @@ def test_processes_of_a_node_share_the_limit(tmp_path: Path) -> None:
     # Alone each would get 60. Two that count at the same moment may lose a count, now and then.
     assert 60 <= sum(done) <= 75
     RateTable.create(path)
-    limiter = RateLimiter(RateTable.open(path), Limits(Rate(0.001, 60)))
+    limiter = RateLimiter(RateTable.open(path), RateLimits(Rate(0.001, 60)))
     assert admitted(limiter, "a", 100) == 60
 
 
@@ -163,7 +163,7 @@ def test_files_that_are_no_table(tmp_path: Path) -> None:
 def test_times_from_before_a_boot_lock_nobody_out() -> None:
     clock = Clock()
     table = RateTable.private()
-    limiter = RateLimiter(table, Limits(Rate(1, 1)), clock=clock)
+    limiter = RateLimiter(table, RateLimits(Rate(1, 1)), clock=clock)
     limiter.admit("a")
     clock.now = 5.0
     for place in range(8, len(table._times)):
@@ -176,7 +176,7 @@ def test_times_from_before_a_boot_lock_nobody_out() -> None:
 
 
 def test_names_of_any_kind_have_buckets_of_their_own() -> None:
-    limiter = RateLimiter(RateTable.private(), Limits(Rate(1, 1), Rate(1, 1)), clock=Clock())
+    limiter = RateLimiter(RateTable.private(), RateLimits(Rate(1, 1), Rate(1, 1)), clock=Clock())
     for name in ("", "a", "a ", "é", "\ud800", "x" * 10_000, "requests:a", "rows:a"):
         assert admitted(limiter, name, 2) == 1
         limiter.admit_rows(name, 1)
