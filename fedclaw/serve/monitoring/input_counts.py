@@ -153,7 +153,8 @@ class InputSample:
         self.features = features
         self._share, self._chance = share, chance
         self._waiting: deque[tuple[int, Columns]] = deque()
-        self._bytes = 0
+        self._offered = self._taken = 0
+        """Bytes; each is written by one thread alone."""
 
     def offer(self, columns: Columns, rows: int) -> None:
         """A request's N rows; nothing is computed here."""
@@ -163,8 +164,8 @@ class InputSample:
             places = np.linspace(0, rows - 1, ROWS_OF_A_REQUEST).astype(np.int64)
             columns = {name: values[places] for name, values in columns.items()}
         size = sum(values.nbytes for values in columns.values())
-        if self._bytes + size <= MOST_BYTES and len(self._waiting) < MOST_WAITING:
-            self._bytes += size
+        if self._offered - self._taken + size <= MOST_BYTES and len(self._waiting) < MOST_WAITING:
+            self._offered += size
             self._waiting.append((size, columns))
 
     def take(self) -> InputCounts:
@@ -172,7 +173,7 @@ class InputSample:
         taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
         if not taken:
             return InputCounts()
-        self._bytes -= sum(size for size, _ in taken)
+        self._taken += sum(size for size, _ in taken)
         return self.features.count(
             {name: np.concatenate([columns[name] for _, columns in taken]) for name in taken[0][1]}
         )

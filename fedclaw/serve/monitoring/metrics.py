@@ -139,6 +139,7 @@ CONTROL_METRICS = (
     Definition("process_cpu_seconds_total", "counter", "Processor time of a process.", ("process",)),
     Definition("process_resident_memory_bytes", "gauge", "Resident memory of a process.", ("process",)),
     Definition("process_open_fds", "gauge", "Open files and sockets of a process.", ("process",)),
+    Definition("process_max_fds", "gauge", "Files and sockets that a process may open.", ("process",)),
     Definition("process_threads", "gauge", "Threads of a process.", ("process",)),
     Definition("gpu_memory_used_bytes", "gauge", "Memory used on a GPU, by all its processes.", ("gpu",)),
     Definition("gpu_memory_total_bytes", "gauge", "Memory of a GPU.", ("gpu",)),

@@ -36,6 +36,9 @@ def process_figures(pid: int) -> dict[str, float]:
         return {}
     with suppress(OSError):  # of another user's process
         figures["process_open_fds"] = float(len(list((root / "fd").iterdir())))
+    with suppress(OSError, ValueError, IndexError):  # no number: unlimited
+        most = (root / "limits").read_text().partition("Max open files")[2].split()[0]
+        figures["process_max_fds"] = float(most)
     return figures
 
 
