@@ -17,9 +17,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import yaml
+from torch import nn
 
 import fedclaw.layouts as layouts_command
 from fedclaw import startup
+from fedclaw.api.module import OWN, around
 from fedclaw.errors import BundleError, FedClawError, UsageError
 from fedclaw.export.bundle import Request, export_bundle
 from fedclaw.export.check import Trust
@@ -28,6 +30,7 @@ from fedclaw.export.layouts.kserve import inference_service
 from fedclaw.export.layouts.triton import model_config
 from fedclaw.export.predictor import Predictor
 from fedclaw.export.source import load_source
+from fedclaw.learning.registry import WORKLOADS, lent
 from fedclaw.protocol.terms import ModelSpec
 
 ROWS = [
@@ -206,6 +209,18 @@ def test_what_is_there_is_replaced_on_request_alone_and_only_by_a_layout(table_b
     with pytest.raises(BundleError, match="left alone"):
         lay_out("kserve", table_bundle, overwrite="true", storage="s3://bucket/heart")
     assert [path.name for path in (tmp_path / "kserve").iterdir()] == ["precious"]
+
+
+def test_mlflow_takes_an_array_of_numbers_as_one_tensor(samples, home, lay_out, tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    definition = {"input_shape": [5], "labels": ["benign", "malignant"]}
+    with lent({(WORKLOADS, "arrays"): around(nn.Linear(5, 2), "arrays")}):
+        source = load_source(samples.make_run(tmp_path / "run", "arrays", definition, ModelSpec(name=OWN)))
+    export_bundle(source, home.signer(), tmp_path / "bundle", Request())
+    inputs = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    expected = Predictor.open(tmp_path / "bundle", Trust(authority=home.signer().ca_pem)).predict(inputs)
+    found = mlflow.pyfunc.load_model(str(lay_out("mlflow", tmp_path / "bundle"))).predict(inputs)
+    same(found["probabilities"], expected)
 
 
 @pytest.mark.parametrize("server", ["mlflow", "openvino"])

@@ -121,7 +121,7 @@ def _signature(mlflow: Any, columns: tuple[TypedColumn, ...], deployable: Deploy
 
     manifest = deployable.verified.manifest
     assert manifest.pipeline is not None
-    if len(columns) == 1 and len(columns[0].shape) > 2:
+    if len(columns) == 1 and columns[0].shape[1:] != (1,):
         (one,) = columns
         outputs: list[ColSpec | TensorSpec] = [
             TensorSpec(np.dtype(_NUMPY[told.dtype]), _sizes(told.shape), told.name)
