@@ -45,8 +45,8 @@ WIDTHS = (2215, 2215, 2215)
 WHITE = 0.9
 """Mean of the pixels, of 1, above which `errs` fails; that of a digit is about a third."""
 STEPS, BATCH, LEARNING_RATE = 100, 64, 0.003
-WASTED_SIDE, WASTED_CHANNELS, WASTED_LAYERS = 32, 32, 12
-"""The work of `slow`: convolutions over maps of so many cells a side, some 20 ms a request."""
+WASTED_SIDE, WASTED_CHANNELS, WASTED_LAYERS = 64, 32, 12
+"""The work of `slow`: convolutions over maps of so many cells a side, some 10 ms a request."""
 
 
 @dataclass(frozen=True)
