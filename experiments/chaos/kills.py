@@ -1,0 +1,172 @@
+"""SIGKILL under load: of a worker of a node, and of a whole node out of two behind HAProxy.
+
+What was acknowledged before and after has to be there at the end: each feedback in the state store, and each answer as
+a line of an audit log whose hash chain holds.
+"""
+
+import json
+import os
+import signal
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from fedclaw.serve.state.audit_verification import entries, verify
+from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.supervisor import read_processes
+
+from experiments.chaos.stage import MODEL, Finding, Stage, tell_seconds, worst
+from experiments.serving.clients import Crowd, Outcome, next_success, since
+from experiments.serving.cluster import Postgres, haproxy
+from experiments.serving.servers import Node, NodePorts, family
+from fedclaw.errors import FedClawError
+
+WORKERS = 2
+CALM, AFTER = 1.0, 3.0
+"""Seconds of load before a kill, and after it."""
+PATIENCE = 60.0
+"""Seconds in which a worker has to be back."""
+WORKER_REACH, NODE_REACH = 1.0, 5.0
+"""Seconds within which somebody is answered again."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One trial: what the clients saw from the kill on."""
+
+    asked: int
+    failed: int
+    next_success: float | None
+    """Seconds."""
+    last_failure: float
+    """Seconds after the kill; 0: nobody saw any."""
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], moment: float) -> "Kill":
+        """By the outcomes after `moment`."""
+        after = since(outcomes, moment)
+        failures = [outcome.ended - moment for outcome in after if outcome.failed]
+        return cls(len(after), len(failures), next_success(after, moment), max(failures, default=0.0))
+
+
+def worker_killed(stage: Stage) -> Finding:
+    """Each worker of a node once, then a fresh node: a worker that ends again and again is another matter."""
+    kills: list[Kill] = []
+    lost: list[str] = []
+    while len(kills) < stage.settings.trials:
+        with stage.node(workers=WORKERS) as node, stage.crowd(node.url, feedback=feedback) as crowd:
+            for number in range(1, WORKERS + 1):
+                time.sleep(CALM)
+                before, moment = worker_processes(node), time.monotonic()
+                os.kill(before[f"worker-{number}"], signal.SIGKILL)
+                time.sleep(AFTER)
+                kills.append(Kill.of(list(crowd.outcomes), moment))
+                wait_for_other(node, before)
+        lost += missing(crowd, [node])
+        stage.say(f"a worker killed: {len(kills)} of {stage.settings.trials}")
+    return told(f"a worker of {WORKERS} killed", kills[: stage.settings.trials], WORKER_REACH, lost)
+
+
+def node_killed(stage: Stage) -> Finding:
+    """Two nodes behind HAProxy that share PostgreSQL; now one of them goes, now the other."""
+    kills: list[Kill] = []
+    with ExitStack() as stack:
+        database = stack.enter_context(Postgres()).place(stage.root / "database")
+        names = ("node-a", "node-b")
+        nodes = [
+            stage.node(workers=1, root=stage.root / name, ports=NodePorts.free(), name=name, database=database)
+            for name in names
+        ]
+        for node in nodes:
+            stack.enter_context(node)
+        front = stack.enter_context(haproxy(stage.root / "haproxy", nodes))
+        with stage.crowd(front.url, feedback=feedback) as crowd:
+            for trial in range(stage.settings.trials):
+                node = nodes[trial % len(nodes)]
+                time.sleep(CALM)
+                moment = time.monotonic()
+                node.kill()
+                time.sleep(AFTER)
+                kills.append(Kill.of(list(crowd.outcomes), moment))
+                node.start()
+                node.wait_until_ready()
+                time.sleep(CALM)
+                stage.say(f"a node killed: {trial + 1} of {stage.settings.trials}")
+        lost = missing(crowd, nodes, database)
+    return told("a node of two killed", kills, NODE_REACH, lost)
+
+
+def worker_processes(node: Node) -> dict[str, int]:
+    """By name, the process ids of the node's processes, as its supervisor says."""
+    found = {entry["name"]: entry["pid"] for entry in read_processes(node.root / "state")}
+    return {name: int(process) for name, process in found.items() if process is not None}
+
+
+def wait_for_other(node: Node, before: dict[str, int]) -> None:
+    """Until a worker has started again and all are well. Raises FedClawError after a while."""
+    end = time.monotonic() + PATIENCE
+    while (
+        (now := worker_processes(node)) == before
+        or len(now) < len(before)
+        or not set(now.values()) < set(family(node.process_id))
+    ):
+        if time.monotonic() > end:
+            raise FedClawError(f"a worker was not started again:\n{node.last_words()}")
+        time.sleep(0.05)
+
+
+def feedback(outcome: Outcome) -> bytes | None:
+    """What a client tells of an answer: that it was right."""
+    return json.dumps({"prediction": outcome.receipt, "correct": True}).encode() if outcome.receipt else None
+
+
+def missing(crowd: Crowd, nodes: Sequence[Node], database: str | None = None) -> list[str]:
+    """What was acknowledged and is not there: answers without a line, feedback without a row, broken chains."""
+    found: set[str] = set()
+    lost: list[str] = []
+    for node in nodes:
+        directory = node.root / "state" / "audit"
+        found |= {str(entry.get("request")) for entry in entries(directory)}
+        lost += [f"{report.chain}: {fault}" for report in verify(directory) for fault in report.faults]
+    lost += [
+        f"answer {outcome.identity}" for outcome in crowd.outcomes if outcome.good and outcome.identity not in found
+    ]
+    with StateStore.open(database or f"sqlite:///{nodes[0].root / 'state' / 'state.db'}") as store:
+        credited = {row.receipt for row in store.feedback(MODEL, 0.0)}
+    return lost + [f"feedback {said}" for _, said in crowd.acknowledged if said["receipt"] not in credited]
+
+
+def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str]) -> Finding:
+    """The finding of all trials."""
+    failed, asked = sum(kill.failed for kill in kills), sum(kill.asked for kill in kills)
+    slowest = worst([kill.next_success for kill in kills])
+    usual = statistics.median(float("inf") if kill.next_success is None else kill.next_success for kill in kills)
+    last = max(kill.last_failure for kill in kills)
+    rows = [
+        (
+            f"{name}: time to the next answer",
+            f"{tell_seconds(usual)}, worst {tell_seconds(slowest)}",
+            f"reach: {reach:g} s",
+        ),
+        (
+            f"{name}: requests that failed",
+            f"{failed} of {asked:,}",
+            f"at most {max(kill.failed for kill in kills)} in a trial, the last {last:.2f} s after the kill",
+        ),
+        (f"{name}: acknowledged, and lost", str(len(lost)), "; ".join(lost[:3]) or "reach: 0"),
+    ]
+    return Finding(
+        rows,
+        {
+            f"{name}: trials": len(kills),
+            f"{name}: failed": failed,
+            f"{name}: asked": asked,
+            f"{name}: failed in the worst trial": most,
+            f"{name}: seconds to the next answer, median": round(usual, 4),
+            f"{name}: seconds to the next answer, worst": round(slowest, 4),
+            f"{name}: last failure after s": round(last, 4),
+            f"{name}: acknowledged and lost": len(lost),
+        },
+    )

@@ -1,0 +1,121 @@
+"""What two nodes need around them: one PostgreSQL that they share, and Debian's HAProxy in front."""
+
+import getpass
+import os
+import pwd
+import secrets
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from experiments.processes import free_port
+from experiments.serving.servers import Node, Server
+from fedclaw.errors import UsageError
+from fedclaw.files import PRIVATE_MODE, write_atomic
+
+_BINARIES = "/usr/lib/postgresql"
+"""Where Debian has them, by version."""
+_CONFIGURATION = """
+defaults
+  mode http
+  timeout connect 1s
+  timeout client 30s
+  timeout server 30s
+  retries 3
+  option redispatch
+  retry-on conn-failure
+frontend front
+  bind 127.0.0.1:{port}
+  default_backend nodes
+backend nodes
+  option httpchk GET /v2/health/ready
+  default-server fall 2 rise 1 observe layer4 error-limit 3 on-error mark-down
+{servers}
+"""
+_USER, _DATABASE = "fedclaw", "postgres"
+
+
+def postgres_binaries() -> Path | None:
+    """The directory of `initdb` and `postgres`, if there is one."""
+    found = [Path(path).parent for path in [shutil.which("initdb")] if path]
+    found += sorted(Path(_BINARIES).glob("*/bin"), reverse=True)
+    return next((path for path in found if (path / "initdb").exists() and (path / "postgres").exists()), None)
+
+
+class Postgres:
+    """A server in a temporary directory. A context manager.
+
+    PostgreSQL refuses to run as root, so root runs it as `postgres` or `nobody`.
+    """
+
+    def __init__(self) -> None:
+        binaries = postgres_binaries()
+        if binaries is None:
+            raise UsageError("no PostgreSQL server is installed; on Debian: apt-get install postgresql")
+        self._binaries, self._port = binaries, free_port()
+        self._password = secrets.token_hex(16)
+
+    def __enter__(self) -> Self:
+        self._home = Path(tempfile.mkdtemp(prefix="fedclaw-postgres-"))
+        if (owner := _owner()) is not None:
+            shutil.chown(self._home, owner)
+        password = self._home / "password"
+        password.write_text(self._password)
+        if owner is not None:
+            shutil.chown(password, owner)
+        password.chmod(PRIVATE_MODE)
+        cluster = ["-A", "scram-sha-256", "--no-locale", "-E", "UTF8"]
+        self._call("initdb", "-D", "data", "-U", _USER, "--pwfile", "password", *cluster)
+        options = f"-p {self._port} -k {self._home} -c listen_addresses=127.0.0.1"
+        self._call("pg_ctl", "start", "-D", "data", "-l", "log", "-w", "-o", options)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._call("pg_ctl", "stop", "-D", "data", "-w", "-m", "immediate")
+        shutil.rmtree(self._home, ignore_errors=True)
+
+    def place(self, path: Path) -> str:
+        """A file at `path` with the address and the password, as a node's `database` names it."""
+        url = f"postgresql://{_USER}:{self._password}@127.0.0.1:{self._port}/{_DATABASE}"
+        write_atomic(path, url.encode(), PRIVATE_MODE)
+        return f"file:{path}"
+
+    def _call(self, program: str, *arguments: str) -> None:
+        rights: dict[str, Any] = {}
+        if (owner := _owner()) is not None:
+            rights = {"user": owner, "group": pwd.getpwnam(owner).pw_gid, "extra_groups": []}
+        environment = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "HOME": str(self._home)}
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command = [str(self._binaries / program), *arguments]
+        subprocess.run(command, cwd=self._home, env=environment, check=True, timeout=120, **quiet, **rights)
+
+
+def _owner() -> str | None:
+    """Whom root becomes; None: this is not root."""
+    if getpass.getuser() != "root":
+        return None
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    return "postgres" if "postgres" in known else "nobody"
+
+
+def haproxy(root: Path, nodes: Sequence[Node]) -> Server:
+    """Debian's HAProxy before `nodes`."""
+    if (program := shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")) is None:
+        raise UsageError("haproxy is not installed; on Debian: apt-get install haproxy")
+    root.mkdir(parents=True, exist_ok=True)
+    port, path = free_port(), root / "haproxy.cfg"
+    servers = "\n".join(f"  server {node.name} 127.0.0.1:{node.ports.http} check inter 250ms" for node in nodes)
+    path.write_text(_CONFIGURATION.format(port=port, servers=servers))
+    return Server(
+        "haproxy",
+        [program, "-db", "-f", str(path)],
+        f"http://127.0.0.1:{port}",
+        "/v2/health/ready",
+        root / "haproxy.log",
+    )
