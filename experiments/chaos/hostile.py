@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def attacks() -> Mapping[str, Callable[[Scene, int], bool]]:
     }
 
 
-def _token_refused(scene: Scene, **claims: object) -> bool:
+def _token_refused(scene: Scene, **claims: Any) -> bool:
     return _refused(scene, scene.stage.issuer.token(**claims))
 
 
@@ -95,7 +96,7 @@ def oversized(scene: Scene, trial: int) -> bool:
     return status in (0, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
 
-def oversized_in_chunks(scene: Scene, trial: int) -> bool:
+def oversized_in_chunks(scene: Scene, _: int) -> bool:
     """A body that does not say its size, and does not end."""
     piece = b" " * (BODY_BYTES // 8)
     connection = http.client.HTTPConnection("127.0.0.1", scene.node.ports.http, timeout=20)
@@ -110,7 +111,7 @@ def oversized_in_chunks(scene: Scene, trial: int) -> bool:
     return status in (0, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 
 
-def slow_headers(scene: Scene, trial: int) -> bool:
+def slow_headers(scene: Scene, _: int) -> bool:
     """Connections that never get to the end of a header: all are closed in time."""
     with ExitStack() as stack:
         place = ("127.0.0.1", scene.node.ports.http)

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from fedclaw.serve.state.audit_verification import entries, verify
-from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import read_processes
 
 from experiments.chaos.stage import MODEL, Finding, Stage, tell_seconds, worst
@@ -22,6 +20,8 @@ from experiments.serving.clients import Crowd, Outcome, next_success, since
 from experiments.serving.cluster import Postgres, haproxy
 from experiments.serving.servers import Node, NodePorts, family
 from fedclaw.errors import FedClawError
+from fedclaw.serve.state.audit_verification import entries, verify
+from fedclaw.serve.state.store import StateStore
 
 WORKERS = 2
 CALM, AFTER = 1.0, 3.0
@@ -144,16 +144,13 @@ def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str]) ->
     slowest = worst([kill.next_success for kill in kills])
     usual = statistics.median(float("inf") if kill.next_success is None else kill.next_success for kill in kills)
     last = max(kill.last_failure for kill in kills)
+    most, times = max(kill.failed for kill in kills), f"{tell_seconds(usual)}, worst {tell_seconds(slowest)}"
     rows = [
-        (
-            f"{name}: time to the next answer",
-            f"{tell_seconds(usual)}, worst {tell_seconds(slowest)}",
-            f"reach: {reach:g} s",
-        ),
+        (f"{name}: time to the next answer", times, f"reach: {reach:g} s"),
         (
             f"{name}: requests that failed",
             f"{failed} of {asked:,}",
-            f"at most {max(kill.failed for kill in kills)} in a trial, the last {last:.2f} s after the kill",
+            f"at most {most} in a trial, the last {last:.2f} s after the kill",
         ),
         (f"{name}: acknowledged, and lost", str(len(lost)), "; ".join(lost[:3]) or "reach: 0"),
     ]

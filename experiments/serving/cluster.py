@@ -87,13 +87,12 @@ class Postgres:
         return f"file:{path}"
 
     def _call(self, program: str, *arguments: str) -> None:
-        rights: dict[str, Any] = {}
+        more: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         if (owner := _owner()) is not None:
-            rights = {"user": owner, "group": pwd.getpwnam(owner).pw_gid, "extra_groups": []}
+            more |= {"user": owner, "group": pwd.getpwnam(owner).pw_gid, "extra_groups": []}
         environment = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "HOME": str(self._home)}
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         command = [str(self._binaries / program), *arguments]
-        subprocess.run(command, cwd=self._home, env=environment, check=True, timeout=120, **quiet, **rights)
+        subprocess.run(command, cwd=self._home, env=environment, check=True, timeout=120, **more)
 
 
 def _owner() -> str | None:

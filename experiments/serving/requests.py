@@ -33,7 +33,7 @@ def binary_request(rows: Rows) -> tuple[bytes, dict[str, str]]:
 
 def grpc_request(model: str, rows: Rows) -> tuple[bytes, str]:
     """The same over gRPC, with the tensor as raw bytes: the message, and the path of the call."""
-    from fedclaw.serve.inference.protocol.grpc_predict_v2_pb2 import ModelInferRequest
+    from fedclaw.serve.inference.protocol.open_inference_pb2 import ModelInferRequest
 
     name, datatype = NAMES[rows.dtype.name]
     tensor = ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=rows.shape)
