@@ -328,8 +328,8 @@ class Benchmark:
         low, high = 1, 16
         while high < MOST_CONNECTIONS and holds(high):
             low, high = high, 2 * high
-        while high / low > LADDER and not self.settings.quick:
-            middle = round((low * high) ** 0.5)
+        while high > low + 1 and high / low > LADDER and not self.settings.quick:
+            middle = min(max(round((low * high) ** 0.5), low + 1), high - 1)
             low, high = (middle, high) if holds(middle) else (low, middle)
         return low
 
