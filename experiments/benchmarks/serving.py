@@ -263,8 +263,8 @@ class Benchmark:
     def _both(self, models: Sequence[str]) -> Iterator[dict[str, Node]]:
         with ExitStack() as stack:
             yield {
-                mode: stack.enter_context(self.node(f"batching-{mode}", models, batching__mode=mode))
-                for mode in ("on", "off")
+                mode: stack.enter_context(self.node(f"batching-{mode}", models, batching__mode=told))
+                for mode, told in (("on", "always"), ("off", "never"))
             }
 
     def _contender(self, node: Node, model: str) -> Contender:

@@ -235,7 +235,7 @@ class Node(Server):
             "limits.burst": 1_000_000,
             "limits.connections": 10_000,
             **issuer.settings(),
-            **(certificates(foundry) if tls else {"tls.off": True}),
+            **(certificates(foundry) if tls else {"tls.disabled": True}),
             **(settings or {}),
         }
         scheme = "https" if tls else "http"
