@@ -12,13 +12,15 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from http import HTTPStatus
 
+from fedclaw.serve.home import AUDIT, DATABASE
 from fedclaw.serve.supervisor import read_processes
 
-from experiments.chaos.stage import MODEL, Finding, Stage, tell_seconds, worst
-from experiments.serving.clients import Crowd, Outcome, next_success, since
+from experiments.chaos.stage import Finding, Stage, tell_seconds, worst
+from experiments.serving.clients import Client, Crowd, Outcome, next_success, since
 from experiments.serving.cluster import Postgres, haproxy
-from experiments.serving.servers import Node, NodePorts, family
+from experiments.serving.servers import Node, NodePorts
 from fedclaw.errors import FedClawError
 from fedclaw.serve.state.audit_verification import entries, verify
 from fedclaw.serve.state.store import StateStore
@@ -81,8 +83,8 @@ def node_killed(stage: Stage) -> Finding:
         ]
         for node in nodes:
             stack.enter_context(node)
-        front = stack.enter_context(haproxy(stage.root / "haproxy", nodes))
-        with stage.crowd(front.url, feedback=feedback) as crowd:
+        front = stack.enter_context(haproxy(stage.root / "haproxy", stage.foundry, nodes))
+        with stage.crowd(front.url, feedback=feedback, authority=stage.foundry.authority) as crowd:
             for trial in range(stage.settings.trials):
                 node = nodes[trial % len(nodes)]
                 time.sleep(CALM)
@@ -94,7 +96,7 @@ def node_killed(stage: Stage) -> Finding:
                 node.wait_until_ready()
                 time.sleep(CALM)
                 stage.say(f"a node killed: {trial + 1} of {stage.settings.trials}")
-        lost = missing(crowd, nodes, database)
+        lost = missing(crowd, nodes)
     return told("a node of two killed", kills, NODE_REACH, lost)
 
 
@@ -104,38 +106,44 @@ def worker_processes(node: Node) -> dict[str, int]:
     return {name: int(process) for name, process in found.items() if process is not None}
 
 
-def wait_for_other(node: Node, before: dict[str, int]) -> None:
-    """Until a worker has started again and all are well. Raises FedClawError after a while."""
+def wait_for_all(node: Node, age: float) -> None:
+    """Until every worker has told that it answers, `age` seconds ago at most. Raises FedClawError after a while."""
     end = time.monotonic() + PATIENCE
-    while (
-        (now := worker_processes(node)) == before
-        or len(now) < len(before)
-        or not set(now.values()) < set(family(node.process_id))
-    ):
+    began = time.monotonic() - age
+    while True:
+        with StateStore.open(f"sqlite:///{node.root / 'state' / DATABASE}") as store:
+            well = [beat for beat in store.workers() if beat.ready and beat.age < time.monotonic() - began]
+        if len({beat.worker for beat in well}) == WORKERS:
+            return
         if time.monotonic() > end:
             raise FedClawError(f"a worker was not started again:\n{node.last_words()}")
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def feedback(outcome: Outcome) -> bytes | None:
-    """What a client tells of an answer: that it was right."""
-    return json.dumps({"prediction": outcome.receipt, "correct": True}).encode() if outcome.receipt else None
+    """What a client tells of an answer: that its task was completed."""
+    return json.dumps({"receipt": outcome.receipt, "completed": True}).encode() if outcome.receipt else None
 
 
-def missing(crowd: Crowd, nodes: Sequence[Node], database: str | None = None) -> list[str]:
-    """What was acknowledged and is not there: answers without a line, feedback without a row, broken chains."""
+def missing(crowd: Crowd, nodes: Sequence[Node]) -> list[str]:
+    """What was acknowledged and is not there: answers without a line, feedback that is news, broken chains.
+
+    Feedback that was credited is answered as `repeated` when the same client says the same again.
+    """
     found: set[str] = set()
     lost: list[str] = []
     for node in nodes:
-        directory = node.root / "state" / "audit"
+        directory = node.root / "state" / AUDIT
         found |= {str(entry.get("request")) for entry in entries(directory)}
         lost += [f"{report.chain}: {fault}" for report in verify(directory) for fault in report.faults]
-    lost += [
-        f"answer {outcome.identity}" for outcome in crowd.outcomes if outcome.good and outcome.identity not in found
-    ]
-    with StateStore.open(database or f"sqlite:///{nodes[0].root / 'state' / 'state.db'}") as store:
-        credited = {row.receipt for row in store.feedback(MODEL, 0.0)}
-    return lost + [f"feedback {said}" for _, said in crowd.acknowledged if said["receipt"] not in credited]
+    answered = (outcome.identity for outcome in crowd.outcomes if outcome.good)
+    lost += [f"answer {identity}" for identity in answered if identity not in found]
+    clients = {token: Client(crowd.url, token, crowd.authority) for token in crowd.tokens}
+    for token, body in crowd.acknowledged:
+        status, _, content = clients[token].post("/feedback", body)
+        if status != HTTPStatus.OK or not json.loads(content)["repeated"]:
+            lost.append(f"feedback ({status}) {body[:60]!r}")
+    return lost
 
 
 def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str]) -> Finding:

@@ -7,13 +7,15 @@ key of its own, and opens a new connection when the old one breaks. It never ask
 import http.client
 import itertools
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 from urllib.parse import urlsplit
 
 from experiments.serving.requests import Rows, json_request
@@ -50,17 +52,18 @@ class Outcome:
 
 
 class Client:
-    """One connection to a service at `url`, http://HOST:PORT."""
+    """One connection to a service at `url`, http://HOST:PORT; at https:// its certificate is one of `authority`."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self._address = urlsplit(url).netloc
+    def __init__(self, url: str, token: str, authority: Path | None = None) -> None:
+        self._address, secure = urlsplit(url).netloc, urlsplit(url).scheme == "https"
+        self._trust = ssl.create_default_context(cafile=authority) if secure else None
         self._headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
         self._connection: http.client.HTTPConnection | None = None
 
     def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
         """(status, headers in lower case, body); status 0 if there was no answer."""
         if self._connection is None:
-            self._connection = http.client.HTTPConnection(self._address, timeout=TIMEOUT)
+            self._connection = self._connect()
         try:
             self._connection.request("POST", path, body, {**self._headers, **(headers or {})})
             answer = self._connection.getresponse()
@@ -71,6 +74,11 @@ class Client:
         if answer.will_close:
             self.close()
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, content
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._trust is None:
+            return http.client.HTTPConnection(self._address, timeout=TIMEOUT)
+        return http.client.HTTPSConnection(self._address, timeout=TIMEOUT, context=self._trust)
 
     def ask(self, model: str, rows: Rows, key: str, identity: str) -> Outcome:
         """One inference."""
@@ -112,9 +120,11 @@ class Crowd:
     """Of keys and ids: two crowds that ask one model need different ones."""
     feedback: Callable[[Outcome], bytes | None] | None = None
     """What is told of a good answer, at /feedback; None: nothing."""
+    authority: Path | None = None
+    """Whose certificate a service at https:// has."""
     outcomes: list[Outcome] = field(default_factory=list)
-    acknowledged: list[tuple[Outcome, dict[str, Any]]] = field(default_factory=list)
-    """Feedback that was taken: of which answer, and what the service said."""
+    acknowledged: list[tuple[str, bytes]] = field(default_factory=list)
+    """Feedback that was taken: by whose token, and its body."""
 
     def __post_init__(self) -> None:
         self._numbers: Iterator[int] = itertools.count()
@@ -125,16 +135,16 @@ class Crowd:
         ]
 
     def _ask(self, token: str) -> None:
-        client = Client(self.url, token)
+        client = Client(self.url, token, self.authority)
         while not self._stop.is_set():
             number = next(self._numbers)
             name = f"{self.prefix}{number}"
             outcome = client.ask(self.model, self.rows(number), f"key-{name}", f"id-{name}")
             self.outcomes.append(outcome)
             if self.feedback is not None and outcome.good and (told := self.feedback(outcome)) is not None:
-                status, _, content = client.post("/feedback", told)
+                status, _, _ = client.post("/feedback", told)
                 if status == HTTPStatus.OK:
-                    self.acknowledged.append((outcome, json.loads(content)))
+                    self.acknowledged.append((token, told))
             self._stop.wait(self.pause)
         client.close()
 

@@ -13,29 +13,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from experiments.processes import free_port
+from experiments.serving.bundles import Foundry
 from experiments.serving.servers import Node, Server
 from fedclaw.errors import UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
+from fedclaw.serve.proxies.haproxy import HaproxySettings, ProxyLimits, configuration
 
 _BINARIES = "/usr/lib/postgresql"
 """Where Debian has them, by version."""
-_CONFIGURATION = """
-defaults
-  mode http
-  timeout connect 1s
-  timeout client 30s
-  timeout server 30s
-  retries 3
-  option redispatch
-  retry-on conn-failure
-frontend front
-  bind 127.0.0.1:{port}
-  default_backend nodes
-backend nodes
-  option httpchk GET /v2/health/ready
-  default-server fall 2 rise 1 observe layer4 error-limit 3 on-error mark-down
-{servers}
-"""
 _USER, _DATABASE = "fedclaw", "postgres"
 
 
@@ -103,18 +88,29 @@ def _owner() -> str | None:
     return "postgres" if "postgres" in known else "nobody"
 
 
-def haproxy(root: Path, nodes: Sequence[Node]) -> Server:
-    """Debian's HAProxy before `nodes`."""
+def haproxy(root: Path, foundry: Foundry, nodes: Sequence[Node]) -> Server:
+    """Debian's HAProxy before `nodes`, with FedClaw's configuration; its limits are out of reach of the clients here."""
     if (program := shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")) is None:
         raise UsageError("haproxy is not installed; on Debian: apt-get install haproxy")
     root.mkdir(parents=True, exist_ok=True)
-    port, path = free_port(), root / "haproxy.cfg"
-    servers = "\n".join(f"  server {node.name} 127.0.0.1:{node.ports.http} check inter 250ms" for node in nodes)
-    path.write_text(_CONFIGURATION.format(port=port, servers=servers))
+    port, path, certificate = free_port(), root / "haproxy.cfg", root / "front.pem"
+    home = foundry.home.root
+    write_atomic(certificate, (home / "server.crt").read_bytes() + (home / "server.key").read_bytes(), PRIVATE_MODE)
+    much = dict.fromkeys(ProxyLimits.model_fields, 1000000)
+    settings = HaproxySettings(
+        nodes=tuple(f"127.0.0.1:{node.ports.http}" for node in nodes),
+        plaintext=True,
+        certificate=str(certificate),
+        bind=f"127.0.0.1:{port}",
+        user=None,
+        limits=ProxyLimits(**{**much, "connections": 10_000}),
+    )
+    write_atomic(path, configuration(settings).encode())
     return Server(
         "haproxy",
         [program, "-db", "-f", str(path)],
-        f"http://127.0.0.1:{port}",
+        f"https://127.0.0.1:{port}",
         "/v2/health/ready",
         root / "haproxy.log",
+        authority=foundry.authority,
     )
