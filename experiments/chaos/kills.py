@@ -58,15 +58,16 @@ def worker_killed(stage: Stage) -> Finding:
     kills: list[Kill] = []
     lost: list[str] = []
     while len(kills) < stage.settings.trials:
-        with stage.node(workers=WORKERS) as node, stage.crowd(node.url, feedback=feedback) as crowd:
-            for number in range(1, WORKERS + 1):
-                time.sleep(CALM)
-                before, moment = worker_processes(node), time.monotonic()
-                os.kill(before[f"worker-{number}"], signal.SIGKILL)
-                time.sleep(AFTER)
-                kills.append(Kill.of(list(crowd.outcomes), moment))
-                wait_for_other(node, before)
-        lost += missing(crowd, [node])
+        with stage.node(workers=WORKERS) as node:
+            with stage.crowd(node.url, feedback=feedback) as crowd:
+                for number in range(1, WORKERS + 1):
+                    time.sleep(CALM)
+                    moment = time.monotonic()
+                    os.kill(worker_processes(node)[f"worker-{number}"], signal.SIGKILL)
+                    time.sleep(AFTER)
+                    kills.append(Kill.of(list(crowd.outcomes), moment))
+                    wait_for_all(node, time.monotonic() - moment)
+            lost += missing(crowd, [node])
         stage.say(f"a worker killed: {len(kills)} of {stage.settings.trials}")
     return told(f"a worker of {WORKERS} killed", kills[: stage.settings.trials], WORKER_REACH, lost)
 
@@ -108,8 +109,7 @@ def worker_processes(node: Node) -> dict[str, int]:
 
 def wait_for_all(node: Node, age: float) -> None:
     """Until every worker has told that it answers, `age` seconds ago at most. Raises FedClawError after a while."""
-    end = time.monotonic() + PATIENCE
-    began = time.monotonic() - age
+    began, end = time.monotonic() - age, time.monotonic() + PATIENCE
     while True:
         with StateStore.open(f"sqlite:///{node.root / 'state' / DATABASE}") as store:
             well = [beat for beat in store.workers() if beat.ready and beat.age < time.monotonic() - began]

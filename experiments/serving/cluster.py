@@ -89,7 +89,7 @@ def _owner() -> str | None:
 
 
 def haproxy(root: Path, foundry: Foundry, nodes: Sequence[Node]) -> Server:
-    """Debian's HAProxy before `nodes`, with FedClaw's configuration; its limits are out of reach of the clients here."""
+    """Debian's HAProxy before `nodes`, with FedClaw's configuration and limits that no client here reaches."""
     if (program := shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")) is None:
         raise UsageError("haproxy is not installed; on Debian: apt-get install haproxy")
     root.mkdir(parents=True, exist_ok=True)
