@@ -57,6 +57,7 @@ def worker_killed(stage: Stage) -> Finding:
     """Each worker of a node once, then a fresh node: a worker that ends again and again is another matter."""
     kills: list[Kill] = []
     lost: list[str] = []
+    kept = 0
     while len(kills) < stage.settings.trials:
         with stage.node(workers=WORKERS) as node:
             with stage.crowd(node.url, feedback=feedback) as crowd:
@@ -68,8 +69,9 @@ def worker_killed(stage: Stage) -> Finding:
                     kills.append(Kill.of(list(crowd.outcomes), moment))
                     wait_for_all(node, time.monotonic() - moment)
             lost += missing(crowd, [node])
+            kept += acknowledged(crowd)
         stage.say(f"a worker killed: {len(kills)} of {stage.settings.trials}")
-    return told(f"a worker of {WORKERS} killed", kills[: stage.settings.trials], WORKER_REACH, lost)
+    return told(f"a worker of {WORKERS} killed", kills[: stage.settings.trials], WORKER_REACH, lost, kept)
 
 
 def node_killed(stage: Stage) -> Finding:
@@ -98,7 +100,7 @@ def node_killed(stage: Stage) -> Finding:
                 time.sleep(CALM)
                 stage.say(f"a node killed: {trial + 1} of {stage.settings.trials}")
         lost = missing(crowd, nodes)
-    return told("a node of two killed", kills, NODE_REACH, lost)
+    return told("a node of two killed", kills, NODE_REACH, lost, acknowledged(crowd))
 
 
 def worker_processes(node: Node) -> dict[str, int]:
@@ -146,7 +148,12 @@ def missing(crowd: Crowd, nodes: Sequence[Node]) -> list[str]:
     return lost
 
 
-def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str]) -> Finding:
+def acknowledged(crowd: Crowd) -> int:
+    """Answers and feedback that a client has seen taken."""
+    return sum(outcome.good for outcome in crowd.outcomes) + len(crowd.acknowledged)
+
+
+def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str], kept: int) -> Finding:
     """The finding of all trials."""
     failed, asked = sum(kill.failed for kill in kills), sum(kill.asked for kill in kills)
     slowest = worst([kill.next_success for kill in kills])
@@ -160,7 +167,7 @@ def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str]) ->
             f"{failed} of {asked:,}",
             f"at most {most} in a trial, the last {last:.2f} s after the kill",
         ),
-        (f"{name}: acknowledged, and lost", str(len(lost)), "; ".join(lost[:3]) or "reach: 0"),
+        (f"{name}: acknowledged, and lost", f"{len(lost)} of {kept:,}", "; ".join(lost[:3]) or "reach: 0"),
     ]
     return Finding(
         rows,
@@ -172,6 +179,7 @@ def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str]) ->
             f"{name}: seconds to the next answer, median": round(usual, 4),
             f"{name}: seconds to the next answer, worst": round(slowest, 4),
             f"{name}: last failure after s": round(last, 4),
+            f"{name}: acknowledged": kept,
             f"{name}: acknowledged and lost": len(lost),
         },
     )

@@ -28,6 +28,7 @@ def test_a_killed_worker_takes_nothing_with_it_but_what_it_was_at(stage):
     found = kills.worker_killed(stage).figures
     name = "a worker of 2 killed"
     assert found[f"{name}: trials"] == TRIALS
+    assert found[f"{name}: acknowledged"] > 100
     assert found[f"{name}: acknowledged and lost"] == 0
     assert found[f"{name}: failed"] <= TRIALS * stage.settings.clients
     assert found[f"{name}: seconds to the next answer, worst"] < kills.AFTER
@@ -38,6 +39,7 @@ def test_a_killed_worker_takes_nothing_with_it_but_what_it_was_at(stage):
 def test_a_killed_node_loses_nothing_that_was_acknowledged(stage):
     found = kills.node_killed(stage).figures
     name = "a node of two killed"
+    assert found[f"{name}: acknowledged"] > 100
     assert found[f"{name}: acknowledged and lost"] == 0
     assert found[f"{name}: seconds to the next answer, worst"] < kills.AFTER
 
