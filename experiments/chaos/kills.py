@@ -14,16 +14,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from fedclaw.serve.home import AUDIT, DATABASE
-from fedclaw.serve.supervisor import read_processes
-
 from experiments.chaos.stage import Finding, Stage, tell_seconds, worst
 from experiments.serving.clients import Client, Crowd, Outcome, next_success, since
 from experiments.serving.cluster import Postgres, haproxy
 from experiments.serving.servers import Node, NodePorts
 from fedclaw.errors import FedClawError
+from fedclaw.serve.home import AUDIT, DATABASE
 from fedclaw.serve.state.audit_verification import entries, verify
 from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.supervisor import read_processes
 
 WORKERS = 2
 CALM, AFTER = 1.0, 3.0

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
-from fedclaw.serve.publish import AdminClient
-
 from experiments.chaos.stage import Finding, Stage
 from experiments.serving.clients import Crowd, Outcome
 from experiments.serving.servers import Node
+from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
+from fedclaw.serve.publish import AdminClient
 
 ENDED = {"rolled_back", "answers"}
 FIRST_SHARE = 0.05

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedclaw.serve.publish import AdminClient
 from numpy.typing import NDArray
 from pydantic import Field
 from rich.console import Console
@@ -18,6 +17,7 @@ from experiments.serving.clients import Crowd
 from experiments.serving.issuer import Issuer
 from experiments.serving.servers import Node, NodePorts
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.serve.publish import AdminClient
 
 MODEL = "digits"
 PRINCIPALS = 5

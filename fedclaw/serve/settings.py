@@ -4,7 +4,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from fedclaw.compress.record import Precision
 from fedclaw.export.check import TrustSettings
@@ -215,7 +215,8 @@ class NodeSettings(TrustSettings):
     bundle: Path | None = None
     model: ModelName | None = None
     """The name of the bundle's model; null: its run's."""
-    models: dict[ModelName, ModelSettings] = {}
+    models: Annotated[dict[ModelName, ModelSettings], BeforeValidator(lambda given: given or {})] = {}
+    """By name."""
     state: Path = Path("node")
     """Directory of the node: its copies of bundles, routing, feedback, audit log."""
     name: ModelName = "node"
