@@ -23,6 +23,8 @@ class Seen:
     requests: list[dict[str, Any]] = field(default_factory=list)
     bodies: list[bytes | None] = field(default_factory=list)
     """None: the client went away, or was sent away, before the body's end."""
+    most: int = 0
+    """Bytes of a body that the application got, whether or not it was whole."""
     protocol: Any = None
     server: Any = None
 
@@ -87,6 +89,7 @@ def node(limits: ConnectionLimits, loop: str = "uvloop", tls: ServerTls | None =
                 body = None
                 break
             body += message["body"]
+            seen.most = max(seen.most, len(body))
             if not message["more_body"]:
                 break
         seen.bodies.append(body)

@@ -42,6 +42,7 @@ def seen() -> Iterator[Seen]:
 def _fresh(seen: Seen) -> Iterator[None]:
     seen.requests.clear()
     seen.bodies.clear()
+    seen.most = 0
     yield
     until(lambda: not seen.protocol.register.open)
     assert seen.protocol.register.held == 0
@@ -255,6 +256,18 @@ def test_a_chunked_body_that_is_too_large_is_stopped_while_it_comes(seen: Seen, 
                     time.sleep(0)
         status, _ = answer(connection)
     assert status in (413, 0)
+    until(lambda: seen.bodies)
+    assert seen.bodies == [None]
+    assert seen.most <= 200_000
+
+
+def test_what_surrounds_the_pieces_of_a_body_is_bounded_too(seen: Seen) -> None:
+    with seen.connect() as connection:
+        connection.sendall(CHUNKED)
+        with suppress(ConnectionError):
+            for _ in range(300):
+                connection.sendall(b"1;" + b"a" * 5000 + b"\r\nx\r\n")
+        assert answer(connection)[0] in (413, 400)
     until(lambda: seen.bodies)
     assert seen.bodies == [None]
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedclaw.errors import UsageError
 from fedclaw.serve.refusals import ServeRefusal
@@ -118,6 +120,17 @@ def test_one_id_for_two_keys_is_ambiguous() -> None:
 def test_documents_that_are_no_key_set(document: bytes) -> None:
     with pytest.raises(ValueError, match=r"it |none of"):
         parse_key_set(document, BOTH)
+
+
+@given(
+    st.sampled_from(["kty", "crv", "x", "y", "n", "e", "kid", "use", "key_ops", "alg", "x5c"]),
+    st.none() | st.booleans() | st.integers() | st.text(max_size=90) | st.lists(st.text(max_size=3), max_size=2),
+    st.booleans(),
+)
+def test_a_member_of_any_kind_is_used_or_passed_over(name: str, value: object, rsa: bool) -> None:
+    odd = {**(jwk(rsa_key(), "b") if rsa else jwk(ec_key("b"), "b")), name: value}
+    found = parse_key_set(key_set(jwk(ec_key()), odd), BOTH)
+    assert ("a", "ES256") in found.keys
 
 
 def test_an_empty_set_withdraws_all_keys() -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedclaw.errors import UsageError
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Principal
-from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper
+from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper, parse_key_set
 from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateTable
 from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules, only_header
 from tests.serve.security.issuer import (
@@ -60,6 +62,18 @@ class Node:
         assert caught.value.challenge is not None
         assert caught.value.challenge.startswith('Bearer realm="fedclaw"')
         return caught.value
+
+
+class Fixed:
+    """Keys that are there."""
+
+    current = parse_key_set(key_set(jwk(ec_key()), jwk(rsa_key(), "r")), ("ES256", "RS256"))
+
+    def ask(self) -> None:
+        return None
+
+
+HARDENED = Authenticator(TokenRules(ISSUER, AUDIENCE), Fixed())  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -473,6 +487,53 @@ def test_a_rotation_is_no_clients_failure(node: Node) -> None:
         authenticator.authenticate(bearer(token(kid="made-up")), address="10.0.0.1")
     with pytest.raises(ServeRefusal, match="not accepted"):
         authenticator.authenticate(bearer(token(kid="made-up")), address="10.0.0.1")
+
+
+def test_a_token_with_any_byte_changed_is_refused_or_the_very_same(node: Node) -> None:
+    """Base64 leaves bits of a last letter unused: there alone another letter is the same signature."""
+    good = bearer(token())
+    first = node.ask(good)
+    same = [
+        place
+        for place in range(7, len(good))
+        for letter in (b"A", b"B", b"_", b".", b"=", b"\0")
+        if letter != good[place : place + 1] and accepted(node, good[:place] + letter + good[place + 1 :], first)
+    ]
+    assert set(same) <= {len(good) - 1}
+
+
+def accepted(node: Node, header: bytes, expected: Principal) -> bool:
+    try:
+        assert node.ask(header) == expected
+    except ServeRefusal:
+        return False
+    return True
+
+
+@given(st.one_of(st.binary(max_size=300), st.binary(max_size=200).map(lambda it: b"Bearer " + it)))
+def test_any_bytes_are_refused_in_words(header: bytes) -> None:
+    with pytest.raises(ServeRefusal) as caught:
+        HARDENED.authenticate(header)
+    assert caught.value.code == "unauthenticated"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(["iss", "aud", "sub", "exp", "nbf", "iat", "scope", "scp", "roles", "cnf", "jti", "x"]), JSON)
+def test_a_signed_claim_of_any_kind_is_accepted_or_refused_in_words(name: str, value: object) -> None:
+    with suppress(ServeRefusal):
+        assert HARDENED.authenticate(bearer(token(**{name: value}))).name
+
+
+@given(st.sampled_from(["alg", "typ", "kid", "crit", "b64", "jwk", "jku", "cty", "zip", "x"]), JSON)
+def test_a_signed_header_of_any_kind_is_accepted_or_refused_in_words(name: str, value: object) -> None:
+    with suppress(ServeRefusal):
+        assert HARDENED.authenticate(bearer(token(jose={name: value}))).name == "scanner-7"
 
 
 def test_no_refusal_repeats_anything_of_the_token_or_the_keys(node: Node) -> None:
