@@ -62,7 +62,15 @@ def _publish(overrides: Sequence[str]) -> None:
     publish(settings, lambda said: console.print(said, markup=False))
 
 
-_WORDS: dict[str, Callable[[Sequence[str]], None]] = {"publish": _publish}
+def _haproxy(overrides: Sequence[str]) -> None:
+    from fedclaw.serve.proxies.haproxy import HaproxySettings, haproxy
+
+    settings = compose_settings("serve_haproxy", overrides, HaproxySettings)
+    console = make_console()
+    haproxy(settings, lambda said: console.print(said, markup=False))
+
+
+_WORDS: dict[str, Callable[[Sequence[str]], None]] = {"publish": _publish, "haproxy": _haproxy}
 
 if __name__ == "__main__":
     run_main("fedclaw.serve", __doc__ or "", main)

@@ -100,8 +100,8 @@ def test_a_node_is_closed_but_for_what_is_named(name: str):
         for port in rule["ports"]
         for peer in (rule.get("from") or rule.get("to"))
     }
-    assert opened["https"] == opened["grpc"] == {"namespaceSelector": {"matchLabels": {"fedclaw.io/clients": "true"}}}
-    assert opened["admin"] == {"namespaceSelector": {"matchLabels": {"fedclaw.io/operators": "true"}}}
+    assert opened["https"] == opened["grpc"] == {"namespaceSelector": {"matchLabels": {"fedclaw-clients": "true"}}}
+    assert opened["admin"] == {"namespaceSelector": {"matchLabels": {"fedclaw-operators": "true"}}}
     assert opened[53]["podSelector"] == {"matchLabels": {"k8s-app": "kube-dns"}}
     assert opened.keys() == {"https", "grpc", "admin", 53} | ({5432} if name == "node/replicated" else set())
 
