@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedclaw.learning.preprocessing import Columns
+from fedclaw.learning.preprocessing import REFUSED, Columns
 from fedclaw.serve.refusals import ServeRefusal
 
 Outputs = Mapping[str, NDArray[Any]]
@@ -65,6 +65,19 @@ class QueueLimits:
     """Rows of one request."""
 
 
+@dataclass(frozen=True, slots=True)
+class BatchFigures:
+    """A batch that was computed, for metrics."""
+
+    rows: int
+    waited: float
+    """Seconds from the queue to the batch, of its oldest request."""
+    seconds: float
+    """Until it was computed."""
+    refused: int
+    """Rows that get no answer."""
+
+
 class _Queue:
     """Requests that wait, and how many rows of theirs are not in a batch yet."""
 
@@ -87,12 +100,20 @@ class _Queue:
 class _Job:
     """A request's rows on their way through batches."""
 
-    __slots__ = ("columns", "deadline", "future", "parts", "rows", "taken")
+    __slots__ = ("columns", "deadline", "future", "parts", "rows", "since", "taken")
 
-    def __init__(self, columns: Columns, rows: int, deadline: float | None, future: "asyncio.Future[Outputs]") -> None:
+    def __init__(
+        self,
+        columns: Columns,
+        rows: int,
+        deadline: float | None,
+        since: float,
+        future: "asyncio.Future[Outputs]",
+    ) -> None:
         self.columns = columns
         self.rows = rows
         self.deadline = deadline
+        self.since = since
         self.future = future
         self.taken = 0
         self.parts: list[Outputs] = []
@@ -113,12 +134,12 @@ class EagerBatcher:
         execution: Execution,
         limits: QueueLimits | None = None,
         executor: Executor | None = None,
-        observe: Callable[[int, float], None] | None = None,
+        observe: Callable[[BatchFigures], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`infer` maps columns of N rows to outputs of N rows and may run in `executor`, one batch at a time.
 
-        `observe` is told of each batch: its rows, and the seconds that it took.
+        `observe` is told of each batch.
         """
         if executor is None and not execution.inline:
             raise ValueError("a model that is not computed inline needs an executor")
@@ -154,7 +175,7 @@ class EagerBatcher:
         if execution.inline and not execution.batching and queue is self._short and not queue.rows:
             return self._alone(columns, rows)
         loop = asyncio.get_running_loop()
-        job = _Job(columns, rows, deadline, loop.create_future())
+        job = _Job(columns, rows, deadline, self._clock(), loop.create_future())
         queue.add(job)
         self._schedule(loop)
         try:
@@ -200,6 +221,8 @@ class EagerBatcher:
         except Exception as error:
             raise _failed(error) from error
         self._measured(rows, self._clock() - started)
+        if self._observe is not None:
+            self._observe(BatchFigures(rows, 0.0, self._clock() - started, _refused_rows(outputs)))
         return outputs
 
     def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -270,13 +293,21 @@ class EagerBatcher:
                 _hand_out(batch, found)
         if self._short.jobs or self._long.jobs:
             self._schedule(loop)
+        if self._observe is not None:  # last: whoever fails on a figure keeps nobody waiting
+            for batch, found in results:
+                if not isinstance(found, Exception):
+                    self._tell(batch, found, started)
 
     def _measured(self, rows: int, seconds: float) -> None:
         execution = self.execution
         expected = execution.seconds_a_batch + rows * execution.seconds_a_row
         self._slowness += _SMOOTHING * (seconds / max(expected, _LEAST_SECONDS) - self._slowness)
-        if self._observe is not None:
-            self._observe(rows, seconds)
+
+    def _tell(self, batch: Sequence[_Piece], outputs: Outputs, started: float) -> None:
+        assert self._observe is not None
+        rows = sum(stop - start for _, start, stop in batch)
+        waited = started - min(job.since for job, _, _ in batch)
+        self._observe(BatchFigures(rows, waited, self._clock() - started, _refused_rows(outputs)))
 
     def _next_batch(self) -> list[_Piece]:
         """Pieces of waiting requests, and no request that is too late."""
@@ -341,6 +372,11 @@ def _hand_out(batch: Sequence[_Piece], outputs: Outputs) -> None:
         job.parts.append(part)
         if stop == job.rows:
             _answer(job, {name: np.concatenate([own[name] for own in job.parts]) for name in part})
+
+
+def _refused_rows(outputs: Outputs) -> int:
+    refused = outputs.get(REFUSED)
+    return 0 if refused is None else int(np.count_nonzero(refused))
 
 
 def _answer(job: _Job, outputs: Outputs) -> None:

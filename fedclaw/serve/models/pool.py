@@ -23,7 +23,7 @@ from typing import TypeVar
 from fedclaw.errors import BundleError
 from fedclaw.export.check import Trust
 from fedclaw.export.runtime import Device
-from fedclaw.serve.models.batching import EagerBatcher, QueueLimits
+from fedclaw.serve.models.batching import BatchFigures, EagerBatcher, QueueLimits
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.features import SharedFeatures
 from fedclaw.serve.models.graphs import SplitGraph
@@ -66,14 +66,23 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class BatchSeen:
-    """A batch that was computed, for metrics."""
+    """A batch that a version computed, for metrics."""
 
     model: str
     version: str
     rows: int
+    waited: float
+    """Seconds from the queue to the batch, of its oldest request."""
     seconds: float
+    """Until it was computed."""
+    refused: int
+    """Rows that get no answer."""
 
 
+OnLoaded = Callable[[str, str, float, int], None]
+"""Told of a version that is warm and visible: its model and name, the seconds that it took, the bytes that it takes."""
+OnUnloaded = Callable[[str, str], None]
+"""Told of a version that is gone: its model and name."""
 _Key = tuple[str, str]
 Result = TypeVar("Result")
 
@@ -95,13 +104,18 @@ class ModelPool:
         trust: Trust,
         settings: PoolSettings | None = None,
         observe: Callable[[BatchSeen], None] | None = None,
+        on_loaded: OnLoaded | None = None,
+        on_unloaded: OnUnloaded | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`trust` says who must have signed; it may be exchanged. `observe` is told of each batch."""
+        """`trust` says who must have signed; it may be exchanged. `observe` is told of each batch.
+
+        All three are called in the event loop's thread.
+        """
         self.trust = trust
         self._store = store
         self._settings = settings or PoolSettings()
-        self._observe = observe
+        self._observe, self._on_loaded, self._on_unloaded = observe, on_loaded, on_unloaded
         self._clock = clock
         self._known: dict[_Key, ModelVersion] = {}
         self._loaded: OrderedDict[_Key, _Loaded] = OrderedDict()
@@ -137,6 +151,10 @@ class ModelPool:
     def ready(self) -> list[tuple[str, str]]:
         """Model and version of what is loaded and warm."""
         return list(self._loaded)
+
+    def queued_rows(self) -> dict[tuple[str, str], int]:
+        """Rows that wait, by model and version."""
+        return {key: own.served.queued_rows for key, own in self._loaded.items()}
 
     def loaded(self, model: str, version: str) -> ServedModel | None:
         """A version that is in memory; None: it is not. Counts as a use of it."""
@@ -212,6 +230,7 @@ class ModelPool:
         self._executor.shutdown(wait=True)
 
     async def _load(self, version: ModelVersion) -> ServedModel:
+        began = self._clock()
         async with self._room:
             size = await self._in_loader(self._size_of, version)
             await self._make_room(size, version)
@@ -225,6 +244,8 @@ class ModelPool:
             *key, version.digest, probed.execution, limits, self._executor, self._observer(version), features
         )
         self._loaded[key] = _Loaded(served, own, known.pinned)
+        if self._on_loaded is not None:
+            self._on_loaded(*key, self._clock() - began, own)
         log.info("%s %s is loaded and takes %d MB", *key, own >> 20)
         return served
 
@@ -240,10 +261,11 @@ class ModelPool:
         shared.versions += 1
         return shared
 
-    def _observer(self, version: ModelVersion) -> Callable[[int, float], None] | None:
+    def _observer(self, version: ModelVersion) -> Callable[[BatchFigures], None] | None:
         if (observe := self._observe) is None:
             return None
-        return lambda rows, seconds: observe(BatchSeen(version.model, version.version, rows, seconds))
+        model, name = version.model, version.version
+        return lambda found: observe(BatchSeen(model, name, found.rows, found.waited, found.seconds, found.refused))
 
     def _load_ended(self, key: _Key, task: "asyncio.Task[ServedModel]") -> None:
         self._loading.pop(key, None)
@@ -298,6 +320,8 @@ class ModelPool:
                 features.versions -= 1
                 if not features.versions:
                     self._features.pop(features.digest, None)
+            if self._on_unloaded is not None and (leaving.served.name, leaving.served.version) not in self._loaded:
+                self._on_unloaded(leaving.served.name, leaving.served.version)
 
 
 def _resident() -> int:

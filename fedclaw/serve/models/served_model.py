@@ -17,7 +17,7 @@ from fedclaw.export.predictor import graph_of, schema_of
 from fedclaw.export.runtime import Device, open_session
 from fedclaw.learning.preprocessing import Columns, TypedColumn
 from fedclaw.learning.workload import Schema
-from fedclaw.serve.models.batching import EagerBatcher, Execution, Infer, Outputs, QueueLimits
+from fedclaw.serve.models.batching import BatchFigures, EagerBatcher, Execution, Infer, Outputs, QueueLimits
 from fedclaw.serve.models.features import SharedFeatures, cut_features
 from fedclaw.serve.models.graphs import (
     PipelineGraph,
@@ -149,6 +149,11 @@ class ServedModel:
         self._idle: asyncio.Future[None] | None = None
 
     @property
+    def queued_rows(self) -> int:
+        """Rows that wait for a batch of this version."""
+        return self.batcher.queued_rows
+
+    @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
         return self._in_flight
@@ -208,10 +213,10 @@ class LoadedGraph:
         execution: Execution,
         limits: QueueLimits | None = None,
         executor: Executor | None = None,
-        observe: Callable[[int, float], None] | None = None,
+        observe: Callable[[BatchFigures], None] | None = None,
         features: SharedFeatures | None = None,
     ) -> ServedModel:
-        """The model that answers from the graph. `observe` is told of each batch: its rows, and its seconds.
+        """The model that answers from the graph. `observe` is told of each batch.
 
         `features` are for a SplitGraph; `execution` is then that of its model.
         """

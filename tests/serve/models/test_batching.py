@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclaw.learning.preprocessing import Columns
-from fedclaw.serve.models.batching import EagerBatcher, Execution, Outputs, QueueLimits
+from fedclaw.serve.models.batching import BatchFigures, EagerBatcher, Execution, Outputs, QueueLimits
 from fedclaw.serve.refusals import ServeRefusal
 
 pytestmark = pytest.mark.anyio
@@ -322,12 +322,36 @@ async def test_a_client_that_leaves_frees_its_place_and_a_batch_in_the_works_goe
     assert model.batches == [[1, 2], [3]]
 
 
-async def test_each_batch_is_observed(model: Squares) -> None:
-    seen: list[tuple[int, float]] = []
-    batcher = EagerBatcher(model, INLINE, observe=lambda count, seconds: seen.append((count, seconds)))
+async def test_each_batch_is_observed(executor: ThreadPoolExecutor) -> None:
+    seen: list[BatchFigures] = []
+    clock = Clock()
+
+    def slow(columns: Columns) -> Outputs:
+        clock.now += 2
+        return {"y": columns["x"], "refused": columns["x"] > 7}
+
+    batcher = EagerBatcher(slow, INLINE, observe=seen.append, clock=clock)
     await asyncio.gather(*(ask(batcher, value) for value in range(10)))
-    assert [count for count, _ in seen] == [8, 2]
-    assert all(seconds >= 0 for _, seconds in seen)
+    assert seen == [BatchFigures(8, 0, 2, 0), BatchFigures(2, 2, 2, 2)]
+    seen.clear()
+    await ask(EagerBatcher(slow, Execution(batching=False, inline=True), observe=seen.append, clock=clock), 9)
+    assert seen == [BatchFigures(1, 0, 2, 1)]
+
+
+async def test_whoever_fails_on_a_figure_keeps_nobody_waiting(model: Squares) -> None:
+    def fail(_: BatchFigures) -> None:
+        raise OSError("the disk is full")
+
+    loop = asyncio.get_running_loop()
+    failed: list[object] = []
+    loop.set_exception_handler(lambda _, context: failed.append(context["exception"]))
+    try:
+        batcher = EagerBatcher(model, INLINE, observe=fail)
+        found = await asyncio.gather(*(ask(batcher, value) for value in range(20)))
+    finally:
+        loop.set_exception_handler(None)
+    assert found == [[value**2] for value in range(20)]
+    assert len(failed) == 3
 
 
 async def test_an_executor_that_has_ended_answers_with_a_refusal(model: Squares) -> None:

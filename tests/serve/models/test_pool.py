@@ -282,11 +282,33 @@ async def test_a_forgotten_version_is_not_there_even_if_it_was_just_being_loaded
         await pool.model("table", "one")
 
 
-async def test_batches_are_observed_by_model_and_version(store: WatchedStore, trust: Trust, table: str) -> None:
+async def test_what_happens_is_told_by_model_and_version(store: WatchedStore, trust: Trust, table: str) -> None:
     seen: list[BatchSeen] = []
-    pool = ModelPool(store, trust, observe=seen.append)
+    told: list[tuple[object, ...]] = []
+    pool = ModelPool(
+        store,
+        trust,
+        observe=seen.append,
+        on_loaded=lambda *what: told.append(what),
+        on_unloaded=lambda *what: told.append(what),
+    )
     pool.register(ModelVersion("table", "one", table, execution=BY_HAND))
     served = await pool.model("table", "one")
-    await asyncio.gather(*(answered(served, 2) for _ in range(3)))
+    assert pool.queued_rows() == {("table", "one"): 0}
+    asked = [asyncio.create_task(answered(served, 2)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert pool.queued_rows() == {("table", "one"): 6}
+    await asyncio.gather(*asked)
     assert [(own.model, own.version, own.rows) for own in seen] == [("table", "one", 6)]
+    await pool.unload("table", "one")
+    model, version, seconds, memory = told[0]
+    assert (model, version, memory) == ("table", "one", pool_bytes(store, table, memory))
+    assert isinstance(seconds, float)
+    assert told[1:] == [("table", "one")]
     await pool.close()
+
+
+def pool_bytes(store: BundleStore, digest: str, memory: object) -> int:
+    """What was told, if it is as much as the files at least."""
+    assert isinstance(memory, int)
+    return max(memory, store.size(digest, files_for("float32")))
