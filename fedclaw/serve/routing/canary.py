@@ -27,7 +27,8 @@ from fedclaw.serve.routing.counting import BUCKETS, GROUPS, bucket_of, quantile_
 from fedclaw.serve.routing.guards import GuardRecord, Levels, Says, Seen, Verdict, ceiling, look, verdict
 from fedclaw.serve.routing.plan import RoutingPlan
 
-GuardName = Literal["errors", "latency", "agreement"]
+GuardName = Literal["errors", "median_latency", "tail_latency", "agreement"]
+LATENCIES: tuple[GuardName, ...] = ("median_latency", "tail_latency")
 Counts = Mapping[str, Mapping[str, int]]
 """By version and name, as a state store has them."""
 LEAST_LATENCIES = 100
@@ -40,10 +41,10 @@ class TrialRecord(Frozen):
 
     epoch: int
     guards: dict[GuardName, GuardRecord]
-    slow_above: Annotated[int, Field(ge=0, lt=BUCKETS)] | None = None
-    """Latency buckets above this one are slow; None: the stable version's quantile is not known yet."""
-    skipped: tuple[Seen, ...] = ((0, 0, 0, 0),) * GROUPS
-    """Latencies from before it was known: from them the quantile was taken, so they cannot be tested by it."""
+    slow_above: dict[GuardName, Annotated[int, Field(ge=0, lt=BUCKETS)]] = {}
+    """Latency buckets above this one are slow; none: the stable version's quantiles are not known yet."""
+    skipped: dict[GuardName, tuple[Seen, ...]] = {}
+    """Latencies from before they were known: from them they were taken, so those cannot be tested by them."""
     ceilings: dict[GuardName, float] = {}
     """At 100%: bounds of the stable version's rates."""
     held: bool = False
@@ -61,7 +62,7 @@ class TrialFinding:
 def guard_names(plan: RoutingPlan) -> tuple[GuardName, ...]:
     """The guards of a plan's trial: a shadow answers nobody, so only its agreement is looked at."""
     agreement: tuple[GuardName, ...] = () if plan.guards.disagreement is None else ("agreement",)
-    return agreement if plan.mode == "shadow" else ("errors", "latency", *agreement)
+    return agreement if plan.mode == "shadow" else ("errors", *LATENCIES, *agreement)
 
 
 def begin(plan: RoutingPlan, before: TrialRecord | None = None) -> TrialRecord:
@@ -70,9 +71,9 @@ def begin(plan: RoutingPlan, before: TrialRecord | None = None) -> TrialRecord:
     ceilings: dict[GuardName, float] = {}
     if before is not None and plan.share == 1.0:
         level = _level(plan) / 2
-        compared: tuple[GuardName, ...] = ("errors", "latency")
+        compared: tuple[GuardName, ...] = ("errors", *LATENCIES)
         ceilings = {name: ceiling(before.guards[name], level) for name in compared if name in before.guards}
-    slow_above = before.slow_above if before is not None else None
+    slow_above = before.slow_above if before is not None else {}
     return TrialRecord(epoch=plan.epoch, guards=guards, slow_above=slow_above, ceilings=ceilings)
 
 
@@ -90,26 +91,29 @@ def parse_record(plan: RoutingPlan, document: Mapping[str, Any] | None) -> Trial
     return begin(plan, record if record.epoch == plan.epoch - 1 and plan.step > 0 else None)
 
 
-def slow_bucket(plan: RoutingPlan, stable: Mapping[str, int]) -> int | None:
-    """Above which latency bucket a request is slow, from the stable version's counts before the trial."""
+def slow_buckets(plan: RoutingPlan, stable: Mapping[str, int]) -> dict[GuardName, int]:
+    """Above which latency bucket a request is slow, from the stable version's counts before the trial; empty: they are
+    too few."""
     histogram = {bucket: count for bucket in range(BUCKETS) if (count := stable.get(f"l{bucket}", 0))}
     if sum(histogram.values()) < LEAST_LATENCIES:
-        return None
-    quantile = quantile_bucket(histogram, plan.guards.latency_quantile)
-    return None if quantile is None else bucket_of(upper_edge(min(quantile, BUCKETS - 2)) * plan.guards.latency_factor)
+        return {}
+    quantiles: dict[GuardName, float] = {"median_latency": 0.5, "tail_latency": plan.guards.tail_quantile}
+    found = {name: quantile_bucket(histogram, quantile) or 0 for name, quantile in quantiles.items()}
+    factor = plan.guards.latency_factor
+    return {name: bucket_of(upper_edge(min(bucket, BUCKETS - 2)) * factor) for name, bucket in found.items()}
 
 
 def observe(plan: RoutingPlan, record: TrialRecord, counts: Counts) -> TrialRecord:
     """`record` after another look at the epoch's counts, if enough is new."""
     guards = dict(record.guards)
     for name, guard in record.guards.items():
-        if name == "latency" and record.slow_above is None:
+        if name in LATENCIES and name not in record.slow_above:
             continue
         boundary = _boundary(plan, record, name)
         if boundary is _UNBOUNDED:
             continue
-        seen = _seen(plan, counts, name, record.slow_above)
-        before = _added(guard.seen, record.skipped) if name == "latency" else guard.seen
+        seen = _seen(plan, counts, name, record.slow_above.get(name))
+        before = _added(guard.seen, record.skipped[name]) if name in record.skipped else guard.seen
         new = [_less(now, then) for now, then in zip(seen, before, strict=True)]
         stable, _, canary, _ = (sum(column) for column in zip(*new, strict=True))
         if canary >= _LEAST_LOOK and (boundary is not None or stable >= _LEAST_LOOK):
@@ -117,9 +121,12 @@ def observe(plan: RoutingPlan, record: TrialRecord, counts: Counts) -> TrialReco
     return record.model_copy(update={"guards": guards})
 
 
-def with_slow_bucket(plan: RoutingPlan, record: TrialRecord, counts: Counts, bucket: int) -> TrialRecord:
+def with_slow_buckets(
+    plan: RoutingPlan, record: TrialRecord, counts: Counts, buckets: Mapping[GuardName, int]
+) -> TrialRecord:
     """`record` once it is known what is slow; what was counted until now is not tested by it."""
-    return record.model_copy(update={"slow_above": bucket, "skipped": tuple(_seen(plan, counts, "latency", bucket))})
+    skipped = {name: tuple(_seen(plan, counts, name, bucket)) for name, bucket in buckets.items()}
+    return record.model_copy(update={"slow_above": dict(buckets), "skipped": skipped})
 
 
 def find(plan: RoutingPlan, record: TrialRecord, now: float) -> tuple[TrialRecord, TrialFinding]:
@@ -130,8 +137,7 @@ def find(plan: RoutingPlan, record: TrialRecord, now: float) -> tuple[TrialRecor
         said = verdict(guard, levels, plan.guards.least_keys, plan.guards.patience, now)
         guards[name], verdicts[name] = said.record, said
     numbers: dict[str, JsonValue] = {name: {**said.numbers, "says": said.says} for name, said in verdicts.items()}
-    if record.slow_above is not None:
-        numbers["slow_seconds"] = float(f"{upper_edge(record.slow_above):.4g}")
+    numbers |= {f"{name}_seconds": float(f"{upper_edge(slow):.4g}") for name, slow in record.slow_above.items()}
     said_all = {said.says for said in verdicts.values()}
     says: Says = next((word for word in _GRAVEST if word in said_all), "wait")
     return record.model_copy(update={"guards": guards}), TrialFinding(says, numbers)
@@ -156,7 +162,9 @@ def _boundary(plan: RoutingPlan, record: TrialRecord, name: GuardName) -> float 
 
 
 def _margin(plan: RoutingPlan, name: GuardName) -> float:
-    return plan.guards.latency_margin if name == "latency" else plan.guards.error_margin
+    if name == "median_latency":
+        return plan.guards.median_margin
+    return plan.guards.tail_margin if name == "tail_latency" else plan.guards.error_margin
 
 
 def _seen(plan: RoutingPlan, counts: Counts, name: GuardName, slow_above: int | None) -> list[Seen]:

@@ -24,8 +24,8 @@ from fedclaw.serve.routing.canary import (
     find,
     observe,
     parse_record,
-    slow_bucket,
-    with_slow_bucket,
+    slow_buckets,
+    with_slow_buckets,
 )
 from fedclaw.serve.routing.counting import Calls, calls_by_group, sum_counts, total, trips_by_group
 from fedclaw.serve.routing.plan import (
@@ -175,10 +175,9 @@ class Controller:
 
     def _look(self, plan: RoutingPlan, record: TrialRecord, now: float) -> TrialRecord:
         counts = self._store.counts(plan.test_scope, 0)
-        if "latency" in record.guards and record.slow_above is None:
+        if plan.mode == "canary" and not record.slow_above:
             baseline = self._store.counts(plan.model, int(plan.epoch_began) - _BASELINE).get(plan.stable, {})
-            if (bucket := slow_bucket(plan, baseline)) is not None:
-                record = with_slow_bucket(plan, record, counts, bucket)
+            record = with_slow_buckets(plan, record, counts, slow_buckets(plan, baseline))
         return observe(plan, record, counts)
 
     def _experiment(self, plan: RoutingPlan, now: float) -> _Change | None:

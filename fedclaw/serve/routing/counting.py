@@ -7,7 +7,8 @@
 | | `gG.calls`, `gG.errors` | of clients of group G, for the breaker |
 | | `tripped.G` | workers that opened the breaker for group G (-1: for everybody) by themselves |
 | | `bE.gG.calls`, `bE.gG.errors` | probes in a half-open breaker's epoch E |
-| `MODEL@EPOCH` | `gG.keys`, `gG.errors`, `gG.lB` | of keys that are new in this epoch, their first call |
+| `MODEL@EPOCH` | `gG.keys`, `gG.errors` | of keys that are new in this epoch, their first call |
+| | `gG.lB` | of one such key in each push of a worker |
 | | `gG.compared`, `gG.disagreed` | of keys that are new, one row of the first request that two versions answered |
 
 Calls of one routing key are alike, so tests count each key once in an epoch, whichever worker sees it. A principal

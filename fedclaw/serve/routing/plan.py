@@ -41,11 +41,14 @@ class Guards(Frozen):
     """Chance that a canary beyond a margin passes a step."""
     error_margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """By how much its share of failed requests may exceed the stable version's."""
-    latency_quantile: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     latency_factor: Annotated[float, Field(ge=1, le=100)] = 1.25
-    """A request is slow if it takes longer than this times that quantile of the stable version's."""
-    latency_margin: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """By how much its share of slow requests may exceed the stable version's."""
+    """A request is slow if it takes longer than this times a quantile of the stable version's: its median, and the one
+    below."""
+    median_margin: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """By how much its share of requests that are slow by the median may exceed the stable version's."""
+    tail_quantile: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    tail_margin: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """The same for those that are slow by this quantile."""
     disagreement: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of rows that it may answer otherwise than the stable version; None: it is not meant to agree."""
     least_keys: Annotated[int, Field(ge=1, le=10**9)] = 100

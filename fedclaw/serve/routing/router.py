@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 PERIOD = 0.25
 """Seconds between two looks at the plans, and between two pushes of counts."""
-_KEYS_PER_PUSH = 8  # Of each group and version: a burst of calls that are slow together counts a few times, not often.
+_KEYS_PER_PUSH = 4  # Of each group and version: a burst of calls that fail together counts a few times, not often.
 _HOUR = 3600
 _LATE = 1.0  # A request that waited so long in vain was slow, whatever its deadline.
 _PROBE_EVERY = 1.0
@@ -373,7 +373,8 @@ class Router:
             self._to_send((model, version, int(now)), tally.counts())
         self._send()
         self._confirm()
-        for (scope, version), keys in _by_version(samples).items():
+        for (scope, version), sampled in _by_version(samples).items():
+            keys = _with_one_latency(sampled)
             new = self._store.claim(scope, [claimed for claimed, _ in keys])
             counts = sum_counts(dict.fromkeys(names, 1) for claimed, names in keys if claimed in new)
             self._to_send((scope, version, int(now) // _HOUR * _HOUR), counts)
@@ -595,6 +596,20 @@ def _by_version(
     for (scope, version, _, _), sample in samples.items():
         joined.setdefault((scope, version), []).extend(sample.keys)
     return joined
+
+
+def _with_one_latency(keys: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    """Of one latency, drawn by lot: requests of a batch, or of a stall, are slow together."""
+    timed = [place for place, (_, names) in enumerate(keys) if _is_latency(names[-1])]
+    kept = random.choice(timed) if timed else -1  # noqa: S311
+    return [
+        (claimed, names if place == kept or place not in timed else names[:-1])
+        for place, (claimed, names) in enumerate(keys)
+    ]
+
+
+def _is_latency(name: str) -> bool:
+    return name.partition(".")[2].startswith("l")
 
 
 def _differs(before: RoutingPlan, after: RoutingPlan, version: str) -> bool:

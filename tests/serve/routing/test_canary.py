@@ -57,7 +57,7 @@ def test_a_canary_that_is_as_good_grows_to_all_keys_and_becomes_stable(town: Mak
 
 @pytest.mark.parametrize(
     ("canary", "guard"),
-    [(Behaviour(errors=0.05), "errors"), (Behaviour(errors=0.001, seconds=0.008), "latency")],
+    [(Behaviour(errors=0.05), "errors"), (Behaviour(errors=0.001, seconds=0.008), "median_latency")],
 )
 def test_a_canary_that_errs_or_is_slow_is_rolled_back_while_few_saw_it(town: MakeTown, canary: Behaviour, guard: str):
     made = town(canary, rate=800.0)

@@ -213,6 +213,20 @@ def test_tests_count_a_key_once_whichever_worker_sees_it(store: StateStore, put:
     assert store.counts("m@7", 0) == {"v2": {f"g{group}.keys": 3, f"g{group}.errors": 2, f"g{group}.l95": 1}}
 
 
+def test_one_latency_of_a_version_and_few_keys_of_a_client_count_in_each_push(
+    router: Router, put: Put, store: StateStore
+):
+    put(mode="canary", candidate="v2")
+    router.refresh()
+    for number in range(1, 4):
+        for key in range(100):
+            record(router, "v2", f"{number}-{key}", seconds=1.0)
+        router.push()
+        counts = store.counts("m@0", 0)["v2"]
+        group = group_of("p")
+        assert counts == {f"g{group}.keys": 4 * number, f"g{group}.l{bucket_of(1.0)}": number}
+
+
 def test_a_mirrored_request_counts_once_for_its_key(router: Router, put: Put, store: StateStore):
     put(mode="shadow", candidate="v2", mirror=1.0)
     router.refresh()
