@@ -19,7 +19,9 @@ from typing import Any
 
 import orjson
 
+from fedclaw.serve.inference.docs import docs_headers, docs_page
 from fedclaw.serve.inference.metadata import model_metadata, not_supported, server_metadata
+from fedclaw.serve.inference.openapi import openapi_document
 from fedclaw.serve.inference.rest import Asker, write_refusal, write_response
 from fedclaw.serve.inference.tables import SentTable, only_model, parse_query, predict_table
 from fedclaw.serve.node import ServingNode
@@ -77,6 +79,8 @@ class HttpApplication:
             "/v2": ("GET", self._server),
             "/v2/": ("GET", self._server),
             "/feedback": ("POST", self._feedback),
+            "/openapi.json": ("GET", self._openapi),
+            "/docs": ("GET", self._docs),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,13 +136,15 @@ class HttpApplication:
         if rest == ["infer"]:
             _require_method(request, "POST")
             return await self._infer(request, name, version)
+        if (other := not_supported(request.path)) is not None:
+            raise other
         if rest in ([], ["ready"]):
             _require_method(request, "GET")
             caller = await self._caller(request)
             if rest:
                 return _health(self._node.is_ready(caller.principal, name, version))
             return _json(model_metadata(self._node.reader(caller.principal, name, version).model))
-        raise not_supported(request.path) or ServeRefusal("not_found", "there is nothing at this path")
+        raise ServeRefusal("not_found", "there is nothing at this path")
 
     async def _infer(self, request: HttpRequest, name: str, version: str | None) -> HttpAnswer:
         caller = await self._caller(request, "rest")
@@ -204,6 +210,16 @@ class HttpApplication:
     async def _server(self, request: HttpRequest) -> HttpAnswer:
         await self._caller(request)
         return _json(server_metadata())
+
+    async def _openapi(self, request: HttpRequest) -> HttpAnswer:
+        """Of the models that the caller may ask: a stranger learns no names."""
+        principal = (await self._caller(request)).principal
+        models = [self._node.reader(principal, name).model for name in self._node.models(principal)]
+        return _json(openapi_document(models))
+
+    async def _docs(self, request: HttpRequest) -> HttpAnswer:
+        headers = dict(docs_headers())
+        return HttpAnswer(HTTPStatus.OK, docs_page(), headers.pop("content-type"), headers)
 
     async def _feedback(self, request: HttpRequest) -> HttpAnswer:
         caller = await self._caller(request, "feedback")

@@ -216,7 +216,7 @@ class NodeSettings(TrustSettings):
     model: ModelName | None = None
     """The name of the bundle's model; null: its run's."""
     models: Annotated[dict[ModelName, ModelSettings], BeforeValidator(lambda given: given or {})] = {}
-    """By name."""
+    """By name. conf/serve.yaml has null, which a command line may replace; into an empty map it could put nothing."""
     state: Path = Path("node")
     """Directory of the node: its copies of bundles, routing, feedback, audit log."""
     name: ModelName = "node"
