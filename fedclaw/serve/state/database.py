@@ -76,6 +76,8 @@ class Database:
             self._engine = _sqlite_engine(self._path)
         else:
             self._engine = _postgresql_engine(url)
+        # A transaction would be two more round trips.
+        self._reader = self._engine if self.is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self.now: ColumnElement[float] = literal_column(
             "((julianday('now') - 2440587.5) * 86400.0)"
             if self.is_sqlite
@@ -97,8 +99,9 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """One consistent view. Raises StateUnavailable."""
-        with self._translated(), self._engine.begin() as connection:
+        """A connection for a question; each question sees what is committed when it is asked. Raises
+        StateUnavailable."""
+        with self._translated(), self._reader.connect() as connection:
             yield connection
 
     @contextmanager
@@ -223,8 +226,6 @@ def _sqlite_engine(path: Path) -> Engine:
             # At once for writing: a reader that turns writer is refused, not made to wait, when another was faster.
             connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if options['fedclaw_durable'] else 'NORMAL'}")
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-        else:
-            connection.exec_driver_sql("BEGIN")
 
     return engine
 
