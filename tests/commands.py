@@ -13,7 +13,7 @@ from tests.conftest import environment
 COMMANDS = (
     *("fedclaw.server", "fedclaw.client", "fedclaw.statistics", "fedclaw.audit", "fedclaw.provision", "fedclaw.ledger"),
     *("fedclaw.compress", "fedclaw.export", "fedclaw.verify", "fedclaw.lineage", "fedclaw.layouts", "fedclaw.predict"),
-    *("fedclaw.encryption", "fedclaw.transport.ray"),
+    *("fedclaw.encryption", "fedclaw.serve", "fedclaw.transport.ray"),
     *("experiments.run", "experiments.sweep", "experiments.demo", "experiments.datasets", "experiments.partitions"),
     *("experiments.attack_table", "experiments.privacy_table", "experiments.compression_table"),
     "experiments.compression",

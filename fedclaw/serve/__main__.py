@@ -3,7 +3,7 @@
     python -m fedclaw.serve bundle=PATH ca=ca.crt …          serve, until stopped (Ctrl-C or SIGTERM)
     python -m fedclaw.serve publish bundle=PATH model=NAME   a new version for nodes that run
     python -m fedclaw.serve keys directory=PATH              a signing key and its key set, without an identity provider
-    python -m fedclaw.serve token key=PATH subject=NAME scopes=[predict:heart]
+    python -m fedclaw.serve token keys=PATH subject=NAME scopes=[predict:heart]
                                                              a token, signed with that key
     python -m fedclaw.serve audit state=PATH                 check the audit log
     python -m fedclaw.serve haproxy nodes=[HOST:PORT,…]      a configuration for HAProxy in front
@@ -31,8 +31,9 @@ if __name__ == "__main__":
 
 from collections.abc import Callable, Sequence
 
-from fedclaw.cli import compose_settings, make_console, run_main, split
+from fedclaw.cli import compose_settings, expanded, make_console, require_paths, run_main, split
 from fedclaw.errors import UsageError
+from fedclaw.files import PRIVATE_MODE, write_atomic
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -70,7 +71,32 @@ def _haproxy(overrides: Sequence[str]) -> None:
     haproxy(settings, lambda said: console.print(said, markup=False))
 
 
-_WORDS: dict[str, Callable[[Sequence[str]], None]] = {"publish": _publish, "haproxy": _haproxy}
+def _keys(overrides: Sequence[str]) -> None:
+    from fedclaw.serve.security.development_tokens import KeysCommand, write_keys
+
+    settings = compose_settings("serve_keys", overrides, KeysCommand)
+    made = write_keys(expanded(settings.directory))
+    make_console().print(f"tokens.jwks={made}", markup=False, soft_wrap=True)
+
+
+def _token(overrides: Sequence[str]) -> None:
+    from fedclaw.serve.security.development_tokens import TokenCommand, sign_token
+
+    asked = compose_settings("serve_token", overrides, TokenCommand)
+    require_paths(keys=asked.keys)
+    token = sign_token(expanded(asked.keys), asked.issuer, asked.audience, asked.subject, asked.scopes, asked.minutes)
+    if asked.output is None:
+        print(token)  # noqa: T201
+    else:
+        write_atomic(expanded(asked.output), token.encode(), PRIVATE_MODE)
+
+
+_WORDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "publish": _publish,
+    "keys": _keys,
+    "token": _token,
+    "haproxy": _haproxy,
+}
 
 if __name__ == "__main__":
     run_main("fedclaw.serve", __doc__ or "", main)

@@ -19,12 +19,33 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.identity.pki import read_private
+from fedclaw.protocol.frozen import Frozen
 from fedclaw.serve.security.tokens import MAX_SUBJECT, is_scope
 
 SIGNING_KEY = "signing.key"
 KEY_SET = "keys.json"
 ALGORITHM = "ES256"
 MAX_MINUTES = 30 * 24 * 60
+
+
+class KeysCommand(Frozen):
+    """conf/serve_keys.yaml, checked."""
+
+    directory: Path
+
+
+class TokenCommand(Frozen):
+    """conf/serve_token.yaml, checked."""
+
+    keys: Path
+    """Directory of `write_keys`."""
+    issuer: str
+    audience: str
+    subject: str
+    scopes: tuple[str, ...]
+    minutes: float
+    output: Path | None
+    """A file for its owner alone; None: the token is printed."""
 
 
 def write_keys(directory: Path) -> Path:

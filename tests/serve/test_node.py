@@ -1,0 +1,166 @@
+"""A node of real processes: what it answers, what it refuses to start with, and how it ends."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import run_module
+from tests.serve.node_process import INSECURE, RunningNode, running_node
+
+CSV = "age,smoker,ward\n61,yes,surgery\n,no,medicine\n130,no,medicine\n33.5,no,ward nine\n"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory, table_bundle, home):
+    root = tmp_path_factory.mktemp("node")
+    with running_node(root, f"bundle={table_bundle}", "model=heart", f"ca={home.root / 'ca.crt'}", *INSECURE) as found:
+        yield found
+
+
+def columns_of(node: RunningNode) -> list[dict[str, object]]:
+    status, found, _ = node.ask("GET", f"{node.http}/v2/models/heart")
+    assert status == 200
+    return found["inputs"]
+
+
+def one_row(node: RunningNode) -> dict[str, object]:
+    usual = {"FP32": [50.0], "FP64": [50.0], "BYTES": ["surgery"]}
+    inputs = [{**column, "shape": [1, 1], "data": usual[column["datatype"]]} for column in columns_of(node)]
+    return {"inputs": inputs}
+
+
+def test_a_request_is_answered_with_its_version_and_a_receipt(node):
+    status, answer, headers = node.ask("POST", f"{node.http}/v2/models/heart/infer", one_row(node))
+    assert status == 200
+    assert {output["name"] for output in answer["outputs"]} == {"label", "probabilities", "refused"}
+    assert headers["fedclaw-version"] == answer["model_version"]
+    label = next(output["data"][0] for output in answer["outputs"] if output["name"] == "label")
+    body = {"receipt": headers["fedclaw-prediction"], "label": label}
+    assert node.ask("POST", f"{node.http}/feedback", body)[0] == 200
+    assert node.ask("POST", f"{node.http}/feedback", {**body, "completed": True})[0] == 409
+    assert node.ask("POST", f"{node.http}/feedback", {"receipt": "A" * 100})[0] == 400
+
+
+def test_rows_of_a_table_are_answered_one_by_one(node):
+    status, answer, _ = node.ask("POST", f"{node.http}/predict", CSV.encode(), content_type="text/csv")
+    assert status == 200, answer
+    assert len(answer["rows"]) == 4
+    assert "130" in json.dumps(answer["rows"][2])
+    assert "ward nine" in json.dumps(answer["rows"][3])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v2/models/heart/infer", b"{", 400),
+        ("POST", "/v2/models/other/infer", b"{}", 404),
+        ("POST", "/v2/models/heart/versions/none/infer", b"{}", 404),
+        ("GET", "/v2/models/heart/infer", None, 405),
+        ("GET", "/v2/repository/index", None, 501),
+        ("GET", "/../etc/passwd", None, 400),
+        ("GET", "/v2/models/%2e%2e/config", None, 400),
+        ("POST", "/predict/heart", b"\xff\xfe\x00", 415),
+        ("PUT", "/predict/heart", b"", 405),
+    ],
+)
+def test_what_is_refused_is_refused_in_words(node, method, path, body, status):
+    found, answer, _ = node.ask(method, f"{node.http}{path}", body)
+    assert found == status, answer
+    assert set(answer) <= {"error", "code"}
+    assert "Traceback" not in answer["error"]
+    assert "/tmp" not in answer["error"]
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(node):
+    connection = http.client.HTTPConnection(urlsplit(node.http).netloc, timeout=60)
+    connection.putrequest("POST", "/predict/heart")
+    connection.putheader("content-type", "text/csv")
+    connection.putheader("content-length", str(17 << 20))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_the_bundle_is_served_from_a_copy_that_only_the_service_can_write(node):
+    store = node.log.parent / "node" / "bundles"
+    assert store.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (node.log.parent / "node").rglob("*"))
+
+
+def test_metrics_and_decisions_are_at_the_admin_port(node):
+    status, page, _ = node.ask("GET", f"{node.admin}/metrics")
+    assert status == 200
+    assert b"fedclaw_serve_" in page
+    assert node.ask("GET", f"{node.http}/metrics")[0] == 404
+    assert node.ask("GET", f"{node.admin}/admin/models")[1][0]["model"] == "heart"
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_started_again(node):
+    before = node.processes()["worker-1"]
+    os.kill(before, signal.SIGKILL)
+    node.wait_for(lambda: node.processes()["worker-1"] not in {before, None} or None)
+
+    def answered() -> bool | None:
+        try:
+            return node.ask("GET", f"{node.http}/v2/health/ready")[0] == 200 or None
+        except OSError:
+            return None
+
+    node.wait_for(answered)
+    assert node.ask("POST", f"{node.http}/v2/models/heart/infer", one_row(node))[0] == 200
+
+
+@pytest.mark.slow
+def test_a_copy_that_was_changed_is_not_served_again_and_what_is_served_stays(tmp_path, table_bundle, home):
+    settings = (f"bundle={table_bundle}", "model=heart", f"ca={home.root / 'ca.crt'}", *INSECURE)
+    with running_node(tmp_path, *settings) as node:
+        store = next((tmp_path / "node" / "bundles").glob("[0-9a-f]" * 64))
+        graph = store / "pipeline.onnx"
+        content = bytearray(graph.read_bytes())
+        content[-1] ^= 1
+        graph.write_bytes(content)
+        assert node.ask("POST", f"{node.http}/v2/models/heart/infer", one_row(node))[0] == 200
+        assert node.stop() == 143
+    again = run_module(
+        "fedclaw.serve", f"state={tmp_path / 'node'}", "port=0", "grpc_port=0", "admin.port=0",
+        f"ca={home.root / 'ca.crt'}", *INSECURE,
+    )  # fmt: skip
+    assert again.code == 1
+    assert "pipeline.onnx" in again.errors
+
+
+def test_a_bundle_that_was_changed_is_refused(tmp_path, table_bundle, home):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(table_bundle, bundle)
+    (bundle / "schema.json").write_bytes((bundle / "schema.json").read_bytes() + b" ")
+    found = run_module(
+        "fedclaw.serve", f"bundle={bundle}", f"ca={home.root / 'ca.crt'}", f"state={tmp_path / 'node'}", *INSECURE
+    )
+    assert found.code == 1
+    assert "schema.json" in found.errors
+    assert "Traceback" not in found.errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ((), "tls.certificate"),
+        (("tls.disabled=true",), "tokens.jwks"),
+        (("host=0.0.0.0", *INSECURE), "0.0.0.0"),
+        (INSECURE, "no model to serve"),
+        (("bundle=nowhere", *INSECURE), "nowhere"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, settings, said):
+    found = run_module("fedclaw.serve", f"state={tmp_path / 'node'}", *settings)
+    assert found.code == 2, found.errors
+    assert said in found.errors
+    assert "Traceback" not in found.errors
+    assert not (Path(tmp_path) / "node" / "state.db").exists()
