@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ FIRST_SHARE = 0.05
 CONFIDENCE = 0.999
 """Of the interval that each trial's share has to lie in: one of a thousand right ones falls out of it."""
 LOOK_AGAIN = 0.1
+CALM = 1.0
+"""Seconds of load before a release, and after its end."""
 CALM = 1.0
 """Seconds of load before a release, and after its end."""
 TOGETHER = 4
@@ -58,33 +61,26 @@ def begin(admin: AdminClient, model: str, version: str, mode: str = "canary") ->
 def play(stage: Stage, node: Node, models: Sequence[str], bundles: Sequence[str], *, white: bool) -> list[Release]:
     """A canary at each model, at the same time, until each has come to its end."""
     admin, patience = stage.admin(node), stage.settings.patience
-    crowds = [
-        stage.crowd(node.url, model, white=white, clients=max(2, stage.settings.clients // len(models)))
-        for model in models
-    ]
-    for crowd in crowds:
-        crowd.__enter__()
-    try:
-        time.sleep(1.0)
+    clients = max(2, stage.settings.clients // len(models))
+    crowds = [stage.crowd(node.url, model, white=white, clients=clients) for model in models]
+    ends: dict[str, tuple[str, float, str]] = {}
+    with ExitStack() as stack:
+        for crowd in crowds:
+            stack.enter_context(crowd)
+        time.sleep(CALM)
         versions = [
             publish(admin, model, stage.foundry.bundle(bundle)) for model, bundle in zip(models, bundles, strict=True)
         ]
         for model, version in zip(models, versions, strict=True):
             begin(admin, model, version)
         began = time.monotonic()
-        ends: dict[str, tuple[str, float, str]] = {}
         while len(ends) < len(models) and time.monotonic() - began < patience:
-            for model in models:
-                if (
-                    model not in ends
-                    and (found := admin.ask("GET", f"/admin/models/{model}/release"))["state"] in ENDED
-                ):
+            for model in set(models) - set(ends):
+                found = admin.ask("GET", f"/admin/models/{model}/release")
+                if found["state"] in ENDED:
                     ends[model] = (found["state"], time.monotonic() - began, str(found["says"]))
             time.sleep(LOOK_AGAIN)
-        time.sleep(0.5)
-    finally:
-        for crowd in crowds:
-            crowd.__exit__(None, None, None)
+        time.sleep(CALM)
     return [
         Release(*ends.get(model, ("stuck", patience, "")), _from(crowd, began), version)
         for model, crowd, version in zip(models, crowds, versions, strict=True)
