@@ -5,6 +5,7 @@ proxy has seen that, takes no more, and ends when what it had taken is answered.
 """
 
 import asyncio
+import gc
 import logging
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -35,6 +36,8 @@ from fedclaw.serve.synchroniser import SynchronisedParts, Synchroniser
 log = logging.getLogger("fedclaw.serve")
 
 ANCHOR_SECONDS = 10.0
+_COLLECT = (5_000, 10, 10)
+"""Objects made until the youngest are collected, and how often the older ones are with them."""
 
 
 def run_worker(launch: Launch, ready: Event) -> None:
@@ -67,6 +70,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     await synchroniser.start()
 
     def started() -> None:
+        _leave_to_stay()
         node.ready = True
         metrics.ready(True)
         ready.set()
@@ -104,6 +108,16 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         metrics.close()
         authentication.close()
         store.close()
+
+
+def _leave_to_stay() -> None:
+    """Have the garbage collector pass over what was made up to now: modules and models, which stay.
+
+    It would go through all of it every few thousand requests, about 7% of the time of a small model's request.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECT)
 
 
 async def _grpc(launch: Launch, node: ServingNode, tls: ServerTls | None) -> Any:
