@@ -10,10 +10,11 @@ from fedclaw.serve.requests import Principal
 from fedclaw.serve.security.http_protocol import ConnectionLimits, GuardedHttp, guarded
 from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper, KeySource, KeyUrl
 from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateLimiter, RateLimits, RateTable
-from fedclaw.serve.security.tls import ServerTls, TlsFiles, only_tls_1_3
+from fedclaw.serve.security.tls import GrpcClients, ServerTls, TlsFiles
 from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules
 from fedclaw.serve.settings import NodeSettings
 
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 FAILURES = Rate(10.0, 100.0)
 """Tokens that are not accepted, from one address."""
 
@@ -55,7 +56,7 @@ def authentication_of(settings: NodeSettings, home: NodeHome) -> Authentication:
         if tokens.jwks.startswith("https://")
         else KeyFile(expanded(Path(tokens.jwks)))
     )
-    failures = FailureLimiter(RateTable.open(home.rates), FAILURES)
+    failures = FailureLimiter(RateTable.open(home.rates), FAILURES, frozenset(settings.limits.proxies))
     return Authenticator(rules, KeyKeeper(source, tokens.algorithms), failures)
 
 
@@ -64,20 +65,29 @@ def tls_of(settings: NodeSettings) -> ServerTls | None:
     tls = settings.tls
     if tls.disabled or tls.certificate is None or tls.private_key is None:
         return None
-    only_tls_1_3()
     found = ServerTls(TlsFiles(tls.certificate, tls.private_key, tls.client_ca, tls.client_crl))
     found.start()
     return found
 
 
+def grpc_clients(tls: ServerTls | None) -> GrpcClients | None:
+    """Who looks at the certificates of gRPC's clients; None: they have none. Raises ProvisionError."""
+    return None if tls is None or tls.files.client_ca is None else GrpcClients(tls.files)
+
+
 def http_protocol(settings: NodeSettings, body_bytes: int | None = None) -> type[GuardedHttp]:
     """The protocol class of uvicorn, which ends slow and ambiguous requests. `body_bytes`: None is by the settings."""
     limits = settings.limits
+    # Without tokens a page in a browser on this machine must not get at the node under a name of its own.
+    own = {*LOOPBACK, settings.host, settings.admin.host} if settings.tokens.disabled else set[str]()
     return guarded(
         ConnectionLimits(
             header_seconds=limits.header_seconds,
             body_bytes=body_bytes or limits.body_bytes,
             body_grace=limits.body_seconds,
             connections=limits.connections,
+            connections_per_address=limits.connections_per_address,
+            proxies=frozenset(limits.proxies),
+            hosts=frozenset(own),
         )
     )

@@ -124,6 +124,10 @@ class LimitSettings(Frozen):
     burst: int = Field(default=2000, ge=1)
     connections: int = Field(default=2000, ge=1)
     """Open at one worker."""
+    connections_per_address: int = Field(default=1000, ge=1)
+    """Of those, from one address."""
+    proxies: tuple[str, ...] = ()
+    """Addresses that stand for many clients, whom they limit themselves."""
     header_seconds: float = Field(default=5.0, gt=0)
     """Until a request's header is whole."""
     body_seconds: float = Field(default=30.0, gt=0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc.aio
 
-from fedclaw.serve.admission import admission_of, authentication_of, http_protocol, tls_of
+from fedclaw.serve.admission import admission_of, authentication_of, grpc_clients, http_protocol, tls_of
 from fedclaw.serve.app import HttpApplication
 from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.http_server import GRACE, HttpServer, run_until_stopped
@@ -127,7 +127,7 @@ async def _grpc(launch: Launch, node: ServingNode, tls: ServerTls | None) -> Any
     settings = launch.settings
     options = [*server_options(settings.limits.body_bytes), ("grpc.so_reuseport", 1)]
     server = grpc.aio.server(options=options)
-    add_inference(server, node)
+    add_inference(server, node, grpc_clients(tls))
     address = f"{settings.host}:{launch.ports.grpc}"
     if tls is None:
         server.add_insecure_port(address)

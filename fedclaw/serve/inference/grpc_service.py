@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -25,6 +26,8 @@ from fedclaw.serve.inference.rest import Asker, RequestReader, deadline_of, iden
 from fedclaw.serve.inference.tensors import OF_OUTPUT, ColumnTensor, as_bytes
 from fedclaw.serve.refusals import Code, ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse
+from fedclaw.serve.security.tls import GrpcClients
+from fedclaw.serve.security.tokens import only_header
 
 LOG = logging.getLogger(__name__)
 AUTHORIZATION, KEY, RETRY_AFTER, CODE = "authorization", "fedclaw-key", "retry-after", "fedclaw-code"
@@ -74,9 +77,15 @@ def server_options(max_message: int) -> list[tuple[str, int]]:
     ]
 
 
-def add_inference(server: grpc.aio.Server, node: Node) -> None:
-    """Let `server` answer the protocol's calls by `node`."""
-    server.add_generic_rpc_handlers((_Handlers(node),))
+def add_inference(server: grpc.aio.Server, node: Node, clients: GrpcClients | None = None) -> None:
+    """Let `server` answer the protocol's calls by `node`; `clients` looks at the certificates of clients."""
+    server.add_generic_rpc_handlers((_Handlers(node, clients),))
+
+
+def address_of(peer: str) -> str:
+    """The IP address of a call's `peer()`, which has a port, as in ipv4:10.0.0.1:5000 or ipv6:%5B::1%5D:5000."""
+    kind, _, rest = unquote(peer).partition(":")
+    return rest.rpartition(":")[0].strip("[]") if kind in {"ipv4", "ipv6"} else peer
 
 
 def read_request(
@@ -134,8 +143,8 @@ def write_answer(response: InferenceResponse, headers: Headers, raw: bool) -> An
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Finds who answers a call."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, node: Node, clients: GrpcClients | None) -> None:
+        self._node, self._clients = node, clients
         calls: Mapping[str, tuple[Any, Callable[[Any, Any], Awaitable[Any]]]] = {
             "ServerLive": (messages.ServerLiveRequest, self._server_live),
             "ServerReady": (messages.ServerReadyRequest, self._server_ready),
@@ -188,13 +197,14 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _who(self, context: Any) -> tuple[Caller, str | None]:
         """Who asks, and by what the request is to be routed. Raises ServeRefusal."""
-        authorization, key = None, None
+        given, key = list[bytes](), None
         for name, value in context.invocation_metadata():
             if name == AUTHORIZATION:
-                authorization = value.encode() if isinstance(value, str) else value
+                given.append(value.encode() if isinstance(value, str) else value)
             elif name == KEY:
                 key = value
-        return await self._node.admit(authorization, context.peer(), "grpc"), key
+        certificate = None if self._clients is None else self._clients.certificate(context.auth_context())
+        return await self._node.admit(only_header(given), address_of(context.peer()), "grpc", certificate), key
 
 
 def _refusing(call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
