@@ -9,6 +9,7 @@ import logging
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.http_server import HttpServer, run_until_stopped
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.routing.controller import Controller
 from fedclaw.serve.security.http_protocol import CERTIFICATE
 from fedclaw.serve.security.scopes import require
 from fedclaw.serve.state.store import StateStore
@@ -252,10 +254,10 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
 
 def _decide(store: StateStore, ended: threading.Event) -> None:
     """Make decisions until the process ends. The store may be away: then nothing is decided."""
-    said = ""
+    controller, said = Controller(store), ""
     while not ended.wait(PERIOD):
         try:
-            store.now()
+            controller.step(time.time())
             said = ""
         except Exception as error:
             if str(error) != said:

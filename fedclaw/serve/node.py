@@ -124,9 +124,9 @@ class ServingNode:
         refusal: ServeRefusal | None = None
         try:
             require(principal, "predict", model)
-            choice = self.parts.router.choose(model, request.key, request.version)
+            choice = self.parts.router.choose(model, request.key, request.version, principal.name)
             if choice is None:
-                choice = await self.parts.router.assign(model, request.key)
+                choice = await self.parts.router.assign(model, request.key, principal.name)
             response = await self._answer(choice.version, request)
             return response, self._done(caller, request, choice, response)
         except ServeRefusal as error:

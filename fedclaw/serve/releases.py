@@ -2,76 +2,102 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic import JsonValue
+
 from fedclaw.serve.refusals import ServeRefusal
-from fedclaw.serve.routing.plan import RoutingDecision, RoutingPlan, StoredPlan, changed, new_plan, plan_name, read_plan
+from fedclaw.serve.routing import controller
+from fedclaw.serve.routing.plan import PlanError, RoutingPlan, StoredPlan, read_plan
 from fedclaw.serve.settings import MODEL_NAME, ReleaseSettings
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.version_catalogue import VersionCatalogue
 
 CONFIGURATION = "configuration"
+DISAGREEMENT = 0.02
+"""Share of rows that a version which is meant to agree may answer otherwise."""
+MIRRORED = 0.1
+"""Share of the keys whose requests are compared."""
+_UNDONE = {"canary_rolled_back", "rolled_back", "shadow_differs"}
 
 
 def first_release(store: StateStore, model: str, version: str) -> None:
     """Let the version that a node was started with answer, unless a release of others is under way."""
-    while True:
-        found, now = read_plan(store, model), time.time()
-        if found is None:
-            plan = new_plan(model, version, CONFIGURATION, now)
-            if store.swap(plan_name(model), None, plan.document()):
-                return
-            continue
-        if version in found.plan.versions or found.plan.mode != "single":
-            return
-        if _swap(store, found, _at_once(found.plan, version, CONFIGURATION, now)):
-            return
+    plan = controller.add_version(store, model, version, CONFIGURATION, time.time())
+    if version not in plan.versions and plan.mode == "single":
+        controller.pin(store, model, version, CONFIGURATION, time.time())
 
 
 def begin(
-    store: StateStore, model: str, version: str, _settings: ReleaseSettings, mode: str, by: str
+    store: StateStore, model: str, version: str, settings: ReleaseSettings, mode: str, by: str
 ) -> Mapping[str, Any]:
-    """Begin a release of a version that the catalogue has. Raises ServeRefusal."""
-    entry = VersionCatalogue(store).read(model)
-    if entry is None or version not in entry.versions:
-        raise ServeRefusal("not_found", f"there is no version {version[:100]} of {model[:100]}")
+    """Begin a release of a version that the catalogue has. Raises ServeRefusal.
+
+    A canary that needs a person's word is a shadow until somebody approves of it.
+    """
+    _require_version(store, model, version)
     if read_plan(store, model) is None:
         first_release(store, model, version)
-        return progress(store, model)
-    if mode == "at_once":
+    elif mode == "at_once":
         pin(store, model, version, by)
-        return progress(store, model)
-    raise ServeRefusal("not_supported", f"mode {mode} is not there yet")
+    else:
+        guards: dict[str, JsonValue] = {"disagreement": DISAGREEMENT if settings.agreement else None}
+        begins = controller.start_canary
+        if mode == "shadow" or settings.approval == "manual":
+            begins = controller.start_shadow
+        _allowed(lambda: begins(store, model, version, by, time.time(), mirror=MIRRORED, guards=guards))
+        if mode == "canary" and settings.approval == "manual":
+            _allowed(lambda: controller.ask_for_approval(store, model, by, time.time()))
+    return progress(store, model)
 
 
 def pin(store: StateStore, model: str, version: str, by: str) -> None:
     """Let one version answer everything, from now on."""
-    while True:
-        found = _plan(store, model)
-        if found.plan.mode == "single" and found.plan.stable == version:
-            return
-        if _swap(store, found, _at_once(found.plan, version, by, time.time())):
-            return
+    plan = _plan(store, model).plan
+    if (plan.mode, plan.stable) != ("single", version):
+        _allowed(lambda: controller.pin(store, model, version, by, time.time()))
 
 
 def operate(store: StateStore, model: str, operation: str, body: Mapping[str, Any], by: str) -> Mapping[str, Any]:
-    """One operation of the admin port. Raises ServeRefusal."""
+    """One operation of the admin port: pin, approve, roll_back, ab. Raises ServeRefusal."""
+    now = time.time()
+    _plan(store, model)
     if operation == "pin":
-        version = body.get("version")
-        entry = VersionCatalogue(store).read(model)
-        if not isinstance(version, str) or entry is None or version not in entry.versions:
-            raise ServeRefusal("not_found", "there is no such version")
-        pin(store, model, version, by)
-        return progress(store, model)
-    raise ServeRefusal("not_found", "there is no such operation")
+        _require_version(store, model, body.get("version"))
+        pin(store, model, body["version"], by)
+    elif operation == "approve":
+        _allowed(lambda: controller.approve(store, model, by, now))
+    elif operation == "roll_back":
+        _allowed(lambda: controller.roll_back(store, model, by, now))
+    elif operation == "ab":
+        versions, floor = body.get("versions"), body.get("floor")
+        if not isinstance(versions, list) or not versions or not isinstance(floor, float | None):
+            raise ServeRefusal("bad_request", "give versions, a list, and perhaps floor, a number from 0.05")
+        for version in versions:
+            _require_version(store, model, version)
+        _allowed(lambda: controller.start_ab(store, model, versions, by, now, floor))
+    else:
+        raise ServeRefusal("not_found", "there is no such operation")
+    return progress(store, model)
 
 
 def progress(store: StateStore, model: str) -> Mapping[str, Any]:
     """How the last release stands: its state, and a sentence."""
     plan = _plan(store, model).plan
-    state = "answers" if plan.mode == "single" else plan.mode
-    return {"state": state, "says": f"{plan.stable} answers", "decision": plan.decision.model_dump(mode="json")}
+    state, says = _progress(plan)
+    return {"state": state, "says": says, "decision": plan.decision.model_dump(mode="json")}
+
+
+def _progress(plan: RoutingPlan) -> tuple[str, str]:
+    if plan.mode == "single":
+        undone = plan.decision.kind in _UNDONE
+        return ("rolled_back" if undone else "answers"), f"{plan.stable} answers{' again' if undone else ''}"
+    if plan.mode == "ab":
+        return "ab", f"{', '.join(plan.arms)} compete"
+    trying = f"{plan.candidate} answers {plan.share:.0%} of the keys" if plan.mode == "canary" else ""
+    trying = trying or f"{plan.candidate} is compared, and answers nobody"
+    return ("waits_for_approval", f"{trying}; it waits for approval") if plan.waiting else (plan.mode, trying)
 
 
 def describe(store: StateStore, model: str) -> Mapping[str, Any]:
@@ -111,29 +137,15 @@ def _plan(store: StateStore, model: str) -> StoredPlan:
     return found
 
 
-def _at_once(plan: RoutingPlan, version: str, by: str, now: float) -> RoutingPlan:
-    decision = RoutingDecision(kind="at_once", by=by, at=now, numbers={"stable": version, "before": plan.stable})
-    return changed(
-        plan,
-        decision,
-        mode="single",
-        stable=version,
-        candidate=None,
-        step=0,
-        waiting=False,
-        mirror=0.0,
-        arms=(),
-        propensities=(),
-        breakers={},
-        last_good=tuple(dict.fromkeys((plan.stable, *plan.last_good)))[:5],
-        epoch=plan.epoch + 1,
-        epoch_began=now,
-    )
+def _require_version(store: StateStore, model: str, version: object) -> None:
+    entry = VersionCatalogue(store).read(model)
+    if not isinstance(version, str) or entry is None or version not in entry.versions:
+        raise ServeRefusal("not_found", f"there is no version {version!s:.100} of {model[:100]}")
 
 
-def _swap(store: StateStore, found: StoredPlan, plan: RoutingPlan) -> bool:
-    done = store.swap(plan_name(plan.model), found.revision, plan.document())
-    if done:
-        decision = plan.decision
-        store.append_event(decision.kind, plan.model, {"by": decision.by, **decision.numbers})
-    return done
+def _allowed(change: Callable[[], RoutingPlan]) -> RoutingPlan:
+    """Do it, or say why the plan does not allow it."""
+    try:
+        return change()
+    except PlanError as error:
+        raise ServeRefusal("conflict", str(error)) from None

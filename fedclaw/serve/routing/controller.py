@@ -269,6 +269,17 @@ def start_ab(
     return _ordered(store, model, change, now)
 
 
+def ask_for_approval(store: ControlStore, model: str, by: str, now: float) -> RoutingPlan:
+    """Have what is tried wait for a person's word from now on, whatever the tests say in its favour."""
+
+    def change(plan: RoutingPlan) -> _Change:
+        if plan.mode not in ("canary", "shadow"):
+            raise PlanError(f"model {plan.model}: nothing is tried that could be approved")
+        return _Change("approval_asked", {"waiting": True}, {"version": plan.candidate}, by)
+
+    return _ordered(store, model, change, now)
+
+
 def approve(store: ControlStore, model: str, by: str, now: float) -> RoutingPlan:
     """Say a person's word: a canary that waits goes on, a shadow that waits becomes a canary."""
 

@@ -158,12 +158,13 @@ def test_too_few_keys_decide_nothing(town: MakeTown):
 
 @pytest.mark.slow
 def test_of_20_identical_canaries_at_most_one_is_rolled_back(town: MakeTown, store: StateStore, clock: Clock):
-    made = town(GOOD, {"guards": {"bake": 2.0}}, rate=800.0, seed=3)
+    options = {"steps": (0.5, 1.0), "guards": {"bake": 1.0}}
+    made = town(GOOD, options, rate=300.0, seed=3)
     for number in range(20):
         until_decided(made)
         if number < 19:
             new = "v2" if made.plan.stable == "v1" else "v1"
-            start_canary(store, "m", new, "ann", clock(), guards={"bake": 2.0})
+            start_canary(store, "m", new, "ann", clock(), **options)
             for router in made.routers:
                 router.refresh()
     assert made.kinds.count("canary_promoted") + made.kinds.count("canary_rolled_back") == 20

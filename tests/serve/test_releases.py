@@ -1,0 +1,103 @@
+"""What the admin port and `publish` ask for becomes a plan, and each refusal has its code."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedclaw.serve import releases
+from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.routing.plan import RoutingPlan, read_plan
+from fedclaw.serve.settings import ReleaseSettings
+from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.version_catalogue import VersionCatalogue
+
+SETTINGS = ReleaseSettings()
+MANUAL = ReleaseSettings(approval="manual", agreement=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[StateStore]:
+    """A model of three versions, the first of which answers."""
+    with StateStore.open(f"sqlite:///{tmp_path / 'state.db'}") as opened:
+        for number in (1, 2, 3):
+            VersionCatalogue(opened).add("heart", f"v{number}", f"{number}" * 64, "run", "ann")
+        releases.first_release(opened, "heart", "v1")
+        yield opened
+
+
+def plan(store: StateStore) -> RoutingPlan:
+    found = read_plan(store, "heart")
+    assert found is not None
+    return found.plan
+
+
+def begin(store: StateStore, version: str, mode: str, settings: ReleaseSettings = SETTINGS) -> Mapping[str, Any]:
+    return releases.begin(store, "heart", version, settings, mode, "ann")
+
+
+def test_a_published_version_begins_as_a_canary_that_is_meant_to_agree(store: StateStore):
+    said = begin(store, "v2", "canary")
+    assert (said["state"], said["says"]) == ("canary", "v2 answers 5% of the keys")
+    assert (plan(store).mode, plan(store).guards.disagreement, plan(store).mirror) == ("canary", 0.02, 0.1)
+    assert plan(store).decision.by == "ann"
+
+
+def test_where_a_person_has_to_say_so_it_answers_nobody_before(store: StateStore):
+    assert begin(store, "v2", "canary", MANUAL)["state"] == "waits_for_approval"
+    assert (plan(store).mode, plan(store).candidate, plan(store).guards.disagreement) == ("shadow", "v2", None)
+    assert releases.operate(store, "heart", "approve", {}, "bob")["state"] == "canary"
+    assert [event.body["by"] for event in store.events("heart")][-1] == "bob"
+
+
+def test_shadow_at_once_ab_and_back(store: StateStore):
+    assert begin(store, "v2", "shadow")["state"] == "shadow"
+    assert releases.operate(store, "heart", "roll_back", {}, "ann")["state"] == "rolled_back"
+    assert begin(store, "v3", "at_once")["says"] == "v3 answers"
+    assert releases.operate(store, "heart", "ab", {"versions": ["v1", "v2"]}, "ann")["state"] == "ab"
+    assert releases.operate(store, "heart", "pin", {"version": "v2"}, "ann")["says"] == "v2 answers"
+    assert releases.operate(store, "heart", "roll_back", {}, "ann")["says"] == "v3 answers again"
+
+
+def test_a_node_that_starts_again_leaves_a_release_alone(store: StateStore):
+    begin(store, "v2", "canary")
+    before = plan(store)
+    releases.first_release(store, "heart", "v3")
+    assert plan(store) == before
+
+
+REFUSED: list[tuple[Callable[[StateStore], object], str]] = [
+    (lambda s: begin(s, "v9", "canary"), "not_found"),
+    (lambda s: begin(s, "v1", "canary"), "conflict"),
+    (lambda s: releases.begin(s, "none", "v1", SETTINGS, "canary", "ann"), "not_found"),
+    (lambda s: releases.operate(s, "heart", "approve", {}, "ann"), "conflict"),
+    (lambda s: releases.operate(s, "heart", "roll_back", {}, "ann"), "conflict"),
+    (lambda s: releases.operate(s, "heart", "pin", {}, "ann"), "not_found"),
+    (lambda s: releases.operate(s, "heart", "pin", {"version": ["v2"]}, "ann"), "not_found"),
+    (lambda s: releases.operate(s, "none", "roll_back", {}, "ann"), "not_found"),
+    (lambda s: releases.operate(s, "heart", "ab", {}, "ann"), "bad_request"),
+    (lambda s: releases.operate(s, "heart", "ab", {"versions": ["v2"], "floor": "x"}, "ann"), "bad_request"),
+    (lambda s: releases.operate(s, "heart", "ab", {"versions": ["v2"], "floor": 0.7}, "ann"), "conflict"),
+    (lambda s: releases.operate(s, "heart", "ab", {"versions": ["v9"]}, "ann"), "not_found"),
+    (lambda s: releases.operate(s, "heart", "what", {}, "ann"), "not_found"),
+]
+
+
+@pytest.mark.parametrize(("operation", "code"), REFUSED)
+def test_what_cannot_be_is_refused_and_changes_nothing(
+    store: StateStore, operation: Callable[[StateStore], object], code: str
+):
+    before = plan(store)
+    with pytest.raises(ServeRefusal) as refused:
+        operation(store)
+    assert refused.value.code == code
+    assert plan(store) == before
+
+
+def test_one_release_at_a_time(store: StateStore):
+    begin(store, "v2", "canary")
+    with pytest.raises(ServeRefusal) as refused:
+        begin(store, "v3", "canary")
+    assert refused.value.code == "conflict"
+    assert "roll it back or wait" in str(refused.value)
