@@ -7,6 +7,7 @@ The audit line is written before the answer leaves. Nothing here knows of HTTP o
 
 import asyncio
 import logging
+import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,6 @@ from http import HTTPStatus
 from itertools import count
 from time import perf_counter
 from typing import Any, Protocol
-
-import numpy as np
 
 from fedclaw.learning.preprocessing import LABEL
 from fedclaw.serve.admission import Admission, Authentication
@@ -25,6 +24,7 @@ from fedclaw.serve.monitoring.metrics import WorkerMetrics
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal, VersionChoice
 from fedclaw.serve.routing.router import Router
+from fedclaw.serve.routing.shadow import compare
 from fedclaw.serve.security.scopes import require, visible
 from fedclaw.serve.state.audit_log import AuditLog
 from fedclaw.serve.state.feedback import Acknowledgement
@@ -254,7 +254,7 @@ class ServingNode:
     ) -> None:
         """Let another version see the request too. Whatever comes of it, nobody waits for it."""
         try:
-            agrees = same_answer(response, await self._answer(version, request))
+            agrees = compare(response, await self._answer(version, request), random.random()).agrees  # noqa: S311
         except ServeRefusal as refusal:
             if refusal.code in {"overloaded", "too_many_requests", "deadline_exceeded"}:
                 return
@@ -273,13 +273,3 @@ def _predicted(response: InferenceResponse) -> dict[str, Any]:
     if values is not None and values.size == len(values):
         return {"values": values.ravel().tolist()}
     return {}
-
-
-def same_answer(one: InferenceResponse, other: InferenceResponse) -> bool:
-    """Whether two versions say the same of every row: the same label, or values that are close."""
-    first, second = one.outputs, other.outputs
-    if first.keys() != second.keys():
-        return False
-    if LABEL in first:
-        return bool((first[LABEL] == second[LABEL]).all())
-    return all(bool(np.allclose(first[name], second[name], rtol=1e-3, atol=1e-6, equal_nan=True)) for name in first)

@@ -4,9 +4,10 @@ A share of the keys is mirrored (`RoutingPlan.mirror`). A mirrored request is as
 its own once the answer is there; while `limit` of them are at work, it is not mirrored at all. So a mirror delays no
 answer and fails none. Nobody is answered from it.
 
-Two answers agree in a row if both refuse it, or both answer it with the same label, or, of values, with numbers that
-differ by at most `tolerance`. One row of a request stands for it in the test, drawn by the key's hash: the test's rate
-is that of rows, and a request of a thousand rows weighs no more than another.
+Two answers agree in a row if both refuse it, or both answer it with the same label (without labels: the same likeliest
+class). Values agree where both are numbers, and with a `tolerance` where they differ by no more. One row of a request,
+drawn by lot, stands for it in the test, whose rate is that of rows: a request of a thousand rows weighs no more
+than another.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from fedclaw.serve.requests import InferenceResponse
 
 log = logging.getLogger(__name__)
 
-LABEL, REFUSED = "label", "refused"
+LABEL, PROBABILITIES, REFUSED = "label", "probabilities", "refused"
 """Outputs of a bundle's pipeline (docs/bundle.md)."""
 
 
@@ -42,9 +43,9 @@ class OutputComparison:
 
 
 def compare(
-    answered: InferenceResponse, mirrored: InferenceResponse, draw: float, tolerance: float = 1e-3
+    answered: InferenceResponse, mirrored: InferenceResponse, draw: float, tolerance: float | None = None
 ) -> OutputComparison:
-    """Compare answers to the same rows. `draw` in [0, 1) says which row stands for the request.
+    """Compare answers to the same rows. `draw`, uniform in [0, 1), says which row stands for the request.
 
     Outputs of other names or shapes agree nowhere: the versions are not meant to be exchanged for each other.
     """
@@ -59,8 +60,8 @@ def compare(
     labels = both & _labels_differ(answered, mirrored, rows)
     numbers = np.where(both, _difference(answered, mirrored, rows), 0.0)
     differs = (refused[0] != refused[1]) | labels
-    if LABEL not in ours:
-        differs |= numbers > tolerance
+    if LABEL not in ours and PROBABILITIES not in ours:
+        differs |= ~np.isfinite(numbers) if tolerance is None else numbers > tolerance
     return OutputComparison(
         rows=rows,
         labels_differ=int(labels.sum()),
@@ -116,11 +117,14 @@ def _refused(response: InferenceResponse, rows: int) -> NDArray[np.bool_]:
 
 
 def _labels_differ(ours: InferenceResponse, theirs: InferenceResponse, rows: int) -> NDArray[np.bool_]:
-    if LABEL not in ours.outputs:
+    name = LABEL if LABEL in ours.outputs else PROBABILITIES
+    if name not in ours.outputs:
         return np.zeros(rows, bool)
-    left, right = (np.asarray(one.outputs[LABEL]).reshape(rows, -1) for one in (ours, theirs))
+    left, right = (np.asarray(one.outputs[name]).reshape(rows, -1) for one in (ours, theirs))
     if left.shape != right.shape:
         return np.ones(rows, bool)
+    if name == PROBABILITIES:
+        return np.asarray(left.argmax(1) != right.argmax(1), bool)
     return np.asarray(np.logical_or.reduce(left != right, axis=1), bool)
 
 

@@ -44,11 +44,22 @@ def test_values_agree_within_a_tolerance():
     def values(*numbers: float) -> InferenceResponse:
         return InferenceResponse("m", "v", "1", {"values": np.array(numbers, np.float32)[:, None]})
 
-    assert compare(values(1.0, 2.0), values(1.0005, 2.0), 0.0).agrees
-    assert not compare(values(1.0, 2.0), values(1.1, 2.0), 0.0).agrees
-    assert compare(values(1.0, 2.0), values(1.1, 2.0), 0.6).agrees
+    assert compare(values(1.0, 2.0), values(1.0005, 2.0), 0.0, 1e-3).agrees
+    assert not compare(values(1.0, 2.0), values(1.1, 2.0), 0.0, 1e-3).agrees
+    assert compare(values(1.0, 2.0), values(1.1, 2.0), 0.6, 1e-3).agrees
+    assert compare(values(1.0, 2.0), values(9.0, 2.0), 0.0).agrees
     assert not compare(values(1.0), values(np.nan), 0.0).agrees
     assert compare(values(1.0), values(np.nan), 0.0).largest_difference == np.inf
+
+
+def test_without_labels_the_likeliest_class_decides():
+    def likely(*high: float) -> InferenceResponse:
+        return InferenceResponse("m", "v", "1", {"probabilities": np.array([[p, 1 - p] for p in high], np.float32)})
+
+    found = compare(likely(0.9, 0.4), likely(0.6, 0.7), 0.0)
+    assert found.agrees
+    assert found.labels_differ == 1
+    assert not compare(likely(0.9, 0.4), likely(0.6, 0.7), 0.5).agrees
 
 
 def test_other_outputs_agree_nowhere():
