@@ -284,6 +284,13 @@ async def test_a_request_of_ten_thousand_rows_starves_nobody(
 
 
 @pytest.mark.parametrize("batching", [True, False])
+async def test_long_requests_take_turns(batching: bool, model: Squares) -> None:
+    batcher = EagerBatcher(model, Execution(max_batch=2, inline=True, batching=batching))
+    await asyncio.gather(ask(batcher, 1, 1, 1, 1, 1, 1), ask(batcher, 2, 2, 2, 2))
+    assert model.batches == [[1, 1], [2, 2], [1, 1], [2, 2], [1, 1]]
+
+
+@pytest.mark.parametrize("batching", [True, False])
 async def test_a_long_request_goes_on_while_short_ones_keep_coming(
     batching: bool, model: Squares, executor: ThreadPoolExecutor
 ) -> None:
