@@ -14,7 +14,6 @@ from fedclaw.serve.home import DATABASE, NodeHome, trust_of
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.releases import first_release
 from fedclaw.serve.security.rate_limits import RateTable
-from fedclaw.serve.security.tls import only_tls_1_3
 from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import ReservedPorts, Supervisor
@@ -37,7 +36,6 @@ def serve(settings: NodeSettings, console: Console) -> None:
     startup.next_step("give the same command again: what was served is served on")
     take_in(settings, home)
     RateTable.create(home.rates)
-    only_tls_1_3()
     reserved = ReservedPorts(settings)
     supervisor = Supervisor(settings, reserved.ports, run_worker, run_control)
     try:

@@ -6,7 +6,6 @@ skip that check and so a revocation.
 """
 
 import logging
-import os
 import ssl
 import threading
 import time
@@ -32,9 +31,6 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at the files."""
-_SUITES = "GRPC_SSL_CIPHER_SUITES"
-_NO_TLS_1_2 = "ECDHE-PSK-CHACHA20-POLY1305"
-"""A TLS 1.2 cipher suite that needs a secret that nobody has."""
 
 
 def thumbprint(certificate: bytes | None) -> str | None:
@@ -102,11 +98,8 @@ class ServerTls:
         return True
 
     def grpc_credentials(self) -> "grpc.ServerCredentials":
-        """Credentials for a gRPC port that follow the files. Raises RuntimeError without `only_tls_1_3`."""
+        """Credentials for a gRPC port that follow the files. TLS 1.3 alone, by `fedclaw.environment`."""
         import grpc
-
-        if os.environ.get(_SUITES) != _NO_TLS_1_2:
-            raise RuntimeError("this process was started without only_tls_1_3()")
 
         first = self._grpc_configuration()
         taken = self._seen
@@ -140,15 +133,6 @@ class ServerTls:
                 self.reload()
             except Exception:
                 log.exception("the TLS files could not be looked at")
-
-
-def only_tls_1_3() -> None:
-    """Leave no TLS 1.2 to gRPC in the processes that are started from now on, and in this one if it has not imported
-    grpc yet, which reads the environment then and never again.
-
-    gRPC for Python has no setting for it; the suites of TLS 1.3 are not those that this variable names.
-    """
-    os.environ[_SUITES] = _NO_TLS_1_2
 
 
 class Revocations:

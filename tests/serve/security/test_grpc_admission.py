@@ -65,8 +65,6 @@ def served(door: Door, tls: ServerTls) -> Iterator[int]:
 
 
 def test_calls_are_admitted_by_token_certificate_and_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What this process' gRPC speaks was settled as it was imported; test_tls has a process of its own for that.
-    monkeypatch.setenv("GRPC_SSL_CIPHER_SUITES", "ECDHE-PSK-CHACHA20-POLY1305")
     authority = Authority(tmp_path / "pki")
     bob = authority.client("bob")
     bound = token(cnf={"x5t#S256": thumbprint(bob.public_bytes(Encoding.DER))})
@@ -105,11 +103,3 @@ def test_addresses_of_peers() -> None:
     assert address_of("ipv6:%5B2001:db8::1%5D:5000") == "2001:db8::1"
     assert address_of("ipv6:[::1]:5000") == "::1"
     assert address_of("unix:/run/x") == "unix:/run/x"
-
-
-def test_a_port_without_the_restriction_to_tls_1_3_is_not_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("GRPC_SSL_CIPHER_SUITES", raising=False)
-    with pytest.raises(RuntimeError, match="only_tls_1_3"):
-        ServerTls(Authority(tmp_path / "pki").files).grpc_credentials()

@@ -317,10 +317,7 @@ def test_keys_of_a_hospitals_own_authority(authority: Authority, key: Any) -> No
 
 
 def _grpc_node(files: TlsFiles, pipe: Any) -> None:
-    """A gRPC server in a process of its own: what it may speak is settled when gRPC is first used."""
-    from fedclaw.serve.security.tls import only_tls_1_3
-
-    only_tls_1_3()
+    """A gRPC server in a process of its own."""
     import grpc
 
     tls = ServerTls(files)
@@ -349,7 +346,7 @@ def _grpc_node(files: TlsFiles, pipe: Any) -> None:
 def test_grpc_speaks_tls_1_3_follows_the_files_and_refuses_revoked_clients(authority: Authority) -> None:
     import grpc
 
-    # With an ECDSA certificate gRPC speaks no TLS 1.2 anyway.
+    # Neither kind of key is to bring TLS 1.2 back; an ECDSA one is taken later.
     authority.rsa_server()
     context = multiprocessing.get_context("spawn")
     pipe, far = context.Pipe()
