@@ -191,6 +191,8 @@ def read_archive(path: Source, needed: str, *others: str) -> dict[str, NDArray[A
             found = {name: arrays[name] for name in (needed, *others) if name in arrays.files}
             if not all(isinstance(array, np.ndarray) for array in found.values()):
                 raise ValueError("a member is not in numpy's format")
+            if isinstance(path, MemoryFile) and found[needed].ndim and len(found[needed]) > path.max_rows:
+                raise DataError(f"{path}: more than {path.max_rows} rows; send it in parts")
             return found
     except (ValueError, EOFError, OSError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a readable .npz archive of plain arrays: {error}") from error

@@ -26,7 +26,7 @@ import numpy as np
 from fedclaw.clients.definitions import shown
 from fedclaw.clients.values import Cell, DecimalMark, normal, number_of, repeated
 from fedclaw.errors import DataError, NoExamples
-from fedclaw.learning.sources import MemoryFile, MemoryTable, Source
+from fedclaw.learning.sources import MAX_COLUMNS, MemoryFile, MemoryTable, Source
 from fedclaw.learning.workload import FileFormat
 
 BLOCK_ROWS = 16_384
@@ -35,8 +35,6 @@ BLOCK_CELLS = 2**21
 DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
 CODECS = {"utf-8": "utf-8-sig", "utf-16": "utf-16", "latin-1": "latin-1", "windows-1252": "cp1252"}
 NAMES = {"utf-8": "UTF-8", "utf-16": "UTF-16", "latin-1": "Latin-1", "windows-1252": "Windows-1252"}
-MAX_SENT_ROWS = 2**20
-"""Of a Parquet file that a client sent: a few bytes may stand for any number of rows."""
 HEAD_CHARACTERS, HEAD_RECORDS = 2**22, 10
 """How much of a file is looked at for what its header should have been."""
 GZIP = b"\x1f\x8b"
@@ -171,8 +169,8 @@ def read_blocks(
 
     Parquet if its name ends in .parquet or .pq and else CSV, gzipped or not. The columns of all blocks are the same, in
     the order in which they are wanted. At least one block comes. Raises DataError for a file that is missing, empty,
-    has no data rows, not the wanted columns, or is no text of the encoding; and for what a client sent that would
-    unpack to more than it may.
+    has no data rows, not the wanted columns, or is no text of the encoding; and for what a client sent in Parquet,
+    whose reader ends the process on files that are made to, or with more rows or columns than it may.
     """
     if isinstance(path, MemoryTable):
         yield from _memory_blocks(path, written, wanted, rows)
@@ -182,6 +180,8 @@ def read_blocks(
     try:
         with path.open("rb") as file:
             if is_parquet(path):
+                if isinstance(path, MemoryFile):
+                    raise DataError(f"{path}: Parquet is read from a site's own files alone; send CSV")
                 yield from _parquet_blocks(path, file, written, wanted, content, rows)
             else:
                 yield from _csv_blocks(path, file, written, wanted, content, rows)
@@ -282,6 +282,8 @@ def _csv_blocks(
         _, header = next(records, (0, None))
         if header is None:
             raise DataError(f"{path}: the file is empty; expected a header row with column names")
+        if isinstance(path, MemoryFile) and len(header) > MAX_COLUMNS:
+            raise DataError(f"{path}: the header has {len(header)} columns; at most {MAX_COLUMNS} are read")
         chosen = _chosen(path, header, wanted, lambda: _what_it_is(path, written, wanted))
         yield from _gathered(path, header, chosen, records, written, rows)
         hashed.drain()
@@ -329,6 +331,8 @@ def _gathered(
         else:
             pending.append(pick(cells))
         places.append(line)
+        if isinstance(path, MemoryFile) and first + len(places) > path.max_rows:
+            raise DataError(f"{path}: more than {path.max_rows} rows; send it in parts")
         if len(places) == most:
             yield block()
             first += len(places)
@@ -430,8 +434,6 @@ def _parquet_blocks(
     file.seek(0)
     try:
         with ParquetFile(file) as table:
-            if isinstance(path, MemoryFile):
-                rows = _bounded_rows(path, table.metadata, rows)
             names = list(table.schema_arrow.names)
             chosen = _chosen(path, names, wanted, lambda: "")
             first = 0
@@ -453,21 +455,6 @@ def _parquet_blocks(
         raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from error
     if not first:
         raise NoExamples(f"{path}: no data rows")
-
-
-def _bounded_rows(path: MemoryFile, metadata: Any, rows: int) -> int:
-    """How many rows of a client's Parquet file are read at a time. Raises DataError for one that unpacks to too much.
-
-    A cell is at most as long as a column's part of a row group is unpacked, however often a dictionary repeats it.
-    """
-    parts: list[int] = [
-        metadata.row_group(group).column(column).total_uncompressed_size
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-    ]
-    if sum(parts) > path.max_unpacked or metadata.num_rows > MAX_SENT_ROWS:
-        raise DataError(f"{path}: would unpack to more than {path.max_unpacked} bytes or {MAX_SENT_ROWS} rows")
-    return max(1, min(rows, path.max_unpacked // max(parts, default=1) or 1))
 
 
 def _cells(path: Source, name: str, column: Any) -> list[Cell]:
@@ -494,7 +481,10 @@ def _cells(path: Source, name: str, column: Any) -> list[Cell]:
             raise DataError(f"{path}: column {shown(name)} holds bytes that are no UTF-8 text") from error
     if types.is_nested(kind):
         raise DataError(f"{path}: column {shown(name)} holds {shown(kind)} in each row; expected single values")
-    return [None if value is None else str(value).strip() for value in column.to_pylist()]
+    try:
+        return [None if value is None else str(value).strip() for value in column.to_pylist()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: column {shown(name)} holds text that is no UTF-8") from error
 
 
 def _numbers(column: Any, *, narrow: bool) -> list[Cell]:

@@ -11,12 +11,13 @@ written as neither is then found as a number. Where it could be several declared
 
 import math
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, time
 from decimal import Decimal, InvalidOperation
 from typing import Literal
+
+from fedclaw.learning.unicode_text import composed
 
 Cell = str | float | int | None
 """Text, or a number where a file has numbers, or None where it has none (NaN included)."""
@@ -36,8 +37,8 @@ LONGEST = 64
 
 
 def normal(text: str) -> str:
-    """The text as it is compared: NFC, without white space around it."""
-    return text.strip() if text.isascii() else unicodedata.normalize("NFC", text).strip()
+    """The text as it is compared: in NFC if it is not very long, without white space around it."""
+    return composed(text).strip()
 
 
 def number_of(text: str, mark: DecimalMark = ".") -> Decimal | None:

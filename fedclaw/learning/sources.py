@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-MAX_UNPACKED = 2**28
+MAX_UNPACKED = 2**26
 """Bytes to which what a client sent may unpack."""
+MAX_ROWS, MAX_COLUMNS = 2**16, 10_000
+"""That what a client sent may have."""
 
 Value = str | float | int | None
 """Of a cell: text, a number, or None where nothing is known."""
@@ -22,6 +24,7 @@ class MemoryFile:
     name: str
     content: bytes = field(repr=False)
     max_unpacked: int = MAX_UNPACKED
+    max_rows: int = MAX_ROWS
 
     def __str__(self) -> str:
         return self.name

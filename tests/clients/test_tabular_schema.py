@@ -16,6 +16,7 @@ from fedclaw.clients import tables
 from fedclaw.clients.moments import Moments
 from fedclaw.clients.tabular_schema import TabularSchema
 from fedclaw.errors import DataError
+from fedclaw.learning.workload import FileFormat
 
 SCHEMA = """
 columns:
@@ -110,6 +111,14 @@ def test_block_size_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     bad = written(tmp_path, ROWS + "70,yes,garden,benign\n", "bad.csv")
     with pytest.raises(DataError, match=r"bad.csv: line 5, column 'ward': 'garden'"):
         schema_of().read_examples(bad)
+
+
+def test_parquet_text_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    ends, text = pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")
+    parquet.write_table(pa.table({"ward": pa.Array.from_buffers(pa.string(), 1, [None, ends, text])}), path)
+    with pytest.raises(DataError, match="no UTF-8"):
+        list(tables.read_blocks(path, FileFormat(), tables.Wanted(("ward",)), tables.Content()))
 
 
 def test_parquet_reads_as_csv_does(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@
     tables     {"rows": [{"age": 63, "ward": "surgery"}, ...]}, one such row, or  application/json
                {"columns": {"age": [63, ...], ...}}
                CSV, with a header                                                 text/csv
-               Parquet, where pyarrow is installed                                application/vnd.apache.parquet
     images     one image file                                                     image/png, image/jpeg
                an .npz archive with `images`                                      application/x-npz
     arrays     an .npz archive with `x`                                           application/x-npz
@@ -34,7 +33,7 @@ from pydantic import ValidationError
 from fedclaw.errors import DataError, NotInGraph
 from fedclaw.export.answers import Answers, as_csv
 from fedclaw.learning.preprocessing import Columns, Preprocessing
-from fedclaw.learning.sources import MemoryFile, MemoryTable, Source, Value
+from fedclaw.learning.sources import MAX_COLUMNS, MAX_ROWS, MemoryFile, MemoryTable, Source, Value
 from fedclaw.learning.tasks.classification import decide
 from fedclaw.learning.workload import FileFormat, Schema
 from fedclaw.protocol.frozen import explain
@@ -44,10 +43,10 @@ from fedclaw.serve.inference.rest import JSON, Asker, identity_of, key_of, liste
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest
 
-CSV, PARQUET, NPZ = "text/csv", "application/vnd.apache.parquet", "application/x-npz"
+CSV, NPZ = "text/csv", "application/x-npz"
 PNG, JPEG = "image/png", "image/jpeg"
-NAMES = {CSV: "table.csv", PARQUET: "table.parquet", NPZ: "archive.npz", PNG: "image.png", JPEG: "image.jpg"}
-TAKEN: dict[str | None, tuple[str, ...]] = {"table": (JSON, CSV, PARQUET), "image": (PNG, JPEG, NPZ), None: (NPZ,)}
+NAMES = {CSV: "table.csv", NPZ: "archive.npz", PNG: "image.png", JPEG: "image.jpg"}
+TAKEN: dict[str | None, tuple[str, ...]] = {"table": (JSON, CSV), "image": (PNG, JPEG, NPZ), None: (NPZ,)}
 """By a schema's modality: which types of content its reader takes."""
 CHARSETS = {
     "utf-8": "utf-8",
@@ -185,10 +184,8 @@ def _source(schema: Schema, sent: SentTable) -> tuple[Source, FileFormat, tuple[
         raise ServeRefusal("unsupported_media_type", f"the model takes the content types {', '.join(taken)}")
     query = dict(sent.query)
     identifiers = tuple(name for name in query.pop("identifiers", "").split(",") if name)
-    if unknown := sorted(set(query) - set(_FORMAT)):
-        raise ServeRefusal(
-            "bad_request", f"the query has no field {unknown[0][:40]!r}: {listed((*_FORMAT, 'identifiers'))}"
-        )
+    if not query.keys() <= set(_FORMAT):
+        raise ServeRefusal("bad_request", f"the query may have {listed((*_FORMAT, 'identifiers'))}")
     if "encoding" not in query and (charset := _charset(parameters)) is not None:
         query["encoding"] = charset
     try:
@@ -197,7 +194,7 @@ def _source(schema: Schema, sent: SentTable) -> tuple[Source, FileFormat, tuple[
         raise ServeRefusal("bad_request", f"query: {explain(error)}") from error
     if kind == JSON:
         return _json_table(sent.body), written, identifiers
-    return MemoryFile(NAMES[kind], sent.body), written, identifiers
+    return MemoryFile(NAMES[kind], sent.body, max_rows=MAX_ROWS), written, identifiers
 
 
 def _charset(parameters: str) -> str | None:
@@ -233,6 +230,7 @@ def _of_rows(rows: list[Any]) -> MemoryTable:
     """Rows that are all to have the columns of the first."""
     if not rows or type(rows[0]) is not dict or not rows[0]:
         raise ServeRefusal("bad_request", "rows: a list of objects is needed, with a value for each column")
+    _require_size(len(rows), len(rows[0]))
     names, wrong = rows[0].keys(), dict[int, str]()
     for number, row in enumerate(rows):
         if type(row) is not dict:
@@ -250,9 +248,15 @@ def _of_rows(rows: list[Any]) -> MemoryTable:
 def _of_columns(columns: dict[str, Any]) -> MemoryTable:
     if not columns or set(map(type, columns.values())) != {list} or len(set(map(len, columns.values()))) != 1:
         raise ServeRefusal("bad_request", "columns: a list of as many values as the others have is needed for each")
+    _require_size(max(map(len, columns.values())), len(columns))
     if not all(set(map(type, values)) <= _VALUES for values in columns.values()):
         raise ServeRefusal("bad_request", "columns: a list or an object in a column; expected single values")
     return MemoryTable("table", {name: list(map(_cell, values)) for name, values in columns.items()})
+
+
+def _require_size(rows: int, columns: int) -> None:
+    if rows > MAX_ROWS or columns > MAX_COLUMNS:
+        raise ServeRefusal("too_large", f"a table has at most {MAX_ROWS} rows and {MAX_COLUMNS} columns")
 
 
 def _cell(value: Any) -> Value:

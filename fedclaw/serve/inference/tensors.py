@@ -23,12 +23,12 @@ from functools import cached_property
 from itertools import chain
 from math import prod
 from typing import Any, Literal
-from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedclaw.learning.preprocessing import TypedColumn
+from fedclaw.learning.unicode_text import composed
 from fedclaw.serve.refusals import ServeRefusal
 
 Datatype = Literal[
@@ -253,7 +253,7 @@ def _texts(own: ColumnTensor, _datatype: str, data: list[Any]) -> NDArray[Any]:
     if not kinds <= {str}:
         raise own.refusal("its data is not of texts" + (", with null for what is not known" if missing else ""))
     found = np.empty(len(data), object)
-    found[:] = [text if text.isascii() else normalize("NFC", text) for text in data]
+    found[:] = list(map(composed, data))
     return found
 
 

@@ -95,7 +95,7 @@ function field(schema, example) {
 }
 
 const SUFFIXES = {
-  "text/csv": ".csv", "application/vnd.apache.parquet": ".parquet", "image/png": ".png", "image/jpeg": ".jpg,.jpeg",
+  "text/csv": ".csv", "image/png": ".png", "image/jpeg": ".jpg,.jpeg",
   "application/x-npz": ".npz",
 };
 
