@@ -13,6 +13,7 @@ from fedclaw.serve.inference.description import ModelDescription
 from fedclaw.serve.inference.openapi import openapi_document
 from fedclaw.serve.inference.rest import Asker, RequestReader
 from fedclaw.serve.inference.tables import SentTable, predict_table
+from fedclaw.serve.requests import Caller
 from tests.serve.inference.descriptions import IMAGES, TABLE, describe
 from tests.serve.inference.small_node import PEOPLE, TOKEN, SmallNode
 
@@ -75,5 +76,7 @@ def test_the_examples_are_answered_by_the_bundle(table_bundle: Path) -> None:
     node = SmallNode({"table": table_bundle})
     document = openapi_document([node.reader(ALICE, "table").model])
     sent = SentTable(json.dumps(content(document, "/predict/table")["example"]).encode(), "application/json")
-    (row,) = json.loads(asyncio.run(predict_table(node, ALICE, "table", sent, Asker("alice"))).body)["rows"]
+    (row,) = json.loads(
+        asyncio.run(predict_table(node, Caller(ALICE, "127.0.0.1", "predict"), "table", sent, Asker("alice"))).body
+    )["rows"]
     assert row["label"] in {"benign", "malignant"}
