@@ -19,7 +19,7 @@ def server() -> Iterator[PostgresServer]:
 
 
 def postgresql_place(server: PostgresServer, directory: Path) -> str:
-    """A new database, named as an operator names one: by a file with a URL."""
+    """A new store's place, named as an operator names one: by a file with a URL."""
     name = f"test_{uuid.uuid4().hex}"
     server.create(name)
     file = directory / f"{name}.url"
