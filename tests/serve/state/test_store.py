@@ -15,7 +15,7 @@ from fedclaw.serve.state.store import SCHEMA, StateStore, StateStoreError, State
 from tests.disks import full_after
 from tests.postgresql import PASSWORD, PostgresServer
 from tests.serve.state.conftest import postgresql_place
-from tests.serve.state.race import Results, race
+from tests.serve.state.race import NAMES, Results, race
 
 Opened = Callable[[], StateStore]
 
@@ -234,7 +234,7 @@ def test_no_swap_of_eight_processes_is_lost(raced: tuple[StateStore, Results]):
 
 def test_counts_of_eight_processes_add_up_exactly(raced: tuple[StateStore, Results]):
     store, _ = raced
-    assert store.counts("m", 0) == {"v": dict.fromkeys(["calls", "errors", "milliseconds"], TIMES * 36)}
+    assert store.counts("m", 0) == {"v": dict.fromkeys(NAMES, TIMES * 36)}
 
 
 def test_eight_processes_get_one_answer_for_each_key(raced: tuple[StateStore, Results]):
