@@ -1,9 +1,10 @@
 # The two commands of the README are `make demo` and `make test`; both install what they need into .venv, once.
 PYTHON ?= python3
 WORKLOAD ?= tabular
+SERVE ?= no
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_EXTRAS := compress,export,predict,data,experiments
+DEMO_EXTRAS := compress,export,predict,serve,data,experiments
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-cuda lint format protocol benchmarks heart-disease survival-curves clean
@@ -11,8 +12,8 @@ DEMO_EXTRAS := compress,export,predict,data,experiments
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-demo: $(VENV)/.demo ## four organisations train, compress and export one model (WORKLOAD=tabular|vision)
-	$(BIN)/python -m experiments.demo scenario=$(WORKLOAD)
+demo: $(VENV)/.demo ## four organisations train, compress, export and serve one model (WORKLOAD=tabular|vision, SERVE=yes)
+	$(BIN)/python -m experiments.demo scenario=$(WORKLOAD) serve=$(SERVE)
 
 test: $(VENV)/.dev ## ruff, mypy, import-linter and the test suite
 	$(BIN)/ruff check .

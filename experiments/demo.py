@@ -2,6 +2,7 @@
 
     python -m experiments.demo                    the breast-cancer table (make demo)
     python -m experiments.demo scenario=vision    handwritten digits (make demo WORKLOAD=vision)
+    python -m experiments.demo serve=true         and a node that goes on, with two versions (make demo SERVE=yes)
 
 Each organisation has its own directory, keys, policy and privacy ledger, and its own process. What is left in
 `output`: federation/ (the coordinator's keys), sites/NAME/, runs/demo/ (the run, its compressed model and its signed
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from experiments.datasets import SitePolicy, write_sites
 from experiments.processes import Processes, free_port
+from experiments.serving_demo import ROWS, ServedDemo
 from experiments.sources import DatasetSettings
 from fedclaw import startup
 from fedclaw.cli import make_console, run_main, settings_of
@@ -67,6 +69,8 @@ class DemoSettings(Frozen):
     scenario: ScenarioSettings
     output: Path
     seed: int = Field(ge=0)
+    serve: bool
+    """Whether the node goes on, with two versions, until Ctrl-C."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,12 +79,15 @@ def main(arguments: Sequence[str]) -> None:
     console = make_console()
     began = time.monotonic()
     _clear(settings.output)
-    summary = _Demo(settings, console).run()
+    demo = _Demo(settings, console)
+    summary = demo.run()
     summary["seconds"] = round(time.monotonic() - began, 1)
     spent = _spent(settings.output, [site["name"] for site in summary["sites"]])
     write_atomic(settings.output / "summary.json", json.dumps(summary, indent=2).encode())
     write_atomic(settings.output / "privacy.json", json.dumps(spent, indent=2).encode())
     _show(console, summary, spent, settings.output)
+    if settings.serve:
+        demo.serve_on()
 
 
 class _Demo:
@@ -101,9 +108,23 @@ class _Demo:
             self._train(processes, directories)
             self._compress(processes)
             bundle, verified = self._export(processes)
+            answered = self._answer(processes, bundle)
         directory = RunDirectory.open(self.run_root)
         local, everything = self._baselines(directory, directories)
-        return self._summary(directory, local, everything, bundle, verified)
+        return {**self._summary(directory, local, everything, bundle, verified), "answered": answered}
+
+    def serve_on(self) -> None:
+        """The model as it was trained, and the compressed one as its canary, until a signal comes."""
+        self.console.rule("8. Two versions behind one address", align="left")
+        inputs, original = _only(self.root / "public", "inputs"), self.root / "bundle-uncompressed"
+        with Processes(self.root / "logs", self.console) as processes:
+            where = (f"run={self.run_root}", f"federation={self.federation}", f"output={original}")
+            processes.run("export", *where, "model=final", f"inputs={inputs}")
+            shutil.rmtree(self.root / "node")
+            node = ServedDemo.start(self.root, original, self.federation / "ca.crt", processes, self.console)
+            node.canary(self.run_root / "bundle")
+            node.answer(inputs, ROWS)
+            node.stay(inputs)
 
     def _deal_out(self) -> tuple[Path, ...]:
         self.console.rule("1. Four organisations, each with its own data directory", align="left")
@@ -168,8 +189,13 @@ class _Demo:
         self.console.print(f"predictions for {inputs}: {predictions}")
         return bundle, verified
 
+    def _answer(self, processes: Processes, bundle: Path) -> int:
+        self.console.rule("6. A node that answers, inside the walls", align="left")
+        node = ServedDemo.start(self.root, bundle, self.federation / "ca.crt", processes, self.console)
+        return node.answer(_only(self.root / "public", "inputs"), 1)
+
     def _baselines(self, directory: RunDirectory, directories: Sequence[Path]) -> "tuple[dict[str, Outcome], Outcome]":
-        self.console.rule("6. For comparison: every site alone, and everything pooled", align="left")
+        self.console.rule("7. For comparison: every site alone, and everything pooled", align="left")
         with startup.loading("torch, Opacus and Flower"):
             from experiments.simulate import local_only, pooled
             from fedclaw.transport.in_process import open_sites
@@ -269,6 +295,7 @@ def _show(console: Console, summary: dict[str, Any], spent: dict[str, dict[str, 
     console.print(f"  python -m fedclaw.provision show federation={output / 'federation'}")
     console.print(f"  mlflow ui --backend-store-uri sqlite:///{output / 'runs' / 'mlflow.db'}")
     console.print("  python -m experiments.run -m strategy=fedavg,fedadam privacy.epsilon=2,8")
+    console.print("  make demo SERVE=yes      (the node goes on, with two versions)")
     console.print("  make demo WORKLOAD=vision")
 
 

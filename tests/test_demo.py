@@ -14,7 +14,8 @@ def test_the_demo(tmp_path, scenario, budget):
     done = run_module("experiments.demo", f"scenario={scenario}", f"output={output}", timeout=600)
     assert done.code == 0, done.output + done.errors
     summary = json.loads((output / "summary.json").read_text())
-    assert set(summary) == {"sites", "rounds", "accuracy", "compression", "export", "seconds"}
+    assert set(summary) == {"sites", "rounds", "accuracy", "compression", "export", "answered", "seconds"}
+    assert summary["answered"] == 1
     assert len(summary["sites"]) == 4
     for site in summary["sites"]:
         assert set(site) == {"name", "examples", "epsilon", "delta"}

@@ -30,8 +30,8 @@ def columns_of(node: RunningNode) -> list[dict[str, object]]:
 
 
 def one_row(node: RunningNode) -> dict[str, object]:
-    usual = {"FP32": [50.0], "FP64": [50.0], "BYTES": ["surgery"]}
-    inputs = [{**column, "shape": [1, 1], "data": usual[column["datatype"]]} for column in columns_of(node)]
+    values = {"age": [50.0], "smoker": ["yes"], "ward": ["surgery"]}
+    inputs = [{**column, "shape": [1, 1], "data": values[str(column["name"])]} for column in columns_of(node)]
     return {"inputs": inputs}
 
 
