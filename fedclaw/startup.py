@@ -56,6 +56,7 @@ class _Command:
     loaded: str = ""
     """What was said to be loaded."""
     process: int = 0
+    patience: float = PATIENCE
 
 
 _command = _Command()
@@ -112,6 +113,11 @@ def under_way() -> None:
 def next_step(advice: str) -> None:
     """What to do after the command was stopped; the default is to give it again."""
     _command.advice = advice
+
+
+def need(seconds: float) -> None:
+    """The command needs so long to put things away after it was told to stop, if that is more than is usual."""
+    _command.patience = max(PATIENCE, seconds)
 
 
 def clear_line() -> None:
@@ -197,7 +203,7 @@ def _on_signal(number: int, _: FrameType | None) -> None:
 
 
 def _wait(number: int) -> None:
-    threading.Event().wait(PATIENCE)
+    threading.Event().wait(_command.patience)
     _say()
     _end(number)
 

@@ -16,7 +16,7 @@ from fedclaw.serve.releases import first_release
 from fedclaw.serve.security.rate_limits import RateTable
 from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
 from fedclaw.serve.state.store import StateStore
-from fedclaw.serve.supervisor import ReservedPorts, Supervisor
+from fedclaw.serve.supervisor import GRACE, ReservedPorts, Supervisor
 from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
 
 log = logging.getLogger("fedclaw.serve")
@@ -33,6 +33,7 @@ def serve(settings: NodeSettings, console: Console) -> None:
     require_paths(ca=settings.ca, federation=settings.federation, crl=settings.crl)
     home = NodeHome.make(expanded(settings.state))
     settings = settings.model_copy(update={"state": home.root})
+    startup.need(settings.drain_seconds + GRACE + 3.0)
     startup.next_step("give the same command again: what was served is served on")
     take_in(settings, home)
     RateTable.create(home.rates)
@@ -67,7 +68,7 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
             entry = ModelEntry(versions={}, precision=model.precision, pinned=model.pinned)
             for version, digest, manifest in versions:
                 added = catalogue.add(name, version.name, digest, manifest.run, CONFIGURATION, entry)
-            first_release(store, name, added)
+            first_release(store, name, added, settings.name)
         if not catalogue.models():
             raise UsageError("there is no model to serve: give bundle=PATH, or models={NAME: {bundle: PATH}}")
 

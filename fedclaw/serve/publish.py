@@ -24,6 +24,8 @@ from fedclaw.serve.settings import ModelName, is_loopback
 
 _SHOWN = 500
 _EVERY = 1.0
+_TIMEOUT = 120.0
+"""Longer than workers have to load a version."""
 
 
 class PublishSettings(Frozen):
@@ -83,8 +85,8 @@ class AdminClient:
 
     def _connection(self) -> http.client.HTTPConnection:
         if self._tls is None:
-            return http.client.HTTPConnection(self._host, self._port, timeout=60)
-        return http.client.HTTPSConnection(self._host, self._port, timeout=60, context=self._tls)
+            return http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=_TIMEOUT, context=self._tls)
 
     def _parsed(self, status: int, content: bytes) -> Any:
         try:

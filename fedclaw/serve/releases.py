@@ -2,19 +2,24 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import JsonValue
 
+from fedclaw.errors import UsageError
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing import controller
 from fedclaw.serve.routing.plan import PlanError, RoutingPlan, StoredPlan, read_plan
 from fedclaw.serve.settings import MODEL_NAME, ReleaseSettings
-from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.state.store import StateStore, WorkerBeat
 from fedclaw.serve.version_catalogue import VersionCatalogue
 
 CONFIGURATION = "configuration"
+LOADING = 60.0
+"""Seconds that workers have to load a version before it is routed to."""
+ALIVE = 3.0
+"""Seconds without a beat after which a worker counts as gone."""
 DISAGREEMENT = 0.02
 """Share of rows that a version which is meant to agree may answer otherwise."""
 MIRRORED = 0.1
@@ -22,11 +27,21 @@ MIRRORED = 0.1
 _UNDONE = {"canary_rolled_back", "rolled_back", "shadow_differs"}
 
 
-def first_release(store: StateStore, model: str, version: str) -> None:
-    """Let the version that a node was started with answer, unless a release of others is under way."""
+def first_release(store: StateStore, model: str, version: str, node: str = "") -> None:
+    """Let the version that `node` was started with answer, unless a release of others is under way.
+
+    Raises UsageError where other nodes share the store and have not got it: they would have nothing to answer from.
+    """
     plan = controller.add_version(store, model, version, CONFIGURATION, time.time())
-    if version not in plan.versions and plan.mode == "single":
-        controller.pin(store, model, version, CONFIGURATION, time.time())
+    if version in plan.versions or plan.mode != "single":
+        return
+    digest = _digest(store, model, version)
+    if others := sorted({beat.node for beat in _workers(store) if beat.node != node and digest not in beat.ready}):
+        raise UsageError(
+            f"{model} is answered by node {', '.join(others)} too, which has another version: start this node with "
+            "that one, and publish the new version to both"
+        )
+    controller.pin(store, model, version, CONFIGURATION, time.time())
 
 
 def begin(
@@ -39,7 +54,9 @@ def begin(
     _require_version(store, model, version)
     if read_plan(store, model) is None:
         first_release(store, model, version)
-    elif mode == "at_once":
+        return progress(store, model)
+    load_everywhere(store, model, [version])
+    if mode == "at_once":
         pin(store, model, version, by)
     else:
         guards: dict[str, JsonValue] = {"disagreement": DISAGREEMENT if settings.agreement else None}
@@ -50,6 +67,25 @@ def begin(
         if mode == "canary" and settings.approval == "manual":
             _allowed(lambda: controller.ask_for_approval(store, model, by, time.time()))
     return progress(store, model)
+
+
+def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> None:
+    """Wait until every worker of every node has the versions in memory, warm, before anything is routed to them.
+
+    Raises ServeRefusal `unavailable` if one has not after `LOADING` seconds; then all is as it was.
+    """
+    catalogue, end = VersionCatalogue(store), time.monotonic() + LOADING
+    digests = {_digest(store, model, version) for version in versions}
+    catalogue.stage(model, versions)
+    while missing := [beat for beat in _workers(store) if not digests <= set(beat.ready)]:
+        if time.monotonic() > end:
+            catalogue.stage(model, [])
+            raise ServeRefusal(
+                "unavailable",
+                f"{missing[0].worker} of {missing[0].node} has not loaded {', '.join(versions)} after {LOADING:g} s; "
+                "its log says why. Nothing was changed",
+            )
+        time.sleep(0.1)
 
 
 def pin(store: StateStore, model: str, version: str, by: str) -> None:
@@ -65,6 +101,7 @@ def operate(store: StateStore, model: str, operation: str, body: Mapping[str, An
     _plan(store, model)
     if operation == "pin":
         _require_version(store, model, body.get("version"))
+        load_everywhere(store, model, [body["version"]])
         pin(store, model, body["version"], by)
     elif operation == "approve":
         _allowed(lambda: controller.approve(store, model, by, now))
@@ -76,6 +113,7 @@ def operate(store: StateStore, model: str, operation: str, body: Mapping[str, An
             raise ServeRefusal("bad_request", "give versions, a list, and perhaps floor, a number from 0.05")
         for version in versions:
             _require_version(store, model, version)
+        load_everywhere(store, model, versions)
         _allowed(lambda: controller.start_ab(store, model, versions, by, now, floor))
     else:
         raise ServeRefusal("not_found", "there is no such operation")
@@ -135,6 +173,16 @@ def _plan(store: StateStore, model: str) -> StoredPlan:
     if found is None:
         raise ServeRefusal("not_found", f"there is no model {model[:100]}")
     return found
+
+
+def _workers(store: StateStore) -> list[WorkerBeat]:
+    """Those that are alive."""
+    return [beat for beat in store.workers() if beat.age < ALIVE]
+
+
+def _digest(store: StateStore, model: str, version: str) -> str:
+    entry = VersionCatalogue(store).read(model)
+    return "" if entry is None else entry.versions[version].digest
 
 
 def _require_version(store: StateStore, model: str, version: object) -> None:

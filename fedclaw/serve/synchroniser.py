@@ -93,7 +93,7 @@ class Synchroniser:
         for model, entry in (await asyncio.to_thread(self._catalogue.all)).items():
             plan = self._parts.node.parts.router.plan(model)
             if plan is not None:
-                wanted = {*plan.versions, *plan.last_good}
+                wanted = {*plan.versions, *plan.last_good, *entry.staged}
                 kept = {name: own for name, own in entry.versions.items() if name in wanted}
                 found[model] = entry.model_copy(update={"versions": kept})
         return found

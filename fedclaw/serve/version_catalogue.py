@@ -4,7 +4,7 @@ The catalogue says what there is, the routing plan says what answers. A version'
 that is there cannot be given to another.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -43,6 +43,8 @@ class ModelEntry(Frozen):
     versions: dict[ModelName, VersionEntry]
     precision: Precision | Literal["recommended"] = "float32"
     pinned: bool = True
+    staged: tuple[ModelName, ...] = ()
+    """Versions that workers load although nothing is routed to them yet."""
 
 
 class VersionCatalogue:
@@ -95,6 +97,16 @@ class VersionCatalogue:
                 return name
             if self._store.swap(PREFIX + model, None if found is None else found[0], document):
                 return name
+
+    def stage(self, model: str, versions: Sequence[str]) -> None:
+        """From now on workers load these, and no others that nothing is routed to."""
+        while (found := self._store.read(PREFIX + model)) is not None:
+            entry = _parse(model, found[1])
+            if entry.staged == tuple(versions):
+                return
+            document = entry.model_copy(update={"staged": tuple(versions)}).model_dump(mode="json")
+            if self._store.swap(PREFIX + model, found[0], document):
+                return
 
     def remove(self, model: str, version: str) -> None:
         """Take a version away. Raises ServeRefusal `not_found`. Whether something is routed to it is the caller's to

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fedclaw.errors import UsageError
 from fedclaw.serve import releases
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing.plan import RoutingPlan, read_plan
@@ -101,3 +102,23 @@ def test_one_release_at_a_time(store: StateStore):
         begin(store, "v3", "canary")
     assert refused.value.code == "conflict"
     assert "roll it back or wait" in str(refused.value)
+
+
+def test_nothing_is_routed_to_a_version_that_a_worker_has_not_loaded(store, monkeypatch):
+    monkeypatch.setattr(releases, "LOADING", 0.3)
+    catalogue = VersionCatalogue(store)
+    ready = catalogue.read("heart").versions["v1"].digest
+    store.beat("node", "worker-1", [ready])
+    with pytest.raises(ServeRefusal, match="worker-1 of node has not loaded v2"):
+        releases.operate(store, "heart", "pin", {"version": "v2"}, "ann")
+    assert read_plan(store, "heart").plan.stable == "v1"
+    assert catalogue.read("heart").staged == ()
+    store.beat("node", "worker-1", [ready, catalogue.read("heart").versions["v2"].digest])
+    assert releases.operate(store, "heart", "pin", {"version": "v2"}, "ann")["says"] == "v2 answers"
+
+
+def test_a_node_does_not_take_the_others_version_away(store):
+    store.beat("other", "worker-1", [VersionCatalogue(store).read("heart").versions["v1"].digest])
+    with pytest.raises(UsageError, match="answered by node other too"):
+        releases.first_release(store, "heart", "v2", "mine")
+    assert read_plan(store, "heart").plan.stable == "v1"
