@@ -16,6 +16,9 @@ import onnxruntime
 import pandas
 from mlflow.pyfunc.model import PythonModel
 
+LONGEST = 1000
+"""Characters of a text that is normalised, which takes the square of them at worst; no level is longer."""
+
 
 class Pipeline(PythonModel):
     """Typed columns in, labels and probabilities or values out."""
@@ -64,7 +67,8 @@ def _text(value: Any, name: str) -> str:
     """As the graph compares it. Raises TypeError for what could be written in more ways than it knows, as a time."""
     if not isinstance(value, str | bool | int | float):
         raise TypeError(f"column {name!r} takes text, and holds a {type(value).__name__}")
-    return unicodedata.normalize("NFC", str(value)).strip()
+    text = str(value)
+    return (text if len(text) > LONGEST else unicodedata.normalize("NFC", text)).strip()
 
 
 mlflow.models.set_model(Pipeline())
