@@ -63,6 +63,12 @@ def _publish(overrides: Sequence[str]) -> None:
     publish(settings, lambda said: console.print(said, markup=False))
 
 
+def _audit(overrides: Sequence[str]) -> None:
+    from fedclaw.serve.state.audit_command import AuditCommand, check_audit_log
+
+    check_audit_log(compose_settings("serve_audit", overrides, AuditCommand), make_console())
+
+
 def _haproxy(overrides: Sequence[str]) -> None:
     from fedclaw.serve.proxies.haproxy import HaproxySettings, haproxy
 
@@ -95,6 +101,7 @@ _WORDS: dict[str, Callable[[Sequence[str]], None]] = {
     "publish": _publish,
     "keys": _keys,
     "token": _token,
+    "audit": _audit,
     "haproxy": _haproxy,
 }
 

@@ -33,13 +33,16 @@ from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing.controller import Controller
 from fedclaw.serve.security.http_protocol import CERTIFICATE
 from fedclaw.serve.security.scopes import require
+from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.state.upkeep import keep_up
 from fedclaw.serve.supervisor import Launch, read_processes
 from fedclaw.serve.version_catalogue import VersionCatalogue
 
 log = logging.getLogger("fedclaw.serve")
 
 PERIOD = 0.25
+UPKEEP_SECONDS = 60.0
 MOST_BUNDLE_BYTES = 16 << 30
 MOST_BODY = 1 << 16
 
@@ -238,6 +241,8 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     ended = threading.Event()
     decisions = threading.Thread(target=_decide, args=(store, ended), name="fedclaw-decisions", daemon=True)
     decisions.start()
+    upkeep = (store, settings.feedback_days, ended)
+    threading.Thread(target=_keep_up, args=upkeep, name="fedclaw-upkeep", daemon=True).start()
     protocol = http_protocol(settings, body_bytes=MOST_BUNDLE_BYTES)
     tls = tls_of(settings)
     server = HttpServer(port.app, settings.admin.host, launch.ports.admin, tls, protocol=protocol, on_started=ready.set)
@@ -265,3 +270,14 @@ def _decide(store: StateStore, ended: threading.Event) -> None:
                 log.warning(
                     "no decisions for now: %s", said, exc_info=None if isinstance(error, FedClawError) else error
                 )
+
+
+def _keep_up(store: StateStore, feedback_days: float, ended: threading.Event) -> None:
+    """Merge and drop what is old in the store, and follow the feedback key with a new one, until the process ends."""
+    receipts: ReceiptKeys | None = None
+    while not ended.wait(UPKEEP_SECONDS):
+        try:
+            receipts = receipts or ReceiptKeys(store, days=feedback_days)
+            keep_up(store, receipts, feedback_days=feedback_days)
+        except Exception as error:
+            log.warning("the state store is not tidied for now: %s", error)

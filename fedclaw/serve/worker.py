@@ -7,12 +7,14 @@ proxy has seen that, takes no more, and ends when what it had taken is answered.
 import asyncio
 import gc
 import logging
+from contextlib import suppress
 from functools import partial
 from multiprocessing.synchronize import Event
 from typing import Any
 
 import grpc.aio
 
+from fedclaw.errors import FedClawError
 from fedclaw.serve.admission import admission_of, authentication_of, grpc_clients, http_protocol, tls_of
 from fedclaw.serve.app import HttpApplication
 from fedclaw.serve.home import NodeHome, trust_of
@@ -36,6 +38,7 @@ from fedclaw.serve.synchroniser import SynchronisedParts, Synchroniser
 log = logging.getLogger("fedclaw.serve")
 
 ANCHOR_SECONDS = 10.0
+REFRESH_SECONDS = 600.0
 _COLLECT = (5_000, 10, 10)
 """Objects made until the youngest are collected, and how often the older ones are with them."""
 
@@ -86,7 +89,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     )
     grpc_server = await _grpc(launch, node, tls)
     serving = asyncio.ensure_future(http.run_here())
-    others = [asyncio.ensure_future(work) for work in (synchroniser.run(), _anchor(audit, store))]
+    others = [asyncio.ensure_future(work) for work in (synchroniser.run(), _anchor(audit, store), _refresh(receipts))]
     stop = asyncio.ensure_future(stopping.wait())
     try:
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -150,6 +153,14 @@ def _observer(metrics: WorkerMetrics) -> Any:
         metrics.batch(seen.model, seen.version, seen.rows, 0.0, seen.seconds)
 
     return observe
+
+
+async def _refresh(receipts: ReceiptKeys) -> None:
+    """Learn of new feedback keys, until cancelled. While the store is away those known go on to sign."""
+    while True:
+        await asyncio.sleep(REFRESH_SECONDS)
+        with suppress(FedClawError):
+            await asyncio.to_thread(receipts.refresh)
 
 
 async def _anchor(audit: AuditLog, store: StateStore) -> None:

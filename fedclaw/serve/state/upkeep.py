@@ -2,7 +2,7 @@
 
 | what | becomes of it |
 | --- | --- |
-| counts of seconds | merged into hours after an hour, dropped after `COUNT_DAYS` |
+| counts of seconds | merged into hours after `FINE_HOURS`, dropped after `COUNT_DAYS` |
 | assignments of keys | dropped after `ASSIGNMENT_DAYS`: an A/B test that lasts longer assigns its first keys anew |
 | feedback | dropped after `FEEDBACK_DAYS`, and not before its receipts are too old to be shown again |
 | workers | forgotten a day after their last beat |
@@ -15,6 +15,7 @@ Both nodes of a pair may do it, and at the same moment: done twice is done once.
 from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
 
+FINE_HOURS = 6.0
 COUNT_DAYS = 90.0
 ASSIGNMENT_DAYS = 180.0
 FEEDBACK_DAYS = 90.0
@@ -27,7 +28,7 @@ def keep_up(store: StateStore, receipts: ReceiptKeys, *, feedback_days: float = 
     receipts.refresh()
     if receipts.age() > feedback_days * _DAY:
         receipts.rotate()
-    merged = store.compact_counts()
+    merged = store.compact_counts(FINE_HOURS * 3600)
     return merged + store.prune(
         counts=COUNT_DAYS * _DAY,
         workers=_DAY,

@@ -12,7 +12,7 @@ DAY = 86_400
 
 def test_upkeep_merges_drops_and_rotates_when_it_is_time(store: StateStore, monkeypatch: pytest.MonkeyPatch):
     keys, now = ReceiptKeys(store, days=30), int(store.now())
-    hour = (now // 3600 - 3) * 3600
+    hour = (now // 3600 - 9) * 3600
     for second in (hour, hour + 1, hour + 2, now, now - 91 * DAY):
         store.add_counts("m", "v", second, {"calls": 1})
     store.beat("node", "0", [])
