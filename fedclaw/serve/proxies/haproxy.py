@@ -360,7 +360,7 @@ def _backend(
             f"backend {name}",
             "    balance leastconn",
             "    option httpchk",
-            "    http-check send meth GET uri /v2/health/ready ver HTTP/1.1 hdr host node",
+            "    http-check send meth GET uri /v2/health/ready ver HTTP/1.1 hdr host localhost",
             "    http-check expect status 200",
             # One that is not ready any more goes on answering what it has begun; one that is gone is seen at once.
             "    default-server inter 250ms fastinter 100ms downinter 500ms fall 2 rise 1",

@@ -60,7 +60,8 @@ class Proxy:
             connection.request(request.method, request.target, request.body, request.headers)
             answer = connection.getresponse()
             content = answer.read()
-            return answer.status, json.loads(content) if answer.status == 200 else {"refusal": content.decode()}
+            told = json.loads(content) if content and answer.status == 200 else {"refusal": content.decode()}
+            return answer.status, told
         finally:
             connection.close()
 

@@ -304,7 +304,7 @@ LEGITIMATE: dict[str, Legitimate] = {
     "arrays": _posted("/predict", b"PK\x03\x04" + _CHANCE.randbytes(3000), "application/x-npz"),
     "image": _posted("/predict", b"\x89PNG\r\n\x1a\n" + _CHANCE.randbytes(3000), "image/png"),
     "photograph": _posted("/predict", b"\xff\xd8\xff\xe0" + _CHANCE.randbytes(3000), "image/jpeg"),
-    "feedback": _json("/feedback", {"prediction": "v1.kZ3-_x" * 20, "label": "ill", "satisfaction": 4}),
-    "feedback, words": _json("/feedback", {"prediction": "v1.kZ3-_x" * 20, "label": "it's <5% likely & mild"}),
+    "feedback": _json("/feedback", {"receipt": "v1.kZ3-_x" * 20, "label": "ill", "satisfaction": 4}),
+    "feedback, words": _json("/feedback", {"receipt": "v1.kZ3-_x" * 20, "label": "it's <5% likely & mild"}),
 }
 """By what it is."""

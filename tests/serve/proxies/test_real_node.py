@@ -1,7 +1,6 @@
 """A real node behind a real proxy: what its clients ask, binary tensors and tables of odd words too, is answered."""
 
 import json
-import shutil
 import ssl
 import struct
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from contextlib import AbstractContextManager
 from http.client import HTTPSConnection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,7 +18,6 @@ from tests.ports import free_port
 from tests.serve.proxies import test_haproxy, test_nginx
 from tests.serve.proxies.certificates import Certificates, make_certificates
 from tests.serve.proxies.conversation import PATIENCE, Proxy, wait_for
-from tests.serve.proxies.requests import Legitimate
 
 pytestmark = pytest.mark.slow
 
@@ -67,9 +66,24 @@ def _nginx(node: SimpleNamespace, certificates: Certificates, directory: Path) -
 
 
 ROWS = [
-    {"age": 63, "smoker": "yes", "ward": "surgery", "note": "O'Brien <5 mmol; SELECT"},
-    {"age": 41, "smoker": "no", "ward": "medicine", "note": "a & b (left)"},
+    {"age": 63, "smoker": "yes", "ward": "surgery"},
+    {"age": 41, "smoker": "no", "ward": "O'Brien, <5 mmol"},  # a level that the model does not know
 ]
+PACKED = {"FP32": "<2f", "FP64": "<2d", "INT64": "<2q", "BOOL": "<2?"}
+
+
+def _tensors(described: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bytes]:
+    """Two rows for each input: numbers as bytes behind the JSON, text in it."""
+    tensors, raw = [], b""
+    for one in described:
+        tensor = {"name": one["name"], "datatype": one["datatype"], "shape": [2, *one["shape"][1:]]}
+        if one["datatype"] in PACKED:
+            values = struct.pack(PACKED[one["datatype"]], 1, 0)
+            tensors.append({**tensor, "parameters": {"binary_data_size": len(values)}})
+            raw += values
+        else:
+            tensors.append({**tensor, "data": ["surgery", "medicine"]})
+    return tensors, raw
 
 
 @pytest.mark.parametrize(
@@ -88,7 +102,9 @@ def test_a_node_answers_through_it(
     with front(node, certificates, tmp_path) as proxy:
         wait_for(proxy)
 
-        def ask(method: str, target: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes, dict[str, str]]:
+        def ask(
+            method: str, target: str, body: bytes | None = None, **headers: str
+        ) -> tuple[int, bytes, dict[str, str]]:
             context = ssl.create_default_context(cafile=certificates.ca)
             connection = HTTPSConnection("127.0.0.1", proxy.port, timeout=PATIENCE, context=context)
             try:
@@ -98,19 +114,28 @@ def test_a_node_answers_through_it(
             finally:
                 connection.close()
 
-        for target in ("/v2", "/v2/health/live", "/v2/models/heart", "/v2/models/heart/ready", "/openapi.json", "/docs"):
+        for target in ("/v2", "/v2/health/live", "/v2/models/heart/ready", "/openapi.json", "/docs"):
             assert ask("GET", target)[0] == 200, target
-        status, answer, headers = ask("POST", "/predict", json.dumps({"rows": ROWS}).encode(), content_type="application/json")
+        rows = json.dumps({"rows": ROWS}).encode()
+        status, answer, headers = ask("POST", "/predict", rows, content_type="application/json")
         assert status == 200, answer
-        table = "age;smoker;ward;note\n63;yes;surgery;\"O'Brien; Südflügel\"\n".encode()
+        assert headers["fedclaw-version"]
+        table = 'age;smoker;ward\n63;yes;surgery\n41;no;"O\'Brien; Südflügel"\n'.encode()
         assert ask("POST", "/predict/heart?delimiter=%3B", table, content_type="text/csv")[0] == 200
-        inputs = [
-            {"name": "age", "datatype": "FP64", "shape": [1, 1], "parameters": {"binary_data_size": 8}},
-            *json.loads(ask("GET", "/v2/models/heart")[1])["inputs"],
-        ]
-        print(inputs, answer, headers)
-        raise AssertionError
-
-
-def _unused(request: Legitimate) -> None:
-    shutil.which(str(struct))
+        tensors, raw = _tensors(json.loads(ask("GET", "/v2/models/heart")[1])["inputs"])
+        assert raw
+        head = json.dumps({"inputs": tensors, "parameters": {"binary_data_output": True}}).encode()
+        status, answer, headers = ask(
+            "POST",
+            "/v2/models/heart/infer",
+            head + raw,
+            content_type="application/octet-stream",
+            inference_header_content_length=str(len(head)),
+        )
+        assert status == 200, answer
+        size = int(headers["inference-header-content-length"])
+        assert json.loads(answer[:size])["outputs"]
+        assert len(answer) > size
+        outcome = {"receipt": headers["fedclaw-prediction"], "labels": ["benign", "malignant"]}
+        status, answer, _ = ask("POST", "/feedback", json.dumps(outcome).encode(), content_type="application/json")
+        assert status == 200, answer
