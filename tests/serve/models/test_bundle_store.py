@@ -276,13 +276,15 @@ def test_a_copy_that_another_process_is_making_is_not_swept(
     line = [sys.executable, "-c", PUTTING, str(root), str(bundle), str(home.root / "ca.crt")]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "copied\n"
-        copy = left_in(root)
-        sweeper = threading.Thread(target=BundleStore(root).sweep)
-        sweeper.start()
-        sweeper.join(0.2)
-        assert sweeper.is_alive(), "it waits for the lock"
-        assert left_in(root) == copy
-        process.kill()
+        try:
+            assert process.stdout.readline() == "copied\n"
+            copy = left_in(root)
+            sweeper = threading.Thread(target=BundleStore(root).sweep)
+            sweeper.start()
+            sweeper.join(0.2)
+            assert sweeper.is_alive(), "it waits for the lock"
+            assert left_in(root) == copy
+        finally:
+            process.kill()
         sweeper.join()
     assert not left_in(root)
