@@ -14,6 +14,7 @@ from typing import Any
 from experiments.chaos.stage import Finding, Stage
 from experiments.serving.clients import Crowd, Outcome
 from experiments.serving.servers import Node
+from fedclaw.errors import FedClawError
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
 from fedclaw.serve.publish import AdminClient
 
@@ -178,12 +179,12 @@ def identical(stage: Stage) -> Finding:
 
 
 def first_share(stage: Stage) -> Finding:
-    """How many of the distinct keys get a new version at first, which waits there for a person's word."""
+    """How many of the distinct keys get a new version at first: too few of them ask for its share to grow meanwhile."""
     trials, keys = stage.settings.trials, stage.settings.keys
     models = [f"model-{trial + 1}" for trial in range(trials)]
     counts: list[int] = []
     changed = 0
-    with stage.node(models, release__approval="manual") as node:
+    with stage.node(models) as node:
         for model in models:
             found, again, version = _first_keys(stage, node, model, keys)
             counts.append(sum(one == version for one in list(found.values())[:keys]))
@@ -220,6 +221,9 @@ def _first_keys(stage: Stage, node: Node, model: str, keys: int) -> tuple[dict[s
         crowd.wait_for(lambda outcomes: sum(outcome.good for outcome in outcomes) >= keys, stage.settings.patience)
     with replace(crowd, outcomes=[], acknowledged=[]) as again:
         again.wait_for(lambda outcomes: len(outcomes) >= keys // 4, stage.settings.patience)
+    says = str(admin.ask("GET", f"/admin/models/{model}/release")["says"])
+    if f"{FIRST_SHARE:.0%} of the keys" not in says:
+        raise FedClawError(f"the share did not stay while the keys asked ({says}); give fewer keys")
     return _versions(crowd), _versions(again), version
 
 
