@@ -343,6 +343,7 @@ def _grpc_node(files: TlsFiles, pipe: Any) -> None:
     server.stop(0)
 
 
+@pytest.mark.slow
 def test_grpc_speaks_tls_1_3_follows_the_files_and_refuses_revoked_clients(authority: Authority) -> None:
     import grpc
 
