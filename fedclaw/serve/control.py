@@ -22,6 +22,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fedclaw.errors import FedClawError
+from fedclaw.export.layout import SCHEMA
+from fedclaw.export.predictor import schema_of
 from fedclaw.serve import releases
 from fedclaw.serve.admission import Authentication, authentication_of, http_protocol, tls_of
 from fedclaw.serve.app import refused
@@ -29,15 +31,17 @@ from fedclaw.serve.bundle_archive import MEDIA_TYPE, unpack
 from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.http_server import HttpServer, run_until_stopped
 from fedclaw.serve.models.bundle_store import BundleStore
+from fedclaw.serve.models.served_model import ModelInterface
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing.controller import Controller
+from fedclaw.serve.routing.plan import read_plan
 from fedclaw.serve.security.http_protocol import CERTIFICATE
 from fedclaw.serve.security.scopes import require
 from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.state.upkeep import keep_up
 from fedclaw.serve.supervisor import Launch, read_processes
-from fedclaw.serve.version_catalogue import VersionCatalogue
+from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
 
 log = logging.getLogger("fedclaw.serve")
 
@@ -139,12 +143,39 @@ class AdminPort:
         if not isinstance(version, str) or mode not in {"canary", "shadow", "at_once"}:
             raise ServeRefusal("bad_request", "give a version, and as mode canary, shadow or at_once")
         model = request.path_params["model"]
+        if mode != "at_once":
+            await asyncio.to_thread(self._require_alike, model, [version])
         return await asyncio.to_thread(releases.begin, self.store, model, version, self.settings.release, mode, by)
 
     async def _operate(self, request: Request, by: str) -> Any:
         body = await _body(request)
         model, operation = request.path_params["model"], request.path_params["operation"]
+        if operation == "ab" and isinstance(body.get("versions"), list):
+            await asyncio.to_thread(self._require_alike, model, body["versions"])
         return await asyncio.to_thread(releases.operate, self.store, model, operation, body, by)
+
+    def _require_alike(self, model: str, versions: list[Any]) -> None:
+        """Raise ServeRefusal `conflict` for a version that takes or gives something else than the one that answers: a
+        request for one of them could not be answered by the other."""
+        entry, found = self.catalogue.read(model), read_plan(self.store, model)
+        if entry is None or found is None:
+            return
+        answering = self._interface(entry, found.plan.stable)
+        for version in versions:
+            own = self._interface(entry, str(version))
+            if own is not None and answering is not None and own != answering:
+                raise ServeRefusal(
+                    "conflict",
+                    f"{version} takes other columns or gives other outputs than {found.plan.stable}, which answers: "
+                    "it can only take its place at once",
+                )
+
+    def _interface(self, entry: ModelEntry, version: str) -> Any:
+        if version not in entry.versions:
+            return None
+        verified = self.bundles.open(entry.versions[version].digest, self.trust, (SCHEMA,))
+        found = ModelInterface.of(verified.manifest, schema_of(verified))
+        return [(column.name, column.dtype, column.shape) for column in found.columns], found.outputs, found.labels
 
     async def _add_version(self, request: Request, by: str) -> Any:
         """Take a bundle: nothing of it is believed before its copy in the store has verified."""

@@ -1,0 +1,102 @@
+"""A new version for a node that runs: published, compared, taken back, refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedclaw.serve.security.development_tokens import sign_token, write_keys
+from tests.bundles import export_table
+from tests.conftest import run_module
+from tests.serve.node_process import RunningNode, running_node
+
+ISSUED = ("issuer", "audience")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def second_bundle(tmp_path_factory, table_source, table_run, home) -> Path:
+    return export_table(table_source, table_run, home, tmp_path_factory.mktemp("second") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("keys")
+    write_keys(directory / "keys")
+    return directory / "keys"
+
+
+@pytest.fixture
+def node(tmp_path, table_bundle, home, keys):
+    token = sign_token(keys, *ISSUED, "ann", ["predict:*", "admin:*"], 60)
+    settings = (
+        f"bundle={table_bundle}",
+        "model=heart",
+        f"ca={home.root / 'ca.crt'}",
+        "tls.disabled=true",
+        f"tokens.jwks={keys / 'keys.json'}",
+        "tokens.issuer=issuer",
+        "tokens.audience=audience",
+    )
+    with running_node(tmp_path, *settings, token=token) as found:
+        (tmp_path / "token").write_text(token)
+        yield found
+
+
+def publish(node: RunningNode, bundle: Path, *settings: str):
+    token = node.log.parent / "token"
+    return run_module(
+        "fedclaw.serve",
+        "publish",
+        f"bundle={bundle}",
+        "model=heart",
+        f"node={node.admin}",
+        f"token=file:{token}",
+        *settings,
+    )
+
+
+def release(node: RunningNode):
+    return node.ask("GET", f"{node.admin}/admin/models/heart/release")[1]
+
+
+def test_a_version_takes_the_place_of_another_at_once(node, second_bundle):
+    before = release(node)["says"]
+    done = publish(node, second_bundle, "mode=at_once", "version=second", "wait=true")
+    assert done.code == 0, done.errors
+    assert "second answers" in done.output
+    assert release(node)["says"] == "second answers" != before
+    body = b"age,smoker,ward\n61,yes,surgery\n"
+    status, answer, headers = node.ask("POST", f"{node.http}/predict/heart", body, content_type="text/csv")
+    assert (status, headers["fedclaw-version"]) == (200, "second"), answer
+
+
+def test_a_canary_begins_with_some_of_the_keys_and_is_taken_back(node, second_bundle):
+    assert publish(node, second_bundle, "mode=canary", "version=second").code == 0
+    assert release(node)["state"] == "canary"
+    status, found, _ = node.ask("POST", f"{node.admin}/admin/models/heart/roll_back", {})
+    assert (status, found["state"]) == (200, "rolled_back")
+    kinds = [event["kind"] for event in node.ask("GET", f"{node.admin}/admin/models/heart/events")[1]]
+    assert "published" in kinds
+
+
+def test_what_is_no_version_of_the_model_is_refused_and_what_answers_stays(node, image_bundle, second_bundle, tmp_path):
+    before = release(node)["says"]
+    other = publish(node, image_bundle, "mode=canary")
+    assert other.code == 1
+    assert "other columns" in other.errors
+    changed = tmp_path / "changed"
+    shutil.copytree(second_bundle, changed)
+    (changed / "model.onnx").write_bytes((changed / "model.onnx").read_bytes() + b"\0")
+    broken = publish(node, changed)
+    assert broken.code == 1
+    assert "model.onnx" in broken.errors
+    assert str(tmp_path / "node") not in broken.errors
+    assert release(node)["says"] == before
+
+
+def test_who_may_not_publish_is_refused(node, second_bundle, keys):
+    (node.log.parent / "token").write_text(sign_token(keys, *ISSUED, "bob", ["predict:*", "admin:read"], 60))
+    done = publish(node, second_bundle)
+    assert done.code == 1
+    assert "403" in done.errors
