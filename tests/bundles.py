@@ -131,9 +131,13 @@ def table_source(table_run: RunDirectory) -> Source:
 @pytest.fixture(scope="session")
 def table_bundle(table_source: Source, table_run: RunDirectory, home: FederationHome) -> Path:
     """The tabular run's bundle; do not change it, take `bundle` instead."""
-    rows = table_source.schema.synthetic_inputs(70, np.random.default_rng(1))
-    target = table_run.root / "bundle"
-    export_bundle(table_source, home.signer(), target, Request(inputs=rows, quantised=True))
+    return export_table(table_source, home, table_run.root / "bundle")
+
+
+def export_table(source: Source, home: FederationHome, target: Path) -> Path:
+    """The tabular run as a bundle; each has a digest of its own, for it says when it was signed."""
+    rows = source.schema.synthetic_inputs(70, np.random.default_rng(1))
+    export_bundle(source, home.signer(), target, Request(inputs=rows, quantised=True))
     return target
 
 

@@ -60,7 +60,6 @@ class NodeParts:
     metrics: WorkerMetrics
     audit: AuditLog
     receipts: ReceiptKeys
-    credit: Credit
 
 
 class ServingNode:
@@ -69,6 +68,7 @@ class ServingNode:
     def __init__(self, parts: NodeParts) -> None:
         self.parts = parts
         self.live, self.ready = True, False
+        self.credit: Credit = _no_feedback
         self._readers: Mapping[str, Mapping[str, RequestReader]] = {}
         self._mirrors: set[asyncio.Task[None]] = set()
         self._own, self._numbers = secrets.token_hex(6), count()
@@ -105,6 +105,11 @@ class ServingNode:
         if found is None:
             raise ServeRefusal("not_found", f"there is no such version of {model}")
         return found
+
+    def labels(self, model: str, version: str) -> Sequence[str] | None:
+        """Names of a version's classes; None: it is not here any more, or has none."""
+        found = self._readers.get(model, {}).get(version)
+        return None if found is None else found.model.labels or None
 
     def is_ready(self, principal: Principal, model: str, version: str | None = None) -> bool:
         """Whether that version answers now; False for what `principal` may not ask."""
@@ -199,7 +204,7 @@ class ServingNode:
 
     async def feedback(self, caller: Caller, body: bytes) -> Mapping[str, Any]:
         """Take what became of an answer. Raises ServeRefusal."""
-        found = await asyncio.to_thread(self.parts.credit, caller.principal, body)
+        found = await asyncio.to_thread(self.credit, caller.principal, body)
         self.parts.metrics.feedback(found.model, "repeated" if found.repeated else "credited")
         return found.body()
 
@@ -263,6 +268,10 @@ class ServingNode:
         self.parts.router.record_comparison(
             request.model, version, key=request.key, principal=caller.principal.name, agrees=agrees
         )
+
+
+def _no_feedback(_principal: Principal, _body: bytes) -> Acknowledgement:
+    raise ServeRefusal("unavailable", "the node is not ready", 1.0)
 
 
 def _predicted(response: InferenceResponse) -> dict[str, Any]:

@@ -66,9 +66,9 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         when_full=settings.audit.when_full,
     )
     receipts = await asyncio.to_thread(partial(ReceiptKeys, store, days=settings.feedback_days))
-    handler = FeedbackHandler(store, receipts)
     admission = admission_of(settings, home)
-    node = ServingNode(NodeParts(authentication, admission, router, pool, metrics, audit, receipts, handler.credit))
+    node = ServingNode(NodeParts(authentication, admission, router, pool, metrics, audit, receipts))
+    node.credit = FeedbackHandler(store, receipts, node.labels).credit
     synchroniser = Synchroniser(SynchronisedParts(launch, store, bundles, pool, node, metrics))
     await synchroniser.start()
 

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def second_bundle(tmp_path_factory, table_source, table_run, home) -> Path:
-    return export_table(table_source, table_run, home, tmp_path_factory.mktemp("second") / "bundle")
+def second_bundle(tmp_path_factory, table_source, home) -> Path:
+    return export_table(table_source, home, tmp_path_factory.mktemp("second") / "bundle")
 
 
 @pytest.fixture(scope="module")
