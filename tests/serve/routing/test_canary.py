@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 
+from fedclaw.serve.routing.canary import begin, find, guard_names
 from fedclaw.serve.routing.controller import add_version, approve, start_canary
 from fedclaw.serve.routing.counting import group_of
+from fedclaw.serve.routing.plan import Guards, changed, new_plan
 from fedclaw.serve.state.store import StateStore
 from tests.serve.routing.conftest import Clock
 from tests.serve.routing.traffic import Behaviour, Town
 
 GOOD = Behaviour(errors=0.001)
+PLAN = new_plan("m", "v1", "ann", 1.0)
 MakeTown = Callable[..., Town]
 
 
@@ -31,6 +34,30 @@ def town(store: StateStore, clock: Clock) -> MakeTown:
         return made
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [
+        ({"mode": "canary"}, 5 * 3 / 0.05),
+        ({"mode": "canary", "guards": Guards(disagreement=0.01, alpha=0.1)}, 5 * 4 / 0.1),
+        ({"mode": "canary", "steps": (0.5, 1.0)}, 2 * 3 / 0.05),
+        ({"mode": "shadow", "guards": Guards(disagreement=0.01)}, 1 / 0.05),
+    ],
+)
+def test_the_error_rate_is_split_over_guards_and_steps(fields: Mapping[str, Any], needed: float):
+    plan = changed(PLAN, PLAN.decision, candidate="v2", **fields)
+    _, found = find(plan, begin(plan), 1.0)
+    for name in guard_names(plan):
+        assert found.numbers[name]["rolls_back_at"] == pytest.approx(needed, rel=0.01)  # type: ignore[call-overload,index]
+
+
+def test_at_the_last_step_half_of_it_is_the_bounds():
+    before = changed(PLAN, PLAN.decision, candidate="v2", mode="canary", step=3)
+    last = changed(before, PLAN.decision, step=4, epoch=1)
+    record = begin(last, begin(before))
+    assert set(record.ceilings) == {"errors", "median_latency", "tail_latency"}
+    assert find(last, record, 1.0)[1].numbers["errors"]["rolls_back_at"] == 600.0  # type: ignore[call-overload,index]
 
 
 def until_decided(town: Town, seconds: float = 600) -> None:

@@ -68,6 +68,10 @@ def test_every_version_keeps_its_floor(arms: int):
     assert shares[0] == pytest.approx(1 - FLOOR * (arms - 1), abs=1e-5)
 
 
+def test_the_floor_is_mixed_in():
+    assert propensities([(2.0, 1.0), (1.0, 1.0)], 0.05) == pytest.approx((0.05 + 0.9 * 2 / 3, 0.05 + 0.9 / 3), abs=1e-4)
+
+
 def test_a_key_counts_once_and_only_what_was_drawn_counts():
     said = [
         Said("a", 1.0, "x"), Said("a", 0.0, "x"), Said("a", 1.0, "y"), Said("b", 0.25, "z"),
