@@ -20,13 +20,9 @@ MakeTown = Callable[..., Town]
 
 @pytest.fixture
 def town(store: StateStore, clock: Clock) -> MakeTown:
-    def make(
-        canary: Behaviour, stable: Behaviour = GOOD, options: Mapping[str, Any] | None = None, **more: Any
-    ) -> Town:
+    def make(canary: Behaviour, options: Mapping[str, Any] | None = None, **more: Any) -> Town:
         add_version(store, "m", "v1", "ann", clock())
-        made = Town(
-            store, clock, lambda by: setattr(clock, "now", clock.now + by), {"v1": stable, "v2": canary}, **more
-        )
+        made = Town(store, clock, clock.advance, {"v1": GOOD, "v2": canary}, **more)
         made.run(2)
         start_canary(store, "m", "v2", "ann", clock(), **(options or {}))
         for router in made.routers:
