@@ -114,6 +114,7 @@ def test_a_canary_that_fails_altogether_is_ended_by_its_breaker(town: MakeTown):
     assert made.failed["v2"] <= 60
 
 
+@pytest.mark.slow
 def test_a_person_is_waited_for_where_the_plan_says_so(town: MakeTown, store: StateStore, clock: Clock):
     made = town(GOOD, options={"approval": "manual", "steps": (0.5, 1.0), "guards": {"bake": 3.0}})
     made.run(60, lambda: made.plan.waiting)
@@ -150,6 +151,7 @@ def test_one_hostile_client_does_not_roll_back_a_canary(town: MakeTown):
     assert made.plan.share > 0.2
 
 
+@pytest.mark.slow
 def test_one_key_does_not_roll_back_a_canary(town: MakeTown):
     made = town(GOOD, rate=100.0)
     router = made.routers[0]
@@ -163,6 +165,7 @@ def test_one_key_does_not_roll_back_a_canary(town: MakeTown):
     assert "canary_rolled_back" not in made.kinds
 
 
+@pytest.mark.slow
 def test_at_all_keys_it_is_still_held_to_what_the_stable_version_did(town: MakeTown):
     made = town(GOOD, options={"steps": (0.5, 1.0), "guards": {"bake": 1e6}}, rate=600.0)
     made.run(60, lambda: made.plan.share == 1.0)

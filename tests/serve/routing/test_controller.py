@@ -131,7 +131,7 @@ def test_three_control_processes_decide_each_thing_once(store: StateStore, place
     models = [f"model-{number}" for number in range(12)]
     for model in models:
         failing_canary(store, model, store.now())
-    words = [sys.executable, "-m", "tests.serve.routing.processes", "control", place, "3", "2"]
+    words = [sys.executable, "-m", "tests.serve.routing.processes", "control", place, "3", "1"]
     done = subprocess.run(words, capture_output=True, timeout=100, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert sum(json.loads(line) for line in done.stdout.splitlines()) == len(models)

@@ -60,11 +60,11 @@ def expectations(values: dict[tuple[int, int], tuple[float, float]], p: float, q
     return float(sums[0]), float(sums[1])
 
 
-SLOW_RATES = ((0.0, 0.01), (0.05, 0.05), (0.3, 0.31), (0.9, 0.91))
+SLOW_RATES = ((0.001, 0.001), (0.0, 0.01), (0.05, 0.05), (0.3, 0.31), (0.9, 0.91))
 RATES = (0.0, 0.001, 0.05, 0.3, 0.5, 0.9, 1.0)
 
 
-@pytest.mark.parametrize(("n_a", "n_b"), [(1, 1), (5, 2), (1, 6)])
+@pytest.mark.parametrize(("n_a", "n_b"), [(1, 1), (3, 2), (1, 4)])
 @pytest.mark.parametrize("before", [(0, 0, 0, 0), (40, 1, 9, 3), (20, 20, 4, 0), (3, 0, 3, 3)])
 @pytest.mark.parametrize("margin", [0.01, 0.2])
 def test_under_the_null_hypothesis_a_look_gains_nothing_on_average(n_a: int, n_b: int, before: Seen, margin: float):
@@ -217,7 +217,7 @@ def ever_rolled_back(rates: Floats, rng: np.random.Generator, canaries: int, mar
 
 @pytest.mark.parametrize(
     ("p", "q"),
-    [(0.001, 0.001), (0.05, 0.06), *(pytest.param(p, q, marks=pytest.mark.slow) for p, q in SLOW_RATES)],
+    [(0.05, 0.06), *(pytest.param(p, q, marks=pytest.mark.slow) for p, q in SLOW_RATES)],
 )
 def test_of_2000_innocent_canaries_no_more_are_rolled_back_than_said_however_often_one_looks(p: float, q: float):
     after = ever_rolled_back(np.tile([p, q], (60, 1)), np.random.default_rng(8), 2000, 0.01, 0.05)
@@ -234,6 +234,7 @@ def test_a_test_of_a_fixed_sample_would_roll_back_three_times_as_many_as_it_says
     assert (z > norm.isf(0.05)).any(-1).mean() > 0.15
 
 
+@pytest.mark.slow
 def test_load_that_comes_and_goes_for_both_versions_rolls_nothing_back():
     waves = 0.25 + 0.2 * np.sin(np.arange(60) / 4)
     after = ever_rolled_back(np.stack([waves, waves], 1), np.random.default_rng(9), 2000, 0.05, 0.05)
@@ -247,6 +248,7 @@ def test_so_many_keys_of_a_bad_canary_are_needed(q: float, margin: float, half: 
     assert np.quantile(after, 0.95) <= nearly_all
 
 
+@pytest.mark.slow
 def test_keys_that_always_fail_do_so_for_both_versions():
     """Not independent draws, but four thousand keys of which some always fail, hashed to the versions."""
     rng = np.random.default_rng(11)

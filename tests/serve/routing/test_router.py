@@ -18,7 +18,7 @@ from tests.chance import counts_fit
 from tests.serve.routing.conftest import Clock
 
 Put = Callable[..., RoutingPlan]
-KEYS = [f"key-{number}" for number in range(3_000)]
+KEYS = [f"key-{number}" for number in range(1_500)]
 
 
 class Away:
