@@ -1,5 +1,6 @@
 """Who is let in, made of the settings: token checks, rate limits, TLS."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -43,8 +44,10 @@ def admission_of(settings: NodeSettings, home: NodeHome) -> Admission:
     return RateLimiter(RateTable.open(home.rates), RateLimits(requests=rate))
 
 
-def authentication_of(settings: NodeSettings, home: NodeHome) -> Authentication:
-    """By the settings' tokens. Raises UsageError."""
+def authentication_of(
+    settings: NodeSettings, home: NodeHome, observe: Callable[[bool], None] | None = None
+) -> Authentication:
+    """By the settings' tokens; `observe` is told of each token whether it was known. Raises UsageError."""
     tokens = settings.tokens
     if tokens.disabled:
         return NoAuthentication(settings.host, settings.admin.host)
@@ -57,7 +60,7 @@ def authentication_of(settings: NodeSettings, home: NodeHome) -> Authentication:
         else KeyFile(expanded(Path(tokens.jwks)))
     )
     failures = FailureLimiter(RateTable.open(home.rates), FAILURES, frozenset(settings.limits.proxies))
-    return Authenticator(rules, KeyKeeper(source, tokens.algorithms), failures)
+    return Authenticator(rules, KeyKeeper(source, tokens.algorithms), failures, observe=observe)
 
 
 def tls_of(settings: NodeSettings) -> ServerTls | None:

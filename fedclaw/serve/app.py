@@ -13,7 +13,7 @@
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -170,7 +170,9 @@ class HttpApplication:
 
     async def _caller(self, request: HttpRequest, protocol: str = "rest") -> Caller:
         authorization = request.headers.get(b"authorization")
-        return await self._node.admit(authorization, request.peer, protocol, request.certificate)
+        caller = await self._node.admit(authorization, request.peer, protocol, request.certificate)
+        given = request.headers.get(b"traceparent")
+        return caller if given is None else replace(caller, traceparent=given.decode("latin-1"))
 
     def _deadline(self, request: HttpRequest) -> float:
         given = request.headers.get(b"fedclaw-deadline-ms")

@@ -32,6 +32,8 @@ from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.http_server import HttpServer, run_until_stopped
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.served_model import ModelInterface
+from fedclaw.serve.monitoring.metrics import NodeMetrics
+from fedclaw.serve.observer import NodeObserver
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing.controller import Controller
 from fedclaw.serve.routing.plan import read_plan
@@ -54,13 +56,20 @@ MOST_BODY = 1 << 16
 class AdminPort:
     """The routes of the admin port."""
 
-    def __init__(self, launch: Launch, store: StateStore, authentication: Authentication, metrics: Any) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        store: StateStore,
+        authentication: Authentication,
+        metrics: NodeMetrics,
+        observer: NodeObserver,
+    ) -> None:
         self.settings = launch.settings
         self.home = NodeHome(launch.settings.state)
         self.store, self.catalogue = store, VersionCatalogue(store)
         self.bundles = BundleStore(self.home.bundles)
         self.trust = trust_of(launch.settings)
-        self.metrics = metrics
+        self.metrics, self.observer = metrics, observer
         self._authentication = authentication
         model = "/admin/models/{model}"
         self.app = Starlette(
@@ -73,6 +82,7 @@ class AdminPort:
                 Route(model, self._route("read", self._model)),
                 Route(f"{model}/events", self._route("read", self._events)),
                 Route(f"{model}/release", self._route("read", self._release)),
+                Route(f"{model}/quality", self._route("read", self._quality)),
                 Route(f"{model}/versions", self._route("publish", self._add_version), methods=["POST"]),
                 Route(
                     f"{model}/versions/{{version}}", self._route("publish", self._remove_version), methods=["DELETE"]
@@ -136,6 +146,13 @@ class AdminPort:
 
     async def _release(self, request: Request, by: str) -> Any:
         return await asyncio.to_thread(releases.progress, self.store, request.path_params["model"])
+
+    async def _quality(self, request: Request, by: str) -> Any:
+        """What feedback and inputs say of each version."""
+        found = self.observer.quality(request.path_params["model"])
+        if found is None:
+            raise ServeRefusal("not_found", "nothing is known of such a model yet")
+        return found
 
     async def _begin_release(self, request: Request, by: str) -> Any:
         body = await _body(request)
@@ -261,19 +278,20 @@ def run_control(launch: Launch, ready: Event) -> None:
 
 
 async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
-    from fedclaw.serve.monitoring.metrics import NodeMetrics
-
     settings, home = launch.settings, NodeHome(launch.settings.state)
     store = await asyncio.to_thread(StateStore.open, home.database(settings.database))
     authentication = authentication_of(settings, home)
     authentication.start()
     metrics = NodeMetrics(home.metrics, settings.workers)
-    port = AdminPort(launch, store, authentication, metrics)
+    observer = NodeObserver(settings, store, BundleStore(home.bundles), trust_of(settings), home.audit, metrics)
+    port = AdminPort(launch, store, authentication, metrics, observer)
     ended = threading.Event()
     decisions = threading.Thread(target=_decide, args=(store, ended), name="fedclaw-decisions", daemon=True)
+    observing = threading.Thread(target=observer.run, args=(ended,), name="fedclaw-observer", daemon=True)
     decisions.start()
     upkeep = (store, settings.feedback_days, ended)
     threading.Thread(target=_keep_up, args=upkeep, name="fedclaw-upkeep", daemon=True).start()
+    observing.start()
     protocol = http_protocol(settings, body_bytes=MOST_BUNDLE_BYTES)
     tls = tls_of(settings)
     server = HttpServer(port.app, settings.admin.host, launch.ports.admin, tls, protocol=protocol, on_started=ready.set)
@@ -284,6 +302,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     await serving
     ended.set()
     await asyncio.to_thread(decisions.join, 5)
+    await asyncio.to_thread(observing.join, 5)
     authentication.close()
     store.close()
 

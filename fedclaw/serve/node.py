@@ -13,14 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from itertools import count
-from time import perf_counter
-from typing import Any, Protocol
+from time import perf_counter, time_ns
+from typing import Any, Literal, Protocol
 
 from fedclaw.learning.preprocessing import LABEL
 from fedclaw.serve.admission import Admission, Authentication
 from fedclaw.serve.inference.node import Headers
 from fedclaw.serve.inference.rest import RequestReader
+from fedclaw.serve.monitoring.drift_watch import InputWatch
 from fedclaw.serve.monitoring.metrics import WorkerMetrics
+from fedclaw.serve.monitoring.tracing import RequestTimes, RequestTracer
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal, VersionChoice
 from fedclaw.serve.routing.router import Router
@@ -45,6 +47,13 @@ class Models(Protocol):
     async def model(self, model: str, version: str, deadline: float | None = None) -> Any: ...  # noqa: D102
 
 
+TRACED: Mapping[str, tuple[Literal["http", "grpc"], str, str]] = {
+    "rest": ("http", "POST", "/v2/models/{model}/infer"),
+    "predict": ("http", "POST", "/predict/{model}"),
+    "grpc": ("grpc", "ModelInfer", "inference.GRPCInferenceService"),
+}
+"""By protocol: the convention of its spans, the method, and the route or service."""
+
 Credit = Callable[[Principal, bytes], Acknowledgement]
 """Takes the body of a feedback, and waits until it is on disk. Raises ServeRefusal."""
 
@@ -60,6 +69,9 @@ class NodeParts:
     metrics: WorkerMetrics
     audit: AuditLog
     receipts: ReceiptKeys
+    inputs: InputWatch | None = None
+    """Counts what is asked; None: drift is not looked for."""
+    tracer: RequestTracer | None = None
 
 
 class ServingNode:
@@ -133,6 +145,8 @@ class ServingNode:
             if choice is None:
                 choice = await self.parts.router.assign(model, request.key, principal.name)
             response = await self._answer(choice.version, request)
+            if self.parts.inputs is not None:
+                self.parts.inputs.saw(model, choice.version, request.columns, request.rows)
             return response, self._done(caller, request, choice, response)
         except ServeRefusal as error:
             refusal = error
@@ -158,7 +172,32 @@ class ServingNode:
             if refusal is not None:
                 self.parts.metrics.refused(model, refusal.code)
                 refusal.noted = True
+            if self.parts.tracer is not None:
+                self._trace(caller, request, version, status, refusal, seconds)
             self._note(caller, request, version, refusal, body)
+
+    def _trace(
+        self,
+        caller: Caller,
+        request: InferenceRequest,
+        version: str,
+        status: int,
+        refusal: ServeRefusal | None,
+        seconds: float,
+    ) -> None:
+        assert self.parts.tracer is not None
+        ended = time_ns()
+        named = request.model if version else ""
+        self.parts.tracer.record(
+            *TRACED[caller.protocol],
+            named,
+            version,
+            request.rows,
+            status,
+            RequestTimes(ended - int(seconds * 1e9), ended),
+            caller.traceparent,
+            None if refusal is None else refusal.code,
+        )
 
     def _note(
         self,
@@ -180,12 +219,14 @@ class ServingNode:
             received=0 if body is None else len(body),
             body=body,
         )
+        self.parts.metrics.audit_line()
 
     def refused(self, refusal: ServeRefusal, peer: str, principal: str = "", model: str = "") -> None:
         """Count and note a request that was refused before it came to a model."""
         if refusal.noted:
             return
         refusal.noted = True
+        self.parts.metrics.request(model, "", "other", refusal.status, None)
         self.parts.metrics.refused(model or None, refusal.code)
         if refusal.code == "too_many_requests":
             # Whoever floods the node must not fill its disk.
@@ -201,6 +242,7 @@ class ServingNode:
             status=refusal.status,
             code=refusal.code,
         )
+        self.parts.metrics.audit_line()
 
     async def feedback(self, caller: Caller, body: bytes) -> Mapping[str, Any]:
         """Take what became of an answer. Raises ServeRefusal."""

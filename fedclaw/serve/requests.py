@@ -35,6 +35,8 @@ class Caller:
     """The address that the connection comes from; behind a proxy, the proxy's."""
     protocol: str
     """rest, predict, grpc, feedback or admin."""
+    traceparent: str | None = None
+    """As the client sent it."""
 
 
 @dataclass(frozen=True, slots=True)

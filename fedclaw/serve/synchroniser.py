@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedclaw.errors import FedClawError
-from fedclaw.export.layout import SCHEMA
+from fedclaw.export.layout import MARGINALS, SCHEMA
 from fedclaw.export.predictor import schema_of
 from fedclaw.serve.inference.description import ModelDescription
 from fedclaw.serve.inference.rest import RequestReader
@@ -19,6 +19,7 @@ from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.pool import ModelPool, ModelVersion
 from fedclaw.serve.models.probe import ExecutionSettings
 from fedclaw.serve.models.served_model import ModelInterface
+from fedclaw.serve.monitoring.drift_watch import InputWatch, VersionInputs
 from fedclaw.serve.monitoring.metrics import WorkerMetrics
 from fedclaw.serve.node import ServingNode
 from fedclaw.serve.settings import NodeSettings
@@ -41,6 +42,7 @@ class SynchronisedParts:
     pool: ModelPool
     node: ServingNode
     metrics: WorkerMetrics
+    inputs: InputWatch | None = None
 
 
 class Synchroniser:
@@ -57,6 +59,7 @@ class Synchroniser:
         """Load all that is to be ready from the start. Raises FedClawError for what does not load."""
         entries = await self._routed()
         await self._take(entries)
+        self._tell()
         for model, entry in entries.items():
             if entry.pinned:
                 await self._parts.pool.load(model, self._stable(model))
@@ -114,6 +117,8 @@ class Synchroniser:
             kept = entries[model].versions if model in entries else {}
             for version in [name for name in versions if name not in kept]:
                 del versions[version]
+                if self._parts.inputs is not None:
+                    self._parts.inputs.forget(model, version)
                 await self._parts.pool.forget(model, version)
             if not versions:
                 del self._readers[model]
@@ -133,9 +138,12 @@ class Synchroniser:
 
     def _describe(self, model: str, version: str, digest: str) -> RequestReader:
         """What a bundle takes and gives. Raises BundleError for one that this node does not have, or that fails."""
-        verified = self._parts.bundles.open(digest, self._parts.pool.trust, (SCHEMA,))
+        verified = self._parts.bundles.open(digest, self._parts.pool.trust, (SCHEMA, MARGINALS))
         schema = schema_of(verified)
         interface = ModelInterface.of(verified.manifest, schema)
+        if self._parts.inputs is not None:
+            inputs = VersionInputs.of(schema, interface.columns, verified.contents)
+            self._parts.inputs.serves(model, version, inputs.features)
         return RequestReader(
             ModelDescription(
                 name=model,
@@ -150,7 +158,11 @@ class Synchroniser:
 
     def _tell(self) -> None:
         self._parts.node.serve({model: dict(versions) for model, versions in self._readers.items()})
-        self._parts.metrics.serves({model: tuple(versions) for model, versions in self._readers.items()})
+        metrics, pool = self._parts.metrics, self._parts.pool
+        metrics.serves({model: tuple(versions) for model, versions in self._readers.items()})
+        for model, version in pool.ready():
+            if (served := pool.loaded(model, version)) is not None:
+                metrics.queue(model, version, served.batcher.queued_rows)
 
     def _begin_loading(self, model: str, version: str) -> None:
         if (model, version) in self._parts.pool.ready() or version not in self._readers.get(model, {}):

@@ -23,7 +23,9 @@ from fedclaw.serve.inference.grpc_service import add_inference, server_options
 from fedclaw.serve.models.batching import QueueLimits
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.pool import BatchSeen, ModelPool, PoolSettings
+from fedclaw.serve.monitoring.drift_watch import InputWatch
 from fedclaw.serve.monitoring.metrics import WorkerMetrics
+from fedclaw.serve.monitoring.tracing import open_tracer
 from fedclaw.serve.node import NodeParts, ServingNode
 from fedclaw.serve.routing.router import Router
 from fedclaw.serve.security.tls import ServerTls
@@ -37,7 +39,7 @@ from fedclaw.serve.synchroniser import SynchronisedParts, Synchroniser
 
 log = logging.getLogger("fedclaw.serve")
 
-ANCHOR_SECONDS = 10.0
+ANCHOR_SECONDS = PUSH_SECONDS = 10.0
 REFRESH_SECONDS = 600.0
 _COLLECT = (5_000, 10, 10)
 """Objects made until the youngest are collected, and how often the older ones are with them."""
@@ -51,13 +53,20 @@ def run_worker(launch: Launch, ready: Event) -> None:
 async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     settings, home = launch.settings, NodeHome(launch.settings.state)
     store = await asyncio.to_thread(StateStore.open, home.database(settings.database))
-    authentication = authentication_of(settings, home)
+    metrics = WorkerMetrics.open(home.metrics, launch.number)
+    authentication = authentication_of(settings, home, metrics.token)
     await asyncio.to_thread(authentication.start)
     router = Router(store)
     await asyncio.to_thread(router.start)
-    metrics = WorkerMetrics.open(home.metrics, launch.number)
     bundles = BundleStore(home.bundles)
-    pool = ModelPool(bundles, trust_of(settings), _pool_settings(settings), _observer(metrics))
+    pool = ModelPool(
+        bundles,
+        trust_of(settings),
+        _pool_settings(settings),
+        _observer(metrics),
+        on_loaded=metrics.loaded,
+        on_unloaded=metrics.unloaded,
+    )
     audit = AuditLog(
         home.audit,
         f"{settings.name}.{launch.name}",
@@ -67,9 +76,12 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     )
     receipts = await asyncio.to_thread(partial(ReceiptKeys, store, days=settings.feedback_days))
     admission = admission_of(settings, home)
-    node = ServingNode(NodeParts(authentication, admission, router, pool, metrics, audit, receipts))
+    writer = f"{settings.name}/{launch.name}"
+    inputs = InputWatch(store, writer, settings.drift) if settings.drift.share > 0 else None
+    tracer = open_tracer(settings.tracing, writer)
+    node = ServingNode(NodeParts(authentication, admission, router, pool, metrics, audit, receipts, inputs, tracer))
     node.credit = FeedbackHandler(store, receipts, node.labels).credit
-    synchroniser = Synchroniser(SynchronisedParts(launch, store, bundles, pool, node, metrics))
+    synchroniser = Synchroniser(SynchronisedParts(launch, store, bundles, pool, node, metrics, inputs))
     await synchroniser.start()
 
     def started() -> None:
@@ -89,7 +101,8 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     )
     grpc_server = await _grpc(launch, node, tls)
     serving = asyncio.ensure_future(http.run_here())
-    others = [asyncio.ensure_future(work) for work in (synchroniser.run(), _anchor(audit, store), _refresh(receipts))]
+    works = (synchroniser.run(), _anchor(audit, store), _refresh(receipts), _push(inputs))
+    others = [asyncio.ensure_future(work) for work in works]
     stop = asyncio.ensure_future(stopping.wait())
     try:
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -107,6 +120,9 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         await pool.close()
         await asyncio.to_thread(router.close)
         await asyncio.to_thread(_last_anchor, audit, store)
+        await asyncio.to_thread(_last_push, inputs)
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
         audit.close()
         metrics.close()
         authentication.close()
@@ -150,7 +166,9 @@ def _pool_settings(settings: NodeSettings) -> PoolSettings:
 
 def _observer(metrics: WorkerMetrics) -> Any:
     def observe(seen: BatchSeen) -> None:
-        metrics.batch(seen.model, seen.version, seen.rows, 0.0, seen.seconds)
+        metrics.batch(seen.model, seen.version, seen.rows, seen.waited, seen.seconds)
+        if seen.refused:
+            metrics.rows_refused(seen.model, seen.version, seen.refused)
 
     return observe
 
@@ -161,6 +179,21 @@ async def _refresh(receipts: ReceiptKeys) -> None:
         await asyncio.sleep(REFRESH_SECONDS)
         with suppress(FedClawError):
             await asyncio.to_thread(receipts.refresh)
+
+
+async def _push(inputs: InputWatch | None) -> None:
+    """Write what was counted of the inputs now and then, until cancelled."""
+    while True:
+        await asyncio.sleep(PUSH_SECONDS)
+        await asyncio.to_thread(_last_push, inputs)
+
+
+def _last_push(inputs: InputWatch | None) -> None:
+    try:
+        if inputs is not None:
+            inputs.push()
+    except Exception as error:
+        log.warning("counts of inputs are not written for now: %s", error)
 
 
 async def _anchor(audit: AuditLog, store: StateStore) -> None:

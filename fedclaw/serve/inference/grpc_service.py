@@ -11,6 +11,7 @@ What answers a request is in the answer's parameters, and in the trailing metada
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 from urllib.parse import unquote
@@ -31,6 +32,7 @@ from fedclaw.serve.security.tokens import only_header
 
 LOG = logging.getLogger(__name__)
 AUTHORIZATION, KEY, RETRY_AFTER, CODE = "authorization", "fedclaw-key", "retry-after", "fedclaw-code"
+TRACEPARENT = "traceparent"
 MAX_METADATA = 16 * 2**10
 STATUS: dict[Code, grpc.StatusCode] = {
     "bad_request": grpc.StatusCode.INVALID_ARGUMENT,
@@ -197,14 +199,17 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _who(self, context: Any) -> tuple[Caller, str | None]:
         """Who asks, and by what the request is to be routed. Raises ServeRefusal."""
-        given, key = list[bytes](), None
+        given, key, traceparent = list[bytes](), None, None
         for name, value in context.invocation_metadata():
             if name == AUTHORIZATION:
                 given.append(value.encode() if isinstance(value, str) else value)
             elif name == KEY:
                 key = value
+            elif name == TRACEPARENT and isinstance(value, str):
+                traceparent = value
         certificate = None if self._clients is None else self._clients.certificate(context.auth_context())
-        return await self._node.admit(only_header(given), address_of(context.peer()), "grpc", certificate), key
+        caller = await self._node.admit(only_header(given), address_of(context.peer()), "grpc", certificate)
+        return caller if traceparent is None else replace(caller, traceparent=traceparent), key
 
 
 def _refusing(call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:

@@ -90,7 +90,7 @@ WORKER_METRICS = (
     Definition("request_duration_seconds", "histogram", "From a request's head to its answer.", _MODEL, LATENCY),
     Definition("refusals_total", "counter", "Requests refused, by the code in the answer.", ("model", "code")),
     Definition("rate_limited_total", "counter", "Requests over their principal's rate."),
-    Definition("rows_total", "counter", "Rows answered.", _MODEL),
+    Definition("rows_total", "counter", "Rows of batches, mirrored ones too.", _MODEL),
     Definition("rows_refused_total", "counter", "Rows that the schema refused, of requests answered.", _MODEL),
     Definition("queue_rows", "gauge", "Rows that wait for a batch now.", _MODEL),
     Definition("queue_wait_seconds", "histogram", "From its queue to its batch, of a batch's oldest.", _MODEL, LATENCY),
@@ -150,7 +150,7 @@ CONTROL_METRICS = (
 DEFINITIONS: Mapping[str, Definition] = {one.name: one for one in (*WORKER_METRICS, *CONTROL_METRICS)}
 STATES = get_args(BreakerState)
 _STATUSES = {number: str(number) for number in range(100, 600)}
-_OF_A_BATCH = ("batch_rows", "queue_wait_seconds", "inference_duration_seconds", "rows_total", "rows_refused_total")
+_OF_A_BATCH = ("batch_rows", "queue_wait_seconds", "inference_duration_seconds", "rows_total")
 
 
 class WorkerMetrics:
@@ -189,30 +189,29 @@ class WorkerMetrics:
 
     # The hot path.
 
-    def request(self, model: str, version: str, protocol: str, status: int, seconds: float) -> None:
-        """A request that was answered or refused."""
+    def request(self, model: str, version: str, protocol: str, status: int, seconds: float | None) -> None:
+        """A request that was answered or refused; None: it was refused before anybody looked at the clock."""
         found = self._requests.get((model, version, protocol, status))
         if found is None:
             found = self._request_places(model, version, protocol, status)
         (cells, counter), (_, histogram) = found
         cells[counter] += 1.0
+        if seconds is None:
+            return
         cells[histogram + bisect_left(LATENCY, seconds)] += 1.0
         cells[histogram + _LATENCY_SUM] += seconds
 
-    def batch(
-        self, model: str, version: str, rows: int, wait_seconds: float, seconds: float | None = None, refused: int = 0
-    ) -> None:
+    def batch(self, model: str, version: str, rows: int, wait_seconds: float, seconds: float | None = None) -> None:
         """A batch that was answered: how long its oldest request waited, and how long it was in ONNX Runtime."""
         found = self._batches.get((model, version))
         if found is None:
             found = self._batch_places(model, version)
-        (cells, sizes), (_, waits), (_, runs), (_, answered), (_, lost) = found
+        (cells, sizes), (_, waits), (_, runs), (_, answered) = found
         cells[sizes + bisect_left(ROWS, rows)] += 1.0
         cells[sizes + _ROWS_SUM] += rows
         cells[waits + bisect_left(LATENCY, wait_seconds)] += 1.0
         cells[waits + _LATENCY_SUM] += wait_seconds
-        cells[answered] += rows - refused
-        cells[lost] += refused
+        cells[answered] += rows
         if seconds is not None:
             cells[runs + bisect_left(LATENCY, seconds)] += 1.0
             cells[runs + _LATENCY_SUM] += seconds
@@ -230,6 +229,10 @@ class WorkerMetrics:
         self._set("queue_rows", float(rows), *self._named(model, version))
 
     # Seldom.
+
+    def rows_refused(self, model: str, version: str, rows: int) -> None:
+        """Rows of an answered request that the schema does not take."""
+        self._add("rows_refused_total", *self._named(model, version), amount=float(rows))
 
     def refused(self, model: str | None, code: Code) -> None:
         """A request was refused; None: before it was known for which model."""
@@ -421,15 +424,18 @@ class NodeMetrics:
                     said[SeriesName(f"feedback_{name}", version_of)] = float(value)
         self._said["windows"] = said
 
-    def set_drift(self, figures: Mapping[tuple[str, str], Mapping[str, tuple[float, float | None, bool]]]) -> None:
-        """By model and version, and by feature: PSI, KS distance (None: levels have none) and whether it is an alarm.
+    def set_drift(
+        self, figures: Mapping[tuple[str, str], Mapping[str, tuple[float | None, float | None, bool]]]
+    ) -> None:
+        """By model and version, and by feature: PSI, KS distance (None: there is none) and whether it is an alarm.
 
         Figures over few rows are not to be given: they would say what a single request held.
         """
         said: dict[SeriesName, float] = {}
         for version_of, features in figures.items():
             for feature, (psi, distance, alarm) in features.items():
-                said[SeriesName("drift_psi", (*version_of, feature))] = psi
+                if psi is not None:
+                    said[SeriesName("drift_psi", (*version_of, feature))] = psi
                 said[SeriesName("drift_alarm", (*version_of, feature))] = float(alarm)
                 if distance is not None:
                     said[SeriesName("drift_ks", (*version_of, feature))] = distance

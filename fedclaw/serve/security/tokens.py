@@ -10,7 +10,7 @@ import re
 import time
 from base64 import urlsafe_b64decode
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,10 +82,13 @@ class Authenticator:
         keeper: KeyKeeper,
         failures: FailureLimiter | None = None,
         max_cached: int = MAX_CACHED,
+        observe: Callable[[bool], None] | None = None,
     ) -> None:
-        """`failures` limits how many tokens that are not accepted an address may send."""
+        """`failures` limits how many tokens that are not accepted an address may send; `observe` is told of each token
+        whether it was known."""
         self._rules, self._keeper, self._failures, self._max_cached = rules, keeper, failures, max_cached
         self._known = _Known(None)
+        self._observe = observe
 
     @property
     def ready(self) -> bool:
@@ -117,7 +120,10 @@ class Authenticator:
             raise invalid("The token is too long")
         digest = sha256(header).digest()
         verified = known.cache.get(digest)
-        if verified is None or verified.until <= time.time():
+        hit = verified is not None and verified.until > time.time()
+        if self._observe is not None:
+            self._observe(hit)
+        if verified is None or not hit:
             verified = self._verify_limited(header, known, digest, address)
         known.use(digest)
         if verified.certificate is not None and verified.certificate != certificate:

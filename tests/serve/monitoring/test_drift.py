@@ -87,8 +87,8 @@ def test_without_drift_alarms_are_as_seldom_as_stated(make, count):
 @pytest.mark.parametrize("make", [charged, first])
 @pytest.mark.parametrize("count", [200, 1000, 5000])
 def test_without_drift_alarms_are_as_seldom_as_stated_over_many_trials(make, count):
-    assert share_of_false_alarms(make, count, 1500, SIGNIFICANT, seed=1) <= at_most(0.1, 1500)
-    assert share_of_false_alarms(make, count, 1500, DriftRule(), seed=2) <= at_most(0.01, 1500)
+    assert share_of_false_alarms(make, count, 1000, SIGNIFICANT, seed=1) <= at_most(0.1, 1000)
+    assert share_of_false_alarms(make, count, 1000, DriftRule(), seed=2) <= at_most(0.01, 1000)
 
 
 def test_the_chi_square_test_rejects_as_often_as_it_says_where_noise_dominates():

@@ -186,10 +186,14 @@ def test_a_bin_holds_its_upper_end(metrics: WorkerMetrics, tmp_path: Path):
 
 
 def test_a_batch_says_its_rows_its_wait_and_its_time(metrics: WorkerMetrics, tmp_path: Path):
-    metrics.batch("heart", "ab12", 5, 0.0004, 0.003, refused=2)
+    metrics.batch("heart", "ab12", 5, 0.0004, 0.003)
     metrics.batch("heart", "ab12", 1, 0.0, None)
+    metrics.rows_refused("heart", "ab12", 2)
+    metrics.request("heart", "ab12", "rest", 400, None)
     told, of_version = page(tmp_path), {"model": "heart", "version": "ab12"}
-    assert value(told, "rows_total", **of_version) == 4
+    assert value(told, "rows_total", **of_version) == 6
+    assert value(told, "requests_total", protocol="rest", status="400", **of_version) == 1
+    assert value(told, "request_duration_seconds_count", **of_version) == 0
     assert value(told, "rows_refused_total", **of_version) == 2
     assert value(told, "batch_rows_sum", **of_version) == 6
     assert value(told, "batch_rows_bucket", le="4.0", **of_version) == 1
@@ -234,6 +238,7 @@ def filled(directory: Path) -> NodeMetrics:
     metrics.request("heart", "ab12", "rest", 200, 0.001)
     metrics.batch("heart", "ab12", 5, 0.0004, 0.003)
     metrics.queue("heart", "ab12", 0)
+    metrics.rows_refused("heart", "ab12", 1)
     metrics.loaded("heart", "ab12", 0.3, 10)
     metrics.token(True)
     metrics.audit_line()
