@@ -92,7 +92,7 @@ def test_a_canary_that_errs_or_is_slow_is_rolled_back_while_few_saw_it(town: Mak
     assert isinstance(said[guard], dict)
     assert said[guard]["says"] == "roll_back"
     assert said["by"] == "controller"
-    assert made.failed["v2"] <= 60
+    assert made.failed["v2"] <= 150
     assert made.answered["v2"] < 0.07 * made.answered["v1"]
 
 
