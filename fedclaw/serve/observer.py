@@ -34,6 +34,7 @@ PERIOD = 5.0
 WINDOW = 3600.0
 """Seconds of feedback that the figures are of."""
 AUDIT_EVERY = 3600.0
+MOST_EVENTS = 1000
 REFUSED_ROWS = "refused rows"
 """In place of a feature's name."""
 
@@ -59,6 +60,7 @@ class NodeObserver:
         self._labels: dict[str, tuple[str, ...]] = {}
         self._quality: Mapping[str, dict[str, Any]] = {}
         self._audit_at = 0.0
+        self._last_event: int | None = None
         metrics.set_process("supervisor", os.getppid())
 
     def run(self, ended: threading.Event) -> None:
@@ -107,6 +109,7 @@ class NodeObserver:
         self._metrics.set_windows(WINDOW, figures)
         self._metrics.set_drift({key: _shown(one) for key, one in drift.items() if one.report is not None})
         self._metrics.set_drift_rows({key: one.rows for key, one in drift.items()})
+        self._count_events()
         self._verify_audit()
 
     def quality(self, model: str) -> dict[str, Any] | None:
@@ -121,6 +124,15 @@ class NodeObserver:
                 log.warning("drift is not looked for in %.12s: %s", digest, error)
                 self._inputs[digest] = None
         return self._inputs[digest]
+
+    def _count_events(self) -> None:
+        """Count the decisions that were written since the last look, whoever took them."""
+        if self._last_event is None:
+            self._last_event = max((event.number for event in self._store.events(limit=1)), default=0)
+            return
+        for event in self._store.events(limit=MOST_EVENTS, after=self._last_event):
+            self._metrics.decided(event.model, event.kind)
+            self._last_event = event.number
 
     def _verify_audit(self, clock: Callable[[], float] = time.monotonic) -> None:
         if not self._audit.is_dir() or (self._audit_at and clock() - self._audit_at < AUDIT_EVERY):

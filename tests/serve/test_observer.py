@@ -80,6 +80,20 @@ def test_a_breaker_that_is_open_and_a_canary_are_shown(store, node):
     assert found.candidate == "second"
 
 
+def test_decisions_are_counted_once_from_the_first_look_on(node, store):
+    observer, metrics, *_ = node
+    store.append_event("published", "heart", {})
+    for _ in range(2):
+        observer.step()
+    assert shown(metrics, "fedclaw_serve_decisions") == {}
+    for kind in ("canary_began", "canary_grew", "canary_grew"):
+        store.append_event(kind, "heart", {})
+    for _ in range(2):
+        observer.step()
+    expected = {("canary_began", "heart"): 1.0, ("canary_grew", "heart"): 2.0}
+    assert shown(metrics, "fedclaw_serve_decisions") == expected
+
+
 def test_a_bundle_that_is_gone_costs_its_own_figures_alone(node, store):
     observer, metrics, bundles, digest, _ = node
     bundles.remove(digest)

@@ -118,7 +118,12 @@ CONTROL_METRICS = (
     Definition("version_share", "gauge", "Share of the model's keys that a version is to answer.", _MODEL),
     Definition("canary_share", "gauge", "Share of keys that the candidate answers; 0 without one.", ("model",)),
     Definition("breaker_state", "gauge", "1 for the state that a version's breaker is in.", (*_MODEL, "state")),
-    Definition("decisions_total", "counter", "Decisions that this process took.", ("model", "kind")),
+    Definition(
+        "decisions_total",
+        "counter",
+        "Decisions about versions since this process began, whoever took them.",
+        ("model", "kind"),
+    ),
     Definition("audit_valid", "gauge", "1 if the audit log's chain was whole when it was last verified."),
     Definition("state_store_errors_total", "counter", "Failed calls of the state store."),
     Definition("feedback_window_seconds", "gauge", "Length of the feedback windows."),
@@ -450,7 +455,7 @@ class NodeMetrics:
         self._said["audit"] = {SeriesName("audit_valid"): float(valid)}
 
     def decided(self, model: str, kind: str) -> None:
-        """This process took a decision; `kind` is one of ours, as `canary_grows`."""
+        """A decision was taken; `kind` is one of ours, as `canary_grows`."""
         self._count(SeriesName("decisions_total", (model, kind)))
 
     def state_store_failed(self) -> None:
