@@ -44,7 +44,7 @@ def test_a_request_is_answered_with_its_version_and_a_receipt(node):
     body = {"receipt": headers["fedclaw-prediction"], "label": label}
     assert node.ask("POST", f"{node.http}/feedback", body)[0] == 200
     assert node.ask("POST", f"{node.http}/feedback", {**body, "completed": True})[0] == 409
-    assert node.ask("POST", f"{node.http}/feedback", {"receipt": "A" * 100})[0] == 400
+    assert node.ask("POST", f"{node.http}/feedback", {"receipt": "A" * 100})[0] == 422
 
 
 def test_rows_of_a_table_are_answered_one_by_one(node):
