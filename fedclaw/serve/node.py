@@ -10,7 +10,8 @@ import logging
 import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from http import HTTPStatus
 from itertools import count
 from time import perf_counter, time_ns
@@ -26,7 +27,7 @@ from fedclaw.serve.monitoring.tracing import RequestTimes, RequestTracer
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal, VersionChoice
 from fedclaw.serve.routing.router import Router
-from fedclaw.serve.routing.shadow import compare
+from fedclaw.serve.routing.shadow import Mirror, compare
 from fedclaw.serve.security.scopes import require, visible
 from fedclaw.serve.state.audit_log import AuditLog
 from fedclaw.serve.state.feedback import Acknowledgement
@@ -82,7 +83,7 @@ class ServingNode:
         self.live, self.ready = True, False
         self.credit: Credit = _no_feedback
         self._readers: Mapping[str, Mapping[str, RequestReader]] = {}
-        self._mirrors: set[asyncio.Task[None]] = set()
+        self._mirror = Mirror(MOST_MIRRORS)
         self._own, self._numbers = secrets.token_hex(6), count()
 
     def serve(self, readers: Mapping[str, Mapping[str, RequestReader]]) -> None:
@@ -144,10 +145,13 @@ class ServingNode:
             choice = self.parts.router.choose(model, request.key, request.version, principal.name)
             if choice is None:
                 choice = await self.parts.router.assign(model, request.key, principal.name)
-            response = await self._answer(choice.version, request)
+            # Of every output, whatever the client wants: receipts and comparisons are of what was predicted.
+            whole = request if request.outputs is None else replace(request, outputs=None)
+            response = await self._answer(choice.version, whole)
             if self.parts.inputs is not None:
                 self.parts.inputs.saw(model, choice.version, request.columns, request.rows)
-            return response, self._done(caller, request, choice, response)
+            headers = self._done(caller, whole, choice, response)
+            return _wanted(response, request.outputs), headers
         except ServeRefusal as error:
             refusal = error
             raise
@@ -252,9 +256,7 @@ class ServingNode:
 
     async def close(self) -> None:
         """End what is still compared."""
-        for task in self._mirrors:
-            task.cancel()
-        await asyncio.gather(*self._mirrors, return_exceptions=True)
+        await self._mirror.close()
 
     async def _answer(self, version: str, request: InferenceRequest) -> InferenceResponse:
         models = self.parts.models
@@ -276,7 +278,7 @@ class ServingNode:
         self, caller: Caller, request: InferenceRequest, choice: VersionChoice, response: InferenceResponse
     ) -> Headers:
         for mirror in choice.mirrors:
-            self._mirror(mirror, caller, request, response)
+            self._mirror.send(partial(self._compare, mirror, caller, request, response))
         receipt = self.parts.receipts.issue(
             model=request.model,
             version=choice.version,
@@ -288,13 +290,6 @@ class ServingNode:
             **_predicted(response),
         )
         return {"fedclaw-version": choice.version, "fedclaw-prediction": receipt}
-
-    def _mirror(self, version: str, caller: Caller, request: InferenceRequest, response: InferenceResponse) -> None:
-        if len(self._mirrors) >= MOST_MIRRORS:
-            return
-        task = asyncio.ensure_future(self._compare(version, caller, request, response))
-        self._mirrors.add(task)
-        task.add_done_callback(self._mirrors.discard)
 
     async def _compare(
         self, version: str, caller: Caller, request: InferenceRequest, response: InferenceResponse
@@ -314,6 +309,14 @@ class ServingNode:
 
 def _no_feedback(_principal: Principal, _body: bytes) -> Acknowledgement:
     raise ServeRefusal("unavailable", "the node is not ready", 1.0)
+
+
+def _wanted(response: InferenceResponse, outputs: tuple[str, ...] | None) -> InferenceResponse:
+    if outputs is None:
+        return response
+    if odd := [name for name in outputs if name not in response.outputs]:
+        raise ServeRefusal("bad_request", f"the model has no output {odd[0][:100]!r}")
+    return replace(response, outputs={name: response.outputs[name] for name in outputs})
 
 
 def _predicted(response: InferenceResponse) -> dict[str, Any]:

@@ -56,7 +56,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     metrics = WorkerMetrics.open(home.metrics, launch.number)
     authentication = authentication_of(settings, home, metrics.token)
     await asyncio.to_thread(authentication.start)
-    router = Router(store)
+    router = Router(store, on_tripped=metrics.tripped)
     await asyncio.to_thread(router.start)
     bundles = BundleStore(home.bundles)
     pool = ModelPool(

@@ -164,3 +164,14 @@ def test_mistakes_are_told_in_one_line(tmp_path, settings, said):
     assert said in found.errors
     assert "Traceback" not in found.errors
     assert not (Path(tmp_path) / "node" / "state.db").exists()
+
+
+def test_who_asks_for_probabilities_alone_can_still_give_feedback(node):
+    asked = {**one_row(node), "outputs": [{"name": "probabilities"}]}
+    status, answer, headers = node.ask("POST", f"{node.http}/v2/models/heart/infer", asked)
+    assert (status, [output["name"] for output in answer["outputs"]]) == (200, ["probabilities"])
+    labels = node.ask("POST", f"{node.http}/v2/models/heart/infer", one_row(node))[1]["outputs"]
+    label = next(output["data"][0] for output in labels if output["name"] == "label")
+    body = {"receipt": headers["fedclaw-prediction"], "label": label}
+    assert node.ask("POST", f"{node.http}/feedback", body)[0] == 200
+    assert node.ask("POST", f"{node.http}/feedback", {**body, "label": "made up"})[0] in {409, 422}

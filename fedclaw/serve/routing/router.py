@@ -226,8 +226,14 @@ class _Asked:
 class Router:
     """One worker's. Safe for many threads."""
 
-    def __init__(self, store: RouterStore, clock: Callable[[], float] = time.time) -> None:
-        """`clock` gives Unix seconds."""
+    def __init__(
+        self,
+        store: RouterStore,
+        clock: Callable[[], float] = time.time,
+        on_tripped: Callable[[str, str], None] = lambda _model, _version: None,
+    ) -> None:
+        """`clock` gives Unix seconds; `on_tripped` is told when this worker itself opens a version's breaker."""
+        self._on_tripped = on_tripped
         self._store = store
         self._clock = clock
         self._routes: dict[str, _Route] = {}
@@ -474,6 +480,7 @@ class Router:
             watch.own = opened(policy, state, now, group)
             watch.recent.clear()
             tally.count(f"tripped.{group}")
+        self._on_tripped(model, version)
         log.warning("model %s: version %s fails; this worker asks it no more for now", model, version)
         self._ready(StoredPlan(route.revision, route.plan))
         self._wake.set()
