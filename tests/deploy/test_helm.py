@@ -11,7 +11,7 @@ from tests.deploy import kubernetes
 from tests.deploy.kubernetes import Object, of_kind
 from tests.deploy.test_kubernetes import rendered
 
-helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
+helm = pytest.importorskip("helm_python", reason="Helm's library is not installed: pip install 'fedclaw[helm]'")
 
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "model-server"
 SEVERAL = {"replicaCount": 2, "database": {"existingSecret": "fedclaw-node-database"}}
