@@ -5,6 +5,7 @@ a line of an audit log whose hash chain holds.
 """
 
 import json
+import math
 import os
 import signal
 import statistics
@@ -115,6 +116,8 @@ def wait_for_all(node: Node, age: float) -> None:
         with StateStore.open(f"sqlite:///{node.root / 'state' / DATABASE}") as store:
             well = [beat for beat in store.workers() if beat.ready and beat.age < time.monotonic() - began]
         if len({beat.worker for beat in well}) == WORKERS:
+            # It has told so a moment before it listens.
+            time.sleep(CALM)
             return
         if time.monotonic() > end:
             raise FedClawError(f"a worker was not started again:\n{node.last_words()}")
@@ -175,10 +178,15 @@ def told(name: str, kills: Sequence[Kill], reach: float, lost: Sequence[str], ke
             f"{name}: failed": failed,
             f"{name}: asked": asked,
             f"{name}: failed in the worst trial": most,
-            f"{name}: seconds to the next answer, median": round(usual, 4),
-            f"{name}: seconds to the next answer, worst": round(slowest, 4),
+            f"{name}: seconds to the next answer, median": _figure(usual),
+            f"{name}: seconds to the next answer, worst": _figure(slowest),
             f"{name}: last failure after s": round(last, 4),
             f"{name}: acknowledged": kept,
             f"{name}: acknowledged and lost": len(lost),
         },
     )
+
+
+def _figure(seconds: float) -> float | str:
+    """For JSON, which has no infinity."""
+    return round(seconds, 4) if math.isfinite(seconds) else "never"
