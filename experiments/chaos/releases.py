@@ -3,6 +3,7 @@
 Each trial has a model of its own, at which `cnn` answers, so that one trial's release tells nothing to another's.
 """
 
+import json
 import math
 import statistics
 import time
@@ -39,6 +40,7 @@ class Release:
     """As the node says at its end; stuck: it came to none."""
     seconds: float
     says: str
+    """In the node's words, with the numbers of its decision."""
     outcomes: Sequence[Outcome]
     candidate: str
 
@@ -79,7 +81,8 @@ def play(stage: Stage, node: Node, models: Sequence[str], bundles: Sequence[str]
             for model in set(models) - set(ends):
                 found = admin.ask("GET", f"/admin/models/{model}/release")
                 if found["state"] in ENDED:
-                    ends[model] = (found["state"], time.monotonic() - began, str(found["says"]))
+                    says = f"{found['says']}: {json.dumps(found['decision'])}"
+                    ends[model] = (found["state"], time.monotonic() - began, says)
             time.sleep(LOOK_AGAIN)
         time.sleep(CALM)
     return [
@@ -164,7 +167,7 @@ def identical(stage: Stage) -> Finding:
     played = releases(stage, "same", distinct=True)
     back = sum(one.state == "rolled_back" for one in played)
     done = sum(one.state == "answers" for one in played)
-    why = "; ".join(one.says for one in played if one.state == "rolled_back")[:200]
+    why = "; ".join(one.says for one in played if one.state == "rolled_back")
     name = "identical canaries"
     rows = [
         (f"{name}: rolled back", f"{back} of {len(played)}", why or "reach: at most 1 of 20"),
