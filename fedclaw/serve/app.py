@@ -38,10 +38,13 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = Mapping[bytes, bytes]
 
 JSON = "application/json"
+_OK, _UNAVAILABLE = int(HTTPStatus.OK), int(HTTPStatus.SERVICE_UNAVAILABLE)
 _HEADER_LENGTH = b"inference-header-content-length"
 _ONCE = frozenset({b"authorization", b"content-length", b"content-type", b"fedclaw-key", b"fedclaw-deadline-ms"})
 """Headers of which a second one would be read by one and overlooked by another."""
 _MOST_DEADLINE = 3600_000
+PRINCIPAL = "fedclaw.principal"
+"""In a request's scope, once it is known: who asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class HttpRequest:
     certificate: str | None
     """Thumbprint of the client's certificate."""
     receive: Receive
+    scope: Scope
 
 
 class HttpApplication:
@@ -101,7 +105,7 @@ class HttpApplication:
 
     def _refused(self, refusal: ServeRefusal, scope: Scope) -> HttpAnswer:
         try:
-            self._node.refused(refusal, _peer(scope))
+            self._node.refused(refusal, _peer(scope), scope.get(PRINCIPAL, ""), _named_model(scope["path"]))
         except ServeRefusal as unavailable:
             return refused(unavailable)
         return refused(refusal)
@@ -116,6 +120,7 @@ class HttpApplication:
             _peer(scope),
             scope.get(CERTIFICATE),
             receive,
+            scope,
         )
         if path.startswith("/v2/models/"):
             return await self._model(request)
@@ -164,13 +169,14 @@ class HttpApplication:
         response, headers = await self._node.infer(caller, asked, body)
         content, json_bytes = write_response(response, form)
         if json_bytes is None:
-            return HttpAnswer(HTTPStatus.OK, content, JSON, headers)
+            return HttpAnswer(_OK, content, JSON, headers)
         binary = {**headers, "inference-header-content-length": str(json_bytes)}
-        return HttpAnswer(HTTPStatus.OK, content, "application/octet-stream", binary)
+        return HttpAnswer(_OK, content, "application/octet-stream", binary)
 
     async def _caller(self, request: HttpRequest, protocol: str = "rest") -> Caller:
         authorization = request.headers.get(b"authorization")
         caller = await self._node.admit(authorization, request.peer, protocol, request.certificate)
+        request.scope[PRINCIPAL] = caller.principal.name
         given = request.headers.get(b"traceparent")
         return caller if given is None else replace(caller, traceparent=given.decode("latin-1"))
 
@@ -201,7 +207,7 @@ class HttpApplication:
             caller.principal.name, None if key is None else _text(key, "fedclaw-key"), self._node.new_identity
         )
         found = await predict_table(self._node, caller, model, sent, asker, None, self._deadline(request))
-        return HttpAnswer(HTTPStatus.OK, found.body, found.content_type, found.headers)
+        return HttpAnswer(_OK, found.body, found.content_type, found.headers)
 
     async def _live(self, request: HttpRequest) -> HttpAnswer:
         return _health(self._node.live)
@@ -221,7 +227,7 @@ class HttpApplication:
 
     async def _docs(self, request: HttpRequest) -> HttpAnswer:
         headers = dict(docs_headers())
-        return HttpAnswer(HTTPStatus.OK, docs_page(), headers.pop("content-type"), headers)
+        return HttpAnswer(_OK, docs_page(), headers.pop("content-type"), headers)
 
     async def _feedback(self, request: HttpRequest) -> HttpAnswer:
         caller = await self._caller(request, "feedback")
@@ -275,6 +281,14 @@ def _headers(pairs: list[tuple[bytes, bytes]]) -> Headers:
     return found
 
 
+def _named_model(path: str) -> str:
+    """The model that a path names, for the log of who wanted what; '' where there is none."""
+    for start in ("/v2/models/", "/predict/"):
+        if path.startswith(start):
+            return path[len(start) :].partition("/")[0]
+    return ""
+
+
 def _peer(scope: Scope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else ""
@@ -293,11 +307,11 @@ def _require_method(request: HttpRequest, method: str) -> None:
 
 
 def _health(good: bool) -> HttpAnswer:
-    return HttpAnswer(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE)
+    return HttpAnswer(_OK if good else _UNAVAILABLE)
 
 
 def _json(content: Any) -> HttpAnswer:
-    return HttpAnswer(HTTPStatus.OK, orjson.dumps(content))
+    return HttpAnswer(_OK, orjson.dumps(content))
 
 
 async def _send(send: Send, answer: HttpAnswer) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from itertools import count
-from time import perf_counter, time_ns
+from time import monotonic, perf_counter, time_ns
 from typing import Any, Literal, Protocol
 
 from fedclaw.learning.preprocessing import LABEL
@@ -36,6 +36,8 @@ from fedclaw.serve.state.receipts import ReceiptKeys
 log = logging.getLogger("fedclaw.serve")
 
 VALUES = "values"
+MODEL_LENGTH = 64
+"""Letters of a model's name: as many as one may have."""
 MOST_MIRRORS = 64
 """Mirrored requests that a worker has in flight; more are not mirrored."""
 
@@ -47,6 +49,10 @@ class Models(Protocol):
 
     async def model(self, model: str, version: str, deadline: float | None = None) -> Any: ...  # noqa: D102
 
+
+STRANGERS, STRANGERS_AT_ONCE = 10.0, 100.0
+"""Audit lines a second, and at once, for requests of which nobody knows who asks: a flood must not fill the disk."""
+_OK = int(HTTPStatus.OK)
 
 TRACED: Mapping[str, tuple[Literal["http", "grpc"], str, str]] = {
     "rest": ("http", "POST", "/v2/models/{model}/infer"),
@@ -85,6 +91,7 @@ class ServingNode:
         self._readers: Mapping[str, Mapping[str, RequestReader]] = {}
         self._mirror = Mirror(MOST_MIRRORS)
         self._own, self._numbers = secrets.token_hex(6), count()
+        self._strangers = _Allowance(STRANGERS, STRANGERS_AT_ONCE)
 
     def serve(self, readers: Mapping[str, Mapping[str, RequestReader]]) -> None:
         """From now on there are these models and versions."""
@@ -159,10 +166,14 @@ class ServingNode:
             # The client went away: no version is to blame.
             refusal = ServeRefusal("deadline_exceeded", "the client did not wait")
             raise
+        except Exception as error:
+            log.error("a request failed: %s", type(error).__name__, exc_info=error)
+            refusal = ServeRefusal("internal", "the node failed on this request; its log says more")
+            raise refusal from error
         finally:
             seconds = perf_counter() - began
             version = "" if choice is None else choice.version
-            status = HTTPStatus.OK if refusal is None else refusal.status
+            status = _OK if refusal is None else int(refusal.status)
             if choice is not None:
                 self.parts.router.record(
                     choice,
@@ -218,7 +229,7 @@ class ServingNode:
             version=version,
             request=request.identity,
             rows=request.rows,
-            status=HTTPStatus.OK if refusal is None else refusal.status,
+            status=_OK if refusal is None else int(refusal.status),
             code="" if refusal is None else refusal.code,
             received=0 if body is None else len(body),
             body=body,
@@ -226,20 +237,25 @@ class ServingNode:
         self.parts.metrics.audit_line()
 
     def refused(self, refusal: ServeRefusal, peer: str, principal: str = "", model: str = "") -> None:
-        """Count and note a request that was refused before it came to a model."""
+        """Count and note a request that was refused before it came to a model; `model` as the client gave it.
+
+        Whoever floods the node must not fill its disk: there is no line for who asks too often, and for requests of
+        nobody known only so many a second.
+        """
         if refusal.noted:
             return
         refusal.noted = True
-        self.parts.metrics.request(model, "", "other", refusal.status, None)
-        self.parts.metrics.refused(model or None, refusal.code)
+        self.parts.metrics.request("", "", "other", refusal.status, None)
+        self.parts.metrics.refused(None, refusal.code)
         if refusal.code == "too_many_requests":
-            # Whoever floods the node must not fill its disk.
             self.parts.metrics.rate_limited()
+            return
+        if not principal and not self._strangers.take():
             return
         self.parts.audit.append(
             principal=principal,
             peer=peer,
-            model=model,
+            model=model[:MODEL_LENGTH],
             version="",
             request="",
             rows=0,
@@ -305,6 +321,23 @@ class ServingNode:
         self.parts.router.record_comparison(
             request.model, version, key=request.key, principal=caller.principal.name, agrees=agrees
         )
+
+
+class _Allowance:
+    """So much a second, and so much at once after a pause."""
+
+    def __init__(self, per_second: float, most: float) -> None:
+        self._per_second, self._most, self._left, self._at = per_second, most, most, monotonic()
+
+    def take(self) -> bool:
+        """Whether there is one left; then it is taken."""
+        now = monotonic()
+        self._left = min(self._most, self._left + (now - self._at) * self._per_second)
+        self._at = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
 
 
 def _no_feedback(_principal: Principal, _body: bytes) -> Acknowledgement:

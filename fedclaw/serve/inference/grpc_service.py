@@ -11,6 +11,7 @@ What answers a request is in the answer's parameters, and in the trailing metada
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -62,6 +63,10 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }
 """By type: where typed values are. FP16 and BF16 have no place there."""
+
+
+_PRINCIPAL: ContextVar[str] = ContextVar("principal", default="")
+"""Of the call that this task answers, once it is known: who asks."""
 
 
 def server_options(max_message: int) -> list[tuple[str, int]]:
@@ -156,7 +161,9 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             "ModelInfer": (messages.ModelInferRequest, self._model_infer),
         }
         self._methods = {
-            f"/{SERVICE}/{name}": grpc.unary_unary_rpc_method_handler(_refusing(call), request.FromString, _serialized)
+            f"/{SERVICE}/{name}": grpc.unary_unary_rpc_method_handler(
+                self._refusing(call), request.FromString, _serialized
+            )
             for name, (request, call) in calls.items()
         }
         # A stream of any messages: whatever the client sends, the answer comes at once.
@@ -166,6 +173,30 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         """The handler of a call; None for another service's."""
         found = self._methods.get(details.method)
         return self._others if found is None and details.method.startswith(f"/{SERVICE}/") else found
+
+    def _refusing(self, call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+        """`call`, with a status for each refusal, noted; of what went wrong in here the client learns nothing."""
+
+        async def answered(request: Any, context: Any) -> Any:
+            try:
+                return await call(request, context)
+            except ServeRefusal as refusal:
+                await _abort(context, self._noted(refusal, request, context))
+            except Exception:
+                LOG.exception("a gRPC call failed")
+                broken = ServeRefusal("internal", "the node failed on this request")
+                await _abort(context, self._noted(broken, request, context))
+
+        return answered
+
+    def _noted(self, refusal: ServeRefusal, request: Any, context: Any) -> ServeRefusal:
+        """What the client is told: `refusal`, or that it cannot be noted."""
+        named = getattr(request, "model_name", "") or getattr(request, "name", "")
+        try:
+            self._node.refused(refusal, address_of(context.peer()), _PRINCIPAL.get(), named)
+        except ServeRefusal as unavailable:
+            return unavailable
+        return refusal
 
     async def _server_live(self, _request: Any, _context: Any) -> Any:
         return messages.ServerLiveResponse(live=self._node.live)
@@ -209,22 +240,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
                 traceparent = value
         certificate = None if self._clients is None else self._clients.certificate(context.auth_context())
         caller = await self._node.admit(only_header(given), address_of(context.peer()), "grpc", certificate)
+        _PRINCIPAL.set(caller.principal.name)
         return caller if traceparent is None else replace(caller, traceparent=traceparent), key
-
-
-def _refusing(call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    """`call`, with a status for each refusal; of what went wrong in here the client learns nothing."""
-
-    async def answered(request: Any, context: Any) -> Any:
-        try:
-            return await call(request, context)
-        except ServeRefusal as refusal:
-            await _abort(context, refusal)
-        except Exception:
-            LOG.exception("a gRPC call failed")
-            await _abort(context, ServeRefusal("internal", "the node failed on this request"))
-
-    return answered
 
 
 async def _not_supported(_requests: Any, context: Any) -> None:

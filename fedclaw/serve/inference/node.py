@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from fedclaw.serve.inference.rest import RequestReader
+from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal
 
 Headers = Mapping[str, str]
@@ -46,3 +47,6 @@ class Node(Protocol):
         self, caller: Caller, request: InferenceRequest, body: bytes | None = None
     ) -> tuple[InferenceResponse, Headers]:
         """Route and answer; `body` is what the audit log may keep of the inputs. Raises ServeRefusal."""
+
+    def refused(self, refusal: ServeRefusal, peer: str, principal: str = "", model: str = "") -> None:
+        """Count and note a request that did not come to a model. Raises ServeRefusal where it cannot be noted."""

@@ -82,6 +82,9 @@ class SmallNode:
         response = InferenceResponse(request.model, VERSION, request.identity, {name: outputs[name] for name in wanted})
         return response, {"fedclaw-version": VERSION, "fedclaw-prediction": "receipt"}
 
+    def refused(self, refusal: ServeRefusal, peer: str, principal: str = "", model: str = "") -> None:
+        refusal.noted = True
+
 
 @contextmanager
 def grpc_served(node: SmallNode, max_message: int = 2**20) -> Iterator[str]:

@@ -1,0 +1,41 @@
+"""The way of a request through a worker: whatever fails on it, what is counted and noted is that it failed."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedclaw.serve.node import ServingNode
+from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.requests import Caller, InferenceRequest, Principal
+
+
+class _Seen:
+    """Takes down with what each of its methods is called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values, **named: self.calls.append((name, values, named))
+
+
+def test_a_request_that_breaks_the_node_is_noted_as_failed(caplog):
+    def choose(*_: Any) -> None:
+        raise RuntimeError("a fault of ours")
+
+    audit, metrics = _Seen(), _Seen()
+    parts: Any = SimpleNamespace(
+        router=SimpleNamespace(choose=choose), audit=audit, metrics=metrics, tracer=None, inputs=None
+    )
+    caller = Caller(Principal("ann", frozenset({"predict:*"})), "127.0.0.1", "rest")
+    request = InferenceRequest("heart", {"age": np.zeros((1, 1), np.float32)}, 1, "id", "key")
+    with pytest.raises(ServeRefusal) as refused:
+        asyncio.run(ServingNode(parts).infer(caller, request))
+    assert refused.value.code == "internal"
+    assert "ours" not in str(refused.value)
+    (line,) = [named for name, _, named in audit.calls if name == "append"]
+    assert (line["principal"], line["status"], line["code"]) == ("ann", 500, "internal")
+    assert "a fault of ours" in caplog.text
