@@ -26,15 +26,20 @@ CONFIGURATION = "configuration"
 
 def serve(settings: NodeSettings, console: Console) -> None:
     """Serve until a signal comes. Raises FedClawError when the node cannot start."""
-    from fedclaw.serve.control import run_control
-    from fedclaw.serve.worker import run_worker
-
     _require_some_model(settings)
     require_paths(ca=settings.ca, federation=settings.federation, crl=settings.crl)
     home = NodeHome.make(expanded(settings.state))
     settings = settings.model_copy(update={"state": home.root})
     startup.need(settings.drain_seconds + GRACE + 3.0)
     startup.next_step("give the same command again: what was served is served on")
+    with home.claimed():
+        _serve_in(home, settings, console)
+
+
+def _serve_in(home: NodeHome, settings: NodeSettings, console: Console) -> None:
+    from fedclaw.serve.control import run_control
+    from fedclaw.serve.worker import run_worker
+
     take_in(settings, home)
     RateTable.create(home.rates)
     reserved = ReservedPorts(settings)

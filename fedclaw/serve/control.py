@@ -28,7 +28,7 @@ from fedclaw.serve import releases
 from fedclaw.serve.admission import Authentication, authentication_of, http_protocol, tls_of
 from fedclaw.serve.app import refused
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, unpack
-from fedclaw.serve.home import NodeHome, trust_of
+from fedclaw.serve.home import INCOMING, NodeHome, trust_of
 from fedclaw.serve.http_server import HttpServer, run_until_stopped
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.served_model import ModelInterface
@@ -200,7 +200,7 @@ class AdminPort:
         releases.require_names(model, version)
         if request.headers.get("content-type", "").partition(";")[0].strip() != MEDIA_TYPE:
             raise ServeRefusal("unsupported_media_type", f"a bundle is sent as {MEDIA_TYPE}")
-        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self.home.root, prefix=".incoming."))
+        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, dir=self.home.root, prefix=INCOMING))
         try:
             archive = directory / "archive"
             with archive.open("xb") as file:
@@ -280,6 +280,7 @@ def run_control(launch: Launch, ready: Event) -> None:
 async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     settings, home = launch.settings, NodeHome(launch.settings.state)
     store = await asyncio.to_thread(StateStore.open, home.database(settings.database))
+    await asyncio.to_thread(home.sweep)
     authentication = authentication_of(settings, home)
     authentication.start()
     metrics = NodeMetrics(home.metrics, settings.workers)

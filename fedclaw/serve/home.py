@@ -1,5 +1,10 @@
 """A node's directory, and whom the node believes."""
 
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +14,8 @@ from fedclaw.export.check import Trust, load_trust
 from fedclaw.serve.settings import NodeSettings
 
 DIRECTORY_MODE = 0o700
+FILE_MODE = 0o600
+CLAIM, INCOMING = ".running", ".incoming."
 BUNDLES, DATABASE, METRICS, RATES, AUDIT = "bundles", "state.db", "metrics", "rates", "audit"
 
 
@@ -29,6 +36,26 @@ class NodeHome:
         if mode & 0o077:
             raise UsageError(f"state={root} is open to others: it holds keys and logs; chmod 700 {root}")
         return cls(root)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Have the directory for this node alone. Raises UsageError where another one runs in it."""
+        held = os.open(self.root / CLAIM, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise UsageError(
+                f"state={self.root}: a node runs in it already; give this one a directory of its own, or publish to "
+                "the other"
+            ) from error
+        finally:
+            os.close(held)
+
+    def sweep(self) -> None:
+        """Remove uploads that a process which was killed left."""
+        for left in self.root.glob(f"{INCOMING}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     @property
     def bundles(self) -> Path:

@@ -20,6 +20,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
+from fedclaw import startup
 from fedclaw.cli import describe_failure, make_console, start_logging
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
@@ -157,7 +158,13 @@ class _Child:
         self.ready = _SPAWN.Event()
         arguments = (self.entry, self.launch, self.ready)
         self.process = _SPAWN.Process(target=_run_child, args=arguments, name=f"fedclaw-{self.launch.name}")
-        self.process.start()
+        # A child whose start is broken off would be nobody's; and Ctrl-C, which reaches it too, is not for it to heed.
+        with startup.unbroken():
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.begun = time.monotonic()
 
     def ended(self, now: float) -> str:

@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import run_module
+from tests.conftest import environment, run_module
 from tests.serve.node_process import INSECURE, RunningNode, running_node
 
 CSV = "age,smoker,ward\n61,yes,surgery\n,no,medicine\n130,no,medicine\n33.5,no,ward nine\n"
@@ -115,6 +118,40 @@ def test_a_worker_that_is_killed_is_started_again(node):
 
     node.wait_for(answered)
     assert node.ask("POST", f"{node.http}/v2/models/heart/infer", one_row(node))[0] == 200
+
+
+@pytest.mark.slow
+def test_a_second_node_in_the_same_directory_changes_nothing(node, table_bundle, home):
+    settings = (f"bundle={table_bundle}", "model=other", f"ca={home.root / 'ca.crt'}", *INSECURE)
+    second = run_module("fedclaw.serve", f"state={node.log.parent / 'node'}", "port=0", *settings)
+    assert second.code == 2
+    assert "a node runs in it already" in second.errors
+    assert [found["model"] for found in node.ask("GET", f"{node.admin}/admin/models")[1]] == ["heart"]
+
+
+@pytest.mark.slow
+def test_what_an_upload_left_that_was_broken_off_is_swept(node):
+    left = node.log.parent / "node" / ".incoming.broken"
+    left.mkdir(mode=0o700)
+    (left / "archive").touch()
+    os.kill(node.processes()["control"], signal.SIGKILL)
+    node.wait_for(lambda: True if not left.exists() else None)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_its_processes_start_ends_all_without_a_traceback(tmp_path, table_bundle, home):
+    settings = (f"bundle={table_bundle}", f"ca={home.root / 'ca.crt'}", "port=0", "grpc_port=0", "admin.port=0")
+    state = tmp_path / "node"
+    command = [sys.executable, "-m", "fedclaw.serve", f"state={state}", *settings, *INSECURE]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, env=environment(), start_new_session=True, text=True, **pipes)
+    while not (state / "processes.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
