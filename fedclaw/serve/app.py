@@ -27,7 +27,7 @@ from fedclaw.serve.inference.tables import SentTable, only_model, parse_query, p
 from fedclaw.serve.node import ServingNode
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller
-from fedclaw.serve.security.http_protocol import CERTIFICATE
+from fedclaw.serve.security.http_protocol import CERTIFICATE, RESPOND
 from fedclaw.serve.security.tokens import only_header
 
 log = logging.getLogger("fedclaw.serve")
@@ -42,6 +42,8 @@ _OK, _UNAVAILABLE = int(HTTPStatus.OK), int(HTTPStatus.SERVICE_UNAVAILABLE)
 _HEADER_LENGTH = b"inference-header-content-length"
 _ONCE = frozenset({b"authorization", b"content-length", b"content-type", b"fedclaw-key", b"fedclaw-deadline-ms"})
 """Headers of which a second one would be read by one and overlooked by another."""
+_STATUS_LINES = {int(status): f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+_FIXED = "cache-control: no-store\r\nx-content-type-options: nosniff\r\n"
 _MOST_DEADLINE = 3600_000
 PRINCIPAL = "fedclaw.principal"
 """In a request's scope, once it is known: who asks."""
@@ -101,7 +103,9 @@ class HttpApplication:
         except Exception as error:
             log.error("a request failed: %s", type(error).__name__, exc_info=error)
             answer = refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
-        await _send(send, answer)
+        respond = scope.get(RESPOND)
+        if respond is None or not respond(_head(answer), answer.body):
+            await _send(send, answer)
 
     def _refused(self, refusal: ServeRefusal, scope: Scope) -> HttpAnswer:
         try:
@@ -312,6 +316,15 @@ def _health(good: bool) -> HttpAnswer:
 
 def _json(content: Any) -> HttpAnswer:
     return HttpAnswer(_OK, orjson.dumps(content))
+
+
+def _head(answer: HttpAnswer) -> bytes:
+    """Status line and headers. Raises ValueError for a header that would be two."""
+    told = "".join(f"{name}: {value}\r\n" for name, value in answer.headers.items())
+    if told.count("\n") != len(answer.headers) or told.count("\r") != len(answer.headers):
+        raise ValueError("a header has a line end")
+    status = _STATUS_LINES[answer.status]
+    return f"{status}content-type: {answer.media_type}\r\ncontent-length: {len(answer.body)}\r\n{told}{_FIXED}".encode()
 
 
 async def _send(send: Send, answer: HttpAnswer) -> None:

@@ -212,3 +212,17 @@ def test_who_asks_for_probabilities_alone_can_still_give_feedback(node):
     body = {"receipt": headers["fedclaw-prediction"], "label": label}
     assert node.ask("POST", f"{node.http}/feedback", body)[0] == 200
     assert node.ask("POST", f"{node.http}/feedback", {**body, "label": "made up"})[0] in {409, 422}
+
+
+def test_answers_on_one_connection_keep_apart_and_a_client_may_end_it(node):
+    connection = http.client.HTTPConnection(urlsplit(node.http).netloc, timeout=60)
+    for path, status, kept in (("/v2", 200, {}), ("/nowhere", 404, {}), ("/v2", 200, {"connection": "close"})):
+        connection.request("GET", path, headers=kept)
+        response = connection.getresponse()
+        content = response.read()
+        assert (response.status, len(content)) == (status, int(response.headers["content-length"]))
+        assert (response.headers["connection"] == "close") == bool(kept)
+    connection.request("HEAD", "/v2")
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (405, b"")
+    connection.close()

@@ -26,6 +26,9 @@ from fedclaw.serve.security.tls import thumbprint
 
 CERTIFICATE = "fedclaw.certificate"
 """The key of the ASGI scope with the thumbprint of the client's certificate; None: the client showed none."""
+_CLOSE = (b"connection", b"close")
+RESPOND = "fedclaw.respond"
+"""The key of the ASGI scope with `GuardedHttp.respond`."""
 
 _IDLE, _HEAD, _BODY, _WAIT = range(4)
 """Between requests; reading a request line and headers; reading a body; all is read, the answer is awaited."""
@@ -176,6 +179,7 @@ class GuardedHttp(HttpToolsProtocol):
             self._phase, self._since, self._head_bytes = _HEAD, self.loop.time(), self.limits.header_bytes + 1
         super().on_message_begin()
         self.scope[CERTIFICATE] = self._certificate  # type: ignore[literal-required]
+        self.scope[RESPOND] = self.respond  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         """A piece of the target."""
@@ -216,6 +220,26 @@ class GuardedHttp(HttpToolsProtocol):
         self._phase = _WAIT
         if self.cycle.response_complete:
             self._phase, self._since = _IDLE, self.loop.time()
+
+    def respond(self, head: bytes, body: bytes) -> bool:
+        """Write a whole answer at once, in the place of two ASGI messages, which cost a small model's request a quarter
+        of its time. `head` is the status line and headers with `content-length`, each with its line end.
+
+        False: nothing is written, and the messages are to be sent. They wait for a client that reads slowly.
+        """
+        cycle = self.cycle
+        if cycle.response_started or cycle.disconnected or self.flow.write_paused or cycle.scope["method"] == "HEAD":
+            return False
+        if _CLOSE in cycle.scope["headers"]:
+            cycle.keep_alive = False
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        self.transport.write(b"".join((head, b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n", body)))
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
+        return True
 
     def on_response_complete(self) -> None:
         """The answer is written. The sweep closes idle connections, so no timer is set for each answer."""
