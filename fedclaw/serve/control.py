@@ -51,6 +51,8 @@ PERIOD = 0.25
 UPKEEP_SECONDS = 60.0
 MOST_BUNDLE_BYTES = 16 << 30
 MOST_BODY = 1 << 16
+UNNEEDED_SECONDS = 3600.0
+"""How long a bundle stays in the store that no version has any more."""
 
 
 class AdminPort:
@@ -71,6 +73,8 @@ class AdminPort:
         self.trust = trust_of(launch.settings)
         self.metrics, self.observer = metrics, observer
         self._authentication = authentication
+        self._keeping = threading.Lock()
+        self._unneeded: dict[str, float] = {}
         model = "/admin/models/{model}"
         self.app = Starlette(
             routes=[
@@ -103,7 +107,7 @@ class AdminPort:
             except ServeRefusal as refusal:
                 return _refused(refusal)
             except FedClawError as error:
-                return _refused(ServeRefusal("unprocessable", str(error)))
+                return _refused(ServeRefusal("unprocessable", str(error).replace(f"{self.home.root}/", "")))
             except Exception as error:
                 log.error("the admin port failed: %s", type(error).__name__, exc_info=error)
                 return _refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
@@ -215,15 +219,27 @@ class AdminPort:
         bundle.mkdir(mode=0o700)
         with (directory / "archive").open("rb") as archive:
             unpack(archive, bundle, MOST_BUNDLE_BYTES)
-        try:
-            digest = self.bundles.put(bundle, self.trust)
-            run = self.bundles.open(digest, self.trust).manifest.run
-        except FedClawError as error:
-            # Where the node keeps things is nobody's business.
-            raise ServeRefusal("unprocessable", str(error).replace(str(bundle), "the bundle")) from error
-        named = self.catalogue.add(model, version, digest, run, by)
+        with self._keeping:
+            try:
+                digest = self.bundles.put(bundle, self.trust)
+                run = self.bundles.open(digest, self.trust).manifest.run
+            except FedClawError as error:
+                # Where the node keeps things is nobody's business.
+                raise ServeRefusal("unprocessable", str(error).replace(str(bundle), "the bundle")) from error
+            named = self.catalogue.add(model, version, digest, run, by)
         self.store.append_event("published", model, {"version": named, "digest": digest, "by": by})
         return {"model": model, "version": named, "digest": digest}
+
+    def tidy(self, now: float) -> None:
+        """Remove bundles that no version has had for long. Raises FedClawError, OSError."""
+        with self._keeping:
+            needed = {own.digest for entry in self.catalogue.all().values() for own in entry.versions.values()}
+            left = [digest for digest in self.bundles.digests() if digest not in needed]
+            self._unneeded = {digest: self._unneeded.get(digest, now) for digest in left}
+            for digest, since in self._unneeded.items():
+                if now - since >= UNNEEDED_SECONDS:
+                    log.info("the bundle %s is removed: no version has it", digest[:12])
+                    self.bundles.remove(digest)
 
     async def _remove_version(self, request: Request, by: str) -> Any:
         model, version = request.path_params["model"], request.path_params["version"]
@@ -290,7 +306,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     decisions = threading.Thread(target=_decide, args=(store, ended), name="fedclaw-decisions", daemon=True)
     observing = threading.Thread(target=observer.run, args=(ended,), name="fedclaw-observer", daemon=True)
     decisions.start()
-    upkeep = (store, settings.feedback_days, ended)
+    upkeep = (store, port, settings.feedback_days, ended)
     threading.Thread(target=_keep_up, args=upkeep, name="fedclaw-upkeep", daemon=True).start()
     observing.start()
     protocol = http_protocol(settings, body_bytes=MOST_BUNDLE_BYTES)
@@ -323,12 +339,13 @@ def _decide(store: StateStore, ended: threading.Event) -> None:
                 )
 
 
-def _keep_up(store: StateStore, feedback_days: float, ended: threading.Event) -> None:
+def _keep_up(store: StateStore, port: AdminPort, feedback_days: float, ended: threading.Event) -> None:
     """Merge and drop what is old in the store, and follow the feedback key with a new one, until the process ends."""
     receipts: ReceiptKeys | None = None
     while not ended.wait(UPKEEP_SECONDS):
         try:
             receipts = receipts or ReceiptKeys(store, days=feedback_days)
             keep_up(store, receipts, feedback_days=feedback_days)
+            port.tidy(time.monotonic())
         except Exception as error:
             log.warning("the state store is not tidied for now: %s", error)

@@ -1,8 +1,10 @@
 """How a version comes to answer: what the configuration, the admin port and `publish` ask for, as changes of plans."""
 
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import JsonValue
@@ -24,6 +26,7 @@ DISAGREEMENT = 0.02
 """Share of rows that a version which is meant to agree may answer otherwise."""
 MIRRORED = 0.1
 """Share of the keys whose requests are compared."""
+_changing = threading.Lock()
 _UNDONE = {"canary_rolled_back", "rolled_back", "shadow_differs"}
 
 
@@ -51,12 +54,17 @@ def begin(
 
     A canary that needs a person's word is a shadow until somebody approves of it.
     """
-    _require_version(store, model, version)
+    with _one_at_a_time():
+        _require_version(store, model, version)
+        load_everywhere(store, model, [version])
+        _begin(store, model, version, settings, mode, by)
+    return progress(store, model)
+
+
+def _begin(store: StateStore, model: str, version: str, settings: ReleaseSettings, mode: str, by: str) -> None:
     if read_plan(store, model) is None:
         first_release(store, model, version)
-        return progress(store, model)
-    load_everywhere(store, model, [version])
-    if mode == "at_once":
+    elif mode == "at_once":
         pin(store, model, version, by)
     else:
         guards: dict[str, JsonValue] = {"disagreement": DISAGREEMENT if settings.agreement else None}
@@ -66,26 +74,47 @@ def begin(
         _allowed(lambda: begins(store, model, version, by, time.time(), mirror=MIRRORED, guards=guards))
         if mode == "canary" and settings.approval == "manual":
             _allowed(lambda: controller.ask_for_approval(store, model, by, time.time()))
-    return progress(store, model)
 
 
 def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> None:
     """Wait until every worker of every node has the versions in memory, warm, before anything is routed to them.
 
-    Raises ServeRefusal `unavailable` if one has not after `LOADING` seconds; then all is as it was.
+    A worker that was there when it began and does not answer any more has not: what it was to load may be what ended
+    it. Raises ServeRefusal `unavailable` if one has not after `LOADING` seconds; then all is as it was.
     """
     catalogue, end = VersionCatalogue(store), time.monotonic() + LOADING
     digests = {_digest(store, model, version) for version in versions}
+    expected = {(beat.node, beat.worker) for beat in _workers(store)}
+    if not expected:
+        raise ServeRefusal("unavailable", "no worker is alive: nothing was changed", ALIVE)
     catalogue.stage(model, versions)
-    while missing := [beat for beat in _workers(store) if not digests <= set(beat.ready)]:
+    while missing := _missing(store, expected, digests):
         if time.monotonic() > end:
             catalogue.stage(model, [])
+            node, worker = missing[0]
             raise ServeRefusal(
                 "unavailable",
-                f"{missing[0].worker} of {missing[0].node} has not loaded {', '.join(versions)} after {LOADING:g} s; "
+                f"{worker} of {node} has not loaded {', '.join(versions)} after {LOADING:g} s; "
                 "its log says why. Nothing was changed",
             )
         time.sleep(0.1)
+
+
+def _missing(store: StateStore, expected: set[tuple[str, str]], digests: set[str]) -> list[tuple[str, str]]:
+    """The workers, those `expected` and those that came since, that do not answer from the bundles."""
+    alive = {(beat.node, beat.worker): digests <= set(beat.ready) for beat in _workers(store)}
+    return sorted(worker for worker in expected | alive.keys() if not alive.get(worker, False))
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """What is loaded for one release, another would have forgotten. Raises ServeRefusal `conflict`."""
+    if not _changing.acquire(blocking=False):
+        raise ServeRefusal("conflict", "versions are being loaded or removed for somebody else: try again", 1.0)
+    try:
+        yield
+    finally:
+        _changing.release()
 
 
 def pin(store: StateStore, model: str, version: str, by: str) -> None:
@@ -100,9 +129,10 @@ def operate(store: StateStore, model: str, operation: str, body: Mapping[str, An
     now = time.time()
     _plan(store, model)
     if operation == "pin":
-        _require_version(store, model, body.get("version"))
-        load_everywhere(store, model, [body["version"]])
-        pin(store, model, body["version"], by)
+        with _one_at_a_time():
+            _require_version(store, model, body.get("version"))
+            load_everywhere(store, model, [body["version"]])
+            pin(store, model, body["version"], by)
     elif operation == "approve":
         _allowed(lambda: controller.approve(store, model, by, now))
     elif operation == "roll_back":
@@ -111,10 +141,11 @@ def operate(store: StateStore, model: str, operation: str, body: Mapping[str, An
         versions, floor = body.get("versions"), body.get("floor")
         if not isinstance(versions, list) or not versions or not isinstance(floor, float | None):
             raise ServeRefusal("bad_request", "give versions, a list, and perhaps floor, a number from 0.05")
-        for version in versions:
-            _require_version(store, model, version)
-        load_everywhere(store, model, versions)
-        _allowed(lambda: controller.start_ab(store, model, versions, by, now, floor))
+        with _one_at_a_time():
+            for version in versions:
+                _require_version(store, model, version)
+            load_everywhere(store, model, versions)
+            _allowed(lambda: controller.start_ab(store, model, versions, by, now, floor))
     else:
         raise ServeRefusal("not_found", "there is no such operation")
     return progress(store, model)
@@ -153,10 +184,11 @@ def describe(store: StateStore, model: str) -> Mapping[str, Any]:
 
 def remove(store: StateStore, model: str, version: str, by: str) -> Mapping[str, Any]:
     """Take a version that nothing is routed to out of the catalogue. Raises ServeRefusal."""
-    plan = _plan(store, model).plan
-    if version in {*plan.versions, *plan.last_good}:
-        raise ServeRefusal("conflict", f"version {version} answers, or may be fallen back to")
-    VersionCatalogue(store).remove(model, version)
+    with _one_at_a_time():
+        found = read_plan(store, model)
+        if found is not None and version in {*found.plan.versions, *found.plan.last_good}:
+            raise ServeRefusal("conflict", f"version {version} answers, or may be fallen back to")
+        VersionCatalogue(store).remove(model, version)
     store.append_event("removed", model, {"version": version, "by": by})
     return {"model": model, "removed": version}
 

@@ -61,8 +61,8 @@ class Synchroniser:
         await self._take(entries)
         self._tell()
         for model, entry in entries.items():
-            if entry.pinned:
-                await self._parts.pool.load(model, self._stable(model))
+            if entry.pinned and (stable := self._stable(model)) is not None:
+                await self._parts.pool.load(model, stable)
         self._tell()
         await self._beat()
 
@@ -86,26 +86,25 @@ class Synchroniser:
         self._tell()
         for model, entry in entries.items():
             for version in entry.versions:
-                if entry.pinned or version != self._stable(model):
+                if entry.pinned or version in entry.staged or version != self._stable(model):
                     self._begin_loading(model, version)
         await self._beat()
 
     async def _routed(self) -> dict[str, ModelEntry]:
-        """The models, each with the versions that its plan may route to."""
+        """The models, each with the versions that its plan may route to, or that are to be loaded first."""
         found = {}
         for model, entry in (await asyncio.to_thread(self._catalogue.all)).items():
             plan = self._parts.node.parts.router.plan(model)
-            if plan is not None:
-                wanted = {*plan.versions, *plan.last_good, *entry.staged}
-                kept = {name: own for name, own in entry.versions.items() if name in wanted}
+            wanted = {*entry.staged} if plan is None else {*plan.versions, *plan.last_good, *entry.staged}
+            kept = {name: own for name, own in entry.versions.items() if name in wanted}
+            if kept or plan is not None:
                 found[model] = entry.model_copy(update={"versions": kept})
         return found
 
-    def _stable(self, model: str) -> str:
+    def _stable(self, model: str) -> str | None:
+        """None: nothing answers for it yet."""
         plan = self._parts.node.parts.router.plan(model)
-        if plan is None:
-            raise FedClawError(f"the state store has no routing plan for {model}")
-        return plan.stable
+        return None if plan is None else plan.stable
 
     async def _take(self, entries: Mapping[str, ModelEntry]) -> None:
         """Register what is new and forget what is gone."""
@@ -126,10 +125,12 @@ class Synchroniser:
     async def _register(self, model: str, version: str, digest: str, entry: ModelEntry) -> None:
         try:
             reader = await asyncio.to_thread(self._describe, model, version, digest)
-        except FedClawError as error:
+        except Exception as error:
+            # Whatever it was, the others are served on.
             if self._failed.get((model, version)) != str(error):
                 self._failed[model, version] = str(error)
-                log.warning("version %s of %s is not served here: %s", version, model, error)
+                unknown = None if isinstance(error, FedClawError) else error
+                log.warning("version %s of %s is not served here: %s", version, model, error, exc_info=unknown)
             return
         self._failed.pop((model, version), None)
         execution = _execution(self._parts.launch.settings)

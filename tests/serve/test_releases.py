@@ -1,6 +1,8 @@
 """What the admin port and `publish` ask for becomes a plan, and each refusal has its code."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ def store(tmp_path: Path) -> Iterator[StateStore]:
         for number in (1, 2, 3):
             VersionCatalogue(opened).add("heart", f"v{number}", f"{number}" * 64, "run", "ann")
         releases.first_release(opened, "heart", "v1")
+        opened.beat("node", "worker-1", [f"{number}" * 64 for number in (1, 2, 3)])
         yield opened
 
 
@@ -122,3 +125,41 @@ def test_a_node_does_not_take_the_others_version_away(store):
     with pytest.raises(UsageError, match="answered by node other too"):
         releases.first_release(store, "heart", "v2", "mine")
     assert read_plan(store, "heart").plan.stable == "v1"
+
+
+def test_a_version_that_ends_the_workers_is_not_routed_to(store, monkeypatch):
+    """They are alive when it begins, and silent since: none is left of which it could be said that it misses it."""
+    monkeypatch.setattr(releases, "LOADING", 1.0)
+    monkeypatch.setattr(releases, "ALIVE", 0.3)
+    store.beat("node", "worker-1", ["1" * 64])
+    with pytest.raises(ServeRefusal, match="worker-1 of node has not loaded v2"):
+        begin(store, "v2", "at_once")
+    with pytest.raises(ServeRefusal, match="no worker is alive"):
+        begin(store, "v2", "canary")
+    assert set(plan(store).versions) == {"v1"}
+    assert VersionCatalogue(store).read("heart").staged == ()
+
+
+def test_the_first_version_of_a_model_answers_once_it_is_loaded(store, monkeypatch):
+    monkeypatch.setattr(releases, "LOADING", 0.3)
+    VersionCatalogue(store).add("new", "v1", "9" * 64, "run", "ann")
+    with pytest.raises(ServeRefusal, match="has not loaded v1"):
+        releases.begin(store, "new", "v1", SETTINGS, "canary", "ann")
+    assert read_plan(store, "new") is None
+    store.beat("node", "worker-1", ["9" * 64])
+    assert releases.begin(store, "new", "v1", SETTINGS, "canary", "ann")["says"] == "v1 answers"
+
+
+def test_what_is_being_loaded_for_one_is_not_removed_by_another(store, monkeypatch):
+    monkeypatch.setattr(releases, "LOADING", 1.0)
+    store.beat("node", "worker-1", ["1" * 64])
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(begin, store, "v2", "at_once")
+        while VersionCatalogue(store).read("heart").staged != ("v2",):
+            time.sleep(0.01)
+        for other in (lambda: begin(store, "v3", "at_once"), lambda: releases.remove(store, "heart", "v2", "ann")):
+            with pytest.raises(ServeRefusal) as refused:
+                other()
+            assert refused.value.code == "conflict"
+        store.beat("node", "worker-1", ["1" * 64, "2" * 64])
+        assert loading.result()["says"] == "v2 answers"
