@@ -31,6 +31,7 @@ ENTRY_POINTS = [
     "lineage",
     "layouts",
     "predict",
+    "serve",
     "ledger",
     "audit",
 ]

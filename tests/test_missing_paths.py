@@ -9,7 +9,12 @@ from fedclaw.identity import provisioning
 from fedclaw.server.run_directory import RunDirectory
 from tests.samples import run_record
 
-PROVISION, LEDGER = "fedclaw.provision", "fedclaw.ledger"
+PROVISION, LEDGER, SERVE = "fedclaw.provision", "fedclaw.ledger", "fedclaw.serve.__main__"
+ALONE = ("tls.disabled=true", "tokens.disabled=true", "state={new}")
+TLS = (
+    "ca={federation}/ca.crt state={new} tls.certificate={federation}/server.crt tls.private_key="
+    "{federation}/server.key tokens.jwks={schema} tokens.issuer=x tokens.audience=y"
+)
 SCHEMA = "workload.schema_file={schema}"
 CASES = [
     ("fedclaw.server.__main__", ["federation={nowhere}"]),
@@ -46,6 +51,23 @@ CASES = [
     ("fedclaw.predict", ["bundle={run}", "input={schema}", "federation={nowhere}"]),
     ("fedclaw.predict", ["bundle={run}", "input={schema}", "crl={nowhere}"]),
     ("fedclaw.predict", ["bundle={run}", "input={schema}", "constants={nowhere}"]),
+    (SERVE, ["bundle={nowhere}", "ca={federation}/ca.crt", *ALONE]),
+    (SERVE, ["models={{heart: {{bundle: '{nowhere}'}}}}", "ca={federation}/ca.crt", *ALONE]),
+    (SERVE, ["bundle={run}", "ca={nowhere}", *ALONE]),
+    (SERVE, ["bundle={run}", "federation={nowhere}", *ALONE]),
+    (SERVE, ["bundle={run}", "ca={federation}/ca.crt", "crl={nowhere}", *ALONE]),
+    (SERVE, ["bundle={run}", *TLS.split(), "tls.certificate={nowhere}"]),
+    (SERVE, ["bundle={run}", *TLS.split(), "tls.private_key={nowhere}"]),
+    (SERVE, ["bundle={run}", *TLS.split(), "tls.client_ca={nowhere}"]),
+    (SERVE, ["bundle={run}", *TLS.split(), "tls.client_ca={federation}/ca.crt", "tls.client_crl={nowhere}"]),
+    (SERVE, ["bundle={run}", *TLS.split(), "tokens.jwks={nowhere}"]),
+    (SERVE, ["bundle={run}", *TLS.split(), "tokens.jwks_ca={nowhere}"]),
+    (SERVE, ["bundle={run}", "ca={federation}/ca.crt", "database=file:{nowhere}", *ALONE]),
+    (SERVE, ["publish", "bundle={nowhere}", "model=heart", "token=file:{schema}"]),
+    (SERVE, ["publish", "bundle={run}", "model=heart", "token=file:{nowhere}"]),
+    (SERVE, ["publish", "bundle={run}", "model=heart", "token=file:{schema}", "node_ca={nowhere}"]),
+    (SERVE, ["token", "keys={nowhere}", "subject=me", "scopes=[predict:heart]"]),
+    (SERVE, ["audit", "state={nowhere}"]),
     (LEDGER, ["show", "site={nowhere}"]),
     (LEDGER, ["verify", "site={nowhere}"]),
     (LEDGER, ["statement", "site={nowhere}"]),

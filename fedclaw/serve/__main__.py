@@ -30,6 +30,7 @@ if __name__ == "__main__":
     begin("fedclaw.serve", __doc__)
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fedclaw.cli import compose_settings, expanded, make_console, require_paths, run_main, split
 from fedclaw.errors import UsageError
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
         _serve(line.overrides)
         return
     word, *rest = line.words
+    if word not in _WORDS and Path(word).exists():
+        raise UsageError(f"{word!r} is no command; to serve a bundle give bundle={word}")
     if rest or word not in _WORDS:
         raise UsageError(f"unknown command {' '.join(line.words)!r}; there are: {', '.join(_WORDS)}, or none to serve")
     _WORDS[word](line.overrides)
@@ -78,11 +81,12 @@ def _haproxy(overrides: Sequence[str]) -> None:
 
 
 def _keys(overrides: Sequence[str]) -> None:
-    from fedclaw.serve.security.development_tokens import KeysCommand, write_keys
+    from fedclaw.serve.security.development_tokens import AUDIENCE, ISSUER, KeysCommand, write_keys
 
     settings = compose_settings("serve_keys", overrides, KeysCommand)
     made = write_keys(expanded(settings.directory))
-    make_console().print(f"tokens.jwks={made}", markup=False, soft_wrap=True)
+    line = f"tokens.jwks={made} tokens.issuer={ISSUER} tokens.audience={AUDIENCE}"
+    make_console().print(line, markup=False, soft_wrap=True)
 
 
 def _token(overrides: Sequence[str]) -> None:

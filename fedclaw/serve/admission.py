@@ -9,7 +9,7 @@ from fedclaw.errors import UsageError
 from fedclaw.serve.home import NodeHome
 from fedclaw.serve.requests import Principal
 from fedclaw.serve.security.http_protocol import ConnectionLimits, GuardedHttp, guarded
-from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper, KeySource, KeyUrl
+from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper, KeySource, KeyUrl, parse_key_set
 from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateLimiter, RateLimits, RateTable
 from fedclaw.serve.security.tls import GrpcClients, ServerTls, TlsFiles
 from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules
@@ -54,23 +54,46 @@ def authentication_of(
     if tokens.jwks is None or tokens.issuer is None or tokens.audience is None:
         raise UsageError("tokens need jwks, issuer and audience")
     rules = TokenRules(tokens.issuer, tokens.audience, tokens.algorithms)
-    source: KeySource = (
-        KeyUrl(tokens.jwks, tokens.jwks_ca)
-        if tokens.jwks.startswith("https://")
-        else KeyFile(expanded(Path(tokens.jwks)))
-    )
+    source = _key_source(tokens.jwks, tokens.jwks_ca)
     failures = FailureLimiter(RateTable.open(home.rates), FAILURES, frozenset(settings.limits.proxies))
     return Authenticator(rules, KeyKeeper(source, tokens.algorithms), failures, observe=observe)
 
 
+def check_admission(settings: NodeSettings) -> None:
+    """Read certificates, keys and the key set once, but for one that a URL gives. Raises UsageError, ProvisionError."""
+    _tls_as_it_is(settings)
+    tokens = settings.tokens
+    source = None if tokens.jwks is None else _key_source(tokens.jwks, tokens.jwks_ca)
+    if isinstance(source, KeyFile):
+        try:
+            parse_key_set(source.fetch().document, tokens.algorithms)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"tokens.jwks={tokens.jwks} is no key set: {reason}") from error
+
+
+def _key_source(place: str, ca: Path | None) -> KeySource:
+    """A URL or a file. Raises UsageError for a URL that is none."""
+    if "://" in place:
+        return KeyUrl(place, None if ca is None else expanded(ca))
+    return KeyFile(expanded(Path(place)))
+
+
 def tls_of(settings: NodeSettings) -> ServerTls | None:
     """By the settings' files, followed when they are replaced; None: without TLS. Raises ProvisionError."""
+    found = _tls_as_it_is(settings)
+    if found is not None:
+        found.start()
+    return found
+
+
+def _tls_as_it_is(settings: NodeSettings) -> ServerTls | None:
     tls = settings.tls
     if tls.disabled or tls.certificate is None or tls.private_key is None:
         return None
-    found = ServerTls(TlsFiles(tls.certificate, tls.private_key, tls.client_ca, tls.client_crl))
-    found.start()
-    return found
+    named = (tls.client_ca, tls.client_crl)
+    others = [None if path is None else expanded(path) for path in named]
+    return ServerTls(TlsFiles(expanded(tls.certificate), expanded(tls.private_key), *others))
 
 
 def grpc_clients(tls: ServerTls | None) -> GrpcClients | None:

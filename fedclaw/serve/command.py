@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -10,11 +11,13 @@ from fedclaw import startup
 from fedclaw.cli import expanded, require_paths
 from fedclaw.errors import UsageError
 from fedclaw.export.layout import Manifest
+from fedclaw.serve.admission import check_admission
 from fedclaw.serve.home import DATABASE, NodeHome, trust_of
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.releases import first_release
 from fedclaw.serve.security.rate_limits import RateTable
 from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
+from fedclaw.serve.state.database import Database
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import GRACE, ReservedPorts, Supervisor
 from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
@@ -27,7 +30,7 @@ CONFIGURATION = "configuration"
 def serve(settings: NodeSettings, console: Console) -> None:
     """Serve until a signal comes. Raises FedClawError when the node cannot start."""
     _require_some_model(settings)
-    require_paths(ca=settings.ca, federation=settings.federation, crl=settings.crl)
+    check_files(settings)
     home = NodeHome.make(expanded(settings.state))
     settings = settings.model_copy(update={"state": home.root})
     startup.need(settings.drain_seconds + GRACE + 3.0)
@@ -40,17 +43,39 @@ def _serve_in(home: NodeHome, settings: NodeSettings, console: Console) -> None:
     from fedclaw.serve.control import run_control
     from fedclaw.serve.worker import run_worker
 
-    take_in(settings, home)
-    RateTable.create(home.rates)
     reserved = ReservedPorts(settings)
     supervisor = Supervisor(settings, reserved.ports, run_worker, run_control)
     try:
+        take_in(settings, home)
+        RateTable.create(home.rates)
         supervisor.start()
         _tell(settings, reserved, console)
         supervisor.watch()
     finally:
         supervisor.stop()
         reserved.close()
+
+
+def check_files(settings: NodeSettings) -> None:
+    """Read everything that the processes of the node will, so that what is wrong is said once, before anything begins.
+
+    Raises UsageError for what is not there or not said, ProvisionError for what is there and no good.
+    """
+    tls, tokens = settings.tls, settings.tokens
+    for model in _models(settings).values():
+        for version in model.listed:
+            require_paths(bundle=version.bundle)
+    named = {"tls.certificate": tls.certificate, "tls.private_key": tls.private_key, "tls.client_ca": tls.client_ca}
+    named |= {"tls.client_crl": tls.client_crl, "tokens.jwks_ca": tokens.jwks_ca}
+    named |= {"tokens.jwks": Path(tokens.jwks) if tokens.jwks and "://" not in tokens.jwks else None}
+    named |= {"tracing.certificate": settings.tracing.certificate}
+    require_paths(ca=settings.ca, federation=settings.federation, crl=settings.crl, **named)
+    if settings.ca is None and settings.federation is None:
+        raise UsageError("say whose bundles are served: ca=FILE, the federation's ca.crt, or federation=PATH")
+    trust_of(settings)
+    check_admission(settings)
+    if settings.database is not None:
+        Database(settings.database).close()
 
 
 def take_in(settings: NodeSettings, home: NodeHome) -> None:
@@ -63,7 +88,6 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
     for name, model in _models(settings).items():
         found: list[tuple[VersionSettings, str, Manifest]] = []
         for version in model.listed:
-            require_paths(bundle=version.bundle)
             digest = bundles.put(expanded(version.bundle), trust)
             found.append((version, digest, bundles.open(digest, trust).manifest))
         taken.append((name or found[-1][2].run, model, found))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import orjson
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -108,6 +108,9 @@ class AdminPort:
                 return _refused(refusal)
             except FedClawError as error:
                 return _refused(ServeRefusal("unprocessable", str(error).replace(f"{self.home.root}/", "")))
+            except ClientDisconnect:
+                log.info("a client of the admin port went away before its request was whole")
+                return _refused(ServeRefusal("bad_request", "the request is not whole"))
             except Exception as error:
                 log.error("the admin port failed: %s", type(error).__name__, exc_info=error)
                 return _refused(ServeRefusal("internal", "the node failed on this request; its log says more"))

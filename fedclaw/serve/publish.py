@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 
 from fedclaw.cli import expanded, require_paths
 from fedclaw.errors import FedClawError, UsageError
+from fedclaw.export.layout import DIGESTS
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
 from fedclaw.serve.settings import ModelName, is_loopback
@@ -124,6 +125,8 @@ def publish(settings: PublishSettings, tell: Callable[[str], None]) -> dict[str,
     """
     require_paths(bundle=settings.bundle, node_ca=settings.node_ca)
     token = read_token(settings.token)
+    if not (expanded(settings.bundle) / DIGESTS).is_file():
+        raise UsageError(f"bundle={settings.bundle} is no bundle: it has no {DIGESTS}; give the directory of an export")
     clients = [AdminClient(node, token, settings.node_ca) for node in settings.node]
     path = f"/admin/models/{quote(settings.model, safe='')}"
     named = f"?version={quote(settings.version, safe='')}" if settings.version else ""

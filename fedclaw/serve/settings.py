@@ -1,6 +1,7 @@
 """conf/serve.yaml, checked: what a node serves, where it listens, and whom it lets in."""
 
 import ipaddress
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -24,6 +25,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _all_addresses(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def _host(host: str) -> str:
@@ -263,6 +271,19 @@ class NodeSettings(TrustSettings):
                 )
             if not disabled and not given:
                 raise ValueError(_MISSING[name])
+        return self
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        places = [
+            ("port", self.host, self.port),
+            ("grpc_port", self.host, self.grpc_port),
+            ("admin.port", self.admin.host, self.admin.port),
+        ]
+        for (one, host, port), (other, its_host, its_port) in combinations(places, 2):
+            # Sockets of a node share a port, so the kernel would give each of the two the other's connections.
+            if port and port == its_port and (host == its_host or _all_addresses(host) or _all_addresses(its_host)):
+                raise ValueError(f"{one} and {other} are both {port}: give each a port of its own")
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from fedclaw.errors import ProvisionError, UsageError
+from fedclaw.serve.__main__ import main
 from tests.conftest import environment, run_module
 from tests.serve.node_process import INSECURE, RunningNode, running_node
 
@@ -193,6 +195,7 @@ def test_a_bundle_that_was_changed_is_refused(tmp_path, table_bundle, home):
         (("host=0.0.0.0", *INSECURE), "0.0.0.0"),
         (INSECURE, "no model to serve"),
         (("bundle=nowhere", *INSECURE), "nowhere"),
+        ((".", *INSECURE), "give bundle=."),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, settings, said):
@@ -200,7 +203,38 @@ def test_mistakes_are_told_in_one_line(tmp_path, settings, said):
     assert found.code == 2, found.errors
     assert said in found.errors
     assert "Traceback" not in found.errors
-    assert not (Path(tmp_path) / "node" / "state.db").exists()
+    assert not (Path(tmp_path) / "node").exists()
+
+
+def refused(arguments: list[str], what: type[Exception], words: str) -> None:
+    with pytest.raises(what, match=words):
+        main(arguments)
+
+
+def test_a_node_is_told_whose_bundles_it_serves(tmp_path, table_bundle):
+    refused([f"bundle={table_bundle}", f"state={tmp_path / 'node'}", *INSECURE], UsageError, "whose bundles")
+    assert not (tmp_path / "node").exists()
+
+
+def test_files_that_are_no_good_are_told_before_anything_begins(tmp_path, table_bundle, home):
+    key = tmp_path / "open.key"
+    key.write_bytes((home.root / "server.key").read_bytes())
+    key.chmod(0o644)
+    (tmp_path / "keys.json").write_text("{}")
+    authority = home.root / "ca.crt"
+    given = [f"bundle={table_bundle}", f"ca={authority}", f"state={tmp_path / 'node'}", "tokens.issuer=a"]
+    given += [
+        "tokens.audience=b",
+        f"tls.certificate={home.root / 'server.crt'}",
+        f"tokens.jwks={tmp_path / 'keys.json'}",
+    ]
+    refused([*given, f"tls.private_key={key}"], ProvisionError, "chmod 600")
+    refused([*given, f"tls.private_key={home.root / 'ca.key'}"], ProvisionError, "does not fit")
+    refused([*given, f"tls.private_key={home.root / 'server.key'}"], UsageError, "is no key set")
+    refused(
+        [*given, f"tls.private_key={home.root / 'server.key'}", "tokens.jwks=http://host/keys"], UsageError, "https"
+    )
+    assert not (tmp_path / "node").exists()
 
 
 def test_who_asks_for_probabilities_alone_can_still_give_feedback(node):

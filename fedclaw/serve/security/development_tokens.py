@@ -10,21 +10,26 @@ import uuid
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from pydantic import BeforeValidator
 
 from fedclaw.errors import ProvisionError, UsageError
 from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.identity.pki import read_private
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.serve.security.tokens import MAX_SUBJECT, is_scope
+from fedclaw.serve.security.scopes import is_known_scope
+from fedclaw.serve.security.tokens import MAX_SUBJECT
 
 SIGNING_KEY = "signing.key"
 KEY_SET = "keys.json"
 ALGORITHM = "ES256"
+ISSUER, AUDIENCE = "fedclaw", "fedclaw"
+"""Of tokens for which nothing else was asked: conf/serve_token.yaml."""
 MAX_MINUTES = 30 * 24 * 60
 
 
@@ -42,7 +47,7 @@ class TokenCommand(Frozen):
     issuer: str
     audience: str
     subject: str
-    scopes: tuple[str, ...]
+    scopes: Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
     minutes: float
     output: Path | None
     """A file for its owner alone; None: the token is printed."""
@@ -68,8 +73,11 @@ def sign_token(directory: Path, issuer: str, audience: str, subject: str, scopes
         raise UsageError(f"minutes={minutes:g}: a token is good for more than 0 and at most {MAX_MINUTES} minutes")
     if not 0 < len(subject) <= MAX_SUBJECT or not subject.isprintable():
         raise UsageError(f"subject: a line of text of at most {MAX_SUBJECT} characters")
-    if odd := [scope for scope in scopes if not is_scope(scope)]:
-        raise UsageError(f"scopes: {odd[0]!r} is none; write ACTION:MODEL as in predict:heart, predict:*, admin:read")
+    if odd := [scope for scope in scopes if not is_known_scope(scope)]:
+        raise UsageError(
+            f"scopes: {odd[0]!r} is none; there are predict:MODEL, feedback:MODEL, admin:read, admin:publish and "
+            "admin:route, and * in the place of what follows the colon"
+        )
     key = _signing_key(directory / SIGNING_KEY)
     now = int(time.time())
     claims = {

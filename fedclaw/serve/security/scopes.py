@@ -11,6 +11,7 @@
 `*` stands for every model, or every admin action.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -21,6 +22,7 @@ from fedclaw.serve.security.tokens import challenge
 Action = Literal["predict", "feedback", "admin"]
 AdminAction = Literal["read", "publish", "route"]
 
+_KNOWN = re.compile(r"(predict|feedback):(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,63})|admin:(\*|read|publish|route)")
 FORBIDDEN = "The token does not allow this"
 
 
@@ -32,6 +34,11 @@ def require(principal: Principal, action: Action, what: str) -> None:
     """
     if not principal.may(action, what):
         raise ServeRefusal("forbidden", FORBIDDEN, challenge=challenge("insufficient_scope", FORBIDDEN))
+
+
+def is_known_scope(text: str) -> bool:
+    """Whether a node asks for it anywhere; a token may hold others, which other services ask for."""
+    return _KNOWN.fullmatch(text) is not None
 
 
 def visible(principal: Principal, models: Iterable[str]) -> list[str]:

@@ -7,10 +7,11 @@ from pydantic import Field
 from rich.console import Console
 
 from fedclaw.cli import expanded, require_paths
+from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.serve.home import DATABASE, NodeHome
 from fedclaw.serve.settings import ModelName
-from fedclaw.serve.state.audit_log import AuditLogError
+from fedclaw.serve.state.audit_log import AuditLogError, segments_of
 from fedclaw.serve.state.audit_verification import Anchors, of_node, show_audit_log
 from fedclaw.serve.state.store import StateStore, StateUnavailable
 
@@ -33,6 +34,7 @@ def check_audit_log(asked: AuditCommand, console: Console) -> None:
     """Show what was asked for. Raises AuditLogError if a chain was tampered with, or there is no log."""
     require_paths(state=asked.state)
     home = NodeHome(expanded(asked.state))
+    _require_name(home, asked.name)
     code = show_audit_log(
         home.audit,
         console,
@@ -44,6 +46,16 @@ def check_audit_log(asked: AuditCommand, console: Console) -> None:
     )
     if code:
         raise AuditLogError(f"audit log {home.audit}: it is not whole; what was found stands above")
+
+
+def _require_name(home: NodeHome, name: str) -> None:
+    """Anchors are found by the node's name: another name would find none, and say nothing of an end that is gone."""
+    try:
+        owners = {chain.rpartition(".")[0] for chain in segments_of(home.audit)}
+    except OSError:
+        return  # There is no log, as whoever reads it says.
+    if owners and name not in owners:
+        raise UsageError(f"name={name}: the audit log {home.audit} is of {', '.join(sorted(owners))}")
 
 
 def _anchors(asked: AuditCommand, home: NodeHome) -> Anchors | None:

@@ -146,7 +146,7 @@ def _resolved(where: str) -> URL:
     scheme, _, rest = where.partition(":")
     if scheme == "env":
         if not (plain := os.environ.get(rest, "").strip()):
-            raise UsageError(f"state: the environment variable {rest} is empty or not set; it should hold a URL")
+            raise UsageError(f"database: the environment variable {rest} is empty or not set; it should hold a URL")
     elif scheme == "file":
         plain = _secret_text(Path(rest))
     else:
@@ -154,7 +154,7 @@ def _resolved(where: str) -> URL:
     url = _parsed(plain)
     if plain is where and url.password is not None:
         raise UsageError(
-            "state: a URL with a password belongs into an environment variable (env:NAME) or a file (file:PATH)"
+            "database: a URL with a password belongs into an environment variable (env:NAME) or a file (file:PATH)"
         )
     return url
 
@@ -166,24 +166,24 @@ def _parsed(plain: str) -> URL:
     except (ArgumentError, ValueError):
         known = False
     if not known:
-        raise UsageError("state: give sqlite:///PATH, postgresql://USER@HOST/NAME, env:VARIABLE or file:PATH")
+        raise UsageError("database: give sqlite:///PATH, postgresql://USER@HOST/NAME, env:VARIABLE or file:PATH")
     return url
 
 
 def _secret_text(path: Path) -> str:
     try:
         if path.stat().st_mode & stat.S_IRWXO:
-            raise UsageError(f"state: {path} can be read by everybody; make it `chmod 600`")
+            raise UsageError(f"database: {path} can be read by everybody; make it `chmod 600`")
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"state: {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
+            f"database: {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
         ) from None
 
 
 def _database_path(url: URL) -> Path:
     if not url.database or url.database == ":memory:" or url.database.startswith("file:") or url.query:
-        raise UsageError("state: a node's processes share a file: sqlite:///PATH, with nothing after the path")
+        raise UsageError("database: a node's processes share a file: sqlite:///PATH, with nothing after the path")
     return Path(url.database).absolute()
 
 
@@ -270,7 +270,7 @@ def _postgresql_engine(url: URL) -> Engine:
     try:
         import psycopg  # noqa: F401
     except ImportError:
-        raise UsageError("state: PostgreSQL needs psycopg: pip install 'fedclaw[postgresql]'") from None
+        raise UsageError("database: PostgreSQL needs psycopg: pip install 'fedclaw[postgresql]'") from None
     engine = create_engine(
         url.set(drivername="postgresql+psycopg", query={**options, **asked}),
         hide_parameters=True,

@@ -10,6 +10,7 @@ import pytest
 
 from fedclaw.errors import FedClawError, ProvisionError, UsageError
 from fedclaw.identity import pki
+from fedclaw.serve.__main__ import main
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.security.development_tokens import KEY_SET, SIGNING_KEY, sign_token, write_keys
 from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper
@@ -80,6 +81,9 @@ def test_keys_that_are_none(tmp_path: Path) -> None:
         ("x" * 257, [], 5),
         ("me", ["predict:heart feedback:heart"], 5),
         ("me", ["predict:é"], 5),
+        ("me", ["predit:heart"], 5),
+        ("me", ["admin:publish:heart"], 5),
+        ("me", ["predict"], 5),
         ("me", [""], 5),
         ("me", [], 0),
         ("me", [], -5),
@@ -94,3 +98,14 @@ def test_tokens_that_no_node_would_take_are_not_signed(
     with pytest.raises(UsageError) as caught:
         sign_token(tmp_path, "i", "a", subject, scopes, minutes)
     assert isinstance(caught.value, FedClawError)
+
+
+def test_the_words_make_what_a_node_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "keys"
+    main(["keys", f"directory={keys}"])
+    said = dict(setting.split("=") for setting in capsys.readouterr().out.split())
+    assert said["tokens.jwks"] == str(keys / KEY_SET)
+    main(["token", f"keys={keys}", "subject=me", "scopes=predict:heart"])
+    claims = jwt.decode(capsys.readouterr().out.strip(), options={"verify_signature": False})
+    assert (claims["iss"], claims["aud"]) == (said["tokens.issuer"], said["tokens.audience"])
+    assert claims["scope"] == "predict:heart"

@@ -67,3 +67,9 @@ def test_a_directory_that_is_none_is_wrong_use(tmp_path: Path):
         main(["audit", f"state={tmp_path / 'none'}"])
     with pytest.raises(AuditLogError, match="no such directory"):
         main(["audit", f"state={tmp_path}"])
+
+
+def test_a_name_that_the_log_does_not_have_is_wrong_use_for_no_anchor_would_be_found(tmp_path: Path):
+    serve_something(tmp_path)
+    with pytest.raises(UsageError, match="is of node"):
+        main(["audit", f"state={tmp_path}", "name=other"])

@@ -387,7 +387,7 @@ def test_a_file_that_is_no_database_is_refused(place: Path):
     ],
 )
 def test_a_place_that_is_none_is_wrong_use_and_no_password_is_repeated(where: str):
-    with pytest.raises(UsageError, match=r"^state: ") as told:
+    with pytest.raises(UsageError, match=r"^database: ") as told:
         StateStore.open(where)
     assert "hunter2" not in str(told.value)
 
