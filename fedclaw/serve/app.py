@@ -105,7 +105,7 @@ class HttpApplication:
             answer = refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
         respond = scope.get(RESPOND)
         if respond is None or not respond(_head(answer), answer.body):
-            await _send(send, answer)
+            await _send(send, answer, closing=not self._node.ready)
 
     def _refused(self, refusal: ServeRefusal, scope: Scope) -> HttpAnswer:
         try:
@@ -327,10 +327,13 @@ def _head(answer: HttpAnswer) -> bytes:
     return f"{status}content-type: {answer.media_type}\r\ncontent-length: {len(answer.body)}\r\n{told}{_FIXED}".encode()
 
 
-async def _send(send: Send, answer: HttpAnswer) -> None:
+async def _send(send: Send, answer: HttpAnswer, closing: bool) -> None:
+    """`closing`: the client is to ask somebody else from now on, on another connection."""
     headers = [(b"content-type", answer.media_type.encode()), (b"content-length", str(len(answer.body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in answer.headers.items()]
     headers += [(b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]
+    if closing:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": int(answer.status), "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
 

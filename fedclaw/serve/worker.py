@@ -41,6 +41,9 @@ log = logging.getLogger("fedclaw.serve")
 
 ANCHOR_SECONDS = PUSH_SECONDS = 10.0
 REFRESH_SECONDS = 600.0
+LEAST_DRAIN = 0.5
+"""Seconds in which a client that keeps its connection busy is told, with an answer, that it is closed: one that is
+closed without a word may have the next request on its way."""
 _COLLECT = (5_000, 10, 10)
 """Objects made until the youngest are collected, and how often the older ones are with them."""
 
@@ -109,7 +112,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         node.ready = False
         metrics.ready(False)
         if not serving.done():
-            await asyncio.sleep(settings.drain_seconds)
+            await asyncio.sleep(max(settings.drain_seconds, LEAST_DRAIN))
     finally:
         http.should_exit = True
         ends = [serving] if grpc_server is None else [serving, asyncio.ensure_future(grpc_server.stop(GRACE))]

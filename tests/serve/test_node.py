@@ -157,6 +157,24 @@ def test_ctrl_c_while_its_processes_start_ends_all_without_a_traceback(tmp_path,
 
 
 @pytest.mark.slow
+def test_a_client_that_keeps_its_connection_busy_is_told_of_the_end_with_an_answer(tmp_path, table_bundle, home):
+    settings = (f"bundle={table_bundle}", "model=heart", f"ca={home.root / 'ca.crt'}", *INSECURE)
+    with running_node(tmp_path, *settings) as node:
+        connection = http.client.HTTPConnection(urlsplit(node.http).netloc, timeout=60)
+        connection.connect()
+        node.process.send_signal(signal.SIGTERM)
+        closed = False
+        while not closed:
+            connection.request("POST", "/predict/heart", CSV, {"content-type": "text/csv"})
+            answer = connection.getresponse()
+            assert answer.read()
+            assert answer.status == 200
+            closed = answer.will_close
+        connection.close()
+        assert node.process.wait(60) == 143
+
+
+@pytest.mark.slow
 def test_a_copy_that_was_changed_is_not_served_again_and_what_is_served_stays(tmp_path, table_bundle, home):
     settings = (f"bundle={table_bundle}", "model=heart", f"ca={home.root / 'ca.crt'}", *INSECURE)
     with running_node(tmp_path, *settings) as node:
