@@ -25,6 +25,7 @@ COMMANDS = {
     "layouts": "fedclaw.layouts",
     "lineage": "fedclaw.lineage",
     "predict": "fedclaw.predict",
+    "serve": "fedclaw.serve",
     "encryption": "fedclaw.encryption",
     "ray": "fedclaw.transport.ray",
 }

@@ -1,4 +1,4 @@
-"""One node that answers requests from signed bundles, on-premises.
+"""Serve signed bundles: one node that answers requests, on-premises.
 
     python -m fedclaw.serve bundle=PATH ca=ca.crt …          serve, until stopped (Ctrl-C or SIGTERM)
     python -m fedclaw.serve publish bundle=PATH model=NAME   a new version for nodes that run

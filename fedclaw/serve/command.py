@@ -25,6 +25,8 @@ from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
 log = logging.getLogger("fedclaw.serve")
 
 CONFIGURATION = "configuration"
+SILENT = 5.0
+"""Seconds without a word after which a worker, which tells of itself four times a second, is taken for gone."""
 
 
 def serve(settings: NodeSettings, console: Console) -> None:
@@ -92,6 +94,7 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
             found.append((version, digest, bundles.open(digest, trust).manifest))
         taken.append((name or found[-1][2].run, model, found))
     with StateStore.open(home.database(settings.database)) as store:
+        claim_name(store, settings.name, home.identity())
         catalogue = VersionCatalogue(store)
         for name, model, versions in taken:
             entry = ModelEntry(versions={}, precision=model.precision, pinned=model.pinned)
@@ -100,6 +103,21 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
             first_release(store, name, added, settings.name)
         if not catalogue.models():
             raise UsageError("there is no model to serve: give bundle=PATH, or models={NAME: {bundle: PATH}}")
+
+
+def claim_name(store: StateStore, name: str, identity: str) -> None:
+    """Have the name for the node whose directory has this identity, among all that share the store.
+
+    Another directory that has it gives it up once its workers are silent. Raises UsageError while they are not: audit
+    logs and workers of two nodes would be taken for those of one.
+    """
+    document = f"nodes/{name}"
+    before = store.read(document)
+    if before is not None and before[1] == {"identity": identity}:
+        return
+    alive = any(beat.node == name and beat.age < SILENT for beat in store.workers())
+    if alive or not store.swap(document, None if before is None else before[0], {"identity": identity}):
+        raise UsageError(f"name={name}: another node of this name runs on this database; give each a name of its own")
 
 
 def _models(settings: NodeSettings) -> Mapping[str, ModelSettings]:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import orjson
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -94,6 +95,7 @@ class AdminPort:
                 Route(f"{model}/release", self._route("publish", self._begin_release), methods=["POST"]),
                 Route(f"{model}/{{operation:str}}", self._route("route", self._operate), methods=["POST"]),
             ],
+            exception_handlers={HTTPException: _no_route},
         )
 
     def _route(self, action: str, handler: Callable[[Request, str], Awaitable[Any]]) -> Any:
@@ -284,6 +286,12 @@ async def _body(request: Request) -> dict[str, Any]:
 
 def _json(content: Any) -> Response:
     return Response(orjson.dumps(content), media_type="application/json", headers={"cache-control": "no-store"})
+
+
+async def _no_route(_request: Request, error: Exception) -> Response:
+    if getattr(error, "status_code", 404) == 405:
+        return _refused(ServeRefusal("method_not_allowed", "this path takes another method"))
+    return _refused(ServeRefusal("not_found", "there is nothing at this path of the admin port"))
 
 
 def _refused(refusal: ServeRefusal) -> Response:

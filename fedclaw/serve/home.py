@@ -11,11 +11,12 @@ from pathlib import Path
 from fedclaw.cli import naming
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Trust, load_trust
+from fedclaw.files import write_atomic
 from fedclaw.serve.settings import NodeSettings
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
-CLAIM, INCOMING = ".running", ".incoming."
+CLAIM, INCOMING, IDENTITY = ".running", ".incoming.", "identity"
 BUNDLES, DATABASE, METRICS, RATES, AUDIT = "bundles", "state.db", "metrics", "rates", "audit"
 
 
@@ -51,6 +52,13 @@ class NodeHome:
             ) from error
         finally:
             os.close(held)
+
+    def identity(self) -> str:
+        """What tells this directory from any other, made when it is first asked for."""
+        path = self.root / IDENTITY
+        if not path.exists():
+            write_atomic(path, os.urandom(16).hex().encode(), FILE_MODE)
+        return path.read_text(encoding="ascii")
 
     def sweep(self) -> None:
         """Remove uploads that a process which was killed left."""

@@ -278,3 +278,9 @@ def test_answers_on_one_connection_keep_apart_and_a_client_may_end_it(node):
     response = connection.getresponse()
     assert (response.status, response.read()) == (405, b"")
     connection.close()
+
+
+def test_a_path_or_method_that_the_admin_port_has_not_is_refused_in_words(node):
+    status, found, _ = node.ask("GET", f"{node.admin}/nowhere")
+    assert (status, found["code"]) == (404, "not_found")
+    assert node.ask("PUT", f"{node.admin}/admin/models", {})[0] == 405
