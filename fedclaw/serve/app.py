@@ -103,9 +103,10 @@ class HttpApplication:
         except Exception as error:
             log.error("a request failed: %s", type(error).__name__, exc_info=error)
             answer = refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
-        respond = scope.get(RESPOND)
+        ready = self._node.ready
+        respond = scope.get(RESPOND) if ready else None
         if respond is None or not respond(_head(answer), answer.body):
-            await _send(send, answer, closing=not self._node.ready)
+            await _send(send, answer, closing=not ready)
 
     def _refused(self, refusal: ServeRefusal, scope: Scope) -> HttpAnswer:
         try:

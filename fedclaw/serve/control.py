@@ -36,6 +36,7 @@ from fedclaw.serve.models.served_model import ModelInterface
 from fedclaw.serve.monitoring.metrics import NodeMetrics
 from fedclaw.serve.observer import NodeObserver
 from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.requests import Principal
 from fedclaw.serve.routing.controller import Controller
 from fedclaw.serve.routing.plan import read_plan
 from fedclaw.serve.security.http_protocol import CERTIFICATE
@@ -104,7 +105,7 @@ class AdminPort:
                 header = request.headers.get("authorization")
                 given = None if header is None else header.encode("latin-1")
                 principal = await self._authentication.admit(given, request.scope.get(CERTIFICATE), _peer(request))
-                require(principal, "admin", action)
+                _require_admin(principal, action)
                 found = await handler(request, principal.name)
             except ServeRefusal as refusal:
                 return _refused(refusal)
@@ -249,6 +250,15 @@ class AdminPort:
     async def _remove_version(self, request: Request, by: str) -> Any:
         model, version = request.path_params["model"], request.path_params["version"]
         return await asyncio.to_thread(releases.remove, self.store, model, version, by)
+
+
+def _require_admin(principal: Principal, action: str) -> None:
+    """Raise ServeRefusal for whoever may not, and say so in the log: decisions are events, attempts are not."""
+    try:
+        require(principal, "admin", action)
+    except ServeRefusal:
+        log.warning("%.200r was refused at the admin port: it has no admin:%s", principal.name, action)
+        raise
 
 
 def _peer(request: Request) -> str | None:

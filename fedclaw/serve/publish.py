@@ -152,6 +152,8 @@ def _wait(client: AdminClient, path: str, version: str, patience: float, tell: A
             tell(said)
         if found["state"] == "rolled_back":
             raise FedClawError(f"version {version} was rolled back: {said}")
+        if found["state"] == "answers" and found["stable"] != version:
+            raise FedClawError(f"version {version} does not answer: somebody else's decision was another. {said}")
         if found["state"] in {"answers", "waits_for_approval", "shadow"}:
             return found
         time.sleep(_EVERY)

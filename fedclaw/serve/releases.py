@@ -152,10 +152,10 @@ def operate(store: StateStore, model: str, operation: str, body: Mapping[str, An
 
 
 def progress(store: StateStore, model: str) -> Mapping[str, Any]:
-    """How the last release stands: its state, and a sentence."""
+    """How the last release stands: its state, a sentence, and the version that answers whoever nothing else does."""
     plan = _plan(store, model).plan
     state, says = _progress(plan)
-    return {"state": state, "says": says, "decision": plan.decision.model_dump(mode="json")}
+    return {"state": state, "says": says, "stable": plan.stable, "decision": plan.decision.model_dump(mode="json")}
 
 
 def _progress(plan: RoutingPlan) -> tuple[str, str]:

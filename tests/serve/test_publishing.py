@@ -3,6 +3,8 @@
 import shutil
 import socket
 from pathlib import Path
+from threading import Thread
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -110,6 +112,7 @@ def test_who_may_not_publish_is_refused(node, second_bundle, keys):
     done = publish(node, second_bundle)
     assert done.code == 1
     assert "403" in done.errors
+    assert "'bob' was refused at the admin port" in node.log.read_text()
 
 
 def test_an_upload_that_breaks_off_is_no_failure_of_the_node(node):
@@ -122,3 +125,15 @@ def test_an_upload_that_breaks_off_is_no_failure_of_the_node(node):
         )
     node.wait_for(lambda: True if "went away" in node.log.read_text() else None)
     assert "Traceback" not in node.log.read_text()
+
+
+def test_who_waits_for_a_release_learns_that_another_version_was_pinned(node, second_bundle):
+    first = release(node)["stable"]
+    waiting = Thread(target=lambda: ended.append(publish(node, second_bundle, "version=second", "wait=true")))
+    ended: list[Any] = []
+    waiting.start()
+    node.wait_for(lambda: True if release(node)["state"] == "canary" else None)
+    assert node.ask("POST", f"{node.admin}/admin/models/heart/pin", {"version": first})[0] == 200
+    waiting.join()
+    assert ended[0].code == 1, ended[0].output
+    assert "second" in ended[0].errors
