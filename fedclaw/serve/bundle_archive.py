@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from fedclaw.export.layout import FILE_NAME
+from fedclaw.cli import expanded
+from fedclaw.errors import UsageError
+from fedclaw.export.layout import DIGESTS, FILE_NAME
 from fedclaw.files import PRIVATE_MODE
 from fedclaw.serve.refusals import ServeRefusal
 
@@ -33,6 +35,12 @@ class _Pipe:
     def take(self) -> bytes:
         taken, self.pieces = b"".join(self.pieces), []
         return taken
+
+
+def require_bundle(path: Path) -> None:
+    """Raise UsageError for a directory that is there and, by its files, no bundle."""
+    if not (expanded(path) / DIGESTS).is_file():
+        raise UsageError(f"bundle={path} is no bundle: it has no {DIGESTS}; give the directory of an export")
 
 
 def pack(bundle: Path) -> Iterator[bytes]:

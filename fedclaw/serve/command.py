@@ -12,6 +12,7 @@ from fedclaw.cli import expanded, require_paths
 from fedclaw.errors import UsageError
 from fedclaw.export.layout import Manifest
 from fedclaw.serve.admission import check_admission
+from fedclaw.serve.bundle_archive import require_bundle
 from fedclaw.serve.home import DATABASE, NodeHome, trust_of
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.releases import first_release
@@ -64,9 +65,9 @@ def check_files(settings: NodeSettings) -> None:
     Raises UsageError for what is not there or not said, ProvisionError for what is there and no good.
     """
     tls, tokens = settings.tls, settings.tokens
-    for model in _models(settings).values():
-        for version in model.listed:
-            require_paths(bundle=version.bundle)
+    bundles = [version.bundle for model in _models(settings).values() for version in model.listed]
+    for bundle in bundles:
+        require_paths(bundle=bundle)
     named = {"tls.certificate": tls.certificate, "tls.private_key": tls.private_key, "tls.client_ca": tls.client_ca}
     named |= {"tls.client_crl": tls.client_crl, "tokens.jwks_ca": tokens.jwks_ca}
     named |= {"tokens.jwks": Path(tokens.jwks) if tokens.jwks and "://" not in tokens.jwks else None}
@@ -78,6 +79,8 @@ def check_files(settings: NodeSettings) -> None:
     check_admission(settings)
     if settings.database is not None:
         Database(settings.database).close()
+    for bundle in bundles:
+        require_bundle(bundle)
 
 
 def take_in(settings: NodeSettings, home: NodeHome) -> None:

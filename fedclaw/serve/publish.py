@@ -18,9 +18,8 @@ from pydantic import Field, field_validator
 
 from fedclaw.cli import expanded, require_paths
 from fedclaw.errors import FedClawError, UsageError
-from fedclaw.export.layout import DIGESTS
 from fedclaw.protocol.frozen import Frozen
-from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
+from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack, require_bundle
 from fedclaw.serve.settings import ModelName, is_loopback
 
 _SHOWN = 500
@@ -58,8 +57,11 @@ class AdminClient:
     """Speaks to one node's admin port."""
 
     def __init__(self, node: str, token: str, ca: Path | None) -> None:
-        found = urlsplit(node)
-        host, port = found.hostname, found.port
+        try:
+            found = urlsplit(node)
+            host, port = found.hostname, found.port
+        except ValueError:
+            raise UsageError(f"node={node}: give the address of an admin port, as https://node.hospital:9443") from None
         if found.scheme not in {"https", "http"} or host is None or port is None or found.path not in {"", "/"}:
             raise UsageError(f"node={node}: give the address of an admin port, as https://node.hospital:9443")
         if found.scheme == "http" and not is_loopback(host):
@@ -125,8 +127,7 @@ def publish(settings: PublishSettings, tell: Callable[[str], None]) -> dict[str,
     """
     require_paths(bundle=settings.bundle, node_ca=settings.node_ca)
     token = read_token(settings.token)
-    if not (expanded(settings.bundle) / DIGESTS).is_file():
-        raise UsageError(f"bundle={settings.bundle} is no bundle: it has no {DIGESTS}; give the directory of an export")
+    require_bundle(settings.bundle)
     clients = [AdminClient(node, token, settings.node_ca) for node in settings.node]
     path = f"/admin/models/{quote(settings.model, safe='')}"
     named = f"?version={quote(settings.version, safe='')}" if settings.version else ""

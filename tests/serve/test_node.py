@@ -233,6 +233,10 @@ def refused(arguments: list[str], what: type[Exception], words: str) -> None:
 
 def test_a_node_is_told_whose_bundles_it_serves(tmp_path, table_bundle):
     refused([f"bundle={table_bundle}", f"state={tmp_path / 'node'}", *INSECURE], UsageError, "whose bundles")
+    trust = f"ca={table_bundle / 'ca.crt'}"
+    refused(
+        [f"bundle={tmp_path}", trust, f"state={tmp_path / 'node'}", *INSECURE], UsageError, "is no bundle: it has no"
+    )
     assert not (tmp_path / "node").exists()
 
 

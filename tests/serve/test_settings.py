@@ -6,6 +6,7 @@ import pytest
 
 from fedclaw.cli import compose_settings
 from fedclaw.errors import UsageError
+from fedclaw.serve.publish import AdminClient
 from fedclaw.serve.settings import NodeSettings
 
 ALONE = ("tls.disabled=true", "tokens.disabled=true")
@@ -42,3 +43,11 @@ def test_free_ports_and_addresses_of_their_own_are_no_conflict():
     assert compose_settings("serve", [*given, *ALONE], NodeSettings).port == 0
     given = ("port=18001", "admin.port=18001", "admin.host=::1")
     assert compose_settings("serve", [*given, *ALONE], NodeSettings).admin.port == 18001
+
+
+@pytest.mark.parametrize(
+    "node", ["127.0.0.1:9443", "https://node", "https://node:port", "https://[node:9443", "ftp://node:9"]
+)
+def test_an_address_that_is_no_admin_port_is_wrong_use(node):
+    with pytest.raises(UsageError, match="give the address of an admin port"):
+        AdminClient(node, "token", None)

@@ -126,7 +126,7 @@ def probe(
     execution = decide_execution(chosen, hand_over, settings)
     found = Probed(graphs[chosen.threads], execution, figures, hand_over)
     found = _in_two(found, chosen, verified, rows, settings, device) or found
-    log.info("%s: %s; %s", verified.manifest.run, found.execution, _shown(found))
+    log.info("%s: %s; %s", verified.manifest.run, _told(found.execution), _shown(found))
     return found
 
 
@@ -257,9 +257,16 @@ def _hand_over() -> float:
     return float(np.median(taken))
 
 
+def _told(how: Execution) -> str:
+    """How a model computes, in words."""
+    together = f"requests together in batches of up to {how.max_batch} rows" if how.batching else "each request alone"
+    where = "in the worker's event loop" if how.inline else "in a thread beside it"
+    return f"{how.threads} thread{'s' * (how.threads > 1)}, {together}, {where}"
+
+
 def _shown(found: Probed) -> str:
     def line(figures: ProbeFigures) -> str:
         sizes: Sequence[str] = [f"{rows}: {seconds * 1e6:.0f}" for rows, seconds in figures.seconds.items()]
-        return f"{figures.threads} threads, us by rows: {', '.join(sizes)}"
+        return f"{figures.threads} thread{'s' * (figures.threads > 1)}, us by rows: {', '.join(sizes)}"
 
     return f"{'; '.join(map(line, found.figures))}; change of threads: {found.hand_over * 1e6:.0f} us"
