@@ -15,7 +15,7 @@ from fedclaw.serve.admission import check_admission
 from fedclaw.serve.bundle_archive import require_bundle
 from fedclaw.serve.home import DATABASE, NodeHome, trust_of
 from fedclaw.serve.models.bundle_store import BundleStore
-from fedclaw.serve.releases import first_release
+from fedclaw.serve.releases import release_configured
 from fedclaw.serve.security.rate_limits import RateTable
 from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
 from fedclaw.serve.state.database import Database
@@ -100,10 +100,11 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
         claim_name(store, settings.name, home.identity())
         catalogue = VersionCatalogue(store)
         for name, model, versions in taken:
+            known = catalogue.read(name)
             entry = ModelEntry(versions={}, precision=model.precision, pinned=model.pinned)
             for version, digest, manifest in versions:
                 added = catalogue.add(name, version.name, digest, manifest.run, CONFIGURATION, entry)
-            first_release(store, name, added, settings.name)
+            release_configured(store, name, added, settings.name, known is None or added not in known.versions)
         if not catalogue.models():
             raise UsageError("there is no model to serve: give bundle=PATH, or models={NAME: {bundle: PATH}}")
 

@@ -47,6 +47,21 @@ def first_release(store: StateStore, model: str, version: str, node: str = "") -
     controller.pin(store, model, version, CONFIGURATION, time.time())
 
 
+def release_configured(store: StateStore, model: str, version: str, node: str, new: bool) -> None:
+    """Let the version that the node's configuration names answer, where it is `new` in the catalogue, or the
+    configuration named another at the node's last start.
+
+    A node that starts again as it was leaves what was published and decided since as it is. Raises UsageError.
+    """
+    named = f"configured/{node}/{model}"
+    found = store.read(named)
+    before = None if found is None else found[1].get("version")
+    if new or read_plan(store, model) is None or (before is not None and before != version):
+        first_release(store, model, version, node)
+    if before != version:
+        store.swap(named, None if found is None else found[0], {"version": version})
+
+
 def begin(
     store: StateStore, model: str, version: str, settings: ReleaseSettings, mode: str, by: str
 ) -> Mapping[str, Any]:

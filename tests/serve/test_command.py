@@ -1,0 +1,44 @@
+"""What a node does before its processes start."""
+
+import pytest
+
+from fedclaw.serve import releases
+from fedclaw.serve.command import take_in
+from fedclaw.serve.home import NodeHome
+from fedclaw.serve.routing.plan import read_plan
+from fedclaw.serve.settings import NodeSettings, TlsSettings, TokenSettings
+from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.version_catalogue import VersionCatalogue
+from tests.bundles import export_table
+
+
+@pytest.fixture
+def settings(tmp_path, table_bundle, home) -> NodeSettings:
+    return NodeSettings(
+        bundle=table_bundle,
+        model="heart",
+        ca=home.root / "ca.crt",
+        state=tmp_path / "node",
+        tls=TlsSettings(disabled=True),
+        tokens=TokenSettings(disabled=True),
+        federation=None,
+        crl=None,
+        expired="accept",
+    )
+
+
+def test_a_node_that_starts_again_as_it_was_leaves_what_was_published_since(tmp_path, settings, table_source, home):
+    node = NodeHome.make(settings.state)
+    take_in(settings, node)
+    with StateStore.open(node.database(None)) as store:
+        first = read_plan(store, "heart").plan.stable
+        for number in (2, 3):
+            VersionCatalogue(store).add("heart", f"v{number}", f"{number}" * 64, "run", "ann")
+            releases.pin(store, "heart", f"v{number}", "ann")
+        take_in(settings, node)
+        assert read_plan(store, "heart").plan.stable == "v3"
+        other = export_table(table_source, home, tmp_path / "other")
+        take_in(settings.model_copy(update={"bundle": other}), node)
+        assert read_plan(store, "heart").plan.stable not in {first, "v3"}
+        take_in(settings, node)
+        assert read_plan(store, "heart").plan.stable == first
