@@ -53,6 +53,8 @@ PERIOD = 0.25
 UPKEEP_SECONDS = 60.0
 MOST_BUNDLE_BYTES = 16 << 30
 MOST_BODY = 1 << 16
+LEAST_FREE = 1 << 30
+"""Bytes on the node's disk that uploads leave: the audit log, without which nothing is answered, is there too."""
 UNNEEDED_SECONDS = 3600.0
 """How long a bundle stays in the store that no version has any more."""
 
@@ -214,7 +216,7 @@ class AdminPort:
         try:
             archive = directory / "archive"
             with archive.open("xb") as file:
-                size = await _receive(request, file)
+                size = await _receive(request, file, directory)
             log.info("a bundle of %d bytes came in for %s", size, model)
             return await asyncio.to_thread(self._keep, directory, model, version, by)
         finally:
@@ -269,14 +271,22 @@ async def _health(_request: Request) -> Response:
     return _json({"status": "ok"})
 
 
-async def _receive(request: Request, file: BinaryIO) -> int:
+async def _receive(request: Request, file: BinaryIO, directory: Path) -> int:
     size = 0
     async for piece in request.stream():
         size += len(piece)
         if size > MOST_BUNDLE_BYTES:
             raise ServeRefusal("too_large", f"a bundle has at most {MOST_BUNDLE_BYTES} bytes")
-        await asyncio.to_thread(file.write, piece)
+        # It is to be unpacked, and that is to be copied.
+        await asyncio.to_thread(_write, file, piece, directory, 2 * size)
     return size
+
+
+def _write(file: BinaryIO, piece: bytes, directory: Path, more: int) -> None:
+    """Raises ServeRefusal where there would not be room for the piece and so many bytes more."""
+    if shutil.disk_usage(directory).free < LEAST_FREE + len(piece) + more:
+        raise ServeRefusal("unavailable", "the node has no room for the bundle")
+    file.write(piece)
 
 
 async def _body(request: Request) -> dict[str, Any]:
