@@ -16,6 +16,7 @@ from urllib.parse import quote, urlsplit
 
 from pydantic import Field, field_validator
 
+from fedclaw import startup
 from fedclaw.cli import expanded, require_paths
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.protocol.frozen import Frozen
@@ -140,6 +141,7 @@ def publish(settings: PublishSettings, tell: Callable[[str], None]) -> dict[str,
         raise FedClawError(f"the nodes gave it different names ({', '.join(sorted(versions))}): give version=")
     version = versions.pop()
     begun = clients[0].ask("POST", f"{path}/release", {"version": version, "mode": settings.mode})
+    startup.next_step(f"the release of {version} goes on at the node, and `roll_back` on its admin port ends it")
     tell(f"release of {version}: {begun['says']}")
     return _wait(clients[0], path, version, settings.patience, tell) if settings.wait else begun
 

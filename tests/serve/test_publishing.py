@@ -1,7 +1,10 @@
 """A new version for a node that runs: published, compared, taken back, refused."""
 
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 
 from fedclaw.serve.security.development_tokens import sign_token, write_keys
 from tests.bundles import export_table
-from tests.conftest import run_module
+from tests.conftest import environment, run_module
 from tests.serve.node_process import RunningNode, running_node
 
 ISSUED = ("issuer", "audience")
@@ -137,3 +140,16 @@ def test_who_waits_for_a_release_learns_that_another_version_was_pinned(node, se
     waiting.join()
     assert ended[0].code == 1, ended[0].output
     assert "second" in ended[0].errors
+
+
+def test_who_stops_waiting_is_told_that_the_release_goes_on(node, second_bundle):
+    command = [sys.executable, "-m", "fedclaw.serve", "publish", f"bundle={second_bundle}", "model=heart", "wait=true"]
+    command += ["version=second", f"node={node.admin}", f"token=file:{node.log.parent / 'token'}"]
+    log = node.log.parent / "publish.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment())
+    node.wait_for(lambda: True if "answers 5%" in log.read_text() else None)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "the release of second goes on at the node" in log.read_text()
+    assert release(node)["state"] == "canary"
