@@ -103,7 +103,7 @@ class HttpApplication:
         except Exception as error:
             log.error("a request failed: %s", type(error).__name__, exc_info=error)
             answer = refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
-        ready = self._node.ready
+        ready = self._node.open
         respond = scope.get(RESPOND) if ready else None
         if respond is None or not respond(_head(answer), answer.body):
             await _send(send, answer, closing=not ready)

@@ -86,7 +86,9 @@ class ServingNode:
 
     def __init__(self, parts: NodeParts) -> None:
         self.parts = parts
-        self.live, self.ready = True, False
+        self.live, self.open = True, False
+        self.missing: frozenset[str] = frozenset()
+        """Pinned models that are to be here and are not loaded."""
         self.credit: Credit = _no_feedback
         self._readers: Mapping[str, Mapping[str, RequestReader]] = {}
         self._mirror = Mirror(MOST_MIRRORS)
@@ -126,6 +128,11 @@ class ServingNode:
             raise ServeRefusal("not_found", f"there is no such version of {model}")
         return found
 
+    @property
+    def ready(self) -> bool:
+        """Whether it answers, from every model that it should have in memory."""
+        return self.open and not self.missing
+
     def labels(self, model: str, version: str) -> Sequence[str] | None:
         """Names of a version's classes; None: it is not here any more, or has none."""
         found = self._readers.get(model, {}).get(version)
@@ -137,7 +144,7 @@ class ServingNode:
             found = self.reader(principal, model, version)
         except ServeRefusal:
             return False
-        return self.ready and self.parts.models.loaded(model, found.model.version) is not None
+        return self.open and self.parts.models.loaded(model, found.model.version) is not None
 
     async def infer(
         self, caller: Caller, request: InferenceRequest, body: bytes | None = None

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
@@ -58,6 +58,8 @@ class Launch:
     ports: Ports
     number: int
     """Of the worker, from 1; 0: the control process."""
+    again: bool = False
+    """Whether it takes the place of one that ended: then it serves what it can."""
 
     @property
     def name(self) -> str:
@@ -156,7 +158,8 @@ class _Child:
 
     def start(self) -> None:
         self.ready = _SPAWN.Event()
-        arguments = (self.entry, self.launch, self.ready)
+        launch = replace(self.launch, again=self.restarts > 0)
+        arguments = (self.entry, launch, self.ready)
         self.process = _SPAWN.Process(target=_run_child, args=arguments, name=f"fedclaw-{self.launch.name}")
         # A child whose start is broken off would be nobody's; and Ctrl-C, which reaches it too, is not for it to heed.
         with startup.unbroken():

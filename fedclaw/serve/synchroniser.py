@@ -56,13 +56,23 @@ class Synchroniser:
         self._loading: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Load all that is to be ready from the start. Raises FedClawError for what does not load."""
+        """Load all that is to be ready from the start. Raises FedClawError for what does not load; but a process that
+        takes another one's place serves the models that do, and is not ready until it has the others."""
         entries = await self._routed()
         await self._take(entries)
         self._tell()
-        for model, entry in entries.items():
-            if entry.pinned and (stable := self._stable(model)) is not None:
-                await self._parts.pool.load(model, stable)
+        failures = dict[str, FedClawError]()
+        pinned = [model for model, entry in entries.items() if entry.pinned and self._stable(model) is not None]
+        for model in pinned:
+            try:
+                await self._parts.pool.load(model, str(self._stable(model)))
+            except FedClawError as error:
+                failures[model] = error
+        if failures and (not self._parts.launch.again or len(failures) == len(pinned)):
+            raise next(iter(failures.values()))
+        for model in failures:
+            log.error("%s is not answered by this process until it loads; the other models are", model)
+        self._note_missing(entries)
         self._tell()
         await self._beat()
 
@@ -88,7 +98,15 @@ class Synchroniser:
             for version in entry.versions:
                 if entry.pinned or version in entry.staged or version != self._stable(model):
                     self._begin_loading(model, version)
+        self._note_missing(entries)
         await self._beat()
+
+    def _note_missing(self, entries: Mapping[str, ModelEntry]) -> None:
+        loaded = set(self._parts.pool.ready())
+        stable = {model: self._stable(model) for model, entry in entries.items() if entry.pinned}
+        self._parts.node.missing = frozenset(
+            model for model, version in stable.items() if version is not None and (model, version) not in loaded
+        )
 
     async def _routed(self) -> dict[str, ModelEntry]:
         """The models, each with the versions that its plan may route to, or that are to be loaded first."""

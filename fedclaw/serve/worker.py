@@ -89,7 +89,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
 
     def started() -> None:
         _leave_to_stay()
-        node.ready = True
+        node.open = True
         metrics.ready(True)
         ready.set()
 
@@ -109,7 +109,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     stop = asyncio.ensure_future(stopping.wait())
     try:
         await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
-        node.ready = False
+        node.open = False
         metrics.ready(False)
         if not serving.done():
             await asyncio.sleep(max(settings.drain_seconds, LEAST_DRAIN))

@@ -1,5 +1,6 @@
 """A new version for a node that runs: published, compared, taken back, refused."""
 
+import os
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import pytest
 from fedclaw.serve.security.development_tokens import sign_token, write_keys
 from tests.bundles import export_table
 from tests.conftest import environment, run_module
-from tests.serve.node_process import RunningNode, running_node
+from tests.serve.node_process import INSECURE, RunningNode, running_node
 
 ISSUED = ("issuer", "audience")
 pytestmark = pytest.mark.slow
@@ -153,3 +154,25 @@ def test_who_stops_waiting_is_told_that_the_release_goes_on(node, second_bundle)
     assert process.wait(60) == 130
     assert "the release of second goes on at the node" in log.read_text()
     assert release(node)["state"] == "canary"
+
+
+def test_a_model_whose_copy_is_damaged_takes_no_other_down(tmp_path, table_bundle, image_bundle, home):
+    models = f"models={{heart: {{bundle: '{table_bundle}'}}, scan: {{bundle: '{image_bundle}'}}}}"
+    with running_node(tmp_path, models, f"ca={home.root / 'ca.crt'}", *INSECURE) as node:
+        entry = node.ask("GET", f"{node.admin}/admin/models/scan")[1]
+        digest = next(iter(entry["versions"].values()))["digest"]
+        (tmp_path / "node" / "bundles" / digest / "schema.json").write_bytes(b"{}")
+        before = node.processes()["worker-1"]
+        os.kill(before, signal.SIGKILL)
+
+        def answered() -> tuple[int, int] | None:
+            body = b"age,smoker,ward\n61,yes,surgery\n"
+            try:
+                status, _, _ = node.ask("POST", f"{node.http}/predict/heart", body, content_type="text/csv")
+                return (status, node.ask("GET", f"{node.http}/v2/health/ready")[0]) if status == 200 else None
+            except OSError:
+                return None
+
+        assert node.wait_for(answered) == (200, 503)
+        assert node.processes()["worker-1"] != before
+        assert node.ask("GET", f"{node.http}/v2/models/scan/ready")[0] == 503
