@@ -19,6 +19,8 @@ from fedclaw.identity.federation_home import FederationHome
 from fedclaw.serve.security.development_tokens import sign_token, write_keys
 from tests.serve.node_process import RunningNode, running_node
 
+pytestmark = pytest.mark.slow
+
 ISSUER, AUDIENCE = "https://issuer.test", "node.test"
 TRITON = (tritonclient.http, tritonclient.grpc)
 CSV = "age,smoker,ward\n63.5,yes,surgery\n,no,medicine\n20,true,attic\n"

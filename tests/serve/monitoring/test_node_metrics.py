@@ -8,6 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serve.monitoring.test_tracing import Collector, attributes
 from tests.serve.node_process import INSECURE, running_node
 
+pytestmark = pytest.mark.slow
+
 ROW = {"rows": [{"age": 61, "smoker": "yes", "ward": "surgery"}]}
 
 
