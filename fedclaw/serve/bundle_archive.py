@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from fedclaw.cli import expanded
-from fedclaw.errors import UsageError
+from fedclaw.errors import FedClawError, UsageError
 from fedclaw.export.layout import DIGESTS, FILE_NAME
 from fedclaw.files import PRIVATE_MODE
 from fedclaw.serve.refusals import ServeRefusal
@@ -22,21 +22,6 @@ MOST_FILES = 64
 _CHUNK = 1 << 20
 
 
-class _Pipe:
-    """Takes what tarfile writes, to be taken out again piece by piece."""
-
-    def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-
-    def write(self, piece: bytes) -> int:
-        self.pieces.append(bytes(piece))
-        return len(piece)
-
-    def take(self) -> bytes:
-        taken, self.pieces = b"".join(self.pieces), []
-        return taken
-
-
 def require_bundle(path: Path) -> None:
     """Raise UsageError for a directory that is there and, by its files, no bundle."""
     if not (expanded(path) / DIGESTS).is_file():
@@ -44,18 +29,21 @@ def require_bundle(path: Path) -> None:
 
 
 def pack(bundle: Path) -> Iterator[bytes]:
-    """The archive, piece by piece, never whole in memory. Raises OSError."""
-    pipe = _Pipe()
-    with tarfile.open(fileobj=pipe, mode="w|", format=tarfile.USTAR_FORMAT) as archive:  # type: ignore[call-overload]
-        for path in sorted(bundle.iterdir()):
-            if path.name.startswith(".") or path.is_symlink() or not path.is_file():
-                continue
-            entry = tarfile.TarInfo(path.name)
-            with path.open("rb") as file:
-                entry.size = os.fstat(file.fileno()).st_size
-                archive.addfile(entry, file)
-            yield pipe.take()
-    yield pipe.take()
+    """The archive, piece by piece, no file whole in memory. Raises OSError, FedClawError for a file that shrinks."""
+    for path in sorted(bundle.iterdir()):
+        if path.name.startswith(".") or path.is_symlink() or not path.is_file():
+            continue
+        entry = tarfile.TarInfo(path.name)
+        with path.open("rb") as file:
+            entry.size = left = os.fstat(file.fileno()).st_size
+            yield entry.tobuf(tarfile.GNU_FORMAT)
+            while left and (piece := file.read(min(left, _CHUNK))):
+                left -= len(piece)
+                yield piece
+        if left:
+            raise FedClawError(f"{path} became shorter while it was sent: publish again")
+        yield bytes(-entry.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
 
 
 def unpack(archive: BinaryIO, directory: Path, most_bytes: int) -> None:

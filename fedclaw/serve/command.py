@@ -15,7 +15,7 @@ from fedclaw.serve.admission import check_admission
 from fedclaw.serve.bundle_archive import require_bundle
 from fedclaw.serve.home import DATABASE, NodeHome, trust_of
 from fedclaw.serve.models.bundle_store import BundleStore
-from fedclaw.serve.releases import release_configured
+from fedclaw.serve.releases import CONFIGURATION, release_configured
 from fedclaw.serve.security.rate_limits import RateTable
 from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
 from fedclaw.serve.state.database import Database
@@ -25,7 +25,6 @@ from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
 
 log = logging.getLogger("fedclaw.serve")
 
-CONFIGURATION = "configuration"
 SILENT = 5.0
 """Seconds without a word after which a worker, which tells of itself four times a second, is taken for gone."""
 

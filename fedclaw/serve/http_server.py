@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,11 +88,3 @@ async def _orphaned(stopping: asyncio.Event) -> None:
     while parent is not None and parent.is_alive():
         await asyncio.sleep(0.5)
     stopping.set()
-
-
-async def until(stopping: asyncio.Event, *others: Awaitable[Any]) -> None:
-    """Wait until it is time to stop, or one of the others ends; its error is raised."""
-    tasks = [asyncio.ensure_future(one) for one in (stopping.wait(), *others)]
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()

@@ -154,7 +154,6 @@ class _Child:
     """When it is to be started again."""
     restarts: int = 0
     in_a_row: int = 0
-    was_ready: bool = False
 
     def start(self) -> None:
         self.ready = _SPAWN.Event()
@@ -210,7 +209,6 @@ class Supervisor:
                     raise FedClawError(f"{child.launch.name} could not start: its own line above says why")
                 if time.monotonic() > end:
                     raise FedClawError(f"{child.launch.name} was not ready after {patience:g} s")
-            child.was_ready = True
 
     def watch(self) -> None:
         """Start again what ends, for ever; a signal ends it, as `startup.Stopped`."""

@@ -12,13 +12,12 @@ from pydantic import Field, ValidationError
 
 from fedclaw.compress.record import Precision
 from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.serve.models.bundle_store import short_name
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.settings import ModelName
 from fedclaw.serve.state.store import StateStore, StateStoreError
 
 PREFIX = "catalogue/"
-SHORT = 12
-"""Digits of a digest that name a version which has no other name."""
 MOST_VERSIONS = 1000
 """Of one model; the oldest that nothing is routed to make room."""
 
@@ -80,7 +79,7 @@ class VersionCatalogue:
         Adding what is there under the same name does nothing. Raises ServeRefusal `conflict` if that name is another
         bundle's.
         """
-        name = version or digest[:SHORT]
+        name = version or short_name(digest)
         while True:
             found = self._store.read(PREFIX + model)
             entry = ModelEntry(versions={}) if found is None else _parse(model, found[1])

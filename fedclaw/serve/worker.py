@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc.aio
 
+from fedclaw import processors
 from fedclaw.errors import FedClawError
 from fedclaw.serve.admission import admission_of, authentication_of, grpc_clients, http_protocol, tls_of
 from fedclaw.serve.app import HttpApplication
@@ -160,10 +161,8 @@ async def _grpc(launch: Launch, node: ServingNode, tls: ServerTls | None) -> Any
 
 
 def _pool_settings(settings: NodeSettings) -> PoolSettings:
-    import os
-
     limits = QueueLimits(settings.batching.queue, settings.limits.rows)
-    cores = max(1, len(os.sched_getaffinity(0)) // settings.workers)
+    cores = max(1, processors.usable() // settings.workers)
     return PoolSettings(settings.memory, settings.device, cores, limits)
 
 

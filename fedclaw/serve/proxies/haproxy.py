@@ -35,7 +35,6 @@ QUERY = (
     "([A-Za-z0-9_.,;:|~+-]|%(09|2[0-689A-Fa-f]|3[ABab]|7[Cc]|[89A-Fa-f][0-9A-Fa-f]))*(&|$))+$"
 )
 """How a table is written, and its identifiers: letters of every script, no quotes, brackets or control characters."""
-MOST_QUERY = 1000
 CONTENT = (
     "^(application/(json|octet-stream|vnd\\.apache\\.parquet|x-npz)|text/csv|image/(png|jpeg))"
     '( *; *charset="?[A-Za-z0-9-]{1,20}"?)?$'

@@ -20,7 +20,6 @@ from fedclaw.serve.requests import Principal
 from fedclaw.serve.security.tokens import challenge
 
 Action = Literal["predict", "feedback", "admin"]
-AdminAction = Literal["read", "publish", "route"]
 
 _KNOWN = re.compile(r"(predict|feedback):(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,63})|admin:(\*|read|publish|route)")
 FORBIDDEN = "The token does not allow this"
