@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from itertools import count
-from time import monotonic, perf_counter, time_ns
+from time import monotonic
 from typing import Any, Literal, Protocol
 
 from fedclaw.learning.preprocessing import LABEL
 from fedclaw.serve.admission import Admission, Authentication
 from fedclaw.serve.inference.node import Headers
 from fedclaw.serve.inference.rest import RequestReader
+from fedclaw.serve.models.batching import BatchMoments
 from fedclaw.serve.monitoring.drift_watch import InputWatch
 from fedclaw.serve.monitoring.metrics import WorkerMetrics
 from fedclaw.serve.monitoring.tracing import RequestTimes, RequestTracer
@@ -150,7 +151,9 @@ class ServingNode:
         self, caller: Caller, request: InferenceRequest, body: bytes | None = None
     ) -> tuple[InferenceResponse, Headers]:
         """Route and answer; `body` is what the audit log may keep of the inputs. Raises ServeRefusal."""
-        began = perf_counter()
+        began = monotonic()
+        tracer = self.parts.tracer
+        moments = None if tracer is None or not tracer.wants(caller.traceparent) else BatchMoments()
         principal, model = caller.principal, request.model
         choice: VersionChoice | None = None
         refusal: ServeRefusal | None = None
@@ -161,7 +164,7 @@ class ServingNode:
                 choice = await self.parts.router.assign(model, request.key, principal.name)
             # Of every output, whatever the client wants: receipts and comparisons are of what was predicted.
             whole = request if request.outputs is None else replace(request, outputs=None)
-            response = await self._answer(choice.version, whole)
+            response = await self._answer(choice.version, whole, moments)
             if self.parts.inputs is not None:
                 self.parts.inputs.saw(model, choice.version, request.columns, request.rows)
             headers = self._done(caller, whole, choice, response)
@@ -178,7 +181,7 @@ class ServingNode:
             refusal = ServeRefusal("internal", "the node failed on this request; its log says more")
             raise refusal from error
         finally:
-            seconds = perf_counter() - began
+            seconds = monotonic() - began
             version = "" if choice is None else choice.version
             status = _OK if refusal is None else int(refusal.status)
             if choice is not None:
@@ -194,8 +197,8 @@ class ServingNode:
             if refusal is not None:
                 self.parts.metrics.refused(model, refusal.code)
                 refusal.noted = True
-            if self.parts.tracer is not None:
-                self._trace(caller, request, version, status, refusal, seconds)
+            if moments is not None:
+                self._trace(caller, request, version, refusal, began, moments)
             self._note(caller, request, version, refusal, body)
 
     def _trace(
@@ -203,20 +206,17 @@ class ServingNode:
         caller: Caller,
         request: InferenceRequest,
         version: str,
-        status: int,
         refusal: ServeRefusal | None,
-        seconds: float,
+        began: float,
+        moments: BatchMoments,
     ) -> None:
         assert self.parts.tracer is not None
-        ended = time_ns()
-        named = request.model if version else ""
         self.parts.tracer.record(
             *TRACED[caller.protocol],
-            named,
+            request.model if version else "",
             version,
             request.rows,
-            status,
-            RequestTimes(ended - int(seconds * 1e9), ended),
+            RequestTimes.until_now(began, moments),
             caller.traceparent,
             None if refusal is None else refusal.code,
         )
@@ -229,7 +229,7 @@ class ServingNode:
         refusal: ServeRefusal | None,
         body: bytes | None,
     ) -> None:
-        self.parts.audit.append(
+        written = self.parts.audit.append(
             principal=caller.principal.name,
             peer=caller.peer,
             model=request.model,
@@ -241,7 +241,7 @@ class ServingNode:
             received=0 if body is None else len(body),
             body=body,
         )
-        self.parts.metrics.audit_line()
+        self.parts.metrics.audit_line(written)
 
     def refused(self, refusal: ServeRefusal, peer: str, principal: str = "", model: str = "") -> None:
         """Count and note a request that was refused before it came to a model; `model` as the client gave it.
@@ -259,7 +259,7 @@ class ServingNode:
             return
         if not principal and not self._strangers.take():
             return
-        self.parts.audit.append(
+        written = self.parts.audit.append(
             principal=principal,
             peer=peer,
             model=model[:MODEL_LENGTH],
@@ -269,7 +269,7 @@ class ServingNode:
             status=refusal.status,
             code=refusal.code,
         )
-        self.parts.metrics.audit_line()
+        self.parts.metrics.audit_line(written)
 
     async def feedback(self, caller: Caller, body: bytes) -> Mapping[str, Any]:
         """Take what became of an answer. Raises ServeRefusal."""
@@ -281,13 +281,15 @@ class ServingNode:
         """End what is still compared."""
         await self._mirror.close()
 
-    async def _answer(self, version: str, request: InferenceRequest) -> InferenceResponse:
+    async def _answer(
+        self, version: str, request: InferenceRequest, moments: BatchMoments | None = None
+    ) -> InferenceResponse:
         models = self.parts.models
         served = models.loaded(request.model, version)
         try:
             if served is None:
                 served = await models.model(request.model, version, request.deadline)
-            response: InferenceResponse = await served.answer(request)
+            response: InferenceResponse = await served.answer(request, moments)
         except (ServeRefusal, asyncio.CancelledError):
             raise
         except Exception as error:

@@ -1,15 +1,19 @@
 """The way of a request through a worker: whatever fails on it, what is counted and noted is that it failed."""
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedclaw.serve.monitoring.metrics import NodeMetrics, WorkerMetrics
 from fedclaw.serve.node import ServingNode
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, Principal
+from fedclaw.serve.state.audit_log import AuditLog
+from tests.disks import full_after
 
 
 class _Seen:
@@ -39,3 +43,28 @@ def test_a_request_that_breaks_the_node_is_noted_as_failed(caplog):
     (line,) = [named for name, _, named in audit.calls if name == "append"]
     assert (line["principal"], line["status"], line["code"]) == ("ann", 500, "internal")
     assert "a fault of ours" in caplog.text
+
+
+def test_answers_that_leave_without_an_audit_line_are_counted_apart(tmp_path: Path):
+    metrics = WorkerMetrics.open(tmp_path / "metrics", 0)
+    told = NodeMetrics(tmp_path / "metrics")
+
+    def counted() -> list[bytes]:
+        return [line for line in told.render()[0].splitlines() if line.startswith(b"fedclaw_serve_audit_")]
+
+    assert counted() == [b"fedclaw_serve_audit_missed_total 0.0"]
+    with AuditLog(tmp_path / "audit", "node.worker-1", when_full="go_on") as audit:
+        parts: Any = SimpleNamespace(audit=audit, metrics=metrics)
+        node = ServingNode(parts)
+
+        def refuse() -> None:
+            node.refused(ServeRefusal("not_found", "there is no such model"), "127.0.0.1", "ann", "heart")
+
+        refuse()
+        (file,) = (tmp_path / "audit").glob("*.jsonl")
+        with full_after(file.stat().st_size):
+            refuse()
+            refuse()
+        refuse()
+    assert counted() == [b"fedclaw_serve_audit_lines_total 2.0", b"fedclaw_serve_audit_missed_total 2.0"]
+    metrics.close()

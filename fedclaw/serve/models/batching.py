@@ -78,6 +78,22 @@ class BatchFigures:
     """Rows that get no answer."""
 
 
+class BatchMoments:
+    """When what became of a request, by `time.monotonic`, for who traces it. None: it did not get there."""
+
+    __slots__ = ("began", "ended", "preparing", "queued")
+
+    def __init__(self) -> None:
+        self.preparing: float | None = None
+        """Its preprocessing began, in batches of its own; None: there is none, or it is a part of the model's graph."""
+        self.queued: float | None = None
+        """It came into the model's queue."""
+        self.began: float | None = None
+        """Its first batch began."""
+        self.ended: float | None = None
+        """Its last batch ended."""
+
+
 class _Queue:
     """Requests that wait, and how many rows of theirs are not in a batch yet."""
 
@@ -100,7 +116,7 @@ class _Queue:
 class _Job:
     """A request's rows on their way through batches."""
 
-    __slots__ = ("columns", "deadline", "future", "parts", "rows", "since", "taken")
+    __slots__ = ("columns", "deadline", "future", "moments", "parts", "rows", "since", "taken")
 
     def __init__(
         self,
@@ -109,12 +125,14 @@ class _Job:
         deadline: float | None,
         since: float,
         future: "asyncio.Future[Outputs]",
+        moments: BatchMoments | None,
     ) -> None:
         self.columns = columns
         self.rows = rows
         self.deadline = deadline
         self.since = since
         self.future = future
+        self.moments = moments
         self.taken = 0
         self.parts: list[Outputs] = []
 
@@ -158,14 +176,17 @@ class EagerBatcher:
         self._crowded = False
         self._after_long = False
         self._slowness = 1.0
+        self._traced = False
 
     @property
     def queued_rows(self) -> int:
         """Rows that wait for a batch."""
         return self._short.rows + self._long.rows
 
-    async def answer(self, columns: Columns, rows: int, deadline: float | None = None) -> Outputs:
-        """The outputs of the N rows, in order.
+    async def answer(
+        self, columns: Columns, rows: int, deadline: float | None = None, moments: BatchMoments | None = None
+    ) -> Outputs:
+        """The outputs of the N rows, in order. `moments` is filled in as they come.
 
         Raises ServeRefusal: `too_large`, `overloaded`, `deadline_exceeded`, or `internal` where the model fails.
         """
@@ -173,9 +194,11 @@ class EagerBatcher:
         queue = self._short if rows <= execution.max_batch else self._long
         self._admit(queue, rows, deadline)
         if execution.inline and not execution.batching and queue is self._short and not queue.rows:
-            return self._alone(columns, rows)
+            return self._alone(columns, rows, moments)
         loop = asyncio.get_running_loop()
-        job = _Job(columns, rows, deadline, self._clock(), loop.create_future())
+        job = _Job(columns, rows, deadline, self._clock(), loop.create_future(), moments)
+        if moments is not None:
+            self._traced, moments.queued = True, job.since
         queue.add(job)
         self._schedule(loop)
         try:
@@ -214,12 +237,17 @@ class EagerBatcher:
         started, rows = self._running
         return waiting + max(0.0, started + self.expected_seconds(rows) - self._clock())
 
-    def _alone(self, columns: Columns, rows: int) -> Outputs:
+    def _alone(self, columns: Columns, rows: int, moments: BatchMoments | None) -> Outputs:
         started = self._clock()
+        if moments is not None:
+            moments.queued = moments.began = started
         try:
             outputs = self._infer(columns)
         except Exception as error:
             raise _failed(error) from error
+        finally:
+            if moments is not None:
+                moments.ended = self._clock()
         self._measured(rows, self._clock() - started)
         if self._observe is not None:
             self._observe(BatchFigures(rows, 0.0, self._clock() - started, _refused_rows(outputs)))
@@ -255,6 +283,8 @@ class EagerBatcher:
         self._crowded = len(batch) > 1
         started = self._clock()
         self._running = (started, sum(stop - start for _, start, stop in batch))
+        if self._traced:
+            _note_begin(batch, started)
         if self.execution.inline:
             self._finish(loop, started, self._compute(batch))
             return
@@ -283,6 +313,8 @@ class EagerBatcher:
     def _finish(self, loop: asyncio.AbstractEventLoop, started: float, results: Sequence[_Result]) -> None:
         rows = self._running[1] if self._running else 0
         self._running = None
+        if self._traced:
+            _note_end(results, self._clock())
         if len(results) == 1:
             self._measured(rows, self._clock() - started)
         for batch, found in results:
@@ -372,6 +404,19 @@ def _hand_out(batch: Sequence[_Piece], outputs: Outputs) -> None:
         job.parts.append(part)
         if stop == job.rows:
             _answer(job, {name: np.concatenate([own[name] for own in job.parts]) for name in part})
+
+
+def _note_begin(batch: Sequence[_Piece], now: float) -> None:
+    for job, _, _ in batch:
+        if job.moments is not None and job.moments.began is None:
+            job.moments.began = now
+
+
+def _note_end(results: Sequence[_Result], now: float) -> None:
+    for batch, _ in results:
+        for job, _, stop in batch:
+            if job.moments is not None and stop == job.rows:
+                job.moments.ended = now
 
 
 def _refused_rows(outputs: Outputs) -> int:

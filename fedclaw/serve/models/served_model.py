@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,15 @@ from fedclaw.export.predictor import graph_of, schema_of
 from fedclaw.export.runtime import Device, open_session
 from fedclaw.learning.preprocessing import Columns, TypedColumn
 from fedclaw.learning.workload import Schema
-from fedclaw.serve.models.batching import BatchFigures, EagerBatcher, Execution, Infer, Outputs, QueueLimits
+from fedclaw.serve.models.batching import (
+    BatchFigures,
+    BatchMoments,
+    EagerBatcher,
+    Execution,
+    Infer,
+    Outputs,
+    QueueLimits,
+)
 from fedclaw.serve.models.features import SharedFeatures, cut_features
 from fedclaw.serve.models.graphs import (
     PipelineGraph,
@@ -158,8 +167,8 @@ class ServedModel:
         """Requests that are not answered yet."""
         return self._in_flight
 
-    async def answer(self, request: InferenceRequest) -> InferenceResponse:
-        """The answer to each row of a request.
+    async def answer(self, request: InferenceRequest, moments: BatchMoments | None = None) -> InferenceResponse:
+        """The answer to each row of a request; `moments` is filled in as they come.
 
         Raises ServeRefusal: `unprocessable` or `bad_request` for one that does not fit the model, and what
         `EagerBatcher.answer` raises.
@@ -167,7 +176,7 @@ class ServedModel:
         self.interface.check(request)
         self._in_flight += 1
         try:
-            outputs = await self._compute(request.columns, request.rows, request.deadline)
+            outputs = await self._compute(request.columns, request.rows, request.deadline, moments)
         finally:
             self._in_flight -= 1
             if self._idle is not None and not self._in_flight and not self._idle.done():
@@ -176,10 +185,14 @@ class ServedModel:
             outputs = {name: outputs[name] for name in request.outputs}
         return InferenceResponse(self.name, self.version, request.identity, outputs)
 
-    async def _compute(self, columns: Columns, rows: int, deadline: float | None) -> Outputs:
+    async def _compute(
+        self, columns: Columns, rows: int, deadline: float | None, moments: BatchMoments | None
+    ) -> Outputs:
         if self.features is not None:
+            if moments is not None:
+                moments.preparing = monotonic()
             columns = await self.features.prepare(columns, rows, deadline)
-        return await self.batcher.answer(columns, rows, deadline)
+        return await self.batcher.answer(columns, rows, deadline, moments)
 
     def infer(self, columns: Mapping[str, NDArray[Any]]) -> Outputs:
         """The outputs of N checked rows, at once and in this thread, past the batcher."""

@@ -102,6 +102,7 @@ WORKER_METRICS = (
     Definition("model_load_duration_seconds", "histogram", "Load and warm-up of a version.", _MODEL, LOADING),
     Definition("token_cache_total", "counter", "Bearer tokens looked up among those verified.", ("result",)),
     Definition("audit_lines_total", "counter", "Lines written to the audit log."),
+    Definition("audit_missed_total", "counter", "Answers that left without a line in the audit log."),
     Definition("feedback_total", "counter", "Feedback, by what became of it.", ("model", "result")),
     Definition("breaker_trips_total", "counter", "Breakers that a worker opened at once by itself.", _MODEL),
     Definition("worker_starts_total", "counter", "Starts of a worker; each but the first is a restart.", (), (), True),
@@ -178,6 +179,8 @@ class WorkerMetrics:
         """
         metrics = cls(SeriesFile(directory, worker, _outlives_its_process))
         metrics._add("worker_starts_total")
+        # Prometheus sees a counter rise only from a number that it has seen.
+        metrics._add("audit_missed_total", amount=0.0)
         metrics._set("worker_start_time_seconds", time.time())
         metrics._set("worker_pid", float(os.getpid()))
         return metrics
@@ -225,9 +228,9 @@ class WorkerMetrics:
         """A bearer token was among the verified ones, or had to be verified."""
         self._add("token_cache_total", "hit" if hit else "miss")
 
-    def audit_line(self, lines: int = 1) -> None:
-        """Lines went to the audit log."""
-        self._add("audit_lines_total", amount=float(lines))
+    def audit_line(self, written: bool = True) -> None:
+        """An answer has its line in the audit log; or left without one, where that was asked for."""
+        self._add("audit_lines_total" if written else "audit_missed_total")
 
     def queue(self, model: str, version: str, rows: int) -> None:
         """So many rows wait now."""

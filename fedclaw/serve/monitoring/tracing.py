@@ -1,14 +1,15 @@
 """OpenTelemetry traces of requests, where a collector is configured: OTLP over HTTP, from the extra `tracing`.
 
-A worker times a request anyway. When it is answered, one call makes the spans of it, from those times:
+The batcher notes the moments of a request that is traced. When it is answered, one call makes the spans of it:
 
-    request      SERVER; by the semantic conventions for HTTP or RPC, with model, version and rows
-      queue      from its queue to its batch
-      inference  its batch in ONNX Runtime
+    request          SERVER; by the semantic conventions for HTTP or RPC, with model, version and rows
+      preprocessing  where it is in batches of its own, shared by versions: until its rows are prepared
+      queue          from its queue to its first batch
+      inference      its batches in ONNX Runtime, from the first one's begin to the last one's end
 
 No span holds an input, an answer, a token, a principal, a routing key or an address. Off, tracing costs a request one
-`is None`. Spans leave in a thread of their own, from a queue that is bounded: a collector that is slow or away costs
-spans, never a request.
+`is None`; on, one that is not chosen costs it a random number. Spans leave in a thread of their own, from a queue that
+is bounded: a collector that is slow or away costs spans, never a request.
 
 Which requests are traced is the node's own choice: each with the probability `share`. A client's `traceparent` (W3C
 Trace Context) says whose child the span is. That it must be recorded it says only where `follow_parent` trusts whoever
@@ -18,11 +19,15 @@ sends it: else anybody could have every request of theirs recorded. `tracestate`
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Literal
+from time import monotonic, time_ns
+from typing import TYPE_CHECKING, Literal, Self
 from urllib.parse import urlsplit
 
 from fedclaw.errors import UsageError
+from fedclaw.serve.models.batching import BatchMoments
+from fedclaw.serve.refusals import STATUS, Code
 from fedclaw.serve.settings import TracingSettings
 
 if TYPE_CHECKING:
@@ -45,6 +50,24 @@ class RequestTimes:
     queued: int | None = None
     batch_began: int | None = None
     batch_ended: int | None = None
+    preparing: int | None = None
+
+    @classmethod
+    def until_now(cls, began: float, moments: BatchMoments) -> Self:
+        """Of a request that began at `began`, by `time.monotonic`, and has ended now."""
+        now, today = monotonic(), time_ns()
+
+        def moment(when: float | None) -> int | None:
+            return None if when is None else today - int((now - when) * 1e9)
+
+        return cls(
+            began=today - int((now - began) * 1e9),
+            ended=today,
+            queued=moment(moments.queued),
+            batch_began=moment(moments.began),
+            batch_ended=moment(moments.ended),
+            preparing=moment(moments.preparing),
+        )
 
 
 class RequestTracer:
@@ -74,6 +97,11 @@ class RequestTracer:
         self._share, self._follow, self._chance = share, follow_parent, chance
         self._server, self._error = SpanKind.SERVER, StatusCode.ERROR
 
+    def wants(self, traceparent: str | None) -> bool:
+        """Whether a request that begins now is traced; `traceparent` is its client's header."""
+        recorded = self._follow and traceparent is not None and _recorded(traceparent)
+        return recorded or self._chance() < self._share
+
     def record(
         self,
         protocol: Literal["http", "grpc"],
@@ -82,28 +110,27 @@ class RequestTracer:
         model: str,
         version: str,
         rows: int,
-        status: int,
         times: RequestTimes,
         traceparent: str | None = None,
-        code: str | None = None,
+        code: Code | None = None,
     ) -> None:
-        """A request that was answered, or refused with `code`.
+        """A request that was wanted, and was answered, or refused with `code`.
 
         `method` and `route` are the node's words for what was asked (POST, /v2/models/{model}/infer; of gRPC, the
-        method and the service), never a client's path. `status` is the HTTP status, or gRPC's.
+        method and the service), never a client's path.
         """
-        recorded = self._follow and traceparent is not None and _recorded(traceparent)
-        if not recorded and self._chance() >= self._share:
-            return
         from opentelemetry.trace import set_span_in_context
 
         parent = None
         if traceparent is not None and len(traceparent) == TRACEPARENT_LENGTH:
             parent = self._propagator.extract({"traceparent": traceparent})
-        name, attributes = _conventions(protocol, method, route, status)
+        name, attributes = _conventions(protocol, method, route, code)
         attributes |= {"fedclaw.model.name": model, "fedclaw.model.version": version, "fedclaw.rows": rows}
         span = self._tracer.start_span(name, parent, self._server, attributes, start_time=times.began)
         within = set_span_in_context(span)
+        if times.preparing is not None:
+            preprocessing = self._tracer.start_span("preprocessing", within, start_time=times.preparing)
+            preprocessing.end(times.queued or times.ended)
         if times.queued is not None:
             queue = self._tracer.start_span("queue", within, start_time=times.queued)
             queue.end(times.batch_began or times.ended)
@@ -113,7 +140,7 @@ class RequestTracer:
             inference.end(times.batch_ended or times.ended)
         if code is not None:
             span.set_attribute("error.type", code)
-            if protocol == "grpc" or status >= 500:
+            if STATUS[code] >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 span.set_status(self._error)
         span.end(times.ended)
 
@@ -156,11 +183,15 @@ def _recorded(traceparent: str) -> bool:
         return False
 
 
-def _conventions(protocol: str, method: str, route: str, status: int) -> tuple[str, dict[str, "AttributeValue"]]:
+def _conventions(protocol: str, method: str, route: str, code: Code | None) -> tuple[str, dict[str, "AttributeValue"]]:
     """The span's name and attributes, by the semantic conventions for HTTP and RPC servers."""
     named: dict[str, AttributeValue]
     if protocol == "grpc":
+        from fedclaw.serve.inference.grpc_service import STATUS as GRPC_STATUS
+
+        status = 0 if code is None else GRPC_STATUS[code].value[0]
         named = {"rpc.system": "grpc", "rpc.service": route, "rpc.method": method, "rpc.grpc.status_code": status}
         return f"{route}/{method}", named
+    status = int(HTTPStatus.OK if code is None else STATUS[code])
     named = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
     return f"{method} {route}", named

@@ -169,8 +169,8 @@ class AuditLog:
         received: int = 0,
         sent: int = 0,
         body: bytes | None = None,
-    ) -> None:
-        """Note an answer that is about to leave.
+    ) -> bool:
+        """Note an answer that is about to leave. False: it leaves without a line, as was asked for (`go_on`).
 
         `principal` is empty for who is unknown, `version` where none answered, `code` where nothing was refused;
         `received` and `sent` are sizes of bodies in bytes. `body` is looked at only where inputs are asked for. Raises
@@ -203,8 +203,9 @@ class AuditLog:
                 self._write(entry)
             except OSError as error:
                 self._failed(error)
-            else:
-                self._failing = False
+                return False
+            self._failing = False
+            return True
 
     def head(self) -> tuple[int, str]:
         """Number and hash of the newest line."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedclaw.learning.preprocessing import Columns
-from fedclaw.serve.models.batching import BatchFigures, EagerBatcher, Execution, Outputs, QueueLimits
+from fedclaw.serve.models.batching import BatchFigures, BatchMoments, EagerBatcher, Execution, Outputs, QueueLimits
 from fedclaw.serve.refusals import ServeRefusal
 
 pytestmark = pytest.mark.anyio
@@ -370,3 +370,51 @@ async def test_an_executor_that_has_ended_answers_with_a_refusal(model: Squares)
     assert told.value.code == "internal"
     with pytest.raises(ValueError, match="needs an executor"):
         EagerBatcher(model, ELSEWHERE)
+
+
+@pytest.mark.parametrize("execution", [INLINE, ELSEWHERE, Execution(max_batch=8, batching=False, inline=True)])
+async def test_who_traces_a_request_learns_when_it_was_queued_and_computed(
+    execution: Execution, executor: ThreadPoolExecutor
+) -> None:
+    clock = Clock()
+
+    def slow(columns: Columns) -> Outputs:
+        clock.now += 10.0
+        if (columns["x"] == POISON).any():
+            raise ValueError
+        return {"y": columns["x"]}
+
+    batcher = EagerBatcher(slow, execution, executor=executor, clock=clock)
+    one, long, failed = BatchMoments(), BatchMoments(), BatchMoments()
+    await batcher.answer(rows(1.0), 1, None, one)
+    assert (one.queued, one.began, one.ended) == (1000.0, 1000.0, 1010.0)
+    # Three batches, of which the first one waits for nobody.
+    await batcher.answer(rows(*range(20)), 20, None, long)
+    assert (long.queued, long.began, long.ended) == (1010.0, 1010.0, 1040.0)
+    with pytest.raises(ServeRefusal):
+        await batcher.answer(rows(POISON), 1, None, failed)
+    assert (failed.began, failed.ended) == (1040.0, 1050.0)
+
+
+async def test_a_traced_request_that_waits_says_so_and_one_that_leaves_has_no_end(
+    model: Squares, executor: ThreadPoolExecutor
+) -> None:
+    clock = Clock()
+    batcher = EagerBatcher(model, ELSEWHERE, executor=executor, clock=clock)
+    model.go_on.clear()
+    left, waited, late = BatchMoments(), BatchMoments(), BatchMoments()
+    first = asyncio.create_task(batcher.answer(rows(1.0), 1, None, left))
+    await begun(model)
+    others = asyncio.create_task(batcher.answer(rows(2.0), 1, None, waited))
+    too_late = asyncio.create_task(batcher.answer(rows(3.0), 1, 1003.0, late))
+    await turns()
+    clock.now += 5.0
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert (left.began, left.ended) == (1000.0, None)
+    model.go_on.set()
+    await others
+    assert (waited.queued, waited.began, waited.ended) == (1000.0, 1005.0, 1005.0)
+    with pytest.raises(ServeRefusal):
+        await too_late
+    assert (late.queued, late.began, late.ended) == (1000.0, None, None)

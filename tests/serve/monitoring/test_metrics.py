@@ -206,7 +206,8 @@ def test_every_method_counts_what_it_says(metrics: WorkerMetrics, tmp_path: Path
     metrics.token(True)
     metrics.token(False)
     metrics.token(True)
-    metrics.audit_line(3)
+    for written in (True, True, False, True):
+        metrics.audit_line(written)
     metrics.rate_limited()
     metrics.mirrored("heart", "cd34")
     metrics.tripped("heart", "ab12")
@@ -220,6 +221,7 @@ def test_every_method_counts_what_it_says(metrics: WorkerMetrics, tmp_path: Path
     assert value(told, "token_cache_total", result="hit") == 2
     assert value(told, "token_cache_total", result="miss") == 1
     assert value(told, "audit_lines_total") == 3
+    assert value(told, "audit_missed_total") == 1
     assert value(told, "rate_limited_total") == 1
     assert value(told, "mirrored_total", model="heart", version="cd34") == 1
     assert value(told, "breaker_trips_total", model="heart", version="ab12") == 1

@@ -3,11 +3,14 @@
 import gzip
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import monotonic, time_ns
 
 import pytest
 
 from fedclaw.errors import UsageError
+from fedclaw.serve.models.batching import BatchMoments
 from fedclaw.serve.monitoring.tracing import RequestTimes, RequestTracer, open_tracer
+from fedclaw.serve.refusals import Code
 from fedclaw.serve.settings import TracingSettings
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra tracing is not installed")
@@ -72,9 +75,10 @@ def opened(collector: Collector, **settings: object) -> RequestTracer:
     return tracer
 
 
-def infer(tracer: RequestTracer, traceparent: str | None = None, status: int = 200, code: str | None = None) -> None:
-    route = "/v2/models/{model}/infer"
-    tracer.record("http", "POST", route, "heart", "ab12", 3, status, TIMES, traceparent, code)
+def infer(tracer: RequestTracer, traceparent: str | None = None, code: Code | None = None) -> None:
+    if tracer.wants(traceparent):
+        route = "/v2/models/{model}/infer"
+        tracer.record("http", "POST", route, "heart", "ab12", 3, TIMES, traceparent, code)
 
 
 def test_a_request_is_a_span_with_its_queue_and_its_inference_below(collector: Collector):
@@ -104,24 +108,53 @@ def test_a_request_is_a_span_with_its_queue_and_its_inference_below(collector: C
     assert (named["service.name"], named["service.instance.id"]) == ("fedclaw-serve", "worker-0")
 
 
+def test_moments_of_the_batcher_become_spans_in_their_order(collector: Collector):
+    tracer, moments = opened(collector), BatchMoments()
+    began = monotonic()
+    moments.preparing, moments.queued, moments.began = began + 0.001, began + 0.003, began + 0.007
+    times = RequestTimes.until_now(began, moments)
+    tracer.record("http", "POST", "/predict/{model}", "heart", "ab12", 3, times, code="deadline_exceeded")
+    before = time_ns()
+    tracer.close()
+    found = {span.name: span for span in collector.spans()}
+    request = found.pop("POST /predict/{model}")
+    assert {span.parent_span_id for span in found.values()} == {request.span_id}
+    # To the microsecond: what the clock's numbers hold.
+    since = {
+        name: [round((moment - request.start_time_unix_nano) / 1e6, 3) for moment in interval]
+        for name, span in found.items()
+        if (interval := (span.start_time_unix_nano, span.end_time_unix_nano))
+    }
+    ended = round((request.end_time_unix_nano - request.start_time_unix_nano) / 1e6, 3)
+    assert since == {"preprocessing": [1.0, 3.0], "queue": [3.0, 7.0], "inference": [7.0, ended]}
+    assert request.end_time_unix_nano <= before
+
+
 def test_a_refusal_says_its_code_and_a_failure_is_an_error(collector: Collector):
     tracer = opened(collector)
-    infer(tracer, status=401, code="unauthenticated")
-    infer(tracer, status=503, code="overloaded")
+    infer(tracer, code="unauthenticated")
+    infer(tracer, code="overloaded")
     tracer.close()
-    found = {attributes(span).get("error.type"): span.status.code for span in collector.spans() if span.kind == 2}
-    assert found == {"unauthenticated": 0, "overloaded": 2}
+    spans = [span for span in collector.spans() if span.kind == 2]
+    assert {attributes(span).get("error.type"): span.status.code for span in spans} == {
+        "unauthenticated": 0,
+        "overloaded": 2,
+    }
+    assert {attributes(span)["http.response.status_code"] for span in spans} == {401, 503}
 
 
 def test_grpc_by_its_own_conventions(collector: Collector):
     tracer = opened(collector)
     times = RequestTimes(1, 2)
-    tracer.record("grpc", "ModelInfer", "inference.GRPCInferenceService", "heart", "ab12", 1, 0, times)
+    codes: tuple[Code | None, ...] = (None, "bad_request", "deadline_exceeded")
+    for code in codes:
+        tracer.record("grpc", "ModelInfer", "inference.GRPCInferenceService", "heart", "ab12", 1, times, code=code)
     tracer.close()
-    (span,) = collector.spans()
-    assert span.name == "inference.GRPCInferenceService/ModelInfer"
-    assert attributes(span)["rpc.system"] == "grpc"
-    assert attributes(span)["rpc.grpc.status_code"] == 0
+    spans = collector.spans()
+    assert {span.name for span in spans} == {"inference.GRPCInferenceService/ModelInfer"}
+    assert {attributes(span)["rpc.system"] for span in spans} == {"grpc"}
+    # OK, INVALID_ARGUMENT, DEADLINE_EXCEEDED, of which by the conventions the last one alone is the server's error.
+    assert [(attributes(span)["rpc.grpc.status_code"], span.status.code) for span in spans] == [(0, 0), (3, 0), (4, 2)]
 
 
 def test_the_share_is_the_nodes_choice_and_a_client_cannot_raise_it(collector: Collector):
