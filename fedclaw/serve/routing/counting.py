@@ -67,7 +67,8 @@ def bucket_of(seconds: float) -> int:
     """The latency bucket, in [0, BUCKETS)."""
     if seconds <= _FIRST:
         return 0
-    return min(int(math.log2(seconds * _SCALE) * _FINENESS), BUCKETS - 1)
+    bucket = int(math.log2(seconds * _SCALE) * _FINENESS)
+    return bucket if bucket < BUCKETS else BUCKETS - 1
 
 
 def upper_edge(bucket: int) -> float:

@@ -31,10 +31,10 @@ Sample size. If the canary's rate is q, about log(guards x steps x guesses / alp
 KL(q, r) = q log(q/r) + (1-q) log((1-q)/(1-r)), while the stable version has many more keys than the canary.
 
 What is assumed: first calls of distinct keys, of one version and in one period, are independent. Two things could break
-that, and are held in check where keys are counted (`router.py`, `counting.py`). Calls of one key: it counts once.
-Calls that are slow or fail together: in each quarter of a second and worker one latency of a version counts, and the
-outcomes of at most four keys of a group. A principal may make up thousands of keys; so all products are kept with each
-group of clients left out as well (`verdict`).
+that, and are held in check where keys are counted (`unsent_counts.py`, `counting.py`). Calls of one key: it counts
+once. Calls that are slow or fail together: in each quarter of a second and worker one latency of a version counts, and
+the outcomes of at most four keys of a group. A principal may make up thousands of keys; so all products are kept with
+each group of clients left out as well (`verdict`).
 """
 
 import math

@@ -8,7 +8,7 @@ import pytest
 
 from fedclaw.serve.routing.plan import RoutingPlan, changed, new_plan, plan_name
 from fedclaw.serve.routing.router import Router
-from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.state.store import StateStore, StateUnavailable
 
 
 class Clock:
@@ -22,6 +22,22 @@ class Clock:
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
+
+
+class Away:
+    """A store that can be cut off."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self.away = False
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*words: Any) -> Any:
+            if self.away:
+                raise StateUnavailable("cut off")
+            return getattr(self._store, name)(*words)
+
+        return call
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Which version answers whom, what is counted of it, and what goes on while the state store is away."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,26 +14,10 @@ from fedclaw.serve.routing.plan import BreakerState, RoutingPlan, plan_name
 from fedclaw.serve.routing.router import Router
 from fedclaw.serve.state.store import StateStore, StateUnavailable
 from tests.chance import counts_fit
-from tests.serve.routing.conftest import Clock
+from tests.serve.routing.conftest import Away, Clock
 
 Put = Callable[..., RoutingPlan]
 KEYS = [f"key-{number}" for number in range(1_500)]
-
-
-class Away:
-    """A store that can be cut off."""
-
-    def __init__(self, store: StateStore) -> None:
-        self._store = store
-        self.away = False
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*words: Any) -> Any:
-            if self.away:
-                raise StateUnavailable("cut off")
-            return getattr(self._store, name)(*words)
-
-        return call
 
 
 def versions(router: Router, keys: Iterable[str] = KEYS) -> list[str]:
@@ -116,57 +99,6 @@ def test_a_client_may_insist_on_a_version_that_there_is(router: Router, put: Put
     assert "v9" in str(error.value)
     with refused("not_found"):
         router.choose("none", "k")
-
-
-def test_an_experiment_assigns_a_key_once_whichever_worker_asks(store: StateStore, put: Put, clock: Clock):
-    put(mode="ab", arms=("v1", "v2", "v3"), propensities=(0.2, 0.5, 0.3))
-    left, right = Router(store, clock), Router(store, clock)
-    left.start()
-    right.start()
-
-    async def assign(router: Router) -> list[VersionChoice]:
-        return list(await asyncio.gather(*(router.assign("m", key) for key in KEYS)))
-
-    try:
-        assert left.choose("m", KEYS[0]) is None
-        first = asyncio.run(assign(left))
-        counted = Counter(one.version for one in first)
-        for version, propensity in (("v1", 0.2), ("v2", 0.5), ("v3", 0.3)):
-            assert counts_fit([counted[version]], len(KEYS), propensity)
-            assert {one.propensity for one in first if one.version == version} == {propensity}
-        found = store.read(plan_name("m"))
-        assert found is not None
-        plan = left.plan("m")
-        assert plan is not None
-        moved = plan.model_copy(update={"propensities": (0.9, 0.05, 0.05)})
-        assert store.swap(plan_name("m"), found[0], moved.document())
-        right.refresh()
-        assert asyncio.run(assign(right)) == first
-        assert [right.choose("m", key) for key in KEYS] == first
-    finally:
-        left.close()
-        right.close()
-
-
-def test_keys_are_assigned_while_the_store_is_away_and_told_to_it_later(store: StateStore, put: Put, clock: Clock):
-    put(mode="ab", arms=("v1", "v2"), propensities=(0.5, 0.5))
-    cut = Away(store)
-    router = Router(cut, clock)
-    router.start()
-    try:
-        cut.away = True
-        drawn = asyncio.run(router.assign("m", "new"))
-        assert router.choose("m", "new") == drawn
-    finally:
-        cut.away = False
-        router.close()
-    again = Router(store, clock)
-    again.start()
-    assert asyncio.run(again.assign("m", "new")) == drawn
-    again.close()
-    plan = again.plan("m")
-    assert plan is not None
-    assert store.assign(plan.assignment_scope, "new", "other").split()[0] == drawn.version
 
 
 def test_only_the_versions_own_faults_are_errors(router: Router, put: Put, store: StateStore):
