@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedclaw.serve.admission import check_admission
 from fedclaw.serve.bundle_archive import require_bundle
 from fedclaw.serve.home import DATABASE, NodeHome, trust_of
 from fedclaw.serve.models.bundle_store import BundleStore
+from fedclaw.serve.names import LONGEST_NAME, NAME
 from fedclaw.serve.releases import CONFIGURATION, release_configured
 from fedclaw.serve.security.rate_limits import RateTable
 from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
@@ -94,7 +96,7 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
         for version in model.listed:
             digest = bundles.put(expanded(version.bundle), trust)
             found.append((version, digest, bundles.open(digest, trust).manifest))
-        taken.append((name or found[-1][2].run, model, found))
+        taken.append((name or _name_of_run(found[-1][2]), model, found))
     with StateStore.open(home.database(settings.database)) as store:
         claim_name(store, settings.name, home.identity())
         catalogue = VersionCatalogue(store)
@@ -128,6 +130,16 @@ def _models(settings: NodeSettings) -> Mapping[str, ModelSettings]:
     if settings.bundle is None:
         return settings.models
     return {settings.model or "": ModelSettings(bundle=settings.bundle)}
+
+
+def _name_of_run(manifest: Manifest) -> str:
+    """As the name of its model. Raises UsageError where it cannot be one."""
+    if re.fullmatch(NAME, manifest.run) is None:
+        raise UsageError(
+            f"give the model a name, model=NAME: the bundle's run is called {manifest.run!r:.140}, and names of models "
+            f"are letters, digits, '.', '_' and '-', at most {LONGEST_NAME}"
+        )
+    return manifest.run
 
 
 def _require_some_model(settings: NodeSettings) -> None:

@@ -25,6 +25,7 @@ from fedclaw.serve.models.batching import BatchMoments
 from fedclaw.serve.monitoring.drift_watch import InputWatch
 from fedclaw.serve.monitoring.metrics import WorkerMetrics
 from fedclaw.serve.monitoring.tracing import RequestTimes, RequestTracer
+from fedclaw.serve.names import LONGEST_NAME
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal, VersionChoice
 from fedclaw.serve.routing.router import Router
@@ -37,8 +38,6 @@ from fedclaw.serve.state.receipts import ReceiptKeys
 log = logging.getLogger("fedclaw.serve")
 
 VALUES = "values"
-MODEL_LENGTH = 64
-"""Letters of a model's name: as many as one may have."""
 MOST_MIRRORS = 64
 """Mirrored requests that a worker has in flight; more are not mirrored."""
 
@@ -262,7 +261,7 @@ class ServingNode:
         written = self.parts.audit.append(
             principal=principal,
             peer=peer,
-            model=model[:MODEL_LENGTH],
+            model=model[:LONGEST_NAME],
             version="",
             request="",
             rows=0,

@@ -21,7 +21,8 @@ from fedclaw.cli import expanded, require_paths
 from fedclaw.errors import FedClawError, UsageError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack, require_bundle
-from fedclaw.serve.settings import ModelName, is_loopback
+from fedclaw.serve.names import ModelName, VersionName
+from fedclaw.serve.settings import is_loopback
 
 _SHOWN = 500
 _EVERY = 1.0
@@ -34,7 +35,7 @@ class PublishSettings(Frozen):
 
     bundle: Path
     model: ModelName
-    version: ModelName | None
+    version: VersionName | None
     node: tuple[str, ...] = Field(min_length=1)
     """Addresses of admin ports, https://HOST:PORT; of all nodes that share a database."""
     token: str

@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import JsonValue
 
 from fedclaw.errors import UsageError
+from fedclaw.serve.names import LONGEST_NAME, NAME
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing import controller
 from fedclaw.serve.routing.plan import PlanError, RoutingPlan, StoredPlan, read_plan
-from fedclaw.serve.settings import MODEL_NAME, ReleaseSettings
+from fedclaw.serve.settings import ReleaseSettings
 from fedclaw.serve.state.store import StateStore, WorkerBeat
 from fedclaw.serve.version_catalogue import VersionCatalogue
 
@@ -211,8 +212,8 @@ def remove(store: StateStore, model: str, version: str, by: str) -> Mapping[str,
 def require_names(model: str, version: str | None) -> None:
     """Raise ServeRefusal for what cannot be the name of a model or a version."""
     for name in (model, version):
-        if name is not None and not re.fullmatch(MODEL_NAME, name):
-            raise ServeRefusal("bad_request", "names are letters, digits, '.', '_' and '-', at most 64")
+        if name is not None and not re.fullmatch(NAME, name):
+            raise ServeRefusal("bad_request", f"names are letters, digits, '.', '_' and '-', at most {LONGEST_NAME}")
 
 
 def _plan(store: StateStore, model: str) -> StoredPlan:

@@ -11,10 +11,8 @@ from fedclaw.compress.record import Precision
 from fedclaw.export.check import TrustSettings
 from fedclaw.export.runtime import Device
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.serve.names import ModelName, VersionName
 
-MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
-"""Of a model or a version: it stands in paths of URLs, in scopes and in logs."""
 Port = Annotated[int, Field(ge=0, le=65535)]
 """0: one that is free, which the node then names."""
 
@@ -47,7 +45,7 @@ class VersionSettings(Frozen):
     """One version of a model."""
 
     bundle: Path
-    name: ModelName | None = None
+    name: VersionName | None = None
     """null: the first 12 digits of the bundle's digest."""
 
 

@@ -13,8 +13,8 @@ from pydantic import Field, ValidationError
 from fedclaw.compress.record import Precision
 from fedclaw.protocol.frozen import Frozen, explain
 from fedclaw.serve.models.bundle_store import short_name
+from fedclaw.serve.names import VersionName
 from fedclaw.serve.refusals import ServeRefusal
-from fedclaw.serve.settings import ModelName
 from fedclaw.serve.state.store import StateStore, StateStoreError
 
 PREFIX = "catalogue/"
@@ -39,10 +39,10 @@ class VersionEntry(Frozen):
 class ModelEntry(Frozen):
     """One model."""
 
-    versions: dict[ModelName, VersionEntry]
+    versions: dict[VersionName, VersionEntry]
     precision: Precision | Literal["recommended"] = "float32"
     pinned: bool = True
-    staged: tuple[ModelName, ...] = ()
+    staged: tuple[VersionName, ...] = ()
     """Versions that workers load although nothing is routed to them yet."""
 
 

@@ -2,6 +2,9 @@
 
 import pytest
 
+from fedclaw.errors import UsageError
+from fedclaw.export.source import load_source
+from fedclaw.protocol.terms import ModelSpec
 from fedclaw.serve import releases
 from fedclaw.serve.command import take_in
 from fedclaw.serve.home import NodeHome
@@ -9,7 +12,7 @@ from fedclaw.serve.routing.plan import read_plan
 from fedclaw.serve.settings import NodeSettings, TlsSettings, TokenSettings
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.version_catalogue import VersionCatalogue
-from tests.bundles import export_table
+from tests.bundles import TABLE, export_table, make_run
 
 
 @pytest.fixture
@@ -42,3 +45,14 @@ def test_a_node_that_starts_again_as_it_was_leaves_what_was_published_since(tmp_
         assert read_plan(store, "heart").plan.stable not in {first, "v3"}
         take_in(settings, node)
         assert read_plan(store, "heart").plan.stable == first
+
+
+def test_a_run_whose_name_is_none_of_a_model_is_asked_for_one_before_anything_is_kept(tmp_path, settings, home):
+    run = make_run(tmp_path / "heart disease", "tabular", TABLE, ModelSpec(name="mlp", args={"hidden": [4]}))
+    bundle = export_table(load_source(run), home, tmp_path / "bundle")
+    node = NodeHome.make(settings.state)
+    with pytest.raises(UsageError, match="model=NAME: the bundle's run is called 'heart disease'"):
+        take_in(settings.model_copy(update={"bundle": bundle, "model": None}), node)
+    with StateStore.open(node.database(None)) as store:
+        assert VersionCatalogue(store).models() == []
+    take_in(settings.model_copy(update={"bundle": bundle}), node)

@@ -22,12 +22,11 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from fedclaw.errors import UsageError
 from fedclaw.files import write_atomic
 from fedclaw.protocol.frozen import Frozen
+from fedclaw.serve.names import NAME
 from fedclaw.serve.settings import is_loopback
 
 PERIOD = 10
 """Seconds over which rates are counted."""
-NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
-"""Of a model or a version."""
 ASKED = rf"^/(v2/?|v2/health/(live|ready)|v2/models/{NAME}(/versions/{NAME})?(/ready)?|openapi\.json|docs)$"
 SENT = rf"^/(v2/models/{NAME}(/versions/{NAME})?/infer|predict(/{NAME})?|feedback)$"
 QUERY = (

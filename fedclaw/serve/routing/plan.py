@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue, StringConstraints, ValidationError, model
 
 from fedclaw.errors import FedClawError
 from fedclaw.protocol.frozen import Frozen, explain
+from fedclaw.serve.names import ModelName, VersionName
 
 PREFIX = "routing/"
 EVERYBODY = -1
@@ -22,8 +23,6 @@ EVERYBODY = -1
 FLOOR = 0.05
 """The least share of the keys of an experiment that each of its versions keeps."""
 
-ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
-Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, lt=1e11)]
 
@@ -104,8 +103,8 @@ class RoutingPlan(Frozen):
     format: Literal[1] = 1
     model: ModelName
     mode: Literal["single", "canary", "shadow", "ab"] = "single"
-    stable: Version
-    candidate: Version | None = None
+    stable: VersionName
+    candidate: VersionName | None = None
     """canary, shadow: the version that is tried."""
     steps: Annotated[tuple[Share, ...], Field(min_length=1, max_length=20)] = (0.05, 0.1, 0.25, 0.5, 1.0)
     """canary: shares of the keys, rising to 1."""
@@ -118,7 +117,7 @@ class RoutingPlan(Frozen):
     """shadow: whether a version that agrees goes on as a canary by itself."""
     mirror: Annotated[float, Field(ge=0, le=1)] = 0.0
     """canary, shadow: share of the keys whose requests go to the other version too, to be compared."""
-    arms: Annotated[tuple[Version, ...], Field(max_length=20)] = ()
+    arms: Annotated[tuple[VersionName, ...], Field(max_length=20)] = ()
     """ab: the versions that compete."""
     propensities: Annotated[tuple[Share, ...], Field(max_length=20)] = ()
     """ab: the chance of each arm for a key that is new; they add up to 1."""
@@ -126,8 +125,8 @@ class RoutingPlan(Frozen):
     """ab: the least of them."""
     guards: Guards = Guards()
     breaker: BreakerPolicy = BreakerPolicy()
-    breakers: Annotated[dict[Version, BreakerState], Field(max_length=40)] = {}
-    last_good: Annotated[tuple[Version, ...], Field(max_length=5)] = ()
+    breakers: Annotated[dict[VersionName, BreakerState], Field(max_length=40)] = {}
+    last_good: Annotated[tuple[VersionName, ...], Field(max_length=5)] = ()
     """Versions that were stable before, the newest first: what is fallen back to."""
     salt: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
     """Of the experiment's key hash."""

@@ -15,13 +15,14 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
+from fedclaw.serve.names import NAME
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Principal
 from fedclaw.serve.security.tokens import challenge
 
 Action = Literal["predict", "feedback", "admin"]
 
-_KNOWN = re.compile(r"(predict|feedback):(\*|[A-Za-z0-9][A-Za-z0-9._-]{0,63})|admin:(\*|read|publish|route)")
+_KNOWN = re.compile(rf"(predict|feedback):(\*|{NAME})|admin:(\*|read|publish|route)")
 FORBIDDEN = "The token does not allow this"
 
 

@@ -10,7 +10,7 @@ from fedclaw.cli import expanded, require_paths
 from fedclaw.errors import UsageError
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.serve.home import DATABASE, NodeHome
-from fedclaw.serve.settings import ModelName
+from fedclaw.serve.names import ModelName
 from fedclaw.serve.state.audit_log import AuditLogError, segments_of
 from fedclaw.serve.state.audit_verification import Anchors, of_node, show_audit_log
 from fedclaw.serve.state.store import StateStore, StateUnavailable

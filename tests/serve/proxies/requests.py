@@ -249,7 +249,7 @@ LEGITIMATE: dict[str, Legitimate] = {
     "server": Legitimate("GET", "/v2"),
     "server, with a slash": Legitimate("GET", "/v2/"),
     "model": Legitimate("GET", "/v2/models/heart"),
-    "model of a long name": Legitimate("GET", f"/v2/models/heart-2.{'x' * 90}"),
+    "model of a long name": Legitimate("GET", f"/v2/models/heart-2.{'x' * 56}"),
     "version": Legitimate("GET", "/v2/models/heart/versions/0123456789ab"),
     "model, ready": Legitimate("GET", "/v2/models/heart/ready"),
     "version, ready": Legitimate("GET", "/v2/models/heart/versions/v1.2/ready"),
