@@ -1,4 +1,4 @@
-"""Who is let in, made of the settings: token checks, rate limits, TLS."""
+"""Who is let in, and what notes it, made of the settings: token checks, rate limits, TLS, the audit log."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,8 @@ from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper, KeySource, KeyUr
 from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateLimiter, RateLimits, RateTable
 from fedclaw.serve.security.tls import GrpcClients, ServerTls, TlsFiles
 from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules
-from fedclaw.serve.settings import NodeSettings
+from fedclaw.serve.settings import AdminSettings, LimitSettings, NodeSettings
+from fedclaw.serve.state.audit_log import AuditLog
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 FAILURES = Rate(10.0, 100.0)
@@ -40,8 +41,17 @@ class Admission(Protocol):
 
 def admission_of(settings: NodeSettings, home: NodeHome) -> Admission:
     """The rate limits that hold for all workers of a node together."""
-    rate = Rate(settings.limits.requests_per_second, float(settings.limits.burst))
-    return RateLimiter(RateTable.open(home.rates), RateLimits(requests=rate))
+    return RateLimiter(RateTable.open(home.rates), RateLimits(requests=_rate(settings.limits)))
+
+
+def admin_rate(settings: NodeSettings) -> Rate:
+    """Of one principal's requests at the admin port."""
+    return _rate(settings.admin)
+
+
+def _rate(limits: LimitSettings | AdminSettings) -> Rate:
+    """Raises UsageError."""
+    return Rate(limits.requests_per_second, float(limits.burst))
 
 
 def authentication_of(
@@ -59,9 +69,26 @@ def authentication_of(
     return Authenticator(rules, KeyKeeper(source, tokens.algorithms), failures, observe=observe)
 
 
+def audit_log_of(settings: NodeSettings, home: NodeHome, process: str) -> AuditLog:
+    """The chain of one of the node's processes. Raises AuditLogError."""
+    audit = settings.audit
+    return AuditLog(
+        home.audit,
+        f"{settings.name}.{process}",
+        inputs="no" if audit.inputs == "none" else audit.inputs,
+        sync_seconds=audit.sync_seconds,
+        when_full=audit.when_full,
+    )
+
+
 def check_admission(settings: NodeSettings) -> None:
     """Read certificates, keys and the key set once, but for one that a URL gives. Raises UsageError, ProvisionError."""
     _tls_as_it_is(settings)
+    for name, limits in (("limits", settings.limits), ("admin", settings.admin)):
+        try:
+            _rate(limits)
+        except UsageError as error:
+            raise UsageError(f"{name}.requests_per_second and {name}.burst: {error}") from None
     tokens = settings.tokens
     source = None if tokens.jwks is None else _key_source(tokens.jwks, tokens.jwks_ca)
     if isinstance(source, KeyFile):

@@ -10,7 +10,8 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from http import HTTPStatus
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +27,8 @@ from fedclaw.errors import FedClawError
 from fedclaw.export.layout import SCHEMA
 from fedclaw.export.predictor import schema_of
 from fedclaw.serve import releases
-from fedclaw.serve.admission import Authentication, authentication_of, http_protocol, tls_of
+from fedclaw.serve.admin_access import METRICS, AdminAccess, AdminCall
+from fedclaw.serve.admission import admin_rate, audit_log_of, authentication_of, http_protocol, tls_of
 from fedclaw.serve.app import refused
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, unpack
 from fedclaw.serve.home import INCOMING, NodeHome, trust_of
@@ -36,14 +38,13 @@ from fedclaw.serve.models.served_model import ModelInterface
 from fedclaw.serve.monitoring.metrics import NodeMetrics
 from fedclaw.serve.observer import NodeObserver
 from fedclaw.serve.refusals import ServeRefusal
-from fedclaw.serve.requests import Principal
 from fedclaw.serve.routing.controller import Controller
 from fedclaw.serve.routing.plan import read_plan
 from fedclaw.serve.security.http_protocol import CERTIFICATE
-from fedclaw.serve.security.scopes import require
+from fedclaw.serve.state.audit_log import AuditLog
 from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
-from fedclaw.serve.state.upkeep import keep_up
+from fedclaw.serve.state.upkeep import anchor_head, keep_up
 from fedclaw.serve.supervisor import Launch, read_processes
 from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
 
@@ -59,6 +60,14 @@ UNNEEDED_SECONDS = 3600.0
 """How long a bundle stays in the store that no version has any more."""
 
 
+PUBLISH, REMOVE = "publish", "remove"
+_WITHOUT_JSON = frozenset({PUBLISH, REMOVE})
+_Body = dict[str, Any]
+_Read = Callable[[Request], Awaitable[Any]]
+_Change = Callable[[Request, _Body, str], Awaitable[Any]]
+"""Takes the request, its body and the principal that asks."""
+
+
 class AdminPort:
     """The routes of the admin port."""
 
@@ -66,7 +75,7 @@ class AdminPort:
         self,
         launch: Launch,
         store: StateStore,
-        authentication: Authentication,
+        access: AdminAccess,
         metrics: NodeMetrics,
         observer: NodeObserver,
     ) -> None:
@@ -76,58 +85,88 @@ class AdminPort:
         self.bundles = BundleStore(self.home.bundles)
         self.trust = trust_of(launch.settings)
         self.metrics, self.observer = metrics, observer
-        self._authentication = authentication
+        self._access = access
         self._keeping = threading.Lock()
         self._unneeded: dict[str, float] = {}
         model = "/admin/models/{model}"
         self.app = Starlette(
             routes=[
                 Route("/admin/health", _health),
-                Route("/metrics", self._route("read", self._metrics)),
-                Route("/admin/node", self._route("read", self._node)),
-                Route("/admin/events", self._route("read", self._events)),
-                Route("/admin/models", self._route("read", self._models)),
-                Route(model, self._route("read", self._model)),
-                Route(f"{model}/events", self._route("read", self._events)),
-                Route(f"{model}/release", self._route("read", self._release)),
-                Route(f"{model}/quality", self._route("read", self._quality)),
-                Route(f"{model}/versions", self._route("publish", self._add_version), methods=["POST"]),
+                Route("/metrics", self._read(METRICS, self._metrics)),
+                Route("/admin/node", self._read("node", self._node)),
+                Route("/admin/events", self._read("events", self._events)),
+                Route("/admin/models", self._read("models", self._models)),
+                Route(model, self._read("model", self._model)),
+                Route(f"{model}/events", self._read("events", self._events)),
+                Route(f"{model}/release", self._read("release", self._release)),
+                Route(f"{model}/quality", self._read("quality", self._quality)),
+                Route(f"{model}/versions", self._change("publish", PUBLISH, self._add_version), methods=["POST"]),
                 Route(
-                    f"{model}/versions/{{version}}", self._route("publish", self._remove_version), methods=["DELETE"]
+                    f"{model}/versions/{{version}}",
+                    self._change("publish", REMOVE, self._remove_version),
+                    methods=["DELETE"],
                 ),
-                Route(f"{model}/release", self._route("publish", self._begin_release), methods=["POST"]),
-                Route(f"{model}/{{operation:str}}", self._route("route", self._operate), methods=["POST"]),
+                Route(f"{model}/release", self._change("publish", "release", self._begin_release), methods=["POST"]),
+                Route(f"{model}/{{operation:str}}", self._change("route", "", self._operate), methods=["POST"]),
             ],
             exception_handlers={HTTPException: _no_route},
         )
 
-    def _route(self, action: str, handler: Callable[[Request, str], Awaitable[Any]]) -> Any:
-        async def answer(request: Request) -> Response:
+    def _read(self, action: str, handler: _Read) -> Any:
+        async def read(request: Request, _call: AdminCall) -> Any:
+            return await handler(request)
+
+        return self._route("read", action, read)
+
+    def _change(self, scope: str, action: str, handler: _Change) -> Any:
+        async def change(request: Request, call: AdminCall) -> Any:
+            asked = {} if action in _WITHOUT_JSON else await _body(request)
+            call.action = action or request.path_params["operation"]
+            call.versions = _versions(asked) or _versions({**request.query_params, **request.path_params})
+            self._access.begin(call)
             try:
-                header = request.headers.get("authorization")
+                found = await handler(request, asked, call.principal)
+            finally:
+                self._access.ended()
+            call.versions = call.versions or _versions(found)
+            return found
+
+        return self._route(scope, action or scope, change)
+
+    def _route(self, scope: str, action: str, handler: Callable[[Request, AdminCall], Awaitable[Any]]) -> Any:
+        async def answer(request: Request) -> Response:
+            call = AdminCall(scope, action, _peer(request), request.path_params.get("model", ""))
+            header = request.headers.get("authorization")
+            try:
                 given = None if header is None else header.encode("latin-1")
-                principal = await self._authentication.admit(given, request.scope.get(CERTIFICATE), _peer(request))
-                _require_admin(principal, action)
-                found = await handler(request, principal.name)
-            except ServeRefusal as refusal:
-                return _refused(refusal)
-            except FedClawError as error:
-                return _refused(ServeRefusal("unprocessable", str(error).replace(f"{self.home.root}/", "")))
-            except ClientDisconnect:
-                log.info("a client of the admin port went away before its request was whole")
-                return _refused(ServeRefusal("bad_request", "the request is not whole"))
+                await self._access.admit(call, given, request.scope.get(CERTIFICATE))
+                found = await handler(request, call)
             except Exception as error:
-                log.error("the admin port failed: %s", type(error).__name__, exc_info=error)
-                return _refused(ServeRefusal("internal", "the node failed on this request; its log says more"))
+                refusal = self._refusal(error)
+                self._access.answered(call, refusal.status, refusal)
+                return _refused(refusal)
+            self._access.answered(call, HTTPStatus.OK)
             return found if isinstance(found, Response) else _json(found)
 
         return answer
 
-    async def _metrics(self, request: Request, by: str) -> Response:
+    def _refusal(self, error: Exception) -> ServeRefusal:
+        """What whoever asked is told of it."""
+        if isinstance(error, ServeRefusal):
+            return error
+        if isinstance(error, FedClawError):
+            return ServeRefusal("unprocessable", str(error).replace(f"{self.home.root}/", ""))
+        if isinstance(error, ClientDisconnect):
+            log.info("a client of the admin port went away before its request was whole")
+            return ServeRefusal("bad_request", "the request is not whole")
+        log.error("the admin port failed: %s", type(error).__name__, exc_info=error)
+        return ServeRefusal("internal", "the node failed on this request; its log says more")
+
+    async def _metrics(self, request: Request) -> Response:
         content, media_type = await asyncio.to_thread(self.metrics.render, request.headers.get("accept"))
         return Response(content, media_type=media_type)
 
-    async def _node(self, request: Request, by: str) -> Any:
+    async def _node(self, _request: Request) -> Any:
         workers = await asyncio.to_thread(self.store.workers)
         return {
             "name": self.settings.name,
@@ -138,14 +177,14 @@ class AdminPort:
             ],
         }
 
-    async def _models(self, request: Request, by: str) -> Any:
+    async def _models(self, _request: Request) -> Any:
         names = await asyncio.to_thread(self.catalogue.models)
         return [await asyncio.to_thread(releases.describe, self.store, name) for name in names]
 
-    async def _model(self, request: Request, by: str) -> Any:
+    async def _model(self, request: Request) -> Any:
         return await asyncio.to_thread(releases.describe, self.store, request.path_params["model"])
 
-    async def _events(self, request: Request, by: str) -> Any:
+    async def _events(self, request: Request) -> Any:
         model = request.path_params.get("model")
         limit = request.query_params.get("limit", "100")
         if not limit.isdigit() or not 0 < int(limit) <= 10_000:
@@ -156,18 +195,17 @@ class AdminPort:
             for event in events
         ]
 
-    async def _release(self, request: Request, by: str) -> Any:
+    async def _release(self, request: Request) -> Any:
         return await asyncio.to_thread(releases.progress, self.store, request.path_params["model"])
 
-    async def _quality(self, request: Request, by: str) -> Any:
+    async def _quality(self, request: Request) -> Any:
         """What feedback and inputs say of each version."""
         found = self.observer.quality(request.path_params["model"])
         if found is None:
             raise ServeRefusal("not_found", "nothing is known of such a model yet")
         return found
 
-    async def _begin_release(self, request: Request, by: str) -> Any:
-        body = await _body(request)
+    async def _begin_release(self, request: Request, body: _Body, by: str) -> Any:
         version, mode = body.get("version"), body.get("mode") or self.settings.release.mode
         if not isinstance(version, str) or mode not in {"canary", "shadow", "at_once"}:
             raise ServeRefusal("bad_request", "give a version, and as mode canary, shadow or at_once")
@@ -176,8 +214,7 @@ class AdminPort:
             await asyncio.to_thread(self._require_alike, model, [version])
         return await asyncio.to_thread(releases.begin, self.store, model, version, self.settings.release, mode, by)
 
-    async def _operate(self, request: Request, by: str) -> Any:
-        body = await _body(request)
+    async def _operate(self, request: Request, body: _Body, by: str) -> Any:
         model, operation = request.path_params["model"], request.path_params["operation"]
         if operation == "ab" and isinstance(body.get("versions"), list):
             await asyncio.to_thread(self._require_alike, model, body["versions"])
@@ -206,7 +243,7 @@ class AdminPort:
         found = ModelInterface.of(verified.manifest, schema_of(verified))
         return [(column.name, column.dtype, column.shape) for column in found.columns], found.outputs, found.labels
 
-    async def _add_version(self, request: Request, by: str) -> Any:
+    async def _add_version(self, request: Request, _body: _Body, by: str) -> Any:
         """Take a bundle: nothing of it is believed before its copy in the store has verified."""
         model, version = request.path_params["model"], request.query_params.get("version")
         releases.require_names(model, version)
@@ -249,22 +286,22 @@ class AdminPort:
                     log.info("the bundle %s is removed: no version has it", digest[:12])
                     self.bundles.remove(digest)
 
-    async def _remove_version(self, request: Request, by: str) -> Any:
+    async def _remove_version(self, request: Request, _body: _Body, by: str) -> Any:
         model, version = request.path_params["model"], request.path_params["version"]
         return await asyncio.to_thread(releases.remove, self.store, model, version, by)
 
 
-def _require_admin(principal: Principal, action: str) -> None:
-    """Raise ServeRefusal for whoever may not, and say so in the log: decisions are events, attempts are not."""
-    try:
-        require(principal, "admin", action)
-    except ServeRefusal:
-        log.warning("%.200r was refused at the admin port: it has no admin:%s", principal.name, action)
-        raise
+def _peer(request: Request) -> str:
+    return "" if request.client is None else request.client.host
 
 
-def _peer(request: Request) -> str | None:
-    return None if request.client is None else request.client.host
+def _versions(told: Any) -> Sequence[str]:
+    """The versions that are named, as far as they are texts."""
+    if not isinstance(told, Mapping):
+        return []
+    several = told.get("versions")
+    named = several if isinstance(several, list) else [told.get("version")]
+    return [version for version in named if isinstance(version, str)]
 
 
 async def _health(_request: Request) -> Response:
@@ -289,7 +326,7 @@ def _write(file: BinaryIO, piece: bytes, directory: Path, more: int) -> None:
     file.write(piece)
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request) -> _Body:
     content = b""
     async for piece in request.stream():
         content += piece
@@ -332,12 +369,14 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     authentication.start()
     metrics = NodeMetrics(home.metrics, settings.workers)
     observer = NodeObserver(settings, store, BundleStore(home.bundles), trust_of(settings), home.audit, metrics)
-    port = AdminPort(launch, store, authentication, metrics, observer)
+    audit = audit_log_of(settings, home, launch.name)
+    access = AdminAccess(authentication, audit, metrics, admin_rate(settings))
+    port = AdminPort(launch, store, access, metrics, observer)
     ended = threading.Event()
     decisions = threading.Thread(target=_decide, args=(store, ended), name="fedclaw-decisions", daemon=True)
     observing = threading.Thread(target=observer.run, args=(ended,), name="fedclaw-observer", daemon=True)
     decisions.start()
-    upkeep = (store, port, settings.feedback_days, ended)
+    upkeep = (store, port, audit, settings.feedback_days, ended)
     threading.Thread(target=_keep_up, args=upkeep, name="fedclaw-upkeep", daemon=True).start()
     observing.start()
     protocol = http_protocol(settings, body_bytes=MOST_BUNDLE_BYTES)
@@ -351,6 +390,8 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
     ended.set()
     await asyncio.to_thread(decisions.join, 5)
     await asyncio.to_thread(observing.join, 5)
+    await asyncio.to_thread(anchor_head, audit, store)
+    audit.close()
     authentication.close()
     store.close()
 
@@ -370,10 +411,12 @@ def _decide(store: StateStore, ended: threading.Event) -> None:
                 )
 
 
-def _keep_up(store: StateStore, port: AdminPort, feedback_days: float, ended: threading.Event) -> None:
-    """Merge and drop what is old in the store, and follow the feedback key with a new one, until the process ends."""
+def _keep_up(store: StateStore, port: AdminPort, audit: AuditLog, feedback_days: float, ended: threading.Event) -> None:
+    """Merge and drop what is old in the store, follow the feedback key with a new one, and anchor the audit log, until
+    the process ends."""
     receipts: ReceiptKeys | None = None
     while not ended.wait(UPKEEP_SECONDS):
+        anchor_head(audit, store)
         try:
             receipts = receipts or ReceiptKeys(store, days=feedback_days)
             keep_up(store, receipts, feedback_days=feedback_days)

@@ -30,6 +30,7 @@ from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, InferenceResponse, Principal, VersionChoice
 from fedclaw.serve.routing.router import Router
 from fedclaw.serve.routing.shadow import Mirror, compare
+from fedclaw.serve.security.rate_limits import Allowance
 from fedclaw.serve.security.scopes import require, visible
 from fedclaw.serve.state.audit_log import AuditLog
 from fedclaw.serve.state.feedback import Acknowledgement
@@ -93,7 +94,7 @@ class ServingNode:
         self._readers: Mapping[str, Mapping[str, RequestReader]] = {}
         self._mirror = Mirror(MOST_MIRRORS)
         self._own, self._numbers = secrets.token_hex(6), count()
-        self._strangers = _Allowance(STRANGERS, STRANGERS_AT_ONCE)
+        self._strangers = Allowance(STRANGERS, STRANGERS_AT_ONCE)
 
     def serve(self, readers: Mapping[str, Mapping[str, RequestReader]]) -> None:
         """From now on there are these models and versions."""
@@ -329,23 +330,6 @@ class ServingNode:
         self.parts.router.record_comparison(
             request.model, version, key=request.key, principal=caller.principal.name, agrees=agrees
         )
-
-
-class _Allowance:
-    """So much a second, and so much at once after a pause."""
-
-    def __init__(self, per_second: float, most: float) -> None:
-        self._per_second, self._most, self._left, self._at = per_second, most, most, monotonic()
-
-    def take(self) -> bool:
-        """Whether there is one left; then it is taken."""
-        now = monotonic()
-        self._left = min(self._most, self._left + (now - self._at) * self._per_second)
-        self._at = now
-        if self._left < 1.0:
-            return False
-        self._left -= 1.0
-        return True
 
 
 def _no_feedback(_principal: Principal, _body: bytes) -> Acknowledgement:

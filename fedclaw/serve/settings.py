@@ -217,6 +217,9 @@ class AdminSettings(Frozen):
 
     host: Host = "127.0.0.1"
     port: Port = 9443
+    requests_per_second: float = Field(default=50.0, gt=0)
+    """Of one principal."""
+    burst: int = Field(default=200, ge=1)
 
 
 class NodeSettings(TrustSettings):

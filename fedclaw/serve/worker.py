@@ -16,7 +16,7 @@ import grpc.aio
 
 from fedclaw import processors
 from fedclaw.errors import FedClawError
-from fedclaw.serve.admission import admission_of, authentication_of, grpc_clients, http_protocol, tls_of
+from fedclaw.serve.admission import admission_of, audit_log_of, authentication_of, grpc_clients, http_protocol, tls_of
 from fedclaw.serve.app import HttpApplication
 from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.http_server import GRACE, HttpServer, run_until_stopped
@@ -35,6 +35,7 @@ from fedclaw.serve.state.audit_log import AuditLog
 from fedclaw.serve.state.feedback import FeedbackHandler
 from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
+from fedclaw.serve.state.upkeep import anchor_head
 from fedclaw.serve.supervisor import Launch
 from fedclaw.serve.synchroniser import SynchronisedParts, Synchroniser
 
@@ -71,13 +72,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         on_loaded=metrics.loaded,
         on_unloaded=metrics.unloaded,
     )
-    audit = AuditLog(
-        home.audit,
-        f"{settings.name}.{launch.name}",
-        inputs="no" if settings.audit.inputs == "none" else settings.audit.inputs,
-        sync_seconds=settings.audit.sync_seconds,
-        when_full=settings.audit.when_full,
-    )
+    audit = audit_log_of(settings, home, launch.name)
     receipts = await asyncio.to_thread(partial(ReceiptKeys, store, days=settings.feedback_days))
     admission = admission_of(settings, home)
     writer = f"{settings.name}/{launch.name}"
@@ -123,7 +118,7 @@ async def _run(launch: Launch, ready: Event, stopping: asyncio.Event) -> None:
         await node.close()
         await pool.close()
         await asyncio.to_thread(router.close)
-        await asyncio.to_thread(_last_anchor, audit, store)
+        await asyncio.to_thread(anchor_head, audit, store)
         await asyncio.to_thread(_last_push, inputs)
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
@@ -202,12 +197,4 @@ async def _anchor(audit: AuditLog, store: StateStore) -> None:
     """Tell the store the head of the audit log now and then, until cancelled."""
     while True:
         await asyncio.sleep(ANCHOR_SECONDS)
-        await asyncio.to_thread(_last_anchor, audit, store)
-
-
-def _last_anchor(audit: AuditLog, store: StateStore) -> None:
-    try:
-        if not audit.anchor(store):
-            log.error("the audit log %s does not reach the head that it had before: lines are gone", audit.chain)
-    except Exception as error:
-        log.warning("the audit log's head is not anchored for now: %s", error)
+        await asyncio.to_thread(anchor_head, audit, store)

@@ -261,6 +261,13 @@ def test_files_that_are_no_good_are_told_before_anything_begins(tmp_path, table_
     assert not (tmp_path / "node").exists()
 
 
+def test_rates_that_cannot_be_are_told_before_anything_begins(tmp_path, table_bundle, home):
+    given = [f"bundle={table_bundle}", f"ca={home.root / 'ca.crt'}", f"state={tmp_path / 'node'}", *INSECURE]
+    for limits in ("limits", "admin"):
+        refused([*given, f"{limits}.requests_per_second=0.001"], UsageError, f"{limits}.burst: a rate limit needs")
+    assert not (tmp_path / "node").exists()
+
+
 def test_who_asks_for_probabilities_alone_can_still_give_feedback(node):
     asked = {**one_row(node), "outputs": [{"name": "probabilities"}]}
     status, answer, headers = node.ask("POST", f"{node.http}/v2/models/heart/infer", asked)

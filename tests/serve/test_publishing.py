@@ -6,13 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from fedclaw.serve.__main__ import main
 from fedclaw.serve.security.development_tokens import sign_token, write_keys
 from tests.bundles import export_table
 from tests.conftest import environment, run_module
@@ -176,3 +179,39 @@ def test_a_model_whose_copy_is_damaged_takes_no_other_down(tmp_path, table_bundl
         assert node.wait_for(answered) == (200, 503)
         assert node.processes()["worker-1"] != before
         assert node.ask("GET", f"{node.http}/v2/models/scan/ready")[0] == 503
+
+
+def test_a_flood_at_the_admin_port_keeps_nobody_else_from_it_and_no_decision_from_being_made(
+    node, second_bundle, keys, capsys
+):
+    tokens = [None, "made up", sign_token(keys, *ISSUED, "mallory", ["admin:read"], 60)]
+    ended, statuses = Event(), Counter()
+    # From the address of those that come with bad tokens: only one that is known to be good is not made to wait.
+    assert release(node)["state"] == "answers"
+
+    def flood(token: str | None) -> None:
+        other = replace(node, token=token)
+        while not ended.is_set():
+            statuses[token, other.ask("GET", f"{node.admin}/admin/events?limit=10000")[0]] += 1
+
+    floods = [Thread(target=flood, args=(token,)) for token in tokens]
+    for thread in floods:
+        thread.start()
+    try:
+        node.wait_for(lambda: True if {status for _, status in statuses} >= {200, 401, 429} else None)
+        assert publish(node, second_bundle, "mode=canary", "version=second").code == 0
+        assert release(node)["state"] == "canary"
+        assert node.ask("POST", f"{node.admin}/admin/models/heart/roll_back", {})[0] == 200
+        assert node.ask("GET", f"{node.admin}/metrics")[0] == 200
+    finally:
+        ended.set()
+        for thread in floods:
+            thread.join()
+    assert node.stop() == 143
+    main(["audit", f"state={node.log.parent / 'node'}", "principal=ann", "model=heart"])
+    told = capsys.readouterr().out
+    assert "node.control: " in told
+    assert told.count(": whole") == 2
+    rows = [line.split()[1:] for line in told.splitlines() if " ann " in line]
+    assert {row[2] for row in rows} == {"publish", "release", "roll_back"}
+    assert sum("roll_back" in row for row in rows) == 2

@@ -465,6 +465,10 @@ class NodeMetrics:
         """A call of the state store failed."""
         self._count(SeriesName("state_store_errors_total"))
 
+    def audit_missed(self) -> None:
+        """An answer of the admin port left without a line in the audit log."""
+        self._count(SeriesName("audit_missed_total"))
+
     def set_process(self, name: str, pid: int) -> None:
         """Another process of the node to show the resources of."""
         self._processes[name] = pid
@@ -473,7 +477,9 @@ class NodeMetrics:
         """All metrics, for prometheus_client's registry."""
         living = [worker for worker in series_files(self._directory) if alive(self._directory, worker)]
         values = self._workers(living)
-        found: dict[SeriesName, tuple[float, ...]] = {name: (value,) for name, value in self._counted.items()}
+        found: dict[SeriesName, tuple[float, ...]] = {
+            name: (value + values.get(name, (0.0,))[0],) for name, value in list(self._counted.items())
+        }
         for said in list(self._said.values()):
             found.update({name: (value,) for name, value in said.items()})
         found[SeriesName("workers")] = (float(len(living)),)

@@ -204,6 +204,23 @@ class RateLimiter:
             raise _too_many("Too many rows", wait)
 
 
+class Allowance:
+    """So much a second, and so much at once after a pause, of one process."""
+
+    def __init__(self, per_second: float, most: float) -> None:
+        self._per_second, self._most, self._left, self._at = per_second, most, most, time.monotonic()
+
+    def take(self) -> bool:
+        """Whether there is one left; then it is taken."""
+        now = time.monotonic()
+        self._left = min(self._most, self._left + (now - self._at) * self._per_second)
+        self._at = now
+        if self._left < 1.0:
+            return False
+        self._left -= 1.0
+        return True
+
+
 class FailureLimiter:
     """Slows down an address that sends tokens which are not accepted.
 

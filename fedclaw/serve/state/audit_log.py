@@ -1,8 +1,9 @@
 """The audit log of a node: one line for each answer, written before its first byte leaves.
 
-One hash chain (`fedclaw.protocol.chain`) for each worker, in files CHAIN.000001.jsonl, CHAIN.000002.jsonl, ...; a line
-is {"entry": {...}, "hash": ...} with the SHA-256 of the hash before it and the entry's bytes as they stand there. The
-chain goes on over files and over restarts. Each file, and each process, starts with an entry of kind `begin`.
+One hash chain (`fedclaw.protocol.chain`) for each worker, and one for the admin port (`fedclaw.serve.admin_access`), in
+files CHAIN.000001.jsonl, CHAIN.000002.jsonl, ...; a line is {"entry": {...}, "hash": ...} with the SHA-256 of the hash
+before it and the entry's bytes as they stand there. The chain goes on over files and over restarts. Each file, and each
+process, starts with an entry of kind `begin`.
 
 A line is one write, done before `append` returns: no SIGKILL of the process loses it. A power cut can lose what the
 last `sync_seconds` brought; 0 syncs each line. What such an end left of a line, or of some, stays where it is: the next
@@ -176,10 +177,10 @@ class AuditLog:
         `received` and `sent` are sizes of bodies in bytes. `body` is looked at only where inputs are asked for. Raises
         AuditUnavailable if the line cannot be written and must be: then nothing may leave.
         """
-        entry = {
+        entry: dict[str, Any] = {
             "sequence": 0,
             "kind": "answer",
-            "time": datetime.now(UTC).isoformat(),
+            "time": _now(),
             "principal": principal[:_LONGEST],
             "peer": peer[:_LONGEST],
             "model": model[:_LONGEST],
@@ -193,6 +194,37 @@ class AuditLog:
         }
         if body is not None and self._inputs != "no":
             entry |= _inputs_of(body, self._inputs)
+        return self._append(entry)
+
+    def append_admin(
+        self,
+        *,
+        kind: str,
+        principal: str,
+        peer: str,
+        action: str,
+        model: str,
+        version: str,
+        status: int | None,
+        code: str = "",
+    ) -> bool:
+        """Note what an operator asked for: as `change` before it is done, as `admin` with the answer's `status`.
+
+        Returns and raises what `append` does.
+        """
+        entry: dict[str, Any] = {
+            "sequence": 0,
+            "kind": kind,
+            "time": _now(),
+            "principal": principal[:_LONGEST],
+            "peer": peer[:_LONGEST],
+            "action": action[:_LONGEST],
+            "model": model[:_LONGEST],
+            "version": version[:_LONGEST],
+        }
+        return self._append(entry if status is None else {**entry, "status": status, "code": code})
+
+    def _append(self, entry: dict[str, Any]) -> bool:
         with self._lock:
             try:
                 if self._torn or self._size >= self._segment_bytes:

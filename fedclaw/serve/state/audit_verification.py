@@ -24,6 +24,8 @@ from fedclaw.serve.state.store import StateStore
 Anchors = Mapping[str, Mapping[int, str]]
 """Hashes by chain and entry."""
 _MOST_FAULTS = 20
+_SHOWN = frozenset({"answer", "admin", "change"})
+"""Kinds of entries that people look for."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def show_audit_log(
     model: str | None = None,
     archived: bool = False,
 ) -> int:
-    """Show the newest answers of a principal and a model (None: of all), then what is found of each chain.
+    """Show the newest answers and admin requests of a principal and a model (None: of all), then what is found of each
+    chain.
 
     Returns the exit code: 1 if a chain was tampered with. Raises AuditLogError.
     """
@@ -208,7 +211,7 @@ def _newest(directory: Path, last: int, principal: str | None, model: str | None
                     line.content
                     for text in file
                     if (line := split(text)) is not None
-                    and line.content.get("kind") == "answer"
+                    and line.content.get("kind") in _SHOWN
                     and principal in (None, line.content.get("principal"))
                     and model in (None, line.content.get("model"))
                 )
@@ -217,7 +220,7 @@ def _newest(directory: Path, last: int, principal: str | None, model: str | None
 
 
 def _answers(newest: list[dict[str, Any]]) -> Table:
-    columns = ("time", "principal", "peer", "model", "version", "request", "rows", "status", "code")
+    columns = ("time", "principal", "peer", "action", "model", "version", "request", "rows", "status", "code")
     table = Table(*columns, box=None, pad_edge=False)
     for entry in newest:
         table.add_row(*(Text(_printable(str(entry.get(column, "")))) for column in columns))

@@ -12,8 +12,13 @@
 Both nodes of a pair may do it, and at the same moment: done twice is done once.
 """
 
+import logging
+
+from fedclaw.serve.state.audit_log import AuditLog
 from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
+
+log = logging.getLogger("fedclaw.serve")
 
 FINE_HOURS = 6.0
 COUNT_DAYS = 90.0
@@ -36,3 +41,12 @@ def keep_up(store: StateStore, receipts: ReceiptKeys, *, feedback_days: float = 
         # A day more than receipts are good for: the database's clock is not the one that dates them.
         feedback=max(FEEDBACK_DAYS, feedback_days + 1) * _DAY,
     )
+
+
+def anchor_head(audit: AuditLog, store: StateStore) -> None:
+    """Tell the store the head of an audit log's chain; what is wrong with it goes to the log."""
+    try:
+        if not audit.anchor(store):
+            log.error("the audit log %s does not reach the head that it had before: lines are gone", audit.chain)
+    except Exception as error:
+        log.warning("the audit log's head is not anchored for now: %s", error)
