@@ -17,7 +17,7 @@ from fedclaw.serve.bundle_archive import require_bundle
 from fedclaw.serve.home import DATABASE, NodeHome, trust_of
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.names import LONGEST_NAME, NAME
-from fedclaw.serve.releases import CONFIGURATION, release_configured
+from fedclaw.serve.releases import CONFIGURATION, configure_breakers, release_configured
 from fedclaw.serve.security.rate_limits import RateTable
 from fedclaw.serve.settings import ModelSettings, NodeSettings, VersionSettings
 from fedclaw.serve.state.database import Database
@@ -106,6 +106,7 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
             for version, digest, manifest in versions:
                 added = catalogue.add(name, version.name, digest, manifest.run, CONFIGURATION, entry)
             release_configured(store, name, added, settings.name, known is None or added not in known.versions)
+        configure_breakers(store, settings.breaker)
         if not catalogue.models():
             raise UsageError("there is no model to serve: give bundle=PATH, or models={NAME: {bundle: PATH}}")
 

@@ -212,7 +212,8 @@ class AdminPort:
         model = request.path_params["model"]
         if mode != "at_once":
             await asyncio.to_thread(self._require_alike, model, [version])
-        return await asyncio.to_thread(releases.begin, self.store, model, version, self.settings.release, mode, by)
+        own = self.settings
+        return await asyncio.to_thread(releases.begin, self.store, model, version, own.release, mode, by, own.breaker)
 
     async def _operate(self, request: Request, body: _Body, by: str) -> Any:
         model, operation = request.path_params["model"], request.path_params["operation"]

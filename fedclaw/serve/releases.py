@@ -1,5 +1,6 @@
 """How a version comes to answer: what the configuration, the admin port and `publish` ask for, as changes of plans."""
 
+import logging
 import re
 import threading
 import time
@@ -7,24 +8,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import JsonValue
-
 from fedclaw.errors import UsageError
 from fedclaw.serve.names import LONGEST_NAME, NAME
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing import controller
-from fedclaw.serve.routing.plan import PlanError, RoutingPlan, StoredPlan, read_plan
+from fedclaw.serve.routing.plan import PREFIX, BreakerPolicy, PlanError, RoutingPlan, StoredPlan, read_plan
 from fedclaw.serve.settings import ReleaseSettings
 from fedclaw.serve.state.store import StateStore, WorkerBeat
 from fedclaw.serve.version_catalogue import VersionCatalogue
+
+log = logging.getLogger(__name__)
 
 CONFIGURATION = "configuration"
 LOADING = 60.0
 """Seconds that workers have to load a version before it is routed to."""
 ALIVE = 3.0
 """Seconds without a beat after which a worker counts as gone."""
-DISAGREEMENT = 0.02
-"""Share of rows that a version which is meant to agree may answer otherwise."""
 MIRRORED = 0.1
 """Share of the keys whose requests are compared."""
 _changing = threading.Lock()
@@ -63,33 +62,53 @@ def release_configured(store: StateStore, model: str, version: str, node: str, n
         store.swap(named, None if found is None else found[0], {"version": version})
 
 
+def configure_breakers(store: StateStore, policy: BreakerPolicy) -> None:
+    """Have the breakers of all models in the store go by the policy of the node that starts."""
+    for name in store.names(PREFIX):
+        model = name.removeprefix(PREFIX)
+        try:
+            controller.set_breaker(store, model, policy, CONFIGURATION, time.time())
+        except PlanError as error:
+            log.error("its breaker stays as it was: %s", error)
+
+
 def begin(
-    store: StateStore, model: str, version: str, settings: ReleaseSettings, mode: str, by: str
+    store: StateStore,
+    model: str,
+    version: str,
+    settings: ReleaseSettings,
+    mode: str,
+    by: str,
+    breaker: BreakerPolicy | None = None,
 ) -> Mapping[str, Any]:
-    """Begin a release of a version that the catalogue has. Raises ServeRefusal.
+    """Begin a release of a version that the catalogue has. `breaker` is for a model that has no plan yet. Raises
+    ServeRefusal.
 
     A canary that needs a person's word is a shadow until somebody approves of it.
     """
     with _one_at_a_time():
         _require_version(store, model, version)
         load_everywhere(store, model, [version])
-        _begin(store, model, version, settings, mode, by)
+        if read_plan(store, model) is None:
+            first_release(store, model, version)
+            if breaker is not None:
+                controller.set_breaker(store, model, breaker, CONFIGURATION, time.time())
+        else:
+            _begin(store, model, version, settings, mode, by)
     return progress(store, model)
 
 
 def _begin(store: StateStore, model: str, version: str, settings: ReleaseSettings, mode: str, by: str) -> None:
-    if read_plan(store, model) is None:
-        first_release(store, model, version)
-    elif mode == "at_once":
+    if mode == "at_once":
         pin(store, model, version, by)
-    else:
-        guards: dict[str, JsonValue] = {"disagreement": DISAGREEMENT if settings.agreement else None}
-        begins = controller.start_canary
-        if mode == "shadow" or settings.approval == "manual":
-            begins = controller.start_shadow
-        _allowed(lambda: begins(store, model, version, by, time.time(), mirror=MIRRORED, guards=guards))
-        if mode == "canary" and settings.approval == "manual":
-            _allowed(lambda: controller.ask_for_approval(store, model, by, time.time()))
+        return
+    begins = controller.start_canary
+    if mode == "shadow" or settings.approval == "manual":
+        begins = controller.start_shadow
+    options = {"mirror": MIRRORED, "guards": settings.guards, "steps": settings.steps}
+    _allowed(lambda: begins(store, model, version, by, time.time(), **options))
+    if mode == "canary" and settings.approval == "manual":
+        _allowed(lambda: controller.ask_for_approval(store, model, by, time.time()))
 
 
 def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> None:

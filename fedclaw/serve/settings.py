@@ -12,6 +12,7 @@ from fedclaw.export.check import TrustSettings
 from fedclaw.export.runtime import Device
 from fedclaw.protocol.frozen import Frozen
 from fedclaw.serve.names import ModelName, VersionName
+from fedclaw.serve.routing.plan import STEPS, BreakerPolicy, Guards, Steps
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 """0: one that is free, which the node then names."""
@@ -171,8 +172,10 @@ class ReleaseSettings(Frozen):
     mode: Literal["canary", "shadow", "at_once"] = "canary"
     approval: Literal["automatic", "manual"] = "automatic"
     """manual: a person's word lets it begin."""
-    agreement: bool = True
-    """Whether the new version is meant to give the same labels, so that disagreement rolls it back."""
+    steps: Steps = STEPS
+    """Shares of the keys that a canary answers, one after the other."""
+    guards: Guards = Guards(disagreement=0.02)
+    """What rolls it back, and what lets it grow. guards.disagreement=null: it is not meant to give the same labels."""
 
 
 class TracingSettings(Frozen):
@@ -251,6 +254,8 @@ class NodeSettings(TrustSettings):
     batching: BatchSettings = BatchSettings()
     audit: AuditLogSettings = AuditLogSettings()
     release: ReleaseSettings = ReleaseSettings()
+    breaker: BreakerPolicy = BreakerPolicy()
+    """Of every version of every model."""
     tracing: TracingSettings = TracingSettings()
     drift: DriftSettings = DriftSettings()
     feedback_days: float = Field(default=30.0, gt=0)

@@ -15,10 +15,11 @@ from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
 from fedclaw.serve.control import UNNEEDED_SECONDS, AdminPort
 from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.monitoring.metrics import NodeMetrics
+from fedclaw.serve.routing.plan import BreakerPolicy, read_plan
 from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper
 from fedclaw.serve.security.rate_limits import Allowance, FailureLimiter, Rate, RateTable
 from fedclaw.serve.security.tokens import Authenticator, NoAuthentication, TokenRules
-from fedclaw.serve.settings import AdminSettings, NodeSettings, TlsSettings, TokenSettings
+from fedclaw.serve.settings import AdminSettings, NodeSettings, ReleaseSettings, TlsSettings, TokenSettings
 from fedclaw.serve.state.audit_verification import entries, verify
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import Launch, Ports
@@ -264,4 +265,19 @@ async def test_nothing_is_changed_without_its_line_and_reads_go_on(tmp_path, tab
         assert (await asked(port.app, "GET", "/admin/models/heart"))[1]["versions"].keys() == {"v1"}
     assert b"fedclaw_serve_audit_missed_total 2.0" in port.metrics.render()[0]
     assert (await asked(port.app, "DELETE", "/admin/models/heart/versions/v1"))[0] == 200
+    port.store.close()
+
+
+def test_a_release_begins_as_the_node_is_set(tmp_path, table_bundle, home):
+    port, settings = admin_port(tmp_path, table_bundle, home)
+    own = {"release": ReleaseSettings(steps=(0.5, 1.0)), "breaker": BreakerPolicy(probes=2)}
+    port.settings = settings.model_copy(update=own)
+    digest = port.bundles.put(table_bundle, trust_of(settings))
+    port.store.beat("node", "worker-1", [digest])
+    for version in ("v1", "v2"):
+        port.catalogue.add("heart", version, digest, "run", "ann")
+        begun = asked(port.app, "POST", "/admin/models/heart/release", orjson.dumps({"version": version}), b"")
+        assert asyncio.run(begun)[0] == 200
+    plan = read_plan(port.store, "heart").plan
+    assert (plan.mode, plan.steps, plan.breaker.probes) == ("canary", (0.5, 1.0), 2)
     port.store.close()

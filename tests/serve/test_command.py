@@ -8,7 +8,8 @@ from fedclaw.protocol.terms import ModelSpec
 from fedclaw.serve import releases
 from fedclaw.serve.command import take_in
 from fedclaw.serve.home import NodeHome
-from fedclaw.serve.routing.plan import read_plan
+from fedclaw.serve.routing import controller
+from fedclaw.serve.routing.plan import BreakerPolicy, read_plan
 from fedclaw.serve.settings import NodeSettings, TlsSettings, TokenSettings
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.version_catalogue import VersionCatalogue
@@ -56,3 +57,14 @@ def test_a_run_whose_name_is_none_of_a_model_is_asked_for_one_before_anything_is
     with StateStore.open(node.database(None)) as store:
         assert VersionCatalogue(store).models() == []
     take_in(settings.model_copy(update={"bundle": bundle}), node)
+
+
+def test_a_changed_breaker_holds_from_the_nodes_next_start_on_for_every_model_in_the_store(settings):
+    node = NodeHome.make(settings.state)
+    take_in(settings, node)
+    with StateStore.open(node.database(None)) as store:
+        controller.add_version(store, "another", "v1", "ann", 1.0)
+        assert read_plan(store, "heart").plan.breaker == BreakerPolicy()
+        policy = BreakerPolicy(window=20, least_calls=5)
+        take_in(settings.model_copy(update={"breaker": policy}), node)
+        assert [read_plan(store, model).plan.breaker for model in ("heart", "another")] == [policy, policy]

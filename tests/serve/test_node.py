@@ -216,6 +216,7 @@ def test_a_bundle_that_was_changed_is_refused(tmp_path, table_bundle, home):
         (INSECURE, "no model to serve"),
         (("bundle=nowhere", *INSECURE), "nowhere"),
         ((".", *INSECURE), "give bundle=."),
+        (("release.steps=[0.5,0.1,1]", *INSECURE), "release.steps: shares must rise and end at 1"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, settings, said):

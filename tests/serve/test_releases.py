@@ -11,13 +11,13 @@ import pytest
 from fedclaw.errors import UsageError
 from fedclaw.serve import releases
 from fedclaw.serve.refusals import ServeRefusal
-from fedclaw.serve.routing.plan import RoutingPlan, read_plan
+from fedclaw.serve.routing.plan import Guards, RoutingPlan, read_plan
 from fedclaw.serve.settings import ReleaseSettings
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.version_catalogue import VersionCatalogue
 
 SETTINGS = ReleaseSettings()
-MANUAL = ReleaseSettings(approval="manual", agreement=False)
+MANUAL = ReleaseSettings(approval="manual", guards=Guards(disagreement=None))
 
 
 @pytest.fixture

@@ -201,23 +201,27 @@ def step(store: ControlStore, now: float | None = None) -> int:
     return Controller(store).step(time.time() if now is None else now)
 
 
-def add_version(
-    store: ControlStore,
-    model: str,
-    version: str,
-    by: str,
-    now: float,
-    *,
-    guards: Guards | None = None,
-    breaker: BreakerPolicy | None = None,
-) -> RoutingPlan:
+def add_version(store: ControlStore, model: str, version: str, by: str, now: float) -> RoutingPlan:
     """Make the plan of a model that has none, with its first version; else the plan that there is."""
     if (stored := read_plan(store, model)) is not None:
         return stored.plan
     plan = new_plan(model, version, by, now)
-    plan = changed(plan, plan.decision, guards=guards or Guards(), breaker=breaker or BreakerPolicy())
     store.swap(plan_name(model), None, plan.document(), _event(plan))
     return _existing(store, model).plan
+
+
+def set_breaker(store: ControlStore, model: str, policy: BreakerPolicy, by: str, now: float) -> RoutingPlan:
+    """Have the breakers of a model's versions go by `policy` from now on. It decides about no version, so the plan's
+    last decision stays."""
+    for _ in range(_TRIES):
+        stored = _existing(store, model)
+        if stored.plan.breaker == policy:
+            return stored.plan
+        after = changed(stored.plan, stored.plan.decision, breaker=policy)
+        event = ("breaker_policy", model, {"by": by, "at": now, **policy.model_dump(mode="json")})
+        if store.swap(plan_name(model), stored.revision, after.document(), event):
+            return after
+    raise _contended(model)
 
 
 def start_canary(store: ControlStore, model: str, version: str, by: str, now: float, **options: Any) -> RoutingPlan:
@@ -242,7 +246,8 @@ def start_canary(store: ControlStore, model: str, version: str, by: str, now: fl
 def start_shadow(store: ControlStore, model: str, version: str, by: str, now: float, **options: Any) -> RoutingPlan:
     """Have a version see a share of the requests (`mirror`, all of them if it is not given) and answer none.
 
-    `options` are mirror, guards, and promote: whether it becomes a canary by itself once it is known to agree.
+    `options` are mirror, guards, promote: whether it becomes a canary by itself once it is known to agree, and the
+    steps of that canary.
     """
 
     def change(plan: RoutingPlan) -> _Change:
@@ -318,7 +323,7 @@ def pin(store: ControlStore, model: str, version: str, by: str, now: float) -> R
 
 _MIRRORED = 0.1  # Share of the keys, where a canary is meant to agree and nothing else is said.
 _CANARY_OPTIONS = frozenset({"steps", "approval", "mirror", "guards", "breaker"})
-_SHADOW_OPTIONS = frozenset({"mirror", "guards", "promote"})
+_SHADOW_OPTIONS = frozenset({"mirror", "guards", "promote", "steps"})
 
 
 def _trial_change(plan: RoutingPlan, finding: TrialFinding, now: float) -> _Change | None:
@@ -437,7 +442,11 @@ def _ordered(store: ControlStore, model: str, change: Callable[[RoutingPlan], _C
         stored = _existing(store, model)
         if _apply(store, stored, change(stored.plan), now):
             return _existing(store, model).plan
-    raise PlanError(f"model {model}: its plan is being changed by others; try again")
+    raise _contended(model)
+
+
+def _contended(model: str) -> PlanError:
+    return PlanError(f"model {model}: its plan is being changed by others; try again")
 
 
 def _existing(store: ControlStore, model: str) -> StoredPlan:

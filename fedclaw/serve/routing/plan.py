@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import orjson
-from pydantic import Field, JsonValue, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, ValidationError, model_validator
 
 from fedclaw.errors import FedClawError
 from fedclaw.protocol.frozen import Frozen, explain
@@ -24,6 +24,17 @@ FLOOR = 0.05
 """The least share of the keys of an experiment that each of its versions keeps."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _rising(steps: tuple[float, ...]) -> tuple[float, ...]:
+    if any(low >= high for low, high in pairwise(steps)) or steps[-1] != 1.0:
+        raise ValueError(f"shares must rise and end at 1, as {list(STEPS)}")
+    return steps
+
+
+STEPS = (0.05, 0.1, 0.25, 0.5, 1.0)
+Steps = Annotated[tuple[Share, ...], Field(min_length=1, max_length=20), AfterValidator(_rising)]
+"""Of a canary: its shares of the keys, one after the other."""
 Seconds = Annotated[float, Field(ge=0, lt=1e11)]
 
 
@@ -73,6 +84,12 @@ class BreakerPolicy(Frozen):
     probes: Annotated[int, Field(ge=1, le=1000)] = 5
     """Probes in a row that have to succeed. Each worker sends one a second at most."""
 
+    @model_validator(mode="after")
+    def _waits_fit(self) -> Self:
+        if self.longest_wait < self.wait:
+            raise ValueError("longest_wait must not be shorter than wait")
+        return self
+
 
 class BreakerState(Frozen):
     """A breaker that is not closed, or was open a while ago."""
@@ -106,8 +123,8 @@ class RoutingPlan(Frozen):
     stable: VersionName
     candidate: VersionName | None = None
     """canary, shadow: the version that is tried."""
-    steps: Annotated[tuple[Share, ...], Field(min_length=1, max_length=20)] = (0.05, 0.1, 0.25, 0.5, 1.0)
-    """canary: shares of the keys, rising to 1."""
+    steps: Steps = STEPS
+    """canary."""
     step: Annotated[int, Field(ge=0, le=19)] = 0
     approval: Literal["automatic", "manual"] = "automatic"
     """canary: whether a person's word is needed before the share grows, each time, and before it becomes stable."""
@@ -148,8 +165,6 @@ class RoutingPlan(Frozen):
             return f"mode {self.mode} {'needs a' if tried else 'has no'} candidate"
         if self.candidate == self.stable:
             return "the candidate is the stable version"
-        if any(low >= high for low, high in pairwise(self.steps)) or self.steps[-1] != 1.0:
-            return "steps must rise and end at 1"
         if self.step >= len(self.steps):
             return f"step {self.step} is none of {len(self.steps)} steps"
         return self._arms_problem() if self.mode == "ab" else None

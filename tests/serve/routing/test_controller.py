@@ -78,7 +78,7 @@ def test_each_trial_tries_other_keys(store: StateStore, clock: Clock, first: Rou
         (lambda s: controller.start_canary(s, "none", "v2", "ann", 1.0), "there is no model 'none'"),
         (lambda s: controller.start_canary(s, "m", "v1", "ann", 1.0), "the candidate is the stable version"),
         (lambda s: controller.start_canary(s, "m", "../x", "ann", 1.0), "candidate: String should match"),
-        (lambda s: controller.start_canary(s, "m", "v2", "ann", 1.0, steps=(0.5, 0.1)), "steps must rise"),
+        (lambda s: controller.start_canary(s, "m", "v2", "ann", 1.0, steps=(0.5, 0.1)), "steps: shares must rise"),
         (lambda s: controller.start_canary(s, "m", "v2", "ann", 1.0, mode="single"), "mode: not an option"),
         (lambda s: controller.start_canary(s, "m", "v2", "ann", 1.0, guards={"alpha": 2}), "guards: alpha"),
         (lambda s: controller.start_shadow(s, "m", "v2", "ann", 1.0, guards={"alpha": 2}), "guards.alpha"),
