@@ -9,7 +9,7 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -26,6 +26,7 @@ from fedclaw.serve.settings import is_loopback
 
 _SHOWN = 500
 _EVERY = 1.0
+_REMIND_EVERY = 60.0
 _TIMEOUT = 120.0
 """Longer than workers have to load a version."""
 
@@ -148,12 +149,17 @@ def publish(settings: PublishSettings, tell: Callable[[str], None]) -> dict[str,
 
 
 def _wait(client: AdminClient, path: str, version: str, patience: float, tell: Any) -> dict[str, Any]:
-    end, said = time.monotonic() + patience, ""
+    end, said, awaited = time.monotonic() + patience, "", ""
+    remind = time.monotonic() + _REMIND_EVERY
     while time.monotonic() < end:
         found: dict[str, Any] = client.ask("GET", f"{path}/release")
         if found["says"] != said:
             said = found["says"]
             tell(said)
+        awaited = _awaited(found)
+        if awaited and time.monotonic() >= remind:
+            remind = time.monotonic() + _REMIND_EVERY
+            tell(awaited)
         if found["state"] == "rolled_back":
             raise FedClawError(f"version {version} was rolled back: {said}")
         if found["state"] == "answers" and found["stable"] != version:
@@ -161,7 +167,13 @@ def _wait(client: AdminClient, path: str, version: str, patience: float, tell: A
         if found["state"] in {"answers", "waits_for_approval", "shadow"}:
             return found
         time.sleep(_EVERY)
-    raise FedClawError(f"the release of {version} was not at its end after {patience:g} s: {said}; it goes on")
+    state = "; ".join(filter(None, (said, awaited, "it goes on")))
+    raise FedClawError(f"the release of {version} was not at its end after {patience:g} s: {state}")
+
+
+def _awaited(found: Mapping[str, Any]) -> str:
+    waits = found.get("waits_for")
+    return f"it waits for {waits['says']}" if isinstance(waits, dict) and "says" in waits else ""
 
 
 def _tls(ca: Path | None) -> ssl.SSLContext:

@@ -13,6 +13,7 @@ from fedclaw.serve.names import LONGEST_NAME, NAME
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing import controller
 from fedclaw.serve.routing.plan import PREFIX, BreakerPolicy, PlanError, RoutingPlan, StoredPlan, read_plan
+from fedclaw.serve.routing.waiting import waits_for
 from fedclaw.serve.settings import ReleaseSettings
 from fedclaw.serve.state.store import StateStore, WorkerBeat
 from fedclaw.serve.version_catalogue import VersionCatalogue
@@ -169,7 +170,10 @@ def operate(store: StateStore, model: str, operation: str, body: Mapping[str, An
             load_everywhere(store, model, [body["version"]])
             pin(store, model, body["version"], by)
     elif operation == "approve":
-        _allowed(lambda: controller.approve(store, model, by, now))
+        early = body.get("early", False)
+        if not isinstance(early, bool):
+            raise ServeRefusal("bad_request", "early is true or false")
+        _allowed(lambda: controller.approve(store, model, by, now, early=early))
     elif operation == "roll_back":
         _allowed(lambda: controller.roll_back(store, model, by, now))
     elif operation == "ab":
@@ -187,10 +191,17 @@ def operate(store: StateStore, model: str, operation: str, body: Mapping[str, An
 
 
 def progress(store: StateStore, model: str) -> Mapping[str, Any]:
-    """How the last release stands: its state, a sentence, and the version that answers whoever nothing else does."""
+    """How the last release stands: its state, a sentence, what it waits for, and the version that answers whoever
+    nothing else does."""
     plan = _plan(store, model).plan
     state, says = _progress(plan)
-    return {"state": state, "says": says, "stable": plan.stable, "decision": plan.decision.model_dump(mode="json")}
+    return {
+        "state": state,
+        "says": says,
+        "waits_for": waits_for(store, plan, time.time()),
+        "stable": plan.stable,
+        "decision": plan.decision.model_dump(mode="json"),
+    }
 
 
 def _progress(plan: RoutingPlan) -> tuple[str, str]:

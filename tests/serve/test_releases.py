@@ -46,6 +46,7 @@ def test_a_published_version_begins_as_a_canary_that_is_meant_to_agree(store: St
     assert (said["state"], said["says"]) == ("canary", "v2 answers 5% of the keys")
     assert (plan(store).mode, plan(store).guards.disagreement, plan(store).mirror) == ("canary", 0.02, 0.1)
     assert plan(store).decision.by == "ann"
+    assert said["waits_for"]["says"].startswith("answers: v1 has given 0 of the 100 that tell what is slow, since ")
 
 
 def test_where_a_person_has_to_say_so_it_answers_nobody_before(store: StateStore):
@@ -76,6 +77,8 @@ REFUSED: list[tuple[Callable[[StateStore], object], str]] = [
     (lambda s: begin(s, "v1", "canary"), "conflict"),
     (lambda s: releases.begin(s, "none", "v1", SETTINGS, "canary", "ann"), "not_found"),
     (lambda s: releases.operate(s, "heart", "approve", {}, "ann"), "conflict"),
+    (lambda s: releases.operate(s, "heart", "approve", {"early": True}, "ann"), "conflict"),
+    (lambda s: releases.operate(s, "heart", "approve", {"early": "yes"}, "ann"), "bad_request"),
     (lambda s: releases.operate(s, "heart", "roll_back", {}, "ann"), "conflict"),
     (lambda s: releases.operate(s, "heart", "pin", {}, "ann"), "not_found"),
     (lambda s: releases.operate(s, "heart", "pin", {"version": ["v2"]}, "ann"), "not_found"),

@@ -31,6 +31,8 @@ GuardName = Literal["errors", "median_latency", "tail_latency", "agreement"]
 LATENCIES: tuple[GuardName, ...] = ("median_latency", "tail_latency")
 Counts = Mapping[str, Mapping[str, int]]
 """By version and name, as a state store has them."""
+BASELINE = 300
+"""Seconds before a trial from which the stable version's latency is taken."""
 LEAST_LATENCIES = 100
 """Answers of the stable version that have to be seen before its quantile is taken."""
 _LEAST_LOOK = 4  # Keys of each version. It knows nothing of what came of them, so the tests stay right.
@@ -63,6 +65,11 @@ def guard_names(plan: RoutingPlan) -> tuple[GuardName, ...]:
     """The guards of a plan's trial: a shadow answers nobody, so only its agreement is looked at."""
     agreement: tuple[GuardName, ...] = () if plan.guards.disagreement is None else ("agreement",)
     return agreement if plan.mode == "shadow" else ("errors", *LATENCIES, *agreement)
+
+
+def record_name(plan: RoutingPlan) -> str:
+    """The record's document."""
+    return f"guards/{plan.model}"
 
 
 def begin(plan: RoutingPlan, before: TrialRecord | None = None) -> TrialRecord:
@@ -119,6 +126,16 @@ def observe(plan: RoutingPlan, record: TrialRecord, counts: Counts) -> TrialReco
         if canary >= _LEAST_LOOK and (boundary is not None or stable >= _LEAST_LOOK):
             guards[name] = look(guard, new, _margin(plan, name), boundary)
     return record.model_copy(update={"guards": guards})
+
+
+def keys_seen(plan: RoutingPlan, record: TrialRecord, counts: Counts) -> dict[GuardName, int]:
+    """How many of the candidate's keys were counted for each guard, also those that it has not looked at yet."""
+    found = dict.fromkeys(record.guards, 0)
+    for name in record.guards:
+        if name not in LATENCIES or name in record.slow_above:
+            seen = _seen(plan, counts, name, record.slow_above.get(name))
+            found[name] = sum(now[2] for now in seen) - sum(then[2] for then in record.skipped.get(name, ()))
+    return found
 
 
 def with_slow_buckets(

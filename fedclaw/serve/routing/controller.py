@@ -19,11 +19,13 @@ from pydantic import JsonValue, ValidationError
 from fedclaw.protocol.frozen import explain
 from fedclaw.serve.routing.breaker import advance
 from fedclaw.serve.routing.canary import (
+    BASELINE,
     TrialFinding,
     TrialRecord,
     find,
     observe,
     parse_record,
+    record_name,
     slow_buckets,
     with_slow_buckets,
 )
@@ -49,9 +51,6 @@ from fedclaw.serve.routing.thompson import ArmRewards, CreditedFeedback, sum_rew
 log = logging.getLogger(__name__)
 
 CONTROLLER = "controller"
-GUARDS_PREFIX = "guards/"
-_BASELINE = 300
-"""Seconds before a trial from which the stable version's latency is taken."""
 _LATELY = 1
 """Seconds before the current one in which a breaker's last calls are."""
 _SKEW = 2
@@ -152,12 +151,12 @@ class Controller:
 
     def _others(self, plan: RoutingPlan, group: int, now: float) -> bool:
         """Whether clients of other groups used the model lately."""
-        counts = sum_counts(self._store.counts(plan.model, int(now) - _BASELINE).values())
+        counts = sum_counts(self._store.counts(plan.model, int(now) - BASELINE).values())
         return any(other != group for other in calls_by_group(counts))
 
     def _trial(self, plan: RoutingPlan, now: float) -> _Change | None:
         """Another look of the guards, and what follows from it."""
-        name = f"{GUARDS_PREFIX}{plan.model}"
+        name = record_name(plan)
         found = self._store.read(name)
         record = parse_record(plan, None if found is None else found[1])
         if record is None:
@@ -176,7 +175,7 @@ class Controller:
     def _look(self, plan: RoutingPlan, record: TrialRecord, now: float) -> TrialRecord:
         counts = self._store.counts(plan.test_scope, 0)
         if plan.mode == "canary" and not record.slow_above:
-            baseline = self._store.counts(plan.model, int(plan.epoch_began) - _BASELINE).get(plan.stable, {})
+            baseline = self._store.counts(plan.model, int(plan.epoch_began) - BASELINE).get(plan.stable, {})
             record = with_slow_buckets(plan, record, counts, slow_buckets(plan, baseline))
         return observe(plan, record, counts)
 
@@ -285,13 +284,19 @@ def ask_for_approval(store: ControlStore, model: str, by: str, now: float) -> Ro
     return _ordered(store, model, change, now)
 
 
-def approve(store: ControlStore, model: str, by: str, now: float) -> RoutingPlan:
-    """Say a person's word: a canary that waits goes on, a shadow that waits becomes a canary."""
+def approve(store: ControlStore, model: str, by: str, now: float, *, early: bool = False) -> RoutingPlan:
+    """Say a person's word: a canary that waits takes its next step, a shadow that waits becomes a canary.
+
+    `early`: also one that does not wait for a person, but for its guards.
+    """
 
     def change(plan: RoutingPlan) -> _Change:
-        if not plan.waiting:
-            raise PlanError(f"model {plan.model}: nothing waits for approval")
-        return _next_step(plan, now, {}, by) if plan.mode == "canary" else _promoted_shadow(plan, now, {}, by)
+        tried = plan.mode in ("canary", "shadow")
+        if not tried or not (plan.waiting or early):
+            hint = f"; `early` lets {plan.candidate} go on before its guards say so" if tried else ""
+            raise PlanError(f"model {plan.model}: nothing waits for approval{hint}")
+        numbers: dict[str, JsonValue] = {} if plan.waiting else {"early": True}
+        return _next_step(plan, now, numbers, by) if plan.mode == "canary" else _promoted_shadow(plan, now, numbers, by)
 
     return _ordered(store, model, change, now)
 
