@@ -15,6 +15,7 @@ from fedclaw.export.layout import Manifest
 from fedclaw.serve.admission import check_admission
 from fedclaw.serve.bundle_archive import require_bundle
 from fedclaw.serve.home import DATABASE, NodeHome, trust_of
+from fedclaw.serve.model_removal import forget_configured
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.names import LONGEST_NAME, NAME
 from fedclaw.serve.releases import CONFIGURATION, configure_breakers, release_configured
@@ -107,6 +108,7 @@ def take_in(settings: NodeSettings, home: NodeHome) -> None:
                 added = catalogue.add(name, version.name, digest, manifest.run, CONFIGURATION, entry)
             release_configured(store, name, added, settings.name, known is None or added not in known.versions)
         configure_breakers(store, settings.breaker)
+        forget_configured(store, settings.name, {name for name, _, _ in taken})
         if not catalogue.models():
             raise UsageError("there is no model to serve: give bundle=PATH, or models={NAME: {bundle: PATH}}")
 

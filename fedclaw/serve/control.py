@@ -33,13 +33,14 @@ from fedclaw.serve.app import refused
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, unpack
 from fedclaw.serve.home import INCOMING, NodeHome, trust_of
 from fedclaw.serve.http_server import HttpServer, run_until_stopped
+from fedclaw.serve.model_removal import remove_model
 from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.served_model import ModelInterface
 from fedclaw.serve.monitoring.metrics import NodeMetrics
 from fedclaw.serve.observer import NodeObserver
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing.controller import Controller
-from fedclaw.serve.routing.plan import read_plan
+from fedclaw.serve.routing.plan import StoredPlan, read_plan
 from fedclaw.serve.security.http_protocol import CERTIFICATE
 from fedclaw.serve.state.audit_log import AuditLog
 from fedclaw.serve.state.receipts import ReceiptKeys
@@ -86,6 +87,7 @@ class AdminPort:
         self.trust = trust_of(launch.settings)
         self.metrics, self.observer = metrics, observer
         self._access = access
+        self._beginning: dict[tuple[str, str, str], asyncio.Task[Any]] = {}
         self._keeping = threading.Lock()
         self._unneeded: dict[str, float] = {}
         model = "/admin/models/{model}"
@@ -97,6 +99,7 @@ class AdminPort:
                 Route("/admin/events", self._read("events", self._events)),
                 Route("/admin/models", self._read("models", self._models)),
                 Route(model, self._read("model", self._model)),
+                Route(model, self._change("publish", REMOVE, self._remove_model), methods=["DELETE"]),
                 Route(f"{model}/events", self._read("events", self._events)),
                 Route(f"{model}/release", self._read("release", self._release)),
                 Route(f"{model}/quality", self._read("quality", self._quality)),
@@ -210,10 +213,20 @@ class AdminPort:
         if not isinstance(version, str) or mode not in {"canary", "shadow", "at_once"}:
             raise ServeRefusal("bad_request", "give a version, and as mode canary, shadow or at_once")
         model = request.path_params["model"]
-        if mode != "at_once":
-            await asyncio.to_thread(self._require_alike, model, [version])
-        own = self.settings
-        return await asyncio.to_thread(releases.begin, self.store, model, version, own.release, mode, by, own.breaker)
+        # Whoever lost the first answer and asks again gets it, and changes nothing.
+        asked = (model, version, mode)
+        if (begun := self._beginning.get(asked)) is None:
+            begun = self._beginning[asked] = asyncio.create_task(asyncio.to_thread(self._release_begun, *asked, by))
+            begun.add_done_callback(lambda _: self._beginning.pop(asked, None))
+        return await asyncio.shield(begun)
+
+    def _release_begun(self, model: str, version: str, mode: str, by: str) -> Any:
+        if not _is_under_way(read_plan(self.store, model), version, mode):
+            if mode != "at_once":
+                self._require_alike(model, [version])
+            own = self.settings
+            return releases.begin(self.store, model, version, own.release, mode, by, own.breaker)
+        return releases.progress(self.store, model)
 
     async def _operate(self, request: Request, body: _Body, by: str) -> Any:
         model, operation = request.path_params["model"], request.path_params["operation"]
@@ -272,8 +285,10 @@ class AdminPort:
             except FedClawError as error:
                 # Where the node keeps things is nobody's business.
                 raise ServeRefusal("unprocessable", str(error).replace(str(bundle), "the bundle")) from error
+            before = self.catalogue.read(model)
             named = self.catalogue.add(model, version, digest, run, by)
-        self.store.append_event("published", model, {"version": named, "digest": digest, "by": by})
+        if before is None or named not in before.versions:
+            self.store.append_event("published", model, {"version": named, "digest": digest, "by": by})
         return {"model": model, "version": named, "digest": digest}
 
     def tidy(self, now: float) -> None:
@@ -287,9 +302,27 @@ class AdminPort:
                     log.info("the bundle %s is removed: no version has it", digest[:12])
                     self.bundles.remove(digest)
 
+    async def _remove_model(self, request: Request, _body: _Body, by: str) -> Any:
+        return await asyncio.to_thread(remove_model, self.store, request.path_params["model"], by)
+
     async def _remove_version(self, request: Request, _body: _Body, by: str) -> Any:
         model, version = request.path_params["model"], request.path_params["version"]
         return await asyncio.to_thread(releases.remove, self.store, model, version, by)
+
+
+def _is_under_way(found: StoredPlan | None, version: str, mode: str) -> bool:
+    """Whether a release of the version is what the plan says already, or has come to its end."""
+    if found is None:
+        return False
+    plan = found.plan
+    if plan.mode == "single":
+        return plan.stable == version
+    if plan.candidate != version or mode == "at_once":
+        return False
+    if mode == "shadow":
+        return plan.mode == "shadow"
+    # A canary that needs a person's word begins as a shadow, which waits for it.
+    return plan.mode == "canary" or plan.waiting
 
 
 def _peer(request: Request) -> str:

@@ -52,6 +52,7 @@ class Synchroniser:
         self._parts = parts
         self._catalogue = VersionCatalogue(parts.store)
         self._readers: dict[str, dict[str, RequestReader]] = {}
+        self._digests: dict[tuple[str, str], str] = {}
         self._failed: dict[tuple[str, str], str] = {}
         self._loading: set[asyncio.Task[None]] = set()
 
@@ -125,20 +126,25 @@ class Synchroniser:
         return None if plan is None else plan.stable
 
     async def _take(self, entries: Mapping[str, ModelEntry]) -> None:
-        """Register what is new and forget what is gone."""
-        for model, entry in entries.items():
-            for version, found in entry.versions.items():
-                if version not in self._readers.get(model, {}):
-                    await self._register(model, version, found.digest, entry)
+        """Register what is new and forget what is gone, and what is another bundle now."""
+        await self._register_new(entries)
         for model, versions in list(self._readers.items()):
             kept = entries[model].versions if model in entries else {}
-            for version in [name for name in versions if name not in kept]:
-                del versions[version]
+            same = {name for name, own in kept.items() if own.digest == self._digests.get((model, name))}
+            for version in [name for name in versions if name not in same]:
+                del versions[version], self._digests[model, version]
                 if self._parts.inputs is not None:
                     self._parts.inputs.forget(model, version)
                 await self._parts.pool.forget(model, version)
             if not versions:
                 del self._readers[model]
+        await self._register_new(entries)
+
+    async def _register_new(self, entries: Mapping[str, ModelEntry]) -> None:
+        for model, entry in entries.items():
+            for version, found in entry.versions.items():
+                if version not in self._readers.get(model, {}):
+                    await self._register(model, version, found.digest, entry)
 
     async def _register(self, model: str, version: str, digest: str, entry: ModelEntry) -> None:
         try:
@@ -154,6 +160,7 @@ class Synchroniser:
         execution = _execution(self._parts.launch.settings)
         self._parts.pool.register(ModelVersion(model, version, digest, entry.pinned, entry.precision, execution))
         self._readers.setdefault(model, {})[version] = reader
+        self._digests[model, version] = digest
 
     def _describe(self, model: str, version: str, digest: str) -> RequestReader:
         """What a bundle takes and gives. Raises BundleError for one that this node does not have, or that fails."""

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from starlette.applications import Starlette
 
-from fedclaw.serve import control
+from fedclaw.serve import control, releases
 from fedclaw.serve.admin_access import MOST_CHANGES, AdminAccess
 from fedclaw.serve.admission import Authentication, admin_rate, audit_log_of
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
@@ -280,4 +280,56 @@ def test_a_release_begins_as_the_node_is_set(tmp_path, table_bundle, home):
         assert asyncio.run(begun)[0] == 200
     plan = read_plan(port.store, "heart").plan
     assert (plan.mode, plan.steps, plan.breaker.probes) == ("canary", (0.5, 1.0), 2)
+
+
+@pytest.mark.anyio
+async def test_the_same_bundle_under_the_same_name_again_is_answered_as_before_and_another_is_refused(
+    tmp_path, table_bundle, image_bundle, home
+):
+    port, _ = admin_port(tmp_path, table_bundle, home)
+    archive = b"".join(pack(table_bundle))
+    for name in ("", "?version=v2"):
+        path = f"/admin/models/heart/versions{name}"
+        first = await asked(port.app, "POST", path, archive, b"", content_type=MEDIA_TYPE)
+        assert first[0] == 200
+        assert await asked(port.app, "POST", path, archive, b"", content_type=MEDIA_TYPE) == first
+    assert [event.kind for event in port.store.events("heart")] == ["published"] * 2
+    other = b"".join(pack(image_bundle))
+    status, answer, _ = await asked(port.app, "POST", path, other, b"", content_type=MEDIA_TYPE)
+    assert (status, answer["code"]) == (409, "conflict")
+    port.store.close()
+
+
+@pytest.mark.anyio
+async def test_who_asks_for_the_same_release_again_learns_how_it_stands(tmp_path, table_bundle, home, monkeypatch):
+    monkeypatch.setattr(releases, "ALIVE", 600.0)
+    port, settings = admin_port(tmp_path, table_bundle, home)
+    digest = port.bundles.put(table_bundle, trust_of(settings))
+    for version in ("v1", "v2", "v3"):
+        port.catalogue.add("heart", version, digest, "run", "ann")
+    port.store.beat("node", "worker-1", [digest])
+    path = "/admin/models/heart/release"
+
+    async def release(version: str, mode: str) -> tuple[int, Any]:
+        port.store.beat("node", "worker-1", [digest])
+        body = orjson.dumps({"version": version, "mode": mode})
+        status, answer, _ = await asked(port.app, "POST", path, body, b"")
+        return status, answer.get("state", answer.get("code"))
+
+    def decisions() -> int:
+        return len(port.store.events("heart"))
+
+    assert await release("v1", "at_once") == (200, "answers")
+    for version, mode, state in (("v2", "canary", "canary"), ("v3", "shadow", "shadow"), ("v3", "at_once", "answers")):
+        both = await asyncio.gather(release(version, mode), release(version, mode))
+        assert both == [(200, state)] * 2
+        made = decisions()
+        assert await release(version, mode) == (200, state)
+        assert decisions() == made
+        if state == "answers":
+            break
+        # What is another wish is refused as before.
+        assert await release("v1" if mode == "shadow" else "v3", "canary") == (409, "conflict")
+        assert (await asked(port.app, "POST", "/admin/models/heart/roll_back", b"{}", b""))[0] == 200
+    assert await release("v3", "canary") == (200, "answers")
     port.store.close()

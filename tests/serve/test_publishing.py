@@ -215,3 +215,55 @@ def test_a_flood_at_the_admin_port_keeps_nobody_else_from_it_and_no_decision_fro
     rows = [line.split()[1:] for line in told.splitlines() if " ann " in line]
     assert {row[2] for row in rows} == {"publish", "release", "roll_back"}
     assert sum("roll_back" in row for row in rows) == 2
+
+
+def test_publishing_the_same_again_changes_nothing(node, second_bundle):
+    for _ in range(2):
+        done = publish(node, second_bundle, "mode=canary", "version=second")
+        assert done.code == 0, done.errors
+    kinds = [event["kind"] for event in node.ask("GET", f"{node.admin}/admin/models/heart/events")[1]]
+    assert (kinds.count("published"), kinds.count("canary_started")) == (1, 1)
+
+
+def test_a_model_that_is_removed_is_answered_until_it_is_gone_and_can_come_again(node, second_bundle, image_bundle):
+    def published(bundle: Path) -> str:
+        done = publish(node, bundle, "model=lung", "version=first", "mode=at_once")
+        assert done.code == 0, done.errors
+        return node.ask("GET", f"{node.admin}/admin/models/lung")[1]["versions"]["first"]["digest"]
+
+    def ready() -> list[str]:
+        (worker,) = node.ask("GET", f"{node.admin}/admin/node")[1]["workers"]
+        return worker["ready"]
+
+    digest = published(second_bundle)
+    body = b"age,smoker,ward\n61,yes,surgery\n"
+    statuses: list[int] = []
+    ended = Event()
+
+    def keep_asking() -> None:
+        while not ended.is_set():
+            statuses.append(node.ask("POST", f"{node.http}/predict/lung", body, content_type="text/csv")[0])
+
+    node.wait_for(lambda: True if digest in ready() else None)
+    clients = [Thread(target=keep_asking) for _ in range(3)]
+    for client in clients:
+        client.start()
+    node.wait_for(lambda: True if 200 in statuses else None)
+    assert node.ask("DELETE", f"{node.admin}/admin/models/heart")[0] == 409
+    status, told, _ = node.ask("DELETE", f"{node.admin}/admin/models/lung")
+    assert (status, told) == (200, {"model": "lung", "removed": ["first"]})
+    node.wait_for(lambda: True if 404 in statuses[-3:] and digest not in ready() else None)
+    ended.set()
+    for client in clients:
+        client.join()
+    assert set(statuses) == {200, 404}
+    for path in ("/admin/models/lung", "/admin/models/lung/release"):
+        assert node.ask("GET", f"{node.admin}{path}")[0] == 404
+    assert node.ask("DELETE", f"{node.admin}/admin/models/lung")[0] == 404
+    assert node.ask("GET", f"{node.http}/v2/health/ready")[0] == 200
+    assert [event["by"] for event in node.ask("GET", f"{node.admin}/admin/models/lung/events")[1]][-1] == "ann"
+    # Another bundle may have the name now, and workers answer from that one.
+    other = published(image_bundle)
+    node.wait_for(lambda: True if other in ready() else None)
+    status, model, _ = node.ask("GET", f"{node.http}/v2/models/lung")
+    assert (status, [column["name"] for column in model["inputs"]]) == (200, ["images"])

@@ -47,9 +47,14 @@ from fedclaw.serve.state.database import Database, StateStoreError, StateUnavail
 
 __all__ = ["Feedback", "StateEvent", "StateStore", "StateStoreError", "StateUnavailable", "WorkerBeat"]
 
+OF_A_TRIAL = "@"
+"""Stands between a model's name and what tells one of its trials from another, in the names of their counts."""
 SCHEMA = 1
 """Version of the tables. A store with a newer one is refused."""
 _LONGEST_NAME = 200
+_REMOVED = "null"
+"""In place of the content of a document that was removed. Its row stays, so that one that is made later under its name
+does not get a revision again that somebody took for the old one's."""
 Document = dict[str, JsonValue]
 
 _tables = MetaData()
@@ -207,7 +212,8 @@ class StateStore:
 
     def read(self, name: str) -> tuple[int, Document] | None:
         """Revision, from 1, and content of a document."""
-        wanted = select(_documents.c.revision, _documents.c.body).where(_documents.c.name == _name(name))
+        there = (_documents.c.name == _name(name)) & (_documents.c.body != _REMOVED)
+        wanted = select(_documents.c.revision, _documents.c.body).where(there)
         with self._database.reading() as connection:
             found = connection.execute(wanted).one_or_none()
         return None if found is None else (found.revision, json.loads(found.body))
@@ -228,10 +234,13 @@ class StateStore:
         statement: Any
         if revision is None:
             statement = self._insert(_documents).values(name=_name(name), revision=1, body=body)
-            statement = statement.on_conflict_do_nothing()
+            again = {"revision": _documents.c.revision + 1, "body": body}
+            gone = _documents.c.body == _REMOVED
+            statement = statement.on_conflict_do_update(index_elements=["name"], set_=again, where=gone)
         else:
             mine = (_documents.c.name == _name(name)) & (_documents.c.revision == revision)
-            statement = update(_documents).where(mine).values(revision=revision + 1, body=body)
+            statement = update(_documents).where(mine & (_documents.c.body != _REMOVED))
+            statement = statement.values(revision=revision + 1, body=body)
         noted = None if event is None else self._event(*event)
         with self._database.writing() as connection:
             swapped = connection.execute(statement.returning(_documents.c.revision)).first() is not None
@@ -239,12 +248,40 @@ class StateStore:
                 connection.execute(noted)
             return swapped
 
+    def remove(
+        self, documents: Mapping[str, int], event: tuple[str, str, Mapping[str, JsonValue]] | None = None
+    ) -> bool:
+        """Remove the documents, by name, if each still has that revision; with them `event` is appended.
+
+        All of it happens or nothing. False: another changed one; read again.
+        """
+        noted = None if event is None else self._event(*event)
+        with self._database.writing() as connection:
+            for name, revision in sorted(documents.items()):
+                mine = (_documents.c.name == _name(name)) & (_documents.c.revision == revision)
+                removed = update(_documents).where(mine & (_documents.c.body != _REMOVED))
+                if connection.execute(removed.values(revision=revision + 1, body=_REMOVED)).rowcount != 1:
+                    connection.rollback()
+                    return False
+            if noted is not None:
+                connection.execute(noted)
+            return True
+
+    def forget(self, model: str) -> None:
+        """Drop what was counted and assigned of a model that was removed, and of its trials; feedback stays, so that
+        nothing is credited twice."""
+        prefix = f"{_name(model)}{OF_A_TRIAL}"
+        with self._database.writing() as connection:
+            for table in (_counts, _assignments):
+                # SQLite's LIKE takes a for A.
+                trials = func.substr(table.c.model, 1, len(prefix)) == prefix
+                connection.execute(delete(table).where((table.c.model == model) | trials))
+
     def names(self, prefix: str = "") -> list[str]:
         """Names of the documents that begin with `prefix`, sorted."""
+        there = _documents.c.name.startswith(prefix, autoescape=True) & (_documents.c.body != _REMOVED)
         with self._database.reading() as connection:
-            found = connection.execute(
-                select(_documents.c.name).where(_documents.c.name.startswith(prefix, autoescape=True))
-            )
+            found = connection.execute(select(_documents.c.name).where(there))
             # SQLite's LIKE takes a for A, and a server's order depends on its locale.
             return sorted(name for name in found.scalars() if name.startswith(prefix))
 

@@ -33,6 +33,41 @@ def test_a_document_is_replaced_only_by_who_read_its_last_revision(store: StateS
     assert store.read("plan/m") == (2, {"stable": "b", "share": 0.05, "arms": ["é", "\u0000", None]})
 
 
+def test_documents_are_removed_together_and_a_revision_of_theirs_never_comes_back(store: StateStore, opened: Opened):
+    for name in ("plan/m", "versions/m", "plan/other"):
+        assert store.swap(name, None, {"name": name})
+    assert store.swap("plan/m", 1, {"name": "later"})
+    gone = ("gone", "m", {"by": "ann"})
+    assert not store.remove({"plan/m": 1, "versions/m": 1}, gone)
+    assert not store.remove({"plan/m": 2, "versions/m": 1, "none": 1}, gone)
+    assert (store.names(), store.events()) == (["plan/m", "plan/other", "versions/m"], [])
+    assert store.remove({"plan/m": 2, "versions/m": 1}, gone)
+    assert not store.remove({"plan/m": 2, "versions/m": 1}, gone)
+    assert not store.remove({"plan/m": 3})
+    other = opened()
+    assert (other.names(), other.names("plan/m")) == (["plan/other"], [])
+    assert (other.read("plan/m"), other.read("versions/m")) == (None, None)
+    assert [event.kind for event in other.events("m")] == ["gone"]
+    # Who read it before it was removed does not take the new one for it.
+    assert not store.swap("plan/m", 2, {"name": "late"})
+    assert not store.swap("plan/m", 3, {"name": "late"})
+    assert other.swap("plan/m", None, {"name": "new"})
+    assert not store.swap("plan/m", None, {"name": "newer"})
+    assert store.read("plan/m") == (4, {"name": "new"})
+
+
+def test_what_is_forgotten_of_a_model_is_of_no_other(store: StateStore):
+    models = ("heart", "heart@1", "heart@salt", "heart2", "Heart", "Heart@1", "a_heart@1")
+    for model in models:
+        store.add_counts(model, "v", 100, {"calls": 1})
+        store.assign(model, "key", "v")
+    assert store.credit("receipt", "heart", "v", {})
+    store.forget("heart")
+    assert [model for model in models if store.counts(model, 0)] == ["heart2", "Heart", "Heart@1", "a_heart@1"]
+    assert [store.assign(model, "key", "new") for model in models] == ["new"] * 3 + ["v"] * 4
+    assert not store.credit("receipt", "heart", "v", {})
+
+
 def test_names_are_found_by_their_beginning_and_nothing_in_it_is_a_wildcard(store: StateStore):
     for name in ("plan/b", "plan/a", "Plan/c", "plan%x", "plan_y", "keys"):
         assert store.swap(name, None, {})
