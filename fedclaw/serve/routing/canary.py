@@ -8,11 +8,13 @@ At each step the guards (`guards.py`) look at the keys that are new in it. The s
 the canary is within its margin, and with `approval: manual` when a person has said so too. It is rolled back when one
 guard says that it is not, or when its breaker opens. Nothing happens while too few keys were seen to tell.
 
-At 100% no stable version is left to compare with: rates are held to a bound from the step before, and after `bake`
-seconds the canary becomes the stable version.
+At 100% no stable version is left to compare with: errors are held to a bound from the step before, and after `bake`
+seconds the canary becomes the stable version. Latencies are not looked at any more: they rise and fall with what else
+the machine does, so those of another time say nothing of the version.
 
 Chance that a canary within all margins is rolled back by a guard: at most `guards.alpha`, over all guards and steps. By
-Bonferroni, each guard at each step has an equal part of it, at 100% one half for the bound and one for the test.
+Bonferroni, each step has an equal part of it, and so has each of its guards; at 100% one half for the bound and one for
+the test.
 """
 
 from collections.abc import Mapping
@@ -62,9 +64,11 @@ class TrialFinding:
 
 
 def guard_names(plan: RoutingPlan) -> tuple[GuardName, ...]:
-    """The guards of a plan's trial: a shadow answers nobody, so only its agreement is looked at."""
+    """The guards of a plan's step: a shadow answers nobody, so only its agreement is looked at."""
     agreement: tuple[GuardName, ...] = () if plan.guards.disagreement is None else ("agreement",)
-    return agreement if plan.mode == "shadow" else ("errors", *LATENCIES, *agreement)
+    if plan.mode == "shadow":
+        return agreement
+    return ("errors", *agreement) if plan.share == 1.0 else ("errors", *LATENCIES, *agreement)
 
 
 def record_name(plan: RoutingPlan) -> str:
@@ -77,9 +81,7 @@ def begin(plan: RoutingPlan, before: TrialRecord | None = None) -> TrialRecord:
     guards: dict[GuardName, GuardRecord] = {name: GuardRecord() for name in guard_names(plan)}
     ceilings: dict[GuardName, float] = {}
     if before is not None and plan.share == 1.0:
-        level = _level(plan) / 2
-        compared: tuple[GuardName, ...] = ("errors", *LATENCIES)
-        ceilings = {name: ceiling(before.guards[name], level) for name in compared if name in before.guards}
+        ceilings = {"errors": ceiling(before.guards["errors"], _level(plan) / 2)} if "errors" in before.guards else {}
     slow_above = before.slow_above if before is not None else {}
     return TrialRecord(epoch=plan.epoch, guards=guards, slow_above=slow_above, ceilings=ceilings)
 
