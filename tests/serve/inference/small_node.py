@@ -1,21 +1,15 @@
 """A node of real bundles without workers, routing or limits: what the protocols talk to in tests."""
 
-import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Event, Thread
 from time import monotonic
 from typing import Any
-
-import grpc.aio
 
 from fedclaw.export.check import Verified, verify_bundle
 from fedclaw.export.layout import PIPELINE, SCHEMA
 from fedclaw.export.runtime import open_session, run_columns
 from fedclaw.learning.registry import schema_class
 from fedclaw.serve.inference.description import ModelDescription
-from fedclaw.serve.inference.grpc_service import add_inference, server_options
 from fedclaw.serve.inference.node import Headers
 from fedclaw.serve.inference.rest import RequestReader
 from fedclaw.serve.refusals import ServeRefusal
@@ -84,27 +78,3 @@ class SmallNode:
 
     def refused(self, refusal: ServeRefusal, peer: str, principal: str = "", model: str = "") -> None:
         refusal.noted = True
-
-
-@contextmanager
-def grpc_served(node: SmallNode, max_message: int = 2**20) -> Iterator[str]:
-    """`node` on a free port, in a thread with an event loop of its own: HOST:PORT."""
-    found, started, stopped = list[str](), Event(), Event()
-
-    async def serve() -> None:
-        server = grpc.aio.server(options=server_options(max_message))
-        add_inference(server, node)
-        found.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        await server.start()
-        started.set()
-        await asyncio.to_thread(stopped.wait)
-        await server.stop(0)
-
-    thread = Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield found[0]
-    finally:
-        stopped.set()
-        thread.join(30)

@@ -23,8 +23,9 @@ from fedclaw.serve.inference.protocol import open_inference_pb2 as messages
 from fedclaw.serve.inference.rest import Asker, RequestReader
 from fedclaw.serve.refusals import STATUS as HTTP
 from fedclaw.serve.refusals import ServeRefusal
+from tests.serve.grpc_served import grpc_served
 from tests.serve.inference.descriptions import TABLE, describe
-from tests.serve.inference.small_node import TOKEN, VERSION, SmallNode, grpc_served
+from tests.serve.inference.small_node import TOKEN, VERSION, SmallNode
 
 MINE = {"authorization": TOKEN}
 CSV = "age,smoker,ward\n63.5,yes,surgery\n,no,medicine\n20,true,attic\n"

@@ -1,26 +1,22 @@
 """Tokens, certificates and addresses of calls over a real gRPC port."""
 
-import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import grpc
-import grpc.aio
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedclaw.serve.inference.grpc_service import add_inference, address_of, server_options
+from fedclaw.serve.inference.grpc_service import address_of
 from fedclaw.serve.inference.protocol import SERVICE
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller
 from fedclaw.serve.security.key_sets import KeyFile, KeyKeeper
 from fedclaw.serve.security.rate_limits import FailureLimiter, Rate, RateTable
-from fedclaw.serve.security.tls import GrpcClients, ServerTls, thumbprint
+from fedclaw.serve.security.tls import ServerTls, thumbprint
 from fedclaw.serve.security.tokens import Authenticator, TokenRules
+from tests.serve.grpc_served import grpc_served
 from tests.serve.security.issuer import AUDIENCE, ISSUER, ec_key, jwk, key_set, token
 from tests.serve.security.test_tls import Authority
 
@@ -46,29 +42,6 @@ class Door:
         refusal.noted = True
 
 
-@contextmanager
-def served(door: Door, tls: ServerTls) -> Iterator[int]:
-    found, started, stopped = list[int](), Event(), Event()
-
-    async def serve() -> None:
-        server = grpc.aio.server(options=server_options(1 << 20))
-        add_inference(server, door, GrpcClients(tls.files))  # type: ignore[arg-type]
-        found.append(server.add_secure_port("127.0.0.1:0", tls.grpc_credentials()))
-        await server.start()
-        started.set()
-        await asyncio.to_thread(stopped.wait)
-        await server.stop(0)
-
-    thread = Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield found[0]
-    finally:
-        stopped.set()
-        thread.join(30)
-
-
 def test_calls_are_admitted_by_token_certificate_and_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = Authority(tmp_path / "pki")
     bob = authority.client("bob")
@@ -78,7 +51,7 @@ def test_calls_are_admitted_by_token_certificate_and_address(tmp_path: Path, mon
         pem = (authority.at / f"{client}.pem").read_bytes()
         credentials = grpc.ssl_channel_credentials((authority.at / "ca.crt").read_bytes(), pem, pem)
         own = [("grpc.use_local_subchannel_pool", 1)]
-        with grpc.secure_channel(f"127.0.0.1:{port}", credentials, own) as channel:
+        with grpc.secure_channel(address, credentials, own) as channel:
             method = channel.unary_unary(f"/{SERVICE}/ServerMetadata")
             try:
                 method(b"", timeout=30, metadata=[("authorization", f"Bearer {text}") for text in tokens])
@@ -86,7 +59,7 @@ def test_calls_are_admitted_by_token_certificate_and_address(tmp_path: Path, mon
                 return error.code().name
             return "OK"
 
-    with served(Door(tmp_path / "keys.json"), ServerTls(authority.mutual)) as port:
+    with grpc_served(Door(tmp_path / "keys.json"), tls=ServerTls(authority.mutual)) as address:
         assert call("alice", token()) == "OK"
         assert call("alice") == "UNAUTHENTICATED"
         assert call("alice", token(), token(sub="other")) == "INVALID_ARGUMENT"
