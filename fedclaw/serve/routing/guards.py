@@ -28,13 +28,15 @@ with the margin of Turner and Gruenwald (arXiv 2203.09785). p and q may be other
 and for each key. Guesses: p' is the mean so far; q' = p' + d for each of several d, with equal weight.
 
 Sample size. If the canary's rate is q, about log(guards x steps x guesses / alpha) / KL(q, p + m) of its keys, where
-KL(q, r) = q log(q/r) + (1-q) log((1-q)/(1-r)), while the stable version has many more keys than the canary.
+KL(q, r) = q log(q/r) + (1-q) log((1-q)/(1-r)), if the stable version has many more keys than the canary. As many of
+both count: with p near 0 that takes no more, else up to twice as many.
 
-What is assumed: first calls of distinct keys, of one version and in one period, are independent. Two things could break
-that, and are held in check where keys are counted (`unsent_counts.py`, `counting.py`). Calls of one key: it counts
-once. Calls that are slow or fail together: in each quarter of a second and worker one latency of a version counts, and
-the outcomes of at most four keys of a group. A principal may make up thousands of keys; so all products are kept with
-each group of clients left out as well (`verdict`).
+What is assumed: first calls of distinct keys, of one version and in one period, are independent, and equal versions
+have equal means. Three things could break that, and are held in check where keys are counted (`unsent_counts.py`,
+`counting.py`). Calls of one key: it counts once. Calls that are slow or fail together: in each quarter of a second and
+worker one latency of a version counts, and the outcomes of at most four keys of a group. Keys of other clients or of
+another second, of which one version has relatively more in such a sample: keys count in pairs. A principal may make up
+thousands of keys; so all products are kept with each group of clients left out as well (`verdict`).
 """
 
 import math

@@ -3,10 +3,15 @@
 Calls are sums: while the store is away they pile up, and do not grow. For a canary's tests keys are counted, each once
 in an epoch, and of those that are new to this worker since the last push a uniform sample: of each version and group of
 clients a few, and of each version one latency.
+
+While two versions are compared, keys count in pairs, one of each version, of the same group of clients and from the
+same push, or else the last one before. By themselves samples of a few would tell two equal versions apart: the stable
+version would show a latency in each push, a canary with few keys in the busy ones alone, where all is slower.
 """
 
 import random
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -15,6 +20,7 @@ from fedclaw.serve.routing.counting import BUCKETS, GROUPS, Calls, sum_counts
 
 _KEYS_PER_PUSH = 4  # Of each group and version: a burst of calls that fail together counts a few times, not often.
 _HOUR = 3600
+_SampledKey = tuple[str, tuple[str, ...]]
 _MOST_KEYS = 100_000
 
 
@@ -84,7 +90,9 @@ class UnsentCounts:
         self._tallies: dict[tuple[str, str], _Tally] = {}
         self._unsent: dict[tuple[str, str, int], dict[str, int]] = {}
         self._samples: dict[tuple[str, str, int, str], _Sample] = {}
-        self._sampled: dict[tuple[str, str], list[tuple[str, tuple[str, ...]]]] = {}
+        self._sampled: dict[tuple[str, str], list[_SampledKey]] = {}
+        self._compared: dict[str, tuple[str, str]] = {}
+        self._unpaired: dict[tuple[str, str, int], deque[_SampledKey]] = {}
         self._seen: dict[str, set[int]] = {}
 
     def count_call(self, model: str, version: str, group: int, bucket: int | None, ignored: bool) -> None:
@@ -126,8 +134,7 @@ class UnsentCounts:
         with self._lock:
             seen = self._seen.get(scope)
             if seen is None:
-                for old in [one for one in self._seen if one.rpartition("@")[0] == chooser.plan.model]:
-                    del self._seen[old]
+                self._begin(chooser)
                 seen = self._seen[scope] = set()
             if (unit if kind == "k" else ~unit) in seen:
                 return
@@ -142,7 +149,12 @@ class UnsentCounts:
         with self._lock:
             tallies, self._tallies = self._tallies, {}
             samples, self._samples = self._samples, {}
-        self._sampled = _by_version(samples)
+            compared = dict(self._compared)
+        self._sampled = {}
+        for scope, versions in compared.items():
+            self._pair(scope, versions, samples)
+        for place, keys in _by_version(samples).items():
+            self._sampled.setdefault(place, []).extend(_with_one_latency(keys))
         for (model, version), tally in tallies.items():
             self._add((model, version, int(now)), tally.counts())
         return {place: tally.by_group() for place, tally in tallies.items() if tally.calls}
@@ -151,12 +163,38 @@ class UnsentCounts:
         """Send what was taken. Raises StateUnavailable: then counts are sent the next time, and samples never."""
         self._send()
         sampled, self._sampled = self._sampled, {}
-        for (scope, version), drawn in sampled.items():
-            keys = _with_one_latency(drawn)
+        for (scope, version), keys in sampled.items():
             new = self._store.claim(scope, [claimed for claimed, _ in keys])
             counts = sum_counts(dict.fromkeys(names, 1) for claimed, names in keys if claimed in new)
             self._add((scope, version, int(now) // _HOUR * _HOUR), counts)
         self._send()
+
+    def _begin(self, chooser: VersionChooser) -> None:
+        """Forget the model's epochs before this one."""
+        plan = chooser.plan
+        for old in [one for one in self._seen if one.rpartition("@")[0] == plan.model]:
+            del self._seen[old]
+            self._compared.pop(old, None)
+        if plan.candidate is not None and plan.mode == "canary" and plan.share < 1.0:
+            self._compared[chooser.scope] = (plan.stable, plan.candidate)
+
+    def _pair(self, scope: str, versions: tuple[str, str], samples: dict[tuple[str, str, int, str], _Sample]) -> None:
+        """Move the sampled keys of two versions that make pairs; the last ones that are left over wait for others."""
+        for old in [one for one in self._unpaired if one[0] not in self._compared]:
+            del self._unpaired[old]
+        pairs: list[tuple[_SampledKey, ...]] = []
+        for group in {group for of, _, group, kind in samples if (of, kind) == (scope, "k")}:
+            waiting = [self._unpaired.setdefault((scope, own, group), deque(maxlen=_KEYS_PER_PUSH)) for own in versions]
+            for version, keys in zip(versions, waiting, strict=True):
+                if (sample := samples.pop((scope, version, group, "k"), None)) is not None:
+                    keys.extend(sample.keys)
+            pairs += [tuple(keys.pop() for keys in waiting) for _ in range(min(map(len, waiting)))]
+        timed = [place for place, pair in enumerate(pairs) if all(_is_latency(names[-1]) for _, names in pair)]
+        kept = random.choice(timed) if timed else -1  # noqa: S311
+        for place, pair in enumerate(pairs):
+            for version, (claimed, names) in zip(versions, pair, strict=True):
+                told = names if place == kept or not _is_latency(names[-1]) else names[:-1]
+                self._sampled.setdefault((scope, version), []).append((claimed, told))
 
     def _add(self, place: tuple[str, str, int], counts: Mapping[str, int]) -> None:
         if counts:
@@ -171,14 +209,14 @@ class UnsentCounts:
 
 def _by_version(
     samples: Mapping[tuple[str, str, int, str], _Sample],
-) -> dict[tuple[str, str], list[tuple[str, tuple[str, ...]]]]:
-    joined: dict[tuple[str, str], list[tuple[str, tuple[str, ...]]]] = {}
+) -> dict[tuple[str, str], list[_SampledKey]]:
+    joined: dict[tuple[str, str], list[_SampledKey]] = {}
     for (scope, version, _, _), sample in samples.items():
         joined.setdefault((scope, version), []).extend(sample.keys)
     return joined
 
 
-def _with_one_latency(keys: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+def _with_one_latency(keys: list[_SampledKey]) -> list[_SampledKey]:
     """Of one latency, drawn by lot: requests of a batch, or of a stall, are slow together."""
     timed = [place for place, (_, names) in enumerate(keys) if _is_latency(names[-1])]
     kept = random.choice(timed) if timed else -1  # noqa: S311

@@ -128,7 +128,7 @@ def test_counts_are_pushed_by_name_and_add_up(router: Router, put: Put, store: S
 
 
 def test_tests_count_a_key_once_whichever_worker_sees_it(store: StateStore, put: Put, clock: Clock):
-    plan = put(mode="canary", candidate="v2", epoch=7)
+    plan = put(mode="canary", candidate="v2", step=4, epoch=7)
     workers = [Router(store, clock) for _ in range(3)]
     for worker in workers:
         worker.refresh()
@@ -152,11 +152,55 @@ def test_one_latency_of_a_version_and_few_keys_of_a_client_count_in_each_push(
     router.refresh()
     for number in range(1, 4):
         for key in range(100):
-            record(router, "v2", f"{number}-{key}", seconds=1.0)
+            for version in ("v1", "v2"):
+                record(router, version, f"{version}-{number}-{key}", seconds=1.0)
         router.push()
-        counts = store.counts("m@0", 0)["v2"]
         group = group_of("p")
-        assert counts == {f"g{group}.keys": 4 * number, f"g{group}.l{bucket_of(1.0)}": number}
+        counted = {f"g{group}.keys": 4 * number, f"g{group}.l{bucket_of(1.0)}": number}
+        assert store.counts("m@0", 0) == {"v1": counted, "v2": counted}
+
+
+def test_two_versions_that_are_alike_look_alike_whatever_their_shares_and_who_asks_when(
+    router: Router, put: Put, store: StateStore
+):
+    """The canary has few keys, both are slow in busy hours, and requests of one of the clients fail at both."""
+    put(mode="canary", candidate="v2")
+    router.refresh()
+    for number in range(40):
+        busy = number % 2
+        for client, stable, canary in (("a", 40, 2 * busy), ("b", 6, number % 3 == 0), ("c", 6, number % 5 == 0)):
+            for key in range((1 + busy) * stable + canary):
+                version = "v2" if key < canary else "v1"
+                code: Code | None = "internal" if client == "a" else None
+                seconds = 0.1 if busy else 0.01
+                record(router, version, f"{number}-{key}-{client}", principal=client, seconds=seconds, code=code)
+        router.push()
+    counts = store.counts("m@0", 0)
+    assert counts["v1"] == counts["v2"]
+    assert counts["v2"][f"g{group_of('a')}.errors"] == 40
+    assert sum(counts["v2"][f"g{group_of(client)}.keys"] for client in ("b", "c")) == 14 + 8
+
+
+def test_a_key_waits_for_one_of_the_other_version_from_the_same_clients(router: Router, put: Put, store: StateStore):
+    put(mode="canary", candidate="v2")
+    router.refresh()
+    assert group_of("p") != group_of("q")
+    record(router, "v2", "one", code="internal")
+    record(router, "v1", "other", principal="q")
+    router.push()
+    assert store.counts("m@0", 0) == {}
+    record(router, "v1", "two")
+    router.push()
+    group = group_of("p")
+    assert store.counts("m@0", 0) == {
+        "v1": {f"g{group}.keys": 1},
+        "v2": {f"g{group}.keys": 1, f"g{group}.errors": 1},
+    }
+    put(mode="canary", candidate="v2", epoch=1)
+    router.refresh()
+    record(router, "v2", "three", principal="q")
+    router.push()
+    assert store.counts("m@1", 0) == {}
 
 
 def test_a_mirrored_request_counts_once_for_its_key(router: Router, put: Put, store: StateStore):
