@@ -15,12 +15,13 @@ help: ## list the targets
 demo: $(VENV)/.demo ## four organisations train, compress, export and serve one model (WORKLOAD=tabular|vision, SERVE=yes)
 	$(BIN)/python -m experiments.demo scenario=$(WORKLOAD) serve=$(SERVE)
 
+# Three processes on two cores: a quarter of the suite's time is spent waiting for sockets and other processes.
 test: $(VENV)/.dev ## ruff, mypy, import-linter and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 3 --dist worksteal
 
 test-slow: $(VENV)/.dev ## the tests that take long, and every property on new examples
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile explore --timeout 900
@@ -41,7 +42,7 @@ protocol: $(VENV)/.dev ## generate the gRPC code from the .proto files
 	$(BIN)/python -m fedclaw.transport.grpc.protocol.generate
 	$(BIN)/python -m fedclaw.serve.inference.protocol.generate
 
-benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale, startup, latency
+benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregation, simulation, scale, startup, export, latency, serving
 	$(BIN)/python -m experiments.benchmarks.exchange
 	$(BIN)/python -m experiments.benchmarks.aggregation
 	$(BIN)/python -m experiments.benchmarks.dp_step
@@ -51,6 +52,7 @@ benchmarks: $(VENV)/.dev ## exchange, aggregation, private step, secure aggregat
 	$(BIN)/python -m experiments.benchmarks.startup
 	$(BIN)/python -m experiments.benchmarks.export
 	$(BIN)/python -m experiments.benchmarks.latency
+	$(BIN)/python -m experiments.benchmarks.serving
 
 heart-disease: $(VENV)/.demo ## FLamby's heart-disease table and beyond (DATA=directory of the four UCI files)
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.heart_disease data=$(DATA)

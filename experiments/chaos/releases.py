@@ -26,10 +26,6 @@ CONFIDENCE = 0.999
 LOOK_AGAIN = 0.1
 CALM = 1.0
 """Seconds of load before a release, and after its end."""
-CALM = 1.0
-"""Seconds of load before a release, and after its end."""
-TOGETHER = 4
-"""Trials that are played at the same time."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,8 @@ def releases(stage: Stage, bundle: str, *, white: bool = False, distinct: bool =
         stage.foundry.bundle(name)
     played: list[Release] = []
     with stage.node(models) as node:
-        for first in range(0, trials, TOGETHER):
-            those = slice(first, first + TOGETHER)
+        for first in range(0, trials, together := stage.settings.together):
+            those = slice(first, first + together)
             played += play(stage, node, models[those], bundles[those], white=white)
             stage.say(f"{bundle}: {len(played)} of {trials}; {', '.join(one.state for one in played[those])}")
     return played

@@ -30,6 +30,7 @@ class ChaosSettings(Frozen):
     trials: int = Field(ge=1)
     only: tuple[str, ...] | None
     clients: int = Field(ge=1, le=64)
+    together: int = Field(ge=1, le=64)
     keys: int = Field(ge=10)
     patience: float = Field(gt=0)
     bundles: Path | None

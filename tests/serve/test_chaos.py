@@ -20,7 +20,7 @@ def bundles(tmp_path_factory):
 
 @pytest.fixture
 def stage(bundles, tmp_path):
-    settings = ChaosSettings(trials=TRIALS, only=None, clients=8, keys=500, patience=240.0, bundles=bundles)
+    settings = ChaosSettings(trials=TRIALS, only=None, clients=8, together=4, keys=500, patience=240.0, bundles=bundles)
     return Stage(settings, tmp_path, Console(quiet=True))
 
 
