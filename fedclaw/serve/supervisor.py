@@ -197,18 +197,33 @@ class Supervisor:
         self._children += [_Child(worker, Launch(settings, ports, number + 1)) for number in range(settings.workers)]
 
     def start(self, patience: float = 120.0) -> None:
-        """Start all, and wait until each answers. Raises FedClawError when one ends instead."""
+        """Start all, and wait until each answers. Raises FedClawError when one ends instead, or is killed each time."""
         for child in self._children:
             child.start()
         self._write()
         end = time.monotonic() + patience
         for child in self._children:
             while not child.ready.wait(0.05):
-                process = child.process
-                if process is None or process.exitcode is not None:
-                    raise FedClawError(f"{child.launch.name} could not start: its own line above says why")
+                self._look_after(child)
                 if time.monotonic() > end:
                     raise FedClawError(f"{child.launch.name} was not ready after {patience:g} s")
+
+    def _look_after(self, child: _Child) -> None:
+        """A process that does not answer yet: one that ends by itself would do so again, but one that is killed, as by
+        the kernel where memory is short, is given another start. Raises FedClawError."""
+        now = time.monotonic()
+        if child.process is None:
+            if now >= child.due:
+                child.start()
+                self._write()
+        elif (code := child.process.exitcode) is not None:
+            how = child.ended(now)
+            if code >= 0:
+                raise FedClawError(f"{child.launch.name} could not start: its own line above says why")
+            if child.loops:
+                raise FedClawError(f"{child.launch.name} could not start: it {how}, {child.in_a_row} times in a row")
+            self._tell_end(child, how, now)
+            self._write()
 
     def watch(self) -> None:
         """Start again what ends, for ever; a signal ends it, as `startup.Stopped`."""
