@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from experiments.compression.plot import LOWEST
 from experiments.compression.results import Model, Results, Row
 from experiments.markdown import filled
 from fedclaw.files import write_atomic
@@ -44,6 +45,8 @@ def render(results: Results, image: str) -> str:
         "has spent less, and both together stay within it. "
         f"The cells take {results.seconds / 60:.0f} minutes on one thread, beside other work.",
         f"![Accuracy kept against the share of parameters left]({image})",
+        "Bars are the intervals of the accuracies; the dotted line of a colour is the better control of that mode; "
+        f"what keeps less than {LOWEST:g} % lies below the picture.",
     ]
     for task in dict.fromkeys(row.task for row in results.rows):
         for kind in dict.fromkeys(row.kind for row in results.rows):

@@ -14,14 +14,15 @@ _COLOURS = {
     "none": "#999999",
 }
 # Okabe and Ito's, which the colour-blind can tell apart.
-_LOWEST = 50.0
-# What keeps less is left to the bottom edge.
+LOWEST = 50.0
+"""Percent: what keeps less lies below the picture."""
 
 
 def draw(results: Results, path: Path) -> None:
     """Write the plot as a PNG. A mode's better control has a dotted line of its colour; bars are intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     panels = [(item.task, item.kind, item.teacher) for item in results.references]
     figure = Figure(figsize=(4.6 * min(2, len(panels)), 3.9 * -(-len(panels) // 2)), layout="constrained")
@@ -52,7 +53,7 @@ def draw(results: Results, path: Path) -> None:
         panel.set_xticks([100 * fraction for fraction in sorted({row.fraction for row in rows})])
         panel.xaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
-        panel.set_ylim(_LOWEST, 104)
+        panel.set_ylim(LOWEST, 104)
         panel.set_xlabel("parameters left, %")
         panel.set_ylabel("accuracy kept, %")
         panel.set_title(f"{task.replace('_', ' ')}, {'without privacy' if kind == 'plain' else 'with privacy'}")
@@ -60,7 +61,9 @@ def draw(results: Results, path: Path) -> None:
     for unused in list(axes):
         unused.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    handles.append(Line2D([], [], color="black", linestyle=":", linewidth=1))
+    labels.append("its better control")
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
     write_atomic(path, content.getvalue())
