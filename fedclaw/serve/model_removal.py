@@ -11,14 +11,13 @@ from typing import Any
 from pydantic import JsonValue
 
 from fedclaw.serve.refusals import ServeRefusal
+from fedclaw.serve.releases import ALIVE
 from fedclaw.serve.routing.plan import plan_name
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.version_catalogue import PREFIX, VersionCatalogue
 
 CONFIGURED = "configured"
 """Documents CONFIGURED/NODE/MODEL: the version that a node's configuration named when it was last started."""
-ALIVE = 3.0
-"""Seconds without a beat after which a worker counts as gone."""
 _TRIES = 5
 
 

@@ -90,13 +90,17 @@ def begin(
     with _one_at_a_time():
         _require_version(store, model, version)
         load_everywhere(store, model, [version])
-        if read_plan(store, model) is None:
-            first_release(store, model, version)
+        if read_plan(store, model) is None and _is_first(store, model, version, by):
             if breaker is not None:
                 controller.set_breaker(store, model, breaker, CONFIGURATION, time.time())
         else:
             _begin(store, model, version, settings, mode, by)
     return progress(store, model)
+
+
+def _is_first(store: StateStore, model: str, version: str, by: str) -> bool:
+    """Make the plan of a model that has none; False: another node was faster, with another version."""
+    return version in controller.add_version(store, model, version, by, time.time()).versions
 
 
 def _begin(store: StateStore, model: str, version: str, settings: ReleaseSettings, mode: str, by: str) -> None:

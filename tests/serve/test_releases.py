@@ -150,7 +150,8 @@ def test_the_first_version_of_a_model_answers_once_it_is_loaded(store, monkeypat
         releases.begin(store, "new", "v1", SETTINGS, "canary", "ann")
     assert read_plan(store, "new") is None
     store.beat("node", "worker-1", ["9" * 64])
-    assert releases.begin(store, "new", "v1", SETTINGS, "canary", "ann")["says"] == "v1 answers"
+    found = releases.begin(store, "new", "v1", SETTINGS, "canary", "ann")
+    assert (found["says"], found["decision"]["by"]) == ("v1 answers", "ann")
 
 
 def test_what_is_being_loaded_for_one_is_not_removed_by_another(store, monkeypatch):
