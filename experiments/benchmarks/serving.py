@@ -69,7 +69,9 @@ LADDER = 1.15
 """Connections are found to within this factor."""
 MOST_CONNECTIONS = 4000
 SETTLING = 0.5
-"""Seconds in which a server that goes on does what it has missed."""
+"""Seconds in which a server finishes what it has, and one that goes on does what it has missed."""
+BATCHING = {"on": "always", "off": "never"}
+"""What `batching.mode` says of it."""
 
 
 class BenchmarkSettings(Frozen):
@@ -127,6 +129,7 @@ def measure(contender: Contender, connections: int, seconds: float, core: int | 
 
 def _only(server: Server | None, servers: Sequence[Server]) -> None:
     """Let one of them run, and the others stand still: a server that is idle takes some of the core too."""
+    time.sleep(SETTLING)
     for other in servers:
         if other is not server:
             other.pause()
@@ -280,7 +283,7 @@ class Benchmark:
         with ExitStack() as stack:
             yield {
                 mode: stack.enter_context(self.node(f"batching-{mode}", models, batching__mode=told))
-                for mode, told in (("on", "always"), ("off", "never"))
+                for mode, told in BATCHING.items()
             }
 
     def _contender(self, node: Node, model: str) -> Contender:
@@ -289,16 +292,17 @@ class Benchmark:
         return Contender(OWN, model, node, asked)
 
     def idle(self) -> None:
-        """The median latency of one connection, on nodes that are started anew in each round: where a net of 40 MB
-        comes to lie in memory may matter more than batches do, and stays so for as long as a process lives."""
-        found: dict[tuple[str, str], list[float]] = {}
-        for _ in range(self.settings.rounds):
-            with self._both(MODELS) as nodes:
-                for model in MODELS:
-                    for mode, took in self._alone(nodes, model).items():
-                        found.setdefault((model, mode), []).append(took)
+        """The median latency of one connection. A process answers with a large net by some tenths of a millisecond the
+        sooner, the later it was started beside others; so there are two nodes of each kind, the first and the last one
+        with batching."""
+        with ExitStack() as stack:
+            nodes = [
+                (mode, stack.enter_context(self.node(f"idle-{place}", batching__mode=BATCHING[mode])))
+                for place, mode in enumerate(("on", "off", "off", "on"))
+            ]
+            found = {model: self._alone(nodes, model) for model in MODELS}
         for model in MODELS:
-            medians = {mode: statistics.median(found[model, mode]) for mode in ("on", "off")}
+            medians = {mode: statistics.fmean(found[model][mode]) for mode in BATCHING}
             more = medians["on"] - medians["off"]
             self.figures[f"{model} idle p50 ms"] = {f"batching {mode}": round(own, 4) for mode, own in medians.items()}
             self.figures[f"{model} idle difference ms"] = round(more, 4)
@@ -307,15 +311,19 @@ class Benchmark:
                 (f"{model}: one idle connection", f"{more:+.3f} ms", f"{told}; reach: at most {IDLE_REACH:g}")
             )
 
-    def _alone(self, nodes: Mapping[str, Node], model: str) -> dict[str, float]:
-        """The median latency at each, in milliseconds, after a second to get warm."""
-        both = {mode: self._contender(node, model) for mode, node in nodes.items()}
-        for contender in both.values():
+    def _alone(self, nodes: Sequence[tuple[str, Node]], model: str) -> dict[str, list[float]]:
+        """The median latencies in milliseconds of the nodes of each kind, after a second to get warm."""
+        contenders = [self._contender(node, model) for _, node in nodes]
+        for contender in contenders:
             measure(contender, 1, 1.0, self.cores[1])
-        return {
-            mode: measure(contender, 1, self.settings.seconds, self.cores[1]).load.p50
-            for mode, contender in both.items()
-        }
+        rounds = [
+            [measure(contender, 1, self.settings.seconds, self.cores[1]).load.p50 for contender in contenders]
+            for _ in range(self.settings.rounds)
+        ]
+        found: dict[str, list[float]] = {}
+        for (mode, _), times in zip(nodes, zip(*rounds, strict=True), strict=True):
+            found.setdefault(mode, []).append(statistics.median(times))
+        return found
 
     def concurrency(self) -> None:
         """Connections that are held, and what a request costs."""
