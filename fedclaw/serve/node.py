@@ -41,6 +41,8 @@ log = logging.getLogger("fedclaw.serve")
 VALUES = "values"
 MOST_MIRRORS = 64
 """Mirrored requests that a worker has in flight; more are not mirrored."""
+_NOT_SEEN = {"overloaded", "too_many_requests", "deadline_exceeded", "unavailable", "not_found"}
+"""Refusals of a mirrored request that say nothing of how the version would answer."""
 
 
 class Models(Protocol):
@@ -323,7 +325,7 @@ class ServingNode:
         try:
             agrees = compare(response, await self._answer(version, request), random.random()).agrees  # noqa: S311
         except ServeRefusal as refusal:
-            if refusal.code in {"overloaded", "too_many_requests", "deadline_exceeded"}:
+            if refusal.code in _NOT_SEEN:
                 return
             agrees = False
         self.parts.metrics.mirrored(request.model, version)

@@ -16,7 +16,7 @@ from fedclaw.serve.routing.plan import PREFIX, BreakerPolicy, PlanError, Routing
 from fedclaw.serve.routing.waiting import waits_for
 from fedclaw.serve.settings import ReleaseSettings
 from fedclaw.serve.state.store import StateStore, WorkerBeat
-from fedclaw.serve.version_catalogue import VersionCatalogue
+from fedclaw.serve.version_catalogue import VersionCatalogue, in_memory
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def first_release(store: StateStore, model: str, version: str, node: str = "") -
     plan = controller.add_version(store, model, version, CONFIGURATION, time.time())
     if version in plan.versions or plan.mode != "single":
         return
-    digest = _digest(store, model, version)
-    if others := sorted({beat.node for beat in _workers(store) if beat.node != node and digest not in beat.ready}):
+    wanted = _in_memory(store, model, version)
+    if others := sorted({beat.node for beat in _workers(store) if beat.node != node and wanted not in beat.ready}):
         raise UsageError(
             f"{model} is answered by node {', '.join(others)} too, which has another version: start this node with "
             "that one, and publish the new version to both"
@@ -123,12 +123,12 @@ def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> N
     it. Raises ServeRefusal `unavailable` if one has not after `LOADING` seconds; then all is as it was.
     """
     catalogue, end = VersionCatalogue(store), time.monotonic() + LOADING
-    digests = {_digest(store, model, version) for version in versions}
+    wanted = {_in_memory(store, model, version) for version in versions}
     expected = {(beat.node, beat.worker) for beat in _workers(store)}
     if not expected:
         raise ServeRefusal("unavailable", "no worker is alive: nothing was changed", ALIVE)
     catalogue.stage(model, versions)
-    while missing := _missing(store, expected, digests):
+    while missing := _missing(store, expected, wanted):
         if time.monotonic() > end:
             catalogue.stage(model, [])
             node, worker = missing[0]
@@ -140,9 +140,9 @@ def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> N
         time.sleep(0.1)
 
 
-def _missing(store: StateStore, expected: set[tuple[str, str]], digests: set[str]) -> list[tuple[str, str]]:
-    """The workers, those `expected` and those that came since, that do not answer from the bundles."""
-    alive = {(beat.node, beat.worker): digests <= set(beat.ready) for beat in _workers(store)}
+def _missing(store: StateStore, expected: set[tuple[str, str]], wanted: set[str]) -> list[tuple[str, str]]:
+    """The workers, those `expected` and those that came since, that do not answer from the versions."""
+    alive = {(beat.node, beat.worker): wanted <= set(beat.ready) for beat in _workers(store)}
     return sorted(worker for worker in expected | alive.keys() if not alive.get(worker, False))
 
 
@@ -262,9 +262,9 @@ def _workers(store: StateStore) -> list[WorkerBeat]:
     return [beat for beat in store.workers() if beat.age < ALIVE]
 
 
-def _digest(store: StateStore, model: str, version: str) -> str:
+def _in_memory(store: StateStore, model: str, version: str) -> str:
     entry = VersionCatalogue(store).read(model)
-    return "" if entry is None else entry.versions[version].digest
+    return in_memory(model, version, "" if entry is None else entry.versions[version].digest)
 
 
 def _require_version(store: StateStore, model: str, version: object) -> None:

@@ -25,7 +25,7 @@ from fedclaw.serve.node import ServingNode
 from fedclaw.serve.settings import NodeSettings
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import Launch
-from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue
+from fedclaw.serve.version_catalogue import ModelEntry, VersionCatalogue, in_memory
 
 log = logging.getLogger("fedclaw.serve")
 
@@ -204,9 +204,10 @@ class Synchroniser:
             log.debug("the pool has said why %s of %s does not load", version, model)
 
     async def _beat(self) -> None:
-        """Tell the store which bundles this worker answers from."""
+        """Tell the store which versions this worker answers from."""
         loaded = set(self._parts.pool.ready())
-        ready = [own.digest for own in self._parts.pool.known() if (own.model, own.version) in loaded]
+        known = [own for own in self._parts.pool.known() if (own.model, own.version) in loaded]
+        ready = [in_memory(own.model, own.version, own.digest) for own in known]
         launch = self._parts.launch
         await asyncio.to_thread(self._parts.store.beat, launch.settings.name, launch.name, ready)
 

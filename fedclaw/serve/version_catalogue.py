@@ -46,6 +46,14 @@ class ModelEntry(Frozen):
     """Versions that workers load although nothing is routed to them yet."""
 
 
+def in_memory(model: str, version: str, digest: str) -> str:
+    """How a worker tells that it can answer from a version (`WorkerBeat.ready`).
+
+    The digest alone would not say it: the bundle may be another version's too, and a worker learns of each by itself.
+    """
+    return f"{model}/{version}/{digest}"
+
+
 class VersionCatalogue:
     """The models of a node, or of several that share a store. Every method raises StateUnavailable."""
 

@@ -23,6 +23,7 @@ from fedclaw.serve.settings import AdminSettings, NodeSettings, ReleaseSettings,
 from fedclaw.serve.state.audit_verification import entries, verify
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import Launch, Ports
+from fedclaw.serve.version_catalogue import in_memory
 from tests.disks import full_after
 from tests.serve.security.issuer import AUDIENCE, ISSUER, ec_key, jwk, key_set, token
 
@@ -273,7 +274,7 @@ def test_a_release_begins_as_the_node_is_set(tmp_path, table_bundle, home):
     own = {"release": ReleaseSettings(steps=(0.5, 1.0)), "breaker": BreakerPolicy(probes=2)}
     port.settings = settings.model_copy(update=own)
     digest = port.bundles.put(table_bundle, trust_of(settings))
-    port.store.beat("node", "worker-1", [digest])
+    port.store.beat("node", "worker-1", [in_memory("heart", version, digest) for version in ("v1", "v2")])
     for version in ("v1", "v2"):
         port.catalogue.add("heart", version, digest, "run", "ann")
         begun = asked(port.app, "POST", "/admin/models/heart/release", orjson.dumps({"version": version}), b"")
@@ -307,11 +308,11 @@ async def test_who_asks_for_the_same_release_again_learns_how_it_stands(tmp_path
     digest = port.bundles.put(table_bundle, trust_of(settings))
     for version in ("v1", "v2", "v3"):
         port.catalogue.add("heart", version, digest, "run", "ann")
-    port.store.beat("node", "worker-1", [digest])
     path = "/admin/models/heart/release"
+    ready = [in_memory("heart", version, digest) for version in ("v1", "v2", "v3")]
 
     async def release(version: str, mode: str) -> tuple[int, Any]:
-        port.store.beat("node", "worker-1", [digest])
+        port.store.beat("node", "worker-1", ready)
         body = orjson.dumps({"version": version, "mode": mode})
         status, answer, _ = await asked(port.app, "POST", path, body, b"")
         return status, answer.get("state", answer.get("code"))

@@ -10,7 +10,7 @@ from fedclaw.serve import releases
 from fedclaw.serve.routing.plan import BreakerPolicy, Guards
 from fedclaw.serve.settings import ReleaseSettings
 from fedclaw.serve.state.store import StateStore
-from fedclaw.serve.version_catalogue import VersionCatalogue
+from fedclaw.serve.version_catalogue import VersionCatalogue, in_memory
 from tests.serve.routing.conftest import Clock
 from tests.serve.routing.traffic import Behaviour, Town
 
@@ -41,7 +41,7 @@ def town(store: StateStore) -> MakeTown:
 
 
 def begin(store: StateStore, settings: ReleaseSettings, mode: str = "canary") -> None:
-    store.beat("node", "worker-1", ["1" * 64, "2" * 64])
+    store.beat("node", "worker-1", [in_memory("m", f"v{number}", f"{number}" * 64) for number in (1, 2)])
     releases.begin(store, "m", "v2", settings, mode, "ann")
 
 
@@ -110,7 +110,7 @@ def test_a_breaker_that_is_set_anew_leaves_a_canary_and_the_last_decision_as_the
 
 
 def test_the_first_version_of_a_model_that_is_published_has_the_breaker_that_is_set(store: StateStore):
-    store.beat("node", "worker-1", ["1" * 64, "2" * 64])
+    store.beat("node", "worker-1", [in_memory("m", f"v{number}", f"{number}" * 64) for number in (1, 2)])
     releases.begin(store, "m", "v1", ReleaseSettings(), "canary", "ann", BreakerPolicy(probes=2))
     described = releases.describe(store, "m")
     assert described["plan"]["breaker"]["probes"] == 2

@@ -14,7 +14,7 @@ from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.routing.plan import Guards, RoutingPlan, read_plan
 from fedclaw.serve.settings import ReleaseSettings
 from fedclaw.serve.state.store import StateStore
-from fedclaw.serve.version_catalogue import VersionCatalogue
+from fedclaw.serve.version_catalogue import VersionCatalogue, in_memory
 
 SETTINGS = ReleaseSettings()
 MANUAL = ReleaseSettings(approval="manual", guards=Guards(disagreement=None))
@@ -27,8 +27,12 @@ def store(tmp_path: Path) -> Iterator[StateStore]:
         for number in (1, 2, 3):
             VersionCatalogue(opened).add("heart", f"v{number}", f"{number}" * 64, "run", "ann")
         releases.first_release(opened, "heart", "v1")
-        opened.beat("node", "worker-1", [f"{number}" * 64 for number in (1, 2, 3)])
+        opened.beat("node", "worker-1", [loaded(number) for number in (1, 2, 3)])
         yield opened
+
+
+def loaded(number: int) -> str:
+    return in_memory("heart", f"v{number}", f"{number}" * 64)
 
 
 def plan(store: StateStore) -> RoutingPlan:
@@ -113,18 +117,26 @@ def test_one_release_at_a_time(store: StateStore):
 def test_nothing_is_routed_to_a_version_that_a_worker_has_not_loaded(store, monkeypatch):
     monkeypatch.setattr(releases, "LOADING", 0.3)
     catalogue = VersionCatalogue(store)
-    ready = catalogue.read("heart").versions["v1"].digest
-    store.beat("node", "worker-1", [ready])
+    store.beat("node", "worker-1", [loaded(1)])
     with pytest.raises(ServeRefusal, match="worker-1 of node has not loaded v2"):
         releases.operate(store, "heart", "pin", {"version": "v2"}, "ann")
     assert read_plan(store, "heart").plan.stable == "v1"
     assert catalogue.read("heart").staged == ()
-    store.beat("node", "worker-1", [ready, catalogue.read("heart").versions["v2"].digest])
+    store.beat("node", "worker-1", [loaded(1), loaded(2)])
     assert releases.operate(store, "heart", "pin", {"version": "v2"}, "ann")["says"] == "v2 answers"
 
 
+def test_a_bundle_that_a_worker_has_as_another_version_is_not_routed_to_before_it_has_this_one(store, monkeypatch):
+    monkeypatch.setattr(releases, "LOADING", 0.3)
+    VersionCatalogue(store).add("lung", "v1", "1" * 64, "run", "ann")
+    with pytest.raises(ServeRefusal, match="worker-1 of node has not loaded v1"):
+        releases.begin(store, "lung", "v1", SETTINGS, "canary", "ann")
+    store.beat("node", "worker-1", [loaded(1), in_memory("lung", "v1", "1" * 64)])
+    assert releases.begin(store, "lung", "v1", SETTINGS, "canary", "ann")["says"] == "v1 answers"
+
+
 def test_a_node_does_not_take_the_others_version_away(store):
-    store.beat("other", "worker-1", [VersionCatalogue(store).read("heart").versions["v1"].digest])
+    store.beat("other", "worker-1", [loaded(1)])
     with pytest.raises(UsageError, match="answered by node other too"):
         releases.first_release(store, "heart", "v2", "mine")
     assert read_plan(store, "heart").plan.stable == "v1"
@@ -134,7 +146,7 @@ def test_a_version_that_ends_the_workers_is_not_routed_to(store, monkeypatch):
     """They are alive when it begins, and silent since: none is left of which it could be said that it misses it."""
     monkeypatch.setattr(releases, "LOADING", 1.0)
     monkeypatch.setattr(releases, "ALIVE", 0.3)
-    store.beat("node", "worker-1", ["1" * 64])
+    store.beat("node", "worker-1", [loaded(1)])
     with pytest.raises(ServeRefusal, match="worker-1 of node has not loaded v2"):
         begin(store, "v2", "at_once")
     with pytest.raises(ServeRefusal, match="no worker is alive"):
@@ -149,14 +161,14 @@ def test_the_first_version_of_a_model_answers_once_it_is_loaded(store, monkeypat
     with pytest.raises(ServeRefusal, match="has not loaded v1"):
         releases.begin(store, "new", "v1", SETTINGS, "canary", "ann")
     assert read_plan(store, "new") is None
-    store.beat("node", "worker-1", ["9" * 64])
+    store.beat("node", "worker-1", [in_memory("new", "v1", "9" * 64)])
     found = releases.begin(store, "new", "v1", SETTINGS, "canary", "ann")
     assert (found["says"], found["decision"]["by"]) == ("v1 answers", "ann")
 
 
 def test_what_is_being_loaded_for_one_is_not_removed_by_another(store, monkeypatch):
     monkeypatch.setattr(releases, "LOADING", 1.0)
-    store.beat("node", "worker-1", ["1" * 64])
+    store.beat("node", "worker-1", [loaded(1)])
     with ThreadPoolExecutor(1) as threads:
         loading = threads.submit(begin, store, "v2", "at_once")
         while VersionCatalogue(store).read("heart").staged != ("v2",):
@@ -165,5 +177,5 @@ def test_what_is_being_loaded_for_one_is_not_removed_by_another(store, monkeypat
             with pytest.raises(ServeRefusal) as refused:
                 other()
             assert refused.value.code == "conflict"
-        store.beat("node", "worker-1", ["1" * 64, "2" * 64])
+        store.beat("node", "worker-1", [loaded(1), loaded(2)])
         assert loading.result()["says"] == "v2 answers"

@@ -157,7 +157,7 @@ class WorkerBeat:
     node: str
     worker: str
     ready: tuple[str, ...]
-    """Digests of the bundles that it can answer from."""
+    """The versions that it can answer from, as `version_catalogue.in_memory` has them."""
     age: float
     """Seconds since then."""
 
@@ -390,7 +390,7 @@ class StateStore:
         return {hashes[hashed] for hashed in new}
 
     def beat(self, node: str, worker: str, ready: Sequence[str]) -> None:
-        """Tell that a worker is alive, and from which bundles it can answer."""
+        """Tell that a worker is alive, and from which versions it can answer."""
         told = {"ready": json.dumps(list(ready)), "time": self._database.now}
         statement = self._insert(_workers).values(node=_name(node), worker=_name(worker), **told)
         statement = statement.on_conflict_do_update(index_elements=list(_workers.primary_key.columns), set_=told)
