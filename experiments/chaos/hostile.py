@@ -8,10 +8,11 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from http import HTTPStatus
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ SLOW_CONNECTIONS = 50
 SLACK = 3.0
 """Seconds beyond the limit after which a slow connection counts as one that was let live."""
 HOUR = 3600
+ATTACKERS = "127.9.0.0/16"
+"""Addresses of this machine, as Linux has them."""
 _SWAPPED_FOR = 4.0
 """Seconds of load after a stored bundle was changed."""
 
@@ -48,10 +51,13 @@ class Scene:
     """Its keys are not the node's issuer's."""
     impostor: Foundry
     """Another federation of the same name."""
+    addresses: Iterator[str]
+    """Where attackers ask from, a new one each time: else the node would soon refuse whatever comes from the one that
+    they share."""
 
     def status(self, token: str | None, body: bytes | None = None) -> int:
         """What one request gets."""
-        client = Client(self.node.url, token or "")
+        client = Client(self.node.url, token or "", source=next(self.addresses))
         asked = json_request(self.stage.digit(0)) if body is None else body
         status, _, _ = client.post(f"/v2/models/{MODEL}/infer", asked)
         client.close()
@@ -169,7 +175,7 @@ def refused(stage: Stage) -> Finding:
     impostor = Foundry(stage.root / "impostor", Digits.load())
     tried = attacks()
     with stage.node(limits__body_bytes=BODY_BYTES, limits__header_seconds=HEADER_SECONDS) as node:
-        scene = Scene(stage, node, stranger, impostor)
+        scene = Scene(stage, node, stranger, impostor, map(str, ip_network(ATTACKERS).hosts()))
         with stage.crowd(node.url) as crowd:
             for name, attack in tried.items():
                 for trial in range(stage.settings.trials):

@@ -220,9 +220,10 @@ def _first_keys(stage: Stage, node: Node, model: str, keys: int) -> tuple[dict[s
         crowd.wait_for(lambda outcomes: sum(outcome.good for outcome in outcomes) >= keys, stage.settings.patience)
     with replace(crowd, outcomes=[], acknowledged=[]) as again:
         again.wait_for(lambda outcomes: len(outcomes) >= keys // 4, stage.settings.patience)
-    says = str(admin.ask("GET", f"/admin/models/{model}/release")["says"])
-    if f"{FIRST_SHARE:.0%} of the keys" not in says:
-        raise FedClawError(f"the share did not stay while the keys asked ({says}); give fewer keys")
+    found = admin.ask("GET", f"/admin/models/{model}/release")
+    if f"{FIRST_SHARE:.0%} of the keys" not in found["says"]:
+        told = f"{found['says']}: {json.dumps(found['decision'])}"
+        raise FedClawError(f"the share did not stay while the keys asked, so give fewer keys: {told}")
     return _versions(crowd), _versions(again), version
 
 

@@ -52,12 +52,14 @@ class Outcome:
 
 
 class Client:
-    """One connection to a service at `url`, http://HOST:PORT; at https:// its certificate is one of `authority`."""
+    """One connection to a service at `url`, http://HOST:PORT; at https:// its certificate is one of `authority`. It
+    comes from the address `source`, if that is given."""
 
-    def __init__(self, url: str, token: str, authority: Path | None = None) -> None:
+    def __init__(self, url: str, token: str, authority: Path | None = None, source: str | None = None) -> None:
         self._address, secure = urlsplit(url).netloc, urlsplit(url).scheme == "https"
         self._trust = ssl.create_default_context(cafile=authority) if secure else None
         self._headers = {"authorization": f"Bearer {token}", "content-type": "application/json"}
+        self._source = None if source is None else (source, 0)
         self._connection: http.client.HTTPConnection | None = None
 
     def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
@@ -77,8 +79,10 @@ class Client:
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._trust is None:
-            return http.client.HTTPConnection(self._address, timeout=TIMEOUT)
-        return http.client.HTTPSConnection(self._address, timeout=TIMEOUT, context=self._trust)
+            return http.client.HTTPConnection(self._address, timeout=TIMEOUT, source_address=self._source)
+        return http.client.HTTPSConnection(
+            self._address, timeout=TIMEOUT, source_address=self._source, context=self._trust
+        )
 
     def ask(self, model: str, rows: Rows, key: str, identity: str) -> Outcome:
         """One inference."""
