@@ -59,7 +59,8 @@ def test_flowers_loop_tells_a_numbers_figures_too(tmp_path):
     start = initial_parameters(record)
     ours = run_rounds(LocalGrid(sites, 3), RunDirectory.create(tmp_path / "run", record), start)
     result = FlowerStrategy(record).start(LocalGrid(sites, 3), pack(start), num_rounds=record.rounds)
-    assert dict(result.evaluate_metrics_clientapp[record.rounds]) == pytest.approx(ours.metrics)
+    # R2 is 1 less a ratio, and sums of 32-bit updates depend on who answered first: its error is one of the 1.
+    assert dict(result.evaluate_metrics_clientapp[record.rounds]) == pytest.approx(ours.metrics, rel=1e-6, abs=1e-6)
     assert set(ours.metrics) == {"rmse", "mae", "r2"}
 
 
