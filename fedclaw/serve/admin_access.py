@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedclaw.serve.admission import Authentication
+from fedclaw.serve.admission import STRANGERS, Authentication
 from fedclaw.serve.monitoring.metrics import NodeMetrics
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Principal
@@ -27,8 +27,6 @@ log = logging.getLogger("fedclaw.serve")
 METRICS, READ = "metrics", "read"
 MOST_CHANGES = 4
 """Changes that are under way at once, uploads too: fewer than the process has threads, so that reads go on."""
-STRANGERS, STRANGERS_AT_ONCE = 10.0, 100.0
-"""Lines a second, and at once, for requests of which nobody knows who asks: a flood must not fill the disk."""
 
 
 @dataclass(slots=True)
@@ -46,11 +44,6 @@ class AdminCall:
     principal: str = ""
     """Empty: nobody knows."""
 
-    @property
-    def changes(self) -> bool:
-        """Whether it is to change something."""
-        return self.scope != READ
-
 
 class AdminAccess:
     """Lets requests in, and notes them."""
@@ -60,7 +53,7 @@ class AdminAccess:
         self.audit = audit
         self._authentication, self._metrics = authentication, metrics
         self._limiter = RateLimiter(RateTable.private(), RateLimits(requests=rate))
-        self._strangers = Allowance(STRANGERS, STRANGERS_AT_ONCE)
+        self._strangers = Allowance(*STRANGERS)
         self._changing = 0
 
     async def admit(self, call: AdminCall, authorization: bytes | None, certificate: str | None) -> None:

@@ -19,6 +19,8 @@ from fedclaw.serve.state.audit_log import AuditLog
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 FAILURES = Rate(10.0, 100.0)
 """Tokens that are not accepted, from one address."""
+STRANGERS = 10.0, 100.0
+"""Audit lines a second, and at once, for requests of which nobody knows who asks: a flood must not fill the disk."""
 
 
 class Authentication(Protocol):

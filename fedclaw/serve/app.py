@@ -90,7 +90,7 @@ class HttpApplication:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """HttpAnswer one request."""
+        """Answer one request."""
         if scope["type"] != "http":
             await _no_http(scope, receive, send)
             return
@@ -160,14 +160,11 @@ class HttpApplication:
         caller = await self._caller(request, "rest")
         reader = self._node.reader(caller.principal, name, version)
         body = await read_body(request, self._most)
-        header_length, key = request.headers.get(_HEADER_LENGTH), request.headers.get(b"fedclaw-key")
-        asker = Asker(
-            caller.principal.name, None if key is None else _text(key, "fedclaw-key"), self._node.new_identity
-        )
+        header_length = request.headers.get(_HEADER_LENGTH)
         asked, form = reader.read(
             body,
             None if header_length is None else header_length.decode("latin-1"),
-            asker,
+            self._asker(request, caller),
             version,
             self._deadline(request),
         )
@@ -184,6 +181,10 @@ class HttpApplication:
         request.scope[PRINCIPAL] = caller.principal.name
         given = request.headers.get(b"traceparent")
         return caller if given is None else replace(caller, traceparent=given.decode("latin-1"))
+
+    def _asker(self, request: HttpRequest, caller: Caller) -> Asker:
+        key = request.headers.get(b"fedclaw-key")
+        return Asker(caller.principal.name, None if key is None else _text(key, "fedclaw-key"), self._node.new_identity)
 
     def _deadline(self, request: HttpRequest) -> float:
         given = request.headers.get(b"fedclaw-deadline-ms")
@@ -207,10 +208,7 @@ class HttpApplication:
             _text(request.headers.get(b"accept", b""), "accept"),
             parse_query(request.query),
         )
-        key = request.headers.get(b"fedclaw-key")
-        asker = Asker(
-            caller.principal.name, None if key is None else _text(key, "fedclaw-key"), self._node.new_identity
-        )
+        asker = self._asker(request, caller)
         found = await predict_table(self._node, caller, model, sent, asker, None, self._deadline(request))
         return HttpAnswer(_OK, found.body, found.content_type, found.headers)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from fedclaw.cli import naming
 from fedclaw.errors import UsageError
 from fedclaw.export.check import Trust, load_trust
-from fedclaw.files import write_atomic
+from fedclaw.files import PRIVATE_MODE, write_atomic
 from fedclaw.serve.settings import NodeSettings
 
 DIRECTORY_MODE = 0o700
-FILE_MODE = 0o600
 CLAIM, INCOMING, IDENTITY = ".running", ".incoming.", "identity"
 BUNDLES, DATABASE, METRICS, RATES, AUDIT = "bundles", "state.db", "metrics", "rates", "audit"
 
@@ -41,7 +40,7 @@ class NodeHome:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Have the directory for this node alone. Raises UsageError where another one runs in it."""
-        held = os.open(self.root / CLAIM, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+        held = os.open(self.root / CLAIM, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, PRIVATE_MODE)
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
@@ -57,7 +56,7 @@ class NodeHome:
         """What tells this directory from any other, made when it is first asked for."""
         path = self.root / IDENTITY
         if not path.exists():
-            write_atomic(path, os.urandom(16).hex().encode(), FILE_MODE)
+            write_atomic(path, os.urandom(16).hex().encode(), PRIVATE_MODE)
         return path.read_text(encoding="ascii")
 
     def sweep(self) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from fedclaw.serve.monitoring.drift_watch import prefixes_of
 from fedclaw.serve.refusals import ServeRefusal
-from fedclaw.serve.releases import ALIVE
+from fedclaw.serve.releases import CONFIGURED, alive_workers
+from fedclaw.serve.routing.canary import record_name
 from fedclaw.serve.routing.plan import plan_name
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.version_catalogue import PREFIX, VersionCatalogue
 
-CONFIGURED = "configured"
-"""Documents CONFIGURED/NODE/MODEL: the version that a node's configuration named when it was last started."""
 _TRIES = 5
 
 
@@ -56,14 +56,14 @@ def forget_configured(store: StateStore, node: str, models: Collection[str]) -> 
 
 
 def _configured_at(store: StateStore, model: str) -> list[str]:
-    alive = {beat.node for beat in store.workers() if beat.age < ALIVE}
+    alive = {beat.node for beat in alive_workers(store)}
     return sorted(node for node in alive if store.read(f"{CONFIGURED}/{node}/{model}") is not None)
 
 
 def _forget(store: StateStore, model: str) -> None:
     """What was learnt from its trials and inputs: one of the same name that comes later begins anew."""
-    names = [f"guards/{model}", *store.names(f"drift/{model}/"), *store.names(f"drift-baseline/{model}/")]
-    for name in names:
+    of_inputs = [name for prefix in prefixes_of(model) for name in store.names(prefix)]
+    for name in (record_name(model), *of_inputs):
         if (found := store.read(name)) is not None:
             store.remove({name: found[0]})
     store.forget(model)

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, Literal, Protocol
 
 from fedclaw.learning.preprocessing import LABEL
-from fedclaw.serve.admission import Admission, Authentication
+from fedclaw.serve.admission import STRANGERS, Admission, Authentication
 from fedclaw.serve.inference.node import Headers
 from fedclaw.serve.inference.rest import RequestReader
 from fedclaw.serve.models.batching import BatchMoments
@@ -53,8 +53,6 @@ class Models(Protocol):
     async def model(self, model: str, version: str, deadline: float | None = None) -> Any: ...  # noqa: D102
 
 
-STRANGERS, STRANGERS_AT_ONCE = 10.0, 100.0
-"""Audit lines a second, and at once, for requests of which nobody knows who asks: a flood must not fill the disk."""
 _OK = int(HTTPStatus.OK)
 
 TRACED: Mapping[str, tuple[Literal["http", "grpc"], str, str]] = {
@@ -96,7 +94,7 @@ class ServingNode:
         self._readers: Mapping[str, Mapping[str, RequestReader]] = {}
         self._mirror = Mirror(MOST_MIRRORS)
         self._own, self._numbers = secrets.token_hex(6), count()
-        self._strangers = Allowance(STRANGERS, STRANGERS_AT_ONCE)
+        self._strangers = Allowance(*STRANGERS)
 
     def serve(self, readers: Mapping[str, Mapping[str, RequestReader]]) -> None:
         """From now on there are these models and versions."""

@@ -21,6 +21,7 @@ from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.served_model import ModelInterface
 from fedclaw.serve.monitoring.drift_watch import DriftMonitor, VersionDrift, VersionInputs
 from fedclaw.serve.monitoring.metrics import FeedbackFigures, NodeMetrics, RoutingFigures
+from fedclaw.serve.repeated_work import RepeatedWork
 from fedclaw.serve.routing.plan import RoutingPlan, read_plan
 from fedclaw.serve.settings import NodeSettings
 from fedclaw.serve.state.audit_verification import of_node, verify
@@ -65,20 +66,19 @@ class NodeObserver:
 
     def run(self, ended: threading.Event) -> None:
         """Observe until `ended`, in a thread of its own."""
-        said = ""
+        work = RepeatedWork(log, "figures stay as they are for now")
         while True:
-            try:
-                self.step()
-                said = ""
-            except Exception as error:
-                if isinstance(error, StateUnavailable):
-                    self._metrics.state_store_failed()
-                if str(error) != said:
-                    said = str(error)
-                    known = isinstance(error, FedClawError)
-                    log.warning("figures stay as they are for now: %s", said, exc_info=None if known else error)
+            with work.attempt():
+                self._counted_step()
             if ended.wait(PERIOD):
                 return
+
+    def _counted_step(self) -> None:
+        try:
+            self.step()
+        except StateUnavailable:
+            self._metrics.state_store_failed()
+            raise
 
     def step(self) -> None:
         """One look. Raises what the store raises."""

@@ -21,6 +21,8 @@ from fedclaw.serve.version_catalogue import VersionCatalogue, in_memory
 log = logging.getLogger(__name__)
 
 CONFIGURATION = "configuration"
+CONFIGURED = "configured"
+"""Documents CONFIGURED/NODE/MODEL: the version that a node's configuration named when it was last started."""
 LOADING = 60.0
 """Seconds that workers have to load a version before it is routed to."""
 ALIVE = 3.0
@@ -40,7 +42,7 @@ def first_release(store: StateStore, model: str, version: str, node: str = "") -
     if version in plan.versions or plan.mode != "single":
         return
     wanted = _in_memory(store, model, version)
-    if others := sorted({beat.node for beat in _workers(store) if beat.node != node and wanted not in beat.ready}):
+    if others := sorted({beat.node for beat in alive_workers(store) if beat.node != node and wanted not in beat.ready}):
         raise UsageError(
             f"{model} is answered by node {', '.join(others)} too, which has another version: start this node with "
             "that one, and publish the new version to both"
@@ -54,7 +56,7 @@ def release_configured(store: StateStore, model: str, version: str, node: str, n
 
     A node that starts again as it was leaves what was published and decided since as it is. Raises UsageError.
     """
-    named = f"configured/{node}/{model}"
+    named = f"{CONFIGURED}/{node}/{model}"
     found = store.read(named)
     before = None if found is None else found[1].get("version")
     if new or read_plan(store, model) is None or (before is not None and before != version):
@@ -116,6 +118,22 @@ def _begin(store: StateStore, model: str, version: str, settings: ReleaseSetting
         _allowed(lambda: controller.ask_for_approval(store, model, by, time.time()))
 
 
+def is_under_way(store: StateStore, model: str, version: str, mode: str) -> bool:
+    """Whether a release of the version is what the plan says already, or has come to its end."""
+    found = read_plan(store, model)
+    if found is None:
+        return False
+    plan = found.plan
+    if plan.mode == "single":
+        return plan.stable == version
+    if plan.candidate != version or mode == "at_once":
+        return False
+    if mode == "shadow":
+        return plan.mode == "shadow"
+    # A canary that needs a person's word begins as a shadow, which waits for it.
+    return plan.mode == "canary" or plan.waiting
+
+
 def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> None:
     """Wait until every worker of every node has the versions in memory, warm, before anything is routed to them.
 
@@ -124,7 +142,7 @@ def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> N
     """
     catalogue, end = VersionCatalogue(store), time.monotonic() + LOADING
     wanted = {_in_memory(store, model, version) for version in versions}
-    expected = {(beat.node, beat.worker) for beat in _workers(store)}
+    expected = {(beat.node, beat.worker) for beat in alive_workers(store)}
     if not expected:
         raise ServeRefusal("unavailable", "no worker is alive: nothing was changed", ALIVE)
     catalogue.stage(model, versions)
@@ -142,7 +160,7 @@ def load_everywhere(store: StateStore, model: str, versions: Sequence[str]) -> N
 
 def _missing(store: StateStore, expected: set[tuple[str, str]], wanted: set[str]) -> list[tuple[str, str]]:
     """The workers, those `expected` and those that came since, that do not answer from the versions."""
-    alive = {(beat.node, beat.worker): wanted <= set(beat.ready) for beat in _workers(store)}
+    alive = {(beat.node, beat.worker): wanted <= set(beat.ready) for beat in alive_workers(store)}
     return sorted(worker for worker in expected | alive.keys() if not alive.get(worker, False))
 
 
@@ -257,7 +275,7 @@ def _plan(store: StateStore, model: str) -> StoredPlan:
     return found
 
 
-def _workers(store: StateStore) -> list[WorkerBeat]:
+def alive_workers(store: StateStore) -> list[WorkerBeat]:
     """Those that are alive."""
     return [beat for beat in store.workers() if beat.age < ALIVE]
 

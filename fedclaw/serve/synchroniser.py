@@ -22,6 +22,7 @@ from fedclaw.serve.models.served_model import ModelInterface
 from fedclaw.serve.monitoring.drift_watch import InputWatch, VersionInputs
 from fedclaw.serve.monitoring.metrics import WorkerMetrics
 from fedclaw.serve.node import ServingNode
+from fedclaw.serve.repeated_work import RepeatedWork
 from fedclaw.serve.settings import NodeSettings
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.supervisor import Launch
@@ -79,16 +80,11 @@ class Synchroniser:
 
     async def run(self) -> None:
         """Keep in step until cancelled."""
-        said = ""
+        work = RepeatedWork(log, "models stay as they are for now")
         while True:
             await asyncio.sleep(PERIOD)
-            try:
+            with work.attempt():
                 await self.once()
-                said = ""
-            except Exception as error:
-                if str(error) != said:
-                    said = str(error)
-                    log.warning("models stay as they are for now: %s", said)
 
     async def once(self) -> None:
         """One look."""

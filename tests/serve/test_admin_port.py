@@ -8,11 +8,11 @@ import orjson
 import pytest
 from starlette.applications import Starlette
 
-from fedclaw.serve import control, releases
+from fedclaw.serve import releases
 from fedclaw.serve.admin_access import MOST_CHANGES, AdminAccess
+from fedclaw.serve.admin_port import UNNEEDED_SECONDS, AdminPort
 from fedclaw.serve.admission import Authentication, admin_rate, audit_log_of
 from fedclaw.serve.bundle_archive import MEDIA_TYPE, pack
-from fedclaw.serve.control import UNNEEDED_SECONDS, AdminPort
 from fedclaw.serve.home import NodeHome, trust_of
 from fedclaw.serve.monitoring.metrics import NodeMetrics
 from fedclaw.serve.routing.plan import BreakerPolicy, read_plan
@@ -92,7 +92,7 @@ def noted(port: AdminPort) -> list[dict[str, Any]]:
 def test_an_upload_leaves_room_for_the_audit_log(tmp_path, table_bundle, home, monkeypatch):
     port, _ = admin_port(tmp_path, table_bundle, home)
     free = shutil.disk_usage(tmp_path).free
-    monkeypatch.setattr(control, "LEAST_FREE", free - (64 << 20))
+    monkeypatch.setattr("fedclaw.serve.admin_port.LEAST_FREE", free - (64 << 20))
     status, answer = upload(port.app, *[bytes(8 << 20)] * 8, b"")
     assert (status, answer["code"]) == (503, "unavailable")
     assert not list((tmp_path / "node").glob(".incoming.*"))

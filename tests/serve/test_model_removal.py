@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedclaw.serve import model_removal
+from fedclaw.serve import releases
 from fedclaw.serve.model_removal import forget_configured, remove_model
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.releases import release_configured
@@ -50,7 +50,7 @@ def test_a_model_goes_with_its_plan_and_what_its_trials_left(store: StateStore):
 
 
 def test_a_model_that_a_running_node_is_configured_with_stays(store: StateStore, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model_removal, "ALIVE", 600.0)
+    monkeypatch.setattr(releases, "ALIVE", 600.0)
     add(store, "heart", "v1", ONE)
     release_configured(store, "heart", "v1", "a", new=True)
     store.beat("b", "worker-1", [])

@@ -24,14 +24,14 @@ from pathlib import Path
 from fedclaw.errors import BundleError, EncryptionError, UsageError
 from fedclaw.export.check import Trust, Verified, verify_bundle
 from fedclaw.export.layout import DIGESTS, FILE_NAME
-from fedclaw.files import sync_directory, write_all
+from fedclaw.files import PRIVATE_MODE, sync_directory, write_all
 
 SHORT = 12
 """Hex digits of a version's short name."""
 MOST_FILES = 1000
 MOST_BYTES = 16 << 30
 _CHUNK = 1 << 20
-_DIRECTORY_MODE, _FILE_MODE = 0o700, 0o600
+_DIRECTORY_MODE = 0o700
 _INCOMING = ".incoming."
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -125,7 +125,7 @@ class BundleStore:
     def _changing(self) -> Iterator[None]:
         """Hold the lock; what lies in the way of nobody then is a leftover."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self._directory / ".lock", flags, _FILE_MODE)
+        descriptor = os.open(self._directory / ".lock", flags, PRIVATE_MODE)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             for left in self._directory.glob(f"{_INCOMING}*"):
@@ -189,7 +189,7 @@ def _copy_file(directory: int, name: str, target: Path, most_bytes: int) -> int:
     try:
         if not stat.S_ISREG(os.fstat(source).st_mode):
             raise BundleError(f"{name} is not a plain file; a bundle holds plain files only")
-        opened = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _FILE_MODE)
+        opened = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, PRIVATE_MODE)
         try:
             return _copy_bytes(source, opened, most_bytes)
         finally:

@@ -250,8 +250,13 @@ def _windows_of(document: Mapping[str, Any], features: InputFeatures) -> Windows
     }
 
 
+def prefixes_of(model: str) -> tuple[str, str]:
+    """What the names of all of a model's documents begin with: of counts, and of baselines."""
+    return f"drift/{model}/", f"drift-baseline/{model}/"
+
+
 def _prefix(model: str, digest: str) -> str:
-    return f"drift/{model}/{digest}/"
+    return f"{prefixes_of(model)[0]}{digest}/"
 
 
 def _document_name(model: str, digest: str, writer: str) -> str:
@@ -259,7 +264,7 @@ def _document_name(model: str, digest: str, writer: str) -> str:
 
 
 def _baseline_name(model: str, digest: str) -> str:
-    return f"drift-baseline/{model}/{digest}"
+    return f"{prefixes_of(model)[1]}{digest}"
 
 
 def _marginals(contents: Mapping[str, bytes]) -> Marginals | None:

@@ -71,9 +71,9 @@ def guard_names(plan: RoutingPlan) -> tuple[GuardName, ...]:
     return ("errors", *agreement) if plan.share == 1.0 else ("errors", *LATENCIES, *agreement)
 
 
-def record_name(plan: RoutingPlan) -> str:
-    """The record's document."""
-    return f"guards/{plan.model}"
+def record_name(model: str) -> str:
+    """The document of a model's record."""
+    return f"guards/{model}"
 
 
 def begin(plan: RoutingPlan, before: TrialRecord | None = None) -> TrialRecord:

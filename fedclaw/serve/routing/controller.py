@@ -156,7 +156,7 @@ class Controller:
 
     def _trial(self, plan: RoutingPlan, now: float) -> _Change | None:
         """Another look of the guards, and what follows from it."""
-        name = record_name(plan)
+        name = record_name(plan.model)
         found = self._store.read(name)
         record = parse_record(plan, None if found is None else found[1])
         if record is None:

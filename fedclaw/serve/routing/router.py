@@ -18,6 +18,7 @@ from typing import Protocol
 
 from fedclaw.errors import FedClawError
 from fedclaw.serve.refusals import Code, ServeRefusal
+from fedclaw.serve.repeated_work import RepeatedWork
 from fedclaw.serve.requests import VersionChoice
 from fedclaw.serve.routing.breaker import is_open_for
 from fedclaw.serve.routing.choosing import VersionChooser
@@ -62,6 +63,8 @@ class Router:
         self._ended = threading.Event()
         self._wake = threading.Event()
         self._complained: dict[str, str] = {}
+        self._reading = RepeatedWork(log, "routing plans wait")
+        self._pushing = RepeatedWork(log, "routing counts wait")
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -79,7 +82,8 @@ class Router:
         self._assignments.stop()
         for thread in self._threads:
             thread.join()
-        self._patiently("counts", self.push)
+        with self._pushing.attempt():
+            self.push()
 
     def plan(self, model: str) -> RoutingPlan | None:
         """The plan in force here."""
@@ -174,8 +178,8 @@ class Router:
         try:
             stored = StoredPlan(revision, parse_plan(model, document))
         except FedClawError as error:
-            if self._complained.get(f"plan {model}") != str(error):
-                self._complained[f"plan {model}"] = str(error)
+            if self._complained.get(model) != str(error):
+                self._complained[model] = str(error)
                 log.error("%s", error)
             return
         self._breakers.follow(None if before is None else before.plan, stored.plan)
@@ -215,17 +219,8 @@ class Router:
         while not self._ended.is_set():
             self._wake.wait(PERIOD)
             self._wake.clear()
-            self._patiently("plans", self.refresh)
-            self._patiently("counts", self.push)
-
-    def _patiently(self, what: str, work: Callable[[], None]) -> None:
-        """The store may be away; whatever else goes wrong must not end the thread that everything depends on."""
-        try:
-            work()
-        except Exception as error:
-            if self._complained.get(what) != str(error):
-                self._complained[what] = str(error)
-                expected = isinstance(error, FedClawError)
-                log.warning("routing %s wait: %s", what, error, exc_info=None if expected else error)
-        else:
-            self._complained.pop(what, None)
+            # The store may be away; whatever else goes wrong must not end the thread that everything depends on.
+            with self._reading.attempt():
+                self.refresh()
+            with self._pushing.attempt():
+                self.push()

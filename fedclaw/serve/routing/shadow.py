@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedclaw.learning.preprocessing import LABEL, REFUSED
 from fedclaw.serve.requests import InferenceResponse
 
 log = logging.getLogger(__name__)
 
-LABEL, PROBABILITIES, REFUSED = "label", "probabilities", "refused"
-"""Outputs of a bundle's pipeline (docs/bundle.md)."""
+PROBABILITIES = "probabilities"
+"""Output of a classifier's pipeline (docs/bundle.md)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def waits_for(store: TrialStore, plan: RoutingPlan, now: float) -> dict[str, Jso
     it needs. None: nothing is being tried."""
     if plan.mode not in ("canary", "shadow"):
         return None
-    found = store.read(record_name(plan))
+    found = store.read(record_name(plan.model))
     record = parse_record(plan, None if found is None else found[1]) or begin(plan)
     guards = _guards(plan, record, store.counts(plan.test_scope, 0), now)
     answers = _answers(store, plan) if plan.mode == "canary" and not record.slow_above else None
