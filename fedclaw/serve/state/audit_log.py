@@ -168,13 +168,12 @@ class AuditLog:
         status: int,
         code: str = "",
         received: int = 0,
-        sent: int = 0,
         body: bytes | None = None,
     ) -> bool:
         """Note an answer that is about to leave. False: it leaves without a line, as was asked for (`go_on`).
 
         `principal` is empty for who is unknown, `version` where none answered, `code` where nothing was refused;
-        `received` and `sent` are sizes of bodies in bytes. `body` is looked at only where inputs are asked for. Raises
+        `received` is the size of the body in bytes. `body` is looked at only where inputs are asked for. Raises
         AuditUnavailable if the line cannot be written and must be: then nothing may leave.
         """
         entry: dict[str, Any] = {
@@ -190,7 +189,6 @@ class AuditLog:
             "status": status,
             "code": code,
             "received": received,
-            "sent": sent,
         }
         if body is not None and self._inputs != "no":
             entry |= _inputs_of(body, self._inputs)
