@@ -109,10 +109,12 @@ def _begin(store: StateStore, model: str, version: str, settings: ReleaseSetting
     if mode == "at_once":
         pin(store, model, version, by)
         return
+    options: dict[str, Any] = {"mirror": MIRRORED, "guards": settings.guards, "steps": settings.steps}
     begins = controller.start_canary
     if mode == "shadow" or settings.approval == "manual":
-        begins = controller.start_shadow
-    options = {"mirror": MIRRORED, "guards": settings.guards, "steps": settings.steps}
+        begins, options["promote"] = controller.start_shadow, mode == "shadow" and settings.promote
+    else:
+        options["approval"] = "manual" if settings.approval == "each_step" else "automatic"
     _allowed(lambda: begins(store, model, version, by, time.time(), **options))
     if mode == "canary" and settings.approval == "manual":
         _allowed(lambda: controller.ask_for_approval(store, model, by, time.time()))

@@ -170,8 +170,11 @@ class ReleaseSettings(Frozen):
     """How a published version comes to answer."""
 
     mode: Literal["canary", "shadow", "at_once"] = "canary"
-    approval: Literal["automatic", "manual"] = "automatic"
-    """manual: a person's word lets it begin."""
+    approval: Literal["automatic", "manual", "each_step"] = "automatic"
+    """manual: a person's word lets it begin. each_step: a canary begins by itself, and waits for one before its share
+    grows, each time, and before it becomes stable."""
+    promote: bool = False
+    """mode shadow: one that is known to agree goes on as a canary by itself."""
     steps: Steps = STEPS
     """Shares of the keys that a canary answers, one after the other."""
     guards: Guards = Guards(disagreement=0.02)

@@ -114,6 +114,24 @@ def test_one_release_at_a_time(store: StateStore):
     assert "roll it back or wait" in str(refused.value)
 
 
+@pytest.mark.parametrize(("approval", "plans"), [("automatic", "automatic"), ("each_step", "manual")])
+def test_a_canary_waits_at_each_step_where_that_is_set(store, approval, plans):
+    begin(store, "v2", "canary", ReleaseSettings(approval=approval))
+    begun = plan(store)
+    assert (begun.mode, begun.waiting, begun.approval) == ("canary", False, plans)
+    releases.operate(store, "heart", "roll_back", {}, "ann")
+    assert plan(store).approval == "automatic", "what comes next is not asked for what this one was"
+
+
+@pytest.mark.parametrize("promote", [False, True])
+def test_a_shadow_goes_on_by_itself_where_that_is_set_and_one_that_needs_a_word_does_not(store, promote):
+    begin(store, "v2", "shadow", ReleaseSettings(promote=promote))
+    assert plan(store).promote is promote
+    releases.operate(store, "heart", "roll_back", {}, "ann")
+    begin(store, "v2", "canary", ReleaseSettings(promote=promote, approval="manual"))
+    assert (plan(store).mode, plan(store).promote, plan(store).waiting) == ("shadow", False, True)
+
+
 def test_nothing_is_routed_to_a_version_that_a_worker_has_not_loaded(store, monkeypatch):
     monkeypatch.setattr(releases, "LOADING", 0.3)
     catalogue = VersionCatalogue(store)

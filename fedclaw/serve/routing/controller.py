@@ -378,7 +378,8 @@ def _last_good(plan: RoutingPlan, stable: str) -> tuple[str, ...]:
 
 def _ended(plan: RoutingPlan, now: float) -> dict[str, Any]:
     ended = {"mode": "single", "candidate": None, "arms": (), "propensities": (), "mirror": 0.0, "promote": False}
-    return {**ended, "waiting": False, "step": 0, "epoch": plan.epoch + 1, "epoch_began": now}
+    ended |= {"approval": "automatic", "waiting": False, "step": 0}
+    return {**ended, "epoch": plan.epoch + 1, "epoch_began": now}
 
 
 def _fresh(plan: RoutingPlan, now: float) -> dict[str, Any]:
