@@ -11,8 +11,10 @@ import signal
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 
 from experiments.chaos.stage import Finding, Stage, tell_seconds, worst
@@ -142,12 +144,20 @@ def missing(crowd: Crowd, nodes: Sequence[Node]) -> list[str]:
         lost += [f"{report.chain}: {fault}" for report in verify(directory) for fault in report.faults]
     answered = (outcome.identity for outcome in crowd.outcomes if outcome.good)
     lost += [f"answer {identity}" for identity in answered if identity not in found]
-    clients = {token: Client(crowd.url, token, crowd.authority) for token in crowd.tokens}
-    for token, body in crowd.acknowledged:
-        status, _, content = clients[token].post("/feedback", body)
-        if status != HTTPStatus.OK or not json.loads(content)["repeated"]:
-            lost.append(f"feedback ({status}) {body[:60]!r}")
+    with ThreadPoolExecutor(len(crowd.tokens)) as pool:
+        for news in pool.map(partial(_not_credited, crowd), crowd.tokens):
+            lost += news
     return lost
+
+
+def _not_credited(crowd: Crowd, token: str) -> list[str]:
+    client, found = Client(crowd.url, token, crowd.authority), []
+    for body in (body for teller, body in crowd.acknowledged if teller == token):
+        status, _, content = client.post("/feedback", body)
+        if status != HTTPStatus.OK or not json.loads(content)["repeated"]:
+            found.append(f"feedback ({status}) {body[:60]!r}")
+    client.close()
+    return found
 
 
 def acknowledged(crowd: Crowd) -> int:
