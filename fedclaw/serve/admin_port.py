@@ -98,6 +98,7 @@ class AdminPort:
                     methods=["DELETE"],
                 ),
                 Route(f"{model}/release", self._change("publish", "release", self._begin_release), methods=["POST"]),
+                Route(f"{model}/baseline", self._change("route", "baseline", self._begin_baseline), methods=["POST"]),
                 Route(f"{model}/{{operation:str}}", self._change("route", "", self._operate), methods=["POST"]),
             ],
             exception_handlers={HTTPException: _no_route},
@@ -215,6 +216,11 @@ class AdminPort:
             own = self.settings
             return releases.begin(self.store, model, version, own.release, mode, by, own.breaker)
         return releases.progress(self.store, model)
+
+    async def _begin_baseline(self, request: Request, _body: _Body, by: str) -> Any:
+        model = request.path_params["model"]
+        await asyncio.to_thread(self.observer.begin_baseline, model, by)
+        return {"model": model, "baseline": "the next rows"}
 
     async def _operate(self, request: Request, body: _Body, by: str) -> Any:
         model, operation = request.path_params["model"], request.path_params["operation"]

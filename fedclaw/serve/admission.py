@@ -40,10 +40,13 @@ class Admission(Protocol):
 
     def admit(self, principal: str) -> None: ...  # noqa: D102
 
+    def admit_rows(self, principal: str, rows: int) -> None: ...  # noqa: D102
+
 
 def admission_of(settings: NodeSettings, home: NodeHome) -> Admission:
     """The rate limits that hold for all workers of a node together."""
-    return RateLimiter(RateTable.open(home.rates), RateLimits(requests=_rate(settings.limits)))
+    limits = RateLimits(_rate(settings.limits), _row_rate(settings.limits))
+    return RateLimiter(RateTable.open(home.rates), limits)
 
 
 def admin_rate(settings: NodeSettings) -> Rate:
@@ -54,6 +57,11 @@ def admin_rate(settings: NodeSettings) -> Rate:
 def _rate(limits: LimitSettings | AdminSettings) -> Rate:
     """Raises UsageError."""
     return Rate(limits.requests_per_second, float(limits.burst))
+
+
+def _row_rate(limits: LimitSettings) -> Rate | None:
+    """Raises UsageError."""
+    return None if limits.rows_per_second is None else Rate(limits.rows_per_second, float(limits.rows_burst))
 
 
 def authentication_of(
@@ -91,6 +99,10 @@ def check_admission(settings: NodeSettings) -> None:
             _rate(limits)
         except UsageError as error:
             raise UsageError(f"{name}.requests_per_second and {name}.burst: {error}") from None
+    try:
+        _row_rate(settings.limits)
+    except UsageError as error:
+        raise UsageError(f"limits.rows_per_second and limits.rows_burst: {error}") from None
     tokens = settings.tokens
     source = None if tokens.jwks is None else _key_source(tokens.jwks, tokens.jwks_ca)
     if isinstance(source, KeyFile):

@@ -151,6 +151,7 @@ class ServingNode:
         self, caller: Caller, request: InferenceRequest, body: bytes | None = None
     ) -> tuple[InferenceResponse, Headers]:
         """Route and answer; `body` is what the audit log may keep of the inputs. Raises ServeRefusal."""
+        self.parts.admission.admit_rows(caller.principal.name, request.rows)
         began = monotonic()
         tracer = self.parts.tracer
         moments = None if tracer is None or not tracer.wants(caller.traceparent) else BatchMoments()

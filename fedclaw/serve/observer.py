@@ -21,6 +21,7 @@ from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.models.served_model import ModelInterface
 from fedclaw.serve.monitoring.drift_watch import DriftMonitor, VersionDrift, VersionInputs
 from fedclaw.serve.monitoring.metrics import FeedbackFigures, NodeMetrics, RoutingFigures
+from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.repeated_work import RepeatedWork
 from fedclaw.serve.routing.plan import RoutingPlan, read_plan
 from fedclaw.serve.settings import NodeSettings
@@ -115,6 +116,27 @@ class NodeObserver:
     def quality(self, model: str) -> dict[str, Any] | None:
         """For the admin port: what feedback and inputs say of each version of a model; None: nothing is known of it."""
         return self._quality.get(model)
+
+    def begin_baseline(self, model: str, by: str) -> None:
+        """From now on compare the inputs of a model with the next rows that it is asked, for the person `by` who knows
+        why they moved. Raises ServeRefusal, BundleError and what the store raises."""
+        entry, found = self._catalogue.read(model), read_plan(self._store, model)
+        if entry is None or found is None:
+            raise ServeRefusal("not_found", "there is no such model")
+        if self._settings.drift.share == 0:
+            raise ServeRefusal("conflict", "drift.share is 0: this node does not look at what it is asked")
+        digests = {entry.versions[version].digest for version in found.plan.versions if version in entry.versions}
+        inputs = [inputs_of(self._bundles, digest, self._trust)[0] for digest in digests]
+        features = {one.features.digest: one.features for one in inputs if self._drift.is_by_first_rows(one)}
+        if not features:
+            raise ServeRefusal(
+                "conflict",
+                "its inputs are compared with a charged question's answer in the bundle, which no node can replace: "
+                "drift.baseline=first_rows compares with the first rows",
+            )
+        if not all(self._drift.begin_anew(model, one) for one in features.values()):
+            raise ServeRefusal("unavailable", "the baseline is being written: try again", 1.0)
+        self._store.append_event("new_baseline", model, {"by": by})
 
     def _inputs_of(self, digest: str) -> VersionInputs | None:
         if digest not in self._inputs:

@@ -129,6 +129,9 @@ class LimitSettings(Frozen):
     requests_per_second: float = Field(default=1000.0, gt=0)
     """Of one principal, at all workers of the node together."""
     burst: int = Field(default=2000, ge=1)
+    rows_per_second: float | None = Field(default=100_000.0, gt=0)
+    """Of one principal, in all its requests together; null: no limit."""
+    rows_burst: int = Field(default=1_000_000, ge=1)
     connections: int = Field(default=2000, ge=1)
     """Open at one worker."""
     connections_per_address: int = Field(default=1000, ge=1)

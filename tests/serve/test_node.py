@@ -136,8 +136,10 @@ def test_what_an_upload_left_that_was_broken_off_is_swept(node):
     left = node.log.parent / "node" / ".incoming.broken"
     left.mkdir(mode=0o700)
     (left / "archive").touch()
+    copied = node.log.parent / "node" / "bundles" / ".incoming.broken"
+    copied.mkdir(mode=0o700)
     os.kill(node.processes()["control"], signal.SIGKILL)
-    node.wait_for(lambda: True if not left.exists() else None)
+    node.wait_for(lambda: True if not left.exists() and not copied.exists() else None)
 
 
 @pytest.mark.slow
@@ -266,6 +268,7 @@ def test_rates_that_cannot_be_are_told_before_anything_begins(tmp_path, table_bu
     given = [f"bundle={table_bundle}", f"ca={home.root / 'ca.crt'}", f"state={tmp_path / 'node'}", *INSECURE]
     for limits in ("limits", "admin"):
         refused([*given, f"{limits}.requests_per_second=0.001"], UsageError, f"{limits}.burst: a rate limit needs")
+    refused([*given, "limits.rows_per_second=0.001"], UsageError, "limits.rows_burst: a rate limit needs")
     assert not (tmp_path / "node").exists()
 
 
@@ -292,6 +295,14 @@ def test_answers_on_one_connection_keep_apart_and_a_client_may_end_it(node):
     response = connection.getresponse()
     assert (response.status, response.read()) == (405, b"")
     connection.close()
+
+
+def test_the_baseline_of_inputs_is_begun_anew_at_a_persons_word(node):
+    model = f"{node.admin}/admin/models/heart"
+    assert node.ask("POST", f"{model}/baseline")[:2] == (200, {"model": "heart", "baseline": "the next rows"})
+    last = node.ask("GET", f"{model}/events")[1][-1]
+    assert (last["kind"], last["by"]) == ("new_baseline", "anonymous")
+    assert node.ask("POST", f"{node.admin}/admin/models/lung/baseline")[0] == 404
 
 
 def test_a_path_or_method_that_the_admin_port_has_not_is_refused_in_words(node):

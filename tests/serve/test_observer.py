@@ -11,6 +11,7 @@ from fedclaw.serve.models.bundle_store import BundleStore
 from fedclaw.serve.monitoring.drift_watch import InputWatch
 from fedclaw.serve.monitoring.metrics import NodeMetrics
 from fedclaw.serve.observer import NodeObserver, inputs_of, routing_figures
+from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.releases import first_release
 from fedclaw.serve.routing.plan import BreakerState, read_plan
 from fedclaw.serve.settings import DriftSettings, NodeSettings, TlsSettings, TokenSettings
@@ -24,6 +25,18 @@ def store(tmp_path: Path):
         yield found
 
 
+def node_settings(drift: DriftSettings) -> NodeSettings:
+    return NodeSettings(
+        ca=None,
+        federation=None,
+        crl=None,
+        expired="accept",
+        tls=TlsSettings(disabled=True),
+        tokens=TokenSettings(disabled=True),
+        drift=drift,
+    )
+
+
 @pytest.fixture
 def node(tmp_path: Path, store, marginals_bundle, home):
     trust = Trust(home.signer().ca_pem)
@@ -31,15 +44,7 @@ def node(tmp_path: Path, store, marginals_bundle, home):
     digest = bundles.put(marginals_bundle, trust)
     VersionCatalogue(store).add("heart", "first", digest, "table", "configuration")
     first_release(store, "heart", "first")
-    settings = NodeSettings(
-        ca=None,
-        federation=None,
-        crl=None,
-        expired="accept",
-        tls=TlsSettings(disabled=True),
-        tokens=TokenSettings(disabled=True),
-        drift=DriftSettings(share=1.0, window_seconds=10),
-    )
+    settings = node_settings(DriftSettings(share=1.0, window_seconds=10))
     metrics = NodeMetrics(tmp_path / "metrics", 2)
     return NodeObserver(settings, store, bundles, trust, tmp_path / "audit", metrics), metrics, bundles, digest, trust
 
@@ -68,6 +73,35 @@ def test_a_plan_its_feedback_and_its_inputs_are_shown(node, store):
     assert quality["drift"]["first"]["baseline"] == "the charged question release"
     assert quality["feedback"]["first"]["feedback"] == 4
     assert observer.quality("lung") is None
+
+
+@pytest.mark.parametrize(
+    ("drift", "code"),
+    [
+        ({"baseline": "first_rows"}, None),
+        ({"baseline": "auto"}, "conflict"),
+        ({"baseline": "charged"}, "conflict"),
+        ({"baseline": "first_rows", "share": 0.0}, "conflict"),
+    ],
+)
+def test_a_baseline_begins_anew_where_it_is_the_first_rows(node, store, tmp_path, drift, code):
+    _, metrics, bundles, digest, trust = node
+    settings = node_settings(DriftSettings(window_seconds=10, **drift))
+    observer = NodeObserver(settings, store, bundles, trust, tmp_path / "audit", metrics)
+    name = f"drift-baseline/heart/{inputs_of(bundles, digest, trust)[0].features.digest}"
+    assert store.swap(name, None, {"counts": {}, "until": 7})
+    if code is None:
+        observer.begin_baseline("heart", "ann")
+        assert store.read(name)[1].keys() == {"since"}
+        last = store.events("heart")[-1]
+        assert (last.kind, last.body) == ("new_baseline", {"by": "ann"})
+    else:
+        with pytest.raises(ServeRefusal) as refused:
+            observer.begin_baseline("heart", "ann")
+        assert refused.value.code == code
+        assert store.read(name) == (1, {"counts": {}, "until": 7})
+    with pytest.raises(ServeRefusal, match="no such model"):
+        observer.begin_baseline("lung", "ann")
 
 
 def test_a_breaker_that_is_open_and_a_canary_are_shown(store, node):

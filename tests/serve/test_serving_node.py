@@ -12,8 +12,15 @@ from fedclaw.serve.monitoring.metrics import NodeMetrics, WorkerMetrics
 from fedclaw.serve.node import ServingNode
 from fedclaw.serve.refusals import ServeRefusal
 from fedclaw.serve.requests import Caller, InferenceRequest, Principal
+from fedclaw.serve.security.rate_limits import Rate, RateLimiter, RateLimits, RateTable
 from fedclaw.serve.state.audit_log import AuditLog
 from tests.disks import full_after
+
+ANN = Caller(Principal("ann", frozenset({"predict:*"})), "127.0.0.1", "rest")
+
+
+def rows(count: int) -> InferenceRequest:
+    return InferenceRequest("heart", {"age": np.zeros((count, 1), np.float32)}, count, "id", "key")
 
 
 class _Seen:
@@ -31,18 +38,36 @@ def test_a_request_that_breaks_the_node_is_noted_as_failed(caplog):
         raise RuntimeError("a fault of ours")
 
     audit, metrics = _Seen(), _Seen()
+    router = SimpleNamespace(choose=choose)
     parts: Any = SimpleNamespace(
-        router=SimpleNamespace(choose=choose), audit=audit, metrics=metrics, tracer=None, inputs=None
+        admission=_Seen(), router=router, audit=audit, metrics=metrics, tracer=None, inputs=None
     )
-    caller = Caller(Principal("ann", frozenset({"predict:*"})), "127.0.0.1", "rest")
-    request = InferenceRequest("heart", {"age": np.zeros((1, 1), np.float32)}, 1, "id", "key")
     with pytest.raises(ServeRefusal) as refused:
-        asyncio.run(ServingNode(parts).infer(caller, request))
+        asyncio.run(ServingNode(parts).infer(ANN, rows(1)))
     assert refused.value.code == "internal"
     assert "ours" not in str(refused.value)
     (line,) = [named for name, _, named in audit.calls if name == "append"]
     assert (line["principal"], line["status"], line["code"]) == ("ann", 500, "internal")
     assert "a fault of ours" in caplog.text
+
+
+def test_whoever_asks_for_too_many_rows_is_told_to_come_again_before_a_version_is_chosen():
+    limiter = RateLimiter(RateTable.private(), RateLimits(rows=Rate(10, 100)), clock=lambda: 1000.0)
+    audit, metrics, router = _Seen(), _Seen(), _Seen()
+    parts: Any = SimpleNamespace(
+        admission=limiter, router=router, audit=audit, metrics=metrics, tracer=None, inputs=None
+    )
+    node = ServingNode(parts)
+    limiter.admit_rows("ann", 80)
+    with pytest.raises(ServeRefusal) as refused:
+        asyncio.run(node.infer(ANN, rows(60)))
+    assert (refused.value.code, refused.value.retry_after) == ("too_many_requests", pytest.approx(4.0))
+    node.refused(refused.value, ANN.peer, "ann", "heart")
+    assert [name for name, _, _ in (*router.calls, *audit.calls, *metrics.calls)] == [
+        "request",
+        "refused",
+        "rate_limited",
+    ]
 
 
 def test_answers_that_leave_without_an_audit_line_are_counted_apart(tmp_path: Path):

@@ -172,19 +172,28 @@ class DriftMonitor:
             found[version] = self._check(model, inputs, by_features[inputs.features.digest])
         return found
 
-    def begin_anew(self, model: str, features: InputFeatures) -> None:
-        """Forget the model's first rows, the next ones are its baseline: for an operator who knows why inputs moved."""
+    def is_by_first_rows(self, inputs: VersionInputs) -> bool:
+        """Whether a version's baseline is the model's first rows, and no charged question."""
+        return self._settings.baseline == "first_rows" or (self._settings.baseline == "auto" and inputs.charged is None)
+
+    def begin_anew(self, model: str, features: InputFeatures) -> bool:
+        """Forget the model's first rows, the next ones are its baseline: for an operator who knows why inputs moved.
+
+        False: somebody else wrote each time.
+        """
         name = _baseline_name(model, features.digest)
-        found = self._store.read(name)
-        if found is not None:
-            self._store.swap(name, found[0], {"since": int(self._clock())})
+        for _ in range(_TRIES):
+            found = self._store.read(name)
+            if self._store.swap(name, None if found is None else found[0], {"since": int(self._clock())}):
+                return True
+        return False
 
     def _check(self, model: str, inputs: VersionInputs, windows: Windows) -> VersionDrift:
         if not inputs.features.features:
             return VersionDrift("no features", None, 0)
-        if self._settings.baseline == "charged" and inputs.charged is None:
-            return VersionDrift("no baseline yet", None, 0)
-        if inputs.charged is not None and self._settings.baseline != "first_rows":
+        if not self.is_by_first_rows(inputs):
+            if inputs.charged is None:
+                return VersionDrift("no baseline yet", None, 0)
             return self._compare(inputs.features, inputs.charged, windows, 0)
         first, until, rows = self._first_rows(model, inputs.features, windows)
         if first is None:

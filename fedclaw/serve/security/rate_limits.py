@@ -18,7 +18,7 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -184,22 +184,21 @@ class RateLimiter:
     def __init__(
         self,
         table: RateTable,
-        usual: RateLimits,
-        special: Mapping[str, RateLimits] | None = None,
+        limits: RateLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`usual` is for everybody who is not named in `special`. The clock is the same in all processes of a node."""
-        self._table, self._usual, self._special, self._clock = table, usual, special or {}, clock
+        """The clock is the same in all processes of a node."""
+        self._table, self._limits, self._clock = table, limits, clock
 
     def admit(self, principal: str) -> None:
         """Count one request. Raises ServeRefusal `too_many_requests`."""
-        rate = self._special.get(principal, self._usual).requests
+        rate = self._limits.requests
         if rate is not None and (wait := self._table.take("requests", principal, rate, 1.0, self._clock())):
             raise _too_many("Too many requests", wait)
 
     def admit_rows(self, principal: str, rows: int) -> None:
         """Count the rows of a request, once it is known how many they are. Raises ServeRefusal `too_many_requests`."""
-        rate = self._special.get(principal, self._usual).rows
+        rate = self._limits.rows
         if rate is not None and (wait := self._table.take("rows", principal, rate, float(rows), self._clock())):
             raise _too_many("Too many rows", wait)
 

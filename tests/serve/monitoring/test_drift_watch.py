@@ -131,7 +131,7 @@ def test_a_new_version_every_hour_keeps_the_models_first_rows(store, clock, bare
     clock.now += HOUR
     found = monitor.check("heart", {"cd34": bare})["cd34"]
     assert (found.rows, found.report.alarms) == (500, ("age",))
-    monitor.begin_anew("heart", bare.features)
+    assert monitor.begin_anew("heart", bare.features)
     assert monitor.check("heart", {"cd34": bare})["cd34"].state == "no baseline yet"
     clock.now += HOUR
     ask(watch, 500, 2, "cd34", older=20.0)

@@ -79,12 +79,6 @@ def test_rows_are_counted_and_a_large_request_is_paid_off() -> None:
     limiter.admit_rows("a", 100)
 
 
-def test_a_principal_of_its_own_rate() -> None:
-    special = {"big": RateLimits(Rate(100, 50)), "free": RateLimits()}
-    limiter = RateLimiter(RateTable.private(), RateLimits(Rate(10, 5)), special, Clock())
-    assert [admitted(limiter, name, 200) for name in ("big", "free", "other")] == [50, 200, 5]
-
-
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 3)), max_size=60), st.floats(0.5, 50), st.floats(1, 20))
 def test_no_window_of_time_gets_more_than_its_share(steps: list[tuple[float, int]], rate: float, burst: float) -> None:
     """Over any stretch of t seconds at most burst + rate * t are admitted (the definition of the limit)."""
