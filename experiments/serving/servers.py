@@ -122,11 +122,6 @@ class Server:
         """All of its processes that live, the first one first."""
         return family(self.process_id)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process that was started is there."""
-        return self._process is not None and self._process.poll() is None
-
     def processor_seconds(self) -> float:
         """That its living processes have used so far."""
         return sum(processor_seconds(process) for process in self.processes)

@@ -104,13 +104,6 @@ class BundleStore:
         """The bundles in the store, in alphabetical order. Whether they verify shows when they are opened."""
         return tuple(sorted(path.name for path in self._directory.iterdir() if _DIGEST.fullmatch(path.name)))
 
-    def resolve(self, name: str) -> str:
-        """The digest that begins with `name`, of 12 or more of its digits. Raises BundleError for none or several."""
-        found = [digest for digest in self.digests() if len(name) >= SHORT and digest.startswith(name)]
-        if len(found) != 1:
-            raise BundleError(f"the store has {'several bundles' if found else 'no bundle'} {name[:64]!r}")
-        return found[0]
-
     def remove(self, digest: str) -> None:
         """Remove a bundle; one that is not here is no error. What was opened before stays usable."""
         with self._changing():

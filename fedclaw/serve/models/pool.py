@@ -152,10 +152,6 @@ class ModelPool:
         """Model and version of what is loaded and warm."""
         return list(self._loaded)
 
-    def queued_rows(self) -> dict[tuple[str, str], int]:
-        """Rows that wait, by model and version."""
-        return {key: own.served.queued_rows for key, own in self._loaded.items()}
-
     def loaded(self, model: str, version: str) -> ServedModel | None:
         """A version that is in memory; None: it is not. Counts as a use of it."""
         found = self._loaded.get((model, version))
@@ -163,11 +159,6 @@ class ModelPool:
             return None
         self._loaded.move_to_end((model, version))
         return found.served
-
-    async def start(self) -> None:
-        """Load what is pinned. Raises FedClawError for the first that does not load."""
-        for version in [own for own in self._known.values() if own.pinned]:
-            await self.load(version.model, version.version)
 
     async def model(self, model: str, version: str, deadline: float | None = None) -> ServedModel:
         """A version, loaded first if need be; requests that want the same one wait for it together.

@@ -158,11 +158,6 @@ class ServedModel:
         self._idle: asyncio.Future[None] | None = None
 
     @property
-    def queued_rows(self) -> int:
-        """Rows that wait for a batch of this version."""
-        return self.batcher.queued_rows
-
-    @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
         return self._in_flight

@@ -9,7 +9,6 @@ People's operations take `by`, who asked, for the event. They raise PlanError fo
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -193,11 +192,6 @@ class Controller:
     def rewards(self, plan: RoutingPlan) -> dict[str, ArmRewards]:
         """What became of the experiment's keys so far."""
         return sum_rewards(plan.arms, self._store.feedback(plan.model, plan.epoch_began), int(plan.epoch_began))
-
-
-def step(store: ControlStore, now: float | None = None) -> int:
-    """One round by a controller of its own."""
-    return Controller(store).step(time.time() if now is None else now)
 
 
 def add_version(store: ControlStore, model: str, version: str, by: str, now: float) -> RoutingPlan:

@@ -101,11 +101,6 @@ def updated_propensities(plan: RoutingPlan, sums: Mapping[str, ArmRewards]) -> t
     return propensities([sums[arm].posterior for arm in plan.arms], plan.floor)
 
 
-def inverse_propensity_mean(drawn: Sequence[tuple[str, float, float]], version: str) -> float:
-    """The estimate of a version's mean reward from (version, propensity, reward) of all keys that were assigned."""
-    return math.fsum(reward / propensity for one, propensity, reward in drawn if one == version) / max(len(drawn), 1)
-
-
 def _number(feedback: CreditedFeedback, name: str) -> float | None:
     value = feedback.body.get(name)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -132,7 +132,6 @@ class AuditLog:
             raise AuditLogError(f"audit log: {chain!r:.80} is no name for a chain: letters, digits, '_', '.' and '-'")
         self.missed = 0
         """Answers that left without a line since the last line (`go_on`)."""
-        self.missed_in_all = 0
         self._inputs, self._when_full, self._segment_bytes = inputs, when_full, segment_bytes
         self._each = sync_seconds == 0
         self._directory = directory
@@ -250,11 +249,6 @@ class AuditLog:
         """
         sequence, head = self.head()
         return store.anchor(self.chain, sequence, head)
-
-    def sync(self) -> None:
-        """Bring what was appended to the disk."""
-        with self._lock:
-            self._sync()
 
     def close(self) -> None:
         """Bring all to the disk, and leave the chain to the next process."""
@@ -386,7 +380,6 @@ class AuditLog:
         if not goes_on:
             raise AuditUnavailable from None
         self.missed += 1
-        self.missed_in_all += 1
 
     def _sync(self) -> None:
         if self._dirty:

@@ -349,26 +349,11 @@ class StateStore:
             found = connection.execute(asked.order_by(_events.c.number.desc()).limit(limit)).all()
         return [StateEvent(row.number, row.time, row.kind, row.model, json.loads(row.body)) for row in reversed(found)]
 
-    def assign(self, model: str, key: str, version: str) -> str:
-        """The version that `key` was assigned first; `version` if it had none. Durable.
-
-        The key itself, which may be a patient's number, is not stored: its SHA-256 is.
-        """
-        hashed = _hashed(key)
-        mine = (_assignments.c.model == _name(model)) & (_assignments.c.key == hashed)
-        wanted = select(_assignments.c.version).where(mine)
-        with self._database.reading() as connection:
-            if (found := connection.execute(wanted).scalar_one_or_none()) is not None:
-                return str(found)
-        first = self._insert(_assignments).values(
-            model=model, key=hashed, version=_name(version), time=self._database.now
-        )
-        with self._database.writing() as connection:
-            connection.execute(first.on_conflict_do_nothing())
-            return str(connection.execute(wanted).scalar_one())
-
     def assign_all(self, model: str, versions: Mapping[str, str]) -> dict[str, str]:
-        """`assign` of many keys at once, each with the version that it gets if it had none."""
+        """The version that each key was assigned first, or that is given for it if it had none. Durable.
+
+        The keys themselves, which may be patients' numbers, are not stored: their SHA-256 are.
+        """
         hashes = {_hashed(key): key for key in versions}
         rows = {hashed: _name(versions[key]) for hashed, key in hashes.items()}
         given = {"model": _name(model), "rows": json.dumps(rows)}

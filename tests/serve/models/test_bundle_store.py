@@ -53,7 +53,6 @@ def test_a_bundle_lies_under_the_digest_of_its_digests_readable_by_the_service_a
         os.umask(before)
     assert digest == hashlib.sha256((bundle / layout.DIGESTS).read_bytes()).hexdigest()
     assert store.digests() == (digest,)
-    assert store.resolve(digest[:12]) == digest
     kept = tmp_path / "store" / digest
     assert kept.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in kept.iterdir()} == {0o600}
@@ -189,8 +188,6 @@ def test_names_that_lead_elsewhere_open_nothing(store: BundleStore, bundle: Path
         with pytest.raises(BundleError, match="has no bundle"):
             store.open(name, trust)
         store.remove(name)
-    with pytest.raises(BundleError, match="no bundle"):
-        store.resolve(digest[:11])
     store.open(digest, trust)
     assert verify_bundle(bundle, trust)
     store.remove(digest)

@@ -211,7 +211,7 @@ async def test_the_one_used_least_recently_makes_room_but_never_a_pinned_one(
     pool = ModelPool(store, trust, budget(store, images, images, images))
     for version in ("one", "two", "three", "four"):
         pool.register(ModelVersion("images", version, images, version == "one", execution=BY_HAND))
-    await pool.start()
+    await pool.load("images", "one")
     assert pool.ready() == [("images", "one")]
     await pool.model("images", "two")
     await pool.model("images", "three")
@@ -294,10 +294,10 @@ async def test_what_happens_is_told_by_model_and_version(store: WatchedStore, tr
     )
     pool.register(ModelVersion("table", "one", table, execution=BY_HAND))
     served = await pool.model("table", "one")
-    assert pool.queued_rows() == {("table", "one"): 0}
+    assert served.batcher.queued_rows == 0
     asked = [asyncio.create_task(answered(served, 2)) for _ in range(3)]
     await asyncio.sleep(0)
-    assert pool.queued_rows() == {("table", "one"): 6}
+    assert served.batcher.queued_rows == 6
     await asyncio.gather(*asked)
     assert [(own.model, own.version, own.rows) for own in seen] == [("table", "one", 6)]
     await pool.unload("table", "one")

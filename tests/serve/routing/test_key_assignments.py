@@ -13,6 +13,7 @@ from fedclaw.serve.routing.router import Router
 from fedclaw.serve.state.store import StateStore, StateUnavailable
 from tests.chance import counts_fit
 from tests.serve.routing.conftest import Away, Clock
+from tests.serve.state.race import assigned
 
 Put = Callable[..., RoutingPlan]
 KEYS = [f"key-{number}" for number in range(1_500)]
@@ -66,7 +67,7 @@ def test_keys_are_assigned_while_the_store_is_away_and_told_to_it_later(store: S
     again.close()
     plan = again.plan("m")
     assert plan is not None
-    assert store.assign(plan.assignment_scope, "new", "other").split()[0] == drawn.version
+    assert assigned(store, plan.assignment_scope, "new", "other").split()[0] == drawn.version
 
 
 def test_a_key_that_is_drawn_while_others_are_confirmed_is_told_to_the_store_too(put: Put, clock: Clock):

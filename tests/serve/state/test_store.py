@@ -15,7 +15,7 @@ from fedclaw.serve.state.store import SCHEMA, StateStore, StateStoreError, State
 from tests.disks import full_after
 from tests.postgresql import PASSWORD, PostgresServer
 from tests.serve.state.conftest import postgresql_place
-from tests.serve.state.race import NAMES, Results, race
+from tests.serve.state.race import NAMES, Results, assigned, race
 
 Opened = Callable[[], StateStore]
 
@@ -60,11 +60,11 @@ def test_what_is_forgotten_of_a_model_is_of_no_other(store: StateStore):
     models = ("heart", "heart@1", "heart@salt", "heart2", "Heart", "Heart@1", "a_heart@1")
     for model in models:
         store.add_counts(model, "v", 100, {"calls": 1})
-        store.assign(model, "key", "v")
+        assigned(store, model, "key", "v")
     assert store.credit("receipt", "heart", "v", {})
     store.forget("heart")
     assert [model for model in models if store.counts(model, 0)] == ["heart2", "Heart", "Heart@1", "a_heart@1"]
-    assert [store.assign(model, "key", "new") for model in models] == ["new"] * 3 + ["v"] * 4
+    assert [assigned(store, model, "key", "new") for model in models] == ["new"] * 3 + ["v"] * 4
     assert not store.credit("receipt", "heart", "v", {})
 
 
@@ -101,15 +101,15 @@ def test_a_swap_and_its_event_happen_together_or_not_at_all(store: StateStore, o
 
 
 def test_many_keys_are_assigned_or_claimed_at_once_and_the_first_one_stays(store: StateStore, opened: Opened):
-    assert store.assign("m", "b", "v1") == "v1"
+    assert assigned(store, "m", "b", "v1") == "v1"
     assert opened().assign_all("m", {"a": "v2", "b": "v2"}) == {"a": "v2", "b": "v1"}
-    assert store.assign("m", "a", "v3") == "v2"
+    assert assigned(store, "m", "a", "v3") == "v2"
     assert store.assign_all("m", {}) == {}
     assert store.claim("m@1", ["a", "b", "a"]) == {"a", "b"}
     assert opened().claim("m@1", ["b", "c"]) == {"c"}
     assert store.claim("m@2", ["b"]) == {"b"}
     assert store.claim("m@2", []) == set()
-    assert store.assign("m@2", "z", "v1") == "v1"
+    assert assigned(store, "m@2", "z", "v1") == "v1"
 
 
 def test_events_are_numbered_and_kept_in_order(store: StateStore):
@@ -127,10 +127,10 @@ def test_events_are_numbered_and_kept_in_order(store: StateStore):
 
 
 def test_the_first_assignment_of_a_key_stays_and_the_key_is_not_kept(store: StateStore, opened: Opened, where: str):
-    assert store.assign("m", "patient 4711", "a") == "a"
-    assert opened().assign("m", "patient 4711", "b") == "a"
-    assert store.assign("other", "patient 4711", "b") == "b"
-    assert store.assign("m", "\ud800 \u0000" * 1000, "b") == "b"
+    assert assigned(store, "m", "patient 4711", "a") == "a"
+    assert assigned(opened(), "m", "patient 4711", "b") == "a"
+    assert assigned(store, "other", "patient 4711", "b") == "b"
+    assert assigned(store, "m", "\ud800 \u0000" * 1000, "b") == "b"
     with store._database.reading() as connection:
         kept = connection.execute(text("SELECT key FROM fedclaw_assignments")).scalars().all()
     assert not any("4711" in key for key in kept)
@@ -214,13 +214,13 @@ def test_what_is_old_goes_and_what_is_not_stays(store: StateStore):
     store.add_counts("m", "a", now - 100, {"calls": 1})
     store.add_counts("m", "a", now, {"calls": 2})
     store.credit("r", "m", "a", {})
-    store.assign("m", "k", "a")
+    assigned(store, "m", "k", "a")
     store.beat("node", "0", [])
     assert store.prune(counts=50, workers=50, feedback=50) == 1
     assert store.counts("m", 0) == {"a": {"calls": 2}}
-    assert (len(store.feedback("m")), len(store.workers()), store.assign("m", "k", "b")) == (1, 1, "a")
+    assert (len(store.feedback("m")), len(store.workers()), assigned(store, "m", "k", "b")) == (1, 1, "a")
     assert store.prune(workers=-10, feedback=-10, assignments=-10) == 3
-    assert (len(store.feedback("m")), len(store.workers()), store.assign("m", "k", "b")) == (0, 0, "b")
+    assert (len(store.feedback("m")), len(store.workers()), assigned(store, "m", "k", "b")) == (0, 0, "b")
 
 
 def test_a_name_that_one_database_would_keep_otherwise_is_refused(store: StateStore):
@@ -229,7 +229,7 @@ def test_a_name_that_one_database_would_keep_otherwise_is_refused(store: StateSt
         lambda name: store.add_counts("m", name, 1, {"calls": 1}),
         lambda name: store.add_counts("m", "v", 1, {name: 1}),
         lambda name: store.credit(name, "m", "v", {}),
-        lambda name: store.assign("m", "k", name),
+        lambda name: assigned(store, "m", "k", name),
     ]
     for wrong in ("", "a\u0000b", "a\nb", "\ud800", "x" * 201):
         for call in calls:

@@ -6,6 +6,7 @@ from fedclaw.serve.requests import Principal
 from fedclaw.serve.state.receipts import ReceiptKeys
 from fedclaw.serve.state.store import StateStore
 from fedclaw.serve.state.upkeep import keep_up
+from tests.serve.state.race import assigned
 
 DAY = 86_400
 
@@ -17,11 +18,11 @@ def test_upkeep_merges_drops_and_rotates_when_it_is_time(store: StateStore, monk
         store.add_counts("m", "v", second, {"calls": 1})
     store.beat("node", "0", [])
     store.credit("r", "m", "v", {})
-    store.assign("m", "k", "v")
+    assigned(store, "m", "k", "v")
     assert keep_up(store, keys) == 3
     assert store.counts("m", 0) == {"v": {"calls": 4}}
     assert keep_up(store, keys) == 0
-    assert (len(store.workers()), len(store.feedback("m")), store.assign("m", "k", "w")) == (1, 1, "v")
+    assert (len(store.workers()), len(store.feedback("m")), assigned(store, "m", "k", "w")) == (1, 1, "v")
 
     document = store.read("feedback-keys")
     assert document is not None
