@@ -34,6 +34,9 @@ class VersionChooser:
         self.insistable = frozenset({plan.stable, *plan.last_good, *plan.versions}) - (
             {plan.candidate} if plan.mode == "shadow" else set()
         )
+        self.following: VersionChooser | None = None
+        """What is gone by from `until` on."""
+        self.until = 0.0
         self._clock = clock
         self._probed: dict[str, float] = {}
         healthy = {plan.stable, plan.candidate} - self.open
@@ -46,6 +49,10 @@ class VersionChooser:
         if version is None:
             return VersionChoice(self.plan.stable)
         return VersionChoice(version, self.share if version == self.plan.candidate else 1.0 - self.share, mirrors)
+
+    def at(self, now: float) -> "VersionChooser":
+        """Itself, or the one that follows, at the Unix time `now`."""
+        return self if self.following is None or now < self.until else self.following
 
     def choose(self, key: str, principal: str | None, assigned: Mapping[str, VersionChoice]) -> VersionChoice | None:
         """None: an experiment's key that has no version yet."""

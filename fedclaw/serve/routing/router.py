@@ -1,8 +1,8 @@
 """A worker's routing: the choice for each request, from plans that lie in this process, and what came of it, counted.
 
-`Router.choose` is on the hot path: it reads no file, no database, and no clock unless a breaker is half-open. A thread
-reads the plans each `PERIOD` and pushes the counts. While the state store is away the last plans stay in force and
-counts pile up (they are sums: they do not grow).
+`Router.choose` is on the hot path: it reads no file, no database, and no clock unless a breaker is half-open or a
+canary is about to get more keys. A thread reads the plans each `PERIOD` and pushes the counts. While the state store is
+away the last plans stay in force and counts pile up (they are sums: they do not grow).
 
     choosing.py         which version a plan gives a key
     key_assignments.py  which one an experiment gave it
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 PERIOD = 0.25
 """Seconds between two looks at the plans, and between two pushes of counts."""
+SETTLE = 1.0
+"""Seconds from the decision that a canary gets more keys until all workers, which have read it by then, go by it at the
+same moment: a key that two of them answer does not go back and forth."""
 _LATE = 1.0  # A request that waited so long in vain was slow, whatever its deadline.
 _MOST_CLIENTS = 10_000
 _NOBODY: Mapping[str, VersionChoice] = {}
@@ -87,7 +90,7 @@ class Router:
 
     def plan(self, model: str) -> RoutingPlan | None:
         """The plan in force here."""
-        chooser = self._choosers.get(model)
+        chooser = self._chooser(model)
         return None if chooser is None else chooser.plan
 
     @property
@@ -103,7 +106,7 @@ class Router:
         `principal` is who asks: a breaker that only its own failures opened is open for it, and for nobody else.
         Raises ServeRefusal: no such model or version, or none that answers now.
         """
-        chooser = self._choosers.get(model)
+        chooser = self._chooser(model)
         if chooser is None:
             raise ServeRefusal("not_found", f"no model {model:.100}")
         if wanted_version is not None:
@@ -119,7 +122,7 @@ class Router:
         self, choice: VersionChoice, *, model: str, key: str, principal: str, seconds: float, code: Code | None = None
     ) -> None:
         """What came of a request: `seconds` until it was answered, or the `code` with which it was refused."""
-        chooser = self._choosers.get(model)
+        chooser = self._chooser(model)
         if chooser is None:
             return
         group = self._groups.get(principal)
@@ -142,7 +145,7 @@ class Router:
     def record_comparison(self, model: str, version: str, *, key: str, principal: str, agrees: bool) -> None:
         """What came of a request that `version` saw as a mirror: whether it agrees in the row that is looked at
         (`shadow.compare`), which it does not if it failed."""
-        chooser = self._choosers.get(model)
+        chooser = self._chooser(model)
         if chooser is None:
             return
         self._counts.count(model, version, *(("mirrored",) if agrees else ("mirrored", "mirror_disagreed")))
@@ -171,8 +174,16 @@ class Router:
         self._counts.send(now)
         self._assignments.confirm()
 
+    def _chooser(self, model: str) -> VersionChooser | None:
+        chooser = self._choosers.get(model)
+        return chooser if chooser is None or chooser.following is None else chooser.at(self._clock())
+
     def _take(self, model: str, revision: int, document: Mapping[str, object]) -> None:
-        before = self._choosers.get(model)
+        before, now = self._choosers.get(model), self._clock()
+        if before is not None and before.following is not None and before.following.revision == revision:
+            if now >= before.until:
+                self._choosers[model] = before.following
+            return
         if before is not None and before.revision == revision:
             return
         try:
@@ -181,6 +192,10 @@ class Router:
             if self._complained.get(model) != str(error):
                 self._complained[model] = str(error)
                 log.error("%s", error)
+            return
+        if before is not None and (begins := _begins(before.plan, stored.plan, now)) > now:
+            before.until = begins
+            before.following = VersionChooser(stored, self._breakers.own(model), self._clock)
             return
         self._breakers.follow(None if before is None else before.plan, stored.plan)
         if before is not None and before.plan.salt != stored.plan.salt:
@@ -224,3 +239,17 @@ class Router:
                 self.refresh()
             with self._pushing.attempt():
                 self.push()
+
+
+def _begins(before: RoutingPlan, after: RoutingPlan, now: float) -> float:
+    """The Unix time from which a worker goes by a plan. What takes keys from a version, or opens a breaker, is at once;
+    and no clock that goes wrong makes the rest wait for longer than `SETTLE`."""
+    grows = (
+        after.mode == "canary"
+        and after.epoch > before.epoch
+        and after.stable == before.stable
+        and before.candidate in (None, after.candidate)
+        and after.share > before.share
+        and after.breakers == before.breakers
+    )
+    return min(after.epoch_began, now) + SETTLE if grows else now

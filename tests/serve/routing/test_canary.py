@@ -9,6 +9,7 @@ from fedclaw.serve.routing.canary import begin, find, guard_names
 from fedclaw.serve.routing.controller import add_version, approve, start_canary
 from fedclaw.serve.routing.counting import group_of
 from fedclaw.serve.routing.plan import Guards, changed, new_plan
+from fedclaw.serve.routing.router import SETTLE
 from fedclaw.serve.state.store import StateStore
 from tests.serve.routing.conftest import Clock
 from tests.serve.routing.traffic import Behaviour, Town
@@ -155,6 +156,7 @@ def test_one_hostile_client_does_not_roll_back_a_canary(town: MakeTown):
 @pytest.mark.slow
 def test_one_key_does_not_roll_back_a_canary(town: MakeTown):
     made = town(GOOD, rate=100.0)
+    made.run(SETTLE)
     router = made.routers[0]
     key = next(f"k{n}" for n in range(1000) if getattr(router.choose("m", f"k{n}"), "version", "") == "v2")
     for _ in range(30):

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from fedclaw.serve.refusals import STATUS, Code, ServeRefusal
 from fedclaw.serve.requests import VersionChoice
+from fedclaw.serve.routing.controller import add_version, approve, roll_back, start_canary
 from fedclaw.serve.routing.counting import bucket_of, calls_by_group, group_of
 from fedclaw.serve.routing.plan import BreakerState, RoutingPlan, plan_name
-from fedclaw.serve.routing.router import Router
+from fedclaw.serve.routing.router import SETTLE, Router
 from fedclaw.serve.state.store import StateStore, StateUnavailable
 from tests.chance import counts_fit
 from tests.serve.routing.conftest import Away, Clock
@@ -49,6 +51,80 @@ def test_one_version_answers_all(router: Router, put: Put):
     router.refresh()
     assert chosen(router, "k") == VersionChoice("v1")
     assert router.models == ("m",)
+
+
+def started_canary(store: StateStore, clock: Clock, workers: int = 2) -> list[Router]:
+    """Routers that have just read that a canary begins."""
+    add_version(store, "m", "v1", "ann", clock())
+    routers = [Router(store, clock) for _ in range(workers)]
+    for router in routers:
+        router.refresh()
+    start_canary(store, "m", "v2", "ann", clock())
+    return routers
+
+
+def test_workers_go_by_a_growing_canary_at_the_same_moment_whenever_they_read_of_it(store: StateStore, clock: Clock):
+    left, right = started_canary(store, clock)
+    seen: list[list[str]] = []
+    for share in (0.05, 0.1):
+        left.refresh()
+        for moment in range(8):
+            if moment == 3:
+                right.refresh()
+            assert versions(left) == versions(right)
+            seen.append(versions(left))
+            clock.advance(SETTLE / 6)
+        choice = next(choice for key in KEYS if (choice := chosen(right, key)).version == "v2")
+        assert choice.propensity == share
+        assert right.plan("m") == left.plan("m")
+        left.refresh()
+        right.refresh()
+        assert versions(left) == versions(right) == seen[-1]
+        approve(store, "m", "ann", clock(), early=True)
+    for before, after in pairwise(seen):
+        assert all(old == new or (old, new) == ("v1", "v2") for old, new in zip(before, after, strict=True))
+    assert Counter(seen[0])["v2"] == 0 < Counter(seen[8])["v2"] < Counter(seen[-1])["v2"]
+
+
+def test_a_canary_that_is_rolled_back_gets_no_more_keys_at_once(store: StateStore, clock: Clock):
+    (router,) = started_canary(store, clock, 1)
+    router.refresh()
+    clock.advance(SETTLE)
+    assert "v2" in versions(router)
+    approve(store, "m", "ann", clock(), early=True)
+    router.refresh()
+    roll_back(store, "m", "ann", clock())
+    router.refresh()
+    assert set(versions(router)) == {"v1"}
+    clock.advance(10 * SETTLE)
+    assert set(versions(router)) == {"v1"}
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_a_clock_that_is_wrong_does_not_make_a_canary_wait(store: StateStore, clock: Clock, skew: float):
+    add_version(store, "m", "v1", "ann", clock())
+    router = Router(store, clock)
+    router.refresh()
+    start_canary(store, "m", "v2", "ann", clock() + skew)
+    for _ in range(5):
+        router.refresh()
+        clock.advance(SETTLE / 4)
+    router.refresh()
+    assert "v2" in versions(router)
+
+
+def test_what_fails_here_before_a_canary_gets_its_keys_is_no_reason_to_forget_them(store: StateStore, clock: Clock):
+    (router,) = started_canary(store, clock, 1)
+    router.refresh()
+    for number in range(100):
+        record(router, "v1", f"k{number}", code="internal")
+    with refused("unavailable"):
+        chosen(router, "k")
+    router.refresh()
+    clock.advance(SETTLE)
+    router.refresh()
+    assert {router.choose("m", key, "v2").version for key in KEYS[:1]} == {"v2"}
+    assert router.plan("m").candidate == "v2"
 
 
 def test_a_canary_gets_its_share_of_keys_and_keeps_them_as_it_grows(router: Router, put: Put):
