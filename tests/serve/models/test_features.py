@@ -138,7 +138,7 @@ async def pool(
     made = ModelPool(store, trust)
     for version, bundle in zip(("one", "two", "images"), (*bundles, image_bundle), strict=True):
         made.register(ModelVersion("m", version, store.put(bundle, trust), pinned=True, execution=BY_HAND))
-    await made.start()
+        await made.load("m", version)
     yield made
     await made.close()
 
