@@ -152,7 +152,7 @@ class VersionDrift:
 
     def to_document(self) -> dict[str, Any]:
         """For the admin endpoint."""
-        return asdict(self)
+        return {**asdict(self), "alarms": [] if self.report is None else list(self.report.alarms)}
 
 
 class DriftMonitor:

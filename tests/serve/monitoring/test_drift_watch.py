@@ -94,7 +94,7 @@ def test_rows_of_all_workers_are_held_against_the_charged_question(store, clock,
     clock.now += HOUR
     found = monitor.check("heart", {"ab12": charged})["ab12"]
     assert (found.rows, found.report.alarms) == (600, ("age",))
-    json.dumps(found.to_document(), allow_nan=False)
+    assert json.loads(json.dumps(found.to_document(), allow_nan=False))["alarms"] == ["age"]
 
 
 def test_without_a_charged_question_the_first_rows_are_the_baseline_and_stay_it(store, clock, bare):
