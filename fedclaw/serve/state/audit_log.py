@@ -178,7 +178,7 @@ class AuditLog:
         entry: dict[str, Any] = {
             "sequence": 0,
             "kind": "answer",
-            "time": _now(),
+            "time": datetime.now(UTC),
             "principal": principal[:_LONGEST],
             "peer": peer[:_LONGEST],
             "model": model[:_LONGEST],
@@ -212,7 +212,7 @@ class AuditLog:
         entry: dict[str, Any] = {
             "sequence": 0,
             "kind": kind,
-            "time": _now(),
+            "time": datetime.now(UTC),
             "principal": principal[:_LONGEST],
             "peer": peer[:_LONGEST],
             "action": action[:_LONGEST],
@@ -227,7 +227,7 @@ class AuditLog:
                 if self._torn or self._size >= self._segment_bytes:
                     self._follow_up()
                 if self.missed:
-                    self._write({"sequence": 0, "kind": "missed", "time": _now(), "answers": self.missed})
+                    self._write({"sequence": 0, "kind": "missed", "time": datetime.now(UTC), "answers": self.missed})
                     self.missed = 0
                 self._write(entry)
             except OSError as error:
@@ -333,7 +333,7 @@ class AuditLog:
             os.close(old[0])
 
     def _beginning(self, torn: Torn) -> dict[str, Any]:
-        entry: dict[str, Any] = {"sequence": 0, "kind": "begin", "time": _now(), "process": os.getpid()}
+        entry: dict[str, Any] = {"sequence": 0, "kind": "begin", "time": datetime.now(UTC), "process": os.getpid()}
         entry["follows"] = self._head.hex()
         if torn:
             entry["torn"] = described(torn)
@@ -350,7 +350,7 @@ class AuditLog:
         try:
             text = orjson.dumps(entry)
         except TypeError:  # A text that is no Unicode: half a surrogate pair.
-            text = canonical(entry).encode()
+            text = canonical({**entry, "time": entry["time"].isoformat()}).encode()
         head = hashlib.sha256(self._head + text).digest()
         line = _BEFORE + text + _BETWEEN + head.hex().encode() + _AFTER
         written = os.write(self._file, line)
@@ -493,7 +493,3 @@ def _inputs_of(body: bytes, how: str) -> Mapping[str, str]:
         return {"body": body.decode("utf-8")}
     except UnicodeDecodeError:
         return {"body_base64": base64.b64encode(body).decode()}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat()
