@@ -39,6 +39,10 @@ pytestmark = [
         os.geteuid() != 0 or not all(map(shutil.which, ("buildah", "debootstrap", "unshare", "setpriv"))),
         reason="buildah and debootstrap are not installed, or this is not root",
     ),
+    pytest.mark.skipif(
+        Path(sys.base_prefix) == Path("/usr"),
+        reason="the base image takes this Python's own directory, and a distribution's is spread over /usr",
+    ),
 ]
 
 _INSIDE = """

@@ -162,7 +162,9 @@ def flower(root: Path, sites: tuple[Path, ...]) -> Iterator[Run]:
                 time.sleep(0.5)
             directory = RunDirectory.open(root_of)
             record = directory.record()
-            expected = record_of(config).model_copy(update={"created": record.created})
+            made = {"created": record.created, "software": record.software}
+            assert record.software is not None
+            expected = record_of(config).model_copy(update=made)
             assert record == expected, "it ran what the others ran"
             return directory
 
