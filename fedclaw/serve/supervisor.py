@@ -8,11 +8,13 @@ ones to those that are left. The supervisor keeps the ports for the node with so
 import json
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -38,6 +40,9 @@ LOOP = 5
 """So many ends in a row, each soon after the start, are a crash loop."""
 GRACE = 7.0
 """Seconds that processes have to finish what they answer."""
+TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+"""Weights of some ten MB in pages of 4 kB miss the processor's table of pages all the time. glibc (from 2.35) reads
+this where a process begins, and asks for huge pages for large blocks; other libraries and kernels pass over it."""
 _SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -130,6 +135,23 @@ def listening(host: str, port: int, *, probe: bool = False) -> socket.socket:
     return made
 
 
+@contextmanager
+def huge_pages() -> Iterator[None]:
+    """Processes that begin meanwhile hold large blocks in huge pages; the operator's own word on it stays."""
+    before = os.environ.get(TUNABLES)
+    if HUGE_PAGES in (before or ""):
+        yield
+        return
+    os.environ[TUNABLES] = ":".join(filter(None, (before, f"{HUGE_PAGES}=1")))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[TUNABLES]
+        else:
+            os.environ[TUNABLES] = before
+
+
 def _run_child(entry: Entry, launch: Launch, ready: Event) -> None:
     """A process' whole life: what ends it is one line of the log."""
     start_logging(make_console(stderr=True))
@@ -164,7 +186,8 @@ class _Child:
         with startup.unbroken():
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
             try:
-                self.process.start()
+                with huge_pages() if self.launch.number else nullcontext():
+                    self.process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.begun = time.monotonic()

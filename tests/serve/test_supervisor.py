@@ -9,7 +9,7 @@ import pytest
 
 from fedclaw.errors import FedClawError
 from fedclaw.serve.settings import NodeSettings, TlsSettings, TokenSettings
-from fedclaw.serve.supervisor import Ports, Supervisor, read_processes
+from fedclaw.serve.supervisor import TUNABLES, Ports, Supervisor, read_processes
 
 PORTS = Ports(1, None, 2)
 
@@ -76,3 +76,28 @@ def test_one_that_is_killed_each_time_is_told_with_its_signal(supervise):
 def test_one_that_ends_by_itself_is_not_tried_again(supervise):
     with pytest.raises(FedClawError, match="worker-1 could not start: its own line above says why"):
         supervise(ends)
+
+
+def tells_its_tunables(launch, ready):
+    (launch.settings.state / launch.name).write_text(os.environ.get(TUNABLES, ""))
+    answers(launch, ready)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=1", "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_workers_begin_with_huge_pages_unless_the_operator_says_otherwise(
+    supervise, tmp_path, monkeypatch, given, expected
+):
+    if given is None:
+        monkeypatch.delenv(TUNABLES, raising=False)
+    else:
+        monkeypatch.setenv(TUNABLES, given)
+    supervise(tells_its_tunables)
+    assert {(tmp_path / name).read_text() for name in ("worker-1", "worker-2")} == {expected}
+    assert os.environ.get(TUNABLES) == given
