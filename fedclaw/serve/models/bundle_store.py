@@ -2,7 +2,7 @@
 
     STORE/                  0700
         .lock               held while the store is changed
-        .incoming.XXXXXXXX  a copy that is being made or verified; swept when the store is next changed
+        .incoming.XXXXXXXX  a copy that is being made or verified; swept at the start and at the next change
         DIGEST/             a verified copy: 64 hex digits, the SHA-256 of its SHA256SUMS
 
 `put` verifies the copy, not what it was copied from, so a bundle that changes meanwhile cannot slip in. `open` verifies

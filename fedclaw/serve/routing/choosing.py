@@ -35,7 +35,7 @@ class VersionChooser:
             {plan.candidate} if plan.mode == "shadow" else set()
         )
         self.following: VersionChooser | None = None
-        """What is gone by from `until` on."""
+        """What is gone by from `until` on; it may have one that follows it in turn."""
         self.until = 0.0
         self._clock = clock
         self._probed: dict[str, float] = {}
@@ -51,8 +51,8 @@ class VersionChooser:
         return VersionChoice(version, self.share if version == self.plan.candidate else 1.0 - self.share, mirrors)
 
     def at(self, now: float) -> "VersionChooser":
-        """Itself, or the one that follows, at the Unix time `now`."""
-        return self if self.following is None or now < self.until else self.following
+        """Itself, or whichever follows it at the Unix time `now`."""
+        return self if self.following is None or now < self.until else self.following.at(now)
 
     def choose(self, key: str, principal: str | None, assigned: Mapping[str, VersionChoice]) -> VersionChoice | None:
         """None: an experiment's key that has no version yet."""

@@ -179,12 +179,13 @@ class Router:
         return chooser if chooser is None or chooser.following is None else chooser.at(self._clock())
 
     def _take(self, model: str, revision: int, document: Mapping[str, object]) -> None:
-        before, now = self._choosers.get(model), self._clock()
-        if before is not None and before.following is not None and before.following.revision == revision:
-            if now >= before.until:
-                self._choosers[model] = before.following
-            return
-        if before is not None and before.revision == revision:
+        now, last = self._clock(), self._choosers.get(model)
+        if last is not None and last.following is not None:
+            before, last = last.plan, last.at(now)
+            self._go_by(before, last)
+        while last is not None and last.following is not None:
+            last = last.following
+        if last is not None and last.revision == revision:
             return
         try:
             stored = StoredPlan(revision, parse_plan(model, document))
@@ -193,22 +194,27 @@ class Router:
                 self._complained[model] = str(error)
                 log.error("%s", error)
             return
-        if before is not None and (begins := _begins(before.plan, stored.plan, now)) > now:
-            before.until = begins
-            before.following = VersionChooser(stored, self._breakers.own(model), self._clock)
+        if last is not None and (begins := _begins(last.plan, stored.plan, now)) > now:
+            last.until, last.following = begins, self._prepared(stored)
             return
-        self._breakers.follow(None if before is None else before.plan, stored.plan)
-        if before is not None and before.plan.salt != stored.plan.salt:
-            self._assignments.forget(before.plan)
-        self._prepare(stored)
+        replaced = None if last is None else self._choosers[model].plan
+        self._breakers.follow(replaced, stored.plan)
+        self._go_by(replaced, self._prepared(stored))
 
-    def _prepare(self, stored: StoredPlan) -> None:
-        model = stored.plan.model
-        self._choosers[model] = VersionChooser(stored, self._breakers.own(model), self._clock)
+    def _go_by(self, before: RoutingPlan | None, chooser: VersionChooser) -> None:
+        if before is not None and before.salt != chooser.plan.salt:
+            self._assignments.forget(before)
+        self._choosers[chooser.plan.model] = chooser
+
+    def _prepared(self, stored: StoredPlan) -> VersionChooser:
+        return VersionChooser(stored, self._breakers.own(stored.plan.model), self._clock)
 
     def _prepare_again(self, chooser: VersionChooser) -> None:
-        """Once a breaker of this worker's changed."""
-        self._prepare(StoredPlan(chooser.revision, chooser.plan))
+        """Once a breaker of this worker's changed: also what follows."""
+        self._choosers[chooser.plan.model] = made = self._prepared(StoredPlan(chooser.revision, chooser.plan))
+        while (after := chooser.following) is not None:
+            made.until, made.following = chooser.until, self._prepared(StoredPlan(after.revision, after.plan))
+            chooser, made = after, made.following
 
     def _group_of(self, principal: str) -> int:
         group = self._groups.get(principal)

@@ -86,6 +86,25 @@ def test_workers_go_by_a_growing_canary_at_the_same_moment_whenever_they_read_of
     assert Counter(seen[0])["v2"] == 0 < Counter(seen[8])["v2"] < Counter(seen[-1])["v2"]
 
 
+def test_two_steps_within_a_second_are_gone_by_one_after_the_other(store: StateStore, clock: Clock):
+    left, right = started_canary(store, clock)
+    left.refresh()
+    clock.advance(SETTLE / 2)
+    approve(store, "m", "ann", clock(), early=True)
+    left.refresh()
+    right.refresh()
+    assert set(versions(left)) == set(versions(right)) == {"v1"}
+    clock.advance(SETTLE / 2)
+    assert left.plan("m").share == 0.05
+    right.refresh()
+    # A breaker of its own is no reason for a worker to fall behind.
+    left._prepare_again(left._choosers["m"])
+    assert left.plan("m").share == 0.05
+    clock.advance(SETTLE / 2)
+    assert left.plan("m").share == right.plan("m").share == 0.1
+    assert versions(left) == versions(right)
+
+
 def test_a_canary_that_is_rolled_back_gets_no_more_keys_at_once(store: StateStore, clock: Clock):
     (router,) = started_canary(store, clock, 1)
     router.refresh()
